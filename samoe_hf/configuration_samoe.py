@@ -1,0 +1,117 @@
+"""Configuration of SAMoE: SAM 2 video plus the settings of its experts."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
+
+# The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
+MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
+
+
+class SamoeConfig(Sam2VideoConfig):
+    r"""
+    Configuration of a [`SamoeModel`]: everything of [`~transformers.Sam2VideoConfig`] and the settings of the mixture
+    of LoRA experts. The defaults are those of SAM2-MoE.
+
+    Args:
+        num_experts (`int`, *optional*, defaults to 10):
+            Experts of each wrapped projection.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            Experts that the router keeps for each token (top k).
+        lora_rank (`int`, *optional*, defaults to 4):
+            Rank of each expert.
+        lora_alpha (`float`, *optional*, defaults to 1.0):
+            Numerator of the experts' scale, `lora_alpha / lora_rank`.
+        lora_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout probability on the router's input and between the two matrices of an expert, in training.
+        expert_modules (`str` or `list[str]`, *optional*, defaults to the projections of the memory attention):
+            Linear layers that get experts, matched as PEFT matches `target_modules`: a string is a regular expression
+            for the whole module name, a list holds names or ends of names.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the routers' load-balancing loss; 0 turns it off.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether the clip forward returns the routers' logits.
+        previous_mask_with_clicks (`bool`, *optional*, defaults to `True`):
+            Whether a click on a frame that already has a mask refines that mask, as `sam2` does; `False` starts from
+            the clicks alone, as `Sam2VideoModel` does.
+        fill_hole_area (`int`, *optional*, defaults to 0):
+            Holes of up to this many pixels in the low-resolution masks are filled while tracking; `sam2` uses 8 on GPUs.
+
+    Raises:
+        ValueError: for a value out of range, naming the field and what it allows.
+    """
+
+    model_type = "samoe"
+    # Trainer gathers what evaluation returns; these are for training logs and for analysis.
+    keys_to_ignore_at_inference = ["loss_dict", "router_logits"]
+
+    num_experts: int = 10
+    num_experts_per_tok: int = 2
+    lora_rank: int = 4
+    lora_alpha: float = 1.0
+    lora_dropout: float = 0.1
+    expert_modules: str | list[str] = MEMORY_ATTENTION_PROJECTIONS
+    router_aux_loss_coef: float = 0.0
+    output_router_logits: bool = False
+    previous_mask_with_clicks: bool = True
+    fill_hole_area: int = 0
+
+    def __post_init__(self, **kwargs):
+        # transformers 5.17 reads this sub-configuration with the prompt encoder's class.
+        if isinstance(self.mask_decoder_config, dict):
+            self.mask_decoder_config = Sam2VideoMaskDecoderConfig(**self.mask_decoder_config)
+        super().__post_init__(**kwargs)
+        self.check_experts()
+
+    def check_experts(self) -> None:
+        """Raises a `ValueError` that names the first field of the experts' settings with a value out of range."""
+        _check_integer("num_experts", self.num_experts, minimum=1)
+        _check_integer("num_experts_per_tok", self.num_experts_per_tok, minimum=1)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` must be at most `num_experts` ({self.num_experts}), "
+                f"got {self.num_experts_per_tok}."
+            )
+        _check_integer("lora_rank", self.lora_rank, minimum=1)
+        _check_integer("fill_hole_area", self.fill_hole_area, minimum=0)
+        _check_number("lora_alpha", self.lora_alpha, "positive", lambda value: value > 0)
+        _check_number("lora_dropout", self.lora_dropout, "at least 0 and below 1", lambda value: 0 <= value < 1)
+        _check_number("router_aux_loss_coef", self.router_aux_loss_coef, "at least 0", lambda value: value >= 0)
+        for name in ("output_router_logits", "previous_mask_with_clicks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        patterns = self.expert_modules
+        is_list = isinstance(patterns, list | tuple) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)
+        if not (is_list or (isinstance(patterns, str) and patterns)):
+            raise ValueError(
+                f"`expert_modules` must be a regular expression or a non-empty list of module names, got {patterns!r}."
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in the base class; a SAM 2 video configuration is taken as a SAMoE configuration with default experts."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, Sam2VideoConfig.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a model of type {model_type!r}; expected "
+                f"{cls.model_type!r} or {Sam2VideoConfig.model_type!r}."
+            )
+        return {**config_dict, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
+        """As in the base class; values given as keyword arguments are checked as well."""
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).check_experts()
+        return result
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any, allowed: str, holds) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+        raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")

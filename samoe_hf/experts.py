@@ -1,0 +1,191 @@
+"""A mixture of LoRA experts on a linear layer, its router, and the routers' load-balancing loss.
+
+The method is SAM2-MoE's: `y = W x + b + sum_e g_e(x) * (alpha / r) * B_e A_e x`, where the gates `g` are the softmax over
+the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ExpertLinear(nn.Linear):
+    """A linear layer with LoRA experts beside it and a router that mixes them per token.
+
+    `weight` and `bias` are the base layer's. The experts' tensors are stacked: `lora_A` (experts, rank, in_features),
+    `lora_B` (experts, out_features, rank), `router.weight` (experts, in_features), `router.bias` (experts,). New experts
+    have no effect, because `lora_B` starts at zero.
+
+    Args:
+        in_features, out_features, bias: as in `nn.Linear`.
+        num_experts: number of experts.
+        num_experts_per_tok: experts kept for each token, at most `num_experts`.
+        lora_rank: rank of each expert.
+        lora_alpha: the experts are scaled by `lora_alpha / lora_rank`.
+        lora_dropout: dropout probability on the router's input and between A and B, in training.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        num_experts: int,
+        num_experts_per_tok: int,
+        lora_rank: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        factory = {"device": device, "dtype": dtype}
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.lora_rank = lora_rank
+        self.scaling = lora_alpha / lora_rank
+        self.lora_A = nn.Parameter(torch.empty(num_experts, lora_rank, in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(num_experts, out_features, lora_rank, **factory))
+        self.router = nn.Linear(in_features, num_experts, **factory)
+        self.dropout = nn.Dropout(lora_dropout)
+        self.reset_experts()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **settings) -> "ExpertLinear":
+        """Wraps `linear`, whose parameters are shared, not copied. `settings` are the constructor's keyword arguments."""
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        module = cls(linear.in_features, linear.out_features, linear.bias is not None, **settings, **place)
+        module.weight, module.bias = linear.weight, linear.bias
+        return module
+
+    def reset_experts(self) -> None:
+        """Draws new experts (A Kaiming-uniform with a = sqrt(5), B zero) and a new router (as `nn.Linear` does)."""
+        for expert in self.lora_A:
+            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        self.router.reset_parameters()
+
+    def gates(self, router_logits: Tensor) -> Tensor:
+        """Weights of all experts, zero but for the top k: (..., experts) -> (..., experts)."""
+        return top_k_gates(router_logits, self.num_experts_per_tok)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        gates = self.gates(self.router(self.dropout(hidden_states))) * self.scaling
+        # All experts in two products: nothing of size experts x tokens x out_features is ever formed.
+        low_rank = self.dropout(F.linear(hidden_states, self.lora_A.flatten(0, 1)))
+        gated = low_rank.unflatten(-1, (self.num_experts, self.lora_rank)) * gates.to(low_rank.dtype).unsqueeze(-1)
+        return super().forward(hidden_states) + F.linear(gated.flatten(-2), self.lora_B.transpose(0, 1).flatten(1))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, num_experts={self.num_experts}, "
+            f"num_experts_per_tok={self.num_experts_per_tok}, lora_rank={self.lora_rank}, scaling={self.scaling}"
+        )
+
+
+def top_k_gates(router_logits: Tensor, num_experts_per_tok: int) -> Tensor:
+    """Softmax over each token's `num_experts_per_tok` largest logits, zero elsewhere: (..., experts) -> (..., experts)."""
+    top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=-1)
+    return torch.zeros_like(router_logits).scatter(-1, top_experts, top_logits.softmax(dim=-1))
+
+
+def matching_linear_names(model: nn.Module, patterns: str | list[str]) -> list[str]:
+    """Names of the linear layers of `model` that `patterns` select, as PEFT selects `target_modules`.
+
+    Args:
+        patterns: a regular expression for whole names, or a list of names or ends of names.
+
+    Raises:
+        ValueError: if the expression, or an entry of the list, selects no linear layer or is no regular expression.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(patterns, str):
+        try:
+            matches = {patterns: [name for name in names if re.fullmatch(patterns, name)]}
+        except re.error as error:
+            raise ValueError(f"`expert_modules` is not a regular expression ({error}): {patterns!r}.") from error
+    else:
+        matches = {p: [name for name in names if name == p or name.endswith(f".{p}")] for p in patterns}
+    for pattern, found in matches.items():
+        if not found:
+            raise ValueError(
+                f"`expert_modules` matches no linear layer with {pattern!r}. A string is a regular expression for the "
+                f"whole name, a list holds ends of names; names are like {', '.join(map(repr, names[-3:]))}."
+            )
+    selected = set().union(*matches.values())
+    return [name for name in names if name in selected]
+
+
+def add_experts(model: nn.Module, patterns: str | list[str], **settings) -> list[str]:
+    """Replaces the linear layers that `patterns` select by [`ExpertLinear`] and returns their names.
+
+    Args:
+        patterns: see [`matching_linear_names`].
+        settings: keyword arguments of [`ExpertLinear`] from `num_experts` on.
+    """
+    names = matching_linear_names(model, patterns)
+    for name in names:
+        parent_name, _, child_name = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, child_name, ExpertLinear.from_linear(getattr(parent, child_name), **settings))
+    return names
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
+    """The layers of `model` that have experts, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ExpertLinear))
+
+
+def is_expert_parameter(name: str) -> bool:
+    """Whether a tensor of this name, as in a state dict, belongs to experts or their router and not to a base model."""
+    return re.search(r"(^|\.)(lora_[AB]|router\.(weight|bias))$", name) is not None
+
+
+@contextmanager
+def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collects, while the context is open, what each router of `model` puts out.
+
+    Yields:
+        module name -> list with one tensor (..., experts) per call, in order of the calls.
+    """
+    records: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in expert_modules(model):
+        calls = records.setdefault(name, [])
+        handles.append(module.router.register_forward_hook(lambda _, __, logits, calls=calls: calls.append(logits)))
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int) -> Tensor:
+    """The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) in Mixtral's form for top k.
+
+    For each layer `experts * sum_e f_e P_e`, where `f_e` is the share of tokens that choose expert e and `P_e` the mean of
+    its probability over all experts; averaged over the layers, whose experts are not each other's. It is
+    `num_experts_per_tok` when tokens are spread evenly, and grows to the number of experts as they gather on few.
+
+    Args:
+        router_logits: name of each layer -> (tokens, experts).
+
+    Returns:
+        A scalar; gradients flow through `P_e`.
+    """
+    if not router_logits:
+        raise ValueError("`router_logits` is empty: no layer with experts was run.")
+    losses = []
+    for logits in router_logits.values():
+        logits = logits.float()
+        chosen = logits.topk(num_experts_per_tok, dim=-1).indices
+        frequency = torch.zeros_like(logits).scatter(-1, chosen, 1.0).mean(dim=0)
+        losses.append(logits.shape[-1] * (frequency * logits.softmax(dim=-1).mean(dim=0)).sum())
+    return torch.stack(losses).mean()

@@ -1,0 +1,305 @@
+"""One frame: image features, memories and prompts in; masks, object pointers and a new memory out.
+
+Training over a clip and tracking in a session both run [`frame_step`], batched over objects. It follows
+`sam2/modeling/sam2_base.py`, over the modules of [`~transformers.Sam2VideoModel`].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Sam2VideoModel
+from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, get_1d_sine_pe
+
+from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features, read_pointers
+
+# A mask prompt becomes logits of -10 and +10, for the mask and for the object score (arXiv:2408.00714, `sam2`).
+MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
+# `sam2` clamps the logits of the previous mask when clicks refine it.
+PREVIOUS_MASK_LIMIT = 32.0
+
+
+class ImageFeatures(NamedTuple):
+    """Features of one frame for each row: a video, or an object of it.
+
+    `fine` (rows, hidden / 8, S / 4, S / 4) and `middle` (rows, hidden / 4, S / 8, S / 8): for the mask decoder.
+    `coarse` (rows, hidden, S / 16, S / 16): for the memory and the mask decoder.
+    `position` (tokens, 1, hidden): position encoding of `coarse`.
+    """
+
+    fine: Tensor
+    middle: Tensor
+    coarse: Tensor
+    position: Tensor
+
+    def for_objects(self, objects_per_video: int) -> "ImageFeatures":
+        """Repeats each video's row for its objects. One video stays one row, which broadcasts over all objects."""
+        if self.coarse.shape[0] == 1 or objects_per_video == 1:
+            return self
+        rows = (x.repeat_interleave(objects_per_video, dim=0) for x in self[:3])
+        return ImageFeatures(*rows, self.position)
+
+
+@dataclass
+class Prompt:
+    """What is given of each object on a frame, in pixels of the model's input: either points or a mask.
+
+    `points` (objects, points, 2) as (x, y), `labels` (objects, points): 1 positive, 0 negative, 2 and 3 the corners of a
+    box (which come first), -1 padding. `mask` (objects, 1, S, S), 0 or 1. `previous_mask` (objects, 1, S / 4, S / 4):
+    logits of the mask that the points refine.
+    """
+
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    previous_mask: Tensor | None = None
+
+
+@dataclass
+class FrameOutput:
+    """Result of a frame for a batch of objects; the M candidates are 3, or 1 where no ambiguity is expected.
+
+    `candidates` (objects, M, S / 4, S / 4): mask logits; a given mask (objects, 1, S, S) is the only one.
+    `iou_scores` (objects, M): their estimated IoU.
+    `masks` (objects, 1, S / 4, S / 4): the candidate with the best score. `best_iou` (objects,): that score.
+    `object_score_logits` (objects, 1): positive where the object is seen. `memory`: what later frames read.
+    """
+
+    candidates: Tensor
+    iou_scores: Tensor
+    masks: Tensor
+    best_iou: Tensor
+    object_score_logits: Tensor
+    memory: FrameMemory
+
+
+def image_features(model: Sam2VideoModel, pixel_values: Tensor) -> ImageFeatures:
+    """Encodes frames (rows, 3, S, S), once for all their objects."""
+    outputs = model.get_image_features(pixel_values, return_dict=True)
+    return unflatten_features(model, outputs.fpn_hidden_states, outputs.fpn_position_encoding[-1])
+
+
+def unflatten_features(model: Sam2VideoModel, levels: Sequence[Tensor], position: Tensor) -> ImageFeatures:
+    """Turns three levels of (tokens, rows, channels), fine to coarse, as transformers keeps them, into maps."""
+    maps = (x.permute(1, 2, 0).unflatten(2, tuple(s)) for x, s in zip(levels, model.backbone_feature_sizes))
+    return ImageFeatures(*maps, position[:, :1])
+
+
+def frame_step(
+    model: Sam2VideoModel,
+    image: ImageFeatures,
+    prompt: Prompt | None,
+    banks: Sequence[MemoryBank],
+    selection: MemorySelection | None,
+    *,
+    num_objects: int,
+    encode_memory: bool = True,
+    fill_hole_area: int = 0,
+) -> FrameOutput:
+    """Segments a batch of objects on one frame.
+
+    In training (`model.training`) memories are made of sigmoid(mask) and keep their type; otherwise masks of prompted
+    frames are binarized first and memories are rounded to bfloat16, as `sam2` does.
+
+    Args:
+        image: features of the frame, one row for all objects or one row for each.
+        prompt: what is given on this frame, or None.
+        banks: memories; together they hold `num_objects` objects.
+        selection: the memories to read, or None on initially prompted frames, which read none.
+        encode_memory: whether later frames will read this one.
+        fill_hole_area: holes up to this many pixels are filled in the masks that are put out.
+    """
+    if prompt is not None and prompt.mask is not None:
+        output, high_res_masks = _take_mask(model, image, prompt.mask)
+    else:
+        coarse = _condition_on_memory(model, image, banks, selection, num_objects)
+        multimask = _use_multimask(model, prompt, is_initial=selection is None)
+        output = _segment(model, image, coarse, prompt, multimask, num_objects)
+        high_res_masks = None
+    if fill_hole_area:
+        unfilled, output.masks = output.masks, fill_holes(output.masks, fill_hole_area)
+    if encode_memory and model.num_maskmem > 0:
+        binarize = prompt is not None and not model.training
+        if binarize or high_res_masks is None:
+            # `sam2` encodes what the user sees of a prompted frame, and the raw prediction of any other.
+            low_res_masks = unfilled if fill_hole_area and not binarize else output.masks
+            high_res_masks = _resize(low_res_masks, model.image_size)
+        output.memory.features = _encode_memory(
+            model, image.coarse, high_res_masks, output.object_score_logits, binarize
+        )
+    return output
+
+
+def _use_multimask(model: Sam2VideoModel, prompt: Prompt | None, is_initial: bool) -> bool:
+    """Whether three candidates are wanted: where the object is not yet told by several points."""
+    config = model.config
+    num_points = 0 if prompt is None else prompt.labels.shape[1]
+    return (
+        config.multimask_output_in_sam
+        and (is_initial or config.multimask_output_for_tracking)
+        and config.multimask_min_pt_num <= num_points <= config.multimask_max_pt_num
+    )
+
+
+def _condition_on_memory(
+    model: Sam2VideoModel,
+    image: ImageFeatures,
+    banks: Sequence[MemoryBank],
+    selection: MemorySelection | None,
+    num_objects: int,
+) -> Tensor:
+    """Features of the frame in the light of the memories: (objects or 1, hidden, S / 16, S / 16)."""
+    if model.num_maskmem == 0:
+        return image.coarse
+    if selection is None:
+        return image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
+    memory, position, num_pointer_tokens = _memory_tokens(model, banks, selection, image.coarse)
+    tokens = image.coarse.flatten(2).permute(2, 0, 1).expand(-1, num_objects, -1)
+    conditioned = model.memory_attention(tokens, memory, image.position, position, num_pointer_tokens)
+    return conditioned.reshape(num_objects, *conditioned.shape[-2:]).mT.unflatten(2, image.coarse.shape[-2:])
+
+
+def _memory_tokens(
+    model: Sam2VideoModel, banks: Sequence[MemoryBank], selection: MemorySelection, like: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Memories (tokens, objects, channels), their positions (tokens, 1, channels), and how many are object pointers."""
+    features = [read_features(banks, t, like.device) for t, _ in selection.spatial]
+    size = model.backbone_feature_sizes[-1]
+    spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
+    spatial = spatial.flatten(2).permute(2, 0, 1)
+    positions = [spatial + model.memory_temporal_positional_encoding[index] for _, index in selection.spatial]
+    num_pointer_tokens = 0
+    if selection.pointers:
+        pointers = torch.stack([read_pointers(banks, t, like.device) for t, _ in selection.pointers], dim=1)
+        # A pointer is cut into several tokens of the memory's width.
+        pointers = pointers.reshape(pointers.shape[0], -1, model.mem_dim)
+        features.append(pointers)
+        num_pointer_tokens = pointers.shape[1]
+        distances = torch.tensor([d for _, d in selection.pointers], device=like.device, dtype=torch.float32)
+        positions.append(_pointer_positions(model, distances / selection.max_distance, num_pointer_tokens, like))
+    memory = torch.cat([f.to(like.dtype) for f in features], dim=1).transpose(0, 1)
+    return memory, torch.cat(positions), num_pointer_tokens
+
+
+def _pointer_positions(model: Sam2VideoModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:
+    """Encodes distances in time (pointers,), in units of the largest: (tokens, 1, channels)."""
+    if not model.config.enable_temporal_pos_encoding_for_object_pointers:
+        return like.new_zeros(num_tokens, 1, model.mem_dim)
+    sine = get_1d_sine_pe(distances, dim=model.hidden_dim).to(like.dtype)
+    position = model.temporal_positional_encoding_projection_layer(sine)
+    return position.repeat_interleave(num_tokens // len(distances), dim=0).unsqueeze(1)
+
+
+def _segment(
+    model: Sam2VideoModel,
+    image: ImageFeatures,
+    coarse: Tensor,
+    prompt: Prompt | None,
+    multimask: bool,
+    num_objects: int,
+) -> FrameOutput:
+    """Runs SAM's prompt encoder and mask decoder, and takes the best candidate's token as object pointer."""
+    if prompt is None or prompt.points is None:
+        points = coarse.new_zeros(num_objects, 1, 2)
+        labels = torch.full((num_objects, 1), -1, dtype=torch.int32, device=coarse.device)
+    else:
+        points, labels = prompt.points, prompt.labels
+    sparse, dense = model.prompt_encoder(
+        input_points=points.unsqueeze(1),
+        input_labels=labels.unsqueeze(1),
+        input_boxes=None,
+        input_masks=None if prompt is None else prompt.previous_mask,
+    )
+    masks, iou_scores, tokens, object_score_logits = model.mask_decoder(
+        image_embeddings=coarse.expand(num_objects, -1, -1, -1),
+        image_positional_embeddings=model.get_image_wide_positional_embeddings(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask,
+        high_resolution_features=[image.fine, image.middle],
+    )
+    masks, iou_scores, tokens, object_score_logits = (
+        x.squeeze(1) for x in (masks.float(), iou_scores, tokens, object_score_logits)
+    )
+    visible = object_score_logits > 0
+    candidates = torch.where(visible[..., None, None], masks, NO_OBJ_SCORE)
+    rows = torch.arange(num_objects, device=coarse.device)
+    best = iou_scores.argmax(dim=-1)
+    pointers = model.object_pointer_proj(tokens[rows, best if tokens.shape[1] > 1 else 0])
+    return FrameOutput(
+        candidates=candidates,
+        iou_scores=iou_scores,
+        masks=candidates[rows, best].unsqueeze(1),
+        best_iou=iou_scores[rows, best],
+        object_score_logits=object_score_logits,
+        memory=FrameMemory(_hide_pointers(model, pointers, visible)),
+    )
+
+
+def _hide_pointers(model: Sam2VideoModel, pointers: Tensor, visible: Tensor) -> Tensor:
+    """Pointers (objects, hidden), replaced by the learned one for absent objects where `visible` (objects, 1) is false."""
+    visible = visible.to(pointers.dtype)
+    return visible * pointers + (1 - visible) * model.no_object_pointer
+
+
+def _take_mask(model: Sam2VideoModel, image: ImageFeatures, mask: Tensor) -> tuple[FrameOutput, Tensor]:
+    """Takes a given mask (objects, 1, S, S) as the output; the decoder only makes the object pointer from it."""
+    num_objects = mask.shape[0]
+    mask = mask.to(image.coarse.dtype)
+    prompt = Prompt(previous_mask=model.mask_downsample(mask))
+    output = _segment(model, image, image.coarse, prompt, multimask=False, num_objects=num_objects)
+    visible = mask.flatten(1).any(dim=1, keepdim=True)
+    high_res_masks = mask.float() * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS
+    low_res_size = model.prompt_encoder.mask_input_size
+    low_res_masks = F.interpolate(high_res_masks, low_res_size, mode="bilinear", antialias=True)
+    return FrameOutput(
+        candidates=high_res_masks,
+        iou_scores=torch.ones_like(output.iou_scores),
+        masks=low_res_masks,
+        best_iou=torch.ones_like(output.best_iou),
+        object_score_logits=visible.to(low_res_masks.dtype) * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS,
+        memory=FrameMemory(_hide_pointers(model, output.memory.pointers, visible)),
+    ), high_res_masks
+
+
+def _encode_memory(
+    model: Sam2VideoModel, coarse: Tensor, masks: Tensor, object_score_logits: Tensor, binarize: bool
+) -> Tensor:
+    """Encodes a frame and its masks (objects, 1, S, S), as logits, into a memory (objects, tokens, channels)."""
+    masks = (masks > 0).to(masks.dtype) if binarize else masks.sigmoid()
+    masks = masks * model.config.sigmoid_scale_for_mem_enc + model.config.sigmoid_bias_for_mem_enc
+    features, _ = model.memory_encoder(coarse, masks.to(coarse.dtype))
+    if model.occlusion_spatial_embedding_parameter is not None:
+        hidden = (object_score_logits <= 0).to(features.dtype)[..., None, None]
+        features = features + hidden * model.occlusion_spatial_embedding_parameter[..., None, None]
+    features = features.flatten(2).mT
+    return features if model.training else features.to(torch.bfloat16)
+
+
+def _resize(masks: Tensor, size: int) -> Tensor:
+    return F.interpolate(masks, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def fill_holes(masks: Tensor, max_area: int) -> Tensor:
+    """Raises background regions (8-connected, logits <= 0) of at most `max_area` pixels to 0.1, as `sam2` does.
+
+    Args:
+        masks: logits (rows, 1, H, W).
+    """
+    background = masks <= 0
+    height, width = masks.shape[-2:]
+    index = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32).view(1, 1, height, width)
+    labels = index * background
+    # The largest index spreads over a region; one of `max_area` pixels is covered after that many steps.
+    for _ in range(max_area):
+        labels = F.max_pool2d(labels, 3, stride=1, padding=1) * background
+    settled = F.max_pool2d(labels, 3, stride=1, padding=1) * background == labels
+    flat = labels.long().flatten(1)
+    area = torch.zeros_like(index.expand_as(masks).flatten(1).long())
+    area = F.pad(area, (1, 0)).scatter_add(1, flat, torch.ones_like(flat))
+    unsettled = torch.zeros_like(area).scatter_add(1, flat, (~settled).flatten(1).long())
+    small = (area.gather(1, flat) <= max_area) & (unsettled.gather(1, flat) == 0)
+    return torch.where(background & small.view_as(background), 0.1, masks)

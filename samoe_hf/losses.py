@@ -1,0 +1,112 @@
+"""SAM 2's training loss: focal, dice, IoU and object score (arXiv:2408.00714, appendix D.2.2; `training/loss_fns.py`)."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class SegmentationLoss:
+    """The loss of a frame's candidates against the true masks.
+
+    Focal and dice are taken of the candidate with the smallest weighted sum of both; the IoU loss is taken of all
+    candidates. All three count only where the object is present.
+
+    Args:
+        focal_weight, dice_weight, iou_weight, object_score_weight: weights of the four parts in the total.
+        focal_alpha, focal_gamma: of the focal loss (arXiv:1708.02002).
+    """
+
+    focal_weight: float = 20.0
+    dice_weight: float = 1.0
+    iou_weight: float = 1.0
+    object_score_weight: float = 1.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+    def __call__(
+        self,
+        mask_logits: Tensor,
+        iou_scores: Tensor,
+        object_score_logits: Tensor,
+        targets: Tensor,
+        object_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Sums each part over the objects, without weights.
+
+        Args:
+            mask_logits: (objects, M, H, W), the candidates.
+            iou_scores: (objects, M), their estimated IoU.
+            object_score_logits: (objects, 1).
+            targets: (objects, H, W), the true masks; logits of another size are resized to theirs.
+            object_mask: (objects,), False for padded objects, which do not count.
+
+        Returns:
+            `focal`, `dice`, `iou` and `object_score`, scalars.
+        """
+        if mask_logits.shape[-2:] != targets.shape[-2:]:
+            mask_logits = F.interpolate(mask_logits, targets.shape[-2:], mode="bilinear", align_corners=False)
+        counts = mask_logits.new_ones(len(targets)) if object_mask is None else object_mask.to(mask_logits.dtype)
+        targets = targets.to(mask_logits.dtype).unsqueeze(1).expand_as(mask_logits)
+        present = targets[:, 0].flatten(1).any(dim=1).to(mask_logits.dtype)
+
+        focal = focal_loss(mask_logits, targets, self.focal_alpha, self.focal_gamma)
+        dice = dice_loss(mask_logits, targets)
+        best = (self.focal_weight * focal + self.dice_weight * dice).argmin(dim=1, keepdim=True)
+        iou = (iou_scores - mask_iou(mask_logits, targets)).abs().mean(dim=1)
+        object_score = F.binary_cross_entropy_with_logits(object_score_logits[:, 0], present, reduction="none")
+        return {
+            "focal": (focal.gather(1, best)[:, 0] * present * counts).sum(),
+            "dice": (dice.gather(1, best)[:, 0] * present * counts).sum(),
+            "iou": (iou * present * counts).sum(),
+            "object_score": (object_score * counts).sum(),
+        }
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the four parts."""
+        return (
+            self.focal_weight * parts["focal"]
+            + self.dice_weight * parts["dice"]
+            + self.iou_weight * parts["iou"]
+            + self.object_score_weight * parts["object_score"]
+        )
+
+
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss (arXiv:1708.02002) averaged over pixels: logits and targets (..., H, W) -> (...)."""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    probability = logits.sigmoid()
+    miss = probability + targets - 2 * probability * targets
+    balance = alpha * targets + (1 - alpha) * (1 - targets)
+    return (balance * miss**gamma * cross_entropy).flatten(-2).mean(dim=-1)
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Soft dice loss, smoothed by 1: logits and targets (..., H, W) -> (...)."""
+    probability = logits.sigmoid().flatten(-2)
+    targets = targets.flatten(-2)
+    intersection = (probability * targets).sum(dim=-1)
+    return 1 - (2 * intersection + 1) / (probability.sum(dim=-1) + targets.sum(dim=-1) + 1)
+
+
+def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
+    """IoU of the masks `logits > 0` with the true ones: (..., H, W) -> (...); 0 where both are empty."""
+    predicted, true = (logits > 0).flatten(-2), (targets > 0).flatten(-2)
+    union = (predicted | true).sum(dim=-1)
+    return (predicted & true).sum(dim=-1) / union.clamp(min=1)
+
+
+def mean_num_objects(object_mask: Tensor, over_processes: bool = True) -> Tensor:
+    """Number of real objects in `object_mask`, at least 1: what the loss is divided by.
+
+    Args:
+        over_processes: whether to average the number over all processes, so that their mean gradient is that of all
+            clips in one process.
+    """
+    count = object_mask.sum().float()
+    if over_processes and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1)

@@ -1,0 +1,560 @@
+"""Scores of predicted against annotated masks: of videos, of sets of videos, and of volumes.
+
+Everything here works on arrays and knows neither models nor datasets. A video is given as id maps (T, H, W), where 0 is
+background, or as boolean masks (T, N, H, W), which may overlap; prediction and target in the same form, as arrays or
+tensors. Objects are paired by their id: a mask under another object's id is wrong.
+
+One rule holds for every score: where neither side has a mask it is 1, where only one side has one it is 0. A mean over
+no frames or objects is NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+Protocol = Literal["davis", "sav", "youtube_vos", "all"]
+
+F_DISTANCE = 0.008  # of the image diagonal: how far apart boundaries may lie (DAVIS)
+BOUNDARY_IOU_DISTANCE = 0.02  # of the image diagonal: width of the band inside a mask (Cheng et al., 2021)
+MATCH_IOU = 0.5
+AP_THRESHOLDS = np.arange(10, 20) / 20
+DECAY_BINS = 4
+
+
+# --- Inputs
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+    return np.asarray(array)
+
+
+def stack_frames(frames: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """Stacks the named frames in the order of `names`, leaving out others, such as those without annotation.
+
+    Args:
+        frames: array (H, W) or (N, H, W) per frame name.
+        names: the frames to take, at least one.
+
+    Returns:
+        Array (T, H, W) or (T, N, H, W).
+
+    Raises:
+        ValueError: if frames are missing (names them) or differ in shape (names both shapes).
+    """
+    missing = [name for name in names if name not in frames]
+    if missing or not names:
+        raise ValueError(f"{len(missing)} of {len(names)} frames are missing: {', '.join(missing)}")
+    arrays = [_to_numpy(frames[name]) for name in names]
+    for name, array in zip(names, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            raise ValueError(f"frame {name} has shape {array.shape}, but frame {names[0]} {arrays[0].shape}")
+    return np.stack(arrays)
+
+
+def object_ids_of(id_maps: Any) -> tuple[int, ...]:
+    """The ids above 0 in id maps (T, H, W), ascending."""
+    id_maps = _to_numpy(id_maps)
+    seen = np.zeros(int(id_maps.max(initial=0)) + 1, dtype=bool)  # far faster than `np.unique` on every pixel
+    for id_map in id_maps:
+        seen[np.maximum(id_map, 0)] = True
+    return tuple(int(i) for i in np.flatnonzero(seen) if i > 0)
+
+
+def masks_from_ids(id_maps: Any, object_ids: Sequence[int]) -> np.ndarray:
+    """Boolean masks (T, N, H, W) of the given objects from id maps (T, H, W)."""
+    return _to_numpy(id_maps)[:, None] == np.reshape(object_ids, (1, -1, 1, 1))
+
+
+def _check_pair(prediction: Any, target: Any, object_ids: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray, tuple]:
+    prediction, target = _to_numpy(prediction), _to_numpy(target)
+    for name, array in (("prediction", prediction), ("target", target)):
+        if (array.ndim, array.dtype.kind) not in ((3, "u"), (3, "i"), (4, "b")):
+            raise ValueError(
+                f"{name} is neither integer (T, H, W) nor boolean (T, N, H, W): {array.dtype} {array.shape}"
+            )
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction and target differ in shape: {prediction.shape} and {target.shape}")
+    if object_ids is None:
+        object_ids = range(1, target.shape[1] + 1) if target.ndim == 4 else object_ids_of(target)
+    ids = tuple(object_ids)
+    if len(set(ids)) != len(ids) or min(ids, default=1) < 1 or (target.ndim == 4 and len(ids) != target.shape[1]):
+        raise ValueError(f"object ids must be distinct, above 0 and one per mask, but are {ids}")
+    return prediction, target, ids
+
+
+def _label_maps(video: np.ndarray, object_ids: Sequence[int]) -> Iterator[np.ndarray]:
+    """Maps (H, W) of labels 0..K: one per frame, K = N, from id maps; one per frame and object, K = 1, from masks."""
+    if video.ndim == 4:
+        yield from np.ascontiguousarray(video).reshape(-1, *video.shape[-2:]).view(np.uint8)
+        return
+    labels = np.zeros(max(object_ids, default=0) + 2, dtype=np.uint8 if len(object_ids) < 256 else np.uint16)
+    labels[list(object_ids)] = np.arange(1, len(object_ids) + 1)
+    for id_map in video:
+        yield labels.take(id_map, mode="clip")  # other ids fall on the ends of the table, which are background
+
+
+def _bounding_box(occupied: np.ndarray, margin: int) -> tuple[slice, ...] | None:
+    """Slices around the non-zero elements, with a margin within the array; None where there are none."""
+    box: list[slice] = []
+    for axis in range(occupied.ndim):
+        others = tuple(other for other in range(occupied.ndim) if other != axis)
+        where = np.flatnonzero(occupied[tuple(box)].max(axis=others, initial=0))
+        if not where.size:
+            return None
+        box.append(slice(max(where[0] - margin, 0), where[-1] + 1 + margin))
+    return tuple(box)
+
+
+# --- One pair of label maps
+
+
+def _overlaps(prediction: np.ndarray, target: np.ndarray, num_labels: int) -> np.ndarray:
+    """Pixels in common, in the prediction and in the target, for labels 1..K: (3, K)."""
+    size = num_labels + 1
+    pairs = np.bincount((target.astype(np.intp) * size + prediction).ravel(), minlength=size**2).reshape(size, size)
+    return np.stack([pairs.diagonal(), pairs.sum(axis=0), pairs.sum(axis=1)])[:, 1:]
+
+
+def _block_edges(labels: np.ndarray) -> np.ndarray:
+    """Where a pixel, its right, lower and lower right neighbour are not all alike, the border repeated: bool (H, W)."""
+    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
+    edges = np.zeros(labels.shape, dtype=bool)
+    edges[:, :-1] = across
+    edges[:-1, :-1] |= across[1:]
+    edges[:-1] |= down
+    edges[:-1, :-1] |= down[:, 1:]
+    return edges
+
+
+def _boundary_keys(labels: np.ndarray, edges: np.ndarray, origin: int, strides: Sequence[int]) -> np.ndarray:
+    """Sorted keys of the boundary pixels of all labels, as DAVIS' `seg2bmap` draws them.
+
+    A key is `origin` plus (label - 1, y, x) times `strides`.
+    """
+    y, x = np.divmod(np.flatnonzero(edges), labels.shape[1])
+    lower, right = np.minimum(y + 1, labels.shape[0] - 1), np.minimum(x + 1, labels.shape[1] - 1)
+    # A label has its boundary in every such block that it takes part in, once however many corners it has.
+    corners = np.sort([labels[y, x], labels[y, right], labels[lower, x], labels[lower, right]], axis=0)
+    new = np.diff(corners, axis=0, prepend=np.zeros_like(corners[:1])) != 0
+    keys = origin + (corners.astype(np.int64) - 1) * strides[0] + y * strides[1] + x * strides[2]
+    return np.sort(keys[new])
+
+
+def _band(labels: np.ndarray, edges: np.ndarray, width: int) -> np.ndarray:
+    """The labels without what lies more than `width` pixels (chessboard distance) inside each of them."""
+    rows_inside, columns_inside = (size - 2 * width for size in labels.shape)
+    band = labels.copy()
+    if rows_inside > 0 and columns_inside > 0:
+        total = np.zeros((labels.shape[0] + 1, labels.shape[1] + 1), dtype=np.int32)
+        np.cumsum(edges, axis=1, out=total[1:, 1:])
+        np.cumsum(total, axis=0, out=total)
+        in_rows = total[2 * width : -1] - total[:rows_inside]
+        no_edge = in_rows[:, 2 * width : -1] == in_rows[:, :columns_inside]
+        band[width:-width, width:-width][no_edge] = 0
+    return band
+
+
+def _compare(
+    pair: Sequence[np.ndarray], num_labels: int, band_width: int, origin: int, strides: Sequence[int]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Overlaps of the regions and of the bands inside their boundaries (2, 3, K), and each map's boundary keys."""
+    edges = [_block_edges(labels) for labels in pair]
+    bands = [_band(labels, edge, band_width) for labels, edge in zip(pair, edges, strict=True)]
+    keys = [_boundary_keys(labels, edge, origin, strides) for labels, edge in zip(pair, edges, strict=True)]
+    return np.stack([_overlaps(*pair, num_labels), _overlaps(*bands, num_labels)]), keys
+
+
+# --- Distances between sparse points
+
+
+def _ball(radius: float, spacing: Sequence[float], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Offsets of keys within `radius` as runs along the last axis, (shift, half length), the nearest runs first."""
+    slack = 1 + 1e-9  # a distance equal to the radius is within it, whatever the rounding
+    reaches = [math.floor(radius * slack / step) for step in spacing[:-1]]
+    runs = []
+    for offset in itertools.product(*(range(-reach, reach + 1) for reach in reaches)):
+        squared = sum((o * step) ** 2 for o, step in zip(offset, spacing, strict=False))
+        if squared <= (radius * slack) ** 2:
+            half = math.floor(math.sqrt((radius * slack) ** 2 - squared) / spacing[-1])
+            runs.append((squared, sum(o * stride for o, stride in zip(offset, strides, strict=False)), half))
+    return [(shift, half) for _, shift, half in sorted(runs)]
+
+
+def _near(keys: np.ndarray, others: np.ndarray, ball: list[tuple[int, int]]) -> np.ndarray:
+    """Which keys have one of `others` (sorted) within the ball, bool.
+
+    This is what dilating the others by the ball and looking up the keys would give, but it touches boundary points
+    alone, and most of them find a partner in the first runs.
+    """
+    near = np.zeros(len(keys), dtype=bool)
+    left = np.arange(len(keys) if len(others) else 0)
+    for shift, half in ball:
+        if not left.size:
+            break
+        low = keys[left] + (shift - half)
+        gap = others.take(np.searchsorted(others, low), mode="clip") - low
+        hit = (gap >= 0) & (gap <= 2 * half)
+        near[left[hit]] = True
+        left = left[~hit]
+    return near
+
+
+def _f_measure(prediction: np.ndarray, target: np.ndarray, ball: list, mask_stride: int, num_masks: int) -> np.ndarray:
+    """F of every mask (num_masks,) from the boundary keys of all."""
+
+    def share_matched(keys: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        owner = keys // mask_stride
+        count = np.bincount(owner, minlength=num_masks)
+        matched = np.bincount(owner[_near(keys, others, ball)], minlength=num_masks)
+        return matched / np.maximum(count, 1), count == 0
+
+    precision, no_prediction = share_matched(prediction, target)
+    recall, no_target = share_matched(target, prediction)
+    total = precision + recall
+    return np.where(no_prediction & no_target, 1.0, 2 * precision * recall / np.where(total > 0, total, 1))
+
+
+# --- One video
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole == 0, 1.0, part / np.maximum(whole, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class VideoScores:
+    """Scores of one video for every frame and object; made by `score_video`.
+
+    Attributes:
+        object_ids: the N objects, in the order of the columns.
+        intersection, prediction_area, target_area: pixels, int (T, N).
+        f: boundary accuracy F (T, N).
+        boundary_iou: (T, N).
+        object_scores: the model's logits that an object is visible (T, N), where there are any.
+    """
+
+    object_ids: tuple[int, ...]
+    intersection: np.ndarray
+    prediction_area: np.ndarray
+    target_area: np.ndarray
+    f: np.ndarray
+    boundary_iou: np.ndarray
+    object_scores: np.ndarray | None = None
+
+    @property
+    def union(self) -> np.ndarray:
+        """Pixels in either mask, int (T, N)."""
+        return self.prediction_area + self.target_area - self.intersection
+
+    @property
+    def j(self) -> np.ndarray:
+        """Region similarity J, the intersection over union (T, N)."""
+        return _ratio(self.intersection, self.union)
+
+    @property
+    def jf(self) -> np.ndarray:
+        """Mean of J and F (T, N)."""
+        return (self.j + self.f) / 2
+
+    @property
+    def dice(self) -> np.ndarray:
+        """Dice coefficient (T, N)."""
+        return _ratio(2 * self.intersection, self.prediction_area + self.target_area)
+
+    @property
+    def volume_dice(self) -> np.ndarray:
+        """Dice coefficient over all frames at once (N,): the 3-D Dice where the frames are slices."""
+        return _ratio(2 * self.intersection.sum(axis=0), (self.prediction_area + self.target_area).sum(axis=0))
+
+    @property
+    def occlusion_correct(self) -> np.ndarray:
+        """1 where the object score is positive if and only if the target has the object (T, N); NaN without scores."""
+        if self.object_scores is None:
+            return np.full(self.f.shape, math.nan)
+        return ((self.object_scores > 0) == (self.target_area > 0)).astype(float)
+
+
+def score_video(
+    prediction: Any, target: Any, object_ids: Sequence[int] | None = None, object_scores: Any = None
+) -> VideoScores:
+    """Scores every frame and object of a video.
+
+    J and F are DAVIS' (Perazzi et al., 2016; `db_eval_iou` and `db_eval_boundary` of davis2017-evaluation), boundary
+    IoU is that of Cheng et al., 2021 (boundary-iou-api).
+
+    Args:
+        prediction, target: integer id maps (T, H, W) or boolean masks (T, N, H, W).
+        object_ids: the objects to score; by default those in the id maps of `target`, or 1..N for masks. All other ids
+            are background.
+        object_scores: logits (T, N) that the object is visible, for the occlusion accuracy.
+
+    Raises:
+        ValueError: if shapes differ (names both), or an argument is not as described.
+    """
+    prediction, target, ids = _check_pair(prediction, target, object_ids)
+    table = (len(target), len(ids))
+    if object_scores is not None and (object_scores := _to_numpy(object_scores)).shape != table:
+        raise ValueError(f"object scores must have shape (T, N) = {table}, not {object_scores.shape}")
+    num_labels = 1 if target.ndim == 4 else len(ids)
+    height, width = target.shape[-2:]
+    diagonal = math.hypot(height, width)
+    radius = math.ceil(F_DISTANCE * diagonal)
+    band_width = max(1, round(BOUNDARY_IOU_DISTANCE * diagonal))
+    # Gaps of `radius` in the keys keep row ends from being near the next row's start, and masks apart.
+    strides = ((height + radius) * (width + radius), width + radius, 1)
+
+    overlaps = np.zeros((2, 3, math.prod(table)), dtype=np.int64)
+    keys = [[np.zeros(0, dtype=np.int64)] * 2]
+    for index, pair in enumerate(zip(_label_maps(prediction, ids), _label_maps(target, ids), strict=True)):
+        box = _bounding_box(pair[0] | pair[1], margin=1)  # the margin holds the boundary above and left of a mask
+        if box is not None:
+            first = index * num_labels
+            origin = first * strides[0] + box[0].start * strides[1] + box[1].start
+            overlaps[..., first : first + num_labels], new = _compare(
+                [labels[box] for labels in pair], num_labels, band_width, origin, strides
+            )
+            keys.append(new)
+
+    boundaries = [np.concatenate(side) for side in zip(*keys, strict=True)]
+    f = _f_measure(*boundaries, _ball(radius, (1, 1), strides[1:]), strides[0], math.prod(table))
+    region, band = overlaps.reshape(2, 3, *table)
+    boundary_iou = _ratio(band[0], band[1] + band[2] - band[0])
+    return VideoScores(ids, *region, f.reshape(table), boundary_iou, object_scores)
+
+
+# --- Sets of videos
+
+
+def counted_frames(scores: VideoScores, protocol: Protocol) -> np.ndarray:
+    """Which frames of which objects a benchmark counts, bool (T, N).
+
+    - "davis": all but the first and the last, so none in a video of one or two frames.
+    - "sav": of these, from the first on that shows the object in target or prediction, and only objects that the target
+      shows in one of them (SA-V's sav_benchmark.py).
+    - "youtube_vos": those after the first that shows the object in the target (Xu et al., 2018; the server's code is
+      not public).
+    - "all": all.
+
+    Raises:
+        ValueError: if the protocol is none of these.
+    """
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(get_args(Protocol))}")
+    in_target, in_either = scores.target_area > 0, scores.union > 0
+    counted = np.ones(in_target.shape, dtype=bool)
+    if protocol == "youtube_vos":
+        counted[:1] = False
+        counted[1:] = np.logical_or.accumulate(in_target, axis=0)[:-1]
+    elif protocol != "all":
+        counted[:1] = counted[-1:] = False
+    if protocol == "sav":
+        in_target_at_all = (in_target & counted).any(axis=0)
+        counted &= np.logical_or.accumulate(in_either & counted, axis=0) & in_target_at_all
+    return counted
+
+
+def _mean(values: Any) -> float:
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else math.nan
+
+
+def _recall(values: np.ndarray) -> float:
+    return _mean(values > 0.5)
+
+
+def _decay(values: np.ndarray) -> float:
+    """DAVIS' decay over frames: the mean of the first quarter less that of the last, which share their end frames."""
+    if not values.size:
+        return math.nan
+    # DAVIS keeps these limits in 8 bits, which goes wrong beyond 256 frames; here they are right.
+    limits = np.round(np.linspace(1, len(values), DECAY_BINS + 1) + 1e-10).astype(int) - 1
+    return float(values[: limits[1] + 1].mean() - values[limits[-2] :].mean())
+
+
+STATISTICS: dict[str, tuple[str, Callable[[np.ndarray], float]]] = {
+    f"{score}_{name}": (attribute, function)
+    for score, attribute in (("J", "j"), ("F", "f"), ("J&F", "jf"))
+    for name, function in (("mean", _mean), ("recall", _recall), ("decay", _decay))
+} | {
+    "dice": ("dice", _mean),
+    "boundary_iou": ("boundary_iou", _mean),
+    "occlusion_accuracy": ("occlusion_correct", _mean),
+}
+
+
+def score_objects(videos: Mapping[str, VideoScores], protocol: Protocol = "davis") -> list[dict[str, Any]]:
+    """The statistics of every object over the frames that count.
+
+    Args:
+        videos: scores by video name.
+        protocol: which frames count, see `counted_frames`.
+
+    Returns:
+        One row per object: `video`, `object_id`, `num_frames` and the columns of `STATISTICS`: mean, recall (share
+        above 0.5) and decay of J, F and J&F, means of Dice and boundary IoU, and the occlusion accuracy.
+    """
+    rows = []
+    for video, scores in videos.items():
+        counted = counted_frames(scores, protocol)
+        tables = {name: getattr(scores, attribute) for name, (attribute, _) in STATISTICS.items()}
+        for column, object_id in enumerate(scores.object_ids):
+            frames = counted[:, column]
+            row = {"video": video, "object_id": object_id, "num_frames": int(frames.sum())}
+            row |= {name: function(tables[name][frames, column]) for name, (_, function) in STATISTICS.items()}
+            rows.append(row)
+    return rows
+
+
+def detection_scores(iou: Any, in_prediction: Any, in_target: Any) -> dict[str, float]:
+    """Masks counted as detections: a pair with an IoU above 0.5 is a true positive.
+
+    Args:
+        iou: of every pair of masks, any shape.
+        in_prediction, in_target: whether the pair's masks have any pixels, bool, same shape.
+
+    Returns:
+        TP, FP, FN (a pair that does not match is both FP and FN, unless a mask is empty), precision, recall and F1; PQ,
+        SQ and RQ (Kirillov et al., 2019), pooled over all pairs; AP50, AP75, AP90 and AP (mean over 0.50:0.05:0.95),
+        each the share of the pairs with an IoU above the threshold, not counting pairs of empty masks.
+    """
+    iou, in_prediction, in_target = (np.asarray(x) for x in (iou, in_prediction, in_target))
+    match, either = in_prediction & in_target & (iou > MATCH_IOU), in_prediction | in_target
+    tp, fp, fn = (int(x.sum()) for x in (match, in_prediction & ~match, in_target & ~match))
+    empty = math.nan if not either.size else float(not either.any())
+
+    def share(part: float, whole: float) -> float:
+        return float(part / whole) if whole else empty
+
+    average = [share((iou[either] > threshold).sum(), either.sum()) for threshold in AP_THRESHOLDS]
+    sq, f1 = share(iou[match].sum(), tp), share(2 * tp, 2 * tp + fp + fn)
+    scores = {"TP": tp, "FP": fp, "FN": fn, "precision": share(tp, tp + fp), "recall": share(tp, tp + fn), "F1": f1}
+    scores |= {"PQ": sq * f1, "SQ": sq, "RQ": f1}
+    return scores | {"AP": _mean(average), "AP50": average[0], "AP75": average[5], "AP90": average[8]}
+
+
+def summarize(
+    videos: Mapping[str, VideoScores],
+    protocol: Protocol = "davis",
+    groups: Mapping[tuple[str, int], str] | None = None,
+) -> dict[str, Any]:
+    """Scores of a set of videos.
+
+    Args:
+        videos: scores by video name.
+        protocol: which frames count, see `counted_frames`.
+        groups: group of every (video, object id), such as "seen" and "unseen" for YouTube-VOS.
+
+    Returns:
+        `num_videos`, `num_objects` and `num_frames` (summed over objects) that count; the columns of `score_objects`
+        averaged over objects, as DAVIS does; `pixel_iou` and the `detection_scores` pooled over objects and frames.
+        With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and `overall`, the mean of their J&F.
+
+    Raises:
+        ValueError: if an object has no group (names it).
+    """
+    rows = [row for row in score_objects(videos, protocol) if row["num_frames"]]
+    pooled = [(s, counted_frames(s, protocol)) for s in videos.values()]
+    iou, union, intersection, predicted, annotated = (
+        np.concatenate([np.zeros(0), *(getattr(s, name)[counted] for s, counted in pooled)])
+        for name in ("j", "union", "intersection", "prediction_area", "target_area")
+    )
+    summary: dict[str, Any] = {
+        "num_videos": len({row["video"] for row in rows}),
+        "num_objects": len(rows),
+        "num_frames": sum(row["num_frames"] for row in rows),
+        **{name: _mean([row[name] for row in rows]) for name in STATISTICS},
+        "pixel_iou": float(_ratio(intersection.sum(), union.sum())) if rows else math.nan,
+        **detection_scores(iou, predicted > 0, annotated > 0),
+    }
+    return summary if groups is None else summary | _group(rows, groups)
+
+
+def _group(rows: list[dict[str, Any]], groups: Mapping[tuple[str, int], str]) -> dict[str, Any]:
+    keys = [(row["video"], row["object_id"]) for row in rows]
+    if missing := [key for key in keys if key not in groups]:
+        raise ValueError(f"no group is given for the objects {missing}")
+    result = {
+        group: {
+            name: _mean([row[name] for row, key in zip(rows, keys, strict=True) if groups[key] == group])
+            for name in ("J_mean", "F_mean", "J&F_mean")
+        }
+        for group in sorted({groups[key] for key in keys})
+    }
+    return {"groups": result, "overall": _mean([scores["J&F_mean"] for scores in result.values()])}
+
+
+# --- Volumes
+
+
+def _surface(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of voxels (P, 3) that the surface passes, and its area at each (P,)."""
+
+    def combine_corners(difference_along: int | None) -> np.ndarray:
+        cells = np.pad(mask, 1).astype(np.int8)
+        for axis in range(3):
+            lower, upper = np.delete(cells, -1, axis), np.delete(cells, 0, axis)
+            cells = upper - lower if axis == difference_along else upper + lower
+        return cells
+
+    inside = combine_corners(None)
+    points = np.nonzero((inside > 0) & (inside < 8))
+    # The surface of a cell of eight voxels as a vector: per axis, its share of the cell's face across that axis.
+    parts = [combine_corners(axis)[points] / 4 * math.prod(spacing) / spacing[axis] for axis in range(3)]
+    return np.stack(points, axis=1), np.linalg.norm(parts, axis=0)
+
+
+def surface_dice(
+    prediction: Any, target: Any, spacing: Sequence[float], tolerance: float, object_ids: Sequence[int] | None = None
+) -> np.ndarray:
+    """Share of the surfaces of both volumes that lies within `tolerance` of the other's surface (Nikolov et al., 2018).
+
+    Surface points and distances are those of DeepMind's surface-distance. The area at a point is the length of the
+    mask's finite difference, where surface-distance has a table of triangles; on CT lesions the two differ by less
+    than 0.01.
+
+    Args:
+        prediction, target: id maps (D, H, W) or boolean masks (D, N, H, W).
+        spacing: size of a voxel along D, H and W (reverse of SimpleITK's x, y, z), in the unit of the tolerance, as mm.
+        tolerance: largest distance that counts as the same surface.
+        object_ids: see `score_video`.
+
+    Returns:
+        Surface Dice of every object (N,).
+
+    Raises:
+        ValueError: as `score_video` does, or if the spacing is not three positive numbers or the tolerance negative.
+    """
+    prediction, target, ids = _check_pair(prediction, target, object_ids)
+    if len(spacing) != 3 or min(spacing) <= 0 or tolerance < 0:
+        raise ValueError(f"need three positive spacings and a tolerance of at least 0, not {spacing} and {tolerance}")
+    result = np.ones(len(ids))
+    for column, object_id in enumerate(ids):
+        pair = [video[:, column] if video.ndim == 4 else video == object_id for video in (prediction, target)]
+        box = _bounding_box(pair[0] | pair[1], margin=0)
+        if box is not None:
+            result[column] = _surface_dice(pair[0][box], pair[1][box], spacing, tolerance)
+    return result
+
+
+def _surface_dice(prediction: np.ndarray, target: np.ndarray, spacing: Sequence[float], tolerance: float) -> float:
+    rows, columns = (
+        size + 2 + math.ceil(tolerance / step) for size, step in zip(target.shape[1:], spacing[1:], strict=True)
+    )
+    strides = (rows * columns, columns, 1)
+    ball = _ball(tolerance, spacing, strides)
+    surfaces = [_surface(mask, spacing) for mask in (prediction, target)]
+    keys = [points @ np.array(strides) for points, _ in surfaces]
+    near = [_near(keys[0], keys[1], ball), _near(keys[1], keys[0], ball)]
+    areas = [area for _, area in surfaces]
+    return float(sum(area[n].sum() for area, n in zip(areas, near, strict=True)) / sum(area.sum() for area in areas))

@@ -1,0 +1,308 @@
+"""SamoeModel: SAM 2 video with a mixture of LoRA experts. It tracks in a session and learns from clips."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam2VideoModel
+from transformers import initialization as init
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
+
+from .clip import SamoeClipOutput, clip_forward, prompt_from_inputs
+from .configuration_samoe import SamoeConfig
+from .conversion import load_original
+from .experts import ExpertLinear, add_experts, is_expert_parameter
+from .prompts import sample_prompt
+from .tracking import remove_object, run_new_prompts, track_frame
+
+logger = logging.getLogger(__name__)
+
+# Parameters of the model itself that are tokens or encodings, and the position encodings of its backbone.
+TOKEN_PARAMETERS = re.compile(
+    r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|vision_encoder\..*pos_embed\w*"
+)
+TRAINABLE_SETS = {
+    "experts": is_expert_parameter,
+    "memory": re.compile(
+        r"(memory_attention|memory_encoder|object_pointer_proj|mask_downsample)\..*"
+        r"|temporal_positional_encoding_projection_layer\..*"
+        r"|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter"
+        r"|no_memory_embedding|no_memory_positional_encoding|no_object_pointer"
+    ).fullmatch,
+    "decoder": re.compile(r"mask_decoder\..*").fullmatch,
+    "all": lambda name: True,
+}
+
+
+class SamoeModel(Sam2VideoModel):
+    """SAM 2 video whose linear layers, by default the projections of its memory attention, have LoRA experts.
+
+    It takes the place of [`~transformers.Sam2VideoModel`] in tracking, and can be trained on clips. After construction
+    only experts and routers are trainable; see [`set_trainable`].
+    """
+
+    config_class = SamoeConfig
+    config: SamoeConfig
+
+    def __init__(self, config: SamoeConfig):
+        config.check_experts()
+        super().__init__(config)
+        self.expert_names = add_experts(
+            self,
+            config.expert_modules,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+        )
+        if self.device.type != "meta":
+            self.reset_parameters()
+        self.set_trainable("experts")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as `sam2` does; from transformers' narrower draw SAM 2 hardly learns from scratch."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            if isinstance(module, ExpertLinear):
+                module.reset_experts()
+        for name, parameter in self.named_parameters():
+            if TOKEN_PARAMETERS.fullmatch(name):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith(".scale"):
+                nn.init.constant_(parameter, self.config.memory_fuser_layer_scale_init_value)
+        # Points and image positions are encoded with one matrix.
+        image_embedding, point_embedding = self.shared_image_embedding, self.prompt_encoder.shared_embedding
+        point_embedding.positional_embedding.copy_(image_embedding.positional_embedding)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ExpertLinear):
+            # The bound of Kaiming-uniform with a = sqrt(5), and that of a new linear layer.
+            bound = module.in_features**-0.5
+            for parameter in (module.lora_A, module.router.weight, module.router.bias):
+                init.uniform_(parameter, -bound, bound)
+            init.zeros_(module.lora_B)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        experts: str | os.PathLike | None = None,
+        original_config: str | os.PathLike | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ) -> "SamoeModel":
+        """Loads a model in evaluation mode, with only its experts and routers trainable.
+
+        Args:
+            pretrained_model_name_or_path: one of
+                - a folder or Hub id of a SamoeModel;
+                - a folder or Hub id of a SAM 2 video model: experts without effect are added;
+                - an original checkpoint, of SAM 2 or SAM2-MoE (a `.pt` file).
+            experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
+            original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
+            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
+
+        Raises:
+            ValueError: if tensors other than the experts' are missing, or any is unexpected.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None and Path(source).is_file():
+            config, kwargs["state_dict"] = load_original(source, experts, original_config)
+            for name in [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]:
+                setattr(config, name, kwargs.pop(name))
+            pretrained_model_name_or_path = None
+        elif experts is not None or original_config is not None:
+            raise ValueError(
+                f"`experts` and `original_config` go with an original checkpoint file, but {str(source)!r} is not a file."
+            )
+        with _without_load_report():
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        _check_loaded(source, info)
+        if any(is_expert_parameter(name) for name in info["missing_keys"]):
+            logger.info(
+                f"{source} has no experts: {len(model.expert_names)} layers got new ones, without effect so far."
+            )
+        model.set_trainable("experts")
+        return (model, info) if output_loading_info else model
+
+    def set_trainable(self, *sets: str) -> None:
+        """Makes exactly the parameters of the named sets trainable.
+
+        Args:
+            sets: any of "experts" (all experts and routers), "memory" (memory attention with its experts, memory encoder
+                and what belongs to them), "decoder" (mask decoder), "all".
+        """
+        for name in sets:
+            if name not in TRAINABLE_SETS:
+                raise ValueError(f"`sets` must be among {', '.join(map(repr, TRAINABLE_SETS))}, got {name!r}.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(TRAINABLE_SETS[chosen](name) for chosen in sets))
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trainable, as PEFT does."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def forward(
+        self,
+        pixel_values: Tensor | Sam2VideoInferenceSession | None = None,
+        labels: Tensor | None = None,
+        object_mask: Tensor | None = None,
+        prompts: str = "mask",
+        input_points: Tensor | None = None,
+        input_labels: Tensor | None = None,
+        input_boxes: Tensor | None = None,
+        input_masks: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        inference_session: Sam2VideoInferenceSession | None = None,
+        frame_idx: int | None = None,
+        frame: Tensor | None = None,
+        reverse: bool = False,
+        run_mem_encoder: bool = True,
+    ) -> SamoeClipOutput | Sam2VideoSegmentationOutput:
+        """Runs over clips, or over one frame of a session.
+
+        A clip: `model(pixel_values, labels)` simulates prompts on the first frame from the labels and returns the loss;
+        without `labels`, prompts for the first frame are given as `input_*`, in pixels of the model's input.
+
+        A session: `model(inference_session, frame_idx)` as with [`~transformers.Sam2VideoModel`].
+
+        Args:
+            pixel_values: (B, T, 3, S, S), normalized frames; or a session, in the place that it has in Sam2VideoModel.
+            labels: (B, N, T, S, S) bool, the objects' masks.
+            object_mask: (B, N) bool, False for padded objects.
+            prompts: "mask", "point", "box" or "mixed"; see [`prompts.sample_prompt`].
+            input_points: (B, N, P, 2) as (x, y), with `input_labels` (B, N, P): 1 positive, 0 negative.
+            input_boxes: (B, N, 4) as (x0, y0, x1, y1).
+            input_masks: (B, N, S, S).
+            output_router_logits: whether to return the routers' logits; the configuration's value if None.
+            inference_session, frame_idx, frame, reverse, run_mem_encoder: as in Sam2VideoModel.
+        """
+        if isinstance(pixel_values, Sam2VideoInferenceSession):
+            # Positional arguments in Sam2VideoModel's order: the session, then the frame's index, then the frame.
+            inference_session = pixel_values
+            frame_idx = frame_idx if labels is None else labels
+            frame = frame if object_mask is None else object_mask
+        if inference_session is not None:
+            return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder)
+        _check_clip(pixel_values, labels, object_mask, self.image_size)
+        given = (input_points, input_labels, input_boxes, input_masks)
+        if labels is not None and all(value is None for value in given):
+            num_objects = labels.shape[1]
+            prompt = sample_prompt(labels[:, :, 0].flatten(0, 1), prompts)
+        else:
+            prompt, num_objects = prompt_from_inputs(*given)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return clip_forward(self, pixel_values, {0: prompt}, num_objects, labels, object_mask, output_router_logits)
+
+    @torch.inference_mode()
+    def _session_forward(
+        self,
+        session: Sam2VideoInferenceSession,
+        frame_idx: int | None,
+        frame: Tensor | None,
+        reverse: bool,
+        run_mem_encoder: bool,
+    ) -> Sam2VideoSegmentationOutput:
+        if frame is not None:
+            frame_idx = session.add_new_frame(frame, frame_idx)
+        return track_frame(
+            self,
+            session,
+            frame_idx,
+            reverse=reverse,
+            streaming=frame is not None,
+            run_mem_encoder=run_mem_encoder,
+        )
+
+    @torch.inference_mode()
+    def propagate_in_video_iterator(
+        self,
+        inference_session: Sam2VideoInferenceSession,
+        start_frame_idx: int | None = None,
+        max_frame_num_to_track: int | None = None,
+        reverse: bool = False,
+        show_progress_bar: bool = False,
+    ) -> Iterator[Sam2VideoSegmentationOutput]:
+        """As in Sam2VideoModel; it need not be called on the prompted frames first."""
+        run_new_prompts(self, inference_session)
+        yield from super().propagate_in_video_iterator(
+            inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
+        )
+
+    def remove_object(self, inference_session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
+        """Removes an object from a session, with all that is known of it; the others go on as before.
+
+        Raises:
+            ValueError: if `strict` and there is no such object.
+        """
+        remove_object(inference_session, obj_id, strict)
+
+
+def _check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
+    """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
+    shape = tuple(getattr(pixel_values, "shape", ()))
+    if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
+        got = f"shape {shape}" if shape else type(pixel_values).__name__
+        raise ValueError(
+            f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
+            f"got {got}."
+        )
+    videos, frames = shape[:2]
+    if labels is None:
+        return
+    expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
+    if labels.dtype != torch.bool or labels.dim() != 5 or labels.shape[1] == 0:
+        raise ValueError(
+            f"`labels` must be bool of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
+        raise ValueError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
+    if object_mask is not None and object_mask.shape != labels.shape[:2]:
+        raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
+
+
+def _check_loaded(source: str | os.PathLike | None, info: dict[str, Any]) -> None:
+    """Raises a `ValueError` if a checkpoint lacks tensors of the base model, some of the experts', or has others."""
+    missing = sorted(name for name in info["missing_keys"] if not is_expert_parameter(name))
+    unexpected = sorted(info["unexpected_keys"])
+    problems = [
+        f"{len(names)} tensors are {what}, such as {names[0]!r}"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Holds back transformers' warning about missing tensors, which [`_check_loaded`] judges more strictly."""
+    library_logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    library_logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        library_logger.removeFilter(keep)

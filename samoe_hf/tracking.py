@@ -1,0 +1,254 @@
+"""Tracking in a session: which objects run together on a frame, with which prompts and memories.
+
+The session is transformers' own [`~transformers.Sam2VideoInferenceSession`]. Beside its outputs per object it keeps that
+object's [`MemoryBank`] (under "memory_bank"), and with each output the prompt that it came from (under "prompt"): a
+prompt is new as long as no output came from it. So prompts may be added one by one, in any order.
+"""
+
+from collections import OrderedDict, defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Sam2VideoInferenceSession
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
+
+from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, unflatten_features
+from .memory_bank import FrameMemory, MemoryBank, MemorySelection
+
+if TYPE_CHECKING:
+    from .modeling_samoe import SamoeModel
+
+
+class _Work(NamedTuple):
+    """What objects must have in common to run on a frame in one batch."""
+
+    is_initial: bool
+    reverse: bool
+    has_mask: bool
+    num_points: int
+    has_previous_mask: bool
+    selection: MemorySelection | None
+
+
+def track_frame(
+    model: "SamoeModel",
+    session: Sam2VideoInferenceSession,
+    frame_idx: int,
+    *,
+    reverse: bool = False,
+    streaming: bool = False,
+    run_mem_encoder: bool = True,
+) -> Sam2VideoSegmentationOutput:
+    """Segments all objects of the session on one frame, after any new prompts on other frames.
+
+    Raises:
+        ValueError: if there is no object, no such frame, or an object that was never prompted.
+    """
+    if session.get_obj_num() == 0:
+        raise ValueError("No objects are provided for tracking; please add inputs first.")
+    if session.processed_frames is None or frame_idx not in session.processed_frames:
+        raise ValueError(
+            f"`frame_idx` must be a frame of the session ({session.num_frames or 0} frames), got {frame_idx}."
+        )
+    run_new_prompts(model, session, except_frame=frame_idx, streaming=streaming)
+    rows = range(session.get_obj_num())
+    _run(model, session, frame_idx, rows, reverse, streaming, run_mem_encoder)
+    outputs = [_output(session, row, frame_idx) for row in rows]
+    device = session.inference_device
+    return Sam2VideoSegmentationOutput(
+        object_ids=session.obj_ids.copy(),
+        pred_masks=torch.cat([output["pred_masks"].to(device) for output in outputs]),
+        object_score_logits=torch.cat([output["object_score_logits"] for output in outputs]),
+        frame_idx=frame_idx,
+    )
+
+
+def run_new_prompts(
+    model: "SamoeModel",
+    session: Sam2VideoInferenceSession,
+    except_frame: int | None = None,
+    streaming: bool = False,
+) -> None:
+    """Segments the objects that have new prompts on frames other than `except_frame`, on those frames, in order."""
+    rows_by_frame = defaultdict(list)
+    for row in range(session.get_obj_num()):
+        for frame_idx in {*session.point_inputs_per_obj[row], *session.mask_inputs_per_obj[row]}:
+            if frame_idx != except_frame and frame_idx in (session.processed_frames or ()):
+                if _new_prompt(session, row, frame_idx) is not None:
+                    rows_by_frame[frame_idx].append(row)
+    for frame_idx in sorted(rows_by_frame):
+        _run(model, session, frame_idx, rows_by_frame[frame_idx], False, streaming, True)
+
+
+def remove_object(session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
+    """Removes an object with all its prompts, outputs and memories; the others keep theirs.
+
+    Args:
+        strict: whether an unknown `obj_id` is a `ValueError`.
+    """
+    if obj_id not in session._obj_id_to_idx:
+        if strict:
+            raise ValueError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
+        return
+    kept = [row for other, row in session._obj_id_to_idx.items() if other != obj_id]
+    session.obj_ids = [session.obj_idx_to_id(row) for row in kept]
+    session._obj_id_to_idx = OrderedDict((other, row) for row, other in enumerate(session.obj_ids))
+    session._obj_idx_to_id = OrderedDict(enumerate(session.obj_ids))
+    for name in ("point_inputs_per_obj", "mask_inputs_per_obj", "output_dict_per_obj", "frames_tracked_per_obj"):
+        table = getattr(session, name)
+        setattr(session, name, {new: table[old] for new, old in enumerate(kept)})
+    session.obj_with_new_inputs = [other for other in session.obj_with_new_inputs if other != obj_id]
+
+
+def _run(
+    model: "SamoeModel",
+    session: Sam2VideoInferenceSession,
+    frame_idx: int,
+    rows,
+    reverse: bool,
+    streaming: bool,
+    run_mem_encoder: bool,
+) -> None:
+    """Runs the given objects on a frame, those of equal work in one batch, and keeps what comes out."""
+    num_frames = None if streaming else session.num_frames
+    batches = defaultdict(list)
+    for row in rows:
+        work = _work(model, session, row, frame_idx, reverse, num_frames)
+        if work is not None:
+            batches[work].append(row)
+    if not batches:
+        return
+    image = _image_features(model, session, frame_idx)
+    for work, batch in batches.items():
+        output = frame_step(
+            model,
+            image,
+            _prompt(model, session, batch, frame_idx, work),
+            [_bank(session, row) for row in batch],
+            work.selection,
+            num_objects=len(batch),
+            encode_memory=run_mem_encoder,
+            fill_hole_area=model.config.fill_hole_area,
+        )
+        for index, row in enumerate(batch):
+            _keep(session, row, frame_idx, work, output, index)
+
+
+def _work(
+    model: "SamoeModel",
+    session: Sam2VideoInferenceSession,
+    row: int,
+    frame_idx: int,
+    reverse: bool,
+    num_frames: int | None,
+) -> _Work | None:
+    """What is to be done for an object on a frame; None where its output is there and stays."""
+    prompt, output, bank = _new_prompt(session, row, frame_idx), _output(session, row, frame_idx), _bank(session, row)
+    if prompt is None and output is not None and (frame_idx in bank.conditioning or output["prompt"] is not None):
+        return None
+    tracked = session.frames_tracked_per_obj[row].get(frame_idx)
+    is_initial = prompt is not None and tracked is None
+    if prompt is not None and tracked is not None:
+        reverse = tracked["reverse"]
+    has_mask = isinstance(prompt, Tensor)
+    selection = None
+    if not (is_initial or has_mask):
+        if not bank.conditioning:
+            raise ValueError(f"Object {session.obj_idx_to_id(row)} was never prompted; please add inputs for it first.")
+        selection = bank.select(
+            frame_idx,
+            num_maskmem=model.num_maskmem,
+            max_object_pointers=model.config.max_object_pointers_in_encoder,
+            max_cond_frames=model.config.max_cond_frame_num,
+            num_frames=num_frames,
+            reverse=reverse,
+            past_pointers_only=not model.training,
+        )
+    num_points = prompt["point_labels"].shape[-1] if isinstance(prompt, dict) else 0
+    refines = num_points > 0 and output is not None and model.config.previous_mask_with_clicks
+    return _Work(is_initial, reverse, has_mask, num_points, refines, selection)
+
+
+def _prompt(
+    model: "SamoeModel", session: Sam2VideoInferenceSession, rows: list[int], frame_idx: int, work: _Work
+) -> Prompt | None:
+    """The prompts of a batch of objects on a frame."""
+    if work.has_mask:
+        masks = torch.cat([session.mask_inputs_per_obj[row][frame_idx] for row in rows])
+        if masks.shape[-2:] != (model.image_size, model.image_size):
+            size = (model.image_size, model.image_size)
+            masks = (F.interpolate(masks.float(), size, mode="bilinear", antialias=True) >= 0.5).to(masks.dtype)
+        return Prompt(mask=masks)
+    if not work.num_points:
+        return None
+    inputs = [session.point_inputs_per_obj[row][frame_idx] for row in rows]
+    points = torch.cat([given["point_coords"][:, 0] for given in inputs])
+    previous_mask = None
+    if work.has_previous_mask:
+        outputs = [_output(session, row, frame_idx)["pred_masks"].to(points.device) for row in rows]
+        previous_mask = torch.cat(outputs).clamp(-PREVIOUS_MASK_LIMIT, PREVIOUS_MASK_LIMIT).to(session.dtype)
+    return Prompt(
+        points=points,
+        labels=torch.cat([given["point_labels"][:, 0] for given in inputs]),
+        previous_mask=previous_mask,
+    )
+
+
+def _keep(
+    session: Sam2VideoInferenceSession, row: int, frame_idx: int, work: _Work, output: FrameOutput, index: int
+) -> None:
+    """Stores one object's part of a batch's output in the session and in the object's memory bank."""
+    outputs = session.output_dict_per_obj[row]
+    memory = output.memory.row(index)
+    kept = {
+        "pred_masks": output.masks[index : index + 1].to(session.inference_state_device),
+        "object_pointer": memory.pointers,
+        "object_score_logits": output.object_score_logits[index : index + 1],
+        "prompt": _given(session, row, frame_idx),
+    }
+    if work.is_initial:
+        outputs["non_cond_frame_outputs"].pop(frame_idx, None)
+        outputs["cond_frame_outputs"][frame_idx] = kept
+    else:
+        outputs["non_cond_frame_outputs"][frame_idx] = kept
+        session.frames_tracked_per_obj[row][frame_idx] = {"reverse": work.reverse}
+    features = None if memory.features is None else memory.features.to(session.inference_state_device)
+    _bank(session, row).write(frame_idx, FrameMemory(memory.pointers, features), work.is_initial)
+    session.obj_with_new_inputs = [i for i in session.obj_with_new_inputs if i != session.obj_idx_to_id(row)]
+
+
+def _image_features(model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int) -> ImageFeatures:
+    """Features of a frame, from the session's cache where they are there."""
+    cached = session.cache.get_vision_features(frame_idx)
+    if cached is None:
+        outputs = model.get_image_features(session.get_frame(frame_idx).unsqueeze(0), return_dict=True)
+        cached = {"vision_feats": outputs.fpn_hidden_states, "vision_pos_embeds": outputs.fpn_position_encoding}
+        session.cache.cache_vision_features(frame_idx, cached)
+    return unflatten_features(model, cached["vision_feats"], cached["vision_pos_embeds"][-1])
+
+
+def _given(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:
+    """What the user gave of an object on a frame: a mask (1, 1, S, S), points with labels in a dict, or None."""
+    mask = session.mask_inputs_per_obj[row].get(frame_idx)
+    points = session.point_inputs_per_obj[row].get(frame_idx)
+    if mask is not None and points is not None:
+        raise ValueError(f"Object {session.obj_idx_to_id(row)} has both points and a mask on frame {frame_idx}.")
+    return points if mask is None else mask
+
+
+def _new_prompt(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:
+    """What the user gave, if no output came from it yet."""
+    given, output = _given(session, row, frame_idx), _output(session, row, frame_idx)
+    return None if output is not None and output["prompt"] is given else given
+
+
+def _output(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> dict[str, Any] | None:
+    outputs = session.output_dict_per_obj[row]
+    conditioning = outputs["cond_frame_outputs"].get(frame_idx)
+    return conditioning if conditioning is not None else outputs["non_cond_frame_outputs"].get(frame_idx)
+
+
+def _bank(session: Sam2VideoInferenceSession, row: int) -> MemoryBank:
+    return session.output_dict_per_obj[row].setdefault("memory_bank", MemoryBank())
