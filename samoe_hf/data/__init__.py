@@ -1,0 +1,42 @@
+"""Video segmentation data: readers for dataset layouts, one schema for all of them, and clips for training."""
+
+from .clips import ClipCollator, ClipDataset, ClipSampler
+from .mixing import ClipStream, MixedDataset
+from .registry import load_videos
+from .schema import FEATURES, Video, VideoList, to_datasets, video_from_row, videos_from_dataset
+from .synthetic import SYNTHETIC_DOMAINS, SyntheticVideos
+from .transforms import training_transforms
+from .video_io import (
+    FrameSequence,
+    SampleError,
+    read_label_png,
+    read_video,
+    voc_palette,
+    write_palette_png,
+    write_video,
+)
+
+__all__ = [
+    "FEATURES",
+    "SYNTHETIC_DOMAINS",
+    "ClipCollator",
+    "ClipDataset",
+    "ClipSampler",
+    "ClipStream",
+    "FrameSequence",
+    "MixedDataset",
+    "SampleError",
+    "SyntheticVideos",
+    "Video",
+    "VideoList",
+    "load_videos",
+    "read_label_png",
+    "read_video",
+    "to_datasets",
+    "training_transforms",
+    "video_from_row",
+    "videos_from_dataset",
+    "voc_palette",
+    "write_palette_png",
+    "write_video",
+]

@@ -1,0 +1,282 @@
+"""Training clips: sampling of frames and objects, joint resizing, and collation.
+
+A clip depends on (seed, epoch, number of the draw) alone, whichever process or worker makes it, so that a resumed run
+sees the clips that the stopped one would have seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, get_worker_info
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from .schema import Video
+from .video_io import SampleError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+ClipTransform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[tv_tensors.Image, tv_tensors.Mask]]
+Clip = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClipSampler:
+    """Draws a clip from a video, as SAM 2's training does.
+
+    Frames are consecutive annotated frames (with a stride counted in annotated frames); objects are drawn from those
+    visible on the clip's first frame and may vanish later. Of a video that is too short, frames are repeated by
+    reflection at its ends (0 1 2 1 0 1 …), so one frame gives a clip that stands still.
+
+    Args:
+        num_frames: frames per clip.
+        stride: step between a clip's frames, in annotated frames.
+        max_objects: at most so many objects per clip.
+        image_size: side of the square that frames and masks are resized to, in pixels.
+        reverse_probability: of playing the clip backwards.
+        transforms: joint augmentation before resizing, see `samoe_hf.data.transforms`: a callable on frames
+            (T, 3, H, W) uint8 and masks (N, T, H, W) uint8 that draws from torch's global generator.
+    """
+
+    num_frames: int = 8
+    stride: int = 1
+    max_objects: int = 3
+    image_size: int = 1024
+    reverse_probability: float = 0.5
+    transforms: ClipTransform | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.num_frames, self.stride, self.max_objects, self.image_size) < 1:
+            raise ValueError("num_frames, stride, max_objects and image_size must be at least 1")
+        if not 0 <= self.reverse_probability <= 1:
+            raise ValueError(f"reverse_probability must be within 0..1, not {self.reverse_probability}")
+        if self.num_frames == 1:
+            warn_one_frame("clips with num_frames=1")
+
+    def __call__(self, video: Video, seed: Sequence[int]) -> Clip:
+        """Draws a clip.
+
+        Args:
+            video: where from.
+            seed: non-negative integers that decide everything random.
+
+        Returns:
+            `pixel_values` (T, 3, S, S) float32 with ImageNet mean and std, `labels` (N, T, S, S) bool with
+            1 <= N <= max_objects and every object visible on the first frame, `domain`, `video_id`, and
+            `frame_indices`, the T indices within the video.
+
+        Raises:
+            SampleError: the video has no object that could be tracked from any first frame.
+        """
+        rng = np.random.default_rng(list(seed))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))  # torch.manual_seed would reseed CUDA too
+            for positions in self._candidates(len(video.annotated_frames), rng):
+                frames = [video.annotated_frames[i] for i in positions]
+                visible = rng.permutation(video.visible(frames[0]))
+                clip = self._load(video, frames, visible[: self.max_objects].tolist()) if len(visible) else None
+                if clip is not None:
+                    return clip
+        raise SampleError(f"{video.video_id}: no object on any annotated frame that a clip could start from")
+
+    def _candidates(self, length: int, rng: np.random.Generator) -> Iterator[list[int]]:
+        """Clips from every start in random order, those that need no reflection first, as positions 0 … length - 1."""
+        steps = np.arange(self.num_frames) * self.stride
+        fitting = max(length - int(steps[-1]), 0)
+        for start in (*rng.permutation(fitting), *rng.permutation(np.arange(fitting, length))):
+            clip = _reflect(start + steps, length)
+            yield (clip[::-1] if rng.random() < self.reverse_probability else clip).tolist()
+
+    def _load(self, video: Video, frames: list[int], objects: list[int]) -> Clip | None:
+        """The clip, or None where resizing or an augmentation has lost all objects on the first frame."""
+        needed = sorted(set(frames))  # ascending, so that a video file is decoded once through
+        images = {i: video.frames[i] for i in needed}
+        masks = {i: video.masks(i, objects) for i in needed}
+        pixels = tv_tensors.Image(torch.from_numpy(np.stack([images[i] for i in frames])).permute(0, 3, 1, 2))
+        labels = tv_tensors.Mask(torch.from_numpy(np.stack([masks[i] for i in frames], axis=1).astype(np.uint8)))
+        if self.transforms is not None:
+            pixels, labels = self.transforms(pixels, labels)
+        labels = resize_masks(labels, self.image_size)
+        labels = labels[labels[:, 0].any(dim=(-2, -1))]
+        if len(labels) == 0:
+            return None
+        return {
+            "pixel_values": normalize_frames(pixels, self.image_size),
+            "labels": labels,
+            "domain": video.domain,
+            "video_id": video.video_id,
+            "frame_indices": frames,
+        }
+
+
+def _reflect(positions: np.ndarray, length: int) -> np.ndarray:
+    """Folds positions beyond the end back into 0 … length - 1, without repeating the end."""
+    period = max(2 * (length - 1), 1)
+    folded = positions % period
+    return np.minimum(folded, period - folded) if length > 1 else np.zeros_like(positions)
+
+
+def warn_one_frame(what: str) -> None:
+    """Warns that single frames do not train the memory attention."""
+    warnings.warn(
+        f"{what}: one frame never attends to a memory, so experts in the memory attention get no gradient from it; "
+        "give the configuration's `expert_modules` other modules as well, or train on longer clips",
+        stacklevel=3,
+    )
+
+
+def normalize_frames(frames: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Resizes (T, 3, H, W) uint8 frames to a square as PIL's bicubic filter does, and normalizes them.
+
+    Returns:
+        (T, 3, image_size, image_size) float32 with ImageNet mean and standard deviation.
+    """
+    frames = tvf.resize(frames, [image_size, image_size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    frames = frames.as_subclass(torch.Tensor).contiguous().float()
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return frames.sub_(mean).div_(std)
+
+
+def resize_masks(masks: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Resizes (…, H, W) masks to a square by the nearest pixel; returns (…, image_size, image_size) bool."""
+    masks = tvf.resize(tv_tensors.Mask(masks), [image_size, image_size], interpolation=InterpolationMode.NEAREST)
+    return masks.as_subclass(torch.Tensor) > 0
+
+
+class SharedEpoch:
+    """An epoch in shared memory, so that persistent data loader workers see it change."""
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()  # a plain pickle forgets it
+
+    @property
+    def epoch(self) -> int:
+        """The epoch set last, 0 at first."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes every draw give another clip; to be called before the data loader is iterated."""
+        self._epoch.fill_(epoch)
+
+
+class ClipSource(SharedEpoch):
+    """An epoch, and what to do with samples that cannot be used.
+
+    Args:
+        on_error: "raise", or "skip", which logs and counts them.
+    """
+
+    def __init__(self, on_error: Literal["raise", "skip"] = "raise"):
+        super().__init__()
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'on_error must be "raise" or "skip", not {on_error!r}')
+        self.on_error = on_error
+        self._skipped = torch.zeros(1024, dtype=torch.int64).share_memory_()  # a slot per worker needs no lock
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples left out so far, in all workers."""
+        return int(self._skipped.sum())
+
+    def _raise_or_skip(self, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        worker = get_worker_info()
+        self._skipped[0 if worker is None else worker.id + 1] += 1
+        logger.warning("skipped a sample, %d so far: %s", self.num_skipped, error)
+
+
+class ClipDataset(ClipSource, Dataset):
+    """Clips of a sequence of videos, `clips_per_video` of each per epoch.
+
+    Args:
+        videos: a list or a lazy sequence of `Video`, such as `load_videos` returns.
+        seed: with the epoch and the index, decides a clip.
+        clips_per_video: how often an epoch goes through the videos.
+        on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and replaced by
+            one from the next video.
+        sampling: the arguments of `ClipSampler`.
+
+    Raises:
+        SampleError: on access, a damaged file or a video without objects; names it. When skipping, only where no video
+            can be used.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        *,
+        seed: int = 0,
+        clips_per_video: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+        **sampling: Any,
+    ):
+        super().__init__(on_error)
+        if len(videos) == 0:
+            raise ValueError("a dataset without videos")
+        self.videos, self.seed, self.clips_per_video = videos, seed, clips_per_video
+        self.sampler = ClipSampler(**sampling)
+
+    def __len__(self) -> int:
+        return len(self.videos) * self.clips_per_video
+
+    def __getitem__(self, index: int) -> Clip:
+        return self.draw(range(len(self))[index])
+
+    def draw(self, number: int) -> Clip:
+        """The clip of a draw, any number from 0: video `number % len(videos)`, another clip for each number."""
+        for attempt in range(len(self.videos)):
+            try:
+                video = self.videos[(number + attempt) % len(self.videos)]
+                return self.sampler(video, (self.seed, self.epoch, number))
+            except (SampleError, OSError) as error:
+                self._raise_or_skip(error)
+        raise SampleError(f"none of the {len(self.videos)} videos can be used, see the log")
+
+
+@dataclass(frozen=True)
+class ClipCollator:
+    """Collates clips of equal length and size, padding their objects.
+
+    Args:
+        keep_domain: also return `domain`, a list of B names. Off by default: `transformers.Trainer` gives the model
+            every key of a batch.
+
+    Returns:
+        `pixel_values` (B, T, 3, S, S) float32, `labels` (B, N, T, S, S) bool with N the most objects of a clip, and
+        `object_mask` (B, N) bool, False for padding.
+    """
+
+    keep_domain: bool = False
+
+    def __call__(self, clips: Sequence[Clip]) -> dict[str, Any]:
+        shapes = {tuple(clip["pixel_values"].shape) for clip in clips}
+        if len(shapes) > 1:
+            raise ValueError(f"clips of a batch must have one number of frames and one size, not {sorted(shapes)}")
+        counts = torch.tensor([len(clip["labels"]) for clip in clips])
+        batch: dict[str, Any] = {
+            "pixel_values": torch.stack([clip["pixel_values"] for clip in clips]),
+            "labels": pad_sequence([clip["labels"] for clip in clips], batch_first=True),
+            "object_mask": torch.arange(int(counts.max())) < counts[:, None],
+        }
+        if self.keep_domain:
+            batch["domain"] = [clip["domain"] for clip in clips]
+        return batch

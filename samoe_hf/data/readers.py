@@ -1,0 +1,272 @@
+"""Readers for the layouts in which video segmentation datasets come.
+
+Each takes the dataset's folder, a split and a domain name, and returns a `VideoList`: folders are listed at once, a
+video is opened (and its errors, which name the file, are raised) when it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+from collections.abc import Collection, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from .annotations import LabelImages, ObjectImages, RleMasks
+from .clips import warn_one_frame
+from .schema import Video, VideoList
+from .video_io import ImageFrames, SampleError, image_paths, natural_key, read_label_png, read_video
+
+
+def read_davis(
+    root: str | Path,
+    split: str | None = None,
+    domain: str = "davis",
+    year: Literal[2016, 2017] | None = None,
+    resolution: str = "480p",
+) -> VideoList:
+    """DAVIS 2016 (one object, stored as 0 and 255) and 2017 (palette images).
+
+    Args:
+        root: holds `JPEGImages`, `Annotations` and `ImageSets`.
+        split: "train", "val"…, a list in `ImageSets`; all sequences by default.
+        domain: name for routing and metrics.
+        year: whose lists to use, and for 2016 to take every label as object 1; by default 2017 where
+            `ImageSets/2017` exists.
+        resolution: "480p" or "Full-Resolution".
+    """
+    root = Path(root)
+    year = year or (2017 if (root / "ImageSets" / "2017").is_dir() else 2016)
+    frames, lists = root / "JPEGImages" / resolution, root / "ImageSets" / str(year)
+    if year == 2016 and not lists.is_dir():
+        lists = root / "ImageSets" / resolution  # where DAVIS 2016 itself has its lists
+    names = _listed(lists / f"{split}.txt") if split else _subfolders(frames)
+    entries = {name: (frames / name, root / "Annotations" / resolution / name) for name in names}
+    return VideoList(entries, partial(_open_labelled, domain, year == 2016))
+
+
+def read_vos(root: str | Path, split: str | None = None, domain: str = "vos", binary: bool = False) -> VideoList:
+    """YouTube-VOS, MOSE, LVOS, and any `JPEGImages/<video>/*.jpg` with label images `Annotations/<video>/*.png`.
+
+    Labels may be missing for some frames; those are unannotated.
+
+    Args:
+        root: holds `<split>/JPEGImages` and `<split>/Annotations`, or these two directly.
+        split: a folder of root, or a list `ImageSets/<split>.txt` of videos.
+        domain: name for routing and metrics.
+        binary: every label above 0 is object 1.
+    """
+    root, names = Path(root), None
+    if split and (root / split).is_dir():
+        root = root / split
+    elif split:
+        names = _listed(root / "ImageSets" / f"{split}.txt")
+    names = names or _subfolders(root / "JPEGImages")
+    entries = {name: (root / "JPEGImages" / name, root / "Annotations" / name) for name in names}
+    return VideoList(entries, partial(_open_labelled, domain, binary))
+
+
+def _open_labelled(domain: str, binary: bool, video_id: str, folders: tuple[Path, Path]) -> Video:
+    frames = ImageFrames(image_paths(folders[0]))
+    labels = LabelImages(_by_frame(frames, image_paths(folders[1])), binary)
+    return Video(video_id, frames, labels, domain)
+
+
+def read_sa_v_val(root: str | Path, split: str = "sav_val", domain: str = "sa_v") -> VideoList:
+    """SA-V validation and test: frames at 24 per second, a folder of binary masks per object at 6 per second.
+
+    An object's id is its folder's number plus 1, as in SAM 2's code.
+
+    Args:
+        root: holds `sav_val` and `sav_test`, or is one of them.
+        split: "sav_val" or "sav_test".
+        domain: name for routing and metrics.
+    """
+    root = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
+    frames = root / "JPEGImages_24fps"
+    names = _listed(root / f"{split}.txt") if (root / f"{split}.txt").is_file() else _subfolders(frames)
+    entries = {name: (frames / name, root / "Annotations_6fps" / name) for name in names}
+    return VideoList(entries, partial(_open_per_object, domain))
+
+
+def _open_per_object(domain: str, video_id: str, folders: tuple[Path, Path]) -> Video:
+    frames = ImageFrames(image_paths(folders[0]))
+    paths = {}
+    for name in _subfolders(folders[1]):
+        if not name.isdigit():
+            raise SampleError(f"{folders[1] / name}: an object's folder must be named by its number")
+        paths[int(name) + 1] = _by_frame(frames, image_paths(folders[1] / name))
+    return Video(video_id, frames, ObjectImages(paths), domain)
+
+
+def read_sa_v(
+    root: str | Path,
+    domain: str = "sa_v",
+    annotations: Literal["manual", "auto"] = "manual",
+    frame_step: int = 4,
+) -> VideoList:
+    """SA-V training: `<video>.mp4` with COCO-RLE masklets in `<video>_manual.json` or `<video>_auto.json`.
+
+    An object's id is its place in the file plus 1. As in SAM 2's code, a frame for which an object has no masklet entry
+    counts as unannotated.
+
+    Args:
+        root: searched at any depth.
+        domain: name for routing and metrics.
+        annotations: which masklets.
+        frame_step: video frames per annotated frame (24 and 6 per second).
+    """
+    suffix = f"_{annotations}.json"
+    files = sorted(_existing(root).rglob(f"*{suffix}"))
+    if not files:
+        raise FileNotFoundError(f"{root}: no files *{suffix}")
+    entries = {path.name.removesuffix(suffix): path for path in files}
+    return VideoList(entries, partial(_open_masklets, domain, frame_step))
+
+
+def _open_masklets(domain: str, frame_step: int, video_id: str, path: Path) -> Video:
+    try:
+        data = json.loads(path.read_text())
+        masklets, size = data["masklet"], (int(data["video_height"]), int(data["video_width"]))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise SampleError(f"{path}: not SA-V annotations ({error!r})") from error
+    rles = {i * frame_step: dict(enumerate(rle, 1)) for i, rle in enumerate(masklets) if rle and None not in rle}
+    masks = RleMasks(rles, sorted(set().union(*rles.values())), size, str(path))
+    return Video(video_id, read_video(path.with_name(f"{video_id}.mp4")), masks, domain)
+
+
+def read_ocid(
+    root: str | Path,
+    split: Literal["train", "val", "test"] | None = None,
+    domain: str = "ocid",
+    ignore_ids: Collection[int] = (),
+) -> VideoList:
+    """OCID: sequences `…/seqNN/{rgb,label}/*.png` at any depth, labels of 16 bits, objects placed one after another.
+
+    As in the original: sequences named `seq13` are the test split, the rest is split 80/20 with seed 42; objects are
+    those in a sequence's last label.
+
+    Args:
+        root: `ARID10`, `ARID20`, `YCB10` or the folder of them.
+        split: all sequences by default.
+        domain: name for routing and metrics.
+        ignore_ids: labels that are no objects. In OCID, 1 is the floor, or the table where there is one and 2 then; the
+            original counts them as objects, and so does the default.
+    """
+    root = _existing(root)
+    found = {
+        p.parent.relative_to(root).as_posix(): p.parent for p in root.rglob("rgb") if (p.parent / "label").is_dir()
+    }
+    if not found:
+        raise FileNotFoundError(f"{root}: no sequences with the folders rgb and label")
+    names = sorted(found, key=natural_key)
+    return VideoList(
+        {name: found[name] for name in _ocid_split(names, split)}, partial(_open_ocid, domain, frozenset(ignore_ids))
+    )
+
+
+def _ocid_split(names: list[str], split: str | None) -> list[str]:
+    if split is None:
+        return names
+    rest = [name for name in names if Path(name).name != "seq13"]
+    random.Random(42).shuffle(rest)
+    border = int(0.8 * len(rest))
+    splits = {"train": rest[:border], "val": rest[border:], "test": [n for n in names if Path(n).name == "seq13"]}
+    if split not in splits:
+        raise ValueError(f"OCID has the splits {', '.join(splits)}, not {split!r}")
+    return splits[split]
+
+
+def _open_ocid(domain: str, ignore_ids: frozenset[int], video_id: str, folder: Path) -> Video:
+    frames = ImageFrames(image_paths(folder / "rgb"))
+    paths = _by_frame(frames, image_paths(folder / "label"))
+    placed = set(np.unique(read_label_png(paths[max(paths)])).tolist())
+    return Video(video_id, frames, LabelImages(paths, object_ids=placed - {0} - ignore_ids), domain)
+
+
+def read_coco(
+    root: str | Path,
+    split: str = "train2017",
+    domain: str = "coco",
+    images: str | None = None,
+    annotations: str | None = None,
+) -> VideoList:
+    """Images with COCO annotations, each a video of one frame; crowds and images without annotations are left out.
+
+    Warns that single frames do not train the memory attention. Objects are numbered from 1 in the file's order.
+
+    Args:
+        root: the dataset's folder.
+        split: names the image folder and `annotations/instances_<split>.json`.
+        domain: name for routing and metrics.
+        images: the image folder, where it is named differently.
+        annotations: the annotation file, where it is named differently.
+    """
+    warn_one_frame(f"COCO images in {root}")
+    path = Path(root) / (annotations or f"annotations/instances_{split}.json")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # COCO prints its progress
+            coco = COCO(str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError) as error:
+        raise SampleError(f"{path}: not COCO annotations ({error!r})") from error
+    entries = {
+        image["file_name"]: image_id
+        for image_id, image in sorted(coco.imgs.items())
+        if coco.getAnnIds(imgIds=[image_id], iscrowd=False)
+    }
+    return VideoList(entries, partial(_open_coco, domain, coco, Path(root) / (images or split)))
+
+
+def _open_coco(domain: str, coco: COCO, folder: Path, file_name: str, image_id: int) -> Video:
+    image, path = coco.imgs[image_id], folder / file_name
+    try:
+        rles = [coco.annToRLE(ann) for ann in coco.loadAnns(coco.getAnnIds(imgIds=[image_id], iscrowd=False))]
+        size = (image["height"], image["width"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise SampleError(f"{path}: its COCO annotations cannot be read ({error!r})") from error
+    masks = RleMasks({0: dict(enumerate(rles, 1))}, range(1, len(rles) + 1), size, f"annotations of {path}")
+    return Video(file_name, ImageFrames([path]), masks, domain)
+
+
+def _by_frame(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:
+    """Frame index -> label image, matched by the files' names."""
+    index = {name: i for i, name in enumerate(frames.names)}
+    if len(index) < len(frames):
+        raise SampleError(f"{frames.paths[0].parent}: several frames of one name")
+    paths = {path: index.get(path.stem) for path in labels}
+    stray = [path for path, i in paths.items() if i is None]
+    if stray:
+        raise SampleError(f"{stray[0]}: no frame of this name in {frames.paths[0].parent}")
+    return {i: path for path, i in paths.items() if i is not None}
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    return Path(folder)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Names of the folders within a folder, in natural order."""
+    names = [path.name for path in _existing(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if not names:
+        raise FileNotFoundError(f"{folder}: no folders in it")
+    return sorted(names, key=natural_key)
+
+
+def _listed(path: Path) -> list[str]:
+    """Videos in a split's list: one name per line, or (DAVIS 2016) the files of each frame."""
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        raise FileNotFoundError(f"{path}: no list for this split; there are: {known}")
+    lines = [Path(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    names: list[Any] = [line.parent.name if line.suffix else line.name for line in lines]
+    if not names:
+        raise SampleError(f"{path}: this list of videos is empty")
+    return list(dict.fromkeys(names))

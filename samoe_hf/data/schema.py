@@ -1,0 +1,288 @@
+"""One schema for every dataset: `Video`, and its form as a row of a `datasets.Dataset`.
+
+A row holds standard feature types only, so a dataset can be saved, streamed and pushed to the Hub. Frames keep the
+bytes of their files, or become PNGs; masks are COCO run-length encodings, which are exact for overlapping objects,
+ids of any size and frames without annotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import Any
+from uuid import uuid4
+
+import datasets
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from .annotations import Annotations, MaskArrays, RleMasks
+from .video_io import ArrayFrames, FrameSequence, ImageFrames, SampleError, read_image
+
+FEATURES = datasets.Features(
+    {
+        "video_id": datasets.Value("string"),
+        "domain": datasets.Value("string"),
+        "frames": datasets.List(datasets.Image()),
+        "frame_names": datasets.List(datasets.Value("string")),
+        "size": datasets.List(datasets.Value("int32")),  # height, width
+        "object_ids": datasets.List(datasets.Value("int64")),
+        "annotated_frames": datasets.List(datasets.Value("int32")),
+        "masks": datasets.List(datasets.List(datasets.Value("string"))),  # RLE counts, annotated frames x objects
+        "spacing": datasets.List(datasets.Value("float64")),  # empty where unknown
+    }
+)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video with the masks of its objects.
+
+    Attributes:
+        video_id: unique within its dataset.
+        frames: (H, W, 3) uint8 RGB frames, decoded on access.
+        annotations: the masks, see `Annotations`.
+        domain: the name under which routing and metrics are reported.
+        spacing: of a volume, the size of a voxel along x, y and the slices, in mm.
+    """
+
+    video_id: str
+    frames: FrameSequence
+    annotations: Annotations
+    domain: str = "default"
+    spacing: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.frames) == 0:
+            raise SampleError(f"{self.video_id}: a video without frames")
+        frames = self.annotations.frames
+        if frames and not 0 <= frames[0] <= frames[-1] < len(self.frames):
+            raise SampleError(f"{self.video_id}: annotations up to frame {frames[-1]}, but {len(self.frames)} frames")
+
+    @classmethod
+    def from_arrays(
+        cls,
+        video_id: str,
+        frames: np.ndarray,
+        masks: np.ndarray,
+        object_ids: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Video:
+        """A video in memory: frames (T, H, W[, 3]) uint8, masks (T, num_objects, H, W) bool, ids 1… by default."""
+        ids = range(1, masks.shape[1] + 1) if object_ids is None else object_ids
+        return cls(video_id, ArrayFrames(frames), MaskArrays(masks, ids), **kwargs)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.frames.size
+
+    @property
+    def object_ids(self) -> list[int]:
+        """Ids of all objects, ascending, above 0."""
+        return self.annotations.object_ids
+
+    @property
+    def annotated_frames(self) -> list[int]:
+        """Indices of the annotated frames, ascending."""
+        return self.annotations.frames
+
+    def is_annotated(self, frame: int) -> bool:
+        """Whether the frame's masks are known. On an annotated frame, an object with an empty mask is absent."""
+        return frame in self.annotations.frames
+
+    def visible(self, frame: int) -> list[int]:
+        """Ids of the objects with pixels on an annotated frame, ascending."""
+        self._check_annotated(frame)
+        return self.annotations.visible(frame)
+
+    def masks(self, frame: int, object_ids: Sequence[int] | None = None) -> np.ndarray:
+        """The objects' masks on an annotated frame.
+
+        Args:
+            frame: index of the frame.
+            object_ids: objects to read, in this order; all of the video's by default.
+
+        Returns:
+            (num_objects, H, W) bool, all False for an absent object.
+
+        Raises:
+            SampleError: the frame is not annotated, or its masks differ in size from the frames; names the file.
+        """
+        self._check_annotated(frame)
+        masks = self.annotations.masks(frame, self.object_ids if object_ids is None else object_ids)
+        if masks.shape[1:] != tuple(self.size):
+            source = self.annotations.source(frame)
+            raise SampleError(f"{self.video_id}: masks of size {masks.shape[1:]} for frames of {self.size} ({source})")
+        return masks
+
+    def _check_annotated(self, frame: int) -> None:
+        if not self.is_annotated(frame):
+            raise SampleError(f"{self.video_id}: frame {frame} is not annotated")
+
+
+class VideoList(Sequence):
+    """Videos that are opened when they are asked for.
+
+    Args:
+        entries: video id -> what `open_entry` takes to open it.
+        open_entry: (video_id, entry) -> `Video`; must be picklable for data loader workers that are spawned.
+    """
+
+    def __init__(self, entries: dict[str, Any], open_entry: Callable[[str, Any], Video]):
+        self.entries, self.open_entry = entries, open_entry
+        self.video_ids = list(entries)
+
+    def __len__(self) -> int:
+        return len(self.video_ids)
+
+    def __getitem__(self, index: int) -> Video:
+        video_id = self.video_ids[index]
+        return self.open_entry(video_id, self.entries[video_id])
+
+    def select(self, video_ids: Sequence[str]) -> VideoList:
+        """The videos with these ids, in this order; ValueError for one that is not there."""
+        missing = [video_id for video_id in video_ids if video_id not in self.entries]
+        if missing:
+            raise ValueError(f"no videos {missing}; there are {self.video_ids[:10]}{'…' if len(self) > 10 else ''}")
+        return VideoList({video_id: self.entries[video_id] for video_id in video_ids}, self.open_entry)
+
+
+class _EncodedFrames(FrameSequence):
+    """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already."""
+
+    def __init__(self, video_id: str, images: list[Any], names: list[str], size: Sequence[int]):
+        self.video_id, self.images, self.names, self.size = video_id, images, names, tuple(size)
+
+    def _read(self, index: int) -> np.ndarray:
+        image, name = self.images[index], f"{self.video_id}, frame {self.names[index]}"
+        if isinstance(image, Image.Image):
+            frame = np.asarray(image.convert("RGB"))
+        else:
+            frame = read_image(image["bytes"] or image["path"], name)
+        if frame.shape[:2] != self.size:
+            raise SampleError(f"{name}: frame of size {frame.shape[:2]}, but the video's is {self.size}")
+        return frame
+
+
+def video_to_row(video: Video) -> dict[str, Any]:
+    """The video as a row with the types of `FEATURES`, its frames encoded."""
+    ids = video.object_ids
+    return {
+        "video_id": video.video_id,
+        "domain": video.domain,
+        "frames": [{"bytes": data, "path": None} for data in _encoded(video.frames)],
+        "frame_names": video.frames.names,
+        "size": list(video.size),
+        "object_ids": ids,
+        "annotated_frames": video.annotated_frames,
+        "masks": [_rle_counts(video.masks(frame, ids)) for frame in video.annotated_frames],
+        "spacing": list(video.spacing or ()),
+    }
+
+
+def _encoded(frames: FrameSequence) -> Iterator[bytes]:
+    if isinstance(frames, ImageFrames):
+        yield from (path.read_bytes() for path in frames.paths)
+        return
+    for frame in frames:
+        buffer = BytesIO()
+        Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
+        yield buffer.getvalue()
+
+
+def _rle_counts(masks: np.ndarray) -> list[str]:
+    return [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii") for mask in masks]
+
+
+def video_from_row(row: dict[str, Any]) -> Video:
+    """The video of a row; frames and masks are decoded on access.
+
+    `datasets` itself decodes every image of a row with the feature `Image()`; `videos_from_dataset` prevents that.
+    """
+    size, ids = row["size"], row["object_ids"]
+    rles = {
+        frame: {i: {"size": size, "counts": counts} for i, counts in zip(ids, frame_counts, strict=True)}
+        for frame, frame_counts in zip(row["annotated_frames"], row["masks"], strict=True)
+    }
+    return Video(
+        row["video_id"],
+        _EncodedFrames(row["video_id"], row["frames"], row["frame_names"], size),
+        RleMasks(rles, ids, size, row["video_id"]),
+        row["domain"],
+        tuple(row["spacing"]) or None,
+    )
+
+
+def to_datasets(
+    videos: Sequence[Video], streaming: bool = False, cache_dir: str | None = None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Videos as a `datasets.Dataset` with `FEATURES`, or as an `IterableDataset` that encodes while it is read.
+
+    The dataset is written anew to the cache at each call, since a fingerprint of lazily read files would not notice
+    that they have changed.
+
+    Args:
+        videos: a list or a lazy sequence.
+        streaming: nothing is written; rows are made on the fly, each video a shard of its own.
+        cache_dir: where to write, `datasets`' own cache by default.
+    """
+    rows = partial(_rows, videos)
+    if streaming:
+        return datasets.IterableDataset.from_generator(
+            rows, features=FEATURES, gen_kwargs={"indices": list(range(len(videos)))}
+        )
+    # A row is a whole video; Arrow's offsets end at 2 GB per written batch.
+    return datasets.Dataset.from_generator(
+        partial(rows, range(len(videos))),
+        features=FEATURES,
+        cache_dir=cache_dir,
+        writer_batch_size=4,
+        fingerprint=uuid4().hex,
+    )
+
+
+def _rows(videos: Sequence[Video], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    return (video_to_row(videos[i]) for i in indices)
+
+
+class _DatasetVideos(Sequence):
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset.with_format("arrow")  # hands out encoded images
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Video:
+        return video_from_row(self.dataset[index].to_pylist()[0])
+
+
+class _StreamedVideos:
+    def __init__(self, dataset: datasets.IterableDataset):
+        self.dataset = dataset.cast_column("frames", datasets.List(datasets.Image(decode=False)))
+
+    def __iter__(self) -> Iterator[Video]:
+        return map(video_from_row, self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+
+def videos_from_dataset(dataset: datasets.Dataset | datasets.IterableDataset) -> Sequence[Video] | Iterable[Video]:
+    """Videos of a dataset with `FEATURES`: a sequence, or, of an `IterableDataset`, an iterable with `set_epoch`.
+
+    Frames are not decoded before they are asked for, unlike in the rows that `datasets` hands out itself.
+
+    Raises:
+        ValueError: columns are missing.
+    """
+    missing = set(FEATURES) - set(dataset.column_names or FEATURES)
+    if missing:
+        raise ValueError(f"the dataset lacks the columns {sorted(missing)} of samoe_hf.data.FEATURES")
+    return _DatasetVideos(dataset) if isinstance(dataset, datasets.Dataset) else _StreamedVideos(dataset)

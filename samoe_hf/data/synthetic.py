@@ -1,0 +1,214 @@
+"""Synthetic videos of moving objects that occlude each other, in several visually distinct domains.
+
+They need no download and cost a few milliseconds, so that training and tracking can be tried and tested anywhere.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .schema import Video
+
+
+@dataclass
+class _Body:
+    """A convex shape and its motion. Lengths in pixels, angles in radians, one value per frame where it says (T,)."""
+
+    centers: np.ndarray  # (T, 2), x and y
+    angles: np.ndarray  # (T,)
+    radii: np.ndarray  # (T,)
+    normals: np.ndarray  # (sides, 2) of a polygon around the unit circle, or (0, 2) for an ellipse
+    aspect: float  # length over width, at least 1
+
+    def local_grid(self, frame: int, size: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+        """The part of the frame around the body, and its pixels' coordinates in units of the body's radius."""
+        reach = 1.5 * self.aspect * self.radii[frame]
+        low = np.clip(self.centers[frame] - reach, 0, (size[1], size[0])).astype(int)
+        high = np.clip(self.centers[frame] + reach + 1, 0, (size[1], size[0])).astype(int)
+        x = np.arange(low[0], high[0], dtype=np.float32) - self.centers[frame, 0]
+        y = np.arange(low[1], high[1], dtype=np.float32)[:, None] - self.centers[frame, 1]
+        cos, sin = np.float32([np.cos(self.angles[frame]), np.sin(self.angles[frame])]) / np.float32(self.radii[frame])
+        u, v = (cos * x + sin * y) / np.float32(self.aspect), cos * y - sin * x
+        return (slice(low[1], high[1]), slice(low[0], high[0])), u, v
+
+    def depth(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """How far inside the outline a point is: 1 in the center, 0 on the outline, negative outside."""
+        if len(self.normals) == 0:
+            return 1 - np.hypot(u, v)
+        sides = [nx * u + ny * v for nx, ny in self.normals.astype(np.float32)]
+        return 1 - np.max([*sides, np.hypot(u, v) / np.float32(1.5)], axis=0)  # corners are rounded off at 1.5
+
+
+def _bounce(start: np.ndarray, velocity: np.ndarray, low: np.ndarray, high: np.ndarray, num_frames: int) -> np.ndarray:
+    """Positions (T, 2) of a point that moves evenly and is reflected at the bounds."""
+    span = high - low
+    travelled = (start - low + velocity * np.arange(num_frames)[:, None]) % (2 * span)
+    return low + span - np.abs(travelled - span)
+
+
+def _start_positions(rng: np.random.Generator, radii: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Starting centers (num_objects, 2) inside the frame, as far apart as a few tries get, so that all are seen."""
+    extent = np.array([size[1], size[0]])
+    centers: list[np.ndarray] = []
+    for radius in radii:
+        tries = rng.uniform(0.15, 0.85, (24, 2)) * extent
+        gaps = [np.linalg.norm(tries - c, axis=1) - r - radius for c, r in zip(centers, radii, strict=False)]
+        centers.append(tries[np.argmax(np.min(gaps, axis=0))] if gaps else tries[0])
+    return np.array(centers)
+
+
+def _bodies(rng: np.random.Generator, num_objects: int, num_frames: int, size: tuple[int, int]) -> list[_Body]:
+    extent, side, time = np.array([size[1], size[0]]), min(size), np.arange(num_frames)
+    radii = side * rng.uniform(0.09, 0.16, num_objects)
+    bodies = []
+    for radius, center in zip(radii, _start_positions(rng, radii, size), strict=True):
+        leaves = rng.random() < 0.25  # its bounds then lie outside the frame, and it moves fast enough to get there
+        heading = rng.uniform(0, 2 * np.pi)
+        speed = side * (rng.uniform(0.05, 0.08) if leaves else rng.uniform(0.01, 0.04))
+        margin = 2.2 * radius if leaves else -0.5 * radius
+        velocity = speed * np.array([np.cos(heading), np.sin(heading)])
+        turns = rng.uniform(0, 2 * np.pi) + rng.uniform(-0.1, 0.1) * time
+        scales = 1 + 0.15 * np.sin(rng.uniform(0, 2 * np.pi) + rng.uniform(0.1, 0.3) * time)
+        sides = int(rng.choice([0, 3, 4, 5, 6]))
+        directions = 2 * np.pi * (np.arange(sides) + rng.uniform(-0.2, 0.2, sides)) / max(sides, 1)
+        normals = np.stack([np.cos(directions), np.sin(directions)], axis=-1)
+        centers = _bounce(center, velocity, np.zeros(2) - margin, extent + margin, num_frames)
+        bodies.append(_Body(centers, turns, radius * scales, normals, rng.uniform(1.0, 1.5)))
+    return bodies
+
+
+def _smooth_noise(rng: np.random.Generator, size: tuple[int, int], cell: int, channels: int) -> np.ndarray:
+    """Noise in 0..1 with features of about `cell` pixels, (H, W, channels) float32."""
+    rows, columns = (np.arange(n, dtype=np.float32) / cell for n in size)
+    grid = rng.random((int(rows[-1]) + 2, int(columns[-1]) + 2, channels), dtype=np.float32)
+    i, j = rows.astype(int), columns.astype(int)
+    a, b = (rows - i)[:, None, None], (columns - j)[:, None]
+    grid = grid[i] * (1 - a) + grid[i + 1] * a
+    return grid[:, j] * (1 - b) + grid[:, j + 1] * b
+
+
+def _sharp(depth: np.ndarray) -> np.ndarray:
+    return (depth > 0).astype(np.float32)[..., None]
+
+
+class _Shapes:
+    """Brightly coloured, textured polygons and ellipses over a cloudy background."""
+
+    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+        return 0.25 + 0.4 * _smooth_noise(rng, size, max(2, min(size) // 8), 3)
+
+    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
+        colour = np.float32(0.15 + 0.7 * rng.permutation([0.0, rng.uniform(0, 1), 1.0]))
+        fu, fv = rng.uniform(3, 9, 2).astype(np.float32)
+        return lambda u, v, depth: (colour + 0.2 * (np.sin(fu * u) * np.sin(fv * v))[..., None], _sharp(depth))
+
+    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        return frames + 0.02 * rng.standard_normal((*frames.shape[:3], 1), dtype=np.float32)
+
+
+class _Blobs:
+    """Soft gray blobs of low contrast in multiplicative speckle, like ultrasound."""
+
+    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+        return 0.3 + 0.1 * _smooth_noise(rng, size, max(2, min(size) // 4), 1)
+
+    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
+        gray = np.float32(rng.uniform(0.08, 0.16) if rng.random() < 0.5 else rng.uniform(0.55, 0.7))
+        return lambda u, v, depth: (gray, np.clip(0.5 + 4 * depth, 0, 1)[..., None])  # half covered on the outline
+
+    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        return frames * (1 + 0.3 * rng.standard_normal(frames.shape, dtype=np.float32))
+
+
+class _Stripes:
+    """Objects and background in the same two tones, told apart by the direction and width of their stripes alone."""
+
+    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+        y, x = np.mgrid[: size[0], : size[1]].astype(np.float32) * np.float32(40 / min(size))
+        return self._tones(x + y + np.float32(rng.uniform(0, 6)))
+
+    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
+        frequency = np.float32(rng.uniform(4, 8))
+        return lambda u, v, depth: (self._tones(frequency * (np.hypot(u, v) if order % 2 else u)), _sharp(depth))
+
+    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        return frames
+
+    @staticmethod
+    def _tones(phase: np.ndarray) -> np.ndarray:
+        return np.where(np.sin(phase)[..., None] > 0, np.float32([0.85, 0.75, 0.5]), np.float32([0.15, 0.2, 0.35]))
+
+
+# A domain gives the background, (H, W, 1 or 3) float32 in 0..1; a painter for each object, which turns the object's own
+# coordinates and depth into colour and opacity, so that its texture moves with it; and what comes over finished frames.
+_Painter = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
+_DOMAINS = {"shapes": _Shapes(), "blobs": _Blobs(), "stripes": _Stripes()}
+SYNTHETIC_DOMAINS = tuple(_DOMAINS)
+
+
+class SyntheticVideos(Sequence):
+    """Videos of objects that move, turn, change size, bounce, occlude each other, and at times leave and return.
+
+    Video i depends on the seed, the domain and i only. Every object is seen on the first frame; its mask is what is
+    visible of it, so masks do not overlap.
+
+    Args:
+        num_videos: length of the sequence.
+        num_frames: frames per video.
+        image_size: (height, width) in pixels.
+        max_objects: each video has 1 to this many objects.
+        domain: "shapes" (coloured textured shapes over clouds), "blobs" (soft gray blobs in speckle, like ultrasound)
+            or "stripes" (texture alone tells objects from background); also the videos' domain name.
+        seed: another seed gives other videos.
+
+    Raises:
+        ValueError: an unknown domain, or a number below 1.
+    """
+
+    def __init__(
+        self,
+        num_videos: int,
+        num_frames: int,
+        image_size: tuple[int, int] = (128, 128),
+        max_objects: int = 3,
+        domain: str = "shapes",
+        seed: int = 0,
+    ):
+        if domain not in _DOMAINS:
+            raise ValueError(f"unknown synthetic domain {domain!r}; there are {', '.join(SYNTHETIC_DOMAINS)}")
+        if min(num_videos, num_frames, max_objects, *image_size) < 1:
+            raise ValueError("num_videos, num_frames, max_objects and image_size must be at least 1")
+        self.num_videos, self.num_frames, self.image_size = num_videos, num_frames, (image_size[0], image_size[1])
+        self.max_objects, self.domain, self.seed = max_objects, domain, seed
+
+    def __len__(self) -> int:
+        return self.num_videos
+
+    def __getitem__(self, index: int) -> Video:
+        position = range(self.num_videos)[index]
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.domain.encode()), position])
+        frames, masks = self._render(rng)
+        return Video.from_arrays(f"{self.domain}_{self.seed}_{position:05d}", frames, masks, domain=self.domain)
+
+    def _render(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Frames (T, H, W[, 3]) uint8 and visible masks (T, num_objects, H, W) bool; later objects are nearer."""
+        look, size, num_frames = _DOMAINS[self.domain], self.image_size, self.num_frames
+        bodies = _bodies(rng, int(rng.integers(1, self.max_objects + 1)), num_frames, size)
+        frames = np.repeat(look.background(rng, size)[None], num_frames, axis=0)
+        masks = np.zeros((num_frames, len(bodies), *size), dtype=bool)
+        for order, body in enumerate(bodies):
+            paint = look.painter(rng, order)
+            for t in range(num_frames):
+                (rows, columns), u, v = body.local_grid(t, size)
+                depth = body.depth(u, v)
+                colour, opacity = paint(u, v, depth)
+                frames[t, rows, columns] = opacity * colour + (1 - opacity) * frames[t, rows, columns]
+                masks[t, :order, rows, columns] &= depth <= 0
+                masks[t, order, rows, columns] = depth > 0
+        frames = np.clip(255 * look.finish(rng, frames), 0, 255).astype(np.uint8)
+        return (frames[..., 0] if frames.shape[-1] == 1 else frames), masks

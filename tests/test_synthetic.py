@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos
+
+
+def all_masks(video):
+    return np.stack([video.masks(t) for t in range(len(video))])
+
+
+@pytest.mark.parametrize("domain", SYNTHETIC_DOMAINS)
+def test_a_video_depends_on_seed_domain_and_index_alone(domain):
+    videos = SyntheticVideos(5, 4, (40, 56), domain=domain, seed=3)
+    again = SyntheticVideos(9, 4, (40, 56), domain=domain, seed=3)[2]
+    assert np.array_equal(videos[2].frames[:], again.frames[:])
+    assert np.array_equal(all_masks(videos[2]), all_masks(again))
+    other = SyntheticVideos(5, 4, (40, 56), domain=domain, seed=4)[2]
+    assert not np.array_equal(videos[2].frames[0], other.frames[0])
+    assert not np.array_equal(videos[2].frames[0], videos[3].frames[0])
+
+
+@pytest.mark.parametrize("domain", SYNTHETIC_DOMAINS)
+def test_videos_follow_the_schema(domain):
+    videos = SyntheticVideos(30, 3, (40, 56), max_objects=4, domain=domain)
+    assert {len(video.object_ids) for video in videos} == {1, 2, 3, 4}
+    for video in videos:
+        assert video.domain == domain and video.frames[0].shape == (40, 56, 3) and video.frames[0].dtype == np.uint8
+        masks = all_masks(video)
+        assert masks.dtype == bool and masks.shape == (3, len(video.object_ids), 40, 56)
+        assert masks[0].any(axis=(1, 2)).all(), "every object is seen on the first frame"
+        assert masks.sum(axis=1).max() == 1, "masks hold the visible parts only"
+    assert len({video.video_id for video in videos}) == 30
+
+
+def test_objects_move_occlude_each_other_leave_and_return():
+    areas = [all_masks(video).sum(axis=(2, 3)) for video in SyntheticVideos(60, 24, (64, 64), max_objects=3)]
+    hidden = [object_areas == 0 for video_areas in areas for object_areas in video_areas.T]
+    returned = sum(np.any(h[:-1] & ~h[1:]) for h in hidden)
+    assert 0.05 < returned / len(hidden) < 0.5
+
+    video = SyntheticVideos(1, 24, (64, 64), max_objects=1)[0]
+    centers = [np.argwhere(mask[0]).mean(axis=0) for mask in all_masks(video) if mask.any()]
+    assert np.linalg.norm(np.diff(centers, axis=0), axis=1).mean() > 0.3
+
+
+def test_domains_look_different():
+    def colourfulness(domain):
+        frames = np.stack([video.frames[0] for video in SyntheticVideos(5, 1, (64, 64), domain=domain)]).astype(float)
+        return frames.std(axis=-1).mean(), len(np.unique(frames.reshape(-1, 3), axis=0))
+
+    shapes, blobs, stripes = (colourfulness(domain) for domain in ("shapes", "blobs", "stripes"))
+    assert blobs[0] == 0 and shapes[0] > 10  # gray, colourful
+    assert stripes[1] == 2  # two tones only
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="unknown synthetic domain 'shape'; there are shapes"):
+        SyntheticVideos(1, 1, domain="shape")
+    with pytest.raises(ValueError, match="num_frames"):
+        SyntheticVideos(1, 0)
+    with pytest.raises(IndexError):
+        SyntheticVideos(2, 1)[2]
