@@ -25,8 +25,8 @@ class SamoeClipOutput(ModelOutput):
 
     Args:
         loss: scalar, with labels: the weighted sum of `loss_dict`, the router's part times `router_aux_loss_coef`.
-        loss_dict: with labels: `focal`, `dice`, `iou`, `object_score`, each summed over frames and divided by the number
-            of objects, and `router` (0 while `router_aux_loss_coef` is 0), all without weights.
+        loss_dict: with labels: `focal`, `dice`, `iou`, `object_score`, each summed over frames and divided by the
+            number of objects, and `router` (0 while `router_aux_loss_coef` is 0), all without weights.
         pred_masks: (B, N, T, S / 4, S / 4), logits.
         iou_scores: (B, N, T), estimated IoU of `pred_masks`.
         object_score_logits: (B, N, T), positive where the object is seen.

@@ -1,6 +1,6 @@
 """Configuration of SAMoE: SAM 2 video plus the settings of its experts."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
@@ -35,7 +35,7 @@ class SamoeConfig(Sam2VideoConfig):
             Whether a click on a frame that already has a mask refines that mask, as `sam2` does; `False` starts from
             the clicks alone, as `Sam2VideoModel` does.
         fill_hole_area (`int`, *optional*, defaults to 0):
-            Holes of up to this many pixels in the low-resolution masks are filled while tracking; `sam2` uses 8 on GPUs.
+            Holes of up to this many pixels in the low-resolution masks are filled while tracking (`sam2`: 8, on GPUs).
 
     Raises:
         ValueError: for a value out of range, naming the field and what it allows.
@@ -43,7 +43,7 @@ class SamoeConfig(Sam2VideoConfig):
 
     model_type = "samoe"
     # Trainer gathers what evaluation returns; these are for training logs and for analysis.
-    keys_to_ignore_at_inference = ["loss_dict", "router_logits"]
+    keys_to_ignore_at_inference: ClassVar = ["loss_dict", "router_logits"]
 
     num_experts: int = 10
     num_experts_per_tok: int = 2

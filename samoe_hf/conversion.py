@@ -92,7 +92,7 @@ _RENAMES = {
     **_mlp("obj_ptr_proj", "object_pointer_proj", depth=3),
     "obj_ptr_tpos_proj": "temporal_positional_encoding_projection_layer",
 }
-_EXPERT = re.compile(r"(?P<module>.+)\.experts\.(?P<index>\d+)\.lora_(?P<matrix>down|up)\.weight")
+EXPERT_TENSOR = re.compile(r"(?P<module>.+)\.experts\.(?P<index>\d+)\.lora_(?P<matrix>down|up)\.weight")
 _GATE = re.compile(r"(?P<module>.+)\.gate\.gate\.(?P<leaf>weight|bias)")
 _POINT_EMBEDDING = re.compile(r"sam_prompt_encoder\.point_embeddings\.(?P<index>\d+)\.weight")
 _MATRICES = {"down": "lora_A", "up": "lora_B"}
@@ -127,23 +127,28 @@ def _rename(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     return renamed
 
 
-def _is_expert(original_name: str) -> bool:
-    return bool(_EXPERT.fullmatch(original_name) or _GATE.fullmatch(original_name))
+def find_our_name(original_name: str) -> str | None:
+    """The name here of a module of the original, None if SAM 2 has nothing of this name."""
+    return _find(original_name, _TO_OURS)
 
 
-def _without_base_layer(original_name: str) -> str:
+def is_expert_name(original_name: str) -> bool:
+    return bool(EXPERT_TENSOR.fullmatch(original_name) or _GATE.fullmatch(original_name))
+
+
+def without_base_layer(original_name: str) -> str:
     return original_name.replace(".base_layer.", ".")
 
 
 def _from_original_name(name: str) -> tuple[str, int | None]:
     """The name here of the original's tensor `name`, and its place in it if this is only a part of that tensor."""
-    if match := _EXPERT.fullmatch(name):
+    if match := EXPERT_TENSOR.fullmatch(name):
         return f"{_rename(match['module'], _TO_OURS)}.{_MATRICES[match['matrix']]}", int(match["index"])
     if match := _GATE.fullmatch(name):
         return f"{_rename(match['module'], _TO_OURS)}.router.{match['leaf']}", None
     if match := _POINT_EMBEDDING.fullmatch(name):
         return _POINT_EMBEDDINGS, int(match["index"])
-    return _rename(_without_base_layer(name), _TO_OURS), None
+    return _rename(without_base_layer(name), _TO_OURS), None
 
 
 def state_dict_from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -237,13 +242,15 @@ class _Section(NamedTuple):
     fields: dict[str, Any]
 
 
+_DECODER = "mask_decoder_config."
 _WIDTH = "vision_config.fpn_hidden_size"  # one width from the neck on
 _NECK = "vision_config.fpn_"
-_TRUNK = "vision_config.backbone_config."
-_POINTER_TIME = "enable_temporal_pos_encoding_for_object_pointers"
-_MODELING = "sam2.modeling."
-_BASE, _PREDICTOR = "sam2.modeling.sam2_base.SAM2Base", "sam2.sam2_video_predictor.SAM2VideoPredictor"
-_ATTENTION, _MOE_ATTENTION = f"{_MODELING}sam.transformer.RoPEAttention", f"{_MODELING}moe_attention.MoERoPEAttention"
+TRUNK = "vision_config.backbone_config."
+POINTER_TIME = "enable_temporal_pos_encoding_for_object_pointers"
+_BASE = "sam2.modeling.sam2_base.SAM2Base"
+_PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"
+_ATTENTION = "sam2.modeling.sam.transformer.RoPEAttention"
+_MOE_ATTENTION = "sam2.modeling.moe_attention.MoERoPEAttention"
 
 
 def _section(target: str, **fields: Any) -> _Section:
@@ -290,17 +297,17 @@ _IMAGE_ENCODER = _section(
     "backbones.image_encoder.ImageEncoder",
     trunk=_section(
         "backbones.hieradet.Hiera",
-        embed_dim=_Setting(f"{_TRUNK}hidden_size", 96),
-        num_heads=_Setting(f"{_TRUNK}num_attention_heads", 1),
+        embed_dim=_Setting(f"{TRUNK}hidden_size", 96),
+        num_heads=_Setting(f"{TRUNK}num_attention_heads", 1),
         drop_path_rate=_Only(0.0, 0.0),
-        q_pool=_Setting(f"{_TRUNK}num_query_pool_stages", 3),
-        q_stride=_Setting(f"{_TRUNK}query_stride", [2, 2]),
-        stages=_Setting(f"{_TRUNK}blocks_per_stage", [2, 3, 16, 3]),
+        q_pool=_Setting(f"{TRUNK}num_query_pool_stages", 3),
+        q_stride=_Setting(f"{TRUNK}query_stride", [2, 2]),
+        stages=_Setting(f"{TRUNK}blocks_per_stage", [2, 3, 16, 3]),
         dim_mul=_Only(2.0, 2.0),
         head_mul=_Only(2.0, 2.0),
-        window_pos_embed_bkg_spatial_size=_Setting(f"{_TRUNK}window_positional_embedding_background_size", [14, 14]),
-        window_spec=_Setting(f"{_TRUNK}window_size_per_stage", [8, 4, 14, 7]),
-        global_att_blocks=_Setting(f"{_TRUNK}global_attention_blocks", [12, 16, 20]),
+        window_pos_embed_bkg_spatial_size=_Setting(f"{TRUNK}window_positional_embedding_background_size", [14, 14]),
+        window_spec=_Setting(f"{TRUNK}window_size_per_stage", [8, 4, 14, 7]),
+        global_att_blocks=_Setting(f"{TRUNK}global_attention_blocks", [12, 16, 20]),
         weights_path=_Only(None, None),
         return_interm_layers=_Only(True, True),
     ),
@@ -391,9 +398,9 @@ _MODEL = {
     "non_overlap_masks_for_mem_enc": _Only(False, False),
     "use_obj_ptrs_in_encoder": _Only(True, False),
     "max_obj_ptrs_in_encoder": _Setting("max_object_pointers_in_encoder", 16),
-    "add_tpos_enc_to_obj_ptrs": _Setting(_POINTER_TIME, True),
-    "proj_tpos_enc_in_obj_ptrs": _Setting(_POINTER_TIME, False),
-    "use_signed_tpos_enc_to_obj_ptrs": _Setting(_POINTER_TIME, False),
+    "add_tpos_enc_to_obj_ptrs": _Setting(POINTER_TIME, True),
+    "proj_tpos_enc_in_obj_ptrs": _Setting(POINTER_TIME, False),
+    "use_signed_tpos_enc_to_obj_ptrs": _Setting(POINTER_TIME, False),
     "only_obj_ptrs_in_the_past_for_eval": _Only(True, False),
     "pred_obj_scores": _Only(True, False),
     "pred_obj_scores_mlp": _Only(True, False),
@@ -404,13 +411,9 @@ _MODEL = {
     "sam_mask_decoder_extra_args": _Section(
         {},
         {
-            "dynamic_multimask_via_stability": _Setting("mask_decoder_config.dynamic_multimask_via_stability", True),
-            "dynamic_multimask_stability_delta": _Setting(
-                "mask_decoder_config.dynamic_multimask_stability_delta", 0.05
-            ),
-            "dynamic_multimask_stability_thresh": _Setting(
-                "mask_decoder_config.dynamic_multimask_stability_thresh", 0.98
-            ),
+            "dynamic_multimask_via_stability": _Setting(f"{_DECODER}dynamic_multimask_via_stability", True),
+            "dynamic_multimask_stability_delta": _Setting(f"{_DECODER}dynamic_multimask_stability_delta", 0.05),
+            "dynamic_multimask_stability_thresh": _Setting(f"{_DECODER}dynamic_multimask_stability_thresh", 0.98),
         },
     ),
     "compile_image_encoder": _IGNORED,
@@ -423,8 +426,8 @@ _PREDICTOR_FIELDS = {
 }
 _ORIGINAL = _Section({_BASE: {}, _PREDICTOR: _PREDICTOR_FIELDS}, _MODEL)
 # The memory attention's two attentions: name here -> section of the YAML.
-_ATTENTIONS = {"self_attn": "self_attention", "cross_attn_image": "cross_attention"}
-_DEFAULT_CONFIG = SamoeConfig()
+ATTENTIONS = {"self_attn": "self_attention", "cross_attn_image": "cross_attention"}
+DEFAULT_CONFIG = SamoeConfig()
 
 
 def _get_setting(config: SamoeConfig, path: str) -> Any:
@@ -432,6 +435,23 @@ def _get_setting(config: SamoeConfig, path: str) -> Any:
     for name in path.split("."):
         value = value[name] if isinstance(value, dict) else getattr(value, name)
     return list(value) if isinstance(value, list | tuple) else value
+
+
+def _setting_paths(section: _Section) -> Iterator[str]:
+    """Places in SamoeConfig of the fields that a section and those below it have whatever their classes."""
+    for field in section.fields.values():
+        if isinstance(field, _Section):
+            yield from _setting_paths(field)
+        elif isinstance(field, _Setting):
+            yield field.path
+
+
+def settings_of(config: SamoeConfig, with_experts: bool) -> dict[str, Any]:
+    """What the original's YAML can say of `config`: place in SamoeConfig -> value."""
+    paths = [*_setting_paths(_ORIGINAL)]
+    if with_experts:
+        paths += [*(field.path for field in _EXPERT_FIELDS.values()), "expert_modules"]
+    return {path: _get_setting(config, path) for path in paths}
 
 
 def _as_type_of(example: Any, value: Any, place: str) -> Any:
@@ -483,23 +503,23 @@ def _read_field(value: Any, field: _Setting | _Only, place: str, found: dict[str
         if value != field.supported:
             raise ValueError(f"`{place}` is {value!r}; only {field.supported!r} is supported.")
         return
-    value = _as_type_of(_get_setting(_DEFAULT_CONFIG, field.path), value, place)
+    value = _as_type_of(_get_setting(DEFAULT_CONFIG, field.path), value, place)
     other, other_place = found.setdefault(field.path, (value, place))
     if value != other:
         raise ValueError(f"`{place}` is {value!r}, but `{other_place}` is {other!r}; only one value is supported.")
 
 
-def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+def complete_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Adds the settings that follow from others, after checking those that depend on others."""
     width, image_size = settings[_WIDTH], settings["image_size"]
     if image_size <= 0 or image_size % 32:
         raise ValueError(f"`image_size` must be a positive multiple of 32, got {image_size}.")
     if width <= 64 or width % 64:
         raise ValueError(f"`d_model` must be a multiple of 64 above 64, got {width}.")
-    stages, windows = (settings[f"{_TRUNK}{name}"] for name in ("blocks_per_stage", "window_size_per_stage"))
+    stages, windows = (settings[f"{TRUNK}{name}"] for name in ("blocks_per_stage", "window_size_per_stage"))
     if not len(stages) == len(windows) == 4:
         raise ValueError(f"`stages` and `window_spec` must have four entries each, got {stages} and {windows}.")
-    channels = [settings[f"{_TRUNK}hidden_size"] * 2**stage for stage in range(4)]
+    channels = [settings[f"{TRUNK}hidden_size"] * 2**stage for stage in range(4)]
     listed = settings.get("vision_config.backbone_channel_list", channels[::-1])
     if listed != channels[::-1]:
         raise ValueError(f"`backbone_channel_list` is {listed}, but the trunk's channels are {channels[::-1]}.")
@@ -510,12 +530,12 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
     if math.prod(rope_sizes) != (image_size // 16) ** 2:
         # The original does the same when the frames do not have as many tokens as its configuration announces.
         rope_sizes = [image_size // 16, image_size // 16]
-    heads = settings[f"{_TRUNK}num_attention_heads"]
+    heads = settings[f"{TRUNK}num_attention_heads"]
     return settings | {
-        f"{_TRUNK}model_type": _DEFAULT_CONFIG.vision_config.backbone_config.model_type,
-        f"{_TRUNK}image_size": [image_size, image_size],
-        f"{_TRUNK}embed_dim_per_stage": channels,
-        f"{_TRUNK}num_attention_heads_per_stage": [heads * 2**stage for stage in range(4)],
+        f"{TRUNK}model_type": DEFAULT_CONFIG.vision_config.backbone_config.model_type,
+        f"{TRUNK}image_size": [image_size, image_size],
+        f"{TRUNK}embed_dim_per_stage": channels,
+        f"{TRUNK}num_attention_heads_per_stage": [heads * 2**stage for stage in range(4)],
         "vision_config.backbone_channel_list": channels[::-1],
         "vision_config.backbone_feature_sizes": [[image_size // stride] * 2 for stride in (4, 8, 16)],
         "prompt_encoder_config.image_size": image_size,
@@ -527,11 +547,11 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
         "mask_downsampler_embed_dim": width,
         "memory_fuser_embed_dim": width,
         "memory_fuser_intermediate_dim": 4 * width,
-        "rope_parameters.rope_type": _DEFAULT_CONFIG.default_rope_type,
+        "rope_parameters.rope_type": DEFAULT_CONFIG.default_rope_type,
     }
 
 
-def _build_config(settings: Mapping[str, Any]) -> SamoeConfig:
+def build_config(settings: Mapping[str, Any]) -> SamoeConfig:
     nested: dict[str, Any] = {}
     for path, value in settings.items():
         *parents, name = path.split(".")
@@ -542,12 +562,12 @@ def _build_config(settings: Mapping[str, Any]) -> SamoeConfig:
     return SamoeConfig(**nested)
 
 
-def _projections_of(attentions: Iterable[str]) -> str:
+def projections_of(attentions: Iterable[str]) -> str:
     """`expert_modules` for all projections of the named attentions of the memory attention."""
-    return MEMORY_ATTENTION_PROJECTIONS.replace("|".join(_ATTENTIONS), "|".join(attentions))
+    return MEMORY_ATTENTION_PROJECTIONS.replace("|".join(ATTENTIONS), "|".join(attentions))
 
 
-def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """All settings in the original's YAML: place in SamoeConfig -> value. Those of experts only if it has experts."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the original's YAML.")
@@ -560,12 +580,12 @@ def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     found: dict[str, tuple[Any, str]] = {}
     try:
         _read_section(document["model"], _ORIGINAL, "model", found)
-        settings = _complete({setting: value for setting, (value, _) in found.items()})
+        settings = complete_settings({setting: value for setting, (value, _) in found.items()})
         layer = document["model"]["memory_attention"]["layer"]
-        attentions = [name for name, section in _ATTENTIONS.items() if layer[section]["_target_"] == _MOE_ATTENTION]
+        attentions = [name for name, section in ATTENTIONS.items() if layer[section]["_target_"] == _MOE_ATTENTION]
         if attentions:
-            settings["expert_modules"] = _projections_of(attentions)
-        _build_config(settings)  # checks the values of the experts' settings
+            settings["expert_modules"] = projections_of(attentions)
+        build_config(settings)  # checks the values of the experts' settings
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return settings
@@ -581,7 +601,7 @@ def config_from_yaml(path: str | os.PathLike) -> SamoeConfig:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not YAML, of another architecture, or has a setting that SamoeModel cannot express.
     """
-    return _build_config(_read_yaml(path))
+    return build_config(read_settings(path))
 
 
 class _YamlDumper(yaml.SafeDumper):
@@ -617,9 +637,9 @@ def _write_section(section: _Section, config: SamoeConfig, targets: Mapping[str,
     return result
 
 
-def _write_yaml(config: SamoeConfig, attentions: Iterable[str], path: Path) -> None:
+def write_yaml(config: SamoeConfig, attentions: Iterable[str], path: Path) -> None:
     """Writes the original's YAML, with experts in the named attentions."""
-    targets = {_ATTENTIONS[name]: _MOE_ATTENTION for name in attentions}
+    targets = {ATTENTIONS[name]: _MOE_ATTENTION for name in attentions}
     targets["model"] = _PREDICTOR if config.fill_hole_area else _BASE
     document = {"model": _write_section(_ORIGINAL, config, targets, "model")}
     text = yaml.dump(document, Dumper=_YamlDumper, sort_keys=False)
@@ -662,24 +682,24 @@ def load_original(
         ValueError: if a file is damaged, of an unknown form or size, or has tensors that do not fit.
     """
     tensors = _read_tensors(checkpoint)
-    if all(map(_is_expert, tensors)):
+    if all(map(is_expert_name, tensors)):
         raise ValueError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
     source = str(checkpoint)
     if experts is not None:
         expert_tensors = _read_tensors(experts)
-        if others := [name for name in expert_tensors if not _is_expert(name)]:
+        if others := [name for name in expert_tensors if not is_expert_name(name)]:
             raise ValueError(f"{experts} should hold experts only, but has {_listed(others)}.")
         tensors |= expert_tensors
         source += f" with {experts}"
     if original_config is None:
         settings = _meta_settings(tensors, source)
     else:
-        settings = _read_yaml(original_config)
+        settings = read_settings(original_config)
         source += f" and {original_config}"
-    has_experts = any(map(_is_expert, tensors))
+    has_experts = any(map(is_expert_name, tensors))
     if has_experts:
         settings |= _expert_settings(tensors, settings, source)
-    config = _build_config(settings)
+    config = build_config(settings)
     _check_tensors(tensors, config, has_experts, source)
     return config, {name: _widened(tensor) for name, tensor in state_dict_from_original(tensors).items()}
 
@@ -718,15 +738,6 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
 
 
-def _setting_paths(section: _Section) -> Iterator[str]:
-    """Places in SamoeConfig of the fields that a section and those below it have whatever their classes."""
-    for field in section.fields.values():
-        if isinstance(field, _Section):
-            yield from _setting_paths(field)
-        elif isinstance(field, _Setting):
-            yield field.path
-
-
 def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """Settings of the one of Meta's eight models that `tensors` belong to."""
     patches = tensors.get("image_encoder.trunk.patch_embed.proj.weight")
@@ -742,30 +753,30 @@ def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
         )
     _, heads, stages, global_blocks, background, windows = _META_TRUNKS[channels, blocks]
     # In all else SamoeConfig's defaults are Meta's.
-    settings = {path: _get_setting(_DEFAULT_CONFIG, path) for path in _setting_paths(_ORIGINAL)}
+    settings = settings_of(DEFAULT_CONFIG, with_experts=False)
     del settings["vision_config.backbone_channel_list"]
     is_2_1 = any(name in tensors for name in _ONLY_IN_2_1)
-    return _complete(
+    return complete_settings(
         settings
         | {
-            f"{_TRUNK}hidden_size": channels,
-            f"{_TRUNK}num_attention_heads": heads,
-            f"{_TRUNK}blocks_per_stage": stages,
-            f"{_TRUNK}global_attention_blocks": global_blocks,
-            f"{_TRUNK}window_positional_embedding_background_size": background,
-            f"{_TRUNK}window_size_per_stage": windows,
+            f"{TRUNK}hidden_size": channels,
+            f"{TRUNK}num_attention_heads": heads,
+            f"{TRUNK}blocks_per_stage": stages,
+            f"{TRUNK}global_attention_blocks": global_blocks,
+            f"{TRUNK}window_positional_embedding_background_size": background,
+            f"{TRUNK}window_size_per_stage": windows,
             "enable_occlusion_spatial_embedding": is_2_1,
-            _POINTER_TIME: is_2_1,
+            POINTER_TIME: is_2_1,
         }
     )
 
 
 def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Settings that the experts among `tensors` show; where a YAML gave some, only the modules."""
-    matches = [match for name in tensors if (match := _EXPERT.fullmatch(name))]
-    model = _build_on_meta(_build_config(settings), with_experts=False)
+    matches = [match for name in tensors if (match := EXPERT_TENSOR.fullmatch(name))]
+    model = _build_on_meta(build_config(settings), with_experts=False)
     linear_names = set(matching_linear_names(model, r".*"))
-    modules = sorted({_find(match["module"], _TO_OURS) for match in matches} & linear_names)
+    modules = sorted({find_our_name(match["module"]) for match in matches} & linear_names)
     from_yaml = "expert_modules" in settings
     announced = matching_linear_names(model, settings.get("expert_modules", MEMORY_ATTENTION_PROJECTIONS))
     result: dict[str, Any] = {}
@@ -778,30 +789,33 @@ def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
             tensors[match[0]].shape[0] for match in matches if tensors[match[0]].dim() and match["matrix"] == "down"
         ]
         num_experts = 1 + max((int(match["index"]) for match in matches), default=0)
-        top_k = min(_DEFAULT_CONFIG.num_experts_per_tok, num_experts)
+        top_k = min(DEFAULT_CONFIG.num_experts_per_tok, num_experts)
         result |= {"num_experts": num_experts, "num_experts_per_tok": top_k, "lora_rank": min(ranks, default=1)}
         logger.warning(
             f"{source}: tensors do not tell `lora_alpha` and `num_experts_per_tok`, which get the defaults "
-            f"{_DEFAULT_CONFIG.lora_alpha} and {top_k}. Give the YAML of the experts' training as `original_config`."
+            f"{DEFAULT_CONFIG.lora_alpha} and {top_k}. Give the YAML of the experts' training as `original_config`."
         )
     return result
 
 
 def _build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
     """The model without memory for its tensors."""
-    with torch.device("meta"):
-        model = Sam2VideoModel(copy.deepcopy(config))
-        if with_experts:
-            names = ("num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "lora_dropout")
-            add_experts(model, config.expert_modules, **{name: getattr(config, name) for name in names})
+    try:
+        with torch.device("meta"):
+            model = Sam2VideoModel(copy.deepcopy(config))
+            if with_experts:
+                names = ("num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "lora_dropout")
+                add_experts(model, config.expert_modules, **{name: getattr(config, name) for name in names})
+    except (RuntimeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"The configuration describes no model that can be built: {error}") from error
     return model
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
     """Raises a `ValueError` unless these are exactly the original's tensors of a model of this configuration."""
     model = state_dict_to_original(_build_on_meta(config, has_experts).state_dict())
-    expected = {_without_base_layer(name): tuple(tensor.shape) for name, tensor in model.items()}
-    found = {_without_base_layer(name): tensor for name, tensor in tensors.items()}
+    expected = {without_base_layer(name): tuple(tensor.shape) for name, tensor in model.items()}
+    found = {without_base_layer(name): tensor for name, tensor in tensors.items()}
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -845,8 +859,11 @@ def save_original(
         ValueError: if the original has no place for some of the experts, or the tensors do not fit the configuration.
     """
     attentions = _attentions_with_experts(config, state_dict)
-    tensors = {name: tensor.detach().cpu() for name, tensor in state_dict_to_original(state_dict).items()}
-    _check_tensors(tensors, _config_of_the_original(config), True, "the model")
+    tensors = state_dict_to_original(state_dict)
+    # Through the settings that the YAML can hold, so that nothing else makes the tensors fit.
+    written_config = build_config(complete_settings(settings_of(config, with_experts=True)))
+    _check_tensors(tensors, written_config, True, "the model")
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     directory, stem = Path(directory), _original_stem(config)
     directory.mkdir(parents=True, exist_ok=True)
     files = {
@@ -855,12 +872,12 @@ def save_original(
         "experts": directory / f"{stem}_moe_experts.pt",
         "config": directory / f"{stem}_moe.yaml",
     }
-    experts = {name: tensor for name, tensor in tensors.items() if _is_expert(name)}
-    base = {_without_base_layer(name): tensor for name, tensor in tensors.items() if name not in experts}
+    experts = {name: tensor for name, tensor in tensors.items() if is_expert_name(name)}
+    base = {without_base_layer(name): tensor for name, tensor in tensors.items() if name not in experts}
     torch.save({"model": tensors}, files["full"])
     torch.save({"model": base}, files["base"])
     torch.save({"model_state_dict": experts, "config": {"model_config": files["config"].name}}, files["experts"])
-    _write_yaml(config, attentions, files["config"])
+    write_yaml(config, attentions, files["config"])
     return files
 
 
@@ -868,21 +885,14 @@ def _attentions_with_experts(config: SamoeConfig, state_dict: Mapping[str, Tenso
     """Names of the attentions whose every projection has experts; the original can have no others."""
     modules = {name.removesuffix(".lora_A") for name in state_dict if name.endswith(".lora_A")}
     model = _build_on_meta(config, with_experts=False)
-    projections = {name: set(matching_linear_names(model, _projections_of([name]))) for name in _ATTENTIONS}
-    attentions = [name for name in _ATTENTIONS if projections[name] <= modules]
+    projections = {name: set(matching_linear_names(model, projections_of([name]))) for name in ATTENTIONS}
+    attentions = [name for name in ATTENTIONS if projections[name] <= modules]
     if others := sorted(modules.difference(*(projections[name] for name in attentions))):
         raise ValueError(
             "SAM2-MoE has experts in all projections of all self or all cross attentions of the memory attention, but "
             f"the model has them also in {_listed(others)}."
         )
     return attentions
-
-
-def _config_of_the_original(config: SamoeConfig) -> SamoeConfig:
-    """What is left of `config` once it went through the original's YAML."""
-    expert_settings = [field.path for field in _EXPERT_FIELDS.values()]
-    kept = [*_setting_paths(_ORIGINAL), *expert_settings, "expert_modules"]
-    return _build_config(_complete({path: _get_setting(config, path) for path in kept}))
 
 
 def _original_stem(config: SamoeConfig) -> str:

@@ -1,7 +1,7 @@
 """A mixture of LoRA experts on a linear layer, its router, and the routers' load-balancing loss.
 
-The method is SAM2-MoE's: `y = W x + b + sum_e g_e(x) * (alpha / r) * B_e A_e x`, where the gates `g` are the softmax over
-the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
+The method is SAM2-MoE's: `y = W x + b + sum_e g_e(x) * (alpha / r) * B_e A_e x`, where the gates `g` are the softmax
+over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
 """
 
 import math
@@ -18,8 +18,8 @@ class ExpertLinear(nn.Linear):
     """A linear layer with LoRA experts beside it and a router that mixes them per token.
 
     `weight` and `bias` are the base layer's. The experts' tensors are stacked: `lora_A` (experts, rank, in_features),
-    `lora_B` (experts, out_features, rank), `router.weight` (experts, in_features), `router.bias` (experts,). New experts
-    have no effect, because `lora_B` starts at zero.
+    `lora_B` (experts, out_features, rank), `router.weight` (experts, in_features), `router.bias` (experts,). New
+    experts have no effect, because `lora_B` starts at zero.
 
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
@@ -58,7 +58,7 @@ class ExpertLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> "ExpertLinear":
-        """Wraps `linear`, whose parameters are shared, not copied. `settings` are the constructor's keyword arguments."""
+        """Wraps `linear`, whose parameters are shared; `settings` are the constructor's keyword arguments."""
         place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         module = cls(linear.in_features, linear.out_features, linear.bias is not None, **settings, **place)
         module.weight, module.bias = linear.weight, linear.bias
@@ -91,7 +91,7 @@ class ExpertLinear(nn.Linear):
 
 
 def top_k_gates(router_logits: Tensor, num_experts_per_tok: int) -> Tensor:
-    """Softmax over each token's `num_experts_per_tok` largest logits, zero elsewhere: (..., experts) -> (..., experts)."""
+    """Softmax over each token's `num_experts_per_tok` largest logits (..., experts), zero elsewhere."""
     top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=-1)
     return torch.zeros_like(router_logits).scatter(-1, top_experts, top_logits.softmax(dim=-1))
 
@@ -170,8 +170,8 @@ def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int) -> Tensor:
     """The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) in Mixtral's form for top k.
 
-    For each layer `experts * sum_e f_e P_e`, where `f_e` is the share of tokens that choose expert e and `P_e` the mean of
-    its probability over all experts; averaged over the layers, whose experts are not each other's. It is
+    For each layer `experts * sum_e f_e P_e`, where `f_e` is the share of tokens that choose expert e and `P_e` the mean
+    of its probability over all experts; averaged over the layers, whose experts are not each other's. It is
     `num_experts_per_tok` when tokens are spread evenly, and grows to the number of experts as they gather on few.
 
     Args:

@@ -47,9 +47,9 @@ class ImageFeatures(NamedTuple):
 class Prompt:
     """What is given of each object on a frame, in pixels of the model's input: either points or a mask.
 
-    `points` (objects, points, 2) as (x, y), `labels` (objects, points): 1 positive, 0 negative, 2 and 3 the corners of a
-    box (which come first), -1 padding. `mask` (objects, 1, S, S), 0 or 1. `previous_mask` (objects, 1, S / 4, S / 4):
-    logits of the mask that the points refine.
+    `points` (objects, points, 2) as (x, y), `labels` (objects, points): 1 positive, 0 negative, 2 and 3 the corners of
+    a box (which come first), -1 padding. `mask` (objects, 1, S, S), 0 or 1. `previous_mask`
+    (objects, 1, S / 4, S / 4): logits of the mask that the points refine.
     """
 
     points: Tensor | None = None
@@ -84,7 +84,9 @@ def image_features(model: Sam2VideoModel, pixel_values: Tensor) -> ImageFeatures
 
 def unflatten_features(model: Sam2VideoModel, levels: Sequence[Tensor], position: Tensor) -> ImageFeatures:
     """Turns three levels of (tokens, rows, channels), fine to coarse, as transformers keeps them, into maps."""
-    maps = (x.permute(1, 2, 0).unflatten(2, tuple(s)) for x, s in zip(levels, model.backbone_feature_sizes))
+    maps = (
+        x.permute(1, 2, 0).unflatten(2, tuple(s)) for x, s in zip(levels, model.backbone_feature_sizes, strict=True)
+    )
     return ImageFeatures(*maps, position[:, :1])
 
 
@@ -240,7 +242,7 @@ def _segment(
 
 
 def _hide_pointers(model: Sam2VideoModel, pointers: Tensor, visible: Tensor) -> Tensor:
-    """Pointers (objects, hidden), replaced by the learned one for absent objects where `visible` (objects, 1) is false."""
+    """Pointers (objects, hidden), replaced by the learned one where `visible` (objects, 1) is false."""
     visible = visible.to(pointers.dtype)
     return visible * pointers + (1 - visible) * model.no_object_pointer
 

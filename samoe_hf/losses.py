@@ -1,4 +1,4 @@
-"""SAM 2's training loss: focal, dice, IoU and object score (arXiv:2408.00714, appendix D.2.2; `training/loss_fns.py`)."""
+"""SAM 2's training loss: focal, dice, IoU and object score (arXiv:2408.00714, D.2.2; `training/loss_fns.py`)."""
 
 from dataclasses import dataclass
 

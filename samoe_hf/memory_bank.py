@@ -110,7 +110,7 @@ class MemoryBank:
 
 
 def closest_frames(frame_idx: int, frames: Sequence[int], limit: int) -> list[int]:
-    """Up to `limit` of `frames` for `frame_idx`: the closest before, the closest from it on, then by distance; -1: all."""
+    """Up to `limit` of `frames`: the closest before `frame_idx`, the closest from it on, then by distance; -1: all."""
     if limit == -1 or len(frames) <= limit:
         return list(frames)
     before = max((t for t in frames if t < frame_idx), default=None)

@@ -62,13 +62,15 @@ class SamoeModel(Sam2VideoModel):
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
         )
+        # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
+        self._keys_to_ignore_on_load_unexpected = set()
         if self.device.type != "meta":
             self.reset_parameters()
         self.set_trainable("experts")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all parameters anew, as `sam2` does; from transformers' narrower draw SAM 2 hardly learns from scratch."""
+        """Draws all parameters anew, as `sam2` does; from transformers' narrower draw it hardly learns from scratch."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -126,17 +128,15 @@ class SamoeModel(Sam2VideoModel):
             pretrained_model_name_or_path = None
         elif experts is not None or original_config is not None:
             raise ValueError(
-                f"`experts` and `original_config` go with an original checkpoint file, but {str(source)!r} is not a file."
+                f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
             )
         with _without_load_report():
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
-        _check_loaded(source, info)
-        if any(is_expert_parameter(name) for name in info["missing_keys"]):
-            logger.info(
-                f"{source} has no experts: {len(model.expert_names)} layers got new ones, without effect so far."
-            )
+        _align_memory(model)
+        if not _check_loaded(source, model, info):
+            logger.info("%s has no experts: %d layers got new ones, without effect.", source, len(model.expert_names))
         model.set_trainable("experts")
         return (model, info) if output_loading_info else model
 
@@ -144,8 +144,8 @@ class SamoeModel(Sam2VideoModel):
         """Makes exactly the parameters of the named sets trainable.
 
         Args:
-            sets: any of "experts" (all experts and routers), "memory" (memory attention with its experts, memory encoder
-                and what belongs to them), "decoder" (mask decoder), "all".
+            sets: any of "experts" (all experts and routers), "memory" (memory attention with its experts, memory
+                encoder and what belongs to them), "decoder" (mask decoder), "all".
         """
         for name in sets:
             if name not in TRAINABLE_SETS:
@@ -280,17 +280,35 @@ def _check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | 
         raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
 
 
-def _check_loaded(source: str | os.PathLike | None, info: dict[str, Any]) -> None:
-    """Raises a `ValueError` if a checkpoint lacks tensors of the base model, some of the experts', or has others."""
-    missing = sorted(name for name in info["missing_keys"] if not is_expert_parameter(name))
-    unexpected = sorted(info["unexpected_keys"])
+def _check_loaded(source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any]) -> bool:
+    """Whether a checkpoint has experts; they may all be missing, but nothing else.
+
+    Raises:
+        ValueError: if other tensors are missing, or any is unexpected.
+    """
+    missing = set(info["missing_keys"])
+    expert_names = {name for name, _ in model.named_parameters() if is_expert_parameter(name)}
+    has_experts = not expert_names <= missing
+    if not has_experts:
+        missing -= expert_names
     problems = [
-        f"{len(names)} tensors are {what}, such as {names[0]!r}"
-        for what, names in (("missing", missing), ("unexpected", unexpected))
+        f"{len(names)} tensors are {what}, such as {min(names)!r}"
+        for what, names in (("missing", missing), ("unexpected", info["unexpected_keys"]))
         if names
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
+    return has_experts
+
+
+def _align_memory(model: nn.Module) -> None:
+    """Moves weights on the CPU that were mapped from a file at odd addresses, where kernels add up in another order.
+
+    So a model that was saved and loaded gives the same output to the bit.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager

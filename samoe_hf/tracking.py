@@ -1,8 +1,8 @@
 """Tracking in a session: which objects run together on a frame, with which prompts and memories.
 
-The session is transformers' own [`~transformers.Sam2VideoInferenceSession`]. Beside its outputs per object it keeps that
-object's [`MemoryBank`] (under "memory_bank"), and with each output the prompt that it came from (under "prompt"): a
-prompt is new as long as no output came from it. So prompts may be added one by one, in any order.
+The session is transformers' own [`~transformers.Sam2VideoInferenceSession`]. Beside its outputs per object it keeps
+that object's [`MemoryBank`] (under "memory_bank"), and with each output the prompt that it came from (under "prompt"):
+a prompt is new as long as no output came from it. So prompts may be added one by one, in any order.
 """
 
 from collections import OrderedDict, defaultdict
@@ -75,9 +75,9 @@ def run_new_prompts(
     rows_by_frame = defaultdict(list)
     for row in range(session.get_obj_num()):
         for frame_idx in {*session.point_inputs_per_obj[row], *session.mask_inputs_per_obj[row]}:
-            if frame_idx != except_frame and frame_idx in (session.processed_frames or ()):
-                if _new_prompt(session, row, frame_idx) is not None:
-                    rows_by_frame[frame_idx].append(row)
+            is_there = frame_idx in (session.processed_frames or ()) and frame_idx != except_frame
+            if is_there and _new_prompt(session, row, frame_idx) is not None:
+                rows_by_frame[frame_idx].append(row)
     for frame_idx in sorted(rows_by_frame):
         _run(model, session, frame_idx, rows_by_frame[frame_idx], False, streaming, True)
 
