@@ -118,10 +118,12 @@ class SamoeModel(Sam2VideoModel):
             kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
 
         Raises:
-            ValueError: if tensors other than the experts' are missing, or any is unexpected.
+            FileNotFoundError: if there is no such `.pt` file.
+            ValueError: if tensors other than the experts' are missing, or any is unexpected; for a file, see
+                [`conversion.load_original`].
         """
         source = pretrained_model_name_or_path
-        if source is not None and Path(source).is_file():
+        if source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth")):
             config, kwargs["state_dict"] = load_original(source, experts, original_config)
             for name in [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]:
                 setattr(config, name, kwargs.pop(name))

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from transformers import HfArgumentParser, TrainingArguments
 
 from .configuration_samoe import SamoeConfig
-from .data import ClipCollator, ClipDataset, load_videos
+from .data import ClipCollator, ClipDataset, MixedDataset, load_videos
 from .data.schema import Video
 from .modeling_samoe import SamoeModel
 
@@ -67,20 +67,19 @@ class DataArguments:
         """All training clips, resized to `image_size`."""
         if not self.train_data:
             raise ValueError("`train_data` must name at least one dataset.")
-        return ConcatDataset(
-            [
-                ClipDataset(
-                    load_videos(**source),
-                    seed=seed,
-                    clips_per_video=self.clips_per_video,
-                    num_frames=self.num_frames,
-                    max_objects=self.max_objects,
-                    image_size=image_size,
-                    reverse_probability=self.reverse_probability,
-                )
-                for source in self.train_data
-            ]
-        )
+        clips = {}
+        for source in self.train_data:
+            videos = load_videos(**source)
+            clips[videos[0].domain] = ClipDataset(
+                videos,
+                seed=seed,
+                clips_per_video=self.clips_per_video,
+                num_frames=self.num_frames,
+                max_objects=self.max_objects,
+                image_size=image_size,
+                reverse_probability=self.reverse_probability,
+            )
+        return MixedDataset(clips, seed=seed)
 
     def eval_videos(self) -> list[Video]:
         return [video for source in self.eval_data for video in load_videos(**source)]

@@ -1,4 +1,4 @@
-"""Pictures: masks over frames, contact sheets, expert usage."""
+"""Pictures: masks over frames, frames side by side, expert usage."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import draw_segmentation_masks, make_grid
+from torchvision.utils import draw_segmentation_masks
 
 from .data.video_io import voc_palette
 
 
-def overlay_masks(frame: np.ndarray, id_map: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+def overlay_masks(frame: np.ndarray, id_map: np.ndarray, alpha: float = 0.6) -> np.ndarray:
     """Lays objects over a frame in DAVIS' colours.
 
     Args:
@@ -32,10 +32,26 @@ def overlay_masks(frame: np.ndarray, id_map: np.ndarray, alpha: float = 0.5) -> 
     return draw_segmentation_masks(image, masks, alpha=alpha, colors=colors).permute(1, 2, 0).numpy()
 
 
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Joins rows of equally many frames (H, W, 3) uint8 into one picture."""
-    images = [torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1) for row in rows for frame in row]
-    return make_grid(images, nrow=len(rows[0]), padding=2, pad_value=255).permute(1, 2, 0).numpy()
+def plot_frames(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str], path: str | Path, title: str) -> None:
+    """Draws frames (H, W, 3) uint8 in a grid.
+
+    Args:
+        rows: name of each row -> its frames.
+        columns: name of each column.
+        path: of the picture, such as a `.png`.
+    """
+    figure = Figure(figsize=(1.6 * len(columns) + 1, 1.6 * len(rows) + 0.6), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes_row, (name, frames) in zip(grid, rows.items(), strict=True):
+        axes_row[0].set_ylabel(name, fontsize=9)
+        for axes, frame in zip(axes_row, frames, strict=True):
+            axes.imshow(frame)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=120)
 
 
 def plot_expert_usage(usage: Mapping[str, Tensor], path: str | Path, title: str) -> None:

@@ -26,12 +26,12 @@ def main() -> None:
         training_arguments,
         train_dataset=data_arguments.train_dataset(model.config.image_size, training_arguments.seed),
         data_collator=PromptedCollator(data_arguments.prompts),
-        processing_class=processor,
     )
     if videos:
         print(f"mean IoU before: {mean_iou(evaluate_videos(model, processor, videos)):.3f}")
     trainer.train()
     trainer.save_model()
+    processor.save_pretrained(training_arguments.output_dir)
     if videos:
         print(f"mean IoU after: {mean_iou(evaluate_videos(model, processor, videos)):.3f}")
 

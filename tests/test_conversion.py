@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import reference_folder
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
 
-from samoe_hf import SamoeModel, conversion
+from conftest import reference_folder
+from samoe_hf import SamoeModel, original_config
 from samoe_hf.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
 from samoe_hf.conversion import (
     build_processor,
@@ -349,10 +349,10 @@ def test_sam2_builds_what_the_written_yaml_describes(nano, tmp_path):
     instantiate(document).load_state_dict(read(files["base"])["model"])
 
 
-def sections(section: conversion._Section):
+def sections(section: original_config._Section):
     yield section
     for field in section.fields.values():
-        if isinstance(field, conversion._Section):
+        if isinstance(field, original_config._Section):
             yield from sections(field)
 
 
@@ -360,7 +360,7 @@ def test_every_argument_of_metas_classes_is_known_with_its_default():
     pytest.importorskip("sam2", reason="needs the `bench` extra")
     # build_sam2_video_predictor sets the first; an activation is a class, which no YAML of Meta names.
     set_elsewhere, never_set = {"binarize_mask_from_pts_for_mem_enc"}, {"activation", "kwargs"}
-    for section in sections(conversion._ORIGINAL):
+    for section in sections(original_config._ORIGINAL):
         for target, own_fields in section.targets.items():
             if (original := pydoc.locate(target)) is None:
                 assert target.endswith("MoERoPEAttention")
@@ -381,7 +381,7 @@ def check_default(theirs, ours, what: str) -> None:
     if what.endswith("fpn_top_down_levels"):
         assert (theirs, ours) == (None, [0, 1, 2, 3])
     elif theirs is inspect.Parameter.empty:
-        assert ours is conversion._REQUIRED, what
+        assert ours is original_config._REQUIRED, what
     else:
         assert ours == (list(theirs) if isinstance(theirs, tuple) else theirs), what
 
@@ -505,6 +505,7 @@ def test_fields_that_cannot_be_expressed_are_named(edit_yaml, field, value, mess
         ("image_encoder.trunk.stages", [1, 2, 3], "`stages` and `window_spec` must have four entries each"),
         ("memory_attention.layer.activation", "glu", "`activation` is 'glu'; only 'relu' and 'gelu'"),
         ("image_size", 100, "`image_size` must be a positive multiple of 32, got 100"),
+        ("image_encoder.trunk.num_heads", 3, "`num_heads` must divide its `embed_dim` of 16, got 3"),
     ],
 )
 def test_fields_that_contradict_others_are_named(edit_yaml, field, value, message):

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_reference
 from safetensors.torch import load_file, save_file
-from test_parity import track_reference
 from transformers import AutoModel, Sam2VideoConfig, Sam2VideoModel
 
+from conftest import load_reference
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.conversion import build_processor
 from samoe_hf.experts import ExpertLinear, is_expert_parameter, load_balancing_loss
 from samoe_hf.training import read_yaml
+from test_parity import track_reference
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -143,6 +143,11 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path, change):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=change):
         SamoeModel.from_pretrained(broken)
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+        SamoeModel.from_pretrained("nowhere.pt")
 
 
 def test_experts_need_an_original_checkpoint(folder, nano):

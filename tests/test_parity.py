@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import load_reference, reference_folder
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Sam2VideoInferenceSession
 
+from conftest import load_reference, reference_folder
 from samoe_hf.conversion import build_processor
 from samoe_hf.experts import ExpertLinear
 from samoe_hf.losses import SegmentationLoss

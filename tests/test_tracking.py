@@ -21,7 +21,7 @@ def base_folder(nano, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam2_video")
     config = nano.model.config.to_dict()
     for name in SamoeConfig.__dataclass_fields__.keys() - Sam2VideoConfig.__dataclass_fields__.keys():
-        del config[name]
+        config.pop(name, None)
     base = Sam2VideoModel(Sam2VideoConfig(**config))
     tensors = {k: v for k, v in nano.model.state_dict().items() if not is_expert_parameter(k)}
     base.load_state_dict(tensors)
