@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .experts import load_balancing_loss, record_router_logits
-from .frame_step import FrameOutput, ImageFeatures, Prompt, frame_step, image_features
-from .losses import SegmentationLoss, mean_num_objects
-from .memory_bank import MemoryBank
-from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT
+from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
+from .losses import LossParts, mean_num_objects
+from .memory_bank import MemoryBank, MemorySelection
+from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PromptRecipe, sample_prompt
 
 if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
@@ -25,8 +26,8 @@ class SamoeClipOutput(ModelOutput):
 
     Args:
         loss: scalar, with labels: the weighted sum of `loss_dict`, the router's part times `router_aux_loss_coef`.
-        loss_dict: with labels: `focal`, `dice`, `iou`, `object_score`, each summed over frames and divided by the
-            number of objects, and `router` (0 while `router_aux_loss_coef` is 0), all without weights.
+        loss_dict: with labels: `focal`, `dice`, `iou`, `object_score`, each summed over frames and clicks and divided
+            by the number of objects, and `router` (0 while `router_aux_loss_coef` is 0), all without weights.
         pred_masks: (B, N, T, S / 4, S / 4), logits.
         iou_scores: (B, N, T), estimated IoU of `pred_masks`.
         object_score_logits: (B, N, T), positive where the object is seen.
@@ -41,10 +42,31 @@ class SamoeClipOutput(ModelOutput):
     router_logits: dict[str, Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class ClipPrompts:
+    """What is given on which frames of a clip, for all B * N objects in one batch.
+
+    `initial`: initial conditioning frame -> prompt. `corrected`: frame -> clicks drawn from its errors.
+    """
+
+    initial: Mapping[int, Prompt]
+    corrected: Mapping[int, Corrections] = field(default_factory=dict)
+
+    @classmethod
+    def simulate(cls, recipe: PromptRecipe, labels: Tensor) -> "ClipPrompts":
+        """Draws prompts from the true masks (B, N, T, S, S)."""
+        plan = recipe.draw(labels.shape[2])
+        masks = {t: labels[:, :, t].flatten(0, 1) for t in {*plan.kinds, *plan.corrected}}
+        return cls(
+            {t: sample_prompt(masks[t], kind) for t, kind in plan.kinds.items()},
+            {t: recipe.corrections(masks[t]) for t in plan.corrected},
+        )
+
+
 def clip_forward(
     model: "SamoeModel",
     pixel_values: Tensor,
-    prompts: Mapping[int, Prompt],
+    prompts: ClipPrompts,
     num_objects: int,
     labels: Tensor | None = None,
     object_mask: Tensor | None = None,
@@ -54,21 +76,21 @@ def clip_forward(
 
     Args:
         pixel_values: (B, T, 3, S, S).
-        prompts: conditioning frame -> prompt of all B * N objects on it.
+        prompts: for all B * N objects.
         labels: (B, N, T, S, S) bool.
         object_mask: (B, N) bool, False for padded objects.
     """
     num_videos, num_frames = pixel_values.shape[:2]
+    if labels is not None and object_mask is None:
+        object_mask = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
     needs_router = output_router_logits or (labels is not None and model.config.router_aux_loss_coef > 0)
     with record_router_logits(model) if needs_router else nullcontext({}) as calls:
-        outputs = dict(_segment_clip(model, pixel_values, prompts, num_objects))
+        outputs, parts = _segment_clip(model, pixel_values, prompts, num_objects, labels, object_mask)
     router_logits = {name: torch.cat([x.flatten(0, -2) for x in of]) for name, of in calls.items() if of}
 
     loss = loss_dict = None
     if labels is not None:
-        if object_mask is None:
-            object_mask = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
-        loss, loss_dict = _clip_loss(model, outputs, labels, object_mask, router_logits)
+        loss, loss_dict = _clip_loss(model, parts, object_mask, router_logits)
 
     def stack(tensors: Iterator[Tensor]) -> Tensor:
         return torch.stack(list(tensors), dim=1).unflatten(0, (num_videos, num_objects))
@@ -119,17 +141,22 @@ def prompt_from_inputs(
 
 
 def _segment_clip(
-    model: "SamoeModel", pixel_values: Tensor, prompts: Mapping[int, Prompt], num_objects: int
-) -> Iterator[tuple[int, FrameOutput]]:
-    """Segments frame by frame: conditioning frames first, then the others in time order."""
+    model: "SamoeModel",
+    pixel_values: Tensor,
+    prompts: ClipPrompts,
+    num_objects: int,
+    labels: Tensor | None,
+    object_mask: Tensor | None,
+) -> tuple[dict[int, FrameOutput], list[LossParts]]:
+    """Segments conditioning frames first, then the others in time order; with labels, also gives each one's loss."""
     num_videos, num_frames = pixel_values.shape[:2]
-    features = image_features(model, pixel_values.flatten(0, 1))
+    features = image_features(model, pixel_values.flatten(0, 1), model.encoder_batch_size)
     by_frame = [x.unflatten(0, (num_videos, num_frames)) for x in features[:3]]
-    order = [*sorted(prompts), *(t for t in range(num_frames) if t not in prompts)]
-    bank = MemoryBank()
+    order = [*sorted(prompts.initial), *(t for t in range(num_frames) if t not in prompts.initial)]
+    bank, outputs, parts = MemoryBank(), {}, []
     for frame_idx in order:
         image = ImageFeatures(*(x[:, frame_idx] for x in by_frame), features.position)
-        prompt = prompts.get(frame_idx)
+        prompt, corrections = prompts.initial.get(frame_idx), prompts.corrected.get(frame_idx)
         selection = None
         if prompt is None:
             selection = bank.select(
@@ -140,41 +167,72 @@ def _segment_clip(
                 num_frames=num_frames,
                 past_pointers_only=not model.training,
             )
-        output = frame_step(
+        run = partial(
+            _segment_frame,
             model,
             image.for_objects(num_objects),
             prompt,
-            [bank],
+            bank,
             selection,
-            num_objects=num_videos * num_objects,
-            encode_memory=frame_idx != order[-1],
+            corrections,
+            num_videos * num_objects,
+            frame_idx != order[-1],
+            None if labels is None else labels[:, :, frame_idx].flatten(0, 1),
+            object_mask,
         )
-        bank.write(frame_idx, output.memory, conditioning=prompt is not None)
-        yield frame_idx, output
+        checkpointed = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
+        output, frame_parts = model._gradient_checkpointing_func(run) if checkpointed else run()
+        bank.write(frame_idx, output.memory, conditioning=prompt is not None or corrections is not None)
+        outputs[frame_idx] = output
+        parts += frame_parts
+    return outputs, parts
+
+
+def _segment_frame(
+    model: "SamoeModel",
+    image: ImageFeatures,
+    prompt: Prompt | None,
+    bank: MemoryBank,
+    selection: MemorySelection | None,
+    corrections: Corrections | None,
+    num_objects: int,
+    encode_memory: bool,
+    targets: Tensor | None,
+    object_mask: Tensor | None,
+) -> tuple[FrameOutput, list[LossParts]]:
+    """The frame step and, with true masks (objects, S, S), the loss of each of its predictions.
+
+    Both in one function, so that gradient checkpointing also spares what the loss needs.
+    """
+    output = frame_step(
+        model,
+        image,
+        prompt,
+        [bank],
+        selection,
+        num_objects=num_objects,
+        corrections=corrections,
+        encode_memory=encode_memory,
+    )
+    if targets is None:
+        return output, []
+    parts = [
+        model.segmentation_loss(
+            step.candidates, step.iou_scores, step.object_score_logits, targets, object_mask.flatten()
+        )
+        for step in [*output.before_clicks, output]
+    ]
+    output.before_clicks = []
+    return output, parts
 
 
 def _clip_loss(
-    model: "SamoeModel",
-    outputs: Mapping[int, FrameOutput],
-    labels: Tensor,
-    object_mask: Tensor,
-    router_logits: Mapping[str, Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The total loss and its parts, summed over frames and divided by the number of objects."""
-    segmentation_loss = SegmentationLoss()
-    frames = [
-        segmentation_loss(
-            output.candidates,
-            output.iou_scores,
-            output.object_score_logits,
-            labels[:, :, frame_idx].flatten(0, 1),
-            object_mask.flatten(),
-        )
-        for frame_idx, output in outputs.items()
-    ]
+    model: "SamoeModel", steps: list[LossParts], object_mask: Tensor, router_logits: Mapping[str, Tensor]
+) -> tuple[Tensor, LossParts]:
+    """The total loss and its parts, summed over frames and clicks and divided by the number of objects."""
     count = mean_num_objects(object_mask, over_processes=model.training)
-    parts = {name: sum(frame[name] for frame in frames) / count for name in frames[0]}
-    loss = segmentation_loss.total(parts)
+    parts = {name: sum(step[name] for step in steps) / count for name in steps[0]}
+    loss = model.segmentation_loss.total(parts)
     coefficient = model.config.router_aux_loss_coef
     if coefficient > 0:
         parts["router"] = load_balancing_loss(router_logits, model.config.num_experts_per_tok)

@@ -4,8 +4,8 @@ Training over a clip and tracking in a session both run [`frame_step`], batched 
 `sam2/modeling/sam2_base.py`, over the modules of [`~transformers.Sam2VideoModel`].
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,19 @@ class Prompt:
     previous_mask: Tensor | None = None
 
 
+class Corrections(NamedTuple):
+    """Clicks to be drawn where a prediction is wrong, each after seeing the one before.
+
+    `masks` (objects, S, S) bool: the truth. `from_mask_probability`: of drawing a click from the truth instead of from
+    the error. `sample(masks, predictions or None)` draws points (objects, 1, 2) and labels (objects, 1).
+    """
+
+    masks: Tensor
+    num_clicks: int
+    from_mask_probability: float
+    sample: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
 @dataclass
 class FrameOutput:
     """Result of a frame for a batch of objects; the M candidates are 3, or 1 where no ambiguity is expected.
@@ -66,6 +79,7 @@ class FrameOutput:
     `iou_scores` (objects, M): their estimated IoU.
     `masks` (objects, 1, S / 4, S / 4): the candidate with the best score. `best_iou` (objects,): that score.
     `object_score_logits` (objects, 1): positive where the object is seen. `memory`: what later frames read.
+    `before_clicks`: what was predicted before each correction click.
     """
 
     candidates: Tensor
@@ -74,12 +88,18 @@ class FrameOutput:
     best_iou: Tensor
     object_score_logits: Tensor
     memory: FrameMemory
+    before_clicks: list["FrameOutput"] = field(default_factory=list)
 
 
-def image_features(model: Sam2VideoModel, pixel_values: Tensor) -> ImageFeatures:
-    """Encodes frames (rows, 3, S, S), once for all their objects."""
-    outputs = model.get_image_features(pixel_values, return_dict=True)
-    return unflatten_features(model, outputs.fpn_hidden_states, outputs.fpn_position_encoding[-1])
+def image_features(model: Sam2VideoModel, pixel_values: Tensor, batch_size: int | None = None) -> ImageFeatures:
+    """Encodes frames (rows, 3, S, S), once for all their objects, `batch_size` at a time or all at once."""
+    parts = []
+    for frames in pixel_values.split(batch_size or len(pixel_values)):
+        outputs = model.get_image_features(frames, return_dict=True)
+        parts.append(unflatten_features(model, outputs.fpn_hidden_states, outputs.fpn_position_encoding[-1]))
+    if len(parts) == 1:
+        return parts[0]
+    return ImageFeatures(*(torch.cat(x) for x in list(zip(*parts, strict=True))[:3]), parts[0].position)
 
 
 def unflatten_features(model: Sam2VideoModel, levels: Sequence[Tensor], position: Tensor) -> ImageFeatures:
@@ -98,6 +118,7 @@ def frame_step(
     selection: MemorySelection | None,
     *,
     num_objects: int,
+    corrections: Corrections | None = None,
     encode_memory: bool = True,
     fill_hole_area: int = 0,
 ) -> FrameOutput:
@@ -111,6 +132,7 @@ def frame_step(
         prompt: what is given on this frame, or None.
         banks: memories; together they hold `num_objects` objects.
         selection: the memories to read, or None on initially prompted frames, which read none.
+        corrections: clicks that are drawn from the errors of the prediction (in training).
         encode_memory: whether later frames will read this one.
         fill_hole_area: holes up to this many pixels are filled in the masks that are put out.
     """
@@ -120,6 +142,8 @@ def frame_step(
         coarse = _condition_on_memory(model, image, banks, selection, num_objects)
         multimask = _use_multimask(model, prompt, is_initial=selection is None)
         output = _segment(model, image, coarse, prompt, multimask, num_objects)
+        if corrections is not None:
+            output = _correct(model, image, coarse, prompt, corrections, output, is_initial=selection is None)
         high_res_masks = None
     if fill_hole_area:
         unfilled, output.masks = output.masks, fill_holes(output.masks, fill_hole_area)
@@ -239,6 +263,33 @@ def _segment(
         object_score_logits=object_score_logits,
         memory=FrameMemory(_hide_pointers(model, pointers, visible)),
     )
+
+
+def _correct(
+    model: Sam2VideoModel,
+    image: ImageFeatures,
+    coarse: Tensor,
+    prompt: Prompt | None,
+    corrections: Corrections,
+    output: FrameOutput,
+    is_initial: bool,
+) -> FrameOutput:
+    """Adds clicks one by one, each refining the mask before it."""
+    before = []
+    for _ in range(corrections.num_clicks):
+        before.append(output)
+        predictions = None
+        if torch.rand(()).item() >= corrections.from_mask_probability:
+            predictions = _resize(output.masks.detach(), model.image_size)[:, 0] > 0
+        points, labels = corrections.sample(corrections.masks, predictions)
+        if prompt is not None:
+            points = torch.cat([prompt.points, points], dim=1)
+            labels = torch.cat([prompt.labels, labels], dim=1)
+        prompt = Prompt(points=points, labels=labels, previous_mask=output.masks)
+        multimask = _use_multimask(model, prompt, is_initial)
+        output = _segment(model, image, coarse, prompt, multimask, len(points))
+    output.before_clicks = before
+    return output
 
 
 def _hide_pointers(model: Sam2VideoModel, pointers: Tensor, visible: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+# Focal, dice, IoU and object score, by these names.
+LossParts = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class SegmentationLoss:
@@ -33,7 +36,7 @@ class SegmentationLoss:
         object_score_logits: Tensor,
         targets: Tensor,
         object_mask: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> LossParts:
         """Sums each part over the objects, without weights.
 
         Args:
@@ -64,7 +67,7 @@ class SegmentationLoss:
             "object_score": (object_score * counts).sum(),
         }
 
-    def total(self, parts: dict[str, Tensor]) -> Tensor:
+    def total(self, parts: LossParts) -> Tensor:
         """The weighted sum of the four parts."""
         return (
             self.focal_weight * parts["focal"]

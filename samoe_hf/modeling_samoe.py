@@ -14,11 +14,12 @@ from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam2VideoM
 from transformers import initialization as init
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
-from .clip import SamoeClipOutput, clip_forward, prompt_from_inputs
+from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
 from .conversion import load_original
 from .experts import ExpertLinear, add_experts, is_expert_parameter
-from .prompts import sample_prompt
+from .losses import SegmentationLoss
+from .prompts import PromptRecipe, resolve_recipe
 from .tracking import remove_object, run_new_prompts, track_frame
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class SamoeModel(Sam2VideoModel):
 
     config_class = SamoeConfig
     config: SamoeConfig
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: SamoeConfig):
         config.check_experts()
@@ -67,6 +69,10 @@ class SamoeModel(Sam2VideoModel):
         if self.device.type != "meta":
             self.reset_parameters()
         self.set_trainable("experts")
+        # Of training on clips: the loss, whether frames are recomputed, and frames encoded at once (None for all).
+        self.segmentation_loss = SegmentationLoss()
+        self.gradient_checkpointing = False
+        self.encoder_batch_size: int | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -167,7 +173,7 @@ class SamoeModel(Sam2VideoModel):
         pixel_values: Tensor | Sam2VideoInferenceSession | None = None,
         labels: Tensor | None = None,
         object_mask: Tensor | None = None,
-        prompts: str = "mask",
+        prompts: str | PromptRecipe = "mask",
         input_points: Tensor | None = None,
         input_labels: Tensor | None = None,
         input_boxes: Tensor | None = None,
@@ -190,7 +196,8 @@ class SamoeModel(Sam2VideoModel):
             pixel_values: (B, T, 3, S, S), normalized frames; or a session, in the place that it has in Sam2VideoModel.
             labels: (B, N, T, S, S) bool, the objects' masks.
             object_mask: (B, N) bool, False for padded objects.
-            prompts: "mask", "point", "box" or "mixed"; see [`prompts.sample_prompt`].
+            prompts: "mask", "point", "box" or "mixed" on the first frame; "sam2" for SAM 2's whole recipe with
+                correction clicks; or a [`~prompts.PromptRecipe`].
             input_points: (B, N, P, 2) as (x, y), with `input_labels` (B, N, P): 1 positive, 0 negative.
             input_boxes: (B, N, 4) as (x0, y0, x1, y1).
             input_masks: (B, N, S, S).
@@ -208,12 +215,13 @@ class SamoeModel(Sam2VideoModel):
         given = (input_points, input_labels, input_boxes, input_masks)
         if labels is not None and all(value is None for value in given):
             num_objects = labels.shape[1]
-            prompt = sample_prompt(labels[:, :, 0].flatten(0, 1), prompts)
+            clip_prompts = ClipPrompts.simulate(resolve_recipe(prompts), labels)
         else:
             prompt, num_objects = prompt_from_inputs(*given)
+            clip_prompts = ClipPrompts({0: prompt})
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        return clip_forward(self, pixel_values, {0: prompt}, num_objects, labels, object_mask, output_router_logits)
+        return clip_forward(self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits)
 
     @torch.inference_mode()
     def _session_forward(

@@ -1,27 +1,110 @@
-"""Simulated prompts, as SAM 2 draws them in training (arXiv:2408.00714, appendix D; `training/model/sam2.py`)."""
+"""Simulated prompts and correction clicks, as SAM 2 draws them in training.
+
+arXiv:2408.00714, appendix D; `prepare_prompt_inputs` and `_iter_correct_pt_sampling` in `training/model/sam2.py`. All
+draws are of torch's global generators: what is common to a batch on the CPU, points on the device of the masks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .frame_step import Prompt
+from .frame_step import Corrections, Prompt
 
-PROMPT_KINDS = ("mask", "point", "box", "mixed")
 POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 1, 0, 2, 3
 
 
-def sample_prompt(masks: Tensor, kind: str) -> Prompt:
-    """Draws one prompt of the same kind for each object from its true mask, with torch's global generator.
+@dataclass(frozen=True)
+class PromptPlan:
+    """What is given on which frames of a clip, for all its objects alike.
+
+    `kinds`: initial conditioning frame -> "mask", "point" or "box". `corrected`: frames that receive correction clicks.
+    """
+
+    kinds: dict[int, str]
+    corrected: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptRecipe:
+    """How a clip's prompts are drawn; the defaults are those of SAM 2's training.
 
     Args:
-        masks: (objects, S, S) bool.
-        kind: "mask"; "point", one click uniformly from the mask; "box", its bounding box with noise; or "mixed": a
-            mask with p = 0.5, else a box or a click with p = 0.5 each.
+        point_probability: of points (or boxes) instead of masks. Clips of one frame always get points.
+        box_probability: of a box instead of a point, on each initial frame.
+        max_initial_frames: 1 to this many initial conditioning frames, the first frame among them.
+        max_corrected_frames: with points, up to this many frames receive correction clicks (the initial ones first);
+            they become conditioning frames. 0 turns corrections off.
+        num_correction_clicks: clicks on each such frame, one after the other.
+        click_from_mask_probability: of drawing a click from the true mask instead of from the error.
     """
-    if kind not in PROMPT_KINDS:
-        raise ValueError(f"`prompts` must be one of {', '.join(map(repr, PROMPT_KINDS))}, got {kind!r}.")
-    if kind == "mixed":
-        first, second = torch.rand(2).tolist()
-        kind = "mask" if first < 0.5 else "box" if second < 0.5 else "point"
+
+    point_probability: float = 0.5
+    box_probability: float = 0.5
+    max_initial_frames: int = 2
+    max_corrected_frames: int = 2
+    num_correction_clicks: int = 7
+    click_from_mask_probability: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("point_probability", "box_probability", "click_from_mask_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
+        for name, least in (("max_initial_frames", 1), ("max_corrected_frames", 0), ("num_correction_clicks", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
+    def draw(self, num_frames: int) -> PromptPlan:
+        """Draws the plan of a clip of `num_frames` frames."""
+        single = num_frames == 1
+        use_points = _chance(self.point_probability) or (single and self.point_probability > 0)
+        num_initial = _uniform_integer(1, min(self.max_initial_frames, num_frames))
+        initial = [0, *_choose(range(1, num_frames), num_initial - 1)]
+        if not use_points:
+            return PromptPlan(dict.fromkeys(initial, "mask"))
+        kinds = {t: "box" if _chance(self.box_probability) else "point" for t in initial}
+        if self.max_corrected_frames == 0:
+            return PromptPlan(kinds)
+        num_corrected = num_initial
+        if self.max_corrected_frames > num_initial and not single:
+            num_corrected = _uniform_integer(num_initial, min(self.max_corrected_frames, num_frames))
+        others = [t for t in range(num_frames) if t not in initial]
+        return PromptPlan(kinds, (*initial, *_choose(others, num_corrected - num_initial)))
+
+    def corrections(self, masks: Tensor) -> Corrections:
+        """The clicks that a corrected frame receives, given the objects' true masks (objects, S, S) bool on it."""
+        return Corrections(
+            masks, self.num_correction_clicks, self.click_from_mask_probability, sample_point_from_errors
+        )
+
+
+# Prompts on the first frame alone, without corrections; and the whole recipe.
+PROMPT_RECIPES = {
+    "mask": PromptRecipe(point_probability=0, max_initial_frames=1, max_corrected_frames=0),
+    "point": PromptRecipe(point_probability=1, box_probability=0, max_initial_frames=1, max_corrected_frames=0),
+    "box": PromptRecipe(point_probability=1, box_probability=1, max_initial_frames=1, max_corrected_frames=0),
+    "mixed": PromptRecipe(max_initial_frames=1, max_corrected_frames=0),
+    "sam2": PromptRecipe(),
+}
+
+
+def resolve_recipe(prompts: "str | PromptRecipe") -> PromptRecipe:
+    """The recipe of that name, or the given one.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(prompts, PromptRecipe):
+        return prompts
+    if prompts not in PROMPT_RECIPES:
+        names = ", ".join(map(repr, PROMPT_RECIPES))
+        raise ValueError(f"`prompts` must be one of {names}, or a PromptRecipe, got {prompts!r}.")
+    return PROMPT_RECIPES[prompts]
+
+
+def sample_prompt(masks: Tensor, kind: str) -> Prompt:
+    """Draws a "mask", "point" or "box" prompt for each object from its true mask (objects, S, S) bool."""
     if kind == "mask":
         return Prompt(mask=masks.unsqueeze(1))
     points, labels = sample_box(masks) if kind == "box" else sample_point_from_errors(masks)
@@ -81,3 +164,17 @@ def bounding_boxes(masks: Tensor) -> Tensor:
         boxes.append((first.masked_fill(empty, 0), last.masked_fill(empty, 0)))
     (x0, x1), (y0, y1) = boxes
     return torch.stack([x0, y0, x1, y1], dim=1).float()
+
+
+def _chance(probability: float) -> bool:
+    return torch.rand(()).item() < probability
+
+
+def _uniform_integer(low: int, high: int) -> int:
+    """Drawn from `low` to `high`, both included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _choose(values: Sequence[int], count: int) -> list[int]:
+    """`count` different ones of `values`, in order."""
+    return sorted(values[i] for i in torch.randperm(len(values))[:count].tolist())
