@@ -36,6 +36,8 @@ class SamoeConfig(Sam2VideoConfig):
             the clicks alone, as `Sam2VideoModel` does.
         fill_hole_area (`int`, *optional*, defaults to 0):
             Holes of up to this many pixels in the low-resolution masks are filled while tracking (`sam2`: 8, on GPUs).
+        base_model (`dict`, *optional*):
+            In a folder that holds only what was trained: the model that the rest comes from; see `hub.py`.
 
     Raises:
         ValueError: for a value out of range, naming the field and what it allows.
@@ -55,6 +57,7 @@ class SamoeConfig(Sam2VideoConfig):
     output_router_logits: bool = False
     previous_mask_with_clicks: bool = True
     fill_hole_area: int = 0
+    base_model: dict[str, str | None] | None = None
 
     def __post_init__(self, **kwargs):
         # transformers 5.17 reads this sub-configuration with the prompt encoder's class.

@@ -1,5 +1,6 @@
 """SamoeModel: SAM 2 video with a mixture of LoRA experts. It tracks in a session and learns from clips."""
 
+import inspect
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
 from .conversion import load_original
 from .experts import ExpertLinear, add_experts, is_expert_parameter
+from .hub import HUB_ARGUMENTS, load_trained, save_trained
 from .losses import SegmentationLoss
 from .prompts import PromptRecipe, resolve_recipe
 from .tracking import remove_object, run_new_prompts, track_frame
@@ -69,6 +71,8 @@ class SamoeModel(Sam2VideoModel):
         if self.device.type != "meta":
             self.reset_parameters()
         self.set_trainable("experts")
+        # What this model was loaded from, for folders that hold only what was trained; see hub.py.
+        self.base_model_source: dict[str, str | None] | None = None
         # Of training on clips: the loss, whether frames are recomputed, and frames encoded at once (None for all).
         self.segmentation_loss = SegmentationLoss()
         self.gradient_checkpointing = False
@@ -129,37 +133,70 @@ class SamoeModel(Sam2VideoModel):
                 [`conversion.load_original`].
         """
         source = pretrained_model_name_or_path
-        if source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth")):
-            config, kwargs["state_dict"] = load_original(source, experts, original_config)
-            for name in [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]:
-                setattr(config, name, kwargs.pop(name))
-            pretrained_model_name_or_path = None
-        elif experts is not None or original_config is not None:
+        is_file = source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth"))
+        if not is_file and (experts is not None or original_config is not None):
             raise ValueError(
                 f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
             )
+        if is_file:
+            config, kwargs["state_dict"] = load_original(source, experts, original_config)
+            for name in [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]:
+                setattr(config, name, kwargs.pop(name))
+        elif config is None and source is not None:
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            trained = SamoeConfig.from_pretrained(source, **hub)
+            if trained.base_model is not None:
+                return load_trained(cls, source, trained, kwargs)
         with _without_load_report():
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+                None if is_file else source, *model_args, config=config, output_loading_info=True, **kwargs
             )
         _align_memory(model)
         if not _check_loaded(source, model, info):
             logger.info("%s has no experts: %d layers got new ones, without effect.", source, len(model.expert_names))
         model.set_trainable("experts")
+        if source is not None:
+            model.base_model_source = _describe_source(source, kwargs.get("revision"), original_config)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, experts_only: bool = False, state_dict: dict | None = None, **kwargs
+    ) -> None:
+        """As in the base class.
+
+        Args:
+            experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
+                which [`from_pretrained`] then fetches.
+        """
+        if experts_only:
+            if kwargs.get("is_main_process", True):
+                save_trained(self, save_directory, state_dict)
+        else:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def set_trainable(self, *sets: str) -> None:
         """Makes exactly the parameters of the named sets trainable.
 
         Args:
             sets: any of "experts" (all experts and routers), "memory" (memory attention with its experts, memory
-                encoder and what belongs to them), "decoder" (mask decoder), "all".
+                encoder and what belongs to them), "decoder" (mask decoder), "all"; or regular expressions for whole
+                names of parameters.
+
+        Raises:
+            ValueError: if a set is empty.
         """
-        for name in sets:
-            if name not in TRAINABLE_SETS:
-                raise ValueError(f"`sets` must be among {', '.join(map(repr, TRAINABLE_SETS))}, got {name!r}.")
+        names = {name for chosen in sets for name in self.parameter_names(chosen)}
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(any(TRAINABLE_SETS[chosen](name) for chosen in sets))
+            parameter.requires_grad_(name in names)
+
+    def parameter_names(self, chosen: str) -> list[str]:
+        """Names of the parameters of a set, see [`set_trainable`]."""
+        matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
+        names = [name for name, _ in self.named_parameters() if matches(name)]
+        if not names:
+            known = ", ".join(map(repr, TRAINABLE_SETS))
+            raise ValueError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")
+        return names
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trainable, as PEFT does."""
@@ -267,6 +304,13 @@ class SamoeModel(Sam2VideoModel):
         remove_object(inference_session, obj_id, strict)
 
 
+# Trainer takes each argument with "label" in its name for one that evaluation needs, and `input_labels` is none.
+_signature = inspect.signature(SamoeModel.forward)
+SamoeModel.forward.__signature__ = _signature.replace(
+    parameters=[parameter for name, parameter in _signature.parameters.items() if name != "input_labels"]
+)
+
+
 def _check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
     """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
     shape = tuple(getattr(pixel_values, "shape", ()))
@@ -309,6 +353,17 @@ def _check_loaded(source: str | os.PathLike | None, model: SamoeModel, info: dic
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
     return has_experts
+
+
+def _describe_source(
+    source: str | os.PathLike, revision: str | None, original_config: str | os.PathLike | None
+) -> dict[str, str | None]:
+    """What to load a model from again: a Hub id as it is, local files by their absolute paths."""
+    return {
+        "name_or_path": os.path.abspath(source) if os.path.exists(source) else str(source),
+        "revision": revision,
+        "original_config": None if original_config is None else os.path.abspath(original_config),
+    }
 
 
 def _align_memory(model: nn.Module) -> None:

@@ -1,7 +1,10 @@
-"""Training runs: their arguments, from YAML and the command line, and what `transformers.Trainer` needs for them."""
+"""Training runs: their arguments, from YAML and the command line, and a Trainer that tracks while it evaluates."""
 
 import difflib
+import os
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,44 +12,54 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Sam2VideoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import speed_metrics
 
 from .configuration_samoe import SamoeConfig
-from .data import ClipCollator, ClipDataset, MixedDataset, load_videos
+from .data import ClipCollator, ClipDataset, MixedDataset, load_videos, training_transforms
 from .data.schema import Video
+from .evaluation import evaluate_videos
+from .experts import ExpertLinear, record_router_logits
+from .losses import SegmentationLoss
+from .metrics import summarize
 from .modeling_samoe import SamoeModel
+from .prompts import PromptRecipe
 
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and what of it."""
+    """Which model is trained. Settings of the experts that are not given are the model's."""
 
     model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder, Hub id or original checkpoint, as SamoeModel.from_pretrained takes it."},
+        default=None, metadata={"help": "Folder, Hub id or original checkpoint, as `from_pretrained` takes it."}
     )
     model_config: str | None = field(
         default=None, metadata={"help": "YAML of a SamoeConfig, to start from random weights instead."}
     )
     experts: str | None = field(default=None, metadata={"help": "Experts of an original checkpoint."})
     original_config: str | None = field(default=None, metadata={"help": "YAML of an original checkpoint."})
-    trainable: list[str] = field(
-        default_factory=lambda: ["experts"], metadata={"help": "Among experts, memory, decoder, all."}
-    )
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    expert_modules: list[str] | None = None
+    router_aux_loss_coef: float | None = None
 
     def load(self) -> SamoeModel:
-        """The model in training mode, with what is to be trained trainable."""
+        """The model in training mode."""
         if (self.model_name_or_path is None) == (self.model_config is None):
             raise ValueError("Exactly one of `model_name_or_path` and `model_config` must be given.")
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name in SamoeConfig.__dataclass_fields__}
+        settings = {name: value for name, value in settings.items() if value is not None}
         if self.model_config is not None:
-            model = SamoeModel(SamoeConfig(**read_yaml(self.model_config)))
-        else:
-            model = SamoeModel.from_pretrained(
-                self.model_name_or_path, experts=self.experts, original_config=self.original_config
-            )
-        model.set_trainable(*self.trainable)
-        return model.train()
+            return SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings})).train()
+        return SamoeModel.from_pretrained(
+            self.model_name_or_path, experts=self.experts, original_config=self.original_config, **settings
+        ).train()
 
 
 @dataclass
@@ -54,46 +67,245 @@ class DataArguments:
     """The videos, and how clips are drawn from them."""
 
     train_data: list[dict] = field(
-        default_factory=list, metadata={"help": "Datasets, each with the arguments of `load_videos`."}
+        default_factory=list,
+        metadata={"help": "Datasets, each with the arguments of `load_videos`, and `weight`, its share of the clips."},
     )
-    eval_data: list[dict] = field(default_factory=list, metadata={"help": "As train_data; tracked after training."})
+    eval_data: list[dict] = field(default_factory=list, metadata={"help": "As train_data; these videos are tracked."})
     num_frames: int = field(default=8, metadata={"help": "Frames of a clip."})
+    stride: int = field(default=1, metadata={"help": "Step between a clip's frames, in annotated frames."})
     max_objects: int = field(default=3, metadata={"help": "Objects of a clip."})
     reverse_probability: float = field(default=0.5, metadata={"help": "Share of clips that run backward."})
     clips_per_video: int = field(default=1, metadata={"help": "Clips drawn of each video in an epoch."})
-    prompts: str = field(default="mixed", metadata={"help": "On the first frame: mask, point, box or mixed."})
+    augmentation: dict | None = field(
+        default=None, metadata={"help": "Arguments of `training_transforms`; {} for SAM 2's, none for no augmentation."}
+    )
+    on_error: str = field(default="raise", metadata={"help": "With a sample that cannot be used: raise, or skip."})
 
-    def train_dataset(self, image_size: int, seed: int) -> Dataset:
-        """All training clips, resized to `image_size`."""
+    def train_dataset(self, image_size: int, seed: int) -> MixedDataset:
+        """All training clips, resized to `image_size`, each dataset by its domain's name."""
         if not self.train_data:
             raise ValueError("`train_data` must name at least one dataset.")
-        clips = {}
+        clips, weights = {}, {}
         for source in self.train_data:
-            videos = load_videos(**source)
-            clips[videos[0].domain] = ClipDataset(
+            weight = source.get("weight")
+            videos = load_videos(**{name: value for name, value in source.items() if name != "weight"})
+            domain = videos[0].domain
+            if domain in clips:
+                raise ValueError(
+                    f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
+                )
+            clips[domain] = ClipDataset(
                 videos,
                 seed=seed,
                 clips_per_video=self.clips_per_video,
+                on_error=self.on_error,
                 num_frames=self.num_frames,
+                stride=self.stride,
                 max_objects=self.max_objects,
                 image_size=image_size,
                 reverse_probability=self.reverse_probability,
+                transforms=None if self.augmentation is None else training_transforms(**self.augmentation),
             )
-        return MixedDataset(clips, seed=seed)
+            weights[domain] = len(clips[domain]) if weight is None else weight
+        return MixedDataset(clips, weights, seed=seed)
 
     def eval_videos(self) -> list[Video]:
         return [video for source in self.eval_data for video in load_videos(**source)]
 
 
-@dataclass(frozen=True)
-class PromptedCollator:
-    """Collates clips and tells the model which prompts to simulate for them."""
+@dataclass
+class SamoeTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, with what is trained at which learning rate."""
 
-    prompts: str
-    collate: ClipCollator = field(default_factory=ClipCollator)
+    trainable: list[str] = field(
+        default_factory=lambda: ["experts"],
+        metadata={"help": "What is trained: experts, memory, decoder, all or an expression; SET=LR gives it a rate."},
+    )
+    save_only_trained: bool = field(
+        default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
+    )
+    encoder_batch_size: int | None = field(default=None, metadata={"help": "Frames encoded at once; all by default."})
 
-    def __call__(self, clips: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor | str]:
-        return {**self.collate(clips), "prompts": self.prompts}
+    def learning_rates(self) -> dict[str, float]:
+        """Set of parameters -> learning rate; of a parameter in several sets the first counts."""
+        rates = {}
+        for text in self.trainable:
+            chosen, _, rate = text.partition("=")
+            try:
+                rates[chosen] = float(rate) if rate else self.learning_rate
+            except ValueError:
+                raise ValueError(f"`trainable` must be SET or SET=LR, got {text!r}.") from None
+        return rates
+
+
+class SamoeTrainer(Trainer):
+    """A Trainer for clips: SAM 2's prompts and loss, learning rates by set, and tracking of videos as evaluation.
+
+    It logs the parts of the loss, and at each logging step the routers' entropy (1 when all experts get equal
+    probability) and how much weight each expert gets, by domain. `evaluate` tracks `eval_dataset`, a list of
+    [`Video`], from the masks of the first frame that shows each object, and reports `J`, `F` and `J&F` in all and by
+    domain.
+
+    Args:
+        processor: of the videos; saved with each checkpoint.
+        recipe: how prompts are simulated.
+        segmentation_loss: its weights and focal parameters.
+        kwargs: as in [`~transformers.Trainer`].
+    """
+
+    def __init__(
+        self,
+        model: SamoeModel,
+        args: SamoeTrainingArguments,
+        processor: Sam2VideoProcessor,
+        recipe: PromptRecipe | None = None,
+        segmentation_loss: SegmentationLoss | None = None,
+        **kwargs,
+    ):
+        model.set_trainable(*args.learning_rates())
+        model.encoder_batch_size = args.encoder_batch_size
+        if segmentation_loss is not None:
+            model.segmentation_loss = segmentation_loss
+        # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
+        args.remove_unused_columns = False
+        super().__init__(model, args, data_collator=ClipCollator(keep_domain=True), **kwargs)
+        self.processor = processor
+        self.recipe = recipe or PromptRecipe()
+        self._logged: dict[str, list[float | Tensor]] = defaultdict(list)
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(_EpochSetter(self.train_dataset))
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs):
+        inputs = dict(inputs)
+        domains = inputs.pop("domain", None) or ["default"]
+        is_logging_step = (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
+        unwrapped = self.accelerator.unwrap_model(model)
+        if is_logging_step:
+            with record_router_logits(unwrapped) as calls:
+                output = model(**inputs, prompts=self.recipe)
+            self._log_routing(unwrapped, calls, domains)
+        else:
+            output = model(**inputs, prompts=self.recipe)
+        for name, part in output.loss_dict.items():
+            self._logged[f"loss_{name}"].append(part)
+        return (output.loss, output) if return_outputs else output.loss
+
+    @torch.no_grad()
+    def _log_routing(self, model: SamoeModel, calls: dict[str, list[Tensor]], domains: list[str]) -> None:
+        """Notes entropy and usage of the routers, averaged over layers, by domain where a call's rows tell objects."""
+        for name, logits_of_calls in calls.items():
+            module: ExpertLinear = model.get_submodule(name)
+            for logits in logits_of_calls:
+                by_video = [logits]
+                if len(domains) > 1 and logits.shape[0] % len(domains) == 0:
+                    by_video = logits.chunk(len(domains))
+                names = domains if len(by_video) > 1 else ["+".join(sorted(set(domains)))]
+                for domain, of_video in zip(names, by_video, strict=True):
+                    probabilities = of_video.float().softmax(dim=-1).clamp(min=1e-12)
+                    entropy = -(probabilities * probabilities.log()).sum(dim=-1).mean()
+                    self._logged[f"router_entropy/{domain}"].append(
+                        entropy.item() / torch.tensor(float(module.num_experts)).log().clamp(min=1e-12).item()
+                    )
+                    usage = module.gates(of_video.float()).flatten(0, -2).mean(dim=0)
+                    for expert, weight in enumerate(usage.tolist()):
+                        self._logged[f"expert_usage/{domain}/{expert}"].append(weight)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(map(float, values)) / len(values) for name, values in self._logged.items()}}
+            self._logged.clear()
+            if self.optimizer is not None:
+                groups = self.optimizer.param_groups
+                rates = {f"learning_rate/{group['set']}": group["lr"] for group in groups if "set" in group}
+                logs |= rates if len(rates) > 1 else {}
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            decaying = set(self.get_decay_parameter_names(model))
+            sets = {name: chosen for chosen in reversed(self._rates) for name in self.model.parameter_names(chosen)}
+            groups = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups[sets[name.removeprefix("module.")], name in decaying].append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self._rates[chosen],
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                        "set": chosen,
+                    }
+                    for (chosen, decays), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    @property
+    def _rates(self) -> dict[str, float]:
+        return self.args.learning_rates()
+
+    def evaluate(
+        self,
+        eval_dataset: Sequence[Video] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1."""
+        videos = self.eval_dataset if eval_dataset is None else eval_dataset
+        start_time = time.time()
+        rank, world_size = self.args.process_index, self.args.world_size
+        own = [videos[i] for i in range(rank, len(videos), world_size)]
+        model = self.accelerator.unwrap_model(self.model)
+        show = self.is_local_process_zero() and not self.args.disable_tqdm
+        scores = evaluate_videos(model, self.processor, own, show_progress_bar=show)
+        domains = {video.video_id: video.domain for video in own}
+        gathered = gather_object([(domains[video_id], video_id, score) for video_id, score in scores.items()])
+
+        def summary(selected: list) -> dict[str, float]:
+            # As YouTube-VOS: an object counts from the frame after the one that it was prompted on.
+            summarized = summarize({f"{d}/{v}": score for d, v, score in selected}, protocol="youtube_vos")
+            return {name: summarized[f"{name}_mean"] for name in ("J", "F", "J&F")}
+
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(gathered).items()}
+        for domain in sorted({d for d, _, _ in gathered}):
+            selected = [entry for entry in gathered if entry[0] == domain]
+            metrics |= {f"{metric_key_prefix}_{domain}_{name}": value for name, value in summary(selected).items()}
+        metrics |= speed_metrics(metric_key_prefix, start_time, num_samples=len(videos))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        only_trained = self.args.save_only_trained and model.base_model_source is not None
+        model.save_pretrained(output_dir, experts_only=only_trained, state_dict=state_dict)
+        self.processor.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # Checkpoints lack what is not trained.
+        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        lacking = trainable & set(load_result.missing_keys)
+        if lacking or load_result.unexpected_keys:
+            odd = sorted(lacking or load_result.unexpected_keys)[0]
+            raise ValueError(f"The checkpoint does not fit the model: {odd!r} is missing or unexpected.")
+
+
+class _EpochSetter(TrainerCallback):
+    """Tells the dataset the epoch, which with several processes nobody else does."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -111,14 +323,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def parse_run(arguments: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+def parse_run(
+    arguments: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments]:
     """Parses `CONFIG [--key value]...`: a YAML of a run, and values that take the place of its.
 
     Raises:
         ValueError: for a key in the YAML that is not known, naming the nearest that is.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
-    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    kinds = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
     parser = HfArgumentParser(kinds)
     run = read_yaml(config)
     known = [f.name for kind in kinds for f in fields(kind) if f.init]

@@ -16,11 +16,11 @@ from transformers import AutoProcessor, Sam2VideoProcessor, Trainer, TrainingArg
 
 from samoe_hf import SamoeModel
 from samoe_hf.conversion import build_processor
-from samoe_hf.data import ClipDataset, SyntheticVideos, Video, write_palette_png, write_video
+from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.evaluation import evaluate_videos, mean_iou, segment_video
 from samoe_hf.experts import expert_modules, record_router_logits
 from samoe_hf.inference import VideoPrompt, track_video
-from samoe_hf.training import ModelArguments, PromptedCollator
+from samoe_hf.training import ModelArguments
 from samoe_hf.visualization import overlay_masks, plot_expert_usage, plot_frames
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,7 +42,9 @@ def parse_arguments() -> argparse.Namespace:
 def load_model(name: str | None) -> SamoeModel:
     """The small model with everything trainable, or a checkpoint with its experts trainable."""
     if name is None:
-        return ModelArguments(model_config=str(CONFIGS / "model_nano.yaml"), trainable=["all"]).load()
+        model = ModelArguments(model_config=str(CONFIGS / "model_nano.yaml")).load()
+        model.set_trainable("all")
+        return model
     return ModelArguments(model_name_or_path=name).load()
 
 
@@ -77,7 +79,7 @@ def train(model: SamoeModel, arguments: argparse.Namespace) -> None:
         model,
         training_arguments,
         train_dataset=ClipDataset(videos, num_frames=NUM_TRAIN_FRAMES, image_size=size, seed=arguments.seed),
-        data_collator=PromptedCollator("mask"),
+        data_collator=ClipCollator(),
     )
     trainer.train()
 

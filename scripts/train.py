@@ -1,39 +1,44 @@
 """Fine-tune a model on clips, as a YAML says; keys of the YAML can be set on the command line.
 
     python scripts/train.py configs/finetune_davis.yaml --learning_rate 2e-4
+    accelerate launch scripts/train.py configs/finetune_davis.yaml
 
-Before and after training it tracks the videos of `eval_data` and prints their mean IoU; the model and its processor are
-written to `output_dir`.
+Before and after training it tracks the videos of `eval_data`. What was trained and the processor are written to
+`output_dir`, which `SamoeModel.from_pretrained` and `AutoProcessor` load.
 """
 
 import sys
 
-from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from samoe_hf.conversion import build_processor
-from samoe_hf.evaluation import evaluate_videos, mean_iou
-from samoe_hf.training import PromptedCollator, parse_run
+from samoe_hf.training import SamoeTrainer, parse_run
 
 
 def main() -> None:
-    model_arguments, data_arguments, training_arguments = parse_run()
+    model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run()
     model = model_arguments.load()
-    model.print_trainable_parameters()
-    processor = build_processor(model.config)
     videos = data_arguments.eval_videos()
-    trainer = Trainer(
+    trainer = SamoeTrainer(
         model,
         training_arguments,
+        build_processor(model.config),
+        recipe,
+        segmentation_loss,
         train_dataset=data_arguments.train_dataset(model.config.image_size, training_arguments.seed),
-        data_collator=PromptedCollator(data_arguments.prompts),
+        eval_dataset=videos,
     )
-    if videos:
-        print(f"mean IoU before: {mean_iou(evaluate_videos(model, processor, videos)):.3f}")
-    trainer.train()
+    if trainer.is_world_process_zero():
+        model.print_trainable_parameters()
+    resume = training_arguments.resume_from_checkpoint
+    if resume in ("true", "True", "last"):
+        resume = get_last_checkpoint(training_arguments.output_dir)
+    if videos and resume is None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    processor.save_pretrained(training_arguments.output_dir)
     if videos:
-        print(f"mean IoU after: {mean_iou(evaluate_videos(model, processor, videos)):.3f}")
+        trainer.log_metrics("eval", trainer.evaluate())
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def test_train_writes_a_model_that_loads_and_tracks(run, smoke_config, model_fol
 
     printed = run("train.py", smoke_config, "--max_steps", "3", "--logging_steps", "1")
     assert "trainable params: 68,672" in printed and printed.count("'loss'") == 3
-    assert "mean IoU before" in printed and "mean IoU after" in printed
+    assert printed.count("eval_J&F ") == printed.count("eval_shapes_J&F") == 2
+    assert "loss_focal" in printed and "router_entropy/shapes" in printed and "expert_usage/shapes/3" in printed
     before, after = (SamoeModel.from_pretrained(folder) for folder in (model_folder, tmp_path / "out"))
     changed = {
         name
@@ -152,7 +153,8 @@ def test_train_writes_a_model_that_loads_and_tracks(run, smoke_config, model_fol
         ("learning_rat: 1.0", "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
         ("trainable: [expert]", "'expert'"),
         ("model_config: configs/model_nano.yaml", "Exactly one of `model_name_or_path` and `model_config`"),
-        ("prompts: scribble", "`prompts` must be one of"),
+        ("box_probability: 1.5", "`box_probability` must be from 0 to 1, got 1.5"),
+        ("trainable: [experts=fast]", "`trainable` must be SET or SET=LR, got 'experts=fast'"),
         ("train_data: []", "`train_data` must name at least one dataset"),
         ("train_data: [{kind: davi}]", "'davi'"),
         (": [", "is not YAML"),
