@@ -248,7 +248,7 @@ def _segment(
         high_resolution_features=[image.fine, image.middle],
     )
     masks, iou_scores, tokens, object_score_logits = (
-        x.squeeze(1) for x in (masks.float(), iou_scores, tokens, object_score_logits)
+        x.squeeze(1) for x in (_at_least_float32(masks), iou_scores, tokens, object_score_logits)
     )
     visible = object_score_logits > 0
     candidates = torch.where(visible[..., None, None], masks, NO_OBJ_SCORE)
@@ -305,7 +305,7 @@ def _take_mask(model: Sam2VideoModel, image: ImageFeatures, mask: Tensor) -> tup
     prompt = Prompt(previous_mask=model.mask_downsample(mask))
     output = _segment(model, image, image.coarse, prompt, multimask=False, num_objects=num_objects)
     visible = mask.flatten(1).any(dim=1, keepdim=True)
-    high_res_masks = mask.float() * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS
+    high_res_masks = _at_least_float32(mask) * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS
     low_res_size = model.prompt_encoder.mask_input_size
     low_res_masks = F.interpolate(high_res_masks, low_res_size, mode="bilinear", antialias=True)
     return FrameOutput(
@@ -330,6 +330,10 @@ def _encode_memory(
         features = features + hidden * model.occlusion_spatial_embedding_parameter[..., None, None]
     features = features.flatten(2).mT
     return features if model.training else features.to(torch.bfloat16)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _resize(masks: Tensor, size: int) -> Tensor:

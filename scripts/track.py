@@ -16,6 +16,7 @@ import torch
 from transformers import AutoProcessor
 
 from samoe_hf import SamoeModel
+from samoe_hf.conversion import build_processor
 from samoe_hf.data.video_io import read_label_png, read_video, write_palette_png, write_video
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.visualization import overlay_masks
@@ -23,7 +24,7 @@ from samoe_hf.visualization import overlay_masks
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of a SamoeModel or a SAM 2 video model")
+    parser.add_argument("model", help="a SamoeModel, a SAM 2 video model or an original .pt")
     parser.add_argument("video", type=Path, help="a video file or a folder of frames")
     parser.add_argument("--point", action="append", default=[], metavar="X,Y[:LABEL]", help="label 1: in, 0: out")
     parser.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1")
@@ -94,7 +95,8 @@ def main() -> None:
     prompts = collect_prompts(arguments.point, arguments.box, arguments.mask, arguments.frame)
     frames = read_video(arguments.video)
     model = SamoeModel.from_pretrained(arguments.model).to(arguments.device)
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    is_file = Path(arguments.model).is_file()
+    processor = build_processor(model.config) if is_file else AutoProcessor.from_pretrained(arguments.model)
     tracked = track_video(model, processor, frames, prompts, show_progress_bar=True)
     id_maps = {frame.frame_idx: frame.id_map() for frame in tracked}
 

@@ -199,7 +199,8 @@ from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 
 folder, output = sys.argv[1:]
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-model = SamoeModel.from_pretrained(folder).train()
+# In float64, where rounding does not tip the routers' discontinuous choice of experts.
+model = SamoeModel.from_pretrained(folder, dtype=torch.float64).train()
 for module in model.modules():
     if isinstance(module, torch.nn.Dropout):
         module.p = 0.0
@@ -211,7 +212,8 @@ if world > 1:
 clips = ClipDataset(SyntheticVideos(2, 3, (64, 64), seed=0), num_frames=3, image_size=128)
 assert {len(clips[i]["labels"]) for i in range(2)} == {1, 3}  # else the number of objects would not matter
 chosen = [clips[rank]] if world > 1 else [clips[0], clips[1]]
-model(**ClipCollator()(chosen)).loss.backward()
+batch = ClipCollator()(chosen)
+model(**{**batch, "pixel_values": batch["pixel_values"].double()}).loss.backward()
 if rank == 0:
     gradients = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
     torch.save(gradients, output)
