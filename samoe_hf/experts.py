@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# What a layer with experts has beside the base layer's tensors.
+EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
+
 
 class ExpertLinear(nn.Linear):
     """A linear layer with LoRA experts beside it and a router that mixes them per token.
@@ -145,7 +148,7 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
 
 def is_expert_parameter(name: str) -> bool:
     """Whether a tensor of this name, as in a state dict, belongs to experts or their router and not to a base model."""
-    return re.search(r"(^|\.)(lora_[AB]|router\.(weight|bias))$", name) is not None
+    return name.endswith(tuple(f".{tensor}" for tensor in EXPERT_TENSORS))
 
 
 @contextmanager

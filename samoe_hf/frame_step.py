@@ -145,14 +145,14 @@ def frame_step(
         if corrections is not None:
             output = _correct(model, image, coarse, prompt, corrections, output, is_initial=selection is None)
         high_res_masks = None
+    predicted = output.masks
     if fill_hole_area:
-        unfilled, output.masks = output.masks, fill_holes(output.masks, fill_hole_area)
+        output.masks = fill_holes(predicted, fill_hole_area)
     if encode_memory and model.num_maskmem > 0:
         binarize = prompt is not None and not model.training
         if binarize or high_res_masks is None:
             # `sam2` encodes what the user sees of a prompted frame, and the raw prediction of any other.
-            low_res_masks = unfilled if fill_hole_area and not binarize else output.masks
-            high_res_masks = _resize(low_res_masks, model.image_size)
+            high_res_masks = _resize(output.masks if binarize else predicted, model.image_size)
         output.memory.features = _encode_memory(
             model, image.coarse, high_res_masks, output.object_score_logits, binarize
         )

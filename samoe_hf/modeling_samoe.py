@@ -18,7 +18,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmenta
 from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
 from .conversion import load_original
-from .experts import ExpertLinear, add_experts, is_expert_parameter
+from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
 from .hub import HUB_ARGUMENTS, load_trained, save_trained
 from .losses import SegmentationLoss
 from .prompts import PromptRecipe, resolve_recipe
@@ -147,13 +147,14 @@ class SamoeModel(Sam2VideoModel):
             trained = SamoeConfig.from_pretrained(source, **hub)
             if trained.base_model is not None:
                 return load_trained(cls, source, trained, kwargs)
+        more_experts = "expert_modules" in kwargs
         with _without_load_report():
             model, info = super().from_pretrained(
                 None if is_file else source, *model_args, config=config, output_loading_info=True, **kwargs
             )
         _align_memory(model)
-        if not _check_loaded(source, model, info):
-            logger.info("%s has no experts: %d layers got new ones, without effect.", source, len(model.expert_names))
+        if new := _check_loaded(source, model, info, more_experts):
+            logger.info("%s has no experts for %d layers: they got new ones, without effect.", source, len(new))
         model.set_trainable("experts")
         if source is not None:
             model.base_model_source = _describe_source(source, kwargs.get("revision"), original_config)
@@ -334,17 +335,19 @@ def _check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | 
         raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
 
 
-def _check_loaded(source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any]) -> bool:
-    """Whether a checkpoint has experts; they may all be missing, but nothing else.
+def _check_loaded(
+    source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any], more_experts: bool
+) -> list[str]:
+    """Names of the layers whose experts a checkpoint lacks: none or all; or any, if it is to get `more_experts`.
 
     Raises:
         ValueError: if other tensors are missing, or any is unexpected.
     """
     missing = set(info["missing_keys"])
-    expert_names = {name for name, _ in model.named_parameters() if is_expert_parameter(name)}
-    has_experts = not expert_names <= missing
-    if not has_experts:
-        missing -= expert_names
+    tensors = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name in model.expert_names}
+    new = [name for name in tensors if tensors[name] <= missing]
+    if more_experts or len(new) == len(tensors):
+        missing -= set().union(*(tensors[name] for name in new))
     problems = [
         f"{len(names)} tensors are {what}, such as {min(names)!r}"
         for what, names in (("missing", missing), ("unexpected", info["unexpected_keys"]))
@@ -352,7 +355,7 @@ def _check_loaded(source: str | os.PathLike | None, model: SamoeModel, info: dic
     ]
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    return has_experts
+    return new
 
 
 def _describe_source(

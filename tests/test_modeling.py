@@ -145,6 +145,16 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path, change):
         SamoeModel.from_pretrained(broken)
 
 
+def test_a_model_can_get_experts_in_more_layers(nano, folder):
+    more = [*nano.model.expert_names, "mask_decoder.iou_prediction_head.proj_in"]
+    model = SamoeModel.from_pretrained(folder, expert_modules=more)
+    pixel_values = nano.load("tracking")["pixel_values"]
+    expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
+    logits, _, _ = track_reference(model, nano.folder, pixel_values)
+    assert len(model.expert_names) == len(more)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         SamoeModel.from_pretrained("nowhere.pt")

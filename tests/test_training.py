@@ -227,7 +227,7 @@ def test_two_processes_give_the_gradients_of_one(model_folder, tmp_path):
     script.write_text(GRADIENTS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, script, model_folder, tmp_path / "one.pt"], check=True, env=environment, cwd=ROOT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, script, model_folder, tmp_path / "two.pt"], check=True, env=environment, cwd=ROOT)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert one.keys() == two.keys()
