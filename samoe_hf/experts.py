@@ -67,6 +67,7 @@ class ExpertLinear(nn.Linear):
         module.weight, module.bias = linear.weight, linear.bias
         return module
 
+    @torch.no_grad()
     def reset_experts(self) -> None:
         """Draws new experts (A Kaiming-uniform with a = sqrt(5), B zero) and a new router (as `nn.Linear` does)."""
         for expert in self.lora_A:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam2VideoModel
-from transformers import initialization as init
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
 from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
@@ -95,16 +94,6 @@ class SamoeModel(Sam2VideoModel):
         image_embedding, point_embedding = self.shared_image_embedding, self.prompt_encoder.shared_embedding
         point_embedding.positional_embedding.copy_(image_embedding.positional_embedding)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ExpertLinear):
-            # The bound of Kaiming-uniform with a = sqrt(5), and that of a new linear layer.
-            bound = module.in_features**-0.5
-            for parameter in (module.lora_A, module.router.weight, module.router.bias):
-                init.uniform_(parameter, -bound, bound)
-            init.zeros_(module.lora_B)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -154,6 +143,9 @@ class SamoeModel(Sam2VideoModel):
             )
         _align_memory(model)
         if new := _check_loaded(source, model, info, more_experts):
+            # Left to transformers, those within the vision encoder would stay uninitialized memory.
+            for name in new:
+                model.get_submodule(name).reset_experts()
             logger.info("%s has no experts for %d layers: they got new ones, without effect.", source, len(new))
         model.set_trainable("experts")
         if source is not None:

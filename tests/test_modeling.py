@@ -146,12 +146,19 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path, change):
 
 
 def test_a_model_can_get_experts_in_more_layers(nano, folder):
-    more = [*nano.model.expert_names, "mask_decoder.iou_prediction_head.proj_in"]
+    more = [
+        *nano.model.expert_names,
+        "mask_decoder.iou_prediction_head.proj_in",
+        "vision_encoder.backbone.blocks.0.attn.qkv",
+    ]
     model = SamoeModel.from_pretrained(folder, expert_modules=more)
     pixel_values = nano.load("tracking")["pixel_values"]
     expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
     logits, _, _ = track_reference(model, nano.folder, pixel_values)
     assert len(model.expert_names) == len(more)
+    new = model.vision_encoder.backbone.blocks[0].attn.qkv
+    assert new.lora_B.abs().max() == 0 and 0 < new.lora_A.abs().max() <= new.in_features**-0.5
+    assert 0 < new.router.weight.abs().max() <= new.in_features**-0.5
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
