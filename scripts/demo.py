@@ -24,7 +24,7 @@ from samoe_hf.training import ModelArguments
 from samoe_hf.visualization import overlay_masks, plot_expert_usage, plot_frames
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES = 400, 4
+NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES = 2000, 4
 NUM_TEST_VIDEOS, NUM_TEST_FRAMES = 6, 12
 SHOWN_FRAMES = range(0, NUM_TEST_FRAMES, 2)
 
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, Hub id or original checkpoint, in place of the small model")
     parser.add_argument("--domain", default="shapes", help="of the synthetic videos: shapes, blobs or stripes")
-    parser.add_argument("--steps", type=int, default=220, help="steps of training")
+    parser.add_argument("--steps", type=int, default=280, help="steps of training")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
