@@ -25,6 +25,8 @@ from .tracking import remove_object, run_new_prompts, track_frame
 
 logger = logging.getLogger(__name__)
 
+# What `output_loading_info` tells of; nothing of it is tolerated in folders that hold only what was trained.
+LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 # Parameters of the model itself that are tokens or encodings, and the position encodings of its backbone.
 TOKEN_PARAMETERS = re.compile(
     r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|vision_encoder\..*pos_embed\w*"
@@ -122,6 +124,7 @@ class SamoeModel(Sam2VideoModel):
                 [`conversion.load_original`].
         """
         source = pretrained_model_name_or_path
+        more_experts = "expert_modules" in kwargs
         is_file = source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth"))
         if not is_file and (experts is not None or original_config is not None):
             raise ValueError(
@@ -131,12 +134,12 @@ class SamoeModel(Sam2VideoModel):
             config, kwargs["state_dict"] = load_original(source, experts, original_config)
             for name in [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]:
                 setattr(config, name, kwargs.pop(name))
-        elif config is None and source is not None:
+        elif source is not None:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            trained = SamoeConfig.from_pretrained(source, **hub)
+            trained = config if isinstance(config, SamoeConfig) else SamoeConfig.from_pretrained(source, **hub)
             if trained.base_model is not None:
-                return load_trained(cls, source, trained, kwargs)
-        more_experts = "expert_modules" in kwargs
+                model = load_trained(cls, source, trained, kwargs)
+                return (model, {name: set() for name in LOADING_INFO}) if output_loading_info else model
         with _without_load_report():
             model, info = super().from_pretrained(
                 None if is_file else source, *model_args, config=config, output_loading_info=True, **kwargs

@@ -32,6 +32,8 @@ SHOWN_FRAMES = range(0, NUM_TEST_FRAMES, 2)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, Hub id or original checkpoint, in place of the small model")
+    parser.add_argument("--experts", help="with an original checkpoint: the file of its experts")
+    parser.add_argument("--config", help="with an original checkpoint: its YAML, needed for sizes other than Meta's")
     parser.add_argument("--domain", default="shapes", help="of the synthetic videos: shapes, blobs or stripes")
     parser.add_argument("--steps", type=int, default=280, help="steps of training")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
@@ -39,13 +41,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_model(name: str | None) -> SamoeModel:
+def load_model(arguments: argparse.Namespace) -> SamoeModel:
     """The small model with everything trainable, or a checkpoint with its experts trainable."""
-    if name is None:
-        model = ModelArguments(model_config=str(CONFIGS / "model_nano.yaml")).load()
-        model.set_trainable("all")
-        return model
-    return ModelArguments(model_name_or_path=name).load()
+    if arguments.model is not None:
+        chosen = ModelArguments(arguments.model, experts=arguments.experts, original_config=arguments.config)
+        return chosen.load()
+    model = ModelArguments(model_config=str(CONFIGS / "model_nano.yaml")).load()
+    model.set_trainable("all")
+    return model
 
 
 def print_summary(model: SamoeModel) -> None:
@@ -126,7 +129,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    model = load_model(arguments.model)
+    model = load_model(arguments)
     print_summary(model)
     processor = build_processor(model.config)
     size = (model.config.image_size, model.config.image_size)

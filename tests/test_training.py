@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from samoe_hf import SamoeModel
 from samoe_hf.conversion import build_processor
@@ -119,9 +119,11 @@ def test_checkpoints_are_small_and_load_as_models(run_config, model_folder, tmp_
     assert names == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     config = json.loads((folder / "config.json").read_text())
     assert config["base_model"]["name_or_path"] == str(model_folder)
-    loaded = SamoeModel.from_pretrained(folder)
-    for name, tensor in trainer.model.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+    for load in (SamoeModel.from_pretrained, AutoModel.from_pretrained):
+        loaded, info = load(folder, output_loading_info=True)
+        assert type(loaded) is SamoeModel and not any(info.values())
+        for name, tensor in trainer.model.state_dict().items():
+            torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
     assert loaded.base_model_source == trainer.model.base_model_source
 
 
