@@ -1,5 +1,6 @@
 """SamoeModel: construction, loading, what is trainable, and the forward pass over clips."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -32,9 +33,7 @@ def clip(nano):
 @pytest.fixture
 def model(nano):
     """A copy of the reference model, free to be changed."""
-    model = SamoeModel(nano.model.config)
-    model.load_state_dict(nano.model.state_dict())
-    return model.eval()
+    return copy.deepcopy(nano.model)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Sessions: what works with Sam2VideoModel works here, and objects, prompts and directions mix freely."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -240,9 +242,8 @@ def test_hole_filling_reaches_the_output(nano, processor, video):
 def test_sessions_of_another_dtype(nano, processor, video):
     session = processor.init_video_session(video=video, dtype=torch.bfloat16)
     processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
-    model = SamoeModel(nano.model.config)
-    model.load_state_dict(nano.model.state_dict())
-    outputs = list(model.eval().to(torch.bfloat16).propagate_in_video_iterator(session))
+    model = copy.deepcopy(nano.model)
+    outputs = list(model.to(torch.bfloat16).propagate_in_video_iterator(session))
     exact = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, BOX))))
     assert (masks(outputs).float() - exact).abs().mean() < 0.2
     assert isinstance(session, Sam2VideoInferenceSession)
