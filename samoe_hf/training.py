@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, Sam2VideoProcessor, Trainer, TrainerC
 from transformers.trainer_utils import speed_metrics
 
 from .configuration_samoe import SamoeConfig
+from .conversion import build_processor
 from .data import ClipCollator, ClipDataset, MixedDataset, load_videos, training_transforms
 from .data.schema import Video
 from .evaluation import evaluate_videos
@@ -343,3 +344,18 @@ def parse_run(
             raise ValueError(f"{config} has an unknown key {key!r}.{hint}")
     parser.set_defaults(**run)
     return parser.parse_args_into_dataclasses(args=overrides)
+
+
+def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
+    """The trainer of a run, with its model and data; `arguments` as in [`parse_run`]."""
+    model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
+    model = model_arguments.load()
+    return SamoeTrainer(
+        model,
+        training_arguments,
+        build_processor(model.config),
+        recipe,
+        segmentation_loss,
+        train_dataset=data_arguments.train_dataset(model.config.image_size, training_arguments.seed),
+        eval_dataset=data_arguments.eval_videos(),
+    )

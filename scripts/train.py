@@ -11,33 +11,21 @@ import sys
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from samoe_hf.conversion import build_processor
-from samoe_hf.training import SamoeTrainer, parse_run
+from samoe_hf.training import build_trainer
 
 
 def main() -> None:
-    model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run()
-    model = model_arguments.load()
-    videos = data_arguments.eval_videos()
-    trainer = SamoeTrainer(
-        model,
-        training_arguments,
-        build_processor(model.config),
-        recipe,
-        segmentation_loss,
-        train_dataset=data_arguments.train_dataset(model.config.image_size, training_arguments.seed),
-        eval_dataset=videos,
-    )
+    trainer = build_trainer()
     if trainer.is_world_process_zero():
-        model.print_trainable_parameters()
-    resume = training_arguments.resume_from_checkpoint
-    if resume in ("true", "True", "last"):
-        resume = get_last_checkpoint(training_arguments.output_dir)
-    if videos and resume is None:
+        trainer.model.print_trainable_parameters()
+    resume = trainer.args.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(trainer.args.output_dir)
+    if trainer.eval_dataset and resume is None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    if videos:
+    if trainer.eval_dataset:
         trainer.log_metrics("eval", trainer.evaluate())
 
 

@@ -8,9 +8,8 @@ import torch
 
 from conftest import shared_data
 from samoe_hf import SamoeModel
-from samoe_hf.conversion import build_processor
 from samoe_hf.experts import is_expert_parameter
-from samoe_hf.training import SamoeTrainer, parse_run
+from samoe_hf.training import SamoeTrainer, build_trainer
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -31,17 +30,7 @@ def train(tmp_path: Path, run: str) -> tuple[SamoeTrainer, float, float]:
     """Trains as a YAML says: the trainer, and J of the evaluation videos before and after."""
     config = tmp_path / "run.yaml"
     config.write_text(f"{COMMON}\noutput_dir: {tmp_path / 'out'}\n{run}")
-    model_arguments, data, recipe, loss, arguments = parse_run([str(config)])
-    model = model_arguments.load()
-    trainer = SamoeTrainer(
-        model,
-        arguments,
-        build_processor(model.config),
-        recipe,
-        loss,
-        train_dataset=data.train_dataset(model.config.image_size, arguments.seed),
-        eval_dataset=data.eval_videos(),
-    )
+    trainer = build_trainer([str(config)])
     before = trainer.evaluate()["eval_J"]
     trainer.train()
     return trainer, before, trainer.evaluate()["eval_J"]

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from samoe_hf import SamoeModel
-from samoe_hf.conversion import build_processor
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
-from samoe_hf.training import SamoeTrainer, SamoeTrainingArguments, parse_run
+from samoe_hf.training import SamoeTrainer, SamoeTrainingArguments, build_trainer, parse_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,18 +54,8 @@ output_dir: {tmp_path / "out"}
     return path
 
 
-def make_trainer(config, *overrides) -> SamoeTrainer:
-    model_arguments, data, recipe, loss, arguments = parse_run([str(config), *overrides])
-    model = model_arguments.load()
-    return SamoeTrainer(
-        model,
-        arguments,
-        build_processor(model.config),
-        recipe,
-        loss,
-        train_dataset=data.train_dataset(model.config.image_size, arguments.seed),
-        eval_dataset=data.eval_videos(),
-    )
+def make_trainer(config: Path, *overrides: str) -> SamoeTrainer:
+    return build_trainer([str(config), *overrides])
 
 
 def test_logs_tell_losses_rates_and_routing_by_domain(run_config):
