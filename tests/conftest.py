@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from samoe_hf import SamoeModel
+from samoe_hf.conversion import build_processor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -57,3 +58,12 @@ def reference(request) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def nano() -> SimpleNamespace:
     return load_reference("nano")
+
+
+@pytest.fixture(scope="session")
+def model_folder(nano, tmp_path_factory) -> Path:
+    """A saved SamoeModel and its processor; tests must leave the folder as it is."""
+    folder = tmp_path_factory.mktemp("nano")
+    nano.model.save_pretrained(folder)
+    build_processor(nano.model.config).save_pretrained(folder)
+    return folder

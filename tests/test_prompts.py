@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 
-from samoe_hf.frame_step import Corrections
 from samoe_hf.prompts import PROMPT_RECIPES, PromptRecipe, bounding_boxes, sample_box, sample_point_from_errors
 
 DRAWS = 4000
@@ -110,19 +109,18 @@ def test_corrections_follow_the_errors_one_after_the_other(nano, monkeypatch):
     frames = nano.load("train_step")
     labels = frames["masks"].bool().transpose(0, 1).unsqueeze(0)
     seen = []
-    real = Corrections.__new__
 
     def spy(masks, predictions=None):
-        seen.append(None if predictions is None else predictions.clone())
+        seen.append(predictions)
         return sample_point_from_errors(masks, predictions)
 
-    recipe = PromptRecipe(point_probability=1, max_initial_frames=1, max_corrected_frames=1, num_correction_clicks=3,
-                          click_from_mask_probability=0)  # fmt: skip
-    monkeypatch.setattr(PromptRecipe, "corrections", lambda self, masks: real(Corrections, masks, 3, 0.0, spy))
+    recipe = PromptRecipe(1.0, 1.0, 1, 1, num_correction_clicks=3, click_from_mask_probability=0.0)
+    monkeypatch.setattr("samoe_hf.prompts.sample_point_from_errors", spy)
     torch.manual_seed(0)
     with torch.no_grad():
         nano.model(frames["pixel_values"].unsqueeze(0), labels, prompts=recipe)
-    assert len(seen) == 3 and all(x is not None and x.shape == (2, 128, 128) for x in seen)
+    assert len(seen) == 3 and all(predictions.shape == (2, 128, 128) for predictions in seen)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
 def test_clicks_from_the_mask_ignore_the_prediction(nano):

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from conftest import shared_data
-from samoe_hf.conversion import build_processor
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -33,14 +32,6 @@ def run(monkeypatch, capfd):
         return message
 
     return run
-
-
-@pytest.fixture(scope="module")
-def model_folder(nano, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nano")
-    nano.model.save_pretrained(folder)
-    build_processor(nano.model.config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,6 @@ from samoe_hf.training import SamoeTrainer, SamoeTrainingArguments, build_traine
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def model_folder(nano, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nano")
-    nano.model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def run_config(model_folder, tmp_path):
     """A run of six steps over two domains, with a checkpoint after each two."""
