@@ -7,11 +7,9 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,6 +19,7 @@ from transformers.trainer_utils import speed_metrics
 from .configuration_samoe import SamoeConfig
 from .conversion import build_processor
 from .data import ClipCollator, ClipDataset, MixedDataset, load_videos, training_transforms
+from .data.registry import read_yaml
 from .data.schema import Video
 from .evaluation import evaluate_videos
 from .experts import ExpertLinear, record_router_logits
@@ -307,21 +306,6 @@ class _EpochSetter(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int(state.epoch or 0))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML file as data.
-
-    Raises:
-        ValueError: if it is no YAML or holds no mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}.")
-    return content
 
 
 def parse_run(

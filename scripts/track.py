@@ -13,12 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
 
 from samoe_hf import SamoeModel
-from samoe_hf.conversion import build_processor
 from samoe_hf.data.video_io import read_label_png, read_video, write_palette_png, write_video
-from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.inference import VideoPrompt, load_processor, track_video
 from samoe_hf.visualization import overlay_masks
 
 
@@ -95,8 +93,7 @@ def main() -> None:
     prompts = collect_prompts(arguments.point, arguments.box, arguments.mask, arguments.frame)
     frames = read_video(arguments.video)
     model = SamoeModel.from_pretrained(arguments.model).to(arguments.device)
-    is_file = Path(arguments.model).is_file()
-    processor = build_processor(model.config) if is_file else AutoProcessor.from_pretrained(arguments.model)
+    processor = load_processor(arguments.model, model)
     tracked = track_video(model, processor, frames, prompts, show_progress_bar=True)
     id_maps = {frame.frame_idx: frame.id_map() for frame in tracked}
 

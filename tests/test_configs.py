@@ -7,7 +7,8 @@ import torch
 
 from conftest import reference_folder, shared_data
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.training import parse_run, read_yaml
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.training import parse_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -1,5 +1,6 @@
 """Frames, label images, the schema and its form as a `datasets.Dataset`."""
 
+import argparse
 import pickle
 
 import av
@@ -23,6 +24,7 @@ from samoe_hf.data import (
     write_video,
 )
 from samoe_hf.data.annotations import LabelImages, MaskArrays, ObjectImages, RleMasks
+from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.data.video_io import ArrayFrames
 
 
@@ -286,3 +288,33 @@ def test_a_damaged_frame_of_a_dataset_is_named(odd_video):
 def test_a_dataset_with_other_columns_is_refused():
     with pytest.raises(ValueError, match="lacks the columns"):
         videos_from_dataset(datasets.Dataset.from_dict({"video_id": ["a"]}))
+
+
+def dataset_arguments(*given):
+    parser = argparse.ArgumentParser()
+    add_dataset_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
+    options = ["--option", "num_videos=3", "--option", "image_size=[32, 48]", "--option", "num_frames=4"]
+    videos = videos_from_arguments(dataset_arguments("--dataset", "synthetic", "--domain", "blobs", *options))
+    assert len(videos) == 3 and videos[0].domain == "blobs" and videos[0].size == (32, 48)
+    chosen = videos[1].video_id
+    (one,) = videos_from_arguments(
+        dataset_arguments("--dataset", "synthetic", "--domain", "blobs", *options, "--video", chosen)
+    )
+    assert one.video_id == chosen
+
+    run = tmp_path / "run.yaml"
+    run.write_text("eval_data:\n  - {kind: synthetic, domain: blobs, num_videos: 2, num_frames: 4}\n")
+    assert len(videos_from_arguments(dataset_arguments("--dataset", str(run)))) == 2
+    with pytest.raises(ValueError, match="--split"):
+        videos_from_arguments(dataset_arguments("--dataset", str(run), "--split", "val"))
+    with pytest.raises(ValueError, match="nobody"):
+        videos_from_arguments(dataset_arguments("--dataset", str(run), "--video", "nobody"))
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        videos_from_arguments(dataset_arguments("--dataset", "synthetic", "--option", "num_videos"))
+    run.write_text("train_data: []\n")
+    with pytest.raises(ValueError, match="no videos"):
+        videos_from_arguments(dataset_arguments("--dataset", str(run)))

@@ -12,8 +12,8 @@ from transformers import AutoModel, Sam2VideoConfig, Sam2VideoModel
 from conftest import load_reference
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.conversion import build_processor
+from samoe_hf.data.registry import read_yaml
 from samoe_hf.experts import ExpertLinear, is_expert_parameter, load_balancing_loss
-from samoe_hf.training import read_yaml
 from test_parity import track_reference
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -1,7 +1,8 @@
-"""`load_videos`: any dataset by the name of its kind."""
+"""`load_videos`: any dataset by the name of its kind, and the command line's options for it."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
 from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
 from .schema import Video, VideoList, videos_from_dataset
@@ -98,3 +100,66 @@ def _check_options(kind: str, options: dict[str, Any]) -> None:
 def _nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else f"; there are: {', '.join(known)}"
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which a script is told its videos; see [`videos_from_arguments`]."""
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="KIND|RUN.yaml",
+        help=f"one of {', '.join(READERS)}; or a run's YAML, for the videos of its `eval_data`",
+    )
+    parser.add_argument("--root", type=Path, help="folder of the dataset")
+    parser.add_argument("--split", help="of the dataset, as its reader understands it")
+    parser.add_argument("--domain", help="name under which its results are reported")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="further options of the kind's reader"
+    )
+    parser.add_argument("--video", action="append", metavar="ID", help="only this video; may be repeated")
+
+
+def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
+    """The videos that the options of [`add_dataset_arguments`] name, each opened but not decoded.
+
+    Raises:
+        ValueError: an unknown kind, option or video, or options that do not go together.
+        FileNotFoundError: there is nothing at the root.
+    """
+    if Path(arguments.dataset).suffix in (".yaml", ".yml"):
+        for name in ("root", "split", "domain", "option"):
+            if getattr(arguments, name):
+                raise ValueError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
+        sources = read_yaml(arguments.dataset).get("eval_data") or []
+        videos = [video for source in sources for video in load_videos(**source)]
+    else:
+        options = {}
+        for text in arguments.option:
+            name, is_there, value = text.partition("=")
+            if not is_there:
+                raise ValueError(f"`--option` must be NAME=VALUE, got {text!r}.")
+            options[name] = yaml.safe_load(value)
+        videos = list(load_videos(arguments.dataset, arguments.root, arguments.split, arguments.domain, **options))
+    if arguments.video:
+        unknown = set(arguments.video) - {video.video_id for video in videos}
+        if unknown:
+            raise ValueError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
+        videos = [video for video in videos if video.video_id in arguments.video]
+    if not videos:
+        raise ValueError(f"`--dataset` {arguments.dataset} has no videos.")
+    return videos
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML file as data.
+
+    Raises:
+        ValueError: if it is no YAML or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}.")
+    return content
