@@ -19,8 +19,10 @@ from .configuration_samoe import SamoeConfig
 from .conversion import load_original
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
 from .hub import HUB_ARGUMENTS, load_trained, save_trained
+from .lora_exchange import add_expert, export_expert
 from .losses import SegmentationLoss
 from .prompts import PromptRecipe, resolve_recipe
+from .surgery import freeze_experts, grow_experts, merge_experts, prune_experts, reset_expert, wake_experts
 from .tracking import remove_object, run_new_prompts, track_frame
 
 logger = logging.getLogger(__name__)
@@ -194,6 +196,16 @@ class SamoeModel(Sam2VideoModel):
             raise ValueError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")
         return names
 
+    # Experts as parts: see lora_exchange.py and surgery.py.
+    export_expert = export_expert
+    add_expert = add_expert
+    prune_experts = prune_experts
+    merge_experts = merge_experts
+    reset_expert = reset_expert
+    grow_experts = grow_experts
+    freeze_experts = freeze_experts
+    wake_experts = wake_experts
+
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trainable, as PEFT does."""
         trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
@@ -254,6 +266,8 @@ class SamoeModel(Sam2VideoModel):
             clip_prompts = ClipPrompts({0: prompt})
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if self.training and torch.is_grad_enabled():
+            self.wake_experts()
         return clip_forward(self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits)
 
     @torch.inference_mode()
