@@ -142,6 +142,8 @@ class SamoeModel(Sam2VideoModel):
             if trained.base_model is not None:
                 model = load_trained(cls, source, trained, kwargs)
                 return (model, {name: set() for name in LOADING_INFO}) if output_loading_info else model
+        # Experts of another number or rank than the configuration's; see _check_loaded for what else does not fit.
+        kwargs.setdefault("ignore_mismatched_sizes", True)
         with _without_load_report():
             model, info = super().from_pretrained(
                 None if is_file else source, *model_args, config=config, output_loading_info=True, **kwargs
@@ -151,7 +153,7 @@ class SamoeModel(Sam2VideoModel):
             # Left to transformers, those within the vision encoder would stay uninitialized memory.
             for name in new:
                 model.get_submodule(name).reset_experts()
-            logger.info("%s has no experts for %d layers: they got new ones, without effect.", source, len(new))
+            logger.info("%s has no such experts for %d layers: they got new ones, without effect.", source, len(new))
         model.set_trainable("experts")
         if source is not None:
             model.base_model_source = _describe_source(source, kwargs.get("revision"), original_config)
@@ -349,17 +351,28 @@ def _check_loaded(
 ) -> list[str]:
     """Names of the layers whose experts a checkpoint lacks: none or all; or any, if it is to get `more_experts`.
 
+    With `more_experts`, experts of another number or rank than the configuration's count as lacking.
+
     Raises:
-        ValueError: if other tensors are missing, or any is unexpected.
+        ValueError: if other tensors are missing, any is unexpected or of another shape.
     """
-    missing = set(info["missing_keys"])
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    missing = set(info["missing_keys"]) - mismatched
     tensors = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name in model.expert_names}
+    if more_experts:
+        for name in [name for name in tensors if tensors[name] & mismatched]:
+            missing |= tensors[name]
+            mismatched -= tensors[name]
     new = [name for name in tensors if tensors[name] <= missing]
     if more_experts or len(new) == len(tensors):
         missing -= set().union(*(tensors[name] for name in new))
     problems = [
         f"{len(names)} tensors are {what}, such as {min(names)!r}"
-        for what, names in (("missing", missing), ("unexpected", info["unexpected_keys"]))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", info["unexpected_keys"]),
+            ("of another shape", mismatched),
+        )
         if names
     ]
     if problems:

@@ -24,7 +24,7 @@ def model(nano):
 @pytest.fixture(scope="module")
 def clip(nano):
     frames = nano.load("train_step")
-    return frames["pixel_values"][:, :3], frames["masks"].bool().transpose(0, 1)[None, :, :3]
+    return frames["pixel_values"][None, :3], frames["masks"].bool().transpose(0, 1)[None, :, :3]
 
 
 def tensors(module, expert):
@@ -221,8 +221,8 @@ def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
         output_dir=tmp_path, max_steps=2, learning_rate=1e-2, weight_decay=0.1, report_to="none", save_strategy="no",
         per_device_train_batch_size=1, disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    videos = SyntheticVideos(4, 2, (64, 64))
-    clips = ClipDataset(videos, num_frames=2, image_size=model.config.image_size)
+    videos = SyntheticVideos(4, 4, (64, 64))
+    clips = ClipDataset(videos, num_frames=4, image_size=model.config.image_size)
     SamoeTrainer(model, arguments, build_processor(model.config), train_dataset=clips).train()
     assert same(all_rows(model, slice(0, 4)), all_rows(nano.model, slice(0, 4)))
     new = all_rows(model, 4)
@@ -273,7 +273,7 @@ def test_experts_are_replaced_by_new_ones_elsewhere():
     assert torch.equal(attend(reference.model), before)
     module = reference.model.get_submodule(names[0])
     assert module.lora_A.shape[:2] == (3, 2) and module.scaling == 1 and not module.training
-    with pytest.raises(ValueError, match="`settings` must be among .* got 'top_k'"):
+    with pytest.raises(ValueError, match=r"`settings` must be among .* got 'top_k'"):
         replace_experts(reference.model, top_k=1)
 
 
