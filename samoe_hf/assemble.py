@@ -6,16 +6,18 @@ Routers are not trained but computed: linear discriminant analysis on what each 
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Sam2VideoProcessor
 
 from .data.schema import Video
-from .experts import expert_modules, record_router_logits, route_all_to
+from .experts import expert_modules, route_all_to
 from .inference import VideoPrompt, load_processor, track_video
 from .lora_exchange import expert_tensors, read_lora
 from .modeling_samoe import SamoeModel
@@ -25,8 +27,8 @@ from .surgery import replace_experts
 FRAMES_PER_VIDEO = 8
 # Tokens of one call of a layer that count; neighbours are much alike.
 TOKENS_PER_CALL = 1024
-# Share of the identity, of equal trace, in the covariance.
-SHRINKAGE = 0.01
+# Share of its diagonal in the covariance.
+SHRINKAGE = 1e-3
 
 
 def assemble(
@@ -105,13 +107,15 @@ def fit_routers(
 ) -> None:
     """Sets all routers so that the tokens of each expert's domain go to that expert.
 
-    For each layer, `logit_e = w_e x + b_e` is the linear discriminant of what the layer reads while the domain's videos
-    are tracked with its expert alone: `w_e = S^-1 m_e`, `b_e = -m_e w_e / 2`, where `m_e` is the mean of the domain and
-    S the covariance within domains. Where domains look the same to a layer, tokens go astray; see [`routed_right`].
+    For each layer, `logit_e = w_e x + b_e` is the linear discriminant of what the layer reads in the domains:
+    `w_e = S^-1 m_e`, `b_e = -m_e w_e / 2`, where `m_e` is the mean of the domain and S the covariance within domains.
+    First each domain is tracked with its expert alone, then once more as the routers send it, since a token that goes
+    astray changes what later layers read. Where domains look the same to a layer no router can help; see
+    [`routed_right`].
 
     Args:
         videos: of each expert's domain, in the order of the experts, with masks. A sequence is sampled evenly.
-        num_frames: frames that are tracked of each domain, a few of each video.
+        num_frames: frames that are tracked of each domain, twice, a few of each video.
 
     Raises:
         ValueError: if there are not as many domains as experts, or one has no annotated video.
@@ -120,16 +124,31 @@ def fit_routers(
         raise ValueError(
             f"`videos` must be of {model.config.num_experts} domains, one for each expert, got {len(videos)}."
         )
-    moments = {name: _Moments(len(videos), module.in_features) for name, module in expert_modules(model)}
-    for expert, of_domain in enumerate(videos):
-        with route_all_to(model, expert), _watch_routers(model, lambda name, x, e=expert: moments[name].add(e, x)):
-            _track(model, processor, of_domain, num_frames, f"domain {expert + 1}/{len(videos)}", show_progress_bar)
+    for forced in (True, False):
+        moments = {name: _Moments(len(videos), module.in_features) for name, module in expert_modules(model)}
+        for expert, of_domain in enumerate(videos):
+            description = f"domain {expert + 1}/{len(videos)}, {'own expert' if forced else 'as routed'}"
+            with (
+                route_all_to(model, expert) if forced else nullcontext(),
+                _watch(model, partial(_add, moments, expert)),
+            ):
+                _track(model, processor, of_domain, num_frames, description, show_progress_bar)
+        _set_routers(model, moments)
+
+
+def _add(moments: Mapping[str, "_Moments"], domain: int, name: str, hidden_states: Tensor) -> None:
+    moments[name].add(domain, _not_padding(hidden_states))
+
+
+def _set_routers(model: SamoeModel, moments: Mapping[str, "_Moments"]) -> None:
+    """The routers as linear discriminants of the domains."""
     for name, module in expert_modules(model):
+        if not moments[name].counts.all():
+            continue  # the layer was not run
         means, covariance = moments[name].means, moments[name].covariance
-        # Shrinkage also makes it regular; what never varies gets a floor.
-        spread = covariance.trace() / len(covariance)
-        identity = torch.eye(len(covariance), dtype=covariance.dtype)
-        covariance = (1 - SHRINKAGE) * covariance + (SHRINKAGE * spread).clamp(min=1e-12) * identity
+        # Shrunk toward its diagonal, which keeps directions of little variance; what never varies gets a floor.
+        covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * covariance.diag().diag()
+        covariance.diagonal().add_((1e-6 * covariance.diagonal().mean()).clamp(min=1e-12))
         weight = torch.linalg.solve(covariance, means.T).T
         bias = -(weight * means).sum(dim=1) / 2
         # What is common to all experts changes no routing, but may be large.
@@ -148,16 +167,28 @@ def routed_right(
     """How much of the gates' weight goes to each domain's own expert while its videos are tracked.
 
     Returns:
-        name of each layer with experts -> (experts,), 0 to 1.
+        name of each layer with experts that was run -> (experts,), 0 to 1.
     """
-    shares: dict[str, list[Tensor]] = {name: [] for name, _ in expert_modules(model)}
+    modules = dict(expert_modules(model))
+    sums = {name: torch.zeros(len(videos), dtype=torch.float64) for name in modules}
+    counts = {name: torch.zeros(len(videos), dtype=torch.float64) for name in modules}
     for expert, of_domain in enumerate(videos):
-        with record_router_logits(model) as calls:
+
+        def see(name: str, hidden_states: Tensor, expert: int = expert) -> None:
+            module, tokens = modules[name], _not_padding(hidden_states)
+            logits = F.linear(tokens, module.router.weight, module.router.bias)
+            sums[name][expert] += module.gates(logits)[:, expert].double().sum().cpu()
+            counts[name][expert] += len(tokens)
+
+        with _watch(model, see):
             _track(model, processor, of_domain, num_frames, f"routing {expert + 1}/{len(videos)}", show_progress_bar)
-        for name, module in expert_modules(model):
-            gates = [module.gates(logits)[..., expert].flatten().float() for logits in calls[name]]
-            shares[name].append(torch.cat(gates).mean().cpu())
-    return {name: torch.stack(of_layer) for name, of_layer in shares.items()}
+    return {name: sums[name] / counts[name] for name in modules if counts[name].all()}
+
+
+def _not_padding(hidden_states: Tensor) -> Tensor:
+    """Tokens (tokens, features) without those that are zero, such as the padding of windows: no expert affects them."""
+    tokens = hidden_states.flatten(0, -2)
+    return tokens[tokens.any(dim=1)]
 
 
 class _Moments:
@@ -168,9 +199,8 @@ class _Moments:
         self.sums = torch.zeros(domains, features, dtype=torch.float64)
         self.products = torch.zeros(features, features, dtype=torch.float64)
 
-    def add(self, domain: int, hidden_states: Tensor) -> None:
-        tokens = hidden_states.flatten(0, -2)
-        tokens = tokens[:: 1 + (len(tokens) - 1) // TOKENS_PER_CALL].double().cpu()
+    def add(self, domain: int, tokens: Tensor) -> None:
+        tokens = tokens[:: 1 + len(tokens) // TOKENS_PER_CALL].double().cpu()
         self.counts[domain] += len(tokens)
         self.sums[domain] += tokens.sum(dim=0)
         self.products += tokens.T @ tokens
@@ -185,7 +215,7 @@ class _Moments:
 
 
 @contextmanager
-def _watch_routers(model: SamoeModel, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watch(model: SamoeModel, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While the context is open, `see` gets the name of each layer that is run and what its router reads."""
     handles = [
         module.router.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
+from .adapters import base_name, without_adapters
 from .configuration_samoe import SamoeConfig
 from .experts import is_expert_parameter
 
@@ -48,7 +49,7 @@ def save_trained(
         raise ValueError(
             "`experts_only` needs a base model to refer to, but this model did not come from one; save it as a whole."
         )
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     state_dict = model.state_dict() if state_dict is None else state_dict
     kept = {
         name: tensor.detach().contiguous()
@@ -93,7 +94,7 @@ def load_trained(
         raise ValueError(
             f"{source} builds on {base['name_or_path']}, which cannot be loaded for it: {error}"
         ) from error
-    expected = model.state_dict()
+    expected = without_adapters(model.state_dict())
     wrong = [name for name, tensor in tensors.items() if name not in expected or expected[name].shape != tensor.shape]
     lacking = [name for name in expected if is_expert_parameter(name) and name not in tensors]
     if wrong or lacking:

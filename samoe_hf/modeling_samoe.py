@@ -10,10 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
+from .adapters import (
+    adapter_names,
+    base_name,
+    check_adapter,
+    is_adapter_parameter,
+    load_adapter,
+    load_adapters,
+    reaches_routers,
+    save_adapters,
+    to_wrapped_names,
+    without_adapters,
+)
 from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
 from .conversion import load_original
@@ -35,6 +48,7 @@ TOKEN_PARAMETERS = re.compile(
 )
 TRAINABLE_SETS = {
     "experts": is_expert_parameter,
+    "adapters": is_adapter_parameter,
     "memory": re.compile(
         r"(memory_attention|memory_encoder|object_pointer_proj|mask_downsample)\..*"
         r"|temporal_positional_encoding_projection_layer\..*"
@@ -74,6 +88,7 @@ class SamoeModel(Sam2VideoModel):
         if self.device.type != "meta":
             self.reset_parameters()
         self.set_trainable("experts")
+        self.register_load_state_dict_pre_hook(to_wrapped_names)
         # What this model was loaded from, for folders that hold only what was trained; see hub.py.
         self.base_model_source: dict[str, str | None] | None = None
         # Of training on clips: the loss, whether frames are recomputed, and frames encoded at once (None for all).
@@ -141,6 +156,7 @@ class SamoeModel(Sam2VideoModel):
             trained = config if isinstance(config, SamoeConfig) else SamoeConfig.from_pretrained(source, **hub)
             if trained.base_model is not None:
                 model = load_trained(cls, source, trained, kwargs)
+                load_adapters(model, source, trained.adapters or {}, hub)
                 return (model, {name: set() for name in LOADING_INFO}) if output_loading_info else model
         # Experts of another number or rank than the configuration's; see _check_loaded for what else does not fit.
         kwargs.setdefault("ignore_mismatched_sizes", True)
@@ -157,30 +173,79 @@ class SamoeModel(Sam2VideoModel):
         model.set_trainable("experts")
         if source is not None:
             model.base_model_source = _describe_source(source, kwargs.get("revision"), original_config)
+            if not is_file:
+                load_adapters(model, source, model.config.adapters or {}, hub)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, experts_only: bool = False, state_dict: dict | None = None, **kwargs
     ) -> None:
-        """As in the base class.
+        """As in the base class, with all adapters of PEFT; see adapters.py.
 
         Args:
             experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
                 which [`from_pretrained`] then fetches.
         """
+        names = adapter_names(self)
+        active = set(self.active_adapters()) if names else set()
+        self.config.adapters = {name: name in active for name in names} or None
+        if names:
+            state_dict = without_adapters(self.state_dict() if state_dict is None else state_dict)
         if experts_only:
             if kwargs.get("is_main_process", True):
                 save_trained(self, save_directory, state_dict)
         else:
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            # With adapters the base class would save nothing else.
+            self._hf_peft_config_loaded = False
+            try:
+                super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            finally:
+                self._hf_peft_config_loaded = bool(names)
+        if kwargs.get("is_main_process", True):
+            save_adapters(self, save_directory)
+
+    def add_adapter(self, adapter_config: PeftConfig, adapter_name: str | None = None) -> None:
+        """Adds a LoRA of PEFT, trainable and active; experts and whatever else is trainable stay so.
+
+        Raises:
+            ValueError: if it is no LoRA, there is one of that name, or no layer matches.
+        """
+        check_adapter(self, adapter_config, adapter_name or "default")
+        if adapter_config.exclude_modules is None and reaches_routers(self, adapter_config):
+            adapter_config.exclude_modules = r".*\.router"
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            super().add_adapter(adapter_config, adapter_name)
+        finally:
+            self._hf_peft_config_loaded = bool(adapter_names(self))
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+        self.train(self.training)
+
+    def load_adapter(
+        self,
+        peft_model_id: str | os.PathLike,
+        adapter_name: str | None = None,
+        is_trainable: bool = False,
+        **hub,
+    ) -> None:
+        """Loads a LoRA of PEFT, and makes it active; `hub` says how it is fetched.
+
+        Raises:
+            ValueError: if it does not fit the model.
+        """
+        load_adapter(self, peft_model_id, adapter_name or "default", hub)
+        for name, parameter in self.named_parameters():
+            if f".{adapter_name or 'default'}." in name and is_adapter_parameter(name):
+                parameter.requires_grad_(is_trainable)
 
     def set_trainable(self, *sets: str) -> None:
         """Makes exactly the parameters of the named sets trainable.
 
         Args:
-            sets: any of "experts" (all experts and routers), "memory" (memory attention with its experts, memory
-                encoder and what belongs to them), "decoder" (mask decoder), "all"; or regular expressions for whole
-                names of parameters.
+            sets: any of "experts" (all experts and routers), "adapters" (those of PEFT), "memory" (memory attention
+                with its experts, memory encoder and what belongs to them), "decoder" (mask decoder), "all"; or regular
+                expressions for whole names of parameters.
 
         Raises:
             ValueError: if a set is empty.
@@ -192,7 +257,7 @@ class SamoeModel(Sam2VideoModel):
     def parameter_names(self, chosen: str) -> list[str]:
         """Names of the parameters of a set, see [`set_trainable`]."""
         matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
-        names = [name for name, _ in self.named_parameters() if matches(name)]
+        names = [name for name, _ in self.named_parameters() if matches(base_name(name))]
         if not names:
             known = ", ".join(map(repr, TRAINABLE_SETS))
             raise ValueError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")

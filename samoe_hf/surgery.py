@@ -181,9 +181,8 @@ def replace_experts(model: "SamoeModel", **settings) -> None:
         setattr(config, name, value)
     config.check_experts()
     matching_linear_names(model, config.expert_modules)
-    for name in model.expert_names:
+    for name, module in list(expert_modules(model)):
         parent_name, _, child_name = name.rpartition(".")
-        module = model.get_submodule(name)
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         linear.weight, linear.bias = module.weight, module.bias
         setattr(model.get_submodule(parent_name), child_name, linear)
