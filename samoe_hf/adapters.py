@@ -59,12 +59,17 @@ def check_adapter(model: "SamoeModel", config: PeftConfig, name: str) -> None:
         raise ValueError(f"`adapter_name` must be of letters, digits, _ and -, as a folder's name, got {name!r}.")
 
 
-def reaches_routers(model: "SamoeModel", config: LoraConfig) -> bool:
-    """Whether an adapter's `target_modules` match the routers within layers with experts."""
+# What lies within layers with experts and is no layer of the base model.
+WITHIN_EXPERTS = r".*\.(router|dropout)"
+
+
+def reaches_within_experts(model: "SamoeModel", config: LoraConfig) -> bool:
+    """Whether an adapter's `target_modules` match routers, or dropout, within layers with experts."""
     targets = config.target_modules
     if not isinstance(targets, str):
         return False
-    return targets == "all-linear" or any(re.fullmatch(targets, f"{name}.router") for name in model.expert_names)
+    inner = (f"{name}.{child}" for name in model.expert_names for child in ("router", "dropout"))
+    return targets == "all-linear" or any(re.fullmatch(targets, name) for name in inner)
 
 
 def save_adapters(model: "SamoeModel", directory: str | os.PathLike) -> None:

@@ -16,13 +16,14 @@ from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam2VideoM
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
 from .adapters import (
+    WITHIN_EXPERTS,
     adapter_names,
     base_name,
     check_adapter,
     is_adapter_parameter,
     load_adapter,
     load_adapters,
-    reaches_routers,
+    reaches_within_experts,
     save_adapters,
     to_wrapped_names,
     without_adapters,
@@ -211,8 +212,8 @@ class SamoeModel(Sam2VideoModel):
             ValueError: if it is no LoRA, there is one of that name, or no layer matches.
         """
         check_adapter(self, adapter_config, adapter_name or "default")
-        if adapter_config.exclude_modules is None and reaches_routers(self, adapter_config):
-            adapter_config.exclude_modules = r".*\.router"
+        if adapter_config.exclude_modules is None and reaches_within_experts(self, adapter_config):
+            adapter_config.exclude_modules = WITHIN_EXPERTS
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             super().add_adapter(adapter_config, adapter_name)
