@@ -107,9 +107,7 @@ def main() -> None:
         shares = routed_right(model, processor, [videos[name] for name in loras])
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    print(
-        "Share of the gates' weight that goes to a domain's own experts, averaged over layers, and where it is least:"
-    )
+    print("Share of the gates' weight that goes to a domain's own experts, mean of all layers, and where least:")
     for domain, name in enumerate(loras):
         of_domain = {layer: share[domain].item() for layer, share in shares.items()}
         worst = min(of_domain, key=of_domain.get)
