@@ -38,7 +38,7 @@ def assemble(
     loras: Mapping[str, str | os.PathLike | None],
     videos: Mapping[str, Iterable[Video]],
     *,
-    experts_per_lora: int = 4,
+    experts_per_lora: int = 6,
     num_experts_per_tok: int = 1,
     num_frames: int = 200,
     show_progress_bar: bool = True,

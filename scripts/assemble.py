@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", action="append", required=True, metavar="RUN.yaml|{kind: ...}")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
     parser.add_argument("--frames", type=int, default=200, help="frames of each domain")
-    parser.add_argument("--experts-per-lora", type=int, default=4, help="kinds of tokens that a domain can have")
+    parser.add_argument("--experts-per-lora", type=int, default=6, help="kinds of tokens that a domain can have")
     parser.add_argument("--num-experts-per-tok", type=int, default=1, help="experts that a token goes to")
     parser.add_argument("--original-config", help="YAML of an original checkpoint of other sizes than Meta's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -112,9 +112,8 @@ def main() -> None:
         of_domain = {layer: share[domain].item() for layer, share in shares.items()}
         worst = min(of_domain, key=of_domain.get)
         print(f"  {name:20s} {sum(of_domain.values()) / len(of_domain):.3f}   {of_domain[worst]:.3f} in {worst}")
-    print(
-        f"{model.config.num_experts} experts in {len(shares)} layers, rank {model.config.lora_rank}: {arguments.output}"
-    )
+    config = model.config
+    print(f"{config.num_experts} experts of rank {config.lora_rank} in {len(shares)} layers: {arguments.output}")
 
 
 if __name__ == "__main__":
