@@ -99,7 +99,8 @@ def load_trained(
     lacking = [name for name in expected if is_expert_parameter(name) and name not in tensors]
     if wrong or lacking:
         raise ValueError(
-            f"{source} builds on {base['name_or_path']}, which it does not fit: {(wrong + lacking)[0]!r} differs or is missing."
+            f"{source} builds on {base['name_or_path']}, which it does not fit: {(wrong + lacking)[0]!r} differs or is "
+            "missing."
         )
     model.load_state_dict(tensors, strict=False)
     return model
