@@ -150,7 +150,8 @@ def _segment_clip(
 ) -> tuple[dict[int, FrameOutput], list[LossParts]]:
     """Segments conditioning frames first, then the others in time order; with labels, also gives each one's loss."""
     num_videos, num_frames = pixel_values.shape[:2]
-    features = image_features(model, pixel_values.flatten(0, 1), model.encoder_batch_size)
+    encode = image_features if model.feature_cache is None else model.feature_cache.image_features
+    features = encode(model, pixel_values.flatten(0, 1), model.encoder_batch_size)
     by_frame = [x.unflatten(0, (num_videos, num_frames)) for x in features[:3]]
     order = [*sorted(prompts.initial), *(t for t in range(num_frames) if t not in prompts.initial)]
     bank, outputs, parts = MemoryBank(), {}, []

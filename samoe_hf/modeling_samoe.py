@@ -18,6 +18,7 @@ from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
 from .conversion import load_original
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
+from .feature_cache import FeatureCache
 from .hub import HUB_ARGUMENTS, load_trained, save_trained
 from .losses import SegmentationLoss
 from .prompts import PromptRecipe, resolve_recipe
@@ -74,10 +75,12 @@ class SamoeModel(Sam2VideoModel):
         self.set_trainable("experts")
         # What this model was loaded from, for folders that hold only what was trained; see hub.py.
         self.base_model_source: dict[str, str | None] | None = None
-        # Of training on clips: the loss, whether frames are recomputed, and frames encoded at once (None for all).
+        # Of training on clips: the loss, whether frames are recomputed, frames encoded at once (None for all), and
+        # where a frozen encoder's features are kept.
         self.segmentation_loss = SegmentationLoss()
         self.gradient_checkpointing = False
         self.encoder_batch_size: int | None = None
+        self.feature_cache: FeatureCache | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

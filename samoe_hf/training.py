@@ -23,6 +23,7 @@ from .data.registry import read_yaml
 from .data.schema import Video
 from .evaluation import evaluate_videos
 from .experts import ExpertLinear, record_router_logits
+from .feature_cache import FeatureCache
 from .losses import SegmentationLoss
 from .metrics import summarize
 from .modeling_samoe import SamoeModel
@@ -125,6 +126,9 @@ class SamoeTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
     )
     encoder_batch_size: int | None = field(default=None, metadata={"help": "Frames encoded at once; all by default."})
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
+    )
 
     def learning_rates(self) -> dict[str, float]:
         """Set of parameters -> learning rate; of a parameter in several sets the first counts."""
@@ -164,6 +168,7 @@ class SamoeTrainer(Trainer):
     ):
         model.set_trainable(*args.learning_rates())
         model.encoder_batch_size = args.encoder_batch_size
+        model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
         if segmentation_loss is not None:
             model.segmentation_loss = segmentation_loss
         # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
@@ -333,6 +338,8 @@ def parse_run(
 def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     """The trainer of a run, with its model and data; `arguments` as in [`parse_run`]."""
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
+    if training_arguments.feature_cache is not None and data_arguments.augmentation is not None:
+        raise ValueError("`feature_cache` and `augmentation` do not go together: augmented frames never come again.")
     model = model_arguments.load()
     return SamoeTrainer(
         model,
