@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,12 @@ class SamoeModel(Sam2VideoModel):
     config_class = SamoeConfig
     config: SamoeConfig
     supports_gradient_checkpointing = True
+    # What FSDP shards one by one, and what is never split over devices.
+    _no_split_modules: ClassVar = [
+        "Sam2MultiScaleBlock",
+        "Sam2VideoMemoryAttentionLayer",
+        "Sam2VideoTwoWayAttentionBlock",
+    ]
 
     def __init__(self, config: SamoeConfig):
         config.check_experts()

@@ -263,12 +263,14 @@ class SamoeTrainer(Trainer):
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         start_time = time.time()
         rank, world_size = self.args.process_index, self.args.world_size
-        own = [videos[i] for i in range(rank, len(videos), world_size)]
+        # Processes that each hold a shard of the weights must take every step together.
+        own = videos if self.is_fsdp_enabled else [videos[i] for i in range(rank, len(videos), world_size)]
         model = self.accelerator.unwrap_model(self.model)
         show = self.is_local_process_zero() and not self.args.disable_tqdm
         scores = evaluate_videos(model, self.processor, own, show_progress_bar=show)
         domains = {video.video_id: video.domain for video in own}
-        gathered = gather_object([(domains[video_id], video_id, score) for video_id, score in scores.items()])
+        results = [(domains[video_id], video_id, score) for video_id, score in scores.items()]
+        gathered = results if self.is_fsdp_enabled else gather_object(results)
 
         def summary(selected: list) -> dict[str, float]:
             # As YouTube-VOS: an object counts from the frame after the one that it was prompted on.
