@@ -15,7 +15,7 @@ from transformers import Sam2VideoInferenceSession
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
 from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, unflatten_features
-from .memory_bank import FrameMemory, MemoryBank, MemorySelection
+from .memory_bank import MemoryBank, MemorySelection
 
 if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
@@ -132,6 +132,10 @@ def _run(
             encode_memory=run_mem_encoder,
             fill_hole_area=model.config.fill_hole_area,
         )
+        memory, device = output.memory, session.inference_state_device
+        if memory.features is not None:
+            memory.features = memory.features.to(device)
+        output.masks = output.masks.to(device)
         for index, row in enumerate(batch):
             _keep(session, row, frame_idx, work, output, index)
 
@@ -203,7 +207,7 @@ def _keep(
     outputs = session.output_dict_per_obj[row]
     memory = output.memory.row(index)
     kept = {
-        "pred_masks": output.masks[index : index + 1].to(session.inference_state_device),
+        "pred_masks": output.masks[index : index + 1],
         "object_pointer": memory.pointers,
         "object_score_logits": output.object_score_logits[index : index + 1],
         "prompt": _given(session, row, frame_idx),
@@ -214,8 +218,7 @@ def _keep(
     else:
         outputs["non_cond_frame_outputs"][frame_idx] = kept
         session.frames_tracked_per_obj[row][frame_idx] = {"reverse": work.reverse}
-    features = None if memory.features is None else memory.features.to(session.inference_state_device)
-    _bank(session, row).write(frame_idx, FrameMemory(memory.pointers, features), work.is_initial)
+    _bank(session, row).write(frame_idx, memory, work.is_initial)
     session.obj_with_new_inputs = [i for i in session.obj_with_new_inputs if i != session.obj_idx_to_id(row)]
 
 
