@@ -177,7 +177,9 @@ def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     handles = []
     for name, module in expert_modules(model):
         calls = records.setdefault(name, [])
-        handles.append(module.router_logits.register_forward_hook(lambda _, __, logits, calls=calls: calls.append(logits)))
+        handles.append(
+            module.router_logits.register_forward_hook(lambda _, __, logits, calls=calls: calls.append(logits))
+        )
     try:
         yield records
     finally:

@@ -1,8 +1,8 @@
 """Memory attention: a frame in the light of what has been seen of each object (arXiv:2408.00714, section 4).
 
 It computes what the modules of [`~transformers.Sam2VideoModel`] do, with less work where many objects share a frame:
-the first self-attention sees nothing of the objects yet and runs once for all of them, memories get their positions once
-for all layers, and rotary encodings are products of complex numbers.
+the first self-attention sees nothing of the objects yet and runs once for all of them, memories get their positions
+once for all layers, and rotary encodings are products of complex numbers.
 """
 
 import torch

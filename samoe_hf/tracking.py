@@ -16,6 +16,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmenta
 
 from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, unflatten_features
 from .memory_bank import MemoryBank, MemorySelection
+from .video_session import VideoSession
 
 if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
@@ -52,10 +53,15 @@ def track_frame(
         raise ValueError(
             f"`frame_idx` must be a frame of the session ({session.num_frames or 0} frames), got {frame_idx}."
         )
+    reach = max(model.num_maskmem, model.config.max_object_pointers_in_encoder)
+    if isinstance(session, VideoSession) and session.keep_frames < reach:
+        raise ValueError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
     run_new_prompts(model, session, except_frame=frame_idx, streaming=streaming)
     rows = range(session.get_obj_num())
     _run(model, session, frame_idx, rows, reverse, streaming, run_mem_encoder)
     outputs = [_output(session, row, frame_idx) for row in rows]
+    if isinstance(session, VideoSession):
+        session.forget(frame_idx)
     device = session.inference_device
     return Sam2VideoSegmentationOutput(
         object_ids=session.obj_ids.copy(),
@@ -120,7 +126,7 @@ def _run(
             batches[work].append(row)
     if not batches:
         return
-    image = _image_features(model, session, frame_idx)
+    image = _image_features(model, session, frame_idx, reverse)
     for work, batch in batches.items():
         output = frame_step(
             model,
@@ -222,13 +228,22 @@ def _keep(
     session.obj_with_new_inputs = [i for i in session.obj_with_new_inputs if i != session.obj_idx_to_id(row)]
 
 
-def _image_features(model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int) -> ImageFeatures:
-    """Features of a frame, from the session's cache where they are there."""
+def _image_features(
+    model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int, reverse: bool
+) -> ImageFeatures:
+    """Features of a frame, from the session's cache; where it is not there, the cache is filled with frames ahead."""
     cached = session.cache.get_vision_features(frame_idx)
     if cached is None:
-        outputs = model.get_image_features(session.get_frame(frame_idx).unsqueeze(0), return_dict=True)
-        cached = {"vision_feats": outputs.fpn_hidden_states, "vision_pos_embeds": outputs.fpn_position_encoding}
-        session.cache.cache_vision_features(frame_idx, cached)
+        step = -1 if reverse else 1
+        ahead = range(frame_idx, frame_idx + step * max(session.max_vision_features_cache_size, 1), step)
+        ahead = [t for t in ahead if t in session.processed_frames]
+        outputs = model.get_image_features(torch.stack([session.get_frame(t) for t in ahead]), return_dict=True)
+        position = [outputs.fpn_position_encoding[-1][:, :1]]
+        session.cache.clear_all()
+        for row, t in enumerate(ahead):
+            levels = [level[:, row : row + 1] for level in outputs.fpn_hidden_states]
+            session.cache.cache_vision_features(t, {"vision_feats": levels, "vision_pos_embeds": position})
+        cached = session.cache.get_vision_features(frame_idx)
     return unflatten_features(model, cached["vision_feats"], cached["vision_pos_embeds"][-1])
 
 
