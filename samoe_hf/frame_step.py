@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, get_1d_sine_pe
 
-from .memory_attention import attend_to_memory
 from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features, read_pointers
 
 # A mask prompt becomes logits of -10 and +10, for the mask and for the object score (arXiv:2408.00714, `sam2`).
@@ -183,7 +182,7 @@ def _condition_on_memory(
     if selection is None:
         return image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
     memory, position, num_pointer_tokens = _memory_tokens(model, banks, selection, image.coarse)
-    conditioned = attend_to_memory(
+    conditioned = model.attend_to_memory(
         model.memory_attention,
         image.coarse.flatten(2).mT,
         image.position.transpose(0, 1),

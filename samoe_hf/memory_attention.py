@@ -41,12 +41,15 @@ def attend_to_memory(
         hidden = hidden.expand(len(memory), -1, -1)
     cos, sin = attention.rotary_emb(hidden, attention.position_ids)
     rotation = torch.complex(cos[0, :, ::2], sin[0, :, ::2])
+    num_maps = (memory.shape[1] - num_pointer_tokens) // len(rotation)
+    key_rotation = rotation.repeat(num_maps, 1)
     keys = memory + memory_position
     for layer in attention.layers:
         normed = layer.layer_norm1(hidden)
-        hidden = hidden + layer.dropout1(_attend(layer.self_attn, normed, normed, normed, rotation))
+        attended = _attend(layer.self_attn, normed, normed, normed, rotation, rotation)
+        hidden = hidden + layer.dropout1(attended)
         normed = layer.layer_norm2(hidden).expand(len(memory), -1, -1)
-        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, num_pointer_tokens)
+        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, key_rotation)
         hidden = hidden + layer.dropout2(attended)
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
@@ -59,7 +62,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     rotation: Tensor,
-    num_unrotated_keys: int = 0,
+    key_rotation: Tensor,
 ) -> Tensor:
     """Attention of (objects, tokens, channels) to (objects, keys, channels), both rotated by where they are."""
 
@@ -67,7 +70,7 @@ def _attend(
         return x.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
 
     query = _rotate(heads(attention.q_proj(query)), rotation)
-    key = _rotate(heads(attention.k_proj(key)), rotation, num_unrotated_keys)
+    key = _rotate(heads(attention.k_proj(key)), key_rotation)
     value = heads(attention.v_proj(value))
     implementation = attention.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -78,15 +81,14 @@ def _attend(
     return attention.o_proj(attended.flatten(-2))
 
 
-def _rotate(x: Tensor, rotation: Tensor, num_unrotated: int = 0) -> Tensor:
-    """Rotates pairs of channels of (..., tokens, channels) by `rotation` (tokens of one map, channels / 2), complex.
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates pairs of channels of (..., tokens, channels) by `rotation` (rotated tokens, channels / 2), complex.
 
-    The tokens are one or several maps, and behind them `num_unrotated` that stay as they are.
+    Tokens behind the rotated ones, which are object pointers, stay as they are.
     """
-    num_rotated = x.shape[-2] - num_unrotated
-    maps, rest = x.split([num_rotated, num_unrotated], dim=-2)
+    located, rest = x.split([len(rotation), x.shape[-2] - len(rotation)], dim=-2)
     # In float32 at least, as the original does.
-    maps = maps.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-2, (-1, len(rotation)))
-    pairs = torch.view_as_complex(maps.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * rotation).flatten(-2).flatten(-3, -2).to(x.dtype)
-    return torch.cat([turned, rest], dim=-2) if num_unrotated else turned
+    located = located.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(located.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    return torch.cat([turned, rest], dim=-2) if rest.shape[-2] else turned

@@ -21,6 +21,7 @@ from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parame
 from .feature_cache import FeatureCache
 from .hub import HUB_ARGUMENTS, load_trained, save_trained
 from .losses import SegmentationLoss
+from .memory_attention import attend_to_memory
 from .prompts import PromptRecipe, resolve_recipe
 from .tracking import remove_object, run_new_prompts, track_frame
 
@@ -81,6 +82,8 @@ class SamoeModel(Sam2VideoModel):
         self.set_trainable("experts")
         # What this model was loaded from, for folders that hold only what was trained; see hub.py.
         self.base_model_source: dict[str, str | None] | None = None
+        # Compiled in its place by `compile_for_tracking`.
+        self.attend_to_memory = attend_to_memory
         # Of training on clips: the loss, whether frames are recomputed, frames encoded at once (None for all), and
         # where a frozen encoder's features are kept.
         self.segmentation_loss = SegmentationLoss()
@@ -209,6 +212,21 @@ class SamoeModel(Sam2VideoModel):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    def compile_for_tracking(self, **kwargs) -> None:
+        """Compiles the four parts of a frame's work, in place: the encoders, memory attention and the mask decoder.
+
+        The first frames are slow. Nothing is compiled again as memory fills or the number of objects changes, except
+        between one object and several. Training runs the same parts, and gains as well.
+
+        Args:
+            kwargs: of [`torch.compile`], such as `mode="max-autotune-no-cudagraphs"`. Modes with CUDA graphs overwrite
+                memories, and cannot be used.
+        """
+        self.vision_encoder.compile(**kwargs)
+        self.mask_decoder.compile(dynamic=True, **kwargs)
+        self.memory_encoder.compile(dynamic=True, **kwargs)
+        self.attend_to_memory = torch.compile(attend_to_memory, dynamic=True, **kwargs)
 
     def forward(
         self,

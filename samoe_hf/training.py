@@ -126,6 +126,13 @@ class SamoeTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
     )
     encoder_batch_size: int | None = field(default=None, metadata={"help": "Frames encoded at once; all by default."})
+    compile_parts: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the parts of a frame's work, each by itself; `torch_compile` would compile the loop over "
+            "frames as one, anew for each number of frames and clicks."
+        },
+    )
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
     )
@@ -171,6 +178,8 @@ class SamoeTrainer(Trainer):
         model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
         if segmentation_loss is not None:
             model.segmentation_loss = segmentation_loss
+        if args.compile_parts:
+            model.compile_for_tracking()
         # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
         args.remove_unused_columns = False
         super().__init__(model, args, data_collator=ClipCollator(keep_domain=True), **kwargs)
@@ -191,6 +200,11 @@ class SamoeTrainer(Trainer):
             self._log_routing(unwrapped, calls, domains)
         else:
             output = model(**inputs, prompts=self.recipe)
+        if model.training and not output.loss.requires_grad:
+            raise ValueError(
+                f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: the memory is not "
+                f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Use more `num_frames`."
+            )
         for name, part in output.loss_dict.items():
             self._logged[f"loss_{name}"].append(part)
         return (output.loss, output) if return_outputs else output.loss

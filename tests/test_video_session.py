@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from samoe_hf import SamoeModel
 from samoe_hf.conversion import build_processor
 from samoe_hf.video_session import VideoSession
 
@@ -112,6 +113,29 @@ def test_frames_may_be_encoded_ahead_in_batches(nano, processor):
     assert calls == [1] * 10 + [1, 4, 4, 1]
     for frame_idx, masks in results[0].items():
         assert (masks - results[1][frame_idx]).abs().mean() < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_tracking_is_the_same_and_not_compiled_again_as_memory_fills(model_folder, processor):
+    model = SamoeModel.from_pretrained(model_folder)
+
+    def run(num_objects):
+        session = VideoSession(Frames(20), processor)
+        for obj_id in range(num_objects):
+            processor.add_inputs_to_inference_session(session, 0, obj_id, **(BOX if obj_id else POINT))
+        masks, graphs = [], []
+        for output in model.propagate_in_video_iterator(session):
+            masks.append(output.pred_masks)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return torch.stack(masks), graphs
+
+    expected, _ = run(3)
+    model.compile_for_tracking()
+    compiled, graphs = run(3)
+    assert (compiled - expected).abs().mean() < 1e-4
+    assert graphs[0] > 0 and graphs[1] == graphs[-1]  # memory attention first runs on the second frame
+    _, more_objects = run(5)
+    assert more_objects[-1] == graphs[-1]
 
 
 def test_bad_arguments_are_named(nano, processor):
