@@ -262,11 +262,12 @@ def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | N
     """The commit of a Hub repository that `revision` stands for; None for a folder.
 
     Raises:
-        OSError: if there is no such folder or repository, or it cannot be reached.
+        OSError: if there is no such folder or repository, it has no configuration, or it cannot be reached.
     """
-    if os.path.isdir(source):
-        return None
-    return extract_commit_hash(cached_file(source, CONFIG_NAME, **hub), None)
+    path = cached_file(source, CONFIG_NAME, **hub)
+    if path is None:
+        raise OSError(f"{source} has no {CONFIG_NAME}; expected a model of SAMoE or SAM 2 video.")
+    return None if os.path.isdir(source) else extract_commit_hash(path, None)
 
 
 def check_weights(source: str | os.PathLike, config: SamoeConfig, hub: dict[str, Any], variant: str | None) -> None:

@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self):
         split = urlsplit(self.path)
-        self.query = parse_qs(split.query)
+        self.query, self.is_body_read = parse_qs(split.query), False
         path = unquote(split.path)
         self.server.requests.append((self.command, path))
         try:
@@ -106,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
                         return action(self, **match.groupdict())
             raise _Refused(404, "NotImplemented", f"the test server has no {self.command} {path}")
         except _Refused as refused:
-            self._read_body()
+            if not self.is_body_read:
+                self._read_body()
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             self._send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
 
@@ -125,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read_body(self, cut: int | None = None) -> bytes:
         """The request's body; with `cut`, so many bytes of it, and then the connection is closed."""
+        self.is_body_read = True
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = b""
             while size := int(self.rfile.readline(), 16):
@@ -196,7 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
     def repository_info(self, repo_id: str, revision: str | None = None):
         commit, files = self._commit(repo_id, revision or "main")
         siblings = [{"rfilename": path} for path in files]
-        self._send_json({"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []})
+        self._send_json(
+            {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []}
+        )
 
     def tree(self, repo_id: str, revision: str, folder: str | None = None):
         _, files = self._commit(repo_id, revision)
@@ -340,8 +344,7 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_card(self):
         body = self._json_body()
         errors = card_errors(body["content"]) if body["repoType"] == "model" else ["only models are known here"]
-        text = "\n".join(errors)
-        self._send(400 if errors else 200, text.encode(), kind="text/plain")
+        self._send_json({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
 
 
 def card_errors(text: str) -> list[str]:
