@@ -59,13 +59,14 @@ def build_model_card(
         The card; `card.save(path)` writes it.
     """
     base = base or model.base_model_source
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
     base_name = None if base is None else base["name_or_path"]
     is_public = base_name is not None and not os.path.isabs(base_name)
     model_name = model_id.split("/")[-1]
     data = ModelCardData(
         base_model=base_name if is_public else None,
         base_model_relation=("adapter" if experts_only else "finetune") if is_public else None,
-        datasets=[datasets] if isinstance(datasets, str) else list(datasets or []) or None,
+        datasets=datasets or None,
         eval_results=list(eval_results or []) or None,
         language=language,
         library_name="transformers",
@@ -79,7 +80,7 @@ def build_model_card(
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {model_name}\n", ignore_metadata_errors=False)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         base={
@@ -97,13 +98,13 @@ def build_model_card(
         num_expert_parameters=sum(p.numel() for name, p in model.named_parameters() if is_expert_parameter(name)),
         also_trained=f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
         domains=list(domains or []),
+        datasets=datasets,
         training=training,
         results=list(eval_results or []),
         usage_picture=None if usage_picture is None else _picture_name(usage_picture),
         limits=[*LIMITS, *limits],
         licence=license,
     )
-    return card
 
 
 def write_model_card(model: "SamoeModel", directory: str | os.PathLike, model_id: str, **arguments: Any) -> None:

@@ -362,7 +362,7 @@ config = {
     "model_name_or_path": "tester/base",
     "train_data": [{"kind": "synthetic", "num_videos": 2, "num_frames": 3, "image_size": [64, 64]}],
     "eval_data": [{"kind": "synthetic", "num_videos": 1, "num_frames": 3, "image_size": [64, 64], "seed": 5}],
-    "num_frames": 2, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3,
+    "num_frames": 3, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3,
     "report_to": "none", "disable_tqdm": True, "output_dir": output, "push_to_hub": True,
     "hub_model_id": "run-" + strategy, "hub_strategy": strategy, "hub_always_push": True,
 }
