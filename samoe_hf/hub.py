@@ -279,6 +279,12 @@ def check_weights(source: str | os.PathLike, config: SamoeConfig, hub: dict[str,
         OSError: if there are no safetensors.
         ValueError: if a file is damaged or lies elsewhere, or if shapes or sizes do not agree.
     """
+    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
+    if not os.path.isdir(source) and cached_file(source, "adapter_config.json", **optional) is not None:
+        # From there transformers would take the name of another model, and load that one's weights.
+        raise ValueError(
+            f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
+        )
     found = {name: shape for path in _weight_files(source, hub, variant) for name, shape in _read_header(path).items()}
     stored = sum(map(math.prod, found.values()))
     for name, value in _named_integers(config.to_dict()):

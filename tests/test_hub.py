@@ -240,6 +240,19 @@ model.push_to_hub("again", experts_only=True, tags=["second"])
     assert set(repository.branches) == {"main", "other"}
 
 
+def test_saving_can_push(server, author, tmp_path):
+    author.run(
+        """
+from samoe_hf import SamoeModel
+model = SamoeModel.from_pretrained("tester/base")
+model.save_pretrained(folder, experts_only=True, push_to_hub=True, repo_id="saved", commit_message="here")
+""",
+        folder=tmp_path / "folder",
+    )
+    pushed = server.repositories["tester/saved"].files["model.safetensors"]
+    assert (tmp_path / "folder" / "model.safetensors").read_bytes() == pushed
+
+
 def test_a_base_that_only_this_machine_has_is_not_pushed(server, author, model_folder):
     with pytest.raises(ClientError, match="which nobody else can fetch") as error:
         author.run(
@@ -273,6 +286,7 @@ def test_an_upload_that_is_cut_leaves_nothing_and_can_be_repeated(server, author
 from unittest import mock
 from samoe_hf import SamoeModel
 model = SamoeModel.from_pretrained("tester/base")
+model.get_submodule(model.expert_names[0]).router.bias.data += 1  # else the server has this file already
 with mock.patch("huggingface_hub.utils._http.time.sleep"):
     model.push_to_hub("cut", experts_only=True)
 """
@@ -453,22 +467,28 @@ def test_a_base_of_another_size_is_refused_with_both_names(experts_folder, tmp_p
         SamoeModel.from_pretrained(experts_folder)
 
 
-@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, tmp_path, saved):
+@pytest.mark.parametrize(
+    "saved, dtype",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, "float16"),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, tmp_path, saved, dtype):
     model = SamoeModel.from_pretrained(model_folder, dtype=saved)
     model.save_pretrained(tmp_path / "experts", experts_only=True)
+    model.save_pretrained(tmp_path / "whole")
     assert SamoeModel.from_pretrained(tmp_path / "experts").dtype == saved
-    for dtype in (torch.float32, torch.bfloat16, "float16"):
-        loaded = SamoeModel.from_pretrained(tmp_path / "experts", dtype=dtype)
-        whole = copy.deepcopy(model)
-        whole.save_pretrained(tmp_path / "whole")
-        expected = SamoeModel.from_pretrained(tmp_path / "whole", dtype=dtype)
-        for (name, one), (_, two) in zip(
-            [*loaded.named_parameters(), *loaded.named_buffers()],
-            [*expected.named_parameters(), *expected.named_buffers()],
-            strict=True,
-        ):
-            assert one.dtype == two.dtype and torch.equal(one, two), name
+    loaded = SamoeModel.from_pretrained(tmp_path / "experts", dtype=dtype)
+    expected = SamoeModel.from_pretrained(tmp_path / "whole", dtype=dtype)
+    for (name, one), (_, two) in zip(
+        [*loaded.named_parameters(), *loaded.named_buffers()],
+        [*expected.named_parameters(), *expected.named_buffers()],
+        strict=True,
+    ):
+        assert one.dtype == two.dtype and torch.equal(one, two), name
 
 
 def test_settings_can_be_given_and_layers_added(experts_folder, nano):
@@ -629,6 +649,15 @@ def test_bases_that_climb_or_lie_on_the_readers_machine_are_refused(server, auth
     with pytest.raises(ClientError, match="expected a Hub id with a commit") as error:
         author.run("from samoe_hf import SamoeModel\nSamoeModel.from_pretrained('tester/bad')")
     assert "ValueError" in error.value.kind and "tester/bad" in error.value.message
+
+
+def test_an_adapter_does_not_lead_to_other_weights(server, author, model_folder):
+    files = dict(server.repositories["tester/full"].files)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(model_folder)}
+    server.repositories["tester/adapted"] = Repository()
+    server.repositories["tester/adapted"].commit({**files, "adapter_config.json": json.dumps(adapter).encode()})
+    with pytest.raises(ClientError, match="a model and a PEFT adapter at once"):
+        author.run("from samoe_hf import SamoeModel\nSamoeModel.from_pretrained('tester/adapted')")
 
 
 def test_bases_in_a_circle_are_refused(server, author):
