@@ -140,14 +140,25 @@ def test_the_schema_refuses_what_the_hub_would(model, change, error):
 def test_the_hub_takes_the_card(model, tmp_path):
     full_card(model).save(tmp_path / "README.md")
     (tmp_path / "bad.md").write_text("---\nlicense: 5\n---\n# x\n")
+    upload = """
+from huggingface_hub import HfApi
+repo_id = HfApi().create_repo("card", exist_ok=True).repo_id
+HfApi().upload_file(repo_id=repo_id, path_or_fileobj=path, path_in_repo="README.md")
+"""
+    # Before 2.0, `validate` asked huggingface.co whatever the endpoint.
+    validate = """
+import huggingface_hub
+if int(huggingface_hub.__version__.split(".")[0]) >= 2:
+    huggingface_hub.ModelCard.load(path).validate()
+"""
     with HubServer() as server:
         client = Client(server.url, tmp_path / "home", TOKEN)
-        validate = "from huggingface_hub import ModelCard\nModelCard.load(path).validate()"
-        client.run(validate, path=tmp_path / "README.md")
+        client.run(upload + validate, path=tmp_path / "README.md")
         with pytest.raises(ClientError, match="license is int"):
-            client.run(validate, path=tmp_path / "bad.md")
+            client.run(upload, path=tmp_path / "bad.md")
         client.close()
     assert ("POST", "/api/validate-yaml") in server.requests
+    assert server.repositories["tester/card"].files["README.md"] == (tmp_path / "README.md").read_bytes()
 
 
 def test_the_template_is_at_the_top_and_in_the_wheel(tmp_path):
