@@ -1,5 +1,6 @@
 """SamoeModel: SAM 2 video with a mixture of LoRA experts. It tracks in a session and learns from clips."""
 
+import copy
 import inspect
 import logging
 import os
@@ -10,16 +11,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam2VideoModel
+from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
+from transformers.utils import PROCESSOR_NAME
 
 from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
-from .conversion import load_original
+from .conversion import build_processor, load_original
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
 from .feature_cache import FeatureCache
-from .hub import HUB_ARGUMENTS, load_trained, save_trained
+from .hub import (
+    HUB_ARGUMENTS,
+    PUSH_ARGUMENTS,
+    check_weights,
+    complete_files,
+    load_trained,
+    push,
+    resolve_commit,
+    save_trained,
+)
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .prompts import PromptRecipe, resolve_recipe
@@ -82,6 +94,8 @@ class SamoeModel(Sam2VideoModel):
         self.set_trainable("experts")
         # What this model was loaded from, for folders that hold only what was trained; see hub.py.
         self.base_model_source: dict[str, str | None] | None = None
+        # Other tensors than the experts' that are not the base's, whether or not they are trainable now.
+        self.differs_from_base: set[str] = set()
         # Compiled in its place by `compile_for_tracking`.
         self.attend_to_memory = attend_to_memory
         # Of training on clips: the loss, whether frames are recomputed, frames encoded at once (None for all), and
@@ -142,16 +156,28 @@ class SamoeModel(Sam2VideoModel):
             raise ValueError(
                 f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
             )
+        config = copy.deepcopy(config)
+        settings = [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]
         if is_file:
-            config, kwargs["state_dict"] = load_original(source, experts, original_config)
-            for name in [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]:
-                setattr(config, name, kwargs.pop(name))
+            original, kwargs["state_dict"] = load_original(source, experts, original_config)
+            config = original if config is None else config
         elif source is not None:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            trained = config if isinstance(config, SamoeConfig) else SamoeConfig.from_pretrained(source, **hub)
-            if trained.base_model is not None:
-                model = load_trained(cls, source, trained, kwargs)
+            if (commit := resolve_commit(source, hub)) is not None:
+                hub["revision"] = kwargs["revision"] = commit
+            if not isinstance(config, SamoeConfig):
+                config = SamoeConfig.from_pretrained(source if config is None else config, **hub)
+        if settings and config is not None:
+            for name in settings:
+                setattr(config, name, kwargs.pop(name))
+            config.check_experts()
+        if source is not None and not is_file:
+            if config.base_model is not None:
+                others = {name: value for name, value in kwargs.items() if name not in hub}
+                model = load_trained(cls, source, config, hub, others, more_experts)
                 return (model, {name: set() for name in LOADING_INFO}) if output_loading_info else model
+            if "state_dict" not in kwargs:
+                check_weights(source, config, hub, kwargs.get("variant"))
         with _without_load_report():
             model, info = super().from_pretrained(
                 None if is_file else source, *model_args, config=config, output_loading_info=True, **kwargs
@@ -164,23 +190,100 @@ class SamoeModel(Sam2VideoModel):
             logger.info("%s has no experts for %d layers: they got new ones, without effect.", source, len(new))
         model.set_trainable("experts")
         if source is not None:
-            model.base_model_source = _describe_source(source, kwargs.get("revision"), original_config)
+            model.base_model_source = _describe_source(source, kwargs, original_config)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, experts_only: bool = False, state_dict: dict | None = None, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        experts_only: bool = False,
+        state_dict: dict | None = None,
+        processor: ProcessorMixin | None = None,
+        base_model: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
     ) -> None:
-        """As in the base class.
+        """As in the base class; if anything fails, the folder is left as it was.
 
         Args:
             experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
-                which [`from_pretrained`] then fetches.
+                which [`from_pretrained`] then fetches; and a processor, if there is none.
+            processor: is saved as well.
+            base_model: with `experts_only`, the Hub id to refer to, if the base was loaded from somewhere else. It is
+                loaded, to see that it is the same.
+
+        Raises:
+            ValueError: with `experts_only`, if there is no base model or `base_model` is another one.
         """
-        if experts_only:
-            if kwargs.get("is_main_process", True):
-                save_trained(self, save_directory, state_dict)
-        else:
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        commit = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        if kwargs.get("is_main_process", True) or not experts_only:
+            with complete_files(save_directory) as folder:
+                if experts_only:
+                    save_trained(self, folder, state_dict, base_model)
+                    if processor is None and not Path(save_directory, PROCESSOR_NAME).exists():
+                        processor = build_processor(self.config)
+                else:
+                    super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+                if processor is not None:
+                    processor.save_pretrained(folder)
+        if push_to_hub:
+            repo_id = commit.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, experts_only=experts_only, processor=processor, base_model=base_model, **commit)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        experts_only: bool = False,
+        base_model: str | None = None,
+        processor: ProcessorMixin | None = None,
+        card: dict[str, Any] | None = None,
+        commit_message: str = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Uploads the model, a processor and a model card in one commit, which replaces weights of earlier ones.
+
+        Args:
+            repo_id: the repository; it is made if need be.
+            experts_only, base_model: as in [`save_pretrained`].
+            processor: by default the one that prepares videos as `sam2` does.
+            card: what the card is to say beside what the model knows, arguments of
+                [`model_card.build_model_card`]. A card that the repository has stays if this is None.
+            commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in the
+                base class.
+
+        Raises:
+            ValueError: with `experts_only`, if others could not fetch the base model, or `base_model` is another one.
+            OSError: if the Hub refuses or cannot be reached (`huggingface_hub.errors.HfHubHTTPError` with the reason).
+        """
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+        return push(
+            self,
+            repo_id,
+            experts_only=experts_only,
+            base_model=base_model,
+            processor=processor,
+            card=card,
+            tags=tags,
+            max_shard_size=max_shard_size,
+            commit=commit,
+            private=private,
+            token=token,
+            revision=revision,
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """From now on this package's code is saved with models, for `AutoModel.from_pretrained(…,
+        trust_remote_code=True)` where the package is not installed."""
+        super().register_for_auto_class(auto_class)
+        cls.config_class.register_for_auto_class()
 
     def set_trainable(self, *sets: str) -> None:
         """Makes exactly the parameters of the named sets trainable.
@@ -381,12 +484,13 @@ def _check_loaded(
 
 
 def _describe_source(
-    source: str | os.PathLike, revision: str | None, original_config: str | os.PathLike | None
+    source: str | os.PathLike, arguments: dict[str, Any], original_config: str | os.PathLike | None
 ) -> dict[str, str | None]:
-    """What to load a model from again: a Hub id as it is, local files by their absolute paths."""
+    """What to load a model from again: a Hub id with its commit, local files by their absolute paths."""
     return {
         "name_or_path": os.path.abspath(source) if os.path.exists(source) else str(source),
-        "revision": revision,
+        "revision": arguments.get("revision"),
+        "subfolder": arguments.get("subfolder") or None,
         "original_config": None if original_config is None else os.path.abspath(original_config),
     }
 

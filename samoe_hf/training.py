@@ -2,15 +2,19 @@
 
 import difflib
 import os
+import re
+import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub import EvalResult
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Sam2VideoProcessor, Trainer, TrainerCallback, TrainingArguments
@@ -24,10 +28,29 @@ from .data.schema import Video
 from .evaluation import evaluate_videos
 from .experts import ExpertLinear, record_router_logits
 from .feature_cache import FeatureCache
+from .hub import check_base_is_public
 from .losses import SegmentationLoss
 from .metrics import summarize
+from .model_card import write_model_card
 from .modeling_samoe import SamoeModel
 from .prompts import PromptRecipe
+
+# Arguments of a run that its model card tells.
+CARD_SETTINGS = (
+    "trainable",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "optim",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 
 @dataclass
@@ -182,8 +205,8 @@ class SamoeTrainer(Trainer):
             model.compile_for_tracking()
         # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
         args.remove_unused_columns = False
-        super().__init__(model, args, data_collator=ClipCollator(keep_domain=True), **kwargs)
         self.processor = processor
+        super().__init__(model, args, data_collator=ClipCollator(keep_domain=True), **kwargs)
         self.recipe = recipe or PromptRecipe()
         self._logged: dict[str, list[float | Tensor]] = defaultdict(list)
         if hasattr(self.train_dataset, "set_epoch"):
@@ -202,8 +225,8 @@ class SamoeTrainer(Trainer):
             output = model(**inputs, prompts=self.recipe)
         if model.training and not output.loss.requires_grad:
             raise ValueError(
-                f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: the memory is not "
-                f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Use more `num_frames`."
+                f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: memory is not "
+                f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Raise `num_frames`."
             )
         for name, part in output.loss_dict.items():
             self._logged[f"loss_{name}"].append(part)
@@ -305,10 +328,81 @@ class SamoeTrainer(Trainer):
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
-        only_trained = self.args.save_only_trained and model.base_model_source is not None
-        model.save_pretrained(output_dir, experts_only=only_trained, state_dict=state_dict)
-        self.processor.save_pretrained(output_dir)
+        model.save_pretrained(
+            output_dir, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
+        )
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _saves_only_trained(self) -> bool:
+        return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).base_model_source is not None
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As in the base class, which calls it before anything is pushed.
+
+        Raises:
+            ValueError: if what is saved refers to a base model that only this machine has.
+        """
+        if self._saves_only_trained():
+            check_base_is_public(self.accelerator.unwrap_model(self.model))
+        super().init_hf_repo(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the checkpoint's configuration and weights to what it uploads; the model needs these as well.
+        if self.is_world_process_zero():
+            self.processor.save_pretrained(self.args.output_dir)
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        language: str | None = None,
+        dataset: str | list[str] | None = None,
+        usage_picture: str | os.PathLike | None = None,
+    ) -> None:
+        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation.
+
+        Args:
+            model_name, license, tags, language, dataset: as in the base class.
+            usage_picture: an image of how often each expert is used.
+        """
+        if not self.is_world_process_zero():
+            return
+        write_model_card(
+            self.accelerator.unwrap_model(self.model),
+            self.args.output_dir,
+            self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            experts_only=self._saves_only_trained(),
+            eval_results=self._eval_results(),
+            usage_picture=usage_picture,
+            training={**{name: getattr(self.args, name) for name in CARD_SETTINGS}, "steps": self.state.global_step},
+            domains=list(getattr(self.train_dataset, "datasets", [])),
+            datasets=dataset,
+            license=license,
+            language=language,
+            tags=tags,
+        )
+
+    def _eval_results(self) -> list[EvalResult]:
+        """The scores that `evaluate` logged last."""
+        last = next((entry for entry in reversed(self.state.log_history) if "eval_J&F" in entry), {})
+        matches = [(re.fullmatch(r"eval_(?:(.+)_)?(J&F|J|F)", key), value) for key, value in last.items()]
+        return [
+            EvalResult(
+                task_type="mask-generation",
+                task_name="Video object segmentation, from the mask of the first frame",
+                dataset_type=match[1] or "all",
+                dataset_name=match[1] or "all domains",
+                metric_type=match[2],
+                metric_name=match[2],
+                metric_value=round(value, 4),
+            )
+            for match, value in matches
+            if match
+        ]
 
     def _issue_warnings_after_load(self, load_result) -> None:
         # Checkpoints lack what is not trained.
