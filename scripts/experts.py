@@ -1,0 +1,92 @@
+"""Show what a model's experts do: their use by layer, domain and object, and where in the image each is chosen.
+
+    python scripts/experts.py MODEL --dataset davis --root DAVIS --split val --output outputs/experts
+    python scripts/experts.py MODEL --dataset RUN.yaml        # the videos of its `eval_data`, of several domains
+
+Objects are prompted with their masks on the first frame that shows them, and tracked. Tables, `statistics.json` and
+pictures are written to the output folder; routing maps, as a strip of frames and a video, for one video of each domain.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from samoe_hf import SamoeModel
+from samoe_hf.analysis import DEAD_SHARE, ExpertUsage, default_image_module, expert_usage, routing_maps, short_name
+from samoe_hf.data import Video
+from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
+from samoe_hf.experts import expert_modules
+from samoe_hf.inference import load_processor
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a SamoeModel or an original .pt")
+    add_dataset_arguments(parser)
+    parser.add_argument("--output", type=Path, default=Path("outputs/experts"), metavar="DIR")
+    parser.add_argument(
+        "--routing-video", action="append", metavar="N|ID", help="videos to map, by number or id; may be repeated"
+    )
+    parser.add_argument("--routing-module", metavar="NAME", help="layer to map; the last cross attention's q_proj")
+    parser.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
+    parser.add_argument(
+        "--dead-share", type=float, default=DEAD_SHARE, metavar="SHARE",
+        help="experts that a smaller share of the tokens choose are dead (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+def choose_videos(videos: list[Video], chosen: list[str] | None) -> list[Video]:
+    """The videos that are named by number or id; by default the first of each domain."""
+    if chosen is None:
+        return list({video.domain: video for video in reversed(videos)}.values())[::-1]
+    found = []
+    for text in chosen:
+        matches = [video for video in videos if video.video_id == text]
+        if not matches and text.isdigit() and int(text) < len(videos):
+            matches = [videos[int(text)]]
+        if not matches:
+            raise ValueError(f"`--routing-video` must be an id or a number below {len(videos)}, got {text!r}.")
+        found += matches
+    return found
+
+
+def print_usage(usage: ExpertUsage, dead_share: float) -> None:
+    """Prints a line for each module."""
+    table = usage.statistics(dead_share=dead_share).rename(index=short_name)
+    table = table[
+        ["usage_entropy", "router_entropy", "load_max", "domain_information", "mean_similarity", "dead_experts"]
+    ]
+    table["dead_experts"] = [" ".join(map(str, dead)) or "-" for dead in table["dead_experts"]]
+    with pd.option_context("display.width", 200, "display.max_rows", None, "display.float_format", "{:.3f}".format):
+        print(table.rename_axis(None).to_string(na_rep="-"))
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    videos = videos_from_arguments(arguments)
+    mapped = choose_videos(videos, arguments.routing_video)
+    model = SamoeModel.from_pretrained(arguments.model).to(arguments.device)
+    processor = load_processor(arguments.model, model)
+
+    usage = expert_usage(model, videos, processor)
+    print_usage(usage, arguments.dead_share)
+    files = usage.save(arguments.output, arguments.dead_share)
+    module = arguments.routing_module or default_image_module(name for name, _ in expert_modules(model))
+    if module is None:
+        print("No routing maps: no layer with experts has image positions for tokens.")
+    for video in mapped if module else ():
+        maps = routing_maps(model, video, processor, module)
+        files += maps.save(arguments.output / f"routing_{video.domain}_{video.video_id}", arguments.routing_object)
+    print(f"Wrote to {arguments.output}: {', '.join(file.name for file in files)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
