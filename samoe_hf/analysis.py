@@ -266,7 +266,7 @@ class ExpertUsage:
         return plot_heat_maps(
             {domain: self._usage_table(domain) for domain in self.domains},
             [short_name(module) for module in self.modules],
-            "mean gate weight",
+            f"mean gate weight (even use: {1 / self._num_experts:.2f})",
             "Weight that routers give to each expert",
         )
 
@@ -278,7 +278,7 @@ class ExpertUsage:
         return plot_heat_maps(
             {domain: table - mean for domain, table in tables.items()},
             [short_name(module) for module in self.modules],
-            "mean gate weight, difference from the mean over domains",
+            "mean gate weight minus its mean over domains",
             "Experts that a domain uses more, or less, than the others do",
             diverging=True,
             bars=("domain information\n(bits)", information.to_numpy(), np.log2(max(2, len(tables)))),
@@ -288,10 +288,10 @@ class ExpertUsage:
         """Heat map, objects x experts: mean gate weight in a module.
 
         Args:
-            module: by default the one that [`default_image_module`] names, or else the last.
+            module: by default the last of [`image_modules`], or of all where there is none.
             max_objects: at most as many are drawn, the first ones.
         """
-        module = module or default_image_module(self.modules) or self.modules[-1]
+        module = module or (image_modules(self.modules) or self.modules)[-1]
         if module not in self.sums:
             raise ValueError(f"`module` must be one of {self.modules}, got {module!r}.")
         parts = list(self.sums[module].items())[:max_objects]
@@ -301,7 +301,7 @@ class ExpertUsage:
         return plot_heat_maps(
             {"": np.stack([sums.mean_gates for _, sums in parts])},
             names,
-            "mean gate weight",
+            f"mean gate weight (even use: {1 / self._num_experts:.2f})",
             title + (f"; {left_out} more not shown" if left_out else ""),
         )
 
@@ -311,7 +311,9 @@ class ExpertUsage:
         for module in self.modules:
             matrix = self.total(module).coactivation
             matrices[short_name(module)] = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
-        return plot_matrices(matrices, "share of tokens that choose both", "Experts that are chosen together")
+        return plot_matrices(
+            matrices, "share of tokens that choose both", "Experts that are chosen together (diagonal left out)"
+        )
 
     def plot_similarity(self) -> Figure:
         """Matrices, experts x experts: cosine similarity of the updates B A."""
@@ -351,11 +353,15 @@ class ExpertUsage:
             figure.savefig(folder / name, dpi=120)
         return [folder / name for name in (*tables, "statistics.json", *figures)]
 
+    @property
+    def _num_experts(self) -> int:
+        return max(len(sums.gates) for parts in self.sums.values() for sums in parts.values())
+
     def _usage_table(self, domain: str) -> np.ndarray:
         """Mean gates (modules, experts), NaN where a module did not run."""
         usage = [self.domain_usage(module).get(domain, np.empty(0)) for module in self.modules]
-        width = max(len(gates) for parts in self.sums.values() for gates in [next(iter(parts.values())).gates])
-        return np.stack([np.pad(gates, (0, width - len(gates)), constant_values=np.nan) for gates in usage])
+        missing = [self._num_experts - len(gates) for gates in usage]
+        return np.stack([np.pad(g, (0, m), constant_values=np.nan) for g, m in zip(usage, missing, strict=True)])
 
     def _report(self, dead_share: float) -> dict:
         videos = {source[:2] for parts in self.sums.values() for source in parts}
@@ -474,12 +480,28 @@ def observe_routers(model: SamoeModel, note: Callable[[int, str, Tensor, list[in
             model.train(was_training)
 
 
-def default_image_module(modules: Iterable[str]) -> str | None:
-    """The last cross attention's query projection, or else the last module whose tokens are image positions, if any."""
-    modules = list(modules)
-    queries = [name for name in modules if name.endswith("cross_attn_image.q_proj")]
-    others = [name for name in modules if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
-    return (queries or others or [None])[-1]
+def image_modules(modules: Iterable[str]) -> list[str]:
+    """Those of the modules whose tokens are image positions; the last is the best one to look at.
+
+    Of the memory attention these are `self_attn.*_proj`, `cross_attn_image.q_proj` and `o_proj`, of the vision encoder
+    the MLPs. The last cross attention's queries, which ask the memory for each position, are put last.
+    """
+    found = [name for name in modules if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
+    return sorted(found, key=lambda name: name.endswith("cross_attn_image.q_proj"))
+
+
+def routing_module(model: SamoeModel, module: str | None = None) -> str | None:
+    """The module to draw maps of: the given one, or else the last of [`image_modules`], or None if there is none.
+
+    Raises:
+        ValueError: if the given one is not among [`image_modules`].
+    """
+    allowed = image_modules(name for name, _ in expert_modules(model))
+    if module is not None and module not in allowed:
+        raise ValueError(
+            f"`module` must be a layer with experts whose tokens are image positions, one of {allowed}, got {module!r}."
+        )
+    return module or (allowed[-1] if allowed else None)
 
 
 @dataclass
@@ -534,20 +556,14 @@ def routing_maps(
 
     Args:
         model: is left as it was.
-        module: with experts, whose tokens are image positions: of the memory attention `self_attn.*_proj` and
-            `cross_attn_image.q_proj` or `o_proj`, of the vision encoder the MLPs. By default, see
-            [`default_image_module`].
+        module: one of [`image_modules`], by default the last: the last cross attention's `q_proj`, where there is one.
 
     Raises:
         ValueError: for another module, or if the router never ran.
     """
-    names = [name for name, _ in expert_modules(model)]
-    allowed = [name for name in names if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
-    module = module or default_image_module(names)
-    if module not in allowed:
-        raise ValueError(
-            f"`module` must be a layer with experts whose tokens are image positions, one of {allowed}, got {module!r}."
-        )
+    module = routing_module(model, module)
+    if module is None:
+        raise ValueError("`model` has no layer with experts whose tokens are image positions.")
     top: dict[tuple[int, int | None], np.ndarray] = {}
 
     def note(frame_idx: int, name: str, logits: Tensor, object_ids: list[int | None]) -> None:

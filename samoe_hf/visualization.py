@@ -87,8 +87,7 @@ def plot_bars(panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str, title
         axes.set_xticks(range(len(values)))
         axes.tick_params(labelsize=7)
         axes.set_ylim(0, 1.05 * top)
-    figure.supxlabel("expert", fontsize=10)
-    figure.supylabel(ylabel, fontsize=10)
+    _label_edges(grid, "expert", ylabel)
     handles = [Patch(facecolor=_color(n), hatch=_hatch(n), label=name) for n, name in enumerate(series)]
     handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="even use"))
     figure.suptitle(title, fontsize=12)
@@ -135,7 +134,7 @@ def plot_heat_maps(
         grid[-1].set_title(name, fontsize=9)
         grid[-1].tick_params(labelsize=8)
         grid[-1].grid(axis="x", linewidth=0.4)
-    figure.colorbar(image, ax=list(grid[: len(tables)]), label=label)
+    figure.colorbar(image, ax=list(grid), label=label)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -151,8 +150,7 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, di
         axes.set_xticks(range(len(matrix)))
         axes.set_yticks(range(len(matrix)))
         axes.tick_params(labelsize=7)
-    figure.supxlabel("expert", fontsize=10)
-    figure.supylabel("expert", fontsize=10)
+    _label_edges(grid, "expert", "expert")
     figure.suptitle(title, fontsize=12)
     figure.colorbar(image, ax=list(grid), label=label, shrink=min(1.0, 6 / figure.get_figheight()))
     return figure
@@ -172,7 +170,8 @@ def plot_routing(
     Args:
         frames: (H, W, 3) uint8.
         masks: (T, H, W) bool.
-        maps: (T, h, w), experts, or -1 throughout a frame that has none; only frames with a map are drawn.
+        maps: (T, h, w), experts, or -1 throughout a frame that has none; only frames with a map are drawn. With more
+            experts than colours, those chosen most in this video get them, and the rest is grey.
         path: of the picture, such as a `.png`.
     """
     there = np.flatnonzero((maps >= 0).any(axis=(1, 2)))
@@ -180,9 +179,9 @@ def plot_routing(
     shown = _shown_experts(maps, num_experts)
     height, width = frames[0].shape[:2]
     panel = 2.2
-    figure = Figure(
-        figsize=(max(panel * len(columns) + 0.4, 7.5), 2 * panel * height / width + 1.5), layout="constrained"
-    )
+    handles = _expert_legend(maps, shown)
+    size = (max(panel * len(columns) + 0.4, 8.0), 2 * panel * height / width + 1.0 + 0.25 * -(-len(handles) // 6))
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(2, len(columns), squeeze=False)
     for (above, below), t in zip(grid.T, columns, strict=True):
         above.imshow(overlay_masks(frames[t], masks[t].astype(np.uint8)))
@@ -194,7 +193,6 @@ def plot_routing(
     grid[0, 0].set_ylabel("tracked mask", fontsize=9)
     grid[1, 0].set_ylabel("chosen expert", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    handles = _expert_legend(maps, shown)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -212,7 +210,7 @@ def routing_video(
     size = (round(height * frames[0].shape[1] / frames[0].shape[0]), height)
     legend = None
     for t in range(len(frames)):
-        frame = np.asarray(Image.fromarray(frames[t]).resize(size, Image.Resampling.BILINEAR))
+        frame = np.array(Image.fromarray(frames[t]).resize(size, Image.Resampling.BILINEAR))
         mask = np.asarray(Image.fromarray(masks[t]).resize(size, Image.Resampling.NEAREST))
         both = [overlay_masks(frame, mask.astype(np.uint8)), _overlay_experts(frame, mask, maps[t], shown)]
         if legend is None:
@@ -248,7 +246,7 @@ def _overlay_experts(frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, s
 
 def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
     """Pixels at most `thickness` from the edge of a mask (H, W), on either side."""
-    x = torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None]
+    x = torch.from_numpy(mask.astype(np.float32))[None, None]
     window = {"kernel_size": 2 * thickness + 1, "stride": 1, "padding": thickness}
     grown, shrunk = F.max_pool2d(x, **window), -F.max_pool2d(-x, **window)
     return (grown > shrunk)[0, 0].numpy()
@@ -256,13 +254,13 @@ def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
 
 def _expert_legend(maps: np.ndarray, shown: Sequence[int]) -> list[Patch]:
     chosen = maps[maps >= 0]
-    handles = [
-        Patch(color=_color(number), label=f"expert {expert} ({(chosen == expert).mean():.0%})")
-        for number, expert in enumerate(shown)
+    shares = {f"expert {expert}": (chosen == expert).mean() for expert in shown}
+    shares["other experts"] = (~np.isin(chosen, shown)).mean()
+    return [
+        Patch(color=_color(number), label=f"{name} ({share:.1%})")
+        for number, (name, share) in enumerate(shares.items())
+        if share > 0
     ]
-    if len(shown) == len(DISTINCT_COLORS) - 1:
-        handles.append(Patch(color=_color(len(shown)), label=f"others ({(~np.isin(chosen, shown)).mean():.0%})"))
-    return handles
 
 
 def _legend_image(handles: Sequence[Patch], title: str, width: int) -> np.ndarray:
@@ -288,6 +286,16 @@ def _panels(count: int, width: float, height: float, sharey: bool = False) -> tu
     for axes in grid[count:]:
         axes.set_axis_off()
     return figure, grid[:count]
+
+
+def _label_edges(grid: np.ndarray, xlabel: str, ylabel: str) -> None:
+    """Labels the lowest panel of each column and the first of each row."""
+    columns = min(4, len(grid))
+    for number, axes in enumerate(grid):
+        if number % columns == 0:
+            axes.set_ylabel(ylabel, fontsize=8)
+        if number + columns >= len(grid):
+            axes.set_xlabel(xlabel, fontsize=8)
 
 
 def _scale(values: np.ndarray, diverging: bool) -> dict:

@@ -8,6 +8,7 @@ pictures are written to the output folder; routing maps, as a strip of frames an
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -15,10 +16,9 @@ import pandas as pd
 import torch
 
 from samoe_hf import SamoeModel
-from samoe_hf.analysis import DEAD_SHARE, ExpertUsage, default_image_module, expert_usage, routing_maps, short_name
+from samoe_hf.analysis import DEAD_SHARE, ExpertUsage, expert_usage, routing_maps, routing_module, short_name
 from samoe_hf.data import Video
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
-from samoe_hf.experts import expert_modules
 from samoe_hf.inference import load_processor
 
 
@@ -57,6 +57,7 @@ def choose_videos(videos: list[Video], chosen: list[str] | None) -> list[Video]:
 
 def print_usage(usage: ExpertUsage, dead_share: float) -> None:
     """Prints a line for each module."""
+    print("Entropies: 1 is even. load_max: of the most chosen expert, 1 is even. domain_information: in bits.")
     table = usage.statistics(dead_share=dead_share).rename(index=short_name)
     table = table[
         ["usage_entropy", "router_entropy", "load_max", "domain_information", "mean_similarity", "dead_experts"]
@@ -70,18 +71,25 @@ def main() -> None:
     arguments = parse_arguments()
     videos = videos_from_arguments(arguments)
     mapped = choose_videos(videos, arguments.routing_video)
+    for video in mapped:
+        if arguments.routing_object not in (None, *video.object_ids):
+            raise ValueError(
+                f"`--routing-object` must be one of {video.object_ids} for {video.video_id}, "
+                f"got {arguments.routing_object}."
+            )
     model = SamoeModel.from_pretrained(arguments.model).to(arguments.device)
     processor = load_processor(arguments.model, model)
 
+    module = routing_module(model, arguments.routing_module)
     usage = expert_usage(model, videos, processor)
     print_usage(usage, arguments.dead_share)
     files = usage.save(arguments.output, arguments.dead_share)
-    module = arguments.routing_module or default_image_module(name for name, _ in expert_modules(model))
     if module is None:
         print("No routing maps: no layer with experts has image positions for tokens.")
     for video in mapped if module else ():
         maps = routing_maps(model, video, processor, module)
-        files += maps.save(arguments.output / f"routing_{video.domain}_{video.video_id}", arguments.routing_object)
+        name = re.sub(r"[^\w.-]+", "_", f"routing_{video.domain}_{video.video_id}")
+        files += maps.save(arguments.output / name, arguments.routing_object)
     print(f"Wrote to {arguments.output}: {', '.join(file.name for file in files)}")
 
 
