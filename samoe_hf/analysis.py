@@ -311,9 +311,8 @@ class ExpertUsage:
         for module in self.modules:
             matrix = self.total(module).coactivation
             matrices[short_name(module)] = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
-        return plot_matrices(
-            matrices, "share of tokens that choose both", "Experts that are chosen together (diagonal left out)"
-        )
+        title = "Experts that are chosen together (the diagonal is left out)"
+        return plot_matrices(matrices, "share of tokens that choose both", title)
 
     def plot_similarity(self) -> Figure:
         """Matrices, experts x experts: cosine similarity of the updates B A."""
@@ -537,9 +536,8 @@ class RoutingMaps:
         column = ids.index(object_id) if object_id in ids else 0
         masks = self.masks[:, self.video.object_ids.index(ids[column])] if ids[column] else self.masks.any(axis=1)
         whose = f"object {ids[column]}" if ids[column] else "whole frame"
-        title = (
-            f"{self.video.domain} / {self.video.video_id}, {whose}: expert of largest weight, {short_name(self.module)}"
-        )
+        video = " ".join(dict.fromkeys((self.video.domain, self.video.video_id)))
+        title = f"Expert of largest weight in {short_name(self.module)}: {video}, {whose}"
         maps = self.experts[:, column]
         png, mp4 = (Path(f"{path}{suffix}") for suffix in (".png", ".mp4"))
         plot_routing(self.video.frames, masks, maps, self.num_experts, png, title, max_columns)
