@@ -28,8 +28,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_dataset_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs/experts"), metavar="DIR")
     parser.add_argument(
-        "--routing-video", action="append", metavar="N|ID", help="videos to map, by number or id; may be repeated"
-    )
+        "--routing-video", action="append", default=[], metavar="N|ID",
+        help="video to map, by number or id; may be repeated; the first of each domain",
+    )  # fmt: skip
     parser.add_argument("--routing-module", metavar="NAME", help="layer to map; the last cross attention's q_proj")
     parser.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
     parser.add_argument(
@@ -40,10 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def choose_videos(videos: list[Video], chosen: list[str] | None) -> list[Video]:
-    """The videos that are named by number or id; by default the first of each domain."""
-    if chosen is None:
-        return list({video.domain: video for video in reversed(videos)}.values())[::-1]
+def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None) -> list[Video]:
+    """The videos that are named by id or number, each of which must have the object."""
     found = []
     for text in chosen:
         matches = [video for video in videos if video.video_id == text]
@@ -52,7 +51,19 @@ def choose_videos(videos: list[Video], chosen: list[str] | None) -> list[Video]:
         if not matches:
             raise ValueError(f"`--routing-video` must be an id or a number below {len(videos)}, got {text!r}.")
         found += matches
+    for video in found:
+        if object_id not in (None, *video.object_ids):
+            raise ValueError(
+                f"`--routing-object` must be one of {video.object_ids} in {video.video_id}, got {object_id}."
+            )
     return found
+
+
+def first_of_each_domain(videos: list[Video], usage: ExpertUsage, module: str, object_id: int | None) -> list[Video]:
+    """Of each domain, the first video in which the module ran, for the object if one is given."""
+    there = {source[:2] for source in usage.sums.get(module, ()) if object_id in (None, source.object_id)}
+    found = [video for video in videos if (video.domain, video.video_id) in there]
+    return list({video.domain: video for video in reversed(found)}.values())[::-1]
 
 
 def print_usage(usage: ExpertUsage, dead_share: float) -> None:
@@ -70,13 +81,7 @@ def print_usage(usage: ExpertUsage, dead_share: float) -> None:
 def main() -> None:
     arguments = parse_arguments()
     videos = videos_from_arguments(arguments)
-    mapped = choose_videos(videos, arguments.routing_video)
-    for video in mapped:
-        if arguments.routing_object not in (None, *video.object_ids):
-            raise ValueError(
-                f"`--routing-object` must be one of {video.object_ids} for {video.video_id}, "
-                f"got {arguments.routing_object}."
-            )
+    chosen = choose_videos(videos, arguments.routing_video, arguments.routing_object)
     model = SamoeModel.from_pretrained(arguments.model).to(arguments.device)
     processor = load_processor(arguments.model, model)
 
@@ -86,10 +91,12 @@ def main() -> None:
     files = usage.save(arguments.output, arguments.dead_share)
     if module is None:
         print("No routing maps: no layer with experts has image positions for tokens.")
-    for video in mapped if module else ():
-        maps = routing_maps(model, video, processor, module)
-        name = re.sub(r"[^\w.-]+", "_", f"routing_{video.domain}_{video.video_id}")
-        files += maps.save(arguments.output / name, arguments.routing_object)
+    else:
+        chosen = chosen or first_of_each_domain(videos, usage, module, arguments.routing_object)
+        for video in chosen:
+            maps = routing_maps(model, video, processor, module)
+            name = re.sub(r"[^\w.-]+", "_", f"routing_{video.domain}_{video.video_id}")
+            files += maps.save(arguments.output / name, arguments.routing_object)
     print(f"Wrote to {arguments.output}: {', '.join(file.name for file in files)}")
 
 
