@@ -83,7 +83,7 @@ def plot_bars(panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str, title
             at = np.arange(len(values)) + width * (number - (len(series) - 1) / 2)
             axes.bar(at, values, width, color=_color(number), hatch=_hatch(number))
             axes.axhline(1 / len(values), color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(_wrapped(name), fontsize=9)
         axes.set_xticks(range(len(values)))
         axes.tick_params(labelsize=7)
         axes.set_ylim(0, 1.05 * top)
@@ -146,7 +146,7 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, di
     scale = {"cmap": _colormap("PuOr"), "vmin": -1, "vmax": 1} if diverging else _scale(values, False)
     for axes, (name, matrix) in zip(grid, matrices.items(), strict=True):
         image = axes.imshow(matrix, **scale)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(_wrapped(name), fontsize=9)
         axes.set_xticks(range(len(matrix)))
         axes.set_yticks(range(len(matrix)))
         axes.tick_params(labelsize=7)
@@ -286,6 +286,11 @@ def _panels(count: int, width: float, height: float, sharey: bool = False) -> tu
     for axes in grid[count:]:
         axes.set_axis_off()
     return figure, grid[:count]
+
+
+def _wrapped(name: str) -> str:
+    """A module's name in lines short enough for the title of a panel."""
+    return textwrap.fill(name.replace(".", ". "), 28).replace(". ", ".")
 
 
 def _label_edges(grid: np.ndarray, xlabel: str, ylabel: str) -> None:
