@@ -19,7 +19,7 @@ from .data.video_io import voc_palette
 
 # Paul Tol's "muted" colours, which people with any kind of colour vision tell apart.
 DISTINCT_COLORS = (
-    "#332288", "#DDCC77", "#44AA99", "#CC6677", "#88CCEE", "#117733", "#AA4499", "#999933", "#882255", "#BBBBBB"
+    "#332288", "#DDCC77", "#44AA99", "#CC6677", "#88CCEE", "#117733", "#AA4499", "#999933", "#882255", "#DDDDDD"
 )  # fmt: skip
 
 
@@ -116,9 +116,10 @@ def plot_heat_maps(
     count = len(tables) + (bars is not None)
     width = 1.5 + max(map(len, rows)) * 0.07 + max(0.26 * experts, 1.2) * len(tables) + (1.6 if bars else 0)
     width = max(width, 0.085 * max(map(len, title.split("\n"))) + 0.5)
-    figure = Figure(figsize=(width, 1.6 + 0.22 * len(rows)), layout="constrained")
-    ratios = [1.0] * len(tables) + ([1.0] if bars else [])
-    grid = figure.subplots(1, count, sharey=True, squeeze=False, width_ratios=ratios)[0]
+    # Room for all names, and for the label along the scale.
+    height = 1.6 + max(0.22 * len(rows), 0.08 * len(label))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     scale = _scale(np.stack(list(tables.values())), diverging)
     for axes, (name, values) in zip(grid, tables.items(), strict=False):
         image = axes.imshow(values, aspect="auto", **scale)
