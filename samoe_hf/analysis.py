@@ -65,7 +65,7 @@ class RouterSums:
     @classmethod
     def of(cls, router_logits: Tensor, num_experts_per_tok: int) -> list["RouterSums"]:
         """Sums for each row of logits (rows, ..., experts)."""
-        logits = router_logits.detach().double()
+        logits = router_logits.detach().float()
         logits = logits.reshape(len(logits), -1, logits.shape[-1])
         gates, probabilities = top_k_gates(logits, num_experts_per_tok), logits.softmax(dim=-1)
         top = logits.topk(num_experts_per_tok, dim=-1).indices
@@ -73,7 +73,7 @@ class RouterSums:
         chosen = torch.zeros_like(logits).scatter(-1, top, 1.0)
         entropy = torch.special.entr(probabilities).sum(dim=(-2, -1))
         sums = (gates.sum(dim=1), probabilities.sum(dim=1), entropy, chosen.mT @ chosen)
-        arrays = (x.cpu().numpy() for x in sums)
+        arrays = (x.cpu().double().numpy() for x in sums)
         return [cls(logits.shape[1], g, p, float(e), c) for g, p, e, c in zip(*arrays, strict=True)]
 
     @classmethod
@@ -145,12 +145,12 @@ def expert_similarity(module: ExpertLinear) -> np.ndarray:
     """
     experts, rank = module.lora_A.shape[:2]
     # <B1 A1, B2 A2> = trace(A1' B1' B2 A2), the sum of (B1' B2) * (A1 A2'): nothing of size out x in is formed.
-    a = module.lora_A.double().flatten(0, 1)
-    b = module.lora_B.double().transpose(0, 1).flatten(1)
+    a = module.lora_A.cpu().double().flatten(0, 1)
+    b = module.lora_B.cpu().double().transpose(0, 1).flatten(1)
     products = ((a @ a.T) * (b.T @ b)).view(experts, rank, experts, rank).sum(dim=(1, 3))
     norms = products.diagonal().clamp(min=0).sqrt()
     norms = torch.where(norms > 0, norms, torch.nan)
-    return (products / norms / norms[:, None]).clamp(-1, 1).cpu().numpy()
+    return (products / norms / norms[:, None]).clamp(-1, 1).numpy()
 
 
 @dataclass

@@ -39,7 +39,7 @@ def overlay_masks(frame: np.ndarray, id_map: np.ndarray, alpha: float = 0.6) -> 
         return frame
     colors = [tuple(int(c) for c in voc_palette()[i % 256]) for i in ids]
     masks = torch.from_numpy(np.stack([id_map == i for i in ids]))
-    image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+    image = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
     return draw_segmentation_masks(image, masks, alpha=alpha, colors=colors).permute(1, 2, 0).numpy()
 
 
@@ -181,7 +181,7 @@ def plot_routing(
     height, width = frames[0].shape[:2]
     panel = 2.2
     handles = _expert_legend(maps, shown)
-    size = (max(panel * len(columns) + 0.4, 8.0), 2 * panel * height / width + 1.0 + 0.25 * -(-len(handles) // 6))
+    size = (max(panel * len(columns) + 0.4, 8.0), 2 * panel * height / width + 0.8 + 0.25 * -(-len(handles) // 6))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(2, len(columns), squeeze=False)
     for (above, below), t in zip(grid.T, columns, strict=True):

@@ -423,14 +423,22 @@ def test_save_writes_tables_figures_and_pictures(nano, entering, tmp_path):
     assert report["modules"][QUERY]["domain_information"] > 0
     assert set(report["modules_by_domain"]) == {"shapes", "blobs"}
     assert np.shape(report["similarity"][QUERY]) == np.shape(report["coactivation"][QUERY]) == (4, 4)
-    single = expert_usage(nano.model, videos[:1], show_progress_bar=False)
-    assert "domains.png" not in [file.name for file in single.save(tmp_path / "single")]
-    for figure in (usage.plot_domains(), usage.plot_objects(), single.plot_similarity()):
+    for figure in (usage.plot_domains(), usage.plot_objects()):
         assert overlapping_texts(figure) == []
     with pytest.raises(ValueError, match="`domain` must be one of"):
         usage.statistics("stripes")
     with pytest.raises(ValueError, match="`by` must be"):
         usage.to_pandas("layer")
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_save_of_one_domain_and_one_layer(tmp_path, num_experts):
+    usage = usage_of({"d": torch.randn(1, 20, num_experts)})
+    names = [file.name for file in usage.save(tmp_path)]
+    assert "domains.png" not in names and "similarity.png" in names
+    report = json.loads((tmp_path / "statistics.json").read_text(), parse_constant=pytest.fail)
+    assert report["modules"]["layer"]["mean_similarity"] is None
+    assert report["similarity"]["layer"] == [[None] * num_experts] * num_experts
 
 
 @pytest.fixture
@@ -459,20 +467,15 @@ def two_domains(tmp_path) -> Path:
     return path
 
 
-def test_script_shows_two_domains(run, model_folder, two_domains, tmp_path):
-    printed = run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out")
+def test_script_shows_two_domains_and_maps_the_chosen_video_and_layer(run, model_folder, two_domains, tmp_path):
+    """That it maps the first video of each domain by default is in the walk-through."""
+    module = "memory_attention.layers.0.self_attn.v_proj"
+    printed = run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out", "--routing-video", 3,
+                  "--routing-module", module, "--routing-object", 1)  # fmt: skip
     assert "layer 1 cross q" in printed and "domain_information" in printed and "4/4" in printed
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    for domain in ("shapes", "blobs"):
-        assert {f"routing_{domain}_{domain}_5_00000.png", f"routing_{domain}_{domain}_5_00000.mp4"} <= names
+    assert {name for name in names if "routing" in name} == {f"routing_blobs_blobs_5_00001.{s}" for s in ("png", "mp4")}
     assert "domains.png" in names
-
-
-def test_script_maps_the_chosen_video_and_layer(run, model_folder, two_domains, tmp_path):
-    module = "memory_attention.layers.0.self_attn.v_proj"
-    run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out", "--routing-video", 3,
-        "--routing-module", module, "--routing-object", 1)  # fmt: skip
-    assert [file.name for file in (tmp_path / "out").glob("*.mp4")] == ["routing_blobs_blobs_5_00001.mp4"]
 
 
 @pytest.mark.parametrize(
