@@ -234,6 +234,8 @@ class ExpertUsage:
         """
         if domain is not None and domain not in self.domains:
             raise ValueError(f"`domain` must be one of {self.domains}, got {domain!r}.")
+        if not 0 <= dead_share <= 1:
+            raise ValueError(f"`dead_share` must be from 0 to 1, got {dead_share!r}.")
         rows = {}
         for module in self.modules:
             total = self.total(module, domain)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -103,7 +104,7 @@ def plot_heat_maps(
     diverging: bool = False,
     bars: tuple[str, np.ndarray, float] | None = None,
 ) -> Figure:
-    """Draws tables (rows, experts) beside each other, on one scale of colours; NaN is grey.
+    """Draws tables (rows, experts) beside each other, on one scale of colours; NaN is white, or grey if `diverging`.
 
     Args:
         tables: title of each -> values.
@@ -141,7 +142,10 @@ def plot_heat_maps(
 
 
 def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, diverging: bool = False) -> Figure:
-    """Draws a matrix (experts, experts) for each layer, four in a row, on one scale of colours; NaN is grey."""
+    """Draws a matrix (experts, experts) for each layer, four in a row, on one scale of colours.
+
+    NaN is white, or grey if `diverging`, which is for values from -1 to 1.
+    """
     figure, grid = _panels(len(matrices), width=2.3, height=2.2)
     values = np.concatenate([matrix.ravel() for matrix in matrices.values()])
     scale = {"cmap": _colormap("PuOr"), "vmin": -1, "vmax": 1} if diverging else _scale(values, False)
@@ -306,14 +310,15 @@ def _label_edges(grid: np.ndarray, xlabel: str, ylabel: str) -> None:
 
 def _scale(values: np.ndarray, diverging: bool) -> dict:
     """Colours for values of which some may be NaN."""
-    largest = max((float(np.abs(values[~np.isnan(values)]).max(initial=0.0))), 1e-6)
+    largest = max(float(np.abs(values[~np.isnan(values)]).max(initial=0.0)), 1e-6)
     if diverging:
         return {"cmap": _colormap("PuOr"), "vmin": -largest, "vmax": largest}
     return {"cmap": _colormap("cividis"), "vmin": 0.0, "vmax": largest}
 
 
-def _colormap(name: str):
-    return colormaps[name].with_extremes(bad="0.75")
+def _colormap(name: str) -> Colormap:
+    """With a colour for NaN that is not among its own."""
+    return colormaps[name].with_extremes(bad={"cividis": "white", "PuOr": "0.75"}[name])
 
 
 def _color(number: int) -> str:

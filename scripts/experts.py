@@ -54,8 +54,10 @@ def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None)
     for video in found:
         if object_id not in (None, *video.object_ids):
             raise ValueError(
-                f"`--routing-object` must be one of {video.object_ids} in {video.video_id}, got {object_id}."
+                f"`--routing-object` {object_id} is not in {video.video_id}, which has {video.object_ids}."
             )
+    if object_id is not None and not any(object_id in video.object_ids for video in videos):
+        raise ValueError(f"`--routing-object` {object_id} is in none of the videos.")
     return found
 
 

@@ -483,7 +483,11 @@ def test_script_shows_two_domains_and_maps_the_chosen_video_and_layer(run, model
     [
         (["--routing-video", "4"], "`--routing-video` must be an id or a number below 4, got '4'"),
         (["--routing-module", QUERY.replace("q_proj", "k_proj")], "tokens are image positions"),
-        (["--routing-video", "0", "--routing-object", "77"], "`--routing-object` must be one of"),
+        (
+            ["--routing-video", "0", "--routing-object", "77"],
+            "`--routing-object` 77 is not in shapes_5_00000 ([",
+        ),
+        (["--routing-object", "77"], "`--routing-object` 77 is in none of the videos"),
     ],
 )
 def test_script_refuses_bad_choices_before_it_writes(run, model_folder, two_domains, tmp_path, arguments, message):
