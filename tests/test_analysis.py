@@ -485,7 +485,7 @@ def test_script_shows_two_domains_and_maps_the_chosen_video_and_layer(run, model
         (["--routing-module", QUERY.replace("q_proj", "k_proj")], "tokens are image positions"),
         (
             ["--routing-video", "0", "--routing-object", "77"],
-            "`--routing-object` 77 is not in shapes_5_00000 ([",
+            "`--routing-object` 77 is not in shapes_5_00000",
         ),
         (["--routing-object", "77"], "`--routing-object` 77 is in none of the videos"),
     ],
