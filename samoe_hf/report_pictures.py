@@ -40,13 +40,16 @@ def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> Non
         axes.plot(
             curve["frames"], curve["mean"], STYLES[number % len(STYLES)], color=color, label=model["label"], marker=marker
         )
-        axes.fill_between(
-            curve["frames"], curve["lower_quartile"], curve["upper_quartile"], color=color, alpha=0.15, linewidth=0
-        )
+        if len(models) == 1:  # bands of several would hide each other
+            axes.fill_between(
+                curve["frames"], curve["lower_quartile"], curve["upper_quartile"], color=color, alpha=0.15, linewidth=0
+            )
     below.step(models[0]["over_time"]["frames"], models[0]["over_time"]["objects"], color="#555555", where="mid")
     axes.set(ylim=(-0.02, 1.02), ylabel="J (IoU)")
-    axes.set_title("J over time: mean over objects, band from the lower to the upper quartile", fontsize=10)
-    below.set(xlabel="frames after the first that shows the object", ylabel="objects", ylim=(0, None))
+    band = ", band from the lower to the upper quartile" if len(models) == 1 else ""
+    axes.set_title(f"J over time: mean over objects{band}", fontsize=10)
+    below.set(xlabel="frames after the first that shows the object", ylabel="objects")
+    below.set_ylim(0, 1.2 * max(models[0]["over_time"]["objects"], default=1))
     for one in (axes, below):
         one.grid(alpha=0.3)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -74,7 +77,7 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         axes.bar_label(bars, texts, fontsize=7 if len(models) > 1 else 8, padding=1)
     sizes = models[0]["by_size"]
     axes.set_xticks(range(len(sizes)), [f"{_range(s)}\nn = {s['masks']}" for s in sizes], fontsize=8)
-    axes.set(ylim=(0, 1.08), ylabel="mean J (IoU)", xlabel="true mask, share of the image; n: masks (objects × frames)")
+    axes.set(xlim=(-0.6, len(sizes) - 0.4), ylim=(0, 1.08), ylabel="mean J (IoU)", xlabel="true mask, share of the image; n: masks (objects × frames)")
     axes.set_title("J by the size of the object", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -95,7 +98,7 @@ def _range(size: Mapping[str, float]) -> str:
 
 
 def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray | None, width: int) -> Image.Image:
-    """Lays over a frame what of an object was found, missed and added, with the true outline in white.
+    """Lays over a gray frame what of an object was found, missed and added, within the true outline in white.
 
     Args:
         frame: (H, W, 3) uint8.
@@ -104,13 +107,16 @@ def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray 
         width: of the picture in pixels.
     """
     size = (width, round(width * frame.shape[0] / frame.shape[1]))
-    picture = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
+    gray = Image.fromarray(frame).convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    picture = np.asarray(gray).astype(np.float32)
     prediction = _resize(prediction, size)
     truth = prediction if target is None else _resize(target, size)
     for mask, color in ((prediction & truth, FOUND), (truth & ~prediction, MISSED), (prediction & ~truth, ADDED)):
-        picture[mask] = 0.45 * picture[mask] + 0.55 * np.array(color)
+        picture[mask] = 0.4 * picture[mask] + 0.6 * np.array(color)
     if target is not None:
-        picture[_outline(truth)] = 255
+        white = _grown(truth)
+        picture[_grown(white) & ~white] = 0  # so that the line is seen on bright ground too
+        picture[white & ~truth] = 255
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
@@ -118,11 +124,10 @@ def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask with a neighbour outside of it."""
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask and the pixels beside it."""
     padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inner
+    return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
 
 
 def _captioned(picture: Image.Image, lines: Sequence[str]) -> np.ndarray:

@@ -57,7 +57,7 @@ NO_NUMBER = "–"
 
 def format_number(value: float | None, digits: int = 3) -> str:
     """A figure for a table; a dash for what is not a number."""
-    return NO_NUMBER if value is None or value != value else f"{value:.{digits}f}"
+    return NO_NUMBER if value is None or value != value else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def format_table(heading: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool = False) -> str:
@@ -117,7 +117,7 @@ def _with_std(about: Mapping[str, Any], name: str) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return NO_NUMBER if value is None else f"{value:+.3f}"
+    return NO_NUMBER if value is None else f"{round(value, 3) + 0.0:+.3f}"
 
 
 def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:

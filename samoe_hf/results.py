@@ -257,7 +257,7 @@ def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dic
 def choose_highlights(objects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The best and the worst objects by J&F, each at most once; the best first, then the worst, worst first."""
     ranked = sorted((row for row in objects if row["num_frames"]), key=lambda row: -row["J&F_mean"])
-    best = ranked[:NUM_HIGHLIGHTS]
+    best = ranked[: min(NUM_HIGHLIGHTS, (len(ranked) + 1) // 2)]
     worst = ranked[len(best) :][::-1][:NUM_HIGHLIGHTS]
     names = ("domain", "video", "object_id", "J&F_mean")
     return [
