@@ -93,7 +93,6 @@ def test_only_annotated_frames_are_scored():
 
 def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
     masks, scores = segment_video(nano.model, processor, video)
-    exclusive = masks & (masks.cumsum(axis=1) == 1)  # which of two is left where they overlap is another matter
     assert masks.shape == (5, len(video.object_ids), 96, 128) and np.isfinite(scores).all()
     written = {}
     result = evaluate_video(
@@ -105,7 +104,6 @@ def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
     assert result.seconds > 0 and [given["mask"] for given in result.prompts] == [True] * len(video.object_ids)
     alone = evaluate_video(nano.model, processor, video).scores
     assert (alone.prediction_area.sum(axis=1) == masks.any(axis=1).sum(axis=(1, 2))).all()
-    assert exclusive.any()
 
     results = evaluate_videos(nano.model, processor, [video], show_progress_bar=False)
     assert_same_scores(results[video.video_id], alone)
