@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import Sam2VideoProcessor
 
@@ -129,7 +126,9 @@ def score_predictions(
     surface = None
     if video.spacing is not None:
         shape = (len(volume), len(ids), *video.size)
-        pair = [np.stack([np.unpackbits(m, count=np.prod(shape[1:])) for m in side]) for side in zip(*volume)]
+        pair = [
+            np.stack([np.unpackbits(m, count=np.prod(shape[1:])) for m in side]) for side in zip(*volume, strict=True)
+        ]
         pair = [side.reshape(shape).astype(bool) for side in pair]
         surface = surface_dice(*pair, video.spacing[::-1], surface_tolerance, ids)
     arrays = {
@@ -240,116 +239,9 @@ def mean_iou(results: Mapping[str, VideoScores]) -> float:
     return float(np.concatenate(values).mean())
 
 
-# --- Evaluations that can be stopped
-
-
-class EvaluationRun:
-    """A folder of results, one file per video, written as they are finished; a stopped run goes on with what is left.
-
-    `run.json` says what is evaluated, `scores/<domain>/<video>.npz` holds a [`VideoResult`], `masks/<domain>/` its masks
-    as [`MaskFiles`]. With several seeds the last two are in `seed_<seed>/`.
-
-    Args:
-        folder: made if it is not there.
-        identity: what results depend on, as JSON holds it; a run goes on only with the same.
-    """
-
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any]):
-        self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
-
-    def start(self, overwrite: bool = False) -> None:
-        """Makes the folder, or checks that it holds the same run.
-
-        Args:
-            overwrite: whether to take the place of another run.
-
-        Raises:
-            ValueError: if it holds another run (names what differs), or something else.
-        """
-        path = self.folder / "run.json"
-        if path.is_file():
-            there = json.loads(path.read_text())
-            names = sorted({*there, *self.identity})
-            differing = [name for name in names if there.get(name) != self.identity.get(name)]
-            if differing and not overwrite:
-                told = "; ".join(f"`{n}` is {there.get(n)!r}, not {self.identity.get(n)!r}" for n in differing)
-                raise ValueError(
-                    f"{self.folder} holds the results of another evaluation: {told}. Choose another `--output`, or "
-                    "replace them with `--overwrite`."
-                )
-            if overwrite:
-                self._clear()
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty, and not the folder of an evaluation.")
-        write_text(path, json.dumps(self.identity, indent=2))
-
-    def _clear(self) -> None:
-        for folder in (self.folder, *self.folder.glob("seed_*")):
-            for name in ("scores", "masks"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-
-    def scores_path(self, video: Video, seed: int | None) -> Path:
-        """The file of a video's result; ValueError for an id that leads out of the folder."""
-        return self._inside(self._of_seed(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
-
-    def masks(self, video: Video, seed: int | None, layout: str) -> MaskFiles:
-        """The files of a video's masks."""
-        folder = self._inside(self._of_seed(seed) / "masks", video.domain)
-        self._inside(folder, video.video_id)
-        return MaskFiles(folder, layout)
-
-    def _of_seed(self, seed: int | None) -> Path:
-        return self.folder if seed is None else self.folder / f"seed_{seed}"
-
-    @staticmethod
-    def _inside(folder: Path, name: str) -> Path:
-        path = Path(os.path.normpath(folder / name))
-        if not path.is_relative_to(folder) or path == folder:
-            raise ValueError(f"the domain and id of a video must name a file within a folder, got {name!r}")
-        return path
-
-    def left(self, videos: Sequence[Video], seed: int | None) -> list[Video]:
-        """The videos without a result."""
-        return [video for video in videos if not self.scores_path(video, seed).is_file()]
-
-    def load(self, videos: Sequence[Video], seed: int | None) -> list[VideoResult]:
-        """The results of all videos, in their order."""
-        return [VideoResult.load(self.scores_path(video, seed)) for video in videos]
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def run_videos(
-    run: EvaluationRun,
-    videos: Sequence[Video],
-    evaluate: Callable[[Video, int], VideoResult],
-    seed: int | None,
-    progress: tqdm | None = None,
-) -> None:
-    """Evaluates the videos that have no result yet.
-
-    Args:
-        evaluate: makes the result of a video with a seed.
-        progress: advanced by the frames of each video.
-    """
-    for video in run.left(videos, seed):
-        result = evaluate(video, 42 if seed is None else seed)
-        result.save(run.scores_path(video, seed))
-        if progress is not None:
-            progress.set_postfix_str(video.video_id, refresh=False)
-            progress.update(len(video))
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of all of a model's tensors and of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

@@ -38,7 +38,12 @@ def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> Non
         curve, color = model["over_time"], LINES[number % len(LINES)]
         marker = "o" if len(curve["frames"]) < 3 else None
         axes.plot(
-            curve["frames"], curve["mean"], STYLES[number % len(STYLES)], color=color, label=model["label"], marker=marker
+            curve["frames"],
+            curve["mean"],
+            STYLES[number % len(STYLES)],
+            color=color,
+            label=model["label"],
+            marker=marker,
         )
         if len(models) == 1:  # bands of several would hide each other
             axes.fill_between(
@@ -77,7 +82,12 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         axes.bar_label(bars, texts, fontsize=7 if len(models) > 1 else 8, padding=1)
     sizes = models[0]["by_size"]
     axes.set_xticks(range(len(sizes)), [f"{_range(s)}\nn = {s['masks']}" for s in sizes], fontsize=8)
-    axes.set(xlim=(-0.6, len(sizes) - 0.4), ylim=(0, 1.08), ylabel="mean J (IoU)", xlabel="true mask, share of the image; n: masks (objects × frames)")
+    axes.set(
+        xlim=(-0.6, len(sizes) - 0.4),
+        ylim=(0, 1.08),
+        ylabel="mean J (IoU)",
+        xlabel="true mask, share of the image; n: masks (objects × frames)",
+    )
     axes.set_title("J by the size of the object", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)

@@ -173,9 +173,13 @@ def _described(results: Mapping[str, Any]) -> str:
     lines = [f"- Data: `{dataset['kind']}`{', ' + where if where else ''}"]
     if prompt is not None:
         seeds = results["seeds"]
-        drawn = f"{len(seeds)} runs with the seeds {', '.join(map(str, seeds))}" if seeds else "nothing is drawn: one run"
-        told = PROMPTS[prompt.partition(":")[0]]
-        lines.append(f"- Prompt: `{prompt}`, {told}, on the first annotated frame that shows it; {drawn}")
+        drawn = (
+            f"{len(seeds)} runs with the seeds {', '.join(map(str, seeds))}" if seeds else "nothing is drawn: one run"
+        )
+        told = f"{PROMPTS[prompt.partition(':')[0]]}, on the first annotated frame that shows it"
+        if "@" in prompt:
+            told += " and on others with " + ("the lowest IoU" if prompt.endswith(":offline") else "an IoU below 0.75")
+        lines.append(f"- Prompt: `{prompt}`, {told}; {drawn}")
     lines.append(f"- Frames that count: {PROTOCOLS[results['protocol']]} (`{results['protocol']}`)")
     for model in results["models"]:
         facts = [f"`{model['source']}`"]
@@ -223,7 +227,9 @@ def _groups(results: Mapping[str, Any]) -> str:
     for model in results["models"]:
         summary = model["summary"]
         for group, scores in summary["groups"].items():
-            rows.append([f"{model['label']}: {group}", *(format_number(scores[k]) for k in ("J&F_mean", "J_mean", "F_mean"))])
+            rows.append(
+                [f"{model['label']}: {group}", *(format_number(scores[k]) for k in ("J&F_mean", "J_mean", "F_mean"))]
+            )
         rows.append([f"{model['label']}: overall", format_number(summary["overall"]), "", ""])
     return format_table(["", "J&F", "J", "F"], rows, markdown=True)
 
@@ -233,7 +239,8 @@ def _highlights(model: Mapping[str, Any]) -> list[str]:
     for entry in model["highlights"]:
         name, _, place = entry["rank"].partition("_")
         what = f"{entry['domain']}, {entry['video']}, object {entry['object_id']}"
-        parts.append(f"**{name.capitalize()} {place}**: {what}; J&F {format_number(entry['J&F_mean'])} ([video]({entry['video_file']}))")
+        score = format_number(entry["J&F_mean"])
+        parts.append(f"**{name.capitalize()} {place}**: {what}; J&F {score} ([video]({entry['video_file']}))")
         parts.append(f"![{name} {place}: {what}]({entry['picture']})")
     return parts or ["No object has a frame that counts."]
 
@@ -246,12 +253,13 @@ def _video_table(model: Mapping[str, Any]) -> str:
             video["domain"],
             video["num_frames"],
             video["num_objects"],
+            f"{video['num_prompts']:g}",
             *(format_number(video.get(name)) for name in names),
             format_number(video["fps"], 1),
         ]
         for video in model["videos"]
     ]
-    heading = ["video", "domain", "frames", "objects", *(METRICS[name][0] for name in names), "frames/s"]
+    heading = ["video", "domain", "frames", "objects", "prompts", *(METRICS[name][0] for name in names), "frames/s"]
     return format_table(heading, rows, markdown=True)
 
 

@@ -229,7 +229,9 @@ def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dic
         model, baseline: what [`summarize_model`] gives of the same videos, with their labels.
     """
     counted = [
-        (a, b) for a, b in zip(model["objects"], baseline["objects"], strict=True) if a["num_frames"] and b["num_frames"]
+        (a, b)
+        for a, b in zip(model["objects"], baseline["objects"], strict=True)
+        if a["num_frames"] and b["num_frames"]
     ]
     videos = sorted({(a["domain"], a["video"]) for a, _ in counted})
     index = np.array([videos.index((a["domain"], a["video"])) for a, _ in counted], dtype=int)

@@ -1,6 +1,5 @@
 """Videos are scored frame by frame as a whole, and stopped evaluations go on with what is left."""
 
-import json
 import math
 
 import numpy as np
@@ -12,14 +11,11 @@ from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.video_io import ArrayFrames, SampleError
 from samoe_hf.evaluation import (
-    EvaluationRun,
     VideoResult,
     evaluate_masks,
     evaluate_video,
     evaluate_videos,
     mean_iou,
-    model_fingerprint,
-    run_videos,
     score_predictions,
     segment_video,
 )
@@ -136,7 +132,9 @@ def test_evaluating_leaves_the_mode_of_the_model(nano, processor, video):
 def test_results_are_read_as_they_were_written(tmp_path):
     video = random_video(spacing=(0.5, 0.75, 5.0), domain="ct")
     result = score_predictions(video, perturbed(video))
-    result.prompts = [{"object_id": 2, "frame_idx": 0, "points": [(3.0, 4.0)], "labels": [1], "box": None, "mask": False}]
+    result.prompts = [
+        {"object_id": 2, "frame_idx": 0, "points": [(3.0, 4.0)], "labels": [1], "box": None, "mask": False}
+    ]
     path = tmp_path / "a" / "b.npz"
     result.save(path)
     assert [file.name for file in path.parent.iterdir()] == ["b.npz"]
@@ -171,7 +169,9 @@ def test_missing_predictions_are_named(tmp_path):
     video, files = random_video(), MaskFiles(tmp_path)
     for t in (0, 2, 4):
         files.write(video, t, video.masks(t))
-    with pytest.raises(FileNotFoundError, match=r"2 of 5 predictions are missing: video 0/00001.png, video 0/00003.png"):
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 5 predictions are missing: video 0/00001.png, video 0/00003.png"
+    ):
         evaluate_masks(video, files)
 
 
@@ -182,90 +182,3 @@ def test_predictions_of_another_size_are_refused(tmp_path):
     write_palette_png(tmp_path / "video 0" / "00003.png", np.zeros((24, 31), dtype=np.uint8))
     with pytest.raises(SampleError, match=r"00003.png: prediction of size \(24, 31\), but the video's is \(24, 32\)"):
         evaluate_masks(video, files)
-
-
-# --- Runs that can be stopped
-
-
-def scored(video, seed=42):
-    return score_predictions(video, perturbed(video, seed))
-
-
-def test_a_stopped_run_goes_on_with_what_is_left(tmp_path):
-    videos = [random_video(i, domain="a") for i in range(4)]
-    run = EvaluationRun(tmp_path / "run", {"prompt": "mask", "seeds": (1, 2)})
-    run.start()
-    done = []
-
-    def stops(video, seed):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(video.video_id)
-        return scored(video)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_videos(run, videos, stops, None)
-    again = EvaluationRun(tmp_path / "run", {"prompt": "mask", "seeds": (1, 2)})
-    again.start()
-    assert [video.video_id for video in again.left(videos, None)] == ["video 2", "video 3"]
-    later = []
-    run_videos(again, videos, lambda video, seed: later.append(video.video_id) or scored(video), None)
-    assert later == ["video 2", "video 3"]
-    for video, result in zip(videos, again.load(videos, None), strict=True):
-        assert_same_scores(result.scores, scored(video).scores)
-
-
-def test_runs_of_different_seeds_are_apart(tmp_path):
-    videos, run = [random_video()], EvaluationRun(tmp_path, {})
-    run.start()
-    seeds = []
-    for seed in (42, 1042):
-        run_videos(run, videos, lambda video, seed: seeds.append(seed) or scored(video, seed), seed)
-    assert seeds == [42, 1042]
-    a, b = (run.load(videos, seed)[0].scores.j for seed in (42, 1042))
-    assert (a != b).any()
-    assert run.masks(videos[0], 42, "davis").folder != run.masks(videos[0], 1042, "davis").folder
-
-
-def test_another_evaluation_in_the_same_folder_is_refused_by_what_differs(tmp_path):
-    identity = {"prompt": "mask", "dataset": {"kind": "davis", "split": None}}
-    video, run = random_video(), EvaluationRun(tmp_path, identity)
-    run.start()
-    run_videos(run, [video], lambda video, seed: scored(video), None)
-    run.masks(video, None, "davis").write(video, 0, video.masks(0))
-    other = EvaluationRun(tmp_path, identity | {"prompt": "box"})
-    with pytest.raises(ValueError, match="`prompt` is 'mask', not 'box'.*--overwrite"):
-        other.start()
-    assert json.loads((tmp_path / "run.json").read_text()) == identity and not run.left([video], None)
-    other.start(overwrite=True)
-    assert other.left([video], None) == [video] and not (tmp_path / "masks").exists()
-
-
-def test_folders_of_other_things_are_left_alone(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"precious")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is not empty, and not the folder of an evaluation"):
-            EvaluationRun(tmp_path, {}).start(overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-
-
-@pytest.mark.parametrize("video_id, domain", [("../../../x", "a"), ("/x", "a"), ("x", ".."), ("..", "a")])
-def test_videos_cannot_lead_out_of_the_folder(tmp_path, video_id, domain):
-    run = EvaluationRun(tmp_path, {})
-    video = Video(video_id, random_video().frames, random_video().annotations, domain)
-    with pytest.raises(ValueError, match="must name a file within a folder"):
-        run.scores_path(video, None)
-        run.masks(video, None, "davis")
-
-
-def test_fingerprints_tell_models_apart(nano):
-    before = model_fingerprint(nano.model)
-    assert before == model_fingerprint(nano.model)
-    parameter = nano.model.get_parameter("memory_attention.layer_norm.bias")
-    kept = parameter.data.clone()
-    try:
-        parameter.data[0] += 1e-3
-        assert model_fingerprint(nano.model) != before
-    finally:
-        parameter.data.copy_(kept)
-    assert model_fingerprint(nano.model) == before

@@ -23,7 +23,8 @@ def test_short_forms_of_prompts():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "masks", "clicks", "clicks:0", "clicks:3@0", "clicks:3@", "point:0", "mask:2", "box@3", "clicks:3:online"]
+    "text",
+    ["", "masks", "clicks", "clicks:0", "clicks:3@0", "clicks:3@", "point:0", "mask:2", "box@3", "clicks:3:online"],
 )
 def test_other_prompts_are_refused(text):
     with pytest.raises(ValueError, match=r"`prompt` must be mask, box, point.*got"):
@@ -92,7 +93,7 @@ def test_points_are_drawn_evenly_and_without_repetition():
 
 
 class ScriptedModel:
-    """Its mask of an object on a frame is what `predict` makes of the frame, the object and the clicks on that frame."""
+    """Its mask of an object is what `predict` makes of the frame, the object and what was given on that frame."""
 
     device, dtype = torch.device("cpu"), torch.float32
 

@@ -29,11 +29,17 @@ def make_results(models=1, seeds=(None,), **options):
 
     entries = []
     for number in range(models):
-        entry = {"label": f"model_{number}", "source": f"org/model_{number}", "commit": "abc123", "num_parameters": 1234}
+        entry = {
+            "label": f"model_{number}",
+            "source": f"org/model_{number}",
+            "commit": "abc123",
+            "num_parameters": 1234,
+        }
         entry |= {"fingerprint": "f00", "num_experts": 4, "lora_rank": 8}
         entry |= summarize_model(runs(-0.05 * number), "youtube_vos")
         entry["highlights"] = [
-            highlight | {"picture": f"pictures/{highlight['rank']}.png", "video_file": f"pictures/{highlight['rank']}.mp4"}
+            highlight
+            | {"picture": f"pictures/{highlight['rank']}.png", "video_file": f"pictures/{highlight['rank']}.mp4"}
             for highlight in choose_highlights(entry["objects"])
         ]
         entries.append(entry)
@@ -129,7 +135,14 @@ def test_tables_line_up():
 def test_the_terminal_has_the_same_figures():
     results = make_results(models=2)
     lines = summary_table(results).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["model_0:", "model_0:", "model_0", "model_1:", "model_1:", "model_1"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "model_0:",
+        "model_0:",
+        "model_0",
+        "model_1:",
+        "model_1:",
+        "model_1",
+    ]
     assert "-0.050" in comparison_table(results["comparisons"][0])
 
 
