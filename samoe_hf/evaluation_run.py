@@ -265,7 +265,7 @@ class Evaluation:
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
-            "device": torch.cuda.get_device_name(state.device) if is_gpu else str(state.device),
+            "device": torch.cuda.get_device_name(state.device) if is_gpu else state.device.type,
             "num_processes": state.num_processes,
             "dataset": {**self.dataset, "num_videos": len(self.videos)},
             "prompt": str(self.prompt) if has_model else None,
