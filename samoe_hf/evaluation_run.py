@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -343,8 +344,12 @@ class Evaluation:
         place = entry["rank"].replace("_", " ")
         title = f"{label}, {place}: {video.video_id}, object {object_id}, J&F {entry['J&F_mean']:.3f}"
         path = Path("pictures") / label / entry["rank"]
-        j = result.scores.j[:, result.scores.object_ids.index(object_id)].tolist()
-        draw_object(
-            video, object_id, lambda t: files.read(video, t, [object_id])[0], frames, j, title, self.output / path
-        )
+        column = result.scores.object_ids.index(object_id)
+        j = result.scores.j[:, column].tolist()
+        occupied = [t for t, union in zip(result.frames, result.scores.union[:, column], strict=True) if union]
+
+        def read(frame: int) -> np.ndarray:
+            return files.read(video, frame, [object_id])[0]
+
+        draw_object(video, object_id, read, frames, j, occupied or result.frames, title, self.output / path)
         entry |= {"picture": f"{path.as_posix()}.png", "video_file": f"{path.as_posix()}.mp4"}

@@ -175,15 +175,17 @@ def draw_object(
     read: Callable[[int], np.ndarray],
     frames: Sequence[int],
     j: Sequence[float],
+    strip: Sequence[int],
     title: str,
     path: str | Path,
 ) -> None:
-    """Writes an object's masks against the truth: an mp4 of the given frames, and a `.png` of some of them.
+    """Writes an object's masks against the truth: an mp4 of all given frames, and a `.png` of a few.
 
     Args:
         read: frame -> predicted mask (H, W) bool.
         frames: those to show, ascending, such as all with a prediction.
         j: the object's IoU on each annotated frame of the video.
+        strip: annotated frames, of which the `.png` shows up to six, evenly spread.
         title: what is seen, a line.
         path: of both files, without suffix.
     """
@@ -204,9 +206,7 @@ def draw_object(
     fps = video.frames.fps or (24 if len(frames) > 48 else 6)
     write_video(path.with_name(f"{path.name}.mp4"), overlays(), fps=fps)
 
-    annotated = [frame for frame in frames if frame in iou]
-    places = np.unique(np.linspace(0, len(annotated) - 1, min(STRIP_FRAMES, len(annotated))).round().astype(int))
-    shown = [annotated[place] for place in places]
+    shown = [strip[i] for i in np.linspace(0, len(strip) - 1, min(STRIP_FRAMES, len(strip))).round().astype(int)]
     _strip(
         [picture(frame, 320) for frame in shown],
         [f"frame {video.frames.names[frame]}: J {iou[frame]:.2f}" for frame in shown],

@@ -199,6 +199,7 @@ def _described(results: Mapping[str, Any]) -> str:
 
 def _notes(results: Mapping[str, Any]) -> str:
     notes = ["Means over objects, from 0 to 1, higher is better; every metric is explained below."]
+    notes.append("A frame on which an object is neither to be seen nor predicted counts as 1 (DAVIS).")
     if any(model.get("std") for model in results["models"]):
         notes.append("After ±: the standard deviation over the seeds (n − 1).")
     total = sum(video["num_objects"] for video in results["models"][0]["videos"])

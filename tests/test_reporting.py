@@ -187,9 +187,9 @@ def test_objects_are_drawn_as_video_and_picture(num_frames, size, tmp_path):
     masks = np.zeros((num_frames, 2, *size), dtype=bool)
     masks[:, 1, 3:20, 3:20] = True
     video = Video.from_arrays("v" * 200, np.zeros((num_frames, *size, 3), np.uint8), masks, [4, 9])
-    draw_object(
-        video, 9, lambda t: masks[t, 1], range(num_frames), [1.0] * num_frames, "title " * 40, tmp_path / "p" / "best_1"
-    )
+    path = tmp_path / "p" / "best_1"
+    j, strip = [1.0] * num_frames, list(range(num_frames))[-7:]
+    draw_object(video, 9, lambda t: masks[t, 1], range(num_frames), j, strip, "title " * 40, path)
     overlay = read_video(tmp_path / "p" / "best_1.mp4")
     assert len(overlay) == num_frames and overlay.size[1] == 640
     legend_and_text = overlay[0][:60]
