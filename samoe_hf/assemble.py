@@ -243,7 +243,7 @@ def _not_padding(hidden_states: Tensor) -> Tensor:
 def _watch(model: SamoeModel, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While the context is open, `see` gets the name of each layer that is run and what its router reads."""
     handles = [
-        module.router.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+        module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
         for name, module in expert_modules(model)
     ]
     try:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,6 +61,29 @@ class ClipPrompts:
             {t: sample_prompt(masks[t], kind) for t, kind in plan.kinds.items()},
             {t: recipe.corrections(masks[t]) for t in plan.corrected},
         )
+
+
+def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
+    """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
+    shape = tuple(getattr(pixel_values, "shape", ()))
+    if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
+        got = f"shape {shape}" if shape else type(pixel_values).__name__
+        raise ValueError(
+            f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
+            f"got {got}."
+        )
+    videos, frames = shape[:2]
+    if labels is None:
+        return
+    expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
+    if labels.dtype != torch.bool or labels.dim() != 5 or labels.shape[1] == 0:
+        raise ValueError(
+            f"`labels` must be bool of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
+        raise ValueError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
+    if object_mask is not None and object_mask.shape != labels.shape[:2]:
+        raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
 
 
 def clip_forward(
@@ -150,7 +173,8 @@ def _segment_clip(
 ) -> tuple[dict[int, FrameOutput], list[LossParts]]:
     """Segments conditioning frames first, then the others in time order; with labels, also gives each one's loss."""
     num_videos, num_frames = pixel_values.shape[:2]
-    features = image_features(model, pixel_values.flatten(0, 1), model.encoder_batch_size)
+    encode = image_features if model.feature_cache is None else model.feature_cache.image_features
+    features = encode(model, pixel_values.flatten(0, 1), model.encoder_batch_size)
     by_frame = [x.unflatten(0, (num_videos, num_frames)) for x in features[:3]]
     order = [*sorted(prompts.initial), *(t for t in range(num_frames) if t not in prompts.initial)]
     bank, outputs, parts = MemoryBank(), {}, []

@@ -7,6 +7,9 @@ from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoder
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
 
+# No integer in the configuration of a model is larger.
+MOST = 2**20
+
 
 class SamoeConfig(Sam2VideoConfig):
     r"""
@@ -103,6 +106,7 @@ class SamoeConfig(Sam2VideoConfig):
                 f"{pretrained_model_name_or_path} is a model of type {model_type!r}; expected "
                 f"{cls.model_type!r} or {Sam2VideoConfig.model_type!r}."
             )
+        _check_sizes(config_dict, pretrained_model_name_or_path)
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
     @classmethod
@@ -111,6 +115,18 @@ class SamoeConfig(Sam2VideoConfig):
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).check_experts()
         return result
+
+
+def _check_sizes(value: Any, source: Any, name: str = "") -> None:
+    """Raises a `ValueError` for a number that no model has, before anything of that size is made."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_sizes(part, source, key)
+    elif isinstance(value, list):
+        for part in value:
+            _check_sizes(part, source, name)
+    elif isinstance(value, int) and abs(value) > MOST:
+        raise ValueError(f"{source}: `{name}` is {value}, but nothing in a configuration is larger than {MOST}.")
 
 
 def _check_integer(name: str, value: Any, minimum: int) -> None:

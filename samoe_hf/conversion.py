@@ -159,7 +159,7 @@ def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
 def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Settings that the experts among `tensors` show; where a YAML gave some, only the modules."""
     matches = [match for name in tensors if (match := EXPERT_TENSOR.fullmatch(name))]
-    model = _build_on_meta(build_config(settings), with_experts=False)
+    model = build_on_meta(build_config(settings), with_experts=False)
     linear_names = set(matching_linear_names(model, r".*"))
     modules = sorted({find_our_name(match["module"]) for match in matches} & linear_names)
     from_yaml = "expert_modules" in settings
@@ -183,7 +183,7 @@ def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
     return result
 
 
-def _build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
+def build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
     """The model without memory for its tensors."""
     try:
         with torch.device("meta"):
@@ -198,7 +198,7 @@ def _build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
 
 def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
     """Raises a `ValueError` unless these are exactly the original's tensors of a model of this configuration."""
-    model = state_dict_to_original(_build_on_meta(config, has_experts).state_dict())
+    model = state_dict_to_original(build_on_meta(config, has_experts).state_dict())
     expected = {without_base_layer(name): tuple(tensor.shape) for name, tensor in model.items()}
     found = {without_base_layer(name): tensor for name, tensor in tensors.items()}
     problems = {
@@ -269,7 +269,7 @@ def save_original(
 def _attentions_with_experts(config: SamoeConfig, state_dict: Mapping[str, Tensor]) -> list[str]:
     """Names of the attentions whose every projection has experts; the original can have no others."""
     modules = {name.removesuffix(".lora_A") for name in state_dict if name.endswith(".lora_A")}
-    model = _build_on_meta(config, with_experts=False)
+    model = build_on_meta(config, with_experts=False)
     projections = {name: set(matching_linear_names(model, projections_of([name]))) for name in ATTENTIONS}
     attentions = [name for name in ATTENTIONS if projections[name] <= modules]
     if others := sorted(modules.difference(*(projections[name] for name in attentions))):

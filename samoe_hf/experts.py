@@ -56,6 +56,7 @@ class ExpertLinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(num_experts, lora_rank, in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(num_experts, out_features, lora_rank, **factory))
         self.router = nn.Linear(in_features, num_experts, **factory)
+        self.router_logits = nn.Identity()  # its hooks see what the router puts out, see `record_router_logits`
         self.dropout = nn.Dropout(lora_dropout)
         self.reset_experts()
 
@@ -81,11 +82,24 @@ class ExpertLinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        gates = self.gates(self.router(self.dropout(hidden_states))) * self.scaling
-        # All experts in two products: nothing of size experts x tokens x out_features is ever formed.
-        low_rank = self.dropout(F.linear(hidden_states, self.lora_A.flatten(0, 1)))
-        gated = low_rank.unflatten(-1, (self.num_experts, self.lora_rank)) * gates.to(low_rank.dtype).unsqueeze(-1)
-        return super().forward(hidden_states) + F.linear(gated.flatten(-2), self.lora_B.transpose(0, 1).flatten(1))
+        tokens = hidden_states.flatten(0, -2)
+        low_rank, logits = self._project_down(tokens)
+        logits = self.router_logits(logits.unflatten(0, hidden_states.shape[:-1])).flatten(0, -2)
+        gates = self.gates(logits).to(low_rank.dtype)
+        gated = low_rank.unflatten(-1, (self.num_experts, self.lora_rank)) * gates.unsqueeze(-1)
+        # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
+        up = self.lora_B.mT.flatten(0, 1) * self.scaling
+        output = super().forward(tokens)
+        output = output.addmm_(gated.flatten(-2).to(output.dtype), up.to(output.dtype))
+        return output.unflatten(0, hidden_states.shape[:-1])
+
+    def _project_down(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What all experts' A make of the tokens (tokens, experts * rank), and the routers' logits."""
+        down = self.lora_A.flatten(0, 1)
+        if self.training and self.dropout.p > 0:
+            return self.dropout(F.linear(tokens, down)), self.router(self.dropout(tokens))
+        bias = F.pad(self.router.bias, (len(down), 0))
+        return F.linear(tokens, torch.cat([down, self.router.weight]), bias).split([len(down), self.num_experts], -1)
 
     def extra_repr(self) -> str:
         return (
@@ -96,7 +110,7 @@ class ExpertLinear(nn.Linear):
 
 def top_k_gates(router_logits: Tensor, num_experts_per_tok: int) -> Tensor:
     """Softmax over each token's `num_experts_per_tok` largest logits (..., experts), zero elsewhere."""
-    top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=-1)
+    top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=-1, sorted=False)
     return torch.zeros_like(router_logits).scatter(-1, top_experts, top_logits.softmax(dim=-1))
 
 
@@ -163,7 +177,9 @@ def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     handles = []
     for name, module in expert_modules(model):
         calls = records.setdefault(name, [])
-        handles.append(module.router.register_forward_hook(lambda _, __, logits, calls=calls: calls.append(logits)))
+        handles.append(
+            module.router_logits.register_forward_hook(lambda _, __, logits, calls=calls: calls.append(logits))
+        )
     try:
         yield records
     finally:
@@ -181,7 +197,7 @@ def route_all_to(model: nn.Module, expert: int) -> Iterator[None]:
         forced[..., expert] = 0
         return forced
 
-    handles = [module.router.register_forward_hook(force) for _, module in expert_modules(model)]
+    handles = [module.router_logits.register_forward_hook(force) for _, module in expert_modules(model)]
     try:
         yield
     finally:

@@ -139,7 +139,7 @@ def frame_step(
     if prompt is not None and prompt.mask is not None:
         output, high_res_masks = _take_mask(model, image, prompt.mask)
     else:
-        coarse = _condition_on_memory(model, image, banks, selection, num_objects)
+        coarse = _condition_on_memory(model, image, banks, selection)
         multimask = _use_multimask(model, prompt, is_initial=selection is None)
         output = _segment(model, image, coarse, prompt, multimask, num_objects)
         if corrections is not None:
@@ -175,7 +175,6 @@ def _condition_on_memory(
     image: ImageFeatures,
     banks: Sequence[MemoryBank],
     selection: MemorySelection | None,
-    num_objects: int,
 ) -> Tensor:
     """Features of the frame in the light of the memories: (objects or 1, hidden, S / 16, S / 16)."""
     if model.num_maskmem == 0:
@@ -183,15 +182,21 @@ def _condition_on_memory(
     if selection is None:
         return image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
     memory, position, num_pointer_tokens = _memory_tokens(model, banks, selection, image.coarse)
-    tokens = image.coarse.flatten(2).permute(2, 0, 1).expand(-1, num_objects, -1)
-    conditioned = model.memory_attention(tokens, memory, image.position, position, num_pointer_tokens)
-    return conditioned.reshape(num_objects, *conditioned.shape[-2:]).mT.unflatten(2, image.coarse.shape[-2:])
+    conditioned = model.attend_to_memory(
+        model.memory_attention,
+        image.coarse.flatten(2).mT,
+        image.position.transpose(0, 1),
+        memory,
+        position.transpose(0, 1),
+        num_pointer_tokens,
+    )
+    return conditioned.mT.unflatten(2, image.coarse.shape[-2:])
 
 
 def _memory_tokens(
     model: Sam2VideoModel, banks: Sequence[MemoryBank], selection: MemorySelection, like: Tensor
 ) -> tuple[Tensor, Tensor, int]:
-    """Memories (tokens, objects, channels), their positions (tokens, 1, channels), and how many are object pointers."""
+    """Memories (objects, tokens, channels), their positions (tokens, 1, channels), and how many are object pointers."""
     features = [read_features(banks, t, like.device) for t, _ in selection.spatial]
     size = model.backbone_feature_sizes[-1]
     spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
@@ -206,7 +211,7 @@ def _memory_tokens(
         num_pointer_tokens = pointers.shape[1]
         distances = torch.tensor([d for _, d in selection.pointers], device=like.device, dtype=torch.float32)
         positions.append(_pointer_positions(model, distances / selection.max_distance, num_pointer_tokens, like))
-    memory = torch.cat([f.to(like.dtype) for f in features], dim=1).transpose(0, 1)
+    memory = torch.cat(features, dim=1).to(like.dtype)  # pointers are more precise than rounded memories
     return memory, torch.cat(positions), num_pointer_tokens
 
 

@@ -12,6 +12,7 @@ from transformers import AutoProcessor, Sam2VideoProcessor
 
 from .conversion import build_processor
 from .modeling_samoe import SamoeModel
+from .video_session import VideoSession
 
 
 @dataclass
@@ -75,7 +76,7 @@ def track_video(
     """Tracks prompted objects through a whole video: onward from the first prompted frame, then back to the start.
 
     Args:
-        frames: (H, W, 3) uint8 arrays of one size.
+        frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
         prompts: at least one; several for the same object on the same frame must be given as one.
 
     Raises:
@@ -83,9 +84,7 @@ def track_video(
     """
     if not prompts:
         raise ValueError("`prompts` is empty; at least one point, box or mask is needed.")
-    session = processor.init_video_session(
-        video=np.stack(list(frames)), inference_device=model.device, video_storage_device="cpu", dtype=model.dtype
-    )
+    session = VideoSession(frames, processor, inference_device=model.device, dtype=model.dtype)
     size = (session.video_height, session.video_width)
     for prompt in prompts:
         if not 0 <= prompt.frame_idx < len(frames):

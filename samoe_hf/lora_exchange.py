@@ -9,23 +9,22 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available, requires_backends
 
+from .adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
 from .conversion import new_directory
 from .experts import ExpertLinear, expert_modules
 from .surgery import append_experts, check_experts, new_expert_tensors
 
+if is_peft_available():
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
 if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
 
-# What PEFT puts before the names of the base model's modules.
-PREFIX = "base_model.model."
 # Settings of LoraConfig that add something an expert has no place for, or change what its matrices mean.
 UNSUPPORTED = (
     "use_dora",
@@ -37,8 +36,6 @@ UNSUPPORTED = (
     "alora_invocation_tokens",
     "use_qalora",
 )
-# Initializations that leave the base model's weights as they are.
-PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 class Lora(NamedTuple):
@@ -61,6 +58,7 @@ def export_expert(model: "SamoeModel", expert: int, directory: str | os.PathLike
         ValueError: if the model has no such expert.
         FileExistsError: if `directory` is there and not empty.
     """
+    requires_backends(export_expert, "peft")
     check_experts(model, [expert], "expert")
     tensors, names = {}, []
     for name, module in expert_modules(model):
@@ -81,7 +79,7 @@ def export_expert(model: "SamoeModel", expert: int, directory: str | os.PathLike
     )
     with new_directory(directory) as folder:
         config.save_pretrained(folder)
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def add_expert(model: "SamoeModel", source: str | os.PathLike, **hub) -> int:
@@ -145,12 +143,9 @@ def _as_expert(name: str, module: ExpertLinear, lora: Lora) -> tuple[Tensor, Ten
 
 def read_lora(source: str | os.PathLike, **hub) -> Lora:
     """Reads a LoRA of PEFT; see [`add_expert`]."""
+    requires_backends(read_lora, "peft")
     config = _read_config(source, hub)
-    path = cached_file(source, SAFETENSORS_WEIGHTS_NAME, **hub)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    tensors = read_adapter_tensors(source, hub)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, leaf = key.removeprefix(PREFIX).removesuffix(".weight"), None
@@ -178,12 +173,8 @@ def read_lora(source: str | os.PathLike, **hub) -> Lora:
     return Lora(str(source), layers)
 
 
-def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> LoraConfig:
-    cached_file(source, "adapter_config.json", **hub)  # for its errors, which tell a missing file from no connection
-    try:
-        config = PeftConfig.from_pretrained(str(source), **hub)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"The adapter_config.json of {source} is none that this PEFT reads: {error}") from error
+def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConfig":
+    config = read_adapter_config(source, hub)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{source} is an adapter of type {config.peft_type}; an expert can only be a LoRA.")
     given = [f"{name}={value!r}" for name in UNSUPPORTED if (value := getattr(config, name, None))]
@@ -196,7 +187,7 @@ def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> LoraConfi
     return config
 
 
-def _rank_and_scale(config: LoraConfig, name: str) -> tuple[int, float]:
+def _rank_and_scale(config: "LoraConfig", name: str) -> tuple[int, float]:
     """Rank and scale of the LoRA on a layer, as PEFT finds them."""
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class FrameMemory:
-    """What one frame leaves behind for a batch of objects.
+    """What one frame leaves behind for a batch of objects, or for one of them, which then is row `index` of `batch`.
 
     `features` (objects, tokens, channels): output of the memory encoder, or None where it was not run.
     `pointers` (objects, hidden): object pointers.
@@ -23,11 +23,13 @@ class FrameMemory:
 
     pointers: Tensor
     features: Tensor | None = None
+    batch: "FrameMemory | None" = None
+    index: int = 0
 
     def row(self, index: int) -> "FrameMemory":
-        """The memory of one object of the batch."""
+        """The memory of one object of the batch; nothing is copied."""
         features = None if self.features is None else self.features[index : index + 1]
-        return FrameMemory(self.pointers[index : index + 1], features)
+        return FrameMemory(self.pointers[index : index + 1], features, self, index)
 
 
 class MemorySelection(NamedTuple):
@@ -122,14 +124,20 @@ def closest_frames(frame_idx: int, frames: Sequence[int], limit: int) -> list[in
 
 def read_features(banks: Sequence[MemoryBank], frame_idx: int, device: torch.device) -> Tensor:
     """Features of one frame for the objects of all `banks`: (objects, tokens, channels)."""
-    return _join([bank[frame_idx].features for bank in banks], device)
+    return _join([bank[frame_idx] for bank in banks], "features").to(device, non_blocking=True)
 
 
 def read_pointers(banks: Sequence[MemoryBank], frame_idx: int, device: torch.device) -> Tensor:
     """Object pointers of one frame for the objects of all `banks`: (objects, hidden)."""
-    return _join([bank[frame_idx].pointers for bank in banks], device)
+    return _join([bank[frame_idx] for bank in banks], "pointers").to(device, non_blocking=True)
 
 
-def _join(rows: list[Tensor], device: torch.device) -> Tensor:
-    joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return joined.to(device, non_blocking=True)
+def _join(memories: list[FrameMemory], name: str) -> Tensor:
+    """One tensor for all objects; those that were in one batch still are, and need not be put together again."""
+    batch = memories[0].batch
+    if len(memories) == 1:
+        return getattr(memories[0], name)
+    if batch is None or any(memory.batch is not batch for memory in memories):
+        return torch.cat([getattr(memory, name) for memory in memories])
+    whole, indices = getattr(batch, name), [memory.index for memory in memories]
+    return whole if indices == list(range(len(whole))) else whole[indices]

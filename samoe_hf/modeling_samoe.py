@@ -1,5 +1,6 @@
 """SamoeModel: SAM 2 video with a mixture of LoRA experts. It tracks in a session and learns from clips."""
 
+import copy
 import inspect
 import logging
 import os
@@ -7,34 +8,44 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam2VideoModel
+from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
+from transformers.utils import PROCESSOR_NAME
 
 from .adapters import (
-    WITHIN_EXPERTS,
-    adapter_names,
+    AdapterMixin,
+    active_adapters,
+    adapters_aside,
     base_name,
-    check_adapter,
     is_adapter_parameter,
-    load_adapter,
     load_adapters,
-    reaches_within_experts,
     save_adapters,
     to_wrapped_names,
     without_adapters,
 )
-from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
+from .clip import ClipPrompts, SamoeClipOutput, check_clip, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
-from .conversion import load_original
+from .conversion import build_processor, load_original
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
-from .hub import HUB_ARGUMENTS, load_trained, save_trained
+from .feature_cache import FeatureCache
+from .hub import (
+    HUB_ARGUMENTS,
+    PUSH_ARGUMENTS,
+    check_weights,
+    complete_files,
+    load_trained,
+    push,
+    resolve_commit,
+    save_trained,
+)
 from .lora_exchange import add_expert, export_expert
 from .losses import SegmentationLoss
+from .memory_attention import attend_to_memory
 from .prompts import PromptRecipe, resolve_recipe
 from .surgery import freeze_experts, grow_experts, merge_experts, prune_experts, reset_expert, wake_experts
 from .tracking import remove_object, run_new_prompts, track_frame
@@ -61,7 +72,7 @@ TRAINABLE_SETS = {
 }
 
 
-class SamoeModel(Sam2VideoModel):
+class SamoeModel(AdapterMixin, Sam2VideoModel):
     """SAM 2 video whose linear layers, by default the projections of its memory attention, have LoRA experts.
 
     It takes the place of [`~transformers.Sam2VideoModel`] in tracking, and can be trained on clips. After construction
@@ -71,6 +82,8 @@ class SamoeModel(Sam2VideoModel):
     config_class = SamoeConfig
     config: SamoeConfig
     supports_gradient_checkpointing = True
+    # What FSDP shards one by one. Not the layers of memory attention, whose parts `attend_to_memory` calls past them.
+    _no_split_modules: ClassVar = ["Sam2MultiScaleBlock", "Sam2VideoTwoWayAttentionBlock"]
 
     def __init__(self, config: SamoeConfig):
         config.check_experts()
@@ -92,10 +105,16 @@ class SamoeModel(Sam2VideoModel):
         self.register_load_state_dict_pre_hook(to_wrapped_names)
         # What this model was loaded from, for folders that hold only what was trained; see hub.py.
         self.base_model_source: dict[str, str | None] | None = None
-        # Of training on clips: the loss, whether frames are recomputed, and frames encoded at once (None for all).
+        # Other tensors than the experts' that are not the base's, whether or not they are trainable now.
+        self.differs_from_base: set[str] = set()
+        # Compiled in its place by `compile_for_tracking`.
+        self.attend_to_memory = attend_to_memory
+        # Of training on clips: the loss, whether frames are recomputed, frames encoded at once (None for all), and
+        # where a frozen encoder's features are kept.
         self.segmentation_loss = SegmentationLoss()
         self.gradient_checkpointing = False
         self.encoder_batch_size: int | None = None
+        self.feature_cache: FeatureCache | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -135,6 +154,9 @@ class SamoeModel(Sam2VideoModel):
             experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
             original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
             kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
+                Where `expert_modules` is set, layers without experts in the checkpoint get new ones, without effect.
+                With `ignore_mismatched_sizes`, experts of another number or rank, or in other layers, than the
+                configuration's are left out, and new ones take their place; other tensors must fit.
 
         Raises:
             FileNotFoundError: if there is no such `.pt` file.
@@ -142,103 +164,156 @@ class SamoeModel(Sam2VideoModel):
                 [`conversion.load_original`].
         """
         source = pretrained_model_name_or_path
-        more_experts = "expert_modules" in kwargs
+        any_experts = kwargs.pop("ignore_mismatched_sizes", False)
+        more_experts = any_experts or "expert_modules" in kwargs
         is_file = source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth"))
         if not is_file and (experts is not None or original_config is not None):
             raise ValueError(
                 f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
             )
+        config = copy.deepcopy(config)
+        settings = [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]
         if is_file:
-            config, kwargs["state_dict"] = load_original(source, experts, original_config)
-            for name in [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]:
-                setattr(config, name, kwargs.pop(name))
+            original, kwargs["state_dict"] = load_original(source, experts, original_config)
+            config = original if config is None else config
         elif source is not None:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            trained = config if isinstance(config, SamoeConfig) else SamoeConfig.from_pretrained(source, **hub)
-            if trained.base_model is not None:
-                model = load_trained(cls, source, trained, kwargs)
-                load_adapters(model, source, trained.adapters or {}, hub)
+            if (commit := resolve_commit(source, hub)) is not None:
+                hub["revision"] = kwargs["revision"] = commit
+            if not isinstance(config, SamoeConfig):
+                config = SamoeConfig.from_pretrained(source if config is None else config, **hub)
+        if settings and config is not None:
+            for name in settings:
+                setattr(config, name, kwargs.pop(name))
+            config.check_experts()
+        if source is not None and not is_file:
+            if config.base_model is not None:
+                others = {name: value for name, value in kwargs.items() if name not in hub}
+                model = load_trained(cls, source, config, hub, others, more_experts)
+                load_adapters(model, source, config.adapters, hub)
                 return (model, {name: set() for name in LOADING_INFO}) if output_loading_info else model
-        # Experts of another number or rank than the configuration's; see _check_loaded for what else does not fit.
-        kwargs.setdefault("ignore_mismatched_sizes", True)
+            if "state_dict" not in kwargs:
+                check_weights(source, config, hub, kwargs.get("variant"), any_experts)
         with _without_load_report():
             model, info = super().from_pretrained(
-                None if is_file else source, *model_args, config=config, output_loading_info=True, **kwargs
+                None if is_file else source,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # _check_loaded is stricter
+                **kwargs,
             )
         _align_memory(model)
-        if new := _check_loaded(source, model, info, more_experts):
+        if new := _check_loaded(source, model, info, more_experts, any_experts):
             # Left to transformers, those within the vision encoder would stay uninitialized memory.
             for name in new:
                 model.get_submodule(name).reset_experts()
             logger.info("%s has no such experts for %d layers: they got new ones, without effect.", source, len(new))
         model.set_trainable("experts")
         if source is not None:
-            model.base_model_source = _describe_source(source, kwargs.get("revision"), original_config)
-            if not is_file:
-                load_adapters(model, source, model.config.adapters or {}, hub)
+            model.base_model_source = _describe_source(source, kwargs, original_config)
+        if source is not None and not is_file:
+            load_adapters(model, source, config.adapters, hub)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, experts_only: bool = False, state_dict: dict | None = None, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        experts_only: bool = False,
+        state_dict: dict | None = None,
+        processor: ProcessorMixin | None = None,
+        base_model: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
     ) -> None:
-        """As in the base class, with all adapters of PEFT; see adapters.py.
+        """As in the base class, with all adapters of PEFT; if anything fails, the folder is left as it was.
 
         Args:
             experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
-                which [`from_pretrained`] then fetches.
+                which [`from_pretrained`] then fetches; and a processor, if there is none.
+            processor: is saved as well.
+            base_model: with `experts_only`, the Hub id to refer to, if the base was loaded from somewhere else. It is
+                loaded, to see that it is the same.
+
+        Raises:
+            ValueError: with `experts_only`, if there is no base model or `base_model` is another one.
         """
-        names = adapter_names(self)
-        active = set(self.active_adapters()) if names else set()
-        self.config.adapters = {name: name in active for name in names} or None
-        if names:
+        commit = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        self.config.adapters = active_adapters(self)
+        if self.config.adapters:
             state_dict = without_adapters(self.state_dict() if state_dict is None else state_dict)
-        if experts_only:
-            if kwargs.get("is_main_process", True):
-                save_trained(self, save_directory, state_dict)
-        else:
-            # With adapters the base class would save nothing else.
-            self._hf_peft_config_loaded = False
-            try:
-                super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-            finally:
-                self._hf_peft_config_loaded = bool(names)
-        if kwargs.get("is_main_process", True):
-            save_adapters(self, save_directory)
+        is_main_process = kwargs.get("is_main_process", True)
+        if is_main_process or not experts_only:
+            with complete_files(save_directory) as folder:
+                if experts_only:
+                    save_trained(self, folder, state_dict, base_model)
+                    if processor is None and not Path(save_directory, PROCESSOR_NAME).exists():
+                        processor = build_processor(self.config)
+                else:
+                    with adapters_aside(self):
+                        super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+                if is_main_process:
+                    save_adapters(self, folder)
+                if processor is not None:
+                    processor.save_pretrained(folder)
+        if push_to_hub:
+            repo_id = commit.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, experts_only=experts_only, processor=processor, base_model=base_model, **commit)
 
-    def add_adapter(self, adapter_config: PeftConfig, adapter_name: str | None = None) -> None:
-        """Adds a LoRA of PEFT, trainable and active; experts and whatever else is trainable stay so.
-
-        Raises:
-            ValueError: if it is no LoRA, there is one of that name, or no layer matches.
-        """
-        check_adapter(self, adapter_config, adapter_name or "default")
-        if adapter_config.exclude_modules is None and reaches_within_experts(self, adapter_config):
-            adapter_config.exclude_modules = WITHIN_EXPERTS
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        try:
-            super().add_adapter(adapter_config, adapter_name)
-        finally:
-            self._hf_peft_config_loaded = bool(adapter_names(self))
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-        self.train(self.training)
-
-    def load_adapter(
+    def push_to_hub(
         self,
-        peft_model_id: str | os.PathLike,
-        adapter_name: str | None = None,
-        is_trainable: bool = False,
-        **hub,
-    ) -> None:
-        """Loads a LoRA of PEFT, and makes it active; `hub` says how it is fetched.
+        repo_id: str,
+        *,
+        experts_only: bool = False,
+        base_model: str | None = None,
+        processor: ProcessorMixin | None = None,
+        card: dict[str, Any] | None = None,
+        commit_message: str = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Uploads the model, a processor and a model card in one commit, which replaces weights of earlier ones.
+
+        Args:
+            repo_id: the repository; it is made if need be.
+            experts_only, base_model: as in [`save_pretrained`].
+            processor: by default the one that prepares videos as `sam2` does.
+            card: what the card is to say beside what the model knows, arguments of
+                [`model_card.build_model_card`]. A card that the repository has stays if this is None.
+            commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in the
+                base class.
 
         Raises:
-            ValueError: if it does not fit the model.
+            ValueError: with `experts_only`, if others could not fetch the base model, or `base_model` is another one.
+            OSError: if the Hub refuses or cannot be reached (`huggingface_hub.errors.HfHubHTTPError` with the reason).
         """
-        load_adapter(self, peft_model_id, adapter_name or "default", hub)
-        for name, parameter in self.named_parameters():
-            if f".{adapter_name or 'default'}." in name and is_adapter_parameter(name):
-                parameter.requires_grad_(is_trainable)
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+        return push(
+            self,
+            repo_id,
+            experts_only=experts_only,
+            base_model=base_model,
+            processor=processor,
+            card=card,
+            tags=tags,
+            max_shard_size=max_shard_size,
+            commit=commit,
+            private=private,
+            token=token,
+            revision=revision,
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """From now on this package's code is saved with models, for `AutoModel.from_pretrained(…,
+        trust_remote_code=True)` where the package is not installed."""
+        super().register_for_auto_class(auto_class)
+        cls.config_class.register_for_auto_class()
 
     def set_trainable(self, *sets: str) -> None:
         """Makes exactly the parameters of the named sets trainable.
@@ -280,6 +355,21 @@ class SamoeModel(Sam2VideoModel):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    def compile_for_tracking(self, **kwargs) -> None:
+        """Compiles the four parts of a frame's work, in place: the encoders, memory attention and the mask decoder.
+
+        The first frames are slow. Nothing is compiled again as memory fills or the number of objects changes, except
+        between one object and several. Training runs the same parts, and gains as well.
+
+        Args:
+            kwargs: of [`torch.compile`], such as `mode="max-autotune-no-cudagraphs"`. Modes with CUDA graphs overwrite
+                memories, and cannot be used.
+        """
+        self.vision_encoder.compile(**kwargs)
+        self.mask_decoder.compile(dynamic=True, **kwargs)
+        self.memory_encoder.compile(dynamic=True, **kwargs)
+        self.attend_to_memory = torch.compile(attend_to_memory, dynamic=True, **kwargs)
 
     def forward(
         self,
@@ -324,7 +414,7 @@ class SamoeModel(Sam2VideoModel):
             frame = frame if object_mask is None else object_mask
         if inference_session is not None:
             return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder)
-        _check_clip(pixel_values, labels, object_mask, self.image_size)
+        check_clip(pixel_values, labels, object_mask, self.image_size)
         given = (input_points, input_labels, input_boxes, input_masks)
         if labels is not None and all(value is None for value in given):
             num_objects = labels.shape[1]
@@ -389,46 +479,25 @@ SamoeModel.forward.__signature__ = _signature.replace(
 )
 
 
-def _check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
-    """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
-    shape = tuple(getattr(pixel_values, "shape", ()))
-    if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
-        got = f"shape {shape}" if shape else type(pixel_values).__name__
-        raise ValueError(
-            f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
-            f"got {got}."
-        )
-    videos, frames = shape[:2]
-    if labels is None:
-        return
-    expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
-    if labels.dtype != torch.bool or labels.dim() != 5 or labels.shape[1] == 0:
-        raise ValueError(
-            f"`labels` must be bool of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
-        )
-    if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
-        raise ValueError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
-    if object_mask is not None and object_mask.shape != labels.shape[:2]:
-        raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
-
-
 def _check_loaded(
-    source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any], more_experts: bool
+    source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any], more_experts: bool, any_experts: bool
 ) -> list[str]:
     """Names of the layers whose experts a checkpoint lacks: none or all; or any, if it is to get `more_experts`.
 
-    With `more_experts`, experts of another number or rank than the configuration's count as lacking.
+    With `any_experts`, those of another number or rank than the configuration's count as lacking.
 
     Raises:
         ValueError: if other tensors are missing, any is unexpected or of another shape.
     """
     mismatched = {name for name, *_ in info["mismatched_keys"]}
-    missing = set(info["missing_keys"]) - mismatched
+    missing, unexpected = set(info["missing_keys"]) - mismatched, set(info["unexpected_keys"])
     tensors = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name in model.expert_names}
-    if more_experts:
-        for name in [name for name in tensors if tensors[name] & mismatched]:
-            missing |= tensors[name]
-            mismatched -= tensors[name]
+    if any_experts:
+        unexpected = {name for name in unexpected if not is_expert_parameter(name)}
+        for of_layer in tensors.values():
+            if of_layer & mismatched:
+                missing |= of_layer
+                mismatched -= of_layer
     new = [name for name in tensors if tensors[name] <= missing]
     if more_experts or len(new) == len(tensors):
         missing -= set().union(*(tensors[name] for name in new))
@@ -436,7 +505,7 @@ def _check_loaded(
         f"{len(names)} tensors are {what}, such as {min(names)!r}"
         for what, names in (
             ("missing", missing),
-            ("unexpected", info["unexpected_keys"]),
+            ("unexpected", unexpected),
             ("of another shape", mismatched),
         )
         if names
@@ -447,12 +516,13 @@ def _check_loaded(
 
 
 def _describe_source(
-    source: str | os.PathLike, revision: str | None, original_config: str | os.PathLike | None
+    source: str | os.PathLike, arguments: dict[str, Any], original_config: str | os.PathLike | None
 ) -> dict[str, str | None]:
-    """What to load a model from again: a Hub id as it is, local files by their absolute paths."""
+    """What to load a model from again: a Hub id with its commit, local files by their absolute paths."""
     return {
         "name_or_path": os.path.abspath(source) if os.path.exists(source) else str(source),
-        "revision": revision,
+        "revision": arguments.get("revision"),
+        "subfolder": arguments.get("subfolder") or None,
         "original_config": None if original_config is None else os.path.abspath(original_config),
     }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, expert_modules, matching_linear_names
@@ -239,12 +240,17 @@ def wake_experts(model: "SamoeModel") -> None:
 
     Each row is a random mixture of the others, so that its logits are spread as theirs are, plus a new row of
     `nn.Linear`. The draw is the same in all processes of a training run. Frozen experts sleep on.
+
+    Raises:
+        ValueError: if the weights are sharded (FSDP), so that there are no whole rows; wake them before.
     """
     for _, module in expert_modules(model):
         weight, bias = module.router.weight, module.router.bias
         asleep = bias <= ASLEEP / 2
         if not weight.requires_grad or not asleep.any():
             continue
+        if isinstance(weight, DTensor):
+            raise ValueError("New experts sleep, and the weights are sharded; call `model.wake_experts()` before that.")
         others = torch.cat([weight[~asleep], bias[~asleep, None]], dim=1).double().cpu()
         for expert in asleep.nonzero()[:, 0].tolist():
             if expert not in frozen_experts(module):
@@ -319,8 +325,8 @@ def _keep_frozen(optimizer: torch.optim.Optimizer, *_) -> None:
 @torch.no_grad()
 def _restore_frozen(optimizer: torch.optim.Optimizer, *_) -> None:
     for parameter, experts in _with_frozen_rows(optimizer):
-        parameter[experts] = parameter._frozen_values
-        del parameter._frozen_values
+        if (values := parameter.__dict__.pop("_frozen_values", None)) is not None:
+            parameter[experts] = values
 
 
 def _with_frozen_rows(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, list[int]]]:
@@ -330,7 +336,10 @@ def _with_frozen_rows(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Par
                 yield parameter, experts
 
 
-# For all optimizers, whoever makes them; those without frozen rows are left alone.
+# For all optimizers, whoever makes them: torch runs these hooks in every subclass's `step`, also through Accelerate and
+# gradient scalers. They look at the optimizer's parameters and leave those without frozen rows alone. Zero gradients
+# would not do, since weight decay and momentum move parameters as well. Where this code is loaded twice, as a package
+# and with a model's repository, both pairs run: values are kept twice and put back once.
 register_optimizer_step_pre_hook(_keep_frozen)
 register_optimizer_step_post_hook(_restore_frozen)
 

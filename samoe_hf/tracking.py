@@ -15,7 +15,8 @@ from transformers import Sam2VideoInferenceSession
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
 from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, unflatten_features
-from .memory_bank import FrameMemory, MemoryBank, MemorySelection
+from .memory_bank import MemoryBank, MemorySelection
+from .video_session import VideoSession
 
 if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
@@ -52,10 +53,15 @@ def track_frame(
         raise ValueError(
             f"`frame_idx` must be a frame of the session ({session.num_frames or 0} frames), got {frame_idx}."
         )
+    reach = max(model.num_maskmem, model.config.max_object_pointers_in_encoder)
+    if isinstance(session, VideoSession) and session.keep_frames < reach:
+        raise ValueError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
     run_new_prompts(model, session, except_frame=frame_idx, streaming=streaming)
     rows = range(session.get_obj_num())
     _run(model, session, frame_idx, rows, reverse, streaming, run_mem_encoder)
     outputs = [_output(session, row, frame_idx) for row in rows]
+    if isinstance(session, VideoSession):
+        session.forget(frame_idx)
     device = session.inference_device
     return Sam2VideoSegmentationOutput(
         object_ids=session.obj_ids.copy(),
@@ -120,7 +126,7 @@ def _run(
             batches[work].append(row)
     if not batches:
         return
-    image = _image_features(model, session, frame_idx)
+    image = _image_features(model, session, frame_idx, reverse)
     for work, batch in batches.items():
         output = frame_step(
             model,
@@ -132,6 +138,10 @@ def _run(
             encode_memory=run_mem_encoder,
             fill_hole_area=model.config.fill_hole_area,
         )
+        memory, device = output.memory, session.inference_state_device
+        if memory.features is not None:
+            memory.features = memory.features.to(device)
+        output.masks = output.masks.to(device)
         for index, row in enumerate(batch):
             _keep(session, row, frame_idx, work, output, index)
 
@@ -203,7 +213,7 @@ def _keep(
     outputs = session.output_dict_per_obj[row]
     memory = output.memory.row(index)
     kept = {
-        "pred_masks": output.masks[index : index + 1].to(session.inference_state_device),
+        "pred_masks": output.masks[index : index + 1],
         "object_pointer": memory.pointers,
         "object_score_logits": output.object_score_logits[index : index + 1],
         "prompt": _given(session, row, frame_idx),
@@ -214,18 +224,26 @@ def _keep(
     else:
         outputs["non_cond_frame_outputs"][frame_idx] = kept
         session.frames_tracked_per_obj[row][frame_idx] = {"reverse": work.reverse}
-    features = None if memory.features is None else memory.features.to(session.inference_state_device)
-    _bank(session, row).write(frame_idx, FrameMemory(memory.pointers, features), work.is_initial)
+    _bank(session, row).write(frame_idx, memory, work.is_initial)
     session.obj_with_new_inputs = [i for i in session.obj_with_new_inputs if i != session.obj_idx_to_id(row)]
 
 
-def _image_features(model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int) -> ImageFeatures:
-    """Features of a frame, from the session's cache where they are there."""
+def _image_features(
+    model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int, reverse: bool
+) -> ImageFeatures:
+    """Features of a frame, from the session's cache; where it is not there, the cache is filled with frames ahead."""
     cached = session.cache.get_vision_features(frame_idx)
     if cached is None:
-        outputs = model.get_image_features(session.get_frame(frame_idx).unsqueeze(0), return_dict=True)
-        cached = {"vision_feats": outputs.fpn_hidden_states, "vision_pos_embeds": outputs.fpn_position_encoding}
-        session.cache.cache_vision_features(frame_idx, cached)
+        step = -1 if reverse else 1
+        ahead = range(frame_idx, frame_idx + step * max(session.max_vision_features_cache_size, 1), step)
+        ahead = [t for t in ahead if t in session.processed_frames]
+        outputs = model.get_image_features(torch.stack([session.get_frame(t) for t in ahead]), return_dict=True)
+        position = [outputs.fpn_position_encoding[-1][:, :1]]
+        session.cache.clear_all()
+        for row, t in enumerate(ahead):
+            levels = [level[:, row : row + 1] for level in outputs.fpn_hidden_states]
+            session.cache.cache_vision_features(t, {"vision_feats": levels, "vision_pos_embeds": position})
+        cached = session.cache.get_vision_features(frame_idx)
     return unflatten_features(model, cached["vision_feats"], cached["vision_pos_embeds"][-1])
 
 

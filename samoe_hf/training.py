@@ -2,15 +2,19 @@
 
 import difflib
 import os
+import re
+import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub import EvalResult
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Sam2VideoProcessor, Trainer, TrainerCallback, TrainingArguments
@@ -24,10 +28,30 @@ from .data.registry import read_yaml
 from .data.schema import Video
 from .evaluation import evaluate_videos
 from .experts import ExpertLinear, record_router_logits
+from .feature_cache import FeatureCache
+from .hub import check_base_is_public
 from .losses import SegmentationLoss
 from .metrics import summarize
+from .model_card import write_model_card
 from .modeling_samoe import SamoeModel
 from .prompts import PromptRecipe
+
+# Arguments of a run that its model card tells.
+CARD_SETTINGS = (
+    "trainable",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "optim",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 
 @dataclass
@@ -128,6 +152,16 @@ class SamoeTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
     )
     encoder_batch_size: int | None = field(default=None, metadata={"help": "Frames encoded at once; all by default."})
+    compile_parts: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the parts of a frame's work, each by itself; `torch_compile` would compile the loop over "
+            "frames as one, anew for each number of frames and clicks."
+        },
+    )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
+    )
 
     def learning_rates(self) -> dict[str, float]:
         """Set of parameters -> learning rate; of a parameter in several sets the first counts."""
@@ -171,12 +205,17 @@ class SamoeTrainer(Trainer):
             args.trainable = [*args.trainable, "adapters"]
         model.set_trainable(*args.learning_rates())
         model.encoder_batch_size = args.encoder_batch_size
+        model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
         if segmentation_loss is not None:
             model.segmentation_loss = segmentation_loss
+        if args.compile_parts:
+            model.compile_for_tracking()
         # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
         args.remove_unused_columns = False
-        super().__init__(model, args, data_collator=ClipCollator(keep_domain=True), **kwargs)
         self.processor = processor
+        super().__init__(model, args, data_collator=ClipCollator(keep_domain=True), **kwargs)
+        if self.is_fsdp_enabled:
+            model.wake_experts()  # whole, before they are sharded
         self.recipe = recipe or PromptRecipe()
         self._logged: dict[str, list[float | Tensor]] = defaultdict(list)
         if hasattr(self.train_dataset, "set_epoch"):
@@ -193,6 +232,11 @@ class SamoeTrainer(Trainer):
             self._log_routing(unwrapped, calls, domains)
         else:
             output = model(**inputs, prompts=self.recipe)
+        if model.training and not output.loss.requires_grad:
+            raise ValueError(
+                f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: memory is not "
+                f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Raise `num_frames`."
+            )
         for name, part in output.loss_dict.items():
             self._logged[f"loss_{name}"].append(part)
         return (output.loss, output) if return_outputs else output.loss
@@ -265,12 +309,14 @@ class SamoeTrainer(Trainer):
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         start_time = time.time()
         rank, world_size = self.args.process_index, self.args.world_size
-        own = [videos[i] for i in range(rank, len(videos), world_size)]
+        # Processes that each hold a shard of the weights must take every step together.
+        own = videos if self.is_fsdp_enabled else [videos[i] for i in range(rank, len(videos), world_size)]
         model = self.accelerator.unwrap_model(self.model)
         show = self.is_local_process_zero() and not self.args.disable_tqdm
         scores = evaluate_videos(model, self.processor, own, show_progress_bar=show)
         domains = {video.video_id: video.domain for video in own}
-        gathered = gather_object([(domains[video_id], video_id, score) for video_id, score in scores.items()])
+        results = [(domains[video_id], video_id, score) for video_id, score in scores.items()]
+        gathered = results if self.is_fsdp_enabled else gather_object(results)
 
         def summary(selected: list) -> dict[str, float]:
             # As YouTube-VOS: an object counts from the frame after the one that it was prompted on.
@@ -291,10 +337,83 @@ class SamoeTrainer(Trainer):
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
-        only_trained = self.args.save_only_trained and model.base_model_source is not None
-        model.save_pretrained(output_dir, experts_only=only_trained, state_dict=state_dict)
-        self.processor.save_pretrained(output_dir)
+        model.save_pretrained(
+            output_dir, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
+        )
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _saves_only_trained(self) -> bool:
+        return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).base_model_source is not None
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As in the base class, which calls it before anything is pushed.
+
+        Raises:
+            ValueError: if what is saved refers to a base model that only this machine has.
+        """
+        if self._saves_only_trained():
+            check_base_is_public(self.accelerator.unwrap_model(self.model))
+        super().init_hf_repo(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the checkpoint's configuration and weights to what it uploads; the model needs these as well.
+        if self.is_world_process_zero():
+            self.processor.save_pretrained(self.args.output_dir)
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, self.args.output_dir)
+            for name in adapter_names(self.accelerator.unwrap_model(self.model)):
+                shutil.copytree(Path(checkpoint_folder, name), Path(self.args.output_dir, name), dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        language: str | None = None,
+        dataset: str | list[str] | None = None,
+        usage_picture: str | os.PathLike | None = None,
+    ) -> None:
+        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation.
+
+        Args:
+            model_name, license, tags, language, dataset: as in the base class.
+            usage_picture: an image of how often each expert is used.
+        """
+        if not self.is_world_process_zero():
+            return
+        write_model_card(
+            self.accelerator.unwrap_model(self.model),
+            self.args.output_dir,
+            self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            experts_only=self._saves_only_trained(),
+            eval_results=self._eval_results(),
+            usage_picture=usage_picture,
+            training={**{name: getattr(self.args, name) for name in CARD_SETTINGS}, "steps": self.state.global_step},
+            domains=list(getattr(self.train_dataset, "datasets", [])),
+            datasets=dataset,
+            license=license,
+            language=language,
+            tags=tags,
+        )
+
+    def _eval_results(self) -> list[EvalResult]:
+        """The scores that `evaluate` logged last."""
+        last = next((entry for entry in reversed(self.state.log_history) if "eval_J&F" in entry), {})
+        matches = [(re.fullmatch(r"eval_(?:(.+)_)?(J&F|J|F)", key), value) for key, value in last.items()]
+        return [
+            EvalResult(
+                task_type="mask-generation",
+                task_name="Video object segmentation, from the mask of the first frame",
+                dataset_type=match[1] or "all",
+                dataset_name=match[1] or "all domains",
+                metric_type=match[2],
+                metric_name=match[2],
+                metric_value=round(value, 4),
+            )
+            for match, value in matches
+            if match
+        ]
 
     def _issue_warnings_after_load(self, load_result) -> None:
         # Checkpoints lack what is not trained.
@@ -354,6 +473,8 @@ def parse_run(
 def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     """The trainer of a run, with its model and data; `arguments` as in [`parse_run`]."""
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
+    if training_arguments.feature_cache is not None and data_arguments.augmentation is not None:
+        raise ValueError("`feature_cache` and `augmentation` do not go together: augmented frames never come again.")
     model = model_arguments.load()
     return SamoeTrainer(
         model,

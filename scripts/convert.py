@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 
 from samoe_hf import SamoeModel
 from samoe_hf.conversion import build_processor, new_directory, save_original
+from samoe_hf.model_card import write_model_card
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,12 +52,13 @@ def convert(arguments: argparse.Namespace) -> None:
         if arguments.to == "original":
             save_original(model.config, model.state_dict(), folder)
         else:
-            model.save_pretrained(folder)
-            build_processor(model.config).save_pretrained(folder)
+            model.save_pretrained(folder, processor=build_processor(model.config))
     print(f"Wrote {arguments.output}: {', '.join(sorted(path.name for path in arguments.output.iterdir()))}")
     if arguments.push_to_hub:
         api = HfApi()
         url = api.create_repo(arguments.push_to_hub, exist_ok=True)
+        if arguments.to == "transformers" and not api.file_exists(url.repo_id, "README.md"):
+            write_model_card(model, arguments.output, url.repo_id)
         api.upload_folder(repo_id=url.repo_id, folder_path=arguments.output)
         print(f"Uploaded to {url}")
 

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoProcessor, Sam2VideoProcessor, Trainer, TrainingArguments
 
 from samoe_hf import SamoeModel
+from samoe_hf.analysis import expert_usage
 from samoe_hf.conversion import build_processor
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.evaluation import evaluate_videos, mean_iou, segment_video
-from samoe_hf.experts import expert_modules, record_router_logits
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.training import ModelArguments
-from samoe_hf.visualization import overlay_masks, plot_expert_usage, plot_frames
+from samoe_hf.visualization import overlay_masks, plot_frames
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES = 2000, 4
@@ -108,18 +108,6 @@ def draw_tracking(model: SamoeModel, processor: Sam2VideoProcessor, videos: Sequ
     plot_frames(rows, [f"frame {t}" for t in SHOWN_FRAMES], output / "tracking.png", title)
 
 
-def expert_usage(model: SamoeModel, processor: Sam2VideoProcessor, videos: Sequence[Video]) -> dict[str, torch.Tensor]:
-    """Mean gate weight of each expert while the videos are tracked: layer -> (experts,)."""
-    with record_router_logits(model) as calls:
-        for video in videos:
-            segment_video(model, processor, video)
-    usage = {}
-    for name, module in expert_modules(model):
-        gates = [module.gates(logits).flatten(0, -2) for logits in calls[name]]
-        usage[name.removeprefix("memory_attention.")] = torch.cat(gates).mean(dim=0)
-    return usage
-
-
 def masks_agree(first: SamoeModel, second: SamoeModel, processor: Sam2VideoProcessor, video: Video) -> bool:
     """Whether two models track a video to the same masks."""
     return bool((segment_video(first, processor, video)[0] == segment_video(second, processor, video)[0]).all())
@@ -146,8 +134,8 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(saved)
     agree = masks_agree(model, reloaded, processor, test_videos[0])
     draw_tracking(reloaded, processor, test_videos[:3], arguments.output)
-    usage = expert_usage(reloaded, processor, test_videos[:3])
-    plot_expert_usage(usage, arguments.output / "expert_usage.png", f"Expert usage on synthetic {arguments.domain}")
+    usage = expert_usage(reloaded, test_videos[:3], processor)
+    usage.plot_heat_maps().savefig(arguments.output / "expert_usage.png", dpi=120)
 
     print(f"Mean IoU on {len(test_videos)} held-out videos, frames after the prompted one: {before:.3f} -> {after:.3f}")
     print(f"Saved and reloaded: masks {'are identical' if agree else 'DIFFER'}")

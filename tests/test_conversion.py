@@ -660,10 +660,13 @@ def test_script_uploads_what_it_wrote(script, tmp_path, monkeypatch):
             assert exist_ok
             return type("Url", (str,), {"repo_id": f"me/{repo_id}"})("https://hub")
 
+        def file_exists(self, repo_id, filename):
+            return False
+
         def upload_folder(self, repo_id, folder_path):
             uploads.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
     monkeypatch.setattr(script, "HfApi", Hub)
     arguments = [str(CHECKPOINT), "--config", str(CONFIG), "--output", str(tmp_path / "output")]
     assert script.main([*arguments, "--push-to-hub", "name"]) == 0
-    assert uploads == [("me/name", ["config.json", "model.safetensors", "processor_config.json"])]
+    assert uploads == [("me/name", ["README.md", "config.json", "model.safetensors", "processor_config.json"])]

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from conftest import load_reference
 from samoe_hf import SamoeModel
 from samoe_hf.experts import EXPERT_TENSORS, expert_modules, record_router_logits, route_all_to
-from samoe_hf.surgery import ASLEEP, frozen_experts, replace_experts
+from samoe_hf.surgery import ASLEEP, _keep_frozen, _restore_frozen, frozen_experts, replace_experts
 from samoe_hf.training import SamoeTrainer, SamoeTrainingArguments
 from test_lora_exchange import attend
 from test_parity import track_reference
@@ -211,6 +212,19 @@ def test_frozen_experts_stay_to_the_bit_and_others_learn(nano, model, clip, copi
     assert torch.equal(module.lora_B[0], loaded[0]) and not torch.equal(module.lora_B[1], loaded[1])
 
 
+def test_experts_stay_frozen_where_the_code_is_loaded_twice(nano, model, clip):
+    """As the package and with a model's repository: both have hooks for all optimizers."""
+    handles = [register_optimizer_step_pre_hook(_keep_frozen), register_optimizer_step_post_hook(_restore_frozen)]
+    try:
+        model.freeze_experts([0, 3])
+        train_step(model, clip, weight_decay=0.1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert same(all_rows(model, [0, 3]), all_rows(nano.model, [0, 3]))
+    assert not same(all_rows(model, [1, 2]), all_rows(nano.model, [1, 2]))
+
+
 def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
     from samoe_hf.conversion import build_processor
     from samoe_hf.data import ClipDataset, SyntheticVideos
@@ -246,14 +260,15 @@ def test_freezing_goes_through_surgery(model):
 
 
 @pytest.mark.parametrize("experts_only", [False, True])
-@pytest.mark.parametrize("change", ["prune", "grow", "merge"])
+@pytest.mark.parametrize("change", ["prune", "grow", "merge", "replace"])
 def test_what_was_operated_on_is_saved_and_loaded(nano, model, tmp_path, experts_only, change):
     """The base that the files name has another number of experts than they have."""
     if experts_only:
         nano.model.save_pretrained(tmp_path / "base")
         model = SamoeModel.from_pretrained(tmp_path / "base")
     {"prune": lambda: model.prune_experts(keep=[1, 2, 3]), "grow": lambda: model.grow_experts(2),
-     "merge": lambda: model.merge_experts([0, 1])}[change]()  # fmt: skip
+     "merge": lambda: model.merge_experts([0, 1]),
+     "replace": lambda: replace_experts(model, expert_modules=["qkv"], lora_rank=2)}[change]()  # fmt: skip
     model.save_pretrained(tmp_path / "saved", experts_only=experts_only)
     loaded = SamoeModel.from_pretrained(tmp_path / "saved")
     assert loaded.config.num_experts == model.config.num_experts

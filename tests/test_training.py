@@ -178,10 +178,14 @@ def test_killed_and_resumed_a_run_ends_with_the_same_tensors(run_config, tmp_pat
 GRADIENTS = """
 import os, sys, torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
+from samoe_hf.evaluation import segment_video
+from transformers import AutoProcessor
 
-folder, output = sys.argv[1:]
+mode, folder, output = sys.argv[1:]
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # In float64, where rounding does not tip the routers' discontinuous choice of experts.
 model = SamoeModel.from_pretrained(folder, dtype=torch.float64).train()
@@ -192,15 +196,26 @@ for module in model.modules():
         module.dropout_p = 0.0
 if world > 1:
     dist.init_process_group("gloo")
+if mode == "ddp":
     model = torch.nn.parallel.DistributedDataParallel(model)
-clips = ClipDataset(SyntheticVideos(2, 3, (64, 64), seed=0), num_frames=3, image_size=128)
+if mode == "fsdp":
+    # As accelerate shards a model: its blocks, then the rest.
+    mesh = init_device_mesh("cpu", (2,))
+    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+videos = SyntheticVideos(2, 3, (64, 64), seed=0)
+clips = ClipDataset(videos, num_frames=3, image_size=128)
 assert {len(clips[i]["labels"]) for i in range(2)} == {1, 3}  # else the number of objects would not matter
 chosen = [clips[rank]] if world > 1 else [clips[0], clips[1]]
 batch = ClipCollator()(chosen)
 model(**{**batch, "pixel_values": batch["pixel_values"].double()}).loss.backward()
+gradients = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+if mode == "fsdp":
+    gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+masks = segment_video(getattr(model, "module", model).eval(), AutoProcessor.from_pretrained(folder), videos[0])[0]
 if rank == 0:
-    gradients = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
-    torch.save(gradients, output)
+    torch.save({**gradients, "masks": torch.from_numpy(masks)}, output)
 if world > 1:
     dist.destroy_process_group()
 """
@@ -210,13 +225,19 @@ def test_two_processes_give_the_gradients_of_one(model_folder, tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, model_folder, tmp_path / "one.pt"], check=True, env=environment, cwd=ROOT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, script, model_folder, tmp_path / "two.pt"], check=True, env=environment, cwd=ROOT)
-    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in one:
-        assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm() + 1e-9, name
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    results = {}
+    for mode, launcher in {"one": [], "ddp": launch, "fsdp": launch}.items():
+        path = tmp_path / f"{mode}.pt"
+        command = [sys.executable, *launcher, script, mode, model_folder, path]
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        results[mode] = torch.load(path, weights_only=True)
+    one = results["one"]
+    for mode in ("ddp", "fsdp"):
+        assert results[mode].keys() == one.keys()
+        assert torch.equal(results[mode].pop("masks"), one["masks"])
+        for name, gradient in results[mode].items():
+            assert (one[name] - gradient).norm() <= 1e-5 * one[name].norm() + 1e-9, name
 
 
 def test_recomputing_frames_gives_the_same_gradients(model_folder):

@@ -1,0 +1,122 @@
+"""Predicted masks as files, in the folders that the benchmarks' servers and evaluation codes expect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from .schema import Video
+from .video_io import SampleError, read_label_png, write_palette_png
+
+Layout = Literal["davis", "youtube_vos", "sa_v"]
+
+# Where a kind of dataset is not listed, its masks are laid out as DAVIS'.
+_LAYOUTS: dict[str, Layout] = {
+    "youtube_vos": "youtube_vos",
+    "mose": "youtube_vos",
+    "lvos": "youtube_vos",
+    "frames": "youtube_vos",
+    "sa_v": "sa_v",
+    "sa_v_val": "sa_v",
+    "coco": "sa_v",
+}
+
+
+def layout_of(kind: str) -> Layout:
+    """The layout of a kind of dataset, see `load_videos`."""
+    return _LAYOUTS.get(kind, "davis")
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """A folder of predicted masks.
+
+    - "davis": `<video>/<frame>.png`, the object's id at each pixel, in DAVIS' palette.
+    - "youtube_vos" (also MOSE and LVOS): the same under `Annotations/`.
+    - "sa_v": `<video>/<id - 1, three digits>/<frame>.png`, 1 where the object is, so that objects may overlap. SA-V
+      numbers its objects from 0, its reader from 1.
+
+    A palette holds ids up to 255; larger ones, up to 65535, are written as 16-bit gray PNGs, as OCID stores them.
+    """
+
+    folder: Path
+    layout: Layout = "davis"
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"unknown layout {self.layout!r}; known are {', '.join(get_args(Layout))}")
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether a pixel may belong to several objects."""
+        return self.layout == "sa_v"
+
+    def paths(self, video: Video, frame: int, object_ids: Sequence[int]) -> list[Path]:
+        """The frame's file; in the layout of SA-V one for each object."""
+        folder, name = Path(self.folder), f"{video.frames.names[frame]}.png"
+        if self.layout == "sa_v":
+            return [folder / video.video_id / f"{object_id - 1:03d}" / name for object_id in object_ids]
+        return [folder / ("Annotations" if self.layout == "youtube_vos" else "") / video.video_id / name]
+
+    def write(self, video: Video, frame: int, masks: np.ndarray) -> None:
+        """Writes the masks (N, H, W) bool of all objects on a frame.
+
+        Raises:
+            ValueError: an id above 65535.
+        """
+        ids = video.object_ids
+        paths = self.paths(video, frame, ids)
+        if self.layout == "sa_v":
+            for path, mask in zip(paths, masks, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_palette_png(path, mask)
+            return
+        if max(ids, default=0) > np.iinfo(np.uint16).max:
+            raise ValueError(f"{video.video_id}: object {max(ids)}; the layout {self.layout!r} holds ids up to 65535")
+        id_map = np.zeros(masks.shape[1:], dtype=np.uint8 if max(ids, default=0) < 256 else np.uint16)
+        for object_id, mask in zip(ids, masks, strict=True):
+            id_map[mask] = object_id
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        if id_map.dtype == np.uint8:
+            write_palette_png(paths[0], id_map)
+        else:
+            Image.fromarray(id_map).save(paths[0])
+
+    def read(self, video: Video, frame: int, object_ids: Sequence[int] | None = None) -> np.ndarray:
+        """The masks (N, H, W) bool of a frame, by default of all objects.
+
+        In a video of object 1 alone, a map of 0 and 255 shows object 1, as DAVIS 2016 stores it.
+
+        Raises:
+            FileNotFoundError: there is no such file; see [`check`](MaskFiles.check).
+            SampleError: a damaged file, or one of another size than the video.
+        """
+        ids = video.object_ids if object_ids is None else object_ids
+        maps = []
+        for path in self.paths(video, frame, ids):
+            maps.append(read_label_png(path))
+            if maps[-1].shape != tuple(video.size):
+                raise SampleError(f"{path}: prediction of size {maps[-1].shape}, but the video's is {video.size}")
+        if self.layout == "sa_v":
+            return np.stack(maps) > 0 if maps else np.zeros((0, *video.size), dtype=bool)
+        id_map = maps[0]
+        if video.object_ids == [1] and not ((id_map != 0) & (id_map != 255)).any():
+            id_map = (id_map > 0).astype(np.uint8)
+        return id_map[None] == np.asarray(ids, dtype=np.int64)[:, None, None]
+
+    def check(self, video: Video, frames: Sequence[int]) -> None:
+        """Looks whether there is a prediction for each of the frames.
+
+        Raises:
+            FileNotFoundError: if not; names what is missing.
+        """
+        paths = [path for frame in frames for path in self.paths(video, frame, video.object_ids)]
+        missing = [str(path.relative_to(self.folder)) for path in paths if not path.is_file()]
+        if missing:
+            shown = f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}"
+            raise FileNotFoundError(f"{self.folder}: {len(missing)} of {len(paths)} predictions are missing: {shown}")

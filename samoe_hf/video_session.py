@@ -1,0 +1,91 @@
+"""A session whose memory does not grow with the video: frames are decoded as they come, and forgotten in time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
+
+
+class VideoSession(Sam2VideoInferenceSession):
+    """A [`~transformers.Sam2VideoInferenceSession`] for videos of any length; it is used in the same way.
+
+    Outputs and memories are kept of prompted frames, and of frames within `keep_frames` of a prompted frame or of the
+    last one that was tracked. So tracking onward, or backward from a prompted frame, gives what a session that keeps
+    all gives, and so does a correction up to `keep_frames` less the model's reach (16 for SAM 2) back. Farther back, a
+    corrected frame reads less, and a prompt on a forgotten frame is taken as the object's first there.
+
+    Args:
+        frames: (H, W, 3) uint8 arrays of one size, each read when it is needed; None where frames are streamed.
+        processor: prepares the frames.
+        keep_frames: at least the model's reach.
+        kwargs: as in the base class: `inference_device`, `inference_state_device`, `dtype`, and
+            `max_vision_features_cache_size`, so many frames are encoded at once, ahead of tracking.
+    """
+
+    def __init__(
+        self,
+        frames: Sequence[np.ndarray] | None = None,
+        processor: Sam2VideoProcessor | None = None,
+        *,
+        keep_frames: int = 32,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ):
+        if (frames is None) != (processor is None):
+            raise ValueError("`frames` and `processor` must be given together, or neither where frames are streamed.")
+        if frames is not None:
+            kwargs["video_height"], kwargs["video_width"] = frames[0].shape[:2]
+        super().__init__(dtype=dtype, **kwargs)
+        if frames is not None:
+            self.processed_frames = PreparedFrames(frames, processor, dtype)
+        self.keep_frames = keep_frames
+
+    def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
+        """As in the base class, whose count of frames does not know of forgotten ones."""
+        if frame_idx is None:
+            frame_idx = max(self.processed_frames or [-1]) + 1
+        return super().add_new_frame(pixel_values, frame_idx)
+
+    def forget(self, frame_idx: int) -> None:
+        """Drops what tracking does not reach again from frame `frame_idx`."""
+        for row, outputs in self.output_dict_per_obj.items():
+            if "memory_bank" not in outputs:
+                continue  # prompted on a frame that was not run yet
+            bank, kept = outputs["memory_bank"], outputs["non_cond_frame_outputs"]
+            anchors = [frame_idx, *bank.conditioning]
+            far = [t for t in kept if all(abs(t - anchor) > self.keep_frames for anchor in anchors)]
+            for t in far:
+                if kept[t]["prompt"] is None:
+                    del kept[t]
+                    bank.tracked.pop(t, None)
+                    self.frames_tracked_per_obj[row].pop(t, None)
+        if isinstance(self.processed_frames, dict):
+            for t in [t for t in self.processed_frames if abs(t - frame_idx) > self.keep_frames]:
+                del self.processed_frames[t]
+
+
+class PreparedFrames(Mapping):
+    """Frame index -> pixel values (3, S, S), prepared by the processor on each access."""
+
+    def __init__(self, frames: Sequence[np.ndarray], processor: Sam2VideoProcessor, dtype: torch.dtype):
+        self.frames, self.processor, self.dtype = frames, processor, dtype
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __iter__(self):
+        return iter(range(len(self.frames)))
+
+    def __contains__(self, frame_idx: object) -> bool:
+        return isinstance(frame_idx, int) and 0 <= frame_idx < len(self.frames)
+
+    def __getitem__(self, frame_idx: int) -> Tensor:
+        if frame_idx not in self:
+            raise KeyError(frame_idx)
+        video = np.asarray(self.frames[frame_idx])[None]
+        return (
+            self.processor.video_processor(videos=video, return_tensors="pt").pixel_values_videos[0, 0].to(self.dtype)
+        )

@@ -1,0 +1,82 @@
+"""Predicted masks lie where the servers of benchmarks look for them, and are read as they were written."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samoe_hf.data import Video, voc_palette
+from samoe_hf.data.predictions import MaskFiles, layout_of
+
+
+def make_video(object_ids, masks=None, **options):
+    masks = np.zeros((1, len(object_ids), 6, 8), dtype=bool) if masks is None else masks
+    return Video.from_arrays("dog", np.zeros((len(masks), *masks.shape[2:], 3), np.uint8), masks, object_ids, **options)
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("davis", ["dog/00000.png"]),
+        ("mose", ["Annotations/dog/00000.png"]),
+        ("lvos", ["Annotations/dog/00000.png"]),
+        ("youtube_vos", ["Annotations/dog/00000.png"]),
+        ("sa_v_val", ["dog/001/00000.png", "dog/004/00000.png"]),
+        ("npz", ["dog/00000.png"]),
+    ],
+)
+def test_layouts_are_those_of_the_servers(kind, expected, tmp_path):
+    video = make_video([2, 5])
+    MaskFiles(tmp_path, layout_of(kind)).write(video, 0, video.masks(0))
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")) == expected
+
+
+def test_maps_of_ids_are_palette_images_in_davis_colours(tmp_path):
+    masks = np.zeros((1, 2, 6, 8), dtype=bool)
+    masks[0, 0, :2], masks[0, 1, 3:, 5:] = True, True
+    video, files = make_video([2, 255], masks), MaskFiles(tmp_path)
+    files.write(video, 0, masks[0])
+    image = Image.open(tmp_path / "dog" / "00000.png")
+    assert image.mode == "P" and image.getpalette() == voc_palette().flatten().tolist()
+    np.testing.assert_array_equal(np.asarray(image), 2 * masks[0, 0] + 255 * masks[0, 1])
+    np.testing.assert_array_equal(files.read(video, 0), masks[0])
+    np.testing.assert_array_equal(files.read(video, 0, [255]), masks[0, 1:])
+
+
+def test_ids_above_255_are_kept_in_16_bits_and_larger_ones_refused(tmp_path):
+    masks = np.zeros((1, 2, 6, 8), dtype=bool)
+    masks[0, 0, :2], masks[0, 1, 3:] = True, True
+    video, files = make_video([1, 257], masks), MaskFiles(tmp_path)
+    files.write(video, 0, masks[0])
+    np.testing.assert_array_equal(files.read(video, 0), masks[0])
+    far = make_video([1, 70000], masks)
+    with pytest.raises(ValueError, match="dog: object 70000; the layout 'davis' holds ids up to 65535"):
+        MaskFiles(tmp_path / "far").write(far, 0, masks[0])
+    assert not (tmp_path / "far").exists()
+    files = MaskFiles(tmp_path / "objects", "sa_v")
+    files.write(far, 0, masks[0])
+    np.testing.assert_array_equal(files.read(far, 0), masks[0])
+
+
+def test_folders_of_objects_keep_overlaps(tmp_path):
+    masks = np.ones((1, 2, 6, 8), dtype=bool)
+    video, files = make_video([1, 2], masks), MaskFiles(tmp_path, "sa_v")
+    assert files.overlapping and not MaskFiles(tmp_path, "davis").overlapping
+    files.write(video, 0, masks[0])
+    assert files.read(video, 0).all()
+
+
+def test_255_is_object_1_where_there_is_no_other(tmp_path):
+    mask = np.zeros((6, 8), dtype=np.uint8)
+    mask[2:4] = 255
+    (tmp_path / "dog").mkdir()
+    Image.fromarray(mask).save(tmp_path / "dog" / "00000.png")
+    assert MaskFiles(tmp_path).read(make_video([1]), 0).sum() == 16
+    assert not MaskFiles(tmp_path).read(make_video([1, 2]), 0).any()
+    mask[0] = 7
+    Image.fromarray(mask).save(tmp_path / "dog" / "00000.png")
+    assert not MaskFiles(tmp_path).read(make_video([1]), 0).any()
+
+
+def test_unknown_layouts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown layout 'coco'; known are davis, youtube_vos, sa_v"):
+        MaskFiles(tmp_path, "coco")

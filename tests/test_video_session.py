@@ -1,0 +1,147 @@
+"""Sessions for videos of any length: the same masks as a session that keeps all, in memory that does not grow."""
+
+import numpy as np
+import pytest
+import torch
+
+from samoe_hf import SamoeModel
+from samoe_hf.conversion import build_processor
+from samoe_hf.video_session import VideoSession
+
+POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
+BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
+
+
+class Frames:
+    """Frames that are made when they are read, and counts of how often."""
+
+    def __init__(self, count: int):
+        self.count, self.reads = count, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        self.reads.append(index)
+        return np.random.default_rng(index % self.count).integers(0, 255, (90, 160, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def processor(nano):
+    return build_processor(nano.model.config)
+
+
+def track(model, session, start_frame_idx=None, reverse=False):
+    outputs = model.propagate_in_video_iterator(session, start_frame_idx, reverse=reverse)
+    return {output.frame_idx: output.pred_masks for output in outputs}
+
+
+def held_bytes(session) -> int:
+    """Bytes of all distinct storages that the session refers to."""
+    storages = {}
+
+    def collect(value):
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            list(map(collect, value.values()))
+        elif isinstance(value, list | tuple):
+            list(map(collect, value))
+        elif hasattr(value, "__dict__"):
+            collect(vars(value))
+
+    collect(vars(session))
+    return sum(storages.values())
+
+
+def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
+    """Prompts on two frames, a correction 4 frames back, forward and then backward, farther than is kept."""
+    frames = Frames(60)
+    results = []
+    for session in (
+        processor.init_video_session(video=np.stack([frames[t] for t in range(60)])),
+        VideoSession(frames, processor, keep_frames=20),
+    ):
+        processor.add_inputs_to_inference_session(session, 20, 1, **POINT)
+        processor.add_inputs_to_inference_session(session, 24, 2, **BOX)
+        forward = track(nano.model, session, 20)
+        processor.add_inputs_to_inference_session(session, 55, 1, **BOX)
+        nano.model(session, frame_idx=55)
+        forward |= track(nano.model, session, 55)
+        results.append((forward, track(nano.model, session, 20, reverse=True)))
+    for kept_all, forgetful in zip(*results, strict=True):
+        assert kept_all.keys() == forgetful.keys() and len(kept_all) >= 21
+        for frame_idx, masks in kept_all.items():
+            torch.testing.assert_close(forgetful[frame_idx], masks, rtol=0, atol=0)
+
+
+def test_memory_does_not_grow_with_the_video(nano, processor):
+    frames = Frames(140)
+    session = VideoSession(frames, processor, keep_frames=16)
+    for obj_id in (1, 2, 3):
+        processor.add_inputs_to_inference_session(session, 0, obj_id, **POINT)
+    held = [held_bytes(session) for _ in nano.model.propagate_in_video_iterator(session)]
+    assert held[5] > held[0]
+    assert max(held[40:]) == held[40] == held[-1]
+    assert sorted(frames.reads[1:]) == list(range(140))  # the first read is for the size
+
+
+def test_streams_may_be_endless(nano, processor):
+    session = VideoSession(keep_frames=16)
+    plain = processor.init_video_session()
+    held = []
+    for t in range(60):
+        inputs = processor(images=Frames(200)[t], return_tensors="pt")
+        if t == 0:
+            for one in (session, plain):
+                processor.add_inputs_to_inference_session(one, 0, 1, original_size=(90, 160), **BOX)
+        masks = [nano.model(one, frame=inputs.pixel_values[0]).pred_masks for one in (session, plain)]
+        torch.testing.assert_close(*masks, rtol=0, atol=0)
+        held.append(held_bytes(session))
+    assert held[-1] == held[-20] < held_bytes(plain) / 2
+
+
+def test_frames_may_be_encoded_ahead_in_batches(nano, processor):
+    calls = []
+    handle = nano.model.vision_encoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    results = []
+    for size in (1, 4):
+        session = VideoSession(Frames(10), processor, max_vision_features_cache_size=size)
+        processor.add_inputs_to_inference_session(session, 9, 1, **BOX)
+        results.append(track(nano.model, session, 9, reverse=True))
+    handle.remove()
+    assert calls == [1] * 10 + [1, 4, 4, 1]
+    for frame_idx, masks in results[0].items():
+        assert (masks - results[1][frame_idx]).abs().mean() < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_tracking_is_the_same_and_not_compiled_again_as_memory_fills(model_folder, processor):
+    model = SamoeModel.from_pretrained(model_folder)
+
+    def run(num_objects):
+        session = VideoSession(Frames(20), processor)
+        for obj_id in range(num_objects):
+            processor.add_inputs_to_inference_session(session, 0, obj_id, **(BOX if obj_id else POINT))
+        masks, graphs = [], []
+        for output in model.propagate_in_video_iterator(session):
+            masks.append(output.pred_masks)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return torch.stack(masks), graphs
+
+    expected, _ = run(3)
+    model.compile_for_tracking()
+    compiled, graphs = run(3)
+    assert (compiled - expected).abs().mean() < 1e-4
+    assert graphs[0] > 0 and graphs[1] == graphs[-1]  # memory attention first runs on the second frame
+    _, more_objects = run(5)
+    assert more_objects[-1] == graphs[-1]
+
+
+def test_bad_arguments_are_named(nano, processor):
+    with pytest.raises(ValueError, match="`frames` and `processor`"):
+        VideoSession(Frames(2))
+    session = VideoSession(Frames(2), processor, keep_frames=3)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    with pytest.raises(ValueError, match="`keep_frames` must be at least the model's reach of 16, got 3"):
+        nano.model(session, frame_idx=0)
