@@ -68,12 +68,9 @@ class SamoeModel(Sam2VideoModel):
     config_class = SamoeConfig
     config: SamoeConfig
     supports_gradient_checkpointing = True
-    # What FSDP shards one by one, and what is never split over devices.
-    _no_split_modules: ClassVar = [
-        "Sam2MultiScaleBlock",
-        "Sam2VideoMemoryAttentionLayer",
-        "Sam2VideoTwoWayAttentionBlock",
-    ]
+    # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not called
+    # as modules (see memory_attention.py), and belong to the rest.
+    _no_split_modules: ClassVar = ["Sam2MultiScaleBlock", "Sam2VideoTwoWayAttentionBlock"]
 
     def __init__(self, config: SamoeConfig):
         config.check_experts()

@@ -213,7 +213,7 @@ def test_tokens_are_told_by_object(nano, entering):
 def test_usage_equals_gates_recorded_by_hand(nano, entering):
     gates = []
     module = nano.model.get_submodule(QUERY)
-    handle = module.router.register_forward_hook(lambda _, __, x: gates.append(module.gates(x).flatten(0, -2)))
+    handle = module.router_logits.register_forward_hook(lambda _, __, x: gates.append(module.gates(x).flatten(0, -2)))
     segment_video(nano.model, build_processor(nano.model.config), entering)
     handle.remove()
     table = expert_usage(nano.model, [entering], show_progress_bar=False).to_pandas()
@@ -225,7 +225,7 @@ def test_usage_equals_gates_recorded_by_hand(nano, entering):
 
 def test_logits_are_not_kept(nano, entering):
     alive, most = [], 0
-    router = nano.model.get_submodule(QUERY).router
+    router = nano.model.get_submodule(QUERY).router_logits
 
     def watch(_, __, logits):
         nonlocal most
@@ -260,7 +260,7 @@ def test_datasets_and_lists_of_videos_give_the_same(nano, entering, tmp_path):
 def test_bad_datasets_are_refused_and_leave_the_model_as_it_was(nano, dataset, message):
     with pytest.raises(ValueError, match=message):
         expert_usage(nano.model, dataset, show_progress_bar=False)
-    assert not nano.model._forward_hooks and not nano.model.get_submodule(QUERY).router._forward_hooks
+    assert not nano.model._forward_hooks and not nano.model.get_submodule(QUERY).router_logits._forward_hooks
 
 
 def test_a_model_in_training_mode_is_analysed_without_dropout_and_put_back(nano, entering):
