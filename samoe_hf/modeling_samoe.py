@@ -32,6 +32,7 @@ from .hub import (
     resolve_commit,
     save_trained,
 )
+from .lean_modules import make_lean
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .prompts import PromptRecipe, resolve_recipe
@@ -75,6 +76,7 @@ class SamoeModel(Sam2VideoModel):
     def __init__(self, config: SamoeConfig):
         config.check_experts()
         super().__init__(config)
+        make_lean(self)
         self.expert_names = add_experts(
             self,
             config.expert_modules,
