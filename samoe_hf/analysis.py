@@ -27,6 +27,7 @@ from .data.schema import Video, videos_from_dataset
 from .data.video_io import write_video
 from .evaluation import segment_video
 from .experts import ExpertLinear, expert_modules, record_router_logits, top_k_gates
+from .interaction import EvaluationPrompt, SimulatedUser
 from .modeling_samoe import SamoeModel
 from .visualization import plot_bars, plot_heat_maps, plot_matrices, plot_routing, routing_video
 
@@ -438,7 +439,8 @@ def expert_usage(
                 raise ValueError(
                     f"`dataset` must hold samoe_hf.data.Video, got an item of type {type(video).__name__}."
                 )
-            segment_video(model, processor, video)
+            for _ in SimulatedUser(model, processor, video, EvaluationPrompt("mask")).track():
+                pass
     sums = {name: parts for name, parts in sums.items() if parts}
     if not sums:
         raise ValueError(

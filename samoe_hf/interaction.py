@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
 from .data.schema import Video
-from .data.video_io import FrameSequence
 from .inference import VideoPrompt
 from .modeling_samoe import SamoeModel
 from .prompts import NEGATIVE, POSITIVE, bounding_boxes
+from .video_session import KEPT_FRAMES, VideoSession
 
 PAUSE_IOU = 0.75  # online, the user corrects an object whose IoU falls below this (arXiv:2408.00714, section 6.1)
 
@@ -129,38 +128,6 @@ def sample_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> lis
 # --- Tracking
 
 
-class _ProcessedFrames(Mapping):
-    """Frames of a session, decoded and processed when they are asked for, so that a video may have any length."""
-
-    def __init__(self, frames: FrameSequence, processor: Sam2VideoProcessor, device: torch.device, dtype: torch.dtype):
-        self.frames, self.processor, self.device, self.dtype = frames, processor, device, dtype
-
-    def __getitem__(self, frame_idx: int) -> Tensor:
-        if frame_idx not in self:
-            raise KeyError(frame_idx)
-        processed = self.processor.video_processor(
-            videos=np.array(self.frames[frame_idx])[None], device=self.device, return_tensors="pt"
-        )
-        return processed.pixel_values_videos[0][0].to(self.dtype)
-
-    def __contains__(self, frame_idx: object) -> bool:
-        return isinstance(frame_idx, int) and 0 <= frame_idx < len(self.frames)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self.frames)))
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-
-def open_session(model: SamoeModel, processor: Sam2VideoProcessor, frames: FrameSequence) -> Sam2VideoInferenceSession:
-    """A session over a whole video that decodes each frame when the model asks for it."""
-    session = processor.init_video_session(inference_device=model.device, dtype=model.dtype)
-    session.video_height, session.video_width = frames.size
-    session.processed_frames = _ProcessedFrames(frames, processor, model.device, model.dtype)
-    return session
-
-
 class PredictedFrame(NamedTuple):
     """Masks of one frame (N, H, W) bool, and the logits that each object is visible (N,), in a video's order of ids.
 
@@ -246,7 +213,14 @@ class SimulatedUser:
         if frame_idx not in frames:
             frames.append(frame_idx)
         if frames[0] not in self._sessions:
-            session = open_session(self.model, self.processor, self.video.frames)
+            session = VideoSession(
+                self.video.frames,
+                self.processor,
+                # Offline, any frame may be corrected after a pass over all.
+                keep_frames=max(KEPT_FRAMES, len(self.video) if self.prompt.offline else 0),
+                inference_device=self.model.device,
+                dtype=self.model.dtype,
+            )
             session.cache = next(iter(self._sessions.values()), session).cache  # image features are the same for all
             self._sessions[frames[0]] = session
         return self._sessions[frames[0]]

@@ -43,6 +43,7 @@ from .hub import (
     resolve_commit,
     save_trained,
 )
+from .lean_modules import make_lean
 from .lora_exchange import add_expert, export_expert
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
@@ -82,12 +83,14 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
     config_class = SamoeConfig
     config: SamoeConfig
     supports_gradient_checkpointing = True
-    # What FSDP shards one by one. Not the layers of memory attention, whose parts `attend_to_memory` calls past them.
+    # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not called
+    # as modules (see memory_attention.py), and belong to the rest.
     _no_split_modules: ClassVar = ["Sam2MultiScaleBlock", "Sam2VideoTwoWayAttentionBlock"]
 
     def __init__(self, config: SamoeConfig):
         config.check_experts()
         super().__init__(config)
+        make_lean(self)
         self.expert_names = add_experts(
             self,
             config.expert_modules,

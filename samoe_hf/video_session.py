@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
+KEPT_FRAMES = 32
+
 
 class VideoSession(Sam2VideoInferenceSession):
     """A [`~transformers.Sam2VideoInferenceSession`] for videos of any length; it is used in the same way.
@@ -30,7 +32,7 @@ class VideoSession(Sam2VideoInferenceSession):
         frames: Sequence[np.ndarray] | None = None,
         processor: Sam2VideoProcessor | None = None,
         *,
-        keep_frames: int = 32,
+        keep_frames: int = KEPT_FRAMES,
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ):
@@ -40,7 +42,7 @@ class VideoSession(Sam2VideoInferenceSession):
             kwargs["video_height"], kwargs["video_width"] = frames[0].shape[:2]
         super().__init__(dtype=dtype, **kwargs)
         if frames is not None:
-            self.processed_frames = PreparedFrames(frames, processor, dtype)
+            self.processed_frames = PreparedFrames(frames, processor, self.inference_device, dtype)
         self.keep_frames = keep_frames
 
     def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
@@ -70,8 +72,14 @@ class VideoSession(Sam2VideoInferenceSession):
 class PreparedFrames(Mapping):
     """Frame index -> pixel values (3, S, S), prepared by the processor on each access."""
 
-    def __init__(self, frames: Sequence[np.ndarray], processor: Sam2VideoProcessor, dtype: torch.dtype):
-        self.frames, self.processor, self.dtype = frames, processor, dtype
+    def __init__(
+        self,
+        frames: Sequence[np.ndarray],
+        processor: Sam2VideoProcessor,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
+        self.frames, self.processor, self.device, self.dtype = frames, processor, device, dtype
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -85,7 +93,6 @@ class PreparedFrames(Mapping):
     def __getitem__(self, frame_idx: int) -> Tensor:
         if frame_idx not in self:
             raise KeyError(frame_idx)
-        video = np.asarray(self.frames[frame_idx])[None]
-        return (
-            self.processor.video_processor(videos=video, return_tensors="pt").pixel_values_videos[0, 0].to(self.dtype)
-        )
+        video = np.array(self.frames[frame_idx])[None]
+        prepared = self.processor.video_processor(videos=video, device=self.device, return_tensors="pt")
+        return prepared.pixel_values_videos[0, 0].to(self.dtype)

@@ -8,7 +8,7 @@ import torch
 
 from samoe_hf.conversion import build_processor
 from samoe_hf.data import SyntheticVideos, Video
-from samoe_hf.interaction import EvaluationPrompt, SimulatedUser, click_on_error, open_session, sample_points
+from samoe_hf.interaction import EvaluationPrompt, SimulatedUser, click_on_error, sample_points
 
 
 @pytest.mark.parametrize("text", ["mask", "box", "point:1", "point:5", "clicks:3", "clicks:3@8", "clicks:1@2:offline"])
@@ -111,10 +111,9 @@ class ScriptedModel:
 class ScriptedProcessor:
     """Keeps what is given in the session: `prompts`, object -> frame -> inputs, and `clear` of each call."""
 
-    def init_video_session(self, **_):
-        return SimpleNamespace(prompts={}, cache=object(), clear=[])
-
     def add_inputs_to_inference_session(self, session, frame_idx, object_id, clear_old_inputs=True, **inputs):
+        vars(session).setdefault("prompts", {})
+        vars(session).setdefault("clear", [])
         session.prompts.setdefault(object_id, {}).setdefault(frame_idx, []).append(inputs)
         session.clear.append(clear_old_inputs)
 
@@ -246,16 +245,6 @@ def test_a_pixel_belongs_to_one_object_unless_objects_may_overlap():
 @pytest.fixture(scope="module")
 def video():
     return SyntheticVideos(1, 4, (96, 128), seed=3)[0]
-
-
-def test_frames_are_decoded_when_they_are_needed_and_processed_as_a_whole_video_is(nano, video):
-    processor = build_processor(nano.model.config)
-    whole = processor.init_video_session(video=np.stack(list(video.frames)))
-    session = open_session(nano.model, processor, video.frames)
-    assert session.num_frames == 4 and 3 in session.processed_frames and 4 not in session.processed_frames
-    assert (session.video_height, session.video_width) == (96, 128)
-    for t in range(4):
-        torch.testing.assert_close(session.get_frame(t), whole.get_frame(t), rtol=0, atol=0)
 
 
 def test_clicks_reach_the_model_all_together_with_its_mask(nano, video):

@@ -75,6 +75,16 @@ def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
             torch.testing.assert_close(forgetful[frame_idx], masks, rtol=0, atol=0)
 
 
+def test_frames_are_prepared_as_those_of_a_whole_video(processor):
+    frames = Frames(4)
+    whole = processor.init_video_session(video=np.stack([frames[t] for t in range(4)]))
+    session = VideoSession(frames, processor)
+    assert session.num_frames == 4 and 3 in session.processed_frames and 4 not in session.processed_frames
+    assert (session.video_height, session.video_width) == (90, 160)
+    for t in range(4):
+        torch.testing.assert_close(session.get_frame(t), whole.get_frame(t), rtol=0, atol=0)
+
+
 def test_memory_does_not_grow_with_the_video(nano, processor):
     frames = Frames(140)
     session = VideoSession(frames, processor, keep_frames=16)

@@ -1,0 +1,163 @@
+"""A training step beside the original's way of doing the same work, and what its time goes to."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..configuration_samoe import SamoeConfig
+from ..data import ClipCollator, ClipDataset, SyntheticVideos
+from ..data.schema import Video
+from ..experts import expert_modules
+from ..frame_step import image_features
+from ..modeling_samoe import SamoeModel
+from .experts import dense_forward
+from .measure import Measurement, measure, synchronize
+
+
+def benchmark_training(
+    config: SamoeConfig,
+    num_frames: int,
+    num_objects: int,
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool = False,
+    encoder_batch_size: int | None = None,
+) -> list[Measurement]:
+    """A step over one clip with experts trained, mask prompts and no clicks.
+
+    The baseline is SAM2-MoE's trainer: a clip of one object at a time, each frame encoded by itself, dense experts.
+
+    Args:
+        dtype: bfloat16 and float16 by autocast.
+
+    Raises:
+        AssertionError: in float32, if both ways give different gradients.
+    """
+    torch.manual_seed(0)
+    model = SamoeModel(config).to(device).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # or the two ways would not compute the same
+        if hasattr(module, "dropout_p"):
+            module.dropout_p = 0.0
+    for _, module in expert_modules(model):
+        nn.init.normal_(module.lora_B, std=0.02)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.encoder_batch_size = encoder_batch_size
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
+    clip = _clip(config.image_size, num_frames, num_objects, device)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+    def encode() -> None:
+        with autocast(), torch.no_grad():
+            image_features(model, clip["pixel_values"].flatten(0, 1), encoder_batch_size)
+
+    def forward() -> Tensor:
+        with autocast():
+            return model(**clip).loss
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        optimizer.step()
+
+    def original_step() -> None:
+        optimizer.zero_grad()
+        with _dense_experts(model), autocast():
+            model.encoder_batch_size = 1
+            for index in range(num_objects):
+                one = {**clip, "labels": clip["labels"][:, index : index + 1]}
+                (model(**one).loss / num_objects).backward()
+            model.encoder_batch_size = encoder_batch_size
+        optimizer.step()
+
+    if dtype == torch.float32:
+        _check_equal_gradients(model, step, original_step)
+    case = f"{num_frames} frames, {num_objects} objects"
+    results = measure(case, {"samoe_hf": step, "original's way": original_step}, repeats, device, memory=True)
+    parts = {"encoder": encode, "forward": forward, "forward and backward": lambda: forward().backward()}
+    return results + measure(f"{case}, parts", parts, repeats, device)
+
+
+def _clip(image_size: int, num_frames: int, num_objects: int, device: torch.device) -> dict[str, Tensor]:
+    """A clip with exactly so many objects, each there on every frame."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(1, num_frames, 3, image_size, image_size, generator=generator)
+    labels = torch.zeros(1, num_objects, num_frames, image_size, image_size, dtype=torch.bool)
+    side = image_size // 4
+    for index in range(num_objects):
+        for t in range(num_frames):
+            left = (index * side // 2 + t * 4) % (image_size - side)
+            labels[0, index, t, left : left + side, side : 2 * side] = True
+    return {"pixel_values": frames.to(device), "labels": labels.to(device)}
+
+
+@contextmanager
+def _dense_experts(model: SamoeModel) -> Iterator[None]:
+    modules = [module for _, module in expert_modules(model)]
+    for module in modules:
+        module.forward = partial(dense_forward, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _check_equal_gradients(model: SamoeModel, step, original_step) -> None:
+    gradients = []
+    for run in (step, original_step):
+        run()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        if (gradient - gradients[1][name]).norm() > 1e-2 * gradient.norm() + 1e-6:
+            raise AssertionError(f"The gradients of {name} differ between the two ways.")
+
+
+def measure_waiting(
+    config: SamoeConfig,
+    videos: Sequence[Video] | None,
+    num_frames: int,
+    num_objects: int,
+    num_workers: int,
+    num_steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Measurement, Measurement]:
+    """How long a step takes, and how long it first waits for the data loader's workers.
+
+    Args:
+        videos: where clips are drawn from; synthetic ones of 480p if None.
+    """
+    model = SamoeModel(config).to(device).train()
+    if videos is None:
+        videos = SyntheticVideos(64, 2 * num_frames, (480, 854), max_objects=num_objects)
+    clips = ClipDataset(
+        videos,
+        num_frames=num_frames,
+        max_objects=num_objects,
+        image_size=config.image_size,
+        clips_per_video=-(-(num_steps + 4) // len(videos)),
+    )
+    loader = DataLoader(clips, collate_fn=ClipCollator(), num_workers=num_workers)
+    waiting, stepping = Measurement("step", "waiting for data"), Measurement("step", "computing")
+    batches = iter(loader)
+    for index in range(num_steps + 2):
+        start = time.perf_counter()
+        batch = {name: x.to(device) for name, x in next(batches).items() if isinstance(x, Tensor)}
+        arrived = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(**batch).loss
+        loss.backward()
+        synchronize(device)
+        if index >= 2:  # workers start, kernels warm up
+            waiting.seconds.append(arrived - start)
+            stepping.seconds.append(time.perf_counter() - arrived)
+    return waiting, stepping

@@ -1,0 +1,87 @@
+"""Modules of transformers' SAM 2 without work whose result nobody reads; the numbers that are read are the same.
+
+- The image encoder's attention also multiplies queries with keys position by position, and drops the result.
+- Its neck encodes the positions of all levels, of which only the coarsest are read, and the memory encoder encodes
+  those of each memory anew, though they are always the same.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Sam2VideoModel
+from transformers.models.sam2.modeling_sam2 import (
+    ALL_ATTENTION_FUNCTIONS,
+    Sam2MultiScaleAttention,
+    Sam2VisionNeck,
+    do_pool,
+    eager_attention_forward,
+)
+
+
+class LeanMultiScaleAttention(Sam2MultiScaleAttention):
+    """Attention within windows, (windows, height, width, channels), with pooled queries where a stage begins."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        batch_size, height, width, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
+        query, key, value = qkv.unbind(2)
+        if self.query_stride:
+            query = do_pool(query.reshape(batch_size, height, width, -1), self.query_stride)
+            height, width = query.shape[1:3]
+            query = query.reshape(batch_size, height * width, self.num_attention_heads, -1)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attended, _ = attend(
+            self, query, key, value, attention_mask=None, is_causal=False, scaling=self.scale, **kwargs
+        )
+        return self.proj(attended.reshape(batch_size, height, width, -1))
+
+
+class LeanNeck(Sam2VisionNeck):
+    """The feature pyramid; of the position encodings it gives the coarsest level's alone."""
+
+    def forward(self, hidden_states: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        top = len(self.convs) - 1
+        levels: list[Tensor] = []
+        for index in range(top, -1, -1):
+            conv = self.convs[top - index]
+            lateral = conv(hidden_states[index].permute(0, 3, 1, 2).to(conv.weight.dtype))
+            if levels and index in self.fpn_top_down_levels:
+                above = F.interpolate(levels[-1].float(), scale_factor=2.0, mode="nearest")
+                lateral = lateral + above.to(lateral.dtype)
+            levels.append(lateral)
+        coarse = levels[self._coarsest]
+        return tuple(levels), (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
+
+
+class CachedPositionEncoding(nn.Module):
+    """A sine position encoding that is computed once for each size and type."""
+
+    def __init__(self, encoding: nn.Module):
+        super().__init__()
+        self.encoding = encoding
+        self._known: dict[tuple, Tensor] = {}
+
+    def forward(self, shape: torch.Size, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """(batch, channels, height, width), the same for the whole batch."""
+        key = (*shape[1:], str(device), dtype)
+        if key not in self._known:
+            # Also what is first needed while tracking may later be part of a graph.
+            with torch.inference_mode(False):
+                self._known = {key: self.encoding(torch.Size((1, *shape[1:])), device, dtype)}
+        return self._known[key].expand(shape[0], -1, -1, -1)
+
+
+def make_lean(model: Sam2VideoModel) -> None:
+    """Replaces the modules of a model in place; its tensors and their names stay."""
+    for module in model.vision_encoder.modules():
+        if type(module) is Sam2MultiScaleAttention:
+            module.__class__ = LeanMultiScaleAttention
+    neck = model.vision_encoder.neck
+    if type(neck) is Sam2VisionNeck:
+        neck.__class__ = LeanNeck
+        # The encoder hands on the last levels, from fine to coarse; the first of these is the coarsest.
+        neck._coarsest = -model.config.vision_config.num_feature_levels
+    for owner in (neck, model.memory_encoder):
+        owner.position_encoding = CachedPositionEncoding(owner.position_encoding)

@@ -1,0 +1,153 @@
+"""Time and memory beside others who do the same work, in one run.
+
+    python scripts/benchmark.py experts
+    python scripts/benchmark.py track --model configs/model_nano.yaml --objects 1 4 16
+    python scripts/benchmark.py track --model configs/model_base_plus.yaml --peers sam2 "sam2 compiled" --dtype bfloat16
+    python scripts/benchmark.py long --model configs/model_nano.yaml --frames 10000
+    python scripts/benchmark.py train --model configs/model_tiny.yaml --frames 8 --objects 3
+
+The contenders have the same weights and take turns; before they are timed, their outputs are compared. A Markdown
+table, a plot and all times are written to `--output`. Peers need the `bench` extra.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from samoe_hf.benchmarks import experts, tracking, training
+from samoe_hf.benchmarks.measure import describe_machine, to_markdown, write_results
+from samoe_hf.configuration_samoe import SamoeConfig
+from samoe_hf.data.registry import load_videos, read_yaml
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", nargs="+", default=["configs/model_nano.yaml"], help="YAML of a SamoeConfig")
+    common.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    common.add_argument("--repeats", type=int, default=5)
+    common.add_argument("--threads", type=int, help="PyTorch's threads on a CPU")
+    common.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    one = kinds.add_parser("experts", parents=[common], help="a layer, and the whole memory attention")
+    one.add_argument("--tokens", type=int, default=4096)
+    one.add_argument("--width", type=int, default=256)
+    one.add_argument("--num-experts", type=int, default=10)
+    one = kinds.add_parser("track", parents=[common], help="time per frame for more and more objects")
+    one.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
+    one.add_argument("--frames", type=int, default=16)
+    one.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=tracking.PEERS)
+    one.add_argument("--compile", action="store_true", help="also our model, compiled")
+    one = kinds.add_parser("long", parents=[common], help="memory and time per frame through a long video")
+    one.add_argument("--objects", type=int, default=1)
+    one.add_argument("--frames", type=int, default=10000)
+    one = kinds.add_parser("train", parents=[common], help="a training step, its parts, and whether data keep up")
+    one.add_argument("--frames", type=int, default=8)
+    one.add_argument("--objects", type=int, default=3)
+    one.add_argument("--workers", type=int, default=2)
+    one.add_argument("--steps", type=int, default=20, help="steps with the data loader")
+    one.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
+    one.add_argument("--gradient-checkpointing", action="store_true")
+    one.add_argument("--encoder-batch-size", type=int)
+    return parser.parse_args(arguments)
+
+
+def run_experts(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
+    shape = {"tokens": arguments.tokens, "width": arguments.width, "num_experts": arguments.num_experts}
+    measurements = experts.benchmark_layer(arguments.repeats, arguments.device, dtype, **shape)
+    measurements += experts.benchmark_memory_attention(config, arguments.repeats, arguments.device, dtype)
+    title = f"Experts: {arguments.tokens} tokens, {arguments.width} wide, {arguments.num_experts} experts"
+    report(arguments, "experts", title, measurements, to_markdown(measurements, "plain linear"))
+
+
+def run_tracking(arguments: argparse.Namespace, configs: dict[str, SamoeConfig], dtype: torch.dtype) -> None:
+    contenders = ["samoe_hf", *(["samoe_hf compiled"] if arguments.compile else []), *arguments.peers]
+    measurements = []
+    for name, config in configs.items():
+        measurements += tracking.benchmark_tracking(
+            config,
+            name,
+            contenders,
+            arguments.objects,
+            arguments.frames,
+            arguments.repeats,
+            arguments.device,
+            dtype,
+        )
+    title = f"Tracking: time per frame, {arguments.dtype}"
+    report(arguments, "track", title, measurements, to_markdown(measurements, "samoe_hf", "frame"))
+
+
+def run_long(arguments: argparse.Namespace, config: SamoeConfig) -> None:
+    rows = tracking.benchmark_long_video(config, arguments.objects, arguments.frames, arguments.device)
+    lines = ["| frames tracked | median per frame, ms | memory held, MB |", "| --- | --- | --- |"]
+    lines += [f"| {done} | {1e3 * seconds:.2f} | {held / 2**20:.1f} |" for done, seconds, held in rows]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tracking.plot_long_video(rows, arguments.output / "long.png", arguments.device)
+    text = "\n".join([describe_machine(arguments.device), "", *lines])
+    (arguments.output / "long.md").write_text(f"# One long video\n\n{text}\n")
+    print(text)
+
+
+def run_training(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
+    measurements = training.benchmark_training(
+        config,
+        arguments.frames,
+        arguments.objects,
+        arguments.repeats,
+        arguments.device,
+        dtype,
+        arguments.gradient_checkpointing,
+        arguments.encoder_batch_size,
+    )
+    encoder, forward, both = (m.median for m in measurements[2:])
+    step = measurements[0].median
+    videos = None if arguments.davis is None else load_videos("davis", arguments.davis)
+    waiting, computing = training.measure_waiting(
+        config, videos, arguments.frames, arguments.objects, arguments.workers, arguments.steps, arguments.device, dtype
+    )
+    parts = {
+        "encoder": encoder,
+        "tracking and loss": forward - encoder,
+        "backward": both - forward,
+        "optimizer": step - both,
+        f"waiting for {arguments.workers} workers": waiting.median,
+    }
+    table = "\n".join(["| part of a step | median, ms |", "| --- | --- |"])
+    table += "".join(f"\n| {name} | {1e3 * max(seconds, 0):.2f} |" for name, seconds in parts.items())
+    table += f"\n\nBeside the data loader a step computes for {1e3 * computing.median:.2f} ms."
+    title = f"Training: one clip of {arguments.frames} frames, {arguments.objects} objects, {arguments.dtype}"
+    tables = f"{to_markdown(measurements[:2], 'samoe_hf', 'clip')}\n\n{table}"
+    report(arguments, "train", title, measurements[:2], tables)
+
+
+def report(arguments: argparse.Namespace, name: str, title: str, measurements: list, tables: str) -> None:
+    write_results(arguments.output, name, title, measurements, tables, arguments.device)
+    print(f"{title}\n{describe_machine(arguments.device)}\n\n{tables}\n\nWritten to {arguments.output}/{name}.md")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    configs = {Path(path).stem.removeprefix("model_"): SamoeConfig(**read_yaml(path)) for path in arguments.model}
+    first = next(iter(configs.values()))
+    if arguments.kind == "experts":
+        run_experts(arguments, first, dtype)
+    elif arguments.kind == "track":
+        run_tracking(arguments, configs, dtype)
+    elif arguments.kind == "long":
+        run_long(arguments, first)
+    else:
+        run_training(arguments, first, dtype)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
