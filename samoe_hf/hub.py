@@ -31,7 +31,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.hub import extract_commit_hash
 
 from .adapters import base_name
@@ -287,7 +293,7 @@ def check_weights(
         ValueError: if a file is damaged or lies elsewhere, or if shapes or sizes do not agree.
     """
     optional = {**hub, "_raise_exceptions_for_missing_entries": False}
-    if not os.path.isdir(source) and cached_file(source, "adapter_config.json", **optional) is not None:
+    if cached_file(source, ADAPTER_CONFIG_NAME, **optional) is not None:
         # From there transformers would take the name of another model, and load that one's weights.
         raise ValueError(
             f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."

@@ -759,13 +759,17 @@ def test_adapters_that_lie_are_refused_before_anything_is_allocated(model_folder
         SamoeModel.from_pretrained(tmp_path)
 
 
-def test_an_adapter_does_not_lead_to_other_weights(server, author, model_folder):
+def test_an_adapter_does_not_lead_to_other_weights(server, author, model_folder, tmp_path):
     files = dict(server.repositories["tester/full"].files)
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(model_folder)}
     server.repositories["tester/adapted"] = Repository()
     server.repositories["tester/adapted"].commit({**files, "adapter_config.json": json.dumps(adapter).encode()})
     with pytest.raises(ClientError, match="a model and a PEFT adapter at once"):
         author.run("from samoe_hf import SamoeModel\nSamoeModel.from_pretrained('tester/adapted')")
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match="a model and a PEFT adapter at once"):
+        SamoeModel.from_pretrained(folder)
 
 
 def test_bases_in_a_circle_are_refused(server, author):
