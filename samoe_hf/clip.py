@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,6 +61,29 @@ class ClipPrompts:
             {t: sample_prompt(masks[t], kind) for t, kind in plan.kinds.items()},
             {t: recipe.corrections(masks[t]) for t in plan.corrected},
         )
+
+
+def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
+    """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
+    shape = tuple(getattr(pixel_values, "shape", ()))
+    if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
+        got = f"shape {shape}" if shape else type(pixel_values).__name__
+        raise ValueError(
+            f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
+            f"got {got}."
+        )
+    videos, frames = shape[:2]
+    if labels is None:
+        return
+    expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
+    if labels.dtype != torch.bool or labels.dim() != 5 or labels.shape[1] == 0:
+        raise ValueError(
+            f"`labels` must be bool of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
+        raise ValueError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
+    if object_mask is not None and object_mask.shape != labels.shape[:2]:
+        raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
 
 
 def clip_forward(

@@ -41,6 +41,8 @@ class SamoeConfig(Sam2VideoConfig):
             Holes of up to this many pixels in the low-resolution masks are filled while tracking (`sam2`: 8, on GPUs).
         base_model (`dict`, *optional*):
             In a folder that holds only what was trained: the model that the rest comes from; see `hub.py`.
+        adapters (`dict[str, bool]`, *optional*):
+            In a folder with adapters of PEFT: name of each, and whether it is active; see `adapters.py`.
 
     Raises:
         ValueError: for a value out of range, naming the field and what it allows.
@@ -61,6 +63,7 @@ class SamoeConfig(Sam2VideoConfig):
     previous_mask_with_clicks: bool = True
     fill_hole_area: int = 0
     base_model: dict[str, str | None] | None = None
+    adapters: dict[str, bool] | None = None
 
     def __post_init__(self, **kwargs):
         # transformers 5.17 reads this sub-configuration with the prompt encoder's class.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Sam2VideoModel
 
+from .adapters import adapter_state
 from .frame_step import ImageFeatures, image_features
 
 LEVELS = ("fine", "middle", "coarse")
@@ -33,7 +34,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self._weights: tuple[tuple[int, int], ...] = ()
+        self._weights: tuple | None = None
         self._fingerprint = ""
 
     def image_features(
@@ -74,11 +75,12 @@ class FeatureCache:
             raise ValueError(f"`feature_cache` needs a frozen image encoder, but {trained[0]!r} is trainable.")
         if any(m.training and m.p > 0 for m in model.vision_encoder.modules() if isinstance(m, nn.Dropout)):
             raise ValueError("`feature_cache` needs an image encoder without dropout; set `lora_dropout` to 0.")
-        weights = tuple((id(tensor), tensor._version) for tensor in tensors.values())
+        weights = (adapter_state(model.vision_encoder), *((id(t), t._version) for t in tensors.values()))
         if weights != self._weights:
             if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
                 raise ValueError("`feature_cache` needs whole weights, but the model is sharded.")
             digest = hashlib.blake2b(model.config.vision_config.to_json_string().encode(), digest_size=16)
+            digest.update(weights[0].encode())
             for name, tensor in tensors.items():
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(_bytes(tensor))

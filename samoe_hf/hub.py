@@ -34,6 +34,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .adapters import base_name
 from .configuration_samoe import SamoeConfig
 from .conversion import build_on_meta, build_processor
 from .experts import EXPERT_TENSORS, is_expert_parameter, matching_linear_names
@@ -67,7 +68,8 @@ _MOST_NEW_VALUES = 10
 def complete_files(directory: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder whose files are moved to `directory` once the block ends, or vanish if it raises.
 
-    Weights of an earlier save go when others come. If the block raises, `directory` is as it was before.
+    Weights of an earlier save go when others come. If the block raises, `directory` is as it was before. Files may lie
+    in folders; the configuration, which tells of the others, comes last.
     """
     target = Path(directory)
     is_new = not target.exists()
@@ -76,14 +78,15 @@ def complete_files(directory: str | os.PathLike) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix="_", dir=target))
     try:
         yield temporary
-        files = sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG_NAME)
-        names = {file.name for file in files}
+        files = [file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()]
+        names = {str(file) for file in files}
         if any(map(_WEIGHTS.fullmatch, names)):
             for old in target.iterdir():
                 if _WEIGHTS.fullmatch(old.name) and old.name not in names:
                     old.unlink()
-        for file in files:
-            os.replace(file, target / file.name)
+        for file in sorted(files, key=lambda file: str(file) == CONFIG_NAME):
+            (target / file).parent.mkdir(exist_ok=True)
+            os.replace(temporary / file, target / file)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new and not any(target.iterdir()):
@@ -123,7 +126,8 @@ def save_trained(
         raise ValueError(
             "`experts_only` needs a base model to refer to, but this model did not come from one; save it as a whole."
         )
-    saved = {name for name, parameter in model.named_parameters() if parameter.requires_grad} | model.differs_from_base
+    trainable = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved = trainable | model.differs_from_base
     state_dict = model.state_dict() if state_dict is None else state_dict
     kept = {
         name: tensor.detach().contiguous()
@@ -133,9 +137,9 @@ def save_trained(
     digest = fingerprint(state_dict, saved, model.dtype)
     source = model.base_model_source
     if base_model is not None:
-        base = type(model).from_pretrained(
-            base_model, config=copy.deepcopy(model.config), expert_modules=model.config.expert_modules
-        )
+        config = copy.deepcopy(model.config)
+        config.adapters = None
+        base = type(model).from_pretrained(base_model, config=config, ignore_mismatched_sizes=True)
         source = base.base_model_source
         if fingerprint(base.state_dict(), saved, model.dtype) != digest:
             loaded = (model.base_model_source or {}).get("name_or_path")
@@ -170,23 +174,23 @@ def load_trained(
         ValueError: if the base or what was trained does not fit; names both.
     """
     base, base_hub = _check_base(source, config.base_model, hub)
-    base_name = base["name_or_path"]
-    names = f"{source} builds on {base_name}"
+    base_source = base["name_or_path"]
+    names = f"{source} builds on {base_source}"
     tensors = _read_trained(source, config, hub, names)
     config = copy.deepcopy(config)
-    config.base_model = None
+    config.base_model = config.adapters = None
     # First in the type that it was saved in, which the fingerprint is of.
     dtype = arguments.pop("dtype", arguments.pop("torch_dtype", None))
     arguments.pop("adapter_kwargs", None)  # AutoModel's, with the revision of `source`
     try:
-        is_checkpoint = Path(base_name).suffix in (".pt", ".pth") or Path(base_name).is_file()
-        if not is_checkpoint and SamoeConfig.from_pretrained(base_name, **base_hub).base_model is not None:
+        is_checkpoint = Path(base_source).suffix in (".pt", ".pth") or Path(base_source).is_file()
+        if not is_checkpoint and SamoeConfig.from_pretrained(base_source, **base_hub).base_model is not None:
             raise ValueError("it holds only what was trained itself")
         model = cls.from_pretrained(
-            base_name,
+            base_source,
             config=config,
             original_config=base.get("original_config"),
-            expert_modules=config.expert_modules,
+            ignore_mismatched_sizes=True,  # its experts give place to those that were trained
             **base_hub,
             **arguments,
         )
@@ -270,10 +274,13 @@ def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | N
     return None if os.path.isdir(source) else extract_commit_hash(path, None)
 
 
-def check_weights(source: str | os.PathLike, config: SamoeConfig, hub: dict[str, Any], variant: str | None) -> None:
+def check_weights(
+    source: str | os.PathLike, config: SamoeConfig, hub: dict[str, Any], variant: str | None, any_experts: bool
+) -> None:
     """Compares the headers of the weights with what `config` describes; no memory is allocated for tensors.
 
-    Layers may lack their experts, if the new ones are not out of all proportion.
+    Layers may lack their experts, if the new ones are not out of all proportion; with `any_experts`, those that are
+    there may be of another number or rank, or in other layers.
 
     Raises:
         OSError: if there are no safetensors.
@@ -309,10 +316,15 @@ def check_weights(source: str | os.PathLike, config: SamoeConfig, hub: dict[str,
             name for name, shape in expected.items() if found.get(name, shape) != shape
         ],
     }
+    if any_experts:
+        problems = {what: [name for name in names if not is_expert_parameter(name)] for what, names in problems.items()}
     if reasons := [
         f"{len(names)} tensors are {what}, such as {min(names)!r}" for what, names in problems.items() if names
     ]:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(reasons)}.")
+        hint = ""
+        if all(is_expert_parameter(name) for names in problems.values() for name in names):
+            hint = " `ignore_mismatched_sizes=True` gives the model new experts in their place."
+        raise ValueError(f"{source} does not fit the model: {'; '.join(reasons)}.{hint}")
     values = sum(map(math.prod, expected.values())) + sum(buffer.numel() for buffer in model.buffers())
     if values - stored > _MOST_NEW_VALUES * stored:
         raise ValueError(

@@ -17,7 +17,18 @@ from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoInferenceSes
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 from transformers.utils import PROCESSOR_NAME
 
-from .clip import ClipPrompts, SamoeClipOutput, clip_forward, prompt_from_inputs
+from .adapters import (
+    AdapterMixin,
+    active_adapters,
+    adapters_aside,
+    base_name,
+    is_adapter_parameter,
+    load_adapters,
+    save_adapters,
+    to_wrapped_names,
+    without_adapters,
+)
+from .clip import ClipPrompts, SamoeClipOutput, check_clip, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
 from .conversion import build_processor, load_original
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
@@ -33,9 +44,11 @@ from .hub import (
     save_trained,
 )
 from .lean_modules import make_lean
+from .lora_exchange import add_expert, export_expert
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .prompts import PromptRecipe, resolve_recipe
+from .surgery import freeze_experts, grow_experts, merge_experts, prune_experts, reset_expert, wake_experts
 from .tracking import remove_object, run_new_prompts, track_frame
 
 logger = logging.getLogger(__name__)
@@ -48,6 +61,7 @@ TOKEN_PARAMETERS = re.compile(
 )
 TRAINABLE_SETS = {
     "experts": is_expert_parameter,
+    "adapters": is_adapter_parameter,
     "memory": re.compile(
         r"(memory_attention|memory_encoder|object_pointer_proj|mask_downsample)\..*"
         r"|temporal_positional_encoding_projection_layer\..*"
@@ -59,7 +73,7 @@ TRAINABLE_SETS = {
 }
 
 
-class SamoeModel(Sam2VideoModel):
+class SamoeModel(AdapterMixin, Sam2VideoModel):
     """SAM 2 video whose linear layers, by default the projections of its memory attention, have LoRA experts.
 
     It takes the place of [`~transformers.Sam2VideoModel`] in tracking, and can be trained on clips. After construction
@@ -91,6 +105,7 @@ class SamoeModel(Sam2VideoModel):
         if self.device.type != "meta":
             self.reset_parameters()
         self.set_trainable("experts")
+        self.register_load_state_dict_pre_hook(to_wrapped_names)
         # What this model was loaded from, for folders that hold only what was trained; see hub.py.
         self.base_model_source: dict[str, str | None] | None = None
         # Other tensors than the experts' that are not the base's, whether or not they are trainable now.
@@ -142,6 +157,9 @@ class SamoeModel(Sam2VideoModel):
             experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
             original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
             kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
+                Where `expert_modules` is set, layers without experts in the checkpoint get new ones, without effect.
+                With `ignore_mismatched_sizes`, experts of another number or rank, or in other layers, than the
+                configuration's are left out, and new ones take their place; other tensors must fit.
 
         Raises:
             FileNotFoundError: if there is no such `.pt` file.
@@ -149,7 +167,8 @@ class SamoeModel(Sam2VideoModel):
                 [`conversion.load_original`].
         """
         source = pretrained_model_name_or_path
-        more_experts = "expert_modules" in kwargs
+        any_experts = kwargs.pop("ignore_mismatched_sizes", False)
+        more_experts = any_experts or "expert_modules" in kwargs
         is_file = source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth"))
         if not is_file and (experts is not None or original_config is not None):
             raise ValueError(
@@ -174,22 +193,30 @@ class SamoeModel(Sam2VideoModel):
             if config.base_model is not None:
                 others = {name: value for name, value in kwargs.items() if name not in hub}
                 model = load_trained(cls, source, config, hub, others, more_experts)
+                load_adapters(model, source, config.adapters, hub)
                 return (model, {name: set() for name in LOADING_INFO}) if output_loading_info else model
             if "state_dict" not in kwargs:
-                check_weights(source, config, hub, kwargs.get("variant"))
+                check_weights(source, config, hub, kwargs.get("variant"), any_experts)
         with _without_load_report():
             model, info = super().from_pretrained(
-                None if is_file else source, *model_args, config=config, output_loading_info=True, **kwargs
+                None if is_file else source,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # _check_loaded is stricter
+                **kwargs,
             )
         _align_memory(model)
-        if new := _check_loaded(source, model, info, more_experts):
+        if new := _check_loaded(source, model, info, more_experts, any_experts):
             # Left to transformers, those within the vision encoder would stay uninitialized memory.
             for name in new:
                 model.get_submodule(name).reset_experts()
-            logger.info("%s has no experts for %d layers: they got new ones, without effect.", source, len(new))
+            logger.info("%s has no such experts for %d layers: they got new ones, without effect.", source, len(new))
         model.set_trainable("experts")
         if source is not None:
             model.base_model_source = _describe_source(source, kwargs, original_config)
+        if source is not None and not is_file:
+            load_adapters(model, source, config.adapters, hub)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -202,7 +229,7 @@ class SamoeModel(Sam2VideoModel):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """As in the base class; if anything fails, the folder is left as it was.
+        """As in the base class, with all adapters of PEFT; if anything fails, the folder is left as it was.
 
         Args:
             experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
@@ -215,14 +242,21 @@ class SamoeModel(Sam2VideoModel):
             ValueError: with `experts_only`, if there is no base model or `base_model` is another one.
         """
         commit = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
-        if kwargs.get("is_main_process", True) or not experts_only:
+        self.config.adapters = active_adapters(self)
+        if self.config.adapters:
+            state_dict = without_adapters(self.state_dict() if state_dict is None else state_dict)
+        is_main_process = kwargs.get("is_main_process", True)
+        if is_main_process or not experts_only:
             with complete_files(save_directory) as folder:
                 if experts_only:
                     save_trained(self, folder, state_dict, base_model)
                     if processor is None and not Path(save_directory, PROCESSOR_NAME).exists():
                         processor = build_processor(self.config)
                 else:
-                    super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+                    with adapters_aside(self):
+                        super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+                if is_main_process:
+                    save_adapters(self, folder)
                 if processor is not None:
                     processor.save_pretrained(folder)
         if push_to_hub:
@@ -288,9 +322,9 @@ class SamoeModel(Sam2VideoModel):
         """Makes exactly the parameters of the named sets trainable.
 
         Args:
-            sets: any of "experts" (all experts and routers), "memory" (memory attention with its experts, memory
-                encoder and what belongs to them), "decoder" (mask decoder), "all"; or regular expressions for whole
-                names of parameters.
+            sets: any of "experts" (all experts and routers), "adapters" (those of PEFT), "memory" (memory attention
+                with its experts, memory encoder and what belongs to them), "decoder" (mask decoder), "all"; or regular
+                expressions for whole names of parameters.
 
         Raises:
             ValueError: if a set is empty.
@@ -302,11 +336,21 @@ class SamoeModel(Sam2VideoModel):
     def parameter_names(self, chosen: str) -> list[str]:
         """Names of the parameters of a set, see [`set_trainable`]."""
         matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
-        names = [name for name, _ in self.named_parameters() if matches(name)]
+        names = [name for name, _ in self.named_parameters() if matches(base_name(name))]
         if not names:
             known = ", ".join(map(repr, TRAINABLE_SETS))
             raise ValueError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")
         return names
+
+    # Experts as parts: see lora_exchange.py and surgery.py.
+    export_expert = export_expert
+    add_expert = add_expert
+    prune_experts = prune_experts
+    merge_experts = merge_experts
+    reset_expert = reset_expert
+    grow_experts = grow_experts
+    freeze_experts = freeze_experts
+    wake_experts = wake_experts
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trainable, as PEFT does."""
@@ -373,7 +417,7 @@ class SamoeModel(Sam2VideoModel):
             frame = frame if object_mask is None else object_mask
         if inference_session is not None:
             return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder)
-        _check_clip(pixel_values, labels, object_mask, self.image_size)
+        check_clip(pixel_values, labels, object_mask, self.image_size)
         given = (input_points, input_labels, input_boxes, input_masks)
         if labels is not None and all(value is None for value in given):
             num_objects = labels.shape[1]
@@ -383,6 +427,8 @@ class SamoeModel(Sam2VideoModel):
             clip_prompts = ClipPrompts({0: prompt})
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if self.training and torch.is_grad_enabled():
+            self.wake_experts()
         return clip_forward(self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits)
 
     @torch.inference_mode()
@@ -436,45 +482,35 @@ SamoeModel.forward.__signature__ = _signature.replace(
 )
 
 
-def _check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
-    """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
-    shape = tuple(getattr(pixel_values, "shape", ()))
-    if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
-        got = f"shape {shape}" if shape else type(pixel_values).__name__
-        raise ValueError(
-            f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
-            f"got {got}."
-        )
-    videos, frames = shape[:2]
-    if labels is None:
-        return
-    expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
-    if labels.dtype != torch.bool or labels.dim() != 5 or labels.shape[1] == 0:
-        raise ValueError(
-            f"`labels` must be bool of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
-        )
-    if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
-        raise ValueError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
-    if object_mask is not None and object_mask.shape != labels.shape[:2]:
-        raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
-
-
 def _check_loaded(
-    source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any], more_experts: bool
+    source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any], more_experts: bool, any_experts: bool
 ) -> list[str]:
     """Names of the layers whose experts a checkpoint lacks: none or all; or any, if it is to get `more_experts`.
 
+    With `any_experts`, those of another number or rank than the configuration's count as lacking.
+
     Raises:
-        ValueError: if other tensors are missing, or any is unexpected.
+        ValueError: if other tensors are missing, any is unexpected or of another shape.
     """
-    missing = set(info["missing_keys"])
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    missing, unexpected = set(info["missing_keys"]) - mismatched, set(info["unexpected_keys"])
     tensors = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name in model.expert_names}
+    if any_experts:
+        unexpected = {name for name in unexpected if not is_expert_parameter(name)}
+        for of_layer in tensors.values():
+            if of_layer & mismatched:
+                missing |= of_layer
+                mismatched -= of_layer
     new = [name for name in tensors if tensors[name] <= missing]
     if more_experts or len(new) == len(tensors):
         missing -= set().union(*(tensors[name] for name in new))
     problems = [
         f"{len(names)} tensors are {what}, such as {min(names)!r}"
-        for what, names in (("missing", missing), ("unexpected", info["unexpected_keys"]))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", mismatched),
+        )
         if names
     ]
     if problems:

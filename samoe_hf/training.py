@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Sam2VideoProcessor, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import speed_metrics
 
+from .adapters import adapter_names, is_adapter_parameter, load_adapter
 from .configuration_samoe import SamoeConfig
 from .conversion import build_processor
 from .data import ClipCollator, ClipDataset, MixedDataset, load_videos, training_transforms
@@ -143,7 +144,9 @@ class SamoeTrainingArguments(TrainingArguments):
 
     trainable: list[str] = field(
         default_factory=lambda: ["experts"],
-        metadata={"help": "What is trained: experts, memory, decoder, all or an expression; SET=LR gives it a rate."},
+        metadata={
+            "help": "What is trained: experts, adapters, memory, decoder, all or an expression; SET=LR: its rate."
+        },
     )
     save_only_trained: bool = field(
         default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
@@ -196,6 +199,10 @@ class SamoeTrainer(Trainer):
         segmentation_loss: SegmentationLoss | None = None,
         **kwargs,
     ):
+        chosen = {name for one in args.learning_rates() for name in model.parameter_names(one)}
+        if any(p.requires_grad and is_adapter_parameter(n) and n not in chosen for n, p in model.named_parameters()):
+            # Adapters of PEFT are trained unless they were frozen.
+            args.trainable = [*args.trainable, "adapters"]
         model.set_trainable(*args.learning_rates())
         model.encoder_batch_size = args.encoder_batch_size
         model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
@@ -207,6 +214,8 @@ class SamoeTrainer(Trainer):
         args.remove_unused_columns = False
         self.processor = processor
         super().__init__(model, args, data_collator=ClipCollator(keep_domain=True), **kwargs)
+        if self.is_fsdp_enabled:
+            model.wake_experts()  # whole, before they are sharded
         self.recipe = recipe or PromptRecipe()
         self._logged: dict[str, list[float | Tensor]] = defaultdict(list)
         if hasattr(self.train_dataset, "set_epoch"):
@@ -352,6 +361,8 @@ class SamoeTrainer(Trainer):
             self.processor.save_pretrained(self.args.output_dir)
             for code in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(code, self.args.output_dir)
+            for name in adapter_names(self.accelerator.unwrap_model(self.model)):
+                shutil.copytree(Path(checkpoint_folder, name), Path(self.args.output_dir, name), dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -407,10 +418,24 @@ class SamoeTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result) -> None:
         # Checkpoints lack what is not trained.
         trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        lacking = trainable & set(load_result.missing_keys)
+        # Adapters lie in folders of their own.
+        lacking = {name for name in trainable & set(load_result.missing_keys) if not is_adapter_parameter(name)}
         if lacking or load_result.unexpected_keys:
             odd = sorted(lacking or load_result.unexpected_keys)[0]
             raise ValueError(f"The checkpoint does not fit the model: {odd!r} is missing or unexpected.")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_adapters(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_adapters(self.state.best_model_checkpoint)
+
+    def _load_adapters(self, checkpoint: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        for name in adapter_names(model):
+            load_adapter(model, checkpoint, name, {"subfolder": name})
 
 
 class _EpochSetter(TrainerCallback):

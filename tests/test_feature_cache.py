@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from samoe_hf import SamoeModel
 from samoe_hf.feature_cache import FeatureCache
@@ -138,3 +139,33 @@ def test_augmentation_and_a_cache_are_refused_together(model_folder, tmp_path):
     run = write_run(tmp_path / "run.yaml", model_folder, feature_cache=tmp_path / "cache", augmentation="{}")
     with pytest.raises(ValueError, match="augmented frames never come again"):
         build_trainer(run)
+
+
+def test_adapters_of_the_encoder_are_told_apart(nano, tmp_path):
+    model = copy.deepcopy(nano.model)
+    pixels = nano.load("tracking")["pixel_values"][:1]
+    for name in ("one", "two"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), name)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    cache = FeatureCache(tmp_path)
+    with pytest.raises(ValueError, match="needs a frozen image encoder"):
+        cache.image_features(model, pixels)
+
+    def check():
+        model.requires_grad_(False)
+        found, expected = cache.image_features(model, pixels), image_features(model, pixels)
+        torch.testing.assert_close(found.coarse, expected.coarse, atol=0, rtol=0)
+
+    for active in ("one", "two"):
+        model.set_adapter(active)
+        check()
+    model.disable_adapters()
+    check()
+    model.enable_adapters()
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("two", 3.0)
+    check()
+    assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 4

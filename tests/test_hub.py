@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
@@ -278,6 +279,55 @@ model.push_to_hub("local", experts_only=True, base_model="tester/base")
     assert b"base_model: tester/base" in server.repositories["tester/local"].files["README.md"]
 
 
+ADAPTERS = """
+import torch
+from peft import LoraConfig
+
+def add_adapters(model):
+    for name, targets in (("first", ["qkv"]), ("second", ["q_proj"])):
+        model.add_adapter(LoraConfig(r=2, target_modules=targets), name)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.set_adapter(["second"])
+    return model
+"""
+
+
+@pytest.mark.parametrize("experts_only", [False, True])
+def test_adapters_are_pushed_and_pulled(server, author, reader, tmp_path, experts_only):
+    same = author.run(
+        ADAPTERS
+        + """
+from samoe_hf import SamoeModel
+model = SamoeModel.from_pretrained("tester/experts")
+add_adapters(model)
+SamoeModel.register_for_auto_class()
+model.push_to_hub("adapted", experts_only=experts_only, base_model="tester/base" if experts_only else None)
+SamoeModel._auto_class = SamoeModel.config_class._auto_class = None
+pulled = SamoeModel.from_pretrained("tester/adapted", cache_dir=cache)
+tensors = pulled.state_dict()
+same = all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+result = [same, pulled.active_adapters(), pulled.base_model_source["name_or_path"]]
+""",
+        experts_only=experts_only,
+        cache=tmp_path / "author",
+    )
+    assert same == [True, ["second"], "tester/base" if experts_only else "tester/adapted"]
+    files = server.repositories["tester/adapted"].files
+    assert {f"{a}/{f}" for a in ("first", "second") for f in ("adapter_config.json", "adapter_model.safetensors")} == {
+        name for name in files if "/" in name
+    }
+    # The reader does not have PEFT.
+    with pytest.raises(ClientError, match=r"(?i)requires the peft library") as error:
+        reader.run(
+            "from transformers import AutoModel\nAutoModel.from_pretrained(x, trust_remote_code=True, cache_dir=cache)",
+            x="tester/adapted", cache=tmp_path / "reader",
+        )  # fmt: skip
+    assert "ImportError" in error.value.kind
+
+
 # Faults on the way
 
 
@@ -413,6 +463,22 @@ def test_runs_push_what_they_train(server, author, tmp_path, strategy):
         assert summaries >= 3, "a push for each checkpoint"
 
 
+def test_runs_push_adapters(server, author, tmp_path):
+    code = RUN.replace(
+        'trainer = build_trainer([output + ".yaml"])',
+        """
+from unittest import mock
+from samoe_hf.training import ModelArguments
+load = ModelArguments.load
+with mock.patch.object(ModelArguments, "load", lambda arguments: add_adapters(load(arguments))):
+    trainer = build_trainer([output + ".yaml"])
+""",
+    )
+    assert author.run(ADAPTERS + code, output=tmp_path / "run", strategy="every_save", where={})
+    files = server.repositories["tester/run-every_save"].files
+    assert {"first/adapter_model.safetensors", "second/adapter_config.json"} <= set(files)
+
+
 def test_a_run_from_a_local_base_says_at_once_that_it_cannot_be_pushed(server, author, model_folder, tmp_path):
     code = RUN.replace('"model_name_or_path": "tester/base"', '"model_name_or_path": folder')
     with pytest.raises(ClientError, match="save_only_trained=False"):
@@ -501,6 +567,23 @@ def test_settings_can_be_given_and_layers_added(experts_folder, nano):
         SamoeModel.from_pretrained(experts_folder, num_experts_per_tok=99)
 
 
+def test_experts_give_place_to_others_only_if_asked(model_folder, nano, tmp_path):
+    for settings in ({"num_experts": 6}, {"lora_rank": 2}, {"num_experts": 6, "expert_modules": ["q_proj"]}):
+        with pytest.raises(ValueError, match=r"`ignore_mismatched_sizes=True` gives the model new experts"):
+            SamoeModel.from_pretrained(model_folder, **settings)
+        model = SamoeModel.from_pretrained(model_folder, ignore_mismatched_sizes=True, **settings)
+        module = model.get_submodule(model.expert_names[0])
+        assert module.num_experts == settings.get("num_experts", 4) and not module.lora_B.any()
+        assert module.lora_A.abs().max() > 0
+        plain = {name: t for name, t in nano.model.state_dict().items() if not is_expert_parameter(name)}
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.items())
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    change_config(folder, mask_decoder_config__mlp_dim=64)
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        SamoeModel.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert "new experts" not in str(error.value)
+
+
 def test_older_weights_do_not_stay_beside_new_ones(model_folder, tmp_path):
     model = SamoeModel.from_pretrained(model_folder)
     model.save_pretrained(tmp_path, max_shard_size="4MB")
@@ -514,20 +597,26 @@ def test_older_weights_do_not_stay_beside_new_ones(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("experts_only", [False, True])
-def test_a_save_that_fails_changes_nothing(model_folder, tmp_path, monkeypatch, experts_only):
+@pytest.mark.parametrize("failing", [SamoeConfig, LoraConfig])
+def test_a_save_that_fails_changes_nothing(model_folder, tmp_path, monkeypatch, experts_only, failing):
     model = SamoeModel.from_pretrained(model_folder)
+    model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), "mine")
     model.save_pretrained(tmp_path / "old")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    before = {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()}
+    assert tmp_path / "old" / "mine" / "adapter_model.safetensors" in before
 
     def write_some(config, directory, **_):
         (Path(directory) / "config.json").write_text("{")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(SamoeConfig, "save_pretrained", write_some)
+    monkeypatch.setattr(failing, "save_pretrained", write_some)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(tmp_path / name, experts_only=experts_only)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+    assert {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()} == before
     assert not (tmp_path / "new").exists()
 
 
@@ -651,6 +740,25 @@ def test_bases_that_climb_or_lie_on_the_readers_machine_are_refused(server, auth
     assert "ValueError" in error.value.kind and "tester/bad" in error.value.message
 
 
+@pytest.mark.parametrize("name", ["../mine", "/etc", "_mine", "a/b", "checkpoint-1", ""])
+def test_names_of_adapters_that_climb_are_refused(model_folder, tmp_path, name):
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    change_config(folder, adapters={name: True})
+    with pytest.raises(ValueError, match=f"as a folder's name, .*got '{name}'"):
+        SamoeModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"0.attn.qkv": 10**9}}, {"target_modules": ".*"}])
+def test_adapters_that_lie_are_refused_before_anything_is_allocated(model_folder, tmp_path, changes):
+    model = SamoeModel.from_pretrained(model_folder)
+    model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), "mine")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    (tmp_path / "mine" / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError):
+        SamoeModel.from_pretrained(tmp_path)
+
+
 def test_an_adapter_does_not_lead_to_other_weights(server, author, model_folder):
     files = dict(server.repositories["tester/full"].files)
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(model_folder)}
@@ -722,8 +830,8 @@ def test_the_package_opens_no_pickle_unsafely():
                 f"{file}:{node.lineno}"
             )
             if called == "np.load":
-                allowed = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "allow_pickle"]
-                assert set(allowed) <= {"False"}, f"{file}:{node.lineno}"
+                arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert arguments.get("allow_pickle", "False") == "False", f"{file}:{node.lineno}"
 
 
 @pytest.mark.slow
