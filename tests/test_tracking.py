@@ -247,3 +247,13 @@ def test_sessions_of_another_dtype(nano, processor, video):
     exact = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, BOX))))
     assert (masks(outputs).float() - exact).abs().mean() < 0.2
     assert isinstance(session, Sam2VideoInferenceSession)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_nearly_the_same_masks(nano, processor, video, dtype):
+    """Long enough for memories and pointers of several frames."""
+    prompts = [(1, 0, POINT_1), (2, 0, BOX)]
+    expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    with torch.autocast("cpu", dtype):
+        rounded = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    assert ((rounded > 0) == (expected > 0)).float().mean() > 0.95
