@@ -197,21 +197,21 @@ def _memory_tokens(
     model: Sam2VideoModel, banks: Sequence[MemoryBank], selection: MemorySelection, like: Tensor
 ) -> tuple[Tensor, Tensor, int]:
     """Memories (objects, tokens, channels), their positions (tokens, 1, channels), and how many are object pointers."""
-    features = [read_features(banks, t, like.device) for t, _ in selection.spatial]
+    num_pointer_tokens = len(selection.pointers) * model.hidden_dim // model.mem_dim
     size = model.backbone_feature_sizes[-1]
     spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
     spatial = spatial.flatten(2).permute(2, 0, 1)
     positions = [spatial + model.memory_temporal_positional_encoding[index] for _, index in selection.spatial]
-    num_pointer_tokens = 0
     if selection.pointers:
-        pointers = torch.stack([read_pointers(banks, t, like.device) for t, _ in selection.pointers], dim=1)
-        # A pointer is cut into several tokens of the memory's width.
-        pointers = pointers.reshape(pointers.shape[0], -1, model.mem_dim)
-        features.append(pointers)
-        num_pointer_tokens = pointers.shape[1]
         distances = torch.tensor([d for _, d in selection.pointers], device=like.device, dtype=torch.float32)
         positions.append(_pointer_positions(model, distances / selection.max_distance, num_pointer_tokens, like))
-    memory = torch.cat(features, dim=1).to(like.dtype)  # pointers are more precise than rounded memories
+    # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
+    with torch.autocast(like.device.type, enabled=False):
+        features = [read_features(banks, t, like.device) for t, _ in selection.spatial]
+        # A pointer is cut into several tokens of the memory's width.
+        pointers = [read_pointers(banks, t, like.device) for t, _ in selection.pointers]
+        features += [pointer.unflatten(1, (-1, model.mem_dim)) for pointer in pointers]
+        memory = torch.cat(features, dim=1).to(like.dtype)
     return memory, torch.cat(positions), num_pointer_tokens
 
 

@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -442,14 +442,27 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
     ) -> Sam2VideoSegmentationOutput:
         if frame is not None:
             frame_idx = session.add_new_frame(frame, frame_idx)
-        return track_frame(
-            self,
-            session,
-            frame_idx,
-            reverse=reverse,
-            streaming=frame is not None,
-            run_mem_encoder=run_mem_encoder,
+        streaming = frame is not None
+        (output,) = track_frame(
+            self, [session], frame_idx, reverse=reverse, streaming=streaming, run_mem_encoder=run_mem_encoder
         )
+        return output
+
+    @torch.inference_mode()
+    def track_together(
+        self, inference_sessions: Sequence[Sam2VideoInferenceSession], frame_idx: int, reverse: bool = False
+    ) -> list[Sam2VideoSegmentationOutput]:
+        """Segments a frame of several videos at once, objects of equal memories in one batch.
+
+        Args:
+            inference_sessions: of any sizes and objects, on one device and of one type.
+            frame_idx: a frame that all of them have.
+            reverse: whether time runs backward.
+
+        Returns:
+            for each session what `model(session, frame_idx)` gives.
+        """
+        return track_frame(self, inference_sessions, frame_idx, reverse=reverse)
 
     @torch.inference_mode()
     def propagate_in_video_iterator(

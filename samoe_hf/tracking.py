@@ -6,6 +6,7 @@ a prompt is new as long as no output came from it. So prompts may be added one b
 """
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
 
 
+# A session and the row of one of its objects.
+Row = tuple[Sam2VideoInferenceSession, int]
+
+
 class _Work(NamedTuple):
     """What objects must have in common to run on a frame in one batch."""
 
@@ -35,18 +40,33 @@ class _Work(NamedTuple):
 
 def track_frame(
     model: "SamoeModel",
-    session: Sam2VideoInferenceSession,
+    sessions: Sequence[Sam2VideoInferenceSession],
     frame_idx: int,
     *,
     reverse: bool = False,
     streaming: bool = False,
     run_mem_encoder: bool = True,
-) -> Sam2VideoSegmentationOutput:
-    """Segments all objects of the session on one frame, after any new prompts on other frames.
+) -> list[Sam2VideoSegmentationOutput]:
+    """Segments all objects of the sessions on one frame, after any new prompts on other frames.
+
+    Returns:
+        an output for each session.
 
     Raises:
-        ValueError: if there is no object, no such frame, or an object that was never prompted.
+        ValueError: if there is no object, no such frame, or an object that was never prompted; or if sessions differ
+            in device or type.
     """
+    for session in sessions:
+        _check_session(model, session, frame_idx)
+        run_new_prompts(model, session, except_frame=frame_idx, streaming=streaming)
+    if len({(str(session.inference_device), session.dtype) for session in sessions}) > 1:
+        raise ValueError("`sessions` must be of one `inference_device` and one `dtype` to be tracked together.")
+    rows = [(session, row) for session in sessions for row in range(session.get_obj_num())]
+    _run(model, rows, frame_idx, reverse, streaming, run_mem_encoder)
+    return [_collect(session, frame_idx) for session in sessions]
+
+
+def _check_session(model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int) -> None:
     if session.get_obj_num() == 0:
         raise ValueError("No objects are provided for tracking; please add inputs first.")
     if session.processed_frames is None or frame_idx not in session.processed_frames:
@@ -56,10 +76,11 @@ def track_frame(
     reach = max(model.num_maskmem, model.config.max_object_pointers_in_encoder)
     if isinstance(session, VideoSession) and session.keep_frames < reach:
         raise ValueError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
-    run_new_prompts(model, session, except_frame=frame_idx, streaming=streaming)
-    rows = range(session.get_obj_num())
-    _run(model, session, frame_idx, rows, reverse, streaming, run_mem_encoder)
-    outputs = [_output(session, row, frame_idx) for row in rows]
+
+
+def _collect(session: Sam2VideoInferenceSession, frame_idx: int) -> Sam2VideoSegmentationOutput:
+    """What came of all objects of a session on a frame."""
+    outputs = [_output(session, row, frame_idx) for row in range(session.get_obj_num())]
     if isinstance(session, VideoSession):
         session.forget(frame_idx)
     device = session.inference_device
@@ -85,7 +106,8 @@ def run_new_prompts(
             if is_there and _new_prompt(session, row, frame_idx) is not None:
                 rows_by_frame[frame_idx].append(row)
     for frame_idx in sorted(rows_by_frame):
-        _run(model, session, frame_idx, rows_by_frame[frame_idx], False, streaming, True)
+        rows = [(session, row) for row in rows_by_frame[frame_idx]]
+        _run(model, rows, frame_idx, False, streaming, True)
 
 
 def remove_object(session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
@@ -109,40 +131,31 @@ def remove_object(session: Sam2VideoInferenceSession, obj_id: int, strict: bool 
 
 
 def _run(
-    model: "SamoeModel",
-    session: Sam2VideoInferenceSession,
-    frame_idx: int,
-    rows,
-    reverse: bool,
-    streaming: bool,
-    run_mem_encoder: bool,
+    model: "SamoeModel", rows: Sequence[Row], frame_idx: int, reverse: bool, streaming: bool, run_mem_encoder: bool
 ) -> None:
     """Runs the given objects on a frame, those of equal work in one batch, and keeps what comes out."""
-    num_frames = None if streaming else session.num_frames
     batches = defaultdict(list)
-    for row in rows:
-        work = _work(model, session, row, frame_idx, reverse, num_frames)
+    for session, row in rows:
+        work = _work(model, session, row, frame_idx, reverse, None if streaming else session.num_frames)
         if work is not None:
-            batches[work].append(row)
-    if not batches:
-        return
-    image = _image_features(model, session, frame_idx, reverse)
+            batches[work].append((session, row))
+    _encode_frames(model, _distinct(row for batch in batches.values() for row in batch), frame_idx, reverse)
     for work, batch in batches.items():
         output = frame_step(
             model,
-            image,
-            _prompt(model, session, batch, frame_idx, work),
-            [_bank(session, row) for row in batch],
+            _image_features(model, batch, frame_idx),
+            _prompt(model, batch, frame_idx, work),
+            [_bank(*row) for row in batch],
             work.selection,
             num_objects=len(batch),
             encode_memory=run_mem_encoder,
             fill_hole_area=model.config.fill_hole_area,
         )
-        memory, device = output.memory, session.inference_state_device
+        memory, device = output.memory, batch[0][0].inference_state_device
         if memory.features is not None:
             memory.features = memory.features.to(device)
         output.masks = output.masks.to(device)
-        for index, row in enumerate(batch):
+        for index, (session, row) in enumerate(batch):
             _keep(session, row, frame_idx, work, output, index)
 
 
@@ -181,24 +194,22 @@ def _work(
     return _Work(is_initial, reverse, has_mask, num_points, refines, selection)
 
 
-def _prompt(
-    model: "SamoeModel", session: Sam2VideoInferenceSession, rows: list[int], frame_idx: int, work: _Work
-) -> Prompt | None:
+def _prompt(model: "SamoeModel", rows: Sequence[Row], frame_idx: int, work: _Work) -> Prompt | None:
     """The prompts of a batch of objects on a frame."""
     if work.has_mask:
-        masks = torch.cat([session.mask_inputs_per_obj[row][frame_idx] for row in rows])
+        masks = torch.cat([session.mask_inputs_per_obj[row][frame_idx] for session, row in rows])
         if masks.shape[-2:] != (model.image_size, model.image_size):
             size = (model.image_size, model.image_size)
             masks = (F.interpolate(masks.float(), size, mode="bilinear", antialias=True) >= 0.5).to(masks.dtype)
         return Prompt(mask=masks)
     if not work.num_points:
         return None
-    inputs = [session.point_inputs_per_obj[row][frame_idx] for row in rows]
+    inputs = [session.point_inputs_per_obj[row][frame_idx] for session, row in rows]
     points = torch.cat([given["point_coords"][:, 0] for given in inputs])
     previous_mask = None
     if work.has_previous_mask:
-        outputs = [_output(session, row, frame_idx)["pred_masks"].to(points.device) for row in rows]
-        previous_mask = torch.cat(outputs).clamp(-PREVIOUS_MASK_LIMIT, PREVIOUS_MASK_LIMIT).to(session.dtype)
+        outputs = [_output(*row, frame_idx)["pred_masks"].to(points.device) for row in rows]
+        previous_mask = torch.cat(outputs).clamp(-PREVIOUS_MASK_LIMIT, PREVIOUS_MASK_LIMIT).to(rows[0][0].dtype)
     return Prompt(
         points=points,
         labels=torch.cat([given["point_labels"][:, 0] for given in inputs]),
@@ -228,23 +239,41 @@ def _keep(
     session.obj_with_new_inputs = [i for i in session.obj_with_new_inputs if i != session.obj_idx_to_id(row)]
 
 
-def _image_features(
-    model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int, reverse: bool
-) -> ImageFeatures:
-    """Features of a frame, from the session's cache; where it is not there, the cache is filled with frames ahead."""
-    cached = session.cache.get_vision_features(frame_idx)
-    if cached is None:
-        step = -1 if reverse else 1
-        ahead = range(frame_idx, frame_idx + step * max(session.max_vision_features_cache_size, 1), step)
-        ahead = [t for t in ahead if t in session.processed_frames]
-        outputs = model.get_image_features(torch.stack([session.get_frame(t) for t in ahead]), return_dict=True)
+def _distinct(rows: Iterable[Row]) -> list[Sam2VideoInferenceSession]:
+    return list({id(session): session for session, _ in rows}.values())
+
+
+def _image_features(model: "SamoeModel", rows: Sequence[Row], frame_idx: int) -> ImageFeatures:
+    """Features of a frame of each object's session; one row where all objects are of one session."""
+    distinct, by_session = _distinct(rows), []
+    for session in distinct:
+        cached = session.cache.get_vision_features(frame_idx)
+        by_session.append(unflatten_features(model, cached["vision_feats"], cached["vision_pos_embeds"][-1]))
+    if len(distinct) == 1:
+        return by_session[0]
+    index = {id(session): place for place, session in enumerate(distinct)}
+    places = torch.tensor([index[id(session)] for session, _ in rows], device=by_session[0].coarse.device)
+    levels = (torch.cat(level)[places] for level in list(zip(*by_session, strict=True))[:3])
+    return ImageFeatures(*levels, by_session[0].position)
+
+
+def _encode_frames(
+    model: "SamoeModel", sessions: Sequence[Sam2VideoInferenceSession], frame_idx: int, reverse: bool
+) -> None:
+    """Encodes the frame, for sessions that have not cached its features, and those ahead that their caches hold."""
+    step = -1 if reverse else 1
+    wanted = []
+    for session in sessions:
+        if session.cache.get_vision_features(frame_idx) is None:
+            ahead = range(frame_idx, frame_idx + step * max(session.max_vision_features_cache_size, 1), step)
+            wanted += [(session, t) for t in ahead if t in session.processed_frames]
+            session.cache.clear_all()
+    if wanted:
+        outputs = model.get_image_features(torch.stack([session.get_frame(t) for session, t in wanted]))
         position = [outputs.fpn_position_encoding[-1][:, :1]]
-        session.cache.clear_all()
-        for row, t in enumerate(ahead):
+        for row, (session, t) in enumerate(wanted):
             levels = [level[:, row : row + 1] for level in outputs.fpn_hidden_states]
             session.cache.cache_vision_features(t, {"vision_feats": levels, "vision_pos_embeds": position})
-        cached = session.cache.get_vision_features(frame_idx)
-    return unflatten_features(model, cached["vision_feats"], cached["vision_pos_embeds"][-1])
 
 
 def _given(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:

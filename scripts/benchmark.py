@@ -1,9 +1,9 @@
 """Time and memory beside others who do the same work, in one run.
 
-    python scripts/benchmark.py experts
-    python scripts/benchmark.py track --model configs/model_nano.yaml --objects 1 4 16
+    python scripts/benchmark.py experts --model configs/model_tiny.yaml
+    python scripts/benchmark.py track --model configs/model_micro.yaml --objects 1 4 16
     python scripts/benchmark.py track --model configs/model_base_plus.yaml --peers sam2 "sam2 compiled" --dtype bfloat16
-    python scripts/benchmark.py long --model configs/model_nano.yaml --frames 10000
+    python scripts/benchmark.py long --model configs/model_micro.yaml --frames 10000
     python scripts/benchmark.py train --model configs/model_tiny.yaml --frames 8 --objects 3
 
 The contenders have the same weights and take turns; before they are timed, their outputs are compared. A Markdown
@@ -25,7 +25,7 @@ from samoe_hf.data.registry import load_videos, read_yaml
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", nargs="+", default=["configs/model_nano.yaml"], help="YAML of a SamoeConfig")
+    common.add_argument("--model", nargs="+", default=["configs/model_micro.yaml"], help="YAML of a SamoeConfig")
     common.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     common.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     common.add_argument("--repeats", type=int, default=5)

@@ -247,3 +247,38 @@ def test_sessions_of_another_dtype(nano, processor, video):
     exact = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, BOX))))
     assert (masks(outputs).float() - exact).abs().mean() < 0.2
     assert isinstance(session, Sam2VideoInferenceSession)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_nearly_the_same_masks(nano, processor, video, dtype):
+    """Long enough for memories and pointers of several frames."""
+    prompts = [(1, 0, POINT_1), (2, 0, BOX)]
+    expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    with torch.autocast("cpu", dtype):
+        rounded = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    assert ((rounded > 0) == (expected > 0)).float().mean() > 0.95
+
+
+def test_several_videos_are_tracked_at_once(nano, processor, video):
+    """Two videos of different sizes and lengths, with different objects, one of which joins later."""
+    other = np.random.default_rng(5).integers(0, 255, (5, 64, 80, 3), dtype=np.uint8)
+    prompts = ([(1, 0, POINT_1), (2, 0, BOX), (3, 2, BOX)], [(7, 0, POINT_1)])
+    alone = []
+    for frames, given in zip((video, other), prompts, strict=True):
+        session = start(processor, frames, *given)
+        alone.append([nano.model(session, frame_idx=t).pred_masks for t in range(5)])
+    encoded = []
+    handle = nano.model.vision_encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    sessions = [start(processor, frames, *given) for frames, given in zip((video, other), prompts, strict=True)]
+    together = [nano.model.track_together(sessions, t) for t in range(5)]
+    handle.remove()
+    assert encoded.count(2) == 5
+    for outputs in zip(*together, strict=True):
+        assert [output.frame_idx for output in outputs] == list(range(5))
+    assert [output.object_ids for output in together[0]] == [[1, 2, 3], [7]]
+    for t, outputs in enumerate(together):
+        for output, expected in zip(outputs, alone, strict=True):
+            assert (output.pred_masks - expected[t]).abs().mean() < 1e-4
+    sessions[1].dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="`sessions` must be of one"):
+        nano.model.track_together(sessions, 0)
