@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(PYTEST) -n 2
 
-# Full-size parity with the sam2 package, end-to-end runs: needs about 20 minutes on 2 cores.
+# Full-size parity with the sam2 package, end-to-end runs: needs about an hour on 2 cores.
 test-slow: $(VENV)/.installed-bench
 	$(PYTEST) -m slow
 

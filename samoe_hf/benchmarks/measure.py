@@ -132,7 +132,8 @@ def to_markdown(measurements: Sequence[Measurement], reference: str, per_second:
 
 def plot(measurements: Sequence[Measurement], path: Path, title: str, machine: str) -> None:
     """Draws the medians as bars with their range, the contenders of each case beside each other."""
-    cases, names = (list(dict.fromkeys(values)) for values in zip(*((m.case, m.contender) for m in measurements)))  # noqa: B905
+    cases = list(dict.fromkeys(m.case for m in measurements))
+    names = list(dict.fromkeys(m.contender for m in measurements))
     figure = Figure(figsize=(max(6.5, 1.8 * len(cases) + 2), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(names)
