@@ -179,7 +179,7 @@ def _segment_clip(
     order = [*sorted(prompts.initial), *(t for t in range(num_frames) if t not in prompts.initial)]
     bank, outputs, parts = MemoryBank(), {}, []
     for frame_idx in order:
-        image = ImageFeatures(*(x[:, frame_idx] for x in by_frame), features.position)
+        image = ImageFeatures(*(x[:, frame_idx] for x in by_frame), *features[3:])
         prompt, corrections = prompts.initial.get(frame_idx), prompts.corrected.get(frame_idx)
         selection = None
         if prompt is None:

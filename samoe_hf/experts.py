@@ -83,33 +83,36 @@ class ExpertLinear(nn.Linear):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         tokens = hidden_states.flatten(0, -2)
-        # Tokens lie along the last dimension in inference, since they are many, and operations along a short last
-        # dimension are slow. In training sums are made in the original's order: another one may tip a router's choice.
-        experts_dim = 1 if self.training or torch.is_grad_enabled() else 0
-        low_rank, logits = self._project_down(tokens, experts_dim)
-        logits = self._show_router_logits(logits, experts_dim, hidden_states.shape[:-1])
-        gates = top_k_gates(logits, self.num_experts_per_tok, experts_dim).to(low_rank.dtype)
-        gated = low_rank.unflatten(experts_dim, (self.num_experts, self.lora_rank)) * gates.unsqueeze(experts_dim + 1)
-        gated = gated.flatten(experts_dim, experts_dim + 1)
-        # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
-        up = self.lora_B.mT.flatten(0, 1) * self.scaling
-        output = super().forward(tokens)
-        output = output.addmm_((gated if experts_dim else gated.mT).to(output.dtype), up.to(output.dtype))
+        learns = self.training or torch.is_grad_enabled()
+        output = self._learn(tokens, hidden_states.shape) if learns else self._infer(tokens, hidden_states.shape)
         return output.unflatten(0, hidden_states.shape[:-1])
 
-    def _project_down(self, tokens: Tensor, experts_dim: int) -> tuple[Tensor, Tensor]:
-        """What all experts' A make of the tokens, and the router's logits, with experts along `experts_dim`."""
-        down = self.lora_A.flatten(0, 1)
-        if experts_dim:
-            return self.dropout(F.linear(tokens, down)), self.router(self.dropout(tokens))
-        both = torch.cat([down, self.router.weight]) @ tokens.mT
-        low_rank, logits = both.split([len(down), self.num_experts])
-        return low_rank, logits + self.router.bias.unsqueeze(1)
+    def _learn(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """Sums are made in the original's order: another one may tip a router's choice."""
+        low_rank = self.dropout(F.linear(tokens, self.lora_A.flatten(0, 1)))
+        logits = self.router(self.dropout(tokens))
+        gates = self.gates(self._show_router_logits(logits, shape)).to(low_rank.dtype)
+        gated = (low_rank.unflatten(1, (self.num_experts, self.lora_rank)) * gates.unsqueeze(2)).flatten(1)
+        # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
+        output = super().forward(tokens)
+        up = self.lora_B.mT.flatten(0, 1) * self.scaling
+        return output.addmm_(gated.to(output.dtype), up.to(output.dtype))
 
-    def _show_router_logits(self, logits: Tensor, experts_dim: int, shape: torch.Size) -> Tensor:
-        """Passes the logits through `router_logits`, whose hooks see them as (*shape, experts)."""
-        shown = self.router_logits((logits if experts_dim else logits.mT).unflatten(0, shape)).flatten(0, -2)
-        return shown if experts_dim else shown.mT
+    def _infer(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """Tokens lie along the last dimension, since they are many, and operations along a short last one are slow."""
+        down = torch.cat([self.lora_A.flatten(0, 1), self.router.weight])
+        low_rank, logits = (down @ tokens.mT).split([self.lora_A.shape[0] * self.lora_rank, self.num_experts])
+        logits = logits.add_(self.router.bias.unsqueeze(1))
+        logits = self._show_router_logits(logits.mT, shape).mT
+        gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
+        low_rank.unflatten(0, (self.num_experts, self.lora_rank)).mul_(gates.unsqueeze(1))
+        output = super().forward(tokens)
+        up = self.lora_B.mT.flatten(0, 1)
+        return output.addmm_(low_rank.mT.to(output.dtype), up.to(output.dtype), alpha=self.scaling)
+
+    def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
+        """Passes the logits (tokens, experts) through `router_logits`, whose hooks see them in the inputs' shape."""
+        return self.router_logits(logits.unflatten(0, shape[:-1])).flatten(0, -2)
 
     def extra_repr(self) -> str:
         return (
@@ -121,7 +124,7 @@ class ExpertLinear(nn.Linear):
 def top_k_gates(router_logits: Tensor, num_experts_per_tok: int, dim: int = -1) -> Tensor:
     """Softmax over each token's `num_experts_per_tok` largest logits, zero elsewhere; the experts lie along `dim`."""
     top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=dim, sorted=False)
-    return torch.zeros_like(router_logits).scatter(dim, top_experts, top_logits.softmax(dim=dim))
+    return torch.zeros_like(router_logits).scatter_(dim, top_experts, top_logits.softmax(dim=dim))
 
 
 def matching_linear_names(model: nn.Module, patterns: str | list[str]) -> list[str]:

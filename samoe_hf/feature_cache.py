@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Sam2VideoModel
 
 from .adapters import adapter_state
-from .frame_step import ImageFeatures, image_features
+from .frame_step import ImageFeatures, image_features, with_positions
 
 LEVELS = ("fine", "middle", "coarse")
 
@@ -54,9 +54,7 @@ class FeatureCache:
                 _write(paths[index], {name: getattr(encoded, name)[row] for name in LEVELS})
         files = [load_file(path) for path in paths]
         levels = [torch.stack([file[name] for file in files]).to(pixel_values.device) for name in LEVELS]
-        coarse = levels[-1]
-        position = model.vision_encoder.neck.position_encoding((1, *coarse.shape[1:]), coarse.device, coarse.dtype)
-        return ImageFeatures(*levels, position.flatten(2).permute(2, 0, 1))
+        return with_positions(model, *levels)
 
     def _path(self, model: Sam2VideoModel, frame: Tensor) -> Path:
         digest = hashlib.blake2b(digest_size=16)

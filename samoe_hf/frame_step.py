@@ -27,20 +27,22 @@ class ImageFeatures(NamedTuple):
 
     `fine` (rows, hidden / 8, S / 4, S / 4) and `middle` (rows, hidden / 4, S / 8, S / 8): for the mask decoder.
     `coarse` (rows, hidden, S / 16, S / 16): for the memory and the mask decoder.
-    `position` (tokens, 1, hidden): position encoding of `coarse`.
+    `position` (tokens, 1, hidden): position encoding of `coarse` for the memory attention.
+    `decoder_position` (1, hidden, S / 16, S / 16): the same for the mask decoder.
     """
 
     fine: Tensor
     middle: Tensor
     coarse: Tensor
     position: Tensor
+    decoder_position: Tensor
 
     def for_objects(self, objects_per_video: int) -> "ImageFeatures":
         """Repeats each video's row for its objects. One video stays one row, which broadcasts over all objects."""
         if self.coarse.shape[0] == 1 or objects_per_video == 1:
             return self
         rows = (x.repeat_interleave(objects_per_video, dim=0) for x in self[:3])
-        return ImageFeatures(*rows, self.position)
+        return ImageFeatures(*rows, *self[3:])
 
 
 @dataclass
@@ -96,18 +98,26 @@ def image_features(model: Sam2VideoModel, pixel_values: Tensor, batch_size: int 
     parts = []
     for frames in pixel_values.split(batch_size or len(pixel_values)):
         outputs = model.get_image_features(frames, return_dict=True)
-        parts.append(unflatten_features(model, outputs.fpn_hidden_states, outputs.fpn_position_encoding[-1]))
-    if len(parts) == 1:
-        return parts[0]
-    return ImageFeatures(*(torch.cat(x) for x in list(zip(*parts, strict=True))[:3]), parts[0].position)
+        parts.append([_to_map(model, level, x) for level, x in enumerate(outputs.fpn_hidden_states)])
+    levels = [torch.cat(x) for x in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+    return with_positions(model, *levels)
 
 
-def unflatten_features(model: Sam2VideoModel, levels: Sequence[Tensor], position: Tensor) -> ImageFeatures:
-    """Turns three levels of (tokens, rows, channels), fine to coarse, as transformers keeps them, into maps."""
-    maps = (
-        x.permute(1, 2, 0).unflatten(2, tuple(s)) for x, s in zip(levels, model.backbone_feature_sizes, strict=True)
+def _to_map(model: Sam2VideoModel, level: int, features: Tensor) -> Tensor:
+    """(tokens, rows, channels), as transformers keeps features, to (rows, channels, height, width)."""
+    return features.permute(1, 2, 0).unflatten(2, tuple(model.backbone_feature_sizes[level]))
+
+
+def with_positions(model: Sam2VideoModel, fine: Tensor, middle: Tensor, coarse: Tensor) -> ImageFeatures:
+    """Adds the encodings of positions, which are the same for all images, to three levels of features."""
+    position = model.vision_encoder.neck.position_encoding((1, *coarse.shape[1:]), coarse.device, coarse.dtype)
+    return ImageFeatures(
+        fine,
+        middle,
+        coarse,
+        position.flatten(2).permute(2, 0, 1),
+        model.get_image_wide_positional_embeddings(),
     )
-    return ImageFeatures(*maps, position[:, :1])
 
 
 def frame_step(
@@ -201,16 +211,18 @@ def _memory_tokens(
     size = model.backbone_feature_sizes[-1]
     spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
     spatial = spatial.flatten(2).permute(2, 0, 1)
-    positions = [spatial + model.memory_temporal_positional_encoding[index] for _, index in selection.spatial]
+    temporal = model.memory_temporal_positional_encoding[[index for _, index in selection.spatial]]
+    positions = [(spatial + temporal).flatten(0, 1)]
     if selection.pointers:
         distances = torch.tensor([d for _, d in selection.pointers], device=like.device, dtype=torch.float32)
         positions.append(_pointer_positions(model, distances / selection.max_distance, num_pointer_tokens, like))
     # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
     with torch.autocast(like.device.type, enabled=False):
         features = [read_features(banks, t, like.device) for t, _ in selection.spatial]
-        # A pointer is cut into several tokens of the memory's width.
-        pointers = [read_pointers(banks, t, like.device) for t, _ in selection.pointers]
-        features += [pointer.unflatten(1, (-1, model.mem_dim)) for pointer in pointers]
+        if selection.pointers:
+            pointers = torch.cat([read_pointers(banks, t, like.device) for t, _ in selection.pointers], dim=1)
+            # A pointer is cut into several tokens of the memory's width.
+            features.append(pointers.unflatten(1, (-1, model.mem_dim)))
         memory = torch.cat(features, dim=1).to(like.dtype)
     return memory, torch.cat(positions), num_pointer_tokens
 
@@ -233,20 +245,10 @@ def _segment(
     num_objects: int,
 ) -> FrameOutput:
     """Runs SAM's prompt encoder and mask decoder, and takes the best candidate's token as object pointer."""
-    if prompt is None or prompt.points is None:
-        points = coarse.new_zeros(num_objects, 1, 2)
-        labels = torch.full((num_objects, 1), -1, dtype=torch.int32, device=coarse.device)
-    else:
-        points, labels = prompt.points, prompt.labels
-    sparse, dense = model.prompt_encoder(
-        input_points=points.unsqueeze(1),
-        input_labels=labels.unsqueeze(1),
-        input_boxes=None,
-        input_masks=None if prompt is None else prompt.previous_mask,
-    )
+    sparse, dense = _embed_prompt(model, prompt, num_objects)
     masks, iou_scores, tokens, object_score_logits = model.mask_decoder(
         image_embeddings=coarse.expand(num_objects, -1, -1, -1),
-        image_positional_embeddings=model.get_image_wide_positional_embeddings(),
+        image_positional_embeddings=image.decoder_position,
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
         multimask_output=multimask,
@@ -268,6 +270,22 @@ def _segment(
         object_score_logits=object_score_logits,
         memory=FrameMemory(_hide_pointers(model, pointers, visible)),
     )
+
+
+def _embed_prompt(model: Sam2VideoModel, prompt: Prompt | None, num_objects: int) -> tuple[Tensor, Tensor]:
+    """Tokens (objects, 1, points, hidden) and maps (objects or 1, hidden, S / 16, S / 16) that stand for a prompt."""
+    encoder = model.prompt_encoder
+    points = None if prompt is None or prompt.points is None else prompt.points.unsqueeze(1)
+    sparse, dense = encoder(
+        input_points=points,
+        input_labels=None if points is None else prompt.labels.unsqueeze(1),
+        input_boxes=None,
+        input_masks=None if prompt is None else prompt.previous_mask,
+    )
+    if points is None:
+        # `sam2` gives a padding point instead, and pads it with another.
+        sparse = encoder.not_a_point_embed.weight.expand(num_objects, 1, 2, -1)
+    return sparse, dense
 
 
 def _correct(

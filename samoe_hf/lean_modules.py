@@ -1,8 +1,8 @@
 """Modules of transformers' SAM 2 without work whose result nobody reads; the numbers that are read are the same.
 
 - The image encoder's attention also multiplies queries with keys position by position, and drops the result.
-- Its neck encodes the positions of all levels, of which only the coarsest are read, and the memory encoder encodes
-  those of each memory anew, though they are always the same.
+- Its neck encodes the positions of all levels, of which only the coarsest are read.
+- Encodings and angles of positions are computed anew for each frame and memory, though they are always the same.
 """
 
 import torch
@@ -73,6 +73,22 @@ class CachedPositionEncoding(nn.Module):
         return self._known[key].expand(shape[0], -1, -1, -1)
 
 
+class CachedRotaryEmbedding(nn.Module):
+    """The cosines and sines of a rotary embedding whose positions never change, computed once for each device."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self.embedding = embedding
+        self._known: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Two times (1, positions, channels), for `position_ids` (2, positions); `x` tells the device."""
+        if x.device not in self._known:
+            with torch.inference_mode(False):
+                self._known = {x.device: self.embedding(x, position_ids)}
+        return self._known[x.device]
+
+
 def make_lean(model: Sam2VideoModel) -> None:
     """Replaces the modules of a model in place; its tensors and their names stay."""
     for module in model.vision_encoder.modules():
@@ -85,3 +101,4 @@ def make_lean(model: Sam2VideoModel) -> None:
         neck._coarsest = -model.config.vision_config.num_feature_levels
     for owner in (neck, model.memory_encoder):
         owner.position_encoding = CachedPositionEncoding(owner.position_encoding)
+    model.memory_attention.rotary_emb = CachedRotaryEmbedding(model.memory_attention.rotary_emb)

@@ -39,17 +39,14 @@ def attend_to_memory(
     if attention.training:
         # Dropout is drawn for each object.
         hidden = hidden.expand(len(memory), -1, -1)
-    cos, sin = attention.rotary_emb(hidden, attention.position_ids)
-    rotation = torch.complex(cos[0, :, ::2], sin[0, :, ::2])
-    num_maps = (memory.shape[1] - num_pointer_tokens) // len(rotation)
-    key_rotation = rotation.repeat(num_maps, 1)
+    rotation = tuple(x[0, :, ::2] for x in attention.rotary_emb(hidden, attention.position_ids))
     keys = memory + memory_position
     for layer in attention.layers:
         normed = layer.layer_norm1(hidden)
-        attended = _attend(layer.self_attn, normed, normed, normed, rotation, rotation)
+        attended = _attend(layer.self_attn, normed, normed, normed, rotation, 0)
         hidden = hidden + layer.dropout1(attended)
         normed = layer.layer_norm2(hidden).expand(len(memory), -1, -1)
-        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, key_rotation)
+        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, num_pointer_tokens)
         hidden = hidden + layer.dropout2(attended)
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
@@ -61,16 +58,16 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rotation: Tensor,
-    key_rotation: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    num_pointer_tokens: int,
 ) -> Tensor:
     """Attention of (objects, tokens, channels) to (objects, keys, channels), both rotated by where they are."""
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
 
-    query = _rotate(heads(attention.q_proj(query)), rotation)
-    key = _rotate(heads(attention.k_proj(key)), key_rotation)
+    query = _rotate(heads(attention.q_proj(query)), *rotation)
+    key = _rotate(heads(attention.k_proj(key)), *rotation, num_pointer_tokens)
     value = heads(attention.v_proj(value))
     implementation = attention.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -81,14 +78,20 @@ def _attend(
     return attention.o_proj(attended.flatten(-2))
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates pairs of channels of (..., tokens, channels) by `rotation` (rotated tokens, channels / 2), complex.
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, num_pointer_tokens: int = 0) -> Tensor:
+    """Rotates pairs of channels of (..., tokens, channels), whose tokens are one or more whole maps, then pointers.
 
-    Tokens behind the rotated ones, which are object pointers, stay as they are.
+    `cos` and `sin` (tokens of a map, channels / 2) are of the angles. Pointers have no place, and stay as they are.
     """
-    located, rest = x.split([len(rotation), x.shape[-2] - len(rotation)], dim=-2)
+    located, pointers = x.split([x.shape[-2] - num_pointer_tokens, num_pointer_tokens], dim=-2)
     # In float32 at least, as the original does.
-    located = located.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(located.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-    return torch.cat([turned, rest], dim=-2) if rest.shape[-2] else turned
+    pairs = located.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    pairs = pairs.unflatten(-3, (-1, len(cos)))
+    if torch.compiler.is_compiling():
+        # Compilers fuse real numbers, and leave complex ones to kernels of their own.
+        real, imaginary = pairs.unbind(-1)
+        turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    turned = turned.flatten(-2).flatten(-3, -2).to(x.dtype)
+    return torch.cat([turned, pointers], dim=-2) if num_pointer_tokens else turned

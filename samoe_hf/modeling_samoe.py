@@ -49,7 +49,7 @@ from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .prompts import PromptRecipe, resolve_recipe
 from .surgery import freeze_experts, grow_experts, merge_experts, prune_experts, reset_expert, wake_experts
-from .tracking import remove_object, run_new_prompts, track_frame
+from .tracking import encoding_ahead, remove_object, run_new_prompts, track_frame
 
 logger = logging.getLogger(__name__)
 
@@ -473,11 +473,13 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         reverse: bool = False,
         show_progress_bar: bool = False,
     ) -> Iterator[Sam2VideoSegmentationOutput]:
-        """As in Sam2VideoModel; it need not be called on the prompted frames first."""
+        """As in Sam2VideoModel; it need not be called on the prompted frames first. Frames are encoded a few at a time
+        where one alone would not fill the device."""
         run_new_prompts(self, inference_session)
-        yield from super().propagate_in_video_iterator(
-            inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
-        )
+        with encoding_ahead(self, inference_session):
+            yield from super().propagate_in_video_iterator(
+                inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
+            )
 
     def remove_object(self, inference_session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
         """Removes an object from a session, with all that is known of it; the others go on as before.

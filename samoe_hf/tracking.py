@@ -6,7 +6,8 @@ a prompt is new as long as no output came from it. So prompts may be added one b
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,13 +16,16 @@ from torch.nn import functional as F
 from transformers import Sam2VideoInferenceSession
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
-from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, unflatten_features
+from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .memory_bank import MemoryBank, MemorySelection
 from .video_session import VideoSession
 
 if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
 
+
+# So many frames are encoded at once, if a device has room for more than one: on a CPU, if images are this small.
+FRAMES_AHEAD, SMALL_IMAGE_SIZE = 4, 256
 
 # A session and the row of one of its objects.
 Row = tuple[Sam2VideoInferenceSession, int]
@@ -245,16 +249,16 @@ def _distinct(rows: Iterable[Row]) -> list[Sam2VideoInferenceSession]:
 
 def _image_features(model: "SamoeModel", rows: Sequence[Row], frame_idx: int) -> ImageFeatures:
     """Features of a frame of each object's session; one row where all objects are of one session."""
-    distinct, by_session = _distinct(rows), []
-    for session in distinct:
-        cached = session.cache.get_vision_features(frame_idx)
-        by_session.append(unflatten_features(model, cached["vision_feats"], cached["vision_pos_embeds"][-1]))
+    distinct = _distinct(rows)
+    by_session = [
+        ImageFeatures(*session.cache.get_vision_features(frame_idx)["image_features"]) for session in distinct
+    ]
     if len(distinct) == 1:
         return by_session[0]
     index = {id(session): place for place, session in enumerate(distinct)}
     places = torch.tensor([index[id(session)] for session, _ in rows], device=by_session[0].coarse.device)
     levels = (torch.cat(level)[places] for level in list(zip(*by_session, strict=True))[:3])
-    return ImageFeatures(*levels, by_session[0].position)
+    return ImageFeatures(*levels, *by_session[0][3:])
 
 
 def _encode_frames(
@@ -265,15 +269,34 @@ def _encode_frames(
     wanted = []
     for session in sessions:
         if session.cache.get_vision_features(frame_idx) is None:
-            ahead = range(frame_idx, frame_idx + step * max(session.max_vision_features_cache_size, 1), step)
-            wanted += [(session, t) for t in ahead if t in session.processed_frames]
+            count = max(session.cache.max_vision_features_cache_size, 1)
+            ahead = range(frame_idx, frame_idx + step * count, step)
+            if ahead[-1] not in session.processed_frames:
+                ahead = ahead[:1]  # so that a compiled encoder meets two sizes of batches only
+            wanted += [(session, t) for t in ahead]
             session.cache.clear_all()
     if wanted:
-        outputs = model.get_image_features(torch.stack([session.get_frame(t) for session, t in wanted]))
-        position = [outputs.fpn_position_encoding[-1][:, :1]]
+        features = image_features(model, torch.stack([session.get_frame(t) for session, t in wanted]))
         for row, (session, t) in enumerate(wanted):
-            levels = [level[:, row : row + 1] for level in outputs.fpn_hidden_states]
-            session.cache.cache_vision_features(t, {"vision_feats": levels, "vision_pos_embeds": position})
+            one = [*(level[row : row + 1] for level in features[:3]), *features[3:]]
+            session.cache.cache_vision_features(t, {"image_features": one})
+
+
+@contextmanager
+def encoding_ahead(model: "SamoeModel", session: Sam2VideoInferenceSession) -> Iterator[None]:
+    """While the context is open, which is while the video is propagated, frames are encoded a few at a time.
+
+    One frame does not fill a GPU, nor does a small one fill a CPU. A session that caches more frames has its way.
+    """
+    is_filled_by_one = torch.device(session.inference_device).type == "cpu" and model.image_size > SMALL_IMAGE_SIZE
+    cache = session.cache
+    before = cache.max_vision_features_cache_size
+    cache.max_vision_features_cache_size = max(before, 1 if is_filled_by_one else FRAMES_AHEAD)
+    try:
+        yield
+    finally:
+        cache.max_vision_features_cache_size = before
+        cache.clear_all()
 
 
 def _given(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:

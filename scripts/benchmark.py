@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--num-experts", type=int, default=10)
     one = kinds.add_parser("track", parents=[common], help="time per frame for more and more objects")
     one.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
-    one.add_argument("--frames", type=int, default=16)
+    one.add_argument("--frames", type=int, default=17)
     one.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=tracking.PEERS)
     one.add_argument("--compile", action="store_true", help="also our model, compiled")
     one = kinds.add_parser("long", parents=[common], help="memory and time per frame through a long video")

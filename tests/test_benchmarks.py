@@ -98,7 +98,7 @@ def run_script(monkeypatch, *arguments):
 
 def test_the_script_writes_tables_plots_and_times(monkeypatch, tmp_path, capsys):
     peers = ["--peers", "transformers"]
-    run_script(monkeypatch, "track", *peers, "--objects", 1, 2, "--frames", 9, "--repeats", 1, "--output", tmp_path)
+    run_script(monkeypatch, "track", *peers, "--objects", 1, 2, "--frames", 10, "--repeats", 1, "--output", tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"track.md", "track.json", "track.png"}
     times = json.loads((tmp_path / "track.json").read_text())["measurements"]
     assert [(m["case"], m["contender"]) for m in times] == [

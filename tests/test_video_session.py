@@ -86,14 +86,14 @@ def test_frames_are_prepared_as_those_of_a_whole_video(processor):
 
 
 def test_memory_does_not_grow_with_the_video(nano, processor):
-    frames = Frames(140)
+    frames = Frames(141)  # the prompted one, and 35 times the four that are encoded at once
     session = VideoSession(frames, processor, keep_frames=16)
     for obj_id in (1, 2, 3):
         processor.add_inputs_to_inference_session(session, 0, obj_id, **POINT)
     held = [held_bytes(session) for _ in nano.model.propagate_in_video_iterator(session)]
     assert held[5] > held[0]
     assert max(held[40:]) == held[40] == held[-1]
-    assert sorted(frames.reads[1:]) == list(range(140))  # the first read is for the size
+    assert sorted(frames.reads[1:]) == list(range(141))  # the first read is for the size
 
 
 def test_streams_may_be_endless(nano, processor):
@@ -111,18 +111,41 @@ def test_streams_may_be_endless(nano, processor):
     assert held[-1] == held[-20] < held_bytes(plain) / 2
 
 
-def test_frames_may_be_encoded_ahead_in_batches(nano, processor):
+@pytest.fixture
+def encoded(nano):
+    """How many frames the encoder was given, call by call."""
     calls = []
     handle = nano.model.vision_encoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    results = []
-    for size in (1, 4):
-        session = VideoSession(Frames(10), processor, max_vision_features_cache_size=size)
-        processor.add_inputs_to_inference_session(session, 9, 1, **BOX)
-        results.append(track(nano.model, session, 9, reverse=True))
+    yield calls
     handle.remove()
-    assert calls == [1] * 10 + [1, 4, 4, 1]
-    for frame_idx, masks in results[0].items():
-        assert (masks - results[1][frame_idx]).abs().mean() < 1e-4
+
+
+def test_small_frames_are_encoded_a_few_at_a_time_while_a_video_is_propagated(nano, processor, encoded):
+    def session(size=1):
+        session = VideoSession(Frames(12), processor, max_vision_features_cache_size=size)
+        processor.add_inputs_to_inference_session(session, 11, 1, **BOX)
+        return session
+
+    one, expected = session(), {}
+    for frame_idx in reversed(range(12)):
+        expected[frame_idx] = nano.model(one, frame_idx=frame_idx, reverse=True).pred_masks
+    assert encoded == [1] * 12
+    for size, batches in ((1, [1, 4, 4, 1, 1, 1]), (5, [1, 5, 5, 1])):
+        encoded.clear()
+        propagated = session(size)
+        tracked = track(nano.model, propagated, 11, reverse=True)
+        assert encoded == batches and tracked.keys() == expected.keys()
+        assert propagated.cache.max_vision_features_cache_size == size
+        for frame_idx, masks in tracked.items():
+            assert (masks - expected[frame_idx]).abs().mean() < 1e-4
+
+
+def test_large_frames_are_encoded_one_by_one_on_a_cpu(nano, processor, encoded, monkeypatch):
+    monkeypatch.setattr("samoe_hf.tracking.SMALL_IMAGE_SIZE", 64)
+    session = VideoSession(Frames(9), processor)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    track(nano.model, session)
+    assert encoded == [1] * 9
 
 
 @pytest.mark.slow

@@ -48,13 +48,13 @@ class TransformersTracker:
         self.processor.add_inputs_to_inference_session(
             session, 0, ids, input_points=points[None, :, None].tolist(), input_labels=[[[1]] * len(ids)]
         )
-        for frame_idx in range(len(frames)):
-            synchronize(device)
-            start = time.perf_counter()
-            output = self.model(session, frame_idx=frame_idx)
+        synchronize(device)
+        start = time.perf_counter()
+        for output in self.model.propagate_in_video_iterator(session, start_frame_idx=0):
             self.processor.post_process_masks([output.pred_masks], [(size, size)])
             synchronize(device)
             yield time.perf_counter() - start, output.pred_masks
+            start = time.perf_counter()
 
 
 class Sam2Tracker:
