@@ -58,6 +58,7 @@ class ExpertLinear(nn.Linear):
         self.router = nn.Linear(in_features, num_experts, **factory)
         self.router_logits = nn.Identity()  # its hooks see what the router puts out, see `record_router_logits`
         self.dropout = nn.Dropout(lora_dropout)
+        self._kept: tuple | None = None  # see `_stack`
         self.reset_experts()
 
     @classmethod
@@ -83,9 +84,8 @@ class ExpertLinear(nn.Linear):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         tokens = hidden_states.flatten(0, -2)
-        learns = self.training or torch.is_grad_enabled()
-        output = self._learn(tokens, hidden_states.shape) if learns else self._infer(tokens, hidden_states.shape)
-        return output.unflatten(0, hidden_states.shape[:-1])
+        compute = self._learn if self.training or torch.is_grad_enabled() else self._infer
+        return compute(tokens, hidden_states.shape[:-1]).unflatten(0, hidden_states.shape[:-1])
 
     def _learn(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         """Sums are made in the original's order: another one may tip a router's choice."""
@@ -99,20 +99,45 @@ class ExpertLinear(nn.Linear):
         return output.addmm_(gated.to(output.dtype), up.to(output.dtype))
 
     def _infer(self, tokens: Tensor, shape: torch.Size) -> Tensor:
-        """Tokens lie along the last dimension, since they are many, and operations along a short last one are slow."""
-        down = torch.cat([self.lora_A.flatten(0, 1), self.router.weight])
-        low_rank, logits = (down @ tokens.mT).split([self.lora_A.shape[0] * self.lora_rank, self.num_experts])
-        logits = logits.add_(self.router.bias.unsqueeze(1))
-        logits = self._show_router_logits(logits.mT, shape).mT
+        """The same with nothing but the products. Tokens lie along the last dimension, since they are many, and
+        operations along a short last one are slow."""
+        output = super().forward(tokens)
+        down, router_bias, up = self._stack(output.dtype)
+        low_rank, logits = (down @ tokens.mT).split([len(up), self.num_experts])
+        logits = self._show_router_logits(logits.add_(router_bias).mT, shape).mT
         gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
         low_rank.unflatten(0, (self.num_experts, self.lora_rank)).mul_(gates.unsqueeze(1))
-        output = super().forward(tokens)
-        up = self.lora_B.mT.flatten(0, 1)
-        return output.addmm_(low_rank.mT.to(output.dtype), up.to(output.dtype), alpha=self.scaling)
+        return output.addmm_(low_rank.mT, up, alpha=self.scaling)
+
+    def _stack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """What inference multiplies by, kept until a tensor is replaced or written to: all A and the router
+        (experts x (rank + 1), in_features), the router's bias (experts, 1), all B (experts x rank, out_features)."""
+        A, B, weight, bias = self.lora_A, self.lora_B, self.router.weight, self.router.bias
+        # Compilers see to it themselves, and tensors that were made under inference mode do not tell of changes.
+        keep = not (torch.compiler.is_compiling() or A.is_inference() or B.is_inference() or weight.is_inference())
+        if keep:
+            versions = (A._version, B._version, weight._version, bias._version)
+            places = (A.data_ptr(), B.data_ptr(), weight.data_ptr(), bias.data_ptr())
+            if self._kept is not None and self._kept[:3] == (dtype, versions, places):
+                return self._kept[3]
+        down = torch.cat([A.flatten(0, 1), weight]).to(dtype)
+        stacked = down, bias.unsqueeze(1).to(dtype), B.mT.flatten(0, 1).to(dtype)
+        if keep:
+            # While the sources are held, no other tensors get their places.
+            self._kept = (dtype, versions, places, stacked, [x.detach() for x in (A, B, weight, bias)])
+        return stacked
+
+    def train(self, mode: bool = True) -> "ExpertLinear":
+        """As in the base class. What was written through `.data`, which leaves no trace, is seen at the latest then."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}
 
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
-        """Passes the logits (tokens, experts) through `router_logits`, whose hooks see them in the inputs' shape."""
-        return self.router_logits(logits.unflatten(0, shape[:-1])).flatten(0, -2)
+        """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""
+        return self.router_logits(logits.unflatten(0, shape)).flatten(0, -2)
 
     def extra_repr(self) -> str:
         return (

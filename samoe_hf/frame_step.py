@@ -233,7 +233,7 @@ def _pointer_positions(model: Sam2VideoModel, distances: Tensor, num_tokens: int
         return like.new_zeros(num_tokens, 1, model.mem_dim)
     sine = get_1d_sine_pe(distances, dim=model.hidden_dim).to(like.dtype)
     position = model.temporal_positional_encoding_projection_layer(sine)
-    return position.repeat_interleave(num_tokens // len(distances), dim=0).unsqueeze(1)
+    return position.unsqueeze(1).expand(-1, num_tokens // len(distances), -1).flatten(0, 1).unsqueeze(1)
 
 
 def _segment(
@@ -247,7 +247,7 @@ def _segment(
     """Runs SAM's prompt encoder and mask decoder, and takes the best candidate's token as object pointer."""
     sparse, dense = _embed_prompt(model, prompt, num_objects)
     masks, iou_scores, tokens, object_score_logits = model.mask_decoder(
-        image_embeddings=coarse.expand(num_objects, -1, -1, -1),
+        image_embeddings=coarse,
         image_positional_embeddings=image.decoder_position,
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,

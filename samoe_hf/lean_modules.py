@@ -2,6 +2,7 @@
 
 - The image encoder's attention also multiplies queries with keys position by position, and drops the result.
 - Its neck encodes the positions of all levels, of which only the coarsest are read.
+- The mask decoder copies an image's features for each of its prompts, even if there is but one.
 - Encodings and angles of positions are computed anew for each frame and memory, though they are always the same.
 """
 
@@ -16,6 +17,7 @@ from transformers.models.sam2.modeling_sam2 import (
     do_pool,
     eager_attention_forward,
 )
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
 
 class LeanMultiScaleAttention(Sam2MultiScaleAttention):
@@ -53,6 +55,59 @@ class LeanNeck(Sam2VisionNeck):
             levels.append(lateral)
         coarse = levels[self._coarsest]
         return tuple(levels), (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
+
+
+class LeanMaskDecoder(Sam2VideoMaskDecoder):
+    """The mask decoder (arXiv:2304.02643, appendix A) for one prompt per row, whose image features may broadcast."""
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        image_positional_embeddings: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        multimask_output: bool,
+        high_resolution_features: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decodes the masks of N objects; shapes are as in the base class, with one prompt in each row.
+
+        Args:
+            image_embeddings: (N or 1, hidden, H, W).
+            image_positional_embeddings: (1, hidden, H, W).
+            sparse_prompt_embeddings: (N, 1, tokens, hidden).
+            dense_prompt_embeddings: (N or 1, hidden, H, W).
+            high_resolution_features: (N or 1, hidden / 8, 4 H, 4 W) and (N or 1, hidden / 4, 2 H, 2 W).
+
+        Returns:
+            logits (N, 1, masks, 4 H, 4 W), estimated IoU (N, 1, masks), mask tokens (N, 1, masks, hidden) and object
+            scores (N, 1, 1); 3 masks with `multimask_output`, or else 1.
+        """
+        num_objects, size = len(sparse_prompt_embeddings), image_embeddings.shape[-2:]
+        own = torch.cat([self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.expand(num_objects, 1, -1, -1), sparse_prompt_embeddings], dim=2).to(own.dtype)
+        image = (image_embeddings + dense_prompt_embeddings).expand(num_objects, -1, -1, -1)
+        tokens, image = self.transformer(
+            point_embeddings=tokens,
+            image_embeddings=image,
+            image_positional_embeddings=image_positional_embeddings,
+            attention_similarity=None,
+        )
+        fine, middle = high_resolution_features
+        upscaled = self.upscale_conv1(image.squeeze(1).mT.unflatten(2, size)) + middle
+        upscaled = self.activation(self.upscale_layer_norm(upscaled))
+        upscaled = self.activation(self.upscale_conv2(upscaled) + fine)
+
+        mask_tokens = tokens[:, :, 2 : 2 + self.num_mask_tokens]
+        each = zip(self.output_hypernetworks_mlps, mask_tokens.unbind(2), strict=True)
+        weights = torch.stack([network(token) for network, token in each], dim=2)
+        masks = (weights @ upscaled.flatten(2).unsqueeze(1)).unflatten(-1, upscaled.shape[-2:])
+        iou_scores = self.iou_prediction_head(tokens[:, :, 1])
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        if self.dynamic_multimask_via_stability and not (multimask_output or self.training):
+            masks, iou_scores = self._dynamic_multimask_via_stability(masks, iou_scores)
+        else:
+            masks, iou_scores = masks[:, :, chosen], iou_scores[:, :, chosen]
+        return masks, iou_scores, mask_tokens[:, :, chosen], self.pred_obj_score_head(tokens[:, :, 0])
 
 
 class CachedPositionEncoding(nn.Module):
@@ -94,6 +149,8 @@ def make_lean(model: Sam2VideoModel) -> None:
     for module in model.vision_encoder.modules():
         if type(module) is Sam2MultiScaleAttention:
             module.__class__ = LeanMultiScaleAttention
+    if type(model.mask_decoder) is Sam2VideoMaskDecoder:
+        model.mask_decoder.__class__ = LeanMaskDecoder
     neck = model.vision_encoder.neck
     if type(neck) is Sam2VisionNeck:
         neck.__class__ = LeanNeck

@@ -39,18 +39,26 @@ def attend_to_memory(
     if attention.training:
         # Dropout is drawn for each object.
         hidden = hidden.expand(len(memory), -1, -1)
-    rotation = tuple(x[0, :, ::2] for x in attention.rotary_emb(hidden, attention.position_ids))
+    cos, sin = (x[0, :, ::2] for x in attention.rotary_emb(hidden, attention.position_ids))
+    rotation = torch.complex(cos, sin)
+    key_rotation = _for_memory(rotation, memory.shape[1] - num_pointer_tokens, num_pointer_tokens)
     keys = memory + memory_position
     for layer in attention.layers:
         normed = layer.layer_norm1(hidden)
-        attended = _attend(layer.self_attn, normed, normed, normed, rotation, 0)
+        attended = _attend(layer.self_attn, normed, normed, normed, rotation, rotation)
         hidden = hidden + layer.dropout1(attended)
         normed = layer.layer_norm2(hidden).expand(len(memory), -1, -1)
-        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, num_pointer_tokens)
+        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, key_rotation)
         hidden = hidden + layer.dropout2(attended)
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
     return attention.layer_norm(hidden)
+
+
+def _for_memory(rotation: Tensor, num_located: int, num_pointer_tokens: int) -> Tensor:
+    """Rotations of memory tokens, from those of one map: pointers have no place in the image, and are not turned."""
+    whole_maps = rotation.repeat(num_located // len(rotation), 1)
+    return torch.cat([whole_maps, rotation.new_ones(num_pointer_tokens, rotation.shape[1])])
 
 
 def _attend(
@@ -58,16 +66,16 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rotation: tuple[Tensor, Tensor],
-    num_pointer_tokens: int,
+    rotation: Tensor,
+    key_rotation: Tensor,
 ) -> Tensor:
     """Attention of (objects, tokens, channels) to (objects, keys, channels), both rotated by where they are."""
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
 
-    query = _rotate(heads(attention.q_proj(query)), *rotation)
-    key = _rotate(heads(attention.k_proj(key)), *rotation, num_pointer_tokens)
+    query = _rotate(heads(attention.q_proj(query)), rotation)
+    key = _rotate(heads(attention.k_proj(key)), key_rotation)
     value = heads(attention.v_proj(value))
     implementation = attention.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -78,20 +86,14 @@ def _attend(
     return attention.o_proj(attended.flatten(-2))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, num_pointer_tokens: int = 0) -> Tensor:
-    """Rotates pairs of channels of (..., tokens, channels), whose tokens are one or more whole maps, then pointers.
-
-    `cos` and `sin` (tokens of a map, channels / 2) are of the angles. Pointers have no place, and stay as they are.
-    """
-    located, pointers = x.split([x.shape[-2] - num_pointer_tokens, num_pointer_tokens], dim=-2)
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates pairs of channels of (..., tokens, channels) by `rotation` (tokens, channels / 2), complex."""
     # In float32 at least, as the original does.
-    pairs = located.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    pairs = pairs.unflatten(-3, (-1, len(cos)))
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         # Compilers fuse real numbers, and leave complex ones to kernels of their own.
-        real, imaginary = pairs.unbind(-1)
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rotation).unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    turned = turned.flatten(-2).flatten(-3, -2).to(x.dtype)
-    return torch.cat([turned, pointers], dim=-2) if num_pointer_tokens else turned
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    return turned.flatten(-2).to(x.dtype)
