@@ -1,5 +1,6 @@
 """The expert layer against the sum it stands for, its routing, and the load-balancing loss."""
 
+import copy
 import math
 
 import pytest
@@ -68,6 +69,67 @@ def test_dropout_only_in_training():
     layer, x = random_layer(lora_dropout=0.5), torch.randn(64, 8, dtype=torch.float64)
     torch.testing.assert_close(layer.eval()(x), sum_over_experts(layer, x))
     assert not torch.allclose(layer.train()(x), sum_over_experts(layer, x))
+
+
+def test_inference_keeps_what_it_multiplies_by():
+    layer, x = random_layer().eval(), torch.randn(4, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), sum_over_experts(layer, x))
+        kept = layer._stack(torch.float64)
+        assert all(a is b for a, b in zip(layer._stack(torch.float64), kept, strict=True))
+    assert copy.deepcopy(layer)._kept is None
+
+
+def optimize(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    layer(torch.ones(2, 8, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+
+
+CHANGES = {
+    "optimizer": optimize,
+    "in place": lambda layer: nn.init.normal_(layer.router.bias),
+    "state dict": lambda layer: layer.load_state_dict(random_layer().state_dict()),
+    "assigned": lambda layer: layer.load_state_dict(random_layer().state_dict(), assign=True),
+    "replaced": lambda layer: setattr(layer, "lora_B", nn.Parameter(torch.randn_like(layer.lora_B))),
+    "data replaced": lambda layer: setattr(layer.lora_A, "data", torch.randn_like(layer.lora_A)),
+    "written through data": lambda layer: (layer.lora_A.data.mul_(2), layer.eval()),
+    "reset": lambda layer: (layer.reset_experts(), nn.init.ones_(layer.lora_B)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_inference_sees_changes(change):
+    torch.manual_seed(0)
+    layer, x = random_layer().eval(), torch.randn(4, 8, dtype=torch.float64)
+    with torch.no_grad():
+        before = layer(x)
+    CHANGES[change](layer)
+    with torch.inference_mode():
+        after = layer(x)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, sum_over_experts(layer, x))
+
+
+def test_layers_made_under_inference_mode_keep_nothing():
+    with torch.inference_mode():
+        layer, x = random_layer().eval(), torch.randn(4, 8, dtype=torch.float64)
+        layer(x)
+        layer.lora_B.mul_(2)
+        torch.testing.assert_close(layer(x), sum_over_experts(layer, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_the_products(dtype):
+    layer, x = random_layer(torch.float32).eval(), torch.randn(64, 8)
+    with torch.inference_mode():
+        exact = layer(x)
+        with torch.autocast("cpu", dtype):
+            rounded = layer(x)
+        torch.testing.assert_close(layer(x), exact, rtol=0, atol=0)
+    assert rounded.dtype == dtype
+    # Where two experts' logits are close, rounding may choose another one.
+    assert ((rounded - exact).abs() < 0.05 * exact.abs().max()).float().mean() > 0.95
 
 
 def tree() -> nn.Module:

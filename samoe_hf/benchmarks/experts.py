@@ -48,6 +48,7 @@ def benchmark_layer(
 
     # Inputs of a layer in the middle of a model need gradients, and so the plain layer has a backward pass too.
     inputs_with_gradient = inputs.clone().requires_grad_()
+    gradient = torch.randn(1, tokens, width, device=device, dtype=dtype)
     forwards: dict[str, Callable[[Tensor], Tensor]] = {
         "plain linear": lambda x: F.linear(x, layer.weight, layer.bias),
         "samoe_hf": layer,
@@ -55,11 +56,13 @@ def benchmark_layer(
     }
 
     def infer(forward: Callable[[Tensor], Tensor]) -> None:
+        layer.eval()
         with torch.inference_mode():
             forward(inputs)
 
     def learn(forward: Callable[[Tensor], Tensor]) -> None:
-        forward(inputs_with_gradient).sum().backward()
+        layer.train()
+        forward(inputs_with_gradient).backward(gradient)
 
     results = []
     for case, step in (("forward", infer), ("forward and backward", learn)):
