@@ -3,6 +3,7 @@
     python scripts/benchmark.py experts --model configs/model_tiny.yaml
     python scripts/benchmark.py track --model configs/model_micro.yaml --objects 1 4 16
     python scripts/benchmark.py track --model configs/model_base_plus.yaml --peers sam2 "sam2 compiled" --dtype bfloat16
+    python scripts/benchmark.py parts --model configs/model_tiny.yaml --objects 1
     python scripts/benchmark.py long --model configs/model_micro.yaml --frames 10000
     python scripts/benchmark.py train --model configs/model_tiny.yaml --frames 8 --objects 3
 
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from samoe_hf.benchmarks import experts, tracking, training
-from samoe_hf.benchmarks.measure import describe_machine, to_markdown, write_results
+from samoe_hf.benchmarks import experts, parts, tracking, training
+from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
 from samoe_hf.configuration_samoe import SamoeConfig
 from samoe_hf.data.registry import load_videos, read_yaml
 
@@ -41,6 +42,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--frames", type=int, default=17)
     one.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=tracking.PEERS)
     one.add_argument("--compile", action="store_true", help="also our model, compiled")
+    one = kinds.add_parser("parts", parents=[common], help="parts of a frame's work beside the least they could take")
+    one.add_argument("--objects", type=int, default=1)
     one = kinds.add_parser("long", parents=[common], help="memory and time per frame through a long video")
     one.add_argument("--objects", type=int, default=1)
     one.add_argument("--frames", type=int, default=10000)
@@ -79,6 +82,26 @@ def run_tracking(arguments: argparse.Namespace, configs: dict[str, SamoeConfig],
         )
     title = f"Tracking: time per frame, {arguments.dtype}"
     report(arguments, "track", title, measurements, to_markdown(measurements, "samoe_hf", "frame"))
+
+
+def run_parts(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
+    settings = (config, arguments.objects, arguments.repeats, arguments.device, dtype)
+    measured, attention = parts.benchmark_parts(*settings), parts.benchmark_attention(*settings)
+    peaks = parts.Peaks.of(arguments.device, dtype)
+    rows = [parts.HEADER, ["---"] * len(parts.HEADER), *(part.row(peaks) for part in measured)]
+    tables = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    tables += (
+        f"\n\nAt peaks of {peaks.flops / 1e9:.0f} GFLOP/s (a product) and {peaks.bandwidth / 1e9:.1f} GB/s (a copy)."
+    )
+    tables += f"\n\n{to_markdown(attention, 'as chosen')}"
+    bars = []
+    for part in measured:
+        case = part.measurement.case
+        seconds = [s / part.frames for s in part.measurement.seconds]
+        floors = zip(("floor of arithmetic", "floor of data"), part.floors(peaks), strict=True)
+        bars += [Measurement(case, "measured", seconds), *(Measurement(case, name, [s]) for name, s in floors)]
+    count = f"{arguments.objects} object{'s' if arguments.objects > 1 else ''}"
+    report(arguments, "parts", f"One frame, its memory full: {count}, {arguments.dtype}", bars, tables)
 
 
 def run_long(arguments: argparse.Namespace, config: SamoeConfig) -> None:
@@ -140,6 +163,8 @@ def main() -> None:
         run_experts(arguments, first, dtype)
     elif arguments.kind == "track":
         run_tracking(arguments, configs, dtype)
+    elif arguments.kind == "parts":
+        run_parts(arguments, first, dtype)
     elif arguments.kind == "long":
         run_long(arguments, first)
     else:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from samoe_hf import SamoeConfig
+from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.benchmarks.experts import dense_forward
 from samoe_hf.benchmarks.measure import Measurement, measure, peak_bytes, to_markdown
+from samoe_hf.benchmarks.parts import Peaks, benchmark_attention, benchmark_parts
 from samoe_hf.benchmarks.peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf.benchmarks.tracking import _check_equal
 from samoe_hf.benchmarks.training import benchmark_training
@@ -90,6 +91,27 @@ def test_a_training_step_and_its_parts_are_timed():
     assert all(len(m.seconds) == 1 for m in measurements)
 
 
+def test_parts_of_a_frame_are_beside_their_floors():
+    config = SamoeConfig(**read_yaml(ROOT / "configs" / "model_micro.yaml"))
+    parts = {part.measurement.case: part for part in benchmark_parts(config, 2, 1, CPU, torch.float32)}
+    assert list(parts) == ["image encoder", "mask decoder", "memory encoder", "memory attention"]
+    assert [part.frames for part in parts.values()] == [4, 1, 1, 1]
+    attends = [any("scaled_dot_product" in kernel for kernel in part.kernels) for part in parts.values()]
+    assert attends == [True, True, False, True]
+    # Two objects; 64 positions, 7 maps and pointers of 8 frames in two tokens each; a head of 128; two layers.
+    keys = 7 * 64 + 8 * 2
+    attention = 2 * 2 * 4 * 64 * keys * 128
+    projections = 2 * 2 * 2 * (2 * keys * 64 * 128)
+    assert attention + projections < parts["memory attention"].flops < 3 * (attention + projections)
+    # Weights are most of the decoder's data, and it reads each once.
+    weights = 4 * sum(p.numel() for p in SamoeModel(config).mask_decoder.parameters())
+    assert weights < parts["mask decoder"].bytes < 1.5 * weights
+    one = parts["image encoder"]
+    assert one.floors(Peaks(one.flops / 4, one.bytes / 8)) == (1.0, 2.0)
+    names = {m.contender for m in benchmark_attention(config, 2, 1, CPU, torch.float32)}
+    assert names == {"as chosen", "flash", "math"}
+
+
 def run_script(monkeypatch, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
@@ -105,6 +127,8 @@ def test_the_script_writes_tables_plots_and_times(monkeypatch, tmp_path, capsys)
         ("micro, 1 object", "samoe_hf"), ("micro, 1 object", "transformers"),
         ("micro, 2 objects", "samoe_hf"), ("micro, 2 objects", "transformers"),
     ]  # fmt: skip
+    run_script(monkeypatch, "parts", "--repeats", 1, "--output", tmp_path)
+    assert (tmp_path / "parts.md").read_text().count("\n| ") == 11 and (tmp_path / "parts.png").is_file()
     run_script(monkeypatch, "long", "--frames", 20, "--output", tmp_path)
     assert (tmp_path / "long.md").read_text().count("\n| ") == 22 and (tmp_path / "long.png").is_file()
     assert "torch" in capsys.readouterr().out
