@@ -133,7 +133,7 @@ class ExpertLinear(nn.Linear):
         return super().train(mode)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}
+        return {**super().__getstate__(), "_kept": None}
 
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""

@@ -120,6 +120,8 @@ class CachedPositionEncoding(nn.Module):
 
     def forward(self, shape: torch.Size, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """(batch, channels, height, width), the same for the whole batch."""
+        if torch.compiler.is_compiling():  # what a graph puts out may be overwritten when it runs again
+            return self.encoding(shape, device, dtype)
         key = (*shape[1:], str(device), dtype)
         if key not in self._known:
             # Also what is first needed while tracking may later be part of a graph.
@@ -138,6 +140,8 @@ class CachedRotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Two times (1, positions, channels), for `position_ids` (2, positions); `x` tells the device."""
+        if torch.compiler.is_compiling():
+            return self.embedding(x, position_ids)
         if x.device not in self._known:
             with torch.inference_mode(False):
                 self._known = {x.device: self.embedding(x, position_ids)}

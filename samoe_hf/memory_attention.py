@@ -40,7 +40,7 @@ def attend_to_memory(
         # Dropout is drawn for each object.
         hidden = hidden.expand(len(memory), -1, -1)
     cos, sin = (x[0, :, ::2] for x in attention.rotary_emb(hidden, attention.position_ids))
-    rotation = torch.complex(cos, sin)
+    rotation = torch.stack([cos, sin], dim=-1)
     key_rotation = _for_memory(rotation, memory.shape[1] - num_pointer_tokens, num_pointer_tokens)
     keys = memory + memory_position
     for layer in attention.layers:
@@ -57,8 +57,9 @@ def attend_to_memory(
 
 def _for_memory(rotation: Tensor, num_located: int, num_pointer_tokens: int) -> Tensor:
     """Rotations of memory tokens, from those of one map: pointers have no place in the image, and are not turned."""
-    whole_maps = rotation.repeat(num_located // len(rotation), 1)
-    return torch.cat([whole_maps, rotation.new_ones(num_pointer_tokens, rotation.shape[1])])
+    whole_maps = rotation.repeat(num_located // len(rotation), 1, 1)
+    not_turned = rotation.new_tensor([1.0, 0.0]).expand(num_pointer_tokens, rotation.shape[1], 2)
+    return torch.cat([whole_maps, not_turned])
 
 
 def _attend(
@@ -87,13 +88,13 @@ def _attend(
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates pairs of channels of (..., tokens, channels) by `rotation` (tokens, channels / 2), complex."""
+    """Rotates pairs of channels of (..., tokens, channels) by `rotation` (tokens, channels / 2, 2): cosine and sine."""
     # In float32 at least, as the original does.
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         # Compilers fuse real numbers, and leave complex ones to kernels of their own.
-        (real, imaginary), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rotation).unbind(-1)
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
     return turned.flatten(-2).to(x.dtype)

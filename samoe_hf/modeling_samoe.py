@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 from transformers.utils import PROCESSOR_NAME
@@ -59,6 +60,8 @@ LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msg
 TOKEN_PARAMETERS = re.compile(
     r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|vision_encoder\..*pos_embed\w*"
 )
+# Of `torch.compile`; see `compile_for_tracking`.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 TRAINABLE_SETS = {
     "experts": is_expert_parameter,
     "adapters": is_adapter_parameter,
@@ -366,13 +369,19 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         between one object and several. Training runs the same parts, and gains as well.
 
         Args:
-            kwargs: of [`torch.compile`], such as `mode="max-autotune-no-cudagraphs"`. Modes with CUDA graphs overwrite
-                memories, and cannot be used.
+            kwargs: of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, a graph is
+                recorded for each size that occurs, and what a part puts out is copied, since its graph's next run
+                overwrites it.
         """
         self.vision_encoder.compile(**kwargs)
         self.mask_decoder.compile(dynamic=True, **kwargs)
         self.memory_encoder.compile(dynamic=True, **kwargs)
         self.attend_to_memory = torch.compile(attend_to_memory, dynamic=True, **kwargs)
+        graphs_by_option = (kwargs.get("options") or {}).get("triton.cudagraphs", False)
+        if kwargs.get("mode") in CUDA_GRAPH_MODES or graphs_by_option:
+            for module in (self.vision_encoder, self.mask_decoder, self.memory_encoder):
+                module._compiled_call_impl = _with_copied_outputs(module._compiled_call_impl)
+            self.attend_to_memory = _with_copied_outputs(self.attend_to_memory)
 
     def forward(
         self,
@@ -495,6 +504,15 @@ _signature = inspect.signature(SamoeModel.forward)
 SamoeModel.forward.__signature__ = _signature.replace(
     parameters=[parameter for name, parameter in _signature.parameters.items() if name != "input_labels"]
 )
+
+
+def _with_copied_outputs(compiled: Callable) -> Callable:
+    """What a compiled function returns, in memory of its own."""
+
+    def run(*args, **kwargs):
+        return tree_map_only(Tensor, torch.clone, compiled(*args, **kwargs))
+
+    return run
 
 
 def _check_loaded(
