@@ -6,13 +6,14 @@ Training over a clip and tracking in a session both run [`frame_step`], batched 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Sam2VideoModel
-from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, get_1d_sine_pe
+from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE
 
 from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features, read_pointers
 
@@ -211,7 +212,7 @@ def _memory_tokens(
     size = model.backbone_feature_sizes[-1]
     spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
     spatial = spatial.flatten(2).permute(2, 0, 1)
-    temporal = model.memory_temporal_positional_encoding[[index for _, index in selection.spatial]]
+    temporal = torch.stack([model.memory_temporal_positional_encoding[index] for _, index in selection.spatial])
     positions = [(spatial + temporal).flatten(0, 1)]
     if selection.pointers:
         distances = torch.tensor([d for _, d in selection.pointers], device=like.device, dtype=torch.float32)
@@ -231,9 +232,18 @@ def _pointer_positions(model: Sam2VideoModel, distances: Tensor, num_tokens: int
     """Encodes distances in time (pointers,), in units of the largest: (tokens, 1, channels)."""
     if not model.config.enable_temporal_pos_encoding_for_object_pointers:
         return like.new_zeros(num_tokens, 1, model.mem_dim)
-    sine = get_1d_sine_pe(distances, dim=model.hidden_dim).to(like.dtype)
-    position = model.temporal_positional_encoding_projection_layer(sine)
+    angles = distances.unsqueeze(1) / _sine_periods(model.hidden_dim, like.device)
+    sine = torch.cat([angles.sin(), angles.cos()], dim=1)
+    position = model.temporal_positional_encoding_projection_layer(sine.to(like.dtype))
     return position.unsqueeze(1).expand(-1, num_tokens // len(distances), -1).flatten(0, 1).unsqueeze(1)
+
+
+@lru_cache
+def _sine_periods(dim: int, device: torch.device) -> Tensor:
+    """Periods / 2 pi of a sine encoding of `dim` channels (arXiv:1706.03762), half of them sines."""
+    with torch.inference_mode(False):
+        pair = torch.arange(dim // 2, dtype=torch.float32, device=device) // 2
+        return 10000 ** (2 * pair / (dim // 2))
 
 
 def _segment(

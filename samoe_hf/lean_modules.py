@@ -131,21 +131,43 @@ class CachedPositionEncoding(nn.Module):
 
 
 class CachedRotaryEmbedding(nn.Module):
-    """The cosines and sines of a rotary embedding whose positions never change, computed once for each device."""
+    """A rotary embedding of positions that never change."""
 
     def __init__(self, embedding: nn.Module):
         super().__init__()
         self.embedding = embedding
-        self._known: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._known: dict[str, tuple[tuple, Tensor]] = {}
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Two times (1, positions, channels), for `position_ids` (2, positions); `x` tells the device."""
+        """Cosines and sines, as the embedding gives them: (1, positions, channels) each."""
+        return self.embedding(x, position_ids)
+
+    def rotations(self, position_ids: Tensor, num_maps: int = 1, num_pointer_tokens: int = 0) -> Tensor:
+        """Cosine and sine for each pair of channels of some maps' tokens, and then of tokens that are not turned.
+
+        They are kept until there are others of as many maps, or on another device.
+
+        Args:
+            position_ids: (2, positions), of one map.
+
+        Returns:
+            (num_maps x positions + num_pointer_tokens, channels / 2, 2).
+        """
         if torch.compiler.is_compiling():
-            return self.embedding(x, position_ids)
-        if x.device not in self._known:
+            return self._compute(position_ids, num_maps, num_pointer_tokens)
+        # Of a frame's own map, and of memories: most frames read as many as the frame before.
+        key = (position_ids.device, num_maps, num_pointer_tokens)
+        slot = "map" if key[1:] == (1, 0) else "memories"
+        if slot not in self._known or self._known[slot][0] != key:
             with torch.inference_mode(False):
-                self._known = {x.device: self.embedding(x, position_ids)}
-        return self._known[x.device]
+                self._known[slot] = key, self._compute(position_ids, num_maps, num_pointer_tokens)
+        return self._known[slot][1]
+
+    def _compute(self, position_ids: Tensor, num_maps: int, num_pointer_tokens: int) -> Tensor:
+        cos, sin = (x[0, :, ::2] for x in self.embedding(position_ids, position_ids))
+        rotation = torch.stack([cos, sin], dim=-1)
+        not_turned = rotation.new_tensor([1.0, 0.0]).expand(num_pointer_tokens, rotation.shape[1], 2)
+        return torch.cat([rotation.repeat(num_maps, 1, 1), not_turned])
 
 
 def make_lean(model: Sam2VideoModel) -> None:

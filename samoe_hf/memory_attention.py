@@ -39,9 +39,9 @@ def attend_to_memory(
     if attention.training:
         # Dropout is drawn for each object.
         hidden = hidden.expand(len(memory), -1, -1)
-    cos, sin = (x[0, :, ::2] for x in attention.rotary_emb(hidden, attention.position_ids))
-    rotation = torch.stack([cos, sin], dim=-1)
-    key_rotation = _for_memory(rotation, memory.shape[1] - num_pointer_tokens, num_pointer_tokens)
+    num_maps = (memory.shape[1] - num_pointer_tokens) // hidden.shape[1]
+    rotation = attention.rotary_emb.rotations(attention.position_ids)
+    key_rotation = attention.rotary_emb.rotations(attention.position_ids, num_maps, num_pointer_tokens)
     keys = memory + memory_position
     for layer in attention.layers:
         normed = layer.layer_norm1(hidden)
@@ -53,13 +53,6 @@ def attend_to_memory(
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
     return attention.layer_norm(hidden)
-
-
-def _for_memory(rotation: Tensor, num_located: int, num_pointer_tokens: int) -> Tensor:
-    """Rotations of memory tokens, from those of one map: pointers have no place in the image, and are not turned."""
-    whole_maps = rotation.repeat(num_located // len(rotation), 1, 1)
-    not_turned = rotation.new_tensor([1.0, 0.0]).expand(num_pointer_tokens, rotation.shape[1], 2)
-    return torch.cat([whole_maps, not_turned])
 
 
 def _attend(

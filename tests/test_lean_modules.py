@@ -78,8 +78,12 @@ def test_constants_are_computed_once_for_each_type(nano, monkeypatch):
     for dtype in (torch.float32, torch.float32, torch.float64):
         encoded = model.memory_encoder.position_encoding((3, 64, 8, 8), "cpu", dtype)
         assert encoded.shape == (3, 64, 8, 8) and encoded.dtype == dtype
+    rotary, positions = model.memory_attention.rotary_emb, model.memory_attention.position_ids
     with torch.inference_mode():
-        cos, _ = model.memory_attention.rotary_emb(torch.zeros(1), model.memory_attention.position_ids)
-    again, _ = model.memory_attention.rotary_emb(torch.zeros(1), model.memory_attention.position_ids)
-    assert again is cos and not cos.is_inference()
-    assert calls == ["encoding", "encoding", "embedding"]
+        one, many = rotary.rotations(positions), rotary.rotations(positions, 3, 4)
+    assert rotary.rotations(positions, 3, 4) is many and not many.is_inference()
+    assert rotary.rotations(positions) is one
+    more = rotary.rotations(positions, 3, 6)
+    torch.testing.assert_close(many, torch.cat([one, one, one, torch.tensor([1.0, 0.0]).expand(4, *one.shape[1:])]))
+    torch.testing.assert_close(more[:-2], many)
+    assert calls == ["encoding", "encoding", "embedding", "embedding", "embedding"]
