@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from .modeling_samoe import SamoeModel
 
 
-# So many frames are encoded at once, if a device has room for more than one: on a CPU, if images are this small.
-FRAMES_AHEAD, SMALL_IMAGE_SIZE = 4, 256
+# So many frames are encoded at once, if one does not fill the device: on a CPU, if images are this small. Sessions that
+# cache more have more encoded at once, but not all that some of them have room for.
+FRAMES_AHEAD, SMALL_IMAGE_SIZE, MOST_FRAMES_AHEAD = 4, 256, 16
 
 # A session and the row of one of its objects.
 Row = tuple[Sam2VideoInferenceSession, int]
@@ -269,7 +270,7 @@ def _encode_frames(
     wanted = []
     for session in sessions:
         if session.cache.get_vision_features(frame_idx) is None:
-            count = max(session.cache.max_vision_features_cache_size, 1)
+            count = min(max(session.cache.max_vision_features_cache_size, 1), MOST_FRAMES_AHEAD)
             ahead = range(frame_idx, frame_idx + step * count, step)
             if ahead[-1] not in session.processed_frames:
                 ahead = ahead[:1]  # so that a compiled encoder meets two sizes of batches only
@@ -291,7 +292,10 @@ def encoding_ahead(model: "SamoeModel", session: Sam2VideoInferenceSession) -> I
     is_filled_by_one = torch.device(session.inference_device).type == "cpu" and model.image_size > SMALL_IMAGE_SIZE
     cache = session.cache
     before = cache.max_vision_features_cache_size
-    cache.max_vision_features_cache_size = max(before, 1 if is_filled_by_one else FRAMES_AHEAD)
+    if is_filled_by_one or before >= FRAMES_AHEAD:
+        yield
+        return
+    cache.max_vision_features_cache_size = FRAMES_AHEAD
     try:
         yield
     finally:

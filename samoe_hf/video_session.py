@@ -24,7 +24,7 @@ class VideoSession(Sam2VideoInferenceSession):
         processor: prepares the frames.
         keep_frames: at least the model's reach.
         kwargs: as in the base class: `inference_device`, `inference_state_device`, `dtype`, and
-            `max_vision_features_cache_size`, so many frames are encoded at once, ahead of tracking.
+            `max_vision_features_cache_size`, so many frames (16 at most) are encoded at once, ahead of tracking.
     """
 
     def __init__(

@@ -140,6 +140,14 @@ def test_small_frames_are_encoded_a_few_at_a_time_while_a_video_is_propagated(na
             assert (masks - expected[frame_idx]).abs().mean() < 1e-4
 
 
+def test_a_large_cache_is_not_filled_at_once(nano, processor, encoded):
+    session = VideoSession(Frames(40), processor, max_vision_features_cache_size=30)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    nano.model(session, frame_idx=0)
+    nano.model(session, frame_idx=1)
+    assert encoded == [16]
+
+
 def test_large_frames_are_encoded_one_by_one_on_a_cpu(nano, processor, encoded, monkeypatch):
     monkeypatch.setattr("samoe_hf.tracking.SMALL_IMAGE_SIZE", 64)
     session = VideoSession(Frames(9), processor)
