@@ -114,7 +114,7 @@ class ExpertLinear(nn.Linear):
         (experts x (rank + 1), in_features), the router's bias (experts, 1), all B (experts x rank, out_features)."""
         A, B, weight, bias = self.lora_A, self.lora_B, self.router.weight, self.router.bias
         # Compilers see to it themselves, and tensors that were made under inference mode do not tell of changes.
-        keep = not (torch.compiler.is_compiling() or A.is_inference() or B.is_inference() or weight.is_inference())
+        keep = not (torch.compiler.is_compiling() or any(x.is_inference() for x in (A, B, weight, bias)))
         if keep:
             versions = (A._version, B._version, weight._version, bias._version)
             places = (A.data_ptr(), B.data_ptr(), weight.data_ptr(), bias.data_ptr())
@@ -149,7 +149,9 @@ class ExpertLinear(nn.Linear):
 def top_k_gates(router_logits: Tensor, num_experts_per_tok: int, dim: int = -1) -> Tensor:
     """Softmax over each token's `num_experts_per_tok` largest logits, zero elsewhere; the experts lie along `dim`."""
     top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=dim, sorted=False)
-    return torch.zeros_like(router_logits).scatter_(dim, top_experts, top_logits.softmax(dim=dim))
+    # A GPU's autocast gives a softmax in float32.
+    weights = top_logits.softmax(dim=dim).to(router_logits.dtype)
+    return torch.zeros_like(router_logits).scatter_(dim, top_experts, weights)
 
 
 def matching_linear_names(model: nn.Module, patterns: str | list[str]) -> list[str]:

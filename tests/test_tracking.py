@@ -5,6 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModel, AutoProcessor, Sam2VideoConfig, Sam2VideoInferenceSession, Sam2VideoModel
 
 from samoe_hf import SamoeConfig, SamoeModel
@@ -257,6 +259,41 @@ def test_autocast_gives_nearly_the_same_masks(nano, processor, video, dtype):
     with torch.autocast("cpu", dtype):
         rounded = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
     assert ((rounded > 0) == (expected > 0)).float().mean() > 0.95
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Has these functions compute in float32, as CUDA's autocast does and the CPU's does not."""
+
+    NAMES = (
+        *("softmax", "log_softmax", "layer_norm", "group_norm", "sum", "prod", "cumsum", "pow", "exp", "log", "norm"),
+        *("rsqrt", "reciprocal", "mse_loss", "l1_loss", "smooth_l1_loss", "cosine_similarity", "expm1", "log1p"),
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.NAMES:
+            halves = (torch.bfloat16, torch.float16)
+            args, kwargs = tree_map_only(
+                torch.Tensor, lambda x: x.float() if x.dtype in halves else x, (args, kwargs or {})
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_cudas_autocast_leaves_in_float32_fits_the_rest(nano, processor, video, dtype):
+    prompts = [(1, 0, POINT_1), (2, 0, BOX), (3, 2, POINT_2)]
+    expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    with torch.autocast("cpu", dtype), CudaAutocast():
+        rounded = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    assert ((rounded > 0) == (expected > 0)).float().mean() > 0.95
+    model = copy.deepcopy(nano.model).train()
+    labels = torch.zeros(1, 2, 4, 128, 128, dtype=torch.bool)
+    labels[:, 0, :, 20:60, 30:70] = labels[:, 1, :, 70:100, 50:90] = True
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype), CudaAutocast():
+        output = model(torch.randn(1, 4, 3, 128, 128), labels, prompts="sam2")
+    output.loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_several_videos_are_tracked_at_once(nano, processor, video):
