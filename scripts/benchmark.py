@@ -21,6 +21,7 @@ from samoe_hf.benchmarks import experts, parts, tracking, training
 from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
 from samoe_hf.configuration_samoe import SamoeConfig
 from samoe_hf.data.registry import load_videos, read_yaml
+from samoe_hf.reporting import format_table
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -88,8 +89,7 @@ def run_parts(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.d
     settings = (config, arguments.objects, arguments.repeats, arguments.device, dtype)
     measured, attention = parts.benchmark_parts(*settings), parts.benchmark_attention(*settings)
     peaks = parts.Peaks.of(arguments.device, dtype)
-    rows = [parts.HEADER, ["---"] * len(parts.HEADER), *(part.row(peaks) for part in measured)]
-    tables = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    tables = format_table(parts.HEADER, [part.row(peaks) for part in measured], markdown=True)
     tables += (
         f"\n\nAt peaks of {peaks.flops / 1e9:.0f} GFLOP/s (a product) and {peaks.bandwidth / 1e9:.1f} GB/s (a copy)."
     )

@@ -35,7 +35,6 @@ def test_the_decoder_gives_the_same_masks(nano, num_objects, multimask, training
     assert type(decoder) is LeanMaskDecoder
     generator = torch.Generator().manual_seed(1)
     hidden, (height, width) = decoder.hidden_size, nano.model.backbone_feature_sizes[-1]
-
     coarse, dense, positions = (
         torch.randn(rows, hidden, height, width, generator=generator) for rows in (num_objects, 1, 1)
     )

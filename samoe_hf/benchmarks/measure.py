@@ -16,6 +16,8 @@ import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
+from ..reporting import format_table
+
 PACKAGES = ("samoe_hf", "torch", "transformers", "sam2")
 
 
@@ -40,6 +42,11 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """As users run a model in `dtype`: float32 as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def measure(
@@ -126,8 +133,7 @@ def to_markdown(measurements: Sequence[Measurement], reference: str, per_second:
             is_there = of is not None and of.peak_bytes and m.peak_bytes is not None
             row.append(f"{m.peak_bytes / of.peak_bytes:.2f}" if is_there else "")
         rows.append(row)
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return format_table(rows[0], rows[1:], markdown=True)
 
 
 def plot(measurements: Sequence[Measurement], path: Path, title: str, machine: str) -> None:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..configuration_samoe import SamoeConfig
 from ..modeling_samoe import SamoeModel
-from .measure import Measurement, measure
+from .measure import Measurement, autocast, measure
 from .peers import TransformersTracker
 from .tracking import FIRST_TIMED_FRAME
 
@@ -96,7 +96,7 @@ def benchmark_parts(
     model = SamoeModel(config).to(device).eval()
     frames = torch.randn(FIRST_TIMED_FRAME, 3, config.image_size, config.image_size, device=device)
     points = torch.rand(num_objects, 2) * config.image_size
-    with _recorded_calls(model) as calls, _autocast(device, dtype):
+    with _recorded_calls(model) as calls, autocast(device, dtype):
         list(TransformersTracker(model, config).track(frames, points))
     parts = []
     for name, (module, call) in calls.items():
@@ -112,8 +112,9 @@ def benchmark_attention(
     config: SamoeConfig, num_objects: int, repeats: int, device: torch.device, dtype: torch.dtype
 ) -> list[Measurement]:
     """Cross attention to a full memory by each kernel that the device has, beside the one that is chosen."""
-    model = SamoeModel(config)
-    tokens, hidden = model.backbone_feature_sizes[-1][0] * model.backbone_feature_sizes[-1][1], model.hidden_dim
+    with torch.device("meta"):  # only its sizes are needed
+        model = SamoeModel(config)
+    tokens, hidden = math.prod(model.backbone_feature_sizes[-1]), model.hidden_dim
     keys = model.num_maskmem * tokens + config.max_object_pointers_in_encoder * hidden // model.mem_dim
     width = hidden // config.memory_attention_num_attention_heads
     heads = config.memory_attention_num_attention_heads
@@ -144,12 +145,8 @@ def _is_available(run: Callable[[], Tensor]) -> bool:
     return True
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def _under(call: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
-    with torch.inference_mode(), _autocast(device, dtype):
+    with torch.inference_mode(), autocast(device, dtype):
         return call()
 
 
@@ -202,5 +199,6 @@ def _attention_kernels(run: Callable[[], Any], device: torch.device) -> tuple[st
         run()
     names = {event.key for event in profiler.key_averages()}
     operations = {name.removeprefix("aten::") for name in names if name.startswith("aten::_scaled_dot_product")}
-    kernels = {name.split("<")[0] for name in names if "::" not in name[:6] and ("flash" in name or "fmha" in name)}
+    others = [name for name in names if not name.startswith("aten::")]
+    kernels = {name.split("<")[0] for name in others if "flash" in name or "fmha" in name}
     return tuple(sorted(operations | kernels))

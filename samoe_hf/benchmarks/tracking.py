@@ -16,7 +16,7 @@ from ..configuration_samoe import SamoeConfig
 from ..conversion import build_processor
 from ..modeling_samoe import SamoeModel
 from ..video_session import VideoSession
-from .measure import Measurement, describe_machine, synchronize
+from .measure import Measurement, autocast, describe_machine, synchronize
 from .peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 
 # The memory is full from this frame on; those before are not timed. Ours may encode 4 frames at once, from frame 1 on.
@@ -82,7 +82,7 @@ def benchmark_tracking(
             masks = {}
             for tracker, measurement in found.items():
                 before = _held_bytes(device)
-                with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with torch.inference_mode(), autocast(device, dtype):
                     tracked = list(trackers[tracker].track(frames, points))
                 masks[tracker] = tracked[-1][1].float()
                 if repeat:  # the first warms up

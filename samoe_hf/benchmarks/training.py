@@ -16,7 +16,7 @@ from ..experts import expert_modules
 from ..frame_step import image_features
 from ..modeling_samoe import SamoeModel
 from .experts import dense_forward
-from .measure import Measurement, measure, synchronize
+from .measure import Measurement, autocast, measure, synchronize
 
 
 def benchmark_training(
@@ -53,14 +53,13 @@ def benchmark_training(
     model.encoder_batch_size = encoder_batch_size
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     clip = _clip(config.image_size, num_frames, num_objects, device)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def encode() -> None:
-        with autocast(), torch.no_grad():
+        with autocast(device, dtype), torch.no_grad():
             image_features(model, clip["pixel_values"].flatten(0, 1), encoder_batch_size)
 
     def forward() -> Tensor:
-        with autocast():
+        with autocast(device, dtype):
             return model(**clip).loss
 
     def step() -> None:
@@ -70,7 +69,7 @@ def benchmark_training(
 
     def original_step() -> None:
         optimizer.zero_grad()
-        with _dense_experts(model), autocast():
+        with _dense_experts(model), autocast(device, dtype):
             model.encoder_batch_size = 1
             for index in range(num_objects):
                 one = {**clip, "labels": clip["labels"][:, index : index + 1]}
@@ -153,7 +152,7 @@ def measure_waiting(
         start = time.perf_counter()
         batch = {name: x.to(device) for name, x in next(batches).items() if isinstance(x, Tensor)}
         arrived = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             loss = model(**batch).loss
         loss.backward()
         synchronize(device)
