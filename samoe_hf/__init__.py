@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoProcessor, Sam2VideoProcessor
 
-from .configuration_samoe import SamoeConfig
-from .modeling_samoe import SamoeModel
+from .model.configuration_samoe import SamoeConfig
+from .model.modeling_samoe import SamoeModel
 
 __version__ = "0.1.0"
 

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, Sam2VideoProcessor
+from transformers import Sam2VideoProcessor
 
-from .conversion import build_processor
-from .modeling_samoe import SamoeModel
-from .video_session import VideoSession
+from .model.modeling_samoe import SamoeModel
+from .model.session import VideoSession
 
 
 @dataclass
@@ -55,15 +53,6 @@ class TrackedFrame(NamedTuple):
         best, row = self.logits.max(dim=0)
         ids = torch.tensor(self.object_ids, device=row.device)[row]
         return torch.where(best > 0, ids, 0).cpu().numpy()
-
-
-def load_processor(source: str | Path, model: SamoeModel) -> Sam2VideoProcessor:
-    """The processor saved with a model, or, of an original checkpoint (a file), the one that its preprocessing needs.
-
-    Args:
-        source: what `model` was loaded from.
-    """
-    return build_processor(model.config) if Path(source).is_file() else AutoProcessor.from_pretrained(source)
 
 
 def track_video(

@@ -19,11 +19,11 @@ import torch
 import yaml
 from torch.utils.data import ConcatDataset
 
-from samoe_hf.assemble import assemble, routed_right
-from samoe_hf.conversion import new_directory
+from samoe_hf.continual.assemble import assemble, routed_right
 from samoe_hf.data import Video, load_videos
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.inference import load_processor
+from samoe_hf.model.files import new_directory
+from samoe_hf.model.processor import load_processor
 
 
 def parse_arguments() -> argparse.Namespace:

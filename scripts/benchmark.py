@@ -19,9 +19,9 @@ import torch
 
 from samoe_hf.benchmarks import experts, parts, tracking, training
 from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
-from samoe_hf.configuration_samoe import SamoeConfig
 from samoe_hf.data.registry import load_videos, read_yaml
-from samoe_hf.reporting import format_table
+from samoe_hf.evaluation.report import format_table
+from samoe_hf.model.configuration_samoe import SamoeConfig
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

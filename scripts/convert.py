@@ -16,8 +16,10 @@ from typing import NoReturn
 from huggingface_hub import HfApi
 
 from samoe_hf import SamoeModel
-from samoe_hf.conversion import build_processor, new_directory, save_original
-from samoe_hf.model_card import write_model_card
+from samoe_hf.hub.model_card import write_model_card
+from samoe_hf.model.files import new_directory
+from samoe_hf.model.processor import build_processor
+from samoe_hf.original.checkpoint import save_original
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoProcessor, Sam2VideoProcessor, Trainer, TrainingArguments
 
 from samoe_hf import SamoeModel
-from samoe_hf.analysis import expert_usage
-from samoe_hf.conversion import build_processor
+from samoe_hf.analysis.usage import expert_usage
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos, Video, write_palette_png, write_video
-from samoe_hf.evaluation import evaluate_videos, mean_iou, segment_video
+from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou, segment_video
 from samoe_hf.inference import VideoPrompt, track_video
-from samoe_hf.training import ModelArguments
-from samoe_hf.visualization import overlay_masks, plot_frames
+from samoe_hf.model.processor import build_processor
+from samoe_hf.plots.experts import overlay_masks, plot_frames
+from samoe_hf.training.trainer import ModelArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES = 2000, 4

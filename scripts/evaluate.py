@@ -27,12 +27,12 @@ from accelerate import PartialState
 
 from samoe_hf.data.predictions import Layout, layout_of
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
-from samoe_hf.evaluation import SURFACE_TOLERANCE, write_text
-from samoe_hf.evaluation_run import Evaluation, choose_seeds
-from samoe_hf.interaction import EvaluationPrompt
-from samoe_hf.metrics import Protocol
-from samoe_hf.reporting import comparison_table, summary_table, write_report
-from samoe_hf.results import protocol_of, seen_and_unseen, to_json
+from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE, write_text
+from samoe_hf.evaluation.metrics import Protocol
+from samoe_hf.evaluation.report import comparison_table, summary_table, write_report
+from samoe_hf.evaluation.run import Evaluation, choose_seeds
+from samoe_hf.evaluation.simulated_user import EvaluationPrompt
+from samoe_hf.evaluation.statistics import protocol_of, seen_and_unseen, to_json
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

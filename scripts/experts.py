@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 
 from samoe_hf import SamoeModel
-from samoe_hf.analysis import DEAD_SHARE, ExpertUsage, expert_usage, routing_maps, routing_module, short_name
+from samoe_hf.analysis.usage import DEAD_SHARE, ExpertUsage, expert_usage, routing_maps, routing_module, short_name
 from samoe_hf.data import Video
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
-from samoe_hf.inference import load_processor
+from samoe_hf.model.processor import load_processor
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -16,8 +16,9 @@ import torch
 
 from samoe_hf import SamoeModel
 from samoe_hf.data.video_io import read_label_png, read_video, write_palette_png, write_video
-from samoe_hf.inference import VideoPrompt, load_processor, track_video
-from samoe_hf.visualization import overlay_masks
+from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.model.processor import load_processor
+from samoe_hf.plots.experts import overlay_masks
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

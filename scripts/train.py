@@ -11,7 +11,7 @@ import sys
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from samoe_hf.training import build_trainer
+from samoe_hf.training.trainer import build_trainer
 
 
 def main() -> None:

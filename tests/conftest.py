@@ -1,51 +1,13 @@
-"""Reference data of the original system, and models that load it."""
+"""Fixtures that several folders share."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from samoe_hf import SamoeModel
-from samoe_hf.conversion import build_processor
-
-FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = Path(__file__).parents[2] / "shared"
-
-
-def reference_folder(name: str) -> Path:
-    """The folder of a reference model; `nano` comes with the tests, others lie beside the repository."""
-    if name == "nano":
-        return FIXTURES / "nano"
-    folder = SHARED / "reference" / name
-    if not folder.is_dir():
-        pytest.skip(f"needs ../shared/reference/{name}, which is not part of the repository")
-    return folder
-
-
-def shared_data(name: str) -> Path:
-    folder = SHARED / "data" / name
-    if not folder.is_dir():
-        pytest.skip(f"needs ../shared/data/{name}, which is not part of the repository")
-    return folder
-
-
-def load_reference(name: str, with_experts: bool = True) -> SimpleNamespace:
-    folder = reference_folder(name)
-    files = {
-        "checkpoint": folder / f"sam2.1_hiera_{name}.pt",
-        "experts": folder / f"samoe_{name}_adapters.pt",
-        "original_config": folder / f"sam2.1_hiera_{name}_moe.yaml",
-    }
-    model = SamoeModel.from_pretrained(
-        files["checkpoint"],
-        experts=files["experts"] if with_experts else None,
-        original_config=files["original_config"],
-    )
-    return SimpleNamespace(
-        name=name, folder=folder, model=model, load=lambda f: load_file(folder / f"{f}.safetensors"), **files
-    )
+from helpers.reference import load_reference
+from samoe_hf.model.processor import build_processor
 
 
 @pytest.fixture(scope="session", params=["nano", "mini"])

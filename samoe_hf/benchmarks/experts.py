@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..configuration_samoe import SamoeConfig
-from ..experts import ExpertLinear, expert_modules, top_k_gates
-from ..modeling_samoe import SamoeModel
+from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
+from samoe_hf.model.modeling_samoe import SamoeModel
+
 from .measure import Measurement, measure
 
 

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-from ..reporting import format_table
+from samoe_hf.evaluation.report import format_table
 
 PACKAGES = ("samoe_hf", "torch", "transformers", "sam2")
 

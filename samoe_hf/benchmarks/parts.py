@@ -16,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from ..configuration_samoe import SamoeConfig
-from ..modeling_samoe import SamoeModel
+from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.modeling_samoe import SamoeModel
+
 from .measure import Measurement, autocast, measure
 from .peers import TransformersTracker
 from .tracking import FIRST_TIMED_FRAME

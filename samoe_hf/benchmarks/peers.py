@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Sam2VideoConfig, Sam2VideoInferenceSession, Sam2VideoModel
 
-from ..configuration_samoe import SamoeConfig
-from ..conversion import build_processor
-from ..experts import is_expert_parameter
-from ..modeling_samoe import SamoeModel
-from ..original_config import write_yaml
-from ..original_names import state_dict_to_original, without_base_layer
+from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processor import build_processor
+from samoe_hf.original.config import write_yaml
+from samoe_hf.original.names import state_dict_to_original, without_base_layer
+
 from .measure import synchronize
 
 Tracked = tuple[float, Tensor]

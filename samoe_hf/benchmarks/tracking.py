@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from ..configuration_samoe import SamoeConfig
-from ..conversion import build_processor
-from ..modeling_samoe import SamoeModel
-from ..video_session import VideoSession
+from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processor import build_processor
+from samoe_hf.model.session import VideoSession
+
 from .measure import Measurement, autocast, describe_machine, synchronize
 from .peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..configuration_samoe import SamoeConfig
-from ..data import ClipCollator, ClipDataset, SyntheticVideos
-from ..data.schema import Video
-from ..experts import expert_modules
-from ..frame_step import image_features
-from ..modeling_samoe import SamoeModel
+from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
+from samoe_hf.data.schema import Video
+from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.experts import expert_modules
+from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.modeling_samoe import SamoeModel
+
 from .experts import dense_forward
 from .measure import Measurement, autocast, measure, synchronize
 

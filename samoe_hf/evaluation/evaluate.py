@@ -1,0 +1,248 @@
+"""How well a model segments videos: semi-supervised tracking, from the first frame each object is seen on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import Sam2VideoProcessor
+
+from samoe_hf.data.predictions import MaskFiles
+from samoe_hf.data.schema import Video
+from samoe_hf.model.modeling_samoe import SamoeModel
+
+from .metrics import VideoScores, score_video, surface_dice
+from .simulated_user import EvaluationPrompt, PredictedFrame, SimulatedUser
+
+SURFACE_TOLERANCE = 2.0  # mm
+
+
+def segment_video(
+    model: SamoeModel,
+    processor: Sam2VideoProcessor,
+    video: Video,
+    prompt: str | EvaluationPrompt = "mask",
+    seed: int = 42,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tracks all objects of a video, each prompted on the first annotated frame that shows it.
+
+    Args:
+        prompt: see [`EvaluationPrompt`].
+        seed: of prompts that are drawn.
+
+    Returns:
+        masks (T, N, H, W) bool, in the order of `video.object_ids`, empty before an object was prompted and possibly
+        overlapping; and object score logits (T, N), -inf before.
+    """
+    user = SimulatedUser(model, processor, video, EvaluationPrompt.parse(prompt), seed)
+    frames = list(user.track(overlapping=True))
+    return np.stack([frame.masks for frame in frames]), np.stack([frame.scores for frame in frames])
+
+
+@dataclass
+class VideoResult:
+    """Scores of one video's annotated frames, and how they came about.
+
+    Attributes:
+        video_id, domain: of the video.
+        scores: over the annotated frames.
+        frames: their indices in the video.
+        num_frames: all frames of the video.
+        image_area: pixels of a frame.
+        seconds: of prompting and tracking, with the decoding of frames; NaN for masks that were read from files.
+        prompts: what was given: object_id, frame_idx, points, labels and box of each prompt, in order.
+        surface_dice: of a volume, for each object (N,).
+    """
+
+    video_id: str
+    domain: str
+    scores: VideoScores
+    frames: list[int]
+    num_frames: int
+    image_area: int
+    seconds: float = float("nan")
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    surface_dice: np.ndarray | None = None
+
+    @property
+    def key(self) -> str:
+        """Unique among the videos of an evaluation."""
+        return f"{self.domain}/{self.video_id}"
+
+    def save(self, path: Path) -> None:
+        """Writes an `.npz`, which is there as a whole or not at all."""
+        arrays = {f.name: getattr(self.scores, f.name) for f in fields(VideoScores)}
+        arrays |= {"surface_dice": self.surface_dice}
+        described = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("scores", "surface_dice")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        with open(partial, "wb") as file:
+            present = {name: value for name, value in arrays.items() if value is not None}
+            np.savez_compressed(file, described=json.dumps(described), **present)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> VideoResult:
+        """Reads what [`save`](VideoResult.save) wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        described = json.loads(str(arrays.pop("described")))
+        surface = arrays.pop("surface_dice", None)
+        arrays["object_ids"] = tuple(arrays["object_ids"].tolist())
+        return cls(**described, scores=VideoScores(**arrays), surface_dice=surface)
+
+
+def score_predictions(
+    video: Video,
+    predictions: Iterable[PredictedFrame],
+    surface_tolerance: float = SURFACE_TOLERANCE,
+    write: Callable[[Video, int, np.ndarray], None] | None = None,
+) -> VideoResult:
+    """Scores a video's predicted frames one by one, as they come.
+
+    Args:
+        predictions: at least those of the annotated frames, in order.
+        surface_tolerance: in mm, for volumes.
+        write: takes the video, a frame's index and its masks (N, H, W), such as [`MaskFiles.write`].
+    """
+    ids, annotated = video.object_ids, set(video.annotated_frames)
+    parts, volume, seconds, start = [], [], 0.0, time.perf_counter()
+    for frame_idx, masks, scores in predictions:
+        seconds += time.perf_counter() - start
+        if write is not None:
+            write(video, frame_idx, masks)
+        if frame_idx in annotated:
+            target = video.masks(frame_idx)
+            parts.append(score_video(masks[None], target[None], ids, scores[None]))
+            if video.spacing is not None:
+                volume.append((np.packbits(masks), np.packbits(target)))
+        start = time.perf_counter()
+    surface = None
+    if video.spacing is not None:
+        shape = (len(volume), len(ids), *video.size)
+        pair = [
+            np.stack([np.unpackbits(m, count=np.prod(shape[1:])) for m in side]) for side in zip(*volume, strict=True)
+        ]
+        pair = [side.reshape(shape).astype(bool) for side in pair]
+        surface = surface_dice(*pair, video.spacing[::-1], surface_tolerance, ids)
+    arrays = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts])
+        for f in fields(VideoScores)
+        if f.name != "object_ids"
+    }
+    height, width = video.size
+    return VideoResult(
+        video.video_id,
+        video.domain,
+        VideoScores(tuple(ids), **arrays),
+        list(video.annotated_frames),
+        len(video),
+        height * width,
+        seconds,
+        surface_dice=surface,
+    )
+
+
+def evaluate_video(
+    model: SamoeModel,
+    processor: Sam2VideoProcessor,
+    video: Video,
+    prompt: str | EvaluationPrompt = "mask",
+    seed: int = 42,
+    overlapping: bool = False,
+    surface_tolerance: float = SURFACE_TOLERANCE,
+    write: Callable[[Video, int, np.ndarray], None] | None = None,
+) -> VideoResult:
+    """Tracks a video's objects and scores them on its annotated frames.
+
+    Args:
+        prompt, seed: see [`segment_video`].
+        overlapping: whether a pixel may belong to several objects; else it belongs to that of the largest logit, as in
+            the maps of ids that most benchmarks take.
+        surface_tolerance, write: see [`score_predictions`].
+
+    Raises:
+        ValueError: if no frame of the video is annotated.
+    """
+    _check_annotated(video)
+    user = SimulatedUser(model, processor, video, EvaluationPrompt.parse(prompt), seed)
+    result = score_predictions(video, user.track(overlapping), surface_tolerance, write)
+    result.prompts = [
+        {name: value for name, value in asdict(given).items() if name != "mask"} | {"mask": given.mask is not None}
+        for given in user.given
+    ]
+    return result
+
+
+def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
+    """Scores masks that were written before, by whatever method.
+
+    Raises:
+        FileNotFoundError: if annotated frames have no prediction; names them.
+        SampleError: a damaged file, or one of another size than the video.
+    """
+    _check_annotated(video)
+    files.check(video, video.annotated_frames)
+
+    def read() -> Iterator[PredictedFrame]:
+        for frame in video.annotated_frames:
+            masks = files.read(video, frame)
+            yield PredictedFrame(frame, masks, np.full(len(masks), np.nan))
+
+    result = score_predictions(video, read(), surface_tolerance)
+    scores = {f.name: getattr(result.scores, f.name) for f in fields(VideoScores)} | {"object_scores": None}
+    result.scores, result.seconds = VideoScores(**scores), float("nan")
+    return result
+
+
+def _check_annotated(video: Video) -> None:
+    if not video.annotated_frames:
+        raise ValueError(f"{video.video_id}: no frame is annotated, so there is nothing to score.")
+
+
+def evaluate_videos(
+    model: SamoeModel,
+    processor: Sam2VideoProcessor,
+    videos: Iterable[Video],
+    show_progress_bar: bool = True,
+    prompt: str | EvaluationPrompt = "mask",
+    seed: int = 42,
+) -> dict[str, VideoScores]:
+    """Scores a model on videos: video id -> scores, see [`metrics.summarize`].
+
+    Only annotated frames are scored. Where objects overlap, a pixel belongs to that of the largest logit.
+
+    Args:
+        prompt, seed: see [`segment_video`].
+    """
+    was_training = model.training
+    model.eval()
+    results = {}
+    for video in tqdm(videos, desc="evaluate", disable=not show_progress_bar):
+        results[video.video_id] = evaluate_video(model, processor, video, prompt, seed).scores
+    model.train(was_training)
+    return results
+
+
+def mean_iou(results: Mapping[str, VideoScores]) -> float:
+    """IoU averaged over all objects and the frames after the one that each was prompted on, 0 to 1."""
+    values = []
+    for scores in results.values():
+        first_seen = (scores.target_area > 0).argmax(axis=0)
+        values += [scores.j[first + 1 :, column] for column, first in enumerate(first_seen)]
+    return float(np.concatenate(values).mean())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

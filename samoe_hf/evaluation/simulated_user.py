@@ -1,0 +1,286 @@
+"""A simulated user: what is given of a video's objects, on which frames, and the masks that a model makes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
+
+from samoe_hf.data.schema import Video
+from samoe_hf.inference import VideoPrompt
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.prompts import NEGATIVE, POSITIVE, bounding_boxes
+from samoe_hf.model.session import KEPT_FRAMES, VideoSession
+
+PAUSE_IOU = 0.75  # online, the user corrects an object whose IoU falls below this (arXiv:2408.00714, section 6.1)
+
+_SYNTAX = re.compile(r"(mask|box)|(point)(?::(\d+))?|(clicks):(\d+)(?:@(\d+)(:offline)?)?")
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """What each object is prompted with, on the first annotated frame that shows it.
+
+    Written as text (see [`parse`](EvaluationPrompt.parse)):
+    - "mask": its mask. "box": the bounding box of its mask.
+    - "point" or "point:N": N positive points drawn evenly from its mask; the only prompt that depends on a seed.
+    - "clicks:N": N clicks, one after the other, each on the centre of the largest error so far.
+    - "clicks:N@M": online, in one pass: another N clicks where the IoU falls below 0.75, on up to M frames in all.
+    - "clicks:N@M:offline": in M passes: each but the first begins with N clicks on the frame of the lowest IoU.
+
+    The interactive ones follow SAM 2's evaluation (arXiv:2408.00714, section 6.1 and appendix F.1), for each object on
+    its own; N is 3 and M up to 8 there.
+
+    Args:
+        kind: "mask", "box", "point" or "clicks".
+        count: points or clicks on each frame.
+        num_frames: frames of each object that clicks are given on, the first among them.
+        offline: whether these frames are chosen after a pass over the whole video.
+    """
+
+    kind: str
+    count: int = 1
+    num_frames: int = 1
+    offline: bool = False
+
+    @classmethod
+    def parse(cls, text: str | EvaluationPrompt) -> EvaluationPrompt:
+        """Reads a prompt's text.
+
+        Raises:
+            ValueError: if it is none of the above, or a number is 0.
+        """
+        if isinstance(text, EvaluationPrompt):
+            return text
+        match = _SYNTAX.fullmatch(text)
+        plain, point, points, clicks, count, frames, offline = match.groups() if match else (None,) * 7
+        prompt = cls(plain or point or clicks or "", int(count or points or 1), int(frames or 1), offline is not None)
+        if match is None or prompt.count < 1 or prompt.num_frames < 1:
+            raise ValueError(
+                f"`prompt` must be mask, box, point, point:N, clicks:N, clicks:N@M or clicks:N@M:offline, N and M from "
+                f"1 on, got {text!r}."
+            )
+        return prompt
+
+    def __str__(self) -> str:
+        if self.kind in ("mask", "box"):
+            return self.kind
+        frames = f"@{self.num_frames}" if self.num_frames > 1 else ""
+        return f"{self.kind}:{self.count}{frames}{':offline' if frames and self.offline else ''}"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed gives other prompts."""
+        return self.kind == "point"
+
+
+# --- Clicks
+
+
+def _squared_depth(mask: np.ndarray) -> np.ndarray:
+    """Squared distance of each pixel of a mask (H, W) to the nearest pixel outside of it, or of the image: int."""
+    inside = np.pad(mask, 1)
+    rows = np.arange(len(inside))[:, None]
+    above = np.maximum.accumulate(np.where(inside, 0, rows), axis=0)
+    below = np.minimum.accumulate(np.where(inside, len(inside), rows)[::-1], axis=0)[::-1]
+    in_column = np.minimum(rows - above, below - rows).astype(np.int64) ** 2
+    depth, step = in_column.copy(), 1
+    while step**2 < depth.max(initial=0):
+        np.minimum(depth[:, step:], in_column[:, :-step] + step**2, out=depth[:, step:])
+        np.minimum(depth[:, :-step], in_column[:, step:] + step**2, out=depth[:, :-step])
+        step += 1
+    return depth[1:-1, 1:-1]
+
+
+def click_on_error(target: np.ndarray, prediction: np.ndarray) -> tuple[tuple[float, float], int] | None:
+    """The click of a user who sees a prediction: in the middle of what is missed or of what is too much.
+
+    The point farthest from the border of its error region, as in `sam2`'s `sample_one_point_from_error_center`.
+
+    Args:
+        target, prediction: masks (H, W) bool.
+
+    Returns:
+        point (x, y), and label 1 on a missed region or 0 on the background; None where nothing is wrong.
+    """
+    depths = [_squared_depth(target & ~prediction), _squared_depth(prediction & ~target)]
+    missed, added = (depth.max(initial=0) for depth in depths)
+    if missed == added == 0:
+        return None
+    label, depth = (POSITIVE, depths[0]) if missed > added else (NEGATIVE, depths[1])
+    y, x = divmod(int(depth.argmax()), depth.shape[1])
+    return (float(x), float(y)), label
+
+
+def sample_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """`count` different pixels (x, y) of a mask (H, W) that has any, drawn evenly; all of them where it has fewer."""
+    pixels = np.flatnonzero(mask)
+    chosen = rng.choice(pixels, min(count, len(pixels)), replace=False)
+    return [(float(i % mask.shape[1]), float(i // mask.shape[1])) for i in chosen]
+
+
+# --- Tracking
+
+
+class PredictedFrame(NamedTuple):
+    """Masks of one frame (N, H, W) bool, and the logits that each object is visible (N,), in a video's order of ids.
+
+    Of an object that has not been prompted yet the mask is empty and the logit -inf.
+    """
+
+    frame_idx: int
+    masks: np.ndarray
+    scores: np.ndarray
+
+
+class SimulatedUser:
+    """A model, a video, and a user who prompts and corrects it.
+
+    Attributes:
+        given: all prompts so far, in order.
+
+    Args:
+        seed: of the points that are drawn; each object's depend on it, the video's id and the object's id alone.
+    """
+
+    def __init__(
+        self, model: SamoeModel, processor: Sam2VideoProcessor, video: Video, prompt: EvaluationPrompt, seed: int = 42
+    ):
+        self.model, self.processor, self.video, self.prompt, self.seed = model, processor, video, prompt, seed
+        self.given: list[VideoPrompt] = []
+        # Objects that appear together share a session: it would also run those that appear later, in every pass.
+        self._sessions: dict[int, Sam2VideoInferenceSession] = {}
+        self._object_ids = video.object_ids
+        self._annotated = set(video.annotated_frames)
+        self._frames: dict[int, list[int]] = {}  # object id -> frames on which it was prompted
+
+    def track(self, overlapping: bool = False) -> Iterator[PredictedFrame]:
+        """Prompts, tracks and corrects; yields each frame once, in order, when its masks are final.
+
+        Args:
+            overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
+        """
+        for _ in range(self.prompt.num_frames - 1 if self.prompt.offline else 0):
+            self._correct_worst_frames()
+        for frame_idx in range(len(self.video)):
+            yield self._masks(frame_idx, *self._run(frame_idx), overlapping)
+
+    def _run(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (N, H, W), and logits of visibility (N,), after what the user gives on this frame."""
+        annotated = frame_idx in self._annotated
+        visible = self.video.visible(frame_idx) if annotated else []
+        new = [object_id for object_id in visible if object_id not in self._frames]
+        clicked = self.prompt.kind == "clicks"
+        if new and not clicked:
+            self._prompt(frame_idx, new)
+        logits, scores = self._predict(frame_idx)
+        if clicked and annotated:
+            online = self.prompt.num_frames > 1 and not self.prompt.offline
+            wrong = self._below(frame_idx, logits) if online else []
+            if new or wrong:
+                logits, scores = self._click(frame_idx, [*new, *wrong], logits, scores)
+        return logits, scores
+
+    def _prompt(self, frame_idx: int, object_ids: list[int]) -> None:
+        for object_id, mask in zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True):
+            prompt = VideoPrompt(object_id, frame_idx)
+            if self.prompt.kind == "mask":
+                prompt.mask = mask
+            elif self.prompt.kind == "box":
+                prompt.box = tuple(bounding_boxes(torch.from_numpy(mask)[None])[0].tolist())
+            else:
+                rng = np.random.default_rng([self.seed, crc32(self.video.video_id.encode()), object_id])
+                prompt.points = sample_points(mask, self.prompt.count, rng)
+                prompt.labels = [POSITIVE] * len(prompt.points)
+            self._give(prompt)
+
+    def _give(self, prompt: VideoPrompt, **options: Any) -> None:
+        session = self._session(prompt.object_id, prompt.frame_idx)
+        self.processor.add_inputs_to_inference_session(
+            session, prompt.frame_idx, prompt.object_id, **prompt.inputs(), **options
+        )
+        self.given.append(prompt)
+
+    def _session(self, object_id: int, frame_idx: int) -> Sam2VideoInferenceSession:
+        """The session of an object that is prompted on this frame."""
+        frames = self._frames.setdefault(object_id, [])
+        if frame_idx not in frames:
+            frames.append(frame_idx)
+        if frames[0] not in self._sessions:
+            session = VideoSession(
+                self.video.frames,
+                self.processor,
+                # Offline, any frame may be corrected after a pass over all.
+                keep_frames=max(KEPT_FRAMES, len(self.video) if self.prompt.offline else 0),
+                inference_device=self.model.device,
+                dtype=self.model.dtype,
+            )
+            session.cache = next(iter(self._sessions.values()), session).cache  # image features are the same for all
+            self._sessions[frames[0]] = session
+        return self._sessions[frames[0]]
+
+    def _predict(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
+        size = self.video.size
+        logits = np.full((len(self._object_ids), *size), -np.inf, dtype=np.float32)
+        scores = np.full(len(self._object_ids), -np.inf, dtype=np.float32)
+        for session in (session for start, session in self._sessions.items() if start <= frame_idx):
+            output = self.model(session, frame_idx=frame_idx)
+            rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
+            masks = self.processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
+            logits[rows] = masks.float().cpu().numpy()
+            scores[rows] = output.object_score_logits[:, 0].float().cpu().numpy()
+        return logits, scores
+
+    def _click(
+        self, frame_idx: int, object_ids: list[int], logits: np.ndarray, scores: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gives up to `count` clicks for each object, and what the model then predicts on the frame."""
+        targets = dict(zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True))
+        for _ in range(self.prompt.count):
+            any_click = False
+            for object_id, target in targets.items():
+                click = click_on_error(target, logits[self._object_ids.index(object_id)] > 0)
+                if click is not None:
+                    prompt = VideoPrompt(object_id, frame_idx, points=[click[0]], labels=[click[1]])
+                    self._give(prompt, clear_old_inputs=False)
+                    any_click = True
+            if not any_click:
+                break
+            logits, scores = self._predict(frame_idx)
+        return logits, scores
+
+    def _ious(self, frame_idx: int, logits: np.ndarray) -> dict[int, float]:
+        """IoU of the objects that may be corrected on this frame: prompted on another, and on fewer than all."""
+        free = [i for i, t in self._frames.items() if frame_idx not in t and len(t) < self.prompt.num_frames]
+        ious = {}
+        for object_id, target in zip(free, self.video.masks(frame_idx, free) if free else [], strict=True):
+            prediction = logits[self._object_ids.index(object_id)] > 0
+            union = (prediction | target).sum()
+            ious[object_id] = float((prediction & target).sum() / union) if union else 1.0
+        return ious
+
+    def _below(self, frame_idx: int, logits: np.ndarray) -> list[int]:
+        return [object_id for object_id, iou in self._ious(frame_idx, logits).items() if iou < PAUSE_IOU]
+
+    def _correct_worst_frames(self) -> None:
+        """Tracks the whole video, and then clicks on the frame on which each object's IoU is lowest."""
+        worst: dict[int, tuple[float, int]] = {}
+        for frame_idx in range(len(self.video)):
+            logits, _ = self._run(frame_idx)
+            for object_id, iou in self._ious(frame_idx, logits).items() if frame_idx in self._annotated else ():
+                worst[object_id] = min(worst.get(object_id, (1.0, frame_idx)), (iou, frame_idx))
+        for object_id, (iou, frame_idx) in worst.items():
+            if iou < 1:
+                self._click(frame_idx, [object_id], *self._predict(frame_idx))
+
+    def _masks(self, frame_idx: int, logits: np.ndarray, scores: np.ndarray, overlapping: bool) -> PredictedFrame:
+        masks = logits > 0
+        if not overlapping and len(masks) > 1:
+            masks &= logits.argmax(axis=0) == np.arange(len(masks))[:, None, None]
+        return PredictedFrame(frame_idx, masks, scores)

@@ -1,0 +1,194 @@
+"""Experts <-> LoRAs of PEFT: one expert is a LoRA on the layers that have experts, without a router.
+
+A PEFT adapter is a folder or Hub repository with `adapter_config.json` and `adapter_model.safetensors`; only these are
+read, and pickled weights are refused.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available, requires_backends
+
+from .adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
+from .expert_surgery import append_experts, check_experts, new_expert_tensors
+from .experts import ExpertLinear, expert_modules
+from .files import new_directory
+
+if is_peft_available():
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+if TYPE_CHECKING:
+    from .modeling_samoe import SamoeModel
+
+# Settings of LoraConfig that add something an expert has no place for, or change what its matrices mean.
+UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+)
+
+
+class Lora(NamedTuple):
+    """A LoRA of PEFT: name of each layer -> A (rank, in), B (out, rank), and the scale of their product B A."""
+
+    source: str
+    layers: dict[str, tuple[Tensor, Tensor, float]]
+
+
+def export_expert(model: "SamoeModel", expert: int, directory: str | os.PathLike) -> None:
+    """Writes one expert as a LoRA that `PeftModel.from_pretrained(base, directory)` loads onto a SAM 2 video model.
+
+    It does what this model does if each token goes to that expert alone. The router stays behind.
+
+    Args:
+        expert: its index.
+        directory: where to write; made if need be.
+
+    Raises:
+        ValueError: if the model has no such expert.
+        FileExistsError: if `directory` is there and not empty.
+    """
+    requires_backends(export_expert, "peft")
+    check_experts(model, [expert], "expert")
+    tensors, names = {}, []
+    for name, module in expert_modules(model):
+        # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
+        names.append(name.removesuffix(".base_layer"))
+        for leaf in ("lora_A", "lora_B"):
+            tensor = module.get_parameter(leaf)[expert].detach()
+            tensors[f"{PREFIX}{names[-1]}.{leaf}.weight"] = tensor.cpu().clone()
+    alpha = model.config.lora_alpha
+    config = LoraConfig(
+        r=model.config.lora_rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_dropout=model.config.lora_dropout,
+        target_modules=names,
+        base_model_name_or_path=(model.base_model_source or {}).get("name_or_path"),
+        revision=(model.base_model_source or {}).get("revision"),
+        inference_mode=True,
+    )
+    with new_directory(directory) as folder:
+        config.save_pretrained(folder)
+        save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def add_expert(model: "SamoeModel", source: str | os.PathLike, **hub) -> int:
+    """Adds a LoRA of PEFT as a new expert, behind the others.
+
+    A LoRA of lower rank is filled up with B zero, so that its product stays the same; its scale goes into B where it is
+    not the model's `lora_alpha / lora_rank`. Layers that the LoRA leaves out get an expert without effect. The expert
+    is asleep: no token goes to it, so the model's output stays the same, until a training step, `wake_experts` or
+    [`~assemble.fit_routers`] gives it a router row. Optimizers must be made after this.
+
+    Args:
+        source: folder or Hub id of the LoRA.
+        hub: where and how it is fetched: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only`, ...
+
+    Returns:
+        The new expert's index.
+
+    Raises:
+        ValueError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
+        OSError: if there is no such adapter.
+    """
+    return append_experts(model, expert_tensors(model, read_lora(source, **hub)))[0]
+
+
+def expert_tensors(model: "SamoeModel", lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
+    """A LoRA as an expert: name of each layer with experts -> A (1, rank, in), B (1, out, rank). See [`add_expert`]."""
+    modules = dict(expert_modules(model))
+    known = {name.removesuffix(".base_layer") for name in modules}
+    if others := sorted(set(lora.layers) - known):
+        raise ValueError(
+            f"{lora.source} is a LoRA on {len(others)} layers without experts, such as {others[0]!r}; load the model "
+            "with `expert_modules` that include them."
+        )
+    return {name: _as_expert(name.removesuffix(".base_layer"), module, lora) for name, module in modules.items()}
+
+
+def _as_expert(name: str, module: ExpertLinear, lora: Lora) -> tuple[Tensor, Tensor]:
+    """A (1, rank, in) and B (1, out, rank) of the expert that a LoRA is in one layer."""
+    new_A, new_B = new_expert_tensors(module, 1)
+    if name not in lora.layers:
+        return new_A, new_B
+    A, B, scale = lora.layers[name]
+    if (A.shape[1], B.shape[0]) != (module.in_features, module.out_features):
+        raise ValueError(
+            f"{lora.source} is for another model: its LoRA on {name!r} goes from {A.shape[1]} to {B.shape[0]} "
+            f"features, the layer from {module.in_features} to {module.out_features}."
+        )
+    rank = len(A)
+    if rank > module.lora_rank:
+        raise ValueError(
+            f"{lora.source} has rank {rank} on {name!r}, and the model's experts have {module.lora_rank}, which "
+            f"cannot hold it; make the model with `lora_rank` of at least {rank}."
+        )
+    new_A[0, :rank] = A.to(new_A)
+    # The very same tensor where the scales agree.
+    new_B[0, :, :rank] = (B if scale == module.scaling else B.double() * (scale / module.scaling)).to(new_B)
+    if not (new_A.isfinite().all() and new_B.isfinite().all()):
+        raise ValueError(f"{lora.source} has infinite values or NaN on {name!r}, which would reach all tokens.")
+    return new_A, new_B
+
+
+def read_lora(source: str | os.PathLike, **hub) -> Lora:
+    """Reads a LoRA of PEFT; see [`add_expert`]."""
+    requires_backends(read_lora, "peft")
+    config = _read_config(source, hub)
+    tensors = read_adapter_tensors(source, hub)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, leaf = key.removeprefix(PREFIX).removesuffix(".weight"), None
+        for leaf in ("lora_A", "lora_B"):
+            if key.endswith(f".{leaf}.weight") and tensor.dim() == 2:
+                pairs.setdefault(name.removesuffix(f".{leaf}"), {})[leaf] = tensor
+                break
+        else:
+            raise ValueError(
+                f"{source} has {key!r} {tuple(tensor.shape)}, which is no matrix of a LoRA on a linear layer."
+            )
+    layers = {}
+    for name, pair in pairs.items():
+        if set(pair) != {"lora_A", "lora_B"}:
+            raise ValueError(f"{source} has only one matrix of the LoRA on {name!r}, {next(iter(pair))}.")
+        rank, scale = _rank_and_scale(config, name)
+        if not len(pair["lora_A"]) == pair["lora_B"].shape[1] == rank:
+            raise ValueError(
+                f"{source} says rank {rank} of {name!r}, but has A {tuple(pair['lora_A'].shape)} and "
+                f"B {tuple(pair['lora_B'].shape)}."
+            )
+        layers[name] = (pair["lora_A"], pair["lora_B"], scale)
+    if not layers:
+        raise ValueError(f"{source} has no tensors.")
+    return Lora(str(source), layers)
+
+
+def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConfig":
+    config = read_adapter_config(source, hub)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{source} is an adapter of type {config.peft_type}; an expert can only be a LoRA.")
+    given = [f"{name}={value!r}" for name in UNSUPPORTED if (value := getattr(config, name, None))]
+    if config.bias != "none":
+        given.append(f"bias={config.bias!r}")
+    if config.init_lora_weights not in PLAIN_INITIALIZATIONS:
+        given.append(f"init_lora_weights={config.init_lora_weights!r}, which changes the base model's weights")
+    if given:
+        raise ValueError(f"{source} is more than a plain LoRA, so it cannot be an expert: {', '.join(given)}.")
+    return config
+
+
+def _rank_and_scale(config: "LoraConfig", name: str) -> tuple[int, float]:
+    """Rank and scale of the LoRA on a layer, as PEFT finds them."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)

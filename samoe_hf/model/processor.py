@@ -1,0 +1,37 @@
+"""The processor that prepares videos for a model."""
+
+import os
+from pathlib import Path
+
+from transformers import (
+    AutoProcessor,
+    Sam2ImageProcessor,
+    Sam2VideoModel,
+    Sam2VideoProcessor,
+    Sam2VideoVideoProcessor,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+from .configuration_samoe import SamoeConfig
+
+
+def build_processor(config: SamoeConfig) -> Sam2VideoProcessor:
+    """The processor that prepares videos as the original does: bicubic resize to a square, ImageNet's mean and std."""
+    side, mask_side = config.image_size, config.image_size // 4
+    settings = {
+        "size": {"height": side, "width": side},
+        "resample": PILImageResampling.BICUBIC,
+        "image_mean": list(IMAGENET_DEFAULT_MEAN),
+        "image_std": list(IMAGENET_DEFAULT_STD),
+    }
+    image_processor = Sam2ImageProcessor(**settings, mask_size={"height": mask_side, "width": mask_side})
+    return Sam2VideoProcessor(image_processor=image_processor, video_processor=Sam2VideoVideoProcessor(**settings))
+
+
+def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> Sam2VideoProcessor:
+    """The processor saved with a model, or, of an original checkpoint (a file), the one that its preprocessing needs.
+
+    Args:
+        source: what `model` was loaded from.
+    """
+    return build_processor(model.config) if Path(source).is_file() else AutoProcessor.from_pretrained(source)

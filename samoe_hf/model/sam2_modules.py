@@ -1,0 +1,205 @@
+"""Modules of transformers' SAM 2 without work whose result nobody reads; the numbers that are read are the same.
+
+- The image encoder's attention also multiplies queries with keys position by position, and drops the result.
+- Its neck encodes the positions of all levels, of which only the coarsest are read.
+- The mask decoder copies an image's features for each of its prompts, even if there is but one.
+- Encodings and angles of positions are computed anew for each frame and memory, though they are always the same.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Sam2VideoModel
+from transformers.models.sam2.modeling_sam2 import (
+    ALL_ATTENTION_FUNCTIONS,
+    Sam2MultiScaleAttention,
+    Sam2VisionNeck,
+    do_pool,
+    eager_attention_forward,
+)
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
+
+from .configuration_samoe import SamoeConfig
+from .experts import add_experts
+
+
+class LeanMultiScaleAttention(Sam2MultiScaleAttention):
+    """Attention within windows, (windows, height, width, channels), with pooled queries where a stage begins."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        batch_size, height, width, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
+        query, key, value = qkv.unbind(2)
+        if self.query_stride:
+            query = do_pool(query.reshape(batch_size, height, width, -1), self.query_stride)
+            height, width = query.shape[1:3]
+            query = query.reshape(batch_size, height * width, self.num_attention_heads, -1)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attended, _ = attend(
+            self, query, key, value, attention_mask=None, is_causal=False, scaling=self.scale, **kwargs
+        )
+        return self.proj(attended.reshape(batch_size, height, width, -1))
+
+
+class LeanNeck(Sam2VisionNeck):
+    """The feature pyramid; of the position encodings it gives the coarsest level's alone."""
+
+    def forward(self, hidden_states: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        top = len(self.convs) - 1
+        levels: list[Tensor] = []
+        for index in range(top, -1, -1):
+            conv = self.convs[top - index]
+            lateral = conv(hidden_states[index].permute(0, 3, 1, 2).to(conv.weight.dtype))
+            if levels and index in self.fpn_top_down_levels:
+                above = F.interpolate(levels[-1].float(), scale_factor=2.0, mode="nearest")
+                lateral = lateral + above.to(lateral.dtype)
+            levels.append(lateral)
+        coarse = levels[self._coarsest]
+        return tuple(levels), (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
+
+
+class LeanMaskDecoder(Sam2VideoMaskDecoder):
+    """The mask decoder (arXiv:2304.02643, appendix A) for one prompt per row, whose image features may broadcast."""
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        image_positional_embeddings: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        multimask_output: bool,
+        high_resolution_features: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decodes the masks of N objects; shapes are as in the base class, with one prompt in each row.
+
+        Args:
+            image_embeddings: (N or 1, hidden, H, W).
+            image_positional_embeddings: (1, hidden, H, W).
+            sparse_prompt_embeddings: (N, 1, tokens, hidden).
+            dense_prompt_embeddings: (N or 1, hidden, H, W).
+            high_resolution_features: (N or 1, hidden / 8, 4 H, 4 W) and (N or 1, hidden / 4, 2 H, 2 W).
+
+        Returns:
+            logits (N, 1, masks, 4 H, 4 W), estimated IoU (N, 1, masks), mask tokens (N, 1, masks, hidden) and object
+            scores (N, 1, 1); 3 masks with `multimask_output`, or else 1.
+        """
+        num_objects, size = len(sparse_prompt_embeddings), image_embeddings.shape[-2:]
+        own = torch.cat([self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.expand(num_objects, 1, -1, -1), sparse_prompt_embeddings], dim=2).to(own.dtype)
+        image = (image_embeddings + dense_prompt_embeddings).expand(num_objects, -1, -1, -1)
+        tokens, image = self.transformer(
+            point_embeddings=tokens,
+            image_embeddings=image,
+            image_positional_embeddings=image_positional_embeddings,
+            attention_similarity=None,
+        )
+        fine, middle = high_resolution_features
+        upscaled = self.upscale_conv1(image.squeeze(1).mT.unflatten(2, size)) + middle
+        upscaled = self.activation(self.upscale_layer_norm(upscaled))
+        upscaled = self.activation(self.upscale_conv2(upscaled) + fine)
+
+        mask_tokens = tokens[:, :, 2 : 2 + self.num_mask_tokens]
+        each = zip(self.output_hypernetworks_mlps, mask_tokens.unbind(2), strict=True)
+        weights = torch.stack([network(token) for network, token in each], dim=2)
+        masks = (weights @ upscaled.flatten(2).unsqueeze(1)).unflatten(-1, upscaled.shape[-2:])
+        iou_scores = self.iou_prediction_head(tokens[:, :, 1])
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        if self.dynamic_multimask_via_stability and not (multimask_output or self.training):
+            masks, iou_scores = self._dynamic_multimask_via_stability(masks, iou_scores)
+        else:
+            masks, iou_scores = masks[:, :, chosen], iou_scores[:, :, chosen]
+        return masks, iou_scores, mask_tokens[:, :, chosen], self.pred_obj_score_head(tokens[:, :, 0])
+
+
+class CachedPositionEncoding(nn.Module):
+    """A sine position encoding that is computed once for each size and type."""
+
+    def __init__(self, encoding: nn.Module):
+        super().__init__()
+        self.encoding = encoding
+        self._known: dict[tuple, Tensor] = {}
+
+    def forward(self, shape: torch.Size, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """(batch, channels, height, width), the same for the whole batch."""
+        if torch.compiler.is_compiling():  # what a graph puts out may be overwritten when it runs again
+            return self.encoding(shape, device, dtype)
+        key = (*shape[1:], str(device), dtype)
+        if key not in self._known:
+            # Also what is first needed while tracking may later be part of a graph.
+            with torch.inference_mode(False):
+                self._known = {key: self.encoding(torch.Size((1, *shape[1:])), device, dtype)}
+        return self._known[key].expand(shape[0], -1, -1, -1)
+
+
+class CachedRotaryEmbedding(nn.Module):
+    """A rotary embedding of positions that never change."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self.embedding = embedding
+        self._known: dict[str, tuple[tuple, Tensor]] = {}
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, as the embedding gives them: (1, positions, channels) each."""
+        return self.embedding(x, position_ids)
+
+    def rotations(self, position_ids: Tensor, num_maps: int = 1, num_pointer_tokens: int = 0) -> Tensor:
+        """Cosine and sine for each pair of channels of some maps' tokens, and then of tokens that are not turned.
+
+        They are kept until there are others of as many maps, or on another device.
+
+        Args:
+            position_ids: (2, positions), of one map.
+
+        Returns:
+            (num_maps x positions + num_pointer_tokens, channels / 2, 2).
+        """
+        if torch.compiler.is_compiling():
+            return self._compute(position_ids, num_maps, num_pointer_tokens)
+        # Of a frame's own map, and of memories: most frames read as many as the frame before.
+        key = (position_ids.device, num_maps, num_pointer_tokens)
+        slot = "map" if key[1:] == (1, 0) else "memories"
+        if slot not in self._known or self._known[slot][0] != key:
+            with torch.inference_mode(False):
+                self._known[slot] = key, self._compute(position_ids, num_maps, num_pointer_tokens)
+        return self._known[slot][1]
+
+    def _compute(self, position_ids: Tensor, num_maps: int, num_pointer_tokens: int) -> Tensor:
+        cos, sin = (x[0, :, ::2] for x in self.embedding(position_ids, position_ids))
+        rotation = torch.stack([cos, sin], dim=-1)
+        not_turned = rotation.new_tensor([1.0, 0.0]).expand(num_pointer_tokens, rotation.shape[1], 2)
+        return torch.cat([rotation.repeat(num_maps, 1, 1), not_turned])
+
+
+def make_lean(model: Sam2VideoModel) -> None:
+    """Replaces the modules of a model in place; its tensors and their names stay."""
+    for module in model.vision_encoder.modules():
+        if type(module) is Sam2MultiScaleAttention:
+            module.__class__ = LeanMultiScaleAttention
+    if type(model.mask_decoder) is Sam2VideoMaskDecoder:
+        model.mask_decoder.__class__ = LeanMaskDecoder
+    neck = model.vision_encoder.neck
+    if type(neck) is Sam2VisionNeck:
+        neck.__class__ = LeanNeck
+        # The encoder hands on the last levels, from fine to coarse; the first of these is the coarsest.
+        neck._coarsest = -model.config.vision_config.num_feature_levels
+    for owner in (neck, model.memory_encoder):
+        owner.position_encoding = CachedPositionEncoding(owner.position_encoding)
+    model.memory_attention.rotary_emb = CachedRotaryEmbedding(model.memory_attention.rotary_emb)
+
+
+def build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
+    """The model without memory for its tensors."""
+    try:
+        with torch.device("meta"):
+            model = Sam2VideoModel(copy.deepcopy(config))
+            if with_experts:
+                names = ("num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "lora_dropout")
+                add_experts(model, config.expert_modules, **{name: getattr(config, name) for name in names})
+    except (RuntimeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"The configuration describes no model that can be built: {error}") from error
+    return model

@@ -1,0 +1,269 @@
+"""Checkpoints of SAM 2 and SAM2-MoE <-> this package's configuration, tensors and processor.
+
+The original's files are read as data: `.pt` files with `torch.load(weights_only=True)`, the Hydra YAML with a safe
+loader; nothing that they name is imported or called. See `original_names` and `original_config` for what is in them.
+"""
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
+from samoe_hf.model.experts import matching_linear_names
+from samoe_hf.model.sam2_modules import build_on_meta
+
+from .config import (
+    ATTENTIONS,
+    DEFAULT_CONFIG,
+    META_TRUNKS,
+    build_config,
+    complete_settings,
+    config_from_yaml,
+    meta_settings,
+    projections_of,
+    read_settings,
+    settings_of,
+    write_yaml,
+)
+from .names import (
+    EXPERT_TENSOR,
+    find_our_name,
+    is_expert_name,
+    state_dict_from_original,
+    state_dict_to_original,
+    without_base_layer,
+)
+
+__all__ = [
+    "config_from_yaml",
+    "load_original",
+    "save_original",
+    "state_dict_from_original",
+    "state_dict_to_original",
+]
+
+logger = logging.getLogger(__name__)
+
+_FORMS = ("model", "model_state_dict", "moe_state_dict")
+_ONLY_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
+
+
+def load_original(
+    checkpoint: str | os.PathLike,
+    experts: str | os.PathLike | None = None,
+    original_config: str | os.PathLike | None = None,
+) -> tuple[SamoeConfig, dict[str, Tensor]]:
+    """Reads a checkpoint of SAM 2 or SAM2-MoE.
+
+    Args:
+        checkpoint: `{"model": tensors}` or bare tensors: one of Meta's eight, or such a one with experts.
+        experts: a file with experts only: `{"model_state_dict": …}`, `{"moe_state_dict": …}` or bare tensors. They take
+            the place of those of `checkpoint`.
+        original_config: the model's YAML. Needed for sizes other than Meta's; without it, only the number, rank and
+            modules of the experts are known, and their other settings are the defaults.
+
+    Returns:
+        The configuration, and all tensors under this package's names, without experts if the files have none. Types
+        narrower than float32 are widened to it, as in the original, so that no value is rounded.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: if a file is damaged, of an unknown form or size, or has tensors that do not fit.
+    """
+    tensors = _read_tensors(checkpoint)
+    if all(map(is_expert_name, tensors)):
+        raise ValueError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
+    source = str(checkpoint)
+    if experts is not None:
+        expert_tensors = _read_tensors(experts)
+        if others := [name for name in expert_tensors if not is_expert_name(name)]:
+            raise ValueError(f"{experts} should hold experts only, but has {_listed(others)}.")
+        tensors |= expert_tensors
+        source += f" with {experts}"
+    if original_config is None:
+        settings = _meta_settings(tensors, source)
+    else:
+        settings = read_settings(original_config)
+        source += f" and {original_config}"
+    has_experts = any(map(is_expert_name, tensors))
+    if has_experts:
+        settings |= _expert_settings(tensors, settings, source)
+    config = build_config(settings)
+    _check_tensors(tensors, config, has_experts, source)
+    return config, {name: _widened(tensor) for name, tensor in state_dict_from_original(tensors).items()}
+
+
+def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in any of the original's forms."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of SAM 2 or SAM2-MoE.")
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{path} is empty; expected a checkpoint of SAM 2 or SAM2-MoE.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
+    except Exception as error:  # which one a damaged archive raises depends on the place of the damage
+        raise ValueError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
+    tensors = content
+    if isinstance(content, dict):
+        tensors = next((content[form] for form in _FORMS if form in content), content)
+    if not _is_state_dict(tensors):
+        found = f"a dict with the keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
+        forms = ", ".join(f"{{{form!r}: …}}" for form in _FORMS)
+        raise ValueError(f"{path} holds {found}; expected tensors by name, bare or as {forms}.")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+    )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+
+
+def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Settings of the one of Meta's eight models that `tensors` belong to."""
+    patches = tensors.get("image_encoder.trunk.patch_embed.proj.weight")
+    if patches is None or patches.dim() != 4:
+        raise ValueError(f"{source} has no image encoder of SAM 2; expected a whole checkpoint of SAM 2 or SAM2-MoE.")
+    block = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.norm1\.weight")
+    channels, blocks = patches.shape[0], sum(block.fullmatch(name) is not None for name in tensors)
+    if (channels, blocks) not in META_TRUNKS:
+        sizes = ", ".join(f"{name} {width}/{depth}" for (width, depth), (name, *_) in META_TRUNKS.items())
+        raise ValueError(
+            f"{source}: a trunk with {channels} channels and {blocks} blocks is none of Meta's ({sizes}); give the "
+            "model's YAML as `original_config`."
+        )
+    return meta_settings(channels, blocks, is_2_1=any(name in tensors for name in _ONLY_IN_2_1))
+
+
+def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings that the experts among `tensors` show; where a YAML gave some, only the modules."""
+    matches = [match for name in tensors if (match := EXPERT_TENSOR.fullmatch(name))]
+    model = build_on_meta(build_config(settings), with_experts=False)
+    linear_names = set(matching_linear_names(model, r".*"))
+    modules = sorted({find_our_name(match["module"]) for match in matches} & linear_names)
+    from_yaml = "expert_modules" in settings
+    announced = matching_linear_names(model, settings.get("expert_modules", MEMORY_ATTENTION_PROJECTIONS))
+    result: dict[str, Any] = {}
+    if modules and modules != sorted(announced):
+        result["expert_modules"] = modules
+        if from_yaml:
+            logger.warning(f"{source}: {len(modules)} modules have experts, but the YAML has them in {len(announced)}.")
+    if not from_yaml:
+        ranks = [
+            tensors[match[0]].shape[0] for match in matches if tensors[match[0]].dim() and match["matrix"] == "down"
+        ]
+        num_experts = 1 + max((int(match["index"]) for match in matches), default=0)
+        top_k = min(DEFAULT_CONFIG.num_experts_per_tok, num_experts)
+        result |= {"num_experts": num_experts, "num_experts_per_tok": top_k, "lora_rank": min(ranks, default=1)}
+        logger.warning(
+            f"{source}: tensors do not tell `lora_alpha` and `num_experts_per_tok`, which get the defaults "
+            f"{DEFAULT_CONFIG.lora_alpha} and {top_k}. Give the YAML of the experts' training as `original_config`."
+        )
+    return result
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
+    """Raises a `ValueError` unless these are exactly the original's tensors of a model of this configuration."""
+    model = state_dict_to_original(build_on_meta(config, has_experts).state_dict())
+    expected = {without_base_layer(name): tuple(tensor.shape) for name, tensor in model.items()}
+    found = {without_base_layer(name): tensor for name, tensor in tensors.items()}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} instead of {shape}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name].shape) != shape
+        ],
+        "of no floating-point type": [name for name, tensor in found.items() if not tensor.is_floating_point()],
+        "there with and without base_layer": [name for name in found if name in tensors and _is_wrapped(name, tensors)],
+    }
+    reasons = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
+    if reasons:
+        raise ValueError(f"The tensors of {source} do not fit the architecture; {'; '.join(reasons)}.")
+
+
+def _is_wrapped(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}" in tensors
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def save_original(
+    config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike
+) -> dict[str, Path]:
+    """Writes files that the original loads.
+
+    Args:
+        config: the model's configuration.
+        state_dict: its tensors, `model.state_dict()`.
+        directory: where to write; made if need be.
+
+    Returns:
+        kind -> file: "full" (`{"model": …}` with experts), "base" (the same without them), "experts"
+        (`{"model_state_dict": …, "config": …}`, as the original's trainers save them), "config" (the YAML).
+
+    Raises:
+        ValueError: if the original has no place for some of the experts, or the tensors do not fit the configuration.
+    """
+    attentions = _attentions_with_experts(config, state_dict)
+    tensors = state_dict_to_original(state_dict)
+    # Through the settings that the YAML can hold, so that nothing else makes the tensors fit.
+    written_config = build_config(complete_settings(settings_of(config, with_experts=True)))
+    _check_tensors(tensors, written_config, True, "the model")
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    directory, stem = Path(directory), _original_stem(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {
+        "full": directory / f"{stem}_moe.pt",
+        "base": directory / f"{stem}.pt",
+        "experts": directory / f"{stem}_moe_experts.pt",
+        "config": directory / f"{stem}_moe.yaml",
+    }
+    experts = {name: tensor for name, tensor in tensors.items() if is_expert_name(name)}
+    base = {without_base_layer(name): tensor for name, tensor in tensors.items() if name not in experts}
+    torch.save({"model": tensors}, files["full"])
+    torch.save({"model": base}, files["base"])
+    torch.save({"model_state_dict": experts, "config": {"model_config": files["config"].name}}, files["experts"])
+    write_yaml(config, attentions, files["config"])
+    return files
+
+
+def _attentions_with_experts(config: SamoeConfig, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Names of the attentions whose every projection has experts; the original can have no others."""
+    modules = {name.removesuffix(".lora_A") for name in state_dict if name.endswith(".lora_A")}
+    model = build_on_meta(config, with_experts=False)
+    projections = {name: set(matching_linear_names(model, projections_of([name]))) for name in ATTENTIONS}
+    attentions = [name for name in ATTENTIONS if projections[name] <= modules]
+    if others := sorted(modules.difference(*(projections[name] for name in attentions))):
+        raise ValueError(
+            "SAM2-MoE has experts in all projections of all self or all cross attentions of the memory attention, but "
+            f"the model has them also in {_listed(others)}."
+        )
+    return attentions
+
+
+def _original_stem(config: SamoeConfig) -> str:
+    """Meta's name for a checkpoint of this family and size."""
+    family = "sam2.1" if config.enable_occlusion_spatial_embedding else "sam2"
+    trunk = config.vision_config.backbone_config
+    size, *_ = META_TRUNKS.get((trunk.hidden_size, sum(trunk.blocks_per_stage)), ("custom",))
+    return f"{family}_hiera_{size}"

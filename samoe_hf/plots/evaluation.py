@@ -1,0 +1,228 @@
+"""The pictures of a report: plots of its figures, and an object's predicted against its true mask.
+
+Colours are those of Okabe and Ito, which everyone can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+
+from samoe_hf.data.schema import Video
+from samoe_hf.data.video_io import write_video
+
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+FOUND, MISSED, ADDED = (0, 114, 178), (240, 228, 66), (213, 94, 0)
+LEGEND = (("found", FOUND), ("missed", MISSED), ("too much", ADDED))
+MIN_WIDTH, MAX_WIDTH = 640, 960
+STRIP_FRAMES = 6
+
+
+def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws J by the number of frames since each object's first, and how many objects are left.
+
+    Args:
+        models: `label` and `over_time` of each, as in `results.json`.
+        path: of the picture, such as a `.png`.
+    """
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    for number, model in enumerate(models):
+        curve, color = model["over_time"], LINES[number % len(LINES)]
+        marker = "o" if len(curve["frames"]) < 3 else None
+        axes.plot(
+            curve["frames"],
+            curve["mean"],
+            STYLES[number % len(STYLES)],
+            color=color,
+            label=model["label"],
+            marker=marker,
+        )
+        if len(models) == 1:  # bands of several would hide each other
+            axes.fill_between(
+                curve["frames"], curve["lower_quartile"], curve["upper_quartile"], color=color, alpha=0.15, linewidth=0
+            )
+    below.step(models[0]["over_time"]["frames"], models[0]["over_time"]["objects"], color="#555555", where="mid")
+    axes.set(ylim=(-0.02, 1.02), ylabel="J (IoU)")
+    band = ", band from the lower to the upper quartile" if len(models) == 1 else ""
+    axes.set_title(f"J over time: mean over objects{band}", fontsize=10)
+    below.set(xlabel="frames after the first that shows the object", ylabel="objects")
+    below.set_ylim(0, 1.2 * max(models[0]["over_time"]["objects"], default=1))
+    for one in (axes, below):
+        one.grid(alpha=0.3)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    if len(models) > 1:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws mean J by the object's size, and how many masks each bin holds.
+
+    Args:
+        models: `label` and `by_size` of each, as in `results.json`.
+        path: of the picture, such as a `.png`.
+    """
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        heights = [_number(size["J_mean"]) for size in model["by_size"]]
+        places = np.arange(len(heights)) + (number - (len(models) - 1) / 2) * width
+        bars = axes.bar(places, heights, width * 0.92, color=LINES[number % len(LINES)], label=model["label"])
+        texts = ["" if np.isnan(height) else f"{height:.2f}" for height in heights]
+        axes.bar_label(bars, texts, fontsize=7 if len(models) > 1 else 8, padding=1)
+    sizes = models[0]["by_size"]
+    axes.set_xticks(range(len(sizes)), [f"{_range(s)}\nn = {s['masks']}" for s in sizes], fontsize=8)
+    axes.set(
+        xlim=(-0.6, len(sizes) - 0.4),
+        ylim=(0, 1.08),
+        ylabel="mean J (IoU)",
+        xlabel="true mask, share of the image; n: masks (objects × frames)",
+    )
+    axes.set_title("J by the size of the object", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    if len(models) > 1:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _range(size: Mapping[str, float]) -> str:
+    low, high = (f"{100 * size[name]:g}" for name in ("from", "to"))
+    if size["from"] == 0:
+        return f"< {high} %"
+    return f"> {low} %" if size["to"] == 1 else f"{low}–{high} %"
+
+
+def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray | None, width: int) -> Image.Image:
+    """Lays over a gray frame what of an object was found, missed and added, within the true outline in white.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        prediction: (H, W) bool.
+        target: (H, W) bool; None where it is not known, and then all of the prediction counts as found.
+        width: of the picture in pixels.
+    """
+    size = (width, round(width * frame.shape[0] / frame.shape[1]))
+    gray = Image.fromarray(frame).convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    picture = np.asarray(gray).astype(np.float32)
+    prediction = _resize(prediction, size)
+    truth = prediction if target is None else _resize(target, size)
+    for mask, color in ((prediction & truth, FOUND), (truth & ~prediction, MISSED), (prediction & ~truth, ADDED)):
+        picture[mask] = 0.4 * picture[mask] + 0.6 * np.array(color)
+    if target is not None:
+        white = _grown(truth)
+        picture[_grown(white) & ~white] = 0  # so that the line is seen on bright ground too
+        picture[white & ~truth] = 255
+    return Image.fromarray(picture.round().astype(np.uint8))
+
+
+def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask and the pixels beside it."""
+    padded = np.pad(mask, 1)
+    return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+
+
+def _captioned(picture: Image.Image, lines: Sequence[str]) -> np.ndarray:
+    """The picture below lines of text and the legend of its colours, (H, W, 3) uint8."""
+    size = max(12, picture.width // 48)
+    step = int(size * 1.45)
+    canvas = Image.new("RGB", (picture.width, picture.height + step * (len(lines) + 1) + 6), "white")
+    canvas.paste(picture, (0, canvas.height - picture.height))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
+    for row, line in enumerate(lines):
+        draw.text((8, 4 + row * step), _fitted(draw, line, font, picture.width - 16), "black", font)
+    x, y = 8, 4 + len(lines) * step
+    for name, color in LEGEND:
+        draw.rectangle((x, y + 1, x + size, y + 1 + size), fill=color, outline="black")
+        draw.text((x + size + 5, y), name, "black", font)
+        x += size + 24 + int(draw.textlength(name, font))
+    draw.line((x, y + size // 2, x + size, y + size // 2), "black", 5)
+    draw.line((x, y + size // 2, x + size, y + size // 2), "white", 2)
+    draw.text((x + size + 5, y), "true outline", "black", font)
+    return np.asarray(canvas)
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+    """The text, cut in the middle where it is wider than that."""
+    left, right = text, ""
+    while draw.textlength(left + right, font) > width:
+        half = (len(left) + len(right.removeprefix("…")) - 1) // 2
+        left, right = text[:half], f"…{text[len(text) - half :]}"
+    return left + right
+
+
+def draw_object(
+    video: Video,
+    object_id: int,
+    read: Callable[[int], np.ndarray],
+    frames: Sequence[int],
+    j: Sequence[float],
+    strip: Sequence[int],
+    title: str,
+    path: str | Path,
+) -> None:
+    """Writes an object's masks against the truth: an mp4 of all given frames, and a `.png` of a few.
+
+    Args:
+        read: frame -> predicted mask (H, W) bool.
+        frames: those to show, ascending, such as all with a prediction.
+        j: the object's IoU on each annotated frame of the video.
+        strip: annotated frames, of which the `.png` shows up to six, evenly spread.
+        title: what is seen, a line.
+        path: of both files, without suffix.
+    """
+    path = Path(path)
+    width = min(max(video.size[1], MIN_WIDTH), MAX_WIDTH)
+    iou = dict(zip(video.annotated_frames, j, strict=True))
+
+    def picture(frame: int, width: int) -> Image.Image:
+        target = video.masks(frame, [object_id])[0] if frame in iou else None
+        return compare_masks(video.frames[frame], read(frame), target, width)
+
+    def overlays() -> Iterator[np.ndarray]:
+        for frame in frames:
+            told = f"J {iou[frame]:.3f}" if frame in iou else "not annotated"
+            yield _captioned(picture(frame, width), [title, f"frame {video.frames.names[frame]}: {told}"])
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fps = video.frames.fps or (24 if len(frames) > 48 else 6)
+    write_video(path.with_name(f"{path.name}.mp4"), overlays(), fps=fps)
+
+    shown = [strip[i] for i in np.linspace(0, len(strip) - 1, min(STRIP_FRAMES, len(strip))).round().astype(int)]
+    _strip(
+        [picture(frame, 320) for frame in shown],
+        [f"frame {video.frames.names[frame]}: J {iou[frame]:.2f}" for frame in shown],
+        title,
+    ).save(path.with_name(f"{path.name}.png"))
+
+
+def _strip(pictures: Sequence[Image.Image], names: Sequence[str], title: str) -> Image.Image:
+    """Pictures of one size in rows of three, each under its name, with title and legend."""
+    columns, label = 3, 20
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    grid = Image.new("RGB", (columns * (width + 6) - 6, rows * (height + label + 4)), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(14)
+    for number, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        x, y = number % columns * (width + 6), number // columns * (height + label + 4)
+        draw.text((x + 4, y), name, "black", font)
+        grid.paste(picture, (x, y + label))
+    return Image.fromarray(_captioned(grid, [title]))

@@ -1,0 +1,335 @@
+"""Pictures: masks over frames, frames side by side, what experts do."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.utils import draw_segmentation_masks
+
+from samoe_hf.data.video_io import voc_palette
+
+# Paul Tol's "muted" colours, which people with any kind of colour vision tell apart.
+DISTINCT_COLORS = (
+    "#332288", "#DDCC77", "#44AA99", "#CC6677", "#88CCEE", "#117733", "#AA4499", "#999933", "#882255", "#DDDDDD"
+)  # fmt: skip
+
+
+def overlay_masks(frame: np.ndarray, id_map: np.ndarray, alpha: float = 0.6) -> np.ndarray:
+    """Lays objects over a frame in DAVIS' colours.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        id_map: (H, W), 0 for background.
+        alpha: opacity of the colours.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    ids = [int(i) for i in np.unique(id_map) if i]
+    if not ids:
+        return frame
+    colors = [tuple(int(c) for c in voc_palette()[i % 256]) for i in ids]
+    masks = torch.from_numpy(np.stack([id_map == i for i in ids]))
+    image = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
+    return draw_segmentation_masks(image, masks, alpha=alpha, colors=colors).permute(1, 2, 0).numpy()
+
+
+def plot_frames(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str], path: str | Path, title: str) -> None:
+    """Draws frames (H, W, 3) uint8 in a grid.
+
+    Args:
+        rows: name of each row -> its frames.
+        columns: name of each column.
+        path: of the picture, such as a `.png`.
+    """
+    figure = Figure(figsize=(1.6 * len(columns) + 1, 1.6 * len(rows) + 0.6), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes_row, (name, frames) in zip(grid, rows.items(), strict=True):
+        axes_row[0].set_ylabel(name, fontsize=9)
+        for axes, frame in zip(axes_row, frames, strict=True):
+            axes.imshow(frame)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def plot_bars(panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str, title: str) -> Figure:
+    """Draws a panel of bars for each layer, four in a row.
+
+    Args:
+        panels: layer -> series, such as a domain -> value of each expert (experts,).
+    """
+    series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    figure, grid = _panels(len(panels), width=3.2, height=1.6, sharey=True)
+    top = max(values.max() for panel in panels.values() for values in panel.values())
+    for axes, (name, panel) in zip(grid, panels.items(), strict=True):
+        width = 0.8 / len(series)
+        for number, domain in enumerate(series):
+            if domain not in panel:
+                continue
+            values = panel[domain]
+            at = np.arange(len(values)) + width * (number - (len(series) - 1) / 2)
+            axes.bar(at, values, width, color=_color(number), hatch=_hatch(number))
+            axes.axhline(1 / len(values), color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(_wrapped(name), fontsize=9)
+        axes.set_xticks(range(len(values)))
+        axes.tick_params(labelsize=7)
+        axes.set_ylim(0, 1.05 * top)
+    _label_edges(grid, "expert", ylabel)
+    handles = [Patch(facecolor=_color(n), hatch=_hatch(n), label=name) for n, name in enumerate(series)]
+    handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="even use"))
+    figure.suptitle(title, fontsize=12)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
+    return figure
+
+
+def plot_heat_maps(
+    tables: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    label: str,
+    title: str,
+    diverging: bool = False,
+    bars: tuple[str, np.ndarray, float] | None = None,
+) -> Figure:
+    """Draws tables (rows, experts) beside each other, on one scale of colours; NaN is white, or grey if `diverging`.
+
+    Args:
+        tables: title of each -> values.
+        rows: their names.
+        label: of the scale.
+        diverging: whether colours tell above from below 0.
+        bars: another value for each row, drawn as bars at the right: its name, values (rows,), largest possible value.
+    """
+    experts = next(iter(tables.values())).shape[1]
+    count = len(tables) + (bars is not None)
+    width = 1.5 + max(map(len, rows)) * 0.07 + max(0.26 * experts, 1.2) * len(tables) + (1.6 if bars else 0)
+    width = max(width, 0.085 * max(map(len, title.split("\n"))) + 0.5)
+    # Room for all names, and for the label along the scale.
+    height = 1.6 + max(0.22 * len(rows), 0.08 * len(label))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    scale = _scale(np.stack(list(tables.values())), diverging)
+    for axes, (name, values) in zip(grid, tables.items(), strict=False):
+        image = axes.imshow(values, aspect="auto", **scale)
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks(range(experts))
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel("expert", fontsize=9)
+    grid[0].set_yticks(range(len(rows)), rows)
+    if bars:
+        name, values, limit = bars
+        grid[-1].barh(range(len(rows)), values, color=DISTINCT_COLORS[0])
+        grid[-1].set_xlim(0, limit)
+        grid[-1].set_title(name, fontsize=9)
+        grid[-1].tick_params(labelsize=8)
+        grid[-1].grid(axis="x", linewidth=0.4)
+    figure.colorbar(image, ax=list(grid), label=label)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, diverging: bool = False) -> Figure:
+    """Draws a matrix (experts, experts) for each layer, four in a row, on one scale of colours.
+
+    NaN is white, or grey if `diverging`, which is for values from -1 to 1.
+    """
+    figure, grid = _panels(len(matrices), width=2.3, height=2.2)
+    values = np.concatenate([matrix.ravel() for matrix in matrices.values()])
+    scale = {"cmap": _colormap("PuOr"), "vmin": -1, "vmax": 1} if diverging else _scale(values, False)
+    for axes, (name, matrix) in zip(grid, matrices.items(), strict=True):
+        image = axes.imshow(matrix, **scale)
+        axes.set_title(_wrapped(name), fontsize=9)
+        axes.set_xticks(range(len(matrix)))
+        axes.set_yticks(range(len(matrix)))
+        axes.tick_params(labelsize=7)
+    _label_edges(grid, "expert", "expert")
+    figure.suptitle(title, fontsize=12)
+    figure.colorbar(image, ax=list(grid), label=label, shrink=min(1.0, 6 / figure.get_figheight()))
+    return figure
+
+
+def plot_routing(
+    frames: Sequence[np.ndarray],
+    masks: np.ndarray,
+    maps: np.ndarray,
+    num_experts: int,
+    path: str | Path,
+    title: str,
+    max_columns: int = 6,
+) -> None:
+    """Draws a strip of frames: a mask above, and below it which expert each position of the image chose.
+
+    Args:
+        frames: (H, W, 3) uint8.
+        masks: (T, H, W) bool.
+        maps: (T, h, w), experts, or -1 throughout a frame that has none; only frames with a map are drawn. With more
+            experts than colours, those chosen most in this video get them, and the rest is grey.
+        path: of the picture, such as a `.png`.
+    """
+    there = np.flatnonzero((maps >= 0).any(axis=(1, 2)))
+    columns = there[np.unique(np.linspace(0, len(there) - 1, max_columns).round().astype(int))]
+    shown = _shown_experts(maps, num_experts)
+    height, width = frames[0].shape[:2]
+    panel = 2.2
+    handles = _expert_legend(maps, shown)
+    size = (max(panel * len(columns) + 0.4, 8.0), 2 * panel * height / width + 0.8 + 0.25 * -(-len(handles) // 6))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(2, len(columns), squeeze=False)
+    for (above, below), t in zip(grid.T, columns, strict=True):
+        above.imshow(overlay_masks(frames[t], masks[t].astype(np.uint8)))
+        below.imshow(_overlay_experts(frames[t], masks[t], maps[t], shown))
+        above.set_title(f"frame {t}", fontsize=9)
+        for axes in (above, below):
+            axes.set_xticks([])
+            axes.set_yticks([])
+    grid[0, 0].set_ylabel("tracked mask", fontsize=9)
+    grid[1, 0].set_ylabel("chosen expert", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def routing_video(
+    frames: Sequence[np.ndarray], masks: np.ndarray, maps: np.ndarray, num_experts: int, title: str, height: int = 480
+) -> Iterator[np.ndarray]:
+    """Frames (H', W', 3) uint8 of a video: the mask at the left, the chosen experts at the right, a legend below.
+
+    Args:
+        frames, masks, maps: as in [`plot_routing`]; frames without a map are grey at the right.
+        height: of the frames as they are shown, in pixels.
+    """
+    shown = _shown_experts(maps, num_experts)
+    size = (round(height * frames[0].shape[1] / frames[0].shape[0]), height)
+    legend = None
+    for t in range(len(frames)):
+        frame = np.array(Image.fromarray(frames[t]).resize(size, Image.Resampling.BILINEAR))
+        mask = np.asarray(Image.fromarray(masks[t]).resize(size, Image.Resampling.NEAREST))
+        both = [overlay_masks(frame, mask.astype(np.uint8)), _overlay_experts(frame, mask, maps[t], shown)]
+        if legend is None:
+            legend = _legend_image(_expert_legend(maps, shown), title, 2 * size[0])
+        yield np.vstack([np.hstack(both), legend])
+
+
+def _shown_experts(maps: np.ndarray, num_experts: int) -> list[int]:
+    """The experts that have colours of their own: all, or the ones chosen most where there are too many."""
+    if num_experts <= len(DISTINCT_COLORS):
+        return list(range(num_experts))
+    counts = np.bincount(maps[maps >= 0], minlength=num_experts)
+    return sorted(np.argsort(-counts, kind="stable")[: len(DISTINCT_COLORS) - 1].tolist())
+
+
+def _overlay_experts(frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, shown: Sequence[int]) -> np.ndarray:
+    """Lays the experts' colours over the frame in grey, with the outline of the mask in white on black."""
+    grey = np.repeat(np.asarray(Image.fromarray(frame).convert("L"))[..., None], 3, axis=-1)
+    height, width = frame.shape[:2]
+    # Nearest, so that each position of the map is seen as what it is.
+    experts = np.asarray(Image.fromarray(experts.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST))
+    colors = np.tile(_rgb(len(shown)), (max(experts.max() + 1, 1), 1))
+    for number, expert in enumerate(shown):
+        if expert < len(colors):
+            colors[expert] = _rgb(number)
+    blend = (0.3 * grey + 0.7 * colors[np.maximum(experts, 0)]).astype(np.uint8)
+    image = np.where(experts[..., None] >= 0, blend, grey)
+    line = max(1, min(height, width) // 240)
+    for thickness, color in ((2 * line, 0), (line, 255)):
+        image[_outline(mask, thickness)] = color
+    return image
+
+
+def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
+    """Pixels at most `thickness` from the edge of a mask (H, W), on either side."""
+    x = torch.from_numpy(mask.astype(np.float32))[None, None]
+    window = {"kernel_size": 2 * thickness + 1, "stride": 1, "padding": thickness}
+    grown, shrunk = F.max_pool2d(x, **window), -F.max_pool2d(-x, **window)
+    return (grown > shrunk)[0, 0].numpy()
+
+
+def _expert_legend(maps: np.ndarray, shown: Sequence[int]) -> list[Patch]:
+    chosen = maps[maps >= 0]
+    shares = {f"expert {expert}": (chosen == expert).mean() for expert in shown}
+    shares["other experts"] = (~np.isin(chosen, shown)).mean()
+    return [
+        Patch(color=_color(number), label=f"{name} ({share:.1%})")
+        for number, (name, share) in enumerate(shares.items())
+        if share > 0
+    ]
+
+
+def _legend_image(handles: Sequence[Patch], title: str, width: int) -> np.ndarray:
+    """A title and a legend as an image of the given width in pixels: (H, width, 3) uint8."""
+    columns = max(1, min(len(handles), width // 130))
+    lines = textwrap.wrap(title, max(20, width // 8))
+    height = 16 * len(lines) + 20 * -(-len(handles) // columns) + 16
+    height += height % 2
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    figure.text(0.5, 1 - 4 / height, "\n".join(lines), ha="center", va="top", fontsize=9)
+    figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure of that many panels, four in a row, each of a size in inches."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(width * columns, 5.5) + 0.8, height * rows + 1.3), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
+
+
+def _wrapped(name: str) -> str:
+    """A module's name in lines short enough for the title of a panel."""
+    return textwrap.fill(name.replace(".", ". "), 28).replace(". ", ".")
+
+
+def _label_edges(grid: np.ndarray, xlabel: str, ylabel: str) -> None:
+    """Labels the lowest panel of each column and the first of each row."""
+    columns = min(4, len(grid))
+    for number, axes in enumerate(grid):
+        if number % columns == 0:
+            axes.set_ylabel(ylabel, fontsize=8)
+        if number + columns >= len(grid):
+            axes.set_xlabel(xlabel, fontsize=8)
+
+
+def _scale(values: np.ndarray, diverging: bool) -> dict:
+    """Colours for values of which some may be NaN."""
+    largest = max(float(np.abs(values[~np.isnan(values)]).max(initial=0.0)), 1e-6)
+    if diverging:
+        return {"cmap": _colormap("PuOr"), "vmin": -largest, "vmax": largest}
+    return {"cmap": _colormap("cividis"), "vmin": 0.0, "vmax": largest}
+
+
+def _colormap(name: str) -> Colormap:
+    """With a colour for NaN that is not among its own."""
+    return colormaps[name].with_extremes(bad={"cividis": "white", "PuOr": "0.75"}[name])
+
+
+def _color(number: int) -> str:
+    return DISTINCT_COLORS[number % len(DISTINCT_COLORS)]
+
+
+def _hatch(number: int) -> str | None:
+    """Tells series of one colour apart."""
+    return (None, "//", "..", "xx")[number // len(DISTINCT_COLORS) % 4]
+
+
+def _rgb(number: int) -> np.ndarray:
+    color = _color(number)
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.uint8)

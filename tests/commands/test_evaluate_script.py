@@ -1,0 +1,283 @@
+"""`scripts/evaluate.py`, run as users run it."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.reference import ROOT, shared_data
+from samoe_hf import SamoeModel
+from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png
+from samoe_hf.evaluation.report import eval_results
+from samoe_hf.model.processor import build_processor
+
+SCRIPT = "scripts/evaluate.py"
+TIMES = ("created", "seconds", "fps", "speed", "num_processes")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs the script in this process and returns all that it printed, or its one line of error."""
+
+    def run(*arguments: object, fails: bool = False) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        if not fails:
+            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+            return "".join(capfd.readouterr())
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+        message = exit_info.value.code
+        assert isinstance(message, str) and message.startswith("error: "), message
+        return message
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def davis(tmp_path_factory):
+    """Six short videos in the layout of DAVIS 2017."""
+    root = tmp_path_factory.mktemp("davis")
+    for number, video in enumerate(SyntheticVideos(6, 8, (90, 120), seed=3)):
+        for kind in ("JPEGImages", "Annotations"):
+            (root / kind / "480p" / f"v{number}").mkdir(parents=True)
+        for t, frame in enumerate(video.frames):
+            Image.fromarray(frame).save(root / "JPEGImages" / "480p" / f"v{number}" / f"{t:05d}.jpg")
+            ids = (video.masks(t) * np.array(video.object_ids)[:, None, None]).max(axis=0)
+            write_palette_png(root / "Annotations" / "480p" / f"v{number}" / f"{t:05d}.png", ids)
+    lists = root / "ImageSets" / "2017"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("v0\nv1\n")
+    return root
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def without_times(results):
+    if isinstance(results, dict):
+        return {name: without_times(value) for name, value in results.items() if name not in TIMES}
+    return [without_times(value) for value in results] if isinstance(results, list) else results
+
+
+def test_a_model_on_a_dataset(run, model_folder, davis, tmp_path):
+    printed = run(
+        model_folder, "--dataset", "davis", "--root", davis, "--split", "val", "--seeds", 3, "--output", tmp_path
+    )
+    assert "draws nothing at random: one run instead of 3" in printed
+    assert "16/16" in printed and "frame/s" in printed and "frames per second" in printed
+    results = read(tmp_path)
+    model = results["models"][0]
+    assert model["source"] == str(model_folder) and model["num_experts"] == 4 and len(model["fingerprint"]) == 16
+    assert results["seeds"] is None and results["protocol"] == "davis" and results["dataset"]["num_videos"] == 2
+    assert [video["video"] for video in model["videos"]] == ["v0", "v1"]
+    assert f"{model['summary']['J&F_mean']:.3f}" in printed
+    assert eval_results(results)[0].dataset_split == "val"
+
+    masks = tmp_path / "runs" / model["label"] / "masks" / "davis"
+    files = sorted(path.relative_to(masks).as_posix() for path in masks.rglob("*.png"))
+    assert files == [f"v{n}/{t:05d}.png" for n in range(2) for t in range(8)]
+    # The masks are what was scored: another evaluation of them gives the same figures.
+    run("--predictions", masks, "--dataset", "davis", "--root", davis, "--split", "val", "--output", tmp_path / "again")
+    again = read(tmp_path / "again")["models"][0]["summary"]
+    for name, value in model["summary"].items():
+        assert name == "occlusion_accuracy" or again[name] == pytest.approx(value), name
+
+    report = (tmp_path / "report.md").read_text()
+    links = re.findall(r"\]\((.*?)\)", report)
+    assert len(links) == 2 + 2 * len(model["highlights"]) and all((tmp_path / link).is_file() for link in links)
+    assert len(read_video(tmp_path / model["highlights"][0]["video_file"])) == 8
+
+
+def test_drawn_points_of_several_seeds(run, model_folder, davis, tmp_path):
+    arguments = [model_folder, "--dataset", "davis", "--root", davis, "--video", "v0", "--output", tmp_path]
+    run(*arguments, "--prompt", "point:2", "--seeds", 2)
+    results = read(tmp_path)
+    model = results["models"][0]
+    assert results["seeds"] == [42, 1042] and [r["seed"] for r in model["runs"]] == [42, 1042]
+    values = [r["summary"]["J&F_mean"] for r in model["runs"]]
+    assert model["summary"]["J&F_mean"] == pytest.approx(np.mean(values))
+    assert model["std"]["J&F_mean"] == pytest.approx(np.std(values, ddof=1))
+    assert f"± {model['std']['J&F_mean']:.3f}" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "runs" / model["label"] / "seed_1042" / "masks" / "davis" / "v0" / "00000.png").is_file()
+    printed = run(*arguments, "--prompt", "point:2", "--seeds", 3)
+    assert "2 of 3 results are there already" in printed
+    assert read(tmp_path)["models"][0]["runs"][:2] == model["runs"]
+
+
+def test_models_side_by_side(run, model_folder, davis, nano, tmp_path):
+    other = tmp_path / "other"
+    model = SamoeModel.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.get_parameter("memory_attention.layer_norm.weight").mul_(0.5)
+    model.save_pretrained(other)
+    build_processor(model.config).save_pretrained(other)
+    output = tmp_path / "out"
+    printed = run(
+        "--model",
+        model_folder,
+        "--model",
+        other,
+        "--dataset",
+        "davis",
+        "--root",
+        davis,
+        "--split",
+        "val",
+        "--output",
+        output,
+    )
+    results = read(output)
+    first, second = results["models"]
+    entry = results["comparisons"][0]["metrics"]["J&F_mean"]
+    difference = second["summary"]["J&F_mean"] - first["summary"]["J&F_mean"]
+    assert entry["difference"] == pytest.approx(difference) and difference != 0
+    assert entry["low"] <= entry["difference"] <= entry["high"]
+    assert f"{second['label']} less {first['label']}" in printed
+    # The positional model is the same as one given by its option, and what it did is kept.
+    printed = run(
+        model_folder, "--model", other, "--dataset", "davis", "--root", davis, "--split", "val", "--output", output
+    )
+    assert printed.count("2 of 2 results are there already") == 2
+    assert without_times(read(output)) == without_times(results)
+
+
+def test_what_differs_from_the_results_that_are_there_is_named(run, model_folder, davis, tmp_path):
+    arguments = [model_folder, "--dataset", "davis", "--root", davis, "--video", "v0", "--output", tmp_path]
+    run(*arguments)
+    before = read(tmp_path)
+    message = run(*arguments, "--prompt", "box", fails=True)
+    assert "`prompt` is 'mask', not 'box'" in message and read(tmp_path) == before
+    run(*arguments, "--prompt", "box", "--overwrite")
+    assert read(tmp_path)["prompt"] == "box"
+    # Which frames count changes nothing of the masks.
+    run(*arguments, "--prompt", "box", "--protocol", "all")
+    assert read(tmp_path)["protocol"] == "all"
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(run, model_folder, davis, tmp_path):
+    arguments = [model_folder, "--dataset", "davis", "--root", davis, "--prompt", "clicks:2@2"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    command = [sys.executable, SCRIPT, *map(str, arguments), "--output", str(stopped)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scores = stopped / "runs" / model_folder.name / "scores" / "davis"
+    until = time.time() + 120
+    while not list(scores.glob("*.npz")) and time.time() < until:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(list(scores.glob("*.npz")))
+    assert 0 < finished < 6 and not (stopped / "results.json").exists()
+    printed = run(*arguments, "--output", stopped)
+    assert f"{finished} of 6 results are there already" in printed
+    run(*arguments, "--output", whole)
+    assert without_times(read(stopped)) == without_times(read(whole))
+    masks = [folder / "runs" / model_folder.name / "masks" for folder in (stopped, whole)]
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*.png")) for folder in masks]
+    assert names[0] == names[1] and len(names[0]) == 6 * 8
+    for name in names[0]:
+        np.testing.assert_array_equal(*(read_label_png(folder / name) for folder in masks))
+
+
+@pytest.mark.slow
+def test_processes_share_the_videos(run, model_folder, davis, tmp_path):
+    arguments = [str(model_folder), "--dataset", "davis", "--root", str(davis), "--prompt", "point"]
+    # As `accelerate launch` does for GPUs; on a CPU it starts one process only.
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        SCRIPT,
+        *arguments,
+        "--output",
+        str(tmp_path / "two"),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Written: ") == 1
+    run(*arguments, "--output", tmp_path / "one")
+    assert read(tmp_path / "two")["num_processes"] == 2
+    assert without_times(read(tmp_path / "two")) == without_times(read(tmp_path / "one"))
+
+
+def test_volumes_are_scored_in_space(run, model_folder, tmp_path):
+    ids = np.zeros((6, 40, 40), dtype=np.uint8)
+    ids[1:5, 8:30, 10:28] = 3
+    images = np.random.default_rng(0).integers(0, 60, ids.shape, dtype=np.uint8) + 120 * (ids > 0).astype(np.uint8)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "ct.npz", imgs=images, gts=ids, spacing=np.array([0.5, 0.5, 4.0]))
+    arguments = [model_folder, "--dataset", "npz", "--root", tmp_path / "data", "--output", tmp_path / "out"]
+    printed = run(*arguments, "--prompt", "box", "--surface-tolerance", "1.5")
+    summary = read(tmp_path / "out")["models"][0]["summary"]
+    assert 0 <= summary["surface_dice"] <= 1 and "3-D Dice" in printed
+    assert "1.5 mm" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_masks_of_another_method_get_the_figures_of_davis(run, tmp_path):
+    root, reference = shared_data("davis"), shared_data("davis").parents[1] / "reference" / "metrics"
+    run("--predictions", reference / "predictions", "--dataset", "davis", "--root", root, "--video", "bmx-trees",
+        "--output", tmp_path)  # fmt: skip
+    expected = json.loads((reference / "davis_jf.json").read_text())
+    for row in read(tmp_path)["models"][0]["objects"]:
+        assert row["J_mean"] == pytest.approx(expected[row["video"]]["J_mean"], abs=1e-6)
+        assert row["F_mean"] == pytest.approx(expected[row["video"]]["F_mean"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "clicks"], "`prompt` must be mask, box"),
+        (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
+        (["--video", "v9"], "`--video` names ['v9']"),
+        (["--split", "train"], "no list for this split; there are: val"),
+        (["--predictions", "nowhere"], "nowhere: no such folder of predictions"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run, model_folder, davis, tmp_path, arguments, message):
+    given = [] if "--predictions" in arguments else [model_folder]
+    output = tmp_path / "out"
+    assert message in run(*given, "--dataset", "davis", "--root", davis, "--output", output, *arguments, fails=True)
+    assert not output.exists()
+
+
+def test_missing_and_misfitting_predictions_are_named(run, davis, tmp_path):
+    masks = tmp_path / "masks"
+    (masks / "v0").mkdir(parents=True)
+    arguments = [
+        "--predictions",
+        masks,
+        "--dataset",
+        "davis",
+        "--root",
+        davis,
+        "--video",
+        "v0",
+        "--output",
+        tmp_path / "o",
+    ]
+    write_palette_png(masks / "v0" / "00000.png", np.zeros((90, 120), np.uint8))
+    message = run(*arguments, fails=True)
+    assert "7 of 8 predictions are missing: v0/00001.png, v0/00002.png" in message
+    for t in range(8):
+        write_palette_png(masks / "v0" / f"{t:05d}.png", np.zeros((45, 60), np.uint8))
+    assert "00000.png: prediction of size (45, 60), but the video's is (90, 120)" in run(*arguments, fails=True)
+    assert not (tmp_path / "o" / "results.json").exists()
+
+
+def test_a_model_or_predictions_are_needed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--dataset", "davis", "--output", "o"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+    assert "at least one MODEL or --predictions is needed" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""The command lines, run as users run them."""
+
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.reference import ROOT, shared_data
+from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a script in this process, at the repository's root, and returns all that it printed."""
+
+    def run(script: str, *arguments: object, fails: bool = False) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        if not fails:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+            return "".join(capfd.readouterr())
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        message = exit_info.value.code
+        assert isinstance(message, str) and message.startswith("error: "), message
+        return message
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def video():
+    return SyntheticVideos(1, 5, (96, 128), seed=3)[0]
+
+
+def test_track_a_video_file(run, model_folder, video, tmp_path):
+    write_video(tmp_path / "in.mp4", video.frames, fps=5)
+    mask = tmp_path / "mask.png"
+    write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
+    printed = run(
+        "track.py", model_folder, tmp_path / "in.mp4",
+        "--point", "40,30", "--point", "100,80:0", "--box", "2=10,10,60,60@1", "--mask", f"3={mask}",
+        "--output", tmp_path / "out.mp4",
+    )  # fmt: skip
+    assert "propagate in video" in printed
+    overlay = read_video(tmp_path / "out.mp4")
+    assert len(overlay) == 5 and overlay.size == (96, 128)
+    files = sorted((tmp_path / "out_masks").glob("*.png"))
+    assert [file.name for file in files] == [f"{t:05d}.png" for t in range(5)]
+    assert Image.open(files[0]).mode == "P"
+    assert 3 in read_label_png(files[0])
+    assert set(np.unique(np.stack([read_label_png(file) for file in files]))) <= {0, 1, 2, 3}
+
+
+def test_scripts_run_on_their_own(model_folder, video, tmp_path):
+    write_video(tmp_path / "in.mp4", video.frames, fps=5)
+    command = [sys.executable, "scripts/track.py", model_folder, tmp_path / "in.mp4", "--box", "10,10,60"]
+    result = subprocess.run([*command, "--output", tmp_path / "o.mp4"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == "error: `--box` must be 4 numbers with commas between, got '10,10,60'.\n"
+
+
+def test_track_a_folder_of_frames_from_a_frame_in_the_middle(run, model_folder, video, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for t, frame in enumerate(video.frames):
+        Image.fromarray(frame).save(frames / f"frame_{t}.png")
+    ids = (video.masks(3) * np.array(video.object_ids)[:, None, None]).max(axis=0)
+    write_palette_png(tmp_path / "ids.png", ids)
+    run("track.py", model_folder, frames, "--mask", tmp_path / "ids.png", "--frame", 3, "--output", tmp_path / "o.mp4",
+        "--masks", tmp_path / "masks")  # fmt: skip
+    written = {file.stem: read_label_png(file) for file in (tmp_path / "masks").iterdir()}
+    assert sorted(written) == [f"frame_{t}" for t in range(5)]
+    agreement = (written["frame_3"] == ids).mean()
+    assert agreement > 0.97
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--point", "40"], "`--point` must be 2 numbers"),
+        (["--point", "4,5:7"], "label of `--point` must be 0 or 1, got '7'"),
+        (["--box", "1,2,3"], "`--box` must be 4 numbers"),
+        (["--point", "4,5", "--frame", "9"], "`frame_idx` must be from 0 to 4, got 9"),
+        ([], "`prompts` is empty"),
+        (["--mask", "nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_track_refuses_bad_prompts_in_one_line(run, model_folder, video, tmp_path, arguments, message):
+    write_video(tmp_path / "in.mp4", video.frames, fps=5)
+    printed = run("track.py", model_folder, tmp_path / "in.mp4", *arguments, "--output", tmp_path / "o.mp4", fails=True)
+    assert message in printed
+    assert not (tmp_path / "o.mp4").exists() and not (tmp_path / "o_masks").exists()
+
+
+@pytest.fixture
+def smoke_config(model_folder, tmp_path):
+    """A run of two steps on synthetic videos, from the nano reference."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""
+model_name_or_path: {model_folder}
+train_data: [{{kind: synthetic, num_videos: 4, num_frames: 3, image_size: [96, 96]}}]
+eval_data: [{{kind: synthetic, num_videos: 1, num_frames: 3, image_size: [96, 96], seed: 5}}]
+num_frames: 3
+max_steps: 2
+per_device_train_batch_size: 2
+learning_rate: 1.0e-3
+save_strategy: "no"
+report_to: none
+output_dir: {tmp_path / "out"}
+"""
+    )
+    return path
+
+
+def test_train_writes_a_model_that_loads_and_tracks(run, smoke_config, model_folder, tmp_path, video):
+    from samoe_hf import SamoeModel
+
+    printed = run("train.py", smoke_config, "--max_steps", "3", "--logging_steps", "1")
+    assert "trainable params: 68,672" in printed and printed.count("'loss'") == 3
+    assert printed.count("eval_J&F ") == printed.count("eval_shapes_J&F") == 2
+    assert "loss_focal" in printed and "router_entropy/shapes" in printed and "expert_usage/shapes/3" in printed
+    before, after = (SamoeModel.from_pretrained(folder) for folder in (model_folder, tmp_path / "out"))
+    changed = {
+        name
+        for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
+        if (a != b).any()
+    }
+    assert changed and all("lora_" in name or "router" in name for name in changed)
+    write_video(tmp_path / "in.mp4", video.frames, fps=5)
+    run("track.py", tmp_path / "out", tmp_path / "in.mp4", "--box", "10,10,60,60", "--output", tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("learning_rat: 1.0", "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
+        ("trainable: [expert]", "'expert'"),
+        ("model_config: configs/model_nano.yaml", "Exactly one of `model_name_or_path` and `model_config`"),
+        ("box_probability: 1.5", "`box_probability` must be from 0 to 1, got 1.5"),
+        ("trainable: [experts=fast]", "`trainable` must be SET or SET=LR, got 'experts=fast'"),
+        ("train_data: []", "`train_data` must name at least one dataset"),
+        ("train_data: [{kind: davi}]", "'davi'"),
+        (": [", "is not YAML"),
+    ],
+)
+def test_train_refuses_bad_configurations_in_one_line(run, smoke_config, line, message):
+    kept = [kept for kept in smoke_config.read_text().splitlines() if not kept.startswith(line.partition(":")[0] + ":")]
+    smoke_config.write_text("\n".join([*kept, line]))
+    printed = run("train.py", smoke_config, fails=True)
+    assert message in printed
+
+
+@pytest.mark.slow
+def test_the_configuration_for_davis_runs(run, tmp_path):
+    shared_data("davis")
+    printed = run("train.py", ROOT / "configs" / "finetune_davis.yaml", "--output_dir", tmp_path, "--max_steps", "4")
+    assert "train_loss" in printed and (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_demo_learns(run, tmp_path):
+    printed = run("demo.py", "--output", tmp_path)
+    before, after = printed.rpartition("prompted one: ")[2].split("\n")[0].split(" -> ")
+    assert float(after) > 0.6 > 0.3 > float(before)
+    assert "masks are identical" in printed
+    for name in ("tracking.png", "expert_usage.png", "video_0.mp4", "model/model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 1000

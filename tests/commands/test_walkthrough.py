@@ -1,0 +1,71 @@
+"""The commands of the README's walk-through, run as they are written there."""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.reference import ROOT
+
+SECTION = "## Evaluate and explain"
+
+
+def commands() -> list[str]:
+    """Lines of the first fenced block under the section's heading."""
+    section = (ROOT / "README.md").read_text().partition(f"\n{SECTION}\n")[2].partition("\n## ")[0]
+    block = re.search(r"^```\w*\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    return block.group(1).replace("\\\n", " ").splitlines()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with what the commands name, so that their outputs stay out of the repository."""
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def check_outputs(folder: Path) -> None:
+    """Every output folder that a command names holds what the README promises."""
+    outputs = [Path(path) for path in re.findall(r"--output (\S+)", "\n".join(commands()))]
+    assert len(outputs) == 2 and (folder / "outputs/smoke/model.safetensors").is_file()
+    for output in outputs:
+        assert any((folder / output).iterdir()), output
+    experts = {path.name for path in (folder / "outputs/smoke-experts").iterdir()}
+    assert {"routing_shapes_shapes_2_00000.mp4", "routing_blobs_blobs_2_00000.mp4"} <= experts
+    promised = re.findall(
+        r"`([\w*]+\.(?:csv|json|png|mp4))`", (ROOT / "README.md").read_text().partition("### Look at the experts")[2]
+    )
+    for pattern in promised:
+        assert any(re.fullmatch(pattern.replace(".", r"\.").replace("*", ".*"), name) for name in experts), pattern
+
+
+def test_the_section_shows_the_whole_way():
+    scripts = [shlex.split(command)[:2] for command in commands()]
+    assert scripts == [["python", f"scripts/{name}.py"] for name in ("train", "evaluate", "experts")]
+
+
+def test_commands_run_with_fewer_steps(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for command in commands():
+        _, script, *arguments = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", [script, *arguments, *(["--max_steps", "2"] if "train" in script else [])])
+        runpy.run_path(script, run_name="__main__")
+    check_outputs(folder)
+
+
+@pytest.mark.slow
+def test_commands_run_as_they_are_written(folder):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    for command in commands():
+        subprocess.run(command, shell=True, cwd=folder, env=environment, check=True)
+    check_outputs(folder)

@@ -1,0 +1,155 @@
+"""Videos are scored frame by frame as a whole, and stopped evaluations go on with what is left."""
+
+import math
+
+import numpy as np
+import pytest
+
+from helpers.results import assert_same_scores, perturbed, random_video
+from samoe_hf.data import SyntheticVideos, Video, write_palette_png
+from samoe_hf.data.annotations import MaskArrays
+from samoe_hf.data.predictions import MaskFiles
+from samoe_hf.data.video_io import ArrayFrames, SampleError
+from samoe_hf.evaluation.evaluate import (
+    VideoResult,
+    evaluate_masks,
+    evaluate_video,
+    evaluate_videos,
+    mean_iou,
+    score_predictions,
+    segment_video,
+)
+from samoe_hf.evaluation.metrics import score_video, surface_dice
+from samoe_hf.model.processor import build_processor
+
+
+@pytest.fixture(scope="module")
+def processor(nano):
+    return build_processor(nano.model.config)
+
+
+@pytest.fixture(scope="module")
+def video():
+    return SyntheticVideos(1, 5, (96, 128), seed=3)[0]
+
+
+def test_frames_are_scored_one_by_one_as_the_video_is_as_a_whole():
+    video = random_video(spacing=(0.5, 0.75, 5.0))
+    predictions, written = perturbed(video), []
+    result = score_predictions(video, iter(predictions), 1.5, lambda v, t, masks: written.append((v, t, masks.sum())))
+    predicted = np.stack([frame.masks for frame in predictions])
+    target = np.stack([video.masks(t) for t in range(len(video))])
+    logits = np.stack([frame.scores for frame in predictions])
+    assert_same_scores(result.scores, score_video(predicted, target, [2, 300], logits))
+    np.testing.assert_allclose(result.surface_dice, surface_dice(predicted, target, (5.0, 0.75, 0.5), 1.5))
+    assert 0 < result.surface_dice.min() < result.surface_dice.max() < 1
+    assert written == [(video, t, predicted[t].sum()) for t in range(5)]
+    assert result.frames == [0, 1, 2, 3, 4] and result.image_area == 24 * 32 and result.num_frames == 5
+
+
+def test_only_annotated_frames_are_scored():
+    full = random_video()
+    masks = np.stack([full.masks(t) for t in (0, 2, 3)])
+    video = Video("sparse", full.frames, MaskArrays(masks, [2, 300], frames=[0, 2, 3]))
+    predictions = perturbed(full)
+    result = score_predictions(video, predictions)
+    assert result.frames == [0, 2, 3] and result.surface_dice is None
+    expected = score_video(np.stack([predictions[t].masks for t in (0, 2, 3)]), masks)
+    np.testing.assert_array_equal(result.scores.j, expected.j)
+
+
+def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
+    masks, scores = segment_video(nano.model, processor, video)
+    assert masks.shape == (5, len(video.object_ids), 96, 128) and np.isfinite(scores).all()
+    written = {}
+    result = evaluate_video(
+        nano.model, processor, video, overlapping=True, write=lambda v, t, m: written.update({t: m.copy()})
+    )
+    np.testing.assert_array_equal(np.stack([written[t] for t in range(5)]), masks)
+    target = np.stack([video.masks(t) for t in range(5)])
+    assert_same_scores(result.scores, score_video(masks, target, video.object_ids, scores))
+    assert result.seconds > 0 and [given["mask"] for given in result.prompts] == [True] * len(video.object_ids)
+    alone = evaluate_video(nano.model, processor, video).scores
+    assert (alone.prediction_area.sum(axis=1) == masks.any(axis=1).sum(axis=(1, 2))).all()
+
+    results = evaluate_videos(nano.model, processor, [video], show_progress_bar=False)
+    assert_same_scores(results[video.video_id], alone)
+    assert mean_iou(results) == pytest.approx(alone.j[1:].mean())
+
+
+def test_videos_of_one_frame_or_without_objects_are_scored(nano, processor):
+    one = SyntheticVideos(1, 1, (96, 128), seed=3)[0]
+    result = evaluate_video(nano.model, processor, one, "clicks:2@3:offline")
+    assert result.scores.j.shape == (1, len(one.object_ids))
+    frames = np.zeros((2, 32, 32, 3), np.uint8)
+    none = Video("empty", ArrayFrames(frames), MaskArrays(np.zeros((2, 0, 32, 32), bool), []), spacing=(1, 1, 2))
+    result = evaluate_video(nano.model, processor, none)
+    assert result.scores.j.shape == (2, 0) and result.surface_dice.shape == (0,)
+    without = Video("bare", ArrayFrames(frames), MaskArrays(np.zeros((0, 1, 32, 32), bool), [1], frames=[]))
+    with pytest.raises(ValueError, match="bare: no frame is annotated"):
+        evaluate_video(nano.model, processor, without)
+
+
+def test_evaluating_leaves_the_mode_of_the_model(nano, processor, video):
+    assert not nano.model.training
+    nano.model.train()
+    try:
+        evaluate_videos(nano.model, processor, [video], show_progress_bar=False)
+        assert nano.model.training
+    finally:
+        nano.model.eval()
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    video = random_video(spacing=(0.5, 0.75, 5.0), domain="ct")
+    result = score_predictions(video, perturbed(video))
+    result.prompts = [
+        {"object_id": 2, "frame_idx": 0, "points": [(3.0, 4.0)], "labels": [1], "box": None, "mask": False}
+    ]
+    path = tmp_path / "a" / "b.npz"
+    result.save(path)
+    assert [file.name for file in path.parent.iterdir()] == ["b.npz"]
+    read = VideoResult.load(path)
+    assert_same_scores(read.scores, result.scores)
+    np.testing.assert_array_equal(read.surface_dice, result.surface_dice)
+    assert read.key == "ct/video 0" and read.frames == result.frames and read.seconds == result.seconds
+    assert read.prompts[0]["points"] == [[3.0, 4.0]]
+    result.seconds = math.nan
+    result.save(path)
+    assert math.isnan(VideoResult.load(path).seconds)
+
+
+# --- Masks that were written before
+
+
+@pytest.mark.parametrize("layout", ["davis", "youtube_vos", "sa_v"])
+def test_written_masks_get_the_scores_of_the_masks(layout, tmp_path):
+    video, files = random_video(), MaskFiles(tmp_path, layout)
+    predictions = perturbed(video)
+    for frame in predictions:
+        files.write(video, frame.frame_idx, frame.masks)
+    result = evaluate_masks(video, files)
+    expected = score_predictions(video, predictions)
+    np.testing.assert_array_equal(result.scores.j, expected.scores.j)
+    np.testing.assert_array_equal(result.scores.f, expected.scores.f)
+    assert result.scores.object_scores is None and math.isnan(result.seconds)
+    assert np.isnan(result.scores.occlusion_correct).all()
+
+
+def test_missing_predictions_are_named(tmp_path):
+    video, files = random_video(), MaskFiles(tmp_path)
+    for t in (0, 2, 4):
+        files.write(video, t, video.masks(t))
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 5 predictions are missing: video 0/00001.png, video 0/00003.png"
+    ):
+        evaluate_masks(video, files)
+
+
+def test_predictions_of_another_size_are_refused(tmp_path):
+    video, files = random_video(), MaskFiles(tmp_path)
+    for t in range(5):
+        files.write(video, t, video.masks(t))
+    write_palette_png(tmp_path / "video 0" / "00003.png", np.zeros((24, 31), dtype=np.uint8))
+    with pytest.raises(SampleError, match=r"00003.png: prediction of size \(24, 31\), but the video's is \(24, 32\)"):
+        evaluate_masks(video, files)

@@ -1,0 +1,457 @@
+"""Tests of the metrics: DAVIS' own figures, straightforward loops over frames and objects, and edge cases."""
+
+import itertools
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.reference import ROOT
+from samoe_hf.evaluation import metrics
+
+SHARED = ROOT.parent / "shared"
+DAVIS = SHARED / "data" / "davis" / "Annotations" / "480p"
+DAVIS_FIGURES = SHARED / "reference" / "metrics"
+NAMES = ("j", "f", "dice", "boundary_iou")
+
+
+# --- Straightforward scores of one pair of masks, on whole frames
+
+
+def disk(radius):
+    offsets = itertools.product(range(-radius, radius + 1), repeat=2)
+    return [(y, x) for y, x in offsets if y * y + x * x <= radius * radius]
+
+
+def dilate(mask, offsets):
+    height, width = mask.shape
+    reach = max(map(max, offsets))
+    padded, result = np.pad(mask, reach), np.zeros_like(mask)
+    for y, x in offsets:
+        result |= padded[reach + y : reach + y + height, reach + x : reach + x + width]
+    return result
+
+
+def boundary(mask):
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+
+
+def simple_f(prediction, target):
+    offsets = disk(math.ceil(0.008 * math.hypot(*target.shape)))
+    prediction, target = boundary(prediction), boundary(target)
+    if not prediction.any() or not target.any():
+        return float(prediction.any() == target.any())
+    precision = (prediction & dilate(target, offsets)).sum() / prediction.sum()
+    recall = (target & dilate(prediction, offsets)).sum() / target.sum()
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def simple_iou(prediction, target):
+    union = (prediction | target).sum()
+    return (prediction & target).sum() / union if union else 1.0
+
+
+def simple_dice(prediction, target):
+    total = prediction.sum() + target.sum()
+    return 2 * (prediction & target).sum() / total if total else 1.0
+
+
+def band(mask):
+    width = max(1, round(0.02 * math.hypot(*mask.shape)))
+    square = list(itertools.product(range(-width, width + 1), repeat=2))
+    outside = np.pad(~mask, width, constant_values=True)
+    return mask & dilate(outside, square)[width:-width, width:-width]
+
+
+def simple_boundary_iou(prediction, target):
+    return simple_iou(band(prediction), band(target))
+
+
+SIMPLE = {"j": simple_iou, "f": simple_f, "dice": simple_dice, "boundary_iou": simple_boundary_iou}
+
+
+def loop(name, prediction, target):
+    """A score of masks (T, N, H, W), one pair at a time."""
+    return np.array(
+        [[SIMPLE[name](p, t) for p, t in zip(*frame, strict=True)] for frame in zip(prediction, target, strict=True)]
+    )
+
+
+# --- Videos to score
+
+
+def ellipses(num_frames, num_objects, height, width, seed=0):
+    """Id maps of ellipses that drift, overlap, leave the frame and come back, each frame disturbed a little."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    centre, speed = rng.uniform(0, 1, (num_objects, 2)), rng.uniform(-0.02, 0.02, (num_objects, 2))
+    radius = rng.uniform(0.06, 0.2, (num_objects, 2))
+    video = np.zeros((num_frames, height, width), dtype=np.uint8)
+    for frame, n in itertools.product(range(num_frames), range(num_objects)):
+        cy, cx = (centre[n] + speed[n] * frame + rng.normal(0, 0.01, 2)) * (height, width)
+        ry, rx = radius[n] * (height, width)
+        video[frame][((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1] = n + 1
+    return video
+
+
+def squares(*positions, size=6, shape=(24, 32), object_id=1):
+    """Id maps with one square per frame, its upper left corner at the position (y, x), or none."""
+    video = np.zeros((len(positions), *shape), dtype=np.uint8)
+    for frame, position in zip(video, positions, strict=True):
+        if position is not None:
+            frame[position[0] : position[0] + size, position[1] : position[1] + size] = object_id
+    return video
+
+
+HERE, FAR = (4, 4), (14, 20)
+
+
+# --- DAVIS' own figures
+
+
+@pytest.mark.skipif(not DAVIS_FIGURES.is_dir() or not DAVIS.is_dir(), reason="needs ../shared: DAVIS and its figures")
+@pytest.mark.parametrize("sequence", ["blackswan", "bmx-trees"])
+def test_davis_own_figures(sequence):
+    figures = json.loads((DAVIS_FIGURES / "davis_jf.json").read_text())[sequence]
+    paths = sorted((DAVIS / sequence).glob("*.png"))
+    prediction, target = (
+        np.stack([np.array(Image.open(folder / path.name)) for path in paths])
+        for folder in (DAVIS_FIGURES / "predictions" / sequence, DAVIS / sequence)
+    )
+    scores = metrics.score_video(prediction, target)
+    assert scores.object_ids == (255,)
+    np.testing.assert_allclose(scores.j[:, 0], figures["J"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores.f[:, 0], figures["F"], rtol=0, atol=1e-6)
+    summary = metrics.summarize({sequence: scores}, "davis")
+    assert summary["J_mean"] == pytest.approx(figures["J_mean"], abs=1e-6)
+    assert summary["F_mean"] == pytest.approx(figures["F_mean"], abs=1e-6)
+    assert summary["J&F_mean"] == pytest.approx((figures["J_mean"] + figures["F_mean"]) / 2, abs=1e-6)
+
+
+# --- Against the loops
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (9, 150), (3, 3)])
+def test_id_maps_agree_with_loop(shape):
+    prediction, target = (ellipses(6, 4, *shape, seed=seed) for seed in (0, 1))
+    prediction[2:] = target[2:]
+    prediction[2:, 1::7] = 0  # thin cuts: many boundaries that differ a little
+    scores = metrics.score_video(prediction, target, object_ids=(1, 2, 3, 4))
+    masks = [metrics.masks_from_ids(video, scores.object_ids) for video in (prediction, target)]
+    for name in NAMES:
+        np.testing.assert_allclose(getattr(scores, name), loop(name, *masks), rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_overlapping_masks_agree_with_loop():
+    rng = np.random.default_rng(0)
+    # Noise, coarse blobs that touch the border, and full frames.
+    noise = rng.random((2, 3, 2, 40, 50)) > 0.9
+    blobs = np.kron(rng.random((2, 3, 2, 4, 5)) > 0.4, np.ones((10, 10))).astype(bool)
+    full = np.ones((2, 3, 1, 40, 50), dtype=bool)
+    prediction, target = np.concatenate([noise, blobs, full], axis=2)
+    scores = metrics.score_video(torch.from_numpy(prediction), torch.from_numpy(target))
+    assert scores.object_ids == (1, 2, 3, 4, 5)
+    for name in NAMES:
+        np.testing.assert_allclose(getattr(scores, name), loop(name, prediction, target), rtol=0, atol=1e-12)
+
+
+def test_id_maps_and_masks_agree():
+    prediction, target = (ellipses(5, 3, 40, 60, seed=seed) for seed in (0, 1))
+    by_id = metrics.score_video(torch.from_numpy(prediction), target.astype(np.int64), object_ids=(3, 1))
+    by_mask = metrics.score_video(*(metrics.masks_from_ids(video, (3, 1)) for video in (prediction, target)), (3, 1))
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(by_id, name), getattr(by_mask, name))
+
+
+def test_speed():
+    """100 frames at 480p with 10 objects in under two seconds of one core; the loop does a few of the frames."""
+    first = ellipses(1, 10, 480, 854)[0]
+    target = np.stack([np.roll(first, (frame, -2 * frame), axis=(0, 1)) for frame in range(100)])
+    prediction = np.stack([np.roll(target[frame], (frame % 5, frame % 7), axis=(0, 1)) for frame in range(100)])
+    start = time.process_time()
+    scores = metrics.score_video(prediction, target)
+    seconds = time.process_time() - start
+    assert seconds < 2
+
+    frames = [0, 33]
+    masks = [metrics.masks_from_ids(video[frames], scores.object_ids) for video in (prediction, target)]
+    start = time.process_time()
+    expected = [loop(name, *masks) for name in ("j", "f")]
+    loop_seconds = (time.process_time() - start) * len(target) / len(frames)
+    print(f"{seconds:.2f} s, {loop_seconds / seconds:.1f} times as fast as the loop")
+    np.testing.assert_allclose([scores.j[frames], scores.f[frames]], expected, rtol=0, atol=1e-12)
+
+
+# --- Edge cases of one video
+
+
+def test_empty_masks():
+    prediction, target = squares(None, HERE, None), squares(None, None, HERE)
+    scores = metrics.score_video(prediction, target)
+    for name in (*NAMES, "jf"):
+        assert getattr(scores, name).ravel().tolist() == [1, 0, 0], name
+
+
+def test_no_object_at_all():
+    empty = squares(None, None, None)
+    scores = metrics.score_video(empty, empty)
+    assert scores.object_ids == () and scores.j.shape == (3, 0)
+    summary = metrics.summarize({"empty": scores})
+    assert summary["num_objects"] == 0 and all(
+        math.isnan(summary[name]) for name in ("J_mean", "PQ", "AP", "pixel_iou")
+    )
+
+
+def test_object_vanishes_and_returns():
+    target = squares(HERE, HERE, None, None, HERE, HERE)
+    prediction = squares(HERE, HERE, None, FAR, None, HERE)
+    scores = metrics.score_video(prediction, target)
+    for name in NAMES:
+        assert getattr(scores, name).ravel().tolist() == [1, 1, 1, 0, 0, 1], name
+
+
+def test_ids_that_skip():
+    target, prediction = squares(HERE, HERE, object_id=3), squares(HERE, FAR, object_id=3)
+    target[:, 20:, :4] = 200
+    prediction[:, 20:, :4] = 200
+    prediction[:, 0, :] = 77  # an id that the target never shows
+    scores = metrics.score_video(prediction, target)
+    assert scores.object_ids == (3, 200)
+    assert scores.j.tolist() == [[1, 1], [0, 1]] and scores.f.tolist() == [[1, 1], [0, 1]]
+    assert metrics.score_video(prediction, target, object_ids=(77, 3)).j.tolist() == [[0, 1], [0, 0]]
+    many = (prediction.astype(np.int32) * 300, target.astype(np.int32) * 300)
+    assert metrics.score_video(*many).object_ids == (900, 60000)
+
+
+def test_negative_ids_are_background():
+    target = squares(HERE).astype(np.int16)
+    assert metrics.object_ids_of(-target) == ()
+    assert metrics.score_video(np.where(target == 0, -1, target), target).j.item() == 1
+
+
+@pytest.mark.parametrize("num_frames", [1, 2])
+def test_videos_without_a_counted_frame(num_frames):
+    video = squares(*[HERE] * num_frames)
+    scores = metrics.score_video(video, video)
+    assert scores.j.shape == (num_frames, 1) and scores.f.min() == 1
+    for protocol in ("davis", "sav"):
+        summary = metrics.summarize(
+            {"short": scores, "long": metrics.score_video(squares(*[HERE] * 3), squares(*[FAR] * 3))}, protocol
+        )
+        assert summary["num_videos"] == 1 and summary["J_mean"] == 0
+        assert math.isnan(metrics.score_objects({"short": scores}, protocol)[0]["J_decay"])
+    assert metrics.summarize({"short": scores}, "all")["J&F_mean"] == 1
+
+
+def test_other_size_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 24, 32\) and \(2, 48, 64\)"):
+        metrics.score_video(squares(HERE, HERE), squares(HERE, HERE, shape=(48, 64)))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "arguments", "message"),
+    [
+        (squares(HERE).astype(float), {}, "prediction is neither integer"),
+        (squares(HERE, HERE), {}, r"\(2, 24, 32\) and \(1, 24, 32\)"),
+        (squares(HERE), {"object_ids": (1, 1)}, "distinct"),
+        (squares(HERE), {"object_ids": (0, 1)}, "above 0"),
+        (squares(HERE), {"object_scores": np.zeros((2, 1))}, r"\(1, 1\), not \(2, 1\)"),
+    ],
+)
+def test_wrong_arguments_are_refused(prediction, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.score_video(prediction, squares(HERE), **arguments)
+
+
+def test_stack_frames():
+    frames = {f"{n:05d}": np.full((4, 5), n) for n in range(5)}
+    assert metrics.stack_frames(frames, ["00000", "00004"])[:, 0, 0].tolist() == [0, 4]
+    with pytest.raises(ValueError, match="2 of 3 frames are missing: 00007, 00009"):
+        metrics.stack_frames(frames, ["00001", "00007", "00009"])
+    frames["00002"] = torch.zeros(8, 10)
+    with pytest.raises(ValueError, match=r"00002 has shape \(8, 10\), but frame 00001 \(4, 5\)"):
+        metrics.stack_frames(frames, ["00001", "00002"])
+
+
+# --- Sets of videos
+
+
+def video_scores(j, in_target=None, in_prediction=None, object_ids=(1,), object_scores=None):
+    """Scores with the given J (T, N), which F equals, for masks of 100 pixels where they are not empty."""
+    j = np.array(j, dtype=float).reshape(-1, len(object_ids))
+    in_target, in_prediction = (
+        np.ones(j.shape, dtype=int) if mask is None else np.array(mask).reshape(j.shape)
+        for mask in (in_target, in_prediction)
+    )
+    # Equal areas and an intersection of 2J / (1 + J) of them have the IoU J.
+    intersection = 100 * 2 * j / (1 + j) * in_target * in_prediction
+    return metrics.VideoScores(object_ids, intersection, 100 * in_prediction, 100 * in_target, j, j, object_scores)
+
+
+def test_mean_recall_and_decay():
+    values = [0.0, 0.9, 0.8, 0.7, 0.6, 0.55, 0.4, 0.3, 0.1, 0.0]
+    (row,) = metrics.score_objects({"video": video_scores(values)}, "davis")
+    # Of the eight frames in between, the bins' limits are frames 1, 3, 5, 6 and 8.
+    expected = {"mean": 4.35 / 8, "recall": 5 / 8, "decay": (0.9 + 0.8 + 0.7) / 3 - (0.4 + 0.3 + 0.1) / 3}
+    for name, score in itertools.product(expected, ("J", "F", "J&F")):
+        assert row[f"{score}_{name}"] == pytest.approx(expected[name]), (score, name)
+    assert row["num_frames"] == 8
+
+
+def test_decay_of_more_frames_than_eight_bits_count():
+    values = np.concatenate([np.ones(302), np.zeros(100)])
+    (row,) = metrics.score_objects({"video": video_scores(values)}, "all")
+    assert row["J_decay"] == pytest.approx(1 - 1 / 101)  # the last bin begins with the frame before the drop
+
+
+def test_objects_weigh_the_same():
+    videos = {"a": video_scores([[1.0, 0.5]] * 3, object_ids=(1, 2)), "b": video_scores([0.0] * 30)}
+    summary = metrics.summarize(videos)
+    assert (summary["num_videos"], summary["num_objects"], summary["num_frames"]) == (2, 3, 30)
+    assert summary["J_mean"] == pytest.approx(0.5)
+
+
+PROTOCOL_FRAMES = {"davis": [1, 2, 3, 4], "sav": [2, 3, 4], "youtube_vos": [4, 5], "all": [0, 1, 2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOL_FRAMES)
+def test_protocols(protocol):
+    """The first object is predicted from frame 2 and annotated from frame 3 on; the second appears nowhere."""
+    in_target, in_prediction = [0, 0, 0, 1, 0, 1], [0, 0, 1, 1, 0, 1]
+    empty = [0] * 6
+    scores = video_scores(
+        np.ones((6, 2)), np.stack([in_target, empty], 1), np.stack([in_prediction, empty], 1), object_ids=(4, 9)
+    )
+    counted = metrics.counted_frames(scores, protocol)
+    assert np.flatnonzero(counted[:, 0]).tolist() == PROTOCOL_FRAMES[protocol]
+    assert counted[:, 1].any() == (protocol in ("davis", "all"))
+
+
+def test_unknown_protocol_is_refused():
+    with pytest.raises(ValueError, match="'mose'; known are davis, sav, youtube_vos, all"):
+        metrics.counted_frames(video_scores([1.0]), "mose")
+
+
+def test_groups():
+    videos = {"a": video_scores([[1.0, 0.5]] * 3, object_ids=(1, 7)), "b": video_scores([0.2] * 3)}
+    groups = {("a", 1): "seen", ("a", 7): "unseen", ("b", 1): "seen"}
+    summary = metrics.summarize(videos, "youtube_vos", groups)
+    assert summary["groups"]["seen"] == pytest.approx({"J_mean": 0.6, "F_mean": 0.6, "J&F_mean": 0.6})
+    assert summary["overall"] == pytest.approx((0.6 + 0.5) / 2)
+    with pytest.raises(ValueError, match=r"no group .* \[\('b', 1\)\]"):
+        metrics.summarize(videos, "all", {("a", 1): "seen", ("a", 7): "unseen"})
+
+
+def test_occlusion_accuracy():
+    present = [1, 1, 0, 0, 1]
+    logits = torch.tensor([[3.0], [-1.0], [-2.0], [0.5], [0.1]], dtype=torch.bfloat16)
+    target = squares(*[HERE if there else None for there in present])
+    scores = metrics.score_video(target, target, object_scores=logits)
+    assert scores.occlusion_correct.ravel().tolist() == [1, 0, 1, 0, 1]
+    assert metrics.summarize({"video": scores}, "davis")["occlusion_accuracy"] == pytest.approx(1 / 3)
+    assert math.isnan(metrics.summarize({"video": metrics.score_video(target, target)})["occlusion_accuracy"])
+
+
+def test_detection_scores():
+    # Three matches, a poor pair, one mask without target, one target without mask, and an empty pair.
+    iou = np.array([0.96, 0.8, 0.6, 0.3, 0.0, 0.0, 1.0])
+    in_prediction = np.array([1, 1, 1, 1, 1, 0, 0], dtype=bool)
+    in_target = np.array([1, 1, 1, 1, 0, 1, 0], dtype=bool)
+    sq, f1 = np.mean([0.96, 0.8, 0.6]), 3 / 5
+    expected = {
+        **{"TP": 3, "FP": 2, "FN": 2, "precision": 3 / 5, "recall": 3 / 5, "F1": f1, "PQ": sq * f1, "SQ": sq, "RQ": f1},
+        **{"AP50": 3 / 6, "AP75": 2 / 6, "AP90": 1 / 6, "AP": np.mean([3, 3, 2, 2, 2, 2, 1, 1, 1, 1]) / 6},
+    }
+    assert metrics.detection_scores(iou, in_prediction, in_target) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("in_prediction", "in_target", "expected"), [(0, 0, 1), (1, 0, 0), (0, 1, 0)])
+def test_detection_scores_of_empty_masks(in_prediction, in_target, expected):
+    scores = metrics.detection_scores([expected], [bool(in_prediction)], [bool(in_target)])
+    assert (scores.pop("TP"), scores.pop("FP"), scores.pop("FN")) == (0, in_prediction, in_target)
+    assert set(scores.values()) == {expected}
+
+
+def test_iou_of_exactly_half_is_no_match():
+    assert metrics.detection_scores([0.5], [True], [True])["TP"] == 0
+
+
+def test_summary_pools_masks_of_counted_frames():
+    prediction, target = squares(FAR, HERE, HERE, FAR), squares(HERE, HERE, (4, 6), HERE)
+    summary = metrics.summarize({"video": metrics.score_video(prediction, target)}, "davis")
+    assert (summary["TP"], summary["FP"], summary["FN"]) == (1, 1, 1)  # the squares two pixels apart have IoU 0.5
+    assert summary["pixel_iou"] == pytest.approx((36 + 24) / (36 + 48))
+    assert summary["dice"] == pytest.approx((1 + 48 / 72) / 2)
+    assert json.loads(json.dumps(summary))["PQ"] == summary["PQ"]
+
+
+# --- Volumes
+
+
+def simple_surface_dice(prediction, target, spacing, tolerance):
+    """Surface Dice from all distances between corners of voxels that belong to the surface."""
+    points, areas = [], []
+    for mask in (prediction, target):
+        padded = np.pad(mask, 1).astype(float)
+        cells = np.lib.stride_tricks.sliding_window_view(padded, (2, 2, 2))
+        corner = np.argwhere((cells.mean((3, 4, 5)) % 1) != 0)
+        cells = cells[tuple(corner.T)]
+        sides = [np.diff(cells, axis=axis).sum((1, 2, 3)) / 4 for axis in (1, 2, 3)]
+        faces = spacing[1] * spacing[2], spacing[0] * spacing[2], spacing[0] * spacing[1]
+        points.append(corner * spacing)
+        areas.append(np.sqrt(sum((side * face) ** 2 for side, face in zip(sides, faces, strict=True))))
+    distance = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
+    close = [areas[0][distance.min(1) <= tolerance], areas[1][distance.min(0) <= tolerance]]
+    return sum(area.sum() for area in close) / sum(area.sum() for area in areas)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.75, 2.0, 5.0])
+def test_surface_dice_agrees_with_all_distances(tolerance):
+    rng = np.random.default_rng(0)
+    target = np.kron(rng.random((4, 3, 4)) > 0.6, np.ones((2, 4, 3))).astype(bool)
+    prediction = target ^ (rng.random(target.shape) > 0.97)
+    spacing = (2.5, 0.7, 0.9)
+    expected = simple_surface_dice(prediction, target, np.array(spacing), tolerance)
+    masks = prediction[:, None], target[:, None]
+    assert metrics.surface_dice(*masks, spacing, tolerance) == pytest.approx([expected])
+    ids = prediction * np.uint8(6), target * np.uint8(6)
+    assert metrics.surface_dice(*ids, spacing, tolerance) == pytest.approx([expected])
+
+
+def test_surface_dice_counts_spacing_and_area():
+    target = np.zeros((6, 30, 30), dtype=np.uint8)
+    target[1:4, 5:25, 5:25] = 1
+    taller, wider = target.copy(), target.copy()
+    taller[4, 5:25, 5:25] = 1
+    wider[1:4, 25, 5:25] = 1
+    spacing = (5.0, 0.5, 0.5)
+    assert metrics.surface_dice(target, target, spacing, 0) == 1
+    assert metrics.surface_dice(wider, target, spacing, 0.5) == 1  # one voxel of half a millimetre off
+    assert metrics.surface_dice(taller, target, spacing, 4.9) < 0.9  # one voxel of five millimetres off
+    assert metrics.surface_dice(taller, target, spacing, 5.0) == 1
+    areas = metrics._surface(target.astype(bool), spacing)[1].sum()
+    assert areas == pytest.approx(2 * 10 * 10 + 4 * 10 * 15, rel=0.05)
+
+
+def test_volumes_without_masks():
+    empty, one = np.zeros((3, 8, 8), dtype=np.uint8), np.zeros((3, 8, 8), dtype=np.uint8)
+    one[1, 3, 3] = 1
+    for prediction, target, expected in ((empty, empty, 1), (one, empty, 0), (empty, one, 0), (one, one, 1)):
+        assert metrics.surface_dice(prediction, target, (1, 1, 1), 3, object_ids=[1]) == [expected]
+        assert metrics.score_video(prediction, target, object_ids=[1]).volume_dice == [expected]
+
+
+def test_volume_dice_pools_slices():
+    prediction, target = squares(HERE, None, FAR), squares(HERE, HERE, (14, 23))
+    assert metrics.score_video(prediction, target).volume_dice == pytest.approx([2 * (36 + 18) / (72 + 108)])
+
+
+@pytest.mark.parametrize(("spacing", "tolerance"), [((1, 1), 1), ((1, 0, 1), 1), ((1, 1, 1), -1)])
+def test_wrong_spacing_is_refused(spacing, tolerance):
+    with pytest.raises(ValueError, match="three positive spacings"):
+        metrics.surface_dice(squares(HERE), squares(HERE), spacing, tolerance)

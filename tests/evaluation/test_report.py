@@ -1,0 +1,212 @@
+"""Reports say what the results hold, and their pictures show it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCardData
+from PIL import Image
+
+from helpers.results import make_result
+from samoe_hf.data import Video, read_video
+from samoe_hf.evaluation.report import (
+    comparison_table,
+    eval_results,
+    format_number,
+    format_table,
+    summary_table,
+    write_report,
+)
+from samoe_hf.evaluation.statistics import choose_highlights, compare_models, summarize_model, to_json
+from samoe_hf.plots.evaluation import ADDED, FOUND, MISSED, compare_masks, draw_object, plot_by_size, plot_over_time
+
+
+def make_results(models=1, seeds=(None,), **options):
+    """A results.json of two videos in two domains, one of them a volume."""
+
+    def runs(shift):
+        return {
+            seed: [
+                make_result(np.array([[1, 1], [0.5, 0.9], [0.4, 0.8]]) + shift + 0.01 * i, "a|b", "photos"),
+                make_result(np.array([[1], [0.3], [0.2]]) + shift, "lung", "ct", surface_dice=np.array([0.5 + shift])),
+            ]
+            for i, seed in enumerate(seeds)
+        }
+
+    entries = []
+    for number in range(models):
+        entry = {
+            "label": f"model_{number}",
+            "source": f"org/model_{number}",
+            "commit": "abc123",
+            "num_parameters": 1234,
+        }
+        entry |= {"fingerprint": "f00", "num_experts": 4, "lora_rank": 8}
+        entry |= summarize_model(runs(-0.05 * number), "youtube_vos")
+        entry["highlights"] = [
+            highlight
+            | {"picture": f"pictures/{highlight['rank']}.png", "video_file": f"pictures/{highlight['rank']}.mp4"}
+            for highlight in choose_highlights(entry["objects"])
+        ]
+        entries.append(entry)
+    results = {
+        "created": "2026-01-01T00:00:00+00:00",
+        "versions": {"torch": "2.11"},
+        "device": "cpu",
+        "dataset": {"kind": "davis", "root": "/data", "split": "val", "domain": None, "option": []},
+        "prompt": "mask",
+        "seeds": None if seeds == (None,) else list(seeds),
+        "protocol": "youtube_vos",
+        "surface_tolerance": 2.0,
+        "bootstrap_samples": 10000,
+        "models": entries,
+        "comparisons": [compare_models(entry, entries[0]) for entry in entries[1:]],
+    }
+    return json.loads(to_json(results | options))
+
+
+def cells(report, heading, row):
+    """The cells of a Markdown table by its columns' names."""
+    section = report.partition(f"# {heading}\n")[2]
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith("|")]
+    names = [cell.strip() for cell in lines[0]]
+    found = next(line for line in lines[2:] if line[0].strip() == row)
+    return dict(zip(names, (cell.strip() for cell in found), strict=True))
+
+
+def test_the_report_has_the_figures(tmp_path):
+    results = make_results()
+    path = write_report(results, tmp_path)
+    report = path.read_text()
+    assert path == tmp_path / "report.md"
+    table = cells(report, "Results", "photos")
+    assert (table["objects"], table["J"], table["3-D Dice"]) == ("2", "0.650", "–")
+    assert cells(report, "Results", "ct")["surface Dice"] == "0.500"
+    assert cells(report, "Results", "all")["J"] == format_number((0.45 + 0.85 + 0.25) / 3)
+    assert "within 2 mm of the other" in cells(report, "All metrics", "surface Dice")["what it is"]
+    assert cells(report, "Videos", r"a\|b")["J"] == "0.650"
+    assert cells(report, "Objects", "lung")["J"] == "0.250"
+    for said in ("`org/model_0`", "`abc123`", "1,234 parameters", "`mask`", "the object's true mask", "torch 2.11",
+                 "YouTube-VOS: for each object", "split `val`", "nothing is drawn: one run"):  # fmt: skip
+        assert said in report, said
+    assert report.index("Best 1") < report.index("Worst 1")
+    for link in re.findall(r"\]\((.*?)\)", report):
+        assert link.startswith("pictures/")
+    for name in ("j_over_time.png", "j_by_size.png"):
+        assert Image.open(tmp_path / "pictures" / name).size[0] > 600
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_several_models_and_seeds_are_told_apart(tmp_path):
+    results = make_results(models=2, seeds=(42, 1042))
+    report = write_report(results, tmp_path).read_text()
+    assert "2 runs with the seeds 42, 1042" in report and "standard deviation over the seeds" in report
+    assert cells(report, "Results", "model_0: photos")["J"] == "0.655 ± 0.007"
+    assert cells(report, "Results", "model_1")["J"].startswith(format_number(np.mean([0.455, 0.855, 0.25]) - 0.05))
+    compared = cells(report, "model_1 against model_0", "J")
+    assert compared["difference"] == "-0.050" and compared["95 % interval"] == "-0.050 … -0.050"
+    assert "bootstrap over the 2 videos" in report
+    assert "## Videos of model_1" in report and "## Best and worst objects of model_0" in report
+
+
+def test_groups_and_left_out_objects_are_reported(tmp_path):
+    results = make_results()
+    results["models"][0]["summary"] |= {
+        "groups": {"seen": {"J&F_mean": 0.5, "J_mean": 0.4, "F_mean": 0.6}},
+        "overall": 0.5,
+        "num_objects": 2,
+    }
+    report = write_report(results, tmp_path).read_text()
+    assert cells(report, "Seen and unseen categories", "model_0: seen")["F"] == "0.600"
+    assert "1 of 3 objects have no frame that counts" in report
+
+
+def test_results_without_any_frame_that_counts_have_a_report(tmp_path):
+    results = make_results()
+    figures = summarize_model({None: [make_result([[0.9]], "one")]}, "davis")
+    results["models"] = [json.loads(to_json({"label": "m", "source": "m", **figures, "highlights": []}))]
+    results["prompt"] = None
+    report = write_report(results, tmp_path).read_text()
+    assert "No object has a frame that counts." in report and "nan" not in report.lower().replace("masks m", "")
+    assert "m  " in summary_table(results)
+
+
+def test_tables_line_up():
+    table = format_table(["", "J"], [["dog", "0.5"], ["a long name", "–"]])
+    assert table.splitlines() == ["               J", "dog          0.5", "a long name    –"]
+    assert format_table(["x", "y"], [["a|b", 1]], markdown=True).splitlines()[2] == "| a\\|b | 1 |"
+    assert format_number(-0.0001) == "0.000" and format_number(None) == format_number(float("nan")) == "–"
+
+
+def test_the_terminal_has_the_same_figures():
+    results = make_results(models=2)
+    lines = summary_table(results).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "model_0:",
+        "model_0:",
+        "model_0",
+        "model_1:",
+        "model_1:",
+        "model_1",
+    ]
+    assert "-0.050" in comparison_table(results["comparisons"][0])
+
+
+# --- Model cards
+
+
+def test_results_go_into_a_model_card():
+    results = make_results(models=2)
+    entries = eval_results(results)
+    card = ModelCardData(model_name="m", eval_results=entries)
+    index = card.to_dict()["model-index"][0]["results"]
+    assert [entry["dataset"]["name"] for entry in index] == ["ct", "photos"]
+    values = {metric["name"]: metric["value"] for metric in index[1]["metrics"]}
+    assert values["J"] == 0.65 and "3-D Dice" not in values
+    assert {metric["name"] for metric in index[0]["metrics"]} >= {"J&F", "3-D Dice", "surface Dice"}
+    assert index[0]["dataset"]["args"] == {"prompt": "mask", "protocol": "youtube_vos"}
+    assert index[0]["dataset"]["split"] == "val" and index[0]["dataset"]["type"] == "davis"
+    other = eval_results(results, "model_1")
+    assert [e.metric_value for e in other if e.dataset_name == "photos" and e.metric_name == "J"] == [0.6]
+    with pytest.raises(ValueError, match="no model 'm'; there are model_0, model_1"):
+        eval_results(results, "m")
+
+
+# --- Pictures
+
+
+def test_colours_tell_what_was_found_missed_and_added():
+    frame = np.full((20, 40, 3), 255, dtype=np.uint8)
+    target, prediction = np.zeros((2, 20, 40), dtype=bool)
+    target[5:15, 5:20], prediction[5:15, 12:30] = True, True
+    picture = np.asarray(compare_masks(frame, prediction, target, 40)).astype(int)
+    for (y, x), color in (((10, 15), FOUND), ((10, 8), MISSED), ((10, 26), ADDED)):
+        np.testing.assert_allclose(picture[y, x], 0.4 * 255 + 0.6 * np.array(color), atol=1)
+    assert (picture[10, 4] == 255).all() and (picture[10, 3] == 0).all() and (picture[10, 2] == 255).all()
+    unknown = np.asarray(compare_masks(frame, prediction, None, 80)).astype(int)
+    assert unknown.shape == (40, 80, 3)
+    np.testing.assert_allclose(unknown[20, 52], 0.4 * 255 + 0.6 * np.array(FOUND), atol=1)
+
+
+@pytest.mark.parametrize("num_frames, size", [(1, (31, 45)), (9, (480, 270))])
+def test_objects_are_drawn_as_video_and_picture(num_frames, size, tmp_path):
+    masks = np.zeros((num_frames, 2, *size), dtype=bool)
+    masks[:, 1, 3:20, 3:20] = True
+    video = Video.from_arrays("v" * 200, np.zeros((num_frames, *size, 3), np.uint8), masks, [4, 9])
+    path = tmp_path / "p" / "best_1"
+    j, strip = [1.0] * num_frames, list(range(num_frames))[-7:]
+    draw_object(video, 9, lambda t: masks[t, 1], range(num_frames), j, strip, "title " * 40, path)
+    overlay = read_video(tmp_path / "p" / "best_1.mp4")
+    assert len(overlay) == num_frames and overlay.size[1] == 640
+    legend_and_text = overlay[0][:60]
+    assert legend_and_text.mean() > 150 and (legend_and_text < 80).any()
+    assert Image.open(tmp_path / "p" / "best_1.png").size[0] == 972
+
+
+def test_plots_of_one_frame_and_of_many_models(tmp_path):
+    one = summarize_model({None: [make_result([[1], [0.5]])]}, "youtube_vos") | {"label": "one"}
+    plot_over_time([one], tmp_path / "time.png")
+    plot_by_size([one | {"label": str(i)} for i in range(9)], tmp_path / "size.png")
+    assert (np.asarray(Image.open(tmp_path / "time.png").convert("L")) < 100).any()
+    assert (tmp_path / "size.png").stat().st_size > 5000

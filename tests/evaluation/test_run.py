@@ -1,0 +1,105 @@
+"""Stopped evaluations go on with what is left, and only with the same."""
+
+import json
+
+import pytest
+
+from helpers.results import assert_same_scores, perturbed, random_video
+from samoe_hf.data import Video
+from samoe_hf.evaluation.evaluate import score_predictions
+from samoe_hf.evaluation.run import Evaluation, EvaluationRun, choose_seeds, model_fingerprint
+from samoe_hf.evaluation.simulated_user import EvaluationPrompt
+
+
+def scored(video, seed=42):
+    return score_predictions(video, perturbed(video, seed))
+
+
+def finish(run, videos, seed=None):
+    """Evaluates what is left, and says what that was."""
+    left = run.left(videos, seed)
+    for video in left:
+        scored(video, 42 if seed is None else seed).save(run.scores_path(video, seed))
+    return [video.video_id for video in left]
+
+
+def test_a_stopped_run_goes_on_with_what_is_left(tmp_path):
+    videos = [random_video(i, domain="a") for i in range(4)]
+    run = EvaluationRun(tmp_path / "run", {"prompt": "mask", "seeds": (1, 2)})
+    run.start()
+    assert finish(run, videos[:2]) == ["video 0", "video 1"]
+    # One that was killed while it wrote.
+    run.scores_path(videos[2], None).with_name("video 2.npz.17.partial").write_bytes(b"PK")
+    again = EvaluationRun(tmp_path / "run", {"prompt": "mask", "seeds": (1, 2)})
+    again.start()
+    assert finish(again, videos) == ["video 2", "video 3"] and finish(again, videos) == []
+    for video, result in zip(videos, again.load(videos, None), strict=True):
+        assert_same_scores(result.scores, scored(video).scores)
+
+
+def test_runs_of_different_seeds_are_apart(tmp_path):
+    videos, run = [random_video()], EvaluationRun(tmp_path, {})
+    run.start()
+    assert [finish(run, videos, seed) for seed in (42, 1042)] == [["video 0"], ["video 0"]]
+    a, b = (run.load(videos, seed)[0].scores.j for seed in (42, 1042))
+    assert (a != b).any()
+    assert run.masks(videos[0], 42, "davis").folder != run.masks(videos[0], 1042, "davis").folder
+
+
+def test_another_evaluation_in_the_same_folder_is_refused_by_what_differs(tmp_path):
+    identity = {"prompt": "mask", "dataset": {"kind": "davis", "split": None}}
+    video, run = random_video(), EvaluationRun(tmp_path, identity)
+    run.start()
+    finish(run, [video])
+    run.masks(video, None, "davis").write(video, 0, video.masks(0))
+    other = EvaluationRun(tmp_path, identity | {"prompt": "box"})
+    with pytest.raises(ValueError, match=r"`prompt` is 'mask', not 'box'.*--overwrite"):
+        other.start()
+    assert json.loads((tmp_path / "run.json").read_text()) == identity and not run.left([video], None)
+    other.start(overwrite=True)
+    assert other.left([video], None) == [video] and not (tmp_path / "masks").exists()
+
+
+def test_folders_of_other_things_are_left_alone(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is not empty, and not the folder of an evaluation"):
+            EvaluationRun(tmp_path, {}).start(overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("video_id, domain", [("../../../x", "a"), ("/x", "a"), ("x", ".."), ("..", "a")])
+def test_videos_cannot_lead_out_of_the_folder(tmp_path, video_id, domain):
+    run = EvaluationRun(tmp_path, {})
+    video = Video(video_id, random_video().frames, random_video().annotations, domain)
+    with pytest.raises(ValueError, match="must name a file within a folder"):
+        run.scores_path(video, None)
+        run.masks(video, None, "davis")
+
+
+def test_fingerprints_tell_models_apart(nano):
+    before = model_fingerprint(nano.model)
+    assert before == model_fingerprint(nano.model)
+    parameter = nano.model.get_parameter("memory_attention.layer_norm.bias")
+    kept = parameter.data.clone()
+    try:
+        parameter.data[0] += 1e-3
+        assert model_fingerprint(nano.model) != before
+    finally:
+        parameter.data.copy_(kept)
+    assert model_fingerprint(nano.model) == before
+
+
+def test_seeds_are_those_of_the_original():
+    point, mask = EvaluationPrompt.parse("point:5"), EvaluationPrompt.parse("mask")
+    assert choose_seeds(point, 10) == [42, 1042, 2042, 3042, 4042, 5042, 6042, 7042, 8042, 9042]
+    assert choose_seeds(mask, 10) == [None]
+    with pytest.raises(ValueError, match="`seeds` must be at least 1, got 0"):
+        choose_seeds(point, 0)
+
+
+def test_videos_of_one_name_are_refused(tmp_path):
+    videos = [random_video(0, domain="a"), random_video(0, domain="b"), random_video(0, domain="a")]
+    with pytest.raises(ValueError, match="Two videos are called a/video 0"):
+        Evaluation(videos, {}, tmp_path, EvaluationPrompt("mask"))
+    Evaluation(videos[:2], {}, tmp_path, EvaluationPrompt("mask"))

@@ -1,0 +1,165 @@
+"""The figures of an evaluation, against sums done by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from helpers.results import make_result
+from samoe_hf.evaluation.metrics import summarize
+from samoe_hf.evaluation.statistics import (
+    choose_highlights,
+    compare_models,
+    protocol_of,
+    read_results,
+    seen_and_unseen,
+    summarize_model,
+    to_json,
+)
+
+
+def test_means_are_over_objects_and_spreads_over_seeds():
+    runs = {
+        42: [make_result([[1, 1], [0.5, 0.1]], "a"), make_result([[1], [0.3]], "b", "e")],
+        1042: [make_result([[1, 1], [0.7, 0.1]], "a"), make_result([[1], [0.3]], "b", "e")],
+    }
+    figures = summarize_model(runs, "youtube_vos")
+    assert figures["summary"]["J_mean"] == pytest.approx((0.5 + 0.1 + 0.3 + 0.7 + 0.1 + 0.3) / 6)
+    assert figures["std"]["J_mean"] == pytest.approx(np.std([0.3, 1.1 / 3], ddof=1))
+    assert figures["domains"]["d"]["summary"]["J_mean"] == pytest.approx((0.5 + 0.1 + 0.7 + 0.1) / 4)
+    assert figures["domains"]["e"]["std"]["J_mean"] == 0
+    assert [run["seed"] for run in figures["runs"]] == [42, 1042]
+    assert figures["runs"][1]["summary"]["J_mean"] == pytest.approx(1.1 / 3)
+    of_object = {(row["video"], row["object_id"]): row["J_mean"] for row in figures["objects"]}
+    assert of_object == pytest.approx({("a", 1): 0.6, ("a", 2): 0.1, ("b", 1): 0.3})
+    assert [video["J_mean"] for video in figures["videos"]] == pytest.approx([0.35, 0.3])
+    assert figures["speed"] == {"seconds": 8.0, "fps": 1.0}
+
+
+def test_one_run_has_no_spread_and_the_figures_of_summarize():
+    results = [make_result([[1, 1], [0.5, 0.1], [0.9, 0.8]], "a"), make_result([[1], [0.3], [0.2]], "b")]
+    figures = summarize_model({None: results}, "davis")
+    expected = summarize({result.key: result.scores for result in results}, "davis")
+    assert figures["std"] is None and set(figures["summary"]) == set(expected)
+    for name, value in expected.items():
+        assert figures["summary"][name] == pytest.approx(value, nan_ok=True), name
+
+
+def test_volumes_have_three_dimensional_scores():
+    flat = make_result([[1], [0.5]], "flat")
+    volume = make_result([[1], [0.5]], "ct", surface_dice=np.array([0.25]))
+    figures = summarize_model({None: [flat, volume]}, "youtube_vos")
+    assert figures["summary"]["dice_3d"] == pytest.approx(2 * 150 / (150 + 200))
+    assert figures["summary"]["surface_dice"] == 0.25
+    rows = {row["video"]: row for row in figures["objects"]}
+    assert "dice_3d" not in rows["flat"] and rows["ct"]["surface_dice"] == 0.25
+    assert "dice_3d" not in summarize_model({None: [flat]}, "youtube_vos")["summary"]
+
+
+def test_objects_without_a_frame_that_counts_are_told_and_left_out():
+    results = [make_result([[0.9, 0.9]], "one"), make_result([[1, 1], [0.4, 1]], "two", target=[[100, 0], [100, 0]])]
+    figures = summarize_model({None: results}, "youtube_vos")
+    assert figures["summary"]["num_objects"] == 1 and figures["summary"]["J_mean"] == pytest.approx(0.4)
+    assert [row["num_frames"] for row in figures["objects"]] == [0, 0, 1, 0]
+    assert math.isnan(figures["videos"][0]["J_mean"])
+    assert figures["objects"][3]["first_frame"] is None and figures["objects"][3]["relative_area"] == 0
+
+
+def test_curves_run_from_each_objects_first_frame():
+    # The second object appears on frame 8; every fourth frame is annotated.
+    j = [[1, 1], [0.8, 1], [0.6, 0.9], [0.4, 0.5]]
+    target = [[100, 0], [100, 0], [100, 100], [100, 100]]
+    figures = summarize_model({None: [make_result(j, target=target, frames=[0, 4, 8, 12])]}, "youtube_vos")
+    curve = figures["over_time"]
+    assert curve["frames"] == [4, 8, 12] and curve["objects"] == [2, 1, 1]
+    assert curve["mean"] == pytest.approx([0.65, 0.6, 0.4])
+    assert curve["lower_quartile"][0] == pytest.approx(0.5 + 0.25 * 0.3)
+    assert [row["first_frame"] for row in figures["objects"]] == [0, 8]
+
+
+def test_sizes_are_shares_of_the_image_where_the_object_is():
+    j = [[1, 1], [0.8, 1], [0.6, 0.4], [1, 0.2]]
+    target = [[100, 5000], [100, 5000], [95, 2000], [0, 5]]
+    sizes = summarize_model({None: [make_result(j, target=target)]}, "youtube_vos")["by_size"]
+    assert [size["masks"] for size in sizes] == [1, 0, 1, 1, 0, 1, 1]
+    assert [size["J_mean"] for size in sizes] == pytest.approx([0.2, math.nan, 0.6, 0.8, math.nan, 0.4, 1], nan_ok=True)
+    assert sizes[0]["from"] == 0 and sizes[-1]["to"] == 1
+
+
+def labelled(values, label, videos=None):
+    rows = [
+        {"domain": "d", "video": video, "object_id": i, "num_frames": 3}
+        | dict.fromkeys(("J&F_mean", "J_mean", "F_mean", "dice", "boundary_iou"), float(value))
+        for i, (video, value) in enumerate(zip(videos or map(str, range(len(values))), values, strict=True))
+    ]
+    return {"label": label, "objects": rows}
+
+
+def test_differences_have_an_interval_over_videos():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.3, 0.9, 40)
+    better = base + 0.02 + 0.05 * rng.normal(size=40)
+    compared = compare_models(labelled(better, "b"), labelled(base, "a"))
+    entry = compared["metrics"]["J_mean"]
+    assert compared["model"] == "b" and compared["baseline"] == "a" and compared["num_videos"] == 40
+    assert entry["difference"] == pytest.approx((better - base).mean())
+    # That of a normal approximation, since pairs differ far less than objects do.
+    error = 1.96 * (better - base).std() / 40**0.5
+    assert entry["low"] == pytest.approx(entry["difference"] - error, abs=0.2 * error)
+    assert entry["high"] == pytest.approx(entry["difference"] + error, abs=0.2 * error)
+    assert compared == compare_models(labelled(better, "b"), labelled(base, "a"))
+
+
+def test_objects_of_one_video_are_drawn_together():
+    """The interval of few videos with many like objects is wide, whatever the number of objects."""
+    videos = [str(i // 50) for i in range(100)]
+    difference = np.repeat([0.1, -0.1], 50)
+    entry = compare_models(labelled(0.5 + difference, "b", videos), labelled(np.full(100, 0.5), "a", videos))
+    assert entry["num_videos"] == 2
+    assert (entry["metrics"]["J_mean"]["low"], entry["metrics"]["J_mean"]["high"]) == pytest.approx((-0.1, 0.1))
+    alone = compare_models(labelled([0.6, 0.7], "b", ["v", "v"]), labelled([0.5, 0.5], "a", ["v", "v"]))
+    assert alone["metrics"]["J_mean"]["difference"] == pytest.approx(0.15)
+    assert math.isnan(alone["metrics"]["J_mean"]["low"])
+
+
+@pytest.mark.parametrize("count, best, worst", [(0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 2, 1), (4, 2, 2), (9, 2, 2)])
+def test_highlights_show_each_object_once(count, best, worst):
+    objects = labelled(np.linspace(0.9, 0.1, count), "a")["objects"]
+    chosen = choose_highlights([*objects, {"num_frames": 0, "J&F_mean": math.nan}])
+    assert [entry["rank"] for entry in chosen] == ["best_1", "best_2"][:best] + ["worst_1", "worst_2"][:worst]
+    assert len({entry["video"] for entry in chosen}) == len(chosen)
+    if count > 1:
+        assert chosen[0]["video"] == "0" and chosen[best]["video"] == str(count - 1)
+
+
+def test_categories_of_training_are_seen():
+    train = {"videos": {"x": {"objects": {"1": {"category": "dog"}}}}}
+    meta = {"videos": {"a": {"objects": {"1": {"category": "dog"}, "3": {"category": "snail"}}}}}
+    groups = seen_and_unseen(meta, train)
+    assert groups == {("a", 1): "seen", ("a", 3): "unseen"}
+    results = [make_result([[1, 1], [0.5, 0.1]], "a", object_ids=(1, 3))]
+    summary = summarize_model({None: results}, "youtube_vos", groups)["summary"]
+    assert summary["groups"]["seen"]["J_mean"] == 0.5 and summary["groups"]["unseen"]["J_mean"] == pytest.approx(0.1)
+    assert summary["overall"] == pytest.approx(((0.5 + 0.25) / 2 + (0.1 + 0.01) / 2) / 2)
+    with pytest.raises(ValueError, match=r"no group is given for the objects \[\('d/b', 1\)\]"):
+        summarize_model({None: [make_result([[1], [0.5]], "b")]}, "youtube_vos", groups)
+    with pytest.raises(ValueError, match=r"not a meta.json of YouTube-VOS"):
+        seen_and_unseen({"videos": []}, train)
+
+
+def test_protocols_of_benchmarks():
+    assert [protocol_of(kind) for kind in ("davis", "sa_v_val", "youtube_vos", "npz", "coco")] == [
+        "davis", "sav", "youtube_vos", "youtube_vos", "all",
+    ]  # fmt: skip
+
+
+def test_what_is_no_number_is_null_in_json(tmp_path):
+    text = to_json({"models": [{"a": math.nan, 3: (1.0, -math.inf)}]})
+    assert json.loads(text) == {"models": [{"a": None, "3": [1.0, None]}]}
+    (tmp_path / "results.json").write_text(text)
+    assert read_results(tmp_path) == read_results(tmp_path / "results.json") == json.loads(text)
+    for wrong in ("{}", "[1]", "{"):
+        (tmp_path / "results.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"results.json is"):
+            read_results(tmp_path)

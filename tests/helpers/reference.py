@@ -1,0 +1,88 @@
+"""The reference models and data: `nano` comes with the tests, the rest lies beside the repository."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Sam2VideoInferenceSession
+
+from samoe_hf import SamoeModel
+from samoe_hf.model.processor import build_processor
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+SHARED = ROOT.parent / "shared"
+HEIGHT, WIDTH = 480, 854
+
+
+def reference_folder(name: str) -> Path:
+    """The folder of a reference model; `nano` comes with the tests, others lie beside the repository."""
+    if name == "nano":
+        return FIXTURES / "nano"
+    folder = SHARED / "reference" / name
+    if not folder.is_dir():
+        pytest.skip(f"needs ../shared/reference/{name}, which is not part of the repository")
+    return folder
+
+
+def shared_data(name: str) -> Path:
+    folder = SHARED / "data" / name
+    if not folder.is_dir():
+        pytest.skip(f"needs ../shared/data/{name}, which is not part of the repository")
+    return folder
+
+
+def load_reference(name: str, with_experts: bool = True) -> SimpleNamespace:
+    folder = reference_folder(name)
+    files = {
+        "checkpoint": folder / f"sam2.1_hiera_{name}.pt",
+        "experts": folder / f"samoe_{name}_adapters.pt",
+        "original_config": folder / f"sam2.1_hiera_{name}_moe.yaml",
+    }
+    model = SamoeModel.from_pretrained(
+        files["checkpoint"],
+        experts=files["experts"] if with_experts else None,
+        original_config=files["original_config"],
+    )
+    return SimpleNamespace(
+        name=name, folder=folder, model=model, load=lambda f: load_file(folder / f"{f}.safetensors"), **files
+    )
+
+
+def add_reference_prompts(processor, session, folder, obj_id):
+    if obj_id == 1:
+        given = {"input_points": [[[[420, 230], [700, 60]]]], "input_labels": [[[1, 0]]]}
+    elif obj_id == 2:
+        given = {"input_boxes": [[[300, 100, 560, 380]]]}
+    else:
+        given = {"input_masks": np.array(Image.open(folder / "mask_00000.png")) > 0}
+    processor.add_inputs_to_inference_session(session, frame_idx=0, obj_ids=obj_id, **given)
+
+
+def track_reference(model, folder, pixel_values, obj_ids=(1, 2, 3)):
+    """Tracks the reference's objects, added one by one, through the given frames."""
+    processor = build_processor(model.config)
+    session = Sam2VideoInferenceSession(video=pixel_values, video_height=HEIGHT, video_width=WIDTH, dtype=torch.float32)
+    for obj_id in obj_ids:
+        add_reference_prompts(processor, session, folder, obj_id)
+    frames = list(model.propagate_in_video_iterator(session))
+    return torch.stack([frame.pred_masks[:, 0] for frame in frames], dim=1), frames, session
+
+
+def memory_attention_inputs(model):
+    generator = torch.Generator().manual_seed(0)
+    size, tokens = model.config.memory_attention_hidden_size, 64
+    shapes = [(tokens, 2, size), (tokens * 2, 2, 64), (tokens, 1, size), (tokens * 2, 1, 64)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@torch.no_grad()
+def attend(model):
+    """Output of the memory attention, in float64, where rounding hides nothing."""
+    model = copy.deepcopy(model).double()
+    return model.memory_attention(*(x.double() for x in memory_attention_inputs(model)), 0)

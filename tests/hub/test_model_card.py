@@ -1,0 +1,172 @@
+"""Model cards: what they say and do not say, and that the Hub takes their metadata."""
+
+import copy
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
+
+from helpers.hub_client import Client, ClientError
+from helpers.hub_server import TOKEN, HubServer, card_errors
+from helpers.reference import ROOT
+from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.hub.model_card import build_model_card, write_model_card
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.fixture
+def model(nano):
+    """The reference model, as if it came from the Hub."""
+    model = copy.deepcopy(nano.model)
+    model.base_model_source = {
+        "name_or_path": "facebook/sam2.1-hiera-tiny",
+        "revision": COMMIT,
+        "subfolder": None,
+        "original_config": None,
+    }
+    return model
+
+
+def full_card(model) -> ModelCard:
+    results = [
+        EvalResult("mask-generation", name, name, "J&F", value, metric_name="J&F")
+        for name, value in (("MOSE", 0.71), ("OCID", 0.83))
+    ]
+    return build_model_card(
+        model,
+        "tester/model",
+        experts_only=True,
+        eval_results=results,
+        usage_picture="pictures/usage.PNG",
+        training={"learning_rate": 1e-4, "steps": 100},
+        domains=["street scenes", "tables"],
+        datasets=["tester/mose"],
+        license="apache-2.0",
+        language="en",
+        tags=["ct"],
+        limits=["Measured on two data sets only."],
+    )
+
+
+def test_what_is_known_is_told(model):
+    model.set_trainable("experts", "decoder")
+    card = full_card(model)
+    data = card.data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("facebook/sam2.1-hiera-tiny", "adapter")
+    assert (data["license"], data["datasets"], data["library_name"]) == ("apache-2.0", ["tester/mose"], "transformers")
+    assert {"ct", "samoe"} <= set(data["tags"])
+    results = data["model-index"][0]["results"]
+    assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in results] == [("MOSE", 0.71), ("OCID", 0.83)]
+    text = card.text
+    for part in (
+        f"at commit `{COMMIT}`",
+        'SamoeModel.from_pretrained("tester/model")',
+        "| experts | 4 of rank 4, alpha 2.0 |",
+        "| parameters of experts and routers | 68,672 |",
+        "tensors, such as `mask_decoder.",
+        "- street scenes\n- tables\n- tester/mose\n",
+        "| learning_rate | 0.0001 |\n| steps | 100 |",
+        "| OCID | J&F | 0.83 |",
+        "(expert_usage.png)",
+        "- Measured on two data sets only.",
+        "## Licence\n\napache-2.0",
+    ):
+        assert part in text, part
+    assert "trust_remote_code" not in text and "Not stated" not in text
+    assert "{{" not in text and "\n\n\n" not in text
+    assert card_errors(str(card)) == []
+
+
+def test_nothing_is_claimed_that_is_not_known(nano):
+    model = copy.deepcopy(nano.model)
+    card = build_model_card(model, "model")
+    data = card.data.to_dict()
+    assert not {"license", "base_model", "datasets", "model-index", "language"} & set(data)
+    assert str(nano.folder) not in str(card), "paths of the author's machine are nobody's business"
+    assert "`sam2.1_hiera_nano.pt`, a local file" in card.text
+    sections = {part.split("\n")[0]: part for part in card.text.split("\n## ")}
+    for section in ("Data and domains", "Training", "Licence"):
+        assert "Not stated" in sections[section]
+    assert "None given." in sections["Results"] and "No picture" in sections["Expert usage"]
+    assert card_errors(str(card)) == []
+    scratch = SamoeModel(SamoeConfig(**read_yaml(ROOT / "configs" / "model_nano.yaml")))
+    assert "started from random weights" in build_model_card(scratch, "model").text
+
+
+def test_code_in_the_repository_is_told(model, monkeypatch):
+    monkeypatch.setattr(SamoeModel, "_auto_class", "AutoModel")
+    text = build_model_card(model, "tester/model").text
+    assert 'AutoModel.from_pretrained("tester/model", trust_remote_code=True)' in text
+
+
+def test_the_picture_comes_along(model, tmp_path):
+    picture = tmp_path / "usage.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    (tmp_path / "out").mkdir()
+    write_model_card(model, tmp_path / "out", "tester/model", usage_picture=picture)
+    assert (tmp_path / "out" / "expert_usage.png").read_bytes() == picture.read_bytes()
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "transformers"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_model_card(model, tmp_path / "out", "tester/model", usage_picture=tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"base_model": "/home/me/model.pt"}, "base_model"),
+        ({"tags": [1]}, "tags"),
+        ({"base_model_relation": "child"}, "base_model_relation"),
+        (
+            {"model-index": [{"name": "x", "results": [{"task": {}, "dataset": {"name": "a", "type": "b"}}]}]},
+            "task type",
+        ),
+    ],
+)
+def test_the_schema_refuses_what_the_hub_would(model, change, error):
+    text = str(full_card(model))
+    _, metadata, body = text.split("---\n", 2)
+    broken = f"---\n{yaml.safe_dump({**yaml.safe_load(metadata), **change})}---\n{body}"
+    assert any(error in message for message in card_errors(broken))
+
+
+def test_the_hub_takes_the_card(model, tmp_path):
+    full_card(model).save(tmp_path / "README.md")
+    (tmp_path / "bad.md").write_text("---\nlicense: 5\n---\n# x\n")
+    upload = """
+from huggingface_hub import HfApi
+repo_id = HfApi().create_repo("card", exist_ok=True).repo_id
+HfApi().upload_file(repo_id=repo_id, path_or_fileobj=path, path_in_repo="README.md")
+"""
+    # Before 2.0, `validate` asked huggingface.co whatever the endpoint.
+    validate = """
+import huggingface_hub
+if int(huggingface_hub.__version__.split(".")[0]) >= 2:
+    huggingface_hub.ModelCard.load(path).validate()
+"""
+    with HubServer() as server:
+        client = Client(server.url, tmp_path / "home", TOKEN)
+        client.run(upload + validate, path=tmp_path / "README.md")
+        with pytest.raises(ClientError, match="license is int"):
+            client.run(upload, path=tmp_path / "bad.md")
+        client.close()
+    assert ("POST", "/api/validate-yaml") in server.requests
+    assert server.repositories["tester/card"].files["README.md"] == (tmp_path / "README.md").read_bytes()
+
+
+def test_the_template_is_at_the_top_and_in_the_wheel(tmp_path):
+    template = (ROOT / "model_card.md").read_text()
+    assert template == (ROOT / "samoe_hf" / "hub" / "model_card.md").read_text()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "samoe_hf", tmp_path / "samoe_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert zipfile.ZipFile(wheel).read("samoe_hf/hub/model_card.md").decode() == template

@@ -1,0 +1,310 @@
+"""Surgery on experts: what is preserved, what is learned afterwards, and that files tell all of it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from helpers.reference import attend, load_reference, memory_attention_inputs, track_reference
+from samoe_hf import SamoeModel
+from samoe_hf.model.expert_surgery import ASLEEP, _keep_frozen, _restore_frozen, frozen_experts, replace_experts
+from samoe_hf.model.experts import EXPERT_TENSORS, expert_modules, record_router_logits, route_all_to
+from samoe_hf.training.trainer import SamoeTrainer, SamoeTrainingArguments
+
+
+@pytest.fixture
+def model(nano):
+    """A copy of the reference model (4 experts, 2 of them for each token), free to be changed."""
+    return copy.deepcopy(nano.model)
+
+
+def tensors(module, expert):
+    return {name: module.get_parameter(name).detach()[expert].clone() for name in EXPERT_TENSORS}
+
+
+def all_rows(model, expert):
+    return {name: tensors(module, expert) for name, module in expert_modules(model)}
+
+
+def same(first, second):
+    return all(torch.equal(first[name][key], second[name][key]) for name in first for key in EXPERT_TENSORS)
+
+
+def set_top_k(model, num_experts_per_tok):
+    model.config.num_experts_per_tok = num_experts_per_tok
+    for _, module in expert_modules(model):
+        module.num_experts_per_tok = num_experts_per_tok
+
+
+@torch.no_grad()
+def duplicate(model, source, target):
+    """Makes `target` the same expert as `source`, router row included."""
+    for _, module in expert_modules(model):
+        for name in EXPERT_TENSORS:
+            module.get_parameter(name)[target] = module.get_parameter(name)[source]
+
+
+def train_step(model, clip, **options):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+    for _ in range(3):
+        model.train()(*clip).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_growing_preserves_the_output_until_trained(nano, model, clip):
+    expected = track_reference(nano.model, nano.folder, nano.load("tracking")["pixel_values"])[0]
+    assert model.grow_experts(2) == [4, 5]
+    assert model.config.num_experts == 6
+    torch.testing.assert_close(attend(model), attend(nano.model), atol=1e-6, rtol=1e-6)
+    logits = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert same(all_rows(model, slice(0, 4)), all_rows(nano.model, slice(0, 4)))
+    # A training step wakes them, and they learn.
+    before = all_rows(model, slice(4, 6))
+    train_step(model, clip)
+    after = all_rows(model, slice(4, 6))
+    moved = [name for name in after if after[name]["lora_B"].any() and after[name]["router.bias"].min() > ASLEEP / 2]
+    assert len(moved) > 0.9 * len(after)
+    assert any(not torch.equal(before[name]["lora_A"], after[name]["lora_A"]) for name in after)
+
+
+def test_a_forward_pass_without_gradient_wakes_nobody(model, clip):
+    model.grow_experts(1)
+    with torch.no_grad():
+        model.train()(*clip)
+    model.eval()(*clip)
+    model.set_trainable("decoder")
+    model.train()(*clip)
+    assert all(module.router.bias[4] == ASLEEP for _, module in expert_modules(model))
+
+
+@pytest.mark.parametrize("num_experts_per_tok", [1, 2, 4])
+def test_woken_experts_are_chosen(model, num_experts_per_tok):
+    set_top_k(model, num_experts_per_tok)
+    model.grow_experts(1)
+    model.wake_experts()
+    with record_router_logits(model) as calls:
+        model = attend_in_place(model)
+    shares = [module.gates(calls[name][0])[..., 4].gt(0).float().mean() for name, module in expert_modules(model)]
+    assert 0.05 < sum(shares) / len(shares) < 0.95
+
+
+def attend_in_place(model):
+
+    with torch.no_grad():
+        model.memory_attention(*memory_attention_inputs(model), 0)
+    return model
+
+
+@pytest.mark.parametrize("num_experts_per_tok", [1, 2])
+def test_pruning_unused_experts_preserves_the_output(nano, model, num_experts_per_tok):
+    set_top_k(model, num_experts_per_tok)
+    with torch.no_grad():
+        for _, module in expert_modules(model):
+            module.router.bias[[1, 3]] = -1000.0
+    expected = attend(model)
+    model.prune_experts(keep=[2, 0])
+    assert model.config.num_experts == 2 and not torch.equal(expected, attend(nano.model))
+    torch.testing.assert_close(attend(model), expected, atol=1e-6, rtol=1e-6)
+    assert same(all_rows(model, 0), all_rows(nano.model, 0))
+    module = model.get_submodule(model.expert_names[0])
+    assert module.num_experts == module.router.out_features == 2 and module.lora_A.requires_grad
+
+
+def test_pruning_by_usage_keeps_each_layers_most_used(nano, model):
+    usage = {
+        name: torch.rand(4, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(model.expert_names)
+    }
+    model.prune_experts(usage=usage, num_experts=3)
+    least = set()
+    for name, module in expert_modules(model):
+        kept = [expert for expert in range(4) if expert != usage[name].argmin()]
+        least.add(int(usage[name].argmin()))
+        for name_of_tensor in EXPERT_TENSORS:
+            original = nano.model.get_submodule(name).get_parameter(name_of_tensor)
+            assert torch.equal(module.get_parameter(name_of_tensor), original[kept])
+    assert len(least) > 1
+
+
+@pytest.mark.parametrize("num_experts_per_tok", [1, 4])
+def test_merging_equal_experts_preserves_the_output(nano, model, num_experts_per_tok):
+    set_top_k(model, num_experts_per_tok)
+    duplicate(model, 1, 3)
+    expected = attend(model)
+    assert model.merge_experts([3, 1]) == 1
+    assert model.config.num_experts == 3
+    assert model.config.num_experts_per_tok == min(num_experts_per_tok, 3)
+    torch.testing.assert_close(attend(model), expected, atol=1e-6, rtol=1e-6)
+    assert same(all_rows(model, [0, 2]), all_rows(nano.model, [0, 2]))
+
+
+def test_merging_averages_the_products_as_well_as_the_rank_allows(nano, model):
+    usage = {name: torch.tensor([3.0, 0.0, 1.0, 0.0]) for name in model.expert_names}
+    model.merge_experts([0, 2], usage=usage)
+    for name, module in expert_modules(model):
+        original = nano.model.get_submodule(name)
+        products = (original.lora_B @ original.lora_A).double()
+        mean = 0.75 * products[0] + 0.25 * products[2]
+        singular = torch.linalg.svdvals(mean)
+        error = torch.linalg.svdvals((module.lora_B[0] @ module.lora_A[0]).double() - mean)
+        torch.testing.assert_close(error[0], singular[4], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            module.router.weight[0], 0.75 * original.router.weight[0] + 0.25 * original.router.weight[2]
+        )
+
+
+def test_merged_new_experts_can_still_learn(model, clip):
+    for _, module in expert_modules(model):
+        nn.init.zeros_(module.lora_B)
+    model.merge_experts([0, 1])
+    module = model.get_submodule(model.expert_names[0])
+    assert module.lora_B.abs().max() == 0 < module.lora_A[0].abs().max()
+
+
+def test_a_reset_expert_does_nothing_and_the_others_stay(nano, model, clip):
+    model.reset_expert(2)
+    with route_all_to(model, 2):
+        result = attend(model)
+    plain = copy.deepcopy(nano.model)
+    for _, module in expert_modules(plain):
+        nn.init.zeros_(module.lora_B)
+    torch.testing.assert_close(result, attend(plain), atol=1e-12, rtol=0)
+    assert same(all_rows(model, [0, 1, 3]), all_rows(nano.model, [0, 1, 3]))
+    rows, old = all_rows(model, 2), all_rows(nano.model, 2)
+    assert not any(torch.equal(rows[name][key], old[name][key]) for name in rows for key in EXPERT_TENSORS)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_frozen_experts_stay_to_the_bit_and_others_learn(nano, model, clip, copied):
+    model.freeze_experts([0, 3])
+    if copied:
+        model = copy.deepcopy(model)
+    train_step(model, clip, weight_decay=0.1)
+    assert same(all_rows(model, [0, 3]), all_rows(nano.model, [0, 3]))
+    rows, old = all_rows(model, [1, 2]), all_rows(nano.model, [1, 2])
+    assert not any(torch.equal(rows[name]["lora_B"], old[name]["lora_B"]) for name in rows)
+    model.train()(*clip).loss.backward()
+    module = model.get_submodule(model.expert_names[0])
+    assert module.lora_B.grad[[0, 3]].abs().max() == 0 < module.lora_B.grad[[1, 2]].abs().max()
+    # With momentum gathered before, and what was loaded after freezing.
+    model.freeze_experts([])
+    optimizer = torch.optim.AdamW([module.lora_B], lr=1e-2, weight_decay=0.1)
+    module.lora_B.grad = torch.ones_like(module.lora_B)
+    optimizer.step()
+    assert not torch.equal(module.lora_B[0], nano.model.get_submodule(model.expert_names[0]).lora_B[0])
+    model.freeze_experts([0])
+    model.load_state_dict(nano.model.state_dict())
+    optimizer.step()
+    loaded = nano.model.get_submodule(model.expert_names[0]).lora_B
+    assert torch.equal(module.lora_B[0], loaded[0]) and not torch.equal(module.lora_B[1], loaded[1])
+
+
+def test_experts_stay_frozen_where_the_code_is_loaded_twice(nano, model, clip):
+    """As the package and with a model's repository: both have hooks for all optimizers."""
+    handles = [register_optimizer_step_pre_hook(_keep_frozen), register_optimizer_step_post_hook(_restore_frozen)]
+    try:
+        model.freeze_experts([0, 3])
+        train_step(model, clip, weight_decay=0.1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert same(all_rows(model, [0, 3]), all_rows(nano.model, [0, 3]))
+    assert not same(all_rows(model, [1, 2]), all_rows(nano.model, [1, 2]))
+
+
+def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
+    from samoe_hf.data import ClipDataset, SyntheticVideos
+    from samoe_hf.model.processor import build_processor
+
+    model.freeze_experts(range(4))
+    model.grow_experts(1)
+    arguments = SamoeTrainingArguments(
+        output_dir=tmp_path, max_steps=2, learning_rate=1e-2, weight_decay=0.1, report_to="none", save_strategy="no",
+        per_device_train_batch_size=1, disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    videos = SyntheticVideos(4, 4, (64, 64))
+    clips = ClipDataset(videos, num_frames=4, image_size=model.config.image_size)
+    SamoeTrainer(model, arguments, build_processor(model.config), train_dataset=clips).train()
+    assert same(all_rows(model, slice(0, 4)), all_rows(nano.model, slice(0, 4)))
+    new = all_rows(model, 4)
+    assert sum(bool(rows["lora_B"].any()) for rows in new.values()) > 0.5 * len(new)
+
+
+def test_freezing_goes_through_surgery(model):
+    model.freeze_experts([1, 3])
+    model.prune_experts(keep=[0, 2, 3])
+    assert all(frozen_experts(module) == [2] for _, module in expert_modules(model))
+    for change in (lambda: model.reset_expert(2), lambda: model.merge_experts([1, 2])):
+        with pytest.raises(ValueError, match="frozen"):
+            change()
+    model.set_trainable("decoder")
+    model.set_trainable("experts")
+    kept = all_rows(model, 2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model.get_submodule(model.expert_names[0]).router(torch.ones(128)).sum().backward()
+    optimizer.step()
+    assert same(all_rows(model, 2), kept)
+
+
+@pytest.mark.parametrize("experts_only", [False, True])
+@pytest.mark.parametrize("change", ["prune", "grow", "merge", "replace"])
+def test_what_was_operated_on_is_saved_and_loaded(nano, model, tmp_path, experts_only, change):
+    """The base that the files name has another number of experts than they have."""
+    if experts_only:
+        nano.model.save_pretrained(tmp_path / "base")
+        model = SamoeModel.from_pretrained(tmp_path / "base")
+    {"prune": lambda: model.prune_experts(keep=[1, 2, 3]), "grow": lambda: model.grow_experts(2),
+     "merge": lambda: model.merge_experts([0, 1]),
+     "replace": lambda: replace_experts(model, expert_modules=["qkv"], lora_rank=2)}[change]()  # fmt: skip
+    model.save_pretrained(tmp_path / "saved", experts_only=experts_only)
+    loaded = SamoeModel.from_pretrained(tmp_path / "saved")
+    assert loaded.config.num_experts == model.config.num_experts
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(attend(loaded), attend(model), atol=0, rtol=0)
+
+
+def test_experts_are_replaced_by_new_ones_elsewhere():
+    reference = load_reference("nano", with_experts=False)
+    before = attend(reference.model)
+    names = ["vision_encoder.backbone.blocks.0.attn.qkv", reference.model.expert_names[0]]
+    replace_experts(reference.model, expert_modules=names, num_experts=3, lora_rank=2, lora_alpha=2.0)
+    assert (
+        sorted(reference.model.expert_names) == sorted(names) == sorted(n for n, _ in expert_modules(reference.model))
+    )
+    assert torch.equal(attend(reference.model), before)
+    module = reference.model.get_submodule(names[0])
+    assert module.lora_A.shape[:2] == (3, 2) and module.scaling == 1 and not module.training
+    with pytest.raises(ValueError, match=r"`settings` must be among .* got 'top_k'"):
+        replace_experts(reference.model, top_k=1)
+
+
+@pytest.mark.parametrize(
+    "operate, message",
+    [
+        (lambda m: m.prune_experts(), "Exactly one of `keep` and `usage`"),
+        (lambda m: m.prune_experts(keep=[0]), "1 experts cannot stay: from `num_experts_per_tok`"),
+        (lambda m: m.prune_experts(keep=[0, 4]), "`keep` must be integers from 0 to 3, got 4"),
+        (lambda m: m.prune_experts(keep=[0, 0, 1]), "`keep` must be different experts"),
+        (lambda m: m.prune_experts(usage={}, num_experts=2), "`usage` must have 4 values for 'memory"),
+        (lambda m: m.prune_experts(usage={}), "`num_experts`, the number of experts that stay"),
+        (lambda m: m.merge_experts([1]), "at least two experts"),
+        (lambda m: m.merge_experts([0, 1, 2, 3]), "1 experts cannot stay"),
+        (lambda m: m.merge_experts([0, 1], usage={"x": torch.ones(4)}), "`usage` must have 4 values"),
+        (lambda m: m.grow_experts(0), "`num_new` must be an integer of at least 1, got 0"),
+        (lambda m: m.reset_expert(-1), "`expert` must be integers from 0 to 3, got -1"),
+        (lambda m: m.freeze_experts([7]), "`experts` must be integers from 0 to 3, got 7"),
+        (lambda m: replace_experts(m, expert_modules=["nowhere"]), "'nowhere'"),
+        (lambda m: replace_experts(m, num_experts=1), "`num_experts_per_tok` must be at most"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_changed(nano, model, operate, message):
+    with pytest.raises(ValueError, match=message):
+        operate(model)
+    before = nano.model.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict() == nano.model.config.to_dict()

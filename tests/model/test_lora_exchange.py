@@ -1,0 +1,221 @@
+"""Experts to PEFT LoRAs and back, and LoRAs that cannot be experts."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Sam2VideoConfig, Sam2VideoModel
+
+from helpers.reference import attend, track_reference
+from samoe_hf.model.expert_surgery import ASLEEP
+from samoe_hf.model.experts import EXPERT_TENSORS, expert_modules, route_all_to
+from samoe_hf.model.lora_exchange import read_lora
+
+ATTENTION = r"memory_attention\.layers\.\d+\.self_attn\.[qkvo]_proj"
+
+
+@pytest.fixture
+def model(nano):
+    """A copy of the reference model, free to be changed."""
+    return copy.deepcopy(nano.model)
+
+
+@pytest.fixture(scope="module")
+def base(nano):
+    """The reference without experts, as transformers' own model."""
+    base = Sam2VideoModel(Sam2VideoConfig(**nano.model.config.to_dict())).eval()
+    base.load_state_dict(nano.model.state_dict(), strict=False)
+    return base
+
+
+@pytest.fixture
+def lora(base, tmp_path):
+    """Makes a LoRA with PEFT, with random B, and returns its folder."""
+
+    def make(name: str = "lora", **settings):
+        torch.manual_seed(0)
+        settings = {"r": 4, "lora_alpha": 4, "target_modules": ATTENTION, **settings}
+        made = get_peft_model(copy.deepcopy(base), LoraConfig(**settings))
+        for key, parameter in made.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(parameter, std=0.1)
+        made.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("expert", [0, 2])
+def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_path, expert):
+    nano.model.export_expert(expert, tmp_path / "out")
+    adapted = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out")
+    with route_all_to(nano.model, expert):
+        expected = attend(nano.model)
+        torch.testing.assert_close(attend(adapted.base_model.model), expected, atol=1e-6, rtol=1e-6)
+    assert (attend(base) - expected).abs().max() > 1e-4
+    assert (attend(nano.model) - expected).abs().max() > 1e-4
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == set(nano.model.expert_names)
+    assert config["base_model_name_or_path"] == nano.model.base_model_source["name_or_path"]
+
+
+def test_tracking_with_an_exported_expert(nano, base, tmp_path):
+    nano.model.export_expert(1, tmp_path / "out")
+    pixel_values = nano.load("tracking")["pixel_values"]
+    with route_all_to(nano.model, 1):
+        expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
+    # A SamoeModel without effect of its own is as good a base as Sam2VideoModel.
+    plain = copy.deepcopy(nano.model)
+    for _, module in expert_modules(plain):
+        nn.init.zeros_(module.lora_B)
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "out")
+    logits, _, _ = track_reference(adapted.base_model.model, nano.folder, pixel_values)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_an_expert_comes_back_bit_for_bit(model, tmp_path):
+    model.export_expert(2, tmp_path / "out")
+    index = model.add_expert(tmp_path / "out")
+    assert index == model.config.num_experts - 1 == 4
+    for _, module in expert_modules(model):
+        assert torch.equal(module.lora_A[index], module.lora_A[2])
+        assert torch.equal(module.lora_B[index], module.lora_B[2])
+    model.export_expert(index, tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_peft_lora_becomes_an_expert_that_does_what_it_did(model, base, lora):
+    folder = lora(
+        r=3, lora_alpha=5, use_rslora=True, rank_pattern={"0.self_attn.q_proj": 2}, alpha_pattern={"k_proj": 1}
+    )
+    expected = attend(PeftModel.from_pretrained(copy.deepcopy(base), folder).base_model.model)
+    index = model.add_expert(folder)
+    with route_all_to(model, index):
+        torch.testing.assert_close(attend(model), expected, atol=1e-6, rtol=1e-6)
+    assert (attend(base) - expected).abs().max() > 1e-3
+    module = model.memory_attention.layers[0].self_attn.q_proj
+    assert module.lora_B[index, :, 2:].abs().max() == 0 < module.lora_A[index, 2:].abs().min()
+    untouched = model.memory_attention.layers[0].cross_attn_image.q_proj
+    assert untouched.lora_B[index].abs().max() == 0 < untouched.lora_A[index].abs().max()
+
+
+def test_a_new_expert_leaves_the_output_as_it_is(nano, model, lora):
+    before = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
+    model.add_expert(lora())
+    after = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend(model), attend(nano.model), atol=1e-6, rtol=1e-6)
+    module = model.get_submodule(model.expert_names[0])
+    assert module.router.bias[-1] == ASLEEP and module.router.weight[-1].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sleeping_expert_gets_nothing_in_half_precision(model, lora, dtype):
+    model.to(dtype)
+    index = model.add_expert(lora())
+    for _, module in expert_modules(model):
+        assert {getattr(module, name).dtype for name in ("lora_A", "lora_B")} == {dtype}
+        gates = module.gates(module.router(100 * torch.randn(50, module.in_features, dtype=dtype)))
+        assert gates[:, index].abs().max() == 0 and gates.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"r": 5}, "has rank 5 .* experts have 4, which cannot hold it"),
+        ({"use_dora": True}, "more than a plain LoRA.*use_dora=True"),
+        ({"bias": "lora_only"}, "more than a plain LoRA.*bias='lora_only'"),
+        ({"modules_to_save": ["iou_prediction_head"]}, "more than a plain LoRA.*modules_to_save"),
+        ({"target_modules": ["qkv"]}, "5 layers without experts, such as 'vision_encoder"),
+    ],
+)
+def test_loras_that_are_no_expert_are_refused(model, lora, settings, message):
+    folder = lora(**settings)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.add_expert(folder)
+    assert model.config.num_experts == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_another_models_lora_is_refused(model, lora):
+    folder = lora()
+    change_tensors(folder, lambda key, tensor: tensor[:, :32] if "lora_A" in key else tensor)
+    with pytest.raises(ValueError, match=r"for another model: .* goes from 32 to 128 features, the layer from 128"):
+        model.add_expert(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda key, tensor: None if "lora_B" in key else tensor, "only one matrix of the LoRA on .*lora_A"),
+        (lambda key, tensor: tensor * float("nan"), "infinite values or NaN"),
+        (lambda key, tensor: tensor[:2] if "lora_A" in key else tensor, "says rank 4 of .* but has A"),
+        (lambda key, tensor: tensor[None], "no matrix of a LoRA on a linear layer"),
+        (lambda key, tensor: None, "has no tensors"),
+    ],
+)
+def test_damaged_loras_are_refused(model, lora, change, message):
+    folder = lora()
+    change_tensors(folder, change)
+    with pytest.raises(ValueError, match=message):
+        model.add_expert(folder)
+
+
+def test_only_safetensors_and_loras_are_read(model, lora):
+    folder = lora()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+        model.add_expert(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        model.add_expert(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match="an expert can only be a LoRA"):
+        model.add_expert(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "NO_SUCH"}')
+    with pytest.raises(ValueError, match="is none that this PEFT reads"):
+        model.add_expert(folder)
+
+
+def test_nothing_is_overwritten_by_an_export(nano, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        nano.model.export_expert(0, tmp_path / "out")
+    for expert in (4, -1, True, 1.0):
+        with pytest.raises(ValueError, match="`expert` must be integers from 0 to 3"):
+            nano.model.export_expert(expert, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lora_trained_on_a_samoe_model_has_the_same_names(model, nano, tmp_path):
+    """PEFT wraps a layer with experts as any linear layer."""
+    model.requires_grad_(False)
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=ATTENTION))
+    assert all(".lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    adapted.save_pretrained(tmp_path / "lora")
+    assert set(read_lora(tmp_path / "lora").layers) == {n for n in nano.model.expert_names if "self_attn" in n}
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    changed = {key: change(key, tensor) for key, tensor in load_file(path).items()}
+    save_file({key: tensor.contiguous() for key, tensor in changed.items() if tensor is not None}, path)
+
+
+def test_expert_tensors_are_all_known(nano):
+    module = nano.model.get_submodule(nano.model.expert_names[0])
+    own = {name for name, _ in module.named_parameters()} - {"weight", "bias"}
+    assert own == set(EXPERT_TENSORS)

@@ -1,0 +1,223 @@
+"""Sessions for videos of any length: the same masks as a session that keeps all, in memory that does not grow."""
+
+import numpy as np
+import pytest
+import torch
+
+from samoe_hf import SamoeModel
+from samoe_hf.model.processor import build_processor
+from samoe_hf.model.session import VideoSession
+
+POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
+BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
+
+
+class Frames:
+    """Frames that are made when they are read, and counts of how often."""
+
+    def __init__(self, count: int):
+        self.count, self.reads = count, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        self.reads.append(index)
+        return np.random.default_rng(index % self.count).integers(0, 255, (90, 160, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def processor(nano):
+    return build_processor(nano.model.config)
+
+
+def track(model, session, start_frame_idx=None, reverse=False):
+    outputs = model.propagate_in_video_iterator(session, start_frame_idx, reverse=reverse)
+    return {output.frame_idx: output.pred_masks for output in outputs}
+
+
+def held_bytes(session) -> int:
+    """Bytes of all distinct storages that the session refers to."""
+    storages = {}
+
+    def collect(value):
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            list(map(collect, value.values()))
+        elif isinstance(value, list | tuple):
+            list(map(collect, value))
+        elif hasattr(value, "__dict__"):
+            collect(vars(value))
+
+    collect(vars(session))
+    return sum(storages.values())
+
+
+def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
+    """Prompts on two frames, a correction 4 frames back, forward and then backward, farther than is kept."""
+    frames = Frames(60)
+    results = []
+    for session in (
+        processor.init_video_session(video=np.stack([frames[t] for t in range(60)])),
+        VideoSession(frames, processor, keep_frames=20),
+    ):
+        processor.add_inputs_to_inference_session(session, 20, 1, **POINT)
+        processor.add_inputs_to_inference_session(session, 24, 2, **BOX)
+        forward = track(nano.model, session, 20)
+        processor.add_inputs_to_inference_session(session, 55, 1, **BOX)
+        nano.model(session, frame_idx=55)
+        forward |= track(nano.model, session, 55)
+        results.append((forward, track(nano.model, session, 20, reverse=True)))
+    for kept_all, forgetful in zip(*results, strict=True):
+        assert kept_all.keys() == forgetful.keys() and len(kept_all) >= 21
+        for frame_idx, masks in kept_all.items():
+            torch.testing.assert_close(forgetful[frame_idx], masks, rtol=0, atol=0)
+
+
+def test_frames_are_prepared_as_those_of_a_whole_video(processor):
+    frames = Frames(4)
+    whole = processor.init_video_session(video=np.stack([frames[t] for t in range(4)]))
+    session = VideoSession(frames, processor)
+    assert session.num_frames == 4 and 3 in session.processed_frames and 4 not in session.processed_frames
+    assert (session.video_height, session.video_width) == (90, 160)
+    for t in range(4):
+        torch.testing.assert_close(session.get_frame(t), whole.get_frame(t), rtol=0, atol=0)
+
+
+def test_memory_does_not_grow_with_the_video(nano, processor):
+    frames = Frames(141)  # the prompted one, and 35 times the four that are encoded at once
+    session = VideoSession(frames, processor, keep_frames=16)
+    for obj_id in (1, 2, 3):
+        processor.add_inputs_to_inference_session(session, 0, obj_id, **POINT)
+    held = [held_bytes(session) for _ in nano.model.propagate_in_video_iterator(session)]
+    assert held[5] > held[0]
+    assert max(held[40:]) == held[40] == held[-1]
+    assert sorted(frames.reads[1:]) == list(range(141))  # the first read is for the size
+
+
+def test_streams_may_be_endless(nano, processor):
+    session = VideoSession(keep_frames=16)
+    plain = processor.init_video_session()
+    held = []
+    for t in range(60):
+        inputs = processor(images=Frames(200)[t], return_tensors="pt")
+        if t == 0:
+            for one in (session, plain):
+                processor.add_inputs_to_inference_session(one, 0, 1, original_size=(90, 160), **BOX)
+        masks = [nano.model(one, frame=inputs.pixel_values[0]).pred_masks for one in (session, plain)]
+        torch.testing.assert_close(*masks, rtol=0, atol=0)
+        held.append(held_bytes(session))
+    assert held[-1] == held[-20] < held_bytes(plain) / 2
+
+
+@pytest.fixture
+def encoded(nano):
+    """How many frames the encoder was given, call by call."""
+    calls = []
+    handle = nano.model.vision_encoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    yield calls
+    handle.remove()
+
+
+def test_small_frames_are_encoded_a_few_at_a_time_while_a_video_is_propagated(nano, processor, encoded):
+    def session(size=1):
+        session = VideoSession(Frames(12), processor, max_vision_features_cache_size=size)
+        processor.add_inputs_to_inference_session(session, 11, 1, **BOX)
+        return session
+
+    one, expected = session(), {}
+    for frame_idx in reversed(range(12)):
+        expected[frame_idx] = nano.model(one, frame_idx=frame_idx, reverse=True).pred_masks
+    assert encoded == [1] * 12
+    for size, batches in ((1, [1, 4, 4, 1, 1, 1]), (5, [1, 5, 5, 1])):
+        encoded.clear()
+        propagated = session(size)
+        tracked = track(nano.model, propagated, 11, reverse=True)
+        assert encoded == batches and tracked.keys() == expected.keys()
+        assert propagated.cache.max_vision_features_cache_size == size
+        for frame_idx, masks in tracked.items():
+            assert (masks - expected[frame_idx]).abs().mean() < 1e-4
+
+
+def test_a_large_cache_is_not_filled_at_once(nano, processor, encoded):
+    session = VideoSession(Frames(40), processor, max_vision_features_cache_size=30)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    nano.model(session, frame_idx=0)
+    nano.model(session, frame_idx=1)
+    assert encoded == [16]
+
+
+def test_large_frames_are_encoded_one_by_one_on_a_cpu(nano, processor, encoded, monkeypatch):
+    monkeypatch.setattr("samoe_hf.model.tracking.SMALL_IMAGE_SIZE", 64)
+    session = VideoSession(Frames(9), processor)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    track(nano.model, session)
+    assert encoded == [1] * 9
+
+
+def graphs_with_fixed_outputs(graph, _, mode):
+    """Stands in for CUDA graphs on a CPU: a graph puts its outputs where it put those of the same sizes before."""
+    places = {}
+
+    def run(*args):
+        outputs = graph(*args)
+        for index, output in enumerate(outputs):
+            if isinstance(output, torch.Tensor):
+                places.setdefault((index, output.shape), torch.empty_like(output)).copy_(output)
+        return [
+            places[index, x.shape] if isinstance(x, torch.Tensor) else x for index, x in enumerate(outputs)
+        ]  # fmt: skip
+
+    return run
+
+
+def test_what_graphs_put_out_is_copied_before_they_run_again(model_folder, processor):
+    model = SamoeModel.from_pretrained(model_folder)
+
+    def run():
+        session = VideoSession(Frames(10), processor)
+        for obj_id, prompt in enumerate((POINT, BOX)):
+            processor.add_inputs_to_inference_session(session, 0, obj_id, **prompt)
+        masks = torch.stack(list(track(model, session).values()))
+        outputs = session.output_dict_per_obj[1]["non_cond_frame_outputs"].values()
+        return masks, torch.cat([output["object_score_logits"] for output in outputs])
+
+    expected = run()
+    assert len(expected[1].unique()) == 9
+    model.compile_for_tracking(backend=graphs_with_fixed_outputs, mode="reduce-overhead")
+    for found, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_tracking_is_the_same_and_not_compiled_again_as_memory_fills(model_folder, processor):
+    torch._dynamo.reset()
+    model = SamoeModel.from_pretrained(model_folder)
+
+    def run(num_objects):
+        session = VideoSession(Frames(20), processor)
+        for obj_id in range(num_objects):
+            processor.add_inputs_to_inference_session(session, 0, obj_id, **(BOX if obj_id else POINT))
+        masks, graphs = [], []
+        for output in model.propagate_in_video_iterator(session):
+            masks.append(output.pred_masks)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return torch.stack(masks), graphs
+
+    expected, _ = run(3)
+    model.compile_for_tracking()
+    compiled, graphs = run(3)
+    assert (compiled - expected).abs().mean() < 1e-4
+    assert graphs[0] > 0 and graphs[1] == graphs[-1]  # memory attention first runs on the second frame
+    _, more_objects = run(5)
+    assert more_objects[-1] == graphs[-1]
+
+
+def test_bad_arguments_are_named(nano, processor):
+    with pytest.raises(ValueError, match="`frames` and `processor`"):
+        VideoSession(Frames(2))
+    session = VideoSession(Frames(2), processor, keep_frames=3)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    with pytest.raises(ValueError, match="`keep_frames` must be at least the model's reach of 16, got 3"):
+        nano.model(session, frame_idx=0)

@@ -1,0 +1,321 @@
+"""Sessions: what works with Sam2VideoModel works here, and objects, prompts and directions mix freely."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModel, AutoProcessor, Sam2VideoConfig, Sam2VideoInferenceSession, Sam2VideoModel
+
+from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.frame_step import fill_holes
+from samoe_hf.model.processor import build_processor
+
+POINT_1 = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
+POINT_2 = {"input_points": [[[[100, 30], [20, 80]]]], "input_labels": [[[1, 0]]]}
+BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
+
+
+@pytest.fixture(scope="module")
+def base_folder(nano, tmp_path_factory):
+    """The nano reference without experts, as a folder of a SAM 2 video model."""
+    folder = tmp_path_factory.mktemp("sam2_video")
+    config = nano.model.config.to_dict()
+    for name in SamoeConfig.__dataclass_fields__.keys() - Sam2VideoConfig.__dataclass_fields__.keys():
+        config.pop(name, None)
+    base = Sam2VideoModel(Sam2VideoConfig(**config))
+    tensors = {k: v for k, v in nano.model.state_dict().items() if not is_expert_parameter(k)}
+    base.load_state_dict(tensors)
+    base.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(nano):
+    return build_processor(nano.model.config)
+
+
+@pytest.fixture(scope="module")
+def video():
+    return np.random.default_rng(0).integers(0, 255, (6, 90, 160, 3), dtype=np.uint8)
+
+
+def start(processor, video, *prompts):
+    """A session with prompts (object, frame, inputs), added one by one."""
+    session = processor.init_video_session(video=video)
+    for obj_id, frame_idx, inputs in prompts:
+        processor.add_inputs_to_inference_session(session, frame_idx, obj_id, **inputs)
+    return session
+
+
+def masks(outputs):
+    return torch.stack([output.pred_masks for output in outputs])
+
+
+def test_a_sam2_folder_gets_experts_without_effect(base_folder, processor, video, caplog, tmp_path):
+    with caplog.at_level("INFO"):
+        model = SamoeModel.from_pretrained(base_folder)
+    messages = [record for record in caplog.records if "experts" in record.getMessage()]
+    assert len(messages) == 1 and messages[0].levelname == "INFO"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    base = Sam2VideoModel.from_pretrained(base_folder)
+
+    def run(model):
+        session = processor.init_video_session(video=video)
+        points = [[[[40, 60], [60, 70]], [[100, 30], [20, 80]]]]
+        processor.add_inputs_to_inference_session(
+            session, 0, [1, 2], input_points=points, input_labels=[[[1, 1], [1, 0]]]
+        )
+        model(session, frame_idx=0)
+        processor.add_inputs_to_inference_session(session, 2, 3, **BOX)
+        model(session, frame_idx=2)
+        return masks(model.propagate_in_video_iterator(session, start_frame_idx=0))
+
+    torch.testing.assert_close(run(model), run(base), atol=1e-4, rtol=0)
+
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).__class__ is SamoeModel
+    saved = AutoModel.from_pretrained(tmp_path)
+    assert saved.config.model_type == "samoe" and saved.config.architectures == ["SamoeModel"]
+    torch.testing.assert_close(run(saved), run(model), atol=0, rtol=0)
+    session = AutoProcessor.from_pretrained(tmp_path).init_video_session(video=video)
+    torch.testing.assert_close(session.get_frame(3), processor.init_video_session(video=video).get_frame(3))
+
+
+def test_positional_and_keyword_calls_agree(nano, processor, video):
+    outputs = []
+    for call in (
+        lambda m, s: m(s, 0),
+        lambda m, s: m(s, frame_idx=0),
+        lambda m, s: m(inference_session=s, frame_idx=0),
+    ):
+        outputs.append(call(nano.model, start(processor, video, (5, 0, POINT_1))))
+    assert outputs[0].object_ids == [5] and outputs[0].frame_idx == 0
+    assert outputs[0].pred_masks.shape == (1, 1, 32, 32) and outputs[0].object_score_logits.shape == (1, 1)
+    for other in outputs[1:]:
+        torch.testing.assert_close(other.pred_masks, outputs[0].pred_masks, atol=0, rtol=0)
+
+
+def test_objects_may_be_added_in_several_calls_and_orders(nano, processor, video):
+    prompts = [(1, 0, POINT_1), (2, 0, BOX), (3, 2, POINT_2)]
+    together = list(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    other_way = list(nano.model.propagate_in_video_iterator(start(processor, video, *prompts[::-1])))
+    assert together[0].object_ids == [1, 2, 3] and other_way[0].object_ids == [3, 2, 1]
+    torch.testing.assert_close(masks(together), masks(other_way).flip(1), atol=1e-4, rtol=0)
+
+
+def test_an_object_that_joins_later_leaves_the_others_alone(nano, processor, video):
+    session = start(processor, video, (1, 0, POINT_1))
+    first = [nano.model(session, frame_idx=t) for t in range(3)]
+    processor.add_inputs_to_inference_session(session, 3, 2, **BOX)
+    later = [nano.model(session, frame_idx=t) for t in range(3, 6)]
+    alone = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, POINT_1))))
+    torch.testing.assert_close(masks(first), alone[:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(masks(later)[:, :1], alone[3:], atol=1e-4, rtol=0)
+    joined = masks(nano.model.propagate_in_video_iterator(start(processor, video, (2, 3, BOX))))
+    torch.testing.assert_close(masks(later)[:, 1:], joined, atol=1e-4, rtol=0)
+
+
+def test_reverse_propagation_mirrors_forward_propagation(nano, processor, video):
+    forward = list(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, BOX))))
+    session = start(processor, video[::-1].copy(), (1, 5, BOX))
+    backward = list(nano.model.propagate_in_video_iterator(session, start_frame_idx=5, reverse=True))
+    assert [output.frame_idx for output in backward] == [5, 4, 3, 2, 1, 0]
+    torch.testing.assert_close(masks(backward), masks(forward), atol=1e-4, rtol=0)
+
+
+def test_streaming_equals_tracking_a_known_video(nano, processor):
+    video = np.random.default_rng(1).integers(0, 255, (17, 90, 160, 3), dtype=np.uint8)
+    known = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, BOX))))
+    session = processor.init_video_session()
+    streamed = []
+    for t, frame in enumerate(video):
+        inputs = processor(images=frame, return_tensors="pt")
+        if t == 0:
+            size = tuple(inputs.original_sizes[0])
+            processor.add_inputs_to_inference_session(session, 0, 1, original_size=size, **BOX)
+        streamed.append(nano.model(session, frame=inputs.pixel_values[0]))
+    # The video's and the image's preprocessing round differently.
+    assert (masks(streamed) - known).abs().mean() < 2e-2
+
+
+def test_a_correction_changes_its_frame_and_what_follows_and_stays(nano, processor, video):
+    session = start(processor, video, (1, 0, POINT_1), (2, 0, BOX))
+    before = masks(nano.model.propagate_in_video_iterator(session))
+    processor.add_inputs_to_inference_session(session, 3, 1, input_points=[[[[120, 70]]]], input_labels=[[[1]]])
+    corrected = nano.model(session, frame_idx=3).pred_masks
+    assert (corrected[0] - before[3, 0]).abs().mean() > 1e-3
+    torch.testing.assert_close(corrected[1], before[3, 1], atol=1e-4, rtol=0)
+    after = masks(nano.model.propagate_in_video_iterator(session, start_frame_idx=0))
+    torch.testing.assert_close(after[3], corrected, atol=0, rtol=0)
+    torch.testing.assert_close(after[:3], before[:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(after[:, 1], before[:, 1], atol=1e-4, rtol=0)
+    assert (after[4, 0] - before[4, 0]).abs().mean() > 1e-4
+
+
+def test_clicks_refine_the_previous_mask_if_wanted(nano, processor, video):
+    def click_twice(model):
+        session = start(processor, video, (1, 0, POINT_1))
+        model(session, frame_idx=0)
+        more = {"input_points": [[[[120, 70]]]], "input_labels": [[[0]]], "clear_old_inputs": False}
+        processor.add_inputs_to_inference_session(session, 0, 1, **more)
+        return model(session, frame_idx=0).pred_masks
+
+    at_once = {"input_points": [[[[40, 60], [120, 70]]]], "input_labels": [[[1, 0]]]}
+    expected = nano.model(start(processor, video, (1, 0, at_once)), frame_idx=0).pred_masks
+    assert (click_twice(nano.model) - expected).abs().max() > 1e-3
+    nano.model.config.previous_mask_with_clicks = False
+    try:
+        torch.testing.assert_close(click_twice(nano.model), expected, atol=1e-5, rtol=0)
+    finally:
+        nano.model.config.previous_mask_with_clicks = True
+
+
+def test_removal_leaves_the_others_alone(nano, processor, video):
+    prompts = [(1, 0, POINT_1), (2, 0, BOX), (7, 1, POINT_2)]
+    expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    session = start(processor, video, *prompts)
+    nano.model.remove_object(session, 99)
+    with pytest.raises(ValueError, match=r"`obj_id`.*\[1, 2, 7\], got 99"):
+        nano.model.remove_object(session, 99, strict=True)
+    outputs = [nano.model(session, frame_idx=t) for t in range(3)]
+    nano.model.remove_object(session, 1)
+    outputs = [nano.model(session, frame_idx=t) for t in range(3, 6)]
+    assert outputs[0].object_ids == session.obj_ids == [2, 7]
+    torch.testing.assert_close(masks(outputs), expected[3:, 1:], atol=1e-4, rtol=0)
+    processor.add_inputs_to_inference_session(session, 0, 1, **POINT_1)
+    torch.testing.assert_close(nano.model(session, frame_idx=0).pred_masks[2], expected[0, 0], atol=1e-4, rtol=0)
+
+
+def test_a_reset_session_starts_anew(nano, processor, video):
+    session = start(processor, video, (1, 0, POINT_1))
+    expected = masks(nano.model.propagate_in_video_iterator(session))
+    session.reset_tracking_data()
+    processor.add_inputs_to_inference_session(session, 0, 1, **POINT_1)
+    torch.testing.assert_close(masks(nano.model.propagate_in_video_iterator(session)), expected, atol=0, rtol=0)
+
+
+def test_what_cannot_be_tracked_is_refused(nano, processor, video):
+    empty = processor.init_video_session(video=video)
+    with pytest.raises(ValueError, match="No objects"):
+        nano.model(empty, frame_idx=0)
+    with pytest.raises(ValueError, match=r"`frame_idx`.*6 frames.*got 6"):
+        nano.model(start(processor, video, (1, 0, POINT_1)), frame_idx=6)
+    unprompted = start(processor, video, (1, 0, POINT_1))
+    unprompted.obj_id_to_idx(4)
+    with pytest.raises(ValueError, match="Object 4 was never prompted"):
+        nano.model(unprompted, frame_idx=0)
+
+
+def test_a_session_leaves_no_gradients_and_keeps_memories_in_bfloat16(nano, processor, video):
+    session = start(processor, video, (1, 0, POINT_1))
+    output = nano.model(session, frame_idx=0)
+    assert not output.pred_masks.requires_grad
+    assert session.output_dict_per_obj[0]["memory_bank"][0].features.dtype == torch.bfloat16
+
+
+def test_holes_are_filled_up_to_the_area():
+    masks = torch.ones(2, 1, 12, 12)
+    masks[0, 0, 2:4, 2:4] = -1  # 4 pixels
+    masks[0, 0, 4, 4] = -1  # a fifth, by its corner
+    masks[0, 0, 8:11, 8:11] = -1  # 9 pixels
+    masks[1, 0, 0, :] = -1  # 12 pixels in a line
+    filled = fill_holes(masks, 5)
+    assert (filled[0, 0, :6, :6] > 0).all() and filled[0, 0, 2, 2] == pytest.approx(0.1)
+    torch.testing.assert_close(filled[0, 0, 7:, 7:], masks[0, 0, 7:, 7:])
+    torch.testing.assert_close(filled[1], masks[1])
+    torch.testing.assert_close(fill_holes(masks, 4)[0, 0, :6, :6], masks[0, 0, :6, :6])
+
+
+def test_hole_filling_reaches_the_output(nano, processor, video):
+    nano.model.config.fill_hole_area = 8
+    try:
+        filled = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, POINT_1))))
+    finally:
+        nano.model.config.fill_hole_area = 0
+    plain = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, POINT_1))))
+    torch.testing.assert_close(filled[0], fill_holes(plain[0], 8), atol=1e-5, rtol=0)
+
+
+def test_sessions_of_another_dtype(nano, processor, video):
+    session = processor.init_video_session(video=video, dtype=torch.bfloat16)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    model = copy.deepcopy(nano.model)
+    outputs = list(model.to(torch.bfloat16).propagate_in_video_iterator(session))
+    exact = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, BOX))))
+    assert (masks(outputs).float() - exact).abs().mean() < 0.2
+    assert isinstance(session, Sam2VideoInferenceSession)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_nearly_the_same_masks(nano, processor, video, dtype):
+    """Long enough for memories and pointers of several frames."""
+    prompts = [(1, 0, POINT_1), (2, 0, BOX)]
+    expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    with torch.autocast("cpu", dtype):
+        rounded = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    assert ((rounded > 0) == (expected > 0)).float().mean() > 0.95
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Has these functions compute in float32, as CUDA's autocast does and the CPU's does not."""
+
+    NAMES = (
+        *("softmax", "log_softmax", "layer_norm", "group_norm", "sum", "prod", "cumsum", "pow", "exp", "log", "norm"),
+        *("rsqrt", "reciprocal", "mse_loss", "l1_loss", "smooth_l1_loss", "cosine_similarity", "expm1", "log1p"),
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.NAMES:
+            halves = (torch.bfloat16, torch.float16)
+            args, kwargs = tree_map_only(
+                torch.Tensor, lambda x: x.float() if x.dtype in halves else x, (args, kwargs or {})
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_cudas_autocast_leaves_in_float32_fits_the_rest(nano, processor, video, dtype):
+    prompts = [(1, 0, POINT_1), (2, 0, BOX), (3, 2, POINT_2)]
+    expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    with torch.autocast("cpu", dtype), CudaAutocast():
+        rounded = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
+    assert ((rounded > 0) == (expected > 0)).float().mean() > 0.95
+    model = copy.deepcopy(nano.model).train()
+    labels = torch.zeros(1, 2, 4, 128, 128, dtype=torch.bool)
+    labels[:, 0, :, 20:60, 30:70] = labels[:, 1, :, 70:100, 50:90] = True
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype), CudaAutocast():
+        output = model(torch.randn(1, 4, 3, 128, 128), labels, prompts="sam2")
+    output.loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_several_videos_are_tracked_at_once(nano, processor, video):
+    """Two videos of different sizes and lengths, with different objects, one of which joins later."""
+    other = np.random.default_rng(5).integers(0, 255, (5, 64, 80, 3), dtype=np.uint8)
+    prompts = ([(1, 0, POINT_1), (2, 0, BOX), (3, 2, BOX)], [(7, 0, POINT_1)])
+    alone = []
+    for frames, given in zip((video, other), prompts, strict=True):
+        session = start(processor, frames, *given)
+        alone.append([nano.model(session, frame_idx=t).pred_masks for t in range(5)])
+    encoded = []
+    handle = nano.model.vision_encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    sessions = [start(processor, frames, *given) for frames, given in zip((video, other), prompts, strict=True)]
+    together = [nano.model.track_together(sessions, t) for t in range(5)]
+    handle.remove()
+    assert encoded.count(2) == 5
+    for outputs in zip(*together, strict=True):
+        assert [output.frame_idx for output in outputs] == list(range(5))
+    assert [output.object_ids for output in together[0]] == [[1, 2, 3], [7]]
+    for t, outputs in enumerate(together):
+        for output, expected in zip(outputs, alone, strict=True):
+            assert (output.pred_masks - expected[t]).abs().mean() < 1e-4
+    sessions[1].dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="`sessions` must be of one"):
+        nano.model.track_together(sessions, 0)

@@ -1,0 +1,671 @@
+"""The original's files: what is read from them, what is written, and what is refused."""
+
+import importlib.util
+import inspect
+import logging
+import pickle
+import pydoc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
+
+from helpers.reference import ROOT, reference_folder
+from samoe_hf import SamoeModel
+from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
+from samoe_hf.model.files import new_directory
+from samoe_hf.model.processor import build_processor
+from samoe_hf.original import config as original_config
+from samoe_hf.original.checkpoint import (
+    config_from_yaml,
+    load_original,
+    save_original,
+    state_dict_from_original,
+    state_dict_to_original,
+)
+
+NANO = reference_folder("nano")
+CHECKPOINT = NANO / "sam2.1_hiera_nano.pt"
+EXPERTS = NANO / "samoe_nano_adapters.pt"
+CONFIG = NANO / "sam2.1_hiera_nano_moe.yaml"
+Q_PROJ = "memory_attention.layers.0.self_attn.q_proj"
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(tensors: dict, expected: dict) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture
+def base() -> dict[str, torch.Tensor]:
+    return read(CHECKPOINT)["model"]
+
+
+@pytest.fixture
+def experts() -> dict[str, torch.Tensor]:
+    return read(EXPERTS)["model_state_dict"]
+
+
+@pytest.fixture
+def full(base, experts) -> dict[str, torch.Tensor]:
+    """The tensors of the full MoE checkpoint, under its names."""
+    wrapped = {name.split(".experts.")[0] for name in experts if ".experts." in name}
+    named = {}
+    for name, tensor in base.items():
+        module, _, leaf = name.rpartition(".")
+        named[f"{module}.base_layer.{leaf}" if module in wrapped else name] = tensor
+    return named | experts
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Saves an object as a checkpoint of the given name and returns the path."""
+
+    def save_as(content, name="checkpoint.pt") -> Path:
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return save_as
+
+
+@pytest.fixture
+def edit_yaml(tmp_path):
+    """Writes nano's YAML with one field, named by its path below `model`, set or, without a value, deleted."""
+
+    def write(field: str, *value) -> Path:
+        document = yaml.safe_load(CONFIG.read_text())
+        *parents, name = field.split(".")
+        section = document["model"]
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section.pop(name, None)
+        if value:
+            (section[name],) = value
+        path = tmp_path / "edited.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    return write
+
+
+def meta_checkpoint(family: str = "sam2.1", **experts: tuple) -> dict[str, torch.Tensor]:
+    """All tensors of Meta's tiny model under the original's names, zeros that take no memory."""
+    config = Sam2VideoConfig()
+    if family == "sam2":
+        config.enable_occlusion_spatial_embedding = False
+        config.enable_temporal_pos_encoding_for_object_pointers = False
+    with torch.device("meta"):
+        tensors = state_dict_to_original(Sam2VideoModel(config).state_dict())
+    return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in tensors.items()}
+
+
+def expert_tensors(module: str, in_features: int, out_features: int, num_experts: int, rank: int) -> dict:
+    tensors = {f"{module}.gate.gate.weight": torch.rand(num_experts, in_features)}
+    tensors[f"{module}.gate.gate.bias"] = torch.rand(num_experts)
+    for index in range(num_experts):
+        tensors[f"{module}.experts.{index}.lora_down.weight"] = torch.rand(rank, in_features)
+        tensors[f"{module}.experts.{index}.lora_up.weight"] = torch.rand(out_features, rank)
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", ["nano", "mini"])
+def test_experts_and_base_have_the_files_values(name):
+    folder = reference_folder(name)
+    files = [folder / f"sam2.1_hiera_{name}.pt", folder / f"samoe_{name}_adapters.pt"]
+    config, tensors = load_original(*files, original_config=folder / f"sam2.1_hiera_{name}_moe.yaml")
+    base, experts = read(files[0])["model"], read(files[1])["model_state_dict"]
+    assert (config.num_experts, config.num_experts_per_tok) == ({"nano": 4, "mini": 6}[name], 2)
+    assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (4, 2.0, 0.1)
+    assert config.expert_modules == MEMORY_ATTENTION_PROJECTIONS
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    original, ours = (
+        "memory_attention.layers.1.cross_attn_image.out_proj",
+        "memory_attention.layers.1.cross_attn_image.o_proj",
+    )
+    assert torch.equal(tensors[f"{ours}.weight"], base[f"{original}.weight"].float())
+    assert torch.equal(tensors[f"{ours}.router.weight"], experts[f"{original}.gate.gate.weight"].float())
+    for index in range(config.num_experts):
+        assert torch.equal(
+            tensors[f"{ours}.lora_A"][index], experts[f"{original}.experts.{index}.lora_down.weight"].float()
+        )
+        assert torch.equal(
+            tensors[f"{ours}.lora_B"][index], experts[f"{original}.experts.{index}.lora_up.weight"].float()
+        )
+    SamoeModel(config).load_state_dict(tensors)
+
+
+def test_base_names_are_those_of_sam2_video_model():
+    config, tensors = load_original(CHECKPOINT, original_config=CONFIG)
+    Sam2VideoModel(config).load_state_dict(tensors)
+
+
+def test_all_forms_of_checkpoints_are_equal(save, base, experts, full):
+    expected_config, expected = load_original(CHECKPOINT, EXPERTS, CONFIG)
+    pairs = [
+        (save(base, "bare_base.pt"), EXPERTS),
+        (CHECKPOINT, save({"moe_state_dict": experts}, "guide.pt")),
+        (CHECKPOINT, save(experts, "bare_experts.pt")),
+        (save({"model": full}, "full.pt"), None),
+        (save(full, "bare_full.pt"), None),
+        (save({"model": full | {name: tensor * 0 for name, tensor in experts.items()}}, "old_experts.pt"), EXPERTS),
+    ]
+    for checkpoint, expert_file in pairs:
+        config, tensors = load_original(checkpoint, expert_file, CONFIG)
+        assert config.to_dict() == expected_config.to_dict()
+        assert_equal(tensors, expected)
+
+
+@pytest.mark.parametrize("family", ["sam2", "sam2.1"])
+def test_the_size_is_known_from_the_tensors(save, family):
+    config, tensors = load_original(save({"model": meta_checkpoint(family)}))
+    expected = Sam2VideoConfig()
+    assert config.vision_config.to_dict() == expected.vision_config.to_dict()
+    assert config.enable_occlusion_spatial_embedding == (family == "sam2.1")
+    assert config.enable_temporal_pos_encoding_for_object_pointers == (family == "sam2.1")
+    with torch.device("meta"):
+        assert tensors.keys() == Sam2VideoModel(config).state_dict().keys()
+
+
+def test_settings_of_experts_without_yaml(save, caplog):
+    experts = expert_tensors(Q_PROJ, 256, 256, num_experts=3, rank=5)
+    with caplog.at_level(logging.WARNING):
+        config, _ = load_original(save(meta_checkpoint()), save(experts, "experts.pt"))
+    assert (config.num_experts, config.lora_rank) == (3, 5)
+    assert (config.num_experts_per_tok, config.lora_alpha) == (2, 1.0)
+    (record,) = caplog.records
+    assert all(name in record.message for name in ("lora_alpha", "num_experts_per_tok", "original_config"))
+
+
+def test_one_expert_gets_the_only_k_that_it_allows(save):
+    config, _ = load_original(save(meta_checkpoint()), save(expert_tensors(Q_PROJ, 256, 256, 1, 2), "experts.pt"))
+    assert (config.num_experts, config.num_experts_per_tok, config.lora_rank) == (1, 1, 2)
+
+
+def test_modules_of_experts_are_those_in_the_file(save, experts, caplog):
+    some = {name: tensor for name, tensor in experts.items() if name.startswith("memory_attention.layers.0.self_attn.")}
+    more = some | expert_tensors("sam_mask_decoder.transformer.layers.1.mlp.layers.0", 128, 2048, 4, 4)
+    config, tensors = load_original(CHECKPOINT, save(more, "experts.pt"), CONFIG)
+    expected = [f"memory_attention.layers.0.self_attn.{letter}_proj" for letter in "qkvo"]
+    assert sorted(config.expert_modules) == sorted([*expected, "mask_decoder.transformer.layers.1.mlp.proj_in"])
+    assert config.lora_alpha == 2.0
+    assert "5 modules have experts, but the YAML has them in 16" in caplog.text
+    model = SamoeModel(config)
+    model.load_state_dict(tensors)
+    back = state_dict_to_original(model.state_dict())
+    assert more.keys() == {name for name in back if ".experts." in name or ".gate." in name}
+
+
+def test_a_plain_yaml_takes_the_experts_settings_from_their_shapes(edit_yaml, caplog):
+    path = edit_yaml("memory_attention.layer.self_attention._target_", "sam2.modeling.sam.transformer.RoPEAttention")
+    document = yaml.safe_load(path.read_text())
+    for attention in ("self_attention", "cross_attention"):
+        section = document["model"]["memory_attention"]["layer"][attention]
+        section["_target_"] = "sam2.modeling.sam.transformer.RoPEAttention"
+        for name in ("num_experts", "lora_rank", "top_k", "lora_alpha", "lora_dropout"):
+            section.pop(name)
+    path.write_text(yaml.safe_dump(document))
+    config, _ = load_original(CHECKPOINT, EXPERTS, path)
+    assert (config.num_experts, config.lora_rank, config.lora_alpha) == (4, 4, 1.0)
+    assert "lora_alpha" in caplog.text
+
+
+def test_types_narrower_than_float32_are_widened_and_wider_ones_kept(save, base):
+    changed = base | {"no_mem_embed": base["no_mem_embed"].half(), "no_obj_ptr": base["no_obj_ptr"].double()}
+    _, tensors = load_original(save(changed), original_config=CONFIG)
+    assert tensors["no_memory_embedding"].dtype == torch.float32
+    assert tensors["no_object_pointer"].dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def test_names_go_both_ways_without_loss(full):
+    ours = state_dict_from_original(full)
+    assert_equal(state_dict_to_original(ours), full)
+    assert_equal(state_dict_from_original(state_dict_to_original(ours)), ours)
+
+
+def test_written_files_hold_what_was_read(nano, tmp_path, base, experts, full):
+    files = save_original(nano.model.config, nano.model.state_dict(), tmp_path)
+    assert {path.name for path in files.values()} == {path.name for path in tmp_path.iterdir()}
+    for kind, tensors in (("base", base), ("full", full)):
+        assert_equal(read(files[kind])["model"], {name: tensor.float() for name, tensor in tensors.items()})
+    assert read(files["experts"]).keys() == {"model_state_dict", "config"}
+    expected = load_original(CHECKPOINT, EXPERTS, CONFIG)
+    for checkpoint, expert_file in ((files["full"], None), (files["base"], files["experts"])):
+        config, tensors = load_original(checkpoint, expert_file, files["config"])
+        assert config.to_dict() == expected[0].to_dict()
+        assert_equal(tensors, expected[1])
+
+
+def test_written_yaml_names_every_setting_of_the_experts(nano, tmp_path):
+    files = save_original(nano.model.config, nano.model.state_dict(), tmp_path)
+    assert files["config"].read_text().startswith("# @package _global_")
+    written, reference = (yaml.safe_load(path.read_text())["model"] for path in (files["config"], CONFIG))
+    for attention in ("self_attention", "cross_attention"):
+        section = written["memory_attention"]["layer"][attention]
+        settings = {name: reference["memory_attention"]["layer"][attention][name] for name in section}
+        assert section == settings
+        assert section["_target_"] == "sam2.modeling.moe_attention.MoERoPEAttention"
+        assert {"num_experts", "lora_rank", "top_k", "lora_alpha", "lora_dropout"} < section.keys()
+
+
+def test_settings_other_than_the_references_survive_the_yaml(nano, tmp_path):
+    config = config_from_yaml(CONFIG)
+    config.fill_hole_area = 8
+    config.max_cond_frame_num = 4
+    config.mask_decoder_config.dynamic_multimask_stability_thresh = 0.9
+    config.rope_parameters["rope_theta"] = 100.0
+    files = save_original(config, nano.model.state_dict(), tmp_path)
+    assert config_from_yaml(files["config"]).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("attentions", [("self_attn",), ("cross_attn_image",)])
+def test_experts_in_one_of_the_attentions(save, experts, tmp_path, attentions):
+    some = {name: tensor for name, tensor in experts.items() if name.split(".")[3] in attentions}
+    config, tensors = load_original(CHECKPOINT, save(some), CONFIG)
+    files = save_original(config, tensors, tmp_path / "original")
+    written, _ = load_original(files["full"], original_config=files["config"])
+    model, expected = SamoeModel(written), SamoeModel(config)
+    assert model.expert_names == expected.expert_names
+    assert len(model.expert_names) == 8
+
+
+def test_experts_that_the_original_cannot_have_are_not_written(save, experts, tmp_path):
+    some = {name: tensor for name, tensor in experts.items() if not name.startswith("memory_attention.layers.1")}
+    config, tensors = load_original(CHECKPOINT, save(some), CONFIG)
+    with pytest.raises(ValueError, match=r"memory_attention\.layers\.0\.cross_attn_image\.k_proj"):
+        save_original(config, tensors, tmp_path / "original")
+    assert not (tmp_path / "original").exists()
+
+
+def test_architectures_that_the_original_cannot_have_are_not_written(nano, tmp_path):
+    config = config_from_yaml(CONFIG)
+    config.vision_config.backbone_config.mlp_ratio = 2.0
+    with torch.device("meta"):
+        state_dict = SamoeModel(config).state_dict()
+    with pytest.raises(ValueError, match=r"of another shape: image_encoder\.trunk\.blocks\.0\.mlp"):
+        save_original(config, state_dict, tmp_path / "original")
+
+
+def test_positional_embeddings_that_differ_are_not_written(nano, tmp_path):
+    state_dict = dict(nano.model.state_dict())
+    state_dict["prompt_encoder.shared_embedding.positional_embedding"] = torch.zeros(2, 64)
+    with pytest.raises(ValueError, match=r"shared_image_embedding.positional_embedding .* differ"):
+        save_original(nano.model.config, state_dict, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- Meta's own package
+
+
+def meta_model(yaml_name: str) -> torch.nn.Module:
+    pytest.importorskip("sam2", reason="needs the `bench` extra")
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    return instantiate(OmegaConf.load(meta_yaml(yaml_name)).model)
+
+
+def meta_yaml(name: str) -> Path:
+    return Path(sys.modules["sam2"].__file__).parent / "configs" / name.split("_")[0] / f"{name}.yaml"
+
+
+@pytest.mark.parametrize("family", ["sam2", "sam2.1"])
+@pytest.mark.parametrize("size", ["t", "s", *(pytest.param(large, marks=pytest.mark.slow) for large in ("b+", "l"))])
+def test_every_architecture_of_meta(tmp_path, family, size):
+    name = f"{family}_hiera_{size}"
+    original = meta_model(name).state_dict()
+    torch.save({"model": original}, tmp_path / "checkpoint.pt")
+    config, tensors = load_original(tmp_path / "checkpoint.pt")
+    assert config.to_dict() == config_from_yaml(meta_yaml(name)).to_dict()
+    Sam2VideoModel(config).load_state_dict(tensors)
+    assert_equal(state_dict_to_original(tensors), original)
+
+
+def test_sam2_builds_what_the_written_yaml_describes(nano, tmp_path):
+    pytest.importorskip("sam2", reason="needs the `bench` extra")
+    from hydra.utils import instantiate
+
+    files = save_original(nano.model.config, nano.model.state_dict(), tmp_path)
+    document = yaml.safe_load(files["config"].read_text())["model"]
+    for attention in ("self_attention", "cross_attention"):
+        section = document["memory_attention"]["layer"][attention]
+        section["_target_"] = "sam2.modeling.sam.transformer.RoPEAttention"
+        for name in ("num_experts", "lora_rank", "top_k", "lora_alpha", "lora_dropout"):
+            del section[name]
+    instantiate(document).load_state_dict(read(files["base"])["model"])
+
+
+def sections(section: original_config._Section):
+    yield section
+    for field in section.fields.values():
+        if isinstance(field, original_config._Section):
+            yield from sections(field)
+
+
+def test_every_argument_of_metas_classes_is_known_with_its_default():
+    pytest.importorskip("sam2", reason="needs the `bench` extra")
+    # build_sam2_video_predictor sets the first; an activation is a class, which no YAML of Meta names.
+    set_elsewhere, never_set = {"binarize_mask_from_pts_for_mem_enc"}, {"activation", "kwargs"}
+    for section in sections(original_config._ORIGINAL):
+        for target, own_fields in section.targets.items():
+            if (original := pydoc.locate(target)) is None:
+                assert target.endswith("MoERoPEAttention")
+                continue
+            parameters = dict(inspect.signature(original).parameters)
+            if target.endswith("RoPEAttention"):
+                parameters |= inspect.signature(original.__mro__[1]).parameters
+                parameters.pop("args")
+            fields = section.fields | own_fields
+            base_fields = section.fields.keys() if "kwargs" in parameters and own_fields else set()
+            assert parameters.keys() - never_set - base_fields == fields.keys() - base_fields - {"activation"}
+            for name, parameter in parameters.items():
+                if name in fields.keys() - set_elsewhere and hasattr(fields[name], "default"):
+                    check_default(parameter.default, fields[name].default, f"{target}: {name}")
+
+
+def check_default(theirs, ours, what: str) -> None:
+    if what.endswith("fpn_top_down_levels"):
+        assert (theirs, ours) == (None, [0, 1, 2, 3])
+    elif theirs is inspect.Parameter.empty:
+        assert ours is original_config._REQUIRED, what
+    else:
+        assert ours == (list(theirs) if isinstance(theirs, tuple) else theirs), what
+
+
+# ------------------------------------------------------------------------------------------------------ bad files
+
+
+def test_tensors_that_do_not_fit_are_named(save, base, experts):
+    missing = {name: tensor for name, tensor in base.items() if name != "no_mem_embed"}
+    misshaped = base | {"no_mem_embed": torch.zeros(1, 1, 64)}
+    counted = base | {"no_mem_embed": torch.zeros(1, 1, 128, dtype=torch.int64)}
+    twice = base | {f"{Q_PROJ}.base_layer.weight": base[f"{Q_PROJ}.weight"]}
+    no_gate = {name: tensor for name, tensor in experts.items() if name != f"{Q_PROJ}.gate.gate.bias"}
+    gap = {name: tensor for name, tensor in experts.items() if not name.startswith(f"{Q_PROJ}.experts.1.")}
+    wide = experts | {f"{Q_PROJ}.experts.0.lora_down.weight": torch.zeros(8, 128)}
+    elsewhere = experts | {"memory_attention.layers.7.linear1.experts.0.lora_up.weight": torch.zeros(8, 4)}
+    cases = [
+        (missing, experts, "missing: no_mem_embed"),
+        (base | {"head.weight": torch.zeros(1)}, experts, r"unexpected: head\.weight"),
+        (misshaped, experts, r"another shape: no_mem_embed \(1, 1, 64\) instead of \(1, 1, 128\)"),
+        (counted, experts, "no floating-point type: no_mem_embed"),
+        (twice, experts, rf"with and without base_layer: {Q_PROJ}\.weight"),
+        (base, no_gate, rf"missing: {Q_PROJ}\.gate\.gate\.bias"),
+        (base, gap, rf"missing: {Q_PROJ}\.experts\.1\.lora_down\.weight, {Q_PROJ}\.experts\.1\.lora_up"),
+        (base, wide, rf"another shape: {Q_PROJ}\.experts\.0\.lora_down\.weight \(8, 128\) instead of \(4, 128\)"),
+        (base, elsewhere, r"unexpected: memory_attention\.layers\.7\.linear1\.experts\.0\.lora_up\.weight"),
+    ]
+    for base_tensors, expert_tensors, message in cases:
+        files = save({"model": base_tensors}), save(expert_tensors, "experts.pt")
+        with pytest.raises(ValueError, match=message) as caught:
+            load_original(*files, CONFIG)
+        assert all(path.name in str(caught.value) for path in (*files, CONFIG))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("a pickle ran code",)
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path, save, base, capsys):
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "truncated.pt").write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    (tmp_path / "text.pt").write_text("no checkpoint at all")
+    (tmp_path / "evil_old_form.pt").write_bytes(pickle.dumps({"model": Evil()}, protocol=2))
+    cases = [
+        (tmp_path / "empty.pt", "is empty"),
+        (tmp_path / "truncated.pt", "truncated, damaged"),
+        (tmp_path / "text.pt", "damaged, or holds more than tensors and plain data"),
+        (tmp_path / "evil_old_form.pt", "more than tensors and plain data"),
+        (save({"model": Evil()}, "evil.pt"), "more than tensors and plain data"),
+        (save({"model": base, "extra": Evil()}, "evil_extra.pt"), "more than tensors and plain data"),
+        (save({"weights": base}, "form.pt"), r"holds a dict with the keys \['weights'\]; expected tensors by name"),
+        (save([1, 2], "list.pt"), "holds list; expected tensors by name"),
+        (save({"model": {}}, "nothing.pt"), "expected tensors by name"),
+        (save({"model": {"a": 1}}, "numbers.pt"), "expected tensors by name"),
+        (EXPERTS, "holds experts only"),
+        (CHECKPOINT, r"16 channels and 5 blocks is none of Meta's .* give the model's YAML as `original_config`"),
+        (save({"a": torch.zeros(1)}, "other.pt"), "no image encoder of SAM 2"),
+    ]
+    for path, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_original(path)
+        assert path.name in str(caught.value)
+    assert "a pickle ran code" not in capsys.readouterr().out
+
+
+def test_files_that_are_missing_are_named(tmp_path):
+    missing = tmp_path / "missing"
+    for arguments in ((missing,), (tmp_path,), (CHECKPOINT, missing, CONFIG), (CHECKPOINT, None, missing)):
+        with pytest.raises(FileNotFoundError, match="no such file; expected"):
+            load_original(*arguments)
+
+
+def test_a_base_checkpoint_is_no_file_of_experts():
+    with pytest.raises(ValueError, match=r"sam2.1_hiera_nano\.pt should hold experts only, but has maskmem_tpos_enc"):
+        load_original(CHECKPOINT, CHECKPOINT, CONFIG)
+
+
+# ------------------------------------------------------------------------------------------------------- bad YAML
+
+ATTENTION = "memory_attention.layer.self_attention"
+BAD_FIELDS = [
+    ("memory_temporal_stride_for_eval", 5, "is 5; only 1 is supported"),
+    ("soft_no_obj_ptr", True, "is True; only False is supported"),
+    ("use_high_res_features_in_sam", False, "is False; only True is supported"),
+    ("non_overlap_masks_for_mem_enc", True, "is True; only False is supported"),
+    ("image_encoder.trunk.drop_path_rate", 0.1, "is 0.1; only 0.0 is supported"),
+    ("image_encoder.neck.fpn_interp_model", "bilinear", "is 'bilinear'; only 'nearest' is supported"),
+    ("memory_encoder.out_dim", 32, "is 32; only 64 is supported"),
+    ("memory_encoder.mask_downsampler.embed_dim", 64, r"is 64, but `model.image_encoder.neck.+` is 128"),
+    ("proj_tpos_enc_in_obj_ptrs", False, "is False, but `model.add_tpos_enc_to_obj_ptrs` is True"),
+    (f"{ATTENTION}.num_experts", 3, None),
+    (f"{ATTENTION}.rope_theta", "ten", "must be of type float, got 'ten'"),
+    (f"{ATTENTION}.dropout", True, "must be of type float, got True"),
+    ("image_size", "1024", "must be of type int, got '1024'"),
+    ("image_encoder.trunk.stages", [1, "a"], "must be a list of integers"),
+    ("_target_", "sam2.modeling.sam2_base.SAM3", "_target_` is sam2.modeling.sam2_base.SAM3; expected"),
+    ("_target_", "os.system", "_target_` is os.system; expected"),
+    ("image_encoder.trunk._target_", "timm.ViT", "_target_` is timm.ViT; expected"),
+    ("image_encoder.trunk", "hiera", "must be a mapping of fields, got 'hiera'"),
+    ("image_encoder.trunk.patch_size", 16, None),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD_FIELDS)
+def test_fields_that_cannot_be_expressed_are_named(edit_yaml, field, value, message):
+    path = edit_yaml(field, value)
+    if message is None and "num_experts" in field:
+        field, message = "memory_attention.layer.cross_attention.num_experts", "is 4, but .+self_attention.+ is 3"
+    elif message is None:
+        field, message = "image_encoder.trunk", "has fields that SAM 2 does not have there: patch_size"
+    with pytest.raises(ValueError, match=message) as caught:
+        config_from_yaml(path)
+    assert f"{path}: `model.{field}".removesuffix("._target_") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_encoder.neck.backbone_channel_list", [1, 2, 3, 4], r"is \[1, 2, 3, 4\], but the trunk's channels are"),
+        ("image_encoder.trunk.stages", [1, 2, 3], "`stages` and `window_spec` must have four entries each"),
+        ("memory_attention.layer.activation", "glu", "`activation` is 'glu'; only 'relu' and 'gelu'"),
+        ("image_size", 100, "`image_size` must be a positive multiple of 32, got 100"),
+        ("image_encoder.trunk.num_heads", 3, "`num_heads` must divide its `embed_dim` of 16, got 3"),
+    ],
+)
+def test_fields_that_contradict_others_are_named(edit_yaml, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_yaml(edit_yaml(field, value))
+
+
+def test_yaml_of_something_else_is_refused(edit_yaml, tmp_path):
+    with pytest.raises(ValueError, match=r"`model\.memory_encoder\._target_` is None|`model\.memory_encoder` must be"):
+        config_from_yaml(edit_yaml("memory_encoder"))
+    with pytest.raises(ValueError, match=r"`model\.memory_attention\.num_layers` is missing"):
+        config_from_yaml(edit_yaml("memory_attention.num_layers"))
+    other = tmp_path / "other.yaml"
+    for text, message in (
+        ("a: [", "is not YAML"),
+        ("a: 1", "has no `model`"),
+        ("model: 1", "`model` must be a mapping"),
+    ):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            config_from_yaml(other)
+        assert str(other) in str(caught.value)
+    other.write_text("model: !!python/object/apply:print ['YAML ran code']")
+    with pytest.raises(ValueError, match="is not YAML"):
+        config_from_yaml(other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_encoder.trunk.stages", [1, 1, 2, 2], r"missing: image_encoder\.trunk\.blocks\.5\."),
+        ("memory_attention.num_layers", 1, r"unexpected: memory_attention\.layers\.1\."),
+        ("no_obj_embed_spatial", False, "unexpected: no_obj_embed_spatial"),
+        (
+            "memory_encoder.fuser.layer.kernel_size",
+            5,
+            r"another shape: memory_encoder\.fuser\.layers\.0\.dwconv\.weight",
+        ),
+    ],
+)
+def test_yaml_that_disagrees_with_the_tensors_is_refused(edit_yaml, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        load_original(CHECKPOINT, original_config=edit_yaml(field, value))
+
+
+def test_settings_of_experts_that_are_out_of_range_are_refused(edit_yaml):
+    path = edit_yaml(f"{ATTENTION}.top_k", 5)
+    document = yaml.safe_load(path.read_text())
+    document["model"]["memory_attention"]["layer"]["cross_attention"]["top_k"] = 5
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(ValueError, match=r"edited\.yaml: `num_experts_per_tok` must be at most `num_experts` \(4\)"):
+        config_from_yaml(path)
+
+
+def test_rotary_sizes_follow_the_image_size_as_in_the_original(edit_yaml):
+    path = edit_yaml("image_size", 256)
+    assert config_from_yaml(path).memory_attention_rope_feat_sizes == [16, 16]
+
+
+# ------------------------------------------------------------------------------------------ processor and script
+
+
+@pytest.mark.parametrize("name", ["nano", "mini"])
+def test_the_saved_processor_prepares_frames_as_the_original_does(tmp_path, name):
+    folder = reference_folder(name)
+    config = config_from_yaml(folder / f"sam2.1_hiera_{name}_moe.yaml")
+    config.save_pretrained(tmp_path)
+    build_processor(config).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, Sam2VideoProcessor)
+    assert dict(processor.image_processor.mask_size) == {
+        "height": config.image_size // 4,
+        "width": config.image_size // 4,
+    }
+    frames = [Image.open(path) for path in sorted((folder / "frames").glob("*.jpg"))]
+    expected = load_file(folder / "tracking.safetensors")["pixel_values"]
+    processed = processor.init_video_session(video=frames).processed_frames
+    video = torch.stack([processed[index] for index in range(len(frames))])
+    images = processor(images=frames, return_tensors="pt")["pixel_values"]
+    one_level = 1.01 / 255 / min(processor.video_processor.image_std)
+    for pixel_values in (video, images):
+        assert (pixel_values - expected).abs().max() < one_level
+        assert (pixel_values - expected).abs().mean() < 2e-4
+
+
+def test_a_new_directory_comes_whole_or_not_at_all(tmp_path):
+    output = tmp_path / "parent" / "output"
+    with pytest.raises(RuntimeError, match="midway"), new_directory(output) as folder:
+        (folder / "file").touch()
+        raise RuntimeError("midway")
+    assert list(output.parent.iterdir()) == []
+    output.mkdir()
+    with new_directory(output) as folder:
+        (folder / "file").touch()
+        assert list(output.iterdir()) == []
+    assert [path.name for path in output.parent.rglob("*")] == ["output", "file"]
+    with pytest.raises(FileExistsError, match="not an empty folder"), new_directory(output):
+        pass
+
+
+@pytest.fixture(scope="module")
+def script():
+    specification = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / "convert.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_script_there_and_back(script, nano, tmp_path, capsys):
+    folder, original, again = (str(tmp_path / name) for name in ("folder", "original", "again"))
+    assert script.main([str(CHECKPOINT), "--experts", str(EXPERTS), "--config", str(CONFIG), "--output", folder]) == 0
+    assert isinstance(AutoProcessor.from_pretrained(folder), Sam2VideoProcessor)
+    assert_equal(SamoeModel.from_pretrained(folder).state_dict(), nano.model.state_dict())
+    assert script.main([folder, "--to", "original", "--output", original]) == 0
+    stem = f"{original}/sam2.1_hiera_custom_moe"
+    assert script.main([f"{stem}.pt", "--config", f"{stem}.yaml", "--output", again]) == 0
+    for name in ("model.safetensors", "config.json", "processor_config.json"):
+        assert (tmp_path / "folder" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert "Wrote" in capsys.readouterr().out
+
+
+def test_script_says_what_is_wrong_in_one_line_and_leaves_nothing(script, tmp_path, capsys):
+    (tmp_path / "truncated.pt").write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    output = str(tmp_path / "output")
+    cases = [
+        ([str(tmp_path / "truncated.pt"), "--output", output], "truncated"),
+        ([str(CHECKPOINT), "--output", output], "none of Meta's"),
+        ([str(tmp_path / "missing.pt"), "--output", output], "no such file"),
+        ([str(CHECKPOINT), "--config", str(CHECKPOINT), "--output", output], "is not YAML"),
+        ([str(CHECKPOINT), "--config", str(CONFIG), "--output", str(tmp_path / "full")], "not an empty folder"),
+    ]
+    for arguments, message in cases:
+        assert script.main(arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("convert.py: error: ") and message in line
+    with pytest.raises(SystemExit) as caught:
+        script.main([str(CHECKPOINT)])
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "truncated.pt"]
+
+
+def test_script_uploads_what_it_wrote(script, tmp_path, monkeypatch):
+    uploads = []
+
+    class Hub:
+        def create_repo(self, repo_id, exist_ok):
+            assert exist_ok
+            return type("Url", (str,), {"repo_id": f"me/{repo_id}"})("https://hub")
+
+        def file_exists(self, repo_id, filename):
+            return False
+
+        def upload_folder(self, repo_id, folder_path):
+            uploads.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(script, "HfApi", Hub)
+    arguments = [str(CHECKPOINT), "--config", str(CONFIG), "--output", str(tmp_path / "output")]
+    assert script.main([*arguments, "--push-to-hub", "name"]) == 0
+    assert uploads == [("me/name", ["README.md", "config.json", "model.safetensors", "processor_config.json"])]

@@ -1,0 +1,171 @@
+"""The cache of image features: same numbers, no work done twice, valid only for the same weights, sizes and frames."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from samoe_hf import SamoeModel
+from samoe_hf.model.frame_step import image_features
+from samoe_hf.training.feature_cache import FeatureCache
+from samoe_hf.training.trainer import build_trainer
+
+
+@pytest.fixture(scope="module")
+def model(model_folder) -> SamoeModel:
+    return SamoeModel.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def frames() -> torch.Tensor:
+    return torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+
+
+class Encoded:
+    """Counts the frames that a model's image encoder is given."""
+
+    def __init__(self, model):
+        self.count = 0
+        self.handle = model.vision_encoder.register_forward_pre_hook(self._add)
+
+    def _add(self, module, arguments):
+        self.count += len(arguments[0])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def files(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_features_are_the_encoders_own_and_computed_once(model, frames, tmp_path):
+    expected = image_features(model, frames)
+    cache = FeatureCache(tmp_path / "cache")
+    with Encoded(model) as encoded:
+        first = cache.image_features(model, frames[:2])
+        again = cache.image_features(model, frames, batch_size=1)
+        assert encoded.count == 3
+        swapped = FeatureCache(tmp_path / "cache").image_features(model, frames[[2, 0]])
+        assert encoded.count == 3
+    for name, tensor in expected._asdict().items():
+        rows = tensor if "position" in name else tensor[:2]
+        torch.testing.assert_close(getattr(first, name), rows, rtol=0, atol=0)
+        # Frames encoded one by one may differ in the last bits.
+        torch.testing.assert_close(getattr(again, name), tensor, rtol=1e-5, atol=1e-5)
+        rows = tensor if "position" in name else tensor[[2, 0]]
+        torch.testing.assert_close(getattr(swapped, name), rows, rtol=1e-5, atol=1e-5)
+    assert len(files(tmp_path)) == 3 and not list(tmp_path.rglob("*.partial"))
+
+
+def test_another_frame_weight_size_or_precision_is_another_entry(model, frames, tmp_path):
+    model = copy.deepcopy(model)
+    cache = FeatureCache(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        half_dtype = image_features(model, frames[:1]).coarse.dtype
+    with Encoded(model) as encoded:
+        cache.image_features(model, frames[:1])
+        cache.image_features(model, frames[:1] + 1e-6)
+        assert encoded.count == 2
+        with torch.autocast("cpu", torch.bfloat16):
+            half = cache.image_features(model, frames[:1])
+        assert encoded.count == 3 and half.coarse.dtype == half_dtype
+        with torch.no_grad():
+            model.vision_encoder.neck.convs[0].bias[0] += 1e-3
+        changed = cache.image_features(model, frames[:1])
+        assert encoded.count == 4
+        torch.testing.assert_close(changed.coarse, image_features(model, frames[:1]).coarse, rtol=0, atol=0)
+
+
+def test_an_encoder_that_changes_is_refused(model, frames, tmp_path):
+    model = copy.deepcopy(model)
+    cache = FeatureCache(tmp_path)
+    for chosen, named in ((r"vision_encoder\..*", "vision_encoder"), ("decoder", "mask_decoder.conv_s0.weight")):
+        model.set_trainable(chosen)
+        with pytest.raises(ValueError, match=f"frozen image encoder, but '{named}"):
+            cache.image_features(model, frames)
+    assert files(tmp_path) == []
+
+
+def test_a_write_that_fails_leaves_nothing(model, frames, tmp_path, monkeypatch):
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("samoe_hf.training.feature_cache.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        FeatureCache(tmp_path).image_features(model, frames)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def write_run(path, model_folder, **more):
+    lines = {
+        "model_name_or_path": model_folder,
+        "train_data": "[{kind: synthetic, num_videos: 2, num_frames: 3, image_size: [64, 64]}]",
+        "num_frames": 3,
+        "reverse_probability": 0.0,
+        "lora_dropout": 0.0,
+        "max_steps": 4,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "'no'",
+        "report_to": "none",
+        "output_dir": path.parent / "out",
+        **more,
+    }
+    path.write_text("\n".join(f"{name}: {value}" for name, value in lines.items()))
+    return [str(path)]
+
+
+def test_training_with_a_cache_gives_the_same_losses(model_folder, tmp_path):
+    results = []
+    for more in ({}, {"feature_cache": tmp_path / "cache"}):
+        trainer = build_trainer(write_run(tmp_path / "run.yaml", model_folder, **more))
+        with Encoded(trainer.model) as encoded:
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results.append((losses, encoded.count))
+    (plain, plain_count), (cached, cached_count) = results
+    assert plain_count == 12 and cached_count == 6 == len(files(tmp_path / "cache"))
+    assert len(plain) == 4 and cached == pytest.approx(plain, rel=1e-4)
+
+
+def test_augmentation_and_a_cache_are_refused_together(model_folder, tmp_path):
+    run = write_run(tmp_path / "run.yaml", model_folder, feature_cache=tmp_path / "cache", augmentation="{}")
+    with pytest.raises(ValueError, match="augmented frames never come again"):
+        build_trainer(run)
+
+
+def test_adapters_of_the_encoder_are_told_apart(nano, tmp_path):
+    model = copy.deepcopy(nano.model)
+    pixels = nano.load("tracking")["pixel_values"][:1]
+    for name in ("one", "two"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), name)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    cache = FeatureCache(tmp_path)
+    with pytest.raises(ValueError, match="needs a frozen image encoder"):
+        cache.image_features(model, pixels)
+
+    def check():
+        model.requires_grad_(False)
+        found, expected = cache.image_features(model, pixels), image_features(model, pixels)
+        torch.testing.assert_close(found.coarse, expected.coarse, atol=0, rtol=0)
+
+    for active in ("one", "two"):
+        model.set_adapter(active)
+        check()
+    model.disable_adapters()
+    check()
+    model.enable_adapters()
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("two", 3.0)
+    check()
+    assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 4
