@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset
 from samoe_hf.continual.assemble import assemble, routed_right
 from samoe_hf.data import Video, load_videos
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.files import new_directory
+from samoe_hf.model.files import new_folder
 from samoe_hf.model.processor import load_processor
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     loras, videos = match_domains(arguments.loras, arguments.dataset)
     torch.manual_seed(0)  # for what the LoRAs leave open: rows of A beyond their rank, where B is zero
     options = {} if arguments.original_config is None else {"original_config": arguments.original_config}
-    with new_directory(arguments.output) as folder:
+    with new_folder(arguments.output) as folder:
         model = assemble(
             arguments.base,
             loras,

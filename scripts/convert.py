@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 
 from samoe_hf import SamoeModel
 from samoe_hf.hub.model_card import write_model_card
-from samoe_hf.model.files import new_directory
+from samoe_hf.model.files import new_folder
 from samoe_hf.model.processor import build_processor
 from samoe_hf.original.checkpoint import save_original
 
@@ -47,7 +47,7 @@ def convert(arguments: argparse.Namespace) -> None:
     may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", arguments.checkpoint) is not None
     if not Path(arguments.checkpoint).exists() and (arguments.checkpoint.endswith(".pt") or not may_be_hub_id):
         raise FileNotFoundError(f"{arguments.checkpoint}: no such file or folder.")
-    with new_directory(arguments.output) as folder:
+    with new_folder(arguments.output) as folder:
         model = SamoeModel.from_pretrained(
             arguments.checkpoint, experts=arguments.experts, original_config=arguments.config
         )

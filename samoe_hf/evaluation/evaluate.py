@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +15,7 @@ from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
+from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 from .metrics import VideoScores, score_video, surface_dice
@@ -81,12 +81,9 @@ class VideoResult:
         arrays = {f.name: getattr(self.scores, f.name) for f in fields(VideoScores)}
         arrays |= {"surface_dice": self.surface_dice}
         described = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("scores", "surface_dice")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            present = {name: value for name, value in arrays.items() if value is not None}
-            np.savez_compressed(file, described=json.dumps(described), **present)
-        os.replace(partial, path)
+        present = {name: value for name, value in arrays.items() if value is not None}
+        with whole_file(path) as temporary:
+            np.savez_compressed(temporary, described=json.dumps(described), **present)
 
     @classmethod
     def load(cls, path: Path) -> VideoResult:
@@ -238,11 +235,3 @@ def mean_iou(results: Mapping[str, VideoScores]) -> float:
         first_seen = (scores.target_area > 0).argmax(axis=0)
         values += [scores.j[first + 1 :, column] for column, first in enumerate(first_seen)]
     return float(np.concatenate(values).mean())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from samoe_hf.model.files import write_text
 from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
-
-from .evaluate import write_text
 
 # Name in the results -> heading, and what it is. All are shares from 0 to 1 but the decays.
 METRICS = {

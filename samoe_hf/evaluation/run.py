@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -22,11 +21,12 @@ from tqdm import tqdm
 from samoe_hf import __version__
 from samoe_hf.data.predictions import Layout, MaskFiles
 from samoe_hf.data.schema import Video
+from samoe_hf.model.files import hash_tensors, write_text
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import load_processor
 from samoe_hf.plots.evaluation import draw_object
 
-from .evaluate import SURFACE_TOLERANCE, VideoResult, evaluate_masks, evaluate_video, write_text
+from .evaluate import SURFACE_TOLERANCE, VideoResult, evaluate_masks, evaluate_video
 from .metrics import Protocol
 from .simulated_user import EvaluationPrompt
 from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, compare_models, summarize_model, to_json
@@ -121,11 +121,7 @@ def choose_seeds(prompt: EvaluationPrompt, count: int) -> list[int | None]:
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """A short hash of all of a model's tensors and of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return hash_tensors(sorted(model.state_dict().items()))[:16]
 
 
 def describe_model(model: SamoeModel) -> dict[str, Any]:

@@ -10,7 +10,6 @@ headers before memory is allocated; it can name another repository as its base, 
 """
 
 import copy
-import hashlib
 import itertools
 import json
 import math
@@ -39,6 +38,7 @@ from transformers.utils.hub import extract_commit_hash
 from .adapters import base_name
 from .configuration_samoe import SamoeConfig
 from .experts import EXPERT_TENSORS, is_expert_parameter, matching_linear_names
+from .files import hash_tensors
 from .sam2_modules import build_on_meta
 
 if TYPE_CHECKING:
@@ -53,16 +53,9 @@ _MOST_NEW_VALUES = 10
 
 
 def fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch.dtype) -> str:
-    """SHA-256 over name, shape and values (as `dtype`) of the base's tensors: no experts, and none that is `saved`."""
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        if name in saved or is_expert_parameter(name):
-            continue
-        tensor = state_dict[name].detach().cpu()
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Hash of the base's tensors, as `dtype`: all but the experts' and those in `saved`."""
+    names = sorted(name for name in state_dict if name not in saved and not is_expert_parameter(name))
+    return hash_tensors(((name, state_dict[name]) for name in names), dtype)
 
 
 def save_trained(

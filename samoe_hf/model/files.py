@@ -1,30 +1,77 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and a hash of tensors."""
 
+import hashlib
 import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
 @contextmanager
-def complete_files(directory: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder whose files are moved to `directory` once the block ends, or vanish if it raises.
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`. What was written there becomes `path` when the block ends.
 
-    Weights of an earlier save go when others come. If the block raises, `directory` is as it was before. Files may lie
-    in folders; the configuration, which tells of the others, comes last.
+    If the block raises, `path` is as it was before. Missing folders are made. The temporary file has the same suffix,
+    and several processes may write the same file at once.
     """
-    target = Path(directory)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, as a whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `folder` when the block ends, and is removed if the block raises.
+
+    Raises:
+        FileExistsError: at once, if `folder` is a file or a folder that is not empty.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder whose files are moved into `folder` when the block ends.
+
+    If the block raises, `folder` is as it was before. Weights of an earlier save are removed when new ones come. The
+    configuration, which names the other files, is moved last.
+    """
+    target = Path(folder)
     is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    # Inside, to be on the same file system; Trainer does not upload what begins with an underscore.
+    # Inside the folder, to be on the same file system. Trainer does not upload names that begin with an underscore.
     temporary = Path(tempfile.mkdtemp(prefix="_", dir=target))
     try:
         yield temporary
@@ -43,22 +90,18 @@ def complete_files(directory: str | os.PathLike) -> Iterator[Path]:
             target.rmdir()
 
 
-@contextmanager
-def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `directory` once the block ends, and vanishes if it raises.
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over names, shapes and values, in the given order, as a hexadecimal number.
 
-    Raises:
-        FileExistsError: at once, if `directory` is a file or a folder that is not empty.
+    Args:
+        tensors: name and tensor, of any type and device.
+        dtype: floating-point tensors are hashed as if they had this type; by default as they are.
     """
-    target = Path(directory).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not an empty folder; give another output.")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        tensor = tensor.detach().cpu()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available, req
 from .adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
 from .expert_surgery import append_experts, check_experts, new_expert_tensors
 from .experts import ExpertLinear, expert_modules
-from .files import new_directory
+from .files import new_folder
 
 if is_peft_available():
     from peft import LoraConfig
@@ -77,7 +77,7 @@ def export_expert(model: "SamoeModel", expert: int, directory: str | os.PathLike
         revision=(model.base_model_source or {}).get("revision"),
         inference_mode=True,
     )
-    with new_directory(directory) as folder:
+    with new_folder(directory) as folder:
         config.save_pretrained(folder)
         save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 

@@ -34,7 +34,7 @@ from .clip import ClipPrompts, SamoeClipOutput, check_clip, clip_forward, prompt
 from .configuration_samoe import SamoeConfig
 from .expert_surgery import freeze_experts, grow_experts, merge_experts, prune_experts, reset_expert, wake_experts
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
-from .files import complete_files
+from .files import updated_folder
 from .lora_exchange import add_expert, export_expert
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
@@ -259,7 +259,7 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
             state_dict = without_adapters(self.state_dict() if state_dict is None else state_dict)
         is_main_process = kwargs.get("is_main_process", True)
         if is_main_process or not experts_only:
-            with complete_files(save_directory) as folder:
+            with updated_folder(save_directory) as folder:
                 if experts_only:
                     save_trained(self, folder, state_dict, base_model)
                     if processor is None and not Path(save_directory, PROCESSOR_NAME).exists():

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Sam2VideoModel
 
 from samoe_hf.model.adapters import adapter_state
+from samoe_hf.model.files import whole_file
 from samoe_hf.model.frame_step import ImageFeatures, image_features, with_positions
 
 LEVELS = ("fine", "middle", "coarse")
@@ -51,7 +52,8 @@ class FeatureCache:
             with torch.no_grad():
                 encoded = image_features(model, pixel_values[missing], batch_size)
             for row, index in enumerate(missing):
-                _write(paths[index], {name: getattr(encoded, name)[row] for name in LEVELS})
+                with whole_file(paths[index]) as temporary:
+                    save_file({name: getattr(encoded, name)[row].contiguous() for name in LEVELS}, temporary)
         files = [load_file(path) for path in paths]
         levels = [torch.stack([file[name] for file in files]).to(pixel_values.device) for name in LEVELS]
         return with_positions(model, *levels)
@@ -95,14 +97,3 @@ def encoder_tensors(model: Sam2VideoModel) -> Iterator[tuple[str, Tensor]]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a file that is either whole or not there, even if several processes write it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

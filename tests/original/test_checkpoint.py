@@ -18,7 +18,7 @@ from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2Vid
 from helpers.reference import ROOT, reference_folder
 from samoe_hf import SamoeModel
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
-from samoe_hf.model.files import new_directory
+from samoe_hf.model.files import new_folder
 from samoe_hf.model.processor import build_processor
 from samoe_hf.original import config as original_config
 from samoe_hf.original.checkpoint import (
@@ -594,16 +594,16 @@ def test_the_saved_processor_prepares_frames_as_the_original_does(tmp_path, name
 
 def test_a_new_directory_comes_whole_or_not_at_all(tmp_path):
     output = tmp_path / "parent" / "output"
-    with pytest.raises(RuntimeError, match="midway"), new_directory(output) as folder:
+    with pytest.raises(RuntimeError, match="midway"), new_folder(output) as folder:
         (folder / "file").touch()
         raise RuntimeError("midway")
     assert list(output.parent.iterdir()) == []
     output.mkdir()
-    with new_directory(output) as folder:
+    with new_folder(output) as folder:
         (folder / "file").touch()
         assert list(output.iterdir()) == []
     assert [path.name for path in output.parent.rglob("*")] == ["output", "file"]
-    with pytest.raises(FileExistsError, match="not an empty folder"), new_directory(output):
+    with pytest.raises(FileExistsError, match="not an empty folder"), new_folder(output):
         pass
 
 
