@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Sam2VideoModel
 from transformers.utils import ModelOutput
 
 from .experts import load_balancing_loss, record_router_logits
@@ -15,9 +16,6 @@ from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_s
 from .losses import LossParts, mean_num_objects
 from .memory_bank import MemoryBank, MemorySelection
 from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PromptRecipe, sample_prompt
-
-if TYPE_CHECKING:
-    from .modeling_samoe import SamoeModel
 
 
 @dataclass
@@ -87,7 +85,7 @@ def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | N
 
 
 def clip_forward(
-    model: "SamoeModel",
+    model: Sam2VideoModel,
     pixel_values: Tensor,
     prompts: ClipPrompts,
     num_objects: int,
@@ -164,7 +162,7 @@ def prompt_from_inputs(
 
 
 def _segment_clip(
-    model: "SamoeModel",
+    model: Sam2VideoModel,
     pixel_values: Tensor,
     prompts: ClipPrompts,
     num_objects: int,
@@ -213,7 +211,7 @@ def _segment_clip(
 
 
 def _segment_frame(
-    model: "SamoeModel",
+    model: Sam2VideoModel,
     image: ImageFeatures,
     prompt: Prompt | None,
     bank: MemoryBank,
@@ -251,7 +249,7 @@ def _segment_frame(
 
 
 def _clip_loss(
-    model: "SamoeModel", steps: list[LossParts], object_mask: Tensor, router_logits: Mapping[str, Tensor]
+    model: Sam2VideoModel, steps: list[LossParts], object_mask: Tensor, router_logits: Mapping[str, Tensor]
 ) -> tuple[Tensor, LossParts]:
     """The total loss and its parts, summed over frames and clicks and divided by the number of objects."""
     count = mean_num_objects(object_mask, over_processes=model.training)

@@ -8,31 +8,27 @@ a prompt is new as long as no output came from it. So prompts may be added one b
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Sam2VideoInferenceSession
+from transformers import Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
 from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .memory_bank import MemoryBank, MemorySelection
 from .session import VideoSession
 
-if TYPE_CHECKING:
-    from .modeling_samoe import SamoeModel
-
-
 # So many frames are encoded at once, if one does not fill the device: on a CPU, if images are this small. Sessions that
 # cache more have more encoded at once, but not all that some of them have room for.
-FRAMES_AHEAD, SMALL_IMAGE_SIZE, MOST_FRAMES_AHEAD = 4, 256, 16
+FRAMES_AHEAD, SMALL_IMAGE_SIZE, MAX_FRAMES_AHEAD = 4, 256, 16
 
 # A session and the row of one of its objects.
 Row = tuple[Sam2VideoInferenceSession, int]
 
 
-class _Work(NamedTuple):
+class FrameTask(NamedTuple):
     """What objects must have in common to run on a frame in one batch."""
 
     is_initial: bool
@@ -44,7 +40,7 @@ class _Work(NamedTuple):
 
 
 def track_frame(
-    model: "SamoeModel",
+    model: Sam2VideoModel,
     sessions: Sequence[Sam2VideoInferenceSession],
     frame_idx: int,
     *,
@@ -67,11 +63,11 @@ def track_frame(
     if len({(str(session.inference_device), session.dtype) for session in sessions}) > 1:
         raise ValueError("`sessions` must be of one `inference_device` and one `dtype` to be tracked together.")
     rows = [(session, row) for session in sessions for row in range(session.get_obj_num())]
-    _run(model, rows, frame_idx, reverse, streaming, run_mem_encoder)
-    return [_collect(session, frame_idx) for session in sessions]
+    _segment_objects(model, rows, frame_idx, reverse, streaming, run_mem_encoder)
+    return [_frame_result(session, frame_idx) for session in sessions]
 
 
-def _check_session(model: "SamoeModel", session: Sam2VideoInferenceSession, frame_idx: int) -> None:
+def _check_session(model: Sam2VideoModel, session: Sam2VideoInferenceSession, frame_idx: int) -> None:
     if session.get_obj_num() == 0:
         raise ValueError("No objects are provided for tracking; please add inputs first.")
     if session.processed_frames is None or frame_idx not in session.processed_frames:
@@ -83,7 +79,7 @@ def _check_session(model: "SamoeModel", session: Sam2VideoInferenceSession, fram
         raise ValueError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
 
 
-def _collect(session: Sam2VideoInferenceSession, frame_idx: int) -> Sam2VideoSegmentationOutput:
+def _frame_result(session: Sam2VideoInferenceSession, frame_idx: int) -> Sam2VideoSegmentationOutput:
     """What came of all objects of a session on a frame."""
     outputs = [_output(session, row, frame_idx) for row in range(session.get_obj_num())]
     if isinstance(session, VideoSession):
@@ -98,7 +94,7 @@ def _collect(session: Sam2VideoInferenceSession, frame_idx: int) -> Sam2VideoSeg
 
 
 def run_new_prompts(
-    model: "SamoeModel",
+    model: Sam2VideoModel,
     session: Sam2VideoInferenceSession,
     except_frame: int | None = None,
     streaming: bool = False,
@@ -112,7 +108,7 @@ def run_new_prompts(
                 rows_by_frame[frame_idx].append(row)
     for frame_idx in sorted(rows_by_frame):
         rows = [(session, row) for row in rows_by_frame[frame_idx]]
-        _run(model, rows, frame_idx, False, streaming, True)
+        _segment_objects(model, rows, frame_idx, False, streaming, True)
 
 
 def remove_object(session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
@@ -135,23 +131,23 @@ def remove_object(session: Sam2VideoInferenceSession, obj_id: int, strict: bool 
     session.obj_with_new_inputs = [other for other in session.obj_with_new_inputs if other != obj_id]
 
 
-def _run(
-    model: "SamoeModel", rows: Sequence[Row], frame_idx: int, reverse: bool, streaming: bool, run_mem_encoder: bool
+def _segment_objects(
+    model: Sam2VideoModel, rows: Sequence[Row], frame_idx: int, reverse: bool, streaming: bool, run_mem_encoder: bool
 ) -> None:
-    """Runs the given objects on a frame, those of equal work in one batch, and keeps what comes out."""
+    """Segments the given objects on a frame, those with equal tasks in one batch, and stores the outputs."""
     batches = defaultdict(list)
     for session, row in rows:
-        work = _work(model, session, row, frame_idx, reverse, None if streaming else session.num_frames)
-        if work is not None:
-            batches[work].append((session, row))
-    _encode_frames(model, _distinct(row for batch in batches.values() for row in batch), frame_idx, reverse)
-    for work, batch in batches.items():
+        task = _frame_task(model, session, row, frame_idx, reverse, None if streaming else session.num_frames)
+        if task is not None:
+            batches[task].append((session, row))
+    _encode_frames(model, _unique_sessions(row for batch in batches.values() for row in batch), frame_idx, reverse)
+    for task, batch in batches.items():
         output = frame_step(
             model,
             _image_features(model, batch, frame_idx),
-            _prompt(model, batch, frame_idx, work),
-            [_bank(*row) for row in batch],
-            work.selection,
+            _batch_prompt(model, batch, frame_idx, task),
+            [_memory_bank(*row) for row in batch],
+            task.selection,
             num_objects=len(batch),
             encode_memory=run_mem_encoder,
             fill_hole_area=model.config.fill_hole_area,
@@ -161,19 +157,20 @@ def _run(
             memory.features = memory.features.to(device)
         output.masks = output.masks.to(device)
         for index, (session, row) in enumerate(batch):
-            _keep(session, row, frame_idx, work, output, index)
+            _store_output(session, row, frame_idx, task, output, index)
 
 
-def _work(
-    model: "SamoeModel",
+def _frame_task(
+    model: Sam2VideoModel,
     session: Sam2VideoInferenceSession,
     row: int,
     frame_idx: int,
     reverse: bool,
     num_frames: int | None,
-) -> _Work | None:
+) -> FrameTask | None:
     """What is to be done for an object on a frame; None where its output is there and stays."""
-    prompt, output, bank = _new_prompt(session, row, frame_idx), _output(session, row, frame_idx), _bank(session, row)
+    prompt, output = _new_prompt(session, row, frame_idx), _output(session, row, frame_idx)
+    bank = _memory_bank(session, row)
     if prompt is None and output is not None and (frame_idx in bank.conditioning or output["prompt"] is not None):
         return None
     tracked = session.frames_tracked_per_obj[row].get(frame_idx)
@@ -196,23 +193,23 @@ def _work(
         )
     num_points = prompt["point_labels"].shape[-1] if isinstance(prompt, dict) else 0
     refines = num_points > 0 and output is not None and model.config.previous_mask_with_clicks
-    return _Work(is_initial, reverse, has_mask, num_points, refines, selection)
+    return FrameTask(is_initial, reverse, has_mask, num_points, refines, selection)
 
 
-def _prompt(model: "SamoeModel", rows: Sequence[Row], frame_idx: int, work: _Work) -> Prompt | None:
+def _batch_prompt(model: Sam2VideoModel, rows: Sequence[Row], frame_idx: int, task: FrameTask) -> Prompt | None:
     """The prompts of a batch of objects on a frame."""
-    if work.has_mask:
+    if task.has_mask:
         masks = torch.cat([session.mask_inputs_per_obj[row][frame_idx] for session, row in rows])
         if masks.shape[-2:] != (model.image_size, model.image_size):
             size = (model.image_size, model.image_size)
             masks = (F.interpolate(masks.float(), size, mode="bilinear", antialias=True) >= 0.5).to(masks.dtype)
         return Prompt(mask=masks)
-    if not work.num_points:
+    if not task.num_points:
         return None
     inputs = [session.point_inputs_per_obj[row][frame_idx] for session, row in rows]
     points = torch.cat([given["point_coords"][:, 0] for given in inputs])
     previous_mask = None
-    if work.has_previous_mask:
+    if task.has_previous_mask:
         outputs = [_output(*row, frame_idx)["pred_masks"].to(points.device) for row in rows]
         previous_mask = torch.cat(outputs).clamp(-PREVIOUS_MASK_LIMIT, PREVIOUS_MASK_LIMIT).to(rows[0][0].dtype)
     return Prompt(
@@ -222,8 +219,8 @@ def _prompt(model: "SamoeModel", rows: Sequence[Row], frame_idx: int, work: _Wor
     )
 
 
-def _keep(
-    session: Sam2VideoInferenceSession, row: int, frame_idx: int, work: _Work, output: FrameOutput, index: int
+def _store_output(
+    session: Sam2VideoInferenceSession, row: int, frame_idx: int, task: FrameTask, output: FrameOutput, index: int
 ) -> None:
     """Stores one object's part of a batch's output in the session and in the object's memory bank."""
     outputs = session.output_dict_per_obj[row]
@@ -232,25 +229,25 @@ def _keep(
         "pred_masks": output.masks[index : index + 1],
         "object_pointer": memory.pointers,
         "object_score_logits": output.object_score_logits[index : index + 1],
-        "prompt": _given(session, row, frame_idx),
+        "prompt": _user_prompt(session, row, frame_idx),
     }
-    if work.is_initial:
+    if task.is_initial:
         outputs["non_cond_frame_outputs"].pop(frame_idx, None)
         outputs["cond_frame_outputs"][frame_idx] = kept
     else:
         outputs["non_cond_frame_outputs"][frame_idx] = kept
-        session.frames_tracked_per_obj[row][frame_idx] = {"reverse": work.reverse}
-    _bank(session, row).write(frame_idx, memory, work.is_initial)
+        session.frames_tracked_per_obj[row][frame_idx] = {"reverse": task.reverse}
+    _memory_bank(session, row).write(frame_idx, memory, task.is_initial)
     session.obj_with_new_inputs = [i for i in session.obj_with_new_inputs if i != session.obj_idx_to_id(row)]
 
 
-def _distinct(rows: Iterable[Row]) -> list[Sam2VideoInferenceSession]:
+def _unique_sessions(rows: Iterable[Row]) -> list[Sam2VideoInferenceSession]:
     return list({id(session): session for session, _ in rows}.values())
 
 
-def _image_features(model: "SamoeModel", rows: Sequence[Row], frame_idx: int) -> ImageFeatures:
+def _image_features(model: Sam2VideoModel, rows: Sequence[Row], frame_idx: int) -> ImageFeatures:
     """Features of a frame of each object's session; one row where all objects are of one session."""
-    distinct = _distinct(rows)
+    distinct = _unique_sessions(rows)
     by_session = [
         ImageFeatures(*session.cache.get_vision_features(frame_idx)["image_features"]) for session in distinct
     ]
@@ -263,14 +260,14 @@ def _image_features(model: "SamoeModel", rows: Sequence[Row], frame_idx: int) ->
 
 
 def _encode_frames(
-    model: "SamoeModel", sessions: Sequence[Sam2VideoInferenceSession], frame_idx: int, reverse: bool
+    model: Sam2VideoModel, sessions: Sequence[Sam2VideoInferenceSession], frame_idx: int, reverse: bool
 ) -> None:
     """Encodes the frame, for sessions that have not cached its features, and those ahead that their caches hold."""
     step = -1 if reverse else 1
     wanted = []
     for session in sessions:
         if session.cache.get_vision_features(frame_idx) is None:
-            count = min(max(session.cache.max_vision_features_cache_size, 1), MOST_FRAMES_AHEAD)
+            count = min(max(session.cache.max_vision_features_cache_size, 1), MAX_FRAMES_AHEAD)
             ahead = range(frame_idx, frame_idx + step * count, step)
             if ahead[-1] not in session.processed_frames:
                 ahead = ahead[:1]  # so that a compiled encoder meets two sizes of batches only
@@ -284,7 +281,7 @@ def _encode_frames(
 
 
 @contextmanager
-def encoding_ahead(model: "SamoeModel", session: Sam2VideoInferenceSession) -> Iterator[None]:
+def encoding_ahead(model: Sam2VideoModel, session: Sam2VideoInferenceSession) -> Iterator[None]:
     """While the context is open, which is while the video is propagated, frames are encoded a few at a time.
 
     One frame does not fill a GPU, nor does a small one fill a CPU. A session that caches more frames has its way.
@@ -303,7 +300,7 @@ def encoding_ahead(model: "SamoeModel", session: Sam2VideoInferenceSession) -> I
         cache.clear_all()
 
 
-def _given(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:
+def _user_prompt(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:
     """What the user gave of an object on a frame: a mask (1, 1, S, S), points with labels in a dict, or None."""
     mask = session.mask_inputs_per_obj[row].get(frame_idx)
     points = session.point_inputs_per_obj[row].get(frame_idx)
@@ -314,7 +311,7 @@ def _given(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:
 
 def _new_prompt(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> Any:
     """What the user gave, if no output came from it yet."""
-    given, output = _given(session, row, frame_idx), _output(session, row, frame_idx)
+    given, output = _user_prompt(session, row, frame_idx), _output(session, row, frame_idx)
     return None if output is not None and output["prompt"] is given else given
 
 
@@ -324,5 +321,5 @@ def _output(session: Sam2VideoInferenceSession, row: int, frame_idx: int) -> dic
     return conditioning if conditioning is not None else outputs["non_cond_frame_outputs"].get(frame_idx)
 
 
-def _bank(session: Sam2VideoInferenceSession, row: int) -> MemoryBank:
+def _memory_bank(session: Sam2VideoInferenceSession, row: int) -> MemoryBank:
     return session.output_dict_per_obj[row].setdefault("memory_bank", MemoryBank())
