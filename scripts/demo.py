@@ -61,7 +61,7 @@ def print_summary(model: SamoeModel) -> None:
     print(f"  LoRA rank             {config.lora_rank}, alpha {config.lora_alpha}")
 
 
-def train(model: SamoeModel, arguments: argparse.Namespace) -> None:
+def train(model: SamoeModel, processor: Sam2VideoProcessor, arguments: argparse.Namespace) -> None:
     """Trains on clips of synthetic videos through `transformers.Trainer`."""
     size = model.config.image_size
     videos = SyntheticVideos(NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES, (size, size), domain=arguments.domain, seed=1)
@@ -81,7 +81,7 @@ def train(model: SamoeModel, arguments: argparse.Namespace) -> None:
     trainer = Trainer(
         model,
         training_arguments,
-        train_dataset=ClipDataset(videos, num_frames=NUM_TRAIN_FRAMES, image_size=size, seed=arguments.seed),
+        train_dataset=ClipDataset(videos, processor, num_frames=NUM_TRAIN_FRAMES, seed=arguments.seed),
         data_collator=ClipCollator(),
     )
     trainer.train()
@@ -124,7 +124,7 @@ def main() -> None:
     test_videos = list(SyntheticVideos(NUM_TEST_VIDEOS, NUM_TEST_FRAMES, size, domain=arguments.domain, seed=2))
 
     before = mean_iou(evaluate_videos(model, processor, test_videos))
-    train(model, arguments)
+    train(model, processor, arguments)
     after = mean_iou(evaluate_videos(model.eval(), processor, test_videos))
 
     saved = arguments.output / "model"

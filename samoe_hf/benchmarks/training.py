@@ -15,6 +15,7 @@ from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.experts import expert_modules
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processor import build_processor
 
 from .experts import dense_forward
 from .measure import Measurement, autocast, measure, synchronize
@@ -141,9 +142,9 @@ def measure_waiting(
         videos = SyntheticVideos(64, 2 * num_frames, (480, 854), max_objects=num_objects)
     clips = ClipDataset(
         videos,
+        build_processor(config),
         num_frames=num_frames,
         max_objects=num_objects,
-        image_size=config.image_size,
         clips_per_video=-(-(num_steps + 4) // len(videos)),
     )
     loader = DataLoader(clips, collate_fn=ClipCollator(), num_workers=num_workers)

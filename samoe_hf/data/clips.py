@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,14 +19,12 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
+from transformers import Sam2VideoProcessor
 
 from .schema import Video
 from .video_io import SampleError
 
 logger = logging.getLogger(__name__)
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 ClipTransform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[tv_tensors.Image, tv_tensors.Mask]]
 Clip = dict[str, Any]
@@ -41,25 +39,25 @@ class ClipSampler:
     reflection at its ends (0 1 2 1 0 1 …), so one frame gives a clip that stands still.
 
     Args:
+        processor: resizes and normalizes the frames, as it does for tracking. Masks are resized to the same size.
         num_frames: frames per clip.
         stride: step between a clip's frames, in annotated frames.
         max_objects: at most so many objects per clip.
-        image_size: side of the square that frames and masks are resized to, in pixels.
         reverse_probability: of playing the clip backwards.
         transforms: joint augmentation before resizing, see `samoe_hf.data.transforms`: a callable on frames
             (T, 3, H, W) uint8 and masks (N, T, H, W) uint8 that draws from torch's global generator.
     """
 
+    processor: Sam2VideoProcessor = field(repr=False)
     num_frames: int = 8
     stride: int = 1
     max_objects: int = 3
-    image_size: int = 1024
     reverse_probability: float = 0.5
     transforms: ClipTransform | None = None
 
     def __post_init__(self) -> None:
-        if min(self.num_frames, self.stride, self.max_objects, self.image_size) < 1:
-            raise ValueError("num_frames, stride, max_objects and image_size must be at least 1")
+        if min(self.num_frames, self.stride, self.max_objects) < 1:
+            raise ValueError("num_frames, stride and max_objects must be at least 1")
         if not 0 <= self.reverse_probability <= 1:
             raise ValueError(f"reverse_probability must be within 0..1, not {self.reverse_probability}")
         if self.num_frames == 1:
@@ -73,7 +71,7 @@ class ClipSampler:
             seed: non-negative integers that decide everything random.
 
         Returns:
-            `pixel_values` (T, 3, S, S) float32 with ImageNet mean and std, `labels` (N, T, S, S) bool with
+            `pixel_values` (T, 3, S, S) float32 as the processor makes them, `labels` (N, T, S, S) bool with
             1 <= N <= max_objects and every object visible on the first frame, `domain`, `video_id`, and
             `frame_indices`, the T indices within the video.
 
@@ -108,12 +106,14 @@ class ClipSampler:
         labels = tv_tensors.Mask(torch.from_numpy(np.stack([masks[i] for i in frames], axis=1).astype(np.uint8)))
         if self.transforms is not None:
             pixels, labels = self.transforms(pixels, labels)
-        labels = resize_masks(labels, self.image_size)
+        prepared = self.processor.video_processor(videos=pixels.as_subclass(torch.Tensor), return_tensors="pt")
+        pixel_values = prepared["pixel_values_videos"][0].contiguous()
+        labels = resize_masks(labels, pixel_values.shape[-2:])
         labels = labels[labels[:, 0].any(dim=(-2, -1))]
         if len(labels) == 0:
             return None
         return {
-            "pixel_values": normalize_frames(pixels, self.image_size),
+            "pixel_values": pixel_values,
             "labels": labels,
             "domain": video.domain,
             "video_id": video.video_id,
@@ -137,21 +137,9 @@ def warn_one_frame(what: str) -> None:
     )
 
 
-def normalize_frames(frames: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Resizes (T, 3, H, W) uint8 frames to a square as PIL's bicubic filter does, and normalizes them.
-
-    Returns:
-        (T, 3, image_size, image_size) float32 with ImageNet mean and standard deviation.
-    """
-    frames = tvf.resize(frames, [image_size, image_size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    frames = frames.as_subclass(torch.Tensor).contiguous().float()
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-    return frames.sub_(mean).div_(std)
-
-
-def resize_masks(masks: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Resizes (…, H, W) masks to a square by the nearest pixel; returns (…, image_size, image_size) bool."""
-    masks = tvf.resize(tv_tensors.Mask(masks), [image_size, image_size], interpolation=InterpolationMode.NEAREST)
+def resize_masks(masks: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resizes (…, H, W) masks to a size (height, width) by the nearest pixel; returns (…, height, width) bool."""
+    masks = tvf.resize(tv_tensors.Mask(masks), list(size), interpolation=InterpolationMode.NEAREST)
     return masks.as_subclass(torch.Tensor) > 0
 
 
@@ -209,11 +197,12 @@ class ClipDataset(ClipSource, Dataset):
 
     Args:
         videos: a list or a lazy sequence of `Video`, such as `load_videos` returns.
+        processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
         seed: with the epoch and the index, decides a clip.
         clips_per_video: how often an epoch goes through the videos.
         on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and replaced by
             one from the next video.
-        sampling: the arguments of `ClipSampler`.
+        sampling: the further arguments of `ClipSampler`.
 
     Raises:
         SampleError: on access, a damaged file or a video without objects; names it. When skipping, only where no video
@@ -223,6 +212,7 @@ class ClipDataset(ClipSource, Dataset):
     def __init__(
         self,
         videos: Sequence[Video],
+        processor: Sam2VideoProcessor,
         *,
         seed: int = 0,
         clips_per_video: int = 1,
@@ -233,7 +223,7 @@ class ClipDataset(ClipSource, Dataset):
         if len(videos) == 0:
             raise ValueError("a dataset without videos")
         self.videos, self.seed, self.clips_per_video = videos, seed, clips_per_video
-        self.sampler = ClipSampler(**sampling)
+        self.sampler = ClipSampler(processor, **sampling)
 
     def __len__(self) -> int:
         return len(self.videos) * self.clips_per_video

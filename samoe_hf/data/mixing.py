@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
+from transformers import Sam2VideoProcessor
 
 from .clips import Clip, ClipDataset, ClipSampler, ClipSource, SharedEpoch
 from .schema import Video
@@ -97,17 +98,24 @@ class ClipStream(ClipSource, IterableDataset):
 
     Args:
         videos: an iterable of `Video`, such as `videos_from_dataset` makes of a `datasets.IterableDataset`.
+        processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
         seed: with the epoch and the video's id, decides a clip.
         on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and left out.
-        sampling: the arguments of `ClipSampler`.
+        sampling: the further arguments of `ClipSampler`.
     """
 
     def __init__(
-        self, videos: Iterable[Video], *, seed: int = 0, on_error: Literal["raise", "skip"] = "raise", **sampling: Any
+        self,
+        videos: Iterable[Video],
+        processor: Sam2VideoProcessor,
+        *,
+        seed: int = 0,
+        on_error: Literal["raise", "skip"] = "raise",
+        **sampling: Any,
     ):
         super().__init__(on_error)
         self.videos, self.seed = videos, seed
-        self.sampler = ClipSampler(**sampling)
+        self.sampler = ClipSampler(processor, **sampling)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes every video give another clip, and a shuffled stream another order."""

@@ -11,8 +11,12 @@ from transformers import (
     Sam2VideoVideoProcessor,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from .configuration_samoe import SamoeConfig
+
+# Any of them means that a processor was saved.
+PROCESSOR_FILES = (PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
 
 
 def build_processor(config: SamoeConfig) -> Sam2VideoProcessor:
@@ -29,9 +33,13 @@ def build_processor(config: SamoeConfig) -> Sam2VideoProcessor:
 
 
 def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> Sam2VideoProcessor:
-    """The processor saved with a model, or, of an original checkpoint (a file), the one that its preprocessing needs.
+    """The processor saved with a model; `build_processor`'s for an original checkpoint, or where none was saved.
 
     Args:
-        source: what `model` was loaded from.
+        source: the file, folder or Hub id that `model` was loaded from.
     """
-    return build_processor(model.config) if Path(source).is_file() else AutoProcessor.from_pretrained(source)
+    if Path(source).is_file() or not any(
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES
+    ):
+        return build_processor(model.config)
+    return AutoProcessor.from_pretrained(source)

@@ -32,7 +32,7 @@ from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.experts import ExpertLinear, record_router_logits
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processor import build_processor, load_processor
 from samoe_hf.model.prompts import PromptRecipe
 
 from .feature_cache import FeatureCache
@@ -107,8 +107,8 @@ class DataArguments:
     )
     on_error: str = field(default="raise", metadata={"help": "With a sample that cannot be used: raise, or skip."})
 
-    def train_dataset(self, image_size: int, seed: int) -> MixedDataset:
-        """All training clips, resized to `image_size`, each dataset by its domain's name."""
+    def train_dataset(self, processor: Sam2VideoProcessor, seed: int) -> MixedDataset:
+        """All training clips, prepared by `processor`, each dataset by its domain's name."""
         if not self.train_data:
             raise ValueError("`train_data` must name at least one dataset.")
         clips, weights = {}, {}
@@ -122,13 +122,13 @@ class DataArguments:
                 )
             clips[domain] = ClipDataset(
                 videos,
+                processor,
                 seed=seed,
                 clips_per_video=self.clips_per_video,
                 on_error=self.on_error,
                 num_frames=self.num_frames,
                 stride=self.stride,
                 max_objects=self.max_objects,
-                image_size=image_size,
                 reverse_probability=self.reverse_probability,
                 transforms=None if self.augmentation is None else training_transforms(**self.augmentation),
             )
@@ -477,12 +477,15 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     if training_arguments.feature_cache is not None and data_arguments.augmentation is not None:
         raise ValueError("`feature_cache` and `augmentation` do not go together: augmented frames never come again.")
     model = model_arguments.load()
+    source = model_arguments.model_name_or_path
+    # The same processor prepares the clips and evaluates.
+    processor = build_processor(model.config) if source is None else load_processor(source, model)
     return SamoeTrainer(
         model,
         training_arguments,
-        build_processor(model.config),
+        processor,
         recipe,
         segmentation_loss,
-        train_dataset=data_arguments.train_dataset(model.config.image_size, training_arguments.seed),
+        train_dataset=data_arguments.train_dataset(processor, training_arguments.seed),
         eval_dataset=data_arguments.eval_videos(),
     )

@@ -166,7 +166,7 @@ def test_assembled_loras_are_nearly_as_good_as_each_alone(tmp_path):
             lr_scheduler_type="cosine", warmup_steps=steps // 10, save_strategy="no", report_to="none",
             disable_tqdm=True,
         )  # fmt: skip
-        clips = ClipDataset(SyntheticVideos(2000, 4, domain=domain, seed=1), num_frames=4, image_size=128, seed=0)
+        clips = ClipDataset(SyntheticVideos(2000, 4, domain=domain, seed=1), processor, num_frames=4, seed=0)
         Trainer(model.train(), arguments, train_dataset=clips, data_collator=ClipCollator()).train()
 
     def score(model, domain):

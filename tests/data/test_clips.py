@@ -11,6 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+from transformers import Sam2ImageProcessor, Sam2VideoProcessor, Sam2VideoVideoProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGE_MEAN
+from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGE_STD
+from transformers.image_utils import PILImageResampling
 
 from samoe_hf.data import (
     ClipCollator,
@@ -26,9 +30,14 @@ from samoe_hf.data import (
     videos_from_dataset,
 )
 from samoe_hf.data.annotations import MaskArrays
-from samoe_hf.data.clips import IMAGE_MEAN, IMAGE_STD, normalize_frames, resize_masks
 from samoe_hf.data.transforms import IMAGE_FILL
 from samoe_hf.data.video_io import ArrayFrames
+
+
+def square(side, **settings):
+    """A processor that resizes frames to (side, side), bicubically as the original does."""
+    settings = {"size": {"height": side, "width": side}, "resample": PILImageResampling.BICUBIC, **settings}
+    return Sam2VideoProcessor(Sam2ImageProcessor(), Sam2VideoVideoProcessor(**settings))
 
 
 def numbered_video(num_frames, visible=None, annotated=None, size=(16, 20), name="v"):
@@ -50,7 +59,7 @@ def same_clip(a, b):
 
 
 def draws(video, count=200, **sampling):
-    dataset = ClipDataset([video], image_size=20, clips_per_video=count, **sampling)
+    dataset = ClipDataset([video], square(20), clips_per_video=count, **sampling)
     return [dataset[i] for i in range(count)]
 
 
@@ -58,7 +67,7 @@ def draws(video, count=200, **sampling):
 
 
 def test_a_clip_has_the_promised_form():
-    clip = ClipDataset(SyntheticVideos(2, 12, (40, 60)), num_frames=5, image_size=32)[1]
+    clip = ClipDataset(SyntheticVideos(2, 12, (40, 60)), square(32), num_frames=5)[1]
     assert clip["pixel_values"].shape == (5, 3, 32, 32) and clip["pixel_values"].dtype == torch.float32
     count = len(clip["labels"])
     assert clip["labels"].shape == (count, 5, 32, 32) and clip["labels"].dtype == torch.bool and 1 <= count <= 3
@@ -116,21 +125,21 @@ def test_an_object_that_only_the_last_frames_show_is_still_found():
 def test_a_video_without_objects_is_an_error_with_its_name():
     for video in (numbered_video(5, visible=[[]], name="empty"), numbered_video(5, annotated=[], name="empty")):
         with pytest.raises(SampleError, match="empty: no object"):
-            ClipDataset([video], image_size=16)[0]
+            ClipDataset([video], square(16))[0]
 
 
 def test_one_frame_clips_warn_that_memory_experts_do_not_learn():
     with pytest.warns(UserWarning, match="no gradient.*expert_modules"):
-        ClipSampler(num_frames=1)
+        ClipSampler(square(16), num_frames=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ClipSampler(num_frames=2)
+        ClipSampler(square(16), num_frames=2)
 
 
 @pytest.mark.parametrize("wrong", [{"num_frames": 0}, {"stride": 0}, {"reverse_probability": 1.5}, {"max_objects": 0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        ClipSampler(**wrong)
+        ClipSampler(square(16), **wrong)
 
 
 # --- determinism
@@ -138,7 +147,7 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_a_draw_depends_on_seed_epoch_and_index_alone():
     videos = SyntheticVideos(4, 12, (32, 32))
-    options = {"num_frames": 3, "image_size": 32, "transforms": training_transforms()}
+    options = {"processor": square(32), "num_frames": 3, "transforms": training_transforms()}
     dataset, again = ClipDataset(videos, seed=1, **options), ClipDataset(videos, seed=1, **options)
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -153,13 +162,13 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone():
 
 
 def test_a_video_gives_another_clip_each_time_it_comes_in_an_epoch():
-    dataset = ClipDataset([numbered_video(100)], num_frames=2, image_size=16, clips_per_video=20)
+    dataset = ClipDataset([numbered_video(100)], square(16), num_frames=2, clips_per_video=20)
     assert len(dataset) == 20 and len({tuple(clip["frame_indices"]) for clip in dataset}) > 10
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_persistent_workers_follow_the_epoch(context):
-    dataset = ClipDataset(SyntheticVideos(3, 6, (16, 16)), num_frames=2, image_size=16, seed=7)
+    dataset = ClipDataset(SyntheticVideos(3, 6, (16, 16)), square(16), num_frames=2, seed=7)
     loader = DataLoader(
         dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context=context
     )
@@ -172,17 +181,34 @@ def test_persistent_workers_follow_the_epoch(context):
 
 
 def test_frames_are_resized_as_by_pil_and_normalized():
-    frames = SyntheticVideos(1, 2, (70, 110))[0].frames[:]
-    result = normalize_frames(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), 96)
-    for frame, tensor in zip(frames, result, strict=True):
-        expected = np.array(Image.fromarray(frame).resize((96, 96), Image.Resampling.BICUBIC)) / 255
+    video = SyntheticVideos(1, 2, (70, 110))[0]
+    clip = ClipDataset([video], square(96), num_frames=2)[0]
+    for index, tensor in zip(clip["frame_indices"], clip["pixel_values"], strict=True):
+        expected = np.array(Image.fromarray(video.frames[index]).resize((96, 96), Image.Resampling.BICUBIC)) / 255
         got = tensor.permute(1, 2, 0).numpy() * IMAGE_STD + IMAGE_MEAN
         assert np.abs(got - expected).max() < 2.01 / 255 and np.abs(got - expected).mean() < 0.02 / 255
 
 
+def test_clips_are_prepared_as_any_processor_prepares_videos():
+    video = SyntheticVideos(1, 2, (70, 110))[0]
+    processor = square(
+        0,
+        size={"height": 48, "width": 64},
+        resample=PILImageResampling.BILINEAR,
+        image_mean=[0.5] * 3,
+        image_std=[1] * 3,
+    )
+    clip = ClipDataset([video], processor, num_frames=2)[0]
+    frames = [video.frames[index] for index in clip["frame_indices"]]
+    expected = processor.video_processor(videos=[frames], return_tensors="pt")["pixel_values_videos"][0]
+    assert torch.equal(clip["pixel_values"], expected) and clip["labels"].shape[-2:] == (48, 64)
+
+
 def test_masks_are_resized_by_the_nearest_pixel():
-    mask = torch.eye(3, dtype=torch.bool)
-    assert torch.equal(resize_masks(mask[None, None], 6)[0, 0], mask.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    mask = np.eye(3, dtype=bool)
+    video = Video.from_arrays("v", np.zeros((1, 3, 3), np.uint8), mask[None, None])
+    labels = ClipDataset([video], square(6), num_frames=2)[0]["labels"]
+    assert (labels[0].numpy() == mask.repeat(2, 0).repeat(2, 1)).all()
 
 
 def bright_object_video(num_frames=4):
@@ -196,8 +222,8 @@ def test_frames_and_masks_are_transformed_together():
     transforms = training_transforms(
         flip=1.0, translate=(0.1, 0.1), scale=(0.8, 1.2), crop_size=64, jitter=(0,), grayscale=0, frame_jitter=(0,)
     )
-    plain = ClipDataset([bright_object_video()], num_frames=4, image_size=64, clips_per_video=8)
-    moved = ClipDataset([bright_object_video()], num_frames=4, image_size=64, clips_per_video=8, transforms=transforms)
+    plain = ClipDataset([bright_object_video()], square(64), num_frames=4, clips_per_video=8)
+    moved = ClipDataset([bright_object_video()], square(64), num_frames=4, clips_per_video=8, transforms=transforms)
     for i in range(8):
         clip = moved[i]
         bright = clip["pixel_values"][:, 0] > (135 / 255 - IMAGE_MEAN[0]) / IMAGE_STD[0]
@@ -213,7 +239,7 @@ def test_geometry_and_jitter_are_one_for_a_clip_and_frame_jitter_is_not():
 
     def clip(**options):
         off = {"flip": 0, "degrees": 0, "shear": 0, "jitter": (0,), "grayscale": 0, "frame_jitter": (0,)}
-        dataset = ClipDataset([video], num_frames=4, image_size=60, transforms=training_transforms(**off | options))
+        dataset = ClipDataset([video], square(60), num_frames=4, transforms=training_transforms(**off | options))
         return dataset[0]
 
     def still(clip):
@@ -240,7 +266,7 @@ def test_corners_that_a_rotation_uncovers_become_the_mean():
     frames = np.full((2, 60, 60), 255, np.uint8)
     video = Video.from_arrays("v", frames, np.ones((2, 1, 60, 60), bool))
     transforms = training_transforms(degrees=(45, 45), shear=0, jitter=(0,), grayscale=0, frame_jitter=(0,))
-    clip = ClipDataset([video], num_frames=2, image_size=60, transforms=transforms)[0]
+    clip = ClipDataset([video], square(60), num_frames=2, transforms=transforms)[0]
     corner = clip["pixel_values"][0, :, 0, 0] * torch.tensor(IMAGE_STD) + torch.tensor(IMAGE_MEAN)
     assert (255 * corner).round().int().tolist() == list(IMAGE_FILL)
     assert clip["pixel_values"][0, :, 0, 0].abs().max() < 0.02 and not clip["labels"][0, 0, 0, 0]
@@ -259,17 +285,17 @@ def test_objects_that_resizing_loses_are_dropped():
     masks = np.zeros((2, 2, 100, 100), bool)
     masks[:, 0, 51, 51] = masks[:, 1, :50] = True
     video = Video.from_arrays("v", np.zeros((2, 100, 100), np.uint8), masks)
-    assert len(ClipDataset([video], num_frames=2, image_size=10)[0]["labels"]) == 1
+    assert len(ClipDataset([video], square(10), num_frames=2)[0]["labels"]) == 1
     tiny = Video.from_arrays("tiny", np.zeros((2, 100, 100), np.uint8), masks[:, :1])
     with pytest.raises(SampleError, match="tiny"):
-        ClipDataset([tiny], num_frames=2, image_size=10)[0]
+        ClipDataset([tiny], square(10), num_frames=2)[0]
 
 
 def test_any_joint_transform_of_torchvision_fits():
     flip = ClipDataset(
-        [bright_object_video()], num_frames=4, image_size=64, transforms=v2.Compose([v2.RandomHorizontalFlip(1.0)])
+        [bright_object_video()], square(64), num_frames=4, transforms=v2.Compose([v2.RandomHorizontalFlip(1.0)])
     )
-    plain = ClipDataset([bright_object_video()], num_frames=4, image_size=64)
+    plain = ClipDataset([bright_object_video()], square(64), num_frames=4)
     assert torch.equal(flip[0]["labels"].flip(-1), plain[0]["labels"])
 
 
@@ -293,8 +319,8 @@ class Faulty:
 
 def test_a_damaged_sample_is_an_error_or_a_counted_and_reported_skip(caplog):
     with pytest.raises(SampleError, match=r"/data/2\.mp4: damaged"):
-        ClipDataset(Faulty(), num_frames=2, image_size=16)[2]
-    dataset = ClipDataset(Faulty(), num_frames=2, image_size=16, on_error="skip")
+        ClipDataset(Faulty(), square(16), num_frames=2)[2]
+    dataset = ClipDataset(Faulty(), square(16), num_frames=2, on_error="skip")
     with caplog.at_level(logging.WARNING):
         assert dataset[2]["video_id"] == "good3" and dataset[1]["video_id"] == "good1"
     assert dataset.num_skipped == 1 and "1 so far: /data/2.mp4: damaged" in caplog.text
@@ -302,14 +328,14 @@ def test_a_damaged_sample_is_an_error_or_a_counted_and_reported_skip(caplog):
     assert sorted(clip["video_id"] for clip in loader) == ["good1", "good1", "good3", "good3"]
     assert dataset.num_skipped == 3, "skips in workers are counted"
     with pytest.raises(SampleError, match="none of the 4 videos can be used"):
-        ClipDataset(Faulty(good=False), num_frames=2, image_size=16, on_error="skip")[0]
+        ClipDataset(Faulty(good=False), square(16), num_frames=2, on_error="skip")[0]
 
 
 def test_datasets_without_videos_and_unknown_policies_are_refused():
     with pytest.raises(ValueError, match="without videos"):
-        ClipDataset([])
+        ClipDataset([], square(16))
     with pytest.raises(ValueError, match="on_error"):
-        ClipDataset(Faulty(), on_error="ignore")
+        ClipDataset(Faulty(), square(16), on_error="ignore")
 
 
 # --- collation
@@ -317,7 +343,7 @@ def test_datasets_without_videos_and_unknown_policies_are_refused():
 
 def test_objects_are_padded():
     videos = [numbered_video(4, visible=[range(4)] * n) for n in (1, 3)]
-    clips = [ClipDataset([video], num_frames=2, image_size=20)[0] for video in videos]
+    clips = [ClipDataset([video], square(20), num_frames=2)[0] for video in videos]
     batch = ClipCollator()(clips)
     assert set(batch) == {"pixel_values", "labels", "object_mask"}, "every key of a batch goes to the model"
     assert batch["pixel_values"].shape == (2, 2, 3, 20, 20)
@@ -328,7 +354,7 @@ def test_objects_are_padded():
 
 
 def test_clips_of_different_lengths_do_not_make_a_batch():
-    clips = [ClipDataset([numbered_video(4)], num_frames=n, image_size=16)[0] for n in (2, 3)]
+    clips = [ClipDataset([numbered_video(4)], square(16), num_frames=n)[0] for n in (2, 3)]
     with pytest.raises(ValueError, match="one number of frames"):
         ClipCollator()(clips)
 
@@ -338,8 +364,8 @@ def test_clips_of_different_lengths_do_not_make_a_batch():
 
 def make_mixture(**options):
     sources = {
-        "a": ClipDataset([numbered_video(50, name=f"a{i}") for i in range(3)], num_frames=2, image_size=16),
-        "b": ClipDataset([numbered_video(50, name=f"b{i}") for i in range(5)], num_frames=2, image_size=16),
+        "a": ClipDataset([numbered_video(50, name=f"a{i}") for i in range(3)], square(16), num_frames=2),
+        "b": ClipDataset([numbered_video(50, name=f"b{i}") for i in range(5)], square(16), num_frames=2),
     }
     return MixedDataset(sources, **options)
 
@@ -380,7 +406,7 @@ def test_impossible_mixtures_are_refused():
 
 def test_a_stream_gives_one_clip_of_every_video_whatever_the_workers():
     stored = to_datasets(SyntheticVideos(6, 5, (16, 16)), streaming=True)
-    stream = ClipStream(videos_from_dataset(stored), num_frames=2, image_size=16, seed=3)
+    stream = ClipStream(videos_from_dataset(stored), square(16), num_frames=2, seed=3)
     clips = {clip["video_id"]: clip for clip in stream}
     assert len(clips) == 6
     in_workers = list(DataLoader(stream, batch_size=None, num_workers=2))
@@ -392,6 +418,6 @@ def test_a_stream_gives_one_clip_of_every_video_whatever_the_workers():
 def test_a_stream_counts_what_it_skips():
     videos = [numbered_video(3), numbered_video(3, visible=[[]], name="empty")]
     with pytest.raises(SampleError, match="empty"):
-        list(ClipStream(videos, num_frames=2, image_size=16))
-    stream = ClipStream(videos, num_frames=2, image_size=16, on_error="skip")
+        list(ClipStream(videos, square(16), num_frames=2))
+    stream = ClipStream(videos, square(16), num_frames=2, on_error="skip")
     assert len(list(stream)) == 1 and stream.num_skipped == 1

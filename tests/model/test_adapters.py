@@ -47,8 +47,9 @@ def make_trainer(model, folder, **settings):
         output_dir=folder, learning_rate=1e-2, report_to="none", per_device_train_batch_size=1, disable_tqdm=True,
         use_cpu=True, **{"max_steps": 2, "save_strategy": "no", **settings},
     )  # fmt: skip
-    clips = ClipDataset(SyntheticVideos(4, 4, (64, 64)), num_frames=4, image_size=model.config.image_size)
-    return SamoeTrainer(model, arguments, build_processor(model.config), train_dataset=clips)
+    processor = build_processor(model.config)
+    clips = ClipDataset(SyntheticVideos(4, 4, (64, 64)), processor, num_frames=4)
+    return SamoeTrainer(model, arguments, processor, train_dataset=clips)
 
 
 def test_both_get_gradients_and_the_base_does_not(model, clip):

@@ -226,9 +226,9 @@ def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
         output_dir=tmp_path, max_steps=2, learning_rate=1e-2, weight_decay=0.1, report_to="none", save_strategy="no",
         per_device_train_batch_size=1, disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    videos = SyntheticVideos(4, 4, (64, 64))
-    clips = ClipDataset(videos, num_frames=4, image_size=model.config.image_size)
-    SamoeTrainer(model, arguments, build_processor(model.config), train_dataset=clips).train()
+    processor = build_processor(model.config)
+    clips = ClipDataset(SyntheticVideos(4, 4, (64, 64)), processor, num_frames=4)
+    SamoeTrainer(model, arguments, processor, train_dataset=clips).train()
     assert same(all_rows(model, slice(0, 4)), all_rows(nano.model, slice(0, 4)))
     new = all_rows(model, 4)
     assert sum(bool(rows["lora_B"].any()) for rows in new.values()) > 0.5 * len(new)

@@ -6,6 +6,7 @@ import torch
 from helpers.reference import ROOT, reference_folder, shared_data
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.processor import build_processor
 from samoe_hf.training.trainer import parse_run
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -33,7 +34,7 @@ def test_runs_on_data_beside_the_repository_start(name, tmp_path, monkeypatch):
     )
     model = model_arguments.load()
     model.set_trainable(*arguments.learning_rates())
-    clips = data.train_dataset(model.config.image_size, arguments.seed)
+    clips = data.train_dataset(build_processor(model.config), arguments.seed)
     clip = clips[0]
     assert clip["pixel_values"].shape[0] == 2 and clip["domain"] in clips.datasets
     assert len(data.eval_videos()) > 0

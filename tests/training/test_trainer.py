@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
@@ -204,7 +205,8 @@ if mode == "fsdp":
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 videos = SyntheticVideos(2, 3, (64, 64), seed=0)
-clips = ClipDataset(videos, num_frames=3, image_size=128)
+processor = AutoProcessor.from_pretrained(folder)
+clips = ClipDataset(videos, processor, num_frames=3)
 assert {len(clips[i]["labels"]) for i in range(2)} == {1, 3}  # else the number of objects would not matter
 chosen = [clips[rank]] if world > 1 else [clips[0], clips[1]]
 batch = ClipCollator()(chosen)
@@ -212,7 +214,7 @@ model(**{**batch, "pixel_values": batch["pixel_values"].double()}).loss.backward
 gradients = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
 if mode == "fsdp":
     gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-masks = segment_video(getattr(model, "module", model).eval(), AutoProcessor.from_pretrained(folder), videos[0])[0]
+masks = segment_video(getattr(model, "module", model).eval(), processor, videos[0])[0]
 if rank == 0:
     torch.save({**gradients, "masks": torch.from_numpy(masks)}, output)
 if world > 1:
@@ -240,7 +242,8 @@ def test_two_processes_give_the_gradients_of_one(model_folder, tmp_path):
 
 
 def test_recomputing_frames_gives_the_same_gradients(model_folder):
-    clips = ClipDataset(SyntheticVideos(1, 4, (64, 64), seed=4), num_frames=4, image_size=128)
+    processor = AutoProcessor.from_pretrained(model_folder)
+    clips = ClipDataset(SyntheticVideos(1, 4, (64, 64), seed=4), processor, num_frames=4)
     batch = ClipCollator()([clips[0]])
     gradients = []
     for recompute in (False, True):
@@ -256,7 +259,8 @@ def test_recomputing_frames_gives_the_same_gradients(model_folder):
 
 def test_plain_trainer_trains_and_evaluates(model_folder, tmp_path):
     model = SamoeModel.from_pretrained(model_folder)
-    clips = ClipDataset(SyntheticVideos(4, 3, (64, 64)), num_frames=3, image_size=128)
+    processor = AutoProcessor.from_pretrained(model_folder)
+    clips = ClipDataset(SyntheticVideos(4, 3, (64, 64)), processor, num_frames=3)
     arguments = TrainingArguments(
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to="none", disable_tqdm=True
     )
@@ -274,3 +278,17 @@ def test_arguments_of_the_command_line_take_the_place_of_the_files(run_config):
     _, data, recipe, loss, arguments = parse_run([str(run_config), "--dice_weight", "2.5", "--max_objects", "1"])
     assert (loss.dice_weight, data.max_objects, recipe.num_correction_clicks) == (2.5, 1, 2)
     assert isinstance(arguments, SamoeTrainingArguments) and arguments.learning_rates() == {"experts": 1e-3}
+
+
+def test_one_processor_prepares_clips_and_evaluates(run_config, model_folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(model_folder, own)
+    processor = AutoProcessor.from_pretrained(own)
+    processor.video_processor.image_mean = [0.1, 0.2, 0.3]
+    processor.save_pretrained(own)
+    for has_processor in (True, False):
+        trainer = build_trainer([str(run_config), "--model_name_or_path", str(own)])
+        assert (list(trainer.processor.video_processor.image_mean) == [0.1, 0.2, 0.3]) == has_processor
+        for clips in trainer.train_dataset.datasets.values():
+            assert clips.sampler.processor is trainer.processor
+        (own / "processor_config.json").unlink(missing_ok=True)
