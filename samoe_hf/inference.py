@@ -1,16 +1,30 @@
 """From a video and prompts to masks at the video's size, with any processor and session of transformers."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam2VideoProcessor
 
 from .model.modeling_samoe import SamoeModel
 from .model.session import VideoSession
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """While the context is open, the model is in evaluation mode. Each module's own mode is restored at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            if module.training != training:
+                module.training = training
 
 
 @dataclass

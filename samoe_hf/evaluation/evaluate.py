@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -15,10 +16,11 @@ from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
+from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
 
-from .metrics import VideoScores, score_video, surface_dice
+from .metrics import VideoScores, counted_frames, score_video, surface_dice
 from .simulated_user import EvaluationPrompt, PredictedFrame, SimulatedUser
 
 SURFACE_TOLERANCE = 2.0  # mm
@@ -204,6 +206,20 @@ def _check_annotated(video: Video) -> None:
         raise ValueError(f"{video.video_id}: no frame is annotated, so there is nothing to score.")
 
 
+def results_by_key(results: Iterable[VideoResult]) -> dict[str, VideoResult]:
+    """Results by [`VideoResult.key`], in their order.
+
+    Raises:
+        ValueError: if two videos have the same domain and id.
+    """
+    by_key: dict[str, VideoResult] = {}
+    for result in results:
+        if result.key in by_key:
+            raise ValueError(f"Two videos are called {result.key}; give their datasets different domains.")
+        by_key[result.key] = result
+    return by_key
+
+
 def evaluate_videos(
     model: SamoeModel,
     processor: Sam2VideoProcessor,
@@ -211,27 +227,28 @@ def evaluate_videos(
     show_progress_bar: bool = True,
     prompt: str | EvaluationPrompt = "mask",
     seed: int = 42,
-) -> dict[str, VideoScores]:
-    """Scores a model on videos: video id -> scores, see [`metrics.summarize`].
+) -> dict[str, VideoResult]:
+    """Scores a model on videos, see [`evaluate_video`]: [`VideoResult.key`] -> result.
 
     Only annotated frames are scored. Where objects overlap, a pixel belongs to that of the largest logit.
 
     Args:
         prompt, seed: see [`segment_video`].
+
+    Raises:
+        ValueError: if two videos have the same domain and id, or no frame of a video is annotated.
     """
-    was_training = model.training
-    model.eval()
-    results = {}
-    for video in tqdm(videos, desc="evaluate", disable=not show_progress_bar):
-        results[video.video_id] = evaluate_video(model, processor, video, prompt, seed).scores
-    model.train(was_training)
-    return results
+    progress = tqdm(videos, desc="evaluate", disable=not show_progress_bar)
+    with evaluation_mode(model):
+        return results_by_key(evaluate_video(model, processor, video, prompt, seed) for video in progress)
 
 
-def mean_iou(results: Mapping[str, VideoScores]) -> float:
-    """IoU averaged over all objects and the frames after the one that each was prompted on, 0 to 1."""
-    values = []
-    for scores in results.values():
-        first_seen = (scores.target_area > 0).argmax(axis=0)
-        values += [scores.j[first + 1 :, column] for column, first in enumerate(first_seen)]
-    return float(np.concatenate(values).mean())
+def mean_iou(results: Mapping[str, VideoResult]) -> float:
+    """IoU averaged over all objects and the frames after the first that shows each, 0 to 1; NaN where there are none.
+
+    Args:
+        results: of [`evaluate_videos`].
+    """
+    values = [result.scores.j[counted_frames(result.scores, "youtube_vos")] for result in results.values()]
+    values = np.concatenate([np.zeros(0), *values])
+    return float(values.mean()) if values.size else math.nan

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers.trainer_utils import speed_metrics
 from samoe_hf.data import ClipCollator, ClipDataset, MixedDataset, load_videos, training_transforms
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.data.schema import Video
-from samoe_hf.evaluation.evaluate import evaluate_videos
+from samoe_hf.evaluation.evaluate import VideoResult, evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import write_model_card
 from samoe_hf.hub.push import check_base_is_public
@@ -314,19 +314,17 @@ class SamoeTrainer(Trainer):
         own = videos if self.is_fsdp_enabled else [videos[i] for i in range(rank, len(videos), world_size)]
         model = self.accelerator.unwrap_model(self.model)
         show = self.is_local_process_zero() and not self.args.disable_tqdm
-        scores = evaluate_videos(model, self.processor, own, show_progress_bar=show)
-        domains = {video.video_id: video.domain for video in own}
-        results = [(domains[video_id], video_id, score) for video_id, score in scores.items()]
-        gathered = results if self.is_fsdp_enabled else gather_object(results)
+        results = list(evaluate_videos(model, self.processor, own, show_progress_bar=show).values())
+        gathered = results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values()
 
-        def summary(selected: list) -> dict[str, float]:
+        def summary(selected: Iterable[VideoResult]) -> dict[str, float]:
             # As YouTube-VOS: an object counts from the frame after the one that it was prompted on.
-            summarized = summarize({f"{d}/{v}": score for d, v, score in selected}, protocol="youtube_vos")
+            summarized = summarize({result.key: result.scores for result in selected}, protocol="youtube_vos")
             return {name: summarized[f"{name}_mean"] for name in ("J", "F", "J&F")}
 
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(gathered).items()}
-        for domain in sorted({d for d, _, _ in gathered}):
-            selected = [entry for entry in gathered if entry[0] == domain]
+        for domain in sorted({result.domain for result in gathered}):
+            selected = [result for result in gathered if result.domain == domain]
             metrics |= {f"{metric_key_prefix}_{domain}_{name}": value for name, value in summary(selected).items()}
         metrics |= speed_metrics(metric_key_prefix, start_time, num_samples=len(videos))
         self.log(metrics)

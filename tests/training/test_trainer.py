@@ -1,5 +1,6 @@
 """SamoeTrainer and its arguments: what it logs and saves, resumption, processes, plain Trainer."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -90,6 +91,20 @@ def test_evaluation_tracks_videos_and_reports_by_domain(run_config):
         assert 0 <= j <= 1 and jf == pytest.approx((j + f) / 2)
     assert trainer.model.training
     assert metrics["eval_J"] == pytest.approx((metrics["eval_shapes_J"] + metrics["eval_blobs_J"]) / 2, abs=0.26)
+
+
+def test_equal_ids_in_two_domains_are_two_videos(run_config):
+    """Each domain's figures are those of the domain alone, and the overall one is over all objects."""
+    trainer = make_trainer(run_config)
+    videos = [dataclasses.replace(video, video_id="same") for video in trainer.eval_dataset]
+    assert [video.domain for video in videos] == ["shapes", "blobs"]
+    expected = [trainer.evaluate([video])["eval_J"] for video in videos]
+    metrics = trainer.evaluate(videos)
+    assert [metrics["eval_shapes_J"], metrics["eval_blobs_J"]] == expected
+    counts = [len(video.object_ids) for video in videos]
+    assert metrics["eval_J"] == pytest.approx(sum(c * j for c, j in zip(counts, expected, strict=True)) / sum(counts))
+    with pytest.raises(ValueError, match="Two videos are called shapes/same"):
+        trainer.evaluate([videos[0], videos[0]])
 
 
 def test_checkpoints_are_small_and_load_as_models(run_config, model_folder, tmp_path):
