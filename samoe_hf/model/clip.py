@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Sam2VideoModel
 from transformers.utils import ModelOutput
 
-from .experts import load_balancing_loss, record_router_logits
+from .experts import load_balancing_loss, recomputable, record_router_logits
 from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .losses import LossParts, mean_num_objects
 from .memory_bank import MemoryBank, MemorySelection
@@ -203,7 +203,7 @@ def _segment_clip(
             object_mask,
         )
         checkpointed = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
-        output, frame_parts = model._gradient_checkpointing_func(run) if checkpointed else run()
+        output, frame_parts = model._gradient_checkpointing_func(recomputable(run)) if checkpointed else run()
         bank.write(frame_idx, output.memory, conditioning=prompt is not None or corrections is not None)
         outputs[frame_idx] = output
         parts += frame_parts

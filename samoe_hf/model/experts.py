@@ -6,12 +6,14 @@ over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 # What a layer with experts has beside the base layer's tensors.
 EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
@@ -206,25 +208,46 @@ def is_expert_parameter(name: str) -> bool:
     return name.endswith(tuple(f".{tensor}" for tensor in EXPERT_TENSORS))
 
 
+_runs_hooks: ContextVar[bool] = ContextVar("runs_hooks", default=False)
+
+
+@contextmanager
+def open_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """While the context is open, hooks run; then they are removed.
+
+    Compiled functions run uncompiled meanwhile, since compiled code does not run hooks that were registered after it.
+    """
+    handles = list(handles)
+    token = _runs_hooks.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _runs_hooks.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def recomputable(function: Callable) -> Callable:
+    """`function` for gradient checkpointing: if its compiled parts run uncompiled now, they do in later calls too."""
+    return torch.compiler.set_stance("force_eager")(function) if _runs_hooks.get() else function
+
+
 @contextmanager
 def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects, while the context is open, what each router of `model` puts out.
+    """Collects, while the context is open, what each router of `model` puts out; see [`open_hooks`].
 
     Yields:
         module name -> list with one tensor (..., experts) per call, in order of the calls.
     """
-    records: dict[str, list[Tensor]] = {}
-    handles = []
-    for name, module in expert_modules(model):
-        calls = records.setdefault(name, [])
-        handles.append(
-            module.router_logits.register_forward_hook(lambda _, __, logits, calls=calls: calls.append(logits))
-        )
-    try:
+    records: dict[str, list[Tensor]] = {name: [] for name, _ in expert_modules(model)}
+
+    def record(name: str) -> Callable:
+        return lambda _, __, logits: records[name].append(logits)
+
+    hooks = (module.router_logits.register_forward_hook(record(name)) for name, module in expert_modules(model))
+    with open_hooks(hooks):
         yield records
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -237,12 +260,8 @@ def route_all_to(model: nn.Module, expert: int) -> Iterator[None]:
         forced[..., expert] = 0
         return forced
 
-    handles = [module.router_logits.register_forward_hook(force) for _, module in expert_modules(model)]
-    try:
+    with open_hooks(module.router_logits.register_forward_hook(force) for _, module in expert_modules(model)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int) -> Tensor:

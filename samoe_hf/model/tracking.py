@@ -8,6 +8,7 @@ a prompt is new as long as no output came from it. So prompts may be added one b
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,33 @@ FRAMES_AHEAD, SMALL_IMAGE_SIZE, MAX_FRAMES_AHEAD = 4, 256, 16
 
 # A session and the row of one of its objects.
 Row = tuple[Sam2VideoInferenceSession, int]
+
+
+class TrackedRow(NamedTuple):
+    """What a row of a tensor belongs to: an object on a frame, or, in the image encoder (None), a frame."""
+
+    frame_idx: int
+    object_id: int | None
+
+
+_tracked_rows: ContextVar[Sequence[TrackedRow]] = ContextVar("tracked_rows", default=())
+
+
+def tracked_rows() -> Sequence[TrackedRow]:
+    """What the rows of a batch belong to that is being computed; for hooks of modules. Empty where nothing is tracked.
+
+    Tensors that do not depend on the objects have one row for all of them.
+    """
+    return _tracked_rows.get()
+
+
+@contextmanager
+def _tracking_rows(rows: Iterable[tuple[int, int | None]]) -> Iterator[None]:
+    token = _tracked_rows.set([TrackedRow(*row) for row in rows])
+    try:
+        yield
+    finally:
+        _tracked_rows.reset(token)
 
 
 class FrameTask(NamedTuple):
@@ -142,16 +170,17 @@ def _segment_objects(
             batches[task].append((session, row))
     _encode_frames(model, _unique_sessions(row for batch in batches.values() for row in batch), frame_idx, reverse)
     for task, batch in batches.items():
-        output = frame_step(
-            model,
-            _image_features(model, batch, frame_idx),
-            _batch_prompt(model, batch, frame_idx, task),
-            [_memory_bank(*row) for row in batch],
-            task.selection,
-            num_objects=len(batch),
-            encode_memory=run_mem_encoder,
-            fill_hole_area=model.config.fill_hole_area,
-        )
+        with _tracking_rows((frame_idx, session.obj_idx_to_id(row)) for session, row in batch):
+            output = frame_step(
+                model,
+                _image_features(model, batch, frame_idx),
+                _batch_prompt(model, batch, frame_idx, task),
+                [_memory_bank(*row) for row in batch],
+                task.selection,
+                num_objects=len(batch),
+                encode_memory=run_mem_encoder,
+                fill_hole_area=model.config.fill_hole_area,
+            )
         memory, device = output.memory, batch[0][0].inference_state_device
         if memory.features is not None:
             memory.features = memory.features.to(device)
@@ -274,7 +303,8 @@ def _encode_frames(
             wanted += [(session, t) for t in ahead]
             session.cache.clear_all()
     if wanted:
-        features = image_features(model, torch.stack([session.get_frame(t) for session, t in wanted]))
+        with _tracking_rows((t, None) for _, t in wanted):
+            features = image_features(model, torch.stack([session.get_frame(t) for session, t in wanted]))
         for row, (session, t) in enumerate(wanted):
             one = [*(level[row : row + 1] for level in features[:3]), *features[3:]]
             session.cache.cache_vision_features(t, {"image_features": one})

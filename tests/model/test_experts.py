@@ -14,6 +14,7 @@ from samoe_hf.model.experts import (
     load_balancing_loss,
     matching_linear_names,
     record_router_logits,
+    route_all_to,
     top_k_gates,
 )
 
@@ -175,6 +176,21 @@ def test_router_logits_are_recorded_by_layer():
     layer(x)
     assert list(calls) == ["a"] and len(calls["a"]) == 2
     torch.testing.assert_close(calls["a"][0], layer.router(x))
+
+
+def test_hooks_run_in_compiled_models_too():
+    layer = random_layer(torch.float32)
+    model, x = nn.Sequential(layer), torch.randn(3, 8)
+    model.compile(backend="eager")
+    expected = model(x)
+    with record_router_logits(model) as calls:
+        model(x)
+    torch.testing.assert_close(calls["0"][0], layer.router(x))
+    with route_all_to(model, 1):
+        forced = model(x)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(forced, base + layer.scaling * x @ layer.lora_A[1].T @ layer.lora_B[1].T)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_load_balancing_loss_equals_mixtrals_on_one_layer():

@@ -11,7 +11,7 @@ from transformers import AutoModel, Sam2VideoConfig, Sam2VideoModel
 from helpers.reference import ROOT, load_reference, track_reference
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.experts import ExpertLinear, is_expert_parameter, load_balancing_loss
+from samoe_hf.model.experts import ExpertLinear, is_expert_parameter, load_balancing_loss, record_router_logits
 from samoe_hf.model.processor import build_processor
 
 CONFIGS = ROOT / "configs"
@@ -308,3 +308,23 @@ def test_learning_on_one_clip_lowers_the_loss(model, clip):
         losses.append(output.loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+@pytest.mark.slow
+def test_routers_are_recorded_in_a_compiled_model_that_recomputes(nano, clip):
+    """The recomputation must run what ran before: uncompiled, as hooks need it."""
+    gradients = []
+    for compiled in (False, True):
+        model = copy.deepcopy(nano.model).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compiled:
+            model.attend_to_memory = torch.compile(model.attend_to_memory, backend="eager")
+            model(*clip)
+        torch.manual_seed(0)
+        with record_router_logits(model) as calls:
+            loss = model(*clip).loss
+        assert set(calls) == set(model.expert_names) and all(calls.values())
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
