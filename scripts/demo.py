@@ -21,7 +21,7 @@ from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou, segment_vide
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.processor import build_processor
 from samoe_hf.plots.experts import overlay_masks, plot_frames
-from samoe_hf.training.trainer import ModelArguments
+from samoe_hf.training.arguments import ModelArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES = 2000, 4

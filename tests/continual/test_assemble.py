@@ -17,7 +17,7 @@ from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou
 from samoe_hf.model.experts import expert_modules, route_all_to
 from samoe_hf.model.lora_exchange import read_lora
 from samoe_hf.model.processor import build_processor
-from samoe_hf.training.trainer import ModelArguments
+from samoe_hf.training.arguments import ModelArguments
 
 ATTENTION = r"memory_attention\.layers\.\d+\.self_attn\.[qkv]_proj"
 DOMAINS = ("shapes", "blobs")

@@ -468,7 +468,7 @@ def test_runs_push_adapters(server, author, tmp_path):
         'trainer = build_trainer([output + ".yaml"])',
         """
 from unittest import mock
-from samoe_hf.training.trainer import ModelArguments
+from samoe_hf.training.arguments import ModelArguments
 load = ModelArguments.load
 with mock.patch.object(ModelArguments, "load", lambda arguments: add_adapters(load(arguments))):
     trainer = build_trainer([output + ".yaml"])

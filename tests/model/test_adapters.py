@@ -15,7 +15,8 @@ from samoe_hf.data import ClipDataset, SyntheticVideos
 from samoe_hf.model.adapters import is_adapter_parameter
 from samoe_hf.model.experts import is_expert_parameter
 from samoe_hf.model.processor import build_processor
-from samoe_hf.training.trainer import SamoeTrainer, SamoeTrainingArguments
+from samoe_hf.training.arguments import SamoeTrainingArguments
+from samoe_hf.training.trainer import SamoeTrainer
 
 VISION = r"vision_encoder\..*\.qkv"
 
@@ -49,7 +50,7 @@ def make_trainer(model, folder, **settings):
     )  # fmt: skip
     processor = build_processor(model.config)
     clips = ClipDataset(SyntheticVideos(4, 4, (64, 64)), processor, num_frames=4)
-    return SamoeTrainer(model, arguments, processor, train_dataset=clips)
+    return SamoeTrainer(model, arguments, processing_class=processor, train_dataset=clips)
 
 
 def test_both_get_gradients_and_the_base_does_not(model, clip):

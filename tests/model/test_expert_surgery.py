@@ -11,7 +11,8 @@ from helpers.reference import attend, load_reference, memory_attention_inputs, t
 from samoe_hf import SamoeModel
 from samoe_hf.model.expert_surgery import ASLEEP, _keep_frozen, _restore_frozen, frozen_experts, replace_experts
 from samoe_hf.model.experts import EXPERT_TENSORS, expert_modules, record_router_logits, route_all_to
-from samoe_hf.training.trainer import SamoeTrainer, SamoeTrainingArguments
+from samoe_hf.training.arguments import SamoeTrainingArguments
+from samoe_hf.training.trainer import SamoeTrainer
 
 
 @pytest.fixture
@@ -228,7 +229,7 @@ def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
     )  # fmt: skip
     processor = build_processor(model.config)
     clips = ClipDataset(SyntheticVideos(4, 4, (64, 64)), processor, num_frames=4)
-    SamoeTrainer(model, arguments, processor, train_dataset=clips).train()
+    SamoeTrainer(model, arguments, processing_class=processor, train_dataset=clips).train()
     assert same(all_rows(model, slice(0, 4)), all_rows(nano.model, slice(0, 4)))
     new = all_rows(model, 4)
     assert sum(bool(rows["lora_B"].any()) for rows in new.values()) > 0.5 * len(new)

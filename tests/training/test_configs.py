@@ -7,7 +7,7 @@ from helpers.reference import ROOT, reference_folder, shared_data
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.processor import build_processor
-from samoe_hf.training.trainer import parse_run
+from samoe_hf.training.arguments import parse_run
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RUNS = [path for path in CONFIGS if not path.name.startswith("model_")]

@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
-from samoe_hf.training.trainer import SamoeTrainer, SamoeTrainingArguments, build_trainer, parse_run
+from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run
+from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 
 @pytest.fixture
@@ -303,7 +304,7 @@ def test_one_processor_prepares_clips_and_evaluates(run_config, model_folder, tm
     processor.save_pretrained(own)
     for has_processor in (True, False):
         trainer = build_trainer([str(run_config), "--model_name_or_path", str(own)])
-        assert (list(trainer.processor.video_processor.image_mean) == [0.1, 0.2, 0.3]) == has_processor
+        assert (list(trainer.processing_class.video_processor.image_mean) == [0.1, 0.2, 0.3]) == has_processor
         for clips in trainer.train_dataset.datasets.values():
-            assert clips.sampler.processor is trainer.processor
+            assert clips.sampler.processor is trainer.processing_class
         (own / "processor_config.json").unlink(missing_ok=True)

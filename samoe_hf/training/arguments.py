@@ -1,0 +1,159 @@
+"""Arguments of a training run, from its YAML and the command line."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
+
+from samoe_hf.data import ClipDataset, MixedDataset, load_videos, training_transforms
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.data.schema import Video
+from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.losses import SegmentationLoss
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.prompts import PromptRecipe
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained. Settings of the experts that are not given are the model's."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder, Hub id or original checkpoint, as `from_pretrained` takes it."}
+    )
+    model_config: str | None = field(
+        default=None, metadata={"help": "YAML of a SamoeConfig, to start from random weights instead."}
+    )
+    experts: str | None = field(default=None, metadata={"help": "Experts of an original checkpoint."})
+    original_config: str | None = field(default=None, metadata={"help": "YAML of an original checkpoint."})
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    expert_modules: list[str] | None = None
+    router_aux_loss_coef: float | None = None
+
+    def load(self) -> SamoeModel:
+        """The model in training mode."""
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            raise ValueError("Exactly one of `model_name_or_path` and `model_config` must be given.")
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name in SamoeConfig.__dataclass_fields__}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if self.model_config is not None:
+            return SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings})).train()
+        return SamoeModel.from_pretrained(
+            self.model_name_or_path, experts=self.experts, original_config=self.original_config, **settings
+        ).train()
+
+
+@dataclass
+class DataArguments:
+    """The videos, and how clips are drawn from them."""
+
+    train_data: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "Datasets, each with the arguments of `load_videos`, and `weight`, its share of the clips."},
+    )
+    eval_data: list[dict] = field(default_factory=list, metadata={"help": "As train_data; these videos are tracked."})
+    num_frames: int = field(default=8, metadata={"help": "Frames of a clip."})
+    stride: int = field(default=1, metadata={"help": "Step between a clip's frames, in annotated frames."})
+    max_objects: int = field(default=3, metadata={"help": "Objects of a clip."})
+    reverse_probability: float = field(default=0.5, metadata={"help": "Share of clips that run backward."})
+    clips_per_video: int = field(default=1, metadata={"help": "Clips drawn of each video in an epoch."})
+    augmentation: dict | None = field(
+        default=None, metadata={"help": "Arguments of `training_transforms`; {} for SAM 2's, none for no augmentation."}
+    )
+    on_error: str = field(default="raise", metadata={"help": "With a sample that cannot be used: raise, or skip."})
+
+    def train_dataset(self, processor: Sam2VideoProcessor, seed: int) -> MixedDataset:
+        """All training clips, prepared by `processor`, each dataset by its domain's name."""
+        if not self.train_data:
+            raise ValueError("`train_data` must name at least one dataset.")
+        clips, weights = {}, {}
+        for source in self.train_data:
+            weight = source.get("weight")
+            videos = load_videos(**{name: value for name, value in source.items() if name != "weight"})
+            domain = videos[0].domain
+            if domain in clips:
+                raise ValueError(
+                    f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
+                )
+            clips[domain] = ClipDataset(
+                videos,
+                processor,
+                seed=seed,
+                clips_per_video=self.clips_per_video,
+                on_error=self.on_error,
+                num_frames=self.num_frames,
+                stride=self.stride,
+                max_objects=self.max_objects,
+                reverse_probability=self.reverse_probability,
+                transforms=None if self.augmentation is None else training_transforms(**self.augmentation),
+            )
+            weights[domain] = len(clips[domain]) if weight is None else weight
+        return MixedDataset(clips, weights, seed=seed)
+
+    def eval_videos(self) -> list[Video]:
+        return [video for source in self.eval_data for video in load_videos(**source)]
+
+
+@dataclass
+class SamoeTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, with what is trained at which learning rate."""
+
+    trainable: list[str] = field(
+        default_factory=lambda: ["experts"],
+        metadata={
+            "help": "What is trained: experts, adapters, memory, decoder, all or an expression; SET=LR: its rate."
+        },
+    )
+    save_only_trained: bool = field(
+        default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
+    )
+    encoder_batch_size: int | None = field(default=None, metadata={"help": "Frames encoded at once; all by default."})
+    compile_parts: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the parts of a frame's work, each by itself; `torch_compile` would compile the loop over "
+            "frames as one, anew for each number of frames and clicks."
+        },
+    )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
+    )
+
+    def learning_rates(self) -> dict[str, float]:
+        """Set of parameters -> learning rate; of a parameter in several sets the first counts."""
+        rates = {}
+        for text in self.trainable:
+            chosen, _, rate = text.partition("=")
+            try:
+                rates[chosen] = float(rate) if rate else self.learning_rate
+            except ValueError:
+                raise ValueError(f"`trainable` must be SET or SET=LR, got {text!r}.") from None
+        return rates
+
+
+def parse_run(
+    arguments: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments]:
+    """Parses `CONFIG [--key value]...`: a YAML of a run, and values that take the place of its.
+
+    Raises:
+        ValueError: for a key in the YAML that is not known, naming the nearest that is.
+    """
+    config, *overrides = sys.argv[1:] if arguments is None else arguments
+    kinds = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
+    parser = HfArgumentParser(kinds)
+    run = read_yaml(config)
+    known = [f.name for kind in kinds for f in fields(kind) if f.init]
+    for key in run:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{config} has an unknown key {key!r}.{hint}")
+    parser.set_defaults(**run)
+    return parser.parse_args_into_dataclasses(args=overrides)

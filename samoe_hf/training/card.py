@@ -1,0 +1,49 @@
+"""What a training run says of itself in the model card."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .arguments import SamoeTrainingArguments
+
+SETTINGS = (
+    "trainable",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "optim",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+def card_settings(args: SamoeTrainingArguments) -> dict[str, Any]:
+    """The arguments that a model card lists."""
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def evaluation_results(log_history: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    """J, F and J&F of the last evaluation in a Trainer's log history, in all and by domain."""
+    last = next((entry for entry in reversed(log_history) if "eval_J&F" in entry), {})
+    matches = [(re.fullmatch(r"eval_(?:(.+)_)?(J&F|J|F)", key), value) for key, value in last.items()]
+    return [
+        EvalResult(
+            task_type="mask-generation",
+            task_name="Video object segmentation, from the mask of the first frame",
+            dataset_type=match[1] or "all",
+            dataset_name=match[1] or "all domains",
+            metric_type=match[2],
+            metric_name=match[2],
+            metric_value=round(value, 4),
+        )
+        for match, value in matches
+        if match
+    ]
