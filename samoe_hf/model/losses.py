@@ -1,6 +1,7 @@
 """SAM 2's training loss: focal, dice, IoU and object score (arXiv:2408.00714, D.2.2; `training/loss_fns.py`)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,8 @@ class SegmentationLoss:
         focal_weight, dice_weight, iou_weight, object_score_weight: weights of the four parts in the total.
         focal_alpha, focal_gamma: of the focal loss (arXiv:1708.02002).
     """
+
+    _argument_group_name: ClassVar[str] = "loss"  # of `HfArgumentParser`
 
     focal_weight: float = 20.0
     dice_weight: float = 1.0

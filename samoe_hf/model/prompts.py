@@ -6,6 +6,7 @@ draws are of torch's global generators: what is common to a batch on the CPU, po
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class PromptRecipe:
         num_correction_clicks: clicks on each such frame, one after the other.
         click_from_mask_probability: of drawing a click from the true mask instead of from the error.
     """
+
+    _argument_group_name: ClassVar[str] = "prompts"  # of `HfArgumentParser`
 
     point_probability: float = 0.5
     box_probability: float = 0.5

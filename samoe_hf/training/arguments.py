@@ -4,6 +4,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
 
@@ -19,6 +20,8 @@ from samoe_hf.model.prompts import PromptRecipe
 @dataclass
 class ModelArguments:
     """Which model is trained. Settings of the experts that are not given are the model's."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder, Hub id or original checkpoint, as `from_pretrained` takes it."}
@@ -52,6 +55,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """The videos, and how clips are drawn from them."""
+
+    _argument_group_name: ClassVar[str] = "data"
 
     train_data: list[dict] = field(
         default_factory=list,
@@ -104,6 +109,8 @@ class DataArguments:
 class SamoeTrainingArguments(TrainingArguments):
     """`TrainingArguments`, with what is trained at which learning rate."""
 
+    _argument_group_name: ClassVar[str] = "training"
+
     trainable: list[str] = field(
         default_factory=lambda: ["experts"],
         metadata={
@@ -137,6 +144,13 @@ class SamoeTrainingArguments(TrainingArguments):
         return rates
 
 
+def run_parser(**kwargs: Any) -> HfArgumentParser:
+    """A parser with all keys of a run as options, in groups; `kwargs` of [`~transformers.HfArgumentParser`]."""
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments), **kwargs
+    )
+
+
 def parse_run(
     arguments: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments]:
@@ -146,10 +160,9 @@ def parse_run(
         ValueError: for a key in the YAML that is not known, naming the nearest that is.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
-    kinds = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
-    parser = HfArgumentParser(kinds)
+    parser = run_parser()
     run = read_yaml(config)
-    known = [f.name for kind in kinds for f in fields(kind) if f.init]
+    known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
     for key in run:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)

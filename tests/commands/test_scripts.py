@@ -1,5 +1,6 @@
 """The command lines, run as users run them."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -58,7 +59,10 @@ def test_track_a_video_file(run, model_folder, video, tmp_path):
 def test_scripts_run_on_their_own(model_folder, video, tmp_path):
     write_video(tmp_path / "in.mp4", video.frames, fps=5)
     command = [sys.executable, "scripts/track.py", model_folder, tmp_path / "in.mp4", "--box", "10,10,60"]
-    result = subprocess.run([*command, "--output", tmp_path / "o.mp4"], cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, "--output", tmp_path / "o.mp4"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == "error: `--box` must be 4 numbers with commas between, got '10,10,60'.\n"
 

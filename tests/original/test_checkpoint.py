@@ -1,6 +1,5 @@
 """The original's files: what is read from them, what is written, and what is refused."""
 
-import importlib.util
 import inspect
 import logging
 import pickle
@@ -15,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
 
-from helpers.reference import ROOT, reference_folder
+from helpers.reference import reference_folder
 from samoe_hf import SamoeModel
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
 from samoe_hf.model.files import new_folder
@@ -566,7 +565,7 @@ def test_rotary_sizes_follow_the_image_size_as_in_the_original(edit_yaml):
     assert config_from_yaml(path).memory_attention_rope_feat_sizes == [16, 16]
 
 
-# ------------------------------------------------------------------------------------------ processor and script
+# ------------------------------------------------------------------------------------------------------- processor
 
 
 @pytest.mark.parametrize("name", ["nano", "mini"])
@@ -605,67 +604,3 @@ def test_a_new_directory_comes_whole_or_not_at_all(tmp_path):
     assert [path.name for path in output.parent.rglob("*")] == ["output", "file"]
     with pytest.raises(FileExistsError, match="not an empty folder"), new_folder(output):
         pass
-
-
-@pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / "convert.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_script_there_and_back(script, nano, tmp_path, capsys):
-    folder, original, again = (str(tmp_path / name) for name in ("folder", "original", "again"))
-    assert script.main([str(CHECKPOINT), "--experts", str(EXPERTS), "--config", str(CONFIG), "--output", folder]) == 0
-    assert isinstance(AutoProcessor.from_pretrained(folder), Sam2VideoProcessor)
-    assert_equal(SamoeModel.from_pretrained(folder).state_dict(), nano.model.state_dict())
-    assert script.main([folder, "--to", "original", "--output", original]) == 0
-    stem = f"{original}/sam2.1_hiera_custom_moe"
-    assert script.main([f"{stem}.pt", "--config", f"{stem}.yaml", "--output", again]) == 0
-    for name in ("model.safetensors", "config.json", "processor_config.json"):
-        assert (tmp_path / "folder" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert "Wrote" in capsys.readouterr().out
-
-
-def test_script_says_what_is_wrong_in_one_line_and_leaves_nothing(script, tmp_path, capsys):
-    (tmp_path / "truncated.pt").write_bytes(CHECKPOINT.read_bytes()[:100_000])
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    output = str(tmp_path / "output")
-    cases = [
-        ([str(tmp_path / "truncated.pt"), "--output", output], "truncated"),
-        ([str(CHECKPOINT), "--output", output], "none of Meta's"),
-        ([str(tmp_path / "missing.pt"), "--output", output], "no such file"),
-        ([str(CHECKPOINT), "--config", str(CHECKPOINT), "--output", output], "is not YAML"),
-        ([str(CHECKPOINT), "--config", str(CONFIG), "--output", str(tmp_path / "full")], "not an empty folder"),
-    ]
-    for arguments, message in cases:
-        assert script.main(arguments) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("convert.py: error: ") and message in line
-    with pytest.raises(SystemExit) as caught:
-        script.main([str(CHECKPOINT)])
-    assert caught.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "truncated.pt"]
-
-
-def test_script_uploads_what_it_wrote(script, tmp_path, monkeypatch):
-    uploads = []
-
-    class Hub:
-        def create_repo(self, repo_id, exist_ok):
-            assert exist_ok
-            return type("Url", (str,), {"repo_id": f"me/{repo_id}"})("https://hub")
-
-        def file_exists(self, repo_id, filename):
-            return False
-
-        def upload_folder(self, repo_id, folder_path):
-            uploads.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
-
-    monkeypatch.setattr(script, "HfApi", Hub)
-    arguments = [str(CHECKPOINT), "--config", str(CONFIG), "--output", str(tmp_path / "output")]
-    assert script.main([*arguments, "--push-to-hub", "name"]) == 0
-    assert uploads == [("me/name", ["README.md", "config.json", "model.safetensors", "processor_config.json"])]

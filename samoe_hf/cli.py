@@ -1,0 +1,49 @@
+"""`samoe COMMAND …`: the table of commands, and the one place where a user's mistake becomes a line of text."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from samoe_hf import __version__
+
+COMMANDS = {
+    "track": "track objects through a video: an overlay video and masks",
+    "train": "fine-tune a model on clips, as a YAML says",
+    "evaluate": "say how good models are on a dataset",
+    "experts": "show what a model's experts do",
+    "convert": "convert checkpoints of SAM 2 and SAM2-MoE, and back; upload them",
+    "assemble": "make one model of LoRAs that were trained apart",
+    "benchmark": "measure time and memory beside other implementations",
+    "demo": "train a small model in minutes, and look at it",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `samoe COMMAND ARGUMENTS`; `sys.argv` if no arguments are given."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    table = "\n".join(f"  {name:10s} {description}" for name, description in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="samoe",
+        usage="samoe COMMAND ...",
+        description="SAM 2 video with a mixture of LoRA experts.",
+        epilog=f"commands:\n{table}\n\n`samoe COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("--version", action="version", version=f"samoe_hf {__version__}")
+    command = parser.parse_args(arguments[:1]).command
+    run_command(command, arguments[1:])
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; errors that a user can cause end the process with exit status 1 and one line, `error: …`."""
+    command = import_module(f"samoe_hf.commands.{name}")
+    try:
+        command.main(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

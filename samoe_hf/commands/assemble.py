@@ -1,0 +1,118 @@
+"""Assemble LoRAs that were trained apart with PEFT, each on its domain, into one model with an expert for each.
+
+    samoe assemble BASE LORA_A LORA_B --dataset A.yaml --dataset B.yaml --output DIR
+    samoe assemble BASE blobs=LORA_A stripes=LORA_B --dataset RUN.yaml --output DIR
+
+The routers are computed, without training, from a few hundred frames of each domain. `--dataset` is a run's YAML, for
+the videos of its `train_data`, or one dataset as there, `{kind: davis, root: DAVIS}`. It is given once for each LoRA,
+in order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by NAME= or as its
+folder is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils.data import ConcatDataset
+
+from samoe_hf.continual.assemble import assemble, routed_right
+from samoe_hf.data import Video, load_videos
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.files import new_folder
+from samoe_hf.model.processor import load_processor
+
+from .options import add_device_option, command_parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("assemble", __doc__)
+    parser.add_argument("base", help="the model that the LoRAs were trained on: folder, Hub id or original .pt")
+    parser.add_argument("loras", nargs="+", metavar="[NAME=]LORA", help="folder or Hub id of a PEFT adapter")
+    parser.add_argument("--dataset", action="append", required=True, metavar="RUN.yaml|{kind: ...}")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
+    parser.add_argument("--frames", type=int, default=200, help="frames of each domain")
+    parser.add_argument("--experts-per-lora", type=int, default=6, help="kinds of tokens that a domain can have")
+    parser.add_argument("--num-experts-per-tok", type=int, default=1, help="experts that a token goes to")
+    parser.add_argument("--original-config", help="YAML of an original checkpoint of other sizes than Meta's")
+    add_device_option(parser)
+    return parser.parse_args(arguments)
+
+
+def load_domains(dataset: str) -> dict[str, list]:
+    """Domain -> its datasets, of a run's `train_data` or of one dataset."""
+    if Path(dataset).suffix in (".yaml", ".yml"):
+        sources = read_yaml(dataset).get("train_data") or []
+    else:
+        try:
+            source = yaml.safe_load(dataset)
+        except yaml.YAMLError:
+            source = None
+        if not isinstance(source, dict):
+            raise ValueError(f"`--dataset` must be a run's YAML file or {{kind: ...}}, got {dataset!r}.")
+        sources = [source]
+    domains: dict[str, list] = {}
+    for source in sources:
+        videos = load_videos(**{name: value for name, value in source.items() if name != "weight"})
+        domains.setdefault(next(iter(videos)).domain, []).append(videos)
+    if not domains:
+        raise ValueError(f"`--dataset` {dataset} names no dataset in its `train_data`.")
+    return domains
+
+
+def match_domains(loras: list[str], datasets: list[str]) -> tuple[dict[str, str | None], dict]:
+    """Name of each LoRA -> the LoRA, and -> its videos."""
+    named = {}
+    for text in loras:
+        name, is_named, source = text.rpartition("=")
+        name = name if is_named else Path(source).name
+        if name in named:
+            raise ValueError(f"Two LoRAs have the name {name!r}; give each its own, NAME=LORA.")
+        named[name] = source or None
+    found = [load_domains(dataset) for dataset in datasets]
+    if len(found) == len(named) > 1:
+        return named, {name: _joined(list(chain(*of.values()))) for name, of in zip(named, found, strict=True)}
+    if len(found) != 1:
+        raise ValueError(f"`--dataset` must be given once, or once for each of {len(named)} LoRAs, got {len(found)}.")
+    if len(named) == 1 and len(found[0]) == 1:
+        return named, dict(zip(named, map(_joined, found[0].values()), strict=True))
+    for name in named:
+        if name not in found[0]:
+            domains = ", ".join(map(repr, found[0]))
+            raise ValueError(f"{name!r} is none of the dataset's domains ({domains}); name each LoRA by DOMAIN=LORA.")
+    return named, {name: _joined(found[0][name]) for name in named}
+
+
+def _joined(datasets: list) -> Iterable[Video]:
+    return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    loras, videos = match_domains(parsed.loras, parsed.dataset)
+    torch.manual_seed(0)  # for what the LoRAs leave open: rows of A beyond their rank, where B is zero
+    options = {} if parsed.original_config is None else {"original_config": parsed.original_config}
+    with new_folder(parsed.output) as folder:
+        model = assemble(
+            parsed.base,
+            loras,
+            videos,
+            experts_per_lora=parsed.experts_per_lora,
+            num_experts_per_tok=parsed.num_experts_per_tok,
+            num_frames=parsed.frames,
+            device=parsed.device,
+            **options,
+        )
+        processor = load_processor(parsed.base, model)
+        shares = routed_right(model, processor, [videos[name] for name in loras])
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print("Share of the gates' weight that goes to a domain's own experts, mean of all layers, and where least:")
+    for domain, name in enumerate(loras):
+        of_domain = {layer: share[domain].item() for layer, share in shares.items()}
+        worst = min(of_domain, key=of_domain.get)
+        print(f"  {name:20s} {sum(of_domain.values()) / len(of_domain):.3f}   {of_domain[worst]:.3f} in {worst}")
+    config = model.config
+    print(f"{config.num_experts} experts of rank {config.lora_rank} in {len(shares)} layers: {parsed.output}")

@@ -1,0 +1,173 @@
+"""Time and memory beside others who do the same work, in one run.
+
+    samoe benchmark experts --model configs/model_tiny.yaml
+    samoe benchmark track --model configs/model_micro.yaml --objects 1 4 16
+    samoe benchmark track --model configs/model_base_plus.yaml --peers sam2 "sam2 compiled" --dtype bfloat16
+    samoe benchmark parts --model configs/model_tiny.yaml --objects 1
+    samoe benchmark long --model configs/model_micro.yaml --frames 10000
+    samoe benchmark train --model configs/model_tiny.yaml --frames 8 --objects 3
+
+The contenders have the same weights and take turns; before they are timed, their outputs are compared. A Markdown
+table, a plot and all times are written to `--output`. Peers need the `bench` extra.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from samoe_hf.benchmarks import experts, parts, tracking, training
+from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
+from samoe_hf.data.registry import load_videos, read_yaml
+from samoe_hf.evaluation.report import format_table
+from samoe_hf.model.configuration_samoe import SamoeConfig
+
+from .options import add_device_option, command_parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("benchmark", __doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", nargs="+", default=["configs/model_micro.yaml"], help="YAML of a SamoeConfig")
+    add_device_option(common)
+    common.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    common.add_argument("--repeats", type=int, default=5)
+    common.add_argument("--threads", type=int, help="PyTorch's threads on a CPU")
+    common.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    one = kinds.add_parser("experts", parents=[common], help="a layer, and the whole memory attention")
+    one.add_argument("--tokens", type=int, default=4096)
+    one.add_argument("--width", type=int, default=256)
+    one.add_argument("--num-experts", type=int, default=10)
+    one = kinds.add_parser("track", parents=[common], help="time per frame for more and more objects")
+    one.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
+    one.add_argument("--frames", type=int, default=17)
+    one.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=tracking.PEERS)
+    one.add_argument("--compile", action="store_true", help="also our model, compiled")
+    one = kinds.add_parser("parts", parents=[common], help="parts of a frame's work beside the least they could take")
+    one.add_argument("--objects", type=int, default=1)
+    one = kinds.add_parser("long", parents=[common], help="memory and time per frame through a long video")
+    one.add_argument("--objects", type=int, default=1)
+    one.add_argument("--frames", type=int, default=10000)
+    one = kinds.add_parser("train", parents=[common], help="a training step, its parts, and whether data keep up")
+    one.add_argument("--frames", type=int, default=8)
+    one.add_argument("--objects", type=int, default=3)
+    one.add_argument("--workers", type=int, default=2)
+    one.add_argument("--steps", type=int, default=20, help="steps with the data loader")
+    one.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
+    one.add_argument("--gradient-checkpointing", action="store_true")
+    one.add_argument("--encoder-batch-size", type=int)
+    return parser.parse_args(arguments)
+
+
+def run_experts(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
+    shape = {"tokens": arguments.tokens, "width": arguments.width, "num_experts": arguments.num_experts}
+    measurements = experts.benchmark_layer(arguments.repeats, arguments.device, dtype, **shape)
+    measurements += experts.benchmark_memory_attention(config, arguments.repeats, arguments.device, dtype)
+    title = f"Experts: {arguments.tokens} tokens, {arguments.width} wide, {arguments.num_experts} experts"
+    report(arguments, "experts", title, measurements, to_markdown(measurements, "plain linear"))
+
+
+def run_tracking(arguments: argparse.Namespace, configs: dict[str, SamoeConfig], dtype: torch.dtype) -> None:
+    contenders = ["samoe_hf", *(["samoe_hf compiled"] if arguments.compile else []), *arguments.peers]
+    measurements = []
+    for name, config in configs.items():
+        measurements += tracking.benchmark_tracking(
+            config,
+            name,
+            contenders,
+            arguments.objects,
+            arguments.frames,
+            arguments.repeats,
+            arguments.device,
+            dtype,
+        )
+    title = f"Tracking: time per frame, {arguments.dtype}"
+    report(arguments, "track", title, measurements, to_markdown(measurements, "samoe_hf", "frame"))
+
+
+def run_parts(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
+    settings = (config, arguments.objects, arguments.repeats, arguments.device, dtype)
+    measured, attention = parts.benchmark_parts(*settings), parts.benchmark_attention(*settings)
+    peaks = parts.Peaks.of(arguments.device, dtype)
+    tables = format_table(parts.HEADER, [part.row(peaks) for part in measured], markdown=True)
+    tables += (
+        f"\n\nAt peaks of {peaks.flops / 1e9:.0f} GFLOP/s (a product) and {peaks.bandwidth / 1e9:.1f} GB/s (a copy)."
+    )
+    tables += f"\n\n{to_markdown(attention, 'as chosen')}"
+    bars = []
+    for part in measured:
+        case = part.measurement.case
+        seconds = [s / part.frames for s in part.measurement.seconds]
+        floors = zip(("floor of arithmetic", "floor of data"), part.floors(peaks), strict=True)
+        bars += [Measurement(case, "measured", seconds), *(Measurement(case, name, [s]) for name, s in floors)]
+    count = f"{arguments.objects} object{'s' if arguments.objects > 1 else ''}"
+    report(arguments, "parts", f"One frame, its memory full: {count}, {arguments.dtype}", bars, tables)
+
+
+def run_long(arguments: argparse.Namespace, config: SamoeConfig) -> None:
+    rows = tracking.benchmark_long_video(config, arguments.objects, arguments.frames, arguments.device)
+    lines = ["| frames tracked | median per frame, ms | memory held, MB |", "| --- | --- | --- |"]
+    lines += [f"| {done} | {1e3 * seconds:.2f} | {held / 2**20:.1f} |" for done, seconds, held in rows]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tracking.plot_long_video(rows, arguments.output / "long.png", arguments.device)
+    text = "\n".join([describe_machine(arguments.device), "", *lines])
+    (arguments.output / "long.md").write_text(f"# One long video\n\n{text}\n")
+    print(text)
+
+
+def run_training(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
+    measurements = training.benchmark_training(
+        config,
+        arguments.frames,
+        arguments.objects,
+        arguments.repeats,
+        arguments.device,
+        dtype,
+        arguments.gradient_checkpointing,
+        arguments.encoder_batch_size,
+    )
+    encoder, forward, both = (m.median for m in measurements[2:])
+    step = measurements[0].median
+    videos = None if arguments.davis is None else load_videos("davis", arguments.davis)
+    waiting, computing = training.measure_waiting(
+        config, videos, arguments.frames, arguments.objects, arguments.workers, arguments.steps, arguments.device, dtype
+    )
+    parts = {
+        "encoder": encoder,
+        "tracking and loss": forward - encoder,
+        "backward": both - forward,
+        "optimizer": step - both,
+        f"waiting for {arguments.workers} workers": waiting.median,
+    }
+    table = "\n".join(["| part of a step | median, ms |", "| --- | --- |"])
+    table += "".join(f"\n| {name} | {1e3 * max(seconds, 0):.2f} |" for name, seconds in parts.items())
+    table += f"\n\nBeside the data loader a step computes for {1e3 * computing.median:.2f} ms."
+    title = f"Training: one clip of {arguments.frames} frames, {arguments.objects} objects, {arguments.dtype}"
+    tables = f"{to_markdown(measurements[:2], 'samoe_hf', 'clip')}\n\n{table}"
+    report(arguments, "train", title, measurements[:2], tables)
+
+
+def report(arguments: argparse.Namespace, name: str, title: str, measurements: list, tables: str) -> None:
+    write_results(arguments.output, name, title, measurements, tables, arguments.device)
+    print(f"{title}\n{describe_machine(arguments.device)}\n\n{tables}\n\nWritten to {arguments.output}/{name}.md")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    if parsed.threads is not None:
+        torch.set_num_threads(parsed.threads)
+    dtype = getattr(torch, parsed.dtype)
+    configs = {Path(path).stem.removeprefix("model_"): SamoeConfig(**read_yaml(path)) for path in parsed.model}
+    first = next(iter(configs.values()))
+    if parsed.kind == "experts":
+        run_experts(parsed, first, dtype)
+    elif parsed.kind == "track":
+        run_tracking(parsed, configs, dtype)
+    elif parsed.kind == "parts":
+        run_parts(parsed, first, dtype)
+    elif parsed.kind == "long":
+        run_long(parsed, first)
+    else:
+        run_training(parsed, first, dtype)

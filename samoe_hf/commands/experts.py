@@ -1,0 +1,103 @@
+"""Show what a model's experts do: their use by layer, domain and object, and where in the image each is chosen.
+
+    samoe experts MODEL --dataset davis --root DAVIS --split val --output outputs/experts
+    samoe experts MODEL --dataset RUN.yaml        # the videos of its `eval_data`, of several domains
+
+Objects are prompted with their masks on the first frame that shows them, and tracked. Tables, `statistics.json` and
+pictures are written to the output folder; routing maps, as a strip of frames and a video, for one video of each domain.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from samoe_hf import SamoeModel
+from samoe_hf.analysis.usage import DEAD_SHARE, ExpertUsage, expert_usage, routing_maps, routing_module, short_name
+from samoe_hf.data import Video
+from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
+from samoe_hf.model.processor import load_processor
+
+from .options import add_device_option, command_parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("experts", __doc__)
+    parser.add_argument("model", help="a SamoeModel or an original .pt")
+    add_dataset_arguments(parser)
+    parser.add_argument("--output", type=Path, default=Path("outputs/experts"), metavar="DIR")
+    parser.add_argument(
+        "--routing-video", action="append", default=[], metavar="N|ID",
+        help="video to map, by number or id; may be repeated; the first of each domain",
+    )  # fmt: skip
+    parser.add_argument("--routing-module", metavar="NAME", help="layer to map; the last cross attention's q_proj")
+    parser.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
+    parser.add_argument(
+        "--dead-share", type=float, default=DEAD_SHARE, metavar="SHARE",
+        help="experts that a smaller share of the tokens choose are dead (%(default)s)",
+    )  # fmt: skip
+    add_device_option(parser)
+    return parser.parse_args(arguments)
+
+
+def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None) -> list[Video]:
+    """The videos that are named by id or number, each of which must have the object."""
+    found = []
+    for text in chosen:
+        matches = [video for video in videos if video.video_id == text]
+        if not matches and text.isdigit() and int(text) < len(videos):
+            matches = [videos[int(text)]]
+        if not matches:
+            raise ValueError(f"`--routing-video` must be an id or a number below {len(videos)}, got {text!r}.")
+        found += matches
+    for video in found:
+        if object_id not in (None, *video.object_ids):
+            raise ValueError(
+                f"`--routing-object` {object_id} is not in {video.video_id}, which has {video.object_ids}."
+            )
+    if object_id is not None and not any(object_id in video.object_ids for video in videos):
+        raise ValueError(f"`--routing-object` {object_id} is in none of the videos.")
+    return found
+
+
+def first_of_each_domain(videos: list[Video], usage: ExpertUsage, module: str, object_id: int | None) -> list[Video]:
+    """Of each domain, the first video in which the module ran, for the object if one is given."""
+    there = {source[:2] for source in usage.sums.get(module, ()) if object_id in (None, source.object_id)}
+    found = [video for video in videos if (video.domain, video.video_id) in there]
+    return list({video.domain: video for video in reversed(found)}.values())[::-1]
+
+
+def print_usage(usage: ExpertUsage, dead_share: float) -> None:
+    """Prints a line for each module."""
+    print("Entropies: 1 is even. load_max: of the most chosen expert, 1 is even. domain_information: in bits.")
+    table = usage.statistics(dead_share=dead_share).rename(index=short_name)
+    table = table[
+        ["usage_entropy", "router_entropy", "load_max", "domain_information", "mean_similarity", "dead_experts"]
+    ]
+    table["dead_experts"] = [" ".join(map(str, dead)) or "-" for dead in table["dead_experts"]]
+    with pd.option_context("display.width", 200, "display.max_rows", None, "display.float_format", "{:.3f}".format):
+        print(table.rename_axis(None).to_string(na_rep="-"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    videos = videos_from_arguments(parsed)
+    chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
+    model = SamoeModel.from_pretrained(parsed.model).to(parsed.device)
+    processor = load_processor(parsed.model, model)
+
+    module = routing_module(model, parsed.routing_module)
+    usage = expert_usage(model, videos, processor)
+    print_usage(usage, parsed.dead_share)
+    files = usage.save(parsed.output, parsed.dead_share)
+    if module is None:
+        print("No routing maps: no layer with experts has image positions for tokens.")
+    else:
+        chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
+        for video in chosen:
+            maps = routing_maps(model, video, processor, module)
+            name = re.sub(r"[^\w.-]+", "_", f"routing_{video.domain}_{video.video_id}")
+            files += maps.save(parsed.output / name, parsed.routing_object)
+    print(f"Wrote to {parsed.output}: {', '.join(file.name for file in files)}")

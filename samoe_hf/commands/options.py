@@ -1,0 +1,29 @@
+"""Options that several commands have."""
+
+import argparse
+
+import torch
+
+
+def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser for `samoe NAME`, which shows the description as it is."""
+    return argparse.ArgumentParser(
+        prog=f"samoe {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`, by default the first GPU, or the CPU where there is none."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=default, help="such as cuda:1 or cpu (%(default)s)")
+
+
+def usable_device(name: str) -> torch.device:
+    """A device of this machine by its name, as a type of `argparse`."""
+    try:
+        device = torch.device(name)
+        torch.ones((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by the device and how it fails
+        reason = str(error).split("\n")[0]
+        raise argparse.ArgumentTypeError(f"{name!r} is no device that can be used here ({reason})") from error
+    return device

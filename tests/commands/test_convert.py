@@ -1,0 +1,83 @@
+"""`samoe convert`: there and back, uploads, and what it refuses."""
+
+import pytest
+from transformers import AutoProcessor, Sam2VideoProcessor
+
+from helpers.hub_client import Client
+from helpers.hub_server import TOKEN, HubServer
+from helpers.reference import reference_folder
+from samoe_hf import SamoeModel
+from samoe_hf.cli import main
+
+NANO = reference_folder("nano")
+CHECKPOINT = NANO / "sam2.1_hiera_nano.pt"
+EXPERTS = NANO / "samoe_nano_adapters.pt"
+CONFIG = NANO / "sam2.1_hiera_nano_moe.yaml"
+
+
+def convert(*arguments: object) -> None:
+    main(["convert", *map(str, arguments)])
+
+
+def test_there_and_back(nano, tmp_path, capsys):
+    folder, original, again = (tmp_path / name for name in ("folder", "original", "again"))
+    convert(CHECKPOINT, "--experts", EXPERTS, "--config", CONFIG, "--output", folder)
+    assert isinstance(AutoProcessor.from_pretrained(folder), Sam2VideoProcessor)
+    tensors = SamoeModel.from_pretrained(folder).state_dict()
+    assert all((tensor == tensors[name]).all() for name, tensor in nano.model.state_dict().items())
+    convert(folder, "--to", "original", "--output", original)
+    stem = f"{original}/sam2.1_hiera_custom_moe"
+    convert(f"{stem}.pt", "--config", f"{stem}.yaml", "--output", again)
+    for name in ("model.safetensors", "config.json", "processor_config.json"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+    assert "Wrote" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(tmp_path, capsys):
+    (tmp_path / "truncated.pt").write_bytes(CHECKPOINT.read_bytes()[:100_000])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    output, full = tmp_path / "output", tmp_path / "full"
+    cases = [
+        ([tmp_path / "truncated.pt", "--output", output], "truncated"),
+        ([CHECKPOINT, "--output", output], "none of Meta's"),
+        ([tmp_path / "missing.pt", "--output", output], "no such file"),
+        ([CHECKPOINT, "--config", CHECKPOINT, "--output", output], "is not YAML"),
+        ([CHECKPOINT, "--config", CONFIG, "--output", full], "not an empty folder"),
+        ([CHECKPOINT, "--config", CONFIG, "--output", full, "--push-to-hub", "me/x"], "something else than this model"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as caught:
+            convert(*arguments)
+        line = caught.value.code
+        assert line.startswith("error: ") and message in line and "\n" not in line
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "truncated.pt"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: --output"),
+        (["--to", "original", "--output", "o", "--push-to-hub", "x"], "does not go"),
+    ],
+)
+def test_mistaken_options_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        convert(CHECKPOINT, *arguments)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_model_is_uploaded_and_can_be_uploaded_again(tmp_path):
+    code = """
+from samoe_hf.cli import main
+main(["convert", checkpoint, "--config", config, "--output", output, "--push-to-hub", repo_id])
+"""
+    paths = {"checkpoint": CHECKPOINT, "config": CONFIG, "output": tmp_path / "output"}
+    with HubServer() as server:
+        client = Client(server.url, tmp_path / "home", TOKEN)
+        client.run(code, **paths, repo_id="first")
+        client.run(code, **paths, repo_id="second")
+        client.close()
+    for name in ("tester/first", "tester/second"):
+        files = server.repositories[name].files
+        assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= files.keys()
