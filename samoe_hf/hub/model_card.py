@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,100 +23,124 @@ LIMITS = (
 )
 
 
-def build_model_card(
-    model: SamoeModel,
-    model_id: str,
-    *,
-    base: Mapping[str, Any] | None = None,
-    experts_only: bool = False,
-    eval_results: Sequence[EvalResult] | None = None,
-    usage_picture: str | os.PathLike | None = None,
-    training: Mapping[str, Any] | None = None,
-    domains: Sequence[str] | None = None,
-    datasets: Sequence[str] | str | None = None,
-    license: str | None = None,
-    language: str | None = None,
-    tags: Sequence[str] | None = None,
-    limits: Sequence[str] = (),
-) -> ModelCard:
-    """A card that says what is known, and of the rest that it is not stated.
+@dataclass(frozen=True)
+class CardContent:
+    """What a maker can say in a card beside what the model knows; what is not given is not stated.
 
     Args:
-        model_id: its repository, or a name.
-        base: what it was loaded from, as `model.base_model_source`, which is the default.
-        experts_only: whether the repository holds only what was trained.
         eval_results: for the table of results and the metadata (`model-index`).
-        usage_picture: an image file, which the card expects beside itself; see [`write_model_card`].
+        usage_picture: an image file of how often each expert is used; the card expects it beside itself.
         training: setting -> value, for the table.
         domains: what was trained on, in words.
         datasets: the same as ids of data sets on the Hub, for the metadata.
         license: an identifier of the Hub such as "apache-2.0".
         language, tags: for the metadata.
         limits: further ones than hold for every model.
+    """
+
+    eval_results: Sequence[EvalResult] | None = None
+    usage_picture: str | os.PathLike | None = None
+    training: Mapping[str, Any] | None = None
+    domains: Sequence[str] | None = None
+    datasets: Sequence[str] | str | None = None
+    license: str | None = None
+    language: str | None = None
+    tags: Sequence[str] | str | None = None
+    limits: Sequence[str] = ()
+
+    @property
+    def picture_name(self) -> str | None:
+        """The picture's file name beside the card."""
+        return None if self.usage_picture is None else USAGE_PICTURE + Path(self.usage_picture).suffix.lower()
+
+
+def build_model_card(
+    model: SamoeModel,
+    model_id: str,
+    content: CardContent | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
+    experts_only: bool = False,
+) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        model_id: its repository, or a name.
+        content: what its maker adds.
+        base: what it was loaded from, as `model.base_model_source`, which is the default.
+        experts_only: whether the repository holds only what was trained.
 
     Returns:
         The card; `card.save(path)` writes it.
     """
-    base = base or model.base_model_source
-    datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
-    base_name = None if base is None else base["name_or_path"]
-    is_public = base_name is not None and not os.path.isabs(base_name)
-    model_name = model_id.split("/")[-1]
-    data = ModelCardData(
-        base_model=base_name if is_public else None,
-        base_model_relation=("adapter" if experts_only else "finetune") if is_public else None,
-        datasets=datasets or None,
-        eval_results=list(eval_results or []) or None,
-        language=language,
-        library_name="transformers",
-        license=license,
-        model_name=model_name,
-        pipeline_tag="mask-generation",
-        tags=sorted({"samoe", "sam2", "video-object-segmentation", *([tags] if isinstance(tags, str) else tags or [])}),
-    )
-    if not TEMPLATE.exists():
-        # This code came with a model's repository, without the template.
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {model_name}\n", ignore_metadata_errors=False)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
+    content = content or CardContent()
+    base = base or model.base_model_source or {}
+    name = base.get("name_or_path")
+    is_public = name is not None and not os.path.isabs(name)
+    relation = "adapter" if experts_only else "finetune"
+    data = _metadata(model_id, content, {"base_model": name, "base_model_relation": relation} if is_public else {})
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         base={
-            "name": base_name if is_public or base_name is None else Path(base_name).name,
+            "name": name if is_public or name is None else Path(name).name,
             "is_public": is_public,
-            "revision": (base or {}).get("revision"),
+            "revision": base.get("revision"),
         },
         model_id=model_id,
-        model_name=model_name,
-        config=model.config,
+        model_name=data.model_name,
         experts_only=experts_only,
-        has_code=type(model)._auto_class is not None,
-        num_layers=len(model.expert_names),
-        num_parameters=model.num_parameters(),
-        num_expert_parameters=sum(p.numel() for name, p in model.named_parameters() if is_expert_parameter(name)),
-        also_trained=f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
-        domains=list(domains or []),
-        datasets=datasets,
-        training=training,
-        results=list(eval_results or []),
-        usage_picture=None if usage_picture is None else _picture_name(usage_picture),
-        limits=[*LIMITS, *limits],
-        licence=license,
+        domains=list(content.domains or []),
+        datasets=data.datasets or [],
+        training=content.training,
+        results=data.eval_results or [],
+        usage_picture=content.picture_name,
+        limits=[*LIMITS, *content.limits],
+        licence=content.license,
+        **_model_facts(model),
     )
 
 
-def write_model_card(model: SamoeModel, directory: str | os.PathLike, model_id: str, **arguments: Any) -> None:
+def _metadata(model_id: str, content: CardContent, base: Mapping[str, str]) -> ModelCardData:
+    datasets, tags = (
+        [value] if isinstance(value, str) else list(value or []) for value in (content.datasets, content.tags)
+    )
+    return ModelCardData(
+        **base,
+        datasets=datasets or None,
+        eval_results=list(content.eval_results or []) or None,
+        language=content.language,
+        library_name="transformers",
+        license=content.license,
+        model_name=model_id.split("/")[-1],
+        pipeline_tag="mask-generation",
+        tags=sorted({"samoe", "sam2", "video-object-segmentation", *tags}),
+    )
+
+
+def _model_facts(model: SamoeModel) -> dict[str, Any]:
+    """What the template shows of the model itself."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
+    return {
+        "config": model.config,
+        "has_code": type(model)._auto_class is not None,
+        "num_layers": len(model.expert_names),
+        "num_parameters": model.num_parameters(),
+        "num_expert_parameters": sum(p.numel() for name, p in model.named_parameters() if is_expert_parameter(name)),
+        "also_trained": f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
+    }
+
+
+def write_model_card(
+    model: SamoeModel, directory: str | os.PathLike, model_id: str, content: CardContent | None = None, **kwargs: Any
+) -> None:
     """Writes `README.md` and the picture beside it; arguments as in [`build_model_card`].
 
     Raises:
         FileNotFoundError: if there is no such picture.
     """
-    card = build_model_card(model, model_id, **arguments)
-    if (picture := arguments.get("usage_picture")) is not None:
-        shutil.copyfile(picture, Path(directory) / _picture_name(picture))
+    card = build_model_card(model, model_id, content, **kwargs)
+    if content is not None and content.usage_picture is not None:
+        shutil.copyfile(content.usage_picture, Path(directory) / content.picture_name)
     card.save(Path(directory) / "README.md")
-
-
-def _picture_name(picture: str | os.PathLike) -> str:
-    return USAGE_PICTURE + Path(picture).suffix.lower()

@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
 
-from .model_card import write_model_card
+from .model_card import CardContent, write_model_card
 
 
 def check_base_is_public(model: SamoeModel) -> None:
@@ -60,9 +60,8 @@ def push(
         # As with other models, a card that was written by hand stays.
         if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
             base = json.loads((Path(folder) / CONFIG_NAME).read_text())["base_model"] or model.base_model_source
-            write_model_card(
-                model, folder, repo_id, base=base, experts_only=experts_only, **{"tags": tags, **(card or {})}
-            )
+            content = CardContent(**{"tags": tags, **(card or {})})
+            write_model_card(model, folder, repo_id, content, base=base, experts_only=experts_only)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -19,7 +19,7 @@ from samoe_hf.data import ClipCollator
 from samoe_hf.data.schema import Video
 from samoe_hf.evaluation.evaluate import VideoResult, evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
-from samoe_hf.hub.model_card import write_model_card
+from samoe_hf.hub.model_card import CardContent, write_model_card
 from samoe_hf.hub.push import check_base_is_public
 from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
 from samoe_hf.model.experts import record_router_logits
@@ -226,11 +226,7 @@ class SamoeTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        write_model_card(
-            self.accelerator.unwrap_model(self.model),
-            self.args.output_dir,
-            self.hub_model_id or model_name or Path(self.args.output_dir).name,
-            experts_only=self._saves_only_trained(),
+        content = CardContent(
             eval_results=evaluation_results(self.state.log_history),
             usage_picture=usage_picture,
             training=card_settings(self.args) | {"steps": self.state.global_step},
@@ -239,6 +235,10 @@ class SamoeTrainer(Trainer):
             license=license,
             language=language,
             tags=tags,
+        )
+        model, name = self.accelerator.unwrap_model(self.model), model_name or Path(self.args.output_dir).name
+        write_model_card(
+            model, self.args.output_dir, self.hub_model_id or name, content, experts_only=self._saves_only_trained()
         )
 
     def _issue_warnings_after_load(self, load_result) -> None:

@@ -16,7 +16,7 @@ from helpers.hub_server import TOKEN, HubServer, card_errors
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.hub.model_card import build_model_card, write_model_card
+from samoe_hf.hub.model_card import CardContent, build_model_card, write_model_card
 
 COMMIT = "0123456789" * 4
 
@@ -39,10 +39,7 @@ def full_card(model) -> ModelCard:
         EvalResult("mask-generation", name, name, "J&F", value, metric_name="J&F")
         for name, value in (("MOSE", 0.71), ("OCID", 0.83))
     ]
-    return build_model_card(
-        model,
-        "tester/model",
-        experts_only=True,
+    content = CardContent(
         eval_results=results,
         usage_picture="pictures/usage.PNG",
         training={"learning_rate": 1e-4, "steps": 100},
@@ -53,6 +50,7 @@ def full_card(model) -> ModelCard:
         tags=["ct"],
         limits=["Measured on two data sets only."],
     )
+    return build_model_card(model, "tester/model", content, experts_only=True)
 
 
 def test_what_is_known_is_told(model):
@@ -110,11 +108,11 @@ def test_the_picture_comes_along(model, tmp_path):
     picture = tmp_path / "usage.png"
     Image.new("RGB", (4, 4)).save(picture)
     (tmp_path / "out").mkdir()
-    write_model_card(model, tmp_path / "out", "tester/model", usage_picture=picture)
+    write_model_card(model, tmp_path / "out", "tester/model", CardContent(usage_picture=picture))
     assert (tmp_path / "out" / "expert_usage.png").read_bytes() == picture.read_bytes()
     assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "transformers"
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        write_model_card(model, tmp_path / "out", "tester/model", usage_picture=tmp_path / "nowhere.png")
+        write_model_card(model, tmp_path / "out", "tester/model", CardContent(usage_picture=tmp_path / "nowhere.png"))
 
 
 @pytest.mark.parametrize(
