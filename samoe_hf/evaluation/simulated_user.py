@@ -218,6 +218,8 @@ class SimulatedUser:
                 self.processor,
                 # Offline, any frame may be corrected after a pass over all.
                 keep_frames=max(KEPT_FRAMES, len(self.video) if self.prompt.offline else 0),
+                # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
+                corrections_condition=True,
                 inference_device=self.model.device,
                 dtype=self.model.dtype,
             )
@@ -226,16 +228,21 @@ class SimulatedUser:
         return self._sessions[frames[0]]
 
     def _predict(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
-        size = self.video.size
-        logits = np.full((len(self._object_ids), *size), -np.inf, dtype=np.float32)
+        """Tracks all objects that were prompted up to this frame on it."""
+        logits = np.full((len(self._object_ids), *self.video.size), -np.inf, dtype=np.float32)
         scores = np.full(len(self._object_ids), -np.inf, dtype=np.float32)
-        for session in (session for start, session in self._sessions.items() if start <= frame_idx):
+        self._update({start for start in self._sessions if start <= frame_idx}, frame_idx, logits, scores)
+        return logits, scores
+
+    def _update(self, starts: set[int], frame_idx: int, logits: np.ndarray, scores: np.ndarray) -> None:
+        """Writes what the model now gives on a frame in the sessions that begin on the frames `starts`."""
+        size = self.video.size
+        for session in (session for start, session in self._sessions.items() if start in starts):
             output = self.model(session, frame_idx=frame_idx)
             rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
             masks = self.processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
             logits[rows] = masks.float().cpu().numpy()
             scores[rows] = output.object_score_logits[:, 0].float().cpu().numpy()
-        return logits, scores
 
     def _click(
         self, frame_idx: int, object_ids: list[int], logits: np.ndarray, scores: np.ndarray
@@ -243,16 +250,16 @@ class SimulatedUser:
         """Gives up to `count` clicks for each object, and what the model then predicts on the frame."""
         targets = dict(zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True))
         for _ in range(self.prompt.count):
-            any_click = False
+            clicked = set()
             for object_id, target in targets.items():
                 click = click_on_error(target, logits[self._object_ids.index(object_id)] > 0)
                 if click is not None:
                     prompt = VideoPrompt(object_id, frame_idx, points=[click[0]], labels=[click[1]])
                     self._give(prompt, clear_old_inputs=False)
-                    any_click = True
-            if not any_click:
+                    clicked.add(self._frames[object_id][0])
+            if not clicked:
                 break
-            logits, scores = self._predict(frame_idx)
+            self._update(clicked, frame_idx, logits, scores)  # elsewhere the frame would be tracked anew
         return logits, scores
 
     def _ious(self, frame_idx: int, logits: np.ndarray) -> dict[int, float]:

@@ -286,11 +286,14 @@ def _embed_prompt(model: Sam2VideoModel, prompt: Prompt | None, num_objects: int
     """Tokens (objects, 1, points, hidden) and maps (objects or 1, hidden, S / 16, S / 16) that stand for a prompt."""
     encoder = model.prompt_encoder
     points = None if prompt is None or prompt.points is None else prompt.points.unsqueeze(1)
+    previous_mask = None if prompt is None else prompt.previous_mask
+    if previous_mask is not None:
+        previous_mask = previous_mask.to(encoder.no_mask_embed.weight.dtype)  # logits are in float32 at least
     sparse, dense = encoder(
         input_points=points,
         input_labels=None if points is None else prompt.labels.unsqueeze(1),
         input_boxes=None,
-        input_masks=None if prompt is None else prompt.previous_mask,
+        input_masks=previous_mask,
     )
     if points is None:
         # `sam2` gives a padding point instead, and pads it with another.

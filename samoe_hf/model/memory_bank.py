@@ -60,6 +60,12 @@ class MemoryBank:
         else:
             self.tracked[frame_idx] = memory
 
+    def copy(self) -> "MemoryBank":
+        """A bank with the same memories, which may be written to alone."""
+        copied = MemoryBank()
+        copied.conditioning, copied.tracked = dict(self.conditioning), dict(self.tracked)
+        return copied
+
     def __getitem__(self, frame_idx: int) -> FrameMemory:
         return self.conditioning.get(frame_idx) or self.tracked[frame_idx]
 

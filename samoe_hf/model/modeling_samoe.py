@@ -35,13 +35,14 @@ from .configuration_samoe import SamoeConfig
 from .expert_surgery import freeze_experts, grow_experts, merge_experts, prune_experts, reset_expert, wake_experts
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
 from .files import updated_folder
+from .interaction import clear_prompts, remove_object
 from .lora_exchange import add_expert, export_expert
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .processor import build_processor
 from .prompts import PromptRecipe, resolve_recipe
 from .sam2_modules import make_lean
-from .tracking import encoding_ahead, remove_object, run_new_prompts, track_frame
+from .tracking import encoding_ahead, start_propagation, track_frame
 
 logger = logging.getLogger(__name__)
 
@@ -497,11 +498,19 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
     ) -> Iterator[Sam2VideoSegmentationOutput]:
         """As in Sam2VideoModel; it need not be called on the prompted frames first. Frames are encoded a few at a time
         where one alone would not fill the device."""
-        run_new_prompts(self, inference_session)
+        start_propagation(self, inference_session, start_frame_idx)
         with encoding_ahead(self, inference_session):
             yield from super().propagate_in_video_iterator(
                 inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
             )
+
+    def clear_prompts(self, inference_session: Sam2VideoInferenceSession, frame_idx: int, obj_id: int) -> None:
+        """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.
+
+        Raises:
+            ValueError: if there is no such object.
+        """
+        clear_prompts(inference_session, frame_idx, obj_id)
 
     def remove_object(self, inference_session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
         """Removes an object from a session, with all that is known of it; the others go on as before.

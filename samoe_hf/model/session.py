@@ -1,12 +1,15 @@
 """A session whose memory does not grow with the video: frames are decoded as they come, and forgotten in time."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
+
+from .interaction import SessionObject, check_prompt
 
 KEPT_FRAMES = 32
 
@@ -23,6 +26,9 @@ class VideoSession(Sam2VideoInferenceSession):
         frames: (H, W, 3) uint8 arrays of one size, each read when it is needed; None where frames are streamed.
         processor: prepares the frames.
         keep_frames: at least the model's reach.
+        corrections_condition: whether prompts on tracked frames make conditioning frames of them, as SAM 2 is trained
+            and as `sam2` does with `add_all_frames_to_correct_as_cond`. By default they do not, and a corrected frame
+            is tracked anew when the video is propagated again.
         kwargs: as in the base class: `inference_device`, `inference_state_device`, `dtype`, and
             `max_vision_features_cache_size`, so many frames (16 at most) are encoded at once, ahead of tracking.
     """
@@ -33,6 +39,7 @@ class VideoSession(Sam2VideoInferenceSession):
         processor: Sam2VideoProcessor | None = None,
         *,
         keep_frames: int = KEPT_FRAMES,
+        corrections_condition: bool = False,
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ):
@@ -43,7 +50,7 @@ class VideoSession(Sam2VideoInferenceSession):
         super().__init__(dtype=dtype, **kwargs)
         if frames is not None:
             self.processed_frames = PreparedFrames(frames, processor, self.inference_device, dtype)
-        self.keep_frames = keep_frames
+        self.keep_frames, self.corrections_condition = keep_frames, corrections_condition
 
     def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
         """As in the base class, whose count of frames does not know of forgotten ones."""
@@ -51,19 +58,39 @@ class VideoSession(Sam2VideoInferenceSession):
             frame_idx = max(self.processed_frames or [-1]) + 1
         return super().add_new_frame(pixel_values, frame_idx)
 
+    def add_point_inputs(self, obj_idx: int, frame_idx: int, inputs: dict[str, Tensor]) -> None:
+        """As in the base class.
+
+        Raises:
+            ValueError: see [`~interaction.check_prompt`].
+        """
+        super().add_point_inputs(obj_idx, frame_idx, inputs)
+        self._check_prompt(obj_idx, frame_idx)
+
+    def add_mask_inputs(self, obj_idx: int, frame_idx: int, inputs: Tensor) -> None:
+        """As in the base class.
+
+        Raises:
+            ValueError: see [`~interaction.check_prompt`].
+        """
+        super().add_mask_inputs(obj_idx, frame_idx, inputs)
+        self._check_prompt(obj_idx, frame_idx)
+
+    def _check_prompt(self, obj_idx: int, frame_idx: int) -> None:
+        if isinstance(self.processed_frames, PreparedFrames):  # streams are checked when they go on
+            image_size = self.processed_frames.processor.target_size
+            check_prompt(SessionObject(self, obj_idx), frame_idx, image_size, upcoming=False)
+
     def forget(self, frame_idx: int) -> None:
         """Drops what tracking does not reach again from frame `frame_idx`."""
         for row, outputs in self.output_dict_per_obj.items():
-            if "memory_bank" not in outputs:
-                continue  # prompted on a frame that was not run yet
-            bank, kept = outputs["memory_bank"], outputs["non_cond_frame_outputs"]
+            bank, kept = outputs["state"].bank, outputs["non_cond_frame_outputs"]
             anchors = [frame_idx, *bank.conditioning]
-            far = [t for t in kept if all(abs(t - anchor) > self.keep_frames for anchor in anchors)]
-            for t in far:
-                if kept[t]["prompt"] is None:
-                    del kept[t]
-                    bank.tracked.pop(t, None)
-                    self.frames_tracked_per_obj[row].pop(t, None)
+            far = {t for t in kept if all(abs(t - anchor) > self.keep_frames for anchor in anchors)}
+            for t in far.difference(SessionObject(self, row).prompted_frames):
+                del kept[t]
+                bank.tracked.pop(t, None)
+                self.frames_tracked_per_obj[row].pop(t, None)
         if isinstance(self.processed_frames, dict):
             for t in [t for t in self.processed_frames if abs(t - frame_idx) > self.keep_frames]:
                 del self.processed_frames[t]
@@ -88,7 +115,7 @@ class PreparedFrames(Mapping):
         return iter(range(len(self.frames)))
 
     def __contains__(self, frame_idx: object) -> bool:
-        return isinstance(frame_idx, int) and 0 <= frame_idx < len(self.frames)
+        return isinstance(frame_idx, Integral) and 0 <= frame_idx < len(self.frames)
 
     def __getitem__(self, frame_idx: int) -> Tensor:
         if frame_idx not in self:

@@ -13,6 +13,7 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.experts import is_expert_parameter
 from samoe_hf.model.frame_step import fill_holes
 from samoe_hf.model.processor import build_processor
+from samoe_hf.model.session import VideoSession
 
 POINT_1 = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 POINT_2 = {"input_points": [[[[100, 30], [20, 80]]]], "input_labels": [[[1, 0]]]}
@@ -143,18 +144,90 @@ def test_streaming_equals_tracking_a_known_video(nano, processor):
     assert (masks(streamed) - known).abs().mean() < 2e-2
 
 
-def test_a_correction_changes_its_frame_and_what_follows_and_stays(nano, processor, video):
+CORRECTION = {"input_points": [[[[120, 70]]]], "input_labels": [[[1]]]}
+
+
+def propagate(model, session, *args):
+    return {output.frame_idx: output.pred_masks for output in model.propagate_in_video_iterator(session, *args)}
+
+
+def test_a_correction_changes_what_follows_until_its_frame_is_tracked_anew(nano, processor, video):
     session = start(processor, video, (1, 0, POINT_1), (2, 0, BOX))
-    before = masks(nano.model.propagate_in_video_iterator(session))
-    processor.add_inputs_to_inference_session(session, 3, 1, input_points=[[[[120, 70]]]], input_labels=[[[1]]])
+    before = propagate(nano.model, session)
+    processor.add_inputs_to_inference_session(session, 3, 1, **CORRECTION)
     corrected = nano.model(session, frame_idx=3).pred_masks
-    assert (corrected[0] - before[3, 0]).abs().mean() > 1e-3
-    torch.testing.assert_close(corrected[1], before[3, 1], atol=1e-4, rtol=0)
-    after = masks(nano.model.propagate_in_video_iterator(session, start_frame_idx=0))
+    assert (corrected[0] - before[3][0]).abs().mean() > 1e-3
+    torch.testing.assert_close(corrected[1], before[3][1], atol=0, rtol=0)
+    after = propagate(nano.model, session, 4)
+    assert (after[4][0] - before[4][0]).abs().mean() > 1e-4
+    torch.testing.assert_close(after[4][1], before[4][1], atol=1e-4, rtol=0)
+    anew = propagate(nano.model, session, 0)
+    for frame_idx, expected in before.items():
+        torch.testing.assert_close(anew[frame_idx], expected, atol=1e-4, rtol=0)
+
+
+def test_corrections_condition_if_wanted(nano, processor, video):
+    session = VideoSession(video, processor, corrections_condition=True)
+    processor.add_inputs_to_inference_session(session, 0, 1, **POINT_1)
+    before = propagate(nano.model, session)
+    processor.add_inputs_to_inference_session(session, 3, 1, **CORRECTION)
+    corrected = nano.model(session, frame_idx=3).pred_masks
+    after = propagate(nano.model, session, 0)
     torch.testing.assert_close(after[3], corrected, atol=0, rtol=0)
-    torch.testing.assert_close(after[:3], before[:3], atol=1e-4, rtol=0)
-    torch.testing.assert_close(after[:, 1], before[:, 1], atol=1e-4, rtol=0)
-    assert (after[4, 0] - before[4, 0]).abs().mean() > 1e-4
+    assert (after[1] - before[1]).abs().mean() > 1e-4  # conditioning frames are read from both sides
+
+
+def test_the_first_prompted_frame_keeps_its_mask_after_a_click_on_the_tracked_video(nano, processor, video):
+    """As in `sam2`, which shows what the click gives, but does not use it."""
+    session = start(processor, video, (1, 0, POINT_1))
+    before = propagate(nano.model, session)
+    processor.add_inputs_to_inference_session(session, 0, 1, **CORRECTION)
+    assert (nano.model(session, frame_idx=0).pred_masks - before[0]).abs().mean() > 1e-3
+    for frame_idx, masks in propagate(nano.model, session).items():
+        torch.testing.assert_close(masks, before[frame_idx], atol=1e-4, rtol=0)
+
+
+def test_corrections_do_not_see_each_other_before_propagation(nano, processor, video):
+    def correct(*frames):
+        session = start(processor, video, (1, 0, POINT_1))
+        propagate(nano.model, session)
+        for frame_idx in frames:
+            processor.add_inputs_to_inference_session(session, frame_idx, 1, **CORRECTION)
+            output = nano.model(session, frame_idx=frame_idx)
+        return output.pred_masks
+
+    torch.testing.assert_close(correct(2, 4), correct(4), atol=1e-5, rtol=0)
+
+
+def test_prompting_an_object_does_not_track_the_others(nano, processor, video):
+    expected = nano.model(start(processor, video, (2, 4, BOX)), frame_idx=4).pred_masks[0]
+    session = start(processor, video, (1, 0, POINT_1), (2, 0, POINT_2))
+    nano.model(session, frame_idx=0)
+    processor.add_inputs_to_inference_session(session, 4, 1, **CORRECTION)
+    shown = nano.model(session, frame_idx=4).pred_masks[1]
+    assert session.frames_tracked_per_obj == {0: {}, 1: {}}
+    processor.add_inputs_to_inference_session(session, 4, 2, **BOX)
+    prompted = nano.model(session, frame_idx=4).pred_masks[1]
+    torch.testing.assert_close(prompted, expected, atol=1e-5, rtol=0)
+    assert (prompted - shown).abs().mean() > 1e-3
+
+
+def test_cleared_prompts_count_no_more(nano, processor, video):
+    """Cleared by the model, or by transformers' session, which the model notices later."""
+    expected = propagate(nano.model, start(processor, video, (1, 0, POINT_1)))
+    for clear in (
+        lambda session: nano.model.clear_prompts(session, 3, 1),
+        lambda session: session.remove_mask_inputs(0, 3) or session.remove_point_inputs(0, 3),
+    ):
+        for track_before in (False, True):
+            session = start(processor, video, (1, 0, POINT_1), (1, 3, BOX))
+            if track_before:
+                propagate(nano.model, session)
+            clear(session)
+            for frame_idx, masks in propagate(nano.model, session).items():
+                torch.testing.assert_close(masks, expected[frame_idx], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"`obj_id`.*\[1\], got 5"):
+        nano.model.clear_prompts(session, 3, 5)
 
 
 def test_clicks_refine_the_previous_mask_if_wanted(nano, processor, video):
@@ -207,15 +280,22 @@ def test_what_cannot_be_tracked_is_refused(nano, processor, video):
         nano.model(start(processor, video, (1, 0, POINT_1)), frame_idx=6)
     unprompted = start(processor, video, (1, 0, POINT_1))
     unprompted.obj_id_to_idx(4)
+    output = nano.model(unprompted, frame_idx=0)  # the prompt of object 1 is shown
+    assert (output.pred_masks[1] == -1024).all() and output.object_score_logits[1] == -1024
     with pytest.raises(ValueError, match="Object 4 was never prompted"):
-        nano.model(unprompted, frame_idx=0)
+        nano.model(unprompted, frame_idx=1)
+    with pytest.raises(ValueError, match="Object 4 was never prompted"):
+        propagate(nano.model, unprompted)
+    with pytest.raises(ValueError, match=r"`frame_idx`.*6 frames.*got 9"):
+        propagate(nano.model, start(processor, video, (1, 0, POINT_1)), 9)
 
 
 def test_a_session_leaves_no_gradients_and_keeps_memories_in_bfloat16(nano, processor, video):
     session = start(processor, video, (1, 0, POINT_1))
     output = nano.model(session, frame_idx=0)
     assert not output.pred_masks.requires_grad
-    assert session.output_dict_per_obj[0]["memory_bank"][0].features.dtype == torch.bfloat16
+    nano.model(session, frame_idx=1)
+    assert session.output_dict_per_obj[0]["state"].bank[0].features.dtype == torch.bfloat16
 
 
 def test_holes_are_filled_up_to_the_area():
