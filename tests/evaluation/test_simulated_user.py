@@ -262,3 +262,18 @@ def test_clicks_reach_the_model_all_together_with_its_mask(nano, video):
             assert points["point_labels"].flatten().tolist() == [prompt.labels[0] for prompt in clicks]
             expected = torch.tensor([prompt.points[0] for prompt in clicks]) * nano.model.config.image_size
             torch.testing.assert_close(points["point_coords"][0, 0], expected / torch.tensor([128.0, 96.0]))
+
+
+def test_objects_that_need_no_more_clicks_are_left_alone():
+    """Another call on the frame would track it anew, without the click."""
+    video = squares(4)
+
+    def predict(frame_idx, object_id, given):
+        clicks = {3: 2, 7: 1}[object_id] if frame_idx == 3 else 0
+        return video.masks(frame_idx, [object_id])[0] & (len(given) >= clicks)
+
+    user = SimulatedUser(ScriptedModel(predict), ScriptedProcessor(), video, EvaluationPrompt.parse("clicks:3@2"), 0)
+    frames = list(user.track())
+    assert frames[3].masks.any(axis=(1, 2)).all()
+    assert [given.object_id for given in user.given if given.frame_idx == 3] == [3, 7, 3]
+    assert user.model.calls.count(3) == 2 + 2 + 1

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers.interaction import NUM_FRAMES, SETTINGS, Interaction, Sessions, draw_weights, tiny_config
 from hypothesis.stateful import run_state_machine_as_test
 from transformers import Sam2VideoInferenceSession
 
+from helpers.interaction import NUM_FRAMES, SETTINGS, Interaction, Sessions, draw_weights, tiny_config
 from samoe_hf import SamoeModel
 from samoe_hf.model.processor import build_processor
 from samoe_hf.model.session import VideoSession
