@@ -58,7 +58,7 @@ def print_summary(model: SamoeModel) -> None:
     print("Architecture")
     print(f"  parameters            {total:,}")
     print(f"  trainable parameters  {trainable:,} ({100 * trainable / total:.2f} %)")
-    print(f"  expert modules        {len(model.expert_names)}, such as {model.expert_names[0]}")
+    print(f"  expert modules        {len(model.expert_module_names)}, such as {model.expert_module_names[0]}")
     print(f"  experts per module    {config.num_experts}, {config.num_experts_per_tok} of them for each token")
     print(f"  LoRA rank             {config.lora_rank}, alpha {config.lora_alpha}")
 

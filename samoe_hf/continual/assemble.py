@@ -20,7 +20,6 @@ from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video
 from samoe_hf.inference import VideoPrompt, track_video
-from samoe_hf.model.expert_surgery import replace_experts
 from samoe_hf.model.experts import expert_modules, route_all_to
 from samoe_hf.model.lora_exchange import expert_tensors, read_lora
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -83,8 +82,7 @@ def assemble(
     if others := sorted(names - linear):
         raise ValueError(f"`loras` have a layer {others[0]!r}, which {base} does not have.")
     rank = max(len(A) for _, A, _, _ in layers)
-    replace_experts(
-        model,
+    model.replace_experts(
         expert_modules=[name for name, _ in model.named_modules() if name in names],
         num_experts=experts_per_lora * len(loras),
         num_experts_per_tok=num_experts_per_tok,

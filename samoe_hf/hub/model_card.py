@@ -125,7 +125,7 @@ def _model_facts(model: SamoeModel) -> dict[str, Any]:
     return {
         "config": model.config,
         "has_code": type(model)._auto_class is not None,
-        "num_layers": len(model.expert_names),
+        "num_layers": len(model.expert_module_names),
         "num_parameters": model.num_parameters(),
         "num_expert_parameters": sum(p.numel() for name, p in model.named_parameters() if is_expert_parameter(name)),
         "also_trained": f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",

@@ -8,17 +8,19 @@ PEFT is needed where there are adapters, not for models without them.
 """
 
 import copy
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -27,6 +29,7 @@ from transformers.utils import (
     requires_backends,
 )
 
+from .experts import ExpertLinear
 from .sam2_modules import build_on_meta
 
 if is_peft_available():
@@ -40,24 +43,55 @@ if is_peft_available():
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-if TYPE_CHECKING:
-    from .modeling_samoe import SamoeModel
-
 # What PEFT puts before the names of the base model's modules.
 PREFIX = "base_model.model."
 # Initializations that leave the base model's weights as they are.
 PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+# Tuners of PEFT that add to the output of the layer that they lie around, so that its experts are kept, also when they
+# are merged. Others compute it from the base layer's weight alone, or scale it.
+ADDITIVE_TUNERS = (
+    "adalora", "beft", "delora", "fourierft", "gralora", "hira", "lily", "loha", "lokr", "lora", "miss", "osf",
+    "peanut", "psoft", "pvera", "randlora", "tinylora", "unilora", "vblora", "vera", "waveft",
+)  # fmt: skip
 # What lies within layers with experts and is no layer of the base model.
-WITHIN_EXPERTS = ("router", "router_logits", "dropout")
+PARTS_OF_EXPERT_LAYERS = ("router", "router_logits", "dropout")
 # Names of folders that Trainer does not upload are no names of adapters.
-_NAME = re.compile(r"(?!_|checkpoint-)[\w-]+")
+ADAPTER_NAME = re.compile(r"(?!_|checkpoint-)[\w-]+")
 
 
 class AdapterMixin:
     """The methods of a SamoeModel that concern adapters, in place of those of transformers' `PeftAdapterMixin`."""
 
+    @property
+    def peft_config(self) -> dict[str, "PeftConfig"]:
+        """Name of each adapter -> its configuration, as PEFT keeps it. There is none without adapters.
+
+        Raises:
+            ValueError: when it is set, as PEFT does when it has put an adapter into the model, if that adapter would
+                drop the experts of a layer.
+        """
+        if "_peft_config" not in self.__dict__:
+            raise AttributeError("This model has no adapters, so it has no `peft_config`.")
+        return self.__dict__["_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, "PeftConfig"]) -> None:
+        check_adapters_on_experts(self)
+        self.__dict__["_peft_config"] = value
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_peft_config"]
+
+    def check_new_adapters(self) -> None:
+        """Looks once at adapters that PEFT has put into the model behind its first; see `peft_config`."""
+        names = adapter_names(self)
+        if names != self.__dict__.get("_checked_adapters", []):
+            check_adapters_on_experts(self)
+            self.__dict__["_checked_adapters"] = names
+
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:
-        """Adds a LoRA of PEFT, trainable and active; experts and whatever else is trainable stay so.
+        """Adds a LoRA of PEFT, trainable and active. Experts and whatever else is trainable stay so.
 
         Raises:
             ValueError: if it is no LoRA or changes the base's tensors, there is one of that name, or no layer matches.
@@ -76,20 +110,50 @@ class AdapterMixin:
 
     def load_adapter(
         self,
-        peft_model_id: str | os.PathLike,
+        peft_model_id: str | os.PathLike | None = None,
         adapter_name: str | None = None,
+        peft_config: "PeftConfig | dict[str, Any] | None" = None,
+        adapter_state_dict: dict[str, Tensor] | None = None,
+        low_cpu_mem_usage: bool = False,
         is_trainable: bool = False,
+        hotswap: bool | Literal["auto"] = "auto",
+        local_files_only: bool = False,
+        adapter_kwargs: dict[str, Any] | None = None,
         **hub,
     ) -> None:
-        """Loads a LoRA of PEFT, and makes it active; `hub` says how it is fetched.
+        """Loads a LoRA of PEFT, and makes it active. Its tensors are compared with the model before they are loaded.
+
+        Args:
+            peft_model_id: folder or Hub id.
+            adapter_name: "default" if not given.
+            peft_config, adapter_state_dict: instead of `peft_model_id`, what it would hold.
+            low_cpu_mem_usage: has no effect here, since adapters are small.
+            is_trainable: whether it is to be trained.
+            hotswap: whether to take the place of the adapter of that name, which must be there; False if it must not be
+                there. By default it is replaced if it is there.
+            local_files_only, adapter_kwargs, hub: how it is fetched, such as `revision`, `token`, `subfolder`.
 
         Raises:
-            ValueError: if it does not fit the model.
+            ValueError: if it does not fit the model, or `hotswap` does not.
         """
+        requires_backends(self, "peft")
         name = adapter_name or "default"
-        load_adapter(self, peft_model_id, name, hub)
+        is_there = name in adapter_names(self)
+        if hotswap != "auto" and bool(hotswap) != is_there:
+            state = "has an adapter" if is_there else "has no adapter"
+            raise ValueError(f"`hotswap` is {hotswap}, but the model {state} of the name {name!r}.")
+        hub |= {"local_files_only": True} if local_files_only else {}
+        hub |= adapter_kwargs or {}
+        if peft_model_id is not None:
+            load_adapter(self, peft_model_id, name, hub)
+        elif peft_config is None or adapter_state_dict is None:
+            raise ValueError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
+        else:
+            config = PeftConfig.from_peft_type(**peft_config) if isinstance(peft_config, dict) else peft_config
+            put_adapter(self, "`adapter_state_dict`", name, config, adapter_state_dict)
+        own = re.compile(rf".*\.(lora_\w+|modules_to_save)\.{re.escape(name)}(\..*)?")
         for key, parameter in self.named_parameters():
-            if f".{name}." in key and is_adapter_parameter(key):
+            if own.fullmatch(key):
                 parameter.requires_grad_(is_trainable)
 
 
@@ -103,24 +167,33 @@ def base_name(name: str) -> str:
     return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter has in files: without adapters, and where rows of it are frozen, without that."""
+    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", base_name(name))
+
+
 def without_adapters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the model itself, under the names that they have without adapters."""
     return {base_name(name): tensor for name, tensor in state_dict.items() if not is_adapter_parameter(name)}
 
 
-def to_wrapped_names(model: "SamoeModel", state_dict: dict[str, Tensor], *_) -> None:
-    """A `load_state_dict` pre-hook, so that tensors under their names without adapters find their place."""
-    for name in [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_buffers()]:
+def to_wrapped_names(model: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
+    """A `load_state_dict` pre-hook, so that tensors under their names without adapters find their modules."""
+    for name in (n.replace(".parametrizations.", ".").removesuffix(".original") for n in _tensor_names(model)):
         if (plain := base_name(name)) != name and plain in state_dict:
             state_dict[name] = state_dict.pop(plain)
 
 
-def adapter_names(model: "SamoeModel") -> list[str]:
+def _tensor_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())]
+
+
+def adapter_names(model: PreTrainedModel) -> list[str]:
     """Names of the model's adapters."""
     return list(getattr(model, "peft_config", {}))
 
 
-def active_adapters(model: "SamoeModel") -> dict[str, bool] | None:
+def active_adapters(model: PreTrainedModel) -> dict[str, bool] | None:
     """Name of each adapter -> whether it is used; None if there is none."""
     names = adapter_names(model)
     active = model.active_adapters() if names else []
@@ -150,24 +223,24 @@ def check_adapter(config: "PeftConfig", name: str) -> None:
 
 def check_adapter_name(name: str) -> None:
     """Raises a `ValueError` for a name that cannot be a folder's beside the model's files."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
         raise ValueError(
             "`adapter_name` must be of letters, digits, _ and -, as a folder's name, and begin neither with _ nor with "
             f"checkpoint-, got {name!r}."
         )
 
 
-def _keep_out_of_routers(model: "SamoeModel", config: "LoraConfig") -> None:
+def _keep_out_of_routers(model: PreTrainedModel, config: "LoraConfig") -> None:
     """Excludes what lies within layers with experts where an expression in `target_modules` matches it."""
     targets = config.target_modules
     if config.exclude_modules is None and isinstance(targets, str):
-        inner = (f"{name}.{child}" for name in model.expert_names for child in WITHIN_EXPERTS)
+        inner = (f"{name}.{child}" for name in model.expert_module_names for child in PARTS_OF_EXPERT_LAYERS)
         if targets == "all-linear" or any(re.fullmatch(targets, name) for name in inner):
-            config.exclude_modules = rf".*\.({'|'.join(WITHIN_EXPERTS)})"
+            config.exclude_modules = rf".*\.({'|'.join(PARTS_OF_EXPERT_LAYERS)})"
 
 
 @contextmanager
-def adapters_aside(model: "SamoeModel") -> Iterator[None]:
+def adapters_aside(model: PreTrainedModel) -> Iterator[None]:
     """While the context is open, transformers' `save_pretrained` writes the model, and not its adapters alone."""
     has_adapters, model._hf_peft_config_loaded = model._hf_peft_config_loaded, False
     try:
@@ -176,7 +249,7 @@ def adapters_aside(model: "SamoeModel") -> Iterator[None]:
         model._hf_peft_config_loaded = has_adapters
 
 
-def save_adapters(model: "SamoeModel", directory: str | os.PathLike) -> None:
+def save_adapters(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     """Writes each adapter of a model to a folder of its name in `directory`, as PEFT does."""
     for name in adapter_names(model):
         folder = Path(directory, name)
@@ -189,9 +262,9 @@ def save_adapters(model: "SamoeModel", directory: str | os.PathLike) -> None:
 
 
 def load_adapters(
-    model: "SamoeModel", source: str | os.PathLike, active: Mapping[str, bool] | None, hub: Mapping[str, Any]
+    model: PreTrainedModel, source: str | os.PathLike, active: Mapping[str, bool] | None, hub: Mapping[str, Any]
 ) -> None:
-    """Loads the adapters that lie beside a model.
+    """Loads the adapters that lie beside a model, frozen.
 
     Args:
         source: folder or Hub id of the model.
@@ -211,16 +284,24 @@ def load_adapters(
             parameter.requires_grad_(False)
 
 
-def load_adapter(model: "SamoeModel", source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> None:
-    """Loads one adapter of PEFT under a name, as a new one or in place of the one of that name.
-
-    Raises:
-        ValueError: if its tensors are not those of its configuration on this model.
-        ImportError: if PEFT is not installed.
-    """
+def load_adapter(model: PreTrainedModel, source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> None:
+    """Loads one adapter of a PEFT folder or Hub repository; see [`put_adapter`]."""
     requires_backends(model, "peft")
     config = read_adapter_config(source, hub)
-    tensors = read_adapter_tensors(source, hub)
+    put_adapter(model, source, name, config, read_adapter_tensors(source, hub))
+
+
+def put_adapter(
+    model: PreTrainedModel, source: Any, name: str, config: "PeftConfig", tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts an adapter into a model under a name, as a new one or in place of the one of that name.
+
+    Args:
+        source: what to call it in messages.
+
+    Raises:
+        ValueError: if its tensors are not those of its configuration on this model, or not finite.
+    """
     is_new = name not in adapter_names(model)
     expected = _shapes_on(model, config, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)
@@ -230,9 +311,27 @@ def load_adapter(model: "SamoeModel", source: str | os.PathLike, name: str, hub:
             f"The adapter {source} does not fit the model: {odd!r} should be {expected.get(odd, 'absent')}, and is "
             f"{found.get(odd, 'absent')}."
         )
+    if infinite := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"The adapter {source} has NaN or infinite values in {min(infinite)!r}.")
     if is_new:
         model.add_adapter(config, name)
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+
+
+def check_adapters_on_experts(model: nn.Module) -> None:
+    """Raises a `ValueError` if an adapter lies around a layer with experts and would drop or scale what they add."""
+    if not is_peft_available():
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), ExpertLinear):
+            tuner = type(layer).__module__.split(".")[2]
+            variants = [type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()]
+            if tuner not in ADDITIVE_TUNERS or variants:
+                kind = variants[0] if variants else tuner.upper()
+                raise ValueError(
+                    f"{kind} cannot be put around {name!r}, which has experts: it would drop or scale what they add. "
+                    "Use a plain LoRA, or leave such layers out of `target_modules`."
+                )
 
 
 def read_adapter_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "PeftConfig":
@@ -254,7 +353,7 @@ def read_adapter_tensors(source: str | os.PathLike, hub: Mapping[str, Any]) -> d
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _shapes_on(model: "SamoeModel", config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
+def _shapes_on(model: PreTrainedModel, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
     """What tensors a new adapter would have on a model; no memory is allocated, whatever its configuration says."""
     check_adapter(config, name)
     config = copy.deepcopy(config)

@@ -1,4 +1,4 @@
-"""Folders and Hub repositories: written whole or not at all, checked before they are loaded, and pushed.
+"""Folders and Hub repositories of models: what is written to them, and whether their weights fit a configuration.
 
 A repository may hold a whole model, or only what was trained: a few megabytes, and the name of the base model that the
 rest comes from. Then `config.json` is a whole [`SamoeConfig`] with `base_model` = {"name_or_path", "revision",
@@ -12,12 +12,11 @@ headers before memory is allocated; it can name another repository as its base, 
 import copy
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -25,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -35,21 +35,174 @@ from transformers.utils import (
 )
 from transformers.utils.hub import extract_commit_hash
 
-from .adapters import base_name
+from .adapters import plain_name, without_adapters
 from .configuration_samoe import SamoeConfig
-from .experts import EXPERT_TENSORS, is_expert_parameter, matching_linear_names
+from .experts import EXPERT_TENSORS, expert_modules, is_expert_parameter
 from .files import hash_tensors
 from .sam2_modules import build_on_meta
 
-if TYPE_CHECKING:
-    from .modeling_samoe import SamoeModel
-
 # Arguments of `from_pretrained` that say where and how files are fetched.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
 # Fields of the configuration that say how often something is built.
-_COUNTS = re.compile(r"blocks_per_stage|\w*num_(hidden_)?layers|num_multimask_outputs|\w*depth")
-# No model has so many times more values than its files, since only experts may be new.
-_MOST_NEW_VALUES = 10
+REPEAT_FIELDS = re.compile(r"blocks_per_stage|\w*num_(hidden_)?layers|num_multimask_outputs|\w*depth")
+# New experts may at most have so many times the values that the files hold.
+MAX_NEW_VALUES_RATIO = 10
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+# What fits
+
+
+def find_mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Compares tensors by name, shape and type; their values are not looked at, so they may be on the meta device.
+
+    Returns:
+        what may be wrong -> names of the tensors it is wrong with.
+    """
+    common = [name for name in expected if name in found]
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape than the configuration says": [n for n in common if found[n].shape != expected[n].shape],
+        "of no floating-point type": [
+            n for n in common if expected[n].is_floating_point() and not found[n].is_floating_point()
+        ],
+    }
+    return problems
+
+
+def describe_mismatches(problems: Mapping[str, list[str]]) -> str:
+    """A clause for each problem, with an example."""
+    return "; ".join(
+        f"{len(names)} tensors are {problem}, such as {min(names)!r}" for problem, names in problems.items() if names
+    )
+
+
+def check_weights(
+    source: Any, found: Mapping[str, Tensor], config: SamoeConfig, more_experts: bool, any_experts: bool
+) -> list[str]:
+    """Compares a checkpoint's tensors with what `config` describes. No memory is allocated.
+
+    Experts may be missing in all layers; with `more_experts`, in some. With `any_experts` they may also be of another
+    number or rank than the configuration's, or lie in other layers.
+
+    Args:
+        source: what to call the checkpoint in messages.
+        found: names -> tensors, such as `read_headers` gives.
+
+    Returns:
+        The layers whose experts the checkpoint lacks, and which are to get new ones.
+
+    Raises:
+        ValueError: if anything else is missing, unexpected, or of another shape or type.
+    """
+    for name, value in _named_integers(config.to_dict()):
+        if REPEAT_FIELDS.fullmatch(name) and value > len(found):
+            raise ValueError(f"{source}: `{name}` is {value}, but the weights hold {len(found)} tensors in all.")
+    model = build_on_meta(config, with_experts=True)
+    expected = model.state_dict()
+    problems = find_mismatches(found, expected)
+    layers = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name, _ in expert_modules(model)}
+    unfit = set().union(*problems.values()) if any_experts else set(problems["missing"])
+    new = [name for name, tensors in layers.items() if (tensors & unfit if any_experts else tensors <= unfit)]
+    tolerated = set()
+    if more_experts or any_experts or len(new) == len(layers):
+        tolerated = set().union(*(layers[name] for name in new))
+    if any_experts:
+        tolerated |= {name for name in found if is_expert_parameter(name)}
+    problems = {what: [name for name in names if name not in tolerated] for what, names in problems.items()}
+    if any(problems.values()):
+        hint = ""
+        if all(is_expert_parameter(name) for names in problems.values() for name in names):
+            hint = " `ignore_mismatched_sizes=True` gives the model new experts in their place."
+        raise ValueError(f"{source} does not fit the model: {describe_mismatches(problems)}.{hint}")
+    _check_types(source, found)
+    stored = sum(tensor.numel() for tensor in found.values())
+    values = sum(tensor.numel() for tensor in itertools.chain(expected.values(), model.buffers()))
+    if values - stored > MAX_NEW_VALUES_RATIO * stored:
+        raise ValueError(
+            f"{source}: its configuration describes {values:,d} values, but the weights hold {stored:,d}; check "
+            f"`num_experts` ({config.num_experts}), `lora_rank` ({config.lora_rank}) and the sizes of images."
+        )
+    return new
+
+
+def _check_types(source: Any, found: Mapping[str, Tensor]) -> None:
+    """Refuses single tensors of float64, of whose type the whole model would become."""
+    double = [name for name, tensor in found.items() if tensor.dtype == torch.float64]
+    if double and len(double) < len(found):
+        raise ValueError(f"{source}: {double[0]!r} is of type float64, and others are not; expected one type.")
+
+
+def check_finite(source: Any, model: torch.nn.Module) -> None:
+    """Raises a `ValueError` that names the first tensor with NaN or infinite values."""
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type != "meta" and not tensor.isfinite().all():
+            raise ValueError(f"{source}: the tensor {name!r} has NaN or infinite values.")
+
+
+def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> dict[str, Tensor]:
+    """Names, shapes and types of a model's tensors, on the meta device, from the headers of its safetensors.
+
+    Raises:
+        OSError: if there are no safetensors.
+        ValueError: if a file is damaged or lies elsewhere, or if a PEFT adapter lies beside the model.
+    """
+    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
+    if cached_file(source, ADAPTER_CONFIG_NAME, **optional) is not None:
+        # From there transformers would take the name of another model, and load that one's weights.
+        raise ValueError(
+            f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
+        )
+    return {name: x for path in _weight_files(source, hub, variant) for name, x in _read_header(path).items()}
+
+
+def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
+    stem, ending = os.path.splitext(SAFE_WEIGHTS_NAME)
+    name = f"{stem}.{variant}{ending}" if variant else SAFE_WEIGHTS_NAME
+    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
+    if (path := cached_file(source, name, **optional)) is not None:
+        return [path]
+    index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json") if variant else SAFE_WEIGHTS_INDEX_NAME
+    index = cached_file(source, index_name, **optional)
+    if index is None:
+        raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
+    try:
+        shards = set(json.loads(Path(index).read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ValueError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
+    return [cached_file(source, shard, **hub) for shard in sorted(shards)]
+
+
+def _read_header(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A safetensors file's tensors on the meta device. All types but floating-point ones are taken as int64."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: torch.empty(x.get_shape(), dtype=FLOAT_TYPES.get(x.get_dtype(), torch.int64), device="meta")
+                for name, x in slices.items()
+            }
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
+
+
+def _named_integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _named_integers(part, str(key))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _named_integers(part, name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+
+
+# What was trained, and its base
 
 
 def fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch.dtype) -> str:
@@ -58,29 +211,43 @@ def fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch.
     return hash_tensors(((name, state_dict[name]) for name in names), dtype)
 
 
+def check_not_its_base(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+    """Raises a `ValueError` if what was trained would take the place of the base model that it needs."""
+    name = (model.base_model_source or {}).get("name_or_path")
+    if name is None or not os.path.isdir(name):
+        return
+    folders = {os.path.realpath(name), os.path.realpath(Path(name, model.base_model_source.get("subfolder") or ""))}
+    if os.path.realpath(directory) in folders:
+        raise ValueError(
+            f"{directory} holds the base model, which what was trained needs; save it to another folder, or the whole "
+            "model with `experts_only=False`."
+        )
+
+
 def save_trained(
-    model: "SamoeModel",
+    model: PreTrainedModel,
     directory: str | os.PathLike,
     state_dict: dict[str, Tensor] | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Writes the experts, their routers and whatever else was trained, and the configuration.
+    """Writes experts, routers and what else was trained, with the name of the base model.
 
     Args:
-        state_dict: the model's tensors, if they are not to be asked for again.
-        base_model: Hub id (or folder) of the same base as the one that the model was loaded from.
+        model: a SamoeModel that was loaded from a base.
+        directory: where to write.
+        state_dict: the model's own tensors; taken from it if not given.
+        base_model: Hub id to refer to instead of where the base was loaded from. It is loaded and compared.
 
     Raises:
-        ValueError: if the model has no base that the rest can be loaded from, since it started from random weights; or
-            if `base_model` is another one.
+        ValueError: if there is no base model, or `base_model` is another one.
     """
     if model.base_model_source is None and base_model is None:
         raise ValueError(
             "`experts_only` needs a base model to refer to, but this model did not come from one; save it as a whole."
         )
-    trainable = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = trainable | model.differs_from_base
-    state_dict = model.state_dict() if state_dict is None else state_dict
+    state_dict = without_adapters(model.state_dict()) if state_dict is None else state_dict
     kept = {
         name: tensor.detach().contiguous()
         for name, tensor in state_dict.items()
@@ -107,16 +274,17 @@ def save_trained(
 
 
 def load_trained(
-    cls: type["SamoeModel"],
+    cls: type[PreTrainedModel],
     source: str | os.PathLike,
     config: SamoeConfig,
-    hub: dict[str, Any],
+    hub: Mapping[str, Any],
     arguments: dict[str, Any],
     more_experts: bool,
-) -> "SamoeModel":
+) -> PreTrainedModel:
     """Loads the base model that `config` names, and over it what was trained.
 
     Args:
+        cls: SamoeModel.
         source: folder or Hub id of what was trained.
         hub: how to fetch it, see `HUB_ARGUMENTS`.
         arguments: further arguments of `from_pretrained`.
@@ -126,43 +294,64 @@ def load_trained(
         ValueError: if the base or what was trained does not fit; names both.
     """
     base, base_hub = _check_base(source, config.base_model, hub)
-    base_source = base["name_or_path"]
-    names = f"{source} builds on {base_source}"
-    tensors = _read_trained(source, config, hub, names)
+    names = f"{source} builds on {base['name_or_path']}"
+    path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
+    found = _read_header(path)
+    _check_experts_size(names, found, config)
     config = copy.deepcopy(config)
     config.base_model = config.adapters = None
     # First in the type that it was saved in, which the fingerprint is of.
     dtype = arguments.pop("dtype", arguments.pop("torch_dtype", None))
     arguments.pop("adapter_kwargs", None)  # AutoModel's, with the revision of `source`
-    try:
-        is_checkpoint = Path(base_source).suffix in (".pt", ".pth") or Path(base_source).is_file()
-        if not is_checkpoint and SamoeConfig.from_pretrained(base_source, **base_hub).base_model is not None:
-            raise ValueError("it holds only what was trained itself")
-        model = cls.from_pretrained(
-            base_source,
-            config=config,
-            original_config=base.get("original_config"),
-            ignore_mismatched_sizes=True,  # its experts give place to those that were trained
-            **base_hub,
-            **arguments,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{names}, which cannot be loaded for it: {error}") from error
+    model = _load_base(cls, names, base, base_hub, config, arguments)
     expected = model.state_dict()
-    wrong = [name for name, tensor in tensors.items() if name not in expected or expected[name].shape != tensor.shape]
-    lacking = [name for name in expected if is_expert_parameter(name) and name not in tensors and not more_experts]
-    if wrong or lacking:
-        raise ValueError(f"{names}, which it does not fit: {(wrong + lacking)[0]!r} differs or is missing.")
-    if fingerprint(expected, set(tensors), model.dtype) != base.get("fingerprint"):
+    problems = find_mismatches(found, expected)
+    # The base has the rest.
+    problems["missing"] = [n for n in problems["missing"] if is_expert_parameter(n) and not more_experts]
+    if any(problems.values()):
+        raise ValueError(f"{names}, which it does not fit: {describe_mismatches(problems)}.")
+    if fingerprint(expected, set(found), model.dtype) != base.get("fingerprint"):
         raise ValueError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
-    model.load_state_dict(tensors, strict=False)
-    model.differs_from_base = {name for name in tensors if not is_expert_parameter(name)}
+    model.load_state_dict(load_file(path), strict=False)
+    check_finite(source, model)
+    model.differs_from_base = {name for name in found if not is_expert_parameter(name)}
     if dtype not in (None, "auto"):
         _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model
 
 
-def _cast(model: "SamoeModel", dtype: torch.dtype) -> None:
+def _load_base(
+    cls: type[PreTrainedModel],
+    names: str,
+    base: Mapping[str, Any],
+    hub: Mapping[str, Any],
+    config: SamoeConfig,
+    arguments: Mapping[str, Any],
+) -> PreTrainedModel:
+    """Loads a base model with the configuration of what was trained on it."""
+    source = base["name_or_path"]
+    try:
+        is_original = is_original_checkpoint(source)
+        if not is_original and SamoeConfig.from_pretrained(source, **hub).base_model is not None:
+            raise ValueError("it holds only what was trained itself")
+        return cls.from_pretrained(
+            source,
+            config=config,
+            original_config=base.get("original_config"),
+            ignore_mismatched_sizes=True,  # its experts give place to those that were trained
+            **hub,
+            **arguments,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{names}, which cannot be loaded for it: {error}") from error
+
+
+def is_original_checkpoint(source: str | os.PathLike | None) -> bool:
+    """Whether a model is a file of SAM 2 or SAM2-MoE, rather than a folder or Hub id."""
+    return source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth"))
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """As `from_pretrained(dtype=…)`: what is computed at construction, such as frequencies, keeps its precision."""
     stored = set(model.state_dict())
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -202,16 +391,14 @@ def _check_base(
     return base, base_hub
 
 
-def _read_trained(source: str | os.PathLike, config: SamoeConfig, hub: dict[str, Any], names: str) -> dict[str, Tensor]:
-    """The tensors of a folder with only what was trained, of the experts' number and rank in its configuration."""
-    path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
-    for name, shape in _read_header(path).items():
-        if name.endswith(".lora_A") and shape[:2] != (config.num_experts, config.lora_rank):
+def _check_experts_size(names: str, found: Mapping[str, Tensor], config: SamoeConfig) -> None:
+    """Raises a `ValueError` if experts in a file are of another number or rank than its configuration says."""
+    for name, tensor in found.items():
+        if name.endswith(".lora_A") and tensor.shape[:2] != (config.num_experts, config.lora_rank):
             raise ValueError(
-                f"{names}, but contradicts itself: {name!r} is of shape {shape}, and the configuration says "
-                f"{config.num_experts} experts of rank {config.lora_rank}."
+                f"{names}, but contradicts itself: {name!r} is of shape {tuple(tensor.shape)}, and the configuration "
+                f"says {config.num_experts} experts of rank {config.lora_rank}."
             )
-    return load_file(path)
 
 
 def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | None:
@@ -224,99 +411,3 @@ def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | N
     if path is None:
         raise OSError(f"{source} has no {CONFIG_NAME}; expected a model of SAMoE or SAM 2 video.")
     return None if os.path.isdir(source) else extract_commit_hash(path, None)
-
-
-def check_weights(
-    source: str | os.PathLike, config: SamoeConfig, hub: dict[str, Any], variant: str | None, any_experts: bool
-) -> None:
-    """Compares the headers of the weights with what `config` describes; no memory is allocated for tensors.
-
-    Layers may lack their experts, if the new ones are not out of all proportion; with `any_experts`, those that are
-    there may be of another number or rank, or in other layers.
-
-    Raises:
-        OSError: if there are no safetensors.
-        ValueError: if a file is damaged or lies elsewhere, or if shapes or sizes do not agree.
-    """
-    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
-    if cached_file(source, ADAPTER_CONFIG_NAME, **optional) is not None:
-        # From there transformers would take the name of another model, and load that one's weights.
-        raise ValueError(
-            f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
-        )
-    found = {name: shape for path in _weight_files(source, hub, variant) for name, shape in _read_header(path).items()}
-    stored = sum(map(math.prod, found.values()))
-    for name, value in _named_integers(config.to_dict()):
-        if _COUNTS.fullmatch(name) and value > len(found):
-            raise ValueError(f"{source}: `{name}` is {value}, but the weights hold {len(found)} tensors in all.")
-    model = build_on_meta(config, with_experts=False)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in matching_linear_names(model, config.expert_modules):
-        linear = model.get_submodule(name)
-        rows = (config.num_experts, config.lora_rank)
-        shapes = (
-            (*rows, linear.in_features),
-            (config.num_experts, linear.out_features, config.lora_rank),
-            (config.num_experts, linear.in_features),
-            (config.num_experts,),
-        )
-        expected |= {f"{name}.{tensor}": shape for tensor, shape in zip(EXPERT_TENSORS, shapes, strict=True)}
-    problems = {
-        "missing": [name for name in expected if name not in found and not is_expert_parameter(name)],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape than the configuration says": [
-            name for name, shape in expected.items() if found.get(name, shape) != shape
-        ],
-    }
-    if any_experts:
-        problems = {what: [name for name in names if not is_expert_parameter(name)] for what, names in problems.items()}
-    if reasons := [
-        f"{len(names)} tensors are {what}, such as {min(names)!r}" for what, names in problems.items() if names
-    ]:
-        hint = ""
-        if all(is_expert_parameter(name) for names in problems.values() for name in names):
-            hint = " `ignore_mismatched_sizes=True` gives the model new experts in their place."
-        raise ValueError(f"{source} does not fit the model: {'; '.join(reasons)}.{hint}")
-    values = sum(map(math.prod, expected.values())) + sum(buffer.numel() for buffer in model.buffers())
-    if values - stored > _MOST_NEW_VALUES * stored:
-        raise ValueError(
-            f"{source}: its configuration describes {values:,d} values, but the weights hold {stored:,d}; check "
-            f"`num_experts` ({config.num_experts}), `lora_rank` ({config.lora_rank}) and the sizes of images."
-        )
-
-
-def _weight_files(source: str | os.PathLike, hub: dict[str, Any], variant: str | None) -> list[str]:
-    stem, ending = os.path.splitext(SAFE_WEIGHTS_NAME)
-    name = f"{stem}.{variant}{ending}" if variant else SAFE_WEIGHTS_NAME
-    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
-    if (path := cached_file(source, name, **optional)) is not None:
-        return [path]
-    index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json") if variant else SAFE_WEIGHTS_INDEX_NAME
-    index = cached_file(source, index_name, **optional)
-    if index is None:
-        raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
-    shards = set(json.loads(Path(index).read_text())["weight_map"].values())
-    for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise ValueError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
-    return [cached_file(source, shard, **hub) for shard in sorted(shards)]
-
-
-def _read_header(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
-
-
-def _named_integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _named_integers(part, str(key))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _named_integers(part, name)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield name, value

@@ -30,6 +30,7 @@ class SamoeClipOutput(ModelOutput):
         iou_scores: (B, N, T), estimated IoU of `pred_masks`.
         object_score_logits: (B, N, T), positive where the object is seen.
         router_logits: on request: name of each layer with experts -> (tokens, experts).
+        vision_hidden_states, vision_attentions: on request: those of the vision encoder, for all B * T frames.
     """
 
     loss: Tensor | None = None
@@ -38,6 +39,8 @@ class SamoeClipOutput(ModelOutput):
     iou_scores: Tensor | None = None
     object_score_logits: Tensor | None = None
     router_logits: dict[str, Tensor] | None = None
+    vision_hidden_states: tuple[Tensor, ...] | None = None
+    vision_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """Configuration of SAMoE: SAM 2 video plus the settings of its experts."""
 
+import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
 
 # No integer in the configuration of a model is larger.
-MOST = 2**20
+LARGEST_INTEGER = 2**20
 
 
 class SamoeConfig(Sam2VideoConfig):
@@ -89,6 +92,9 @@ class SamoeConfig(Sam2VideoConfig):
         for name in ("output_router_logits", "previous_mask_with_clicks"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        self._check_image_size()
+        _check_mapping("base_model", self.base_model, str | None)
+        _check_mapping("adapters", self.adapters, bool)
         patterns = self.expert_modules
         is_list = isinstance(patterns, list | tuple) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)
         if not (is_list or (isinstance(patterns, str) and patterns)):
@@ -96,10 +102,27 @@ class SamoeConfig(Sam2VideoConfig):
                 f"`expert_modules` must be a regular expression or a non-empty list of module names, got {patterns!r}."
             )
 
+    def _check_image_size(self) -> None:
+        _check_integer("image_size", self.image_size, minimum=32)
+        if self.image_size % 32:
+            raise ValueError(f"`image_size` must be a multiple of 32, got {self.image_size}.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":
+        """As in the base class. A file that holds something else, or a field of another type, is a `ValueError`."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (StrictDataclassError, TypeError, AttributeError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json has a wrong value. {error}") from error
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in the base class; a SAM 2 video configuration is taken as a SAMoE configuration with default experts."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(config_dict, dict):
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: config.json must hold a mapping, got {type(config_dict).__name__}."
+            )
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, Sam2VideoConfig.model_type):
             raise ValueError(
@@ -125,8 +148,10 @@ def _check_sizes(value: Any, source: Any, name: str = "") -> None:
     elif isinstance(value, list):
         for part in value:
             _check_sizes(part, source, name)
-    elif isinstance(value, int) and abs(value) > MOST:
-        raise ValueError(f"{source}: `{name}` is {value}, but nothing in a configuration is larger than {MOST}.")
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise ValueError(
+            f"{source}: `{name}` is {value}, but nothing in a configuration is larger than {LARGEST_INTEGER}."
+        )
 
 
 def _check_integer(name: str, value: Any, minimum: int) -> None:
@@ -134,6 +159,13 @@ def _check_integer(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
 
 
-def _check_number(name: str, value: Any, allowed: str, holds) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+def _check_mapping(name: str, value: Any, kind: Any) -> None:
+    is_fit = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
+    if value is not None and not is_fit:
+        raise ValueError(f"`{name}` must be a mapping from names to {kind}, or None, got {value!r}.")
+
+
+def _check_number(name: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not holds(value):
         raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")

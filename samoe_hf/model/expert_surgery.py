@@ -1,25 +1,23 @@
 """Surgery on a model's experts: add, remove, merge, renew and freeze them.
 
-Each function changes all layers with experts alike and checks everything before it changes anything. Stacked tensors
-become new parameters, so optimizers must be made after it. New experts are asleep: their router row has the weight 0
-and the bias [`ASLEEP`], so that no token chooses them, until [`wake_experts`] lets them compete, which the first
-training step does.
+Each method changes all layers with experts alike, and checks everything before it changes anything. Stacked tensors
+become new parameters, so optimizers must be made afterwards; freezing alone keeps them.
+
+New experts are asleep: the weight of their router row is 0 and its bias is [`ASLEEP`], so that no token chooses them.
+[`ExpertSurgeryMixin.wake_experts`], which the first training step calls, lets them compete.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.nn.utils import parametrize
 
 from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, expert_modules, matching_linear_names
-
-if TYPE_CHECKING:
-    from .modeling_samoe import SamoeModel
 
 # A router's bias of this leaves an expert a gate of exactly 0 beside any other, and float16 can hold it.
 ASLEEP = -1e4
@@ -37,7 +35,211 @@ EXPERT_LAYER_SETTINGS = (
 Usage = Mapping[str, Tensor]
 
 
-def check_experts(model: "SamoeModel", experts: Sequence[int], name: str = "experts") -> list[int]:
+class ExpertSurgeryMixin:
+    """The methods of a SamoeModel that change which experts it has, and which of them learn."""
+
+    def prune_experts(
+        self,
+        *,
+        keep: Sequence[int] | None = None,
+        drop: Sequence[int] | None = None,
+        usage: Usage | None = None,
+        num_experts: int | None = None,
+    ) -> None:
+        """Removes experts with their router rows. The others keep their order.
+
+        The output stays the same for tokens whose top k experts all stay. Other tokens go to the best experts that do.
+
+        Args:
+            keep: the experts that stay, in every layer.
+            drop: instead of `keep`, the experts that are removed from every layer.
+            usage: instead of `keep`, name of each layer with experts -> (experts,). Each layer keeps its most used.
+            num_experts: with `usage`, how many stay.
+
+        Raises:
+            ValueError: for indices or names that are not the model's, or if fewer than `num_experts_per_tok` stay.
+        """
+        if sum(given is not None for given in (keep, drop, usage)) != 1:
+            raise ValueError("Exactly one of `keep`, `drop` and `usage` must be given.")
+        if (usage is None) != (num_experts is None):
+            raise ValueError(
+                "`num_experts`, the number of experts that stay, must be given with `usage`, and only then."
+            )
+        if usage is not None:
+            _check_usage(self, usage)
+            if isinstance(num_experts, bool) or not isinstance(num_experts, int):
+                raise ValueError(f"`num_experts` must be an integer, got {num_experts!r}.")
+            _check_num_left(self, num_experts)
+            kept = {name: sorted(usage[name].topk(num_experts).indices.tolist()) for name, _ in expert_modules(self)}
+        else:
+            if drop is not None:
+                dropped = check_experts(self, drop, "drop")
+                keep = [expert for expert in range(self.config.num_experts) if expert not in dropped]
+            _check_num_left(self, len(check_experts(self, keep, "keep")))
+            num_experts = len(keep)
+            kept = {name: sorted(keep) for name, _ in expert_modules(self)}
+        for name, module in expert_modules(self):
+            rows = torch.tensor(kept[name], device=module.lora_A.device)
+            frozen = [kept[name].index(expert) for expert in frozen_experts(module) if expert in kept[name]]
+            replace_tensors(module, {tensor: _get(module, tensor)[rows] for tensor in EXPERT_TENSORS}, frozen)
+        self.config.num_experts = num_experts
+
+    @torch.no_grad()
+    def merge_experts(self, experts: Sequence[int], *, usage: Usage | None = None) -> int:
+        """Merges experts into one, which takes the place of the first of them by index. The others are removed.
+
+        The merged expert is, layer by layer, the mean of their products B A, weighted by `usage`: exact as far as the
+        rank holds it, else the nearest matrix of that rank (truncated SVD). Its router row is the same mean of theirs.
+        The output is preserved if the experts are equal in each layer and each token goes either to one expert
+        (`num_experts_per_tok` 1) or to all of them. In the second case a token goes to all that are left, and
+        `num_experts_per_tok` shrinks with the number of experts.
+
+        Args:
+            experts: two or more.
+            usage: name of each layer with experts -> (experts,), all of at least 0; equal weights if not given.
+
+        Returns:
+            The index of the merged expert.
+
+        Raises:
+            ValueError: for indices or names that are not the model's, for frozen experts, or if fewer experts than
+                `num_experts_per_tok` would be left.
+        """
+        experts = sorted(check_experts(self, experts))
+        if len(experts) < 2:
+            raise ValueError(f"`experts` must be at least two experts to merge, got {experts}.")
+        if usage is not None:
+            _check_usage(self, usage)
+        _check_not_frozen(self, experts, "experts")
+        num_experts = self.config.num_experts - len(experts) + 1
+        goes_to_all = self.config.num_experts_per_tok == self.config.num_experts
+        if not goes_to_all:
+            _check_num_left(self, num_experts)
+        kept = [expert for expert in range(self.config.num_experts) if expert not in experts[1:]]
+        for name, module in expert_modules(self):
+            shares = torch.ones(len(experts)) if usage is None else usage[name][experts].double()
+            shares = shares / shares.sum() if shares.sum() > 0 else torch.full_like(shares, 1 / len(shares))
+            values = _merged_tensors(module, experts, shares, goes_to_all)
+            frozen = [kept.index(expert) for expert in frozen_experts(module)]
+            replace_tensors(module, {tensor: value[kept] for tensor, value in values.items()}, frozen)
+        self.config.num_experts = num_experts
+        if goes_to_all:
+            self.config.num_experts_per_tok = num_experts
+            for _, module in expert_modules(self):
+                module.num_experts_per_tok = num_experts
+        return experts[0]
+
+    @torch.no_grad()
+    def reset_expert(self, expert: int) -> None:
+        """Makes an expert a new one: A and its router row are drawn anew, B is zero. Its tokens get the base's output.
+
+        Raises:
+            ValueError: if the model has no such expert, or it is frozen.
+        """
+        check_experts(self, [expert], "expert")
+        _check_not_frozen(self, [expert], "expert")
+        for _, module in expert_modules(self):
+            values = {tensor: _get(module, tensor).detach().clone() for tensor in EXPERT_TENSORS}
+            nn.init.kaiming_uniform_(values["lora_A"][expert], a=math.sqrt(5))
+            values["lora_B"][expert] = 0
+            bound = module.in_features**-0.5  # as nn.Linear draws
+            values["router.weight"][expert].uniform_(-bound, bound)
+            values["router.bias"][expert].uniform_(-bound, bound)
+            for tensor, value in values.items():
+                _parameter(module, tensor).copy_(value)
+
+    def replace_experts(self, **settings) -> None:
+        """Takes all experts away and gives the model new ones, without effect, by other settings.
+
+        Args:
+            settings: any of the configuration's `expert_modules`, `num_experts`, `num_experts_per_tok`, `lora_rank`,
+                `lora_alpha` and `lora_dropout`; the others stay as they are.
+
+        Raises:
+            ValueError: for a value out of range, or modules that the model does not have.
+        """
+        config = copy.deepcopy(self.config)
+        for name, value in settings.items():
+            if name not in EXPERT_LAYER_SETTINGS:
+                raise ValueError(f"`settings` must be among {', '.join(EXPERT_LAYER_SETTINGS)}, got {name!r}.")
+            setattr(config, name, value)
+        config.check_experts()
+        matching_linear_names(self, config.expert_modules)
+        for name, module in list(expert_modules(self)):
+            parent_name, _, child_name = name.rpartition(".")
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight, linear.bias = module.weight, module.bias
+            setattr(self.get_submodule(parent_name), child_name, linear)
+        layer_settings = {name: getattr(config, name) for name in EXPERT_LAYER_SETTINGS if name != "expert_modules"}
+        self.expert_module_names = add_experts(self, config.expert_modules, **layer_settings)
+        for name in settings:
+            setattr(self.config, name, settings[name])
+        self.train(self.training)
+        self.set_trainable("experts")
+
+    def grow_experts(self, num_new: int) -> list[int]:
+        """Adds new experts without effect behind the others. They are asleep until the first training step.
+
+        Returns:
+            Their indices.
+        """
+        if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
+            raise ValueError(f"`num_new` must be an integer of at least 1, got {num_new!r}.")
+        return append_experts(self, {name: new_experts(module, num_new) for name, module in expert_modules(self)})
+
+    def freeze_experts(self, experts: Sequence[int]) -> None:
+        """Keeps exactly these experts and their router rows as they are now while the others are trained.
+
+        Their rows are a parametrization (`torch.nn.utils.parametrize`) that nothing but loading changes: they get no
+        gradient, and neither weight decay nor momentum of any optimizer reaches them. They stay frozen in copies and
+        through surgery. Saved files do not tell.
+
+        Args:
+            experts: their indices; an empty list lets all be trained.
+
+        Raises:
+            ValueError: if the model has no such expert.
+        """
+        experts = check_experts(self, experts)
+        for _, module in expert_modules(self):
+            _freeze_rows(module, experts)
+        self.may_have_sleeping_experts = True
+
+    @torch.no_grad()
+    def wake_experts(self) -> None:
+        """Gives experts that are asleep, where routers are trainable, a router row that competes with the others'.
+
+        Each row is a random mixture of the others, so that its logits are spread as theirs are, plus a new row of
+        `nn.Linear`. It depends on PyTorch's seed, and is the same in all processes of a training run. Frozen experts
+        stay asleep.
+
+        Raises:
+            ValueError: if the weights are sharded (FSDP), so that there are no whole rows. Wake them before.
+        """
+        if not self.may_have_sleeping_experts:
+            return  # looking at the biases would wait for the GPU in each training step
+        seed = None
+        for layer, (_, module) in enumerate(expert_modules(self)):
+            weight, bias = module.router.weight, module.router.bias
+            asleep = bias <= ASLEEP / 2
+            if not _parameter(module, "router.weight").requires_grad or not asleep.any():
+                continue
+            if isinstance(weight, DTensor):
+                raise ValueError(
+                    "New experts sleep, and the weights are sharded; call `model.wake_experts()` before that."
+                )
+            seed = _common_seed() if seed is None else seed
+            others = torch.cat([weight[~asleep], bias[~asleep, None]], dim=1).double().cpu()
+            awake = sorted(set(asleep.nonzero()[:, 0].tolist()) - set(frozen_experts(module)))
+            for expert in awake:
+                generator = torch.Generator().manual_seed((seed + 1000003 * layer + expert) % 2**63)
+                row = _competing_row(others, generator)
+                _parameter(module, "router.weight")[expert] = row[:-1].to(weight)
+                _parameter(module, "router.bias")[expert] = row[-1].to(bias)
+        self.may_have_sleeping_experts = False
+
+
+def check_experts(model: nn.Module, experts: Sequence[int], name: str = "experts") -> list[int]:
     """The indices as a list.
 
     Raises:
@@ -52,162 +254,8 @@ def check_experts(model: "SamoeModel", experts: Sequence[int], name: str = "expe
     return list(experts)
 
 
-def prune_experts(
-    model: "SamoeModel",
-    keep: Sequence[int] | None = None,
-    *,
-    usage: Usage | None = None,
-    num_experts: int | None = None,
-) -> None:
-    """Removes experts with their router rows; the kept ones keep their order.
-
-    The output stays the same for tokens whose top k experts are all kept; others go to their best kept experts.
-
-    Args:
-        keep: the experts that stay, in every layer.
-        usage: instead of `keep`: name of each layer with experts -> (experts,); each layer keeps its most used.
-        num_experts: with `usage`: how many stay.
-
-    Raises:
-        ValueError: for indices or names that are not the model's, or if fewer than `num_experts_per_tok` would stay.
-    """
-    if (keep is None) == (usage is None):
-        raise ValueError("Exactly one of `keep` and `usage` must be given.")
-    if (usage is None) != (num_experts is None):
-        raise ValueError("`num_experts`, the number of experts that stay, must be given with `usage`, and only then.")
-    if usage is not None:
-        _check_usage(model, usage)
-        if isinstance(num_experts, bool) or not isinstance(num_experts, int):
-            raise ValueError(f"`num_experts` must be an integer, got {num_experts!r}.")
-        _check_remaining(model, num_experts)
-        kept = {name: sorted(usage[name].topk(num_experts).indices.tolist()) for name, _ in expert_modules(model)}
-    else:
-        _check_remaining(model, len(check_experts(model, keep, "keep")))
-        kept = {name: sorted(keep) for name, _ in expert_modules(model)}
-    for name, module in expert_modules(model):
-        frozen = [kept[name].index(expert) for expert in frozen_experts(module) if expert in kept[name]]
-        _replace(module, {tensor: _of(module, tensor)[kept[name]] for tensor in EXPERT_TENSORS})
-        _freeze_rows(module, frozen)
-    model.config.num_experts = num_experts or len(keep)
-
-
 @torch.no_grad()
-def merge_experts(model: "SamoeModel", experts: Sequence[int], *, usage: Usage | None = None) -> int:
-    """Merges experts into one, which takes the place of the first of them by index; the others are removed.
-
-    The merged expert is, layer by layer, the mean of their products B A, weighted by `usage`: exact as far as the rank
-    holds it, and else the nearest matrix of that rank (truncated SVD). Its router row is the same mean of theirs. The
-    output is preserved if the experts are equal in each layer and either each token goes to one expert
-    (`num_experts_per_tok` 1) or to all of them; then a token goes to all that are left, and `num_experts_per_tok`
-    shrinks with the number of experts.
-
-    Args:
-        experts: two or more.
-        usage: name of each layer with experts -> (experts,), all of at least 0; equal weights if not given.
-
-    Returns:
-        The index of the merged expert.
-
-    Raises:
-        ValueError: for indices or names that are not the model's, for frozen experts, or if fewer experts than
-            `num_experts_per_tok` would be left.
-    """
-    experts = sorted(check_experts(model, experts))
-    if len(experts) < 2:
-        raise ValueError(f"`experts` must be at least two experts to merge, got {experts}.")
-    if usage is not None:
-        _check_usage(model, usage)
-    for _, module in expert_modules(model):
-        if held := sorted(set(experts) & set(frozen_experts(module))):
-            raise ValueError(f"`experts` {held} are frozen; `freeze_experts([])` lets them change.")
-    num_experts = model.config.num_experts - len(experts) + 1
-    goes_to_all = model.config.num_experts_per_tok == model.config.num_experts
-    if not goes_to_all:
-        _check_remaining(model, num_experts)
-    kept = [expert for expert in range(model.config.num_experts) if expert not in experts[1:]]
-    for name, module in expert_modules(model):
-        shares = torch.ones(len(experts)) if usage is None else usage[name][experts].double()
-        shares = shares / shares.sum() if shares.sum() > 0 else torch.full_like(shares, 1 / len(shares))
-        values = {tensor: _of(module, tensor).clone() for tensor in EXPERT_TENSORS}
-        target = experts[0]
-        A, B = _mean_product(module.lora_A[experts], module.lora_B[experts], shares)
-        values["lora_A"][target], values["lora_B"][target] = A, B
-        for tensor in ("router.weight", "router.bias"):
-            rows = values[tensor][experts].double()
-            values[tensor][target] = torch.tensordot(shares.to(rows), rows, dims=1)
-        if goes_to_all:
-            # Gates of equal rows add up: log sum exp (l_i) = sum p_i l_i + entropy(p) where p is their softmax.
-            values["router.bias"][target] += torch.special.entr(shares).sum()
-        frozen = [kept.index(expert) for expert in frozen_experts(module)]
-        _replace(module, {tensor: value[kept] for tensor, value in values.items()})
-        _freeze_rows(module, frozen)
-    model.config.num_experts = num_experts
-    if goes_to_all:
-        _set_num_experts_per_tok(model, num_experts)
-    return experts[0]
-
-
-@torch.no_grad()
-def reset_expert(model: "SamoeModel", expert: int) -> None:
-    """Makes an expert a new one: A and its router row drawn anew, B zero. Tokens that choose it get the base's output.
-
-    Raises:
-        ValueError: if the model has no such expert, or it is frozen.
-    """
-    check_experts(model, [expert], "expert")
-    if any(expert in frozen_experts(module) for _, module in expert_modules(model)):
-        raise ValueError(f"`expert` {expert} is frozen; `freeze_experts([])` lets it change.")
-    for _, module in expert_modules(model):
-        nn.init.kaiming_uniform_(module.lora_A[expert], a=math.sqrt(5))
-        module.lora_B[expert] = 0
-        bound = module.in_features**-0.5  # as nn.Linear draws
-        module.router.weight[expert].uniform_(-bound, bound)
-        module.router.bias[expert].uniform_(-bound, bound)
-
-
-def replace_experts(model: "SamoeModel", **settings) -> None:
-    """Takes all experts away and gives the model new ones, without effect, by other settings.
-
-    Args:
-        settings: any of the configuration's `expert_modules`, `num_experts`, `num_experts_per_tok`, `lora_rank`,
-            `lora_alpha` and `lora_dropout`; the others stay as they are.
-
-    Raises:
-        ValueError: for a value out of range, or modules that the model does not have.
-    """
-    config = copy.deepcopy(model.config)
-    for name, value in settings.items():
-        if name not in EXPERT_LAYER_SETTINGS:
-            raise ValueError(f"`settings` must be among {', '.join(EXPERT_LAYER_SETTINGS)}, got {name!r}.")
-        setattr(config, name, value)
-    config.check_experts()
-    matching_linear_names(model, config.expert_modules)
-    for name, module in list(expert_modules(model)):
-        parent_name, _, child_name = name.rpartition(".")
-        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        linear.weight, linear.bias = module.weight, module.bias
-        setattr(model.get_submodule(parent_name), child_name, linear)
-    layer_settings = {name: getattr(config, name) for name in EXPERT_LAYER_SETTINGS if name != "expert_modules"}
-    model.expert_names = add_experts(model, config.expert_modules, **layer_settings)
-    for name in settings:
-        setattr(model.config, name, settings[name])
-    model.train(model.training)
-    model.set_trainable("experts")
-
-
-def grow_experts(model: "SamoeModel", num_new: int) -> list[int]:
-    """Adds new experts without effect behind the others, asleep until the first training step.
-
-    Returns:
-        Their indices.
-    """
-    if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
-        raise ValueError(f"`num_new` must be an integer of at least 1, got {num_new!r}.")
-    return append_experts(model, {name: new_expert_tensors(module, num_new) for name, module in expert_modules(model)})
-
-
-@torch.no_grad()
-def new_expert_tensors(module: ExpertLinear, num_new: int) -> tuple[Tensor, Tensor]:
+def new_experts(module: ExpertLinear, num_new: int) -> tuple[Tensor, Tensor]:
     """A (new, rank, in), drawn as a LoRA's, and B (new, out, rank), zero."""
     A = module.lora_A.new_empty(num_new, *module.lora_A.shape[1:])
     for expert in A:
@@ -216,8 +264,8 @@ def new_expert_tensors(module: ExpertLinear, num_new: int) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def append_experts(model: "SamoeModel", tensors: Mapping[str, tuple[Tensor, Tensor]]) -> list[int]:
-    """As [`grow_experts`], of given tensors: name of each layer -> A (new, rank, in) and B (new, out, rank)."""
+def append_experts(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> list[int]:
+    """Adds given experts, asleep: name of each layer -> A (new, rank, in) and B (new, out, rank); returns indices."""
     before = model.config.num_experts
     for name, module in expert_modules(model):
         A, B = tensors[name]
@@ -227,143 +275,117 @@ def append_experts(model: "SamoeModel", tensors: Mapping[str, tuple[Tensor, Tens
             "router.weight": module.router.weight.new_zeros(len(A), module.in_features),
             "router.bias": module.router.bias.new_full((len(A),), ASLEEP),
         }
-        frozen = frozen_experts(module)
-        _replace(module, {tensor: torch.cat([_of(module, tensor), new[tensor]]) for tensor in EXPERT_TENSORS})
-        _freeze_rows(module, frozen)
+        values = {tensor: torch.cat([_get(module, tensor), new[tensor]]) for tensor in EXPERT_TENSORS}
+        replace_tensors(module, values, frozen_experts(module))
     model.config.num_experts = before + len(A)
+    model.may_have_sleeping_experts = True
     return list(range(before, before + len(A)))
 
 
-@torch.no_grad()
-def wake_experts(model: "SamoeModel") -> None:
-    """Gives experts that are asleep, where routers are trainable, a router row that competes with the others'.
-
-    Each row is a random mixture of the others, so that its logits are spread as theirs are, plus a new row of
-    `nn.Linear`. The draw is the same in all processes of a training run. Frozen experts sleep on.
-
-    Raises:
-        ValueError: if the weights are sharded (FSDP), so that there are no whole rows; wake them before.
-    """
-    for _, module in expert_modules(model):
-        weight, bias = module.router.weight, module.router.bias
-        asleep = bias <= ASLEEP / 2
-        if not weight.requires_grad or not asleep.any():
-            continue
-        if isinstance(weight, DTensor):
-            raise ValueError("New experts sleep, and the weights are sharded; call `model.wake_experts()` before that.")
-        others = torch.cat([weight[~asleep], bias[~asleep, None]], dim=1).double().cpu()
-        for expert in asleep.nonzero()[:, 0].tolist():
-            if expert not in frozen_experts(module):
-                generator = torch.Generator().manual_seed(expert)
-                row = 2 * torch.rand(module.in_features + 1, generator=generator, dtype=torch.float64) - 1
-                row *= module.in_features**-0.5
-                mixture = torch.randn(len(others), generator=generator, dtype=torch.float64)
-                mean = others.mean(dim=0)
-                row += mean + mixture @ (others - mean) / math.sqrt(len(others))
-                weight[expert], bias[expert] = row[:-1].to(weight), row[-1].to(bias)
+def replace_tensors(module: ExpertLinear, values: Mapping[str, Tensor], frozen: Sequence[int]) -> None:
+    """Sets a layer's stacked tensors, with another number of experts, as new parameters, and freezes some experts."""
+    _freeze_rows(module, [])
+    for tensor, value in values.items():
+        requires_grad = _parameter(module, tensor).requires_grad
+        owner, leaf = _owner(module, tensor)
+        setattr(owner, leaf, nn.Parameter(value.detach().clone(), requires_grad=requires_grad))
+    module.num_experts = len(module.lora_A)
+    _freeze_rows(module, frozen)
 
 
-def freeze_experts(model: "SamoeModel", experts: Sequence[int]) -> None:
-    """Keeps exactly these experts and their router rows as they are while the others are trained.
+class FrozenRows(nn.Module):
+    """A parametrization of a stacked tensor: some rows have fixed values, whatever becomes of the parameter's."""
 
-    Their gradients are zero, and whatever an optimizer does to them (weight decay, momentum) is undone at the end of
-    its step. They stay frozen in copies and through surgery; saved files do not tell. Optimizers that keep parameters
-    of their own (DeepSpeed ZeRO, FSDP) are not reached.
+    def __init__(self, rows: Sequence[int], stacked: Tensor):
+        super().__init__()
+        self.register_buffer("rows", torch.tensor(rows, device=stacked.device), persistent=False)
+        self.register_buffer("values", stacked.detach()[self.rows].clone(), persistent=False)
 
-    Args:
-        experts: their indices; an empty list lets all be trained.
-
-    Raises:
-        ValueError: if the model has no such expert.
-    """
-    experts = check_experts(model, experts)
-    for _, module in expert_modules(model):
-        _freeze_rows(module, experts)
+    def forward(self, stacked: Tensor) -> Tensor:
+        return stacked.index_copy(0, self.rows, self.values)
 
 
 def frozen_experts(module: ExpertLinear) -> list[int]:
     """Indices of a layer's frozen experts."""
-    return getattr(module, "_frozen_experts", [])
+    return module.parametrizations.lora_A[0].rows.tolist() if parametrize.is_parametrized(module, "lora_A") else []
 
 
-def _freeze_rows(module: ExpertLinear, experts: list[int]) -> None:
-    module._frozen_experts = sorted(experts)
+def _freeze_rows(module: ExpertLinear, experts: Sequence[int]) -> None:
     for tensor in EXPERT_TENSORS:
-        parameter = _of(module, tensor)
-        if handle := getattr(parameter, "_frozen_gradient", None):
-            handle.remove()
-        parameter._frozen_rows = parameter._frozen_gradient = None
-    if not any(hook is _mark_frozen for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(_mark_frozen)
-    _mark_frozen(module)
+        owner, leaf = _owner(module, tensor)
+        if parametrize.is_parametrized(owner, leaf):
+            parameter = owner.parametrizations[leaf].original
+            requires_grad = parameter.requires_grad
+            # The very same parameter, so that optimizers go on, with the values that it stood for.
+            parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+            getattr(owner, leaf).requires_grad_(requires_grad)
+        if experts:
+            parametrize.register_parametrization(owner, leaf, FrozenRows(sorted(experts), getattr(owner, leaf)))
+            _keep_names(owner)
 
 
-def _mark_frozen(module: ExpertLinear, *_) -> None:
-    """Marks the frozen rows at the parameters; before each forward, since copies of a module have new parameters."""
-    experts = frozen_experts(module)
-    for tensor in EXPERT_TENSORS if experts else ():
-        parameter = _of(module, tensor)
-        parameter._frozen_rows = experts
-        if parameter.requires_grad and getattr(parameter, "_frozen_gradient", None) is None:
-            parameter._frozen_gradient = parameter.register_hook(_zero_rows(experts))
+def _keep_names(owner: nn.Module) -> None:
+    """Lets a module with frozen rows save and load its tensors under their plain names."""
+    if getattr(owner, "_has_plain_names", False):
+        return
+    owner._has_plain_names = True
+    owner.register_state_dict_post_hook(_to_plain_names)
+    owner.register_load_state_dict_pre_hook(_from_plain_names)
 
 
-def _zero_rows(experts: list[int]) -> Callable[[Tensor], Tensor]:
-    def hook(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[experts] = 0
-        return gradient
-
-    return hook
+def _to_plain_names(owner: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: dict) -> None:
+    for leaf in getattr(owner, "parametrizations", {}):
+        parameter = state_dict.pop(f"{prefix}parametrizations.{leaf}.original", None)
+        if parameter is not None:
+            state_dict[prefix + leaf] = owner.parametrizations[leaf][0](parameter)
 
 
-def _keep_frozen(optimizer: torch.optim.Optimizer, *_) -> None:
-    for parameter, experts in _with_frozen_rows(optimizer):
-        parameter._frozen_values = parameter.detach()[experts].clone()
+def _from_plain_names(owner: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    for leaf in getattr(owner, "parametrizations", {}):
+        if (value := state_dict.pop(prefix + leaf, None)) is not None:
+            state_dict[f"{prefix}parametrizations.{leaf}.original"] = value
+            frozen = owner.parametrizations[leaf][0]
+            if value.dim() and len(value) > int(frozen.rows.max()):
+                frozen.values.copy_(value[frozen.rows.to(value.device)])
 
 
-@torch.no_grad()
-def _restore_frozen(optimizer: torch.optim.Optimizer, *_) -> None:
-    for parameter, experts in _with_frozen_rows(optimizer):
-        if (values := parameter.__dict__.pop("_frozen_values", None)) is not None:
-            parameter[experts] = values
+def _owner(module: ExpertLinear, tensor: str) -> tuple[nn.Module, str]:
+    """The module that a stacked tensor belongs to, and its name there."""
+    path, _, leaf = tensor.rpartition(".")
+    return module.get_submodule(path), leaf
 
 
-def _with_frozen_rows(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, list[int]]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if experts := getattr(parameter, "_frozen_rows", None):
-                yield parameter, experts
+def _get(module: ExpertLinear, tensor: str) -> Tensor:
+    """A stacked tensor with its frozen rows."""
+    owner, leaf = _owner(module, tensor)
+    return getattr(owner, leaf)
 
 
-# For all optimizers, whoever makes them: torch runs these hooks in every subclass's `step`, also through Accelerate and
-# gradient scalers. They look at the optimizer's parameters and leave those without frozen rows alone. Zero gradients
-# would not do, since weight decay and momentum move parameters as well. Where this code is loaded twice, as a package
-# and with a model's repository, both pairs run: values are kept twice and put back once.
-register_optimizer_step_pre_hook(_keep_frozen)
-register_optimizer_step_post_hook(_restore_frozen)
+def _parameter(module: ExpertLinear, tensor: str) -> nn.Parameter:
+    """The parameter behind a stacked tensor."""
+    owner, leaf = _owner(module, tensor)
+    return owner.parametrizations[leaf].original if parametrize.is_parametrized(owner, leaf) else getattr(owner, leaf)
 
 
-def _of(module: ExpertLinear, tensor: str) -> nn.Parameter:
-    return module.get_parameter(tensor)
+def _common_seed() -> int:
+    """PyTorch's seed, that of the first process where there are several."""
+    seed = [torch.initial_seed()]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(seed, src=0)
+    return seed[0]
 
 
-def _replace(module: ExpertLinear, values: Mapping[str, Tensor]) -> None:
-    """Sets a layer's stacked tensors, with another number of experts, as new parameters."""
-    for tensor, value in values.items():
-        owner, _, leaf = tensor.rpartition(".")
-        parameter = nn.Parameter(value.detach().clone(), requires_grad=_of(module, tensor).requires_grad)
-        setattr(module.get_submodule(owner), leaf, parameter)
-    module.num_experts = module.router.out_features = len(module.lora_A)
+def _competing_row(others: Tensor, generator: torch.Generator) -> Tensor:
+    """A router row, weight and bias (in_features + 1,), whose logits are spread as those of `others` (rows, same)."""
+    num_inputs = others.shape[1] - 1
+    row = 2 * torch.rand(num_inputs + 1, generator=generator, dtype=torch.float64) - 1
+    row *= num_inputs**-0.5
+    mixture = torch.randn(len(others), generator=generator, dtype=torch.float64)
+    mean = others.mean(dim=0)
+    return row + mean + mixture @ (others - mean) / math.sqrt(len(others))
 
 
-def _set_num_experts_per_tok(model: "SamoeModel", num_experts_per_tok: int) -> None:
-    model.config.num_experts_per_tok = num_experts_per_tok
-    for _, module in expert_modules(model):
-        module.num_experts_per_tok = num_experts_per_tok
-
-
-def _check_remaining(model: "SamoeModel", num_experts: int) -> None:
+def _check_num_left(model: nn.Module, num_experts: int) -> None:
     least, most = model.config.num_experts_per_tok, model.config.num_experts
     if not least <= num_experts <= most:
         raise ValueError(
@@ -371,12 +393,35 @@ def _check_remaining(model: "SamoeModel", num_experts: int) -> None:
         )
 
 
-def _check_usage(model: "SamoeModel", usage: Usage) -> None:
+def _check_not_frozen(model: nn.Module, experts: Sequence[int], name: str) -> None:
+    for _, module in expert_modules(model):
+        if frozen := sorted(set(experts) & set(frozen_experts(module))):
+            raise ValueError(f"`{name}` {frozen} are frozen; `freeze_experts([])` lets them change.")
+
+
+def _check_usage(model: nn.Module, usage: Usage) -> None:
     for name, _ in expert_modules(model):
         shape = tuple(getattr(usage.get(name), "shape", ()))
         if shape != (model.config.num_experts,):
             got = f"shape {shape}" if name in usage else "nothing"
             raise ValueError(f"`usage` must have {model.config.num_experts} values for {name!r}, got {got}.")
+
+
+def _merged_tensors(
+    module: ExpertLinear, experts: Sequence[int], shares: Tensor, goes_to_all: bool
+) -> dict[str, Tensor]:
+    """A layer's stacked tensors with the mean of some experts in the place of the first of them."""
+    values = {tensor: _get(module, tensor).detach().clone() for tensor in EXPERT_TENSORS}
+    target = experts[0]
+    A, B = _mean_product(module.lora_A[experts], module.lora_B[experts], shares)
+    values["lora_A"][target], values["lora_B"][target] = A, B
+    for tensor in ("router.weight", "router.bias"):
+        rows = values[tensor][experts].double()
+        values[tensor][target] = torch.tensordot(shares.to(rows), rows, dims=1)
+    if goes_to_all:
+        # Gates of equal rows add up: log sum exp (l_i) = sum p_i l_i + entropy(p) where p is their softmax.
+        values["router.bias"][target] += torch.special.entr(shares).sum()
+    return values
 
 
 def _mean_product(A: Tensor, B: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,34 @@ from torch.utils.hooks import RemovableHandle
 EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
 
 
+class Router(nn.Module):
+    """The logits of the experts, a linear function: (..., in_features) -> (..., num_experts).
+
+    It is no `nn.Linear`, so that adapters for all linear layers of a model leave it alone.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as `nn.Linear` does."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.weight, self.bias)
+
+
 class ExpertLinear(nn.Linear):
     """A linear layer with LoRA experts beside it and a router that mixes them per token.
 
@@ -57,11 +85,11 @@ class ExpertLinear(nn.Linear):
         self.scaling = lora_alpha / lora_rank
         self.lora_A = nn.Parameter(torch.empty(num_experts, lora_rank, in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(num_experts, out_features, lora_rank, **factory))
-        self.router = nn.Linear(in_features, num_experts, **factory)
+        self.router = Router(in_features, num_experts, **factory)
         self.router_logits = nn.Identity()  # its hooks see what the router puts out, see `record_router_logits`
         self.dropout = nn.Dropout(lora_dropout)
-        self._kept: tuple | None = None  # see `_stack`
-        self.reset_experts()
+        if self.lora_A.device.type != "meta":
+            self.reset_experts()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> "ExpertLinear":
@@ -104,38 +132,18 @@ class ExpertLinear(nn.Linear):
         """The same with nothing but the products. Tokens lie along the last dimension, since they are many, and
         operations along a short last one are slow."""
         output = super().forward(tokens)
-        down, router_bias, up = self._stack(output.dtype)
+        down, router_bias, up = self._stacked(output.dtype)
         low_rank, logits = (down @ tokens.mT).split([len(up), self.num_experts])
         logits = self._show_router_logits(logits.add_(router_bias).mT, shape).mT
         gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
         low_rank.unflatten(0, (self.num_experts, self.lora_rank)).mul_(gates.unsqueeze(1))
         return output.addmm_(low_rank.mT, up, alpha=self.scaling)
 
-    def _stack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """What inference multiplies by, kept until a tensor is replaced or written to: all A and the router
-        (experts x (rank + 1), in_features), the router's bias (experts, 1), all B (experts x rank, out_features)."""
-        A, B, weight, bias = self.lora_A, self.lora_B, self.router.weight, self.router.bias
-        # Compilers see to it themselves, and tensors that were made under inference mode do not tell of changes.
-        keep = not (torch.compiler.is_compiling() or any(x.is_inference() for x in (A, B, weight, bias)))
-        if keep:
-            versions = (A._version, B._version, weight._version, bias._version)
-            places = (A.data_ptr(), B.data_ptr(), weight.data_ptr(), bias.data_ptr())
-            if self._kept is not None and self._kept[:3] == (dtype, versions, places):
-                return self._kept[3]
-        down = torch.cat([A.flatten(0, 1), weight]).to(dtype)
-        stacked = down, bias.unsqueeze(1).to(dtype), B.mT.flatten(0, 1).to(dtype)
-        if keep:
-            # While the sources are held, no other tensors get their places.
-            self._kept = (dtype, versions, places, stacked, [x.detach() for x in (A, B, weight, bias)])
-        return stacked
-
-    def train(self, mode: bool = True) -> "ExpertLinear":
-        """As in the base class. What was written through `.data`, which leaves no trace, is seen at the latest then."""
-        self._kept = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None}
+    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """All A and the router's weight (experts x (rank + 1), in_features), the router's bias (experts, 1), and all B
+        (experts x rank, out_features), for inference."""
+        down = torch.cat([self.lora_A.flatten(0, 1), self.router.weight]).to(dtype)
+        return down, self.router.bias.unsqueeze(1).to(dtype), self.lora_B.mT.flatten(0, 1).to(dtype)
 
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""

@@ -7,23 +7,20 @@ read, and pickled weights are refused.
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available, requires_backends
 
 from .adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
-from .expert_surgery import append_experts, check_experts, new_expert_tensors
+from .expert_surgery import append_experts, check_experts, new_experts
 from .experts import ExpertLinear, expert_modules
 from .files import new_folder
 
 if is_peft_available():
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
-
-if TYPE_CHECKING:
-    from .modeling_samoe import SamoeModel
 
 # Settings of LoraConfig that add something an expert has no place for, or change what its matrices mean.
 UNSUPPORTED = (
@@ -45,67 +42,70 @@ class Lora(NamedTuple):
     layers: dict[str, tuple[Tensor, Tensor, float]]
 
 
-def export_expert(model: "SamoeModel", expert: int, directory: str | os.PathLike) -> None:
-    """Writes one expert as a LoRA that `PeftModel.from_pretrained(base, directory)` loads onto a SAM 2 video model.
+class LoraExchangeMixin:
+    """The methods of a SamoeModel that write an expert as a LoRA of PEFT, and take a LoRA in as an expert."""
 
-    It does what this model does if each token goes to that expert alone. The router stays behind.
+    def export_expert(self, expert: int, directory: str | os.PathLike) -> None:
+        """Writes one expert as a LoRA that `PeftModel.from_pretrained(base, directory)` loads onto a SAM 2 video model.
 
-    Args:
-        expert: its index.
-        directory: where to write; made if need be.
+        It does what this model does if each token goes to that expert alone. The router stays behind.
 
-    Raises:
-        ValueError: if the model has no such expert.
-        FileExistsError: if `directory` is there and not empty.
-    """
-    requires_backends(export_expert, "peft")
-    check_experts(model, [expert], "expert")
-    tensors, names = {}, []
-    for name, module in expert_modules(model):
-        # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
-        names.append(name.removesuffix(".base_layer"))
-        for leaf in ("lora_A", "lora_B"):
-            tensor = module.get_parameter(leaf)[expert].detach()
-            tensors[f"{PREFIX}{names[-1]}.{leaf}.weight"] = tensor.cpu().clone()
-    alpha = model.config.lora_alpha
-    config = LoraConfig(
-        r=model.config.lora_rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-        lora_dropout=model.config.lora_dropout,
-        target_modules=names,
-        base_model_name_or_path=(model.base_model_source or {}).get("name_or_path"),
-        revision=(model.base_model_source or {}).get("revision"),
-        inference_mode=True,
-    )
-    with new_folder(directory) as folder:
-        config.save_pretrained(folder)
-        save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        Args:
+            expert: its index.
+            directory: where to write; made if need be.
+
+        Raises:
+            ValueError: if the model has no such expert.
+            FileExistsError: if `directory` is there and not empty.
+        """
+        requires_backends(self, "peft")
+        check_experts(self, [expert], "expert")
+        tensors, names = {}, []
+        for name, module in expert_modules(self):
+            # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
+            names.append(name.removesuffix(".base_layer"))
+            for leaf in ("lora_A", "lora_B"):
+                tensor = getattr(module, leaf)[expert].detach()
+                tensors[f"{PREFIX}{names[-1]}.{leaf}.weight"] = tensor.cpu().clone()
+        alpha = self.config.lora_alpha
+        config = LoraConfig(
+            r=self.config.lora_rank,
+            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+            lora_dropout=self.config.lora_dropout,
+            target_modules=names,
+            base_model_name_or_path=(self.base_model_source or {}).get("name_or_path"),
+            revision=(self.base_model_source or {}).get("revision"),
+            inference_mode=True,
+        )
+        with new_folder(directory) as folder:
+            config.save_pretrained(folder)
+            save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def add_expert(self, source: str | os.PathLike, **hub) -> int:
+        """Adds a LoRA of PEFT as a new expert, behind the others.
+
+        A LoRA of lower rank is filled up with B zero, so that its product stays the same. Its scale goes into B where
+        it is not the model's `lora_alpha / lora_rank`. Layers that the LoRA leaves out get an expert without effect.
+        The expert is asleep: no token goes to it until a training step or `wake_experts` gives it a router row.
+        Optimizers must be made after this.
+
+        Args:
+            source: folder or Hub id of the LoRA.
+            hub: where and how it is fetched: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only`, ...
+
+        Returns:
+            The new expert's index.
+
+        Raises:
+            ValueError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
+            OSError: if there is no such adapter.
+        """
+        return append_experts(self, expert_tensors(self, read_lora(source, **hub)))[0]
 
 
-def add_expert(model: "SamoeModel", source: str | os.PathLike, **hub) -> int:
-    """Adds a LoRA of PEFT as a new expert, behind the others.
-
-    A LoRA of lower rank is filled up with B zero, so that its product stays the same; its scale goes into B where it is
-    not the model's `lora_alpha / lora_rank`. Layers that the LoRA leaves out get an expert without effect. The expert
-    is asleep: no token goes to it, so the model's output stays the same, until a training step, `wake_experts` or
-    [`~assemble.fit_routers`] gives it a router row. Optimizers must be made after this.
-
-    Args:
-        source: folder or Hub id of the LoRA.
-        hub: where and how it is fetched: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only`, ...
-
-    Returns:
-        The new expert's index.
-
-    Raises:
-        ValueError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
-        OSError: if there is no such adapter.
-    """
-    return append_experts(model, expert_tensors(model, read_lora(source, **hub)))[0]
-
-
-def expert_tensors(model: "SamoeModel", lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA as an expert: name of each layer with experts -> A (1, rank, in), B (1, out, rank). See [`add_expert`]."""
+def expert_tensors(model: nn.Module, lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
+    """A LoRA as an expert: name of each layer with experts -> A (1, rank, in), B (1, out, rank). See
+    [`LoraExchangeMixin.add_expert`]."""
     modules = dict(expert_modules(model))
     known = {name.removesuffix(".base_layer") for name in modules}
     if others := sorted(set(lora.layers) - known):
@@ -118,7 +118,7 @@ def expert_tensors(model: "SamoeModel", lora: Lora) -> dict[str, tuple[Tensor, T
 
 def _as_expert(name: str, module: ExpertLinear, lora: Lora) -> tuple[Tensor, Tensor]:
     """A (1, rank, in) and B (1, out, rank) of the expert that a LoRA is in one layer."""
-    new_A, new_B = new_expert_tensors(module, 1)
+    new_A, new_B = new_experts(module, 1)
     if name not in lora.layers:
         return new_A, new_B
     A, B, scale = lora.layers[name]
@@ -142,7 +142,7 @@ def _as_expert(name: str, module: ExpertLinear, lora: Lora) -> tuple[Tensor, Ten
 
 
 def read_lora(source: str | os.PathLike, **hub) -> Lora:
-    """Reads a LoRA of PEFT; see [`add_expert`]."""
+    """Reads a LoRA of PEFT; see [`LoraExchangeMixin.add_expert`]."""
     requires_backends(read_lora, "peft")
     config = _read_config(source, hub)
     tensors = read_adapter_tensors(source, hub)

@@ -1,71 +1,42 @@
 """SamoeModel: SAM 2 video with a mixture of LoRA experts. It tracks in a session and learns from clips."""
 
-import copy
-import inspect
-import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoInferenceSession, Sam2VideoModel
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
-from transformers.utils import PROCESSOR_NAME
-
-from .adapters import (
-    AdapterMixin,
-    active_adapters,
-    adapters_aside,
-    base_name,
-    is_adapter_parameter,
-    load_adapters,
-    save_adapters,
-    to_wrapped_names,
-    without_adapters,
+from transformers import (
+    Sam2VideoInferenceSession,
+    Sam2VideoModel,
 )
-from .checkpoints import HUB_ARGUMENTS, check_weights, load_trained, resolve_commit, save_trained
+from transformers import initialization as init
+from transformers.models.sam2_video.modeling_sam2_video import (
+    Sam2VideoMemoryFuserCXBlock,
+    Sam2VideoSegmentationOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import can_return_tuple
+
+from .adapters import AdapterMixin, is_adapter_parameter, plain_name, to_wrapped_names
 from .clip import ClipPrompts, SamoeClipOutput, check_clip, clip_forward, prompt_from_inputs
 from .configuration_samoe import SamoeConfig
-from .expert_surgery import freeze_experts, grow_experts, merge_experts, prune_experts, reset_expert, wake_experts
-from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, is_expert_parameter
-from .files import updated_folder
+from .expert_surgery import ExpertSurgeryMixin
+from .experts import ExpertLinear, add_experts, is_expert_parameter
 from .interaction import clear_prompts, remove_object
-from .lora_exchange import add_expert, export_expert
+from .lora_exchange import LoraExchangeMixin
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
-from .processor import build_processor
+from .pretrained import PretrainedMixin
 from .prompts import PromptRecipe, resolve_recipe
-from .sam2_modules import make_lean
+from .sam2_modules import compile_parts, make_lean
 from .tracking import encoding_ahead, start_propagation, track_frame
 
-logger = logging.getLogger(__name__)
-
-# Arguments of `save_pretrained` that are meant for `push_to_hub`.
-PUSH_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "tags",
-)
-
-# What `output_loading_info` tells of; nothing of it is tolerated in folders that hold only what was trained.
-LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-# Parameters of the model itself that are tokens or encodings, and the position encodings of its backbone.
+# Parameters that are tokens or encodings of positions, of the model itself and of its backbone.
 TOKEN_PARAMETERS = re.compile(
-    r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|vision_encoder\..*pos_embed\w*"
+    r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|pos_embed\w*"
 )
-# Of `torch.compile`; see `compile_for_tracking`.
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 TRAINABLE_SETS = {
     "experts": is_expert_parameter,
     "adapters": is_adapter_parameter,
@@ -80,7 +51,19 @@ TRAINABLE_SETS = {
 }
 
 
-class SamoeModel(AdapterMixin, Sam2VideoModel):
+class ForwardOptions(TypedDict, total=False):
+    """Further arguments of [`SamoeModel.forward`].
+
+    `input_labels` is among them because Trainer takes every named argument with "label" in its name for labels.
+    """
+
+    input_labels: Tensor
+    return_dict: bool
+    output_attentions: bool
+    output_hidden_states: bool
+
+
+class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, PretrainedMixin, Sam2VideoModel):
     """SAM 2 video whose linear layers, by default the projections of its memory attention, have LoRA experts.
 
     It takes the place of [`~transformers.Sam2VideoModel`] in tracking, and can be trained on clips. After construction
@@ -90,6 +73,8 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
     config_class = SamoeConfig
     config: SamoeConfig
     supports_gradient_checkpointing = True
+    # Trainer need not pass `num_items_in_batch` because of `**options`.
+    accepts_loss_kwargs = False
     # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not called
     # as modules (see memory_attention.py), and belong to the rest.
     _no_split_modules: ClassVar = ["Sam2MultiScaleBlock", "Sam2VideoTwoWayAttentionBlock"]
@@ -98,7 +83,7 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         config.check_experts()
         super().__init__(config)
         make_lean(self)
-        self.expert_names = add_experts(
+        self.expert_module_names = add_experts(
             self,
             config.expert_modules,
             num_experts=config.num_experts,
@@ -109,11 +94,9 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         )
         # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
         self._keys_to_ignore_on_load_unexpected = set()
-        if self.device.type != "meta":
-            self.reset_parameters()
         self.set_trainable("experts")
         self.register_load_state_dict_pre_hook(to_wrapped_names)
-        # What this model was loaded from, for folders that hold only what was trained; see hub.py.
+        # What this model was loaded from, for folders that hold only what was trained; see checkpoints.py.
         self.base_model_source: dict[str, str | None] | None = None
         # Other tensors than the experts' that are not the base's, whether or not they are trainable now.
         self.differs_from_base: set[str] = set()
@@ -127,213 +110,29 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         self.feature_cache: Any = None
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws all parameters anew, as `sam2` does; from transformers' narrower draw it hardly learns from scratch."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            if isinstance(module, ExpertLinear):
-                module.reset_experts()
-        for name, parameter in self.named_parameters():
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws a module's parameters as `sam2` does. From transformers' narrower draw the model hardly learns."""
+        super()._init_weights(module)  # for buffers
+        if module is self:
+            # A model of its own, whose modules transformers gives to its own `_init_weights`.
+            for part in self.vision_encoder.modules():
+                self._draw(part)
+        self._draw(module)
+
+    def _draw(self, module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        if isinstance(module, ExpertLinear) and not getattr(module.lora_A, "_is_hf_initialized", False):
+            module.reset_experts()
+        if isinstance(module, Sam2VideoMemoryFuserCXBlock):
+            init.constant_(module.scale, self.config.memory_fuser_layer_scale_init_value)
+        for name, parameter in module.named_parameters(recurse=False):
             if TOKEN_PARAMETERS.fullmatch(name):
-                nn.init.trunc_normal_(parameter, std=0.02)
-            elif name.endswith(".scale"):
-                nn.init.constant_(parameter, self.config.memory_fuser_layer_scale_init_value)
-        # Points and image positions are encoded with one matrix.
-        image_embedding, point_embedding = self.shared_image_embedding, self.prompt_encoder.shared_embedding
-        point_embedding.positional_embedding.copy_(image_embedding.positional_embedding)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args,
-        config: PreTrainedConfig | str | os.PathLike | None = None,
-        experts: str | os.PathLike | None = None,
-        original_config: str | os.PathLike | None = None,
-        output_loading_info: bool = False,
-        **kwargs,
-    ) -> "SamoeModel":
-        """Loads a model in evaluation mode, with only its experts and routers trainable.
-
-        Args:
-            pretrained_model_name_or_path: one of
-                - a folder or Hub id of a SamoeModel;
-                - a folder or Hub id of a SAM 2 video model: experts without effect are added;
-                - an original checkpoint, of SAM 2 or SAM2-MoE (a `.pt` file).
-            experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
-            original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
-            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
-                Where `expert_modules` is set, layers without experts in the checkpoint get new ones, without effect.
-                With `ignore_mismatched_sizes`, experts of another number or rank, or in other layers, than the
-                configuration's are left out, and new ones take their place; other tensors must fit.
-
-        Raises:
-            FileNotFoundError: if there is no such `.pt` file.
-            ValueError: if tensors other than the experts' are missing, or any is unexpected; for a file, see
-                [`conversion.load_original`].
-        """
-        source = pretrained_model_name_or_path
-        any_experts = kwargs.pop("ignore_mismatched_sizes", False)
-        more_experts = any_experts or "expert_modules" in kwargs
-        is_file = source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth"))
-        if not is_file and (experts is not None or original_config is not None):
-            raise ValueError(
-                f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
-            )
-        config = copy.deepcopy(config)
-        settings = [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]
-        if is_file:
-            try:
-                from samoe_hf.original.checkpoint import load_original
-            except ImportError as error:
-                raise ImportError(
-                    f"{source} is an original checkpoint; reading it needs the package samoe_hf."
-                ) from error
-            original, kwargs["state_dict"] = load_original(source, experts, original_config)
-            config = original if config is None else config
-        elif source is not None:
-            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            if (commit := resolve_commit(source, hub)) is not None:
-                hub["revision"] = kwargs["revision"] = commit
-            if not isinstance(config, SamoeConfig):
-                config = SamoeConfig.from_pretrained(source if config is None else config, **hub)
-        if settings and config is not None:
-            for name in settings:
-                setattr(config, name, kwargs.pop(name))
-            config.check_experts()
-        if source is not None and not is_file:
-            if config.base_model is not None:
-                others = {name: value for name, value in kwargs.items() if name not in hub}
-                model = load_trained(cls, source, config, hub, others, more_experts)
-                load_adapters(model, source, config.adapters, hub)
-                return (model, {name: set() for name in LOADING_INFO}) if output_loading_info else model
-            if "state_dict" not in kwargs:
-                check_weights(source, config, hub, kwargs.get("variant"), any_experts)
-        with _without_load_report():
-            model, info = super().from_pretrained(
-                None if is_file else source,
-                *model_args,
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # _check_loaded is stricter
-                **kwargs,
-            )
-        _align_memory(model)
-        if new := _check_loaded(source, model, info, more_experts, any_experts):
-            # Left to transformers, those within the vision encoder would stay uninitialized memory.
-            for name in new:
-                model.get_submodule(name).reset_experts()
-            logger.info("%s has no such experts for %d layers: they got new ones, without effect.", source, len(new))
-        model.set_trainable("experts")
-        if source is not None:
-            model.base_model_source = _describe_source(source, kwargs, original_config)
-        if source is not None and not is_file:
-            load_adapters(model, source, config.adapters, hub)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        experts_only: bool = False,
-        state_dict: dict | None = None,
-        processor: ProcessorMixin | None = None,
-        base_model: str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """As in the base class, with all adapters of PEFT; if anything fails, the folder is left as it was.
-
-        Args:
-            experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
-                which [`from_pretrained`] then fetches; and a processor, if there is none.
-            processor: is saved as well.
-            base_model: with `experts_only`, the Hub id to refer to, if the base was loaded from somewhere else. It is
-                loaded, to see that it is the same.
-
-        Raises:
-            ValueError: with `experts_only`, if there is no base model or `base_model` is another one.
-        """
-        commit = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
-        self.config.adapters = active_adapters(self)
-        if self.config.adapters:
-            state_dict = without_adapters(self.state_dict() if state_dict is None else state_dict)
-        is_main_process = kwargs.get("is_main_process", True)
-        if is_main_process or not experts_only:
-            with updated_folder(save_directory) as folder:
-                if experts_only:
-                    save_trained(self, folder, state_dict, base_model)
-                    if processor is None and not Path(save_directory, PROCESSOR_NAME).exists():
-                        processor = build_processor(self.config)
-                else:
-                    with adapters_aside(self):
-                        super().save_pretrained(folder, state_dict=state_dict, **kwargs)
-                if is_main_process:
-                    save_adapters(self, folder)
-                if processor is not None:
-                    processor.save_pretrained(folder)
-        if push_to_hub:
-            repo_id = commit.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, experts_only=experts_only, processor=processor, base_model=base_model, **commit)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        experts_only: bool = False,
-        base_model: str | None = None,
-        processor: ProcessorMixin | None = None,
-        card: dict[str, Any] | None = None,
-        commit_message: str = "Upload model",
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> CommitInfo:
-        """Uploads the model, a processor and a model card in one commit, which replaces weights of earlier ones.
-
-        Args:
-            repo_id: the repository; it is made if need be.
-            experts_only, base_model: as in [`save_pretrained`].
-            processor: by default the one that prepares videos as `sam2` does.
-            card: what the card is to say beside what the model knows, arguments of
-                [`model_card.build_model_card`]. A card that the repository has stays if this is None.
-            commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in the
-                base class.
-
-        Raises:
-            ValueError: with `experts_only`, if others could not fetch the base model, or `base_model` is another one.
-            OSError: if the Hub refuses or cannot be reached (`huggingface_hub.errors.HfHubHTTPError` with the reason).
-        """
-        try:
-            from samoe_hf.hub.push import push
-        except ImportError as error:
-            raise ImportError("`push_to_hub` of a SamoeModel needs the package samoe_hf.") from error
-        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
-        return push(
-            self,
-            repo_id,
-            experts_only=experts_only,
-            base_model=base_model,
-            processor=processor,
-            card=card,
-            tags=tags,
-            max_shard_size=max_shard_size,
-            commit=commit,
-            private=private,
-            token=token,
-            revision=revision,
-        )
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
-        """From now on this package's code is saved with models, for `AutoModel.from_pretrained(…,
-        trust_remote_code=True)` where the package is not installed."""
-        super().register_for_auto_class(auto_class)
-        cls.config_class.register_for_auto_class()
+                init.trunc_normal_(parameter, std=0.02)
+        if module is self:
+            # Points and image positions are encoded with one matrix.
+            image, points = self.shared_image_embedding, self.prompt_encoder.shared_embedding
+            init.copy_(points.positional_embedding, image.positional_embedding)
 
     def set_trainable(self, *sets: str) -> None:
         """Makes exactly the parameters of the named sets trainable.
@@ -349,25 +148,20 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         names = {name for chosen in sets for name in self.parameter_names(chosen)}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in names)
+        # Also after loading, surgery and freezing, which tell by this that `wake_experts` has to look.
+        self.may_have_sleeping_experts = True
 
     def parameter_names(self, chosen: str) -> list[str]:
         """Names of the parameters of a set, see [`set_trainable`]."""
-        matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
-        names = [name for name, _ in self.named_parameters() if matches(base_name(name))]
+        try:
+            matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
+        except re.error as error:
+            raise ValueError(f"`sets` has {chosen!r}, which is no regular expression: {error}.") from error
+        names = [name for name, _ in self.named_parameters() if matches(plain_name(name))]
         if not names:
             known = ", ".join(map(repr, TRAINABLE_SETS))
             raise ValueError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")
         return names
-
-    # Experts as parts: see lora_exchange.py and surgery.py.
-    export_expert = export_expert
-    add_expert = add_expert
-    prune_experts = prune_experts
-    merge_experts = merge_experts
-    reset_expert = reset_expert
-    grow_experts = grow_experts
-    freeze_experts = freeze_experts
-    wake_experts = wake_experts
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trainable, as PEFT does."""
@@ -387,16 +181,10 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
                 recorded for each size that occurs, and what a part puts out is copied, since its graph's next run
                 overwrites it.
         """
-        self.vision_encoder.compile(**kwargs)
-        self.mask_decoder.compile(dynamic=True, **kwargs)
-        self.memory_encoder.compile(dynamic=True, **kwargs)
-        self.attend_to_memory = torch.compile(attend_to_memory, dynamic=True, **kwargs)
-        graphs_by_option = (kwargs.get("options") or {}).get("triton.cudagraphs", False)
-        if kwargs.get("mode") in CUDA_GRAPH_MODES or graphs_by_option:
-            for module in (self.vision_encoder, self.mask_decoder, self.memory_encoder):
-                module._compiled_call_impl = _with_copied_outputs(module._compiled_call_impl)
-            self.attend_to_memory = _with_copied_outputs(self.attend_to_memory)
+        compile_parts(self, ("vision_encoder",), **kwargs)
+        compile_parts(self, ("mask_decoder", "memory_encoder", "attend_to_memory"), dynamic=True, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | Sam2VideoInferenceSession | None = None,
@@ -404,7 +192,6 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         object_mask: Tensor | None = None,
         prompts: str | PromptRecipe = "mask",
         input_points: Tensor | None = None,
-        input_labels: Tensor | None = None,
         input_boxes: Tensor | None = None,
         input_masks: Tensor | None = None,
         output_router_logits: bool | None = None,
@@ -413,6 +200,7 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         frame: Tensor | None = None,
         reverse: bool = False,
         run_mem_encoder: bool = True,
+        **options: Unpack[ForwardOptions],
     ) -> SamoeClipOutput | Sam2VideoSegmentationOutput:
         """Runs over clips, or over one frame of a session.
 
@@ -432,7 +220,12 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
             input_masks: (B, N, S, S).
             output_router_logits: whether to return the routers' logits; the configuration's value if None.
             inference_session, frame_idx, frame, reverse, run_mem_encoder: as in Sam2VideoModel.
+            options: `input_labels`; `return_dict=False` for a tuple; of a clip, `output_hidden_states` and
+                `output_attentions` of the vision encoder, by default as the configuration says.
         """
+        if unknown := sorted(set(options) - ForwardOptions.__annotations__.keys()):
+            raise TypeError(f"`forward` has no argument {unknown[0]!r}.")
+        self.check_new_adapters()
         if isinstance(pixel_values, Sam2VideoInferenceSession):
             # Positional arguments in Sam2VideoModel's order: the session, then the frame's index, then the frame.
             inference_session = pixel_values
@@ -441,7 +234,7 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         if inference_session is not None:
             return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder)
         check_clip(pixel_values, labels, object_mask, self.image_size)
-        given = (input_points, input_labels, input_boxes, input_masks)
+        given = (input_points, options.get("input_labels"), input_boxes, input_masks)
         if labels is not None and all(value is None for value in given):
             num_objects = labels.shape[1]
             clip_prompts = ClipPrompts.simulate(resolve_recipe(prompts), labels)
@@ -452,7 +245,12 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
             output_router_logits = self.config.output_router_logits
         if self.training and torch.is_grad_enabled():
             self.wake_experts()
-        return clip_forward(self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits)
+        with _recorded_vision_outputs(self, options) as recorded:
+            output = clip_forward(
+                self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits
+            )
+        output.vision_hidden_states, output.vision_attentions = recorded["hidden_states"], recorded["attentions"]
+        return output
 
     @torch.inference_mode()
     def _session_forward(
@@ -521,90 +319,31 @@ class SamoeModel(AdapterMixin, Sam2VideoModel):
         remove_object(inference_session, obj_id, strict)
 
 
-# Trainer takes each argument with "label" in its name for one that evaluation needs, and `input_labels` is none.
-_signature = inspect.signature(SamoeModel.forward)
-SamoeModel.forward.__signature__ = _signature.replace(
-    parameters=[parameter for name, parameter in _signature.parameters.items() if name != "input_labels"]
-)
-
-
-def _with_copied_outputs(compiled: Callable) -> Callable:
-    """What a compiled function returns, in memory of its own."""
-
-    def run(*args, **kwargs):
-        return tree_map_only(Tensor, torch.clone, compiled(*args, **kwargs))
-
-    return run
-
-
-def _check_loaded(
-    source: str | os.PathLike | None, model: SamoeModel, info: dict[str, Any], more_experts: bool, any_experts: bool
-) -> list[str]:
-    """Names of the layers whose experts a checkpoint lacks: none or all; or any, if it is to get `more_experts`.
-
-    With `any_experts`, those of another number or rank than the configuration's count as lacking.
-
-    Raises:
-        ValueError: if other tensors are missing, any is unexpected or of another shape.
-    """
-    mismatched = {name for name, *_ in info["mismatched_keys"]}
-    missing, unexpected = set(info["missing_keys"]) - mismatched, set(info["unexpected_keys"])
-    tensors = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name in model.expert_names}
-    if any_experts:
-        unexpected = {name for name in unexpected if not is_expert_parameter(name)}
-        for of_layer in tensors.values():
-            if of_layer & mismatched:
-                missing |= of_layer
-                mismatched -= of_layer
-    new = [name for name in tensors if tensors[name] <= missing]
-    if more_experts or len(new) == len(tensors):
-        missing -= set().union(*(tensors[name] for name in new))
-    problems = [
-        f"{len(names)} tensors are {what}, such as {min(names)!r}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", mismatched),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    return new
-
-
-def _describe_source(
-    source: str | os.PathLike, arguments: dict[str, Any], original_config: str | os.PathLike | None
-) -> dict[str, str | None]:
-    """What to load a model from again: a Hub id with its commit, local files by their absolute paths."""
-    return {
-        "name_or_path": os.path.abspath(source) if os.path.exists(source) else str(source),
-        "revision": arguments.get("revision"),
-        "subfolder": arguments.get("subfolder") or None,
-        "original_config": None if original_config is None else os.path.abspath(original_config),
-    }
-
-
-def _align_memory(model: nn.Module) -> None:
-    """Moves weights on the CPU that were mapped from a file at odd addresses, where kernels add up in another order.
-
-    So a model that was saved and loaded gives the same output to the bit.
-    """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-
-
 @contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Holds back transformers' warning about missing tensors, which [`_check_loaded`] judges more strictly."""
-    library_logger = logging.getLogger("transformers.modeling_utils")
+def _recorded_vision_outputs(model: SamoeModel, options: ForwardOptions) -> Iterator[dict[str, tuple | None]]:
+    """While the context is open, the vision encoder also gives the outputs that are asked for, which are yielded."""
+    recorded: dict[str, tuple | None] = {"hidden_states": None, "attentions": None}
+    flags = {
+        name: options.get(name, getattr(model.config, name, False))
+        for name in ("output_hidden_states", "output_attentions")
+    }
+    if not any(flags.values()):
+        yield recorded
+        return
 
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+    def record(_, __, ___, outputs: Any) -> None:
+        for name in recorded:
+            parts = getattr(outputs, name, None)
+            if parts is not None:
+                before = recorded[name]
+                recorded[name] = parts if before is None else tuple(map(torch.cat, zip(before, parts, strict=True)))
 
-    library_logger.addFilter(keep)
+    handles = [
+        model.vision_encoder.register_forward_pre_hook(lambda _, a, k: (a, {**k, **flags}), with_kwargs=True),
+        model.vision_encoder.register_forward_hook(record, with_kwargs=True),
+    ]
     try:
-        yield
+        yield recorded
     finally:
-        library_logger.removeFilter(keep)
+        for handle in handles:
+            handle.remove()

@@ -7,10 +7,12 @@
 """
 
 import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from transformers import Sam2VideoModel
 from transformers.models.sam2.modeling_sam2 import (
     ALL_ATTENTION_FUNCTIONS,
@@ -23,6 +25,9 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDeco
 
 from .configuration_samoe import SamoeConfig
 from .experts import add_experts
+
+# Modes of `torch.compile` that record CUDA graphs.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class LeanMultiScaleAttention(Sam2MultiScaleAttention):
@@ -203,3 +208,33 @@ def build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
     except (RuntimeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"The configuration describes no model that can be built: {error}") from error
     return model
+
+
+def compile_parts(model: nn.Module, names: Sequence[str], **kwargs) -> None:
+    """Compiles modules or functions of a model, in their places.
+
+    Args:
+        names: of attributes.
+        kwargs: of [`torch.compile`]. Where they ask for CUDA graphs, what a part puts out is copied, since its graph's
+            next run overwrites it.
+    """
+    graphs_by_option = (kwargs.get("options") or {}).get("triton.cudagraphs", False)
+    has_graphs = kwargs.get("mode") in CUDA_GRAPH_MODES or graphs_by_option
+    for name in names:
+        part = getattr(model, name)
+        if isinstance(part, nn.Module):
+            part.compile(**kwargs)
+            if has_graphs:
+                part._compiled_call_impl = _with_copied_outputs(part._compiled_call_impl)
+        else:
+            compiled = torch.compile(part, **kwargs)
+            setattr(model, name, _with_copied_outputs(compiled) if has_graphs else compiled)
+
+
+def _with_copied_outputs(compiled: Callable) -> Callable:
+    """What a compiled function returns, in memory of its own."""
+
+    def run(*args, **kwargs):
+        return tree_map_only(Tensor, torch.clone, compiled(*args, **kwargs))
+
+    return run

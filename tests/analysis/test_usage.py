@@ -192,7 +192,7 @@ def alone(video: Video, object_id: int) -> Video:
 def test_tokens_are_told_by_object(nano, entering):
     """Objects run together in batches; each must get what it gets alone."""
     together = expert_usage(nano.model, [entering], show_progress_bar=False)
-    assert together.modules == nano.model.expert_names
+    assert together.modules == nano.model.expert_module_names
     apart = {i: expert_usage(nano.model, [alone(entering, i)], show_progress_bar=False) for i in entering.object_ids}
     largest = 0.0
     for module in together.modules:
@@ -320,7 +320,7 @@ def everywhere(nano) -> SamoeModel:
 
 def test_experts_in_other_layers(everywhere, entering):
     usage = expert_usage(everywhere, [entering], show_progress_bar=False)
-    assert usage.modules == everywhere.expert_names
+    assert usage.modules == everywhere.expert_module_names
     objects = {module: {source.object_id for source in parts} for module, parts in usage.sums.items()}
     for module, ids in objects.items():
         assert ids == ({None} if module.startswith("vision_encoder") else {2, 5, 9}), module
@@ -331,11 +331,11 @@ def test_experts_in_other_layers(everywhere, entering):
 
 
 def test_routing_maps_of_the_vision_encoder(everywhere, entering, tmp_path):
-    module = next(name for name in everywhere.expert_names if name.endswith("blocks.0.mlp.proj_in"))
+    module = next(name for name in everywhere.expert_module_names if name.endswith("blocks.0.mlp.proj_in"))
     maps = routing_maps(everywhere, entering, module=module)
     assert maps.object_ids == [None] and maps.experts.shape == (5, 1, 32, 32) and maps.experts.min() == 0
     assert all(file.stat().st_size > 1000 for file in maps.save(tmp_path / "maps"))
-    for name in everywhere.expert_names:
+    for name in everywhere.expert_module_names:
         if ".mlp." not in name:
             with pytest.raises(ValueError, match="tokens are image positions"):
                 routing_maps(everywhere, entering, module=name)

@@ -59,7 +59,7 @@ def assembled(folder):
 def test_the_experts_are_the_loras(assembled, folder):
     config = assembled.config
     assert (config.num_experts, config.num_experts_per_tok, config.lora_rank, config.lora_alpha) == (4, 1, 3, 6.0)
-    assert all(name.startswith("memory_attention") for name in assembled.expert_names)
+    assert all(name.startswith("memory_attention") for name in assembled.expert_module_names)
     for expert, domain in ((0, "shapes"), (1, "shapes"), (2, "blobs"), (3, "blobs")):
         for name, (A, B, scale) in read_lora(folder / domain).layers.items():
             module = assembled.get_submodule(name)
@@ -72,7 +72,7 @@ def test_the_experts_are_the_loras(assembled, folder):
 def test_domains_go_to_their_own_experts(assembled):
     held_out = [of_domain for of_domain in videos(seed=2).values()]
     shares = routed_right(assembled, build_processor(assembled.config), held_out, 12, show_progress_bar=False)
-    assert set(shares) == set(assembled.expert_names)
+    assert set(shares) == set(assembled.expert_module_names)
     assert torch.stack(list(shares.values())).mean(dim=0).min() > 0.8
     swapped = routed_right(assembled, build_processor(assembled.config), held_out[::-1], 12, show_progress_bar=False)
     assert torch.stack(list(swapped.values())).mean(dim=0).max() < 0.2

@@ -336,7 +336,7 @@ def test_an_upload_that_is_cut_leaves_nothing_and_can_be_repeated(server, author
 from unittest import mock
 from samoe_hf import SamoeModel
 model = SamoeModel.from_pretrained("tester/base")
-model.get_submodule(model.expert_names[0]).router.bias.data += 1  # else the server has this file already
+model.get_submodule(model.expert_module_names[0]).router.bias.data += 1  # else the server has this file already
 with mock.patch("huggingface_hub.utils._http.time.sleep"):
     model.push_to_hub("cut", experts_only=True)
 """
@@ -558,9 +558,9 @@ def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folde
 
 
 def test_settings_can_be_given_and_layers_added(experts_folder, nano):
-    more = [*nano.model.expert_names, "mask_decoder.iou_prediction_head.proj_in"]
+    more = [*nano.model.expert_module_names, "mask_decoder.iou_prediction_head.proj_in"]
     model = SamoeModel.from_pretrained(experts_folder, fill_hole_area=8, expert_modules=more)
-    assert model.config.fill_hole_area == 8 and len(model.expert_names) == 17
+    assert model.config.fill_hole_area == 8 and len(model.expert_module_names) == 17
     tensors = load_file(experts_folder / "model.safetensors")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tensors.items())
     with pytest.raises(ValueError, match="`num_experts_per_tok`"):
@@ -572,7 +572,7 @@ def test_experts_give_place_to_others_only_if_asked(model_folder, nano, tmp_path
         with pytest.raises(ValueError, match=r"`ignore_mismatched_sizes=True` gives the model new experts"):
             SamoeModel.from_pretrained(model_folder, **settings)
         model = SamoeModel.from_pretrained(model_folder, ignore_mismatched_sizes=True, **settings)
-        module = model.get_submodule(model.expert_names[0])
+        module = model.get_submodule(model.expert_module_names[0])
         assert module.num_experts == settings.get("num_experts", 4) and not module.lora_B.any()
         assert module.lora_A.abs().max() > 0
         plain = {name: t for name, t in nano.model.state_dict().items() if not is_expert_parameter(name)}

@@ -1,19 +1,33 @@
 """Ordinary adapters of PEFT beside the experts: both are trained, saved and loaded."""
 
 import copy
+import inspect
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from peft import (
+    BOFTConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    RoadConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Sam2VideoConfig, Sam2VideoModel
+from transformers import PreTrainedModel, Sam2VideoConfig, Sam2VideoModel
 
 from helpers.reference import track_reference
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipDataset, SyntheticVideos
 from samoe_hf.model.adapters import is_adapter_parameter
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.experts import expert_modules, is_expert_parameter
 from samoe_hf.model.processor import build_processor
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
@@ -177,3 +191,137 @@ def test_an_adapter_of_another_shape_is_refused(model, tmp_path):
     config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
     with pytest.raises(ValueError, match=r"The adapter .* does not fit the model: .* should be"):
         SamoeModel.from_pretrained(tmp_path / "saved")
+
+
+# Adapters that PEFT puts around layers with experts by itself
+
+
+def with_random_adapter(model, config):
+    """A copy of `model` with an adapter that does something, through PEFT's own `get_peft_model`."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return adapted.eval()
+
+
+ON_EXPERTS = {"target_modules": ["q_proj"]}
+KEEPING = {
+    "lora": LoraConfig(**ON_EXPERTS),
+    "rslora": LoraConfig(**ON_EXPERTS, use_rslora=True),
+    "loha": LoHaConfig(**ON_EXPERTS),
+    "lokr": LoKrConfig(**ON_EXPERTS),
+    "vera": VeraConfig(**ON_EXPERTS),
+}
+DROPPING = {
+    "dora": LoraConfig(**ON_EXPERTS, use_dora=True),
+    "hra": HRAConfig(**ON_EXPERTS),
+    "shira": ShiraConfig(**ON_EXPERTS),
+    "ia3": IA3Config(**ON_EXPERTS, feedforward_modules=[]),
+    "boft": BOFTConfig(**ON_EXPERTS, boft_block_size=4),
+    "oft": OFTConfig(**ON_EXPERTS, oft_block_size=4),
+    "road": RoadConfig(**ON_EXPERTS),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_adapters_that_add_keep_the_experts_and_can_be_merged(nano, kind):
+    without = copy.deepcopy(nano.model)
+    for _, module in expert_modules(without):
+        torch.nn.init.zeros_(module.lora_B)
+    adapted = with_random_adapter(nano.model, KEEPING[kind]).base_model.model
+    plain = with_random_adapter(without, KEEPING[kind]).base_model.model
+    name = next(name for name, _ in expert_modules(nano.model) if name.endswith("q_proj"))
+    x = torch.randn(3, nano.model.get_submodule(name).in_features)
+    experts = nano.model.get_submodule(name)(x) - without.get_submodule(name)(x)
+    adapted_layer, plain_layer = adapted.get_submodule(name), plain.get_submodule(name)
+    torch.testing.assert_close(adapted_layer(x) - plain_layer(x), experts, atol=1e-5, rtol=1e-4)
+    before = adapted_layer(x)
+    assert (before - nano.model.get_submodule(name)(x)).abs().max() > 1e-3
+    adapted_layer.merge()
+    torch.testing.assert_close(adapted_layer(x), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_adapters_that_would_drop_or_scale_experts_are_refused(nano, kind):
+    with pytest.raises(ValueError, match=r"cannot be put around 'memory_attention.*', which has experts"):
+        get_peft_model(copy.deepcopy(nano.model), DROPPING[kind])
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_they_can_be_put_around_other_layers(nano, kind):
+    config = copy.deepcopy(DROPPING[kind])
+    config.target_modules = {"mask_decoder.iou_prediction_head.proj_in"}
+    get_peft_model(copy.deepcopy(nano.model), config)
+
+
+def test_a_second_adapter_is_looked_at_too(nano):
+    adapted = get_peft_model(copy.deepcopy(nano.model), LoraConfig(**ON_EXPERTS))
+    adapted.add_adapter("second", LoraConfig(**ON_EXPERTS, use_dora=True))
+    pixel_values = nano.load("train_step")["pixel_values"][None, :1]
+    with pytest.raises(ValueError, match="cannot be put around"):
+        adapted.base_model.model(pixel_values, input_boxes=torch.tensor([[[10.0, 10, 60, 60]]]))
+
+
+def test_all_linear_layers_get_a_lora_and_routers_none(nano):
+    adapted = with_random_adapter(nano.model, LoraConfig(target_modules="all-linear"))
+    adapters = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A.default." in name}
+    linear = {name for name, module in nano.model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name.removeprefix("base_model.model.") for name in adapters} == linear
+    assert any("memory_attention" in name for name in linear) and not any("router" in name for name in linear)
+
+
+def test_a_deleted_adapter_leaves_nothing_behind_in_files(nano, tmp_path):
+    model = copy.deepcopy(nano.model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj", "qkv"]), "one")
+    model.delete_adapter("one")
+    model.save_pretrained(tmp_path)
+    loaded = SamoeModel.from_pretrained(tmp_path).state_dict()
+    expected = nano.model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+
+
+def test_loading_an_adapter_freezes_that_one_alone(nano, tmp_path):
+    model = copy.deepcopy(nano.model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "layers")  # a name that is part of all the tensors' names
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "other")
+    model.save_pretrained(tmp_path)
+    model.set_trainable("adapters")
+    model.load_adapter(tmp_path, "layers", subfolder="layers")
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all(".other." in name for name in trainable)
+
+
+def test_adapters_are_loaded_with_the_signature_of_transformers(nano, tmp_path):
+    names = inspect.signature(PreTrainedModel.load_adapter).parameters.keys() - {"load_config", "kwargs"}
+    assert names <= inspect.signature(SamoeModel.load_adapter).parameters.keys()
+    model = copy.deepcopy(nano.model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "one")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    config = LoraConfig.from_pretrained(tmp_path / "one")
+    other = copy.deepcopy(nano.model)
+    other.load_adapter(adapter_name="one", peft_config=config, adapter_state_dict=tensors)
+    state = other.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="`hotswap` is False, but the model has an adapter of the name 'one'"):
+        other.load_adapter(tmp_path, "one", hotswap=False, subfolder="one")
+    with pytest.raises(ValueError, match="`hotswap` is True, but the model has no adapter of the name 'two'"):
+        other.load_adapter(tmp_path, "two", hotswap=True, subfolder="one")
+    with pytest.raises(ValueError, match="Either `peft_model_id`, or"):
+        other.load_adapter(adapter_name="two")
+
+
+def test_adapters_with_values_that_are_no_numbers_are_refused(nano, tmp_path):
+    model = copy.deepcopy(nano.model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "one")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "one" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        copy.deepcopy(nano.model).load_adapter(tmp_path, "one", subfolder="one")

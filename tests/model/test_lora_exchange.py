@@ -63,7 +63,7 @@ def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_p
         "adapter_model.safetensors",
     ]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert set(config["target_modules"]) == set(nano.model.expert_names)
+    assert set(config["target_modules"]) == set(nano.model.expert_module_names)
     assert config["base_model_name_or_path"] == nano.model.base_model_source["name_or_path"]
 
 
@@ -114,7 +114,7 @@ def test_a_new_expert_leaves_the_output_as_it_is(nano, model, lora):
     after = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
     torch.testing.assert_close(attend(model), attend(nano.model), atol=1e-6, rtol=1e-6)
-    module = model.get_submodule(model.expert_names[0])
+    module = model.get_submodule(model.expert_module_names[0])
     assert module.router.bias[-1] == ASLEEP and module.router.weight[-1].abs().max() == 0
 
 
@@ -206,7 +206,7 @@ def test_a_lora_trained_on_a_samoe_model_has_the_same_names(model, nano, tmp_pat
     adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=ATTENTION))
     assert all(".lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
     adapted.save_pretrained(tmp_path / "lora")
-    assert set(read_lora(tmp_path / "lora").layers) == {n for n in nano.model.expert_names if "self_attn" in n}
+    assert set(read_lora(tmp_path / "lora").layers) == {n for n in nano.model.expert_module_names if "self_attn" in n}
 
 
 def change_tensors(folder, change):
@@ -216,6 +216,6 @@ def change_tensors(folder, change):
 
 
 def test_expert_tensors_are_all_known(nano):
-    module = nano.model.get_submodule(nano.model.expert_names[0])
+    module = nano.model.get_submodule(nano.model.expert_module_names[0])
     own = {name for name, _ in module.named_parameters()} - {"weight", "bias"}
     assert own == set(EXPERT_TENSORS)

@@ -46,7 +46,7 @@ def test_base_plus_has_the_originals_numbers_of_parameters(capsys):
     model.print_trainable_parameters()
     printed = capsys.readouterr().out
     assert printed.startswith("trainable params: 660,800 || all params: 81,510,978 || trainable%: 0.8107")
-    assert len(model.expert_names) == 32
+    assert len(model.expert_module_names) == 32
 
 
 def test_base_tensors_keep_their_names(nano):
@@ -67,8 +67,8 @@ def test_base_tensors_keep_their_names(nano):
 )
 def test_experts_go_where_they_are_wanted(nano, patterns, count):
     model = SamoeModel(SamoeConfig(**{**nano.model.config.to_dict(), "expert_modules": patterns}))
-    assert len(model.expert_names) == count
-    assert all(isinstance(model.get_submodule(name), ExpertLinear) for name in model.expert_names)
+    assert len(model.expert_module_names) == count
+    assert all(isinstance(model.get_submodule(name), ExpertLinear) for name in model.expert_module_names)
 
 
 def test_experts_of_the_vision_encoder_learn_from_clips(nano, clip):
@@ -76,7 +76,7 @@ def test_experts_of_the_vision_encoder_learn_from_clips(nano, clip):
     model = SamoeModel(config).train()
     pixel_values, labels, object_mask = clip
     model(pixel_values, labels, object_mask).loss.backward()
-    module = model.get_submodule(model.expert_names[0])
+    module = model.get_submodule(model.expert_module_names[0])
     assert module.lora_B.grad.abs().max() > 0 and module.weight.grad is None
 
 
@@ -144,7 +144,7 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path, change):
 
 def test_a_model_can_get_experts_in_more_layers(nano, folder):
     more = [
-        *nano.model.expert_names,
+        *nano.model.expert_module_names,
         "mask_decoder.iou_prediction_head.proj_in",
         "vision_encoder.backbone.blocks.0.attn.qkv",
     ]
@@ -152,7 +152,7 @@ def test_a_model_can_get_experts_in_more_layers(nano, folder):
     pixel_values = nano.load("tracking")["pixel_values"]
     expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
     logits, _, _ = track_reference(model, nano.folder, pixel_values)
-    assert len(model.expert_names) == len(more)
+    assert len(model.expert_module_names) == len(more)
     new = model.vision_encoder.backbone.blocks[0].attn.qkv
     assert new.lora_B.abs().max() == 0 and 0 < new.lora_A.abs().max() <= new.in_features**-0.5
     assert 0 < new.router.weight.abs().max() <= new.in_features**-0.5
@@ -178,7 +178,7 @@ def test_settings_can_be_given_when_experts_are_new():
         num_experts_per_tok=1,
         lora_rank=2,
     )
-    module = model.get_submodule(model.expert_names[0])
+    module = model.get_submodule(model.expert_module_names[0])
     assert module.lora_A.shape[:2] == (3, 2) and module.num_experts_per_tok == 1
     assert module.lora_B.abs().max() == 0 and module.lora_A.abs().max() > 0
 
@@ -266,7 +266,7 @@ def test_router_loss_is_part_of_the_loss(model, clip):
     assert balanced.loss_dict["router"] >= 2 * 0.9
     torch.testing.assert_close(balanced.loss_dict["router"], expected.detach())
     torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * expected)
-    assert list(balanced.router_logits) == model.expert_names
+    assert list(balanced.router_logits) == model.expert_module_names
     assert {x.shape[-1] for x in balanced.router_logits.values()} == {model.config.num_experts}
 
 

@@ -280,8 +280,8 @@ def test_experts_in_one_of_the_attentions(save, experts, tmp_path, attentions):
     files = save_original(config, tensors, tmp_path / "original")
     written, _ = load_original(files["full"], original_config=files["config"])
     model, expected = SamoeModel(written), SamoeModel(config)
-    assert model.expert_names == expected.expert_names
-    assert len(model.expert_names) == 8
+    assert model.expert_module_names == expected.expert_module_names
+    assert len(model.expert_module_names) == 8
 
 
 def test_experts_that_the_original_cannot_have_are_not_written(save, experts, tmp_path):
