@@ -132,18 +132,13 @@ class ExpertLinear(nn.Linear):
         """The same with nothing but the products. Tokens lie along the last dimension, since they are many, and
         operations along a short last one are slow."""
         output = super().forward(tokens)
-        down, router_bias, up = self._stacked(output.dtype)
-        low_rank, logits = (down @ tokens.mT).split([len(up), self.num_experts])
-        logits = self._show_router_logits(logits.add_(router_bias).mT, shape).mT
-        gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
+        # In the original's order, since another one may tip a choice.
+        logits = F.linear(tokens, self.router.weight.to(output.dtype), self.router.bias.to(output.dtype))
+        gates = top_k_gates(self._show_router_logits(logits, shape).mT.contiguous(), self.num_experts_per_tok, dim=0)
+        low_rank = self.lora_A.flatten(0, 1).to(output.dtype) @ tokens.mT
         low_rank.unflatten(0, (self.num_experts, self.lora_rank)).mul_(gates.unsqueeze(1))
+        up = self.lora_B.mT.flatten(0, 1).to(output.dtype)
         return output.addmm_(low_rank.mT, up, alpha=self.scaling)
-
-    def _stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """All A and the router's weight (experts x (rank + 1), in_features), the router's bias (experts, 1), and all B
-        (experts x rank, out_features), for inference."""
-        down = torch.cat([self.lora_A.flatten(0, 1), self.router.weight]).to(dtype)
-        return down, self.router.bias.unsqueeze(1).to(dtype), self.lora_B.mT.flatten(0, 1).to(dtype)
 
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""

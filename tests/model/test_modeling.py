@@ -323,7 +323,7 @@ def test_routers_are_recorded_in_a_compiled_model_that_recomputes(nano, clip):
         torch.manual_seed(0)
         with record_router_logits(model) as calls:
             loss = model(*clip).loss
-        assert set(calls) == set(model.expert_names) and all(calls.values())
+        assert set(calls) == set(model.expert_module_names) and all(calls.values())
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
