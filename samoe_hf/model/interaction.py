@@ -17,8 +17,9 @@ from transformers import Sam2VideoInferenceSession, Sam2VideoModel
 from .memory_bank import FrameMemory, MemoryBank
 from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
 
-# Points, corners of boxes, and two kinds of padding (`sam2`'s and transformers').
-POINT_LABELS = (POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, -1, -10)
+POINT_LABELS = (POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
+# The label of points that transformers' processor adds where objects of one call have different numbers of points.
+PADDING = -10
 # Points and boxes may reach this far outside of the frame, in parts of its size.
 OUTSIDE_LIMIT = 0.1
 
@@ -172,6 +173,13 @@ class SessionObject(NamedTuple):
             self.session.frames_tracked_per_obj[self.row].pop(frame_idx, None)
 
 
+def points_and_labels(prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Points (1, P, 2) of one object as (x, y), and their labels (1, P), without padding."""
+    points, labels = prompt["point_coords"][:, 0], prompt["point_labels"][:, 0]
+    is_given = labels[0] != PADDING
+    return points[:, is_given], labels[:, is_given]
+
+
 def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int, upcoming: bool) -> None:
     """Refuses a prompt that cannot be used, and removes it, with the object if nothing else is known of it.
 
@@ -213,13 +221,12 @@ def _mask_problem(mask: Tensor) -> str | None:
 
 
 def _points_problem(session: Sam2VideoInferenceSession, prompt: dict[str, Tensor], image_size: int) -> str | None:
-    points, labels = prompt["point_coords"].flatten(0, -2), prompt["point_labels"].flatten()
+    points, labels = (tensor[0] for tensor in points_and_labels(prompt))
     if len(labels) == 0:
         return "`input_points` must hold at least one point for each object, got none."
     unknown = [label for label in labels.tolist() if label not in POINT_LABELS]
     if unknown:
         return f"`input_labels` must be 1 (on the object) or 0 (on the background), got {unknown[0]}."
-    points = points[labels >= 0].double()
     width, height = session.video_width or image_size, session.video_height or image_size
     margin = image_size * OUTSIDE_LIMIT
     is_inside = (points >= -margin) & (points <= image_size + margin)  # false for NaN

@@ -19,7 +19,7 @@ from transformers import Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
 from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
-from .interaction import FrameRecord, SessionObject, check_prompt, session_objects
+from .interaction import FrameRecord, SessionObject, check_prompt, points_and_labels, session_objects
 from .memory_bank import MemoryBank, MemorySelection
 from .session import VideoSession
 
@@ -209,7 +209,7 @@ def _prompt_task(model: Sam2VideoModel, tracked_object: SessionObject, call: Fra
     is_initial = tracked is None or not bank.conditioning
     reverse = tracked is not None and tracked["reverse"]
     has_mask = isinstance(prompt, Tensor)
-    num_points = 0 if has_mask else prompt["point_labels"].shape[-1]
+    num_points = 0 if has_mask else points_and_labels(prompt)[1].shape[1]
     has_previous_mask = num_points > 0 and tracked_object.output(call.frame_idx) is not None
     return FrameTask(
         prompted=True,
@@ -283,12 +283,11 @@ def _batch_prompt(
         if masks.shape[-2:] != size:
             masks = F.interpolate(masks.float(), size, mode="bilinear", antialias=True)
         return Prompt(mask=(masks >= 0.5).to(masks.dtype))
-    points = torch.cat([prompt["point_coords"][:, 0] for prompt in prompts])
+    points, labels = (torch.cat(tensors) for tensors in zip(*map(points_and_labels, prompts), strict=True))
     previous_mask = None
     if task.has_previous_mask:
         outputs = [one.output(frame_idx)["pred_masks"].to(points.device) for one in objects]
         previous_mask = torch.cat(outputs).clamp(-PREVIOUS_MASK_LIMIT, PREVIOUS_MASK_LIMIT)
-    labels = torch.cat([prompt["point_labels"][:, 0] for prompt in prompts])
     return Prompt(points=points, labels=labels, previous_mask=previous_mask)
 
 

@@ -1,5 +1,7 @@
 """Random sessions: whatever is done, an object among others gets the masks that it gets alone."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import Sam2VideoInferenceSession
 
 from helpers.interaction import NUM_FRAMES, SETTINGS, Interaction, Sessions, draw_weights, tiny_config
 from samoe_hf import SamoeModel
+from samoe_hf.benchmarks.peers import base_of
 from samoe_hf.model.processor import build_processor
 from samoe_hf.model.session import VideoSession
 
@@ -57,3 +60,215 @@ def test_random_sessions_of_several_objects_are_those_of_each_alone(tiny):
     run_state_machine_as_test(machine, settings=SETTINGS)
     print({"sequences": machine.sequences, "steps": machine.steps, "worst": machine.worst})
     assert machine.sequences >= 300 and machine.steps > 900
+
+
+# --- Edges
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return build_processor(tiny.config)
+
+
+POINT = {"input_points": [[[[10, 12]]]], "input_labels": [[[1]]]}
+CLICK = {"input_points": [[[[20, 25]]]], "input_labels": [[[0]]], "clear_old_inputs": False}
+BOX = {"input_boxes": [[[4, 4, 20, 24]]]}
+
+
+def start(kind, processor, dtype=torch.float64):
+    if kind == "plain":
+        return processor.init_video_session(video=FRAMES, dtype=dtype)
+    return VideoSession(FRAMES, processor, keep_frames=16, dtype=dtype)
+
+
+KINDS = pytest.mark.parametrize("kind", ["plain", "video"])
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("session_dtype", [None, torch.float32])
+def test_corrections_work_in_every_type(tiny, processor, kind, dtype, session_dtype):
+    model = copy.deepcopy(tiny).to(dtype)
+    session = start(kind, processor, session_dtype or dtype)
+    processor.add_inputs_to_inference_session(session, 0, 1, **POINT)
+    outputs = [model(session, frame_idx=0)]
+    processor.add_inputs_to_inference_session(session, 0, 1, **CLICK)
+    outputs += [model(session, frame_idx=0), *model.propagate_in_video_iterator(session)]
+    processor.add_inputs_to_inference_session(session, 3, 1, **POINT)
+    processor.add_inputs_to_inference_session(session, 4, 1, input_masks=np.ones((32, 32), dtype=bool))
+    outputs += [model(session, frame_idx=3), *model.propagate_in_video_iterator(session, 4)]
+    assert all(output.pred_masks.isfinite().all() for output in outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_clips_with_corrections_work_in_every_type(tiny, dtype):
+    model = copy.deepcopy(tiny).to(dtype).train()
+    labels = torch.zeros(1, 2, 3, 32, 32, dtype=torch.bool)
+    labels[:, 0, :, 4:20, 4:20] = labels[:, 1, :, 10:30, 12:24] = True
+    torch.manual_seed(0)
+    for _ in range(4):
+        output = model(torch.randn(1, 3, 3, 32, 32, dtype=dtype), labels, prompts="sam2")
+        output.loss.backward()
+        assert output.loss.isfinite()
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_PROMPTS = {
+    "frame 6": (6, POINT, r"`frame_idx` must be a frame of the session \(6 frames\), got 6"),
+    "frame -1": (-1, BOX, r"`frame_idx`.*got -1"),
+    "frame 2.5": (2.5, BOX, r"`frame_idx`.*got 2.5"),
+    "mask on frame 9": (9, {"input_masks": np.ones((32, 32), dtype=bool)}, r"`frame_idx`.*got 9"),
+    "nan": (0, {"input_points": [[[[NAN, 3]]]], "input_labels": [[[1]]]}, r"`input_points`.*32 x 32.*\(nan, 3\)"),
+    "infinity": (0, {"input_boxes": [[[0, 0, INF, 9]]]}, r"`input_boxes`.*\(inf, 9\)"),
+    "right of it": (0, {"input_points": [[[[3, 3], [900, 3]]]], "input_labels": [[[1, 0]]]}, r"\(900, 3\)"),
+    "above it": (0, {"input_boxes": [[[3, -40, 9, 9]]]}, r"\(3, -40\)"),
+    "unknown label": (0, {"input_points": [[[[3, 3]]]], "input_labels": [[[7]]]}, r"`input_labels`.*got 7"),
+    "padding alone": (0, {"input_points": [[[[3, 3]]]], "input_labels": [[[-10]]]}, "at least one"),
+    "mask of nan": (0, {"input_masks": torch.full((32, 32), NAN)}, "`input_masks` must be finite"),
+    "two channels": (0, {"input_masks": torch.ones(2, 32, 32)}, r"`input_masks`.*\(1, 2, 32, 32\)"),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_bad_prompts_are_refused_and_leave_nothing_behind(tiny, processor, kind, case):
+    frame_idx, inputs, message = BAD_PROMPTS[case]
+    session = start(kind, processor)
+    processor.add_inputs_to_inference_session(session, 0, 1, **POINT)
+    expected = tiny(session, frame_idx=0).pred_masks
+    with pytest.raises(ValueError, match=message):
+        processor.add_inputs_to_inference_session(session, frame_idx, 5, **inputs)
+        assert kind == "plain"  # a VideoSession sees it first
+        tiny(session, frame_idx=0)
+    assert session.obj_ids == [1]
+    torch.testing.assert_close(tiny(session, frame_idx=0).pred_masks, expected, rtol=0, atol=0)
+    assert len(list(tiny.propagate_in_video_iterator(session))) == NUM_FRAMES
+
+
+def test_points_a_little_outside_of_the_frame_are_taken(tiny, processor):
+    session = start("video", processor)
+    processor.add_inputs_to_inference_session(session, 0, 1, input_boxes=[[[-3, -1, 33, 35]]])
+    assert tiny(session, frame_idx=0).pred_masks.isfinite().all()
+
+
+@KINDS
+def test_frames_and_objects_of_numpy(tiny, processor, kind):
+    results = []
+    for integer in (int, np.int64):
+        session = start(kind, processor)
+        for object_id in (0, -3):
+            processor.add_inputs_to_inference_session(session, integer(1), [integer(object_id)], **POINT)
+        outputs = [tiny(session, frame_idx=integer(1))]
+        outputs += tiny.propagate_in_video_iterator(session, integer(1), reverse=True)
+        tiny.clear_prompts(session, integer(1), integer(0))
+        tiny.remove_object(session, integer(0), strict=True)
+        outputs += tiny.propagate_in_video_iterator(session)
+        assert outputs[-1].object_ids == [-3]
+        results.append([output.pred_masks for output in outputs])
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@KINDS
+def test_sessions_are_used_again(tiny, processor, kind):
+    """After a reset, and after the last object was removed."""
+    session, results = start(kind, processor), []
+    for end in (
+        lambda: session.reset_tracking_data(),
+        lambda: session.reset_inference_session(),
+        lambda: tiny.remove_object(session, 1),
+        lambda: None,
+    ):
+        processor.add_inputs_to_inference_session(session, 2, 1, **BOX)
+        tiny(session, frame_idx=2)
+        results.append(torch.stack([o.pred_masks for o in tiny.propagate_in_video_iterator(session, 0)]))
+        end()
+        if len(results) < 4:
+            with pytest.raises(ValueError, match="No objects"):
+                tiny(session, frame_idx=2)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+@KINDS
+def test_a_session_is_tracked_by_one_model(tiny, processor, kind):
+    other = copy.deepcopy(tiny)
+    draw_weights(other, with_experts=True, seed=1)
+    expected, session = start(kind, processor), start(kind, processor)
+    for one in (expected, session):
+        processor.add_inputs_to_inference_session(one, 0, 1, **BOX)
+    tiny(session, frame_idx=0)
+    with pytest.raises(ValueError, match=r"Object 1 .* another model.*reset_tracking_data"):
+        other(session, frame_idx=1)
+    session.reset_tracking_data()  # image features stay in the cache
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    found, wanted = other(session, frame_idx=0).pred_masks, other(expected, frame_idx=0).pred_masks
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    base = base_of(tiny)
+    plain = start("plain", processor)
+    processor.add_inputs_to_inference_session(plain, 0, 1, **BOX)
+    base(plain, frame_idx=0)
+    with pytest.raises(ValueError, match="another model"):
+        tiny(plain, frame_idx=0)
+
+
+@KINDS
+def test_a_cached_frame_is_encoded_anew_for_weights_of_another_type(tiny, processor, kind):
+    model, session = copy.deepcopy(tiny).float(), start(kind, processor)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    model(session, frame_idx=0)
+    session.reset_tracking_data()
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    expected = tiny(start_with_box(kind, processor), frame_idx=0).pred_masks
+    torch.testing.assert_close(model.double()(session, frame_idx=0).pred_masks, expected, rtol=0, atol=1e-5)
+
+
+def start_with_box(kind, processor):
+    session = start(kind, processor)
+    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    return session
+
+
+@KINDS
+def test_two_prompts_for_one_object_and_frame(tiny, processor, kind):
+    """Without a call between, points add up or the last prompt counts, as documented."""
+    at_once = {"input_points": [[[[10, 12], [20, 25]]]], "input_labels": [[[1, 0]]]}
+    for prompts, same in (
+        ([POINT, CLICK], [at_once]),
+        ([POINT, BOX], [BOX]),
+        ([BOX, POINT], [POINT]),
+        ([POINT, {"input_masks": np.ones((32, 32), dtype=bool)}, BOX], [BOX]),
+    ):
+        masks = []
+        for given in (prompts, same):
+            session = start(kind, processor)
+            for prompt in given:
+                processor.add_inputs_to_inference_session(session, 0, 1, **prompt)
+            masks.append(tiny(session, frame_idx=0).pred_masks)
+        torch.testing.assert_close(*masks, rtol=0, atol=0)
+
+
+@KINDS
+def test_objects_prompted_in_one_call_are_those_of_several(tiny, processor, kind):
+    """The processor pads the points of objects that have fewer than others."""
+    points, labels = [[[10, 12], [20, 25]], [[5, 7]]], [[1, 0], [1]]
+    together, one_by_one = start(kind, processor), start(kind, processor)
+    processor.add_inputs_to_inference_session(together, 0, [1, 2], input_points=[points], input_labels=[labels])
+    for row in (0, 1):
+        given = {"input_points": [[points[row]]], "input_labels": [[labels[row]]]}
+        processor.add_inputs_to_inference_session(one_by_one, 0, row + 1, **given)
+    expected = tiny(one_by_one, frame_idx=0).pred_masks
+    torch.testing.assert_close(tiny(together, frame_idx=0).pred_masks, expected, rtol=0, atol=0)
+
+
+@KINDS
+def test_tracking_by_single_calls_keeps_what_was_shown(tiny, processor, kind):
+    """Objects join on consecutive frames; the first is tracked through all of them."""
+    together, alone = start(kind, processor), start(kind, processor)
+    processor.add_inputs_to_inference_session(alone, 0, 1, **POINT)
+    for t in range(NUM_FRAMES):
+        if t in (0, 2, 3):
+            processor.add_inputs_to_inference_session(together, t, t + 1, **POINT)
+        masks = tiny(together, frame_idx=t).pred_masks[:1]
+        torch.testing.assert_close(masks, tiny(alone, frame_idx=t).pred_masks, rtol=0, atol=1e-12)
+    assert together.frames_tracked_per_obj[0].keys() == {1, 2, 3, 4, 5}
