@@ -1,5 +1,6 @@
 """From a video and prompts to masks at the video's size, with any processor and session of transformers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,12 +48,76 @@ class VideoPrompt:
         if self.mask is not None:
             return {"input_masks": self.mask}
         inputs = {}
-        if self.points:
-            inputs["input_points"] = [[[list(point) for point in self.points]]]
-            inputs["input_labels"] = [[list(self.labels)]]
+        if len(self.points):
+            inputs["input_points"] = [[[[float(x), float(y)] for x, y in self.points]]]
+            inputs["input_labels"] = [[[int(label) for label in self.labels]]]
         if self.box is not None:
-            inputs["input_boxes"] = [[list(self.box)]]
+            inputs["input_boxes"] = [[[float(value) for value in self.box]]]
         return inputs
+
+    def check(self, num_frames: int, size: tuple[int, int]) -> None:
+        """Checks the prompt against a video of `num_frames` frames of `size` (height, width).
+
+        Raises:
+            ValueError: if the frame is not one of the video's, nothing or too much is given, a point lies outside of
+                the frame, a box has no area in it, or the mask has another size.
+        """
+        subject = f"object {self.object_id} on frame {self.frame_idx}"
+        if not 0 <= self.frame_idx < num_frames:
+            raise ValueError(
+                f"Object {self.object_id} is prompted on frame {self.frame_idx}, but the video has the frames 0 to "
+                f"{num_frames - 1}."
+            )
+        if self.mask is not None:
+            if len(self.points) or self.box is not None:
+                raise ValueError(f"Object {self.object_id} has a mask and points or a box on frame {self.frame_idx}.")
+            if self.mask.shape != size:
+                raise ValueError(
+                    f"The mask of {subject} has the size {self.mask.shape}, but the video has {tuple(size)}."
+                )
+        elif not len(self.points) and self.box is None:
+            raise ValueError(f"Neither points nor a box nor a mask is given of {subject}.")
+        if len(self.points) != len(self.labels) or not set(self.labels) <= {0, 1}:
+            raise ValueError(
+                f"Each point of {subject} needs a label, 0 or 1, got {len(self.points)} points and {list(self.labels)}."
+            )
+        self._check_positions(subject, *size)
+
+    def _check_positions(self, subject: str, height: int, width: int) -> None:
+        for x, y in self.points:
+            if not (0 <= x < width and 0 <= y < height):  # true for NaN
+                raise ValueError(
+                    f"The point ({x}, {y}) of {subject} lies outside of the video of {width} x {height} pixels."
+                )
+        if self.box is not None:
+            x0, y0, x1, y1 = self.box
+            if not (-math.inf < x0 <= x1 < math.inf and -math.inf < y0 <= y1 < math.inf):
+                raise ValueError(
+                    f"The box {self.box} of {subject} must be finite (x0, y0, x1, y1), x0 <= x1, y0 <= y1."
+                )
+            if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
+                raise ValueError(
+                    f"The box {self.box} of {subject} lies outside of the video of {width} x {height} pixels."
+                )
+
+
+def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[int, int]) -> None:
+    """Checks prompts against each other and against a video, see [`VideoPrompt.check`].
+
+    Raises:
+        ValueError: for no prompts, two prompts for one object on one frame, or one that does not fit the video.
+    """
+    if not prompts:
+        raise ValueError("`prompts` is empty; at least one point, box or mask is needed.")
+    seen = set()
+    for prompt in prompts:
+        prompt.check(num_frames, size)
+        if (prompt.object_id, prompt.frame_idx) in seen:
+            raise ValueError(
+                f"Object {prompt.object_id} has two prompts on frame {prompt.frame_idx}; give all its points and its "
+                "box in one."
+            )
+        seen.add((prompt.object_id, prompt.frame_idx))
 
 
 class TrackedFrame(NamedTuple):
@@ -63,10 +128,16 @@ class TrackedFrame(NamedTuple):
     logits: Tensor
 
     def id_map(self) -> np.ndarray:
-        """Each pixel's object, that of the largest positive logit, or 0: (H, W)."""
+        """Each pixel's object, that of the largest positive logit, or 0: (H, W), of the smallest type for the ids.
+
+        Raises:
+            ValueError: if an object's id is below 1, since 0 is the background.
+        """
+        if min(self.object_ids) < 1:
+            raise ValueError(f"A map of ids needs ids above 0, which is the background, got {self.object_ids}.")
         best, row = self.logits.max(dim=0)
-        ids = torch.tensor(self.object_ids, device=row.device)[row]
-        return torch.where(best > 0, ids, 0).cpu().numpy()
+        rows = torch.where(best > 0, row + 1, 0).cpu().numpy()
+        return np.array([0, *self.object_ids], dtype=np.min_scalar_type(max(self.object_ids)))[rows]
 
 
 def track_video(
@@ -80,20 +151,17 @@ def track_video(
 
     Args:
         frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
-        prompts: at least one; several for the same object on the same frame must be given as one.
+        prompts: at least one, and at most one for each object on each frame.
 
     Raises:
-        ValueError: for no prompts, or a prompt outside the video.
+        ValueError: for no frames, or prompts that do not fit the video, see [`check_prompts`].
     """
-    if not prompts:
-        raise ValueError("`prompts` is empty; at least one point, box or mask is needed.")
+    if not len(frames):
+        raise ValueError("`frames` is empty.")
     session = VideoSession(frames, processor, inference_device=model.device, dtype=model.dtype)
     size = (session.video_height, session.video_width)
+    check_prompts(prompts, len(frames), size)
     for prompt in prompts:
-        if not 0 <= prompt.frame_idx < len(frames):
-            raise ValueError(f"`frame_idx` must be from 0 to {len(frames) - 1}, got {prompt.frame_idx}.")
-        if prompt.mask is not None and prompt.mask.shape != size:
-            raise ValueError(f"`mask` must be of the video's size {size}, got {prompt.mask.shape}.")
         processor.add_inputs_to_inference_session(session, prompt.frame_idx, prompt.object_id, **prompt.inputs())
     first = min(prompt.frame_idx for prompt in prompts)
     for reverse in (False, True):

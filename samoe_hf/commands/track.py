@@ -7,17 +7,26 @@ A prompt is `[ID=]PROMPT[@FRAME]`: an object's id before it (1 if none), the fra
 """
 
 import argparse
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from samoe_hf import SamoeModel
-from samoe_hf.data.video_io import read_label_png, read_video, write_palette_png, write_video
-from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.data.video_io import FrameSequence, read_label_png, read_video, write_palette_png, write_video
+from samoe_hf.inference import VideoPrompt, check_prompts, track_video
+from samoe_hf.model.files import new_folder, whole_file
 from samoe_hf.model.processor import load_processor
 from samoe_hf.plots.experts import overlay_masks
 
 from .options import add_device_option, command_parser
+
+MAX_OBJECT_ID = 255  # of a palette PNG
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers for H.264
+DEFAULT_FPS = 24  # of folders of frames
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,8 +37,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1")
     parser.add_argument("--mask", action="append", default=[], metavar="FILE", help="one object, or a map of ids")
     parser.add_argument("--frame", type=int, default=0, metavar="N", help="frame of prompts that name none")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video")
-    parser.add_argument("--masks", type=Path, help="folder for the masks; OUT_masks if not given")
+    parser.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
+    parser.add_argument("--masks", type=Path, help="new folder for the masks; OUT_masks if not given")
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -39,8 +48,8 @@ def parse_prompt(text: str, frame: int) -> tuple[int | None, str, int]:
     match = re.fullmatch(r"(?:(\d+)=)?(.+?)(?:@(\d+))?", text)
     if match is None:
         raise ValueError(f"A prompt must be [ID=]PROMPT[@FRAME], got {text!r}.")
-    object_id, prompt, at = match.groups()
-    return object_id and int(object_id), prompt, frame if at is None else int(at)
+    object_id, prompt, frame_idx = match.groups()
+    return object_id and int(object_id), prompt, frame if frame_idx is None else int(frame_idx)
 
 
 def parse_numbers(name: str, text: str, count: int) -> tuple[float, ...]:
@@ -48,58 +57,88 @@ def parse_numbers(name: str, text: str, count: int) -> tuple[float, ...]:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if len(numbers) != count:
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise ValueError(f"`--{name}` must be {count} numbers with commas between, got {text!r}.")
     return numbers
 
 
-def collect_prompts(points: Iterable[str], boxes: Iterable[str], masks: Iterable[str], frame: int) -> list[VideoPrompt]:
+class Prompts:
     """Joins what is given of each object on each frame into one prompt."""
-    prompts: dict[tuple[int, int], VideoPrompt] = {}
 
-    def of(object_id: int | None, at: int) -> VideoPrompt:
-        key = (object_id or 1, at)
-        return prompts.setdefault(key, VideoPrompt(*key, points=[], labels=[]))
+    def __init__(self, frame: int):
+        self.frame = frame
+        self.prompts: dict[tuple[int, int], VideoPrompt] = {}
 
-    for text in points:
-        object_id, given, at = parse_prompt(text, frame)
+    def prompt(self, object_id: int, frame_idx: int) -> VideoPrompt:
+        if not 1 <= object_id <= MAX_OBJECT_ID:
+            raise ValueError(f"The ids of objects must be from 1 to {MAX_OBJECT_ID}, got {object_id}.")
+        key = (object_id, frame_idx)
+        return self.prompts.setdefault(key, VideoPrompt(*key, points=[], labels=[]))
+
+    def add_point(self, text: str) -> None:
+        object_id, given, frame_idx = parse_prompt(text, self.frame)
         position, _, label = given.partition(":")
         if label not in ("", "0", "1"):
             raise ValueError(f"The label of `--point` must be 0 or 1, got {label!r}.")
-        prompt = of(object_id, at)
+        prompt = self.prompt(1 if object_id is None else object_id, frame_idx)
         prompt.points.append(parse_numbers("point", position, 2))
         prompt.labels.append(int(label or 1))
-    for text in boxes:
-        object_id, given, at = parse_prompt(text, frame)
-        of(object_id, at).box = parse_numbers("box", given, 4)
-    for text in masks:
-        object_id, given, at = parse_prompt(text, frame)
+
+    def add_box(self, text: str) -> None:
+        object_id, given, frame_idx = parse_prompt(text, self.frame)
+        prompt = self.prompt(1 if object_id is None else object_id, frame_idx)
+        if prompt.box is not None:
+            raise ValueError(f"Object {prompt.object_id} has two boxes on frame {frame_idx}.")
+        prompt.box = parse_numbers("box", given, 4)
+
+    def add_mask(self, text: str) -> None:
+        object_id, given, frame_idx = parse_prompt(text, self.frame)
         ids = read_label_png(given)
-        found = sorted(set(ids[ids > 0].tolist()))
-        if not found:
+        values = np.unique(ids[ids > 0]).tolist()
+        if not values:
             raise ValueError(f"`--mask` {given} holds no object.")
-        for value in found:
-            # A map of one value is one object, whatever the value.
-            single = object_id is not None or len(found) == 1
-            of(object_id if single else value, at).mask = ids > 0 if single else ids == value
-    for prompt in prompts.values():
-        if prompt.mask is not None and (prompt.points or prompt.box is not None):
-            raise ValueError(f"Object {prompt.object_id} has a mask and points or a box on frame {prompt.frame_idx}.")
-    return list(prompts.values())
+        # A map of one value is one object, whatever the value.
+        single = object_id is not None or len(values) == 1
+        masks = {1 if object_id is None else object_id: ids > 0} if single else {v: ids == v for v in values}
+        for object_id, mask in masks.items():
+            prompt = self.prompt(object_id, frame_idx)
+            if prompt.mask is not None:
+                raise ValueError(f"Object {object_id} has two masks on frame {frame_idx}.")
+            prompt.mask = mask
+
+
+def check_outputs(output: Path, frames: FrameSequence) -> None:
+    """Raises a `ValueError` or `FileExistsError` for what would be found only after the video was tracked."""
+    if output.suffix.lower() not in VIDEO_SUFFIXES:
+        *others, last = VIDEO_SUFFIXES
+        raise ValueError(f"`--output` must end in {', '.join(others)} or {last}, got {output}.")
+    if output.exists():
+        raise FileExistsError(f"{output} exists; give another `--output`.")
+    name, count = Counter(frames.names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"Masks are named after frames, but two frames are called {name}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
-    prompts = collect_prompts(parsed.point, parsed.box, parsed.mask, parsed.frame)
+    prompts = Prompts(parsed.frame)
+    for add, texts in (
+        (prompts.add_point, parsed.point), (prompts.add_box, parsed.box), (prompts.add_mask, parsed.mask)
+    ):  # fmt: skip
+        for text in texts:
+            add(text)
+    given = list(prompts.prompts.values())
     frames = read_video(parsed.video)
-    model = SamoeModel.from_pretrained(parsed.model).to(parsed.device)
-    processor = load_processor(parsed.model, model)
-    tracked = track_video(model, processor, frames, prompts, show_progress_bar=True)
-    id_maps = {frame.frame_idx: frame.id_map() for frame in tracked}
-
-    masks = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
-    masks.mkdir(parents=True, exist_ok=True)
-    for frame_idx, ids in id_maps.items():
-        write_palette_png(masks / f"{frames.names[frame_idx]}.png", ids)
-    write_video(parsed.output, (overlay_masks(frame, id_maps[t]) for t, frame in enumerate(frames)))
-    print(f"Tracked {len(prompts)} prompts through {len(frames)} frames: {parsed.output}, {masks}{'/'}")
+    check_prompts(given, len(frames), frames.size)
+    check_outputs(parsed.output, frames)
+    target = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
+    with new_folder(target) as masks, whole_file(parsed.output) as overlay:
+        model = SamoeModel.from_pretrained(parsed.model).to(parsed.device)
+        processor = load_processor(parsed.model, model)
+        paths = [masks / f"{name}.png" for name in frames.names]
+        for tracked in track_video(model, processor, frames, given, show_progress_bar=True):
+            write_palette_png(paths[tracked.frame_idx], tracked.id_map())
+        # Frames before the first prompted one are tracked last, so the overlay comes from the files.
+        overlays = (overlay_masks(frame, read_label_png(path)) for frame, path in zip(frames, paths, strict=True))
+        write_video(overlay, overlays, fps=frames.fps or DEFAULT_FPS)
+    print(f"Tracked {len(given)} prompts through {len(frames)} frames: {parsed.output}, {target}{'/'}")

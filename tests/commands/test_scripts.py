@@ -5,12 +5,10 @@ import runpy
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from helpers.reference import ROOT, shared_data
-from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
+from samoe_hf.data import SyntheticVideos, write_video
 
 
 @pytest.fixture
@@ -37,25 +35,6 @@ def video():
     return SyntheticVideos(1, 5, (96, 128), seed=3)[0]
 
 
-def test_track_a_video_file(run, model_folder, video, tmp_path):
-    write_video(tmp_path / "in.mp4", video.frames, fps=5)
-    mask = tmp_path / "mask.png"
-    write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
-    printed = run(
-        "track.py", model_folder, tmp_path / "in.mp4",
-        "--point", "40,30", "--point", "100,80:0", "--box", "2=10,10,60,60@1", "--mask", f"3={mask}",
-        "--output", tmp_path / "out.mp4",
-    )  # fmt: skip
-    assert "propagate in video" in printed
-    overlay = read_video(tmp_path / "out.mp4")
-    assert len(overlay) == 5 and overlay.size == (96, 128)
-    files = sorted((tmp_path / "out_masks").glob("*.png"))
-    assert [file.name for file in files] == [f"{t:05d}.png" for t in range(5)]
-    assert Image.open(files[0]).mode == "P"
-    assert 3 in read_label_png(files[0])
-    assert set(np.unique(np.stack([read_label_png(file) for file in files]))) <= {0, 1, 2, 3}
-
-
 def test_scripts_run_on_their_own(model_folder, video, tmp_path):
     write_video(tmp_path / "in.mp4", video.frames, fps=5)
     command = [sys.executable, "scripts/track.py", model_folder, tmp_path / "in.mp4", "--box", "10,10,60"]
@@ -65,39 +44,6 @@ def test_scripts_run_on_their_own(model_folder, video, tmp_path):
     )
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == "error: `--box` must be 4 numbers with commas between, got '10,10,60'.\n"
-
-
-def test_track_a_folder_of_frames_from_a_frame_in_the_middle(run, model_folder, video, tmp_path):
-    frames = tmp_path / "frames"
-    frames.mkdir()
-    for t, frame in enumerate(video.frames):
-        Image.fromarray(frame).save(frames / f"frame_{t}.png")
-    ids = (video.masks(3) * np.array(video.object_ids)[:, None, None]).max(axis=0)
-    write_palette_png(tmp_path / "ids.png", ids)
-    run("track.py", model_folder, frames, "--mask", tmp_path / "ids.png", "--frame", 3, "--output", tmp_path / "o.mp4",
-        "--masks", tmp_path / "masks")  # fmt: skip
-    written = {file.stem: read_label_png(file) for file in (tmp_path / "masks").iterdir()}
-    assert sorted(written) == [f"frame_{t}" for t in range(5)]
-    agreement = (written["frame_3"] == ids).mean()
-    assert agreement > 0.97
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--point", "40"], "`--point` must be 2 numbers"),
-        (["--point", "4,5:7"], "label of `--point` must be 0 or 1, got '7'"),
-        (["--box", "1,2,3"], "`--box` must be 4 numbers"),
-        (["--point", "4,5", "--frame", "9"], "`frame_idx` must be from 0 to 4, got 9"),
-        ([], "`prompts` is empty"),
-        (["--mask", "nowhere.png"], "nowhere.png"),
-    ],
-)
-def test_track_refuses_bad_prompts_in_one_line(run, model_folder, video, tmp_path, arguments, message):
-    write_video(tmp_path / "in.mp4", video.frames, fps=5)
-    printed = run("track.py", model_folder, tmp_path / "in.mp4", *arguments, "--output", tmp_path / "o.mp4", fails=True)
-    assert message in printed
-    assert not (tmp_path / "o.mp4").exists() and not (tmp_path / "o_masks").exists()
 
 
 @pytest.fixture

@@ -1,0 +1,156 @@
+"""`samoe track`: what it writes, what it leaves alone and what it refuses before it tracks."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samoe_hf import SamoeModel
+from samoe_hf.cli import main
+from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
+from samoe_hf.inference import TrackedFrame
+
+
+@pytest.fixture(scope="module")
+def video():
+    return SyntheticVideos(1, 5, (96, 128), seed=3)[0]
+
+
+@pytest.fixture
+def file(video, tmp_path):
+    write_video(tmp_path / "in.mp4", video.frames, fps=10)
+    return tmp_path / "in.mp4"
+
+
+def track(*arguments: object) -> None:
+    main(["track", *map(str, arguments)])
+
+
+def refused(*arguments: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        track(*arguments)
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
+    return caught.value.code
+
+
+def test_a_video_file(model_folder, file, video, tmp_path, capfd):
+    mask = tmp_path / "mask.png"
+    write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
+    track(
+        model_folder, file, "--point", "40,30", "--point", "100,80:0", "--box", "2=10,10,60,60@1",
+        "--mask", f"3={mask}", "--output", tmp_path / "out.mp4",
+    )  # fmt: skip
+    assert "propagate in video" in "".join(capfd.readouterr())
+    overlay = read_video(tmp_path / "out.mp4")
+    assert len(overlay) == 5 and overlay.size == (96, 128)
+    assert overlay.fps == pytest.approx(10), "the overlay plays as fast as the video"
+    files = sorted((tmp_path / "out_masks").glob("*.png"))
+    assert [file.name for file in files] == [f"{t:05d}.png" for t in range(5)]
+    assert Image.open(files[0]).mode == "P"
+    assert 3 in read_label_png(files[0])
+    assert set(np.unique(np.stack([read_label_png(file) for file in files]))) <= {0, 1, 2, 3}
+
+
+def test_a_folder_of_frames_from_a_frame_in_the_middle(model_folder, video, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for t, frame in enumerate(video.frames):
+        Image.fromarray(frame).save(frames / f"frame_{t}.png")
+    ids = (video.masks(3) * np.array(video.object_ids)[:, None, None]).max(axis=0)
+    write_palette_png(tmp_path / "ids.png", ids)
+    track(model_folder, frames, "--mask", tmp_path / "ids.png", "--frame", 3, "--output", tmp_path / "o.mp4",
+          "--masks", tmp_path / "masks")  # fmt: skip
+    written = {file.stem: read_label_png(file) for file in (tmp_path / "masks").iterdir()}
+    assert sorted(written) == [f"frame_{t}" for t in range(5)]
+    assert (written["frame_3"] == ids).mean() > 0.97
+    assert read_video(tmp_path / "o.mp4").fps == pytest.approx(24)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--point", "40"], "`--point` must be 2 numbers"),
+        (["--point", "4,5:7"], "label of `--point` must be 0 or 1, got '7'"),
+        (["--point", "nan,5"], "`--point` must be 2 numbers"),
+        (["--box", "1,2,3"], "`--box` must be 4 numbers"),
+        (["--box", "1,2,inf,4"], "`--box` must be 4 numbers"),
+        (["--box", "1,2,30,40", "--box", "1,2,50,60"], "Object 1 has two boxes on frame 0"),
+        (["--box", "30,2,1,40"], "box (30.0, 2.0, 1.0, 40.0) of object 1 on frame 0"),
+        (["--point", "128,5"], "point (128.0, 5.0) of object 1 on frame 0 lies outside of the video of 128 x 96"),
+        (["--point", "4,5", "--frame", "9"], "frame 9, but the video has the frames 0 to 4"),
+        (["--point", "4,5@-1"], "`--point` must be 2 numbers"),
+        (["--point", "0=4,5"], "ids of objects must be from 1 to 255, got 0"),
+        (["--point", "256=4,5"], "ids of objects must be from 1 to 255, got 256"),
+        ([], "`prompts` is empty"),
+        (["--mask", "nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_is_loaded(monkeypatch, file, tmp_path, arguments, message):
+    monkeypatch.setattr(SamoeModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+    assert message in refused("nowhere", file, *arguments, "--output", tmp_path / "o.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_bad_masks_are_refused_before_anything_is_loaded(monkeypatch, file, tmp_path):
+    monkeypatch.setattr(SamoeModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+    small, large, mask = (tmp_path / f"{name}.png" for name in ("small", "large", "mask"))
+    write_palette_png(small, np.ones((48, 64), np.uint8))
+    ids = np.zeros((96, 128), np.uint16)
+    ids[:40], ids[40:60] = 300, 2
+    Image.fromarray(ids).save(large)
+    write_palette_png(mask, np.ones((96, 128), np.uint8))
+    for arguments, message in (
+        (["--mask", small], "mask of object 1 on frame 0 has the size (48, 64), but the video has (96, 128)"),
+        (["--mask", large], "ids of objects must be from 1 to 255, got 300"),
+        (["--mask", mask, "--mask", mask], "Object 1 has two masks on frame 0"),
+        (["--mask", mask, "--point", "4,5"], "Object 1 has a mask and points or a box on frame 0"),
+    ):
+        assert message in refused("nowhere", file, *arguments, "--output", tmp_path / "o.mp4")
+
+
+def test_outputs_are_checked_before_anything_is_loaded(monkeypatch, file, tmp_path):
+    monkeypatch.setattr(SamoeModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    Image.new("RGB", (128, 96)).save(frames / "0.png")
+    (tmp_path / "old.mp4").touch()
+    before = file.read_bytes(), (frames / "0.png").read_bytes()
+    for video, arguments, message in (
+        (file, ["--output", file], "in.mp4 exists; give another `--output`"),
+        (file, ["--output", tmp_path / "old.mp4"], "old.mp4 exists; give another `--output`"),
+        (file, ["--output", tmp_path / "o.gif"], "`--output` must end in .mp4, .m4v, .mov or .mkv, got"),
+        (file, ["--output", tmp_path / "o"], "`--output` must end in"),
+        (frames, ["--output", tmp_path / "o.mp4", "--masks", frames], "frames exists and is not an empty folder"),
+    ):
+        assert message in refused("nowhere", video, "--point", "40,30", *arguments)
+    assert before == (file.read_bytes(), (frames / "0.png").read_bytes())
+    assert not (tmp_path / "o_masks").exists()
+
+
+def test_frames_of_one_name_are_refused(tmp_path):
+    for name in ("0.png", "0.jpg"):
+        Image.new("RGB", (128, 96)).save(tmp_path / name)
+    assert "two frames are called 0" in refused("m", tmp_path, "--point", "4,5", "--output", tmp_path / "o.mp4")
+
+
+def test_a_frame_that_cannot_be_read_leaves_nothing_behind(model_folder, video, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for t, frame in enumerate(video.frames):
+        Image.fromarray(frame).save(frames / f"{t}.png")
+    (frames / "3.png").write_bytes(b"no picture")
+    assert "3.png" in refused(model_folder, frames, "--point", "40,30", "--output", tmp_path / "o.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["frames"]
+
+
+def test_masks_are_written_as_frames_come(monkeypatch, model_folder, file, tmp_path):
+    """Nothing is kept of a frame that was tracked, so that memory does not grow with the video."""
+
+    def tracked(model, processor, frames, prompts, **options):
+        for t in range(len(frames)):
+            yield TrackedFrame(t, [1], torch.ones(1, 96, 128))
+            assert len(list(tmp_path.rglob(f"{t:05d}.png"))) == 1
+
+    monkeypatch.setattr("samoe_hf.commands.track.track_video", tracked)
+    track(model_folder, file, "--point", "40,30", "--output", tmp_path / "o.mp4")
+    assert len(list((tmp_path / "o_masks").iterdir())) == 5

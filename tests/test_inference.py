@@ -1,0 +1,75 @@
+"""Prompts and masks of a whole video."""
+
+import numpy as np
+import pytest
+import torch
+
+from samoe_hf.data import SyntheticVideos
+from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
+from samoe_hf.model.processor import build_processor
+
+SIZE = (96, 128)
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "`prompts` is empty"),
+        ([VideoPrompt(1)], "Neither points nor a box nor a mask is given of object 1 on frame 0"),
+        ([VideoPrompt(1, 5, box=(1, 2, 3, 4))], "frame 5, but the video has the frames 0 to 4"),
+        ([VideoPrompt(1, -1, box=(1, 2, 3, 4))], "frame -1, but the video has the frames 0 to 4"),
+        ([VideoPrompt(1, points=[(1, 2)], labels=[])], "Each point of object 1 on frame 0 needs a label"),
+        ([VideoPrompt(1, points=[(1, 2)], labels=[3])], "Each point of object 1 on frame 0 needs a label, 0 or 1"),
+        ([VideoPrompt(1, points=[(1, 96)], labels=[1])], r"point \(1, 96\) of object 1 on frame 0 lies outside"),
+        ([VideoPrompt(1, points=[(-1, 2)], labels=[1])], "lies outside of the video of 128 x 96 pixels"),
+        ([VideoPrompt(1, points=[(float("nan"), 2)], labels=[1])], r"point \(nan, 2\)"),
+        ([VideoPrompt(1, box=(1, 2, float("nan"), 4))], "nan, 4.* must be"),
+        ([VideoPrompt(1, box=(1, 2, float("inf"), 4))], "inf, 4.* must be"),
+        ([VideoPrompt(1, box=(5, 2, 3, 4))], "x0 <= x1 and y0 <= y1"),
+        ([VideoPrompt(1, box=(128, 2, 140, 4))], "lies outside of the video"),
+        ([VideoPrompt(1, mask=np.ones((128, 96), bool))], r"size \(128, 96\), but the video has \(96, 128\)"),
+        ([VideoPrompt(1, box=(1, 2, 3, 4), mask=np.ones(SIZE, bool))], "a mask and points or a box on frame 0"),
+        ([VideoPrompt(2, box=(1, 2, 3, 4)), VideoPrompt(2, points=[(1, 2)], labels=[1])], "Object 2 has two prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_meant_are_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        check_prompts(prompts, 5, SIZE)
+
+
+def test_prompts_at_the_edges_are_fine():
+    check_prompts(
+        [
+            VideoPrompt(1, 4, points=[(0, 0), (127.9, 95.9)], labels=[1, 0], box=(-3, -3, 131, 96)),
+            VideoPrompt(2, 4, box=(7, 7, 7, 7)),
+            VideoPrompt(1, 3, mask=np.zeros(SIZE, bool)),
+        ],
+        5,
+        SIZE,
+    )
+
+
+def test_points_and_boxes_may_be_arrays(nano):
+    video = SyntheticVideos(1, 2, SIZE, seed=3)[0]
+    processor = build_processor(nano.model.config)
+    given = {"points": [(40, 30)], "labels": [1], "box": (10, 10, 60, 60)}
+    arrays = {name: np.asarray(value) for name, value in given.items()}
+    lists, arrays = (
+        [frame.logits for frame in track_video(nano.model, processor, video.frames, [VideoPrompt(1, **options)])]
+        for options in (given, arrays)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(lists, arrays, strict=True))
+
+
+def test_a_video_without_frames_is_refused(nano):
+    with pytest.raises(ValueError, match="`frames` is empty"):
+        next(track_video(nano.model, build_processor(nano.model.config), [], [VideoPrompt(1, box=(1, 2, 3, 4))]))
+
+
+def test_maps_of_ids_are_no_larger_than_they_need_to_be():
+    logits = torch.tensor([[[-1.0, 2.0, 3.0]], [[-2.0, 1.0, 4.0]]])
+    for ids, kind in (([3, 7], np.uint8), ([3, 255], np.uint8), ([300, 7], np.uint16), ([7, 70_000], np.uint32)):
+        id_map = TrackedFrame(0, ids, logits).id_map()
+        assert id_map.dtype == kind and id_map.tolist() == [[0, *ids]]
+    with pytest.raises(ValueError, match=r"ids above 0, which is the background, got \[0, 1\]"):
+        TrackedFrame(0, [0, 1], logits).id_map()
