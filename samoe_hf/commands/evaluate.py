@@ -24,7 +24,7 @@ from typing import Any, get_args
 import torch
 from accelerate import PartialState
 
-from samoe_hf.data.predictions import Layout, layout_of
+from samoe_hf.data.predictions import Layout, default_layout
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE
 from samoe_hf.evaluation.metrics import Protocol
@@ -102,7 +102,7 @@ def build_evaluation(arguments: argparse.Namespace) -> Evaluation:
         prompt,
         choose_seeds(prompt, arguments.seeds),
         arguments.protocol or protocol_of(arguments.dataset),
-        arguments.layout or layout_of(arguments.dataset),
+        arguments.layout or default_layout(arguments.dataset),
         arguments.surface_tolerance,
         groups,
     )

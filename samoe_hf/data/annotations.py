@@ -5,14 +5,17 @@ One class per form, all with the interface of `Annotations`; a frame's masks are
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from .video_io import SampleError, read_label_png
 
@@ -23,9 +26,11 @@ class Annotations(ABC):
     Attributes:
         frames: indices of the annotated frames, ascending. A frame that is not among them says nothing about the
             objects; on one that is, an object without pixels is absent.
+        size: (height, width) of all masks, where it is known before they are read.
     """
 
     frames: list[int]
+    size: tuple[int, int] | None = None
 
     @property
     @abstractmethod
@@ -64,13 +69,15 @@ class _IdMaps(Annotations):
 
 
 class IdVolume(_IdMaps):
-    """Ids in memory, (T, H, W) of any integer dtype; all frames are annotated."""
+    """Ids in memory, (T, H, W) of any integer dtype and not negative; all frames are annotated."""
 
     def __init__(self, ids: np.ndarray):
         if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
             raise SampleError(f"labels must be (T, H, W) integers, not {ids.dtype} {ids.shape}")
-        self.volume = ids
-        self.frames = list(range(len(ids)))
+        if ids.min(initial=0) < 0:
+            raise SampleError(f"labels must be 0 (background) or the ids of objects, not {ids.min()}")
+        self.volume = ids.astype(np.min_scalar_type(ids.max(initial=0)), copy=False)
+        self.frames, self.size = list(range(len(ids))), ids.shape[1:]
 
     def ids(self, frame: int) -> np.ndarray:
         return self.volume[frame]
@@ -98,13 +105,41 @@ class LabelImages(_IdMaps):
 
     def ids(self, frame: int) -> np.ndarray:
         ids = read_label_png(self.paths[frame])
-        return (ids > 0).astype(np.uint8) if self.binary else ids
+        if self.binary:
+            return (ids > 0).astype(np.uint8)
+        if self.counted is None:
+            check_not_binary(ids, self.paths[frame])
+        return ids
 
     def visible(self, frame: int) -> list[int]:
         return [i for i in super().visible(frame) if self.counted is None or i in self.counted]
 
     def source(self, frame: int) -> str:
         return str(self.paths[frame])
+
+
+def check_not_binary(ids: np.ndarray, path: str | Path) -> None:
+    """Recognizes the mask of one object, stored with the largest gray value, among label images.
+
+    Warns where only that value and 0 occur, since an object may have that id.
+
+    Raises:
+        SampleError: for a mask with soft edges, whose every shade would become an object.
+    """
+    white = np.iinfo(ids.dtype).max
+    if not (ids == white).any():
+        return
+    between = (ids > 0) & (ids < white)
+    hint = "`binary: true` (`year: 2016` for the kind davis) reads every label above 0 as object 1"
+    if not between.any():
+        warnings.warn(
+            f"labels in {Path(path).parent.parent} hold 0 and {white} alone, so {white} is taken for an object's id; "
+            f"if they are masks of one object, {hint}",
+            stacklevel=2,
+        )
+    # Shades of an edge have darker and lighter neighbours; of an object's pixels, few that touch two others have.
+    elif ((minimum_filter(ids, 3) < ids) & (ids < maximum_filter(ids, 3)))[between].mean() > 0.5:
+        raise SampleError(f"{path}: a mask with soft edges, whose shades are no objects' ids; {hint}")
 
 
 class ObjectImages(Annotations):
@@ -118,6 +153,7 @@ class ObjectImages(Annotations):
     def __init__(self, paths: Mapping[int, Mapping[int, str | Path]]):
         self.paths = {object_id: dict(frames) for object_id, frames in sorted(paths.items())}
         self.frames = sorted(set().union(*self.paths.values()))
+        check_object_ids(self.paths)
 
     @property
     def object_ids(self) -> list[int]:
@@ -144,6 +180,8 @@ class MaskArrays(Annotations):
             raise SampleError(
                 f"masks must be bool ({len(self.frames)}, {len(object_ids)}, H, W), not {masks.dtype} {masks.shape}"
             )
+        check_object_ids(object_ids)
+        self.size = masks.shape[2:]
         self._masks = dict(zip(self.frames, masks, strict=True))
         self._ids = [int(i) for i in object_ids]
 
@@ -175,7 +213,8 @@ class RleMasks(Annotations):
         size: Sequence[int],
         name: str,
     ):
-        self.rles, self._ids, self.size, self.name = rles, sorted(object_ids), tuple(size), name
+        check_object_ids(object_ids, name)
+        self.rles, self._ids, self.size, self.name = rles, sorted(object_ids), (int(size[0]), int(size[1])), name
         self.frames = sorted(rles)
 
     @property
@@ -183,22 +222,102 @@ class RleMasks(Annotations):
         return self._ids
 
     def visible(self, frame: int) -> list[int]:
-        return [i for i, rle in sorted(self.rles[frame].items()) if coco_mask.area(rle) > 0]
+        return [i for i in sorted(self.rles[frame]) if coco_mask.area(self._checked(frame, i)) > 0]
 
     def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
-        shown = {i: self._decode(frame, i) for i in object_ids if i in self.rles[frame]}
+        shown = {i: coco_mask.decode(self._checked(frame, i)).astype(bool) for i in object_ids if i in self.rles[frame]}
         return _stack(shown, object_ids, self.size, self.source(frame))
 
-    def _decode(self, frame: int, object_id: int) -> np.ndarray:
+    def _checked(self, frame: int, object_id: int) -> dict[str, Any]:
+        """An object's mask on a frame, as pycocotools decodes it without reading or writing beyond its memory."""
         try:
-            return coco_mask.decode(self.rles[frame][object_id]).astype(bool)
-        except (ValueError, TypeError, KeyError) as error:
+            return check_rle(self.rles[frame][object_id], self.size)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise SampleError(
-                f"{self.source(frame)}: object {object_id} is no COCO run-length encoded mask ({error})"
+                f"{self.source(frame)}: object {object_id} is no COCO run-length encoded mask ({error!r})"
             ) from error
 
     def source(self, frame: int) -> str:
         return f"{self.name}, frame {frame}"
+
+
+def check_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """A COCO run-length encoding whose size and runs were compared with the size (height, width) of the frame.
+
+    Args:
+        rle: `{"size": [H, W], "counts": …}`, with counts compressed (a string) or not (a list).
+
+    Raises:
+        ValueError, TypeError, KeyError, OverflowError: it is none, or does not fit.
+    """
+    if list(rle["size"]) != list(size):
+        raise ValueError(f"its size is {rle['size']}, not {list(size)}")
+    counts = rle["counts"]
+    if isinstance(counts, str):
+        counts = counts.encode("ascii")
+    runs = decompress_counts(counts) if isinstance(counts, bytes) else np.array(counts)
+    if runs.ndim != 1 or runs.dtype != np.int64 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
+        raise ValueError(f"its runs do not add up to {size[0]} x {size[1]} pixels")
+    compressed = {"size": list(size), "counts": counts}
+    return compressed if isinstance(counts, bytes) else coco_mask.frPyObjects(compressed, *size)
+
+
+def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """The run-length encoding of a COCO annotation's `segmentation`: that itself, or a list of polygons.
+
+    Args:
+        segmentation: an encoding, or polygons, each a list x, y, x, y, …
+        size: (height, width) of the image.
+
+    Raises:
+        ValueError, TypeError: polygons of too few points, or so far outside the image or so long that pycocotools
+            would take more memory than the image is worth.
+    """
+    if isinstance(segmentation, Mapping):
+        return dict(segmentation)
+    height, width = size
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError(f"a segmentation must be polygons or run-length encoded, not {segmentation!r}")
+    for polygon in segmentation:
+        points = np.array(polygon, dtype=np.float64)
+        if points.ndim != 1 or points.size < 6 or points.size % 2:
+            raise ValueError("a polygon must have at least three points x, y")
+        points = points.reshape(-1, 2)
+        if not (np.abs(points - (width / 2, height / 2)) <= 2 * max(size)).all():
+            raise ValueError(f"a polygon has points far outside the image of {height} x {width} pixels")
+        if np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum() > 4 * (height + width) + height * width:
+            raise ValueError("a polygon's outline is longer than the image has pixels")
+    return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+
+
+def decompress_counts(counts: bytes) -> np.ndarray:
+    """The runs of compressed counts, integers of 5 bits a character; each but the first three is a difference.
+
+    Raises:
+        ValueError: characters that do not occur in counts, or an integer without an end.
+    """
+    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((codes & 0x20) == 0)
+    if codes.size == 0 or codes.min() < 0 or codes.max() > 63 or ends.size == 0 or ends[-1] != codes.size - 1:
+        raise ValueError("damaged counts")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, ends + 1 - starts))
+    if shifts.max() > 30:
+        raise ValueError("damaged counts")
+    runs = np.add.reduceat((codes & 0x1F) << shifts, starts)
+    runs -= np.where(codes[ends] & 0x10, 1 << (shifts[ends] + 5), 0)  # the last character's highest bit is the sign
+    for first in (1, 2):
+        runs[first::2] = runs[first::2].cumsum()
+    return runs
+
+
+def check_object_ids(object_ids: Collection[int], name: str = "") -> None:
+    """Raises `SampleError`, which names the file, unless all ids are different integers above 0."""
+    name = f"{name}: " if name else ""
+    if any(isinstance(i, bool) or not isinstance(i, Integral) or i < 1 for i in object_ids):
+        raise SampleError(f"{name}ids of objects must be integers above 0, not {list(object_ids)[:20]}")
+    if len(set(object_ids)) < len(object_ids):
+        raise SampleError(f"{name}ids of objects must be different, not {list(object_ids)[:20]}")
 
 
 def _stack(shown: Mapping[int, np.ndarray], object_ids: Sequence[int], size: Sequence[int], name: str) -> np.ndarray:

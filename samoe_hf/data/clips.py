@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 from transformers import Sam2VideoProcessor
 
+from .options import check_types
 from .schema import Video
 from .video_io import SampleError
 
@@ -56,6 +57,7 @@ class ClipSampler:
     transforms: ClipTransform | None = None
 
     def __post_init__(self) -> None:
+        check_types(ClipSampler, vars(self), "clips")
         if min(self.num_frames, self.stride, self.max_objects) < 1:
             raise ValueError("num_frames, stride and max_objects must be at least 1")
         if not 0 <= self.reverse_probability <= 1:
@@ -220,8 +222,11 @@ class ClipDataset(ClipSource, Dataset):
         **sampling: Any,
     ):
         super().__init__(on_error)
+        check_types(ClipDataset, {"seed": seed, "clips_per_video": clips_per_video}, "clips")
         if len(videos) == 0:
             raise ValueError("a dataset without videos")
+        if seed < 0 or clips_per_video < 1:
+            raise ValueError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
         self.videos, self.seed, self.clips_per_video = videos, seed, clips_per_video
         self.sampler = ClipSampler(processor, **sampling)
 

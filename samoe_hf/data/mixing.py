@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Sam2VideoProcessor
 
 from .clips import Clip, ClipDataset, ClipSampler, ClipSource, SharedEpoch
+from .options import check_types
 from .schema import Video
 from .video_io import SampleError
 
@@ -42,10 +45,14 @@ class MixedDataset(SharedEpoch, Dataset):
         weights = {name: len(dataset) for name, dataset in datasets.items()} if weights is None else weights
         if not datasets or set(weights) != set(datasets):
             raise ValueError(f"weights for {sorted(weights)}, but datasets {sorted(datasets)}")
-        if min(weights.values()) <= 0:
-            raise ValueError(f"weights must be positive, not {dict(weights)}")
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
+                raise ValueError(f"weights must be positive numbers, but that of {name!r} is {weight!r}")
+        check_types(MixedDataset, {"length": length, "seed": seed}, "mixtures")
         self.datasets, self.seed = dict(datasets), seed
         self.length = sum(len(dataset) for dataset in datasets.values()) if length is None else length
+        if self.length < 1 or seed < 0:
+            raise ValueError(f"length must be at least 1 and seed 0, not {self.length} and {seed}")
         shares = np.array([weights[name] for name in datasets], dtype=np.float64)
         self.counts = _apportion(shares / shares.sum(), self.length)
         self._plan: tuple[int, np.ndarray] | None = None
@@ -114,6 +121,9 @@ class ClipStream(ClipSource, IterableDataset):
         **sampling: Any,
     ):
         super().__init__(on_error)
+        check_types(ClipStream, {"seed": seed}, "clips")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, not {seed}")
         self.videos, self.seed = videos, seed
         self.sampler = ClipSampler(processor, **sampling)
 

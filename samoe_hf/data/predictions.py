@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from .schema import Video
-from .video_io import SampleError, read_label_png, write_palette_png
+from .video_io import SampleError, check_inside, read_label_png, write_palette_png
 
 Layout = Literal["davis", "youtube_vos", "sa_v"]
 
-# Where a kind of dataset is not listed, its masks are laid out as DAVIS'.
+# The layout for the masks of a kind of dataset; DAVIS' for those that are not listed.
 _LAYOUTS: dict[str, Layout] = {
     "youtube_vos": "youtube_vos",
     "mose": "youtube_vos",
@@ -27,7 +27,7 @@ _LAYOUTS: dict[str, Layout] = {
 }
 
 
-def layout_of(kind: str) -> Layout:
+def default_layout(kind: str) -> Layout:
     """The layout of a kind of dataset, see `load_videos`."""
     return _LAYOUTS.get(kind, "davis")
 
@@ -57,8 +57,13 @@ class MaskFiles:
         return self.layout == "sa_v"
 
     def paths(self, video: Video, frame: int, object_ids: Sequence[int]) -> list[Path]:
-        """The frame's file; in the layout of SA-V one for each object."""
+        """The frame's file; in the layout of SA-V one for each object.
+
+        Raises:
+            SampleError: a video or a frame, as a dataset names it, whose file would lie outside the folder.
+        """
         folder, name = Path(self.folder), f"{video.frames.names[frame]}.png"
+        check_inside(f"{video.video_id}/{name}", "the video's and the frame's names")
         if self.layout == "sa_v":
             return [folder / video.video_id / f"{object_id - 1:03d}" / name for object_id in object_ids]
         return [folder / ("Annotations" if self.layout == "youtube_vos" else "") / video.video_id / name]

@@ -6,22 +6,30 @@ video is opened (and its errors, which name the file, are raised) when it is ask
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import random
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pycocotools.coco import COCO
 
-from .annotations import LabelImages, ObjectImages, RleMasks
+from .annotations import LabelImages, ObjectImages, RleMasks, segmentation_to_rle
 from .clips import warn_one_frame
 from .schema import Video, VideoList
-from .video_io import ImageFrames, SampleError, image_paths, natural_key, read_label_png, read_video
+from .video_io import (
+    DAMAGE,
+    ImageFrames,
+    SampleError,
+    check_inside,
+    image_paths,
+    natural_key,
+    read_label_png,
+    read_video,
+)
 
 
 def read_davis(
@@ -99,7 +107,7 @@ def _open_per_object(domain: str, video_id: str, folders: tuple[Path, Path]) -> 
     frames = ImageFrames(image_paths(folders[0]))
     paths = {}
     for name in _subfolders(folders[1]):
-        if not name.isdigit():
+        if not name.isdecimal():
             raise SampleError(f"{folders[1] / name}: an object's folder must be named by its number")
         paths[int(name) + 1] = _by_frame(frames, image_paths(folders[1] / name))
     return Video(video_id, frames, ObjectImages(paths), domain)
@@ -126,19 +134,33 @@ def read_sa_v(
     files = sorted(_existing(root).rglob(f"*{suffix}"))
     if not files:
         raise FileNotFoundError(f"{root}: no files *{suffix}")
-    entries = {path.name.removesuffix(suffix): path for path in files}
+    if frame_step < 1:
+        raise ValueError(f"`frame_step` must be at least 1, not {frame_step}")
+    entries: dict[str, Path] = {}
+    for path in files:
+        if entries.setdefault(path.name.removesuffix(suffix), path) != path:
+            raise SampleError(f"{path}: another file of this name is {entries[path.name.removesuffix(suffix)]}")
     return VideoList(entries, partial(_open_masklets, domain, frame_step))
 
 
 def _open_masklets(domain: str, frame_step: int, video_id: str, path: Path) -> Video:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes())
         masklets, size = data["masklet"], (int(data["video_height"]), int(data["video_width"]))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        rles = {i * frame_step: dict(enumerate(rle, 1)) for i, rle in enumerate(masklets) if rle and None not in rle}
+        masks = RleMasks(rles, sorted(set().union(*rles.values())), size, str(path))
+    except DAMAGE as error:
         raise SampleError(f"{path}: not SA-V annotations ({error!r})") from error
-    rles = {i * frame_step: dict(enumerate(rle, 1)) for i, rle in enumerate(masklets) if rle and None not in rle}
-    masks = RleMasks(rles, sorted(set().union(*rles.values())), size, str(path))
-    return Video(video_id, read_video(path.with_name(f"{video_id}.mp4")), masks, domain)
+    frames = read_video(path.with_name(f"{video_id}.mp4"))
+    return _name_errors(path, Video, video_id, frames, masks, domain)
+
+
+def _name_errors(path: Path, function: Callable, *arguments: Any) -> Any:
+    """Calls a function; its `SampleError`s name the file."""
+    try:
+        return function(*arguments)
+    except SampleError as error:
+        raise SampleError(f"{path}: {error}") from error
 
 
 def read_ocid(
@@ -209,29 +231,40 @@ def read_coco(
         annotations: the annotation file, where it is named differently.
     """
     warn_one_frame(f"COCO images in {root}")
-    path = Path(root) / (annotations or f"annotations/instances_{split}.json")
+    path, folder = Path(root) / (annotations or f"annotations/instances_{split}.json"), Path(root) / (images or split)
+    entries: dict[str, tuple[dict, list[dict]]] = {}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # COCO prints its progress
-            coco = COCO(str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError) as error:
+        data = json.loads(path.read_bytes())
+        of_image = defaultdict(list)
+        for annotation in data["annotations"]:
+            if not annotation.get("iscrowd"):
+                of_image[annotation["image_id"]].append(annotation)
+        for image in sorted(data["images"], key=itemgetter("id")):
+            if (
+                image["id"] in of_image
+                and entries.setdefault(image["file_name"], (image, of_image[image["id"]]))[0] is not image
+            ):
+                raise SampleError(f"two images have the file name {image['file_name']!r}")
+    except FileNotFoundError:
+        raise
+    except DAMAGE as error:
         raise SampleError(f"{path}: not COCO annotations ({error!r})") from error
-    entries = {
-        image["file_name"]: image_id
-        for image_id, image in sorted(coco.imgs.items())
-        if coco.getAnnIds(imgIds=[image_id], iscrowd=False)
-    }
-    return VideoList(entries, partial(_open_coco, domain, coco, Path(root) / (images or split)))
+    for name in entries:
+        check_inside(name, path)
+    return VideoList(entries, partial(_open_coco, domain, folder))
 
 
-def _open_coco(domain: str, coco: COCO, folder: Path, file_name: str, image_id: int) -> Video:
-    image, path = coco.imgs[image_id], folder / file_name
+def _open_coco(domain: str, folder: Path, file_name: str, entry: tuple[dict, list[dict]]) -> Video:
+    (image, annotations), path = entry, folder / file_name
+    frames = ImageFrames([path])
     try:
-        rles = [coco.annToRLE(ann) for ann in coco.loadAnns(coco.getAnnIds(imgIds=[image_id], iscrowd=False))]
-        size = (image["height"], image["width"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if (image["height"], image["width"]) != frames.size:
+            raise ValueError(f"for {image['height']} x {image['width']} pixels, not {frames.size}")
+        rles = [segmentation_to_rle(annotation["segmentation"], frames.size) for annotation in annotations]
+    except DAMAGE as error:
         raise SampleError(f"{path}: its COCO annotations cannot be read ({error!r})") from error
-    masks = RleMasks({0: dict(enumerate(rles, 1))}, range(1, len(rles) + 1), size, f"annotations of {path}")
-    return Video(file_name, ImageFrames([path]), masks, domain)
+    masks = RleMasks({0: dict(enumerate(rles, 1))}, range(1, len(rles) + 1), frames.size, f"annotations of {path}")
+    return Video(file_name, frames, masks, domain)
 
 
 def _by_frame(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:
@@ -265,7 +298,10 @@ def _listed(path: Path) -> list[str]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise FileNotFoundError(f"{path}: no list for this split; there are: {known}")
-    lines = [Path(line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = [Path(line.split()[0]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise SampleError(f"{path}: not a list of names ({error})") from error
     names: list[Any] = [line.parent.name if line.suffix else line.name for line in lines]
     if not names:
         raise SampleError(f"{path}: this list of videos is empty")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,11 @@ from typing import Any
 import datasets
 import yaml
 
+from .options import check_options, check_types, nearest_name
 from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
 from .schema import Video, VideoList, videos_from_dataset
 from .synthetic import SyntheticVideos
+from .video_io import DAMAGE, SampleError
 from .volumes import read_nifti, read_npz
 
 
@@ -28,7 +28,10 @@ def read_dataset(root: str | Path, split: str = "train", streaming: bool = False
         streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
     """
     if (Path(root) / "state.json").is_file():
-        dataset = datasets.load_from_disk(str(root))
+        try:
+            dataset = datasets.load_from_disk(str(root))
+        except DAMAGE as error:
+            raise SampleError(f"{root}: not a dataset of `save_to_disk` ({error!r})") from error
         return videos_from_dataset(dataset.to_iterable_dataset() if streaming else dataset)
     return videos_from_dataset(datasets.load_dataset(str(root), split=split, streaming=streaming))
 
@@ -71,14 +74,16 @@ def load_videos(
         options: what else the reader takes, see `samoe_hf.data.readers`, `volumes` and `SyntheticVideos`.
 
     Raises:
-        ValueError: an unknown kind, option or video; names the nearest known one.
+        ValueError: an unknown kind, option or video (names the nearest known one), or a value of another type.
         FileNotFoundError: there is nothing at root.
     """
-    if kind not in READERS:
-        raise ValueError(f"unknown kind of dataset {kind!r}{_nearest(kind, READERS)}")
+    if not isinstance(kind, str) or kind not in READERS:
+        raise ValueError(f"unknown kind of dataset {kind!r}{nearest_name(kind, READERS)}")
     given = {"root": root, "split": split, "domain": domain}
     options |= {name: value for name, value in given.items() if value is not None}
-    _check_options(kind, options)
+    owner = f"datasets of kind {kind!r}"
+    check_options(READERS[kind], options, owner)
+    check_types(load_videos, {"video_ids": video_ids}, owner)
     videos = READERS[kind](**options)
     if video_ids is None:
         return videos
@@ -87,19 +92,24 @@ def load_videos(
     return videos.select(video_ids)
 
 
-def _check_options(kind: str, options: dict[str, Any]) -> None:
-    parameters = inspect.signature(READERS[kind]).parameters
-    for name in options:
-        if name not in parameters:
-            raise ValueError(f"datasets of kind {kind!r} have no option {name!r}{_nearest(name, parameters)}")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in options:
-            raise ValueError(f"datasets of kind {kind!r} need the option {name!r}")
+def videos_from_entry(entry: Mapping[str, Any], owner: str) -> Sequence[Video]:
+    """The videos of an entry of a run's `train_data` or `eval_data`.
 
+    Args:
+        entry: the arguments of [`load_videos`].
+        owner: what to call it in messages, such as "train_data[0]".
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; there are: {', '.join(known)}"
+    Raises:
+        ValueError: not a mapping, no kind, a stream, or what `load_videos` raises.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{owner} must be the arguments of `load_videos`, such as {{kind: davis}}, not {entry!r}")
+    if "kind" not in entry:
+        raise ValueError(f"{owner} names no `kind`, one of {', '.join(READERS)}, but {', '.join(map(repr, entry))}")
+    videos = load_videos(**{str(name): value for name, value in entry.items()})
+    if not isinstance(videos, Sequence):
+        raise ValueError(f"{owner}: videos that are streamed have no length; leave out `streaming`")
+    return videos
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,15 +140,17 @@ def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
         for name in ("root", "split", "domain", "option"):
             if getattr(arguments, name):
                 raise ValueError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
-        sources = read_yaml(arguments.dataset).get("eval_data") or []
-        videos = [video for source in sources for video in load_videos(**source)]
+        entries = read_yaml(arguments.dataset).get("eval_data") or []
+        if not isinstance(entries, list):
+            raise ValueError(f"`eval_data` of {arguments.dataset} must be a list of datasets, not {entries!r}.")
+        videos = [v for i, entry in enumerate(entries) for v in videos_from_entry(entry, f"eval_data[{i}]")]
     else:
         options = {}
         for text in arguments.option:
             name, is_there, value = text.partition("=")
             if not is_there:
                 raise ValueError(f"`--option` must be NAME=VALUE, got {text!r}.")
-            options[name] = yaml.safe_load(value)
+            options[name] = parse_yaml(value, f"`--option {name}`")
         videos = list(load_videos(arguments.dataset, arguments.root, arguments.split, arguments.domain, **options))
     if arguments.video:
         unknown = set(arguments.video) - {video.video_id for video in videos}
@@ -156,10 +168,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is no YAML or holds no mapping.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    content = parse_yaml(Path(path).read_bytes(), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}.")
     return content
+
+
+def parse_yaml(text: str | bytes, name: str) -> Any:
+    """YAML as data; `ValueError` where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:  # dates raise ValueError
+        raise ValueError(f"{name} is not YAML: {error}") from error

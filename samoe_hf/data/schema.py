@@ -7,6 +7,7 @@ ids of any size and frames without annotation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from .annotations import Annotations, MaskArrays, RleMasks
-from .video_io import ArrayFrames, FrameSequence, ImageFrames, SampleError, read_image
+from .video_io import DAMAGE, ArrayFrames, FrameSequence, ImageFrames, SampleError, open_image, read_image
 
 FEATURES = datasets.Features(
     {
@@ -61,6 +62,11 @@ class Video:
         frames = self.annotations.frames
         if frames and not 0 <= frames[0] <= frames[-1] < len(self.frames):
             raise SampleError(f"{self.video_id}: annotations up to frame {frames[-1]}, but {len(self.frames)} frames")
+        size, spacing = self.annotations.size, self.spacing
+        if size is not None and tuple(size) != tuple(self.size):
+            raise SampleError(f"{self.video_id}: masks of size {tuple(size)} for frames of {tuple(self.size)}")
+        if spacing is not None and not (len(spacing) == 3 and all(0 < length < math.inf for length in spacing)):
+            raise SampleError(f"{self.video_id}: spacing must be three lengths above 0, not {tuple(spacing)}")
 
     @classmethod
     def from_arrays(
@@ -158,16 +164,41 @@ class _EncodedFrames(FrameSequence):
     """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already."""
 
     def __init__(self, video_id: str, images: list[Any], names: list[str], size: Sequence[int]):
-        self.video_id, self.images, self.names, self.size = video_id, images, names, tuple(size)
+        self.video_id, self.images, self.names = video_id, images, list(names)
+        self.size = (int(size[0]), int(size[1]))
+        if len(images) != len(names):
+            raise SampleError(f"{video_id}: {len(images)} frames with {len(names)} names")
+        if not all(isinstance(name, str) for name in names):
+            raise SampleError(f"{video_id}: a frame without a name")
+        if images and self.size != self._stored_size(0):
+            raise SampleError(f"{video_id}: frames of size {self._stored_size(0)}, not {self.size} as the row says")
+
+    def _name(self, index: int) -> str:
+        return f"{self.video_id}, frame {self.names[index]}"
+
+    def _source(self, index: int) -> bytes | str:
+        image = self.images[index]
+        source = image["bytes"] or image["path"]
+        if not source:
+            raise SampleError(f"{self._name(index)}: no image")
+        return source
+
+    def _stored_size(self, index: int) -> tuple[int, int]:
+        """(height, width) as an image's header says."""
+        image = self.images[index]
+        if isinstance(image, Image.Image):
+            return image.height, image.width
+        with open_image(self._source(index), self._name(index)) as opened:
+            return opened.height, opened.width
 
     def _read(self, index: int) -> np.ndarray:
-        image, name = self.images[index], f"{self.video_id}, frame {self.names[index]}"
+        image = self.images[index]
         if isinstance(image, Image.Image):
             frame = np.asarray(image.convert("RGB"))
         else:
-            frame = read_image(image["bytes"] or image["path"], name)
+            frame = read_image(self._source(index), self._name(index))
         if frame.shape[:2] != self.size:
-            raise SampleError(f"{name}: frame of size {frame.shape[:2]}, but the video's is {self.size}")
+            raise SampleError(f"{self._name(index)}: frame of size {frame.shape[:2]}, but the video's is {self.size}")
         return frame
 
 
@@ -204,20 +235,26 @@ def _rle_counts(masks: np.ndarray) -> list[str]:
 def video_from_row(row: dict[str, Any]) -> Video:
     """The video of a row; frames and masks are decoded on access.
 
+    Raises:
+        SampleError: the row does not fit `FEATURES`, or its parts do not fit together; names the video.
+
     `datasets` itself decodes every image of a row with the feature `Image()`; `videos_from_dataset` prevents that.
     """
-    size, ids = row["size"], row["object_ids"]
-    rles = {
-        frame: {i: {"size": size, "counts": counts} for i, counts in zip(ids, frame_counts, strict=True)}
-        for frame, frame_counts in zip(row["annotated_frames"], row["masks"], strict=True)
-    }
-    return Video(
-        row["video_id"],
-        _EncodedFrames(row["video_id"], row["frames"], row["frame_names"], size),
-        RleMasks(rles, ids, size, row["video_id"]),
-        row["domain"],
-        tuple(row["spacing"]) or None,
-    )
+    try:
+        video_id, domain, ids = str(row["video_id"]), str(row["domain"]), row["object_ids"]
+        frames = _EncodedFrames(video_id, row["frames"], row["frame_names"], row["size"])
+        if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):
+            raise SampleError(f"{video_id}: a frame that is annotated twice")
+        rles = {
+            frame: {i: {"size": frames.size, "counts": counts} for i, counts in zip(ids, frame_counts, strict=True)}
+            for frame, frame_counts in zip(row["annotated_frames"], row["masks"], strict=True)
+        }
+        spacing = tuple(row["spacing"]) or None
+        return Video(video_id, frames, RleMasks(rles, ids, frames.size, video_id), domain, spacing)
+    except SampleError:
+        raise
+    except DAMAGE as error:
+        raise SampleError(f"{row.get('video_id')!r}: not a row with samoe_hf.data.FEATURES ({error!r})") from error
 
 
 def to_datasets(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .options import check_types
 from .schema import Video
 
 
@@ -167,7 +168,7 @@ class SyntheticVideos(Sequence):
         seed: another seed gives other videos.
 
     Raises:
-        ValueError: an unknown domain, or a number below 1.
+        ValueError: an unknown domain, or a number below 1 or of another type.
     """
 
     def __init__(
@@ -181,6 +182,10 @@ class SyntheticVideos(Sequence):
     ):
         if domain not in _DOMAINS:
             raise ValueError(f"unknown synthetic domain {domain!r}; there are {', '.join(SYNTHETIC_DOMAINS)}")
+        numbers = {"num_videos": num_videos, "num_frames": num_frames, "max_objects": max_objects, "seed": seed}
+        check_types(SyntheticVideos, {**numbers, "image_size": image_size}, "synthetic videos")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, not {seed}")
         if min(num_videos, num_frames, max_objects, *image_size) < 1:
             raise ValueError("num_videos, num_frames, max_objects and image_size must be at least 1")
         self.num_videos, self.num_frames, self.image_size = num_videos, num_frames, (image_size[0], image_size[1])

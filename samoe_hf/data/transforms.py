@@ -7,12 +7,16 @@ are no `tv_tensors.Video`, since torchvision hands those through `RandomGrayscal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from .options import check_options
 
 IMAGE_FILL = (124, 116, 104)  # ImageNet's mean, about black after normalization
 
@@ -48,17 +52,29 @@ class KeepVisible(nn.Module):
         return frames, masks
 
 
+def transforms_from_options(options: Mapping[str, Any]) -> v2.Compose:
+    """`training_transforms` with the arguments that a run's `augmentation` holds.
+
+    Raises:
+        ValueError: an unknown argument (names the nearest known one), or a value that it does not take.
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"`augmentation` must be arguments of `training_transforms`, not {options!r}")
+    check_options(training_transforms, options, "the transforms of `augmentation`")
+    return training_transforms(**options)
+
+
 def training_transforms(
     flip: float = 0.5,
-    degrees: float = 25.0,
-    shear: float = 20.0,
-    translate: tuple[float, float] | None = None,
-    scale: tuple[float, float] | None = None,
+    degrees: float | tuple[float, float] = 25.0,
+    shear: float | Sequence[float] = 20.0,
+    translate: float | tuple[float, float] | None = None,
+    scale: float | tuple[float, float] | None = None,
     crop_size: int | None = None,
-    crop_scale: tuple[float, float] = (0.5, 1.0),
-    jitter: Sequence[float] = (0.1, 0.03, 0.03, 0.0),
+    crop_scale: float | tuple[float, float] = (0.5, 1.0),
+    jitter: float | Sequence[float] = (0.1, 0.03, 0.03, 0.0),
     grayscale: float = 0.05,
-    frame_jitter: Sequence[float] = (0.1, 0.05, 0.05, 0.0),
+    frame_jitter: float | Sequence[float] = (0.1, 0.05, 0.05, 0.0),
 ) -> v2.Compose:
     """The augmentation of SAM 2's fine-tuning; its defaults are those of Meta's MOSE configuration.
 
@@ -66,30 +82,59 @@ def training_transforms(
 
     Args:
         flip: probability of a horizontal flip.
-        degrees: largest rotation, either way.
-        shear: largest shear along x in degrees, either way.
-        translate: largest shift as a share of width and height.
-        scale: range of the change in size.
+        degrees: largest rotation either way, or the range of rotations.
+        shear: largest shear along x in degrees either way, or the range (along x, or x and y).
+        translate: largest shift as a share of width and height; one number for both.
+        scale: range of the change in size; one number s is (1 - s, 1 + s).
         crop_size: side of a random crop that is resized to a square; none by default.
-        crop_scale: range of that crop's area as a share of the frame's.
-        jitter: strengths of brightness, contrast, saturation and hue, the same for all frames.
+        crop_scale: range of that crop's area as a share of the frame's; one number is the smallest, and 1 the largest.
+        jitter: strengths of brightness, contrast, saturation and hue, the same for all frames; one number is that of
+            brightness, as in `ColorJitter`.
         grayscale: probability of a gray clip.
         frame_jitter: the same as `jitter`, for each frame anew.
+
+    Raises:
+        ValueError: numbers outside these ranges.
     """
+    translate = (translate, translate) if isinstance(translate, Real) and translate else translate
+    scale = (1 - scale, 1 + scale) if isinstance(scale, Real) and scale else scale
+    crop_scale = (crop_scale, 1.0) if isinstance(crop_scale, Real) else crop_scale
+    jitter, frame_jitter = ((x,) if isinstance(x, Real) else tuple(x) for x in (jitter, frame_jitter))
+    _check_shares(flip=flip, grayscale=grayscale, crop_scale=crop_scale)
+    if crop_size is not None and crop_size < 1:
+        raise ValueError(f"`crop_size` must be at least 1, not {crop_size}")
     steps: list[nn.Module] = []
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
     if degrees or shear or translate or scale:
         fill = {tv_tensors.Image: IMAGE_FILL, tv_tensors.Mask: 0}
-        affine = v2.RandomAffine(degrees, translate, scale, shear or None, v2.InterpolationMode.BILINEAR, fill=fill)
+        affine = v2.RandomAffine(
+            degrees, translate or None, scale or None, shear or None, v2.InterpolationMode.BILINEAR, fill=fill
+        )
         steps.append(KeepVisible(affine))
     if crop_size:
         crop = v2.RandomResizedCrop(crop_size, crop_scale, interpolation=v2.InterpolationMode.BICUBIC)
         steps.append(KeepVisible(crop, tries=10))
     if any(jitter):
-        steps.append(v2.ColorJitter(*jitter))
+        steps.append(_color_jitter("jitter", jitter))
     if grayscale:
         steps.append(v2.RandomGrayscale(grayscale))
     if any(frame_jitter):
-        steps.append(PerFrame(v2.ColorJitter(*frame_jitter)))
+        steps.append(PerFrame(_color_jitter("frame_jitter", frame_jitter)))
     return v2.Compose(steps or [v2.Identity()])
+
+
+def _check_shares(**shares: float | Sequence[float]) -> None:
+    for name, share in shares.items():
+        low, *high = (share,) if isinstance(share, Real) else share
+        if not all(0 <= x <= 1 for x in (low, *high)) or (high and not 0 < low <= high[0]):
+            raise ValueError(f"`{name}` must be within 0 to 1, the smaller number first, not {share}")
+
+
+def _color_jitter(name: str, strengths: Sequence[float]) -> v2.ColorJitter:
+    if len(strengths) > 4:
+        raise ValueError(f"`{name}` must be up to four strengths, not {strengths}")
+    try:
+        return v2.ColorJitter(*strengths)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from error

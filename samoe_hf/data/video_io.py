@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import zlib
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import lru_cache
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # among Pillow's others are some that run programs
+# FFmpeg also takes text for a video (as a terminal's output) and playlists, which name other files.
+CONTAINER_FORMATS = "3g2,3gp,apng,asf,avi,dv,flv,gif,ivf,m4a,matroska,mj2,mov,mp4,mpeg,mpegts,mxf,nut,ogg,webm,wtv"
+
+
+# What libraries raise for damaged files.
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError)
+DAMAGE += (RecursionError, struct.error, zlib.error)
 
 
 class SampleError(ValueError):
@@ -97,78 +107,136 @@ class ImageFrames(FrameSequence):
         return frame
 
 
+class ContainerIndex(NamedTuple):
+    """What is known of a video container before its frames are decoded."""
+
+    times: np.ndarray  # of the frames, ascending, in units of the stream's time base
+    key_times: np.ndarray  # of those frames that decoding can start from
+    size: tuple[int, int]  # height and width of an upright frame
+    fps: float | None
+
+
+@lru_cache(maxsize=16384)
+def index_container(path: Path, modified_ns: int, num_bytes: int) -> ContainerIndex:
+    """Demuxes a container once and decodes its first frame; a file that has changed is indexed anew.
+
+    Args:
+        path: the file.
+        modified_ns, num_bytes: its time of modification and its size, by which a change is noticed.
+    """
+    try:
+        with open_container(path) as container:
+            stream = container.streams.video[0]
+            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            if not packets:
+                raise SampleError(f"{path}: no frames in this video")
+            if any(packet.pts is None for packet in packets):
+                raise SampleError(f"{path}: packets without time stamps; remux the file, e.g. with ffmpeg to .mp4")
+            times = np.sort([packet.pts for packet in packets])
+            key_times = np.sort([packet.pts for packet in packets if packet.is_keyframe])
+            container.seek(int(times[0]), stream=stream)
+            first = next((frame for frame in container.decode(stream) if frame.pts == times[0]), None)
+            if first is None:
+                raise SampleError(f"{path}: its first frame cannot be decoded; the file is cut off or damaged")
+            fps = float(stream.average_rate) if stream.average_rate else None
+            return ContainerIndex(times, key_times, upright(first).shape[:2], fps)
+    except (av.FFmpegError, MemoryError) as error:
+        raise SampleError(f"{path}: not a readable video ({error})") from error
+
+
+def open_container(path: Path) -> Any:
+    """Opens a container, of which FFmpeg reads this file alone, and no frames of more pixels than Pillow reads.
+
+    Raises:
+        SampleError: it has no video stream.
+        av.FFmpegError: it is no container.
+    """
+    options = {"format_whitelist": CONTAINER_FORMATS, "protocol_whitelist": "file"}
+    container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+    if not container.streams.video:
+        container.close()
+        raise SampleError(f"{path}: no video stream in this file")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    if Image.MAX_IMAGE_PIXELS:
+        stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
+    return container
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame as (H, W, 3) uint8 RGB, turned as the file's display matrix says."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
 class ContainerFrames(FrameSequence):
     """Frames of a video container through PyAV, turned upright as the file's display matrix says.
 
-    On construction the container is indexed (demuxed, not decoded) and its first frame decoded. Access seeks by key
-    frames; in ascending order each frame is decoded once.
+    Access seeks by key frames; in ascending order each frame is decoded once.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._container: Any = None
-        try:
-            self._index_packets()
-        except av.FFmpegError as error:
-            raise SampleError(f"{self.path}: not a readable video ({error})") from error
-        if not self._times:
-            raise SampleError(f"{self.path}: no frames in this video")
-        self.names = [f"{i:05d}" for i in range(len(self._times))]
-        self.size = self._read(0).shape[:2]
-
-    def _index_packets(self) -> None:
-        with av.open(str(self.path)) as container:
-            if not container.streams.video:
-                raise SampleError(f"{self.path}: no video stream in this file")
-            stream = container.streams.video[0]
-            self.fps = float(stream.average_rate) if stream.average_rate else None
-            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-            if any(packet.pts is None for packet in packets):
-                raise SampleError(f"{self.path}: packets without time stamps; remux the file, e.g. with ffmpeg to .mp4")
-            self._times = sorted(packet.pts for packet in packets)
-            self._key_times = sorted(packet.pts for packet in packets if packet.is_keyframe)
+        status = self.path.stat()
+        self._index = index_container(self.path, status.st_mtime_ns, status.st_size)
+        self.names = [f"{i:05d}" for i in range(len(self._index.times))]
+        self.size, self.fps = self._index.size, self._index.fps
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_container": None, "_decoder": None}
 
-    def _open(self) -> None:
-        self._container, self._owner = av.open(str(self.path)), os.getpid()
-        self._container.streams.video[0].thread_type = "AUTO"
-
     def _prepare(self, index: int) -> None:
         """Leaves `_decoder` at or before the frame, seeking only where decoding on would take longer."""
+        times = self._index.times
         # An FFmpeg context shared with a forked parent would share its position in the file.
         if self._container is None or self._owner != os.getpid():
-            self._open()
+            self._container, self._owner = open_container(self.path), os.getpid()
         elif self._decoded == index - 1:
             return
         else:
-            key = bisect_right(self._key_times, self._times[index]) - 1
-            if self._decoded < index and self._key_times[max(key, 0)] <= self._times[self._decoded]:
+            keys = self._index.key_times
+            last_key = keys[: np.searchsorted(keys, times[index], side="right")][-1:]
+            if self._decoded < index and (last_key <= times[self._decoded]).all():
                 return
         stream = self._container.streams.video[0]
-        self._container.seek(self._times[index], stream=stream)
+        self._container.seek(int(times[index]), stream=stream)
         self._decoder = self._container.decode(stream)
 
     def _read(self, index: int) -> np.ndarray:
         try:
             self._prepare(index)
             for frame in self._decoder:
-                if frame.pts == self._times[index]:
+                if frame.pts == self._index.times[index]:
                     self._decoded = index
-                    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-        except av.FFmpegError as error:
+                    pixels = upright(frame)
+                    if pixels.shape[:2] != self.size:
+                        raise SampleError(f"{self.path}: frame {index} of size {pixels.shape[:2]}, not {self.size}")
+                    return pixels
+        except (av.FFmpegError, MemoryError) as error:
             self._container = None
             raise SampleError(f"{self.path}: frame {index} cannot be decoded ({error})") from error
         self._container = None
-        raise SampleError(
-            f"{self.path}: frame {index} of {len(self._times)} is missing; the file is cut off or damaged"
-        )
+        raise SampleError(f"{self.path}: frame {index} of {len(self)} is missing; the file is cut off or damaged")
+
+
+def check_inside(name: str, source: str | Path) -> None:
+    """Checks that a name that a file holds stays within the folder that it is joined to.
+
+    Args:
+        name: a relative path.
+        source: what holds it, for messages.
+
+    Raises:
+        SampleError: an absolute path, one that leads upwards, or none.
+    """
+    parts = Path(name).parts if isinstance(name, str) else ()
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise SampleError(f"{source}: {name!r} is no path within a folder")
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which "frame10" follows "frame9"."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def image_paths(folder: str | Path) -> list[Path]:
@@ -181,7 +249,9 @@ def image_paths(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of images")
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    with os.scandir(folder) as entries:
+        paths = [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise SampleError(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} files in this folder")
     return sorted(paths, key=lambda path: natural_key(path.name))
@@ -231,19 +301,27 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = 24)
 def open_image(source: str | Path | bytes, name: str | None = None) -> Iterator[Image.Image]:
     """Opens an image file or an encoded image; errors while it is open name it and become `SampleError`.
 
+    Images of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are refused before they are decoded.
+
     Args:
         source: a path, or the file's bytes.
         name: what to call it in messages; the path by default.
     """
     name = name or str(source)
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        stream = BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(stream, formats=IMAGE_FORMATS) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image") from None
     except SampleError:
         raise
-    except (OSError, ValueError, EOFError, SyntaxError) as error:  # Pillow reports some damaged PNGs as SyntaxError
+    except Image.DecompressionBombError as error:
+        limit = f"more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS) are not decoded"
+        raise SampleError(f"{name}: {limit} ({error})") from error
+    except (*DAMAGE, SyntaxError) as error:  # Pillow reports some damaged PNGs as SyntaxError
         raise SampleError(f"{name}: not a readable image ({error})") from error
 
 
@@ -268,9 +346,11 @@ def read_label_png(path: str | Path) -> np.ndarray:
         (H, W) uint8, or uint16 for 16-bit files.
 
     Raises:
-        SampleError: a damaged file, or an image with colour channels instead of ids.
+        SampleError: a damaged file, another format than PNG, or an image with colour channels instead of ids.
     """
     with open_image(path) as image:
+        if image.format != "PNG":
+            raise SampleError(f"{path}: {image.format} image; labels must be PNG, since other formats may change ids")
         if image.mode in ("1", "L", "P"):
             return np.asarray(image).astype(np.uint8)
         if image.mode.startswith("I"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
-import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,17 @@ import numpy as np
 
 from .annotations import IdVolume
 from .schema import Video, VideoList
-from .video_io import ArrayFrames, SampleError, natural_key
+from .video_io import DAMAGE, ArrayFrames, SampleError, natural_key
 
 Window = tuple[float, float]
+MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
+NIFTI_DAMAGE = (
+    *DAMAGE,
+    nib.filebasedimages.ImageFileError,
+    nib.orientations.OrientationError,
+    nib.spatialimages.HeaderDataError,
+    nib.wrapstruct.WrapStructError,
+)
 
 
 def read_npz(
@@ -30,18 +39,58 @@ def read_npz(
         window: intensities that become black and white, for `imgs` that are not uint8; by default their 0.5 and 99.5
             percentiles.
     """
+    check_window(window)
     folder = Path(root) / split if split else Path(root)
-    return VideoList(_files(folder, "*.npz"), partial(_open_npz, domain, window))
+    return VideoList(_files(folder, ".npz"), partial(_open_npz, domain, window))
 
 
 def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> Video:
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_headers(archive)
         with np.load(path) as file:
             images, ids = file["imgs"], file["gts"]
             spacing = tuple(float(s) for s in file["spacing"]) if "spacing" in file else None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except SampleError as error:
+        raise SampleError(f"{path}: {error}") from error
+    except (*DAMAGE, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: encrypted, or compressed otherwise
         raise SampleError(f"{path}: not a volume with imgs and gts ({error})") from error
-    return _volume(path, video_id, images, ids, spacing, domain, window)
+    return _make_video(path, video_id, images, ids, spacing, domain, window)
+
+
+def _check_headers(archive: zipfile.ZipFile) -> None:
+    """Checks the shapes and types that the arrays of a file declare, before memory is allocated for them.
+
+    Raises:
+        SampleError: they do not fit together, or are too large.
+        Exception: what `zipfile` and numpy raise for damaged files.
+    """
+    shapes = {}
+    for name in ("imgs", "gts", "spacing"):
+        if f"{name}.npy" not in archive.namelist() and name == "spacing":
+            continue
+        with archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shapes[name], _, dtype = read_header[version](file)
+        _check_shape(shapes[name], dtype, name)
+        if archive.getinfo(f"{name}.npy").file_size < math.prod(shapes[name]) * dtype.itemsize:
+            raise SampleError(f"{name} is cut off: less data than for its shape {shapes[name]}")
+    _check_same_size(shapes["imgs"], shapes["gts"])
+    if shapes.get("spacing", (3,)) != (3,):
+        raise SampleError(f"spacing must be three numbers, not {shapes['spacing']}")
+
+
+def _check_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> None:
+    if dtype.kind not in "biuf":
+        raise SampleError(f"{name} must hold real numbers, not {dtype}")
+    if min(shape, default=1) < 1 or math.prod(shape) > MAX_VALUES:
+        raise SampleError(f"{name} has the shape {tuple(shape)}; 1 to {MAX_VALUES} values are read")
+
+
+def _check_same_size(images: Sequence[int], labels: Sequence[int]) -> None:
+    if tuple(images[:3]) != tuple(labels):
+        raise SampleError(f"images {tuple(images)} and labels {tuple(labels)} differ in size")
 
 
 def read_nifti(root: str | Path, split: str = "Tr", domain: str = "nifti", window: Window | None = None) -> VideoList:
@@ -56,7 +105,8 @@ def read_nifti(root: str | Path, split: str = "Tr", domain: str = "nifti", windo
         window: intensities that become black and white, e.g. (-160, 240) Hounsfield units for soft tissue in CT; by
             default the volume's 0.5 and 99.5 percentiles.
     """
-    labels = _files(Path(root) / f"labels{split}", "*.nii*")
+    check_window(window)
+    labels = _files(Path(root) / f"labels{split}", ".nii", ".nii.gz")
     return VideoList(labels, partial(_open_nifti, domain, window, Path(root) / f"images{split}"))
 
 
@@ -66,27 +116,43 @@ def _open_nifti(domain: str, window: Window | None, images: Path, video_id: str,
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{candidates[0]}: no such image for {label_path}")
-    volume, spacing = _axial_slices(path)
-    ids, _ = _axial_slices(label_path)
-    if not np.array_equal(ids, np.rint(ids)):
-        raise SampleError(f"{label_path}: labels must be whole numbers")
-    return _volume(path, video_id, volume, ids.astype(np.int64), spacing, domain, window)
+    scan, labels = _load_nifti(path), _load_nifti(label_path)
+    if sorted(scan.shape) != sorted(labels.shape):  # their axes may be in another order
+        raise SampleError(f"{path}: images {scan.shape} and labels {labels.shape} differ in size ({label_path})")
+    volume, spacing = _axial_slices(scan, path)
+    ids, _ = _axial_slices(labels, label_path)
+    if ids.dtype.kind == "f":
+        if not ((np.rint(ids) == ids) & (np.abs(ids) < 2**31)).all():
+            raise SampleError(f"{label_path}: labels must be whole numbers")
+        ids = ids.astype(np.int32)
+    return _make_video(path, video_id, volume, ids, spacing, domain, window)
 
 
-def _axial_slices(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+def _load_nifti(path: Path) -> nib.Nifti1Image:
+    """Reads a NIfTI file's header alone, and checks it before memory is allocated for the values."""
+    try:
+        image = nib.load(path)
+        shape, dtype = image.shape, image.get_data_dtype()
+    except NIFTI_DAMAGE as error:
+        raise SampleError(f"{path}: not a readable NIfTI file ({error})") from error
+    if len(shape) != 3:
+        raise SampleError(f"{path}: a volume must have three axes, not {shape}")
+    _check_shape(shape, dtype, str(path))
+    return image
+
+
+def _axial_slices(image: nib.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     """A NIfTI file's values as (slices, rows, columns), and the size of a voxel along x, y and z in mm."""
     try:
-        image = nib.as_closest_canonical(nib.load(path))  # axes to the right, to the front, up
+        image = nib.as_closest_canonical(image)  # axes to the right, to the front, up
         values = np.asarray(image.dataobj)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        x, y, z = (float(zoom) for zoom in image.header.get_zooms())
+    except NIFTI_DAMAGE as error:
         raise SampleError(f"{path}: not a readable NIfTI file ({error})") from error
-    if values.ndim != 3:
-        raise SampleError(f"{path}: a volume must have three axes, not {values.shape}")
-    x, y, z = (float(zoom) for zoom in image.header.get_zooms()[:3])
     return values[::-1, ::-1].transpose(2, 1, 0), (x, y, z)
 
 
-def _volume(
+def _make_video(
     path: Path,
     video_id: str,
     volume: np.ndarray,
@@ -95,12 +161,17 @@ def _volume(
     domain: str,
     window: Window | None,
 ) -> Video:
-    if volume.shape[:3] != ids.shape:
-        raise SampleError(f"{path}: images {volume.shape} and labels {ids.shape} differ in size")
     try:
+        _check_same_size(volume.shape, ids.shape)
         return Video(video_id, ArrayFrames(to_uint8(volume, window)), IdVolume(ids), domain, spacing)
-    except SampleError as error:
+    except (SampleError, MemoryError) as error:
         raise SampleError(f"{path}: {error}") from error
+
+
+def check_window(window: Window | None) -> None:
+    """Raises `ValueError` for a window whose first intensity is not below its second."""
+    if window is not None and not window[0] < window[1]:
+        raise ValueError(f"`window` must be (black, white), the smaller intensity first, not {tuple(window)}")
 
 
 def to_uint8(volume: np.ndarray, window: Window | None = None) -> np.ndarray:
@@ -108,20 +179,36 @@ def to_uint8(volume: np.ndarray, window: Window | None = None) -> np.ndarray:
 
     Args:
         volume: any shape and real dtype; uint8 without a window is returned as it is.
-        window: intensities that become 0 and 255; by default the 0.5 and 99.5 percentiles.
+        window: intensities that become 0 and 255; by default the 0.5 and 99.5 percentiles. NaN becomes 0.
+
+    Raises:
+        SampleError: no finite intensities, of which percentiles could be taken.
     """
     if volume.dtype == np.uint8 and window is None:
         return volume
-    low, high = np.percentile(volume, (0.5, 99.5)) if window is None else window
-    scaled = (volume.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
-    return np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    low, high = _percentiles(volume) if window is None else window
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = (volume.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
+    return np.rint(np.nan_to_num(scaled, copy=False).clip(0, 255)).astype(np.uint8)
 
 
-def _files(folder: Path, pattern: str) -> dict[str, Path]:
+def _percentiles(volume: np.ndarray) -> np.ndarray:
+    finite = volume[np.isfinite(volume)] if volume.dtype.kind == "f" else volume
+    if finite.size == 0:
+        raise SampleError("no finite intensities")
+    return np.percentile(finite, (0.5, 99.5))
+
+
+def _files(folder: Path, *suffixes: str) -> dict[str, Path]:
     """Name without suffixes -> file."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    paths = sorted(folder.glob(pattern), key=lambda path: natural_key(path.name))
+    paths = [p for p in folder.iterdir() if p.name.endswith(suffixes) and not p.name.startswith(".")]
     if not paths:
-        raise FileNotFoundError(f"{folder}: no files {pattern}")
-    return {re.sub(r"\.(npz|nii|nii\.gz)$", "", path.name): path for path in paths}
+        raise FileNotFoundError(f"{folder}: no files *{' or *'.join(suffixes)}")
+    files: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: natural_key(path.name)):
+        name = re.sub(r"\.(npz|nii|nii\.gz)$", "", path.name)
+        if files.setdefault(name, path) != path:
+            raise SampleError(f"{path}: {files[name].name} has the same name")
+    return files

@@ -2,15 +2,16 @@
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
 
-from samoe_hf.data import ClipDataset, MixedDataset, load_videos, training_transforms
-from samoe_hf.data.registry import read_yaml
+from samoe_hf.data import ClipDataset, MixedDataset
+from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
+from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -78,10 +79,14 @@ class DataArguments:
         if not self.train_data:
             raise ValueError("`train_data` must name at least one dataset.")
         clips, weights = {}, {}
-        for source in self.train_data:
-            weight = source.get("weight")
-            videos = load_videos(**{name: value for name, value in source.items() if name != "weight"})
-            domain = videos[0].domain
+        transforms = None if self.augmentation is None else transforms_from_options(self.augmentation)
+        for index, entry in enumerate(self.train_data):
+            source, weight = entry, None
+            if isinstance(entry, Mapping):
+                source = {name: value for name, value in entry.items() if name != "weight"}
+                weight = entry.get("weight")
+            videos = videos_from_entry(source, f"train_data[{index}]")
+            domain = source.get("domain") or videos[0].domain
             if domain in clips:
                 raise ValueError(
                     f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
@@ -96,13 +101,14 @@ class DataArguments:
                 stride=self.stride,
                 max_objects=self.max_objects,
                 reverse_probability=self.reverse_probability,
-                transforms=None if self.augmentation is None else training_transforms(**self.augmentation),
+                transforms=transforms,
             )
             weights[domain] = len(clips[domain]) if weight is None else weight
         return MixedDataset(clips, weights, seed=seed)
 
     def eval_videos(self) -> list[Video]:
-        return [video for source in self.eval_data for video in load_videos(**source)]
+        entries = enumerate(self.eval_data)
+        return [video for index, entry in entries for video in videos_from_entry(entry, f"eval_data[{index}]")]
 
 
 @dataclass

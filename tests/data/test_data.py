@@ -280,7 +280,8 @@ def test_files_keep_their_bytes(tmp_path, gradient):
 
 def test_a_damaged_frame_of_a_dataset_is_named(odd_video):
     row = next(iter(to_datasets([odd_video], streaming=True).cast_column("frames", FEATURES["frames"])))
-    row["frames"] = [{"bytes": b"no image", "path": None}] * 5
+    row["frames"] = list(row["frames"])
+    row["frames"][3] = {"bytes": b"no image", "path": None}
     with pytest.raises(SampleError, match="odd, frame 00003: not a readable image"):
         video_from_row(row).frames[3]
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from samoe_hf.data import Video, voc_palette
-from samoe_hf.data.predictions import MaskFiles, layout_of
+from samoe_hf.data.predictions import MaskFiles, default_layout
 
 
 def make_video(object_ids, masks=None, **options):
@@ -26,7 +26,7 @@ def make_video(object_ids, masks=None, **options):
 )
 def test_layouts_are_those_of_the_servers(kind, expected, tmp_path):
     video = make_video([2, 5])
-    MaskFiles(tmp_path, layout_of(kind)).write(video, 0, video.masks(0))
+    MaskFiles(tmp_path, default_layout(kind)).write(video, 0, video.masks(0))
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")) == expected
 
 

@@ -3,12 +3,10 @@
 import json
 from itertools import chain
 
-import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
-from pycocotools import mask as coco_mask
 
+from helpers.layouts import SIZE, label_map, make_coco, make_sa_v, save_frames, save_image, save_labels, save_nifti
 from helpers.reference import ROOT
 from samoe_hf.data import (
     SampleError,
@@ -17,43 +15,15 @@ from samoe_hf.data import (
     read_video,
     to_datasets,
     write_palette_png,
-    write_video,
 )
 
 SHARED = ROOT.parent / "shared" / "data"
-SIZE = (24, 32)
 
 
 def real_data(name):
     if not (SHARED / name).is_dir():
         pytest.skip(f"needs ../shared/data/{name}, which is not part of the repository")
     return SHARED / name
-
-
-def label_map(*objects, dtype=np.uint8):
-    """Labels of SIZE with a bar per (id, column)."""
-    ids = np.zeros(SIZE, dtype)
-    for object_id, column in objects:
-        ids[4:20, column : column + 4] = object_id
-    return ids
-
-
-def save_frames(folder, num_frames, suffix=".jpg", size=SIZE):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(num_frames):
-        Image.fromarray(np.full((*size, 3), 20 * i, np.uint8)).save(folder / f"{i:05d}{suffix}")
-
-
-def save_image(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def save_labels(folder, labels):
-    """Palette images: frame index -> ids."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, ids in labels.items():
-        write_palette_png(folder / f"{i:05d}.png", ids)
 
 
 @pytest.fixture
@@ -169,20 +139,9 @@ def test_sa_v_validation_has_a_folder_per_object(tmp_path):
         assert video.masks(4).all(axis=0).any(), "objects may overlap"
 
 
-def rle(mask):
-    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return encoded | {"counts": encoded["counts"].decode()}
-
-
 @pytest.fixture
 def sa_v(tmp_path):
-    folder = tmp_path / "sav_000"
-    folder.mkdir()
-    write_video(folder / "sav_1.mp4", (np.full((*SIZE, 3), 20 * i, np.uint8) for i in range(10)))
-    left, both, empty = label_map((1, 2)) > 0, label_map((1, 2), (1, 9)) > 0, np.zeros(SIZE, bool)
-    masklet = [[rle(left), rle(both)], [rle(left), None], [rle(left), rle(empty)]]
-    data = {"video_height": float(SIZE[0]), "video_width": float(SIZE[1]), "masklet": masklet}
-    (folder / "sav_1_manual.json").write_text(json.dumps(data))
+    make_sa_v(tmp_path)
     return tmp_path
 
 
@@ -231,7 +190,7 @@ def test_ocid_splits_as_the_original(ocid):
     assert (len(splits["train"]), len(splits["val"])) == (9, 3)
     assert sorted(chain.from_iterable(splits.values())) == sorted(load_videos("ocid", ocid).video_ids)
     assert load_videos("ocid", ocid, split="train").video_ids == splits["train"], "the split is fixed"
-    with pytest.raises(ValueError, match="train, val, test, not 'seq13'"):
+    with pytest.raises(ValueError, match="`split` must be 'train' or 'val' or 'test' or None, not 'seq13'"):
         load_videos("ocid", ocid, split="seq13")
 
 
@@ -292,11 +251,6 @@ def test_real_ct_volumes():
     assert [t for t in range(len(video)) if video.visible(t)] == list(range(5, 12))
 
 
-def save_nifti(path, values, affine):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, affine), path)
-
-
 @pytest.mark.parametrize("image_name", ["case.nii.gz", "case_0000.nii.gz"])
 def test_nifti_slices_are_axial_and_shown_as_radiologists_see_them(tmp_path, image_name):
     values, ids = np.zeros((6, 8, 3), np.float32), np.zeros((6, 8, 3), np.uint8)  # to the right, to the front, up
@@ -331,18 +285,7 @@ def test_damaged_nifti_files_are_named(tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    save_image(tmp_path / "images" / "one.png", np.zeros((*SIZE, 3), np.uint8))
-    square = [2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0]
-    annotations = [
-        {"id": 0, "image_id": 5, "iscrowd": 0, "category_id": 1, "segmentation": [square]},
-        {"id": 90, "image_id": 5, "iscrowd": 0, "category_id": 1, "segmentation": rle(label_map((1, 8)) > 0)},
-        {"id": 91, "image_id": 5, "iscrowd": 1, "category_id": 1, "segmentation": rle(label_map((1, 20)) > 0)},
-    ]
-    images = [
-        {"id": i, "file_name": name, "height": SIZE[0], "width": SIZE[1]} for i, name in ((5, "one.png"), (6, "x"))
-    ]
-    data = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-    (tmp_path / "labels.json").write_text(json.dumps(data))
+    make_coco(tmp_path)
     return tmp_path
 
 

@@ -5,7 +5,9 @@ import torch
 
 from helpers.reference import ROOT, reference_folder, shared_data
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.data.registry import read_yaml
+from samoe_hf.data.options import check_options
+from samoe_hf.data.registry import READERS, read_yaml
+from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.model.processor import build_processor
 from samoe_hf.training.arguments import parse_run
 
@@ -21,6 +23,11 @@ def test_runs_parse(path, tmp_path):
     assert arguments.learning_rates() and data.train_data
     assert (model.model_name_or_path is None) != (model.model_config is None)
     assert loss.focal_weight == 20 and 0 <= recipe.point_probability <= 1
+    if data.augmentation is not None:
+        transforms_from_options(data.augmentation)
+    for entry in [*data.train_data, *data.eval_data]:
+        options = {name: value for name, value in entry.items() if name not in ("kind", "weight", "video_ids")}
+        check_options(READERS[entry["kind"]], options, f"datasets of kind {entry['kind']}")
 
 
 @pytest.mark.parametrize("name", ["smoke", "finetune_davis", "finetune_ct", "multi_domain"])
