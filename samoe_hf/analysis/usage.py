@@ -1,13 +1,12 @@
-"""What the experts of a model do: which of them the routers choose, for which domain, object and image position.
+"""How much each expert of a model is used: by layer, domain and object, as sums over tokens, tables and figures.
 
-Everything is read off the routers while videos are tracked as [`evaluation.segment_video`] tracks them. Of each router
-only sums over tokens are kept, so that memory does not grow with the length of the videos.
+The routers are observed while videos are tracked, see [`observe_routers`]. Of each router only sums over tokens are
+kept, so that memory does not grow with the length of the videos.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,27 +16,25 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Sam2VideoProcessor
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
 from samoe_hf.data.schema import Video, videos_from_dataset
-from samoe_hf.data.video_io import write_video
-from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.evaluation.simulated_user import EvaluationPrompt, SimulatedUser
-from samoe_hf.model.experts import ExpertLinear, expert_modules, record_router_logits, top_k_gates
+from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
-from samoe_hf.plots.experts import plot_bars, plot_heat_maps, plot_matrices, plot_routing, routing_video
+from samoe_hf.model.tracking import TrackedRow
+from samoe_hf.plots import experts as plots
 
-# Parts of the model that run batched over objects; all others run once for a frame.
-PARTS_BY_OBJECT = ("memory_attention.", "memory_encoder.", "mask_decoder.", "object_pointer_proj")
+from .routing import image_modules, observe_routers, short_name
+
 # An expert that a smaller share of the tokens chooses counts as dead.
 DEAD_SHARE = 0.001
-# Projections whose tokens are the image's positions; keys and values of the cross attention are of the memory.
-IMAGE_PROJECTIONS = re.compile(r"memory_attention\.layers\.\d+\.(self_attn\.[qkvo]|cross_attn_image\.[qo])_proj")
-IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.blocks\.\d+\.mlp\..*")
+# Objects in the picture of objects.
+MAX_OBJECTS = 40
 
 
 class Source(NamedTuple):
@@ -52,9 +49,12 @@ class Source(NamedTuple):
 class RouterSums:
     """What a router did, summed over tokens.
 
-    `gates` (experts,): weights of the experts, which are 0 but for the top k. `probabilities` (experts,): softmax over
-    all logits. `entropy`: of these probabilities, in nats. `chosen` (experts, experts): tokens that chose both experts,
-    on the diagonal those that chose the expert.
+    Attributes:
+        tokens: how many there are.
+        gates: weights of the experts (experts,), which are 0 but for the top k of each token.
+        probabilities: softmax over all logits (experts,).
+        entropy: of these probabilities, in nats.
+        chosen: tokens that chose both experts (experts, experts); on the diagonal, those that chose the expert.
     """
 
     tokens: int
@@ -64,7 +64,7 @@ class RouterSums:
     chosen: np.ndarray
 
     @classmethod
-    def of(cls, router_logits: Tensor, num_experts_per_tok: int) -> list["RouterSums"]:
+    def from_logits(cls, router_logits: Tensor, num_experts_per_tok: int) -> list["RouterSums"]:
         """Sums for each row of logits (rows, ..., experts)."""
         logits = router_logits.detach().float()
         logits = logits.reshape(len(logits), -1, logits.shape[-1])
@@ -77,11 +77,8 @@ class RouterSums:
         arrays = (x.cpu().double().numpy() for x in sums)
         return [cls(logits.shape[1], g, p, float(e), c) for g, p, e, c in zip(*arrays, strict=True)]
 
-    @classmethod
-    def total(cls, parts: Iterable["RouterSums"]) -> "RouterSums":
-        """The sum of at least one part."""
-        columns = zip(*((p.tokens, p.gates, p.probabilities, p.entropy, p.chosen) for p in parts), strict=True)
-        return cls(*(sum(column) for column in columns))
+    def __add__(self, other: "RouterSums") -> "RouterSums":
+        return RouterSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def mean_gates(self) -> np.ndarray:
@@ -101,7 +98,7 @@ class RouterSums:
     @property
     def router_entropy(self) -> float:
         """Mean entropy of a token's probabilities over all experts, 1 where the router does not decide."""
-        return self.entropy / self.tokens / _log_experts(self.gates)
+        return self.entropy / self.tokens / _max_entropy(len(self.gates))
 
     @property
     def load_balancing_loss(self) -> float:
@@ -114,13 +111,12 @@ def normalized_entropy(weights: np.ndarray) -> float:
 
     Of a single expert it is 0.
     """
-    shares = torch.from_numpy(weights / weights.sum())
-    return float(torch.special.entr(shares).sum()) / _log_experts(weights)
+    return float(stats.entropy(weights)) / _max_entropy(len(weights))
 
 
-def _log_experts(weights: np.ndarray) -> float:
-    # A single expert has no entropy; any number above 0 makes it 0.
-    return float(np.log(max(len(weights), 2)))
+def _max_entropy(num_experts: int) -> float:
+    """In nats. A single expert has no entropy; any number above 0 makes its share 0."""
+    return math.log(max(num_experts, 2))
 
 
 def mutual_information(usage: np.ndarray) -> float:
@@ -132,10 +128,8 @@ def mutual_information(usage: np.ndarray) -> float:
     Returns:
         0 when all domains use the experts alike (or there is one domain), and log2(domains) when no expert serves two.
     """
-    usage = torch.from_numpy(usage)
-    mixture = torch.special.entr(usage.mean(dim=0)).sum()
-    of_domains = torch.special.entr(usage).sum(dim=1).mean()
-    return max(0.0, float(mixture - of_domains)) / float(np.log(2))
+    bits = stats.entropy(usage.mean(axis=0), base=2) - stats.entropy(usage, base=2, axis=1).mean()
+    return max(0.0, float(bits))
 
 
 @torch.no_grad()
@@ -158,8 +152,9 @@ def expert_similarity(module: ExpertLinear) -> np.ndarray:
 class ExpertUsage:
     """What the experts of a model did on some videos; made by [`expert_usage`].
 
-    `sums`: module name -> source of tokens -> sums, for the modules that ran. `similarity`: module name -> similarity
-    of its experts, see [`expert_similarity`].
+    Attributes:
+        sums: module name -> source of tokens -> sums, for the modules that ran, in the order of the model.
+        similarity: module name -> similarity of its experts, see [`expert_similarity`].
     """
 
     sums: Mapping[str, Mapping[Source, RouterSums]]
@@ -173,12 +168,15 @@ class ExpertUsage:
     @property
     def domains(self) -> list[str]:
         """Names of the videos' domains, in the order in which they came."""
-        return list(dict.fromkeys(source.domain for parts in self.sums.values() for source in parts))
+        return list(dict.fromkeys(source.domain for sources in self.sums.values() for source in sources))
 
     def total(self, module: str, domain: str | None = None) -> RouterSums | None:
         """Sums over all tokens of a module, or those of a domain; None where it has none."""
-        parts = [sums for source, sums in self.sums[module].items() if domain in (None, source.domain)]
-        return RouterSums.total(parts) if parts else None
+        total = None
+        for source, sums in self.sums[module].items():
+            if domain in (None, source.domain):
+                total = sums if total is None else total + sums
+        return total
 
     def domain_usage(self, module: str) -> dict[str, np.ndarray]:
         """Mean gates (experts,) in each domain that the module ran in."""
@@ -196,23 +194,20 @@ class ExpertUsage:
             `video_id` and `object_id` (by object; no id where the module runs once for all objects), `expert`,
             `tokens`, `mean_gate` and `selection_frequency`.
         """
-        if by not in ("module", "domain", "object"):
+        columns = {"module": [], "domain": ["domain"], "object": list(Source._fields)}
+        if by not in columns:
             raise ValueError(f"`by` must be 'module', 'domain' or 'object', got {by!r}.")
-        tables = []
-        for module, parts in self.sums.items():
-            groups: dict[tuple, list[RouterSums]] = {}
-            for source, sums in parts.items():
-                key = {"module": (), "domain": (source.domain,), "object": tuple(source)}[by]
-                groups.setdefault(key, []).append(sums)
-            for key, group in groups.items():
-                total = RouterSums.total(group)
-                row = {"module": module, "projection": module.rpartition(".")[2]}
-                row |= dict(zip(Source._fields, key, strict=False))
-                values = {"tokens": total.tokens, "mean_gate": total.mean_gates, "selection_frequency": total.frequency}
-                tables.append(pd.DataFrame(row | {"expert": range(len(total.gates))} | values))
-        table = pd.concat(tables, ignore_index=True)
-        if by == "object":
-            table["object_id"] = table["object_id"].astype("Int64")
+        parts = [
+            {"module": module, "projection": module.rpartition(".")[2], **source._asdict(), "expert": expert}
+            | {"tokens": sums.tokens, "mean_gate": gate, "selection_frequency": chosen}
+            for module, sources in self.sums.items()
+            for source, sums in sources.items()
+            for expert, (gate, chosen) in enumerate(zip(sums.gates, sums.chosen.diagonal(), strict=True))
+        ]
+        table = pd.DataFrame(parts).astype({"object_id": "Int64"})
+        keys, shares = ["module", "projection", *columns[by], "expert"], ["mean_gate", "selection_frequency"]
+        table = table.groupby(keys, sort=False, dropna=False)[["tokens", *shares]].sum().reset_index()
+        table[shares] = table[shares].div(table["tokens"], axis=0)
         return table
 
     def statistics(self, domain: str | None = None, dead_share: float = DEAD_SHARE) -> pd.DataFrame:
@@ -237,113 +232,69 @@ class ExpertUsage:
             raise ValueError(f"`domain` must be one of {self.domains}, got {domain!r}.")
         if not 0 <= dead_share <= 1:
             raise ValueError(f"`dead_share` must be from 0 to 1, got {dead_share!r}.")
-        rows = {}
-        for module in self.modules:
-            total = self.total(module, domain)
-            if total is None:
-                continue
-            usage = self.domain_usage(module) if domain is None else {domain: total.mean_gates}
-            bits = mutual_information(np.stack(list(usage.values())))
-            frequency = total.frequency
-            rows[module] = {
-                "tokens": total.tokens,
-                "usage_entropy": normalized_entropy(total.gates),
-                "router_entropy": total.router_entropy,
-                "load_cv": float(frequency.std() / frequency.mean()),
-                "load_max": float(frequency.max() / frequency.mean()),
-                "load_balancing_loss": total.load_balancing_loss,
-                "domain_information": bits,
-                "domain_information_share": bits / np.log2(len(usage)) if len(usage) > 1 else 0.0,
-                "mean_similarity": _mean_similarity(self.similarity[module]),
-                "dead_experts": np.flatnonzero((frequency < dead_share) | (frequency == 0)).tolist(),
-            }
+        totals = {module: self.total(module, domain) for module in self.modules}
+        rows = {m: self._module_statistics(m, total, domain, dead_share) for m, total in totals.items() if total}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
 
-    def plot_usage(self) -> Figure:
-        """Bars: mean gate weight of each expert, a panel for each projection, domains beside each other."""
-        panels = {short_name(module): self.domain_usage(module) for module in self.modules}
-        return plot_bars(panels, "mean gate weight", "Weight that routers give to each expert, by domain")
+    def _module_statistics(self, module: str, total: RouterSums, domain: str | None, dead_share: float) -> dict:
+        usage = self.domain_usage(module) if domain is None else {domain: total.mean_gates}
+        bits, frequency = mutual_information(np.stack(list(usage.values()))), total.frequency
+        similarity = pd.Series(self.similarity[module][~np.eye(len(frequency), dtype=bool)])
+        return {
+            "tokens": total.tokens,
+            "usage_entropy": normalized_entropy(total.gates),
+            "router_entropy": total.router_entropy,
+            "load_cv": float(frequency.std() / frequency.mean()),
+            "load_max": float(frequency.max() / frequency.mean()),
+            "load_balancing_loss": total.load_balancing_loss,
+            "domain_information": bits,
+            "domain_information_share": bits / math.log2(len(usage)) if len(usage) > 1 else 0.0,
+            "mean_similarity": float(similarity.mean()),  # without NaN
+            "dead_experts": np.flatnonzero((frequency < dead_share) | (frequency == 0)).tolist(),
+        }
 
-    def plot_heat_maps(self) -> Figure:
-        """Heat maps, modules x experts: mean gate weight, domains beside each other."""
-        return plot_heat_maps(
-            {domain: self._usage_table(domain) for domain in self.domains},
-            [short_name(module) for module in self.modules],
-            f"mean gate weight (even use: {1 / self._num_experts:.2f})",
-            "Weight that routers give to each expert",
-        )
-
-    def plot_domains(self) -> Figure:
-        """Heat maps, modules x experts: by how much a domain's weights differ from the mean over all domains."""
-        tables = {domain: self._usage_table(domain) for domain in self.domains}
-        mean = np.nanmean(np.stack(list(tables.values())), axis=0)
-        information = self.statistics()["domain_information"]
-        return plot_heat_maps(
-            {domain: table - mean for domain, table in tables.items()},
-            [short_name(module) for module in self.modules],
-            "mean gate weight minus its mean over domains",
-            "Experts that a domain uses more, or less, than the others do",
-            diverging=True,
-            bars=("domain information\n(bits)", information.to_numpy(), np.log2(max(2, len(tables)))),
-        )
-
-    def plot_objects(self, module: str | None = None, max_objects: int = 40) -> Figure:
-        """Heat map, objects x experts: mean gate weight in a module.
+    def plot(self, kind: str) -> Figure:
+        """Draws what the experts did, all layers in one picture.
 
         Args:
-            module: by default the last of [`image_modules`], or of all where there is none.
-            max_objects: at most as many are drawn, the first ones.
+            kind: one of
+                - "usage_bars", "usage_heat_maps": mean gate weight of each expert, domains beside each other;
+                - "domains": by how much a domain's weights differ from the mean over all domains;
+                - "objects": mean gate weight by object, in the last of [`image_modules`], or of all if there is none;
+                - "coactivation": share of the tokens that choose both of two experts;
+                - "similarity": cosine similarity of the updates B A of two experts.
         """
-        module = module or (image_modules(self.modules) or self.modules)[-1]
-        if module not in self.sums:
-            raise ValueError(f"`module` must be one of {self.modules}, got {module!r}.")
-        parts = list(self.sums[module].items())[:max_objects]
-        names = [" ".join(str(part) for part in source if part is not None) for source, _ in parts]
-        left_out = len(self.sums[module]) - len(parts)
-        title = f"Weight of each expert by object\n(domain, video, object) in {short_name(module)}"
-        return plot_heat_maps(
-            {"": np.stack([sums.mean_gates for _, sums in parts])},
-            names,
-            f"mean gate weight (even use: {1 / self._num_experts:.2f})",
-            title + (f"; {left_out} more not shown" if left_out else ""),
-        )
-
-    def plot_coactivation(self) -> Figure:
-        """Matrices, experts x experts: share of the tokens that choose both."""
-        matrices = {}
-        for module in self.modules:
-            matrix = self.total(module).coactivation
-            matrices[short_name(module)] = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
-        title = "Experts that are chosen together (the diagonal is left out)"
-        return plot_matrices(matrices, "share of tokens that choose both", title)
-
-    def plot_similarity(self) -> Figure:
-        """Matrices, experts x experts: cosine similarity of the updates B A."""
-        matrices = {short_name(module): self.similarity[module] for module in self.modules}
-        title = "Similarity of what experts add to their layer (grey: an expert without effect)"
-        return plot_matrices(matrices, "cosine similarity of B A", title, diverging=True)
+        names = {module: short_name(module) for module in self.modules}
+        match kind:
+            case "usage_bars" | "usage_heat_maps" | "domains":
+                usage = {names[module]: self.domain_usage(module) for module in self.modules}
+                if kind == "domains":
+                    return plots.plot_domains(usage, self.statistics()["domain_information"].to_numpy())
+                return plots.plot_usage_bars(usage) if kind == "usage_bars" else plots.plot_usage_heat_maps(usage)
+            case "objects":
+                module = (image_modules(self.modules) or self.modules)[-1]
+                names_of_objects = [" ".join(str(x) for x in s if x is not None) for s in self.sums[module]]
+                gates = [sums.mean_gates for sums in self.sums[module].values()]
+                return plots.plot_objects(names_of_objects, gates, names[module], MAX_OBJECTS)
+            case "coactivation":
+                return plots.plot_coactivation({n: self.total(m).coactivation for m, n in names.items()})
+            case "similarity":
+                return plots.plot_similarity({n: self.similarity[m] for m, n in names.items()})
+        raise ValueError(f"`kind` must be one of {', '.join(PLOTS)}, got {kind!r}.")
 
     def save(self, folder: str | Path, dead_share: float = DEAD_SHARE) -> list[Path]:
-        """Writes tables, figures and pictures into a folder, which is made if it is not there.
+        """Writes tables, figures and pictures into a folder, which is made if it does not exist.
 
         Args:
             folder: where to write `usage.csv` and `usage_by_object.csv` ([`to_pandas`]), `statistics.json`
-                ([`statistics`] of all and of each domain, co-activation and similarity) and PNGs of all `plot_*`;
+                ([`statistics`] of all and of each domain, co-activation and similarity) and a PNG of each [`plot`];
                 `domains.png` only for more than one domain.
             dead_share: see [`statistics`].
 
         Returns:
             The files.
         """
-        figures = {
-            "usage_bars.png": self.plot_usage(),
-            "usage_heat_maps.png": self.plot_heat_maps(),
-            "objects.png": self.plot_objects(),
-            "coactivation.png": self.plot_coactivation(),
-            "similarity.png": self.plot_similarity(),
-        }
-        if len(self.domains) > 1:
-            figures["domains.png"] = self.plot_domains()
+        figures = {f"{kind}.png": self.plot(kind) for kind in PLOTS if kind != "domains" or len(self.domains) > 1}
         statistics = json.dumps(self._report(dead_share), indent=1, allow_nan=False)
         tables = {"usage.csv": self.to_pandas(), "usage_by_object.csv": self.to_pandas("object")}
         folder = Path(folder)
@@ -355,18 +306,8 @@ class ExpertUsage:
             figure.savefig(folder / name, dpi=120)
         return [folder / name for name in (*tables, "statistics.json", *figures)]
 
-    @property
-    def _num_experts(self) -> int:
-        return max(len(sums.gates) for parts in self.sums.values() for sums in parts.values())
-
-    def _usage_table(self, domain: str) -> np.ndarray:
-        """Mean gates (modules, experts), NaN where a module did not run."""
-        usage = [self.domain_usage(module).get(domain, np.empty(0)) for module in self.modules]
-        missing = [self._num_experts - len(gates) for gates in usage]
-        return np.stack([np.pad(g, (0, m), constant_values=np.nan) for g, m in zip(usage, missing, strict=True)])
-
     def _report(self, dead_share: float) -> dict:
-        videos = {source[:2] for parts in self.sums.values() for source in parts}
+        videos = {source[:2] for sources in self.sums.values() for source in sources}
         return {
             "domains": {name: {"videos": sum(domain == name for domain, _ in videos)} for name in self.domains},
             "dead_share": dead_share,
@@ -380,10 +321,7 @@ class ExpertUsage:
         }
 
 
-def _mean_similarity(similarity: np.ndarray) -> float:
-    different = similarity[~np.eye(len(similarity), dtype=bool)]
-    different = different[~np.isnan(different)]
-    return float(different.mean()) if len(different) else float("nan")
+PLOTS = ("usage_bars", "usage_heat_maps", "objects", "coactivation", "similarity", "domains")
 
 
 def _without_nan(table: pd.DataFrame) -> dict[str, dict]:
@@ -393,22 +331,16 @@ def _without_nan(table: pd.DataFrame) -> dict[str, dict]:
     }
 
 
-def short_name(module: str) -> str:
-    """A module's name for pictures: "layer 0 cross q" for the memory attention's, else its own."""
-    match = re.fullmatch(r"memory_attention\.layers\.(\d+)\.(self|cross)_attn(?:_image)?\.([qkvo])_proj", module)
-    return "layer {} {} {}".format(*match.groups()) if match else module
-
-
 def expert_usage(
     model: SamoeModel,
     dataset: Iterable[Video] | datasets.Dataset | datasets.IterableDataset,
     processor: Sam2VideoProcessor | None = None,
     show_progress_bar: bool = True,
 ) -> ExpertUsage:
-    """Tracks videos and notes what the routers choose.
+    """Tracks videos and sums up what the routers choose.
 
     Each object is prompted with its mask on the first frame that shows it. Layers of the memory attention do not run on
-    that frame, since nothing is remembered yet.
+    that frame, since nothing is remembered yet. Layers that run once for all objects count once for each frame.
 
     Args:
         model: is left as it was.
@@ -419,171 +351,38 @@ def expert_usage(
         ValueError: for a dataset that holds anything but videos, or where no router ran.
     """
     processor = processor or build_processor(model.config)
-    sums: dict[str, dict[Source, RouterSums]] = {name: {} for name, _ in expert_modules(model)}
-    if not sums:
+    modules = dict(expert_modules(model))
+    if not modules:
         raise ValueError("`model` has no layer with experts.")
     if isinstance(dataset, Video):
         raise ValueError("`dataset` must be several videos, got one; put it into a list.")
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         dataset = videos_from_dataset(dataset)
+    sums: dict[str, dict[Source, RouterSums]] = {name: {} for name in modules}
+    counted_frames: set[tuple[str, int]] = set()  # of this video, by modules that run once for all objects
 
-    def note(frame_idx: int, name: str, logits: Tensor, object_ids: list[int | None]) -> None:
-        parts = RouterSums.of(logits, model.get_submodule(name).num_experts_per_tok)
-        for object_id, part in zip(object_ids, parts, strict=True):
+    def add(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
+        parts = RouterSums.from_logits(logits, modules[name].num_experts_per_tok)
+        for (frame_idx, object_id), part in zip(rows, parts, strict=True):
+            if object_id is None and (name, frame_idx) in counted_frames:
+                continue
+            if object_id is None:
+                counted_frames.add((name, frame_idx))
             source = Source(video.domain, video.video_id, object_id)
-            sums[name][source] = RouterSums.total([sums[name][source], part]) if source in sums[name] else part
+            sums[name][source] = sums[name][source] + part if source in sums[name] else part
 
-    with observe_routers(model, note):
+    with observe_routers(model, add):
         for video in tqdm(dataset, desc="experts", disable=not show_progress_bar):
             if not isinstance(video, Video):
                 raise ValueError(
                     f"`dataset` must hold samoe_hf.data.Video, got an item of type {type(video).__name__}."
                 )
+            counted_frames.clear()
             for _ in SimulatedUser(model, processor, video, EvaluationPrompt("mask")).track():
                 pass
-    sums = {name: parts for name, parts in sums.items() if parts}
+    sums = {name: sources for name, sources in sums.items() if sources}
     if not sums:
         raise ValueError(
             "No router ran: the videos of `dataset` have no objects, or no frames after the prompted ones."
         )
-    similarity = {name: expert_similarity(module) for name, module in expert_modules(model)}
-    return ExpertUsage(sums, {name: similarity[name] for name in sums})
-
-
-@contextmanager
-def observe_routers(model: SamoeModel, note: Callable[[int, str, Tensor, list[int | None]], None]) -> Iterator[None]:
-    """While the context is open, the model is in evaluation mode and `note` is told of each router on each frame.
-
-    Args:
-        note: is called with the frame's index, the module's name, router logits (rows, ..., experts), and the object
-            of each row. Of layers that run once for all objects, there is one row, with None as its object.
-    """
-    was_training = model.training
-    with record_router_logits(model) as calls:
-
-        def tell(_, args: tuple, kwargs: dict, output: Sam2VideoSegmentationOutput) -> None:
-            session, t = args[0] if args else kwargs["inference_session"], output.frame_idx
-            # Objects that are prompted on this frame read no memory.
-            reading = [session.obj_idx_to_id(row) for row, on in session.frames_tracked_per_obj.items() if t in on]
-            for name, logits_of_calls in calls.items():
-                # Objects run in batches, but in the session's order.
-                ids = iter(reading if name.startswith("memory_attention.") else output.object_ids)
-                for logits in logits_of_calls:
-                    if name.startswith(PARTS_BY_OBJECT):
-                        note(t, name, logits, [next(ids) for _ in range(len(logits))])
-                    else:
-                        note(t, name, logits[None], [None])
-                logits_of_calls.clear()
-
-        handle = model.eval().register_forward_hook(tell, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-            model.train(was_training)
-
-
-def image_modules(modules: Iterable[str]) -> list[str]:
-    """Those of the modules whose tokens are image positions; the last is the best one to look at.
-
-    Of the memory attention these are `self_attn.*_proj`, `cross_attn_image.q_proj` and `o_proj`, of the vision encoder
-    the MLPs. The last cross attention's queries, which ask the memory for each position, are put last.
-    """
-    found = [name for name in modules if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
-    return sorted(found, key=lambda name: name.endswith("cross_attn_image.q_proj"))
-
-
-def routing_module(model: SamoeModel, module: str | None = None) -> str | None:
-    """The module to draw maps of: the given one, or else the last of [`image_modules`], or None if there is none.
-
-    Raises:
-        ValueError: if the given one is not among [`image_modules`].
-    """
-    allowed = image_modules(name for name, _ in expert_modules(model))
-    if module is not None and module not in allowed:
-        raise ValueError(
-            f"`module` must be a layer with experts whose tokens are image positions, one of {allowed}, got {module!r}."
-        )
-    return module or (allowed[-1] if allowed else None)
-
-
-@dataclass
-class RoutingMaps:
-    """Which expert has the largest gate at each image position of a video.
-
-    `experts` (T, objects, h, w) int16, -1 on frames where the router did not run: before an object is seen and on the
-    frame that it is prompted on. `object_ids`: of the objects, or [None] where the layer runs once for all of them.
-    `masks` (T, video objects, H, W) bool: what was tracked meanwhile.
-    """
-
-    video: Video
-    module: str
-    num_experts: int
-    object_ids: list[int | None]
-    experts: np.ndarray
-    masks: np.ndarray
-
-    def save(self, path: str | Path, object_id: int | None = None, max_columns: int = 6) -> list[Path]:
-        """Draws the maps of an object over the frames.
-
-        Args:
-            path: without suffix; a strip of frames is written as `.png`, the whole video as `.mp4`.
-            object_id: by default the first.
-            max_columns: frames in the strip, evenly spread over those with a map.
-
-        Returns:
-            Both files.
-        """
-        ids = self.object_ids
-        if object_id is not None and ids != [None] and object_id not in ids:
-            raise ValueError(f"`object_id` must be one of {ids}, got {object_id!r}.")
-        column = ids.index(object_id) if object_id in ids else 0
-        masks = self.masks[:, self.video.object_ids.index(ids[column])] if ids[column] else self.masks.any(axis=1)
-        whose = f"object {ids[column]}" if ids[column] else "whole frame"
-        video = " ".join(dict.fromkeys((self.video.domain, self.video.video_id)))
-        title = f"Expert of largest weight in {short_name(self.module)}: {video}, {whose}"
-        maps = self.experts[:, column]
-        png, mp4 = (Path(f"{path}{suffix}") for suffix in (".png", ".mp4"))
-        plot_routing(self.video.frames, masks, maps, self.num_experts, png, title, max_columns)
-        write_video(
-            mp4, routing_video(self.video.frames, masks, maps, self.num_experts, title), self.video.frames.fps or 6
-        )
-        return [png, mp4]
-
-
-def routing_maps(
-    model: SamoeModel, video: Video, processor: Sam2VideoProcessor | None = None, module: str | None = None
-) -> RoutingMaps:
-    """Tracks a video as [`expert_usage`] does and keeps the expert of each image position.
-
-    Args:
-        model: is left as it was.
-        module: one of [`image_modules`], by default the last: the last cross attention's `q_proj`, where there is one.
-
-    Raises:
-        ValueError: for another module, or if the router never ran.
-    """
-    module = routing_module(model, module)
-    if module is None:
-        raise ValueError("`model` has no layer with experts whose tokens are image positions.")
-    top: dict[tuple[int, int | None], np.ndarray] = {}
-
-    def note(frame_idx: int, name: str, logits: Tensor, object_ids: list[int | None]) -> None:
-        if name == module:
-            size = logits.shape[-3:-1] if name.startswith("vision_encoder.") else model.backbone_feature_sizes[-1]
-            experts = logits.argmax(dim=-1).reshape(len(logits), *size).to(torch.int16).cpu().numpy()
-            top.update({(frame_idx, object_id): row for object_id, row in zip(object_ids, experts, strict=True)})
-
-    with observe_routers(model, note):
-        masks, _ = segment_video(model, processor or build_processor(model.config), video)
-    if not top:
-        raise ValueError(
-            f"No router ran: video {video.video_id!r} has no objects, or no frames after the prompted ones."
-        )
-    of_frames = None in {object_id for _, object_id in top}
-    object_ids = [None] if of_frames else [i for i in video.object_ids if i in {object_id for _, object_id in top}]
-    size = next(iter(top.values())).shape
-    maps = np.full((len(video), len(object_ids), *size), -1, dtype=np.int16)
-    for (frame_idx, object_id), experts in top.items():
-        maps[frame_idx, object_ids.index(object_id)] = experts
-    return RoutingMaps(video, module, model.get_submodule(module).num_experts, object_ids, maps, masks)
+    return ExpertUsage(sums, {name: expert_similarity(modules[name]) for name in sums})

@@ -20,7 +20,7 @@ from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos, Video, wri
 from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou, segment_video
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.processor import build_processor
-from samoe_hf.plots.experts import overlay_masks, plot_frames
+from samoe_hf.plots.masks import overlay_masks, plot_frames
 from samoe_hf.training.arguments import ModelArguments
 
 from .options import command_parser
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     agree = masks_agree(model, reloaded, processor, test_videos[0])
     draw_tracking(reloaded, processor, test_videos[:3], parsed.output)
     usage = expert_usage(reloaded, test_videos[:3], processor)
-    usage.plot_heat_maps().savefig(parsed.output / "expert_usage.png", dpi=120)
+    usage.plot("usage_heat_maps").savefig(parsed.output / "expert_usage.png", dpi=120)
 
     print(f"Mean IoU on {len(test_videos)} held-out videos, frames after the prompted one: {before:.3f} -> {after:.3f}")
     print(f"Saved and reloaded: masks {'are identical' if agree else 'DIFFER'}")

@@ -20,7 +20,7 @@ from samoe_hf.data.video_io import FrameSequence, read_label_png, read_video, wr
 from samoe_hf.inference import VideoPrompt, check_prompts, track_video
 from samoe_hf.model.files import new_folder, whole_file
 from samoe_hf.model.processor import load_processor
-from samoe_hf.plots.experts import overlay_masks
+from samoe_hf.plots.masks import overlay_masks
 
 from .options import add_device_option, command_parser
 

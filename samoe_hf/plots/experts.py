@@ -1,11 +1,13 @@
-"""Pictures: masks over frames, frames side by side, what experts do."""
+"""Pictures of what experts do: how much each is used, which go together, and where in the image each is chosen.
+
+The `usage` of several layers is given as layer -> domain -> mean gate weight of each expert (experts,).
+"""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
@@ -13,10 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
-from torch.nn import functional as F
-from torchvision.utils import draw_segmentation_masks
 
-from samoe_hf.data.video_io import voc_palette
+from .masks import outline, overlay_masks, plain_text
 
 # Paul Tol's "muted" colours, which people with any kind of colour vision tell apart.
 DISTINCT_COLORS = (
@@ -24,48 +24,75 @@ DISTINCT_COLORS = (
 )  # fmt: skip
 
 
-def overlay_masks(frame: np.ndarray, id_map: np.ndarray, alpha: float = 0.6) -> np.ndarray:
-    """Lays objects over a frame in DAVIS' colours.
+def plot_usage_bars(usage: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Bars: mean gate weight of each expert, a panel for each layer, domains beside each other."""
+    return plot_bars(usage, "mean gate weight", "Weight that routers give to each expert, by domain")
+
+
+def plot_usage_heat_maps(usage: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Heat maps, layers x experts: mean gate weight, domains beside each other."""
+    tables = _tables_by_domain(usage)
+    return plot_heat_maps(tables, list(usage), _weight_label(tables), "Weight that routers give to each expert")
+
+
+def plot_domains(usage: Mapping[str, Mapping[str, np.ndarray]], information: np.ndarray) -> Figure:
+    """Heat maps, layers x experts: by how much a domain's weights differ from the mean over all domains.
 
     Args:
-        frame: (H, W, 3) uint8.
-        id_map: (H, W), 0 for background.
-        alpha: opacity of the colours.
-
-    Returns:
-        (H, W, 3) uint8.
+        information: mutual information of domain and expert in bits (layers,), drawn at the right.
     """
-    ids = [int(i) for i in np.unique(id_map) if i]
-    if not ids:
-        return frame
-    colors = [tuple(int(c) for c in voc_palette()[i % 256]) for i in ids]
-    masks = torch.from_numpy(np.stack([id_map == i for i in ids]))
-    image = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
-    return draw_segmentation_masks(image, masks, alpha=alpha, colors=colors).permute(1, 2, 0).numpy()
+    tables = _tables_by_domain(usage)
+    # Not `nanmean`, which warns of experts that a layer does not have.
+    stacked = np.ma.masked_invalid(np.stack(list(tables.values())))
+    mean = stacked.mean(axis=0).filled(np.nan)
+    return plot_heat_maps(
+        {domain: table - mean for domain, table in tables.items()},
+        list(usage),
+        "mean gate weight minus its mean over domains",
+        "Experts that a domain uses more, or less, than the others do",
+        diverging=True,
+        bars=("domain information\n(bits)", information, np.log2(max(2, len(tables)))),
+    )
 
 
-def plot_frames(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str], path: str | Path, title: str) -> None:
-    """Draws frames (H, W, 3) uint8 in a grid.
-
-    Args:
-        rows: name of each row -> its frames.
-        columns: name of each column.
-        path: of the picture, such as a `.png`.
-    """
-    figure = Figure(figsize=(1.6 * len(columns) + 1, 1.6 * len(rows) + 0.6), layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for axes_row, (name, frames) in zip(grid, rows.items(), strict=True):
-        axes_row[0].set_ylabel(name, fontsize=9)
-        for axes, frame in zip(axes_row, frames, strict=True):
-            axes.imshow(frame)
-            axes.set_xticks([])
-            axes.set_yticks([])
-    for axes, name in zip(grid[0], columns, strict=True):
-        axes.set_title(name, fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+def plot_objects(names: Sequence[str], gates: Sequence[np.ndarray], layer: str, max_objects: int) -> Figure:
+    """Heat map, objects x experts: mean gate weights (experts,) of the first `max_objects` objects in a layer."""
+    title = f"Weight of each expert by object\n(domain, video, object) in {layer}"
+    title += f"; {len(names) - max_objects} more not shown" if len(names) > max_objects else ""
+    tables = {"": np.stack(gates[:max_objects])}
+    return plot_heat_maps(tables, names[:max_objects], _weight_label(tables), title)
 
 
+def plot_coactivation(matrices: Mapping[str, np.ndarray]) -> Figure:
+    """Matrices by layer (experts, experts): share of the tokens that choose both."""
+    without_diagonal = {
+        layer: np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix) for layer, matrix in matrices.items()
+    }
+    title = "Experts that are chosen together (the diagonal is left out)"
+    return plot_matrices(without_diagonal, "share of tokens that choose both", title)
+
+
+def plot_similarity(matrices: Mapping[str, np.ndarray]) -> Figure:
+    """Matrices by layer (experts, experts): cosine similarity of the updates B A."""
+    title = "Similarity of what experts add to their layer (grey: an expert without effect)"
+    return plot_matrices(matrices, "cosine similarity of B A", title, diverging=True)
+
+
+def _tables_by_domain(usage: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Domain -> mean gates (layers, experts), NaN where a layer did not run or has fewer experts."""
+    num_experts = max(len(gates) for layer in usage.values() for gates in layer.values())
+    tables = {domain: np.full((len(usage), num_experts), np.nan) for layer in usage.values() for domain in layer}
+    for row, layer in enumerate(usage.values()):
+        for domain, gates in layer.items():
+            tables[domain][row, : len(gates)] = gates
+    return tables
+
+
+def _weight_label(tables: Mapping[str, np.ndarray]) -> str:
+    return f"mean gate weight (even use: {1 / next(iter(tables.values())).shape[1]:.2f})"
+
+
+@plain_text
 def plot_bars(panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str, title: str) -> Figure:
     """Draws a panel of bars for each layer, four in a row.
 
@@ -96,6 +123,7 @@ def plot_bars(panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str, title
     return figure
 
 
+@plain_text
 def plot_heat_maps(
     tables: Mapping[str, np.ndarray],
     rows: Sequence[str],
@@ -141,6 +169,7 @@ def plot_heat_maps(
     return figure
 
 
+@plain_text
 def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, diverging: bool = False) -> Figure:
     """Draws a matrix (experts, experts) for each layer, four in a row, on one scale of colours.
 
@@ -161,6 +190,7 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, di
     return figure
 
 
+@plain_text
 def plot_routing(
     frames: Sequence[np.ndarray],
     masks: np.ndarray,
@@ -179,8 +209,8 @@ def plot_routing(
             experts than colours, those chosen most in this video get them, and the rest is grey.
         path: of the picture, such as a `.png`.
     """
-    there = np.flatnonzero((maps >= 0).any(axis=(1, 2)))
-    columns = there[np.unique(np.linspace(0, len(there) - 1, max_columns).round().astype(int))]
+    mapped = np.flatnonzero((maps >= 0).any(axis=(1, 2)))
+    columns = mapped[np.unique(np.linspace(0, len(mapped) - 1, max_columns).round().astype(int))]
     shown = _shown_experts(maps, num_experts)
     height, width = frames[0].shape[:2]
     panel = 2.2
@@ -245,16 +275,8 @@ def _overlay_experts(frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, s
     image = np.where(experts[..., None] >= 0, blend, grey)
     line = max(1, min(height, width) // 240)
     for thickness, color in ((2 * line, 0), (line, 255)):
-        image[_outline(mask, thickness)] = color
+        image[outline(mask, thickness)] = color
     return image
-
-
-def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
-    """Pixels at most `thickness` from the edge of a mask (H, W), on either side."""
-    x = torch.from_numpy(mask.astype(np.float32))[None, None]
-    window = {"kernel_size": 2 * thickness + 1, "stride": 1, "padding": thickness}
-    grown, shrunk = F.max_pool2d(x, **window), -F.max_pool2d(-x, **window)
-    return (grown > shrunk)[0, 0].numpy()
 
 
 def _expert_legend(maps: np.ndarray, shown: Sequence[int]) -> list[Patch]:
@@ -268,6 +290,7 @@ def _expert_legend(maps: np.ndarray, shown: Sequence[int]) -> list[Patch]:
     ]
 
 
+@plain_text
 def _legend_image(handles: Sequence[Patch], title: str, width: int) -> np.ndarray:
     """A title and a legend as an image of the given width in pixels: (H, width, 3) uint8."""
     columns = max(1, min(len(handles), width // 130))

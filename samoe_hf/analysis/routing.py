@@ -1,0 +1,172 @@
+"""Which experts the routers choose while videos are tracked: for each frame, object and position of the image."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Sam2VideoProcessor
+
+from samoe_hf.data.schema import Video
+from samoe_hf.data.video_io import write_video
+from samoe_hf.evaluation.evaluate import segment_video
+from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.experts import expert_modules, open_hooks
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processor import build_processor
+from samoe_hf.model.tracking import TrackedRow, tracked_rows
+from samoe_hf.plots.experts import plot_routing, routing_video
+
+# The first self-attention reads nothing of the objects.
+FIRST_SELF_ATTENTION = "memory_attention.layers.0.self_attn."
+# Projections whose tokens are the image's positions; keys and values of the cross attention are of the memory.
+IMAGE_PROJECTIONS = re.compile(r"memory_attention\.layers\.\d+\.(self_attn\.[qkvo]|cross_attn_image\.[qo])_proj")
+IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.blocks\.\d+\.mlp\..*")
+
+
+@contextmanager
+def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[TrackedRow], Tensor], None]) -> Iterator[None]:
+    """While the context is open, the model is in evaluation mode and `observe` gets what each router puts out.
+
+    Compiled parts of the model run uncompiled meanwhile.
+
+    Args:
+        observe: is called with the module's name, the frame and object of each row, and router logits
+            (rows, tokens, experts), whenever the module runs in tracking. Where it runs once for all objects, there is
+            one row, with None as its object.
+    """
+
+    def hook(name: str) -> Callable:
+        def pass_on(_, __, logits: Tensor) -> None:
+            rows = tracked_rows()
+            if rows and (name.startswith(FIRST_SELF_ATTENTION) or len(logits) % len(rows)):
+                rows = [TrackedRow(rows[0].frame_idx, None)]
+            if rows:
+                # Rows of the image encoder may be cut into windows.
+                observe(name, rows, logits.reshape(len(rows), -1, logits.shape[-1]))
+
+        return pass_on
+
+    hooks = (module.router_logits.register_forward_hook(hook(name)) for name, module in expert_modules(model))
+    with evaluation_mode(model), open_hooks(hooks):
+        yield
+
+
+def image_modules(modules: Iterable[str]) -> list[str]:
+    """Those of the modules whose tokens are image positions; the last is the best one to look at.
+
+    Of the memory attention these are `self_attn.*_proj`, `cross_attn_image.q_proj` and `o_proj`, of the vision encoder
+    the MLPs. The last cross attention's queries, which ask the memory for each position, are put last.
+    """
+    found = [name for name in modules if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
+    return sorted(found, key=lambda name: name.endswith("cross_attn_image.q_proj"))
+
+
+def short_name(module: str) -> str:
+    """A module's name for pictures: "layer 0 cross q" for the memory attention's, else its own."""
+    match = re.fullmatch(r"memory_attention\.layers\.(\d+)\.(self|cross)_attn(?:_image)?\.([qkvo])_proj", module)
+    return "layer {} {} {}".format(*match.groups()) if match else module
+
+
+def routing_module(model: SamoeModel, module: str | None = None) -> str | None:
+    """The module to draw maps of: the given one, or else the last of [`image_modules`], or None if there is none.
+
+    Raises:
+        ValueError: if the given one is not among [`image_modules`].
+    """
+    allowed = image_modules(name for name, _ in expert_modules(model))
+    if module is not None and module not in allowed:
+        raise ValueError(
+            f"`module` must be a layer with experts whose tokens are image positions, one of {allowed}, got {module!r}."
+        )
+    return module or (allowed[-1] if allowed else None)
+
+
+@dataclass
+class RoutingMaps:
+    """Which expert has the largest gate at each image position of a video.
+
+    Attributes:
+        video, module: what was observed.
+        num_experts: of the module.
+        object_ids: of the objects, or [None] where the layer runs once for all of them.
+        experts: (T, objects, h, w) int16, -1 on frames where the router did not run: before an object is seen and on
+            the frame that it is prompted on.
+        masks: what was tracked meanwhile, (T, objects of the video, H, W) bool.
+    """
+
+    video: Video
+    module: str
+    num_experts: int
+    object_ids: list[int | None]
+    experts: np.ndarray
+    masks: np.ndarray
+
+    def save(self, path: str | Path, object_id: int | None = None, max_columns: int = 6) -> list[Path]:
+        """Draws the maps of an object over the frames.
+
+        Args:
+            path: without suffix; a strip of frames is written as `.png`, the whole video as `.mp4`.
+            object_id: by default the first.
+            max_columns: frames in the strip, evenly spread over those with a map.
+
+        Returns:
+            Both files.
+        """
+        ids = self.object_ids
+        if object_id is not None and ids != [None] and object_id not in ids:
+            raise ValueError(f"`object_id` must be one of {ids}, got {object_id!r}.")
+        column = ids.index(object_id) if object_id in ids else 0
+        if ids[column] is None:
+            masks, shown = self.masks.any(axis=1), "whole frame"
+        else:
+            masks, shown = self.masks[:, self.video.object_ids.index(ids[column])], f"object {ids[column]}"
+        video = " ".join(dict.fromkeys((self.video.domain, self.video.video_id)))
+        title = f"Expert of largest weight in {short_name(self.module)}: {video}, {shown}"
+        arguments = (self.video.frames, masks, self.experts[:, column], self.num_experts)
+        png, mp4 = (Path(f"{path}{suffix}") for suffix in (".png", ".mp4"))
+        plot_routing(*arguments, png, title, max_columns)
+        write_video(mp4, routing_video(*arguments, title), self.video.frames.fps or 6)
+        return [png, mp4]
+
+
+def routing_maps(
+    model: SamoeModel, video: Video, processor: Sam2VideoProcessor | None = None, module: str | None = None
+) -> RoutingMaps:
+    """Tracks a video as [`expert_usage`] does and keeps the expert of each image position.
+
+    Args:
+        model: is left as it was.
+        module: one of [`image_modules`], by default the last: the last cross attention's `q_proj`, where there is one.
+
+    Raises:
+        ValueError: for another module, or if the router never ran.
+    """
+    module = routing_module(model, module)
+    if module is None:
+        raise ValueError("`model` has no layer with experts whose tokens are image positions.")
+    maps: dict[TrackedRow, np.ndarray] = {}
+
+    def keep_best(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
+        if name == module:
+            side = math.isqrt(logits.shape[1])
+            experts = logits.argmax(dim=-1).view(len(rows), side, side)
+            maps.update(zip(rows, experts.to(torch.int16).cpu().numpy(), strict=True))
+
+    with observe_routers(model, keep_best):
+        masks, _ = segment_video(model, processor or build_processor(model.config), video)
+    if not maps:
+        raise ValueError(
+            f"No router ran: video {video.video_id!r} has no objects, or no frames after the prompted ones."
+        )
+    observed = {row.object_id for row in maps}
+    object_ids = [i for i in (*video.object_ids, None) if i in observed]
+    experts = np.full((len(video), len(object_ids), *next(iter(maps.values())).shape), -1, dtype=np.int16)
+    for (frame_idx, object_id), best in maps.items():
+        experts[frame_idx, object_ids.index(object_id)] = best
+    return RoutingMaps(video, module, model.get_submodule(module).num_experts, object_ids, experts, masks)

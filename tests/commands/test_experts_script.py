@@ -1,0 +1,66 @@
+"""`scripts/experts.py`, run as users run it."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.reference import ROOT
+
+QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs scripts/experts.py in this process and returns what it printed, or its message where it fails."""
+
+    def run(*arguments: object, fails: bool = False) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])
+        if not fails:
+            runpy.run_path(str(ROOT / "scripts" / "experts.py"), run_name="__main__")
+            return "".join(capfd.readouterr())
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(ROOT / "scripts" / "experts.py"), run_name="__main__")
+        assert exit_info.value.code.startswith("error: ")
+        return exit_info.value.code
+
+    return run
+
+
+@pytest.fixture
+def two_domains(tmp_path) -> Path:
+    path = tmp_path / "run.yaml"
+    source = "kind: synthetic, num_videos: 2, num_frames: 3, image_size: [96, 96], seed: 5"
+    path.write_text(f"eval_data:\n  - {{{source}, domain: shapes}}\n  - {{{source}, domain: blobs}}\n")
+    return path
+
+
+def test_script_shows_two_domains_and_maps_the_chosen_video_and_layer(run, model_folder, two_domains, tmp_path):
+    """That it maps the first video of each domain by default is in the walk-through."""
+    module = "memory_attention.layers.0.self_attn.v_proj"
+    printed = run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out", "--routing-video", 3,
+                  "--routing-module", module, "--routing-object", 1)  # fmt: skip
+    assert "layer 1 cross q" in printed and "domain_information" in printed and "4/4" in printed
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {name for name in names if "routing" in name} == {f"routing_blobs_blobs_5_00001.{s}" for s in ("png", "mp4")}
+    assert "domains.png" in names
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--routing-video", "4"], "`--routing-video` must be an id or a number below 4, got '4'"),
+        (["--routing-module", QUERY.replace("q_proj", "k_proj")], "tokens are image positions"),
+        (
+            ["--routing-video", "0", "--routing-object", "77"],
+            "`--routing-object` 77 is not in shapes_5_00000",
+        ),
+        (["--routing-object", "77"], "`--routing-object` 77 is in none of the videos"),
+    ],
+)
+def test_script_refuses_bad_choices_before_it_writes(run, model_folder, two_domains, tmp_path, arguments, message):
+    printed = run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out", *arguments, fails=True)
+    assert message in printed
+    assert not (tmp_path / "out").exists()
