@@ -35,28 +35,6 @@ def video():
     return SyntheticVideos(1, 5, (96, 128), seed=3)[0]
 
 
-<<<<<<< HEAD
-=======
-def test_track_a_video_file(run, model_folder, video, tmp_path):
-    write_video(tmp_path / "in.mp4", video.frames, fps=5)
-    mask = tmp_path / "mask.png"
-    write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
-    printed = run(
-        "track.py", model_folder, tmp_path / "in.mp4",
-        "--point", "40,30", "--point", "100,80:0", "--box", "2=10,10,60,60@1", "--mask", f"3={mask}",
-        "--output", tmp_path / "out.mp4",
-    )  # fmt: skip
-    assert "propagate in video" in printed
-    overlay = read_video(tmp_path / "out.mp4")
-    assert len(overlay) == 5 and overlay.size == (96, 128) and overlay.fps == 5
-    files = sorted((tmp_path / "out_masks").glob("*.png"))
-    assert [file.name for file in files] == [f"{t:05d}.png" for t in range(5)]
-    assert Image.open(files[0]).mode == "P"
-    assert 3 in read_label_png(files[0])
-    assert set(np.unique(np.stack([read_label_png(file) for file in files]))) <= {0, 1, 2, 3}
-
-
->>>>>>> 0a9e66f (Routers are observed by the rows that tracking runs; pictures of experts take arrays)
 def test_scripts_run_on_their_own(model_folder, video, tmp_path):
     write_video(tmp_path / "in.mp4", video.frames, fps=5)
     command = [sys.executable, "scripts/track.py", model_folder, tmp_path / "in.mp4", "--box", "10,10,60"]
