@@ -256,8 +256,9 @@ class ClipCollator:
             every key of a batch.
 
     Returns:
-        `pixel_values` (B, T, 3, S, S) float32, `labels` (B, N, T, S, S) bool with N the most objects of a clip, and
-        `object_mask` (B, N) bool, False for padding.
+        `pixel_values` (B, T, 3, S, S) float32, `labels` (B, N, T, S, S) int8 with N the most objects of a clip: 1
+        where an object is, 0 elsewhere, -100 for padding, as Trainer counts and pads labels; and `object_mask` (B, N)
+        bool, False for padding.
     """
 
     keep_domain: bool = False
@@ -269,7 +270,7 @@ class ClipCollator:
         counts = torch.tensor([len(clip["labels"]) for clip in clips])
         batch: dict[str, Any] = {
             "pixel_values": torch.stack([clip["pixel_values"] for clip in clips]),
-            "labels": pad_sequence([clip["labels"] for clip in clips], batch_first=True),
+            "labels": pad_sequence([clip["labels"].to(torch.int8) for clip in clips], True, padding_value=-100),
             "object_mask": torch.arange(int(counts.max())) < counts[:, None],
         }
         if self.keep_domain:

@@ -1,6 +1,6 @@
 """The forward pass over clips: prompts on conditioning frames, all objects of all videos in one batch, and the loss."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .experts import load_balancing_loss, recomputable, record_router_logits
 from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
-from .losses import LossParts, mean_num_objects
+from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
 from .memory_bank import MemoryBank, MemorySelection
 from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PromptRecipe, sample_prompt
 
@@ -25,7 +25,8 @@ class SamoeClipOutput(ModelOutput):
     Args:
         loss: scalar, with labels: the weighted sum of `loss_dict`, the router's part times `router_aux_loss_coef`.
         loss_dict: with labels: `focal`, `dice`, `iou`, `object_score`, each summed over frames and clicks and divided
-            by the number of objects, and `router` (0 while `router_aux_loss_coef` is 0), all without weights.
+            by the number of objects, and `router` (0 while `router_aux_loss_coef` is 0), the load-balancing loss of
+            each clip averaged over objects; all without weights.
         pred_masks: (B, N, T, S / 4, S / 4), logits.
         iou_scores: (B, N, T), estimated IoU of `pred_masks`.
         object_score_logits: (B, N, T), positive where the object is seen.
@@ -77,14 +78,29 @@ def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | N
     if labels is None:
         return
     expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
-    if labels.dtype != torch.bool or labels.dim() != 5 or labels.shape[1] == 0:
+    if labels.dtype.is_floating_point or labels.dim() != 5 or labels.shape[1] == 0:
         raise ValueError(
-            f"`labels` must be bool of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
+            f"`labels` must be bool or integers of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
         raise ValueError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
     if object_mask is not None and object_mask.shape != labels.shape[:2]:
         raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
+
+
+def split_labels(labels: Tensor, object_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The true masks (B, N, T, S, S) bool and which objects are real (B, N) bool.
+
+    Args:
+        labels: (B, N, T, S, S), bool, or integers with -100 for padded objects.
+        object_mask: (B, N) bool, False for further padded objects.
+    """
+    if labels.dtype == torch.bool:
+        real = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
+    else:
+        real = (labels != PADDING_LABEL).flatten(2).any(dim=2)
+        labels = labels > 0
+    return labels, real if object_mask is None else real & object_mask
 
 
 def clip_forward(
@@ -95,6 +111,7 @@ def clip_forward(
     labels: Tensor | None = None,
     object_mask: Tensor | None = None,
     output_router_logits: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> SamoeClipOutput:
     """Tracks up to `num_objects` objects through each clip, and with labels computes the loss.
 
@@ -103,18 +120,21 @@ def clip_forward(
         prompts: for all B * N objects.
         labels: (B, N, T, S, S) bool.
         object_mask: (B, N) bool, False for padded objects.
+        num_items_in_batch: elements of labels of all real objects that the loss is averaged over, as Trainer counts
+            them over micro-batches and processes; by default the objects of this batch, averaged over processes.
     """
     num_videos, num_frames = pixel_values.shape[:2]
-    if labels is not None and object_mask is None:
-        object_mask = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
     needs_router = output_router_logits or (labels is not None and model.config.router_aux_loss_coef > 0)
     with record_router_logits(model) if needs_router else nullcontext({}) as calls:
         outputs, parts = _segment_clip(model, pixel_values, prompts, num_objects, labels, object_mask)
-    router_logits = {name: torch.cat([x.flatten(0, -2) for x in of]) for name, of in calls.items() if of}
 
     loss = loss_dict = None
     if labels is not None:
-        loss, loss_dict = _clip_loss(model, parts, object_mask, router_logits)
+        if num_items_in_batch is None:
+            count = mean_num_objects(object_mask, over_processes=model.training)
+        else:
+            count = num_labelled_objects(num_items_in_batch, labels)
+        loss, loss_dict = _clip_loss(model, parts, object_mask, calls, count)
 
     def stack(tensors: Iterator[Tensor]) -> Tensor:
         return torch.stack(list(tensors), dim=1).unflatten(0, (num_videos, num_objects))
@@ -126,7 +146,7 @@ def clip_forward(
         pred_masks=stack(output.masks[:, 0] for output in in_time),
         iou_scores=stack(output.best_iou for output in in_time),
         object_score_logits=stack(output.object_score_logits[:, 0] for output in in_time),
-        router_logits=router_logits if output_router_logits else None,
+        router_logits=_all_router_logits(calls) if output_router_logits else None,
     )
 
 
@@ -179,6 +199,7 @@ def _segment_clip(
     by_frame = [x.unflatten(0, (num_videos, num_frames)) for x in features[:3]]
     order = [*sorted(prompts.initial), *(t for t in range(num_frames) if t not in prompts.initial)]
     bank, outputs, parts = MemoryBank(), {}, []
+    checkpoint = _frame_checkpointing(model)
     for frame_idx in order:
         image = ImageFeatures(*(x[:, frame_idx] for x in by_frame), *features[3:])
         prompt, corrections = prompts.initial.get(frame_idx), prompts.corrected.get(frame_idx)
@@ -192,30 +213,71 @@ def _segment_clip(
                 num_frames=num_frames,
                 past_pointers_only=not model.training,
             )
-        run = partial(
+        segment = partial(
             _segment_frame,
-            model,
-            image.for_objects(num_objects),
-            prompt,
-            bank,
-            selection,
-            corrections,
-            num_videos * num_objects,
-            frame_idx != order[-1],
-            None if labels is None else labels[:, :, frame_idx].flatten(0, 1),
-            object_mask,
+            model=model,
+            prompt=prompt,
+            bank=bank,
+            selection=selection,
+            corrections=corrections,
+            num_objects=num_videos * num_objects,
+            encode_memory=frame_idx != order[-1],
+            targets=None if labels is None else labels[:, :, frame_idx].flatten(0, 1),
+            object_mask=object_mask,
         )
-        checkpointed = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
-        output, frame_parts = model._gradient_checkpointing_func(recomputable(run)) if checkpointed else run()
+        # The image's tensors are arguments because checkpointing keeps the random state of its arguments' devices.
+        output, frame_parts = checkpoint(frame_idx)(segment, *image.for_objects(num_objects))
         bank.write(frame_idx, output.memory, conditioning=prompt is not None or corrections is not None)
         outputs[frame_idx] = output
         parts += frame_parts
     return outputs, parts
 
 
+def non_reentrant(checkpoint: Callable) -> Callable:
+    """The function for gradient checkpointing with `use_reentrant=False`.
+
+    Raises:
+        ValueError: if it was made with `use_reentrant=True`.
+    """
+    keywords = getattr(checkpoint, "keywords", {})
+    if keywords.get("use_reentrant"):
+        raise ValueError(
+            "`use_reentrant` must be False for gradient checkpointing: with True, gradients flow through a tuple of "
+            "tensors only, and a frame's output is more than that."
+        )
+    return partial(checkpoint, use_reentrant=False)
+
+
+def checkpoint_frames(model: Sam2VideoModel, every_n_frames: int) -> None:
+    """Sets that each n-th frame is checkpointed as a whole.
+
+    Layers within a frame step are not checkpointed again: they get no tensors as positional arguments, so that on a
+    GPU their dropout would be drawn anew.
+    """
+    model.checkpoint_every_n_frames = every_n_frames
+    for part in (model.mask_decoder, model.memory_encoder):
+        for module in part.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+
+
+def _frame_checkpointing(model: Sam2VideoModel) -> Callable[[int], Callable]:
+    """Frame index -> what runs a function on arguments: gradient checkpointing, or a plain call."""
+    checkpointed = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
+
+    def plain(function: Callable, *tensors: Tensor) -> Any:
+        return function(*tensors)
+
+    def recompute(function: Callable, *tensors: Tensor) -> Any:
+        return model._gradient_checkpointing_func(recomputable(function), *tensors)
+
+    every = model.checkpoint_every_n_frames
+    return lambda frame_idx: recompute if checkpointed and frame_idx % every == 0 else plain
+
+
 def _segment_frame(
+    *image: Tensor,
     model: Sam2VideoModel,
-    image: ImageFeatures,
     prompt: Prompt | None,
     bank: MemoryBank,
     selection: MemorySelection | None,
@@ -227,11 +289,12 @@ def _segment_frame(
 ) -> tuple[FrameOutput, list[LossParts]]:
     """The frame step and, with true masks (objects, S, S), the loss of each of its predictions.
 
-    Both in one function, so that gradient checkpointing also spares what the loss needs.
+    Both in one function, so that gradient checkpointing also spares what the loss needs. `image` are the tensors of
+    [`ImageFeatures`].
     """
     output = frame_step(
         model,
-        image,
+        ImageFeatures(*image),
         prompt,
         [bank],
         selection,
@@ -252,16 +315,62 @@ def _segment_frame(
 
 
 def _clip_loss(
-    model: Sam2VideoModel, steps: list[LossParts], object_mask: Tensor, router_logits: Mapping[str, Tensor]
+    model: Sam2VideoModel,
+    steps: list[LossParts],
+    object_mask: Tensor,
+    calls: Mapping[str, Sequence[Tensor]],
+    count: Tensor,
 ) -> tuple[Tensor, LossParts]:
-    """The total loss and its parts, summed over frames and clicks and divided by the number of objects."""
-    count = mean_num_objects(object_mask, over_processes=model.training)
+    """The total loss and its parts, summed over frames and clicks and divided by `count` objects.
+
+    Args:
+        calls: name of each layer -> router logits of its calls.
+    """
     parts = {name: sum(step[name] for step in steps) / count for name in steps[0]}
     loss = model.segmentation_loss.total(parts)
+    parts["router"] = torch.zeros_like(loss)
     coefficient = model.config.router_aux_loss_coef
     if coefficient > 0:
-        parts["router"] = load_balancing_loss(router_logits, model.config.num_experts_per_tok)
+        # Of each clip alone, so that it does not matter which clips share a batch.
+        for logits, num_objects in zip(router_logits_by_clip(calls, object_mask), object_mask.sum(dim=1), strict=True):
+            if logits:
+                balance = load_balancing_loss(logits, model.config.num_experts_per_tok)
+                parts["router"] = parts["router"] + balance * num_objects / count
         loss = loss + coefficient * parts["router"]
-    else:
-        parts["router"] = torch.zeros_like(loss)
     return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def _all_router_logits(calls: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([x.flatten(0, -2) for x in logits]) for name, logits in calls.items() if logits}
+
+
+def router_logits_by_clip(calls: Mapping[str, Sequence[Tensor]], object_mask: Tensor) -> list[dict[str, Tensor]]:
+    """Router logits of the tokens of each clip's real objects.
+
+    Args:
+        calls: name of each layer -> router logits (rows, ..., experts) of its calls, see
+            [`~experts.record_router_logits`]. Rows are frames of the image encoder, videos or objects; where they are
+            none of these, all clips share them.
+        object_mask: (B, N) bool.
+
+    Returns:
+        for each clip, name of each layer -> (tokens, experts); nothing for a clip without real objects.
+    """
+    num_clips, num_objects = object_mask.shape
+    by_clip: list[dict[str, Tensor]] = [{} for _ in range(num_clips)]
+    for name, logits in calls.items():
+        per_frame = name.startswith("vision_encoder.")
+        shared = name.startswith("temporal_positional_encoding_projection_layer")
+        # Frames of one clip may be encoded in several calls.
+        merged = [torch.cat(list(logits))] if per_frame and logits else logits
+        for clip in range(num_clips if merged else 0):
+            if not object_mask[clip].any():
+                continue
+            rows = []
+            for call in merged:
+                divides = not shared and len(call) % num_clips == 0
+                own = call.chunk(num_clips)[clip] if divides else call
+                has_object_rows = divides and not per_frame and len(own) == num_objects
+                rows.append((own[object_mask[clip]] if has_object_rows else own).flatten(0, -2))
+            by_clip[clip][name] = torch.cat(rows)
+    return by_clip

@@ -1,12 +1,16 @@
 """SAM 2's training loss: focal, dice, IoU and object score (arXiv:2408.00714, D.2.2; `training/loss_fns.py`)."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+# Label of padded objects, which Trainer neither counts nor takes for a mask.
+PADDING_LABEL = -100
 # Focal, dice, IoU and object score, by these names.
 LossParts = dict[str, Tensor]
 
@@ -31,6 +35,12 @@ class SegmentationLoss:
     object_score_weight: float = 1.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{field.name}` must be a number from 0 on, got {value}.")
 
     def __call__(
         self,
@@ -116,3 +126,9 @@ def mean_num_objects(object_mask: Tensor, over_processes: bool = True) -> Tensor
         dist.all_reduce(count)
         count = count / dist.get_world_size()
     return count.clamp(min=1)
+
+
+def num_labelled_objects(num_items_in_batch: Tensor | int, labels: Tensor) -> Tensor:
+    """Number of objects, at least 1, from Trainer's number of elements of labels (B, N, T, S, S)."""
+    count = torch.as_tensor(num_items_in_batch, device=labels.device).float().mean()
+    return (count / labels[0, 0].numel()).clamp(min=1)

@@ -1,12 +1,13 @@
 """SamoeModel: SAM 2 video with a mixture of LoRA experts. It tracks in a session and learns from clips."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Sam2VideoInferenceSession,
     Sam2VideoModel,
@@ -20,7 +21,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from .adapters import AdapterMixin, is_adapter_parameter, plain_name, to_wrapped_names
-from .clip import ClipPrompts, SamoeClipOutput, check_clip, clip_forward, prompt_from_inputs
+from .clip import (
+    ClipPrompts,
+    SamoeClipOutput,
+    check_clip,
+    checkpoint_frames,
+    clip_forward,
+    non_reentrant,
+    prompt_from_inputs,
+    split_labels,
+)
 from .configuration_samoe import SamoeConfig
 from .expert_surgery import ExpertSurgeryMixin
 from .experts import ExpertLinear, add_experts, is_expert_parameter
@@ -73,8 +83,8 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
     config_class = SamoeConfig
     config: SamoeConfig
     supports_gradient_checkpointing = True
-    # Trainer need not pass `num_items_in_batch` because of `**options`.
-    accepts_loss_kwargs = False
+    # Trainer passes `num_items_in_batch`.
+    accepts_loss_kwargs = True
     # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not called
     # as modules (see memory_attention.py), and belong to the rest.
     _no_split_modules: ClassVar = ["Sam2MultiScaleBlock", "Sam2VideoTwoWayAttentionBlock"]
@@ -106,6 +116,7 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
         # where a frozen encoder's features are kept.
         self.segmentation_loss = SegmentationLoss()
         self.gradient_checkpointing = False
+        self.checkpoint_every_n_frames = 1
         self.encoder_batch_size: int | None = None
         self.feature_cache: Any = None
 
@@ -133,6 +144,15 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
             # Points and image positions are encoded with one matrix.
             image, points = self.shared_image_embedding, self.prompt_encoder.shared_embedding
             init.copy_(points.positional_embedding, image.positional_embedding)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """As in the base class; `every_n_layers` also counts frames, each of which is checkpointed as a whole."""
+        options = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
+        super()._set_gradient_checkpointing(enable, non_reentrant(gradient_checkpointing_func), **options)
+        if enable:
+            checkpoint_frames(self, every_n_layers)
 
     def set_trainable(self, *sets: str) -> None:
         """Makes exactly the parameters of the named sets trainable.
@@ -200,6 +220,7 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
         frame: Tensor | None = None,
         reverse: bool = False,
         run_mem_encoder: bool = True,
+        num_items_in_batch: Tensor | int | None = None,
         **options: Unpack[ForwardOptions],
     ) -> SamoeClipOutput | Sam2VideoSegmentationOutput:
         """Runs over clips, or over one frame of a session.
@@ -211,7 +232,7 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
 
         Args:
             pixel_values: (B, T, 3, S, S), normalized frames; or a session, in the place that it has in Sam2VideoModel.
-            labels: (B, N, T, S, S) bool, the objects' masks.
+            labels: (B, N, T, S, S), the objects' masks: bool, or integers with -100 for padded objects.
             object_mask: (B, N) bool, False for padded objects.
             prompts: "mask", "point", "box" or "mixed" on the first frame; "sam2" for SAM 2's whole recipe with
                 correction clicks; or a [`~prompts.PromptRecipe`].
@@ -220,6 +241,8 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
             input_masks: (B, N, S, S).
             output_router_logits: whether to return the routers' logits; the configuration's value if None.
             inference_session, frame_idx, frame, reverse, run_mem_encoder: as in Sam2VideoModel.
+            num_items_in_batch: elements of the labels of all objects that the loss is averaged over, as
+                [`~transformers.Trainer`] counts them; by default those of this batch, averaged over processes.
             options: `input_labels`; `return_dict=False` for a tuple; of a clip, `output_hidden_states` and
                 `output_attentions` of the vision encoder, by default as the configuration says.
         """
@@ -234,6 +257,8 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
         if inference_session is not None:
             return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder)
         check_clip(pixel_values, labels, object_mask, self.image_size)
+        if labels is not None:
+            labels, object_mask = split_labels(labels, object_mask)
         given = (input_points, options.get("input_labels"), input_boxes, input_masks)
         if labels is not None and all(value is None for value in given):
             num_objects = labels.shape[1]
@@ -247,7 +272,14 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
             self.wake_experts()
         with _recorded_vision_outputs(self, options) as recorded:
             output = clip_forward(
-                self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits
+                self,
+                pixel_values,
+                clip_prompts,
+                num_objects,
+                labels,
+                object_mask,
+                output_router_logits,
+                num_items_in_batch,
             )
         output.vision_hidden_states, output.vision_attentions = recorded["hidden_states"], recorded["attentions"]
         return output

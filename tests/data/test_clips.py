@@ -347,9 +347,10 @@ def test_objects_are_padded():
     batch = ClipCollator()(clips)
     assert set(batch) == {"pixel_values", "labels", "object_mask"}, "every key of a batch goes to the model"
     assert batch["pixel_values"].shape == (2, 2, 3, 20, 20)
-    assert batch["labels"].shape == (2, 3, 2, 20, 20) and batch["labels"].dtype == torch.bool
+    assert batch["labels"].shape == (2, 3, 2, 20, 20) and batch["labels"].dtype == torch.int8
     assert batch["object_mask"].tolist() == [[True, False, False], [True, True, True]]
-    assert torch.equal(batch["labels"][1], clips[1]["labels"]) and not batch["labels"][0, 1:].any()
+    assert torch.equal(batch["labels"][1], clips[1]["labels"].to(torch.int8))
+    assert torch.equal(batch["labels"][0, 0], clips[0]["labels"][0]) and (batch["labels"][0, 1:] == -100).all()
     assert ClipCollator(keep_domain=True)(clips)["domain"] == ["numbers", "numbers"]
 
 

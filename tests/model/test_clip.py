@@ -1,0 +1,130 @@
+"""Clips: gradient checkpointing, labels of padded objects, and the loss of micro-batches."""
+
+import pytest
+import torch
+from torch.utils import _pytree
+from torch.utils.checkpoint import checkpoint
+
+from samoe_hf import SamoeModel
+from samoe_hf.model.clip import router_logits_by_clip
+from samoe_hf.model.experts import record_router_logits
+from samoe_hf.model.prompts import PromptRecipe
+
+
+@pytest.fixture
+def model(model_folder) -> SamoeModel:
+    return SamoeModel.from_pretrained(model_folder).train()
+
+
+def make_batch(
+    num_videos: int = 1, num_objects: int = 2, num_frames: int = 3, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(num_videos, num_objects, num_frames, 128, 128, dtype=torch.bool)
+    for video in range(num_videos):
+        for index in range(num_objects):
+            y, x, side = torch.randint(8, 60, (3,), generator=generator).tolist()
+            labels[video, index, :, y : y + side, x : x + side] = True
+    return {
+        "pixel_values": torch.randn(num_videos, num_frames, 3, 128, 128, generator=generator),
+        "labels": labels,
+    }
+
+
+def gradients(model: SamoeModel, batch: dict, **options) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    model(**batch, **options).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(a: dict, b: dict, tolerance: float) -> None:
+    assert a.keys() == b.keys() and a
+    for name, gradient in a.items():
+        assert (b[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-12, name
+
+
+CLICKS = PromptRecipe(point_probability=1, max_initial_frames=1, max_corrected_frames=2, num_correction_clicks=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}, {"gradient_checkpointing_kwargs": {"debug": False}}])
+def test_checkpointing_draws_the_same_dropout_and_clicks(model, options):
+    model.set_trainable("memory", "decoder")
+    batch = make_batch()
+    expected = gradients(model, batch, prompts=CLICKS)
+    model.gradient_checkpointing_enable(**options)
+    assert_equal_gradients(expected, gradients(model, batch, prompts=CLICKS), 1e-5)
+    model.gradient_checkpointing_disable()
+    assert_equal_gradients(expected, gradients(model, batch, prompts=CLICKS), 1e-5)
+
+
+def test_what_is_checkpointed_gets_tensors_whose_devices_keep_their_random_state(model):
+    """`torch.utils.checkpoint` keeps the random state of those devices alone that its arguments are on."""
+    calls = []
+
+    def record(function, *args, **kwargs):
+        calls.append([x for x in _pytree.tree_leaves(args) if isinstance(x, torch.Tensor)])
+        return checkpoint(function, *args, use_reentrant=False)
+
+    model.set_trainable("all")
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = record
+    gradients(model, make_batch(), prompts=CLICKS)
+    # 3 frames, and the blocks of the image encoder.
+    assert len(calls) >= 3 + 5 and all(calls)
+
+
+def test_reentrant_checkpointing_is_refused(model):
+    with pytest.raises(ValueError, match="`use_reentrant` must be False"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_labels_of_minus_100_are_padded_objects(model):
+    batch = make_batch(num_objects=2)
+    model.eval()
+    expected = model(**{**batch, "labels": batch["labels"][:, :1]})
+    labels = batch["labels"].to(torch.int8)
+    labels[:, 1] = -100
+    padded = model(batch["pixel_values"], labels)
+    by_mask = model(**batch, object_mask=torch.tensor([[True, False]]))
+    for output in (padded, by_mask):
+        torch.testing.assert_close(output.loss, expected.loss)
+    with pytest.raises(ValueError, match="`labels` must be bool or integers"):
+        model(batch["pixel_values"], batch["labels"].float())
+
+
+def test_the_loss_is_averaged_over_the_number_of_items_that_is_given(model):
+    model.eval()
+    batch = make_batch(num_objects=2)
+    expected = model(**batch)
+    items = torch.tensor(3 * batch["labels"].numel())
+    shared = model(**batch, num_items_in_batch=items)
+    torch.testing.assert_close(3 * shared.loss, expected.loss)
+    for name, part in expected.loss_dict.items():
+        torch.testing.assert_close(3 * shared.loss_dict[name], part)
+
+
+def test_router_logits_of_a_clip_are_those_of_its_real_objects(model_folder):
+    """Which other clips share the batch, and how many objects are padded, makes no difference to the router loss."""
+    modules = ["q_proj", "o_proj", "qkv", "mask_decoder.iou_prediction_head.proj_in"]
+    model = SamoeModel.from_pretrained(model_folder, expert_modules=modules, ignore_mismatched_sizes=True).eval()
+    model.config.router_aux_loss_coef = 0.5
+    batch = make_batch(num_videos=3, num_objects=3)
+    object_mask = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
+    with record_router_logits(model) as calls:
+        together = model(**batch, object_mask=object_mask)
+    found = router_logits_by_clip(calls, object_mask)
+    parts = []
+    for clip, count in ((0, 1), (1, 3)):
+        with record_router_logits(model) as calls:
+            alone = model(batch["pixel_values"][clip : clip + 1], batch["labels"][clip : clip + 1, :count])
+        parts.append(count * alone.loss_dict["router"])
+        (expected,) = router_logits_by_clip(calls, torch.ones(1, count, dtype=torch.bool))
+        assert expected.keys() == found[clip].keys() and len(expected) > 8
+        for name, logits in expected.items():
+            # One row may stand for all objects of a single video.
+            torch.testing.assert_close(found[clip][name].mean(dim=0), logits.mean(dim=0), rtol=1e-3, atol=1e-4)
+    assert found[2] == {}
+    torch.testing.assert_close(together.loss_dict["router"], sum(parts) / 4, rtol=1e-4, atol=1e-4)
