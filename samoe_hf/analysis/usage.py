@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video, videos_from_dataset
-from samoe_hf.evaluation.simulated_user import EvaluationPrompt, SimulatedUser
+from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
 from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
@@ -378,7 +378,7 @@ def expert_usage(
                     f"`dataset` must hold samoe_hf.data.Video, got an item of type {type(video).__name__}."
                 )
             counted_frames.clear()
-            for _ in SimulatedUser(model, processor, video, EvaluationPrompt("mask")).track():
+            for _ in SimulatedUser(model, processor, video, PromptStrategy("mask")).track():
                 pass
     sums = {name: sources for name, sources in sums.items() if sources}
     if not sums:

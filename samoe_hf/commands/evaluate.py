@@ -30,7 +30,7 @@ from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE
 from samoe_hf.evaluation.metrics import Protocol
 from samoe_hf.evaluation.report import comparison_table, summary_table, write_report
 from samoe_hf.evaluation.run import Evaluation, choose_seeds
-from samoe_hf.evaluation.simulated_user import EvaluationPrompt
+from samoe_hf.evaluation.simulated_user import PromptStrategy
 from samoe_hf.evaluation.statistics import protocol_of, seen_and_unseen, to_json
 from samoe_hf.model.files import write_text
 
@@ -91,7 +91,7 @@ def describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_evaluation(arguments: argparse.Namespace) -> Evaluation:
-    prompt = EvaluationPrompt.parse(arguments.prompt)
+    prompt = PromptStrategy.parse(arguments.prompt)
     groups = None
     if arguments.seen_unseen:
         groups = seen_and_unseen(*(json.loads(path.read_text()) for path in arguments.seen_unseen))

@@ -21,7 +21,7 @@ from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 from .metrics import VideoScores, counted_frames, score_video, surface_dice
-from .simulated_user import EvaluationPrompt, PredictedFrame, SimulatedUser
+from .simulated_user import PromptStrategy, PredictedFrame, SimulatedUser
 
 SURFACE_TOLERANCE = 2.0  # mm
 
@@ -30,20 +30,20 @@ def segment_video(
     model: SamoeModel,
     processor: Sam2VideoProcessor,
     video: Video,
-    prompt: str | EvaluationPrompt = "mask",
+    prompt: str | PromptStrategy = "mask",
     seed: int = 42,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tracks all objects of a video, each prompted on the first annotated frame that shows it.
 
     Args:
-        prompt: see [`EvaluationPrompt`].
+        prompt: see [`PromptStrategy`].
         seed: of prompts that are drawn.
 
     Returns:
         masks (T, N, H, W) bool, in the order of `video.object_ids`, empty before an object was prompted and possibly
         overlapping; and object score logits (T, N), -inf before.
     """
-    user = SimulatedUser(model, processor, video, EvaluationPrompt.parse(prompt), seed)
+    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed)
     frames = list(user.track(overlapping=True))
     return np.stack([frame.masks for frame in frames]), np.stack([frame.scores for frame in frames])
 
@@ -153,7 +153,7 @@ def evaluate_video(
     model: SamoeModel,
     processor: Sam2VideoProcessor,
     video: Video,
-    prompt: str | EvaluationPrompt = "mask",
+    prompt: str | PromptStrategy = "mask",
     seed: int = 42,
     overlapping: bool = False,
     surface_tolerance: float = SURFACE_TOLERANCE,
@@ -171,7 +171,7 @@ def evaluate_video(
         ValueError: if no frame of the video is annotated.
     """
     _check_annotated(video)
-    user = SimulatedUser(model, processor, video, EvaluationPrompt.parse(prompt), seed)
+    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed)
     result = score_predictions(video, user.track(overlapping), surface_tolerance, write)
     result.prompts = [
         {name: value for name, value in asdict(given).items() if name != "mask"} | {"mask": given.mask is not None}
@@ -225,7 +225,7 @@ def evaluate_videos(
     processor: Sam2VideoProcessor,
     videos: Iterable[Video],
     show_progress_bar: bool = True,
-    prompt: str | EvaluationPrompt = "mask",
+    prompt: str | PromptStrategy = "mask",
     seed: int = 42,
 ) -> dict[str, VideoResult]:
     """Scores a model on videos, see [`evaluate_video`]: [`VideoResult.key`] -> result.

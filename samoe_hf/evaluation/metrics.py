@@ -10,7 +10,6 @@ no frames or objects is NaN.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+
+from .geometry import ball_runs, bounding_box, compare_labels, f_measure, volume_surface_dice
 
 Protocol = Literal["davis", "sav", "youtube_vos", "all"]
 
@@ -28,9 +29,6 @@ AP_THRESHOLDS = np.arange(10, 20) / 20
 DECAY_BINS = 4
 
 
-# --- Inputs
-
-
 def _to_numpy(array: Any) -> np.ndarray:
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
@@ -38,41 +36,13 @@ def _to_numpy(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def stack_frames(frames: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
-    """Stacks the named frames in the order of `names`, leaving out others, such as those without annotation.
-
-    Args:
-        frames: array (H, W) or (N, H, W) per frame name.
-        names: the frames to take, at least one.
-
-    Returns:
-        Array (T, H, W) or (T, N, H, W).
-
-    Raises:
-        ValueError: if frames are missing (names them) or differ in shape (names both shapes).
-    """
-    missing = [name for name in names if name not in frames]
-    if missing or not names:
-        raise ValueError(f"{len(missing)} of {len(names)} frames are missing: {', '.join(missing)}")
-    arrays = [_to_numpy(frames[name]) for name in names]
-    for name, array in zip(names, arrays, strict=True):
-        if array.shape != arrays[0].shape:
-            raise ValueError(f"frame {name} has shape {array.shape}, but frame {names[0]} {arrays[0].shape}")
-    return np.stack(arrays)
-
-
-def object_ids_of(id_maps: Any) -> tuple[int, ...]:
+def _ids_in(id_maps: Any) -> tuple[int, ...]:
     """The ids above 0 in id maps (T, H, W), ascending."""
     id_maps = _to_numpy(id_maps)
     seen = np.zeros(int(id_maps.max(initial=0)) + 1, dtype=bool)  # far faster than `np.unique` on every pixel
     for id_map in id_maps:
         seen[np.maximum(id_map, 0)] = True
     return tuple(int(i) for i in np.flatnonzero(seen) if i > 0)
-
-
-def masks_from_ids(id_maps: Any, object_ids: Sequence[int]) -> np.ndarray:
-    """Boolean masks (T, N, H, W) of the given objects from id maps (T, H, W)."""
-    return _to_numpy(id_maps)[:, None] == np.reshape(object_ids, (1, -1, 1, 1))
 
 
 def _check_pair(prediction: Any, target: Any, object_ids: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray, tuple]:
@@ -85,7 +55,7 @@ def _check_pair(prediction: Any, target: Any, object_ids: Sequence[int] | None) 
     if prediction.shape != target.shape:
         raise ValueError(f"prediction and target differ in shape: {prediction.shape} and {target.shape}")
     if object_ids is None:
-        object_ids = range(1, target.shape[1] + 1) if target.ndim == 4 else object_ids_of(target)
+        object_ids = range(1, target.shape[1] + 1) if target.ndim == 4 else _ids_in(target)
     ids = tuple(object_ids)
     if len(set(ids)) != len(ids) or min(ids, default=1) < 1 or (target.ndim == 4 and len(ids) != target.shape[1]):
         raise ValueError(f"object ids must be distinct, above 0 and one per mask, but are {ids}")
@@ -101,127 +71,6 @@ def _label_maps(video: np.ndarray, object_ids: Sequence[int]) -> Iterator[np.nda
     labels[list(object_ids)] = np.arange(1, len(object_ids) + 1)
     for id_map in video:
         yield labels.take(id_map, mode="clip")  # other ids fall on the ends of the table, which are background
-
-
-def _bounding_box(occupied: np.ndarray, margin: int) -> tuple[slice, ...] | None:
-    """Slices around the non-zero elements, with a margin within the array; None where there are none."""
-    box: list[slice] = []
-    for axis in range(occupied.ndim):
-        others = tuple(other for other in range(occupied.ndim) if other != axis)
-        where = np.flatnonzero(occupied[tuple(box)].max(axis=others, initial=0))
-        if not where.size:
-            return None
-        box.append(slice(max(where[0] - margin, 0), where[-1] + 1 + margin))
-    return tuple(box)
-
-
-# --- One pair of label maps
-
-
-def _overlaps(prediction: np.ndarray, target: np.ndarray, num_labels: int) -> np.ndarray:
-    """Pixels in common, in the prediction and in the target, for labels 1..K: (3, K)."""
-    size = num_labels + 1
-    pairs = np.bincount((target.astype(np.intp) * size + prediction).ravel(), minlength=size**2).reshape(size, size)
-    return np.stack([pairs.diagonal(), pairs.sum(axis=0), pairs.sum(axis=1)])[:, 1:]
-
-
-def _block_edges(labels: np.ndarray) -> np.ndarray:
-    """Where a pixel, its right, lower and lower right neighbour are not all alike, the border repeated: bool (H, W)."""
-    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
-    edges = np.zeros(labels.shape, dtype=bool)
-    edges[:, :-1] = across
-    edges[:-1, :-1] |= across[1:]
-    edges[:-1] |= down
-    edges[:-1, :-1] |= down[:, 1:]
-    return edges
-
-
-def _boundary_keys(labels: np.ndarray, edges: np.ndarray, origin: int, strides: Sequence[int]) -> np.ndarray:
-    """Sorted keys of the boundary pixels of all labels, as DAVIS' `seg2bmap` draws them.
-
-    A key is `origin` plus (label - 1, y, x) times `strides`.
-    """
-    y, x = np.divmod(np.flatnonzero(edges), labels.shape[1])
-    lower, right = np.minimum(y + 1, labels.shape[0] - 1), np.minimum(x + 1, labels.shape[1] - 1)
-    # A label has its boundary in every such block that it takes part in, once however many corners it has.
-    corners = np.sort([labels[y, x], labels[y, right], labels[lower, x], labels[lower, right]], axis=0)
-    new = np.diff(corners, axis=0, prepend=np.zeros_like(corners[:1])) != 0
-    keys = origin + (corners.astype(np.int64) - 1) * strides[0] + y * strides[1] + x * strides[2]
-    return np.sort(keys[new])
-
-
-def _band(labels: np.ndarray, edges: np.ndarray, width: int) -> np.ndarray:
-    """The labels without what lies more than `width` pixels (chessboard distance) inside each of them."""
-    rows_inside, columns_inside = (size - 2 * width for size in labels.shape)
-    band = labels.copy()
-    if rows_inside > 0 and columns_inside > 0:
-        total = np.zeros((labels.shape[0] + 1, labels.shape[1] + 1), dtype=np.int32)
-        np.cumsum(edges, axis=1, out=total[1:, 1:])
-        np.cumsum(total, axis=0, out=total)
-        in_rows = total[2 * width : -1] - total[:rows_inside]
-        no_edge = in_rows[:, 2 * width : -1] == in_rows[:, :columns_inside]
-        band[width:-width, width:-width][no_edge] = 0
-    return band
-
-
-def _compare(
-    pair: Sequence[np.ndarray], num_labels: int, band_width: int, origin: int, strides: Sequence[int]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Overlaps of the regions and of the bands inside their boundaries (2, 3, K), and each map's boundary keys."""
-    edges = [_block_edges(labels) for labels in pair]
-    bands = [_band(labels, edge, band_width) for labels, edge in zip(pair, edges, strict=True)]
-    keys = [_boundary_keys(labels, edge, origin, strides) for labels, edge in zip(pair, edges, strict=True)]
-    return np.stack([_overlaps(*pair, num_labels), _overlaps(*bands, num_labels)]), keys
-
-
-# --- Distances between sparse points
-
-
-def _ball(radius: float, spacing: Sequence[float], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Offsets of keys within `radius` as runs along the last axis, (shift, half length), the nearest runs first."""
-    slack = 1 + 1e-9  # a distance equal to the radius is within it, whatever the rounding
-    reaches = [math.floor(radius * slack / step) for step in spacing[:-1]]
-    runs = []
-    for offset in itertools.product(*(range(-reach, reach + 1) for reach in reaches)):
-        squared = sum((o * step) ** 2 for o, step in zip(offset, spacing, strict=False))
-        if squared <= (radius * slack) ** 2:
-            half = math.floor(math.sqrt((radius * slack) ** 2 - squared) / spacing[-1])
-            runs.append((squared, sum(o * stride for o, stride in zip(offset, strides, strict=False)), half))
-    return [(shift, half) for _, shift, half in sorted(runs)]
-
-
-def _near(keys: np.ndarray, others: np.ndarray, ball: list[tuple[int, int]]) -> np.ndarray:
-    """Which keys have one of `others` (sorted) within the ball, bool.
-
-    This is what dilating the others by the ball and looking up the keys would give, but it touches boundary points
-    alone, and most of them find a partner in the first runs.
-    """
-    near = np.zeros(len(keys), dtype=bool)
-    left = np.arange(len(keys) if len(others) else 0)
-    for shift, half in ball:
-        if not left.size:
-            break
-        low = keys[left] + (shift - half)
-        gap = others.take(np.searchsorted(others, low), mode="clip") - low
-        hit = (gap >= 0) & (gap <= 2 * half)
-        near[left[hit]] = True
-        left = left[~hit]
-    return near
-
-
-def _f_measure(prediction: np.ndarray, target: np.ndarray, ball: list, mask_stride: int, num_masks: int) -> np.ndarray:
-    """F of every mask (num_masks,) from the boundary keys of all."""
-
-    def share_matched(keys: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        owner = keys // mask_stride
-        count = np.bincount(owner, minlength=num_masks)
-        matched = np.bincount(owner[_near(keys, others, ball)], minlength=num_masks)
-        return matched / np.maximum(count, 1), count == 0
-
-    precision, no_prediction = share_matched(prediction, target)
-    recall, no_target = share_matched(target, prediction)
-    total = precision + recall
-    return np.where(no_prediction & no_target, 1.0, 2 * precision * recall / np.where(total > 0, total, 1))
 
 
 # --- One video
@@ -316,20 +165,53 @@ def score_video(
     overlaps = np.zeros((2, 3, math.prod(table)), dtype=np.int64)
     keys = [[np.zeros(0, dtype=np.int64)] * 2]
     for index, pair in enumerate(zip(_label_maps(prediction, ids), _label_maps(target, ids), strict=True)):
-        box = _bounding_box(pair[0] | pair[1], margin=1)  # the margin holds the boundary above and left of a mask
+        box = bounding_box(pair[0] | pair[1], margin=1)  # the margin holds the boundary above and left of a mask
         if box is not None:
             first = index * num_labels
             origin = first * strides[0] + box[0].start * strides[1] + box[1].start
-            overlaps[..., first : first + num_labels], new = _compare(
+            overlaps[..., first : first + num_labels], new = compare_labels(
                 [labels[box] for labels in pair], num_labels, band_width, origin, strides
             )
             keys.append(new)
 
     boundaries = [np.concatenate(side) for side in zip(*keys, strict=True)]
-    f = _f_measure(*boundaries, _ball(radius, (1, 1), strides[1:]), strides[0], math.prod(table))
+    f = f_measure(*boundaries, ball_runs(radius, (1, 1), strides[1:]), strides[0], math.prod(table))
     region, band = overlaps.reshape(2, 3, *table)
     boundary_iou = _ratio(band[0], band[1] + band[2] - band[0])
     return VideoScores(ids, *region, f.reshape(table), boundary_iou, object_scores)
+
+
+def surface_dice(
+    prediction: Any, target: Any, spacing: Sequence[float], tolerance: float, object_ids: Sequence[int] | None = None
+) -> np.ndarray:
+    """Share of the surfaces of both volumes that lies within `tolerance` of the other's surface (Nikolov et al., 2018).
+
+    Surface points and distances are those of DeepMind's surface-distance. The area at a point is the length of the
+    mask's finite difference, where surface-distance has a table of triangles; on CT lesions the two differ by less
+    than 0.01.
+
+    Args:
+        prediction, target: id maps (D, H, W) or boolean masks (D, N, H, W).
+        spacing: size of a voxel along D, H and W (reverse of SimpleITK's x, y, z), in the unit of the tolerance, as mm.
+        tolerance: largest distance that counts as the same surface.
+        object_ids: see `score_video`.
+
+    Returns:
+        Surface Dice of every object (N,).
+
+    Raises:
+        ValueError: as `score_video` does, or if the spacing is not three positive numbers or the tolerance negative.
+    """
+    prediction, target, ids = _check_pair(prediction, target, object_ids)
+    if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"need three positive spacings and a tolerance of at least 0, not {spacing} and {tolerance}")
+    result = np.ones(len(ids))
+    for column, object_id in enumerate(ids):
+        pair = [video[:, column] if video.ndim == 4 else video == object_id for video in (prediction, target)]
+        box = bounding_box(pair[0] | pair[1], margin=0)
+        if box is not None:
+            result[column] = volume_surface_dice(pair[0][box], pair[1][box], spacing, tolerance)
+    return result
 
 
 # --- Sets of videos
@@ -492,69 +374,3 @@ def _group(rows: list[dict[str, Any]], groups: Mapping[tuple[str, int], str]) ->
         for group in sorted({groups[key] for key in keys})
     }
     return {"groups": result, "overall": _mean([scores["J&F_mean"] for scores in result.values()])}
-
-
-# --- Volumes
-
-
-def _surface(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of voxels (P, 3) that the surface passes, and its area at each (P,)."""
-
-    def combine_corners(difference_along: int | None) -> np.ndarray:
-        cells = np.pad(mask, 1).astype(np.int8)
-        for axis in range(3):
-            lower, upper = np.delete(cells, -1, axis), np.delete(cells, 0, axis)
-            cells = upper - lower if axis == difference_along else upper + lower
-        return cells
-
-    inside = combine_corners(None)
-    points = np.nonzero((inside > 0) & (inside < 8))
-    # The surface of a cell of eight voxels as a vector: per axis, its share of the cell's face across that axis.
-    parts = [combine_corners(axis)[points] / 4 * math.prod(spacing) / spacing[axis] for axis in range(3)]
-    return np.stack(points, axis=1), np.linalg.norm(parts, axis=0)
-
-
-def surface_dice(
-    prediction: Any, target: Any, spacing: Sequence[float], tolerance: float, object_ids: Sequence[int] | None = None
-) -> np.ndarray:
-    """Share of the surfaces of both volumes that lies within `tolerance` of the other's surface (Nikolov et al., 2018).
-
-    Surface points and distances are those of DeepMind's surface-distance. The area at a point is the length of the
-    mask's finite difference, where surface-distance has a table of triangles; on CT lesions the two differ by less
-    than 0.01.
-
-    Args:
-        prediction, target: id maps (D, H, W) or boolean masks (D, N, H, W).
-        spacing: size of a voxel along D, H and W (reverse of SimpleITK's x, y, z), in the unit of the tolerance, as mm.
-        tolerance: largest distance that counts as the same surface.
-        object_ids: see `score_video`.
-
-    Returns:
-        Surface Dice of every object (N,).
-
-    Raises:
-        ValueError: as `score_video` does, or if the spacing is not three positive numbers or the tolerance negative.
-    """
-    prediction, target, ids = _check_pair(prediction, target, object_ids)
-    if len(spacing) != 3 or min(spacing) <= 0 or tolerance < 0:
-        raise ValueError(f"need three positive spacings and a tolerance of at least 0, not {spacing} and {tolerance}")
-    result = np.ones(len(ids))
-    for column, object_id in enumerate(ids):
-        pair = [video[:, column] if video.ndim == 4 else video == object_id for video in (prediction, target)]
-        box = _bounding_box(pair[0] | pair[1], margin=0)
-        if box is not None:
-            result[column] = _surface_dice(pair[0][box], pair[1][box], spacing, tolerance)
-    return result
-
-
-def _surface_dice(prediction: np.ndarray, target: np.ndarray, spacing: Sequence[float], tolerance: float) -> float:
-    rows, columns = (
-        size + 2 + math.ceil(tolerance / step) for size, step in zip(target.shape[1:], spacing[1:], strict=True)
-    )
-    strides = (rows * columns, columns, 1)
-    ball = _ball(tolerance, spacing, strides)
-    surfaces = [_surface(mask, spacing) for mask in (prediction, target)]
-    keys = [points @ np.array(strides) for points, _ in surfaces]
-    near = [_near(keys[0], keys[1], ball), _near(keys[1], keys[0], ball)]
-    areas = [area for _, area in surfaces]
-    return float(sum(area[n].sum() for area, n in zip(areas, near, strict=True)) / sum(area.sum() for area in areas))

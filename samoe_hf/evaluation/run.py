@@ -28,7 +28,7 @@ from samoe_hf.plots.evaluation import draw_object
 
 from .evaluate import SURFACE_TOLERANCE, VideoResult, evaluate_masks, evaluate_video
 from .metrics import Protocol
-from .simulated_user import EvaluationPrompt
+from .simulated_user import PromptStrategy
 from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, compare_models, summarize_model, to_json
 
 FIRST_SEED, SEED_STEP = 42, 1000  # those of the original's evaluation
@@ -108,7 +108,7 @@ class EvaluationRun:
         return [VideoResult.load(self.scores_path(video, seed)) for video in videos]
 
 
-def choose_seeds(prompt: EvaluationPrompt, count: int) -> list[int | None]:
+def choose_seeds(prompt: PromptStrategy, count: int) -> list[int | None]:
     """The seeds of `count` runs: 42, 1042, … as in the original; [None], one run, for a prompt that draws nothing.
 
     Raises:
@@ -166,7 +166,7 @@ class Evaluation:
     videos: Sequence[Video]
     dataset: Mapping[str, Any]
     output: Path
-    prompt: EvaluationPrompt
+    prompt: PromptStrategy
     seeds: Sequence[int | None] = (None,)
     protocol: Protocol = "davis"
     layout: Layout = "davis"

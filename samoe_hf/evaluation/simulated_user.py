@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video
@@ -20,14 +21,26 @@ from samoe_hf.model.session import KEPT_FRAMES, VideoSession
 
 PAUSE_IOU = 0.75  # online, the user corrects an object whose IoU falls below this (arXiv:2408.00714, section 6.1)
 
-_SYNTAX = re.compile(r"(mask|box)|(point)(?::(\d+))?|(clicks):(\d+)(?:@(\d+)(:offline)?)?")
+_SYNTAX = re.compile(r"(mask|box)|(point)(?::([1-9]\d*))?|(clicks):([1-9]\d*)(?:@([1-9]\d*)(:offline)?)?", re.ASCII)
+_SYNTAX_ERROR = (
+    "`prompt` must be mask, box, point, point:N, clicks:N, clicks:N@M or clicks:N@M:offline, N and M from 1 on"
+)
+
+
+def _parse(text: str) -> tuple[str, int, int, bool] | None:
+    """Kind, count, number of frames and offline."""
+    if (match := _SYNTAX.fullmatch(text)) is None:
+        return None
+    plain, point, points, clicks, count, frames, offline = match.groups()
+    num_frames = int(frames or 1)
+    return plain or point or clicks, int(count or points or 1), num_frames, offline is not None and num_frames > 1
 
 
 @dataclass(frozen=True)
-class EvaluationPrompt:
-    """What each object is prompted with, on the first annotated frame that shows it.
+class PromptStrategy:
+    """How an evaluation prompts: what it gives of each object, first on the first annotated frame that shows it.
 
-    Written as text (see [`parse`](EvaluationPrompt.parse)):
+    Written as text (see [`parse`](PromptStrategy.parse)):
     - "mask": its mask. "box": the bounding box of its mask.
     - "point" or "point:N": N positive points drawn evenly from its mask; the only prompt that depends on a seed.
     - "clicks:N": N clicks, one after the other, each on the centre of the largest error so far.
@@ -49,24 +62,23 @@ class EvaluationPrompt:
     num_frames: int = 1
     offline: bool = False
 
+    def __post_init__(self) -> None:
+        # What cannot be written as text has no meaning either.
+        if _parse(str(self)) != astuple(self):
+            raise ValueError(f"{_SYNTAX_ERROR}, got {self!r}.")
+
     @classmethod
-    def parse(cls, text: str | EvaluationPrompt) -> EvaluationPrompt:
-        """Reads a prompt's text.
+    def parse(cls, text: str | PromptStrategy) -> PromptStrategy:
+        """Reads a strategy's text.
 
         Raises:
             ValueError: if it is none of the above, or a number is 0.
         """
-        if isinstance(text, EvaluationPrompt):
+        if isinstance(text, PromptStrategy):
             return text
-        match = _SYNTAX.fullmatch(text)
-        plain, point, points, clicks, count, frames, offline = match.groups() if match else (None,) * 7
-        prompt = cls(plain or point or clicks or "", int(count or points or 1), int(frames or 1), offline is not None)
-        if match is None or prompt.count < 1 or prompt.num_frames < 1:
-            raise ValueError(
-                f"`prompt` must be mask, box, point, point:N, clicks:N, clicks:N@M or clicks:N@M:offline, N and M from "
-                f"1 on, got {text!r}."
-            )
-        return prompt
+        if (fields := _parse(text)) is None:
+            raise ValueError(f"{_SYNTAX_ERROR}, got {text!r}.")
+        return cls(*fields)
 
     def __str__(self) -> str:
         if self.kind in ("mask", "box"):
@@ -83,21 +95,6 @@ class EvaluationPrompt:
 # --- Clicks
 
 
-def _squared_depth(mask: np.ndarray) -> np.ndarray:
-    """Squared distance of each pixel of a mask (H, W) to the nearest pixel outside of it, or of the image: int."""
-    inside = np.pad(mask, 1)
-    rows = np.arange(len(inside))[:, None]
-    above = np.maximum.accumulate(np.where(inside, 0, rows), axis=0)
-    below = np.minimum.accumulate(np.where(inside, len(inside), rows)[::-1], axis=0)[::-1]
-    in_column = np.minimum(rows - above, below - rows).astype(np.int64) ** 2
-    depth, step = in_column.copy(), 1
-    while step**2 < depth.max(initial=0):
-        np.minimum(depth[:, step:], in_column[:, :-step] + step**2, out=depth[:, step:])
-        np.minimum(depth[:, :-step], in_column[:, step:] + step**2, out=depth[:, :-step])
-        step += 1
-    return depth[1:-1, 1:-1]
-
-
 def click_on_error(target: np.ndarray, prediction: np.ndarray) -> tuple[tuple[float, float], int] | None:
     """The click of a user who sees a prediction: in the middle of what is missed or of what is too much.
 
@@ -109,7 +106,10 @@ def click_on_error(target: np.ndarray, prediction: np.ndarray) -> tuple[tuple[fl
     Returns:
         point (x, y), and label 1 on a missed region or 0 on the background; None where nothing is wrong.
     """
-    depths = [_squared_depth(target & ~prediction), _squared_depth(prediction & ~target)]
+    # Distance to the nearest pixel outside of the region, or of the image.
+    depths = [
+        distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1] for region in (target & ~prediction, prediction & ~target)
+    ]
     missed, added = (depth.max(initial=0) for depth in depths)
     if missed == added == 0:
         return None
@@ -140,7 +140,7 @@ class PredictedFrame(NamedTuple):
 
 
 class SimulatedUser:
-    """A model, a video, and a user who prompts and corrects it.
+    """A model, a video, and a user who prompts and corrects the model.
 
     Attributes:
         given: all prompts so far, in order.
@@ -150,9 +150,9 @@ class SimulatedUser:
     """
 
     def __init__(
-        self, model: SamoeModel, processor: Sam2VideoProcessor, video: Video, prompt: EvaluationPrompt, seed: int = 42
+        self, model: SamoeModel, processor: Sam2VideoProcessor, video: Video, strategy: PromptStrategy, seed: int = 42
     ):
-        self.model, self.processor, self.video, self.prompt, self.seed = model, processor, video, prompt, seed
+        self.model, self.processor, self.video, self.strategy, self.seed = model, processor, video, strategy, seed
         self.given: list[VideoPrompt] = []
         # Objects that appear together share a session: it would also run those that appear later, in every pass.
         self._sessions: dict[int, Sam2VideoInferenceSession] = {}
@@ -166,41 +166,46 @@ class SimulatedUser:
         Args:
             overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
         """
-        for _ in range(self.prompt.num_frames - 1 if self.prompt.offline else 0):
+        for _ in range(self.strategy.num_frames - 1 if self.strategy.offline else 0):
             self._correct_worst_frames()
         for frame_idx in range(len(self.video)):
-            yield self._masks(frame_idx, *self._run(frame_idx), overlapping)
+            logits, scores = self._track_frame(frame_idx)
+            masks = logits > 0
+            if not overlapping and len(masks) > 1:
+                masks &= logits.argmax(axis=0) == np.arange(len(masks))[:, None, None]
+            yield PredictedFrame(frame_idx, masks, scores)
 
-    def _run(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
+    def _track_frame(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
         """Logits (N, H, W), and logits of visibility (N,), after what the user gives on this frame."""
         annotated = frame_idx in self._annotated
         visible = self.video.visible(frame_idx) if annotated else []
         new = [object_id for object_id in visible if object_id not in self._frames]
-        clicked = self.prompt.kind == "clicks"
+        clicked = self.strategy.kind == "clicks"
         if new and not clicked:
-            self._prompt(frame_idx, new)
+            self._prompt_new(frame_idx, new)
         logits, scores = self._predict(frame_idx)
         if clicked and annotated:
-            online = self.prompt.num_frames > 1 and not self.prompt.offline
-            wrong = self._below(frame_idx, logits) if online else []
+            online = self.strategy.num_frames > 1 and not self.strategy.offline
+            ious = self._ious(frame_idx, logits) if online else {}
+            wrong = [object_id for object_id, iou in ious.items() if iou < PAUSE_IOU]
             if new or wrong:
                 logits, scores = self._click(frame_idx, [*new, *wrong], logits, scores)
         return logits, scores
 
-    def _prompt(self, frame_idx: int, object_ids: list[int]) -> None:
+    def _prompt_new(self, frame_idx: int, object_ids: list[int]) -> None:
         for object_id, mask in zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True):
             prompt = VideoPrompt(object_id, frame_idx)
-            if self.prompt.kind == "mask":
+            if self.strategy.kind == "mask":
                 prompt.mask = mask
-            elif self.prompt.kind == "box":
+            elif self.strategy.kind == "box":
                 prompt.box = tuple(bounding_boxes(torch.from_numpy(mask)[None])[0].tolist())
             else:
                 rng = np.random.default_rng([self.seed, crc32(self.video.video_id.encode()), object_id])
-                prompt.points = sample_points(mask, self.prompt.count, rng)
+                prompt.points = sample_points(mask, self.strategy.count, rng)
                 prompt.labels = [POSITIVE] * len(prompt.points)
-            self._give(prompt)
+            self._add_prompt(prompt)
 
-    def _give(self, prompt: VideoPrompt, **options: Any) -> None:
+    def _add_prompt(self, prompt: VideoPrompt, **options: Any) -> None:
         session = self._session(prompt.object_id, prompt.frame_idx)
         self.processor.add_inputs_to_inference_session(
             session, prompt.frame_idx, prompt.object_id, **prompt.inputs(), **options
@@ -217,7 +222,7 @@ class SimulatedUser:
                 self.video.frames,
                 self.processor,
                 # Offline, any frame may be corrected after a pass over all.
-                keep_frames=max(KEPT_FRAMES, len(self.video) if self.prompt.offline else 0),
+                keep_frames=max(KEPT_FRAMES, len(self.video) if self.strategy.offline else 0),
                 # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
                 corrections_condition=True,
                 inference_device=self.model.device,
@@ -241,6 +246,11 @@ class SimulatedUser:
             output = self.model(session, frame_idx=frame_idx)
             rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
             masks = self.processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
+            if masks.isnan().any():
+                raise ValueError(
+                    f"{self.video.video_id}: the model predicts NaN on frame {frame_idx}, in {self.model.dtype}; its "
+                    "weights may be damaged, or the type too narrow for them."
+                )
             logits[rows] = masks.float().cpu().numpy()
             scores[rows] = output.object_score_logits[:, 0].float().cpu().numpy()
 
@@ -249,13 +259,13 @@ class SimulatedUser:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Gives up to `count` clicks for each object, and what the model then predicts on the frame."""
         targets = dict(zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True))
-        for _ in range(self.prompt.count):
+        for _ in range(self.strategy.count):
             clicked = set()
             for object_id, target in targets.items():
                 click = click_on_error(target, logits[self._object_ids.index(object_id)] > 0)
                 if click is not None:
                     prompt = VideoPrompt(object_id, frame_idx, points=[click[0]], labels=[click[1]])
-                    self._give(prompt, clear_old_inputs=False)
+                    self._add_prompt(prompt, clear_old_inputs=False)
                     clicked.add(self._frames[object_id][0])
             if not clicked:
                 break
@@ -264,7 +274,7 @@ class SimulatedUser:
 
     def _ious(self, frame_idx: int, logits: np.ndarray) -> dict[int, float]:
         """IoU of the objects that may be corrected on this frame: prompted on another, and on fewer than all."""
-        free = [i for i, t in self._frames.items() if frame_idx not in t and len(t) < self.prompt.num_frames]
+        free = [i for i, t in self._frames.items() if frame_idx not in t and len(t) < self.strategy.num_frames]
         ious = {}
         for object_id, target in zip(free, self.video.masks(frame_idx, free) if free else [], strict=True):
             prediction = logits[self._object_ids.index(object_id)] > 0
@@ -272,22 +282,13 @@ class SimulatedUser:
             ious[object_id] = float((prediction & target).sum() / union) if union else 1.0
         return ious
 
-    def _below(self, frame_idx: int, logits: np.ndarray) -> list[int]:
-        return [object_id for object_id, iou in self._ious(frame_idx, logits).items() if iou < PAUSE_IOU]
-
     def _correct_worst_frames(self) -> None:
         """Tracks the whole video, and then clicks on the frame on which each object's IoU is lowest."""
         worst: dict[int, tuple[float, int]] = {}
         for frame_idx in range(len(self.video)):
-            logits, _ = self._run(frame_idx)
+            logits, _ = self._track_frame(frame_idx)
             for object_id, iou in self._ious(frame_idx, logits).items() if frame_idx in self._annotated else ():
                 worst[object_id] = min(worst.get(object_id, (1.0, frame_idx)), (iou, frame_idx))
         for object_id, (iou, frame_idx) in worst.items():
             if iou < 1:
                 self._click(frame_idx, [object_id], *self._predict(frame_idx))
-
-    def _masks(self, frame_idx: int, logits: np.ndarray, scores: np.ndarray, overlapping: bool) -> PredictedFrame:
-        masks = logits > 0
-        if not overlapping and len(masks) > 1:
-            masks &= logits.argmax(axis=0) == np.arange(len(masks))[:, None, None]
-        return PredictedFrame(frame_idx, masks, scores)

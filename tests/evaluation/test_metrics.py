@@ -11,12 +11,16 @@ import torch
 from PIL import Image
 
 from helpers.reference import ROOT
-from samoe_hf.evaluation import metrics
+from samoe_hf.evaluation import geometry, metrics
 
 SHARED = ROOT.parent / "shared"
 DAVIS = SHARED / "data" / "davis" / "Annotations" / "480p"
 DAVIS_FIGURES = SHARED / "reference" / "metrics"
 NAMES = ("j", "f", "dice", "boundary_iou")
+
+
+def masks_from_ids(id_maps, object_ids):
+    return id_maps[:, None] == np.reshape(object_ids, (1, -1, 1, 1))
 
 
 # --- Straightforward scores of one pair of masks, on whole frames
@@ -142,7 +146,7 @@ def test_id_maps_agree_with_loop(shape):
     prediction[2:] = target[2:]
     prediction[2:, 1::7] = 0  # thin cuts: many boundaries that differ a little
     scores = metrics.score_video(prediction, target, object_ids=(1, 2, 3, 4))
-    masks = [metrics.masks_from_ids(video, scores.object_ids) for video in (prediction, target)]
+    masks = [masks_from_ids(video, scores.object_ids) for video in (prediction, target)]
     for name in NAMES:
         np.testing.assert_allclose(getattr(scores, name), loop(name, *masks), rtol=0, atol=1e-12, err_msg=name)
 
@@ -163,7 +167,7 @@ def test_overlapping_masks_agree_with_loop():
 def test_id_maps_and_masks_agree():
     prediction, target = (ellipses(5, 3, 40, 60, seed=seed) for seed in (0, 1))
     by_id = metrics.score_video(torch.from_numpy(prediction), target.astype(np.int64), object_ids=(3, 1))
-    by_mask = metrics.score_video(*(metrics.masks_from_ids(video, (3, 1)) for video in (prediction, target)), (3, 1))
+    by_mask = metrics.score_video(*(masks_from_ids(video, (3, 1)) for video in (prediction, target)), (3, 1))
     for name in NAMES:
         np.testing.assert_array_equal(getattr(by_id, name), getattr(by_mask, name))
 
@@ -179,7 +183,7 @@ def test_speed():
     assert seconds < 2
 
     frames = [0, 33]
-    masks = [metrics.masks_from_ids(video[frames], scores.object_ids) for video in (prediction, target)]
+    masks = [masks_from_ids(video[frames], scores.object_ids) for video in (prediction, target)]
     start = time.process_time()
     expected = [loop(name, *masks) for name in ("j", "f")]
     loop_seconds = (time.process_time() - start) * len(target) / len(frames)
@@ -230,7 +234,7 @@ def test_ids_that_skip():
 
 def test_negative_ids_are_background():
     target = squares(HERE).astype(np.int16)
-    assert metrics.object_ids_of(-target) == ()
+    assert metrics.score_video(-target, -target).object_ids == ()
     assert metrics.score_video(np.where(target == 0, -1, target), target).j.item() == 1
 
 
@@ -266,16 +270,6 @@ def test_other_size_is_refused():
 def test_wrong_arguments_are_refused(prediction, arguments, message):
     with pytest.raises(ValueError, match=message):
         metrics.score_video(prediction, squares(HERE), **arguments)
-
-
-def test_stack_frames():
-    frames = {f"{n:05d}": np.full((4, 5), n) for n in range(5)}
-    assert metrics.stack_frames(frames, ["00000", "00004"])[:, 0, 0].tolist() == [0, 4]
-    with pytest.raises(ValueError, match="2 of 3 frames are missing: 00007, 00009"):
-        metrics.stack_frames(frames, ["00001", "00007", "00009"])
-    frames["00002"] = torch.zeros(8, 10)
-    with pytest.raises(ValueError, match=r"00002 has shape \(8, 10\), but frame 00001 \(4, 5\)"):
-        metrics.stack_frames(frames, ["00001", "00002"])
 
 
 # --- Sets of videos
@@ -434,7 +428,7 @@ def test_surface_dice_counts_spacing_and_area():
     assert metrics.surface_dice(wider, target, spacing, 0.5) == 1  # one voxel of half a millimetre off
     assert metrics.surface_dice(taller, target, spacing, 4.9) < 0.9  # one voxel of five millimetres off
     assert metrics.surface_dice(taller, target, spacing, 5.0) == 1
-    areas = metrics._surface(target.astype(bool), spacing)[1].sum()
+    areas = geometry.surface_points(target.astype(bool), spacing)[1].sum()
     assert areas == pytest.approx(2 * 10 * 10 + 4 * 10 * 15, rel=0.05)
 
 
@@ -451,7 +445,10 @@ def test_volume_dice_pools_slices():
     assert metrics.score_video(prediction, target).volume_dice == pytest.approx([2 * (36 + 18) / (72 + 108)])
 
 
-@pytest.mark.parametrize(("spacing", "tolerance"), [((1, 1), 1), ((1, 0, 1), 1), ((1, 1, 1), -1)])
+@pytest.mark.parametrize(
+    ("spacing", "tolerance"),
+    [((1, 1), 1), ((1, 0, 1), 1), ((1, 1, 1), -1), ((1, 1, math.nan), 1), ((1, 1, 1), math.nan)],
+)
 def test_wrong_spacing_is_refused(spacing, tolerance):
     with pytest.raises(ValueError, match="three positive spacings"):
         metrics.surface_dice(squares(HERE), squares(HERE), spacing, tolerance)

@@ -8,7 +8,7 @@ from helpers.results import assert_same_scores, perturbed, random_video
 from samoe_hf.data import Video
 from samoe_hf.evaluation.evaluate import score_predictions
 from samoe_hf.evaluation.run import Evaluation, EvaluationRun, choose_seeds, model_fingerprint
-from samoe_hf.evaluation.simulated_user import EvaluationPrompt
+from samoe_hf.evaluation.simulated_user import PromptStrategy
 
 
 def scored(video, seed=42):
@@ -91,7 +91,7 @@ def test_fingerprints_tell_models_apart(nano):
 
 
 def test_seeds_are_those_of_the_original():
-    point, mask = EvaluationPrompt.parse("point:5"), EvaluationPrompt.parse("mask")
+    point, mask = PromptStrategy.parse("point:5"), PromptStrategy.parse("mask")
     assert choose_seeds(point, 10) == [42, 1042, 2042, 3042, 4042, 5042, 6042, 7042, 8042, 9042]
     assert choose_seeds(mask, 10) == [None]
     with pytest.raises(ValueError, match="`seeds` must be at least 1, got 0"):
@@ -101,5 +101,5 @@ def test_seeds_are_those_of_the_original():
 def test_videos_of_one_name_are_refused(tmp_path):
     videos = [random_video(0, domain="a"), random_video(0, domain="b"), random_video(0, domain="a")]
     with pytest.raises(ValueError, match="Two videos are called a/video 0"):
-        Evaluation(videos, {}, tmp_path, EvaluationPrompt("mask"))
-    Evaluation(videos[:2], {}, tmp_path, EvaluationPrompt("mask"))
+        Evaluation(videos, {}, tmp_path, PromptStrategy("mask"))
+    Evaluation(videos[:2], {}, tmp_path, PromptStrategy("mask"))

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from samoe_hf.data import SyntheticVideos, Video
-from samoe_hf.evaluation.simulated_user import EvaluationPrompt, SimulatedUser, click_on_error, sample_points
+from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser, click_on_error, sample_points
 from samoe_hf.model.processor import build_processor
 
 
 @pytest.mark.parametrize("text", ["mask", "box", "point:1", "point:5", "clicks:3", "clicks:3@8", "clicks:1@2:offline"])
 def test_prompts_are_written_as_they_are_read(text):
-    prompt = EvaluationPrompt.parse(text)
+    prompt = PromptStrategy.parse(text)
     assert str(prompt) == text and prompt.is_random == text.startswith("point")
 
 
 def test_short_forms_of_prompts():
-    assert EvaluationPrompt.parse("point") == EvaluationPrompt("point", 1)
-    assert str(EvaluationPrompt.parse("clicks:4@1:offline")) == "clicks:4"
+    assert PromptStrategy.parse("point") == PromptStrategy("point", 1)
+    assert str(PromptStrategy.parse("clicks:4@1:offline")) == "clicks:4"
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_short_forms_of_prompts():
 )
 def test_other_prompts_are_refused(text):
     with pytest.raises(ValueError, match=r"`prompt` must be mask, box, point.*got"):
-        EvaluationPrompt.parse(text)
+        PromptStrategy.parse(text)
 
 
 # --- Clicks
@@ -133,7 +133,7 @@ def squares(num_frames, absent=()):
 
 def track(video, prompt, predict, seed=42, overlapping=False):
     model = ScriptedModel(predict)
-    user = SimulatedUser(model, ScriptedProcessor(), video, EvaluationPrompt.parse(prompt), seed)
+    user = SimulatedUser(model, ScriptedProcessor(), video, PromptStrategy.parse(prompt), seed)
     return user, list(user.track(overlapping))
 
 
@@ -249,7 +249,7 @@ def video():
 
 def test_clicks_reach_the_model_all_together_with_its_mask(nano, video):
     processor = build_processor(nano.model.config)
-    user = SimulatedUser(nano.model, processor, video, EvaluationPrompt.parse("clicks:3@2"))
+    user = SimulatedUser(nano.model, processor, video, PromptStrategy.parse("clicks:3@2"))
     frames = list(user.track())
     assert frames[3].masks.shape == (len(video.object_ids), 96, 128) and np.isfinite(frames[3].scores).all()
     for object_id in video.object_ids:
@@ -272,8 +272,25 @@ def test_objects_that_need_no_more_clicks_are_left_alone():
         clicks = {3: 2, 7: 1}[object_id] if frame_idx == 3 else 0
         return video.masks(frame_idx, [object_id])[0] & (len(given) >= clicks)
 
-    user = SimulatedUser(ScriptedModel(predict), ScriptedProcessor(), video, EvaluationPrompt.parse("clicks:3@2"), 0)
+    user = SimulatedUser(ScriptedModel(predict), ScriptedProcessor(), video, PromptStrategy.parse("clicks:3@2"), 0)
     frames = list(user.track())
     assert frames[3].masks.any(axis=(1, 2)).all()
     assert [given.object_id for given in user.given if given.frame_idx == 3] == [3, 7, 3]
     assert user.model.calls.count(3) == 2 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    "fields", [("masks",), ("mask", 2), ("box", 1, 3), ("point", 0), ("point", 3, 2), ("clicks", 3, 1, True)]
+)
+def test_strategies_that_mean_nothing_are_refused(fields):
+    with pytest.raises(ValueError, match="`prompt` must be mask, box"):
+        PromptStrategy(*fields)
+
+
+def test_predictions_that_are_not_numbers_are_an_error():
+    """A mask would be empty where its logits are NaN, and its score 0."""
+    video = squares(3)
+    model = ScriptedModel(lambda frame_idx, *_: np.full((32, 48), np.nan if frame_idx else 1.0))
+    user = SimulatedUser(model, ScriptedProcessor(), video, PromptStrategy("mask"))
+    with pytest.raises(ValueError, match=r"the model predicts NaN on frame 1, in torch\.float32"):
+        list(user.track())
