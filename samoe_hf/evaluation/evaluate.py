@@ -21,7 +21,7 @@ from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 from .metrics import VideoScores, counted_frames, score_video, surface_dice
-from .simulated_user import PromptStrategy, PredictedFrame, SimulatedUser
+from .simulated_user import PredictedFrame, PromptStrategy, SimulatedUser
 
 SURFACE_TOLERANCE = 2.0  # mm
 

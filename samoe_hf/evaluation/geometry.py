@@ -79,7 +79,7 @@ def compare_labels(
 
 
 def ball_runs(radius: float, spacing: Sequence[float], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """The ball around a point: offsets of keys within `radius` as runs along the last axis, (shift, half length), the nearest runs first."""
+    """Offsets of keys within `radius` as runs along the last axis, (shift, half length), the nearest runs first."""
     slack = 1 + 1e-9  # a distance equal to the radius is within it, whatever the rounding
     reaches = [math.floor(radius * slack / step) for step in spacing[:-1]]
     runs = []
@@ -94,8 +94,11 @@ def ball_runs(radius: float, spacing: Sequence[float], strides: Sequence[int]) -
 def near_points(keys: np.ndarray, others: np.ndarray, runs: list[tuple[int, int]]) -> np.ndarray:
     """Which keys have one of `others` (sorted) within the ball, bool.
 
-    `runs` are of [`ball_runs`]. This is what dilating the others by the ball and looking up the keys would give, but it touches boundary points
+    This is what dilating the others by the ball and looking up the keys would give, but it touches boundary points
     alone, and most of them find a partner in the first runs.
+
+    Args:
+        runs: of the ball, see [`ball_runs`].
     """
     near = np.zeros(len(keys), dtype=bool)
     left = np.arange(len(keys) if len(others) else 0)
