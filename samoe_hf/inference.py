@@ -93,7 +93,7 @@ class VideoPrompt:
             x0, y0, x1, y1 = self.box
             if not (-math.inf < x0 <= x1 < math.inf and -math.inf < y0 <= y1 < math.inf):
                 raise ValueError(
-                    f"The box {self.box} of {subject} must be finite (x0, y0, x1, y1), x0 <= x1, y0 <= y1."
+                    f"The box {self.box} of {subject} must be (x0, y0, x1, y1), finite, x0 <= x1 and y0 <= y1."
                 )
             if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
                 raise ValueError(
