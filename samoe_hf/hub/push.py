@@ -3,11 +3,13 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub.errors import HTTPError
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -31,29 +33,31 @@ def push(
     model: SamoeModel,
     repo_id: str,
     *,
-    experts_only: bool,
-    base_model: str | None,
-    processor: Any,
     card: Mapping[str, Any] | None,
     tags: list[str] | None,
-    max_shard_size: int | str,
     commit: Mapping[str, Any],
     private: bool | None,
     token: bool | str | None,
     revision: str | None,
+    **options: Any,
 ) -> CommitInfo:
-    """Saves a model in a temporary folder and uploads it in one commit; see `SamoeModel.push_to_hub`."""
-    if experts_only and base_model is None:
+    """Saves a model in a temporary folder and uploads it in one commit; see `SamoeModel.push_to_hub`.
+
+    Args:
+        card: fields of [`CardContent`]; with None, a card that the repository has stays.
+        commit: arguments of `HfApi.upload_folder`.
+        options: arguments of `SamoeModel.save_pretrained`.
+
+    Raises:
+        OSError: if the Hub refuses or cannot be reached.
+    """
+    experts_only = options["experts_only"]
+    if experts_only and options["base_model"] is None:
         check_base_is_public(model)
+    options["processor"] = options["processor"] or build_processor(model.config)
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(
-            folder,
-            experts_only=experts_only,
-            base_model=base_model,
-            processor=processor or build_processor(model.config),
-            max_shard_size=max_shard_size,
-        )
+    with tempfile.TemporaryDirectory() as folder, _connection_errors(repo_id):
+        model.save_pretrained(folder, **options)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -69,3 +73,14 @@ def push(
             delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "pytorch_model*.bin*"],
             **commit,
         )
+
+
+@contextmanager
+def _connection_errors(repo_id: str) -> Iterator[None]:
+    """Makes errors of the HTTP client, which are of no common class, an `OSError` that names the repository."""
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):  # an answer of the Hub
+            raise
+        raise OSError(f"{repo_id} was not uploaded: {constants.ENDPOINT} cannot be reached ({error}).") from error

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
@@ -67,6 +68,9 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
     If the block raises, `folder` is as it was before. Weights of an earlier save are removed when new ones come. The
     configuration, which names the other files, is moved last.
+
+    Raises:
+        OSError: if safetensors cannot be written, which safetensors reports by an exception of its own.
     """
     target = Path(folder)
     is_new = not target.exists()
@@ -84,6 +88,8 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
         for file in sorted(files, key=lambda file: str(file) == CONFIG_NAME):
             (target / file).parent.mkdir(exist_ok=True)
             os.replace(temporary / file, target / file)
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new and not any(target.iterdir()):

@@ -240,11 +240,20 @@ def save_original(
     }
     experts = {name: tensor for name, tensor in tensors.items() if is_expert_name(name)}
     base = {without_base_layer(name): tensor for name, tensor in tensors.items() if name not in experts}
-    torch.save({"model": tensors}, files["full"])
-    torch.save({"model": base}, files["base"])
-    torch.save({"model_state_dict": experts, "config": {"model_config": files["config"].name}}, files["experts"])
+    _save({"model": tensors}, files["full"])
+    _save({"model": base}, files["base"])
+    _save({"model_state_dict": experts, "config": {"model_config": files["config"].name}}, files["experts"])
     write_yaml(config, attentions, files["config"])
     return files
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        raise OSError(
+            f"{path} could not be written, the file is too large for the disk or its quota: {error}"
+        ) from error
 
 
 def _attentions_with_experts(config: SamoeConfig, state_dict: Mapping[str, Tensor]) -> list[str]:

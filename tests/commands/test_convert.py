@@ -1,5 +1,7 @@
 """`samoe convert`: there and back, uploads, and what it refuses."""
 
+import resource
+
 import pytest
 from transformers import AutoProcessor, Sam2VideoProcessor
 
@@ -81,3 +83,24 @@ main(["convert", checkpoint, "--config", config, "--output", output, "--push-to-
     for name in ("tester/first", "tester/second"):
         files = server.repositories[name].files
         assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= files.keys()
+
+
+@pytest.mark.parametrize("target", ["transformers", "original"])
+def test_a_full_disk_is_an_error_of_one_line(model_folder, tmp_path, target):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SystemExit, match=r"^error: .*output") as caught:
+            convert(model_folder, "--to", target, "--output", tmp_path / "output")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "too large" in caught.value.code, caught.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_without_a_network_is_an_error_of_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit, match=r"^error: me/x was not uploaded: http://127.0.0.1:9 cannot be reached"):
+        convert(CHECKPOINT, "--config", CONFIG, "--output", output, "--push-to-hub", "me/x")
+    assert (output / "model.safetensors").is_file()
