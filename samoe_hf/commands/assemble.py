@@ -19,8 +19,8 @@ import yaml
 from torch.utils.data import ConcatDataset
 
 from samoe_hf.continual.assemble import assemble, routed_right
-from samoe_hf.data import Video, load_videos
-from samoe_hf.data.registry import read_yaml
+from samoe_hf.data import Video
+from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.model.files import new_folder
 from samoe_hf.model.processor import load_processor
 
@@ -54,8 +54,9 @@ def load_domains(dataset: str) -> dict[str, list]:
             raise ValueError(f"`--dataset` must be a run's YAML file or {{kind: ...}}, got {dataset!r}.")
         sources = [source]
     domains: dict[str, list] = {}
-    for source in sources:
-        videos = load_videos(**{name: value for name, value in source.items() if name != "weight"})
+    for index, source in enumerate(sources):
+        entry = {k: v for k, v in source.items() if k != "weight"} if isinstance(source, dict) else source
+        videos = videos_from_entry(entry, f"train_data[{index}]")
         domains.setdefault(next(iter(videos)).domain, []).append(videos)
     if not domains:
         raise ValueError(f"`--dataset` {dataset} names no dataset in its `train_data`.")

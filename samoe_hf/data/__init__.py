@@ -1,7 +1,7 @@
 """Video segmentation data: readers for dataset layouts, one schema for all of them, and clips for training."""
 
-from .clips import ClipCollator, ClipDataset, ClipSampler
-from .mixing import ClipStream, MixedDataset
+from .clip_datasets import ClipDataset, ClipStream, MixedDataset
+from .clips import ClipCollator, ClipSampler
 from .registry import load_videos
 from .schema import FEATURES, Video, VideoList, to_datasets, video_from_row, videos_from_dataset
 from .synthetic import SYNTHETIC_DOMAINS, SyntheticVideos

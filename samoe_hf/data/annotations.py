@@ -50,7 +50,7 @@ class Annotations(ABC):
         return f"annotation of frame {frame}"
 
 
-class _IdMaps(Annotations):
+class _LabelMaps(Annotations):
     """Annotations that are one image of object ids per frame, 0 for background."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class _IdMaps(Annotations):
         return self.ids(frame)[None] == np.asarray(object_ids, dtype=np.int64)[:, None, None]
 
 
-class IdVolume(_IdMaps):
+class IdVolume(_LabelMaps):
     """Ids in memory, (T, H, W) of any integer dtype and not negative; all frames are annotated."""
 
     def __init__(self, ids: np.ndarray):
@@ -83,7 +83,7 @@ class IdVolume(_IdMaps):
         return self.volume[frame]
 
 
-class LabelImages(_IdMaps):
+class LabelImages(_LabelMaps):
     """One label image per annotated frame.
 
     Args:
@@ -165,7 +165,7 @@ class ObjectImages(Annotations):
     def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
         shown = {i: read_label_png(self.paths[i][frame]) > 0 for i in object_ids if frame in self.paths[i]}
         size = next(iter(shown.values())).shape if shown else read_label_png(self.source(frame)).shape
-        return _stack(shown, object_ids, size, self.source(frame))
+        return _stack_masks(shown, object_ids, size, self.source(frame))
 
     def source(self, frame: int) -> str:
         return str(next(paths[frame] for paths in self.paths.values() if frame in paths))
@@ -226,7 +226,7 @@ class RleMasks(Annotations):
 
     def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
         shown = {i: coco_mask.decode(self._checked(frame, i)).astype(bool) for i in object_ids if i in self.rles[frame]}
-        return _stack(shown, object_ids, self.size, self.source(frame))
+        return _stack_masks(shown, object_ids, self.size, self.source(frame))
 
     def _checked(self, frame: int, object_id: int) -> dict[str, Any]:
         """An object's mask on a frame, as pycocotools decodes it without reading or writing beyond its memory."""
@@ -320,7 +320,9 @@ def check_object_ids(object_ids: Collection[int], name: str = "") -> None:
         raise SampleError(f"{name}ids of objects must be different, not {list(object_ids)[:20]}")
 
 
-def _stack(shown: Mapping[int, np.ndarray], object_ids: Sequence[int], size: Sequence[int], name: str) -> np.ndarray:
+def _stack_masks(
+    shown: Mapping[int, np.ndarray], object_ids: Sequence[int], size: Sequence[int], name: str
+) -> np.ndarray:
     """Masks of the objects in order, (num_objects, H, W) bool, empty for those that are not shown."""
     masks = np.zeros((len(object_ids), *size), dtype=bool)
     for position, object_id in enumerate(object_ids):

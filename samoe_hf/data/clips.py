@@ -1,21 +1,15 @@
-"""Training clips: sampling of frames and objects, joint resizing, and collation.
-
-A clip depends on (seed, epoch, number of the draw) alone, whichever process or worker makes it, so that a resumed run
-sees the clips that the stopped one would have seen.
-"""
+"""Training clips: sampling of frames and objects, preparation for the model, and collation."""
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
@@ -24,8 +18,6 @@ from transformers import Sam2VideoProcessor
 from .options import check_types
 from .schema import Video
 from .video_io import SampleError
-
-logger = logging.getLogger(__name__)
 
 ClipTransform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[tv_tensors.Image, tv_tensors.Mask]]
 Clip = dict[str, Any]
@@ -92,7 +84,10 @@ class ClipSampler:
         raise SampleError(f"{video.video_id}: no object on any annotated frame that a clip could start from")
 
     def _candidates(self, length: int, rng: np.random.Generator) -> Iterator[list[int]]:
-        """Clips from every start in random order, those that need no reflection first, as positions 0 … length - 1."""
+        """Clips, as positions among `length` annotated frames, from every start in random order.
+
+        Those that fit come first, then those that are reflected at the end.
+        """
         steps = np.arange(self.num_frames) * self.stride
         fitting = max(length - int(steps[-1]), 0)
         for start in (*rng.permutation(fitting), *rng.permutation(np.arange(fitting, length))):
@@ -143,108 +138,6 @@ def resize_masks(masks: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Resizes (…, H, W) masks to a size (height, width) by the nearest pixel; returns (…, height, width) bool."""
     masks = tvf.resize(tv_tensors.Mask(masks), list(size), interpolation=InterpolationMode.NEAREST)
     return masks.as_subclass(torch.Tensor) > 0
-
-
-class SharedEpoch:
-    """An epoch in shared memory, so that persistent data loader workers see it change."""
-
-    def __init__(self) -> None:
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.share_memory_()  # a plain pickle forgets it
-
-    @property
-    def epoch(self) -> int:
-        """The epoch set last, 0 at first."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes every draw give another clip; to be called before the data loader is iterated."""
-        self._epoch.fill_(epoch)
-
-
-class ClipSource(SharedEpoch):
-    """An epoch, and what to do with samples that cannot be used.
-
-    Args:
-        on_error: "raise", or "skip", which logs and counts them.
-    """
-
-    def __init__(self, on_error: Literal["raise", "skip"] = "raise"):
-        super().__init__()
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f'on_error must be "raise" or "skip", not {on_error!r}')
-        self.on_error = on_error
-        self._skipped = torch.zeros(1024, dtype=torch.int64).share_memory_()  # a slot per worker needs no lock
-
-    @property
-    def num_skipped(self) -> int:
-        """Samples left out so far, in all workers."""
-        return int(self._skipped.sum())
-
-    def _raise_or_skip(self, error: Exception) -> None:
-        if self.on_error == "raise":
-            raise error
-        worker = get_worker_info()
-        self._skipped[0 if worker is None else worker.id + 1] += 1
-        logger.warning("skipped a sample, %d so far: %s", self.num_skipped, error)
-
-
-class ClipDataset(ClipSource, Dataset):
-    """Clips of a sequence of videos, `clips_per_video` of each per epoch.
-
-    Args:
-        videos: a list or a lazy sequence of `Video`, such as `load_videos` returns.
-        processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
-        seed: with the epoch and the index, decides a clip.
-        clips_per_video: how often an epoch goes through the videos.
-        on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and replaced by
-            one from the next video.
-        sampling: the further arguments of `ClipSampler`.
-
-    Raises:
-        SampleError: on access, a damaged file or a video without objects; names it. When skipping, only where no video
-            can be used.
-    """
-
-    def __init__(
-        self,
-        videos: Sequence[Video],
-        processor: Sam2VideoProcessor,
-        *,
-        seed: int = 0,
-        clips_per_video: int = 1,
-        on_error: Literal["raise", "skip"] = "raise",
-        **sampling: Any,
-    ):
-        super().__init__(on_error)
-        check_types(ClipDataset, {"seed": seed, "clips_per_video": clips_per_video}, "clips")
-        if len(videos) == 0:
-            raise ValueError("a dataset without videos")
-        if seed < 0 or clips_per_video < 1:
-            raise ValueError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
-        self.videos, self.seed, self.clips_per_video = videos, seed, clips_per_video
-        self.sampler = ClipSampler(processor, **sampling)
-
-    def __len__(self) -> int:
-        return len(self.videos) * self.clips_per_video
-
-    def __getitem__(self, index: int) -> Clip:
-        return self.draw(range(len(self))[index])
-
-    def draw(self, number: int) -> Clip:
-        """The clip of a draw, any number from 0: video `number % len(videos)`, another clip for each number."""
-        for attempt in range(len(self.videos)):
-            try:
-                video = self.videos[(number + attempt) % len(self.videos)]
-                return self.sampler(video, (self.seed, self.epoch, number))
-            except (SampleError, OSError) as error:
-                self._raise_or_skip(error)
-        raise SampleError(f"none of the {len(self.videos)} videos can be used, see the log")
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,10 @@ class MaskFiles:
         return id_map[None] == np.asarray(ids, dtype=np.int64)[:, None, None]
 
     def check(self, video: Video, frames: Sequence[int]) -> None:
-        """Looks whether there is a prediction for each of the frames.
+        """Checks that each of the frames has a prediction.
 
         Raises:
-            FileNotFoundError: if not; names what is missing.
+            FileNotFoundError: some have none; names them.
         """
         paths = [path for frame in frames for path in self.paths(video, frame, video.object_ids)]
         missing = [str(path.relative_to(self.folder)) for path in paths if not path.is_file()]

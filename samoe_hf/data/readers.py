@@ -54,7 +54,7 @@ def read_davis(
     frames, lists = root / "JPEGImages" / resolution, root / "ImageSets" / str(year)
     if year == 2016 and not lists.is_dir():
         lists = root / "ImageSets" / resolution  # where DAVIS 2016 itself has its lists
-    names = _listed(lists / f"{split}.txt") if split else _subfolders(frames)
+    names = _read_list(lists / f"{split}.txt") if split else _folder_names(frames)
     entries = {name: (frames / name, root / "Annotations" / resolution / name) for name in names}
     return VideoList(entries, partial(_open_labelled, domain, year == 2016))
 
@@ -74,15 +74,15 @@ def read_vos(root: str | Path, split: str | None = None, domain: str = "vos", bi
     if split and (root / split).is_dir():
         root = root / split
     elif split:
-        names = _listed(root / "ImageSets" / f"{split}.txt")
-    names = names or _subfolders(root / "JPEGImages")
+        names = _read_list(root / "ImageSets" / f"{split}.txt")
+    names = names or _folder_names(root / "JPEGImages")
     entries = {name: (root / "JPEGImages" / name, root / "Annotations" / name) for name in names}
     return VideoList(entries, partial(_open_labelled, domain, binary))
 
 
 def _open_labelled(domain: str, binary: bool, video_id: str, folders: tuple[Path, Path]) -> Video:
     frames = ImageFrames(image_paths(folders[0]))
-    labels = LabelImages(_by_frame(frames, image_paths(folders[1])), binary)
+    labels = LabelImages(_match_to_frames(frames, image_paths(folders[1])), binary)
     return Video(video_id, frames, labels, domain)
 
 
@@ -98,7 +98,7 @@ def read_sa_v_val(root: str | Path, split: str = "sav_val", domain: str = "sa_v"
     """
     root = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
     frames = root / "JPEGImages_24fps"
-    names = _listed(root / f"{split}.txt") if (root / f"{split}.txt").is_file() else _subfolders(frames)
+    names = _read_list(root / f"{split}.txt") if (root / f"{split}.txt").is_file() else _folder_names(frames)
     entries = {name: (frames / name, root / "Annotations_6fps" / name) for name in names}
     return VideoList(entries, partial(_open_per_object, domain))
 
@@ -106,10 +106,12 @@ def read_sa_v_val(root: str | Path, split: str = "sav_val", domain: str = "sa_v"
 def _open_per_object(domain: str, video_id: str, folders: tuple[Path, Path]) -> Video:
     frames = ImageFrames(image_paths(folders[0]))
     paths = {}
-    for name in _subfolders(folders[1]):
+    for name in _folder_names(folders[1]):
         if not name.isdecimal():
             raise SampleError(f"{folders[1] / name}: an object's folder must be named by its number")
-        paths[int(name) + 1] = _by_frame(frames, image_paths(folders[1] / name))
+        if int(name) + 1 in paths:
+            raise SampleError(f"{folders[1] / name}: another folder has the same number")
+        paths[int(name) + 1] = _match_to_frames(frames, image_paths(folders[1] / name))
     return Video(video_id, frames, ObjectImages(paths), domain)
 
 
@@ -121,8 +123,8 @@ def read_sa_v(
 ) -> VideoList:
     """SA-V training: `<video>.mp4` with COCO-RLE masklets in `<video>_manual.json` or `<video>_auto.json`.
 
-    An object's id is its place in the file plus 1. As in SAM 2's code, a frame for which an object has no masklet entry
-    counts as unannotated.
+    An object's id is its position in the file plus 1. As in SAM 2's code, a frame for which an object has no masklet
+    entry counts as unannotated.
 
     Args:
         root: searched at any depth.
@@ -131,7 +133,7 @@ def read_sa_v(
         frame_step: video frames per annotated frame (24 and 6 per second).
     """
     suffix = f"_{annotations}.json"
-    files = sorted(_existing(root).rglob(f"*{suffix}"))
+    files = sorted(_check_folder(root).rglob(f"*{suffix}"))
     if not files:
         raise FileNotFoundError(f"{root}: no files *{suffix}")
     if frame_step < 1:
@@ -178,10 +180,10 @@ def read_ocid(
         root: `ARID10`, `ARID20`, `YCB10` or the folder of them.
         split: all sequences by default.
         domain: name for routing and metrics.
-        ignore_ids: labels that are no objects. In OCID, 1 is the floor, or the table where there is one and 2 then; the
-            original counts them as objects, and so does the default.
+        ignore_ids: labels that are no objects, such as OCID's floor and table (1 and 2). The original counts them as
+            objects, and so does the default.
     """
-    root = _existing(root)
+    root = _check_folder(root)
     found = {
         p.parent.relative_to(root).as_posix(): p.parent for p in root.rglob("rgb") if (p.parent / "label").is_dir()
     }
@@ -207,7 +209,7 @@ def _ocid_split(names: list[str], split: str | None) -> list[str]:
 
 def _open_ocid(domain: str, ignore_ids: frozenset[int], video_id: str, folder: Path) -> Video:
     frames = ImageFrames(image_paths(folder / "rgb"))
-    paths = _by_frame(frames, image_paths(folder / "label"))
+    paths = _match_to_frames(frames, image_paths(folder / "label"))
     placed = set(np.unique(read_label_png(paths[max(paths)])).tolist())
     return Video(video_id, frames, LabelImages(paths, object_ids=placed - {0} - ignore_ids), domain)
 
@@ -267,7 +269,7 @@ def _open_coco(domain: str, folder: Path, file_name: str, entry: tuple[dict, lis
     return Video(file_name, frames, masks, domain)
 
 
-def _by_frame(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:
+def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:
     """Frame index -> label image, matched by the files' names."""
     index = {name: i for i, name in enumerate(frames.names)}
     if len(index) < len(frames):
@@ -279,21 +281,22 @@ def _by_frame(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:
     return {i: path for path, i in paths.items() if i is not None}
 
 
-def _existing(folder: str | Path) -> Path:
+def _check_folder(folder: str | Path) -> Path:
+    """The folder as a path; raises `FileNotFoundError` if there is none."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     return Path(folder)
 
 
-def _subfolders(folder: Path) -> list[str]:
+def _folder_names(folder: Path) -> list[str]:
     """Names of the folders within a folder, in natural order."""
-    names = [path.name for path in _existing(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
+    names = [path.name for path in _check_folder(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
     if not names:
         raise FileNotFoundError(f"{folder}: no folders in it")
     return sorted(names, key=natural_key)
 
 
-def _listed(path: Path) -> list[str]:
+def _read_list(path: Path) -> list[str]:
     """Videos in a split's list: one name per line, or (DAVIS 2016) the files of each frame."""
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"

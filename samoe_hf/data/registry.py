@@ -75,7 +75,7 @@ def load_videos(
 
     Raises:
         ValueError: an unknown kind, option or video (names the nearest known one), or a value of another type.
-        FileNotFoundError: there is nothing at root.
+        FileNotFoundError: root does not exist.
     """
     if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(f"unknown kind of dataset {kind!r}{nearest_name(kind, READERS)}")
@@ -106,14 +106,17 @@ def videos_from_entry(entry: Mapping[str, Any], owner: str) -> Sequence[Video]:
         raise ValueError(f"{owner} must be the arguments of `load_videos`, such as {{kind: davis}}, not {entry!r}")
     if "kind" not in entry:
         raise ValueError(f"{owner} names no `kind`, one of {', '.join(READERS)}, but {', '.join(map(repr, entry))}")
-    videos = load_videos(**{str(name): value for name, value in entry.items()})
+    try:
+        videos = load_videos(**{str(name): value for name, value in entry.items()})
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
     if not isinstance(videos, Sequence):
         raise ValueError(f"{owner}: videos that are streamed have no length; leave out `streaming`")
     return videos
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options by which a script is told its videos; see [`videos_from_arguments`]."""
+    """Adds the options of the command line that name videos; [`videos_from_arguments`] opens them."""
     parser.add_argument(
         "--dataset",
         required=True,
@@ -134,7 +137,7 @@ def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
 
     Raises:
         ValueError: an unknown kind, option or video, or options that do not go together.
-        FileNotFoundError: there is nothing at the root.
+        FileNotFoundError: the root does not exist.
     """
     if Path(arguments.dataset).suffix in (".yaml", ".yml"):
         for name in ("root", "split", "domain", "option"):
@@ -147,8 +150,8 @@ def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
     else:
         options = {}
         for text in arguments.option:
-            name, is_there, value = text.partition("=")
-            if not is_there:
+            name, equals_sign, value = text.partition("=")
+            if not equals_sign:
                 raise ValueError(f"`--option` must be NAME=VALUE, got {text!r}.")
             options[name] = parse_yaml(value, f"`--option {name}`")
         videos = list(load_videos(arguments.dataset, arguments.root, arguments.split, arguments.domain, **options))

@@ -153,7 +153,7 @@ class VideoList(Sequence):
         return self.open_entry(video_id, self.entries[video_id])
 
     def select(self, video_ids: Sequence[str]) -> VideoList:
-        """The videos with these ids, in this order; ValueError for one that is not there."""
+        """The videos with these ids, in this order; raises `ValueError` for an unknown id."""
         missing = [video_id for video_id in video_ids if video_id not in self.entries]
         if missing:
             raise ValueError(f"no videos {missing}; there are {self.video_ids[:10]}{'…' if len(self) > 10 else ''}")

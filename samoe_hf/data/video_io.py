@@ -153,10 +153,10 @@ def open_container(path: Path) -> Any:
     """
     options = {"format_whitelist": CONTAINER_FORMATS, "protocol_whitelist": "file"}
     container = av.open(f"file:{path}", options=options, metadata_errors="replace")
-    if not container.streams.video:
+    stream = next(iter(container.streams.video), None)
+    if stream is None or stream.codec_context is None:
         container.close()
-        raise SampleError(f"{path}: no video stream in this file")
-    stream = container.streams.video[0]
+        raise SampleError(f"{path}: no video stream in this file that can be decoded")
     stream.thread_type = "AUTO"
     if Image.MAX_IMAGE_PIXELS:
         stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
@@ -261,7 +261,7 @@ def read_video(path: str | Path) -> FrameSequence:
     """Opens a video file (any container and codec FFmpeg reads) or a folder of .jpg, .jpeg or .png frames.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the path does not exist.
         SampleError (a ValueError): an empty folder or a file that is no video; on access, also a frame that is
             damaged or whose size differs from the first one's.
     """

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import nibabel as nib
@@ -26,12 +27,14 @@ from helpers.layouts import (
     make_nifti,
     make_npz,
     make_sa_v,
+    make_sa_v_val,
     rle,
     save_frames,
     save_image,
 )
 from samoe_hf.data import (
     ClipDataset,
+    ClipStream,
     MixedDataset,
     SampleError,
     SyntheticVideos,
@@ -48,6 +51,7 @@ from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.data.video_io import ArrayFrames
+from samoe_hf.model.processor import build_processor
 
 
 def png(width, height):
@@ -327,6 +331,9 @@ def test_two_files_of_one_name_are_named(tmp_path):
     nib.save(nib.load(labels / "case.nii.gz"), labels / "case.nii")
     with pytest.raises(SampleError, match=r"case\.nii.*same name"):
         load_videos(**nifti)
+    save_image(tmp_path / "sav" / "Annotations_6fps" / "sav_1" / "0" / "00000.png", label_map((1, 2)))
+    with pytest.raises(SampleError, match=r"sav_1/0+: another folder has the same number"):
+        load_videos(**make_sa_v_val(tmp_path / "sav"))[0]
     (labels / "case.nii").unlink()
     (labels / "case.nii.json").write_text("{}")
     (labels / "._case.nii.gz").write_text("")
@@ -529,6 +536,17 @@ def test_rows_whose_parts_do_not_fit_are_named(change):
         video = video_from_row(row)
         assert video.frames[0].shape == (4, 4, 3)
         video.masks(0)
+
+
+def test_a_stream_goes_on_after_a_row_that_is_no_video():
+    videos = [Video.from_arrays(name, np.zeros((2, 8, 8), np.uint8), np.ones((2, 1, 8, 8), bool)) for name in "abc"]
+    rows = list(to_datasets(videos, streaming=True))
+    rows[1]["spacing"] = [0.0, 1.0, 1.0]
+    processor = build_processor(SimpleNamespace(image_size=16))
+    stream = ClipStream(map(video_from_row, rows), processor, num_frames=2, on_error="skip")
+    assert [clip["video_id"] for clip in stream] == ["a", "c"] and stream.num_skipped == 1
+    with pytest.raises(SampleError, match="b: spacing"):
+        list(ClipStream(map(video_from_row, rows), processor, num_frames=2))
 
 
 def test_ids_in_memory_are_different_and_above_0():

@@ -1,21 +1,131 @@
-"""Several datasets at once, and datasets that are streamed."""
+"""Datasets of clips: of one set of videos, of several in given proportions, and of a stream.
+
+A clip depends on (seed, epoch, number of the draw) alone, whichever process or worker makes it, so that a resumed run
+sees the clips that the stopped one would have seen.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import Sam2VideoProcessor
 
-from .clips import Clip, ClipDataset, ClipSampler, ClipSource, SharedEpoch
+from .clips import Clip, ClipSampler
 from .options import check_types
 from .schema import Video
 from .video_io import SampleError
+
+logger = logging.getLogger(__name__)
+
+
+class SharedEpoch:
+    """An epoch in shared memory, so that persistent data loader workers see it change."""
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()  # a plain pickle forgets it
+
+    @property
+    def epoch(self) -> int:
+        """The epoch set last, 0 at first."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes every draw give another clip; to be called before the data loader is iterated."""
+        self._epoch.fill_(epoch)
+
+
+class SkippingDataset(SharedEpoch):
+    """A dataset with an epoch that raises or skips samples that cannot be used, and counts what it skipped.
+
+    Args:
+        on_error: "raise", or "skip", which logs and counts them.
+    """
+
+    def __init__(self, on_error: Literal["raise", "skip"] = "raise"):
+        super().__init__()
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'on_error must be "raise" or "skip", not {on_error!r}')
+        self.on_error = on_error
+        self._skipped = torch.zeros(1024, dtype=torch.int64).share_memory_()  # a slot per worker needs no lock
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples left out so far, in all workers."""
+        return int(self._skipped.sum())
+
+    def _raise_or_skip(self, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        worker = get_worker_info()
+        self._skipped[0 if worker is None else worker.id + 1] += 1
+        logger.warning("skipped a sample, %d so far: %s", self.num_skipped, error)
+
+
+class ClipDataset(SkippingDataset, Dataset):
+    """Clips of a sequence of videos, `clips_per_video` of each per epoch.
+
+    Args:
+        videos: a list or a lazy sequence of `Video`, such as `load_videos` returns.
+        processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
+        seed: with the epoch and the index, decides a clip.
+        clips_per_video: how often an epoch goes through the videos.
+        on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and replaced by
+            one from the next video.
+        sampling: the further arguments of `ClipSampler`.
+
+    Raises:
+        SampleError: on access, a damaged file or a video without objects; names it. When skipping, only where no video
+            can be used.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        processor: Sam2VideoProcessor,
+        *,
+        seed: int = 0,
+        clips_per_video: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+        **sampling: Any,
+    ):
+        super().__init__(on_error)
+        check_types(ClipDataset, {"seed": seed, "clips_per_video": clips_per_video}, "clips")
+        if len(videos) == 0:
+            raise ValueError("a dataset without videos")
+        if seed < 0 or clips_per_video < 1:
+            raise ValueError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
+        self.videos, self.seed, self.clips_per_video = videos, seed, clips_per_video
+        self.sampler = ClipSampler(processor, **sampling)
+
+    def __len__(self) -> int:
+        return len(self.videos) * self.clips_per_video
+
+    def __getitem__(self, index: int) -> Clip:
+        return self.draw(range(len(self))[index])
+
+    def draw(self, number: int) -> Clip:
+        """The clip of a draw, any number from 0: video `number % len(videos)`, another clip for each number."""
+        for attempt in range(len(self.videos)):
+            try:
+                video = self.videos[(number + attempt) % len(self.videos)]
+                return self.sampler(video, (self.seed, self.epoch, number))
+            except (SampleError, OSError) as error:
+                self._raise_or_skip(error)
+        raise SampleError(f"none of the {len(self.videos)} videos can be used, see the log")
 
 
 class MixedDataset(SharedEpoch, Dataset):
@@ -53,8 +163,7 @@ class MixedDataset(SharedEpoch, Dataset):
         self.length = sum(len(dataset) for dataset in datasets.values()) if length is None else length
         if self.length < 1 or seed < 0:
             raise ValueError(f"length must be at least 1 and seed 0, not {self.length} and {seed}")
-        shares = np.array([weights[name] for name in datasets], dtype=np.float64)
-        self.counts = _apportion(shares / shares.sum(), self.length)
+        self.counts = _apportion(np.array([float(weights[name]) for name in datasets]), self.length)
         self._plan: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -90,15 +199,15 @@ class MixedDataset(SharedEpoch, Dataset):
         return rng.permutation(np.concatenate(rows))
 
 
-def _apportion(shares: np.ndarray, total: int) -> list[int]:
-    """Whole numbers in proportion to shares (largest remainder), whose sum is total."""
-    exact = shares * total
+def _apportion(weights: np.ndarray, total: int) -> list[int]:
+    """Whole numbers in proportion to weights, whose sum is total; the largest remainders are rounded up."""
+    exact = weights / weights.sum() * total
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
     return counts.tolist()
 
 
-class ClipStream(ClipSource, IterableDataset):
+class ClipStream(SkippingDataset, IterableDataset):
     """One clip of every video of a stream, for sets larger than the disk.
 
     A clip depends on (seed, epoch, video id). Data loader workers share out the stream's shards, as `datasets` does.
@@ -134,7 +243,15 @@ class ClipStream(ClipSource, IterableDataset):
             self.videos.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Clip]:
-        for video in self.videos:
+        videos = iter(self.videos)
+        while True:
+            try:
+                video = next(videos)  # a row that is no video is a SampleError; the stream goes on after it
+            except StopIteration:
+                return
+            except SampleError as error:
+                self._raise_or_skip(error)
+                continue
             try:
                 clip = self.sampler(video, (self.seed, self.epoch, zlib.crc32(video.video_id.encode())))
             except (SampleError, OSError) as error:

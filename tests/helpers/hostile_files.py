@@ -1,0 +1,296 @@
+"""Small datasets of every kind, damaged at random and read in a process of little memory and time."""
+
+import copy
+import gzip
+import json
+import random
+import resource
+import shutil
+import signal
+import struct
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from helpers import layouts
+from samoe_hf.data import load_videos, read_video, write_video
+from samoe_hf.data.registry import read_yaml, videos_from_entry
+from samoe_hf.data.schema import Video
+
+GIGABYTE, SECONDS = 2**30, 5
+ABSURD = [
+    None, True, -1, 0, 1, 1.5, 10**6, 10**12, 10**30, 1e308, float("nan"), float("inf"), "", "x", "é\0", "1" * 300,
+    "../../x", "/etc/passwd", [], [[]], {}, [None], {"size": [10**6, 10**6], "counts": "1"}, [[1e9, -1e9] * 5],
+]  # fmt: skip
+
+
+def make_yaml(root: Path) -> dict:
+    root.mkdir(parents=True)
+    (root / "run.yaml").write_text(
+        "eval_data:\n  - {kind: synthetic, num_videos: 2, num_frames: 2, image_size: [16, 16]}\nlearning_rate: 1.0e-4\n"
+    )
+    return {"yaml": root / "run.yaml"}
+
+
+def make_video(root: Path) -> dict:
+    root.mkdir(parents=True)
+    write_video(root / "clip.mp4", (np.full((*layouts.SIZE, 3), 20 * i, np.uint8) for i in range(6)))
+    return {"video": root / "clip.mp4"}
+
+
+def make_matroska(root: Path) -> dict:
+    root.mkdir(parents=True)
+    write_video(root / "clip.mkv", (np.full((*layouts.SIZE, 3), 20 * i, np.uint8) for i in range(6)))
+    return {"video": root / "clip.mkv"}
+
+
+MAKERS: dict[str, Callable[[Path], dict]] = {
+    "frames": layouts.make_frames,
+    "davis": layouts.make_davis,
+    "sa_v_val": layouts.make_sa_v_val,
+    "sa_v": layouts.make_sa_v,
+    "ocid": layouts.make_ocid,
+    "npz": layouts.make_npz,
+    "nifti": lambda root: layouts.make_nifti(root, ".nii"),
+    "nifti_gz": layouts.make_nifti,
+    "coco": layouts.make_coco,
+    "dataset": layouts.make_dataset,
+    "yaml": make_yaml,
+    "video": make_video,
+    "matroska": make_matroska,
+}
+
+
+# --- damage: each takes bytes and a random generator, and returns other bytes
+
+
+def truncate(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def flip_bits(data: bytes, rng: random.Random) -> bytes:
+    damaged = bytearray(data)
+    start = rng.choice([0, 0, max(len(data) - 2000, 0)])  # headers are at the start, tables of MP4 and ZIP at the end
+    for _ in range(rng.choice([1, 3, 10, 50])):
+        damaged[rng.randrange(start, min(start + 2000, len(data)))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+def overwrite(data: bytes, rng: random.Random) -> bytes:
+    damaged, start = bytearray(data), rng.randrange(max(min(len(data), 600) - 8, 1))
+    length = rng.choice([1, 2, 4, 8])
+    damaged[start : start + length] = rng.choice([b"\xff", b"\0", b"\x7f", b"\x80"]) * length
+    return bytes(damaged)
+
+
+def swap_header(data: bytes, rng: random.Random) -> bytes:
+    headers = [
+        b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF", b"PK\x03\x04", b"\x1f\x8b\x08\0", b"\0\0\0\x20ftypisom",
+        b"GIF89a\xff\xff\xff\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n(%pipe%touch executed) (w) file\n", b"#EXTM3U\n",
+        b"ffconcat version 1.0\nfile x\n", b"\x93NUMPY\x01\0", b"\x80\x04cos\nsystem\n", 
+        b"RIFF\xff\xff\xff\xffWEBPVP8 ",
+    ]  # fmt: skip
+    header = rng.choice(headers)
+    return header + data[len(header) :]
+
+
+def replace(data: bytes, rng: random.Random) -> bytes:
+    return rng.choice([b"", b"\0" * 5000, b"text\n" * 300, rng.randbytes(3000), b"[" * 100_000, b"\xff\xfe" * 400])
+
+
+def duplicate(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data))
+    return data[:start] + data[start : start + 300] * rng.choice([2, 50]) + data[start:]
+
+
+def damage_png(data: bytes, rng: random.Random) -> bytes:
+    """Another size, depth or type of colour, with the right check sum."""
+    size = rng.choice([(100_000, 100_000), (2**31 - 1, 1), (0, 5), (9000, 9000), (13_000, 13_000), (32, 25)])
+    depth, colour, interlace = rng.choice([1, 2, 4, 8, 16, 9]), rng.choice([0, 2, 3, 4, 6, 7]), rng.choice([0, 1, 2])
+    header = b"IHDR" + struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, interlace)
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def damage_json(data: bytes, rng: random.Random) -> bytes:
+    """Absurd values in one to three places."""
+    content = copy.deepcopy(json.loads(data))
+    for _ in range(rng.choice([1, 1, 3])):
+        node = content
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = rng.choice(keys)
+            if isinstance(node[key], (dict, list)) and rng.random() < 0.85:
+                node = node[key]
+            else:
+                node[key] = rng.choice(ABSURD)
+                break
+    return json.dumps(content).encode()
+
+
+def damage_npz(path: Path, rng: random.Random) -> None:
+    """Headers of arrays that declare other shapes and types, objects, and zeros that take much more than their file."""
+    shape = rng.choice(
+        [(4, 24, 32), (10**5, 10**5, 10**5), (2**62, 4, 4), (-1, 24, 32), (4,), (4, 24, 32, 3), (0, 24, 32)]
+    )
+    descr = rng.choice(["|u1", "<i8", "<f8", "<f2", "|O", "<c16", "|S5", "<M8[s]", "|b1", ">i4"])
+    damaged = rng.choice(["imgs", "gts", "spacing", "both", "bomb"])
+    arrays = {"imgs": ((4, 24, 32), "<i2"), "gts": ((4, 24, 32), "|u1"), "spacing": ((3,), "<f8")}
+    if damaged == "bomb":
+        shape, descr = (600, 600, 600), "|u1"
+    for name in ("imgs", "gts") if damaged in ("both", "bomb") else (damaged,):
+        arrays[name] = (shape, descr)
+    method = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if damaged == "bomb" else method, compresslevel=1) as archive:
+        for name, (shape, descr) in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                header = {"shape": shape, "descr": descr, "fortran_order": rng.random() < 0.3}
+                np.lib.format.write_array_header_1_0(file, header)
+                for _ in range(206 if damaged == "bomb" and name != "spacing" else 1):
+                    file.write(b"\0" * 2**20 if damaged == "bomb" else rng.randbytes(rng.choice([100, 24_576])))
+
+
+def damage_nifti(path: Path, rng: random.Random) -> None:
+    """Absurd values in a header's fields."""
+    is_packed = path.suffix == ".gz"
+    data = bytearray(gzip.decompress(path.read_bytes()) if is_packed else path.read_bytes())
+    fields = {
+        "sizeof_hdr": (0, "<i"), "dim0": (40, "<h"), "dim": (42, "<3h"), "datatype": (70, "<h"), "bitpix": (72, "<h"),
+        "pixdim": (76, "<4f"), "vox_offset": (108, "<f"), "slope": (112, "<2f"), "qform": (252, "<2h"),
+        "srow": (280, "<12f"), "magic": (344, "<4s"), "extension": (348, "<4B2i"),
+    }  # fmt: skip
+    for _ in range(rng.choice([1, 2])):
+        offset, form = fields[rng.choice(list(fields))]
+        count = len(struct.unpack_from(form, data, offset))
+        integers = [0, -1, 1, 2, 7, 16, 32, 128, 255, 1024, 2304, 30_000, 32_767]
+        numbers = [0.0, -1.0, float("nan"), float("inf"), 1e30, 1e-30, 352.0, 1e9]
+        if form == "<4s":
+            values = [rng.choice([b"ni1\0", b"n+2\0", b"\0\0\0\0", b"n+1\0"])]
+        elif form == "<4B2i":
+            values = [1, 0, 0, 0, rng.choice([2**31 - 1, -16, 0, 16]), 6]
+        else:
+            values = [rng.choice(numbers if form[-1] == "f" else integers) for _ in range(count)]
+        struct.pack_into(form, data, offset, *values)
+    path.write_bytes(gzip.compress(data) if is_packed else data)
+
+
+YAML_TEXTS = [
+    "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\neval_data: [*c, *c]\n",
+    "eval_data: &x [*x]\n",
+    "eval_data: {kind: synthetic}\n",
+    "eval_data: [{knd: davis}]\n",
+    "eval_data: [{kind: synthetic, num_videos: 1.0e+12, num_frames: 2}]\n",
+    "eval_data: [{kind: synthetic, num_videos: .nan, num_frames: 2}]\n",
+    "eval_data: [{kind: frames, root: !!python/object/apply:os.system ['touch executed']}]\n",
+    "? [1, 2]\n: 3\n",
+    "eval_data: [{1: 2, kind: davis, root: /}]\n",
+    "a: 2001-99-99\n",
+    "a: !!binary x\n",
+]
+
+BYTES = [truncate, flip_bits, flip_bits, overwrite, overwrite, swap_header, replace, duplicate]
+
+
+def damage(root: Path, kind: str, rng: random.Random) -> str:
+    """Damages one or two files in place; returns what was done to which."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    done = []
+    for path in rng.sample(files, min(len(files), rng.choice([1, 1, 2]))):
+        if kind == "yaml" and rng.random() < 0.4:
+            path.write_text(rng.choice(YAML_TEXTS))
+            done.append(f"{path.name}: text")
+            continue
+        special = {".npz": damage_npz, ".nii": damage_nifti, ".gz": damage_nifti}.get(path.suffix)
+        if special is not None and rng.random() < 0.5:
+            special(path, rng)
+            done.append(f"{path.name}: {special.__name__}")
+            continue
+        changes = {".json": [damage_json] * 12, ".png": [damage_png] * 4}.get(path.suffix, [])
+        change = rng.choice([*BYTES, *changes])
+        path.write_bytes(change(path.read_bytes(), rng))
+        done.append(f"{path.name}: {change.__name__}")
+    return ", ".join(done)
+
+
+# --- reading
+
+
+def read(options: dict) -> None:
+    """Opens what there is and reads a part of it; asserts that it is plausible."""
+    if "video" in options:
+        frames = read_video(options["video"])
+        for index in (0, len(frames) - 1, len(frames) // 2):
+            assert frames[index].shape == (*frames.size, 3) and frames[index].dtype == np.uint8
+        return
+    if "yaml" in options:
+        entries = read_yaml(options["yaml"]).get("eval_data", [])
+        videos = [v for entry in entries for v in list(videos_from_entry(entry, str(options["yaml"])))[:2]]
+    else:
+        videos = load_videos(**options)
+    for i in range(min(len(videos), 2)):
+        check(videos[i])
+
+
+def check(video: Video) -> None:
+    ids = video.object_ids
+    assert all(isinstance(i, int) and i > 0 for i in ids) and len(set(ids)) == len(ids)
+    for frame in {0, len(video) - 1}:
+        pixels = video.frames[frame]
+        assert pixels.shape == (*video.size, 3) and pixels.dtype == np.uint8
+    for frame in video.annotated_frames[:2] + video.annotated_frames[-1:]:
+        visible = video.visible(frame)
+        masks = video.masks(frame, visible[:3])
+        assert set(visible) <= set(ids) and masks.shape == (len(visible[:3]), *video.size) and masks.dtype == bool
+        assert masks.any(axis=(1, 2)).all()
+    assert video.spacing is None or all(0 < length < float("inf") for length in video.spacing)
+
+
+def read_damaged_files(folder: Path, seed: int, count: int) -> None:
+    """Reads `count` damaged datasets below a folder; to be called in a process of its own.
+
+    That may take 1 GB beyond what it takes at the start, and 5 seconds for each case; where it takes more it ends. To
+    `folder/log` goes a line of JSON before and after each case: its name, then "read", or "refused" and the error.
+    """
+    warnings.simplefilter("ignore")
+    templates = {kind: make(folder / kind) for kind, make in MAKERS.items()}
+    for options in templates.values():
+        read(options)  # unharmed, all can be read; also imports what is imported late
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, used + GIGABYTE))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with open(folder / "log", "w", buffering=1) as log:
+        for number in range(count):
+            kind = list(MAKERS)[number % len(MAKERS)]
+            rng, case = random.Random(f"{seed} {number}"), folder / f"case_{number}"
+            shutil.copytree(folder / kind, case)
+            options = {  # with the paths of the copy
+                name: case / value.relative_to(folder / kind) if isinstance(value, Path) else value
+                for name, value in templates[kind].items()
+            }
+            log.write(json.dumps({"case": f"{number} {kind}: {damage(case, kind, rng)}"}) + "\n")
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # its signal ends the process, in whichever library it is
+            outcome = try_to_read(options, case)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            log.write(json.dumps(outcome) + "\n")
+            shutil.rmtree(case)
+
+
+def try_to_read(options: dict, case: Path) -> dict:
+    try:
+        read(options)
+    except (ValueError, OSError) as error:
+        names = [str(path) for path in (case, *case.rglob("*"))]
+        if options.get("kind") == "dataset":
+            names.append("shapes_0_0000")  # the videos' ids
+        is_named = any(name in str(error) for name in names)
+        return {"outcome": "refused" if is_named else "not named", "error": f"{type(error).__name__}: {error}"}
+    except BaseException:
+        return {"outcome": "raw", "error": traceback.format_exc()}
+    return {"outcome": "read"}
