@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,8 +75,9 @@ def label_sources(sources: Sequence[str | Path]) -> list[str]:
         path = Path(source)
         stem = path.stem if path.suffix in (".pt", ".pth") else path.resolve().name if path.exists() else path.name
         name = re.sub(r"[^\w.+-]", "_", stem) or "model"
-        count = sum(label == name or re.fullmatch(re.escape(name) + r"_\d+", label) is not None for label in labels)
-        labels.append(f"{name}_{count + 1}" if count else name)
+        taken = {label.casefold() for label in labels}  # as some file systems tell names apart
+        candidates = (name if number == 1 else f"{name}_{number}" for number in count(1))
+        labels.append(next(label for label in candidates if label.casefold() not in taken))
     return labels
 
 
@@ -90,11 +92,18 @@ def describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def read_meta(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"`--seen-unseen` {path} is not JSON: {error}") from error
+
+
 def build_evaluation(arguments: argparse.Namespace) -> Evaluation:
     prompt = PromptStrategy.parse(arguments.prompt)
     groups = None
     if arguments.seen_unseen:
-        groups = seen_and_unseen(*(json.loads(path.read_text()) for path in arguments.seen_unseen))
+        groups = seen_and_unseen(*map(read_meta, arguments.seen_unseen))
     return Evaluation(
         videos_from_arguments(arguments),
         describe_dataset(arguments),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,11 @@ def segment_video(
     return np.stack([frame.masks for frame in frames]), np.stack([frame.scores for frame in frames])
 
 
+def video_key(video: Video | VideoResult) -> str:
+    """Domain and id, unique among the videos of an evaluation."""
+    return f"{video.domain}/{video.video_id}"
+
+
 @dataclass
 class VideoResult:
     """Scores of one video's annotated frames, and how they came about.
@@ -76,7 +83,7 @@ class VideoResult:
     @property
     def key(self) -> str:
         """Unique among the videos of an evaluation."""
-        return f"{self.domain}/{self.video_id}"
+        return video_key(self)
 
     def save(self, path: Path) -> None:
         """Writes an `.npz`, which is there as a whole or not at all."""
@@ -89,13 +96,20 @@ class VideoResult:
 
     @classmethod
     def load(cls, path: Path) -> VideoResult:
-        """Reads what [`save`](VideoResult.save) wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        described = json.loads(str(arrays.pop("described")))
-        surface = arrays.pop("surface_dice", None)
-        arrays["object_ids"] = tuple(arrays["object_ids"].tolist())
-        return cls(**described, scores=VideoScores(**arrays), surface_dice=surface)
+        """Reads what [`save`](VideoResult.save) wrote.
+
+        Raises:
+            ValueError: for a damaged file, or one of another version; names it.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            described = json.loads(str(arrays.pop("described")))
+            surface = arrays.pop("surface_dice", None)
+            arrays["object_ids"] = tuple(arrays["object_ids"].tolist())
+            return cls(**described, scores=VideoScores(**arrays), surface_dice=surface)
+        except (ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} holds no result of this version ({error}); delete it.") from error
 
 
 def score_predictions(
@@ -112,38 +126,32 @@ def score_predictions(
         write: takes the video, a frame's index and its masks (N, H, W), such as [`MaskFiles.write`].
     """
     ids, annotated = video.object_ids, set(video.annotated_frames)
-    parts, volume, seconds, start = [], [], 0.0, time.perf_counter()
+    parts, packed, seconds, start = [], [], 0.0, time.perf_counter()
     for frame_idx, masks, scores in predictions:
         seconds += time.perf_counter() - start
         if write is not None:
             write(video, frame_idx, masks)
         if frame_idx in annotated:
             target = video.masks(frame_idx)
-            parts.append(score_video(masks[None], target[None], ids, scores[None]))
+            parts.append(score_video(masks[None], target[None], ids, None if scores is None else scores[None]))
             if video.spacing is not None:
-                volume.append((np.packbits(masks), np.packbits(target)))
+                packed.append((np.packbits(masks), np.packbits(target)))
         start = time.perf_counter()
     surface = None
     if video.spacing is not None:
-        shape = (len(volume), len(ids), *video.size)
-        pair = [
-            np.stack([np.unpackbits(m, count=np.prod(shape[1:])) for m in side]) for side in zip(*volume, strict=True)
-        ]
-        pair = [side.reshape(shape).astype(bool) for side in pair]
+        shape = (len(ids), *video.size)
+        pair = (
+            np.stack([np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(bool) for bits in side])
+            for side in zip(*packed, strict=True)
+        )
         surface = surface_dice(*pair, video.spacing[::-1], surface_tolerance, ids)
-    arrays = {
-        f.name: np.concatenate([getattr(part, f.name) for part in parts])
-        for f in fields(VideoScores)
-        if f.name != "object_ids"
-    }
-    height, width = video.size
     return VideoResult(
         video.video_id,
         video.domain,
-        VideoScores(tuple(ids), **arrays),
+        VideoScores.concatenate(parts),
         list(video.annotated_frames),
         len(video),
-        height * width,
+        math.prod(video.size),
         seconds,
         surface_dice=surface,
     )
@@ -170,7 +178,7 @@ def evaluate_video(
     Raises:
         ValueError: if no frame of the video is annotated.
     """
-    _check_annotated(video)
+    check_annotated(video)
     user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed)
     result = score_predictions(video, user.track(overlapping), surface_tolerance, write)
     result.prompts = [
@@ -187,21 +195,17 @@ def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SU
         FileNotFoundError: if annotated frames have no prediction; names them.
         SampleError: a damaged file, or one of another size than the video.
     """
-    _check_annotated(video)
+    check_annotated(video)
     files.check(video, video.annotated_frames)
 
-    def read() -> Iterator[PredictedFrame]:
-        for frame in video.annotated_frames:
-            masks = files.read(video, frame)
-            yield PredictedFrame(frame, masks, np.full(len(masks), np.nan))
-
-    result = score_predictions(video, read(), surface_tolerance)
-    scores = {f.name: getattr(result.scores, f.name) for f in fields(VideoScores)} | {"object_scores": None}
-    result.scores, result.seconds = VideoScores(**scores), float("nan")
+    frames = (PredictedFrame(frame, files.read(video, frame), None) for frame in video.annotated_frames)
+    result = score_predictions(video, frames, surface_tolerance)
+    result.seconds = float("nan")
     return result
 
 
-def _check_annotated(video: Video) -> None:
+def check_annotated(video: Video) -> None:
+    """ValueError for a video without annotated frames."""
     if not video.annotated_frames:
         raise ValueError(f"{video.video_id}: no frame is annotated, so there is nothing to score.")
 

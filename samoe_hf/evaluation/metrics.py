@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -99,6 +99,13 @@ class VideoScores:
     f: np.ndarray
     boundary_iou: np.ndarray
     object_scores: np.ndarray | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[VideoScores]) -> VideoScores:
+        """Scores of consecutive frames, of the same objects, as those of one video."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls) if f.name != "object_ids"}
+        arrays = {name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
+        return cls(parts[0].object_ids, **arrays)
 
     @property
     def union(self) -> np.ndarray:

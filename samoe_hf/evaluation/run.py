@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +27,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import load_processor
 from samoe_hf.plots.evaluation import draw_object
 
-from .evaluate import SURFACE_TOLERANCE, VideoResult, evaluate_masks, evaluate_video
+from .evaluate import SURFACE_TOLERANCE, VideoResult, check_annotated, evaluate_masks, evaluate_video, video_key
 from .metrics import Protocol
 from .simulated_user import PromptStrategy
 from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, compare_models, summarize_model, to_json
@@ -59,20 +60,29 @@ class EvaluationRun:
         """
         path = self.folder / "run.json"
         if path.is_file():
-            there = json.loads(path.read_text())
-            names = sorted({*there, *self.identity})
-            differing = [name for name in names if there.get(name) != self.identity.get(name)]
-            if differing and not overwrite:
-                told = "; ".join(f"`{n}` is {there.get(n)!r}, not {self.identity.get(n)!r}" for n in differing)
-                raise ValueError(
-                    f"{self.folder} holds the results of another evaluation: {told}. Choose another `--output`, or "
-                    "replace them with `--overwrite`."
-                )
             if overwrite:
                 self._clear()
+            else:
+                self._check_same(path)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty, and not the folder of an evaluation.")
         write_text(path, json.dumps(self.identity, indent=2))
+
+    def _check_same(self, path: Path) -> None:
+        advice = "Choose another `--output`, or replace the results with `--overwrite`."
+        try:
+            earlier = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} does not say what was evaluated ({error}). {advice}") from error
+        differences = [
+            f"`{name}` is {earlier.get(name)!r}, not {self.identity.get(name)!r}"
+            for name in sorted({*earlier, *self.identity})
+            if earlier.get(name) != self.identity.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.folder} holds the results of another evaluation: {'; '.join(differences)}. {advice}"
+            )
 
     def _clear(self) -> None:
         for folder in (self.folder, *self.folder.glob("seed_*")):
@@ -81,15 +91,15 @@ class EvaluationRun:
 
     def scores_path(self, video: Video, seed: int | None) -> Path:
         """The file of a video's result; ValueError for an id that leads out of the folder."""
-        return self._inside(self._of_seed(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
+        return self._inside(self._seed_folder(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
 
     def masks(self, video: Video, seed: int | None, layout: str) -> MaskFiles:
         """The files of a video's masks."""
-        folder = self._inside(self._of_seed(seed) / "masks", video.domain)
+        folder = self._inside(self._seed_folder(seed) / "masks", video.domain)
         self._inside(folder, video.video_id)
         return MaskFiles(folder, layout)
 
-    def _of_seed(self, seed: int | None) -> Path:
+    def _seed_folder(self, seed: int | None) -> Path:
         return self.folder if seed is None else self.folder / f"seed_{seed}"
 
     @staticmethod
@@ -99,13 +109,25 @@ class EvaluationRun:
             raise ValueError(f"the domain and id of a video must name a file within a folder, got {name!r}")
         return path
 
-    def left(self, videos: Sequence[Video], seed: int | None) -> list[Video]:
+    def unfinished(self, videos: Iterable[Video], seed: int | None) -> list[Video]:
         """The videos without a result."""
         return [video for video in videos if not self.scores_path(video, seed).is_file()]
 
-    def load(self, videos: Sequence[Video], seed: int | None) -> list[VideoResult]:
-        """The results of all videos, in their order."""
-        return [VideoResult.load(self.scores_path(video, seed)) for video in videos]
+    def load(self, videos: Iterable[Video], seed: int | None) -> list[VideoResult]:
+        """The results of all videos, in their order.
+
+        Raises:
+            ValueError: if a file is damaged, or holds the result of another video, as where a file system does not tell
+                upper from lower case.
+        """
+        results = []
+        for video in videos:
+            path = self.scores_path(video, seed)
+            result = VideoResult.load(path)
+            if (result.domain, result.video_id) != (video.domain, video.video_id):
+                raise ValueError(f"{path} holds the result of {result.key}, not of {video_key(video)}.")
+            results.append(result)
+        return results
 
 
 def choose_seeds(prompt: PromptStrategy, count: int) -> list[int | None]:
@@ -124,13 +146,19 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return hash_tensors(sorted(model.state_dict().items()))[:16]
 
 
-def describe_model(model: SamoeModel) -> dict[str, Any]:
-    """What identifies a model that was loaded, and its size."""
-    config = model.config
+def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
+    """What identifies a model that was loaded from `source`, and its size.
+
+    A model of which `source` holds only what was trained has the base that it was loaded with as `base_model`.
+    """
+    config, loaded = model.config, model.base_model_source
+    source = os.path.abspath(source) if os.path.exists(source) else source
+    has_base = loaded["name_or_path"] != source
     return {
-        "source": model.base_model_source["name_or_path"],
-        "revision": model.base_model_source["revision"],
+        "source": source,
+        "revision": None if has_base else loaded["revision"],
         "commit": getattr(config, "_commit_hash", None),
+        **({"base_model": {name: loaded[name] for name in ("name_or_path", "revision")}} if has_base else {}),
         "fingerprint": model_fingerprint(model),
         "num_parameters": model.num_parameters(),
         "num_experts": config.num_experts,
@@ -160,7 +188,8 @@ class Evaluation:
         groups: group of every (video id, object id), see `summarize`.
 
     Raises:
-        ValueError: if two videos have the same domain and id.
+        ValueError: if there are no videos, two have the same domain and id, one has no annotated frame, an object has
+            no group, or the tolerance is no length.
     """
 
     videos: Sequence[Video]
@@ -174,10 +203,19 @@ class Evaluation:
     groups: Mapping[tuple[str, int], str] | None = None
 
     def __post_init__(self) -> None:
-        keys = [f"{video.domain}/{video.video_id}" for video in self.videos]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"Two videos are called {twice}; give their datasets different domains.")
+        if not len(self.videos):
+            raise ValueError("The dataset has no videos to evaluate.")
+        if not 0 <= self.surface_tolerance < math.inf:
+            raise ValueError(f"`surface_tolerance` must be a length in mm, got {self.surface_tolerance}.")
+        keys = set()
+        for video in self.videos:
+            check_annotated(video)
+            if video_key(video) in keys:
+                raise ValueError(f"Two videos are called {video_key(video)}; give their datasets different domains.")
+            keys.add(video_key(video))
+            objects = [(video.video_id, object_id) for object_id in video.object_ids] if self.groups else []
+            if missing := [one for one in objects if one not in self.groups]:
+                raise ValueError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
 
     def run_model(self, source: str, label: str, state: PartialState, overwrite: bool = False) -> dict[str, Any] | None:
         """Tracks the videos that have no result yet.
@@ -193,7 +231,7 @@ class Evaluation:
         """
         model = SamoeModel.from_pretrained(source).to(state.device)
         processor = load_processor(source, model)
-        about = describe_model(model)
+        about = describe_model(model, source)
         identity = {
             "model": about,
             "config": model.config.to_diff_dict(),
@@ -204,26 +242,26 @@ class Evaluation:
 
         def evaluate(video: Video, seed: int | None) -> VideoResult:
             files = run.masks(video, seed, self.layout)
-            given = {} if seed is None else {"seed": seed}
             return evaluate_video(
                 model,
                 processor,
                 video,
                 self.prompt,
+                FIRST_SEED if seed is None else seed,
                 overlapping=files.overlapping,
                 surface_tolerance=self.surface_tolerance,
                 write=files.write,
-                **given,
             )
 
-        self._run(run, label, self.seeds, evaluate, state)
+        self._finish(run, label, self.seeds, evaluate, state)
         if not state.is_main_process:
             return None
-
-        def files_of(video: Video) -> MaskFiles:
-            return run.masks(video, self.seeds[0], self.layout)
-
-        return self._summarize(label, about, run, self.seeds, files_of, lambda video: range(len(video)))
+        entry, results = self._summarize(label, about, run, self.seeds)
+        for highlight in entry["highlights"]:
+            video, result = self._find(highlight, results)
+            files = run.masks(video, self.seeds[0], self.layout)
+            self._draw(label, highlight, video, result, files, range(len(video)))
+        return entry
 
     def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
         """Scores masks that were written before, always anew.
@@ -234,25 +272,39 @@ class Evaluation:
 
         Raises:
             FileNotFoundError: if the folder or predictions are missing; names them.
+            ValueError: if the folder is where the results are to be written.
         """
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder of predictions")
         about = {"source": str(folder.resolve())}
+        if folder.resolve().is_relative_to((self.output / "runs" / label).resolve()):
+            raise ValueError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
         run = self._start(label, {"predictions": about["source"]}, state, overwrite=True)
 
-        def files_of(video: Video) -> MaskFiles:
+        def find_files(video: Video) -> MaskFiles:
             return MaskFiles(folder / video.domain if (folder / video.domain).is_dir() else folder, self.layout)
 
         def evaluate(video: Video, _: int | None) -> VideoResult:
-            return evaluate_masks(video, files_of(video), self.surface_tolerance)
+            return evaluate_masks(video, find_files(video), self.surface_tolerance)
 
-        self._run(run, label, [None], evaluate, state)
+        self._finish(run, label, [None], evaluate, state)
         if not state.is_main_process:
             return None
-        return self._summarize(label, about, run, [None], files_of, lambda video: video.annotated_frames)
+        entry, results = self._summarize(label, about, run, [None])
+        for highlight in entry["highlights"]:
+            video, result = self._find(highlight, results)
+            self._draw(label, highlight, video, result, find_files(video), video.annotated_frames)
+        return entry
 
     def results(self, models: Sequence[Mapping[str, Any]], state: PartialState) -> dict[str, Any]:
-        """What `results.json` holds of these entries; all but the first are compared with the first."""
+        """What `results.json` holds of these entries; all but the first are compared with the first.
+
+        Raises:
+            ValueError: if two have the same label.
+        """
+        labels = [model["label"] for model in models]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"Labels of models must differ, got {', '.join(labels)}.")
         is_gpu = state.device.type == "cuda"
         has_model = any("fingerprint" in model for model in models)
         results = {
@@ -285,7 +337,7 @@ class Evaluation:
         state.wait_for_everyone()
         return run
 
-    def _run(
+    def _finish(
         self,
         run: EvaluationRun,
         label: str,
@@ -293,60 +345,56 @@ class Evaluation:
         evaluate: Callable[[Video, int | None], VideoResult],
         state: PartialState,
     ) -> None:
-        """Evaluates what is left of this process' share of the videos, and waits for the others."""
-        own = self.videos[state.process_index :: state.num_processes]
-        left = [(video, seed) for seed in seeds for video in run.left(own, seed)]
-        done = len(own) * len(seeds) - len(left)
-        if done and state.is_main_process:
-            print(f"{label}: {done} of {len(own) * len(seeds)} results are there already")
-        total = sum(len(video) for video, _ in left)
-        with tqdm(total=total, desc=label, unit="frame", disable=not state.is_local_main_process) as progress:
-            for video, seed in left:
+        """Evaluates the unfinished videos of this process' share, and waits for the other processes."""
+        with state.split_between_processes(list(range(len(self.videos)))) as share:
+            own = [self.videos[index] for index in share]
+        unfinished = [(video, seed) for seed in seeds for video in run.unfinished(own, seed)]
+        total = len(own) * len(seeds)
+        if len(unfinished) < total and state.is_main_process:
+            print(f"{label}: {total - len(unfinished)} of {total} results are there already")
+        num_frames = sum(len(video) for video, _ in unfinished)
+        with tqdm(total=num_frames, desc=label, unit="frame", disable=not state.is_local_main_process) as progress:
+            for video, seed in unfinished:
                 progress.set_postfix_str(video.video_id)
                 evaluate(video, seed).save(run.scores_path(video, seed))
                 progress.update(len(video))
         state.wait_for_everyone()
 
     def _summarize(
-        self,
-        label: str,
-        about: Mapping[str, Any],
-        run: EvaluationRun,
-        seeds: Sequence[int | None],
-        files_of: Callable[[Video], MaskFiles],
-        frames_of: Callable[[Video], Sequence[int]],
-    ) -> dict[str, Any]:
-        """The figures of finished runs, and pictures of the best and worst objects of the first run."""
+        self, label: str, about: Mapping[str, Any], run: EvaluationRun, seeds: Sequence[int | None]
+    ) -> tuple[dict[str, Any], list[VideoResult]]:
+        """The entry of finished runs, and the results of the first, of which the best and worst objects are shown."""
         runs = {seed: run.load(self.videos, seed) for seed in seeds}
         first = runs[seeds[0]]
         figures = summarize_model(runs, self.protocol, self.groups)
         highlights = choose_highlights(summarize_model({None: first}, self.protocol)["objects"])
-        by_key = {result.key: (video, result) for video, result in zip(self.videos, first, strict=True)}
-        for entry in highlights:
-            video, result = by_key[f"{entry['domain']}/{entry['video']}"]
-            self._draw(label, entry, video, result, files_of(video), frames_of(video))
-        return {"label": label, **about, **figures, "highlights": highlights}
+        return {"label": label, **about, **figures, "highlights": highlights}, first
+
+    def _find(self, highlight: Mapping[str, Any], results: Sequence[VideoResult]) -> tuple[Video, VideoResult]:
+        names = highlight["domain"], highlight["video"]
+        index = next(i for i, result in enumerate(results) if (result.domain, result.video_id) == names)
+        return self.videos[index], results[index]
 
     def _draw(
         self,
         label: str,
-        entry: dict[str, Any],
+        highlight: dict[str, Any],
         video: Video,
         result: VideoResult,
         files: MaskFiles,
         frames: Sequence[int],
     ) -> None:
-        """Draws an object, and adds to its entry where the picture and the video are."""
-        object_id = entry["object_id"]
-        place = entry["rank"].replace("_", " ")
-        title = f"{label}, {place}: {video.video_id}, object {object_id}, J&F {entry['J&F_mean']:.3f}"
-        path = Path("pictures") / label / entry["rank"]
+        """Draws an object, and adds the paths of the picture and the video to its highlight."""
+        object_id, rank = highlight["object_id"], highlight["rank"]
+        name = " ".join(dict.fromkeys((video.domain, video.video_id)))
+        title = f"{label}, {rank.replace('_', ' ')}: {name}, object {object_id}, J&F {highlight['J&F_mean']:.3f}"
+        path = Path("pictures") / label / rank
         column = result.scores.object_ids.index(object_id)
-        j = result.scores.j[:, column].tolist()
         occupied = [t for t, union in zip(result.frames, result.scores.union[:, column], strict=True) if union]
 
         def read(frame: int) -> np.ndarray:
             return files.read(video, frame, [object_id])[0]
 
+        j = result.scores.j[:, column].tolist()
         draw_object(video, object_id, read, frames, j, occupied or result.frames, title, self.output / path)
-        entry |= {"picture": f"{path.as_posix()}.png", "video_file": f"{path.as_posix()}.mp4"}
+        highlight |= {"picture": f"{path.as_posix()}.png", "video_file": f"{path.as_posix()}.mp4"}

@@ -131,12 +131,12 @@ def sample_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> lis
 class PredictedFrame(NamedTuple):
     """Masks of one frame (N, H, W) bool, and the logits that each object is visible (N,), in a video's order of ids.
 
-    Of an object that has not been prompted yet the mask is empty and the logit -inf.
+    Of an object that has not been prompted yet the mask is empty and the logit -inf. Masks of files have no logits.
     """
 
     frame_idx: int
     masks: np.ndarray
-    scores: np.ndarray
+    scores: np.ndarray | None
 
 
 class SimulatedUser:

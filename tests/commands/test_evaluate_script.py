@@ -16,6 +16,7 @@ from PIL import Image
 
 from helpers.reference import ROOT, shared_data
 from samoe_hf import SamoeModel
+from samoe_hf.commands.evaluate import label_sources
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png
 from samoe_hf.evaluation.report import eval_results
 from samoe_hf.model.processor import build_processor
@@ -281,3 +282,8 @@ def test_a_model_or_predictions_are_needed(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
     assert "at least one MODEL or --predictions is needed" in capsys.readouterr().err
+
+
+def test_labels_of_models_differ_whatever_they_are_called():
+    assert label_sources(["x/a_2", "a", "y/a", "A", "z/a"]) == ["a_2", "a", "a_3", "A_4", "a_5"]
+    assert label_sources(["org/model.pt", "??"]) == ["model", "__"]

@@ -1,13 +1,19 @@
 """Stopped evaluations go on with what is left, and only with the same."""
 
 import json
+import math
 
+import numpy as np
 import pytest
+from accelerate import PartialState
 
 from helpers.results import assert_same_scores, perturbed, random_video
+from samoe_hf import SamoeModel
 from samoe_hf.data import Video
+from samoe_hf.data.annotations import MaskArrays
+from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.evaluation.evaluate import score_predictions
-from samoe_hf.evaluation.run import Evaluation, EvaluationRun, choose_seeds, model_fingerprint
+from samoe_hf.evaluation.run import Evaluation, EvaluationRun, choose_seeds, describe_model, model_fingerprint
 from samoe_hf.evaluation.simulated_user import PromptStrategy
 
 
@@ -17,7 +23,7 @@ def scored(video, seed=42):
 
 def finish(run, videos, seed=None):
     """Evaluates what is left, and says what that was."""
-    left = run.left(videos, seed)
+    left = run.unfinished(videos, seed)
     for video in left:
         scored(video, 42 if seed is None else seed).save(run.scores_path(video, seed))
     return [video.video_id for video in left]
@@ -55,9 +61,9 @@ def test_another_evaluation_in_the_same_folder_is_refused_by_what_differs(tmp_pa
     other = EvaluationRun(tmp_path, identity | {"prompt": "box"})
     with pytest.raises(ValueError, match=r"`prompt` is 'mask', not 'box'.*--overwrite"):
         other.start()
-    assert json.loads((tmp_path / "run.json").read_text()) == identity and not run.left([video], None)
+    assert json.loads((tmp_path / "run.json").read_text()) == identity and not run.unfinished([video], None)
     other.start(overwrite=True)
-    assert other.left([video], None) == [video] and not (tmp_path / "masks").exists()
+    assert other.unfinished([video], None) == [video] and not (tmp_path / "masks").exists()
 
 
 def test_folders_of_other_things_are_left_alone(tmp_path):
@@ -96,6 +102,78 @@ def test_seeds_are_those_of_the_original():
     assert choose_seeds(mask, 10) == [None]
     with pytest.raises(ValueError, match="`seeds` must be at least 1, got 0"):
         choose_seeds(point, 0)
+
+
+def test_a_model_of_experts_alone_is_reported_beside_its_base(model_folder, tmp_path):
+    model = SamoeModel.from_pretrained(model_folder)
+    model.save_pretrained(tmp_path / "mine", experts_only=True)
+    whole, parts = (
+        describe_model(SamoeModel.from_pretrained(path), str(path)) for path in (model_folder, tmp_path / "mine")
+    )
+    assert whole["source"] == str(model_folder) and "base_model" not in whole
+    assert parts["source"] == str(tmp_path / "mine")
+    assert parts["base_model"] == {"name_or_path": str(model_folder), "revision": None}
+    assert parts["fingerprint"] == whole["fingerprint"]
+
+
+def test_results_that_are_damaged_or_of_another_video_are_named(tmp_path):
+    videos, run = [random_video(0, domain="a"), random_video(1, domain="a")], EvaluationRun(tmp_path, {})
+    run.start()
+    finish(run, videos)
+    first, second = (run.scores_path(video, None) for video in videos)
+    content = first.read_bytes()
+    # As where a file system does not tell upper from lower case.
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match=r"video 0\.npz holds the result of a/video 1, not of a/video 0"):
+        run.load(videos, None)
+    for damaged in (content[:100], b"", b"PK", content[:-300] + bytes(300)):
+        first.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"video 0\.npz holds no result of this version"):
+            run.load(videos, None)
+    np.savez(first, described=json.dumps({"video_id": "video 0"}), object_ids=[1])
+    with pytest.raises(ValueError, match=r"video 0\.npz holds no result of this version"):
+        run.load(videos, None)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_a_damaged_description_of_a_run_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json does not say what was evaluated.*--overwrite"):
+        EvaluationRun(tmp_path, {"prompt": "mask"}).start()
+    EvaluationRun(tmp_path, {"prompt": "mask"}).start(overwrite=True)
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_tracked(tmp_path):
+    video, prompt = random_video(0, domain="a"), PromptStrategy("mask")
+    bare = Video("bare", video.frames, MaskArrays(np.zeros((0, 1, 24, 32), bool), [1], frames=[]))
+    for arguments, message in [
+        (([], {}, tmp_path, prompt), "no videos"),
+        (([video, bare], {}, tmp_path, prompt), "bare: no frame is annotated"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Evaluation(*arguments)
+    with pytest.raises(ValueError, match=r"`groups` has none for the objects \[\('video 0', 300\)\]"):
+        Evaluation([video], {}, tmp_path, prompt, groups={("video 0", 2): "seen"})
+    for tolerance in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="`surface_tolerance` must be a length in mm"):
+            Evaluation([video], {}, tmp_path, prompt, surface_tolerance=tolerance)
+
+
+def test_masks_that_lie_where_their_results_go_are_not_overwritten(tmp_path):
+    video = random_video(0, domain="a")
+    masks = MaskFiles(tmp_path / "runs" / "mine" / "masks" / "a")
+    for t in range(len(video)):
+        masks.write(video, t, video.masks(t))
+    evaluation = Evaluation([video], {}, tmp_path, PromptStrategy("mask"))
+    for folder in ("runs/mine", "runs/mine/masks"):
+        with pytest.raises(ValueError, match="these predictions would be overwritten"):
+            evaluation.run_masks(tmp_path / folder, "mine", PartialState(cpu=True))
+    assert len(list(masks.folder.rglob("*.png"))) == 5
+    state = PartialState(cpu=True)
+    entry = evaluation.run_masks(tmp_path / "runs" / "mine" / "masks", "other", state)
+    assert entry["summary"]["J_mean"] == 1
+    with pytest.raises(ValueError, match="Labels of models must differ, got other, other"):
+        evaluation.results([entry, entry], state)
 
 
 def test_videos_of_one_name_are_refused(tmp_path):
