@@ -59,6 +59,12 @@ def push(
     with tempfile.TemporaryDirectory() as folder, _connection_errors(repo_id):
         model.save_pretrained(folder, **options)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        base_name = base_model or (model.base_model_source or {}).get("name_or_path")
+        if experts_only and repo_id == base_name and revision in (None, "main") and not commit.get("create_pr"):
+            raise ValueError(
+                f"{repo_id} holds the base model, which what was trained would replace; push it to another repository, "
+                "or the whole model with `experts_only=False`."
+            )
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         # As with other models, a card that was written by hand stays.

@@ -106,6 +106,7 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
         self._keys_to_ignore_on_load_unexpected = set()
         self.set_trainable("experts")
         self.register_load_state_dict_pre_hook(to_wrapped_names)
+        self.register_load_state_dict_post_hook(_expect_sleeping_experts)
         # What this model was loaded from, for folders that hold only what was trained; see checkpoints.py.
         self.base_model_source: dict[str, str | None] | None = None
         # Other tensors than the experts' that are not the base's, whether or not they are trainable now.
@@ -349,6 +350,11 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
             ValueError: if `strict` and there is no such object.
         """
         remove_object(inference_session, obj_id, strict)
+
+
+def _expect_sleeping_experts(model: SamoeModel, _: Any) -> None:
+    """After tensors were loaded, `wake_experts` has to look again."""
+    model.may_have_sleeping_experts = True
 
 
 @contextmanager

@@ -254,6 +254,18 @@ model.save_pretrained(folder, experts_only=True, push_to_hub=True, repo_id="save
     assert (tmp_path / "folder" / "model.safetensors").read_bytes() == pushed
 
 
+def test_what_was_trained_does_not_take_its_bases_place(server, author):
+    before = dict(server.repositories["tester/base"].files)
+    for repo_id in ("base", "tester/base"):
+        with pytest.raises(ClientError, match="tester/base holds the base model"):
+            author.run(
+                "from samoe_hf import SamoeModel\n"
+                "SamoeModel.from_pretrained('tester/base').push_to_hub(repo_id, experts_only=True)",
+                repo_id=repo_id,
+            )
+    assert server.repositories["tester/base"].files == before
+
+
 def test_a_base_that_only_this_machine_has_is_not_pushed(server, author, model_folder):
     with pytest.raises(ClientError, match="which nobody else can fetch") as error:
         author.run(

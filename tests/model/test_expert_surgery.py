@@ -99,11 +99,52 @@ def test_woken_experts_are_chosen(model, num_experts_per_tok):
     assert 0.05 < sum(shares) / len(shares) < 0.95
 
 
+def test_woken_experts_depend_on_the_seed_and_on_nothing_else(nano):
+    def woken(seed, draws=0):
+        torch.manual_seed(seed)
+        torch.rand(draws)  # processes of a run may have drawn differently often
+        model = copy.deepcopy(nano.model)
+        model.grow_experts(2)
+        model.wake_experts()
+        return all_rows(model, slice(4, 6))
+
+    first, again, other = woken(0), woken(0, draws=7), woken(1)
+    for name in first:
+        assert torch.equal(first[name]["router.weight"], again[name]["router.weight"])
+        assert not torch.equal(first[name]["router.weight"], other[name]["router.weight"])
+    rows = [rows["router.weight"] for rows in first.values()]
+    assert not any(torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i]), "layers have rows of their own"
+
+
+def test_experts_that_sleep_in_loaded_tensors_are_woken_too(nano, model, clip):
+    model.grow_experts(1)
+    asleep = copy.deepcopy(model.state_dict())
+    model.wake_experts()
+    model.load_state_dict(asleep)
+    assert all(module.router.bias[4] == ASLEEP for _, module in expert_modules(model))
+    model.train()(*clip)
+    assert all(module.router.bias[4] > ASLEEP / 2 for _, module in expert_modules(model))
+
+
 def attend_in_place(model):
 
     with torch.no_grad():
         model.memory_attention(*memory_attention_inputs(model), 0)
     return model
+
+
+def test_experts_to_keep_and_to_drop_are_told_by_name(nano, model):
+    with pytest.raises(TypeError):
+        model.prune_experts([1, 3])
+    other = copy.deepcopy(model)
+    model.prune_experts(keep=[0, 2])
+    other.prune_experts(drop=[1, 3])
+    state = other.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="`drop` must be integers from 0 to 1, got 2"):
+        model.prune_experts(drop=[2])
+    with pytest.raises(ValueError, match="Exactly one of"):
+        model.prune_experts(keep=[0], drop=[1])
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2])
