@@ -59,7 +59,7 @@ def push(
     with tempfile.TemporaryDirectory() as folder, _connection_errors(repo_id):
         model.save_pretrained(folder, **options)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        base_name = base_model or (model.base_model_source or {}).get("name_or_path")
+        base_name = options["base_model"] or (model.base_model_source or {}).get("name_or_path")
         if experts_only and repo_id == base_name and revision in (None, "main") and not commit.get("create_pr"):
             raise ValueError(
                 f"{repo_id} holds the base model, which what was trained would replace; push it to another repository, "
