@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ from tqdm import tqdm
 from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video
-from samoe_hf.inference import VideoPrompt, track_video
-from samoe_hf.model.experts import expert_modules, route_all_to
-from samoe_hf.model.lora_exchange import expert_tensors, read_lora
+from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
+from samoe_hf.model.experts import expert_modules, open_hooks, route_all_to
+from samoe_hf.model.lora_exchange import Lora, expert_tensors, read_lora
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import load_processor
 
@@ -69,19 +68,33 @@ def assemble(
     if missing := [domain for domain in loras if domain not in videos]:
         raise ValueError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
     read = {domain: None if source is None else read_lora(source) for domain, source in loras.items()}
-    layers = [(name, *layer) for lora in read.values() if lora is not None for name, layer in lora.layers.items()]
-    if not layers:
+    if not any(lora is not None and lora.layers for lora in read.values()):
         raise ValueError("`loras` must hold at least one LoRA.")
-    names = {name for name, *_ in layers}
     model = SamoeModel.from_pretrained(base, **kwargs).to(device)
+    _check_base(model, base, read)
+    _replace_by_loras(model, list(read.values()), experts_per_lora, num_experts_per_tok)
+    processor = load_processor(base, model)
+    fit_routers(model, processor, [videos[domain] for domain in loras], num_frames, show_progress_bar)
+    return model
+
+
+def _check_base(model: SamoeModel, base: str | os.PathLike, loras: Mapping[str, Lora | None]) -> None:
+    """ValueError if experts of the base have an effect, or it lacks a layer of the LoRAs."""
     if with_effect := [name for name, module in expert_modules(model) if module.lora_B.any()]:
         raise ValueError(
             f"{base} has experts with an effect, such as those of {with_effect[0]!r}, which would be lost."
         )
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if others := sorted(names - linear):
+    if others := sorted({name for lora in loras.values() if lora is not None for name in lora.layers} - linear):
         raise ValueError(f"`loras` have a layer {others[0]!r}, which {base} does not have.")
-    rank = max(len(A) for _, A, _, _ in layers)
+
+
+def _replace_by_loras(
+    model: SamoeModel, loras: Sequence[Lora | None], experts_per_lora: int, num_experts_per_tok: int
+) -> None:
+    """Replaces the model's experts by those of the LoRAs, `experts_per_lora` equal ones of each, in order."""
+    layers = [(name, *layer) for lora in loras if lora is not None for name, layer in lora.layers.items()]
+    names, rank = {name for name, *_ in layers}, max(len(A) for _, A, _, _ in layers)
     model.replace_experts(
         expert_modules=[name for name, _ in model.named_modules() if name in names],
         num_experts=experts_per_lora * len(loras),
@@ -91,15 +104,12 @@ def assemble(
         lora_alpha=layers[0][3] * rank,
         lora_dropout=0.0,
     )
-    for domain, lora in enumerate(read.values()):
+    for number, lora in enumerate(loras):
         if lora is not None:
             tensors = expert_tensors(model, lora)
-            experts = slice(domain * experts_per_lora, (domain + 1) * experts_per_lora)
+            experts = slice(number * experts_per_lora, (number + 1) * experts_per_lora)
             for name, module in expert_modules(model):
                 module.lora_A.data[experts], module.lora_B.data[experts] = tensors[name]
-    processor = load_processor(base, model)
-    fit_routers(model, processor, [videos[domain] for domain in loras], num_frames, show_progress_bar)
-    return model
 
 
 @torch.no_grad()
@@ -128,11 +138,11 @@ def fit_routers(
     per_domain = _experts_per_domain(model, videos)
     for forced in (True, False):
         tokens: dict[str, list[list[Tensor]]] = {name: [[] for _ in videos] for name, _ in expert_modules(model)}
-        for domain, of_domain in enumerate(videos):
+        for domain, domain_videos in enumerate(videos):
             description = f"domain {domain + 1}/{len(videos)}, {'own expert' if forced else 'as routed'}"
-            keep = partial(_keep, tokens, domain, math.ceil(TOKENS_PER_DOMAIN / num_frames))
-            with route_all_to(model, domain * per_domain) if forced else nullcontext(), _watch(model, keep):
-                _track(model, processor, of_domain, num_frames, description, show_progress_bar)
+            store = partial(_store_tokens, tokens, domain, math.ceil(TOKENS_PER_DOMAIN / num_frames))
+            with route_all_to(model, domain * per_domain) if forced else nullcontext(), _observe_inputs(model, store):
+                _track(model, processor, domain_videos, num_frames, description, show_progress_bar)
         for name, module in expert_modules(model):
             if all(tokens[name]):  # else the layer was not run
                 weight, bias = _discriminants([torch.cat(parts).double() for parts in tokens[name]], per_domain)
@@ -147,16 +157,18 @@ def _experts_per_domain(model: SamoeModel, videos: Sequence[Iterable[Video]]) ->
     return num_experts // len(videos)
 
 
-def _keep(tokens: dict[str, list[list[Tensor]]], domain: int, most: int, name: str, hidden_states: Tensor) -> None:
-    """Keeps up to `most` tokens of a call, evenly drawn."""
-    read = _not_padding(hidden_states)
+def _store_tokens(
+    tokens: dict[str, list[list[Tensor]]], domain: int, max_tokens: int, name: str, hidden_states: Tensor
+) -> None:
+    """Stores up to `max_tokens` tokens of a call, evenly drawn."""
+    read = _without_padding(hidden_states)
     if len(read):
-        tokens[name][domain].append(read[_spread(len(read), min(most, len(read)))].cpu())
+        tokens[name][domain].append(read[_even_indices(len(read), min(max_tokens, len(read)))].cpu())
 
 
 def _discriminants(domains: Sequence[Tensor], per_domain: int) -> tuple[Tensor, Tensor]:
     """Weight (domains * per_domain, features) and bias of the routers for each domain's tokens (tokens, features)."""
-    centers, residuals = [x[_spread(len(x), per_domain)] for x in domains], [x - x.mean(dim=0) for x in domains]
+    centers, residuals = [x[_even_indices(len(x), per_domain)] for x in domains], [x - x.mean(dim=0) for x in domains]
     for _ in range(ROUNDS):
         covariance = _shrunk(torch.stack([r.T @ r / len(r) for r in residuals]).mean(dim=0), sum(map(len, domains)))
         # Clusters are told apart as the discriminants do.
@@ -173,9 +185,9 @@ def _discriminants(domains: Sequence[Tensor], per_domain: int) -> tuple[Tensor, 
     return weight - weight.mean(dim=0), bias - bias.mean()
 
 
-def _spread(count: int, most: int) -> Tensor:
-    """Indices (most,) spread evenly over `count`."""
-    return torch.linspace(0, count - 1, most).long()
+def _even_indices(count: int, num: int) -> Tensor:
+    """Indices (num,), evenly distributed over `count`."""
+    return torch.linspace(0, count - 1, num).long()
 
 
 def _shrunk(covariance: Tensor, count: int) -> Tensor:
@@ -218,38 +230,37 @@ def routed_right(
     modules = dict(expert_modules(model))
     sums = {name: torch.zeros(len(videos), dtype=torch.float64) for name in modules}
     counts = {name: torch.zeros(len(videos), dtype=torch.float64) for name in modules}
-    for domain, of_domain in enumerate(videos):
+    for domain, domain_videos in enumerate(videos):
         own = slice(domain * per_domain, (domain + 1) * per_domain)
 
-        def see(name: str, hidden_states: Tensor, domain: int = domain, own: slice = own) -> None:
-            module, tokens = modules[name], _not_padding(hidden_states)
+        def add(name: str, hidden_states: Tensor, domain: int = domain, own: slice = own) -> None:
+            module, tokens = modules[name], _without_padding(hidden_states)
             logits = F.linear(tokens, module.router.weight, module.router.bias)
             sums[name][domain] += module.gates(logits)[:, own].double().sum().cpu()
             counts[name][domain] += len(tokens)
 
-        with _watch(model, see):
-            _track(model, processor, of_domain, num_frames, f"routing {domain + 1}/{len(videos)}", show_progress_bar)
+        with _observe_inputs(model, add):
+            _track(
+                model, processor, domain_videos, num_frames, f"routing {domain + 1}/{len(videos)}", show_progress_bar
+            )
     return {name: sums[name] / counts[name] for name in modules if counts[name].all()}
 
 
-def _not_padding(hidden_states: Tensor) -> Tensor:
+def _without_padding(hidden_states: Tensor) -> Tensor:
     """Tokens (tokens, features) without those that are zero, such as the padding of windows: no expert affects them."""
     tokens = hidden_states.flatten(0, -2)
     return tokens[tokens.any(dim=1)]
 
 
 @contextmanager
-def _watch(model: SamoeModel, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While the context is open, `see` gets the name of each layer that is run and what its router reads."""
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+def _observe_inputs(model: SamoeModel, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While the context is open, `observe` gets the name of each layer that is run and what its router reads."""
+    hooks = (
+        module.register_forward_pre_hook(lambda _, inputs, name=name: observe(name, inputs[0]))
         for name, module in expert_modules(model)
-    ]
-    try:
+    )
+    with open_hooks(hooks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _track(
@@ -261,25 +272,23 @@ def _track(
     show_progress_bar: bool,
 ) -> None:
     """Tracks the first frames of videos, from the masks of the first that shows an object, `num_frames` in all."""
-    was_training = model.training
-    model.eval()
     order = videos
     if hasattr(videos, "__getitem__"):
         order = (videos[i] for i in random.Random(0).sample(range(len(videos)), len(videos)))
-    left = num_frames
-    with tqdm(total=num_frames, desc=description, unit="frame", disable=not show_progress_bar) as progress:
+    num_left = num_frames
+    progress = tqdm(total=num_frames, desc=description, unit="frame", disable=not show_progress_bar)
+    with evaluation_mode(model), progress:
         for video in order:
             start = next((t for t in video.annotated_frames if video.visible(t)), None)
             if start is None:
                 continue
-            frames = list(islice((video.frames[t] for t in range(start, len(video))), min(FRAMES_PER_VIDEO, left)))
+            frames = [video.frames[t] for t in range(start, min(start + min(FRAMES_PER_VIDEO, num_left), len(video)))]
             ids = video.visible(start)
             prompts = [VideoPrompt(i, mask=mask) for i, mask in zip(ids, video.masks(start, ids), strict=True)]
             for _ in track_video(model, processor, frames, prompts):
                 progress.update()
-            left -= len(frames)
-            if left <= 0:
+            num_left -= len(frames)
+            if num_left <= 0:
                 break
-    model.train(was_training)
-    if left == num_frames:
+    if num_left == num_frames:
         raise ValueError(f"`videos`: {description} has no video with an object.")

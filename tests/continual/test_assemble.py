@@ -190,3 +190,15 @@ def test_assembled_loras_are_nearly_as_good_as_each_alone(tmp_path):
     print(f"\nmean IoU of each LoRA alone {alone}, assembled {together}")
     for domain in domains:
         assert alone[domain] > 0.4 and together[domain] >= 0.95 * alone[domain]
+
+
+def test_the_mode_of_the_model_is_restored_after_an_error(assembled):
+    processor = build_processor(assembled.config)
+    assembled.train()
+    try:
+        for fit in (fit_routers, routed_right):
+            with pytest.raises(ValueError, match="has no video with an object"):
+                fit(assembled, processor, [[], []], 4, show_progress_bar=False)
+            assert assembled.training
+    finally:
+        assembled.eval()
