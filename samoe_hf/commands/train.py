@@ -11,8 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from samoe_hf.training.arguments import run_parser
 from samoe_hf.training.trainer import build_trainer
 
@@ -33,8 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
     resume = trainer.args.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(trainer.args.output_dir)
     if trainer.eval_dataset and resume is None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.train(resume_from_checkpoint=resume)

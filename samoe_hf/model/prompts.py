@@ -34,7 +34,9 @@ class PromptRecipe:
     Args:
         point_probability: of points (or boxes) instead of masks. Clips of one frame always get points.
         box_probability: of a box instead of a point, on each initial frame.
-        max_initial_frames: 1 to this many initial conditioning frames, the first frame among them.
+        max_initial_frames: 1 to this many initial conditioning frames, the first frame among them. Of clips of several
+            frames one is left over, since memory is read on others alone (in SAM 2's own training, clips of two frames
+            may have both prompted).
         max_corrected_frames: with points, up to this many frames receive correction clicks (the initial ones first);
             they become conditioning frames. 0 turns corrections off.
         num_correction_clicks: clicks on each such frame, one after the other.
@@ -62,7 +64,7 @@ class PromptRecipe:
         """Draws the plan of a clip of `num_frames` frames."""
         single = num_frames == 1
         use_points = _chance(self.point_probability) or (single and self.point_probability > 0)
-        num_initial = _uniform_integer(1, min(self.max_initial_frames, num_frames))
+        num_initial = _uniform_integer(1, min(self.max_initial_frames, max(num_frames - 1, 1)))
         initial = [0, *_choose(range(1, num_frames), num_initial - 1)]
         if not use_points:
             return PromptPlan(dict.fromkeys(initial, "mask"))

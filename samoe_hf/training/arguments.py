@@ -1,10 +1,11 @@
 """Arguments of a training run, from its YAML and the command line."""
 
 import difflib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
 
@@ -16,6 +17,14 @@ from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
+
+
+def check_at_least(arguments: Any, **limits: float) -> None:
+    """Raises a `ValueError` for a field that is below its limit or no finite number; None is left alone."""
+    for name, limit in limits.items():
+        value = getattr(arguments, name)
+        if value is not None and not (math.isfinite(value) and value >= limit):
+            raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
 
 
 @dataclass
@@ -73,6 +82,12 @@ class DataArguments:
         default=None, metadata={"help": "Arguments of `training_transforms`; {} for SAM 2's, none for no augmentation."}
     )
     on_error: str = field(default="raise", metadata={"help": "With a sample that cannot be used: raise, or skip."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, num_frames=1, stride=1, max_objects=1, clips_per_video=1)
+        for name in ("train_data", "eval_data"):
+            if not isinstance(getattr(self, name), list):
+                raise ValueError(f"`{name}` must be a list of datasets, got {getattr(self, name)!r}.")
 
     def train_dataset(self, processor: Sam2VideoProcessor, seed: int) -> MixedDataset:
         """All training clips, prepared by `processor`, each dataset by its domain's name."""
@@ -138,8 +153,39 @@ class SamoeTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
     )
 
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in a folder with another run, whose checkpoints are removed."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trainable, str):
+            self.trainable = [self.trainable]
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "J&F"  # evaluation tracks videos, and has no loss
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        if self.ddp_find_unused_parameters is None:
+            # Which parameters a clip uses depends on its prompts; by default Trainer takes all as used if it
+            # checkpoints.
+            self.ddp_find_unused_parameters = True
+        super().__post_init__()
+        check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
+        check_at_least(self, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_steps=0, adam_epsilon=0, seed=0)
+        check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
+        self.learning_rates()
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            options = getattr(self, name, None) or {}
+            if options.get("use_reentrant") or options.get("offload"):
+                raise ValueError(f"`{name}` must have neither `use_reentrant` nor `offload`, got {options}.")
+
     def learning_rates(self) -> dict[str, float]:
-        """Set of parameters -> learning rate; of a parameter in several sets the first counts."""
+        """Set of parameters -> learning rate; of a parameter in several sets the first counts.
+
+        Raises:
+            ValueError: for a rate that is no number from 0 on.
+        """
         rates = {}
         for text in self.trainable:
             chosen, _, rate = text.partition("=")
@@ -147,6 +193,8 @@ class SamoeTrainingArguments(TrainingArguments):
                 rates[chosen] = float(rate) if rate else self.learning_rate
             except ValueError:
                 raise ValueError(f"`trainable` must be SET or SET=LR, got {text!r}.") from None
+            if not (math.isfinite(rates[chosen]) and rates[chosen] >= 0):
+                raise ValueError(f"Learning rates of `trainable` must be from 0 on, got {text!r}.")
         return rates
 
 
@@ -174,5 +222,25 @@ def parse_run(
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"{config} has an unknown key {key!r}.{hint}")
+    for kind in parser.dataclass_types:
+        _check_types(kind, run)
     parser.set_defaults(**run)
     return parser.parse_args_into_dataclasses(args=overrides)
+
+
+def _check_types(kind: type, run: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for a value of a YAML that is no finite number where its field takes one.
+
+    Text is left to the parser, which converts it as on the command line.
+    """
+    for name, hint in get_type_hints(kind).items():
+        if name not in run or run[name] is None or isinstance(run[name], str):
+            continue
+        types, value = set(get_args(hint) or [hint]) - {type(None)}, run[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if types <= {int, float} and not is_number:
+            raise ValueError(f"`{name}` must be a number, got {value!r}.")
+        if types == {int} and not isinstance(value, int):
+            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+        if types == {bool} and not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be true or false, got {value!r}.")

@@ -1,10 +1,10 @@
 """What a training run logs between two logging steps: parts of the loss, and how tokens are routed."""
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from samoe_hf.model.experts import ExpertLinear
@@ -12,46 +12,57 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 
 
 class TrainingLogs:
-    """Collects values under names and gives their means."""
+    """Sums of losses and of routing over micro-batches, steps and processes. What it holds does not grow."""
 
     def __init__(self):
-        self._values: dict[str, list[float | Tensor]] = defaultdict(list)
+        self._losses: dict[str, Tensor] = {}
+        # Name -> sum of the values, and how many there were.
+        self._routing: dict[str, tuple[float, int]] = {}
 
     def add_losses(self, parts: Mapping[str, Tensor]) -> None:
-        """Adds the parts of a loss, each under `loss_PART`."""
+        """Adds the parts of a micro-batch's loss."""
         for name, part in parts.items():
-            self._values[f"loss_{name}"].append(part)
+            self._losses[name] = self._losses.get(name, 0) + part.detach()
 
     @torch.no_grad()
-    def add_routing(self, model: SamoeModel, calls: Mapping[str, Sequence[Tensor]], domains: Sequence[str]) -> None:
-        """Adds the routers' entropy (1 for equal probabilities) and the experts' weights, averaged over layers.
+    def add_routing(
+        self, model: SamoeModel, logits_by_clip: Sequence[Mapping[str, Tensor]], domains: Sequence[str]
+    ) -> None:
+        """Adds the routers' entropy (1 for equal probabilities) and the experts' weights, by domain.
 
         Args:
-            calls: name of each layer -> the router logits (..., experts) of each of its calls.
-            domains: of the videos in the batch. Where the rows of a call do not tell videos apart, it is logged under
-                the names of all.
+            logits_by_clip: for each clip, name of each layer -> router logits (tokens, experts).
+            domains: of each clip.
         """
-        for name, calls_of_layer in calls.items():
-            module: ExpertLinear = model.get_submodule(name)
-            for logits in calls_of_layer:
-                by_video = [logits]
-                if len(domains) > 1 and logits.shape[0] % len(domains) == 0:
-                    by_video = logits.chunk(len(domains))
-                names = domains if len(by_video) > 1 else ["+".join(sorted(set(domains)))]
-                for domain, logits_of_video in zip(names, by_video, strict=True):
-                    self._add_router(module, logits_of_video.float(), domain)
+        for logits_by_name, domain in zip(logits_by_clip, domains, strict=True):
+            for name, logits in logits_by_name.items():
+                self._add_router(model.get_submodule(name), logits.float(), domain)
 
     def _add_router(self, module: ExpertLinear, logits: Tensor, domain: str) -> None:
         probabilities = logits.softmax(dim=-1).clamp(min=1e-12)
         entropy = -(probabilities * probabilities.log()).sum(dim=-1).mean()
-        largest = max(math.log(module.num_experts), 1e-12)
-        self._values[f"router_entropy/{domain}"].append(entropy.item() / largest)
-        usage = module.gates(logits).flatten(0, -2).mean(dim=0)
-        for expert, weight in enumerate(usage.tolist()):
-            self._values[f"expert_usage/{domain}/{expert}"].append(weight)
+        usage = module.gates(logits).mean(dim=0)
+        values = {f"router_entropy/{domain}": entropy.item() / max(math.log(module.num_experts), 1e-12)}
+        values |= {f"expert_usage/{domain}/{expert}": weight for expert, weight in enumerate(usage.tolist())}
+        for name, value in values.items():
+            total, count = self._routing.get(name, (0.0, 0))
+            self._routing[name] = total + value, count + 1
 
-    def means(self) -> dict[str, float]:
-        """Name -> mean of the values since the last call."""
-        means = {name: sum(map(float, values)) / len(values) for name, values in self._values.items()}
-        self._values.clear()
-        return means
+    def collect(self, num_steps: int) -> dict[str, float]:
+        """Empties the logs; each process must call it.
+
+        Args:
+            num_steps: optimizer steps since the last call.
+
+        Returns:
+            `loss_PART`, summed over micro-batches and averaged over steps and processes; `router_entropy/DOMAIN` and
+            `expert_usage/DOMAIN/EXPERT`, averaged over layers and clips.
+        """
+        losses = {name: float(total) / max(num_steps, 1) for name, total in self._losses.items()}
+        gathered = gather_object([(losses, self._routing)])
+        self._losses, self._routing = {}, {}
+        logs = {f"loss_{name}": sum(other[name] for other, _ in gathered) / len(gathered) for name in losses}
+        for name in sorted({name for _, routing in gathered for name in routing}):
+            found = [routing[name] for _, routing in gathered if name in routing]
+            logs[name] = sum(total for total, _ in found) / sum(count for _, count in found)
+        return logs

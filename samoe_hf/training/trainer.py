@@ -1,19 +1,22 @@
 """A Trainer for clips that tracks videos while it evaluates."""
 
+import math
 import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Sam2VideoProcessor, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers import Sam2VideoProcessor, Trainer, TrainerCallback, enable_full_determinism, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, speed_metrics
 
 from samoe_hf.data import ClipCollator
 from samoe_hf.data.schema import Video
@@ -22,6 +25,7 @@ from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
 from samoe_hf.hub.push import check_base_is_public
 from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
+from samoe_hf.model.clip import router_logits_by_clip
 from samoe_hf.model.experts import record_router_logits
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -30,6 +34,7 @@ from samoe_hf.model.prompts import PromptRecipe
 
 from .arguments import SamoeTrainingArguments, parse_run
 from .card import card_settings, evaluation_results
+from .checkpoints import check_output_dir, list_checkpoints, remove_checkpoints, resolve_checkpoint
 from .feature_cache import FeatureCache
 from .logs import TrainingLogs
 
@@ -78,11 +83,31 @@ class SamoeTrainer(Trainer):
             model.wake_experts()  # whole, before they are sharded
         self.recipe = recipe or PromptRecipe()
         self._logs = TrainingLogs()
+        self._last_logged_step = 0
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(DatasetEpochCallback(self.train_dataset))
         self.add_callback(ProcessorCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """As in the base class.
+
+        Args:
+            resume_from_checkpoint: a whole checkpoint; "last" or True for the newest whole one in `output_dir`.
+
+        Raises:
+            ValueError: if there is no whole checkpoint to go on from; or if nothing is to be resumed, but `output_dir`
+                has checkpoints of another run, and not `overwrite_output_dir`.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
+        elif list_checkpoints(self.args.output_dir):
+            if not self.args.overwrite_output_dir:
+                raise ValueError(
+                    f"`output_dir` {self.args.output_dir} has checkpoints of another run, which would be mixed up with "
+                    "this one's. Give another one, `resume_from_checkpoint`, or `overwrite_output_dir`."
+                )
+            if self.is_world_process_zero():
+                remove_checkpoints(self.args.output_dir)
         # Trainer aligns special tokens of each processor's tokenizer before training begins; this one has none.
         self.processing_class = None
         try:
@@ -90,33 +115,65 @@ class SamoeTrainer(Trainer):
         finally:
             self.processing_class = self.callback_handler.processing_class
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs):
-        inputs = dict(inputs)
-        domains = inputs.pop("domain", None) or ["default"]
-        is_logging_step = (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """As in the base class, with simulated prompts; in training, adds to the logs."""
+        inputs = {**inputs, "prompts": self.recipe}
+        domains = inputs.pop("domain", None) or ["default"] * len(inputs["labels"])
         unwrapped = self.accelerator.unwrap_model(model)
-        if is_logging_step:
-            with record_router_logits(unwrapped) as calls:
-                output = model(**inputs, prompts=self.recipe)
-            self._logs.add_routing(unwrapped, calls, domains)
-        else:
-            output = model(**inputs, prompts=self.recipe)
-        if model.training and not output.loss.requires_grad:
-            raise ValueError(
-                f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: memory is not "
-                f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Raise `num_frames`."
+        logs_routing = model.training and self._is_logging_step()
+        with record_router_logits(unwrapped) if logs_routing else nullcontext() as calls:
+            loss, output = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        self._logs.add_losses(output.loss_dict)
-        return (output.loss, output) if return_outputs else output.loss
+        if logs_routing:
+            self._logs.add_routing(unwrapped, router_logits_by_clip(calls, inputs["object_mask"]), domains)
+        if model.training:
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: memory is not "
+                    f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Raise "
+                    "`num_frames`."
+                )
+            # The base class weights each process's share of the total, so that their mean is the total.
+            is_share = num_items_in_batch is not None and self.args.average_tokens_across_devices
+            scale = self.accelerator.num_processes if is_share else 1
+            self._logs.add_losses({name: scale * part for name, part in output.loss_dict.items()})
+        return (loss, output) if return_outputs else loss
+
+    def _is_logging_step(self) -> bool:
+        step = self.state.global_step + 1
+        if self.args.logging_strategy == IntervalStrategy.NO:
+            return False
+        if self.args.logging_strategy == IntervalStrategy.EPOCH:
+            interval = math.ceil(self.state.max_steps / max(self.state.num_train_epochs, 1))
+        else:
+            interval = max(int(self.state.logging_steps), 1)
+        return step % interval == 0 or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the base class; with the training loss, also its parts, the routing and each set's learning rate."""
         if "loss" in logs:
-            logs = logs | self._logs.means()
+            logs = logs | self._logs.collect(self.state.global_step - self._last_logged_step)
+            self._last_logged_step = self.state.global_step
             if self.optimizer is not None:
                 groups = self.optimizer.param_groups
                 rates = {f"learning_rate/{group['set']}": group["lr"] for group in groups if "set" in group}
                 logs |= rates if len(rates) > 1 else {}
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.is_world_process_zero() and folder.exists():
+            # Left by a process that was killed while it wrote.
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -155,12 +212,12 @@ class SamoeTrainer(Trainer):
         """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1."""
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         start_time = time.time()
-        rank, world_size = self.args.process_index, self.args.world_size
-        # Processes that each hold a shard of the weights must take every step together.
-        own = videos if self.is_fsdp_enabled else [videos[i] for i in range(rank, len(videos), world_size)]
         model = self.accelerator.unwrap_model(self.model)
         show = self.is_local_process_zero() and not self.args.disable_tqdm
-        results = list(evaluate_videos(model, self.processing_class, own, show_progress_bar=show).values())
+        # Processes that each hold a shard of the weights must take every step together.
+        split = nullcontext(videos) if self.is_fsdp_enabled else PartialState().split_between_processes(list(videos))
+        with split as own:
+            results = list(evaluate_videos(model, self.processing_class, own, show_progress_bar=show).values())
         gathered = results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values()
 
         def summary(selected: Iterable[VideoResult]) -> dict[str, float]:
@@ -282,6 +339,7 @@ class ProcessorCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
         self.trainer.processing_class = processing_class
+        self.trainer._last_logged_step = state.global_step
 
 
 def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
@@ -289,6 +347,10 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
     if training_arguments.feature_cache is not None and data_arguments.augmentation is not None:
         raise ValueError("`feature_cache` and `augmentation` do not go together: augmented frames never come again.")
+    check_output_dir(training_arguments, model_arguments.model_name_or_path)
+    # Before the model is built: new experts, or all weights, are drawn at random.
+    seed = enable_full_determinism if training_arguments.full_determinism else set_seed
+    seed(training_arguments.seed)
     model = model_arguments.load()
     source = model_arguments.model_name_or_path
     # The same processor prepares the clips and evaluates.
@@ -300,5 +362,5 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
         segmentation_loss,
         processing_class=processor,
         train_dataset=data_arguments.train_dataset(processor, training_arguments.seed),
-        eval_dataset=data_arguments.eval_videos(),
+        eval_dataset=data_arguments.eval_videos() or None,
     )
