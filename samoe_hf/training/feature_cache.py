@@ -7,7 +7,7 @@ again, and gain nothing.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Sam2VideoModel
 
 from samoe_hf.model.adapters import adapter_state
-from samoe_hf.model.files import whole_file
+from samoe_hf.model.files import hash_tensors, whole_file
 from samoe_hf.model.frame_step import ImageFeatures, image_features, with_positions
 
 LEVELS = ("fine", "middle", "coarse")
@@ -35,7 +35,9 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self._weights: tuple | None = None
+        # What the fingerprint was computed from.
+        self._structure = ""
+        self._weights: dict[str, Tensor] = {}
         self._fingerprint = ""
 
     def image_features(
@@ -46,7 +48,8 @@ class FeatureCache:
         Raises:
             ValueError: if the image encoder is being trained, or is random (dropout), or its weights are sharded.
         """
-        paths = [self._path(model, frame) for frame in pixel_values]
+        folder = self.folder / self._encoder_fingerprint(model)
+        paths = [_path(folder, frame) for frame in pixel_values]
         missing = [index for index, path in enumerate(paths) if not path.is_file()]
         if missing:
             with torch.no_grad():
@@ -58,34 +61,43 @@ class FeatureCache:
         levels = [torch.stack([file[name] for file in files]).to(pixel_values.device) for name in LEVELS]
         return with_positions(model, *levels)
 
-    def _path(self, model: Sam2VideoModel, frame: Tensor) -> Path:
-        digest = hashlib.blake2b(digest_size=16)
-        device = frame.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        digest.update(f"{tuple(frame.shape)} {frame.dtype} {autocast}".encode())
-        digest.update(_bytes(frame))
-        name = digest.hexdigest()
-        return self.folder / self._encoder_fingerprint(model) / name[:2] / f"{name}.safetensors"
-
     def _encoder_fingerprint(self, model: Sam2VideoModel) -> str:
-        """A name for the encoder's weights and structure, computed anew only when a weight has been written to."""
+        """A name for the encoder's weights and structure.
+
+        Weights are hashed only if they differ from a copy of those that were hashed last, which also tells of writes
+        through `.data`. To compare them takes far less time than to encode a frame.
+        """
         tensors = dict(encoder_tensors(model))
         trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
         if trained:
             raise ValueError(f"`feature_cache` needs a frozen image encoder, but {trained[0]!r} is trainable.")
         if any(m.training and m.p > 0 for m in model.vision_encoder.modules() if isinstance(m, nn.Dropout)):
             raise ValueError("`feature_cache` needs an image encoder without dropout; set `lora_dropout` to 0.")
-        weights = (adapter_state(model.vision_encoder), *((id(t), t._version) for t in tensors.values()))
-        if weights != self._weights:
-            if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-                raise ValueError("`feature_cache` needs whole weights, but the model is sharded.")
-            digest = hashlib.blake2b(model.config.vision_config.to_json_string().encode(), digest_size=16)
-            digest.update(weights[0].encode())
-            for name, tensor in tensors.items():
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(_bytes(tensor))
-            self._weights, self._fingerprint = weights, digest.hexdigest()
+        if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+            raise ValueError("`feature_cache` needs whole weights, but the model is sharded.")
+        structure = f"{model.config.vision_config.to_json_string()} {adapter_state(model.vision_encoder)}"
+        if structure != self._structure or not _are_equal(tensors, self._weights):
+            self._structure = structure
+            self._weights = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            named = ((f"{name} {tensor.dtype}", tensor) for name, tensor in tensors.items())
+            digest = hashlib.sha256(f"{structure} {hash_tensors(named)}".encode())
+            self._fingerprint = digest.hexdigest()[:32]
         return self._fingerprint
+
+
+def _are_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    def describe(tensors: Mapping[str, Tensor]) -> list[tuple]:
+        return [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
+
+    return describe(a) == describe(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _path(folder: Path, frame: Tensor) -> Path:
+    """Where the features of a frame (3, S, S) are."""
+    device = frame.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    name = hash_tensors([(f"{frame.dtype} {autocast}", frame)])[:32]
+    return folder / name[:2] / f"{name}.safetensors"
 
 
 def encoder_tensors(model: Sam2VideoModel) -> Iterator[tuple[str, Tensor]]:
@@ -93,7 +105,3 @@ def encoder_tensors(model: Sam2VideoModel) -> Iterator[tuple[str, Tensor]]:
     for module in ("vision_encoder", "mask_decoder.conv_s0", "mask_decoder.conv_s1"):
         for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items():
             yield f"{module}.{name}", tensor
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -81,6 +81,27 @@ def test_another_frame_weight_size_or_precision_is_another_entry(model, frames, 
         torch.testing.assert_close(changed.coarse, image_features(model, frames[:1]).coarse, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("change", ["to bfloat16", "through data", "data is replaced"])
+def test_features_are_those_of_the_weights_as_they_are_now(model, frames, tmp_path, change):
+    """Whatever way they were changed: `.to` and writes through `.data` leave no trace in a tensor's version."""
+    model = copy.deepcopy(model)
+    cache = FeatureCache(tmp_path)
+    cache.image_features(model, frames[:1])
+    weight, frames = model.vision_encoder.neck.convs[0].weight, frames[:1]
+    if change == "to bfloat16":
+        model.to(torch.bfloat16)
+        frames = frames.bfloat16()
+    elif change == "through data":
+        weight.data.mul_(0.5)
+    else:
+        weight.data = -weight.data
+    found, expected = cache.image_features(model, frames), image_features(model, frames)
+    torch.testing.assert_close(found.coarse, expected.coarse, rtol=0, atol=0)
+    with Encoded(model) as encoded:
+        cache.image_features(model, frames)
+        assert encoded.count == 0
+
+
 def test_an_encoder_that_changes_is_refused(model, frames, tmp_path):
     model = copy.deepcopy(model)
     cache = FeatureCache(tmp_path)

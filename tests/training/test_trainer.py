@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
+from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run
+from samoe_hf.training.checkpoints import resolve_checkpoint
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 
@@ -308,3 +311,171 @@ def test_one_processor_prepares_clips_and_evaluates(run_config, model_folder, tm
         for clips in trainer.train_dataset.datasets.values():
             assert clips.sampler.processor is trainer.processing_class
         (own / "processor_config.json").unlink(missing_ok=True)
+
+
+def test_one_seed_gives_the_same_tensors(run_config, model_folder, tmp_path):
+    """Whatever was drawn before: initial weights, and fresh experts on a base."""
+    from_nothing = ["--model_config", str(ROOT / "configs" / "model_nano.yaml")]
+    lines = run_config.read_text().splitlines()
+    blank = tmp_path / "blank.yaml"
+    blank.write_text("\n".join(line for line in lines if not line.startswith("model_name_or_path")))
+    new_experts = [str(run_config), "--expert_modules", "qkv", "q_proj", "k_proj", "v_proj", "o_proj"]
+    for arguments in ([str(blank), *from_nothing], new_experts):
+        states = []
+        for other_draws in (1, 2):
+            torch.manual_seed(other_draws)
+            trainer = build_trainer([*arguments, "--max_steps", "1", "--save_strategy", "no"])
+            trainer.train()
+            states.append(trainer.model.state_dict())
+        assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+
+
+def accumulated_gradients(trainer_class, arguments_class, model_folder, folder, batch_size, **options):
+    """Gradients of a step over four clips with 1 to 3 objects, `batch_size` at a time, and the logged loss."""
+    # In float64 and without dropout, where only the way of averaging makes a difference.
+    model = SamoeModel.from_pretrained(model_folder, dtype=torch.float64)
+    model.config.router_aux_loss_coef = 0.1
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_p"):
+            module.dropout_p = 0.0
+    processor = AutoProcessor.from_pretrained(model_folder)
+    dataset = ClipDataset(SyntheticVideos(8, 3, (64, 64), seed=0), processor, num_frames=3)
+    by_count = {}
+    for clip in (dataset[i] for i in range(8)):
+        by_count.setdefault(len(clip["labels"]), []).append(clip)
+    assert len(by_count) > 1
+    clips = [clip for group in by_count.values() for clip in group[:2]][:4]
+    clips = [{**clip, "pixel_values": clip["pixel_values"].double(), "domain": str(i)} for i, clip in enumerate(clips)]
+    arguments = arguments_class(
+        output_dir=folder, max_steps=1, per_device_train_batch_size=batch_size, report_to="none", disable_tqdm=True,
+        gradient_accumulation_steps=4 // batch_size, max_grad_norm=0.0, save_strategy="no", logging_steps=1,
+        use_cpu=True,
+    )  # fmt: skip
+    gradients = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer = trainer_class(model, arguments, train_dataset=clips, callbacks=[Keep()], **options)
+    trainer.train()
+    return gradients, trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("kind", ["SamoeTrainer", "Trainer"])
+def test_accumulated_gradients_are_those_of_the_big_batch(kind, model_folder, tmp_path):
+    mask = PromptRecipe(point_probability=0, max_initial_frames=1, max_corrected_frames=0)
+    kinds = {
+        "SamoeTrainer": (SamoeTrainer, SamoeTrainingArguments, {"recipe": mask}),
+        "Trainer": (Trainer, TrainingArguments, {"data_collator": ClipCollator()}),
+    }
+    trainer, arguments, options = kinds[kind]
+    expected, whole_log = accumulated_gradients(trainer, arguments, model_folder, tmp_path, 4, **options)
+    assert expected
+    for batch_size in (2, 1):
+        found, log = accumulated_gradients(trainer, arguments, model_folder, tmp_path, batch_size, **options)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
+        names = [name for name in whole_log if name.startswith(("loss", "router", "expert"))]
+        assert kind == "Trainer" or len(names) > 6
+        for name in names:
+            assert log[name] == pytest.approx(whole_log[name], rel=1e-4, abs=1e-5), name
+
+
+def test_trainers_own_evaluation_shows_which_objects_are_absent(model_folder, tmp_path):
+    """Trainer pads the labels of batches with different numbers of objects with -100, as the collator does."""
+    model = SamoeModel.from_pretrained(model_folder)
+    videos = SyntheticVideos(4, 3, (64, 64), seed=0)
+    clips = ClipDataset(videos, AutoProcessor.from_pretrained(model_folder), num_frames=3)
+    counts = [len(clips[i]["labels"]) for i in range(4)]
+    assert len(set(counts)) > 1
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction.label_ids)
+        return {}
+
+    arguments = TrainingArguments(output_dir=tmp_path, per_device_eval_batch_size=1, report_to="none", use_cpu=True)
+    trainer = Trainer(
+        model, arguments, eval_dataset=clips, data_collator=ClipCollator(), compute_metrics=compute_metrics
+    )
+    trainer.evaluate()
+    (labels,) = seen
+    for label, count, i in zip(labels, counts, range(4), strict=True):
+        assert (label[count:] == -100).all() and (label[:count] == clips[i]["labels"].numpy()).all()
+
+
+def test_without_logging_nothing_is_kept(run_config):
+    trainer = make_trainer(run_config, "--logging_strategy", "no", "--save_strategy", "no", "--max_steps", "3")
+    sizes = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            sizes.append(len(pickle.dumps(trainer._logs)))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert sizes[0] == sizes[-1]
+
+
+def test_an_epochs_log_has_the_routing(run_config):
+    trainer = make_trainer(
+        run_config, "--logging_strategy", "epoch", "--save_strategy", "no", "--max_steps", "-1",
+        "--num_train_epochs", "1", "--per_device_train_batch_size", "6",
+    )  # fmt: skip
+    trainer.train()
+    (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert any(name.startswith("router_entropy/") for name in log)
+
+
+def test_an_error_in_evaluation_leaves_the_model_in_training_mode(run_config, monkeypatch):
+    trainer = make_trainer(run_config)
+    trainer.model.train()
+    monkeypatch.setattr("samoe_hf.evaluation.evaluate.evaluate_video", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.evaluate()
+    assert trainer.model.training
+
+
+def test_clips_of_two_frames_always_train_the_memory(run_config):
+    """Some of their frames must be left without a prompt, or memory is read on none."""
+    recipe = PromptRecipe(max_initial_frames=2)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        assert len(recipe.draw(2).kinds) == 1
+
+
+def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_config, tmp_path, monkeypatch):
+    trainer = make_trainer(run_config, "--max_steps", "4")
+    write_state = trainer._save_rng_state
+
+    def die(output_dir):
+        if output_dir.endswith("checkpoint-4"):
+            Path(output_dir, "rng_state.pth").write_bytes(b"PK half")
+            raise KeyboardInterrupt
+        write_state(output_dir)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()
+    resumed = make_trainer(run_config, "--max_steps", "4", "--resume_from_checkpoint", "last")
+    resumed.train(resume_from_checkpoint="last")
+    whole = make_trainer(run_config, "--max_steps", "4", "--output_dir", str(tmp_path / "whole"))
+    whole.train()
+    expected, found = (t.model.state_dict() for t in (whole, resumed))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert resolve_checkpoint("last", resumed.args).endswith("checkpoint-4")
+
+
+def test_a_run_is_not_mixed_up_with_another_ones_checkpoints(run_config, tmp_path):
+    make_trainer(run_config, "--max_steps", "2").train()
+    kept = tmp_path / "out" / "checkpoint-2"
+    with pytest.raises(ValueError, match="holds another run"):
+        make_trainer(run_config, "--max_steps", "1")
+    assert kept.is_dir()
+    make_trainer(run_config, "--max_steps", "1", "--overwrite_output_dir", "true").train()
+    assert not kept.exists()

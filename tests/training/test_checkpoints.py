@@ -1,0 +1,83 @@
+"""Resuming from the newest whole checkpoint, and where a run may write."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from samoe_hf.training.arguments import SamoeTrainingArguments
+from samoe_hf.training.checkpoints import check_output_dir, resolve_checkpoint
+from samoe_hf.training.trainer import build_trainer
+
+
+def write_checkpoint(output_dir, step):
+    folder = output_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.ones(1000)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.ones(1000)}, folder / name)
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    return folder
+
+
+@pytest.fixture
+def args(tmp_path):
+    return SamoeTrainingArguments(output_dir=tmp_path / "out", report_to="none", use_cpu=True)
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short"])
+@pytest.mark.parametrize("name", FILES)
+def test_last_is_the_newest_whole_checkpoint(args, tmp_path, name, how, caplog):
+    """Checkpoint 10 is newer than 9, though not in the order of names."""
+    whole, newest = write_checkpoint(tmp_path / "out", 9), write_checkpoint(tmp_path / "out", 10)
+    assert resolve_checkpoint("last", args) == str(newest) == resolve_checkpoint(True, args)
+    if how == "missing":
+        (newest / name).unlink()
+    else:
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[: len(content) // 2])
+    assert resolve_checkpoint("last", args) == str(whole)
+    assert f"{newest}: {name} is" in caplog.text
+    with pytest.raises(ValueError, match=f"checkpoint-10 {name} is"):
+        resolve_checkpoint(str(newest), args)
+    shutil.rmtree(whole)
+    with pytest.raises(ValueError, match=f"no whole checkpoint in .*{name} is"):
+        resolve_checkpoint("last", args)
+
+
+def test_last_without_any_checkpoint_is_refused(args):
+    with pytest.raises(ValueError, match=r"finds no whole checkpoint in .*out\. Leave it out"):
+        resolve_checkpoint("last", args)
+    with pytest.raises(ValueError, match="is no folder"):
+        resolve_checkpoint("nowhere", args)
+
+
+def test_a_folder_with_another_run_is_refused_unless_it_is_asked_for(args, tmp_path):
+    check_output_dir(args, None)
+    write_checkpoint(tmp_path / "out", 1)
+    with pytest.raises(ValueError, match="holds another run"):
+        check_output_dir(args, None)
+    args.resume_from_checkpoint = "last"
+    check_output_dir(args, None)
+    args.resume_from_checkpoint, args.overwrite_output_dir = None, True
+    check_output_dir(args, None)
+
+
+def test_a_run_does_not_overwrite_its_base_model(tmp_path, model_folder):
+    own = tmp_path / "own"
+    shutil.copytree(model_folder, own)
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    run = tmp_path / "run.yaml"
+    run.write_text(f"train_data: [{{kind: synthetic}}]\nmodel_name_or_path: {own}\noutput_dir: {own}\n")
+    (tmp_path / "link").symlink_to(own)
+    for more in ([], ["--overwrite_output_dir", "true"], ["--output_dir", str(tmp_path / "link")]):
+        with pytest.raises(ValueError, match="holds the base model"):
+            build_trainer([str(run), *more])
+    with pytest.raises(ValueError, match="holds the base model"):
+        build_trainer([str(run), "--output_dir", str(tmp_path), "--overwrite_output_dir", "true"])
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
