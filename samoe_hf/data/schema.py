@@ -297,7 +297,16 @@ class _DatasetVideos(Sequence):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Video:
-        return video_from_row(self.dataset[index].to_pylist()[0])
+        table = self.dataset[index]
+        try:
+            table.validate(full=True)  # Arrow reads beyond its memory where offsets in a file are damaged
+            row = table.to_pylist()[0]
+        except (*DAMAGE, SystemError) as error:
+            raise SampleError(f"{self._source()}, row {index}: damaged ({error})") from error
+        return video_from_row(row)
+
+    def _source(self) -> str:
+        return ", ".join(file["filename"] for file in self.dataset.cache_files) or "a dataset in memory"
 
 
 class _StreamedVideos:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tokenize
 import zipfile
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from .video_io import DAMAGE, ArrayFrames, SampleError, natural_key
 
 Window = tuple[float, float]
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
+# RuntimeError: encrypted, or compressed in another way.
+NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 NIFTI_DAMAGE = (
     *DAMAGE,
     nib.filebasedimages.ImageFileError,
@@ -53,7 +56,7 @@ def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> 
             spacing = tuple(float(s) for s in file["spacing"]) if "spacing" in file else None
     except SampleError as error:
         raise SampleError(f"{path}: {error}") from error
-    except (*DAMAGE, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: encrypted, or compressed otherwise
+    except NPZ_DAMAGE as error:
         raise SampleError(f"{path}: not a volume with imgs and gts ({error})") from error
     return _make_video(path, video_id, images, ids, spacing, domain, window)
 
@@ -82,7 +85,7 @@ def _check_headers(archive: zipfile.ZipFile) -> None:
 
 
 def _check_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> None:
-    if dtype.kind not in "biuf":
+    if dtype.kind not in "iuf":
         raise SampleError(f"{name} must hold real numbers, not {dtype}")
     if min(shape, default=1) < 1 or math.prod(shape) > MAX_VALUES:
         raise SampleError(f"{name} has the shape {tuple(shape)}; 1 to {MAX_VALUES} values are read")

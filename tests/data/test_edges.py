@@ -564,6 +564,17 @@ def test_a_damaged_dataset_on_disk_is_named(tmp_path):
         load_videos(**options)
 
 
+def test_damaged_rows_on_disk_are_named(tmp_path):
+    options = make_dataset(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    content = path.read_bytes()
+    offsets = struct.pack("<3i", 0, 14, 28)  # of the two videos' ids
+    assert offsets in content
+    path.write_bytes(content.replace(offsets, struct.pack("<3i", 0, -5, 2**30)))
+    with pytest.raises(SampleError, match=r"saved.*\.arrow, row 0: damaged"):
+        load_videos(**options)[0]
+
+
 def test_lists_that_are_no_text_are_named(tmp_path):
     options = make_davis(tmp_path)
     (tmp_path / "ImageSets" / "2017" / "val.txt").write_bytes(b"\xff\xfe\0c")

@@ -230,7 +230,7 @@ def read(options: dict) -> None:
             assert frames[index].shape == (*frames.size, 3) and frames[index].dtype == np.uint8
         return
     if "yaml" in options:
-        entries = read_yaml(options["yaml"]).get("eval_data", [])
+        entries = read_yaml(options["yaml"]).get("eval_data") or []
         videos = [v for entry in entries for v in list(videos_from_entry(entry, str(options["yaml"])))[:2]]
     else:
         videos = load_videos(**options)
@@ -255,8 +255,9 @@ def check(video: Video) -> None:
 def read_damaged_files(folder: Path, seed: int, count: int) -> None:
     """Reads `count` damaged datasets below a folder; to be called in a process of its own.
 
-    That may take 1 GB beyond what it takes at the start, and 5 seconds for each case; where it takes more it ends. To
-    `folder/log` goes a line of JSON before and after each case: its name, then "read", or "refused" and the error.
+    That may take 1 GB beyond what it takes at the start, and 5 seconds of computing for each case; where it takes more
+    it ends. To `folder/log` goes a line of JSON before and after each case: its name, then "read", or "refused" and the
+    error.
     """
     warnings.simplefilter("ignore")
     templates = {kind: make(folder / kind) for kind, make in MAKERS.items()}
@@ -264,7 +265,8 @@ def read_damaged_files(folder: Path, seed: int, count: int) -> None:
         read(options)  # unharmed, all can be read; also imports what is imported late
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, used + GIGABYTE))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for signal_of_timer in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(signal_of_timer, signal.SIG_DFL)  # ends the process, in whichever library it is
     with open(folder / "log", "w", buffering=1) as log:
         for number in range(count):
             kind = list(MAKERS)[number % len(MAKERS)]
@@ -275,9 +277,11 @@ def read_damaged_files(folder: Path, seed: int, count: int) -> None:
                 for name, value in templates[kind].items()
             }
             log.write(json.dumps({"case": f"{number} {kind}: {damage(case, kind, rng)}"}) + "\n")
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # its signal ends the process, in whichever library it is
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)  # where it waits, or the machine is busy
             outcome = try_to_read(options, case)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             log.write(json.dumps(outcome) + "\n")
             shutil.rmtree(case)
 
