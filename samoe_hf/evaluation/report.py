@@ -135,7 +135,13 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     plot_over_time(results["models"], folder / "pictures" / "j_over_time.png")
     plot_by_size(results["models"], folder / "pictures" / "j_by_size.png")
     several = len(results["models"]) > 1
-    parts = ["# Evaluation", _described(results), "## Results", summary_table(results, markdown=True), _notes(results)]
+    parts = [
+        "# Evaluation",
+        _described(results),
+        "## Results",
+        summary_table(results, markdown=True),
+        _explanations(results),
+    ]
     for comparison in results["comparisons"]:
         parts += [
             f"### {comparison['model']} against {comparison['baseline']}",
@@ -176,13 +182,17 @@ def _described(results: Mapping[str, Any]) -> str:
         drawn = (
             f"{len(seeds)} runs with the seeds {', '.join(map(str, seeds))}" if seeds else "nothing is drawn: one run"
         )
-        told = f"{PROMPTS[prompt.partition(':')[0]]}, on the first annotated frame that shows it"
+        description = f"{PROMPTS[prompt.partition(':')[0]]}, on the first annotated frame that shows it"
         if "@" in prompt:
-            told += " and on others with " + ("the lowest IoU" if prompt.endswith(":offline") else "an IoU below 0.75")
-        lines.append(f"- Prompt: `{prompt}`, {told}; {drawn}")
+            description += " and on others with " + (
+                "the lowest IoU" if prompt.endswith(":offline") else "an IoU below 0.75"
+            )
+        lines.append(f"- Prompt: `{prompt}`, {description}; {drawn}")
     lines.append(f"- Frames that count: {PROTOCOLS[results['protocol']]} (`{results['protocol']}`)")
     for model in results["models"]:
         facts = [f"`{model['source']}`"]
+        if model.get("base_model"):
+            facts.append(f"on the base `{model['base_model']['name_or_path']}`")
         if model.get("commit") or model.get("revision"):
             facts.append(f"revision `{model.get('commit') or model['revision']}`")
         if model.get("num_parameters"):
@@ -197,7 +207,7 @@ def _described(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _notes(results: Mapping[str, Any]) -> str:
+def _explanations(results: Mapping[str, Any]) -> str:
     notes = ["Means over objects, from 0 to 1, higher is better; every metric is explained below."]
     notes.append("A frame on which an object is neither to be seen nor predicted counts as 1 (DAVIS).")
     if any(model.get("std") for model in results["models"]):
@@ -238,11 +248,11 @@ def _groups(results: Mapping[str, Any]) -> str:
 def _highlights(model: Mapping[str, Any]) -> list[str]:
     parts = []
     for entry in model["highlights"]:
-        name, _, place = entry["rank"].partition("_")
+        name, _, number = entry["rank"].partition("_")
         what = f"{entry['domain']}, {entry['video']}, object {entry['object_id']}"
         score = format_number(entry["J&F_mean"])
-        parts.append(f"**{name.capitalize()} {place}**: {what}; J&F {score} ([video]({entry['video_file']}))")
-        parts.append(f"![{name} {place}: {what}]({entry['picture']})")
+        parts.append(f"**{name.capitalize()} {number}**: {what}; J&F {score} ([video]({entry['video_file']}))")
+        parts.append(f"![{name} {number}: {what}]({entry['picture']})")
     return parts or ["No object has a frame that counts."]
 
 
@@ -269,6 +279,7 @@ def _object_table(model: Mapping[str, Any]) -> str:
     rows = [
         [
             row["video"],
+            row["domain"],
             row["object_id"],
             NO_NUMBER if row["first_frame"] is None else row["first_frame"],
             row["num_frames"],
@@ -277,7 +288,15 @@ def _object_table(model: Mapping[str, Any]) -> str:
         ]
         for row in sorted(model["objects"], key=lambda row: -1 if row["J&F_mean"] is None else -row["J&F_mean"])
     ]
-    heading = ["video", "object", "first frame", "frames counted", "size", *(METRICS[name][0] for name in names)]
+    heading = [
+        "video",
+        "domain",
+        "object",
+        "first frame",
+        "frames counted",
+        "size",
+        *(METRICS[name][0] for name in names),
+    ]
     return format_table(heading, rows, markdown=True) + "\n\nSize: the true mask's mean share of the image."
 
 

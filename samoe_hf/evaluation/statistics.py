@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from .evaluate import VideoResult
 from .metrics import Protocol, counted_frames, score_objects, summarize
@@ -82,10 +84,10 @@ def summarize_model(
     domains = sorted({result.domain for result in results})
     summaries = {seed: _summary(run, protocol, groups) for seed, run in runs.items()}
     return {
-        **_spread(list(summaries.values())),
+        **_mean_and_std(list(summaries.values())),
         "runs": [{"seed": seed, "summary": summary} for seed, summary in summaries.items()],
         "domains": {
-            domain: _spread([_summary([r for r in run if r.domain == domain], protocol) for run in runs.values()])
+            domain: _mean_and_std([_summary([r for r in run if r.domain == domain], protocol) for run in runs.values()])
             for domain in domains
         },
         "videos": _video_rows(runs, objects),
@@ -114,17 +116,16 @@ def _summary(
     return summary
 
 
-def _spread(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+def _mean_and_std(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation of the same figures of several runs."""
 
-    def combine(values: list[Any], function: Any) -> Any:
+    def combine(values: list[Any], function: Callable[..., Any]) -> Any:
         if isinstance(values[0], dict):
             return {name: combine([value[name] for value in values], function) for name in values[0]}
         return values[0] if len(values) == 1 else float(function(values))
 
-    mean = combine(summaries, np.mean)
-    std = combine(summaries, lambda values: np.std(values, ddof=1)) if len(summaries) > 1 else None
-    return {"summary": mean, "std": std}
+    std = combine(summaries, partial(np.std, ddof=1)) if len(summaries) > 1 else None
+    return {"summary": combine(summaries, np.mean), "std": std}
 
 
 def _object_rows(results: Sequence[VideoResult], protocol: Protocol) -> list[dict[str, Any]]:
@@ -180,22 +181,23 @@ def _speed(results: Sequence[VideoResult]) -> dict[str, float]:
 
 def _over_time(runs: Mapping[int | None, Sequence[VideoResult]]) -> dict[str, list[float]]:
     """J by the number of frames since the object's first: mean and quartiles over objects, and how many there are."""
-    values = defaultdict(list)
+    tables = [pd.DataFrame({"frame": [], "j": []}).astype({"frame": int})]
     for result in (result for run in runs.values() for result in run):
         first = (result.scores.target_area > 0).argmax(axis=0)
         frames = np.array(result.frames)
-        for column, row in enumerate(first):
-            for frame, j in zip(frames[row + 1 :], result.scores.j[row + 1 :, column], strict=True):
-                values[int(frame - frames[row])].append(float(j))
-    columns = {"frames": sorted(values)}
-    for name, function in (
-        ("mean", np.mean),
-        ("lower_quartile", lambda v: np.quantile(v, 0.25)),
-        ("upper_quartile", lambda v: np.quantile(v, 0.75)),
-        ("objects", lambda v: len(v) // len(runs)),
-    ):
-        columns[name] = [float(function(values[frame])) for frame in columns["frames"]]
-    return columns
+        tables += [
+            pd.DataFrame({"frame": frames[row + 1 :] - frames[row], "j": result.scores.j[row + 1 :, column]})
+            for column, row in enumerate(first)
+        ]
+    by_frame = pd.concat(tables).groupby("frame")["j"]
+    columns = {
+        "frames": list(by_frame.groups),
+        "mean": by_frame.mean().tolist(),
+        "lower_quartile": by_frame.quantile(0.25).tolist(),
+        "upper_quartile": by_frame.quantile(0.75).tolist(),
+        "objects": (by_frame.size() // len(runs)).astype(float).tolist(),
+    }
+    return {name: [x if name == "frames" else float(x) for x in values] for name, values in columns.items()}
 
 
 def _by_size(runs: Mapping[int | None, Sequence[VideoResult]], protocol: Protocol) -> list[dict[str, Any]]:
@@ -205,17 +207,12 @@ def _by_size(runs: Mapping[int | None, Sequence[VideoResult]], protocol: Protoco
         counted = counted_frames(result.scores, protocol) & (result.scores.target_area > 0)
         areas.append(result.scores.target_area[counted] / result.image_area)
         js.append(result.scores.j[counted])
-    area, j = np.concatenate(areas), np.concatenate(js)
-    bin_of = np.digitize(area, SIZE_EDGES)
+    bins = pd.cut(np.concatenate(areas), [0.0, *SIZE_EDGES, np.inf], right=False)
+    sizes = pd.Series(np.concatenate(js)).groupby(bins, observed=False).agg(["size", "mean"])
     edges = [0.0, *SIZE_EDGES, 1.0]
     return [
-        {
-            "from": edges[i],
-            "to": edges[i + 1],
-            "masks": int((bin_of == i).sum()) // len(runs),
-            "J_mean": float(j[bin_of == i].mean()) if (bin_of == i).any() else math.nan,
-        }
-        for i in range(len(edges) - 1)
+        {"from": low, "to": high, "masks": int(size) // len(runs), "J_mean": float(mean)}
+        for low, high, size, mean in zip(edges[:-1], edges[1:], sizes["size"], sizes["mean"], strict=True)
     ]
 
 
@@ -263,9 +260,9 @@ def choose_highlights(objects: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     worst = ranked[len(best) :][::-1][:NUM_HIGHLIGHTS]
     names = ("domain", "video", "object_id", "J&F_mean")
     return [
-        {"rank": f"{name}_{place}", **{key: row[key] for key in names}}
+        {"rank": f"{name}_{number}", **{key: row[key] for key in names}}
         for name, rows in (("best", best), ("worst", worst))
-        for place, row in enumerate(rows, 1)
+        for number, row in enumerate(rows, 1)
     ]
 
 

@@ -13,9 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_dilation
 
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
+
+from .masks import plain_text
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -25,6 +28,7 @@ MIN_WIDTH, MAX_WIDTH = 640, 960
 STRIP_FRAMES = 6
 
 
+@plain_text
 def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws J by the number of frames since each object's first, and how many objects are left.
 
@@ -64,6 +68,7 @@ def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> Non
     figure.savefig(path, dpi=130)
 
 
+@plain_text
 def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws mean J by the object's size, and how many masks each bin holds.
 
@@ -76,8 +81,8 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     width = 0.8 / len(models)
     for number, model in enumerate(models):
         heights = [_number(size["J_mean"]) for size in model["by_size"]]
-        places = np.arange(len(heights)) + (number - (len(models) - 1) / 2) * width
-        bars = axes.bar(places, heights, width * 0.92, color=LINES[number % len(LINES)], label=model["label"])
+        positions = np.arange(len(heights)) + (number - (len(models) - 1) / 2) * width
+        bars = axes.bar(positions, heights, width * 0.92, color=LINES[number % len(LINES)], label=model["label"])
         texts = ["" if np.isnan(height) else f"{height:.2f}" for height in heights]
         axes.bar_label(bars, texts, fontsize=7 if len(models) > 1 else 8, padding=1)
     sizes = models[0]["by_size"]
@@ -124,20 +129,14 @@ def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray 
     for mask, color in ((prediction & truth, FOUND), (truth & ~prediction, MISSED), (prediction & ~truth, ADDED)):
         picture[mask] = 0.4 * picture[mask] + 0.6 * np.array(color)
     if target is not None:
-        white = _grown(truth)
-        picture[_grown(white) & ~white] = 0  # so that the line is seen on bright ground too
+        white = binary_dilation(truth)
+        picture[binary_dilation(white) & ~white] = 0  # so that the line is seen on bright ground too
         picture[white & ~truth] = 255
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
 def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-
-
-def _grown(mask: np.ndarray) -> np.ndarray:
-    """A mask and the pixels beside it."""
-    padded = np.pad(mask, 1)
-    return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
 
 
 def _captioned(picture: Image.Image, lines: Sequence[str]) -> np.ndarray:
@@ -199,8 +198,8 @@ def draw_object(
 
     def overlays() -> Iterator[np.ndarray]:
         for frame in frames:
-            told = f"J {iou[frame]:.3f}" if frame in iou else "not annotated"
-            yield _captioned(picture(frame, width), [title, f"frame {video.frames.names[frame]}: {told}"])
+            score = f"J {iou[frame]:.3f}" if frame in iou else "not annotated"
+            yield _captioned(picture(frame, width), [title, f"frame {video.frames.names[frame]}: {score}"])
 
     path.parent.mkdir(parents=True, exist_ok=True)
     fps = video.frames.fps or (24 if len(frames) > 48 else 6)
