@@ -106,9 +106,12 @@ def test_train_refuses_bad_configurations_in_one_line(run, smoke_config, line, m
 
 
 @pytest.mark.slow
-def test_the_configuration_for_davis_runs(run, tmp_path):
-    shared_data("davis")
-    printed = run("train.py", ROOT / "configs" / "finetune_davis.yaml", "--output_dir", tmp_path, "--max_steps", "4")
+def test_the_configuration_for_davis_runs(run, model_folder, tmp_path):
+    davis = shared_data("davis")
+    config = tmp_path / "run.yaml"
+    text = (ROOT / "configs" / "finetune_davis.yaml").read_text().replace("data/DAVIS", str(davis))
+    config.write_text(text.replace("facebook/sam2.1-hiera-base-plus", str(model_folder)))
+    printed = run("train.py", config, "--output_dir", tmp_path, "--max_steps", "4")
     assert "train_loss" in printed and (tmp_path / "model.safetensors").is_file()
 
 

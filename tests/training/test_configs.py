@@ -1,15 +1,17 @@
 """Every configuration is complete: its keys are known, and what needs no download can be opened."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from helpers.reference import ROOT, reference_folder, shared_data
+from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import READERS, read_yaml
 from samoe_hf.data.transforms import transforms_from_options
-from samoe_hf.model.processor import build_processor
 from samoe_hf.training.arguments import parse_run
+from samoe_hf.training.trainer import build_trainer
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RUNS = [path for path in CONFIGS if not path.name.startswith("model_")]
@@ -30,21 +32,55 @@ def test_runs_parse(path, tmp_path):
         check_options(READERS[entry["kind"]], options, f"datasets of kind {entry['kind']}")
 
 
-@pytest.mark.parametrize("name", ["smoke", "finetune_davis", "finetune_ct", "multi_domain"])
-def test_runs_on_data_beside_the_repository_start(name, tmp_path, monkeypatch):
+def write_frames(frames, labels, num_frames=10):
+    """A square that moves, as numbered files of the folders `frames` and `labels`."""
+    for folder in (frames, labels):
+        folder.mkdir(parents=True)
+    suffix = ".png" if frames.name == "rgb" else ".jpg"
+    for t in range(num_frames):
+        ids = np.zeros((48, 64), dtype=np.uint8)
+        ids[10:30, 10 + t : 30 + t] = 3
+        Image.fromarray(np.stack([ids * 80] * 3, axis=-1)).save(frames / f"{t:05d}{suffix}")
+        Image.fromarray(ids).save(labels / f"{t:05d}.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small videos in the layouts of DAVIS, MOSE, OCID and CT volumes."""
+    root = tmp_path_factory.mktemp("data")
+    for split in ("train", "val"):
+        davis = root / "DAVIS"
+        write_frames(davis / "JPEGImages" / "480p" / split, davis / "Annotations" / "480p" / split)
+        (davis / "ImageSets" / "2017").mkdir(parents=True, exist_ok=True)
+        (davis / "ImageSets" / "2017" / f"{split}.txt").write_text(f"{split}\n")
+        mose = root / "MOSE" / split
+        write_frames(mose / "JPEGImages" / "video", mose / "Annotations" / "video")
+        (root / "ct_lesions" / split).mkdir(parents=True)
+        ids = np.zeros((10, 48, 64), dtype=np.uint8)
+        ids[:, 10:30, 10:30] = 1
+        np.savez(root / "ct_lesions" / split / f"{split}.npz", imgs=ids * 90, gts=ids)
+    for number in range(1, 6):
+        sequence = root / "OCID-dataset" / "ARID20" / "table" / f"seq{number:02d}"
+        write_frames(sequence / "rgb", sequence / "label")
+    return root
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_runs_can_start(path, data, model_folder, tmp_path, monkeypatch):
+    """With the data where the run says, and a small model in place of SAM 2's."""
     monkeypatch.chdir(ROOT)
-    if name != "smoke":
-        reference_folder("mini")
-        shared_data("davis")
-    model_arguments, data, _, _, arguments = parse_run(
-        [f"configs/{name}.yaml", "--output_dir", str(tmp_path), "--num_frames", "2"]
-    )
-    model = model_arguments.load()
-    model.set_trainable(*arguments.learning_rates())
-    clips = data.train_dataset(build_processor(model.config), arguments.seed)
-    clip = clips[0]
-    assert clip["pixel_values"].shape[0] == 2 and clip["domain"] in clips.datasets
-    assert len(data.eval_videos()) > 0
+    text = path.read_text()
+    assert "../" not in text, "a path outside the repository"
+    run = tmp_path / path.name
+    base = "model_name_or_path: facebook/sam2.1-hiera-base-plus"
+    run.write_text(text.replace("data/", f"{data}/").replace(base, f"model_name_or_path: {model_folder}"))
+    options = ["--output_dir", tmp_path / "out", "--bf16", "False", "--report_to", "none", "--use_cpu", "True"]
+    trainer = build_trainer([str(run), *map(str, options)])
+    clip = trainer.train_dataset[0]
+    assert clip["pixel_values"].shape[0] >= 4 and clip["domain"] in trainer.train_dataset.datasets
+    assert clip["labels"].any()
+    has_evaluation = "\neval_data:" in text
+    assert has_evaluation == bool(trainer.eval_dataset)
 
 
 def test_the_moe_settings_of_a_run_reach_the_model(tmp_path):
