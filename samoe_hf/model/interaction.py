@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoModel
 
@@ -20,8 +21,9 @@ from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
 POINT_LABELS = (POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
 # The label of points that transformers' processor adds where objects of one call have different numbers of points.
 PADDING = -10
-# Points and boxes may reach this far outside of the frame, in parts of its size.
+# Points may lie this far outside of the frame, in parts of its size; of a box, a part must lie inside.
 OUTSIDE_LIMIT = 0.1
+LARGEST = torch.finfo(torch.float32).max
 
 
 class FrameRecord(NamedTuple):
@@ -229,7 +231,10 @@ def _points_problem(session: Sam2VideoInferenceSession, prompt: dict[str, Tensor
         return f"`input_labels` must be 1 (on the object) or 0 (on the background), got {unknown[0]}."
     width, height = session.video_width or image_size, session.video_height or image_size
     margin = image_size * OUTSIDE_LIMIT
-    is_inside = (points >= -margin) & (points <= image_size + margin)  # false for NaN
+    lowest, highest = torch.full_like(points, -margin), torch.full_like(points, image_size + margin)
+    lowest[labels == BOX_TOP_LEFT], highest[labels == BOX_TOP_LEFT] = -LARGEST, image_size
+    lowest[labels == BOX_BOTTOM_RIGHT], highest[labels == BOX_BOTTOM_RIGHT] = 0, LARGEST
+    is_inside = (points >= lowest) & (points <= highest)  # false for NaN
     if is_inside.all():
         return None
     x, y = points[~is_inside.all(dim=-1)][0].tolist()
