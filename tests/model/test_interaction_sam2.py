@@ -82,6 +82,14 @@ class AgainstSam2(Interaction):
     def make_trackers(self):
         return [Sam2(self.predictor, self.frames, self.features), Sessions(self.model, self.processor, self.start)]
 
+    def give(self, frame_idx, object_id, inputs):
+        state = self.trackers[0].state
+        row = state["obj_id_to_idx"].get(object_id)
+        is_tracked = row is not None and frame_idx in state["frames_tracked_per_obj"][row]
+        if is_tracked and not state["output_dict_per_obj"][row]["cond_frame_outputs"]:
+            return  # all prompts were cleared: `sam2` fails here, or when it goes on; we start anew
+        super().give(frame_idx, object_id, inputs)
+
     @classmethod
     def start(cls):
         size = cls.image_size
