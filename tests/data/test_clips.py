@@ -1,7 +1,5 @@
 """Clips: sampling, transforms, collation, workers, mixtures and streams."""
 
-import logging
-import pickle
 import warnings
 from collections import Counter
 
@@ -9,61 +7,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
-from transformers import Sam2ImageProcessor, Sam2VideoProcessor, Sam2VideoVideoProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGE_MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGE_STD
 from transformers.image_utils import PILImageResampling
 
+from helpers.clips import draws, numbered_video, square
 from samoe_hf.data import (
     ClipCollator,
     ClipDataset,
     ClipSampler,
-    ClipStream,
-    MixedDataset,
     SampleError,
     SyntheticVideos,
     Video,
-    to_datasets,
-    training_transforms,
-    videos_from_dataset,
 )
-from samoe_hf.data.annotations import MaskArrays
-from samoe_hf.data.transforms import IMAGE_FILL
-from samoe_hf.data.video_io import ArrayFrames
-
-
-def square(side, **settings):
-    """A processor that resizes frames to (side, side), bicubically as the original does."""
-    settings = {"size": {"height": side, "width": side}, "resample": PILImageResampling.BICUBIC, **settings}
-    return Sam2VideoProcessor(Sam2ImageProcessor(), Sam2VideoVideoProcessor(**settings))
-
-
-def numbered_video(num_frames, visible=None, annotated=None, size=(16, 20), name="v"):
-    """Frame t is of gray value t. Object k + 1 covers column 3 k; `visible[k]` lists the frames on which it is seen."""
-    visible = [range(num_frames)] if visible is None else visible
-    frames = np.zeros((num_frames, *size), np.uint8) + np.arange(num_frames, dtype=np.uint8)[:, None, None]
-    masks = np.zeros((num_frames, len(visible), *size), bool)
-    for k, seen in enumerate(visible):
-        masks[list(seen), k, :, 3 * k] = True
-    annotated = range(num_frames) if annotated is None else annotated
-    annotations = MaskArrays(masks[list(annotated)], range(1, len(visible) + 1), annotated)
-    return Video(name, ArrayFrames(frames), annotations, domain="numbers")
-
-
-def same_clip(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
-    )
-
-
-def draws(video, count=200, **sampling):
-    dataset = ClipDataset([video], square(20), clips_per_video=count, **sampling)
-    return [dataset[i] for i in range(count)]
-
-
-# --- sampling
 
 
 def test_a_clip_has_the_promised_form():
@@ -142,44 +98,6 @@ def test_impossible_settings_are_refused(wrong):
         ClipSampler(square(16), **wrong)
 
 
-# --- determinism
-
-
-def test_a_draw_depends_on_seed_epoch_and_index_alone():
-    videos = SyntheticVideos(4, 12, (32, 32))
-    options = {"processor": square(32), "num_frames": 3, "transforms": training_transforms()}
-    dataset, again = ClipDataset(videos, seed=1, **options), ClipDataset(videos, seed=1, **options)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first = [dataset[i] for i in range(4)]
-    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
-    assert all(same_clip(again[i], first[i]) for i in (3, 0, 2))
-    dataset.set_epoch(1)
-    assert not any(same_clip(dataset[i], first[i]) for i in range(4))
-    dataset.set_epoch(0)
-    assert same_clip(dataset[2], first[2])
-    assert not same_clip(ClipDataset(videos, seed=2, **options)[2], first[2])
-
-
-def test_a_video_gives_another_clip_each_time_it_comes_in_an_epoch():
-    dataset = ClipDataset([numbered_video(100)], square(16), num_frames=2, clips_per_video=20)
-    assert len(dataset) == 20 and len({tuple(clip["frame_indices"]) for clip in dataset}) > 10
-
-
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_persistent_workers_follow_the_epoch(context):
-    dataset = ClipDataset(SyntheticVideos(3, 6, (16, 16)), square(16), num_frames=2, seed=7)
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context=context
-    )
-    for epoch in range(2):
-        dataset.set_epoch(epoch)
-        assert all(same_clip(clip, dataset[i]) for i, clip in enumerate(loader))
-
-
-# --- resizing and transforms
-
-
 def test_frames_are_resized_as_by_pil_and_normalized():
     video = SyntheticVideos(1, 2, (70, 110))[0]
     clip = ClipDataset([video], square(96), num_frames=2)[0]
@@ -211,76 +129,6 @@ def test_masks_are_resized_by_the_nearest_pixel():
     assert (labels[0].numpy() == mask.repeat(2, 0).repeat(2, 1)).all()
 
 
-def bright_object_video(num_frames=4):
-    masks = np.zeros((num_frames, 1, 80, 120), bool)
-    for t in range(num_frames):
-        masks[t, 0, 20 + 3 * t : 50 + 3 * t, 30:75] = True
-    return Video.from_arrays("v", np.where(masks[:, 0], 250, 20).astype(np.uint8), masks)
-
-
-def test_frames_and_masks_are_transformed_together():
-    transforms = training_transforms(
-        flip=1.0, translate=(0.1, 0.1), scale=(0.8, 1.2), crop_size=64, jitter=(0,), grayscale=0, frame_jitter=(0,)
-    )
-    plain = ClipDataset([bright_object_video()], square(64), num_frames=4, clips_per_video=8)
-    moved = ClipDataset([bright_object_video()], square(64), num_frames=4, clips_per_video=8, transforms=transforms)
-    for i in range(8):
-        clip = moved[i]
-        bright = clip["pixel_values"][:, 0] > (135 / 255 - IMAGE_MEAN[0]) / IMAGE_STD[0]
-        overlap = (bright & clip["labels"][0]).sum() / (bright | clip["labels"][0]).sum()
-        assert overlap > 0.85
-        assert not torch.equal(clip["labels"], plain[i]["labels"])
-
-
-def test_geometry_and_jitter_are_one_for_a_clip_and_frame_jitter_is_not():
-    frames = np.full((4, 60, 60, 3), 120, np.uint8)
-    frames[:, 20:40, 25:45] = (200, 80, 40)
-    video = Video.from_arrays("v", frames, frames[:, None, :, :, 0] == 200)
-
-    def clip(**options):
-        off = {"flip": 0, "degrees": 0, "shear": 0, "jitter": (0,), "grayscale": 0, "frame_jitter": (0,)}
-        dataset = ClipDataset([video], square(60), num_frames=4, transforms=training_transforms(**off | options))
-        return dataset[0]
-
-    def still(clip):
-        return bool((clip["pixel_values"] == clip["pixel_values"][:1]).all())
-
-    reference = clip()
-    for options in (
-        {"degrees": 25},
-        {"shear": 20},
-        {"flip": 1.0},
-        {"jitter": (0.5, 0.5, 0.5, 0.2)},
-        {"grayscale": 1.0},
-    ):
-        changed = clip(**options)
-        assert still(changed), options
-        assert not torch.equal(changed["pixel_values"], reference["pixel_values"]), options
-    assert not still(clip(frame_jitter=(0.5,)))
-    gray = clip(grayscale=1.0)["pixel_values"] * torch.tensor(IMAGE_STD).view(3, 1, 1)
-    gray += torch.tensor(IMAGE_MEAN).view(3, 1, 1)
-    assert (gray.amax(1) - gray.amin(1)).max() < 1e-5
-
-
-def test_corners_that_a_rotation_uncovers_become_the_mean():
-    frames = np.full((2, 60, 60), 255, np.uint8)
-    video = Video.from_arrays("v", frames, np.ones((2, 1, 60, 60), bool))
-    transforms = training_transforms(degrees=(45, 45), shear=0, jitter=(0,), grayscale=0, frame_jitter=(0,))
-    clip = ClipDataset([video], square(60), num_frames=2, transforms=transforms)[0]
-    corner = clip["pixel_values"][0, :, 0, 0] * torch.tensor(IMAGE_STD) + torch.tensor(IMAGE_MEAN)
-    assert (255 * corner).round().int().tolist() == list(IMAGE_FILL)
-    assert clip["pixel_values"][0, :, 0, 0].abs().max() < 0.02 and not clip["labels"][0, 0, 0, 0]
-
-
-def test_an_object_that_a_transform_would_lose_stays():
-    masks = np.zeros((2, 2, 60, 60), bool)
-    masks[:, 0, :4, :4] = masks[:, 1, -4:, -4:] = True  # no quarter of the frame holds both corners
-    video = Video.from_arrays("v", np.zeros((2, 60, 60), np.uint8), masks)
-    transforms = training_transforms(degrees=0, shear=0, crop_size=60, crop_scale=(0.25, 0.25))
-    clips = draws(video, 10, num_frames=2, transforms=transforms)
-    assert all(len(clip["labels"]) == 2 for clip in clips)
-
-
 def test_objects_that_resizing_loses_are_dropped():
     masks = np.zeros((2, 2, 100, 100), bool)
     masks[:, 0, 51, 51] = masks[:, 1, :50] = True
@@ -289,56 +137,6 @@ def test_objects_that_resizing_loses_are_dropped():
     tiny = Video.from_arrays("tiny", np.zeros((2, 100, 100), np.uint8), masks[:, :1])
     with pytest.raises(SampleError, match="tiny"):
         ClipDataset([tiny], square(10), num_frames=2)[0]
-
-
-def test_any_joint_transform_of_torchvision_fits():
-    flip = ClipDataset(
-        [bright_object_video()], square(64), num_frames=4, transforms=v2.Compose([v2.RandomHorizontalFlip(1.0)])
-    )
-    plain = ClipDataset([bright_object_video()], square(64), num_frames=4)
-    assert torch.equal(flip[0]["labels"].flip(-1), plain[0]["labels"])
-
-
-# --- errors
-
-
-class Faulty:
-    """Videos of which every second one cannot be read."""
-
-    def __init__(self, good=True):
-        self.good = good
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        if index % 2 == 0 or not self.good:
-            raise SampleError(f"/data/{index}.mp4: damaged")
-        return numbered_video(4, name=f"good{index}")
-
-
-def test_a_damaged_sample_is_an_error_or_a_counted_and_reported_skip(caplog):
-    with pytest.raises(SampleError, match=r"/data/2\.mp4: damaged"):
-        ClipDataset(Faulty(), square(16), num_frames=2)[2]
-    dataset = ClipDataset(Faulty(), square(16), num_frames=2, on_error="skip")
-    with caplog.at_level(logging.WARNING):
-        assert dataset[2]["video_id"] == "good3" and dataset[1]["video_id"] == "good1"
-    assert dataset.num_skipped == 1 and "1 so far: /data/2.mp4: damaged" in caplog.text
-    loader = DataLoader(dataset, batch_size=None, num_workers=2)
-    assert sorted(clip["video_id"] for clip in loader) == ["good1", "good1", "good3", "good3"]
-    assert dataset.num_skipped == 3, "skips in workers are counted"
-    with pytest.raises(SampleError, match="none of the 4 videos can be used"):
-        ClipDataset(Faulty(good=False), square(16), num_frames=2, on_error="skip")[0]
-
-
-def test_datasets_without_videos_and_unknown_policies_are_refused():
-    with pytest.raises(ValueError, match="without videos"):
-        ClipDataset([], square(16))
-    with pytest.raises(ValueError, match="on_error"):
-        ClipDataset(Faulty(), square(16), on_error="ignore")
-
-
-# --- collation
 
 
 def test_objects_are_padded():
@@ -358,67 +156,3 @@ def test_clips_of_different_lengths_do_not_make_a_batch():
     clips = [ClipDataset([numbered_video(4)], square(16), num_frames=n)[0] for n in (2, 3)]
     with pytest.raises(ValueError, match="one number of frames"):
         ClipCollator()(clips)
-
-
-# --- mixtures and streams
-
-
-def make_mixture(**options):
-    sources = {
-        "a": ClipDataset([numbered_video(50, name=f"a{i}") for i in range(3)], square(16), num_frames=2),
-        "b": ClipDataset([numbered_video(50, name=f"b{i}") for i in range(5)], square(16), num_frames=2),
-    }
-    return MixedDataset(sources, **options)
-
-
-def test_a_mixture_keeps_its_proportions_and_names_domains():
-    clips = list(make_mixture(weights={"a": 3, "b": 1}, length=40))
-    assert Counter(clip["domain"] for clip in clips) == {"a": 30, "b": 10}
-    videos = Counter(clip["video_id"] for clip in clips)
-    assert all(videos[f"a{i}"] == 10 for i in range(3)) and all(videos[f"b{i}"] == 2 for i in range(5))
-    of_one_video = {tuple(clip["frame_indices"]) for clip in clips if clip["video_id"] == "a0"}
-    assert len(of_one_video) > 5, "a video that comes again gives another clip"
-    domains = [clip["domain"] for clip in clips]
-    assert "b" in domains[:20] and "b" in domains[20:], "the order is random"
-    assert Counter(clip["domain"] for clip in make_mixture()) == {"a": 3, "b": 5}
-
-
-def test_a_mixture_depends_on_seed_epoch_and_index_alone():
-    mixture, again = make_mixture(length=20, seed=1), make_mixture(length=20, seed=1)
-    first = [mixture[i] for i in range(20)]
-    assert same_clip(again[13], first[13]) and same_clip(again[2], first[2])
-    mixture.set_epoch(3)
-    third = [mixture[i] for i in range(20)]
-    assert [c["video_id"] for c in third] != [c["video_id"] for c in first]
-    again.set_epoch(3)
-    assert same_clip(again[7], third[7])
-    loader = DataLoader(pickle.loads(pickle.dumps(mixture)), batch_size=None, num_workers=2, persistent_workers=True)
-    assert all(same_clip(a, b) for a, b in zip(loader, third, strict=True))
-    loader.dataset.set_epoch(0)
-    assert all(same_clip(a, b) for a, b in zip(loader, first, strict=True))
-
-
-def test_impossible_mixtures_are_refused():
-    with pytest.raises(ValueError, match=r"weights for \['a', 'c'\], but datasets \['a', 'b'\]"):
-        make_mixture(weights={"a": 1, "c": 1})
-    with pytest.raises(ValueError, match="positive"):
-        make_mixture(weights={"a": 1, "b": 0})
-
-
-def test_a_stream_gives_one_clip_of_every_video_whatever_the_workers():
-    stored = to_datasets(SyntheticVideos(6, 5, (16, 16)), streaming=True)
-    stream = ClipStream(videos_from_dataset(stored), square(16), num_frames=2, seed=3)
-    clips = {clip["video_id"]: clip for clip in stream}
-    assert len(clips) == 6
-    in_workers = list(DataLoader(stream, batch_size=None, num_workers=2))
-    assert len(in_workers) == 6 and all(same_clip(clip, clips[clip["video_id"]]) for clip in in_workers)
-    stream.set_epoch(1)
-    assert not all(same_clip(clip, clips[clip["video_id"]]) for clip in stream)
-
-
-def test_a_stream_counts_what_it_skips():
-    videos = [numbered_video(3), numbered_video(3, visible=[[]], name="empty")]
-    with pytest.raises(SampleError, match="empty"):
-        list(ClipStream(videos, square(16), num_frames=2))
-    stream = ClipStream(videos, square(16), num_frames=2, on_error="skip")
-    assert len(list(stream)) == 1 and stream.num_skipped == 1

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samoe_hf.data import Video, voc_palette
+from samoe_hf.data import (
+    SampleError,
+    Video,
+    voc_palette,
+)
+from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.predictions import MaskFiles, default_layout
+from samoe_hf.data.video_io import ArrayFrames
 
 
 def make_video(object_ids, masks=None, **options):
@@ -80,3 +86,13 @@ def test_255_is_object_1_where_there_is_no_other(tmp_path):
 def test_unknown_layouts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown layout 'coco'; known are davis, youtube_vos, sa_v"):
         MaskFiles(tmp_path, "coco")
+
+
+@pytest.mark.parametrize("video_id, frame", [("../up", "0"), ("/tmp/up", "0"), ("v", "../../0"), ("v", "a\0b")])
+def test_predictions_stay_in_their_folder(tmp_path, video_id, frame):
+    frames = ArrayFrames(np.zeros((1, 4, 4), np.uint8))
+    frames.names = [frame]
+    video = Video(video_id, frames, MaskArrays(np.ones((1, 1, 4, 4), bool), [1]))
+    with pytest.raises(SampleError, match="no path within a folder"):
+        MaskFiles(tmp_path / "masks").write(video, 0, video.masks(0))
+    assert list(tmp_path.rglob("*")) == []

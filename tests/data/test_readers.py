@@ -1,29 +1,35 @@
 """Readers of dataset layouts, on small copies of each layout and, where it is there, on real data."""
 
 import json
+import math
+import warnings
 from itertools import chain
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from helpers.layouts import SIZE, label_map, make_coco, make_sa_v, save_frames, save_image, save_labels, save_nifti
+from helpers.layouts import (
+    SIZE,
+    label_map,
+    make_coco,
+    make_davis,
+    make_nifti,
+    make_sa_v,
+    make_sa_v_val,
+    rle,
+    save_frames,
+    save_image,
+    save_labels,
+)
 from helpers.reference import ROOT
 from samoe_hf.data import (
     SampleError,
-    SyntheticVideos,
     load_videos,
     read_video,
     to_datasets,
     write_palette_png,
 )
-
-SHARED = ROOT.parent / "shared" / "data"
-
-
-def real_data(name):
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"needs ../shared/data/{name}, which is not part of the repository")
-    return SHARED / name
 
 
 @pytest.fixture
@@ -34,9 +40,6 @@ def vos(tmp_path):
         labels = {0: label_map((1, 2)), 2: label_map((1, 4), (9, 20)), 4: label_map((9, 22))}
         save_labels(tmp_path / "train" / "Annotations" / name, labels)
     return tmp_path
-
-
-# --- frames and label images
 
 
 @pytest.mark.parametrize("kind", ["youtube_vos", "mose", "lvos"])
@@ -86,7 +89,7 @@ def test_empty_and_missing_folders_are_named(vos):
         load_videos("frames", vos)
 
 
-def make_davis(root, year_lists):
+def save_davis(root, year_lists):
     for name in ("bear", "cat"):
         save_frames(root / "JPEGImages" / "480p" / name, 2)
         for i in range(2):
@@ -100,7 +103,7 @@ def make_davis(root, year_lists):
     "line", ["cat\n", "/JPEGImages/480p/cat/00000.jpg /Annotations/480p/cat/00000.png\n" * 2], ids=["names", "files"]
 )
 def test_davis_2016_has_one_object_stored_as_255(tmp_path, line):
-    make_davis(tmp_path, {"480p/val.txt": line})
+    save_davis(tmp_path, {"480p/val.txt": line})
     videos = load_videos("davis", tmp_path, split="val")
     assert videos.video_ids == ["cat"] and videos[0].object_ids == [1]
     assert np.array_equal(videos[0].masks(1)[0], label_map((1, 4)) > 0)
@@ -108,10 +111,19 @@ def test_davis_2016_has_one_object_stored_as_255(tmp_path, line):
 
 
 def test_davis_2017_has_the_palettes_ids(tmp_path):
-    make_davis(tmp_path, {"2017/val.txt": "cat", "2016/val.txt": "bear"})
+    save_davis(tmp_path, {"2017/val.txt": "cat", "2016/val.txt": "bear"})
     save_labels(tmp_path / "Annotations" / "480p" / "cat", {i: label_map((1, 2), (2, 10)) for i in range(2)})
     assert load_videos("davis", tmp_path, split="val")[0].object_ids == [1, 2]
     assert load_videos("davis", tmp_path, split="val", year=2016).video_ids == ["bear"]
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def real_data(name):
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"needs ../shared/data/{name}, which is not part of the repository")
+    return SHARED / name
 
 
 def test_real_davis():
@@ -120,9 +132,6 @@ def test_real_davis():
     dog = videos[1]
     assert (len(dog), dog.size, dog.visible(0)) == (50, (480, 854), [1])
     assert dog.frames[49].shape == (480, 854, 3) and 0.05 < dog.masks(49).mean() < 0.3
-
-
-# --- SA-V
 
 
 def test_sa_v_validation_has_a_folder_per_object(tmp_path):
@@ -168,9 +177,6 @@ def test_damaged_sa_v_files_are_named(sa_v):
         load_videos("sa_v", sa_v)[0]
 
 
-# --- OCID
-
-
 @pytest.fixture
 def ocid(tmp_path):
     for folder in ("ARID20/table/bottom", "YCB10/floor"):
@@ -199,88 +205,6 @@ def test_ocid_objects_are_those_of_the_last_label(ocid):
     assert video.object_ids == [1, 2, 300], "ids of 16 bits; an object that was taken away is none"
     assert [video.visible(t) for t in range(3)] == [[1], [1, 2], [1, 2, 300]]
     assert load_videos("ocid", ocid, split="test", ignore_ids=[1])[0].object_ids == [2, 300]
-
-
-# --- volumes
-
-
-def test_npz_volumes_have_slices_for_frames(tmp_path):
-    rng = np.random.default_rng(0)
-    images, ids = rng.integers(0, 256, (5, 16, 20), dtype=np.uint8), np.zeros((5, 16, 20), np.uint8)
-    ids[1:4, 3:6, 3:6] = 2
-    np.savez_compressed(tmp_path / "case.1.npz", imgs=images, gts=ids, spacing=[0.5, 0.5, 5.0])
-    video = load_videos("npz", tmp_path)[0]
-    assert (video.video_id, len(video), video.object_ids, video.spacing) == ("case.1", 5, [2], (0.5, 0.5, 5.0))
-    assert np.array_equal(video.frames[3], np.repeat(images[3][..., None], 3, axis=-1))
-    assert [video.visible(t) for t in range(5)] == [[], [2], [2], [2], []]
-    assert np.array_equal(video.masks(2)[0], ids[2] == 2)
-
-
-def test_a_window_maps_intensities_to_gray(tmp_path):
-    volume = np.linspace(-1000, 1000, 5)[:, None, None] + np.zeros((5, 4, 4))
-    np.savez(tmp_path / "ct.npz", imgs=volume, gts=np.ones((5, 4, 4), int))
-    windowed = load_videos("npz", tmp_path, window=(-500, 500))[0]
-    assert [int(frame[0, 0, 0]) for frame in windowed.frames] == [0, 0, 128, 255, 255]
-    by_percentiles = load_videos("npz", tmp_path)[0]
-    assert [int(frame[0, 0, 0]) for frame in by_percentiles.frames] == [0, 64, 128, 191, 255]
-    assert windowed.spacing is None
-
-
-def test_damaged_volumes_are_named(tmp_path):
-    path = tmp_path / "bad.npz"
-    np.savez(path, imgs=np.zeros((2, 4, 4), np.uint8))
-    with pytest.raises(SampleError, match=r"bad\.npz: not a volume.*gts"):
-        load_videos("npz", tmp_path)[0]
-    np.savez(path, imgs=np.zeros((2, 4, 4), np.uint8), gts=np.zeros((2, 4, 5), np.uint8))
-    with pytest.raises(SampleError, match=r"bad\.npz: .*differ in size"):
-        load_videos("npz", tmp_path)[0]
-    np.savez(path, imgs=np.zeros((2, 4, 4), np.uint8), gts=np.zeros((2, 4, 4), np.float32))
-    with pytest.raises(SampleError, match=r"bad\.npz: labels must be \(T, H, W\) integers"):
-        load_videos("npz", tmp_path)[0]
-    for content in (b"", b"PK\x03\x04 cut", path.read_bytes()[:100]):
-        path.write_bytes(content)
-        with pytest.raises(SampleError, match=r"bad\.npz: not a volume"):
-            load_videos("npz", tmp_path)[0]
-
-
-def test_real_ct_volumes():
-    videos = load_videos("npz", real_data("ct_lesions"), domain="ct")
-    video = videos[0]
-    assert len(videos) == 4 and video.object_ids == [1] and video.size == (512, 512)
-    assert video.spacing == pytest.approx((0.31445, 0.31445, 5.0), abs=1e-4)
-    assert [t for t in range(len(video)) if video.visible(t)] == list(range(5, 12))
-
-
-@pytest.mark.parametrize("image_name", ["case.nii.gz", "case_0000.nii.gz"])
-def test_nifti_slices_are_axial_and_shown_as_radiologists_see_them(tmp_path, image_name):
-    values, ids = np.zeros((6, 8, 3), np.float32), np.zeros((6, 8, 3), np.uint8)  # to the right, to the front, up
-    values[5, 7, 2] = 100  # the patient's right, front, top
-    ids[5, 7, 2] = 4
-    flipped = np.diag([-0.5, 0.7, 2.0, 1.0])  # stored from right to left
-    flipped[0, 3] = 2.5
-    save_nifti(tmp_path / "imagesTr" / image_name, values[::-1], flipped)
-    save_nifti(tmp_path / "labelsTr" / "case.nii.gz", ids, np.diag([0.5, 0.7, 2.0, 1.0]))
-    video = load_videos("nifti", tmp_path, window=(0, 100))[0]
-    assert (video.video_id, len(video), video.size, video.object_ids) == ("case", 3, (8, 6), [4])
-    assert video.spacing == pytest.approx((0.5, 0.7, 2.0))
-    assert np.argwhere(video.frames[2][..., 0]).tolist() == [[0, 0]] == np.argwhere(video.masks(2)[0]).tolist()
-    assert not video.frames[1].any()
-
-
-def test_damaged_nifti_files_are_named(tmp_path):
-    save_nifti(tmp_path / "labelsTr" / "case.nii", np.zeros((2, 2, 2), np.uint8), np.eye(4))
-    (tmp_path / "imagesTr").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"imagesTr/case\.nii"):
-        load_videos("nifti", tmp_path)[0]
-    (tmp_path / "imagesTr" / "case.nii").write_bytes(b"no volume")
-    with pytest.raises(SampleError, match=r"case\.nii: not a readable NIfTI"):
-        load_videos("nifti", tmp_path)[0]
-    save_nifti(tmp_path / "imagesTr" / "case.nii", np.zeros((2, 2, 2, 2), np.float32), np.eye(4))
-    with pytest.raises(SampleError, match="three axes"):
-        load_videos("nifti", tmp_path)[0]
-
-
-# --- COCO
 
 
 @pytest.fixture
@@ -312,30 +236,9 @@ def test_damaged_coco_files_are_named(coco):
         load_videos("coco", coco, **options)
 
 
-# --- load_videos
-
-
-def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):
-    with pytest.raises(ValueError, match="unknown kind of dataset 'youtubevos'; did you mean 'youtube_vos'"):
-        load_videos("youtubevos", tmp_path)
-    with pytest.raises(ValueError, match="no option 'ignore_id'; did you mean 'ignore_ids'"):
-        load_videos("ocid", tmp_path, ignore_id=[1])
-    with pytest.raises(ValueError, match="kind 'davis' need the option 'root'"):
-        load_videos("davis")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_videos("ocid", tmp_path / "nowhere")
-
-
-def test_synthetic_videos_and_saved_datasets_are_kinds_too(tmp_path):
-    videos = load_videos("synthetic", num_videos=2, num_frames=3, image_size=SIZE, domain="blobs")
-    assert isinstance(videos, SyntheticVideos) and videos[1].domain == "blobs"
-    to_datasets(videos, cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "saved")
-    saved = load_videos("dataset", tmp_path / "saved")
-    assert np.array_equal(saved[1].frames[2], videos[1].frames[2]) and saved[1].domain == "blobs"
-    streamed = list(load_videos("dataset", tmp_path / "saved", streaming=True))
-    assert [video.video_id for video in streamed] == [video.video_id for video in videos]
-    with pytest.raises(ValueError, match="video_ids cannot choose"):
-        load_videos("dataset", tmp_path / "saved", video_ids=["x"])
+def _saved(videos, folder):
+    to_datasets(videos, cache_dir=str(folder / "cache")).save_to_disk(folder / "saved")
+    return folder / "saved"
 
 
 def test_frames_of_a_reader_survive_a_dataset(vos, tmp_path):
@@ -346,6 +249,82 @@ def test_frames_of_a_reader_survive_a_dataset(vos, tmp_path):
     assert np.array_equal(stored[0].frames[5], read_video(vos / "train" / "JPEGImages" / "a")[5])
 
 
-def _saved(videos, folder):
-    to_datasets(videos, cache_dir=str(folder / "cache")).save_to_disk(folder / "saved")
-    return folder / "saved"
+def damaged_coco(tmp_path, change, match):
+    options = make_coco(tmp_path)
+    data = json.loads((tmp_path / "labels.json").read_text())
+    change(data)
+    (tmp_path / "labels.json").write_text(json.dumps(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(SampleError, match=match):
+            video = load_videos(**options)[0]
+            assert video.masks(0) is not None
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[1e9, 0, -1e9, 0, 0, 1e9]],
+        [[math.nan, 0, 1, 1, 2, 2]],
+        [[1e400, 0, 1, 1, 2, 2]],
+        [[0, 0, 31, 23] * 200],
+        [[0, 0, 1]],
+        [[0, 0, 1, 1, 2]],
+        [["a"] * 6],
+        [{}],
+        [],
+        5,
+        None,
+        {"size": [10**6, 10**6], "counts": [10**12]},
+        {"size": list(SIZE), "counts": "oooooooooo"},
+        {"size": list(SIZE), "counts": [5, 10**9]},
+    ],
+    ids=str,
+)
+def test_polygons_and_masks_of_coco_fit_their_image(tmp_path, segmentation):
+    damaged_coco(tmp_path, lambda d: d["annotations"][0].update(segmentation=segmentation), r"one\.png")
+
+
+def test_images_of_coco_have_the_size_and_the_names_that_the_file_says(tmp_path):
+    damaged_coco(tmp_path / "a", lambda d: d["images"][0].update(height=10**6, width=10**6), r"one\.png.*\(24, 32\)")
+    for i, name in enumerate(("../labels.json", "/etc/passwd", 5, "")):
+        damaged_coco(tmp_path / f"b{i}", lambda d, name=name: d["images"][0].update(file_name=name), r"labels\.json")
+    twice = {"id": 7, "file_name": "one.png", "height": SIZE[0], "width": SIZE[1]}
+    annotation = {"id": 3, "image_id": 7, "iscrowd": 0, "segmentation": rle(label_map((1, 2)))}
+    damaged_coco(
+        tmp_path / "c", lambda d: (d["images"].append(twice), d["annotations"].append(annotation)), "two images"
+    )
+
+
+def test_two_files_of_one_name_are_named(tmp_path):
+    sa_v = make_sa_v(tmp_path / "sa_v")
+    other = tmp_path / "sa_v" / "sav_001"
+    other.mkdir()
+    (other / "sav_1_manual.json").write_bytes((tmp_path / "sa_v" / "sav_000" / "sav_1_manual.json").read_bytes())
+    with pytest.raises(SampleError, match=r"sav_001/sav_1_manual\.json.*sav_000"):
+        load_videos(**sa_v)
+    nifti = make_nifti(tmp_path / "nifti")
+    labels = tmp_path / "nifti" / "labelsTr"
+    nib.save(nib.load(labels / "case.nii.gz"), labels / "case.nii")
+    with pytest.raises(SampleError, match=r"case\.nii.*same name"):
+        load_videos(**nifti)
+    save_image(tmp_path / "sav" / "Annotations_6fps" / "sav_1" / "0" / "00000.png", label_map((1, 2)))
+    with pytest.raises(SampleError, match=r"sav_1/0+: another folder has the same number"):
+        load_videos(**make_sa_v_val(tmp_path / "sav"))[0]
+    (labels / "case.nii").unlink()
+    (labels / "case.nii.json").write_text("{}")
+    (labels / "._case.nii.gz").write_text("")
+    assert load_videos(**nifti).video_ids == ["case"], "files beside the volumes are none"
+
+
+@pytest.mark.parametrize("step", [0, -4])
+def test_steps_between_annotated_frames_are_positive(tmp_path, step):
+    with pytest.raises(ValueError, match="frame_step"):
+        load_videos(**make_sa_v(tmp_path), frame_step=step)
+
+
+def test_lists_that_are_no_text_are_named(tmp_path):
+    options = make_davis(tmp_path)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_bytes(b"\xff\xfe\0c")
+    with pytest.raises(SampleError, match=r"val\.txt"):
+        load_videos(**options)

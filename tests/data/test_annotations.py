@@ -1,0 +1,198 @@
+"""Masks in the forms in which datasets store them."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+from helpers.layouts import (
+    SIZE,
+    label_map,
+    make_frames,
+    make_sa_v,
+    save_image,
+)
+from samoe_hf.data import (
+    SampleError,
+    Video,
+    load_videos,
+    video_from_row,
+    write_palette_png,
+)
+from samoe_hf.data.annotations import LabelImages, MaskArrays, ObjectImages, RleMasks
+from samoe_hf.data.video_io import ArrayFrames
+
+
+def make_masks(num_frames=3, num_objects=2, size=(8, 10)):
+    masks = np.zeros((num_frames, num_objects, *size), bool)
+    masks[0, :, 2:5, 2:5] = True
+    masks[1, 0, 3:6, 3:6] = True
+    return masks
+
+
+def test_a_video_tells_visible_objects_and_masks_of_chosen_ones():
+    masks = make_masks()
+    video = Video.from_arrays("v", np.zeros((3, 8, 10), np.uint8), masks, [7, 300])
+    assert (len(video), video.size, video.object_ids) == (3, (8, 10), [7, 300])
+    assert [video.visible(t) for t in range(3)] == [[7, 300], [7], []]
+    assert np.array_equal(video.masks(0), masks[0])
+    assert np.array_equal(video.masks(1, [300, 7]), masks[1, ::-1])
+    assert video.masks(0, []).shape == (0, 8, 10)
+
+
+def test_unannotated_frames_are_not_absent_objects():
+    annotations = MaskArrays(make_masks(2), [1, 2], frames=[0, 4])
+    video = Video("v", ArrayFrames(np.zeros((5, 8, 10), np.uint8)), annotations)
+    assert video.annotated_frames == [0, 4] and not video.is_annotated(2)
+    with pytest.raises(SampleError, match="v: frame 2 is not annotated"):
+        video.masks(2)
+    with pytest.raises(SampleError, match="annotations up to frame 4, but 3 frames"):
+        Video("v", ArrayFrames(np.zeros((3, 8, 10), np.uint8)), annotations)
+
+
+def test_masks_of_another_size_than_the_frames_are_refused(tmp_path):
+    write_palette_png(tmp_path / "00000.png", np.ones((4, 6), int))
+    video = Video("v", ArrayFrames(np.zeros((1, 8, 10), np.uint8)), LabelImages({0: tmp_path / "00000.png"}))
+    with pytest.raises(SampleError, match=r"v: masks of size \(4, 6\) for frames of \(8, 10\).*00000\.png"):
+        video.masks(0)
+
+
+def test_objects_with_images_of_their_own_may_overlap_and_be_missing(tmp_path):
+    for name, size in (("a", (8, 10)), ("b", (8, 10)), ("small", (4, 5))):
+        Image.fromarray(np.full(size, 255, np.uint8)).save(tmp_path / f"{name}.png")
+    annotations = ObjectImages({1: {0: tmp_path / "a.png", 4: tmp_path / "a.png"}, 2: {0: tmp_path / "b.png"}})
+    assert annotations.frames == [0, 4] and annotations.visible(4) == [1]
+    assert annotations.masks(0, [1, 2]).all()
+    assert annotations.masks(4, [2, 1]).any(axis=(1, 2)).tolist() == [False, True]
+    assert annotations.masks(4, [2]).shape == (1, 8, 10)
+    with pytest.raises(SampleError, match=r"object 2 is \(4, 5\)"):
+        ObjectImages({1: {0: tmp_path / "a.png"}, 2: {0: tmp_path / "small.png"}}).masks(0, [1, 2])
+
+
+def test_broken_run_lengths_are_named():
+    annotations = RleMasks({0: {1: {"size": [8, 10]}}}, [1], (8, 10), "file.json")
+    with pytest.raises(SampleError, match=r"file\.json, frame 0: object 1"):
+        annotations.masks(0, [1])
+
+
+def draw_mask(soft):
+    scale = 4 if soft else 1
+    image = Image.new("L", (SIZE[1] * scale, SIZE[0] * scale))
+    ImageDraw.Draw(image).ellipse([c * scale for c in (5, 4, 25, 20)], fill=255)
+    return np.asarray(image.resize((SIZE[1], SIZE[0]), Image.Resampling.BILINEAR) if soft else image)
+
+
+def test_a_mask_with_soft_edges_is_no_map_of_75_objects(tmp_path):
+    options = make_frames(tmp_path)
+    save_image(tmp_path / "Annotations" / "a" / "00000.png", draw_mask(soft=True))
+    with pytest.raises(SampleError, match=r"a/00000\.png: a mask with soft edges.*`binary: true`"):
+        load_videos(**options)[0].visible(0)
+    assert load_videos(**options, binary=True)[0].visible(0) == [1]
+
+
+def test_a_mask_of_0_and_255_is_object_255_with_a_warning(tmp_path):
+    options = make_frames(tmp_path)
+    save_image(tmp_path / "Annotations" / "a" / "00000.png", draw_mask(soft=False))
+    with pytest.warns(UserWarning, match=r"Annotations hold 0 and 255 alone.*`binary: true` \(`year: 2016`"):
+        assert load_videos(**options)[0].visible(0) == [255]
+
+
+@pytest.mark.parametrize("case", ["border", "grid", "small", "palette"])
+def test_maps_with_an_object_255_are_taken_as_they_are(tmp_path, case):
+    options = make_frames(tmp_path)
+    ids = label_map((1, 2), (2, 12))
+    if case == "border":  # as PASCAL VOC draws around objects
+        ids[3:21, 11] = ids[3:21, 16] = ids[3, 11:17] = ids[20, 11:17] = 255
+    elif case == "grid":
+        ids = np.random.default_rng(0).permutation(256)[:192].astype(np.uint8).reshape(12, 16)
+        ids = np.append(ids.ravel()[:-1], 255).astype(np.uint8).reshape(12, 16).repeat(2, 0).repeat(2, 1)
+    elif case == "small":
+        ids[:] = np.where(label_map((1, 2)) > 0, 255, 0)
+        ids[0, 30:] = 7
+    else:
+        ids[:4] = 255
+    if case == "palette":
+        Image.fromarray(ids).convert("P").save(tmp_path / "Annotations" / "a" / "00000.png")
+    else:
+        save_image(tmp_path / "Annotations" / "a" / "00000.png", ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_videos(**options)[0].visible(0) == [int(i) for i in np.unique(ids) if i]
+
+
+def test_labels_that_were_compressed_with_loss_are_refused(tmp_path):
+    options = make_frames(tmp_path)
+    (tmp_path / "Annotations" / "a" / "00000.png").unlink()
+    Image.fromarray(label_map((9, 3))).save(tmp_path / "Annotations" / "a" / "00000.jpg")
+    with pytest.raises(SampleError, match=r"00000\.jpg: JPEG image; labels must be PNG"):
+        load_videos(**options)[0].visible(0)
+
+
+def damaged_sa_v(tmp_path, change):
+    options = make_sa_v(tmp_path)
+    path = tmp_path / "sav_000" / "sav_1_manual.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(SampleError, match=r"sav_1_manual\.json"):
+        video = load_videos(**options)[0]
+        for frame in video.annotated_frames:
+            assert video.visible(frame) is not None
+            video.masks(frame)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"video_height": 10**6, "video_width": 10**6},
+        {"video_height": 25},
+        {"video_height": -24},
+        {"video_height": float("nan")},
+        {"video_height": float("inf")},
+        {"video_height": None},
+        {"masklet": None},
+        {"masklet": 5},
+        {"masklet": [5]},
+        {"masklet": [[5]]},
+        {"masklet": [[{"size": [10**6, 10**6], "counts": "PPYo1"}]]},
+        {"masklet": [[{"size": [24, 32], "counts": "PPYo1"}]]},
+    ],
+    ids=str,
+)
+def test_sizes_and_forms_of_masklets(tmp_path, change):
+    damaged_sa_v(tmp_path, lambda data: data.update(change))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    ["", "oooooooooo", "0", "~~~~", "P`0", "é", "1" * 5000, [768, 1], [-1, 769], [1.5], [], None, {}],
+    ids=repr,
+)
+def test_damaged_counts(tmp_path, counts):
+    damaged_sa_v(tmp_path, lambda data: data["masklet"][0][0].update(counts=counts))
+
+
+def test_masks_of_any_form_keep_their_pixels():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        size = tuple(rng.integers(1, 40, 2))
+        mask = rng.random(size) < rng.choice([0, 0.1, 0.5, 0.9, 1])
+        encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        flat = np.concatenate([[False], mask.T.ravel(), [not mask[-1, -1]]])
+        runs = np.diff(np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1])])).tolist()
+        for counts in (encoded["counts"], encoded["counts"].decode(), runs):
+            row = {"size": list(size), "object_ids": [1], "annotated_frames": [0], "masks": [[counts]], "spacing": []}
+            frame = Image.fromarray(np.zeros(size, np.uint8))
+            video = video_from_row(row | {"video_id": "v", "domain": "d", "frames": [frame], "frame_names": ["0"]})
+            assert (video.masks(0)[0] == mask).all() and video.visible(0) == ([1] if mask.any() else [])
+
+
+def test_ids_in_memory_are_different_and_above_0():
+    for ids in ([0], [-1], [1.5], [True]):
+        with pytest.raises(SampleError, match="integers above 0"):
+            Video.from_arrays("v", np.zeros((1, 4, 4), np.uint8), np.ones((1, 1, 4, 4), bool), ids)
+    with pytest.raises(SampleError, match="different"):
+        Video.from_arrays("v", np.zeros((1, 4, 4), np.uint8), np.ones((1, 2, 4, 4), bool), [2, 2])

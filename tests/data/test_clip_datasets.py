@@ -1,0 +1,197 @@
+"""Datasets of clips: determinism, errors, workers, mixtures and streams."""
+
+import logging
+import math
+import pickle
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from helpers.clips import numbered_video, same_clip, square
+from samoe_hf.data import (
+    ClipDataset,
+    ClipStream,
+    MixedDataset,
+    SampleError,
+    SyntheticVideos,
+    Video,
+    to_datasets,
+    training_transforms,
+    video_from_row,
+    videos_from_dataset,
+)
+from samoe_hf.model.processor import build_processor
+
+
+def test_a_draw_depends_on_seed_epoch_and_index_alone():
+    videos = SyntheticVideos(4, 12, (32, 32))
+    options = {"processor": square(32), "num_frames": 3, "transforms": training_transforms()}
+    dataset, again = ClipDataset(videos, seed=1, **options), ClipDataset(videos, seed=1, **options)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = [dataset[i] for i in range(4)]
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    assert all(same_clip(again[i], first[i]) for i in (3, 0, 2))
+    dataset.set_epoch(1)
+    assert not any(same_clip(dataset[i], first[i]) for i in range(4))
+    dataset.set_epoch(0)
+    assert same_clip(dataset[2], first[2])
+    assert not same_clip(ClipDataset(videos, seed=2, **options)[2], first[2])
+
+
+def test_a_video_gives_another_clip_each_time_it_comes_in_an_epoch():
+    dataset = ClipDataset([numbered_video(100)], square(16), num_frames=2, clips_per_video=20)
+    assert len(dataset) == 20 and len({tuple(clip["frame_indices"]) for clip in dataset}) > 10
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_persistent_workers_follow_the_epoch(context):
+    dataset = ClipDataset(SyntheticVideos(3, 6, (16, 16)), square(16), num_frames=2, seed=7)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context=context
+    )
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        assert all(same_clip(clip, dataset[i]) for i, clip in enumerate(loader))
+
+
+class Faulty:
+    """Videos of which every second one cannot be read."""
+
+    def __init__(self, good=True):
+        self.good = good
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index % 2 == 0 or not self.good:
+            raise SampleError(f"/data/{index}.mp4: damaged")
+        return numbered_video(4, name=f"good{index}")
+
+
+def test_a_damaged_sample_is_an_error_or_a_counted_and_reported_skip(caplog):
+    with pytest.raises(SampleError, match=r"/data/2\.mp4: damaged"):
+        ClipDataset(Faulty(), square(16), num_frames=2)[2]
+    dataset = ClipDataset(Faulty(), square(16), num_frames=2, on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        assert dataset[2]["video_id"] == "good3" and dataset[1]["video_id"] == "good1"
+    assert dataset.num_skipped == 1 and "1 so far: /data/2.mp4: damaged" in caplog.text
+    loader = DataLoader(dataset, batch_size=None, num_workers=2)
+    assert sorted(clip["video_id"] for clip in loader) == ["good1", "good1", "good3", "good3"]
+    assert dataset.num_skipped == 3, "skips in workers are counted"
+    with pytest.raises(SampleError, match="none of the 4 videos can be used"):
+        ClipDataset(Faulty(good=False), square(16), num_frames=2, on_error="skip")[0]
+
+
+def test_datasets_without_videos_and_unknown_policies_are_refused():
+    with pytest.raises(ValueError, match="without videos"):
+        ClipDataset([], square(16))
+    with pytest.raises(ValueError, match="on_error"):
+        ClipDataset(Faulty(), square(16), on_error="ignore")
+
+
+def make_mixture(**options):
+    sources = {
+        "a": ClipDataset([numbered_video(50, name=f"a{i}") for i in range(3)], square(16), num_frames=2),
+        "b": ClipDataset([numbered_video(50, name=f"b{i}") for i in range(5)], square(16), num_frames=2),
+    }
+    return MixedDataset(sources, **options)
+
+
+def test_a_mixture_keeps_its_proportions_and_names_domains():
+    clips = list(make_mixture(weights={"a": 3, "b": 1}, length=40))
+    assert Counter(clip["domain"] for clip in clips) == {"a": 30, "b": 10}
+    videos = Counter(clip["video_id"] for clip in clips)
+    assert all(videos[f"a{i}"] == 10 for i in range(3)) and all(videos[f"b{i}"] == 2 for i in range(5))
+    of_one_video = {tuple(clip["frame_indices"]) for clip in clips if clip["video_id"] == "a0"}
+    assert len(of_one_video) > 5, "a video that comes again gives another clip"
+    domains = [clip["domain"] for clip in clips]
+    assert "b" in domains[:20] and "b" in domains[20:], "the order is random"
+    assert Counter(clip["domain"] for clip in make_mixture()) == {"a": 3, "b": 5}
+
+
+def test_a_mixture_depends_on_seed_epoch_and_index_alone():
+    mixture, again = make_mixture(length=20, seed=1), make_mixture(length=20, seed=1)
+    first = [mixture[i] for i in range(20)]
+    assert same_clip(again[13], first[13]) and same_clip(again[2], first[2])
+    mixture.set_epoch(3)
+    third = [mixture[i] for i in range(20)]
+    assert [c["video_id"] for c in third] != [c["video_id"] for c in first]
+    again.set_epoch(3)
+    assert same_clip(again[7], third[7])
+    loader = DataLoader(pickle.loads(pickle.dumps(mixture)), batch_size=None, num_workers=2, persistent_workers=True)
+    assert all(same_clip(a, b) for a, b in zip(loader, third, strict=True))
+    loader.dataset.set_epoch(0)
+    assert all(same_clip(a, b) for a, b in zip(loader, first, strict=True))
+
+
+def test_impossible_mixtures_are_refused():
+    with pytest.raises(ValueError, match=r"weights for \['a', 'c'\], but datasets \['a', 'b'\]"):
+        make_mixture(weights={"a": 1, "c": 1})
+    with pytest.raises(ValueError, match="positive"):
+        make_mixture(weights={"a": 1, "b": 0})
+
+
+def test_a_stream_gives_one_clip_of_every_video_whatever_the_workers():
+    stored = to_datasets(SyntheticVideos(6, 5, (16, 16)), streaming=True)
+    stream = ClipStream(videos_from_dataset(stored), square(16), num_frames=2, seed=3)
+    clips = {clip["video_id"]: clip for clip in stream}
+    assert len(clips) == 6
+    in_workers = list(DataLoader(stream, batch_size=None, num_workers=2))
+    assert len(in_workers) == 6 and all(same_clip(clip, clips[clip["video_id"]]) for clip in in_workers)
+    stream.set_epoch(1)
+    assert not all(same_clip(clip, clips[clip["video_id"]]) for clip in stream)
+
+
+def test_a_stream_counts_what_it_skips():
+    videos = [numbered_video(3), numbered_video(3, visible=[[]], name="empty")]
+    with pytest.raises(SampleError, match="empty"):
+        list(ClipStream(videos, square(16), num_frames=2))
+    stream = ClipStream(videos, square(16), num_frames=2, on_error="skip")
+    assert len(list(stream)) == 1 and stream.num_skipped == 1
+
+
+@pytest.mark.parametrize("weight", ["a", math.nan, math.inf, True, None, -1, 0, [1]])
+def test_weights_are_positive_numbers(weight):
+    clips = ClipDataset(SyntheticVideos(1, 2, (8, 8)), None, num_frames=2)
+    with pytest.raises(ValueError, match="weights must be positive numbers, but that of 'b'"):
+        MixedDataset({"a": clips, "b": clips}, {"a": 1, "b": weight})
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        *(("num_frames", x) for x in (0, -1, 1.5, "2", math.nan, True, None)),
+        *(("stride", x) for x in (0, 0.5, "1")),
+        *(("max_objects", x) for x in (0, -3, "3")),
+        *(("reverse_probability", x) for x in (math.nan, -0.1, 2, "0.5", None)),
+        *(("clips_per_video", x) for x in (0, -1, 1.0, "1")),
+        *(("seed", x) for x in (-1, 0.5, "0", None)),
+    ],
+)
+def test_numbers_of_clips_are_checked_by_name(name, wrong):
+    with pytest.raises(ValueError, match=name):
+        ClipDataset(SyntheticVideos(1, 2, (8, 8)), None, **{name: wrong})
+
+
+def test_mixtures_are_not_empty():
+    clips = {"a": ClipDataset(SyntheticVideos(1, 2, (8, 8)), None, num_frames=2)}
+    for options in ({"length": 0}, {"length": -1}, {"length": 1.5}, {"seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            MixedDataset(clips, **options)
+
+
+def test_a_stream_goes_on_after_a_row_that_is_no_video():
+    videos = [Video.from_arrays(name, np.zeros((2, 8, 8), np.uint8), np.ones((2, 1, 8, 8), bool)) for name in "abc"]
+    rows = list(to_datasets(videos, streaming=True))
+    rows[1]["spacing"] = [0.0, 1.0, 1.0]
+    processor = build_processor(SimpleNamespace(image_size=16))
+    stream = ClipStream(map(video_from_row, rows), processor, num_frames=2, on_error="skip")
+    assert [clip["video_id"] for clip in stream] == ["a", "c"] and stream.num_skipped == 1
+    with pytest.raises(SampleError, match="b: spacing"):
+        list(ClipStream(map(video_from_row, rows), processor, num_frames=2))

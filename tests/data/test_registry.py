@@ -1,0 +1,121 @@
+"""Datasets by the name of their kind, from a run's YAML and from the command line."""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.layouts import (
+    SIZE,
+    make_dataset,
+)
+from samoe_hf.data import (
+    SampleError,
+    SyntheticVideos,
+    load_videos,
+    to_datasets,
+)
+from samoe_hf.data.registry import add_dataset_arguments, read_yaml, videos_from_arguments, videos_from_entry
+
+
+def dataset_arguments(*given):
+    parser = argparse.ArgumentParser()
+    add_dataset_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
+    options = ["--option", "num_videos=3", "--option", "image_size=[32, 48]", "--option", "num_frames=4"]
+    videos = videos_from_arguments(dataset_arguments("--dataset", "synthetic", "--domain", "blobs", *options))
+    assert len(videos) == 3 and videos[0].domain == "blobs" and videos[0].size == (32, 48)
+    chosen = videos[1].video_id
+    (one,) = videos_from_arguments(
+        dataset_arguments("--dataset", "synthetic", "--domain", "blobs", *options, "--video", chosen)
+    )
+    assert one.video_id == chosen
+
+    run = tmp_path / "run.yaml"
+    run.write_text("eval_data:\n  - {kind: synthetic, domain: blobs, num_videos: 2, num_frames: 4}\n")
+    assert len(videos_from_arguments(dataset_arguments("--dataset", str(run)))) == 2
+    with pytest.raises(ValueError, match="--split"):
+        videos_from_arguments(dataset_arguments("--dataset", str(run), "--split", "val"))
+    with pytest.raises(ValueError, match="nobody"):
+        videos_from_arguments(dataset_arguments("--dataset", str(run), "--video", "nobody"))
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        videos_from_arguments(dataset_arguments("--dataset", "synthetic", "--option", "num_videos"))
+    run.write_text("train_data: []\n")
+    with pytest.raises(ValueError, match="no videos"):
+        videos_from_arguments(dataset_arguments("--dataset", str(run)))
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):
+    with pytest.raises(ValueError, match="unknown kind of dataset 'youtubevos'; did you mean 'youtube_vos'"):
+        load_videos("youtubevos", tmp_path)
+    with pytest.raises(ValueError, match="no option 'ignore_id'; did you mean 'ignore_ids'"):
+        load_videos("ocid", tmp_path, ignore_id=[1])
+    with pytest.raises(ValueError, match="kind 'davis' need the option 'root'"):
+        load_videos("davis")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_videos("ocid", tmp_path / "nowhere")
+
+
+def test_synthetic_videos_and_saved_datasets_are_kinds_too(tmp_path):
+    videos = load_videos("synthetic", num_videos=2, num_frames=3, image_size=SIZE, domain="blobs")
+    assert isinstance(videos, SyntheticVideos) and videos[1].domain == "blobs"
+    to_datasets(videos, cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "saved")
+    saved = load_videos("dataset", tmp_path / "saved")
+    assert np.array_equal(saved[1].frames[2], videos[1].frames[2]) and saved[1].domain == "blobs"
+    streamed = list(load_videos("dataset", tmp_path / "saved", streaming=True))
+    assert [video.video_id for video in streamed] == [video.video_id for video in videos]
+    with pytest.raises(ValueError, match="video_ids cannot choose"):
+        load_videos("dataset", tmp_path / "saved", video_ids=["x"])
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"knd": "davis"}, r"train_data\[0\] names no `kind`.*'knd'"),
+        ("davis", r"train_data\[0\] must be the arguments"),
+        ({"kind": 5}, "unknown kind of dataset 5"),
+        ({"kind": ["davis"]}, "unknown kind"),
+        ({"kind": "synthetic", "num_videos": "2", "num_frames": 2}, "`num_videos` must be an integer, not '2'"),
+        ({"kind": "synthetic", "num_videos": 0, "num_frames": 2}, "num_videos"),
+        ({"kind": "synthetic", "num_videos": True, "num_frames": 2}, "num_videos"),
+        ({"kind": "synthetic", "num_videos": 2, "num_frames": math.nan}, "num_frames"),
+        ({"kind": "synthetic", "num_videos": 2, "num_frames": 2, "image_size": 64}, "image_size"),
+        ({"kind": "synthetic", "num_videos": 2, "num_frames": 2, "image_size": [64, 0]}, "image_size"),
+        ({"kind": "synthetic", "num_videos": 2, "num_frames": 2, "seed": -1}, "seed"),
+        ({"kind": "frames", "root": ".", "binary": "no"}, "`binary` must be bool, not 'no'"),
+        ({"kind": "davis", "root": ".", "year": "2016"}, "`year` must be 2016 or 2017 or None, not '2016'"),
+        ({"kind": "davis", "root": 5}, "root"),
+        ({"kind": "davis", "root": ".", "domain": 5}, "domain"),
+        ({"kind": "ocid", "root": ".", "ignore_ids": "12"}, "`ignore_ids` must be a list of an integer"),
+        ({"kind": "sa_v", "root": ".", "annotations": "../x"}, "`annotations` must be 'manual' or 'auto'"),
+        ({"kind": "davis", "root": ".", "video_ids": "cat"}, "video_ids"),
+        ({"kind": "dataset", "root": ".", "streaming": "no"}, "streaming"),
+    ],
+)
+def test_wrong_datasets_of_a_run_are_named(entry, message):
+    with pytest.raises(ValueError, match=message):
+        videos_from_entry(entry, "train_data[0]")
+
+
+def test_what_is_no_yaml_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    for content in (
+        b"\xff\xfe\xfa", "ä: ü".encode("latin-1"), b"[" * 5000, b"a: 2001-99-99", b"{[1]: 2}", b"a: " + b"9" * 5000,
+        b"!!python/object/apply:os.system ['touch executed']", b"- 1", b"", b"a: *b", b"\0",
+    ):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"run\.yaml"):
+            read_yaml(path)
+    assert not Path("executed").exists()
+
+
+def test_a_damaged_dataset_on_disk_is_named(tmp_path):
+    options = make_dataset(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(SampleError, match="saved"):
+        load_videos(**options)

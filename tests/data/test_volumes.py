@@ -1,0 +1,174 @@
+"""Volumes, whose slices serve as frames."""
+
+import math
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+from helpers.layouts import (
+    SIZE,
+    make_nifti,
+    make_npz,
+    save_nifti,
+)
+from helpers.reference import ROOT
+from samoe_hf.data import (
+    SampleError,
+    load_videos,
+)
+
+
+def test_npz_volumes_have_slices_for_frames(tmp_path):
+    rng = np.random.default_rng(0)
+    images, ids = rng.integers(0, 256, (5, 16, 20), dtype=np.uint8), np.zeros((5, 16, 20), np.uint8)
+    ids[1:4, 3:6, 3:6] = 2
+    np.savez_compressed(tmp_path / "case.1.npz", imgs=images, gts=ids, spacing=[0.5, 0.5, 5.0])
+    video = load_videos("npz", tmp_path)[0]
+    assert (video.video_id, len(video), video.object_ids, video.spacing) == ("case.1", 5, [2], (0.5, 0.5, 5.0))
+    assert np.array_equal(video.frames[3], np.repeat(images[3][..., None], 3, axis=-1))
+    assert [video.visible(t) for t in range(5)] == [[], [2], [2], [2], []]
+    assert np.array_equal(video.masks(2)[0], ids[2] == 2)
+
+
+def test_a_window_maps_intensities_to_gray(tmp_path):
+    volume = np.linspace(-1000, 1000, 5)[:, None, None] + np.zeros((5, 4, 4))
+    np.savez(tmp_path / "ct.npz", imgs=volume, gts=np.ones((5, 4, 4), int))
+    windowed = load_videos("npz", tmp_path, window=(-500, 500))[0]
+    assert [int(frame[0, 0, 0]) for frame in windowed.frames] == [0, 0, 128, 255, 255]
+    by_percentiles = load_videos("npz", tmp_path)[0]
+    assert [int(frame[0, 0, 0]) for frame in by_percentiles.frames] == [0, 64, 128, 191, 255]
+    assert windowed.spacing is None
+
+
+def test_damaged_volumes_are_named(tmp_path):
+    path = tmp_path / "bad.npz"
+    np.savez(path, imgs=np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(SampleError, match=r"bad\.npz: not a volume.*gts"):
+        load_videos("npz", tmp_path)[0]
+    np.savez(path, imgs=np.zeros((2, 4, 4), np.uint8), gts=np.zeros((2, 4, 5), np.uint8))
+    with pytest.raises(SampleError, match=r"bad\.npz: .*differ in size"):
+        load_videos("npz", tmp_path)[0]
+    np.savez(path, imgs=np.zeros((2, 4, 4), np.uint8), gts=np.zeros((2, 4, 4), np.float32))
+    with pytest.raises(SampleError, match=r"bad\.npz: labels must be \(T, H, W\) integers"):
+        load_videos("npz", tmp_path)[0]
+    for content in (b"", b"PK\x03\x04 cut", path.read_bytes()[:100]):
+        path.write_bytes(content)
+        with pytest.raises(SampleError, match=r"bad\.npz: not a volume"):
+            load_videos("npz", tmp_path)[0]
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def real_data(name):
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"needs ../shared/data/{name}, which is not part of the repository")
+    return SHARED / name
+
+
+def test_real_ct_volumes():
+    videos = load_videos("npz", real_data("ct_lesions"), domain="ct")
+    video = videos[0]
+    assert len(videos) == 4 and video.object_ids == [1] and video.size == (512, 512)
+    assert video.spacing == pytest.approx((0.31445, 0.31445, 5.0), abs=1e-4)
+    assert [t for t in range(len(video)) if video.visible(t)] == list(range(5, 12))
+
+
+@pytest.mark.parametrize("image_name", ["case.nii.gz", "case_0000.nii.gz"])
+def test_nifti_slices_are_axial_and_shown_as_radiologists_see_them(tmp_path, image_name):
+    values, ids = np.zeros((6, 8, 3), np.float32), np.zeros((6, 8, 3), np.uint8)  # to the right, to the front, up
+    values[5, 7, 2] = 100  # the patient's right, front, top
+    ids[5, 7, 2] = 4
+    flipped = np.diag([-0.5, 0.7, 2.0, 1.0])  # stored from right to left
+    flipped[0, 3] = 2.5
+    save_nifti(tmp_path / "imagesTr" / image_name, values[::-1], flipped)
+    save_nifti(tmp_path / "labelsTr" / "case.nii.gz", ids, np.diag([0.5, 0.7, 2.0, 1.0]))
+    video = load_videos("nifti", tmp_path, window=(0, 100))[0]
+    assert (video.video_id, len(video), video.size, video.object_ids) == ("case", 3, (8, 6), [4])
+    assert video.spacing == pytest.approx((0.5, 0.7, 2.0))
+    assert np.argwhere(video.frames[2][..., 0]).tolist() == [[0, 0]] == np.argwhere(video.masks(2)[0]).tolist()
+    assert not video.frames[1].any()
+
+
+def test_damaged_nifti_files_are_named(tmp_path):
+    save_nifti(tmp_path / "labelsTr" / "case.nii", np.zeros((2, 2, 2), np.uint8), np.eye(4))
+    (tmp_path / "imagesTr").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"imagesTr/case\.nii"):
+        load_videos("nifti", tmp_path)[0]
+    (tmp_path / "imagesTr" / "case.nii").write_bytes(b"no volume")
+    with pytest.raises(SampleError, match=r"case\.nii: not a readable NIfTI"):
+        load_videos("nifti", tmp_path)[0]
+    save_nifti(tmp_path / "imagesTr" / "case.nii", np.zeros((2, 2, 2, 2), np.float32), np.eye(4))
+    with pytest.raises(SampleError, match="three axes"):
+        load_videos("nifti", tmp_path)[0]
+
+
+def test_arrays_of_absurd_sizes_and_types_are_refused_before_they_are_read(tmp_path):
+    options = make_npz(tmp_path)
+    for name, shape, descr in (
+        ("imgs", (10**4, 10**4, 10**4), "|u1"),
+        ("imgs", (4, *SIZE), "|O"),
+        ("imgs", (-4, *SIZE), "|u1"),
+        ("gts", (10**4, 10**4, 10**4), "<i8"),
+        ("gts", (4, *SIZE), "<c16"),
+        ("spacing", (10**9,), "<f8"),
+        ("spacing", (2,), "<f8"),
+    ):
+        with zipfile.ZipFile(tmp_path / "case.npz", "w") as archive:
+            for array in ("imgs", "gts", "spacing"):
+                with archive.open(f"{array}.npy", "w") as file:
+                    right = (
+                        {"shape": (3,), "descr": "<f8"} if array == "spacing" else {"shape": (4, *SIZE), "descr": "|u1"}
+                    )
+                    header = {"shape": shape, "descr": descr} if array == name else right
+                    np.lib.format.write_array_header_1_0(file, header | {"fortran_order": False})
+                    file.write(bytes(4 * math.prod(SIZE)))
+        with pytest.raises(SampleError, match=rf"case\.npz.*{name}|case\.npz.*differ"):
+            load_videos(**options)[0]
+
+
+@pytest.mark.parametrize("dim", [(30_000, 30_000, 30_000), (6, 8, 0), (6, 8, 4)], ids=str)
+def test_nifti_files_of_absurd_or_differing_sizes_are_refused_before_they_are_read(tmp_path, dim):
+    options = make_nifti(tmp_path, ".nii")
+    path = tmp_path / "imagesTr" / "case.nii"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<3h", data, 42, *dim)
+    path.write_bytes(data)
+    with pytest.raises(SampleError, match=r"case\.nii"):
+        load_videos(**options)[0]
+
+
+@pytest.mark.parametrize("spacing", [(0, 1, 1), (1, -1, 1), (math.nan, 1, 1), (1, 1, math.inf)], ids=str)
+def test_spacing_is_three_lengths(tmp_path, spacing):
+    options = make_npz(tmp_path)
+    ids = np.ones((2, 4, 4), np.uint8)
+    np.savez(tmp_path / "case.npz", imgs=ids, gts=ids, spacing=spacing)
+    with pytest.raises(SampleError, match=r"case\.npz: .*spacing"):
+        load_videos(**options)[0]
+
+
+def test_ids_of_volumes_are_not_negative_and_take_a_byte(tmp_path):
+    options, images = make_npz(tmp_path), np.zeros((2, 4, 4), np.uint8)
+    np.savez(tmp_path / "case.npz", imgs=images, gts=np.full((2, 4, 4), -1))
+    with pytest.raises(SampleError, match=r"case\.npz: labels .* not -1"):
+        load_videos(**options)[0]
+    np.savez(tmp_path / "case.npz", imgs=images, gts=np.full((2, 4, 4), 7, np.int64))
+    video = load_videos(**options)[0]
+    assert video.visible(0) == [7] and video.annotations.ids(0).dtype == np.uint8
+
+
+def test_voxels_that_are_no_number_are_black(tmp_path):
+    options = make_npz(tmp_path)
+    images = np.linspace(0, 100, 32, dtype=np.float32).reshape(2, 4, 4)
+    images[0, 0, 0] = math.nan
+    np.savez(tmp_path / "case.npz", imgs=images, gts=np.ones((2, 4, 4), np.uint8))
+    frames = load_videos(**options)[0].frames
+    assert not frames[0][0, 0].any() and frames[1][-1, -1, 0] == 255 and frames[1][0, 0, 0] > 100
+    np.savez(tmp_path / "case.npz", imgs=np.full((2, 4, 4), math.nan), gts=np.ones((2, 4, 4), np.uint8))
+    with pytest.raises(SampleError, match=r"case\.npz: no finite"):
+        load_videos(**options)[0]
+    for window in ((1, 0), (math.nan, 1), (5,), "ct"):
+        with pytest.raises(ValueError, match="window"):
+            load_videos(**options, window=window)
