@@ -64,7 +64,7 @@ def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> Non
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     if len(models) > 1:
-        axes.legend(fontsize=8)
+        axes.legend(handles=axes.lines, fontsize=8)  # given, so that labels with an underscore are shown
     figure.savefig(path, dpi=130)
 
 
@@ -97,7 +97,7 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if len(models) > 1:
-        axes.legend(fontsize=8)
+        axes.legend(handles=axes.containers, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
