@@ -79,6 +79,16 @@ def describe_mismatches(problems: Mapping[str, list[str]]) -> str:
     )
 
 
+def check_repeats(source: Any, config: SamoeConfig, num_tensors: int) -> None:
+    """Raises a `ValueError` if `config` has more layers or blocks of a kind than there are tensors.
+
+    To be called before a model is built, which would take too long.
+    """
+    for name, value in _named_integers(config.to_dict()):
+        if REPEAT_FIELDS.fullmatch(name) and value > num_tensors:
+            raise ValueError(f"{source}: `{name}` is {value}, but the weights hold {num_tensors} tensors in all.")
+
+
 def check_weights(
     source: Any, found: Mapping[str, Tensor], config: SamoeConfig, more_experts: bool, any_experts: bool
 ) -> list[str]:
@@ -97,9 +107,7 @@ def check_weights(
     Raises:
         ValueError: if anything else is missing, unexpected, or of another shape or type.
     """
-    for name, value in _named_integers(config.to_dict()):
-        if REPEAT_FIELDS.fullmatch(name) and value > len(found):
-            raise ValueError(f"{source}: `{name}` is {value}, but the weights hold {len(found)} tensors in all.")
+    check_repeats(source, config, len(found))
     model = build_on_meta(config, with_experts=True)
     expected = model.state_dict()
     problems = find_mismatches(found, expected)

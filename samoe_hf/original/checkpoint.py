@@ -1,7 +1,7 @@
 """Checkpoints of SAM 2 and SAM2-MoE <-> this package's configuration, tensors and processor.
 
 The original's files are read as data: `.pt` files with `torch.load(weights_only=True)`, the Hydra YAML with a safe
-loader; nothing that they name is imported or called. See `original_names` and `original_config` for what is in them.
+loader; nothing that they name is imported or called. See `names` and `config` for what is in them.
 """
 
 import logging
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Sam2VideoModel
 
+from samoe_hf.model.checkpoints import check_repeats
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.experts import matching_linear_names
 from samoe_hf.model.sam2_modules import build_on_meta
@@ -92,6 +94,7 @@ def load_original(
     else:
         settings = read_settings(original_config)
         source += f" and {original_config}"
+    check_repeats(source, build_config(settings), len(tensors))
     has_experts = any(map(is_expert_name, tensors))
     if has_experts:
         settings |= _expert_settings(tensors, settings, source)
@@ -110,7 +113,7 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
-    except Exception as error:  # which one a damaged archive raises depends on the place of the damage
+    except Exception as error:  # a damaged archive raises one of many, by where the damage is
         raise ValueError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
     tensors = content
     if isinstance(content, dict):
@@ -122,11 +125,19 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
+def _is_plain(tensor: Any) -> bool:
+    """Whether something is a tensor with a value of its own for each entry, which a meta or sparse tensor is not."""
+    return (
+        isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        and not tensor.is_quantized
+    )  # fmt: skip
+
+
 def _is_state_dict(content: Any) -> bool:
     return (
         isinstance(content, dict)
         and len(content) > 0
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+        and all(isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items())
     )
 
 
@@ -151,9 +162,18 @@ def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
 
 
 def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings that the experts among `tensors` show; where a YAML gave some, only the modules."""
+    """Settings of the experts as their tensors show them.
+
+    Args:
+        tensors: under the original's names, with experts.
+        settings: of the model. If they come from a YAML with experts, these keep their number and rank.
+
+    Returns:
+        `expert_modules`, if other modules than announced have experts; and without such a YAML, the experts' number,
+        rank and choices for each token.
+    """
     matches = [match for name in tensors if (match := EXPERT_TENSOR.fullmatch(name))]
-    model = build_on_meta(build_config(settings), with_experts=False)
+    model = _build(build_config(settings), False, source)
     linear_names = set(matching_linear_names(model, r".*"))
     modules = sorted({find_our_name(match["module"]) for match in matches} & linear_names)
     from_yaml = "expert_modules" in settings
@@ -177,9 +197,16 @@ def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
     return result
 
 
+def _build(config: SamoeConfig, with_experts: bool, source: str) -> Sam2VideoModel:
+    try:
+        return build_on_meta(config, with_experts)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
     """Raises a `ValueError` unless these are exactly the original's tensors of a model of this configuration."""
-    model = state_dict_to_original(build_on_meta(config, has_experts).state_dict())
+    model = state_dict_to_original(_build(config, has_experts, source).state_dict())
     expected = {without_base_layer(name): tuple(tensor.shape) for name, tensor in model.items()}
     found = {without_base_layer(name): tensor for name, tensor in tensors.items()}
     problems = {
