@@ -13,13 +13,8 @@ from helpers.reference import ROOT
 
 FILES = sorted(file.relative_to(ROOT) for folder in ("samoe_hf", "scripts") for file in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 50
-LONG_FILES = {
-    "samoe_hf/analysis/usage.py": 589,
-    "samoe_hf/evaluation/metrics.py": 560,
-    "samoe_hf/model/modeling_samoe.py": 610,
-    "samoe_hf/original/config.py": 490,
-}
-LONG_FUNCTIONS = {"samoe_hf/model/modeling_samoe.py:from_pretrained": 67}
+# The head of `forward` alone has 20 lines: its arguments and their types.
+LONG_FUNCTIONS = {"samoe_hf/model/modeling_samoe.py:forward": 54}
 # Of the remote code, with the model's and the configuration's own files; 21 files and 5,332 lines before the rooms.
 MAX_REMOTE_FILES, MAX_REMOTE_LINES = 21, 5332
 
@@ -40,15 +35,15 @@ def lines_of_code(source: str, node: ast.AST) -> int:
 
 def long_functions(source: str) -> dict[str, int]:
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    lengths = {function.name: lines_of_code(source, function) for function in functions}
-    return {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES}
+    lengths = sorted((lines_of_code(source, function), function.name) for function in functions)
+    return {name: length for length, name in lengths if length > MAX_FUNCTION_LINES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_files_and_functions_are_short(file):
     source = (ROOT / file).read_text()
     length = len(source.splitlines())
-    assert length <= LONG_FILES.get(str(file), MAX_FILE_LINES), f"{file} has {length} lines"
+    assert length <= MAX_FILE_LINES, f"{file} has {length} lines"
     for name, length in long_functions(source).items():
         assert length <= LONG_FUNCTIONS.get(f"{file}:{name}", 0), f"{name} has {length} lines of code"
 
