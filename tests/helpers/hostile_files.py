@@ -278,7 +278,7 @@ def read_damaged_files(folder: Path, seed: int, count: int) -> None:
             }
             log.write(json.dumps({"case": f"{number} {kind}: {damage(case, kind, rng)}"}) + "\n")
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)  # where it waits, or the machine is busy
+            signal.setitimer(signal.ITIMER_REAL, 60 * SECONDS)  # where it waits; a busy machine may take long, too
             outcome = try_to_read(options, case)
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_PROF, 0)
