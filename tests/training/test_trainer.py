@@ -479,3 +479,23 @@ def test_a_run_is_not_mixed_up_with_another_ones_checkpoints(run_config, tmp_pat
     assert kept.is_dir()
     make_trainer(run_config, "--max_steps", "1", "--overwrite_output_dir", "true").train()
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("trainable", ["all", "memory"])
+def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp_path, trainable):
+    """Which parameters a clip uses depends on its prompts, so that unused ones must be found."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, json\nfrom samoe_hf.training.trainer import build_trainer\n"
+        "trainer = build_trainer(sys.argv[2:])\ntrainer.train()\n"
+        "if trainer.is_world_process_zero():\n    json.dump(trainer.state.log_history[0], open(sys.argv[1], 'w'))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--gradient_checkpointing", "--trainable", trainable, "--max_steps", "2", "--logging_steps", "2",
+               "--save_strategy", "no", "--use_cpu"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launch, script, tmp_path / "log.json", run_config, *options]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    log = json.loads((tmp_path / "log.json").read_text())
+    weights = {"focal": 20, "dice": 1, "iou": 1, "object_score": 1}
+    assert log["loss"] == pytest.approx(sum(w * log[f"loss_{name}"] for name, w in weights.items()), rel=1e-4)
