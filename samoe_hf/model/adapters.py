@@ -340,7 +340,7 @@ def read_adapter_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "P
     cached_file(source, ADAPTER_CONFIG_NAME, **hub)
     try:
         return PeftConfig.from_pretrained(str(source), **hub)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"The {ADAPTER_CONFIG_NAME} of {source} is none that this PEFT reads: {error}") from error
 
 

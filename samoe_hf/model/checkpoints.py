@@ -178,7 +178,7 @@ def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: st
         raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
     try:
         shards = set(json.loads(Path(index).read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):

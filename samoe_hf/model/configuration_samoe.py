@@ -112,7 +112,7 @@ class SamoeConfig(Sam2VideoConfig):
         """As in the base class. A file that holds something else, or a field of another type, is a `ValueError`."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (StrictDataclassError, TypeError, AttributeError) as error:
+        except (StrictDataclassError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{pretrained_model_name_or_path}: config.json has a wrong value. {error}") from error
 
     @classmethod
