@@ -5,6 +5,8 @@ import io
 import tokenize
 from pathlib import Path
 
+import grimp
+import networkx
 import pytest
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -60,6 +62,16 @@ def test_the_remote_code_is_flat_and_small():
     assert {file.parent for file in files} == {model}
     assert len(files) <= MAX_REMOTE_FILES
     assert sum(len(file.read_text().splitlines()) for file in files) <= MAX_REMOTE_LINES
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports in functions and for type checking included; the contracts of `make lint` look at folders."""
+    graph = grimp.build_graph("samoe_hf", cache_dir=None)
+    imports = networkx.DiGraph(
+        (name, imported) for name in graph.modules for imported in graph.find_modules_directly_imported_by(name)
+    )
+    circles = [sorted(files) for files in networkx.strongly_connected_components(imports) if len(files) > 1]
+    assert not circles and len(imports) > 50
 
 
 def test_public_names_are_there_and_listed():

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 from samoe_hf.model.experts import is_expert_parameter
-from samoe_hf.model.modeling_samoe import SamoeModel
 
 # Beside this file in the source tree and in an installed package; the repository's `model_card.md` is a link to it.
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -55,7 +55,7 @@ class CardContent:
 
 
 def build_model_card(
-    model: SamoeModel,
+    model: PreTrainedModel,
     model_id: str,
     content: CardContent | None = None,
     *,
@@ -118,7 +118,7 @@ def _metadata(model_id: str, content: CardContent, base: Mapping[str, str]) -> M
     )
 
 
-def _model_facts(model: SamoeModel) -> dict[str, Any]:
+def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
     """What the template shows of the model itself."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
@@ -133,7 +133,11 @@ def _model_facts(model: SamoeModel) -> dict[str, Any]:
 
 
 def write_model_card(
-    model: SamoeModel, directory: str | os.PathLike, model_id: str, content: CardContent | None = None, **kwargs: Any
+    model: PreTrainedModel,
+    directory: str | os.PathLike,
+    model_id: str,
+    content: CardContent | None = None,
+    **kwargs: Any,
 ) -> None:
     """Writes `README.md` and the picture beside it; arguments as in [`build_model_card`].
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import HTTPError
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
 
 from .model_card import CardContent, write_model_card
 
 
-def check_base_is_public(model: SamoeModel) -> None:
+def check_base_is_public(model: PreTrainedModel) -> None:
     """Raises a `ValueError` if what was trained refers to files that only this machine has."""
     source = model.base_model_source
     if source is not None and os.path.isabs(source["name_or_path"]):
@@ -30,7 +30,7 @@ def check_base_is_public(model: SamoeModel) -> None:
 
 
 def push(
-    model: SamoeModel,
+    model: PreTrainedModel,
     repo_id: str,
     *,
     card: Mapping[str, Any] | None,
