@@ -1,0 +1,70 @@
+"""The package as it is installed: from a wheel, without the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from helpers.reference import ROOT, reference_folder
+from samoe_hf.data import SyntheticVideos, write_video
+
+BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+LAZY = (
+    "import samoe_hf, sys; assert 'samoe_hf.training' not in sys.modules; samoe_hf.SamoeTrainer; samoe_hf.load_videos"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "samoe_hf", folder / "samoe_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-c", BUILD], cwd=folder, check=True, capture_output=True)
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "samoe_hf").rglob("*.py")}
+    configs = {f"samoe_hf/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert code | configs | {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md"} <= names
+    assert not any(name.startswith(("tests/", "docs/", "scripts/")) for name in names)
+
+
+@pytest.mark.slow
+def test_the_installed_commands_work(wheel, tmp_path):
+    """In a fresh environment, which borrows all but this package from the one that runs the tests."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    binaries = tmp_path / "venv" / "bin"
+    packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    # After the environment's own packages; code of its .pth files, such as an editable install's, is not run.
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    uv = Path(sys.executable).parent / "uv"
+    installer = [uv, "pip", "install", "--offline", "--no-deps", "--python", binaries / "python", wheel]
+    subprocess.run(installer, check=True, capture_output=True, cwd=tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: object) -> str:
+        command = [binaries / command[0], *command[1:]]
+        result = subprocess.run(
+            [str(part) for part in command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    where = run("python", "-c", f"{LAZY}; print(samoe_hf.__file__)")
+    assert Path(where.strip()).is_relative_to(tmp_path / "venv")
+    assert "track objects through a video" in run("samoe", "--help")
+    nano = reference_folder("nano")
+    run("samoe", "convert", nano / "sam2.1_hiera_nano.pt", "--experts", nano / "samoe_nano_adapters.pt",
+        "--config", nano / "sam2.1_hiera_nano_moe.yaml", "--output", "model")  # fmt: skip
+    write_video(tmp_path / "in.mp4", SyntheticVideos(1, 3, (96, 128), seed=3)[0].frames, fps=5)
+    run("samoe", "track", "model", "in.mp4", "--box", "10,10,60,60", "--output", "out.mp4")
+    assert (tmp_path / "out.mp4").is_file() and len(list((tmp_path / "out_masks").iterdir())) == 3
