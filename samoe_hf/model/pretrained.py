@@ -113,7 +113,7 @@ class PretrainedMixin:
                 found = read_headers(source, hub, kwargs.get("variant"))
             new_layers = check_weights(source, found, config, more_experts, ignore_mismatched_sizes)
             kwargs |= {"config": config, "output_loading_info": True}
-            model, info = cls._load_checked(None if is_original else source, new_layers, *model_args, **kwargs)
+            model, info = cls._load_checked(source, new_layers, *model_args, **kwargs)
             if source is not None:
                 model.base_model_source = _describe_source(source, kwargs, original_config)
         if source is not None and not is_original:
@@ -127,7 +127,9 @@ class PretrainedMixin:
         """Loads weights that [`check_weights`] has found to fit, and gives some layers new experts."""
         with _without_load_report():
             # What does not fit are experts that give place to new ones.
-            model, info = super().from_pretrained(source, *model_args, ignore_mismatched_sizes=True, **kwargs)
+            # An original checkpoint's tensors are `state_dict`.
+            folder = None if is_original_checkpoint(source) else source
+            model, info = super().from_pretrained(folder, *model_args, ignore_mismatched_sizes=True, **kwargs)
         _align_memory(model)
         for name in new_layers:
             # Within the vision encoder, transformers leaves them uninitialized.

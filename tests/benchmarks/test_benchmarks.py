@@ -75,6 +75,15 @@ def test_peers_have_the_same_weights_and_give_the_same_masks(nano):
     _check_equal({"transformers": expected, "sam2": track(Sam2Tracker(sam2_of(nano.model)), frames, points)})
 
 
+def test_sam2_chooses_masks_as_its_own_predictor_does(nano):
+    """`build_sam2_video_predictor` adds these settings to every YAML."""
+    pytest.importorskip("sam2", reason="needs the `bench` extra")
+    decoder = sam2_of(nano.model).sam_mask_decoder
+    assert decoder.dynamic_multimask_via_stability
+    assert decoder.dynamic_multimask_stability_delta == 0.05
+    assert decoder.dynamic_multimask_stability_thresh == 0.98
+
+
 def test_contenders_that_differ_are_not_timed():
     masks = torch.zeros(2, 1, 4, 4)
     with pytest.raises(AssertionError, match="b and a do not agree"):

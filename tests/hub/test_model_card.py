@@ -1,10 +1,6 @@
 """Model cards: what they say and do not say, and that the Hub takes their metadata."""
 
 import copy
-import shutil
-import subprocess
-import sys
-import zipfile
 
 import pytest
 import yaml
@@ -158,13 +154,5 @@ if int(huggingface_hub.__version__.split(".")[0]) >= 2:
     assert server.repositories["tester/card"].files["README.md"] == (tmp_path / "README.md").read_bytes()
 
 
-def test_the_template_is_at_the_top_and_in_the_wheel(tmp_path):
-    template = (ROOT / "model_card.md").read_text()
-    assert template == (ROOT / "samoe_hf" / "hub" / "model_card.md").read_text()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "samoe_hf", tmp_path / "samoe_hf", ignore=shutil.ignore_patterns("__pycache__"))
-    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert zipfile.ZipFile(wheel).read("samoe_hf/hub/model_card.md").decode() == template
+def test_the_template_is_at_the_top():
+    assert (ROOT / "model_card.md").read_text() == (ROOT / "samoe_hf" / "hub" / "model_card.md").read_text()

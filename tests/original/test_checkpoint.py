@@ -416,6 +416,19 @@ def test_tensors_that_do_not_fit_are_named(save, base, experts):
         assert all(path.name in str(caught.value) for path in (*files, CONFIG))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused(save, base, value):
+    path = save({"model": base | {"no_mem_embed": torch.full_like(base["no_mem_embed"], value)}})
+    with pytest.raises(ValueError, match=rf"{path.name}: the tensor 'no_memory_embedding' has NaN or infinite values"):
+        SamoeModel.from_pretrained(path, original_config=CONFIG)
+
+
+def test_a_single_tensor_of_float64_is_refused(save, base):
+    path = save({"model": base | {"no_mem_embed": base["no_mem_embed"].double()}})
+    with pytest.raises(ValueError, match=rf"{path.name}.* is of type float64, and others are not"):
+        SamoeModel.from_pretrained(path, original_config=CONFIG)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("a pickle ran code",)
