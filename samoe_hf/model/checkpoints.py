@@ -64,7 +64,7 @@ def find_mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
-        "of another shape than the configuration says": [n for n in common if found[n].shape != expected[n].shape],
+        "of another shape": [n for n in common if found[n].shape != expected[n].shape],
         "of no floating-point type": [
             n for n in common if expected[n].is_floating_point() and not found[n].is_floating_point()
         ],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Sam2VideoModel
 
-from samoe_hf.model.checkpoints import check_repeats
+from samoe_hf.model.checkpoints import check_repeats, find_mismatches
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.experts import matching_linear_names
 from samoe_hf.model.sam2_modules import build_on_meta
@@ -207,19 +207,16 @@ def _build(config: SamoeConfig, with_experts: bool, source: str) -> Sam2VideoMod
 def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
     """Raises a `ValueError` unless these are exactly the original's tensors of a model of this configuration."""
     model = state_dict_to_original(_build(config, has_experts, source).state_dict())
-    expected = {without_base_layer(name): tuple(tensor.shape) for name, tensor in model.items()}
+    expected = {without_base_layer(name): tensor for name, tensor in model.items()}
     found = {without_base_layer(name): tensor for name, tensor in tensors.items()}
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(found[name].shape)} instead of {shape}"
-            for name, shape in expected.items()
-            if name in found and tuple(found[name].shape) != shape
-        ],
-        "of no floating-point type": [name for name, tensor in found.items() if not tensor.is_floating_point()],
-        "there with and without base_layer": [name for name in found if name in tensors and _is_wrapped(name, tensors)],
-    }
+    problems = find_mismatches(found, expected)
+    problems["of another shape"] = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in problems["of another shape"]
+    ]
+    problems["there with and without base_layer"] = [
+        name for name in found if name in tensors and _is_wrapped(name, tensors)
+    ]
     reasons = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
     if reasons:
         raise ValueError(f"The tensors of {source} do not fit the architecture; {'; '.join(reasons)}.")
