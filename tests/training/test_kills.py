@@ -1,10 +1,9 @@
 """Runs that are killed at random moments, saves included, go on to the same tensors. Minutes, so a slow test."""
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,24 +11,45 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.reference import ROOT
+from samoe_hf.commands import train as command
 
-NUM_KILLS = int(os.environ.get("SAMOE_NUM_KILLS", "5"))
+NUM_KILLS = int(os.environ.get("SAMOE_NUM_KILLS", "6"))
 
 
-def train(config: Path, output: Path, *options: str, kill_after: float | None = None) -> tuple[int, str]:
-    """Runs `train.py`: its exit status and what it printed to stderr. After `kill_after` seconds of it, SIGKILL."""
-    command = [sys.executable, "scripts/train.py", str(config), "--output_dir", str(output), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def run_command(arguments: list[str], errors: Path) -> None:
     try:
-        _, errors = process.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        _, errors = process.communicate()
-    return process.returncode, errors
+        command.main(arguments)
+    except ValueError as error:
+        errors.write_text(str(error))
+        raise
+
+
+def is_saving(output: Path, known: set[Path]) -> bool:
+    """Whether a checkpoint is being written that was not there before: its state comes last."""
+    folders = set(output.glob("checkpoint-*")) - known
+    return any(not (folder / "trainer_state.json").exists() for folder in folders)
+
+
+def train(
+    config: Path, output: Path, *options: str, kill_after: float | None = None, in_save: bool = False
+) -> tuple[int, str]:
+    """Runs `samoe train`: its exit status and error.
+
+    It gets a SIGKILL after `kill_after` seconds, or, with `in_save`, at the first save after that.
+    """
+    errors = output.with_suffix(".txt")
+    errors.unlink(missing_ok=True)
+    known = set(output.glob("checkpoint-*"))
+    # A fork has everything imported, which takes longer than such a run.
+    arguments = [str(config), "--output_dir", str(output), *options]
+    process = multiprocessing.get_context("fork").Process(target=run_command, args=(arguments, errors))
+    process.start()
+    process.join(kill_after)
+    while in_save and process.is_alive() and not is_saving(output, known):
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    return process.exitcode, errors.read_text() if errors.exists() else ""
 
 
 @pytest.mark.slow
@@ -57,12 +77,15 @@ use_cpu: true
     assert status == 0, errors
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     rng = random.Random(0)
-    kills = 0
+    kills = damaged = 0
     while kills < NUM_KILLS:
         output = tmp_path / f"cut_{kills}"
         options: tuple[str, ...] = ()
         for _ in range(3):
-            status, _ = train(config, output, *options, kill_after=rng.uniform(0.3, 1.1) * duration)
+            status, _ = train(
+                config, output, *options, kill_after=rng.uniform(0.2, 0.9) * duration, in_save=rng.random() < 0.5
+            )
+            damaged += any(not (folder / "trainer_state.json").exists() for folder in output.glob("checkpoint-*"))
             kills += status == -signal.SIGKILL
             options = ("--resume_from_checkpoint", "last")
         status, errors = train(config, output, *options)
@@ -72,3 +95,4 @@ use_cpu: true
         found = load_file(output / "model.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert damaged > 0, "no kill came while a checkpoint was written"
