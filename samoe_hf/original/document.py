@@ -54,7 +54,7 @@ def read_document(path: str | os.PathLike) -> dict[str, Any]:
     if len(content) > MAX_BYTES:
         raise ValueError(f"{path} has more than {MAX_BYTES:,d} bytes; expected the original's YAML.")
     try:
-        document = yaml.load(content.decode(), _Loader)
+        document = _Loader(content.decode()).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # a ValueError for numbers, dates and characters that are none
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict) or "model" not in document:

@@ -85,9 +85,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_at_least(self, num_frames=1, stride=1, max_objects=1, clips_per_video=1)
-        for name in ("train_data", "eval_data"):
-            if not isinstance(getattr(self, name), list):
-                raise ValueError(f"`{name}` must be a list of datasets, got {getattr(self, name)!r}.")
+        _check_datasets(vars(self))
 
     def train_dataset(self, processor: Sam2VideoProcessor, seed: int) -> MixedDataset:
         """All training clips, prepared by `processor`, each dataset by its domain's name."""
@@ -224,8 +222,15 @@ def parse_run(
             raise ValueError(f"{config} has an unknown key {key!r}.{hint}")
     for kind in parser.dataclass_types:
         _check_types(kind, run)
+    _check_datasets(run)
     parser.set_defaults(**run)
     return parser.parse_args_into_dataclasses(args=overrides)
+
+
+def _check_datasets(values: Mapping[str, Any]) -> None:
+    for name in ("train_data", "eval_data"):
+        if not isinstance(values.get(name, []), list):
+            raise ValueError(f"`{name}` must be a list of datasets, got {values[name]!r}.")
 
 
 def _check_types(kind: type, run: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(tmp_path, capsys)
         ([tmp_path / "truncated.pt", "--output", output], "truncated"),
         ([CHECKPOINT, "--output", output], "none of Meta's"),
         ([tmp_path / "missing.pt", "--output", output], "no such file"),
-        ([CHECKPOINT, "--config", CHECKPOINT, "--output", output], "is not YAML"),
+        ([CHECKPOINT, "--config", CHECKPOINT, "--output", output], "expected the original's YAML"),
         ([CHECKPOINT, "--config", CONFIG, "--output", full], "not an empty folder"),
         ([CHECKPOINT, "--config", CONFIG, "--output", full, "--push-to-hub", "me/x"], "something else than this model"),
     ]

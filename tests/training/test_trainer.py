@@ -172,6 +172,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow  # more of it in test_kills.py; in the fast tests, test_checkpoints.py interrupts a save
 def test_killed_and_resumed_a_run_ends_with_the_same_tensors(run_config, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "scripts/train.py", str(run_config), "--dataloader_num_workers", "1"]
@@ -481,7 +482,7 @@ def test_a_run_is_not_mixed_up_with_another_ones_checkpoints(run_config, tmp_pat
     assert not kept.exists()
 
 
-@pytest.mark.parametrize("trainable", ["all", "memory"])
+@pytest.mark.parametrize("trainable", [pytest.param("all", marks=pytest.mark.slow), "memory"])
 def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp_path, trainable):
     """Which parameters a clip uses depends on its prompts, so that unused ones must be found."""
     script = tmp_path / "run.py"
