@@ -172,6 +172,7 @@ def graphs_with_fixed_outputs(graph, _, mode):
     return run
 
 
+@pytest.mark.slow
 def test_what_graphs_put_out_is_copied_before_they_run_again(model_folder, processor):
     model = SamoeModel.from_pretrained(model_folder)
 

@@ -242,6 +242,7 @@ if world > 1:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(model_folder, tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
@@ -482,7 +483,8 @@ def test_a_run_is_not_mixed_up_with_another_ones_checkpoints(run_config, tmp_pat
     assert not kept.exists()
 
 
-@pytest.mark.parametrize("trainable", [pytest.param("all", marks=pytest.mark.slow), "memory"])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["all", "memory"])
 def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp_path, trainable):
     """Which parameters a clip uses depends on its prompts, so that unused ones must be found."""
     script = tmp_path / "run.py"
