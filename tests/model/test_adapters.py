@@ -254,7 +254,8 @@ def test_adapters_that_would_drop_or_scale_experts_are_refused(nano, kind):
 def test_they_can_be_put_around_other_layers(nano, kind):
     config = copy.deepcopy(DROPPING[kind])
     config.target_modules = {"mask_decoder.iou_prediction_head.proj_in"}
-    get_peft_model(copy.deepcopy(nano.model), config)
+    adapted = get_peft_model(copy.deepcopy(nano.model), config).base_model.model
+    assert hasattr(adapted.mask_decoder.iou_prediction_head.proj_in, "base_layer")
 
 
 def test_a_second_adapter_is_looked_at_too(nano):
