@@ -251,28 +251,29 @@ def non_reentrant(checkpoint: Callable) -> Callable:
 def checkpoint_frames(model: Sam2VideoModel, every_n_frames: int) -> None:
     """Sets that each n-th frame is checkpointed as a whole.
 
-    Layers within a frame step are not checkpointed again: they get no tensors as positional arguments, so that on a
-    GPU their dropout would be drawn anew.
+    Layers within a frame step are not checkpointed again, although their `gradient_checkpointing` says so as that of
+    all layers does: they get no tensors as positional arguments, so that on a GPU their dropout would be drawn anew.
     """
     model.checkpoint_every_n_frames = every_n_frames
     for part in (model.mask_decoder, model.memory_encoder):
         for module in part.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
+                module._gradient_checkpointing_func = _call
+
+
+def _call(function: Callable, *args: Any) -> Any:
+    return function(*args)
 
 
 def _frame_checkpointing(model: Sam2VideoModel) -> Callable[[int], Callable]:
     """Frame index -> what runs a function on arguments: gradient checkpointing, or a plain call."""
     checkpointed = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
 
-    def plain(function: Callable, *tensors: Tensor) -> Any:
-        return function(*tensors)
-
     def recompute(function: Callable, *tensors: Tensor) -> Any:
         return model._gradient_checkpointing_func(recomputable(function), *tensors)
 
     every = model.checkpoint_every_n_frames
-    return lambda frame_idx: recompute if checkpointed and frame_idx % every == 0 else plain
+    return lambda frame_idx: recompute if checkpointed and frame_idx % every == 0 else _call
 
 
 def _segment_frame(

@@ -58,19 +58,26 @@ def test_checkpointing_draws_the_same_dropout_and_clicks(model, options):
     assert_equal_gradients(expected, gradients(model, batch, prompts=CLICKS), 1e-5)
 
 
-def test_what_is_checkpointed_gets_tensors_whose_devices_keep_their_random_state(model):
+def test_checkpointing_is_told_to_all_layers(model):
+    """As transformers' own tests of models expect."""
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    model.gradient_checkpointing_enable()
+    assert len(layers) > 3 and all(layer.gradient_checkpointing for layer in layers)
+    model.gradient_checkpointing_disable()
+    assert not any(layer.gradient_checkpointing for layer in layers)
+
+
+def test_what_is_checkpointed_gets_tensors_whose_devices_keep_their_random_state(model, monkeypatch):
     """`torch.utils.checkpoint` keeps the random state of those devices alone that its arguments are on."""
     calls = []
 
     def record(function, *args, **kwargs):
         calls.append([x for x in _pytree.tree_leaves(args) if isinstance(x, torch.Tensor)])
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, **kwargs)
 
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", record)
     model.set_trainable("all")
     model.gradient_checkpointing_enable()
-    for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = record
     gradients(model, make_batch(), prompts=CLICKS)
     # 3 frames, and the blocks of the image encoder.
     assert len(calls) >= 3 + 5 and all(calls)
