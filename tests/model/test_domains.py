@@ -1,0 +1,271 @@
+"""The gate tells domains apart, refuses what it does not know, and changes nothing that it knew before."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from samoe_hf.model.domains import NO_DOMAIN, DomainGate, pooled_features
+from samoe_hf.model.frame_step import image_features
+
+FEATURES = 24
+
+
+def domain(seed, num_videos=40, num_frames=3, num_features=FEATURES, center_seed=None):
+    """Frames of a domain of its own center, directions and scales. Frames of a video lie close together."""
+    shape = torch.Generator().manual_seed(seed if center_seed is None else center_seed)
+    center = 4 * torch.randn(num_features, generator=shape)
+    directions = torch.randn(3, num_features, generator=shape)
+    draw = torch.Generator().manual_seed(1000 + seed)
+    videos = torch.arange(num_videos).repeat_interleave(num_frames)
+    between = torch.randn(num_videos, 3, generator=draw) @ directions
+    between = between + 0.3 * torch.randn(num_videos, num_features, generator=draw)
+    within = 0.1 * torch.randn(len(videos), num_features, generator=draw)
+    return center + between[videos] + within, videos
+
+
+def gate(*domains, num_features=FEATURES):
+    result = DomainGate(num_features)
+    for one in domains:
+        result.add(*one)
+    return result
+
+
+def same_buffers(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def held_out(seed, **sizes):
+    """Other videos of the domain that `domain(seed)` draws."""
+    return domain(seed + 100, center_seed=seed, **sizes)[0]
+
+
+def test_separated_domains_are_recognized_on_further_videos():
+    known = gate(domain(0), domain(1), domain(2))
+    for index in range(3):
+        decision = known.decide(held_out(index, num_videos=200))
+        assert (decision.domain == index).float().mean() >= 0.97
+        assert set(decision.domain.unique().tolist()) <= {index, NO_DOMAIN}
+        accepted = decision.domain == index
+        assert (decision.distances[accepted, index] <= 1).all() and (decision.confidence[accepted] >= 0.5).all()
+        assert decision.distances.shape == (600, 3) and (decision.confidence <= 1).all()
+
+
+@pytest.mark.parametrize("num_videos", [1, 2, 6, 40])
+def test_domains_that_were_never_seen_are_refused(num_videos):
+    known = gate(domain(0, num_videos), domain(1, num_videos), domain(2, num_videos))
+    decision = known.decide(held_out(3))
+    assert (decision.domain == NO_DOMAIN).all() and (decision.distances > 1).all() and (decision.confidence > 0.5).all()
+
+
+@pytest.mark.parametrize(("num_videos", "share"), [(6, 0.75), (12, 0.9), (40, 0.97)])
+@pytest.mark.parametrize("num_features", [24, 128])
+def test_more_videos_let_more_of_the_further_ones_in_and_none_into_another_domain(num_features, num_videos, share):
+    domains = [domain(k, num_videos, num_features=num_features) for k in range(6)]
+    known = gate(*domains, num_features=num_features)
+    right = 0.0
+    for index in range(6):
+        decision = known.decide(held_out(index, num_features=num_features))
+        right += (decision.domain == index).float().mean().item() / 6
+        assert set(decision.domain.unique().tolist()) <= {index, NO_DOMAIN}
+    assert right >= share
+
+
+def test_few_videos_give_no_wider_threshold_than_the_expected_distance_allows():
+    wide = domain(0, 2)
+    wide[0][:3] += 50
+    assert gate(wide).thresholds.item() <= 4
+
+
+def test_a_single_video_is_recognized_by_its_own_frames():
+    frames, videos = domain(0, num_videos=1, num_frames=12)
+    known = gate((frames, videos), domain(1))
+    assert known.counts.tolist() == [1, 40]
+    assert (known.decide(frames).domain == 0).all()
+    assert (known.decide(held_out(2)).domain == NO_DOMAIN).all()
+
+
+@pytest.mark.parametrize("num_frames", [1, 5])
+@pytest.mark.parametrize("num_videos", [1, 4])
+def test_constant_features_are_recognized_and_nothing_else(num_videos, num_frames):
+    frames = torch.full((num_videos * num_frames, FEATURES), 3.0)
+    known = gate((frames, torch.arange(num_videos).repeat_interleave(num_frames)), domain(1))
+    assert known.decide(torch.cat([frames[:1], frames[:1] + 0.5])).domain.tolist() == [0, NO_DOMAIN]
+    zeros = gate((0 * frames, torch.arange(num_videos).repeat_interleave(num_frames)))
+    assert zeros.decide(torch.stack([0 * frames[0], frames[0]])).domain.tolist() == [0, NO_DOMAIN]
+
+
+def test_the_nearest_by_likelihood_decides_where_a_wide_domain_includes_a_narrow_one():
+    torch.manual_seed(0)
+    narrow, wide = torch.randn(60, FEATURES), 10 * torch.randn(60, FEATURES)
+    known = gate((wide, range(60)), (narrow, range(60)))
+    assert (known.decide(torch.randn(100, FEATURES)).domain == 1).float().mean() >= 0.97
+    assert (known.decide(10 * torch.randn(100, FEATURES)).domain == 0).float().mean() >= 0.9
+
+
+def test_a_longer_video_weighs_no_more_than_a_short_one():
+    frames, videos = domain(0, num_videos=10, num_frames=2)
+    longer = torch.cat([frames, frames[:2].repeat(20, 1)]), torch.cat([videos, videos[:2].repeat(20)])
+    assert_close(gate(longer).means, gate((frames, videos)).means)
+    assert_close(gate(longer).noises, gate((frames, videos)).noises)
+
+
+def test_an_added_domain_leaves_all_others_as_they_were():
+    known = gate(domain(0), domain(1))
+    before, state = known.decide(held_out(0)), {k: v.clone() for k, v in known.state_dict().items()}
+    known.add(*domain(2))
+    after = known.decide(held_out(0))
+    assert all(torch.equal(known.state_dict()[k][:2], v) for k, v in state.items())
+    assert torch.equal(after.domain, before.domain)
+    assert torch.equal(after.distances[:, :2], before.distances)
+
+
+def test_the_order_of_domains_and_frames_does_not_matter():
+    one, other = gate(domain(0), domain(1), domain(2)), gate(domain(2), domain(0), domain(1))
+    rows = torch.cat([held_out(k, num_videos=20) for k in range(4)])
+    names = torch.tensor([2, 0, 1, NO_DOMAIN])
+    assert torch.equal(names[other.decide(rows).domain], one.decide(rows).domain)
+    frames, videos = domain(0, num_videos=70)
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
+    for name, buffer in gate((frames[order], videos[order])).named_buffers():
+        if name != "factors":  # their signs are free
+            assert_close(buffer, gate((frames, videos)).get_buffer(name))
+
+
+def test_merging_is_adding_one_after_the_other():
+    merged = gate(domain(0))
+    other = gate(domain(1), domain(2))
+    merged.merge(other)
+    assert same_buffers(merged, gate(domain(0), domain(1), domain(2)))
+    assert len(merged) == 3 and len(other) == 2
+
+
+def test_removing_undoes_adding():
+    known = gate(domain(0), domain(1), domain(2))
+    known.remove(1)
+    assert same_buffers(known, gate(domain(0), domain(2)))
+    assert (known.decide(held_out(1)).domain == NO_DOMAIN).all()
+
+
+def test_a_domain_is_fitted_in_its_row():
+    known = DomainGate(FEATURES, num_domains=2)
+    assert (known.decide(held_out(1)).domain == NO_DOMAIN).all() and len(known) == 2
+    known.fit(1, *domain(1))
+    assert (known.decide(held_out(1, num_videos=20)).domain == 1).float().mean() >= 0.9
+    assert known.decide(held_out(1)).distances[:, 0].isinf().all()
+    known.fit(0, *domain(0))
+    assert same_buffers(known, gate(domain(0), domain(1)))
+
+
+def test_it_forgets():
+    known = gate(domain(0), domain(1))
+    known.reset_parameters()
+    assert same_buffers(known, DomainGate(FEATURES, num_domains=2))
+
+
+def test_an_empty_gate_knows_no_domain():
+    decision = DomainGate(FEATURES).decide(held_out(0))
+    assert (decision.domain == NO_DOMAIN).all() and decision.distances.shape == (120, 0)
+    assert (decision.confidence == 1).all() and decision.domain.dtype == torch.long
+    assert len(gate(domain(0)).decide(torch.zeros(0, FEATURES)).domain) == 0
+
+
+def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
+    known = gate(domain(0), domain(1))
+    save_file(known.state_dict(), tmp_path / "gate.safetensors")
+    loaded = DomainGate(FEATURES, num_domains=2)
+    loaded.load_state_dict(load_file(tmp_path / "gate.safetensors"))
+    assert same_buffers(loaded, known)
+    assert all(map(torch.equal, loaded.decide(held_out(0)), known.decide(held_out(0))))
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+def test_casts_of_the_model_leave_what_is_known_as_it_is(cast):
+    known = gate(domain(0), domain(1))
+    model = torch.nn.ModuleDict({"gate": known, "layer": torch.nn.Linear(2, 2)})
+    cast(model)
+    assert model["layer"].weight.dtype != torch.float32
+    assert same_buffers(known, gate(domain(0), domain(1)))
+    with torch.device("meta"):
+        empty = DomainGate(FEATURES, 2)
+    cast(empty)
+    assert empty.to_empty(device="cpu").means.dtype == torch.float32
+
+
+def test_types_do_not_follow_the_default_type():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        known = gate((domain(0)[0].float(), domain(0)[1]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {b.dtype for b in known.buffers()} == {torch.float32, torch.int64}
+
+
+def test_videos_are_named_by_numbers_or_names():
+    frames, videos = domain(0, num_videos=5)
+    names = [f"video {int(i)}" for i in videos]
+    assert same_buffers(gate((frames, names)), gate((frames, videos)))
+
+
+def test_nothing_of_the_frames_is_stored_but_statistics_of_some_kilobytes():
+    known = gate(*(domain(k, 4, num_features=512) for k in range(3)), num_features=512)
+    size = sum(b.numel() * b.element_size() for b in known.buffers())
+    assert size < 112 * 1024  # 36 KiB a domain
+    few = gate(*(domain(k, 2, num_features=512) for k in range(3)), num_features=512)
+    assert sum(b.numel() * b.element_size() for b in few.buffers()) == size
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    frames, videos = domain(0)
+    frames[7, 3] = value
+    known = gate(domain(1))
+    before = {k: v.clone() for k, v in known.state_dict().items()}
+    for call in (lambda: known.add(frames, videos), lambda: known.fit(0, frames, videos), lambda: known.decide(frames)):
+        with pytest.raises(ValueError, match="not finite"):
+            call()
+    assert all(torch.equal(known.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g: g.decide(torch.zeros(2, 7)), r"\(rows, 24\), not \(2, 7\)"),
+        (lambda g: g.decide(torch.zeros(FEATURES)), r"\(rows, 24\), not \(24,\)"),
+        (lambda g: g.add(torch.zeros(3, FEATURES), [0, 1]), "each of the 3 frames.* not 2"),
+        (lambda g: g.add(torch.zeros(0, FEATURES), []), "at least one"),
+        (lambda g: g.add(torch.zeros(3, 5), [0, 1, 2]), "not "),
+        (lambda g: g.merge(DomainGate(7)), "7 features, and this one 24"),
+        (lambda g: g.remove(1), "one of 1 domains, not 1"),
+        (lambda g: g.remove(-1), "one of 1 domains, not -1"),
+        (lambda g: g.fit(3, *domain(0)), "one of 1 domains, not 3"),
+        (lambda g: DomainGate(0), "not 0 and 0"),
+        (lambda g: DomainGate(4, -1), "not 4 and -1"),
+    ],
+)
+def test_wrong_sizes_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(gate(domain(0)))
+
+
+@torch.no_grad()
+def test_pooled_features_are_mean_and_deviation_of_the_finest_features(nano):
+    pixels = nano.load("train_step")["pixel_values"][:2]
+    image = image_features(nano.model, pixels)
+    pooled = pooled_features(image)
+    channels = image.fine.shape[1]
+    assert pooled.shape == (2, 2 * channels) and pooled.dtype == torch.float32
+    assert_close(pooled[1, :channels], image.fine[1].mean((1, 2)))
+    assert_close(pooled[1, channels:], image.fine[1].flatten(1).std(1, correction=0))
+    half = pooled_features(image._replace(fine=image.fine.bfloat16()))
+    assert half.dtype == torch.float32
+    assert_close(half, pooled, atol=0.02, rtol=0.02)
+    # Two looks of the same frames are told apart with a random encoder too.
+    noise = 0.02 * torch.randn(20, *pixels.shape, generator=torch.Generator().manual_seed(0))
+    looks = [
+        pooled_features(image_features(nano.model, x))
+        for x in ((pixels + noise).flatten(0, 1), (0.3 * pixels + noise).flatten(0, 1))
+    ]
+    known = gate(*((x[:20], range(20)) for x in looks), num_features=2 * channels)
+    assert [known.decide(x[20:]).domain.unique().tolist() for x in looks] == [[0], [1]]
