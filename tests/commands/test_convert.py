@@ -5,8 +5,6 @@ import resource
 import pytest
 from transformers import AutoProcessor, Sam2VideoProcessor
 
-from helpers.hub_client import Client
-from helpers.hub_server import TOKEN, HubServer
 from helpers.reference import reference_folder
 from samoe_hf import SamoeModel
 from samoe_hf.cli import main
@@ -69,17 +67,15 @@ def test_mistaken_options_are_named(arguments, message, capsys):
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_the_model_is_uploaded_and_can_be_uploaded_again(tmp_path):
+def test_the_model_is_uploaded_and_can_be_uploaded_again(hub, tmp_path):
     code = """
 from samoe_hf.cli import main
 main(["convert", checkpoint, "--config", config, "--output", output, "--push-to-hub", repo_id])
 """
     paths = {"checkpoint": CHECKPOINT, "config": CONFIG, "output": tmp_path / "output"}
-    with HubServer() as server:
-        client = Client(server.url, tmp_path / "home", TOKEN)
-        client.run(code, **paths, repo_id="first")
-        client.run(code, **paths, repo_id="second")
-        client.close()
+    server, author = hub
+    author.run(code, **paths, repo_id="first")
+    author.run(code, **paths, repo_id="second")
     for name in ("tester/first", "tester/second"):
         files = server.repositories[name].files
         assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= files.keys()

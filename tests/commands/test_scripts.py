@@ -35,6 +35,7 @@ def video():
     return SyntheticVideos(1, 5, (96, 128), seed=3)[0]
 
 
+@pytest.mark.slow  # a process of its own takes seconds to import all; in the fast tests, test_cli.py ends in that line
 def test_scripts_run_on_their_own(model_folder, video, tmp_path):
     write_video(tmp_path / "in.mp4", video.frames, fps=5)
     command = [sys.executable, "scripts/track.py", model_folder, tmp_path / "in.mp4", "--box", "10,10,60"]

@@ -51,8 +51,15 @@ def test_the_section_shows_the_whole_way():
     ]
 
 
-def test_commands_run_with_fewer_steps(folder, monkeypatch):
+def test_commands_run_with_less_to_do(folder, monkeypatch):
+    """With fewer steps and videos, and experts in half as many layers."""
     monkeypatch.chdir(folder)
+    run, model = (folder / "configs" / name for name in ("smoke.yaml", "model_nano.yaml"))
+    text = run.read_text()
+    assert text.count("num_videos: 2, num_frames: 6") == 2
+    run.write_text(text.replace("num_videos: 2, num_frames: 6", "num_videos: 1, num_frames: 3"))
+    with open(model, "a") as file:
+        file.write(r"expert_modules: memory_attention\.layers\.1\..*_proj" + "\n")
     for line in commands():
         _, command, *arguments = shlex.split(line)
         main([command, *arguments, *(["--max_steps", "2"] if command == "train" else [])])

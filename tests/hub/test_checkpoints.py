@@ -20,7 +20,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from helpers.hub_client import Client, ClientError
-from helpers.hub_server import TOKEN, HubServer, Repository
+from helpers.hub_server import TOKEN, Repository
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
@@ -82,15 +82,12 @@ def reference(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hub_and_clients(model_folder, reference, tmp_path_factory):
-    home = tmp_path_factory.mktemp("clients")
-    with HubServer() as server:
-        author = Client(server.url, home / "author", TOKEN)
-        reader = Client(server.url, home / "reader", TOKEN, without=NOT_NEEDED)
-        server.source = author.run(PUSH, folder=model_folder, reference=reference)
-        yield server, author, reader
-        author.close()
-        reader.close()
+def hub_and_clients(hub, model_folder, reference, tmp_path_factory):
+    server, author = hub
+    reader = Client(server.url, tmp_path_factory.mktemp("reader"), TOKEN, without=NOT_NEEDED)
+    server.source = author.run(PUSH, folder=model_folder, reference=reference)
+    yield server, author, reader
+    reader.close()
 
 
 @pytest.fixture
@@ -457,7 +454,10 @@ result = all((tensor == tensors[name]).all().item() for name, tensor in pulled.s
 """
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+# `every_save` is in the fast tests with adapters.
+@pytest.mark.parametrize(
+    "strategy", ["end", pytest.param("every_save", marks=pytest.mark.slow), "checkpoint", "all_checkpoints"]
+)
 def test_runs_push_what_they_train(server, author, tmp_path, strategy):
     folders = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}
     where = {"subfolder": folders[strategy]} if strategy in folders else {}
@@ -548,10 +548,10 @@ def test_a_base_of_another_size_is_refused_with_both_names(experts_folder, tmp_p
 @pytest.mark.parametrize(
     "saved, dtype",
     [
-        (torch.float32, torch.bfloat16),
         (torch.float32, "float16"),
         (torch.bfloat16, torch.float32),
-        (torch.float16, torch.bfloat16),
+        pytest.param(torch.float32, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float16, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, tmp_path, saved, dtype):

@@ -358,7 +358,7 @@ class CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_what_cudas_autocast_leaves_in_float32_fits_the_rest(nano, processor, video, dtype):
     prompts = [(1, 0, POINT_1), (2, 0, BOX), (3, 2, POINT_2)]
     expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))

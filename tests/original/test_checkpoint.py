@@ -324,7 +324,7 @@ def meta_yaml(name: str) -> Path:
 
 
 @pytest.mark.parametrize("family", ["sam2", "sam2.1"])
-@pytest.mark.parametrize("size", ["t", "s", *(pytest.param(large, marks=pytest.mark.slow) for large in ("b+", "l"))])
+@pytest.mark.parametrize("size", ["t", *(pytest.param(larger, marks=pytest.mark.slow) for larger in ("s", "b+", "l"))])
 def test_every_architecture_of_meta(tmp_path, family, size):
     name = f"{family}_hiera_{size}"
     original = meta_model(name).state_dict()

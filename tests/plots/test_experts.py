@@ -22,7 +22,8 @@ from samoe_hf.plots.experts import (
 
 
 @pytest.mark.parametrize(
-    "layers, experts, domains", [pytest.param(32, 10, 2, marks=pytest.mark.slow), (3, 16, 5), (1, 2, 1), (5, 4, 3)]
+    "layers, experts, domains",
+    [(3, 16, 5), (1, 2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((5, 4, 3), (32, 10, 2)))],
 )
 def test_labels_of_the_pictures_do_not_overlap(layers, experts, domains):
     rng = np.random.default_rng(0)
