@@ -17,6 +17,7 @@ from samoe_hf.data.video_io import write_video
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.experts import expert_modules, open_hooks
+from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
 from samoe_hf.model.tracking import TrackedRow, tracked_rows
@@ -111,7 +112,7 @@ class RoutingMaps:
         """Draws the maps of an object over the frames.
 
         Args:
-            path: without suffix; a strip of frames is written as `.png`, the whole video as `.mp4`.
+            path: without suffix; a strip of frames is written as `.png`, the whole video as `.mp4`, or neither.
             object_id: by default the first.
             max_columns: frames in the strip, evenly spread over those with a map.
 
@@ -130,8 +131,9 @@ class RoutingMaps:
         title = f"Expert of largest weight in {short_name(self.module)}: {video}, {shown}"
         arguments = (self.video.frames, masks, self.experts[:, column], self.num_experts)
         png, mp4 = (Path(f"{path}{suffix}") for suffix in (".png", ".mp4"))
-        plot_routing(*arguments, png, title, max_columns)
-        write_video(mp4, routing_video(*arguments, title), self.video.frames.fps or 6)
+        with whole_file(png) as picture, whole_file(mp4) as video_file:
+            plot_routing(*arguments, picture, title, max_columns)
+            write_video(video_file, routing_video(*arguments, title), self.video.frames.fps or 6)
         return [png, mp4]
 
 

@@ -24,6 +24,7 @@ from transformers import Sam2VideoProcessor
 from samoe_hf.data.schema import Video, videos_from_dataset
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
 from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
+from samoe_hf.model.files import updated_folder
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
 from samoe_hf.model.tracking import TrackedRow
@@ -283,7 +284,7 @@ class ExpertUsage:
         raise ValueError(f"`kind` must be one of {', '.join(PLOTS)}, got {kind!r}.")
 
     def save(self, folder: str | Path, dead_share: float = DEAD_SHARE) -> list[Path]:
-        """Writes tables, figures and pictures into a folder, which is made if it does not exist.
+        """Writes tables, figures and pictures into a folder, which is made if it does not exist; all of them or none.
 
         Args:
             folder: where to write `usage.csv` and `usage_by_object.csv` ([`to_pandas`]), `statistics.json`
@@ -297,14 +298,13 @@ class ExpertUsage:
         figures = {f"{kind}.png": self.plot(kind) for kind in PLOTS if kind != "domains" or len(self.domains) > 1}
         statistics = json.dumps(self._report(dead_share), indent=1, allow_nan=False)
         tables = {"usage.csv": self.to_pandas(), "usage_by_object.csv": self.to_pandas("object")}
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            table.to_csv(folder / name, index=False)
-        (folder / "statistics.json").write_text(statistics + "\n")
-        for name, figure in figures.items():
-            figure.savefig(folder / name, dpi=120)
-        return [folder / name for name in (*tables, "statistics.json", *figures)]
+        with updated_folder(folder) as temporary:
+            for name, table in tables.items():
+                table.to_csv(temporary / name, index=False)
+            (temporary / "statistics.json").write_text(statistics + "\n")
+            for name, figure in figures.items():
+                figure.savefig(temporary / name, dpi=120)
+        return [Path(folder) / name for name in (*tables, "statistics.json", *figures)]
 
     def _report(self, dead_share: float) -> dict:
         videos = {source[:2] for sources in self.sums.values() for source in sources}

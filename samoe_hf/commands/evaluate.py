@@ -16,9 +16,7 @@ Each video's result is kept when it is finished: the same command again goes on 
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,7 +33,7 @@ from samoe_hf.evaluation.simulated_user import PromptStrategy
 from samoe_hf.evaluation.statistics import protocol_of, seen_and_unseen, to_json
 from samoe_hf.model.files import write_text
 
-from .options import command_parser, usable_device
+from .options import command_parser, unique_names, usable_device
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,15 +68,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def label_sources(sources: Sequence[str | Path]) -> list[str]:
     """A short name for each model, all different."""
-    labels: list[str] = []
-    for source in sources:
-        path = Path(source)
+    names = []
+    for path in map(Path, sources):
         stem = path.stem if path.suffix in (".pt", ".pth") else path.resolve().name if path.exists() else path.name
-        name = re.sub(r"[^\w.+-]", "_", stem) or "model"
-        taken = {label.casefold() for label in labels}  # as some file systems tell names apart
-        candidates = (name if number == 1 else f"{name}_{number}" for number in count(1))
-        labels.append(next(label for label in candidates if label.casefold() not in taken))
-    return labels
+        names.append(stem or "model")
+    return unique_names(names)
 
 
 def describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,6 @@ pictures are written to the output folder; routing maps, as a strip of frames an
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from samoe_hf.data import Video
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.model.processor import load_processor
 
-from .options import add_device_option, command_parser
+from .options import add_device_option, command_parser, unique_names
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +51,7 @@ def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None)
             matches = [videos[int(text)]]
         if not matches:
             raise ValueError(f"`--routing-video` must be an id or a number below {len(videos)}, got {text!r}.")
-        found += matches
+        found += [video for video in matches if all(video is not other for other in found)]
     for video in found:
         if object_id not in (None, *video.object_ids):
             raise ValueError(
@@ -99,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("No routing maps: no layer with experts has image positions for tokens.")
     else:
         chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
-        for video in chosen:
+        names = unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
+        for video, name in zip(chosen, names, strict=True):
             maps = routing_maps(model, video, processor, module)
-            name = re.sub(r"[^\w.-]+", "_", f"routing_{video.domain}_{video.video_id}")
             files += maps.save(parsed.output / name, parsed.routing_object)
     print(f"Wrote to {parsed.output}: {', '.join(file.name for file in files)}")

@@ -1,6 +1,9 @@
-"""Options that several commands have."""
+"""What several commands have: options, and names of what they write."""
 
 import argparse
+import re
+from collections.abc import Iterable
+from itertools import count
 
 import torch
 
@@ -27,3 +30,14 @@ def usable_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise argparse.ArgumentTypeError(f"{name!r} is no device that can be used here ({reason})") from error
     return device
+
+
+def unique_names(names: Iterable[str]) -> list[str]:
+    """Names for files or folders, all different: other characters become underscores, equal names get numbers."""
+    unique: list[str] = []
+    for name in names:
+        name = re.sub(r"[^\w.+-]", "_", name)
+        taken = {other.casefold() for other in unique}  # as some file systems tell names apart
+        candidates = (name if number == 1 else f"{name}_{number}" for number in count(1))
+        unique.append(next(candidate for candidate in candidates if candidate.casefold() not in taken))
+    return unique

@@ -39,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--frame", type=int, default=0, metavar="N", help="frame of prompts that name none")
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
     parser.add_argument("--masks", type=Path, help="new folder for the masks; OUT_masks if not given")
+    parser.add_argument("--overwrite", action="store_true", help="replace the overlay and the masks of an earlier run")
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -107,13 +108,24 @@ class Prompts:
             prompt.mask = mask
 
 
-def check_outputs(output: Path, frames: FrameSequence) -> None:
-    """Raises a `ValueError` or `FileExistsError` for what would be found only after the video was tracked."""
+def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence, overwrite: bool) -> None:
+    """Raises a `ValueError` or `FileExistsError` for what would be found only after the video was tracked.
+
+    With `overwrite` only a file, and a folder that holds nothing but PNG files, may be there, and not the video itself.
+    """
     if output.suffix.lower() not in VIDEO_SUFFIXES:
         *others, last = VIDEO_SUFFIXES
         raise ValueError(f"`--output` must end in {', '.join(others)} or {last}, got {output}.")
-    if output.exists():
-        raise FileExistsError(f"{output} exists; give another `--output`.")
+    if output.is_dir():
+        raise FileExistsError(f"{output} is a folder; give another `--output`.")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists; give another `--output` or `--overwrite`.")
+    for name, path in {"output": output, "masks": masks}.items():
+        if path.exists() and path.samefile(video):
+            raise ValueError(f"`--{name}` must not be the video itself, got {path}.")
+    others = [path.name for path in masks.iterdir() if path.suffix != ".png"] if masks.is_dir() else []
+    if overwrite and others:
+        raise FileExistsError(f"{masks} holds {others[0]}, which is no mask; give another `--masks`.")
     name, count = Counter(frames.names).most_common(1)[0]
     if count > 1:
         raise ValueError(f"Masks are named after frames, but two frames are called {name}.")
@@ -130,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(prompts.prompts.values())
     frames = read_video(parsed.video)
     check_prompts(given, len(frames), frames.size)
-    check_outputs(parsed.output, frames)
     target = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
-    with new_folder(target) as masks, whole_file(parsed.output) as overlay:
+    check_outputs(parsed.output, target, parsed.video, frames, parsed.overwrite)
+    with new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
         model = SamoeModel.from_pretrained(parsed.model).to(parsed.device)
         processor = load_processor(parsed.model, model)
         paths = [masks / f"{name}.png" for name in frames.names]

@@ -42,22 +42,26 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 @contextmanager
-def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `folder` when the block ends, and is removed if the block raises.
 
+    Args:
+        overwrite: whether it takes the place of a folder that is not empty.
+
     Raises:
-        FileExistsError: at once, if `folder` is a file or a folder that is not empty.
+        FileExistsError: at once, if `folder` is a file, or a folder that is not empty, unless `overwrite`.
     """
     target = Path(folder).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
         raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}") for _ in range(2))
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if target.exists():
-            target.rmdir()
+            target.rename(old)
         temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -37,9 +37,26 @@ def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> Sam2Vide
 
     Args:
         source: the file, folder or Hub id that `model` was loaded from.
+
+    Raises:
+        ValueError: if the saved processor is of another kind, or prepares frames of another size than the model takes.
     """
     if Path(source).is_file() or not any(
         cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES
     ):
         return build_processor(model.config)
-    return AutoProcessor.from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source)
+    if not isinstance(processor, Sam2VideoProcessor):
+        raise ValueError(f"{source}: its processor is a {type(processor).__name__}, expected a Sam2VideoProcessor.")
+    sizes = [dict(part.size) for part in (processor.image_processor, processor.video_processor)]
+    # That of coordinates.
+    sizes.append({"height": processor.target_size, "width": processor.target_size})
+    side = model.config.image_size
+    for size in sizes:
+        height, width = size.get("height"), size.get("width")
+        if (height, width) != (side, side):
+            raise ValueError(
+                f"{source}: its processor makes frames of {height} x {width} pixels, but the model takes "
+                f"{side} x {side}."
+            )
+    return processor

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,3 +183,16 @@ def test_routing_pictures_show_the_colours_of_the_experts(nano, entering, tmp_pa
     assert np.abs(unmapped - unmapped.mean(axis=-1, keepdims=True)).mean() < 3
     with pytest.raises(ValueError, match=r"`object_id` must be one of \[2, 5, 9\], got 4"):
         maps.save(tmp_path / "other", object_id=4)
+
+
+def test_pictures_that_cannot_all_be_written_are_not_written(nano, entering, tmp_path, monkeypatch):
+    maps = routing_maps(nano.model, entering)
+
+    def write_some(path, frames, fps):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("samoe_hf.analysis.routing.write_video", write_some)
+    with pytest.raises(OSError, match="No space left"):
+        maps.save(tmp_path / "maps")
+    assert list(tmp_path.iterdir()) == []

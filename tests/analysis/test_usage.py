@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from helpers.pictures import overlapping_texts
@@ -306,3 +307,22 @@ def test_save_of_one_domain_and_one_layer(tmp_path, num_experts):
     report = json.loads((tmp_path / "statistics.json").read_text(), parse_constant=pytest.fail)
     assert report["modules"]["layer"]["mean_similarity"] is None
     assert report["similarity"]["layer"] == [[None] * num_experts] * num_experts
+
+
+def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    first, second = (usage_of({"d": torch.randn(1, 20, 3)}) for _ in range(2))
+    first.save(tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    save = Figure.savefig
+
+    def save_some(figure, path, **options):
+        if "similarity" in str(path):
+            raise OSError("No space left on device")
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save_some)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            second.save(tmp_path / name)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+    assert not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """`scripts/experts.py`, run as users run it."""
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.reference import ROOT
+from samoe_hf.data import SyntheticVideos
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
 
@@ -64,3 +66,18 @@ def test_script_refuses_bad_choices_before_it_writes(run, model_folder, two_doma
     printed = run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out", *arguments, fails=True)
     assert message in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_two_videos_never_get_one_name(monkeypatch, run, model_folder, tmp_path):
+    """Of domain `a_b` and video `c`, and `a` and `b_c`; and of ids that differ in what names of files leave out."""
+    names = [("a_b", "c"), ("a", "b_c"), ("a", "b c"), ("A", "b_c")]
+    synthetic = SyntheticVideos(4, 3, (96, 96), seed=5)
+    videos = [
+        dataclasses.replace(video, domain=domain, video_id=video_id)
+        for video, (domain, video_id) in zip(synthetic, names, strict=True)
+    ]
+    monkeypatch.setattr("samoe_hf.commands.experts.videos_from_arguments", lambda _: videos)
+    chosen = [option for number in (0, 1, 2, 3, 3) for option in ("--routing-video", number)]
+    run(model_folder, "--dataset", "run.yaml", "--output", tmp_path / "out", *chosen)
+    files = [file.name for file in (tmp_path / "out").glob("routing_*.mp4")]
+    assert len({name.casefold() for name in files}) == 4, files

@@ -114,13 +114,23 @@ def test_outputs_are_checked_before_anything_is_loaded(monkeypatch, file, tmp_pa
     frames.mkdir()
     Image.new("RGB", (128, 96)).save(frames / "0.png")
     (tmp_path / "old.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
     before = file.read_bytes(), (frames / "0.png").read_bytes()
     for video, arguments, message in (
-        (file, ["--output", file], "in.mp4 exists; give another `--output`"),
-        (file, ["--output", tmp_path / "old.mp4"], "old.mp4 exists; give another `--output`"),
+        (file, ["--output", file], "in.mp4 exists; give another `--output` or `--overwrite`"),
+        (file, ["--output", tmp_path / "o.mp4", "--masks", tmp_path], "is not an empty folder"),
+        (file, ["--output", tmp_path / "old.mp4"], "old.mp4 exists; give another `--output` or `--overwrite`"),
+        (file, ["--overwrite", "--output", file], "`--output` must not be the video itself"),
+        (file, ["--overwrite", "--output", tmp_path / "o.mp4", "--masks", tmp_path], ", which is no mask; give"),
+        (
+            frames,
+            ["--overwrite", "--output", tmp_path / "o.mp4", "--masks", frames],
+            "`--masks` must not be the video itself",
+        ),
+        (file, ["--overwrite", "--output", tmp_path / "folder.mp4"], "folder.mp4 is a folder"),
         (file, ["--output", tmp_path / "o.gif"], "`--output` must end in .mp4, .m4v, .mov or .mkv, got"),
         (file, ["--output", tmp_path / "o"], "`--output` must end in"),
-        (frames, ["--output", tmp_path / "o.mp4", "--masks", frames], "frames exists and is not an empty folder"),
+        (frames, ["--output", tmp_path / "o.mp4", "--masks", frames], "`--masks` must not be the video itself"),
     ):
         assert message in refused("nowhere", video, "--point", "40,30", *arguments)
     assert before == (file.read_bytes(), (frames / "0.png").read_bytes())
@@ -154,3 +164,22 @@ def test_masks_are_written_as_frames_come(monkeypatch, model_folder, file, tmp_p
     monkeypatch.setattr("samoe_hf.commands.track.track_video", tracked)
     track(model_folder, file, "--point", "40,30", "--output", tmp_path / "o.mp4")
     assert len(list((tmp_path / "o_masks").iterdir())) == 5
+
+
+def test_an_earlier_run_is_replaced_whole_if_asked_to(monkeypatch, model_folder, file, tmp_path):
+    output, masks = tmp_path / "o.mp4", tmp_path / "o_masks"
+    masks.mkdir()
+    for name in ("00000.png", "00099.png"):
+        write_palette_png(masks / name, np.zeros((9, 9), np.uint8))
+    output.write_bytes(b"old")
+    arguments = [model_folder, file, "--point", "40,30", "--output", output]
+    assert "o.mp4 exists" in refused(*arguments)
+    track(*arguments, "--overwrite")
+    assert len(read_video(output)) == 5
+    assert sorted(path.name for path in masks.iterdir()) == [f"{t:05d}.png" for t in range(5)]
+    before = {path: path.read_bytes() for path in (output, *masks.iterdir())}
+    monkeypatch.setattr("samoe_hf.commands.track.write_video", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        track(*arguments, "--overwrite")
+    assert {path: path.read_bytes() for path in (output, *masks.iterdir())} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "o.mp4", "o_masks"]

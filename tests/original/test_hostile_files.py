@@ -26,8 +26,8 @@ def stop(*_: object) -> None:
 def read_hostile_files(folder: Path, log: Path, step: int) -> None:
     """Reads every `step`th file, in a process whose address space may grow by `MAX_BYTES`.
 
-    With a step of 1 these are checkpoints and YAML files, else YAML files alone. Each is written to `folder` and removed
-    again. To `log` goes a line of JSON before and after each: its name, then what came of it.
+    With a step of 1 these are checkpoints and YAML files, else YAML files alone. Each is written to `folder` and
+    removed again. To `log` goes a line of JSON before and after each: its name, then what came of it.
     """
     logging.disable(logging.CRITICAL)
     nano = reference_folder("nano")
