@@ -1,27 +1,16 @@
 """Fixtures that several folders share."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers.hub_client import Client
-from helpers.hub_server import TOKEN, HubServer
 from helpers.reference import load_reference
 from samoe_hf.model.processor import build_processor
 
 # The models are small. And a fork of a process that has computed with several threads waits for them for ever.
 torch.set_num_threads(1)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the Hub run in one of pytest-xdist's processes: each would start the others that `hub` needs."""
-    for item in items:
-        if "hub" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("hub"))
 
 
 @pytest.fixture(scope="session", params=["nano", "mini"])
@@ -43,12 +32,3 @@ def model_folder(nano, tmp_path_factory) -> Path:
     nano.model.save_pretrained(folder)
     build_processor(nano.model.config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory) -> Iterator[tuple[HubServer, Client]]:
-    """A Hub, and a process where the package is installed that talks to it as `tester`."""
-    with HubServer() as server:
-        author = Client(server.url, tmp_path_factory.mktemp("author"), TOKEN)
-        yield server, author
-        author.close()

@@ -1,4 +1,4 @@
-"""`samoe convert`: there and back, uploads, and what it refuses."""
+"""`samoe convert`: there and back, and what it refuses; uploads are in tests/hub."""
 
 import resource
 
@@ -65,20 +65,6 @@ def test_mistaken_options_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         convert(CHECKPOINT, *arguments)
     assert caught.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_the_model_is_uploaded_and_can_be_uploaded_again(hub, tmp_path):
-    code = """
-from samoe_hf.cli import main
-main(["convert", checkpoint, "--config", config, "--output", output, "--push-to-hub", repo_id])
-"""
-    paths = {"checkpoint": CHECKPOINT, "config": CONFIG, "output": tmp_path / "output"}
-    server, author = hub
-    author.run(code, **paths, repo_id="first")
-    author.run(code, **paths, repo_id="second")
-    for name in ("tester/first", "tester/second"):
-        files = server.repositories[name].files
-        assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= files.keys()
 
 
 @pytest.mark.parametrize("target", ["transformers", "original"])

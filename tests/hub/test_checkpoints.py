@@ -20,8 +20,8 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from helpers.hub_client import Client, ClientError
-from helpers.hub_server import TOKEN, Repository
-from helpers.reference import ROOT
+from helpers.hub_server import TOKEN, HubServer, Repository
+from helpers.reference import ROOT, reference_folder
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.experts import is_expert_parameter
@@ -82,12 +82,15 @@ def reference(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hub_and_clients(hub, model_folder, reference, tmp_path_factory):
-    server, author = hub
-    reader = Client(server.url, tmp_path_factory.mktemp("reader"), TOKEN, without=NOT_NEEDED)
-    server.source = author.run(PUSH, folder=model_folder, reference=reference)
-    yield server, author, reader
-    reader.close()
+def hub_and_clients(model_folder, reference, tmp_path_factory):
+    home = tmp_path_factory.mktemp("clients")
+    with HubServer() as server:
+        author = Client(server.url, home / "author", TOKEN)
+        reader = Client(server.url, home / "reader", TOKEN, without=NOT_NEEDED)
+        server.source = author.run(PUSH, folder=model_folder, reference=reference)
+        yield server, author, reader
+        author.close()
+        reader.close()
 
 
 @pytest.fixture
@@ -249,6 +252,20 @@ model.save_pretrained(folder, experts_only=True, push_to_hub=True, repo_id="save
     )
     pushed = server.repositories["tester/saved"].files["model.safetensors"]
     assert (tmp_path / "folder" / "model.safetensors").read_bytes() == pushed
+
+
+def test_a_conversion_is_uploaded_and_can_be_uploaded_again(server, author, tmp_path):
+    """The option `--push-to-hub` of `samoe convert`."""
+    code = """
+from samoe_hf.cli import main
+main(["convert", checkpoint, "--config", config, "--output", output, "--push-to-hub", repo_id])
+"""
+    nano = reference_folder("nano")
+    paths = {"checkpoint": nano / "sam2.1_hiera_nano.pt", "config": nano / "sam2.1_hiera_nano_moe.yaml"}
+    for name in ("first", "second"):
+        author.run(code, **paths, output=tmp_path / "output", repo_id=name)
+        files = server.repositories[f"tester/{name}"].files
+        assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= files.keys()
 
 
 def test_what_was_trained_does_not_take_its_bases_place(server, author):
