@@ -22,6 +22,7 @@ from samoe_hf.evaluation.report import eval_results
 from samoe_hf.model.processor import build_processor
 
 SCRIPT = "scripts/evaluate.py"
+NUM_FRAMES = 5
 TIMES = ("created", "seconds", "fps", "speed", "num_processes")
 
 
@@ -48,7 +49,7 @@ def run(monkeypatch, capfd):
 def davis(tmp_path_factory):
     """Six short videos in the layout of DAVIS 2017."""
     root = tmp_path_factory.mktemp("davis")
-    for number, video in enumerate(SyntheticVideos(6, 8, (90, 120), seed=3)):
+    for number, video in enumerate(SyntheticVideos(6, NUM_FRAMES, (90, 120), seed=3)):
         for kind in ("JPEGImages", "Annotations"):
             (root / kind / "480p" / f"v{number}").mkdir(parents=True)
         for t, frame in enumerate(video.frames):
@@ -76,7 +77,7 @@ def test_a_model_on_a_dataset(run, model_folder, davis, tmp_path):
         model_folder, "--dataset", "davis", "--root", davis, "--split", "val", "--seeds", 3, "--output", tmp_path
     )
     assert "draws nothing at random: one run instead of 3" in printed
-    assert "16/16" in printed and "frame/s" in printed and "frames per second" in printed
+    assert f"{2 * NUM_FRAMES}/{2 * NUM_FRAMES}" in printed and "frame/s" in printed and "frames per second" in printed
     results = read(tmp_path)
     model = results["models"][0]
     assert model["source"] == str(model_folder) and model["num_experts"] == 4 and len(model["fingerprint"]) == 16
@@ -87,7 +88,7 @@ def test_a_model_on_a_dataset(run, model_folder, davis, tmp_path):
 
     masks = tmp_path / "runs" / model["label"] / "masks" / "davis"
     files = sorted(path.relative_to(masks).as_posix() for path in masks.rglob("*.png"))
-    assert files == [f"v{n}/{t:05d}.png" for n in range(2) for t in range(8)]
+    assert files == [f"v{n}/{t:05d}.png" for n in range(2) for t in range(NUM_FRAMES)]
     # The masks are what was scored: another evaluation of them gives the same figures.
     run("--predictions", masks, "--dataset", "davis", "--root", davis, "--split", "val", "--output", tmp_path / "again")
     again = read(tmp_path / "again")["models"][0]["summary"]
@@ -97,7 +98,7 @@ def test_a_model_on_a_dataset(run, model_folder, davis, tmp_path):
     report = (tmp_path / "report.md").read_text()
     links = re.findall(r"\]\((.*?)\)", report)
     assert len(links) == 2 + 2 * len(model["highlights"]) and all((tmp_path / link).is_file() for link in links)
-    assert len(read_video(tmp_path / model["highlights"][0]["video_file"])) == 8
+    assert len(read_video(tmp_path / model["highlights"][0]["video_file"])) == NUM_FRAMES
 
 
 def test_drawn_points_of_several_seeds(run, model_folder, davis, tmp_path):
@@ -188,7 +189,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(run, model_f
     assert without_times(read(stopped)) == without_times(read(whole))
     masks = [folder / "runs" / model_folder.name / "masks" for folder in (stopped, whole)]
     names = [sorted(path.relative_to(folder) for path in folder.rglob("*.png")) for folder in masks]
-    assert names[0] == names[1] and len(names[0]) == 3 * 8
+    assert names[0] == names[1] and len(names[0]) == 3 * NUM_FRAMES
     for name in names[0]:
         np.testing.assert_array_equal(*(read_label_png(folder / name) for folder in masks))
 
@@ -273,8 +274,8 @@ def test_missing_and_misfitting_predictions_are_named(run, davis, tmp_path):
     ]
     write_palette_png(masks / "v0" / "00000.png", np.zeros((90, 120), np.uint8))
     message = run(*arguments, fails=True)
-    assert "7 of 8 predictions are missing: v0/00001.png, v0/00002.png" in message
-    for t in range(8):
+    assert f"{NUM_FRAMES - 1} of {NUM_FRAMES} predictions are missing: v0/00001.png, v0/00002.png" in message
+    for t in range(NUM_FRAMES):
         write_palette_png(masks / "v0" / f"{t:05d}.png", np.zeros((45, 60), np.uint8))
     assert "00000.png: prediction of size (45, 60), but the video's is (90, 120)" in run(*arguments, fails=True)
     assert not (tmp_path / "o" / "results.json").exists()
