@@ -10,6 +10,7 @@ from samoe_hf import __version__
 COMMANDS = {
     "track": "track objects through a video: an overlay video and masks",
     "train": "fine-tune a model on clips, as a YAML says",
+    "adapt": "add a domain to a model: train experts for it, and leave all else as it is",
     "evaluate": "say how good models are on a dataset",
     "experts": "show what a model's experts do",
     "convert": "convert checkpoints of SAM 2 and SAM2-MoE, and back; upload them",

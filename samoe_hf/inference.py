@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Sam2VideoProcessor
 
+from .model.domain_choice import AUTO, check_domain
 from .model.modeling_samoe import SamoeModel
 from .model.session import VideoSession
 
@@ -121,11 +122,16 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
 
 
 class TrackedFrame(NamedTuple):
-    """Masks of one frame at the video's size: `logits` (objects, H, W), rows in the order of `object_ids`."""
+    """Masks of one frame at the video's size: `logits` (objects, H, W), rows in the order of `object_ids`.
+
+    `domain`, `domain_confidence`: see [`~samoe_hf.model.tracking.SamoeTrackingOutput`].
+    """
 
     frame_idx: int
     object_ids: list[int]
     logits: Tensor
+    domain: str | None = None
+    domain_confidence: float | None = None
 
     def id_map(self) -> np.ndarray:
         """Each pixel's object, that of the largest positive logit, or 0: (H, W), of the smallest type for the ids.
@@ -146,19 +152,23 @@ def track_video(
     frames: Sequence[np.ndarray],
     prompts: Sequence[VideoPrompt],
     show_progress_bar: bool = False,
+    domain: str | None = AUTO,
 ) -> Iterator[TrackedFrame]:
     """Tracks prompted objects through a whole video: onward from the first prompted frame, then back to the start.
 
     Args:
         frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
         prompts: at least one, and at most one for each object on each frame.
+        domain: of a model with domains, whose experts are run; see [`VideoSession`].
 
     Raises:
-        ValueError: for no frames, or prompts that do not fit the video, see [`check_prompts`].
+        ValueError: for no frames, prompts that do not fit the video, see [`check_prompts`], or a domain that the model
+            does not have.
     """
     if not len(frames):
         raise ValueError("`frames` is empty.")
-    session = VideoSession(frames, processor, inference_device=model.device, dtype=model.dtype)
+    check_domain(model, domain)
+    session = VideoSession(frames, processor, domain=domain, inference_device=model.device, dtype=model.dtype)
     size = (session.video_height, session.video_width)
     check_prompts(prompts, len(frames), size)
     for prompt in prompts:
@@ -171,4 +181,4 @@ def track_video(
             if reverse and output.frame_idx == first:
                 continue
             logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
-            yield TrackedFrame(output.frame_idx, output.object_ids, logits)
+            yield TrackedFrame(output.frame_idx, output.object_ids, logits, output.domain, output.domain_confidence)

@@ -17,7 +17,8 @@ import numpy as np
 
 from samoe_hf import SamoeModel
 from samoe_hf.data.video_io import FrameSequence, read_label_png, read_video, write_palette_png, write_video
-from samoe_hf.inference import VideoPrompt, check_prompts, track_video
+from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
+from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.files import new_folder, whole_file
 from samoe_hf.model.processor import load_processor
 from samoe_hf.plots.masks import overlay_masks
@@ -40,6 +41,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
     parser.add_argument("--masks", type=Path, help="new folder for the masks; OUT_masks if not given")
     parser.add_argument("--overwrite", action="store_true", help="replace the overlay and the masks of an earlier run")
+    parser.add_argument(
+        "--domain", default=AUTO, metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
+    )
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -131,6 +135,24 @@ def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence,
         raise ValueError(f"Masks are named after frames, but two frames are called {name}.")
 
 
+def parse_domain(model: SamoeModel, text: str) -> str | None:
+    """The value of `--domain`, if the model has that domain."""
+    domain = None if text == "none" else text
+    try:
+        check_domain(model, domain)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`domain`", "`--domain`").replace("None", "none")) from None
+    return domain
+
+
+def describe_domain(tracked: TrackedFrame) -> str:
+    """Whose experts a video got, and how sure the gate was of that."""
+    whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
+    if tracked.domain_confidence is None:
+        return f"Experts: {whose}, as given by --domain"
+    return f"Experts: {whose}, by the gate with confidence {tracked.domain_confidence:.2f}; --domain overrules it"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     prompts = Prompts(parsed.frame)
@@ -147,10 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
         model = SamoeModel.from_pretrained(parsed.model).to(parsed.device)
         processor = load_processor(parsed.model, model)
+        domain = parse_domain(model, parsed.domain)
         paths = [masks / f"{name}.png" for name in frames.names]
-        for tracked in track_video(model, processor, frames, given, show_progress_bar=True):
+        for tracked in track_video(model, processor, frames, given, show_progress_bar=True, domain=domain):
             write_palette_png(paths[tracked.frame_idx], tracked.id_map())
         # Frames before the first prompted one are tracked last, so the overlay comes from the files.
         overlays = (overlay_masks(frame, read_label_png(path)) for frame, path in zip(frames, paths, strict=True))
         write_video(overlay, overlays, fps=frames.fps or DEFAULT_FPS)
+    if model.config.domains is not None:
+        print(describe_domain(tracked))
     print(f"Tracked {len(given)} prompts through {len(frames)} frames: {parsed.output}, {target}{'/'}")

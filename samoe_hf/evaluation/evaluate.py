@@ -19,6 +19,7 @@ from transformers import Sam2VideoProcessor
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
 
@@ -34,18 +35,20 @@ def segment_video(
     video: Video,
     prompt: str | PromptStrategy = "mask",
     seed: int = 42,
+    domain: str | None = AUTO,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tracks all objects of a video, each prompted on the first annotated frame that shows it.
 
     Args:
         prompt: see [`PromptStrategy`].
         seed: of prompts that are drawn.
+        domain: of a model with domains, whose experts are run; see [`~samoe_hf.model.session.VideoSession`].
 
     Returns:
         masks (T, N, H, W) bool, in the order of `video.object_ids`, empty before an object was prompted and possibly
         overlapping; and object score logits (T, N), -inf before.
     """
-    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed)
+    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
     frames = list(user.track(overlapping=True))
     return np.stack([frame.masks for frame in frames]), np.stack([frame.scores for frame in frames])
 
@@ -166,11 +169,12 @@ def evaluate_video(
     overlapping: bool = False,
     surface_tolerance: float = SURFACE_TOLERANCE,
     write: Callable[[Video, int, np.ndarray], None] | None = None,
+    domain: str | None = AUTO,
 ) -> VideoResult:
     """Tracks a video's objects and scores them on its annotated frames.
 
     Args:
-        prompt, seed: see [`segment_video`].
+        prompt, seed, domain: see [`segment_video`].
         overlapping: whether a pixel may belong to several objects; else it belongs to that of the largest logit, as in
             the maps of ids that most benchmarks take.
         surface_tolerance, write: see [`score_predictions`].
@@ -179,7 +183,7 @@ def evaluate_video(
         ValueError: if no frame of the video is annotated.
     """
     check_annotated(video)
-    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed)
+    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
     result = score_predictions(video, user.track(overlapping), surface_tolerance, write)
     result.prompts = [
         {name: value for name, value in asdict(given).items() if name != "mask"} | {"mask": given.mask is not None}
@@ -231,20 +235,23 @@ def evaluate_videos(
     show_progress_bar: bool = True,
     prompt: str | PromptStrategy = "mask",
     seed: int = 42,
+    domain: str | None = AUTO,
 ) -> dict[str, VideoResult]:
     """Scores a model on videos, see [`evaluate_video`]: [`VideoResult.key`] -> result.
 
     Only annotated frames are scored. Where objects overlap, a pixel belongs to that of the largest logit.
 
     Args:
-        prompt, seed: see [`segment_video`].
+        prompt, seed, domain: see [`segment_video`].
 
     Raises:
         ValueError: if two videos have the same domain and id, or no frame of a video is annotated.
     """
     progress = tqdm(videos, desc="evaluate", disable=not show_progress_bar)
     with evaluation_mode(model):
-        return results_by_key(evaluate_video(model, processor, video, prompt, seed) for video in progress)
+        return results_by_key(
+            evaluate_video(model, processor, video, prompt, seed, domain=domain) for video in progress
+        )
 
 
 def mean_iou(results: Mapping[str, VideoResult]) -> float:

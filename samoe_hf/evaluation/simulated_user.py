@@ -15,6 +15,7 @@ from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video
 from samoe_hf.inference import VideoPrompt
+from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE, bounding_boxes
 from samoe_hf.model.session import KEPT_FRAMES, VideoSession
@@ -147,12 +148,20 @@ class SimulatedUser:
 
     Args:
         seed: of the points that are drawn; each object's depend on it, the video's id and the object's id alone.
+        domain: of a model with domains, whose experts are run; see [`~samoe_hf.model.session.VideoSession`].
     """
 
     def __init__(
-        self, model: SamoeModel, processor: Sam2VideoProcessor, video: Video, strategy: PromptStrategy, seed: int = 42
+        self,
+        model: SamoeModel,
+        processor: Sam2VideoProcessor,
+        video: Video,
+        strategy: PromptStrategy,
+        seed: int = 42,
+        domain: str | None = AUTO,
     ):
         self.model, self.processor, self.video, self.strategy, self.seed = model, processor, video, strategy, seed
+        self.domain = domain
         self.given: list[VideoPrompt] = []
         # Objects that appear together share a session: it would also run those that appear later, in every pass.
         self._sessions: dict[int, Sam2VideoInferenceSession] = {}
@@ -225,10 +234,14 @@ class SimulatedUser:
                 keep_frames=max(KEPT_FRAMES, len(self.video) if self.strategy.offline else 0),
                 # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
                 corrections_condition=True,
+                domain=self.domain,
                 inference_device=self.model.device,
                 dtype=self.model.dtype,
             )
-            session.cache = next(iter(self._sessions.values()), session).cache  # image features are the same for all
+            if self._sessions:
+                # Image features, and what the gate decided of the video, are the same for all.
+                earlier = next(iter(self._sessions.values()))
+                session.cache, session.domain_decision = earlier.cache, earlier.domain_decision
             self._sessions[frames[0]] = session
         return self._sessions[frames[0]]
 

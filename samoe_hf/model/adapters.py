@@ -29,6 +29,7 @@ from transformers.utils import (
     requires_backends,
 )
 
+from .domain_experts import DomainLinear
 from .experts import ExpertLinear
 from .sam2_modules import build_on_meta
 
@@ -54,7 +55,7 @@ ADDITIVE_TUNERS = (
     "peanut", "psoft", "pvera", "randlora", "tinylora", "unilora", "vblora", "vera", "waveft",
 )  # fmt: skip
 # What lies within layers with experts and is no layer of the base model.
-PARTS_OF_EXPERT_LAYERS = ("router", "router_logits", "dropout")
+PARTS_OF_EXPERT_LAYERS = ("router", "router_logits", "dropout", r"domain_[\w-]+")
 # Names of folders that Trainer does not upload are no names of adapters.
 ADAPTER_NAME = re.compile(r"(?!_|checkpoint-)[\w-]+")
 
@@ -234,7 +235,8 @@ def _keep_out_of_routers(model: PreTrainedModel, config: "LoraConfig") -> None:
     """Excludes what lies within layers with experts where an expression in `target_modules` matches it."""
     targets = config.target_modules
     if config.exclude_modules is None and isinstance(targets, str):
-        inner = (f"{name}.{child}" for name in model.expert_module_names for child in PARTS_OF_EXPERT_LAYERS)
+        layers = ((name, model.get_submodule(name)) for name in model.expert_module_names)
+        inner = (f"{name}.{part}" for name, layer in layers for part, _ in layer.named_modules() if part)
         if targets == "all-linear" or any(re.fullmatch(targets, name) for name in inner):
             config.exclude_modules = rf".*\.({'|'.join(PARTS_OF_EXPERT_LAYERS)})"
 
@@ -323,7 +325,7 @@ def check_adapters_on_experts(model: nn.Module) -> None:
     if not is_peft_available():
         return
     for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), ExpertLinear):
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), ExpertLinear | DomainLinear):
             tuner = type(layer).__module__.split(".")[2]
             variants = [type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()]
             if tuner not in ADDITIVE_TUNERS or variants:

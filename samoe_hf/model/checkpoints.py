@@ -37,7 +37,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from .adapters import plain_name, without_adapters
 from .configuration_samoe import SamoeConfig
-from .experts import EXPERT_TENSORS, expert_modules, is_expert_parameter
+from .domain_experts import module_domain
+from .experts import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
 from .files import hash_tensors
 from .sam2_modules import build_on_meta
 
@@ -116,7 +117,8 @@ def check_weights(
     new = [name for name, tensors in layers.items() if (tensors & unfit if any_experts else tensors <= unfit)]
     tolerated = set()
     if more_experts or any_experts or len(new) == len(layers):
-        tolerated = set().union(*(layers[name] for name in new))
+        gate = {name for name in expected if name.startswith(f"{DOMAIN_GATE}.")}
+        tolerated = set().union(gate, *(layers[name] for name in new))
     if any_experts:
         tolerated |= {name for name in found if is_expert_parameter(name)}
     problems = {what: [name for name in names if name not in tolerated] for what, names in problems.items()}
@@ -401,11 +403,17 @@ def _check_base(
 
 def _check_experts_size(names: str, found: Mapping[str, Tensor], config: SamoeConfig) -> None:
     """Raises a `ValueError` if experts in a file are of another number or rank than its configuration says."""
+    sizes = {domain["name"]: (domain["num_experts"], domain["lora_rank"]) for domain in config.domains or ()}
+    sizes[None] = (config.num_experts, config.lora_rank)
     for name, tensor in found.items():
-        if name.endswith(".lora_A") and tensor.shape[:2] != (config.num_experts, config.lora_rank):
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "lora_A":
+            continue
+        expected = sizes.get(module_domain(layer), "no such domain")
+        if tensor.shape[:2] != expected:
             raise ValueError(
                 f"{names}, but contradicts itself: {name!r} is of shape {tuple(tensor.shape)}, and the configuration "
-                f"says {config.num_experts} experts of rank {config.lora_rank}."
+                f"says {expected} for experts and rank."
             )
 
 

@@ -4,13 +4,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Sam2VideoModel
 from transformers.utils import ModelOutput
 
+from .clip_routing import all_router_logits, router_logits_by_clip
+from .domain_choice import AUTO, encoder_has_experts, resolve_clip_domains
+from .domain_experts import keep_domain, use_domain
 from .experts import load_balancing_loss, recomputable, record_router_logits
 from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
@@ -31,6 +34,7 @@ class SamoeClipOutput(ModelOutput):
         iou_scores: (B, N, T), estimated IoU of `pred_masks`.
         object_score_logits: (B, N, T), positive where the object is seen.
         router_logits: on request: name of each layer with experts -> (tokens, experts).
+        domains: of a model with domains: whose experts each video got, None for the base's.
         vision_hidden_states, vision_attentions: on request: those of the vision encoder, for all B * T frames.
     """
 
@@ -40,6 +44,7 @@ class SamoeClipOutput(ModelOutput):
     iou_scores: Tensor | None = None
     object_score_logits: Tensor | None = None
     router_logits: dict[str, Tensor] | None = None
+    domains: list[str | None] | None = None
     vision_hidden_states: tuple[Tensor, ...] | None = None
     vision_attentions: tuple[Tensor, ...] | None = None
 
@@ -63,6 +68,25 @@ class ClipPrompts:
             {t: sample_prompt(masks[t], kind) for t, kind in plan.kinds.items()},
             {t: recipe.corrections(masks[t]) for t in plan.corrected},
         )
+
+    def rows(self, indices: Tensor) -> "ClipPrompts":
+        """Those of some of the objects."""
+        return ClipPrompts(
+            {t: prompt.rows(indices) for t, prompt in self.initial.items()},
+            {t: clicks._replace(masks=clicks.masks[indices]) for t, clicks in self.corrected.items()},
+        )
+
+
+class TrackedClips(NamedTuple):
+    """What was segmented of clips: masks (B, N, T, S / 4, S / 4), and their estimated IoU and object scores (B, N, T).
+
+    `parts`: with true masks, the loss of each frame and click.
+    """
+
+    pred_masks: Tensor
+    iou_scores: Tensor
+    object_score_logits: Tensor
+    parts: list[LossParts]
 
 
 def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
@@ -112,6 +136,7 @@ def clip_forward(
     object_mask: Tensor | None = None,
     output_router_logits: bool = False,
     num_items_in_batch: Tensor | int | None = None,
+    domain: str | Sequence[str | None] | None = AUTO,
 ) -> SamoeClipOutput:
     """Tracks up to `num_objects` objects through each clip, and with labels computes the loss.
 
@@ -122,11 +147,11 @@ def clip_forward(
         object_mask: (B, N) bool, False for padded objects.
         num_items_in_batch: elements of labels of all real objects that the loss is averaged over, as Trainer counts
             them over micro-batches and processes; by default the objects of this batch, averaged over processes.
+        domain: whose experts are run, of all clips or of each; see [`~modeling_samoe.SamoeModel.forward`].
     """
-    num_videos, num_frames = pixel_values.shape[:2]
     needs_router = output_router_logits or (labels is not None and model.config.router_aux_loss_coef > 0)
     with record_router_logits(model) if needs_router else nullcontext({}) as calls:
-        outputs, parts = _segment_clip(model, pixel_values, prompts, num_objects, labels, object_mask)
+        clips, domains = _segment_by_domain(model, pixel_values, prompts, num_objects, labels, object_mask, domain)
 
     loss = loss_dict = None
     if labels is not None:
@@ -134,19 +159,15 @@ def clip_forward(
             count = mean_num_objects(object_mask, over_processes=model.training)
         else:
             count = num_labelled_objects(num_items_in_batch, labels)
-        loss, loss_dict = _clip_loss(model, parts, object_mask, calls, count)
-
-    def stack(tensors: Iterator[Tensor]) -> Tensor:
-        return torch.stack(list(tensors), dim=1).unflatten(0, (num_videos, num_objects))
-
-    in_time = [outputs[t] for t in range(num_frames)]
+        loss, loss_dict = _clip_loss(model, clips.parts, object_mask, calls, domains, count)
     return SamoeClipOutput(
         loss=loss,
         loss_dict=loss_dict,
-        pred_masks=stack(output.masks[:, 0] for output in in_time),
-        iou_scores=stack(output.best_iou for output in in_time),
-        object_score_logits=stack(output.object_score_logits[:, 0] for output in in_time),
-        router_logits=_all_router_logits(calls) if output_router_logits else None,
+        pred_masks=clips.pred_masks,
+        iou_scores=clips.iou_scores,
+        object_score_logits=clips.object_score_logits,
+        router_logits=all_router_logits(calls) if output_router_logits else None,
+        domains=None if model.config.domains is None else domains,
     )
 
 
@@ -184,24 +205,63 @@ def prompt_from_inputs(
     return Prompt(points=points.flatten(0, 1), labels=labels.flatten(0, 1)), points.shape[1]
 
 
-def _segment_clip(
+def _segment_by_domain(
     model: Sam2VideoModel,
     pixel_values: Tensor,
     prompts: ClipPrompts,
     num_objects: int,
     labels: Tensor | None,
     object_mask: Tensor | None,
-) -> tuple[dict[int, FrameOutput], list[LossParts]]:
-    """Segments conditioning frames first, then the others in time order; with labels, also gives each one's loss."""
-    num_videos, num_frames = pixel_values.shape[:2]
+    domain: str | Sequence[str | None] | None,
+) -> tuple[TrackedClips, list[str | None]]:
+    """Segments the clips of each domain in one batch; also gives the domains.
+
+    So each call of a layer is of one domain, and its numbers are those that the clips give without the others.
+    """
+    features = None if encoder_has_experts(model) else _encode(model, pixel_values)
+    first = min(prompts.initial)
+    first_features = None if features is None else features.select((slice(None), first))
+    domains = resolve_clip_domains(model, domain, pixel_values[:, first], first_features)
+    if len(set(domains)) == 1:
+        with use_domain(domains[0]):
+            features = _encode(model, pixel_values) if features is None else features
+            return _segment_clips(model, features, prompts, num_objects, labels, object_mask), domains
+    tracked, order = [], []
+    for name in dict.fromkeys(domains):
+        rows = torch.tensor([i for i, other in enumerate(domains) if other == name], device=pixel_values.device)
+        objects = (rows[:, None] * num_objects + torch.arange(num_objects, device=rows.device)).flatten()
+        with use_domain(name):
+            own = _encode(model, pixel_values[rows]) if features is None else features.select(rows)
+            own_labels, own_mask = (None if x is None else x[rows] for x in (labels, object_mask))
+            tracked.append(_segment_clips(model, own, prompts.rows(objects), num_objects, own_labels, own_mask))
+        order.append(rows)
+    places = torch.cat(order).argsort()
+    tensors = (torch.cat(parts)[places] for parts in list(zip(*tracked, strict=True))[:3])
+    return TrackedClips(*tensors, [part for one in tracked for part in one.parts]), domains
+
+
+def _encode(model: Sam2VideoModel, pixel_values: Tensor) -> ImageFeatures:
+    """Features of clips (B, T, 3, S, S), whose maps are (B, T, ...)."""
     encode = image_features if model.feature_cache is None else model.feature_cache.image_features
     features = encode(model, pixel_values.flatten(0, 1), model.encoder_batch_size)
-    by_frame = [x.unflatten(0, (num_videos, num_frames)) for x in features[:3]]
+    return ImageFeatures(*(x.unflatten(0, pixel_values.shape[:2]) for x in features[:3]), *features[3:])
+
+
+def _segment_clips(
+    model: Sam2VideoModel,
+    features: ImageFeatures,
+    prompts: ClipPrompts,
+    num_objects: int,
+    labels: Tensor | None,
+    object_mask: Tensor | None,
+) -> TrackedClips:
+    """Segments conditioning frames first, then the others in time order; with labels, also gives each one's loss."""
+    num_videos, num_frames = features.coarse.shape[:2]
     order = [*sorted(prompts.initial), *(t for t in range(num_frames) if t not in prompts.initial)]
     bank, outputs, parts = MemoryBank(), {}, []
     checkpoint = _frame_checkpointing(model)
     for frame_idx in order:
-        image = ImageFeatures(*(x[:, frame_idx] for x in by_frame), *features[3:])
+        image = features.select((slice(None), frame_idx))
         prompt, corrections = prompts.initial.get(frame_idx), prompts.corrected.get(frame_idx)
         selection = None
         if prompt is None:
@@ -230,11 +290,21 @@ def _segment_clip(
         bank.write(frame_idx, output.memory, conditioning=prompt is not None or corrections is not None)
         outputs[frame_idx] = output
         parts += frame_parts
-    return outputs, parts
+
+    def stack(tensors: Iterator[Tensor]) -> Tensor:
+        return torch.stack(list(tensors), dim=1).unflatten(0, (num_videos, num_objects))
+
+    in_time = [outputs[t] for t in range(num_frames)]
+    return TrackedClips(
+        stack(output.masks[:, 0] for output in in_time),
+        stack(output.best_iou for output in in_time),
+        stack(output.object_score_logits[:, 0] for output in in_time),
+        parts,
+    )
 
 
 def non_reentrant(checkpoint: Callable) -> Callable:
-    """The function for gradient checkpointing with `use_reentrant=False`.
+    """The function for gradient checkpointing with `use_reentrant=False`, which recomputes with the same experts.
 
     Raises:
         ValueError: if it was made with `use_reentrant=True`.
@@ -245,7 +315,11 @@ def non_reentrant(checkpoint: Callable) -> Callable:
             "`use_reentrant` must be False for gradient checkpointing: with True, gradients flow through a tuple of "
             "tensors only, and a frame's output is more than that."
         )
-    return partial(checkpoint, use_reentrant=False)
+
+    def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(keep_domain(function), *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def checkpoint_frames(model: Sam2VideoModel, every_n_frames: int) -> None:
@@ -320,12 +394,14 @@ def _clip_loss(
     steps: list[LossParts],
     object_mask: Tensor,
     calls: Mapping[str, Sequence[Tensor]],
+    domains: Sequence[str | None],
     count: Tensor,
 ) -> tuple[Tensor, LossParts]:
     """The total loss and its parts, summed over frames and clicks and divided by `count` objects.
 
     Args:
         calls: name of each layer -> router logits of its calls.
+        domains: of each clip.
     """
     parts = {name: sum(step[name] for step in steps) / count for name in steps[0]}
     loss = model.segmentation_loss.total(parts)
@@ -333,45 +409,11 @@ def _clip_loss(
     coefficient = model.config.router_aux_loss_coef
     if coefficient > 0:
         # Of each clip alone, so that it does not matter which clips share a batch.
-        for logits, num_objects in zip(router_logits_by_clip(calls, object_mask), object_mask.sum(dim=1), strict=True):
+        per_token = {name: model.get_submodule(name).num_experts_per_tok for name in calls}
+        by_clip = router_logits_by_clip(calls, object_mask, domains)
+        for logits, num_objects in zip(by_clip, object_mask.sum(dim=1), strict=True):
             if logits:
-                balance = load_balancing_loss(logits, model.config.num_experts_per_tok)
+                balance = load_balancing_loss(logits, per_token)
                 parts["router"] = parts["router"] + balance * num_objects / count
         loss = loss + coefficient * parts["router"]
     return loss, {name: part.detach() for name, part in parts.items()}
-
-
-def _all_router_logits(calls: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([x.flatten(0, -2) for x in logits]) for name, logits in calls.items() if logits}
-
-
-def router_logits_by_clip(calls: Mapping[str, Sequence[Tensor]], object_mask: Tensor) -> list[dict[str, Tensor]]:
-    """Router logits of the tokens of each clip's real objects.
-
-    Args:
-        calls: name of each layer -> router logits (rows, ..., experts) of its calls, see
-            [`~experts.record_router_logits`]. Rows are frames of the image encoder, videos or objects; where they are
-            none of these, all clips share them.
-        object_mask: (B, N) bool.
-
-    Returns:
-        for each clip, name of each layer -> (tokens, experts); nothing for a clip without real objects.
-    """
-    num_clips, num_objects = object_mask.shape
-    by_clip: list[dict[str, Tensor]] = [{} for _ in range(num_clips)]
-    for name, logits in calls.items():
-        per_frame = name.startswith("vision_encoder.")
-        shared = name.startswith("temporal_positional_encoding_projection_layer")
-        # Frames of one clip may be encoded in several calls.
-        merged = [torch.cat(list(logits))] if per_frame and logits else logits
-        for clip in range(num_clips if merged else 0):
-            if not object_mask[clip].any():
-                continue
-            rows = []
-            for call in merged:
-                divides = not shared and len(call) % num_clips == 0
-                own = call.chunk(num_clips)[clip] if divides else call
-                has_object_rows = divides and not per_frame and len(own) == num_objects
-                rows.append((own[object_mask[clip]] if has_object_rows else own).flatten(0, -2))
-            by_clip[clip][name] = torch.cat(rows)
-    return by_clip

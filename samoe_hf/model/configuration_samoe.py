@@ -1,7 +1,8 @@
 """Configuration of SAMoE: SAM 2 video plus the settings of its experts."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -9,6 +10,20 @@ from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoder
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
+
+# What is set of the experts of a model, or of a domain's.
+EXPERT_SETTINGS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "expert_modules",
+)
+# A domain's name is part of its tensors' names, and a word on the command line.
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
+# Words that stand for something else where a domain is named.
+RESERVED_NAMES = ("auto", "none", "base")
 
 # No integer in the configuration of a model is larger.
 LARGEST_INTEGER = 2**20
@@ -33,6 +48,10 @@ class SamoeConfig(Sam2VideoConfig):
         expert_modules (`str` or `list[str]`, *optional*, defaults to the projections of the memory attention):
             Linear layers that get experts, matched as PEFT matches `target_modules`: a string is a regular expression
             for the whole module name, a list holds names or ends of names.
+        domains (`list[dict]`, *optional*):
+            Domains whose experts are apart, in the order in which they were learned. Each is a dictionary of its `name`
+            and its own `num_experts` (0 for a domain on which the base is good as it is), `num_experts_per_tok`,
+            `lora_rank`, `lora_alpha`, `lora_dropout` and `expert_modules`. With None, all experts are for all videos.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the routers' load-balancing loss; 0 turns it off.
         output_router_logits (`bool`, *optional*, defaults to `False`):
@@ -61,6 +80,7 @@ class SamoeConfig(Sam2VideoConfig):
     lora_alpha: float = 1.0
     lora_dropout: float = 0.1
     expert_modules: str | list[str] = MEMORY_ATTENTION_PROJECTIONS
+    domains: list[dict[str, Any]] | None = None
     router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
     previous_mask_with_clicks: bool = True
@@ -77,17 +97,8 @@ class SamoeConfig(Sam2VideoConfig):
 
     def check_experts(self) -> None:
         """Raises a `ValueError` that names the first field of the experts' settings with a value out of range."""
-        _check_integer("num_experts", self.num_experts, minimum=1)
-        _check_integer("num_experts_per_tok", self.num_experts_per_tok, minimum=1)
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"`num_experts_per_tok` must be at most `num_experts` ({self.num_experts}), "
-                f"got {self.num_experts_per_tok}."
-            )
-        _check_integer("lora_rank", self.lora_rank, minimum=1)
+        check_expert_settings({name: getattr(self, name) for name in EXPERT_SETTINGS})
         _check_integer("fill_hole_area", self.fill_hole_area, minimum=0)
-        _check_number("lora_alpha", self.lora_alpha, "positive", lambda value: value > 0)
-        _check_number("lora_dropout", self.lora_dropout, "at least 0 and below 1", lambda value: 0 <= value < 1)
         _check_number("router_aux_loss_coef", self.router_aux_loss_coef, "at least 0", lambda value: value >= 0)
         for name in ("output_router_logits", "previous_mask_with_clicks"):
             if not isinstance(getattr(self, name), bool):
@@ -95,12 +106,16 @@ class SamoeConfig(Sam2VideoConfig):
         self._check_image_size()
         _check_mapping("base_model", self.base_model, str | None)
         _check_mapping("adapters", self.adapters, bool)
-        patterns = self.expert_modules
-        is_list = isinstance(patterns, list | tuple) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)
-        if not (is_list or (isinstance(patterns, str) and patterns)):
-            raise ValueError(
-                f"`expert_modules` must be a regular expression or a non-empty list of module names, got {patterns!r}."
-            )
+        check_domains(self.domains)
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Names of the domains, in order."""
+        return [domain["name"] for domain in self.domains or ()]
+
+    def expert_settings(self) -> dict[str, Any]:
+        """The settings of a mixture of experts in a layer: those in [`EXPERT_SETTINGS`] but `expert_modules`."""
+        return {name: getattr(self, name) for name in EXPERT_SETTINGS if name != "expert_modules"}
 
     def _check_image_size(self) -> None:
         _check_integer("image_size", self.image_size, minimum=32)
@@ -138,6 +153,67 @@ class SamoeConfig(Sam2VideoConfig):
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).check_experts()
         return result
+
+
+def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:
+    """Checks the values of [`EXPERT_SETTINGS`].
+
+    Args:
+        owner: put before messages, where the settings are a domain's.
+
+    Raises:
+        ValueError: that names the first one out of range.
+    """
+    try:
+        _check_integer("num_experts", settings["num_experts"], minimum=1)
+        _check_integer("num_experts_per_tok", settings["num_experts_per_tok"], minimum=1)
+        if settings["num_experts_per_tok"] > settings["num_experts"]:
+            raise ValueError(
+                f"`num_experts_per_tok` must be at most `num_experts` ({settings['num_experts']}), "
+                f"got {settings['num_experts_per_tok']}."
+            )
+        _check_integer("lora_rank", settings["lora_rank"], minimum=1)
+        _check_number("lora_alpha", settings["lora_alpha"], "positive", lambda value: value > 0)
+        _check_number("lora_dropout", settings["lora_dropout"], "at least 0 and below 1", lambda value: 0 <= value < 1)
+        patterns = settings["expert_modules"]
+        is_list = isinstance(patterns, list | tuple) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)
+        if not (is_list or (isinstance(patterns, str) and patterns)):
+            raise ValueError(
+                f"`expert_modules` must be a regular expression or a non-empty list of module names, got {patterns!r}."
+            )
+    except ValueError as error:
+        raise ValueError(f"{owner}{error}") from None
+
+
+def check_domains(domains: Any) -> None:
+    """Checks the configuration's `domains`.
+
+    Raises:
+        ValueError: if it is no list of dictionaries with a name and all settings each, a name occurs twice or cannot be
+            one, or a setting is out of range.
+    """
+    if domains is None:
+        return
+    if not isinstance(domains, list | tuple):
+        raise ValueError(f"`domains` must be a list of dictionaries or None, got {domains!r}.")
+    for domain in domains:
+        if not isinstance(domain, Mapping) or domain.keys() != {"name", *EXPERT_SETTINGS}:
+            raise ValueError(f"`domains` must hold dictionaries of name, {', '.join(EXPERT_SETTINGS)}, got {domain!r}.")
+        check_domain_name(domain["name"])
+        if domain["num_experts"] != 0 or isinstance(domain["num_experts"], bool):
+            check_expert_settings(domain, f"Domain {domain['name']!r}: ")
+    names = [domain["name"] for domain in domains]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"`domains` has two of the name {twice[0]!r}.")
+
+
+def check_domain_name(name: Any) -> None:
+    """Raises a `ValueError` if a domain cannot have this name."""
+    if not isinstance(name, str) or not DOMAIN_NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
+        raise ValueError(
+            "A domain's name must be of letters, digits, _ and -, begin with a letter or digit, and be none of "
+            f"{', '.join(RESERVED_NAMES)}, got {name!r}."
+        )
 
 
 def _check_sizes(value: Any, source: Any, name: str = "") -> None:

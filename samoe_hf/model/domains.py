@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from .experts import DOMAIN_GATE
 from .frame_step import ImageFeatures
 
 # The index of a video that looks like no known domain.
@@ -46,6 +48,18 @@ def pooled_features(image: ImageFeatures) -> Tensor:
     """
     fine = image.fine.float()
     return torch.cat([fine.mean((2, 3)), fine.std((2, 3), correction=0)], dim=1)
+
+
+def num_pooled_features(config: PreTrainedConfig) -> int:
+    """How many features [`pooled_features`] gives for a model of this configuration."""
+    return config.mask_decoder_config.hidden_size // 4
+
+
+def add_domain_gate(model: nn.Module) -> None:
+    """Gives a model whose configuration has domains a gate with room for them, and any other none."""
+    domains = model.config.domains
+    gate = None if domains is None else DomainGate(num_pooled_features(model.config), len(domains))
+    model.add_module(DOMAIN_GATE, gate)
 
 
 class _Normal(NamedTuple):
@@ -183,6 +197,10 @@ class DomainGate(nn.Module):
         domain = DomainGate(self.num_features, 1).to(self.means.device)
         domain.fit(0, features, videos)
         self.merge(domain)
+
+    def append_unknown(self) -> None:
+        """Appends a domain that is not known yet."""
+        self.merge(DomainGate(self.num_features, 1))
 
     def remove(self, index: int) -> None:
         """Forgets a domain; those after it move up by one."""

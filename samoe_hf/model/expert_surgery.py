@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from .experts import EXPERT_TENSORS, ExpertLinear, add_experts, expert_modules, matching_linear_names
+from .configuration_samoe import EXPERT_SETTINGS
+from .domain_experts import check_has_no_domains
+from .experts import (
+    EXPERT_TENSORS,
+    ExpertMixture,
+    add_experts,
+    expert_modules,
+    matching_linear_names,
+    replace_module,
+    to_plain_linear,
+)
 
 # A router's bias of this leaves an expert a gate of exactly 0 beside any other, and float16 can hold it.
 ASLEEP = -1e4
-
-EXPERT_LAYER_SETTINGS = (
-    "expert_modules",
-    "num_experts",
-    "num_experts_per_tok",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-)
 
 # By layer: (experts,) tensors that tell how much each expert is used, such as its mean gate weight.
 Usage = Mapping[str, Tensor]
@@ -59,6 +60,7 @@ class ExpertSurgeryMixin:
         Raises:
             ValueError: for indices or names that are not the model's, or if fewer than `num_experts_per_tok` stay.
         """
+        check_has_no_domains(self)
         if sum(given is not None for given in (keep, drop, usage)) != 1:
             raise ValueError("Exactly one of `keep`, `drop` and `usage` must be given.")
         if (usage is None) != (num_experts is None):
@@ -105,6 +107,7 @@ class ExpertSurgeryMixin:
             ValueError: for indices or names that are not the model's, for frozen experts, or if fewer experts than
                 `num_experts_per_tok` would be left.
         """
+        check_has_no_domains(self)
         experts = sorted(check_experts(self, experts))
         if len(experts) < 2:
             raise ValueError(f"`experts` must be at least two experts to merge, got {experts}.")
@@ -136,6 +139,7 @@ class ExpertSurgeryMixin:
         Raises:
             ValueError: if the model has no such expert, or it is frozen.
         """
+        check_has_no_domains(self)
         check_experts(self, [expert], "expert")
         _check_not_frozen(self, [expert], "expert")
         for _, module in expert_modules(self):
@@ -158,20 +162,17 @@ class ExpertSurgeryMixin:
         Raises:
             ValueError: for a value out of range, or modules that the model does not have.
         """
+        check_has_no_domains(self)
         config = copy.deepcopy(self.config)
         for name, value in settings.items():
-            if name not in EXPERT_LAYER_SETTINGS:
-                raise ValueError(f"`settings` must be among {', '.join(EXPERT_LAYER_SETTINGS)}, got {name!r}.")
+            if name not in EXPERT_SETTINGS:
+                raise ValueError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {name!r}.")
             setattr(config, name, value)
         config.check_experts()
         matching_linear_names(self, config.expert_modules)
         for name, module in list(expert_modules(self)):
-            parent_name, _, child_name = name.rpartition(".")
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
-            setattr(self.get_submodule(parent_name), child_name, linear)
-        layer_settings = {name: getattr(config, name) for name in EXPERT_LAYER_SETTINGS if name != "expert_modules"}
-        self.expert_module_names = add_experts(self, config.expert_modules, **layer_settings)
+            replace_module(self, name, to_plain_linear(module))
+        self.expert_module_names = add_experts(self, config.expert_modules, **config.expert_settings())
         for name in settings:
             setattr(self.config, name, settings[name])
         self.train(self.training)
@@ -183,6 +184,7 @@ class ExpertSurgeryMixin:
         Returns:
             Their indices.
         """
+        check_has_no_domains(self)
         if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
             raise ValueError(f"`num_new` must be an integer of at least 1, got {num_new!r}.")
         return append_experts(self, {name: new_experts(module, num_new) for name, module in expert_modules(self)})
@@ -200,6 +202,7 @@ class ExpertSurgeryMixin:
         Raises:
             ValueError: if the model has no such expert.
         """
+        check_has_no_domains(self)
         experts = check_experts(self, experts)
         for _, module in expert_modules(self):
             _freeze_rows(module, experts)
@@ -255,7 +258,7 @@ def check_experts(model: nn.Module, experts: Sequence[int], name: str = "experts
 
 
 @torch.no_grad()
-def new_experts(module: ExpertLinear, num_new: int) -> tuple[Tensor, Tensor]:
+def new_experts(module: ExpertMixture, num_new: int) -> tuple[Tensor, Tensor]:
     """A (new, rank, in), drawn as a LoRA's, and B (new, out, rank), zero."""
     A = module.lora_A.new_empty(num_new, *module.lora_A.shape[1:])
     for expert in A:
@@ -282,7 +285,7 @@ def append_experts(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]
     return list(range(before, before + len(A)))
 
 
-def replace_tensors(module: ExpertLinear, values: Mapping[str, Tensor], frozen: Sequence[int]) -> None:
+def replace_tensors(module: ExpertMixture, values: Mapping[str, Tensor], frozen: Sequence[int]) -> None:
     """Sets a layer's stacked tensors, with another number of experts, as new parameters, and freezes some experts."""
     _freeze_rows(module, [])
     for tensor, value in values.items():
@@ -305,12 +308,12 @@ class FrozenRows(nn.Module):
         return stacked.index_copy(0, self.rows, self.values)
 
 
-def frozen_experts(module: ExpertLinear) -> list[int]:
+def frozen_experts(module: ExpertMixture) -> list[int]:
     """Indices of a layer's frozen experts."""
     return module.parametrizations.lora_A[0].rows.tolist() if parametrize.is_parametrized(module, "lora_A") else []
 
 
-def _freeze_rows(module: ExpertLinear, experts: Sequence[int]) -> None:
+def _freeze_rows(module: ExpertMixture, experts: Sequence[int]) -> None:
     for tensor in EXPERT_TENSORS:
         owner, leaf = _owner(module, tensor)
         if parametrize.is_parametrized(owner, leaf):
@@ -349,19 +352,19 @@ def _from_plain_names(owner: nn.Module, state_dict: dict[str, Tensor], prefix: s
                 frozen.values.copy_(value[frozen.rows.to(value.device)])
 
 
-def _owner(module: ExpertLinear, tensor: str) -> tuple[nn.Module, str]:
+def _owner(module: ExpertMixture, tensor: str) -> tuple[nn.Module, str]:
     """The module that a stacked tensor belongs to, and its name there."""
     path, _, leaf = tensor.rpartition(".")
     return module.get_submodule(path), leaf
 
 
-def _get(module: ExpertLinear, tensor: str) -> Tensor:
+def _get(module: ExpertMixture, tensor: str) -> Tensor:
     """A stacked tensor with its frozen rows."""
     owner, leaf = _owner(module, tensor)
     return getattr(owner, leaf)
 
 
-def _parameter(module: ExpertLinear, tensor: str) -> nn.Parameter:
+def _parameter(module: ExpertMixture, tensor: str) -> nn.Parameter:
     """The parameter behind a stacked tensor."""
     owner, leaf = _owner(module, tensor)
     return owner.parametrizations[leaf].original if parametrize.is_parametrized(owner, leaf) else getattr(owner, leaf)
@@ -408,7 +411,7 @@ def _check_usage(model: nn.Module, usage: Usage) -> None:
 
 
 def _merged_tensors(
-    module: ExpertLinear, experts: Sequence[int], shares: Tensor, goes_to_all: bool
+    module: ExpertMixture, experts: Sequence[int], shares: Tensor, goes_to_all: bool
 ) -> dict[str, Tensor]:
     """A layer's stacked tensors with the mean of some experts in the place of the first of them."""
     values = {tensor: _get(module, tensor).detach().clone() for tensor in EXPERT_TENSORS}

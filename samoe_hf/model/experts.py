@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 # What a layer with experts has beside the base layer's tensors.
 EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
+# The module that tells which domain's experts a video gets, where experts belong to domains.
+DOMAIN_GATE = "domain_gate"
 
 
 class Router(nn.Module):
@@ -47,27 +49,19 @@ class Router(nn.Module):
         return F.linear(hidden_states, self.weight, self.bias)
 
 
-class ExpertLinear(nn.Linear):
-    """A linear layer with LoRA experts beside it and a router that mixes them per token.
+class ExpertMixture(nn.Module):
+    """LoRA experts beside a linear layer, and the router that mixes them per token.
 
-    `weight` and `bias` are the base layer's. The experts' tensors are stacked: `lora_A` (experts, rank, in_features),
-    `lora_B` (experts, out_features, rank), `router.weight` (experts, in_features), `router.bias` (experts,). New
-    experts have no effect, because `lora_B` starts at zero.
-
-    Args:
-        in_features, out_features, bias: as in `nn.Linear`.
-        num_experts: number of experts.
-        num_experts_per_tok: experts kept for each token, at most `num_experts`.
-        lora_rank: rank of each expert.
-        lora_alpha: the experts are scaled by `lora_alpha / lora_rank`.
-        lora_dropout: dropout probability on the router's input and between A and B, in training.
+    The experts' tensors are stacked: `lora_A` (experts, rank, in_features), `lora_B` (experts, out_features, rank),
+    `router.weight` (experts, in_features), `router.bias` (experts,). New experts have no effect, because `lora_B`
+    starts at zero.
     """
 
-    def __init__(
+    in_features: int
+    out_features: int
+
+    def create_experts(
         self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
         *,
         num_experts: int,
         num_experts_per_tok: int,
@@ -76,28 +70,28 @@ class ExpertLinear(nn.Linear):
         lora_dropout: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ):
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+    ) -> None:
+        """Makes the tensors.
+
+        Args:
+            num_experts: number of experts.
+            num_experts_per_tok: experts kept for each token, at most `num_experts`.
+            lora_rank: rank of each expert.
+            lora_alpha: the experts are scaled by `lora_alpha / lora_rank`.
+            lora_dropout: dropout probability on the router's input and between A and B, in training.
+        """
         factory = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.lora_rank = lora_rank
         self.scaling = lora_alpha / lora_rank
-        self.lora_A = nn.Parameter(torch.empty(num_experts, lora_rank, in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(num_experts, out_features, lora_rank, **factory))
-        self.router = Router(in_features, num_experts, **factory)
+        self.lora_A = nn.Parameter(torch.empty(num_experts, lora_rank, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(num_experts, self.out_features, lora_rank, **factory))
+        self.router = Router(self.in_features, num_experts, **factory)
         self.router_logits = nn.Identity()  # its hooks see what the router puts out, see `record_router_logits`
         self.dropout = nn.Dropout(lora_dropout)
         if self.lora_A.device.type != "meta":
             self.reset_experts()
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, **settings) -> "ExpertLinear":
-        """Wraps `linear`, whose parameters are shared; `settings` are the constructor's keyword arguments."""
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        module = cls(linear.in_features, linear.out_features, linear.bias is not None, **settings, **place)
-        module.weight, module.bias = linear.weight, linear.bias
-        return module
 
     @torch.no_grad()
     def reset_experts(self) -> None:
@@ -111,27 +105,27 @@ class ExpertLinear(nn.Linear):
         """Weights of all experts, zero but for the top k: (..., experts) -> (..., experts)."""
         return top_k_gates(router_logits, self.num_experts_per_tok)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+    def mix(self, hidden_states: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+        """The linear layer's output with the experts': (..., in_features) -> (..., out_features)."""
         tokens = hidden_states.flatten(0, -2)
         compute = self._learn if self.training or torch.is_grad_enabled() else self._infer
-        return compute(tokens, hidden_states.shape[:-1]).unflatten(0, hidden_states.shape[:-1])
+        return compute(tokens, hidden_states.shape[:-1], linear).unflatten(0, hidden_states.shape[:-1])
 
-    def _learn(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+    def _learn(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
         """Sums are made in the original's order: another one may tip a router's choice."""
         low_rank = self.dropout(F.linear(tokens, self.lora_A.flatten(0, 1)))
         logits = self.router(self.dropout(tokens))
         gates = self.gates(self._show_router_logits(logits, shape)).to(low_rank.dtype)
         gated = (low_rank.unflatten(1, (self.num_experts, self.lora_rank)) * gates.unsqueeze(2)).flatten(1)
         # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
-        output = super().forward(tokens)
+        output = linear(tokens)
         up = self.lora_B.mT.flatten(0, 1) * self.scaling
         return output.addmm_(gated.to(output.dtype), up.to(output.dtype))
 
-    def _infer(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+    def _infer(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
         """The same with nothing but the products. Tokens lie along the last dimension, since they are many, and
         operations along a short last one are slow."""
-        output = super().forward(tokens)
+        output = linear(tokens)
         # In the original's order, since another one may tip a choice.
         logits = F.linear(tokens, self.router.weight.to(output.dtype), self.router.bias.to(output.dtype))
         gates = top_k_gates(self._show_router_logits(logits, shape).mT.contiguous(), self.num_experts_per_tok, dim=0)
@@ -144,11 +138,49 @@ class ExpertLinear(nn.Linear):
         """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""
         return self.router_logits(logits.unflatten(0, shape)).flatten(0, -2)
 
-    def extra_repr(self) -> str:
+    def describe_experts(self) -> str:
+        """Settings of the experts, for `extra_repr`."""
         return (
-            f"{super().extra_repr()}, num_experts={self.num_experts}, "
-            f"num_experts_per_tok={self.num_experts_per_tok}, lora_rank={self.lora_rank}, scaling={self.scaling}"
+            f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
+            f"lora_rank={self.lora_rank}, scaling={self.scaling}"
         )
+
+
+class ExpertLinear(nn.Linear, ExpertMixture):
+    """A linear layer with LoRA experts beside it. `weight` and `bias` are the base layer's.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        settings: of the experts, see [`ExpertMixture.create_experts`].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **settings,
+    ):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.create_experts(**settings, device=device, dtype=dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **settings) -> "ExpertLinear":
+        """Wraps `linear`, whose parameters are shared; `settings` are those of the experts."""
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        module = cls(linear.in_features, linear.out_features, linear.bias is not None, **settings, **place)
+        module.weight, module.bias = linear.weight, linear.bias
+        return module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return self.mix(hidden_states, super().forward)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.describe_experts()}"
 
 
 def top_k_gates(router_logits: Tensor, num_experts_per_tok: int, dim: int = -1) -> Tensor:
@@ -195,20 +227,32 @@ def add_experts(model: nn.Module, patterns: str | list[str], **settings) -> list
     """
     names = matching_linear_names(model, patterns)
     for name in names:
-        parent_name, _, child_name = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        setattr(parent, child_name, ExpertLinear.from_linear(getattr(parent, child_name), **settings))
+        replace_module(model, name, ExpertLinear.from_linear(model.get_submodule(name), **settings))
     return names
 
 
-def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
-    """The layers of `model` that have experts, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, ExpertLinear))
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in another's place, in its mode."""
+    parent, _, child = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, module)
+
+
+def to_plain_linear(module: nn.Linear) -> nn.Linear:
+    """A layer with experts as a linear layer without them, whose parameters are shared."""
+    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    linear.weight, linear.bias = module.weight, module.bias
+    return linear
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertMixture]]:
+    """The mixtures of experts in `model`, with their names: a layer with experts, or a domain's experts of a layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ExpertMixture))
 
 
 def is_expert_parameter(name: str) -> bool:
-    """Whether a tensor of this name, as in a state dict, belongs to experts or their router and not to a base model."""
-    return name.endswith(tuple(f".{tensor}" for tensor in EXPERT_TENSORS))
+    """Whether a tensor of this name, as in a state dict, is no base model's but of experts, a router or the gate."""
+    return name.startswith(f"{DOMAIN_GATE}.") or name.endswith(tuple(f".{tensor}" for tensor in EXPERT_TENSORS))
 
 
 _runs_hooks: ContextVar[bool] = ContextVar("runs_hooks", default=False)
@@ -267,7 +311,7 @@ def route_all_to(model: nn.Module, expert: int) -> Iterator[None]:
         yield
 
 
-def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int) -> Tensor:
+def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int | Mapping[str, int]) -> Tensor:
     """The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) in Mixtral's form for top k.
 
     For each layer `experts * sum_e f_e P_e`, where `f_e` is the share of tokens that choose expert e and `P_e` the mean
@@ -276,6 +320,7 @@ def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok
 
     Args:
         router_logits: name of each layer -> (tokens, experts).
+        num_experts_per_tok: of all layers, or the name of each -> its own.
 
     Returns:
         A scalar; gradients flow through `P_e`.
@@ -283,9 +328,10 @@ def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok
     if not router_logits:
         raise ValueError("`router_logits` is empty: no layer with experts was run.")
     losses = []
-    for logits in router_logits.values():
+    for name, logits in router_logits.items():
         logits = logits.float()
-        chosen = logits.topk(num_experts_per_tok, dim=-1).indices
+        k = num_experts_per_tok if isinstance(num_experts_per_tok, int) else num_experts_per_tok[name]
+        chosen = logits.topk(k, dim=-1).indices
         frequency = torch.zeros_like(logits).scatter(-1, chosen, 1.0).mean(dim=0)
         losses.append(logits.shape[-1] * (frequency * logits.softmax(dim=-1).mean(dim=0)).sum())
     return torch.stack(losses).mean()

@@ -7,7 +7,7 @@ Training over a clip and tracking in a session both run [`frame_step`], batched 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class ImageFeatures(NamedTuple):
     position: Tensor
     decoder_position: Tensor
 
+    def select(self, index: Any) -> "ImageFeatures":
+        """Some of the rows."""
+        return ImageFeatures(*(x[index] for x in self[:3]), *self[3:])
+
     def for_objects(self, objects_per_video: int) -> "ImageFeatures":
         """Repeats each video's row for its objects. One video stays one row, which broadcasts over all objects."""
         if self.coarse.shape[0] == 1 or objects_per_video == 1:
@@ -59,6 +63,11 @@ class Prompt:
     labels: Tensor | None = None
     mask: Tensor | None = None
     previous_mask: Tensor | None = None
+
+    def rows(self, indices: Tensor) -> "Prompt":
+        """That of some of the objects."""
+        tensors = (self.points, self.labels, self.mask, self.previous_mask)
+        return Prompt(*(None if x is None else x[indices] for x in tensors))
 
 
 class Corrections(NamedTuple):

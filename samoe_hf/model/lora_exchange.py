@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available, requires_backends
 
 from .adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
+from .domain_experts import check_has_no_domains, domain_modules
+from .domain_surgery import find_domain
 from .expert_surgery import append_experts, check_experts, new_experts
-from .experts import ExpertLinear, expert_modules
+from .experts import ExpertMixture, expert_modules
 from .files import new_folder
 
 if is_peft_available():
@@ -45,7 +47,7 @@ class Lora(NamedTuple):
 class LoraExchangeMixin:
     """The methods of a SamoeModel that write an expert as a LoRA of PEFT, and take a LoRA in as an expert."""
 
-    def export_expert(self, expert: int, directory: str | os.PathLike) -> None:
+    def export_expert(self, expert: int, directory: str | os.PathLike, domain: str | None = None) -> None:
         """Writes one expert as a LoRA that `PeftModel.from_pretrained(base, directory)` loads onto a SAM 2 video model.
 
         It does what this model does if each token goes to that expert alone. The router stays behind.
@@ -53,25 +55,27 @@ class LoraExchangeMixin:
         Args:
             expert: its index.
             directory: where to write; made if need be.
+            domain: of a model with domains, the one that the expert belongs to.
 
         Raises:
-            ValueError: if the model has no such expert.
+            ValueError: if the model has no such expert or domain.
             FileExistsError: if `directory` is there and not empty.
         """
         requires_backends(self, "peft")
-        check_experts(self, [expert], "expert")
+        settings = self._experts_to_export(expert, domain)
+        modules = expert_modules(self) if domain is None else domain_modules(self, domain)
         tensors, names = {}, []
-        for name, module in expert_modules(self):
+        for name, module in modules:
             # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
             names.append(name.removesuffix(".base_layer"))
             for leaf in ("lora_A", "lora_B"):
                 tensor = getattr(module, leaf)[expert].detach()
                 tensors[f"{PREFIX}{names[-1]}.{leaf}.weight"] = tensor.cpu().clone()
-        alpha = self.config.lora_alpha
+        alpha = settings["lora_alpha"]
         config = LoraConfig(
-            r=self.config.lora_rank,
+            r=settings["lora_rank"],
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-            lora_dropout=self.config.lora_dropout,
+            lora_dropout=settings["lora_dropout"],
             target_modules=names,
             base_model_name_or_path=(self.base_model_source or {}).get("name_or_path"),
             revision=(self.base_model_source or {}).get("revision"),
@@ -80,6 +84,54 @@ class LoraExchangeMixin:
         with new_folder(directory) as folder:
             config.save_pretrained(folder)
             save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _experts_to_export(self, expert: int, domain: str | None) -> dict[str, Any]:
+        """Settings of the mixture that an expert belongs to, if there is one."""
+        if domain is None:
+            check_has_no_domains(self)
+            check_experts(self, [expert], "expert")
+            return self.config.expert_settings()
+        settings = find_domain(self, domain)
+        if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < settings["num_experts"]:
+            raise ValueError(
+                f"`expert` must be one of the {settings['num_experts']} experts of domain {domain!r}, got {expert!r}."
+            )
+        return settings
+
+    def add_lora_domain(self, name: str, source: str | os.PathLike, **hub) -> None:
+        """Adds a LoRA of PEFT as a domain of one expert, whose output is the LoRA's. See [`~add_domain`].
+
+        Args:
+            name: of the new domain.
+            source, hub: as in [`add_expert`].
+
+        Raises:
+            ValueError: if it is no plain LoRA, is for another model, or the domain cannot be added.
+            OSError: if there is no such adapter.
+        """
+        lora = read_lora(source, **hub)
+        rank = max(len(A) for A, _, _ in lora.layers.values())
+        linear = {layer for layer, module in self.named_modules() if isinstance(module, nn.Linear)}
+        if others := sorted(set(lora.layers) - linear):
+            raise ValueError(f"{source} is a LoRA on a layer {others[0]!r}, which the model does not have.")
+        # The scale of the first; where all have the same, their B stay as they are.
+        alpha = next(iter(lora.layers.values()))[2] * rank
+        self.add_domain(
+            name,
+            num_experts=1,
+            num_experts_per_tok=1,
+            lora_rank=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            expert_modules=sorted(lora.layers),
+        )
+        try:
+            tensors = {layer: _as_expert(layer, module, lora) for layer, module in domain_modules(self, name)}
+        except ValueError:
+            self.remove_domain(name)
+            raise
+        for layer, module in domain_modules(self, name):
+            module.lora_A.data, module.lora_B.data = tensors[layer]
 
     def add_expert(self, source: str | os.PathLike, **hub) -> int:
         """Adds a LoRA of PEFT as a new expert, behind the others.
@@ -100,6 +152,7 @@ class LoraExchangeMixin:
             ValueError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
             OSError: if there is no such adapter.
         """
+        check_has_no_domains(self)
         return append_experts(self, expert_tensors(self, read_lora(source, **hub)))[0]
 
 
@@ -116,7 +169,7 @@ def expert_tensors(model: nn.Module, lora: Lora) -> dict[str, tuple[Tensor, Tens
     return {name: _as_expert(name.removesuffix(".base_layer"), module, lora) for name, module in modules.items()}
 
 
-def _as_expert(name: str, module: ExpertLinear, lora: Lora) -> tuple[Tensor, Tensor]:
+def _as_expert(name: str, module: ExpertMixture, lora: Lora) -> tuple[Tensor, Tensor]:
     """A (1, rank, in) and B (1, out, rank) of the expert that a LoRA is in one layer."""
     new_A, new_B = new_experts(module, 1)
     if name not in lora.layers:

@@ -32,8 +32,13 @@ from .clip import (
     split_labels,
 )
 from .configuration_samoe import SamoeConfig
+from .domain_choice import AUTO, check_domain
+from .domain_experts import PREFIX as DOMAIN_PREFIX
+from .domain_experts import add_configured_experts
+from .domain_surgery import DomainSurgeryMixin
+from .domains import add_domain_gate
 from .expert_surgery import ExpertSurgeryMixin
-from .experts import ExpertLinear, add_experts, is_expert_parameter
+from .experts import DOMAIN_GATE, ExpertMixture, is_expert_parameter
 from .interaction import clear_prompts, remove_object
 from .lora_exchange import LoraExchangeMixin
 from .losses import SegmentationLoss
@@ -73,7 +78,9 @@ class ForwardOptions(TypedDict, total=False):
     output_hidden_states: bool
 
 
-class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, PretrainedMixin, Sam2VideoModel):
+class SamoeModel(
+    AdapterMixin, DomainSurgeryMixin, ExpertSurgeryMixin, LoraExchangeMixin, PretrainedMixin, Sam2VideoModel
+):
     """SAM 2 video whose linear layers, by default the projections of its memory attention, have LoRA experts.
 
     It takes the place of [`~transformers.Sam2VideoModel`] in tracking, and can be trained on clips. After construction
@@ -88,20 +95,15 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
     # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not called
     # as modules (see memory_attention.py), and belong to the rest.
     _no_split_modules: ClassVar = ["Sam2MultiScaleBlock", "Sam2VideoTwoWayAttentionBlock"]
+    # Statistics of features, whatever the type of the features is.
+    _keep_in_fp32_modules_strict: ClassVar = [DOMAIN_GATE]
 
     def __init__(self, config: SamoeConfig):
         config.check_experts()
         super().__init__(config)
         make_lean(self)
-        self.expert_module_names = add_experts(
-            self,
-            config.expert_modules,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-        )
+        self.expert_module_names = add_configured_experts(self, config)
+        add_domain_gate(self)
         # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
         self._keys_to_ignore_on_load_unexpected = set()
         self.set_trainable("experts")
@@ -134,7 +136,7 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
     def _draw(self, module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        if isinstance(module, ExpertLinear) and not getattr(module.lora_A, "_is_hf_initialized", False):
+        if isinstance(module, ExpertMixture) and not getattr(module.lora_A, "_is_hf_initialized", False):
             module.reset_experts()
         if isinstance(module, Sam2VideoMemoryFuserCXBlock):
             init.constant_(module.scale, self.config.memory_fuser_layer_scale_init_value)
@@ -159,9 +161,9 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
         """Makes exactly the parameters of the named sets trainable.
 
         Args:
-            sets: any of "experts" (all experts and routers), "adapters" (those of PEFT), "memory" (memory attention
-                with its experts, memory encoder and what belongs to them), "decoder" (mask decoder), "all"; or regular
-                expressions for whole names of parameters.
+            sets: any of "experts" (all experts and routers), "domain:NAME" (those of one domain), "adapters" (those of
+                PEFT), "memory" (memory attention with its experts, memory encoder and what belongs to them), "decoder"
+                (mask decoder), "all"; or regular expressions for whole names of parameters.
 
         Raises:
             ValueError: if a set is empty.
@@ -174,6 +176,9 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
 
     def parameter_names(self, chosen: str) -> list[str]:
         """Names of the parameters of a set, see [`set_trainable`]."""
+        if chosen.startswith("domain:"):
+            check_domain(self, chosen.removeprefix("domain:"))
+            chosen = rf".*\.{DOMAIN_PREFIX}{chosen.removeprefix('domain:')}\..*"
         try:
             matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
         except re.error as error:
@@ -222,6 +227,7 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
         reverse: bool = False,
         run_mem_encoder: bool = True,
         num_items_in_batch: Tensor | int | None = None,
+        domain: str | Sequence[str | None] | None = AUTO,
         **options: Unpack[ForwardOptions],
     ) -> SamoeClipOutput | Sam2VideoSegmentationOutput:
         """Runs over clips, or over one frame of a session.
@@ -244,6 +250,8 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
             inference_session, frame_idx, frame, reverse, run_mem_encoder: as in Sam2VideoModel.
             num_items_in_batch: elements of the labels of all objects that the loss is averaged over, as
                 [`~transformers.Trainer`] counts them; by default those of this batch, averaged over processes.
+            domain: of a model with domains, whose experts are run: a domain's name, None for the base model, or "auto"
+                for what the gate decides; of clips, also one for each. A session keeps it as its `domain`.
             options: `input_labels`; `return_dict=False` for a tuple; of a clip, `output_hidden_states` and
                 `output_attentions` of the vision encoder, by default as the configuration says.
         """
@@ -256,7 +264,7 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
             frame_idx = frame_idx if labels is None else labels
             frame = frame if object_mask is None else object_mask
         if inference_session is not None:
-            return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder)
+            return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder, domain)
         check_clip(pixel_values, labels, object_mask, self.image_size)
         if labels is not None:
             labels, object_mask = split_labels(labels, object_mask)
@@ -273,15 +281,9 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
             self.wake_experts()
         with _recorded_vision_outputs(self, options) as recorded:
             output = clip_forward(
-                self,
-                pixel_values,
-                clip_prompts,
-                num_objects,
-                labels,
-                object_mask,
-                output_router_logits,
-                num_items_in_batch,
-            )
+                self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits,
+                num_items_in_batch, domain,
+            )  # fmt: skip
         output.vision_hidden_states, output.vision_attentions = recorded["hidden_states"], recorded["attentions"]
         return output
 
@@ -293,7 +295,11 @@ class SamoeModel(AdapterMixin, ExpertSurgeryMixin, LoraExchangeMixin, Pretrained
         frame: Tensor | None,
         reverse: bool,
         run_mem_encoder: bool,
+        domain: str | None,
     ) -> Sam2VideoSegmentationOutput:
+        if domain != AUTO:
+            check_domain(self, domain)
+            session.domain = domain
         if frame is not None:
             frame_idx = session.add_new_frame(frame, frame_idx)
         streaming = frame is not None

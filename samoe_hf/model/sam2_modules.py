@@ -24,7 +24,8 @@ from transformers.models.sam2.modeling_sam2 import (
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
 from .configuration_samoe import SamoeConfig
-from .experts import add_experts
+from .domain_experts import add_configured_experts
+from .domains import add_domain_gate
 
 # Modes of `torch.compile` that record CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -203,8 +204,8 @@ def build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
         with torch.device("meta"):
             model = Sam2VideoModel(copy.deepcopy(config))
             if with_experts:
-                names = ("num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha", "lora_dropout")
-                add_experts(model, config.expert_modules, **{name: getattr(config, name) for name in names})
+                add_configured_experts(model, config)
+                add_domain_gate(model)
     except (RuntimeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"The configuration describes no model that can be built: {error}") from error
     return model

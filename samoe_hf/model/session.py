@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
+from .domain_choice import AUTO, SessionDecision
 from .interaction import SessionObject, check_prompt
 
 KEPT_FRAMES = 32
@@ -29,6 +30,9 @@ class VideoSession(Sam2VideoInferenceSession):
         corrections_condition: whether prompts on tracked frames make conditioning frames of them, as SAM 2 is trained
             and as `sam2` does with `add_all_frames_to_correct_as_cond`. By default they do not, and a corrected frame
             is tracked anew when the video is propagated again.
+        domain: whose experts a model with domains runs: a domain's name, None for the base model, or "auto" for what
+            the gate decides on the frame that is segmented first. It can be set anew at any time.
+        domain_interval: for videos whose look changes on the way: the gate decides anew after so many frames.
         kwargs: as in the base class: `inference_device`, `inference_state_device`, `dtype`, and
             `max_vision_features_cache_size`, so many frames (16 at most) are encoded at once, ahead of tracking.
     """
@@ -40,17 +44,23 @@ class VideoSession(Sam2VideoInferenceSession):
         *,
         keep_frames: int = KEPT_FRAMES,
         corrections_condition: bool = False,
+        domain: str | None = AUTO,
+        domain_interval: int | None = None,
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ):
         if (frames is None) != (processor is None):
             raise ValueError("`frames` and `processor` must be given together, or neither where frames are streamed.")
+        if domain_interval is not None and domain_interval < 1:
+            raise ValueError(f"`domain_interval` must be at least 1 frame or None, got {domain_interval}.")
         if frames is not None:
             kwargs["video_height"], kwargs["video_width"] = frames[0].shape[:2]
         super().__init__(dtype=dtype, **kwargs)
         if frames is not None:
             self.processed_frames = PreparedFrames(frames, processor, self.inference_device, dtype)
         self.keep_frames, self.corrections_condition = keep_frames, corrections_condition
+        self.domain, self.domain_interval = domain, domain_interval
+        self.domain_decision: SessionDecision | None = None
 
     def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
         """As in the base class, whose count of frames does not know of forgotten ones."""

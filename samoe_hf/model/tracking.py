@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,15 @@ from torch.nn import functional as F
 from transformers import Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
+from .domain_choice import (
+    DomainDecision,
+    decide_domains,
+    encoder_has_experts,
+    is_decision_due,
+    session_domain,
+    store_decision,
+)
+from .domain_experts import use_domain
 from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .interaction import FrameRecord, SessionObject, check_prompt, points_and_labels, session_objects
 from .memory_bank import MemoryBank, MemorySelection
@@ -26,6 +36,19 @@ from .session import VideoSession
 # So many frames are encoded at once, if one does not fill the device: on a CPU, if images are this small. Sessions that
 # cache more have more encoded at once, but not all that some of them have room for.
 FRAMES_AHEAD, SMALL_IMAGE_SIZE, MAX_FRAMES_AHEAD = 4, 256, 16
+
+
+@dataclass
+class SamoeTrackingOutput(Sam2VideoSegmentationOutput):
+    """As in the base class: a frame of a session.
+
+    Args:
+        domain: of a model with domains: whose experts the video got; None for the base's output.
+        domain_confidence: from 0 to 1, how sure the gate is; None where the user has decided.
+    """
+
+    domain: str | None = None
+    domain_confidence: float | None = None
 
 
 class FrameCall(NamedTuple):
@@ -245,13 +268,15 @@ def _select(
 
 
 def _segment_objects(model: Sam2VideoModel, tasks: Sequence[tuple[SessionObject, FrameTask]], call: FrameCall) -> None:
-    """Segments objects on a frame, those of equal tasks in one batch, and stores the outputs."""
+    """Segments objects on a frame, those of equal tasks and domains in one batch, and stores the outputs."""
+    sessions = _unique_sessions(one for one, _ in tasks)
+    domains = {id(session): _decide_domain(model, session, call).domain for session in sessions}
     batches = defaultdict(list)
     for tracked_object, task in tasks:
-        batches[task].append(tracked_object)
-    _encode_frames(model, _unique_sessions(one for one, _ in tasks), call)
-    for task, objects in batches.items():
-        with _tracking_rows((call.frame_idx, one.object_id) for one in objects):
+        batches[domains[id(tracked_object.session)], task].append(tracked_object)
+    _encode_frames(model, sessions, call)
+    for (domain, task), objects in batches.items():
+        with _tracking_rows((call.frame_idx, one.object_id) for one in objects), use_domain(domain):
             output = frame_step(
                 model,
                 _image_features(model, objects, call.frame_idx),
@@ -268,6 +293,23 @@ def _segment_objects(model: Sam2VideoModel, tasks: Sequence[tuple[SessionObject,
         output.masks = output.masks.to(device)
         for index, tracked_object in enumerate(objects):
             _store_output(tracked_object, call.frame_idx, task, output, index)
+
+
+def _decide_domain(model: Sam2VideoModel, session: Sam2VideoInferenceSession, call: FrameCall) -> DomainDecision:
+    """Whose experts a session gets on a frame. Where the gate decides, it does so on the first frame that is segmented,
+    which is a prompted one."""
+    known = session_domain(model, session)
+    if known is not None and (known.confidence is None or not is_decision_due(session, call.frame_idx)):
+        return known
+    pixel_values = features = None
+    if encoder_has_experts(model):
+        pixel_values = session.get_frame(call.frame_idx).to(model.dtype)[None]
+    else:
+        _encode_frames(model, [session], call)
+        features = _cached_features(model, session, call.frame_idx)
+    (decision,) = decide_domains(model, pixel_values, features)
+    store_decision(model, session, call.frame_idx, decision)
+    return decision
 
 
 def _batch_prompt(
@@ -321,11 +363,14 @@ def _frame_result(
         "object_score_logits": torch.full((1, 1), NO_OBJ_SCORE, device=device),
     }
     outputs = [one.output(call.frame_idx, with_shown=True) or no_output for one in session_objects(session)]
-    return Sam2VideoSegmentationOutput(
+    decision = session_domain(model, session) or DomainDecision(None)
+    return SamoeTrackingOutput(
         object_ids=session.obj_ids.copy(),
         pred_masks=torch.cat([output["pred_masks"].to(device) for output in outputs]),
         object_score_logits=torch.cat([output["object_score_logits"] for output in outputs]),
         frame_idx=call.frame_idx,
+        domain=decision.domain,
+        domain_confidence=decision.confidence,
     )
 
 
@@ -346,12 +391,19 @@ def _image_features(model: Sam2VideoModel, objects: Sequence[SessionObject], fra
 
 
 def _cached_features(model: Sam2VideoModel, session: Sam2VideoInferenceSession, frame_idx: int) -> ImageFeatures | None:
-    """Features of a frame that this model encoded, with weights of the type that they have now."""
+    """Features of a frame that this model encoded, with the weights and experts that it has now."""
     cached = session.cache.get_vision_features(frame_idx)
     if cached is None or "encoder" not in cached:
         return None
-    encoder, dtype = cached["encoder"]
-    return ImageFeatures(*cached["image_features"]) if encoder() is model and dtype == model.dtype else None
+    encoder, dtype, domain = cached["encoder"]
+    is_same = encoder() is model and dtype == model.dtype and domain == _encoder_domain(model, session)
+    return ImageFeatures(*cached["image_features"]) if is_same else None
+
+
+def _encoder_domain(model: Sam2VideoModel, session: Sam2VideoInferenceSession) -> str | None:
+    """The domain that a session's image features depend on."""
+    decision = session_domain(model, session) if encoder_has_experts(model) else None
+    return None if decision is None else decision.domain
 
 
 def _encode_frames(model: Sam2VideoModel, sessions: Sequence[Sam2VideoInferenceSession], call: FrameCall) -> None:
@@ -366,12 +418,13 @@ def _encode_frames(model: Sam2VideoModel, sessions: Sequence[Sam2VideoInferenceS
                 ahead = ahead[:1]  # so that a compiled encoder meets two sizes of batches only
             wanted += [(session, t) for t in ahead]
             session.cache.clear_all()
-    if wanted:
-        frames = torch.stack([session.get_frame(t) for session, t in wanted]).to(model.dtype)
-        with _tracking_rows((t, None) for _, t in wanted):
+    for domain in dict.fromkeys(_encoder_domain(model, session) for session, _ in wanted):
+        own = [(session, t) for session, t in wanted if _encoder_domain(model, session) == domain]
+        frames = torch.stack([session.get_frame(t) for session, t in own]).to(model.dtype)
+        with _tracking_rows((t, None) for _, t in own), use_domain(domain):
             features = image_features(model, frames)
-        encoder = (weakref.ref(model), model.dtype)
-        for row, (session, t) in enumerate(wanted):
+        encoder = (weakref.ref(model), model.dtype, domain)
+        for row, (session, t) in enumerate(own):
             one = [*(level[row : row + 1] for level in features[:3]), *features[3:]]
             session.cache.cache_vision_features(t, {"image_features": one, "encoder": encoder})
 

@@ -246,8 +246,14 @@ def save_original(
         (`{"model_state_dict": …, "config": …}`, as the original's trainers save them), "config" (the YAML).
 
     Raises:
-        ValueError: if the original has no place for some of the experts, or the tensors do not fit the configuration.
+        ValueError: if the original has no place for some of the experts, among them those of domains, or the tensors do
+            not fit the configuration.
     """
+    if config.domains is not None:
+        raise ValueError(
+            "SAM2-MoE has one mixture of experts for all videos, and no gate that chooses a domain's: a model with "
+            f"domains ({', '.join(config.domain_names) or 'none at the moment'}) cannot be written for it."
+        )
     attentions = _attentions_with_experts(config, state_dict)
     tensors = state_dict_to_original(state_dict)
     # Through the settings that the YAML can hold, so that nothing else makes the tensors fit.

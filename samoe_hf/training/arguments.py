@@ -48,6 +48,13 @@ class ModelArguments:
     lora_dropout: float | None = None
     expert_modules: list[str] | None = None
     router_aux_loss_coef: float | None = None
+    domain: str | None = field(
+        default=None,
+        metadata={"help": "Train the experts of this domain alone, by the settings above if the model lacks it."},
+    )
+    domain_like: str | None = field(
+        default=None, metadata={"help": "A new domain's experts start as those of this domain of the model."}
+    )
 
     def load(self) -> SamoeModel:
         """The model in training mode."""
@@ -55,11 +62,17 @@ class ModelArguments:
             raise ValueError("Exactly one of `model_name_or_path` and `model_config` must be given.")
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name in SamoeConfig.__dataclass_fields__}
         settings = {name: value for name, value in settings.items() if value is not None}
+        if self.domain_like is not None and self.domain is None:
+            raise ValueError("`domain_like` goes with `domain`, the name of the new domain.")
         if self.model_config is not None:
-            return SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings})).train()
-        return SamoeModel.from_pretrained(
-            self.model_name_or_path, experts=self.experts, original_config=self.original_config, **settings
-        ).train()
+            model = SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings}))
+        else:
+            model = SamoeModel.from_pretrained(
+                self.model_name_or_path, experts=self.experts, original_config=self.original_config, **settings
+            )
+        if self.domain is not None and self.domain not in model.config.domain_names:
+            model.add_domain(self.domain, like=self.domain_like)
+        return model.train()
 
 
 @dataclass

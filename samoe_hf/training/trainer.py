@@ -25,7 +25,7 @@ from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
 from samoe_hf.hub.push import check_base_is_public
 from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
-from samoe_hf.model.clip import router_logits_by_clip
+from samoe_hf.model.clip_routing import router_logits_by_clip
 from samoe_hf.model.experts import record_router_logits
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -51,6 +51,8 @@ class SamoeTrainer(Trainer):
         recipe: how prompts are simulated.
         segmentation_loss: its weights and focal parameters.
         processing_class: prepares videos, and is saved with each checkpoint; by default as SAM 2 prepares them.
+        domain: of a model with domains, the one whose experts are trained, on all clips. Nothing else is: what other
+            domains and the gate build on stays as it is.
         kwargs: as in [`~transformers.Trainer`].
     """
 
@@ -61,8 +63,14 @@ class SamoeTrainer(Trainer):
         recipe: PromptRecipe | None = None,
         segmentation_loss: SegmentationLoss | None = None,
         processing_class: Sam2VideoProcessor | None = None,
+        domain: str | None = None,
         **kwargs,
     ):
+        self.domain = domain
+        # Whose experts evaluation runs; "auto" where the gate knows the domain.
+        self.eval_domain = domain
+        if domain is not None or model.config.domains is not None:
+            args.trainable = trainable_of_domain(model, domain, args.trainable)
         chosen = {name for one in args.learning_rates() for name in model.parameter_names(one)}
         if any(p.requires_grad and is_adapter_parameter(n) and n not in chosen for n, p in model.named_parameters()):
             # Adapters of PEFT are trained unless they were frozen.
@@ -125,6 +133,7 @@ class SamoeTrainer(Trainer):
         """As in the base class, with simulated prompts; in training, adds to the logs."""
         inputs = {**inputs, "prompts": self.recipe}
         domains = inputs.pop("domain", None) or ["default"] * len(inputs["labels"])
+        inputs["domain"] = self.domain
         unwrapped = self.accelerator.unwrap_model(model)
         logs_routing = model.training and self._is_logging_step()
         with record_router_logits(unwrapped) if logs_routing else nullcontext() as calls:
@@ -132,7 +141,8 @@ class SamoeTrainer(Trainer):
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         if logs_routing:
-            self._logs.add_routing(unwrapped, router_logits_by_clip(calls, inputs["object_mask"]), domains)
+            by_clip = router_logits_by_clip(calls, inputs["object_mask"], [self.domain] * len(domains))
+            self._logs.add_routing(unwrapped, by_clip, domains)
         if model.training:
             if not loss.requires_grad:
                 raise ValueError(
@@ -217,7 +227,10 @@ class SamoeTrainer(Trainer):
         # Processes that each hold a shard of the weights must take every step together.
         split = nullcontext(videos) if self.is_fsdp_enabled else PartialState().split_between_processes(list(videos))
         with split as own:
-            results = list(evaluate_videos(model, self.processing_class, own, show_progress_bar=show).values())
+            results = evaluate_videos(
+                model, self.processing_class, own, show_progress_bar=show, domain=self.eval_domain
+            )
+            results = list(results.values())
         gathered = results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values()
 
         def summary(selected: Iterable[VideoResult]) -> dict[str, float]:
@@ -342,6 +355,29 @@ class ProcessorCallback(TrainerCallback):
         self.trainer._last_logged_step = state.global_step
 
 
+def trainable_of_domain(model: SamoeModel, domain: str | None, trainable: Sequence[str]) -> list[str]:
+    """The sets that are trained for a domain: its experts, at the rate that is given for experts.
+
+    Raises:
+        ValueError: if the model has no such domain, none is given, or anything else is to be trained.
+    """
+    names = model.config.domain_names
+    if domain not in names:
+        raise ValueError(
+            f"`domain` must be one of the model's ({', '.join(map(repr, names)) or 'none'}), got {domain!r}."
+        )
+    sets = []
+    for text in trainable:
+        chosen, equals, rate = text.partition("=")
+        if chosen not in ("experts", f"domain:{domain}"):
+            raise ValueError(
+                f"`trainable` must be experts where a domain is trained, since other domains build on the rest, got "
+                f"{text!r}."
+            )
+        sets.append(f"domain:{domain}{equals}{rate}")
+    return sets
+
+
 def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     """The trainer of a run, with its model and data; `arguments` as in [`parse_run`]."""
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
@@ -361,6 +397,7 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
         recipe,
         segmentation_loss,
         processing_class=processor,
+        domain=model_arguments.domain,
         train_dataset=data_arguments.train_dataset(processor, training_arguments.seed),
         eval_dataset=data_arguments.eval_videos() or None,
     )

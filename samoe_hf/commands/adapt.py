@@ -1,0 +1,38 @@
+"""Add a domain to a model: train new experts for it, and let the gate learn which videos are its.
+
+    samoe adapt MODEL --domain ultrasound --dataset RUN.yaml --output DIR
+    samoe adapt MODEL --domain ultrasound --dataset RUN.yaml --output DIR --num_experts 4 --learning_rate 2e-4
+
+The run is as for `samoe train`: the new experts are trained on its `train_data`, and every other key of it can be given
+as an option too. The videos of its `eval_data`, of old domains as well, are tracked before and after. Nothing of the
+model changes but what is new. DIR gets what was trained, all experts and the gate, which `SamoeModel.from_pretrained`
+loads and `push_to_hub` shares; and adaptation.json with the scores.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from samoe_hf.continual.adapt import RESULTS_FILE, adapt
+
+from .options import command_parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = command_parser("adapt", __doc__)
+    parser.add_argument("model", help="a SamoeModel, a SAM 2 video model or an original .pt")
+    parser.add_argument("--domain", required=True, metavar="NAME", help="the new domain; one that is there goes on")
+    parser.add_argument("--dataset", required=True, type=Path, metavar="RUN.yaml", help="a run, see `samoe train`")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the new model")
+    parser.add_argument("--like", metavar="DOMAIN", help="start from the experts of this domain of the model")
+    return parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed, overrides = parse_arguments(arguments)
+    result = adapt(parsed.model, parsed.domain, [str(parsed.dataset), *overrides], parsed.output, parsed.like)
+    if result.after:
+        print(result.table())
+    print(f"The gate knows {parsed.domain} by {result.gate_videos} videos.")
+    print(f"Written: the model and {RESULTS_FILE} in {parsed.output}")

@@ -1,0 +1,107 @@
+"""Adds a domain to a model: new experts are trained for it, the gate learns it, and all else stays as it was."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import ConcatDataset
+
+from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.files import write_text
+from samoe_hf.training.trainer import SamoeTrainer, build_trainer
+
+from .gate import decide_videos, fit_gate
+
+RESULTS_FILE = "adaptation.json"
+
+
+@dataclass
+class Adaptation:
+    """What adding a domain to a model did.
+
+    Attributes:
+        domain: its name.
+        gate_videos: how many videos of it the gate saw.
+        before, after: J, F and J&F from 0 to 1, of all evaluation videos (`eval_J`) and by the domain that the data
+            names (`eval_NAME_J`); empty where there are no evaluation videos.
+        routed: by the domain that the data names: whose experts its videos got ("base" for none) -> how many.
+    """
+
+    domain: str
+    gate_videos: int
+    before: dict[str, float]
+    after: dict[str, float] = field(default_factory=dict)
+    routed: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """The scores of each domain before and after, and where its videos went, as text."""
+        names = [name.removeprefix("eval_").removesuffix("_J&F") for name in self.after if name.endswith("_J&F")]
+        lines = [f"{'':20s} {'J&F before':>10s} {'after':>8s} {'change':>8s}   experts of"]
+        for name in names:
+            key = "eval_J&F" if name == "J&F" else f"eval_{name}_J&F"
+            before, after = 100 * self.before[key], 100 * self.after[key]
+            whose = ", ".join(f"{count} {domain}" for domain, count in self.routed.get(name, {}).items())
+            label = "all" if name == "J&F" else name
+            lines.append(f"{label:20s} {before:10.1f} {after:8.1f} {after - before:+8.1f}   {whose}")
+        return "\n".join(lines)
+
+
+def adapt(
+    model: str | os.PathLike,
+    domain: str,
+    run: Sequence[str],
+    output: str | os.PathLike,
+    like: str | None = None,
+) -> Adaptation:
+    """Adds a domain to a model and writes the new one.
+
+    The gate learns the domain from the videos of the run's `train_data`, and then new experts are trained on them.
+    Videos of `eval_data`, of any domains, are tracked before and after, each with the experts that the gate chooses.
+
+    Args:
+        model: what `SamoeModel.from_pretrained` takes; it is left as it is.
+        domain: name of the new domain. One that the model has is trained on.
+        run: the YAML of a run, and further `--key value`, as [`~samoe_hf.training.arguments.parse_run`] takes them.
+        output: folder for the model, its checkpoints and `adaptation.json`, which is the returned value.
+        like: a domain of the model whose experts the new ones start from.
+
+    Raises:
+        ValueError: if the domain cannot be added, or something of the run is wrong.
+    """
+    arguments = [*run, "--model_name_or_path", str(model), "--domain", domain, "--output_dir", str(output)]
+    if like is not None:
+        arguments += ["--domain_like", like]
+    trainer = build_trainer(arguments)
+    trainer.eval_domain = AUTO
+    resume = trainer.args.resume_from_checkpoint
+    shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
+    result = Adaptation(domain, 0, before=_scores(trainer))
+    videos = ConcatDataset([dataset.videos for dataset in trainer.train_dataset.datasets.values()])
+    result.gate_videos = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
+    trainer.train(resume_from_checkpoint=resume)
+    result.after, result.routed = _scores(trainer), _count_routed(trainer)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        text = json.dumps(asdict(result), indent=1)
+        write_text(Path(trainer.args.output_dir, RESULTS_FILE), f"{text}\n")
+    return result
+
+
+def _scores(trainer: SamoeTrainer) -> dict[str, float]:
+    metrics: dict[str, Any] = trainer.evaluate() if trainer.eval_dataset else {}
+    return {name: value for name, value in metrics.items() if name.rpartition("_")[2] in ("J", "F", "J&F")}
+
+
+def _count_routed(trainer: SamoeTrainer) -> dict[str, dict[str, int]]:
+    """By the domain that the data names: whose experts the evaluation videos get -> how many."""
+    counts: dict[str, Counter] = {}
+    videos = trainer.eval_dataset or []
+    decisions = decide_videos(trainer.model, trainer.processing_class, videos)
+    for video, decision in zip(videos, decisions, strict=True):
+        if decision is not None:
+            counts.setdefault(video.domain, Counter())[decision.domain or "base"] += 1
+    return {name: dict(count) for name, count in counts.items()}

@@ -1,0 +1,94 @@
+"""What the gate of a model learns of a domain's videos, and what it decides for videos."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Sam2VideoProcessor
+
+from samoe_hf.data.schema import Video
+from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.domain_choice import DomainDecision, decide_domains
+from samoe_hf.model.domain_experts import use_domain
+from samoe_hf.model.domains import pooled_features
+from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.session import PreparedFrames
+
+# More videos tell more of a domain than more frames of each.
+MAX_VIDEOS, FRAMES_PER_VIDEO = 256, 4
+
+
+@torch.no_grad()
+def fit_gate(
+    model: SamoeModel,
+    processor: Sam2VideoProcessor,
+    domain: str,
+    videos: Sequence[Video],
+    show_progress_bar: bool = True,
+) -> int:
+    """Lets the gate know a domain of the model by some of its videos, in place of what it knew of it.
+
+    Args:
+        videos: with masks; of many, [`MAX_VIDEOS`] evenly chosen ones are read.
+
+    Returns:
+        how many videos it saw.
+
+    Raises:
+        ValueError: if there is no such domain, or no video with an object.
+    """
+    chosen = _evenly(range(len(videos)), MAX_VIDEOS)
+    features, numbers = [], []
+    with evaluation_mode(model):
+        for number in tqdm(chosen, desc=f"gate: {domain}", unit="video", disable=not show_progress_bar):
+            video = videos[number]
+            frames = [t for t in _evenly(video.annotated_frames, FRAMES_PER_VIDEO) if video.visible(t)]
+            if not frames and (first := first_visible(video)) is not None:
+                frames = [first]
+            if frames:
+                features.append(frame_features(model, processor, video, frames))
+                numbers += [number] * len(frames)
+    if not features:
+        raise ValueError(f"`videos` of domain {domain!r}: none of {len(chosen)} has a frame with an object.")
+    model.fit_domain(domain, torch.cat(features), torch.tensor(numbers))
+    return len(features)
+
+
+@torch.no_grad()
+def frame_features(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
+    """What the gate reads of frames of a video: (frames, features)."""
+    with use_domain(None):
+        return pooled_features(image_features(model, _pixel_values(model, processor, video, frames)))
+
+
+def decide_videos(
+    model: SamoeModel, processor: Sam2VideoProcessor, videos: Iterable[Video]
+) -> Iterator[DomainDecision | None]:
+    """What the gate decides for each video, from the first frame that shows an object; None for one without objects."""
+    for video in videos:
+        first = first_visible(video)
+        if first is None:
+            yield None
+            continue
+        with evaluation_mode(model):
+            yield decide_domains(model, _pixel_values(model, processor, video, [first]), None)[0]
+
+
+def first_visible(video: Video) -> int | None:
+    """The first annotated frame that shows an object."""
+    return next((t for t in video.annotated_frames if video.visible(t)), None)
+
+
+def _pixel_values(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
+    """Frames as a session prepares them, (frames, 3, S, S)."""
+    prepared = PreparedFrames(video.frames, processor, model.device, model.dtype)
+    return torch.stack([prepared[t] for t in frames])
+
+
+def _evenly(values: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of the values, evenly chosen, with the first and the last."""
+    if len(values) <= count:
+        return list(values)
+    return [values[i] for i in torch.linspace(0, len(values) - 1, count).round().int().tolist()]

@@ -1,0 +1,131 @@
+"""Which domain's experts a video gets: what the user says, or what the gate decides from one frame.
+
+The gate reads features of the plain encoder, without any domain's experts, of the frame where an object is first
+prompted. What looks like no domain that it knows gets none, and so the base model's output.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Sam2VideoInferenceSession
+
+from .domain_experts import DomainLinear, use_domain
+from .domains import pooled_features
+from .frame_step import ImageFeatures, image_features
+
+# Lets the gate decide.
+AUTO = "auto"
+
+
+class DomainDecision(NamedTuple):
+    """Whose experts a video gets: a domain's name, or None for the base model.
+
+    `confidence`: from 0 to 1, the gate's; None where the user has decided.
+    """
+
+    domain: str | None
+    confidence: float | None = None
+
+
+class SessionDecision(NamedTuple):
+    """What the gate of a model with these domains decided for a session, on frame `frame_idx`."""
+
+    decision: DomainDecision
+    frame_idx: int
+    model: weakref.ref
+    domain_names: list[str]
+
+
+def check_domain(model: PreTrainedModel, domain: str | None) -> None:
+    """Raises a `ValueError` if a model has no such domain; "auto" and None always are right."""
+    names = model.config.domain_names
+    if domain is None or domain == AUTO or (isinstance(domain, str) and domain in names):
+        return
+    known = ", ".join(map(repr, names)) if names else "none, since its experts belong to no domains"
+    raise ValueError(f'`domain` must be "auto", None or a domain of the model ({known}), got {domain!r}.')
+
+
+def encoder_has_experts(model: PreTrainedModel) -> bool:
+    """Whether the image encoder gives different features in different domains."""
+    parts = (model.vision_encoder, model.mask_decoder.conv_s0, model.mask_decoder.conv_s1)
+    return any(isinstance(module, DomainLinear) for part in parts for module in part.modules())
+
+
+@torch.no_grad()
+def decide_domains(
+    model: PreTrainedModel, pixel_values: Tensor | None, features: ImageFeatures | None
+) -> list[DomainDecision]:
+    """What the gate decides for some frames.
+
+    Args:
+        pixel_values: (rows, 3, S, S).
+        features: of the plain encoder, if the frames are encoded already.
+    """
+    if features is None:
+        with use_domain(None):
+            features = image_features(model, pixel_values)
+    decided = model.domain_gate.decide(pooled_features(features))
+    names = [*model.config.domain_names, None]  # an index of -1 stands for none
+    pairs = zip(decided.domain.tolist(), decided.confidence.tolist(), strict=True)
+    return [DomainDecision(names[index], confidence) for index, confidence in pairs]
+
+
+def resolve_clip_domains(
+    model: PreTrainedModel,
+    domain: str | Sequence[str | None] | None,
+    first_frames: Tensor,
+    features: ImageFeatures | None,
+) -> list[str | None]:
+    """The domain of each clip.
+
+    Args:
+        domain: of all, or of each; "auto" where the gate decides.
+        first_frames: (clips, 3, S, S).
+        features: of `first_frames`, if they are encoded already.
+
+    Raises:
+        ValueError: for a domain that the model does not have, or another number of them.
+    """
+    domains = [domain] * len(first_frames) if domain is None or isinstance(domain, str) else list(domain)
+    if len(domains) != len(first_frames):
+        raise ValueError(f"`domain` must be one for all {len(first_frames)} clips or one for each, got {len(domains)}.")
+    for name in domains:
+        check_domain(model, name)
+    if AUTO not in domains:
+        return domains
+    if model.config.domains is None:
+        return [None if name == AUTO else name for name in domains]
+    decided = decide_domains(model, first_frames, features)
+    return [decided[i].domain if name == AUTO else name for i, name in enumerate(domains)]
+
+
+def session_domain(model: PreTrainedModel, session: Sam2VideoInferenceSession) -> DomainDecision | None:
+    """Whose experts a session gets from a model; None where the gate has yet to decide.
+
+    Raises:
+        ValueError: if the session's `domain` is none of the model's.
+    """
+    chosen = getattr(session, "domain", AUTO)
+    check_domain(model, chosen)
+    if chosen != AUTO or model.config.domains is None:
+        return DomainDecision(None if chosen == AUTO else chosen)
+    decided: SessionDecision | None = getattr(session, "domain_decision", None)
+    if decided is None or decided.model() is not model or decided.domain_names != model.config.domain_names:
+        return None
+    return decided.decision
+
+
+def is_decision_due(session: Sam2VideoInferenceSession, frame_idx: int) -> bool:
+    """Whether a session wants the gate to look again on a frame, see [`~session.VideoSession`]."""
+    interval, decided = getattr(session, "domain_interval", None), getattr(session, "domain_decision", None)
+    return interval is not None and decided is not None and abs(frame_idx - decided.frame_idx) >= interval
+
+
+def store_decision(
+    model: PreTrainedModel, session: Sam2VideoInferenceSession, frame_idx: int, decision: DomainDecision
+) -> None:
+    """Stores what the gate decided for a session on a frame."""
+    session.domain_decision = SessionDecision(decision, frame_idx, weakref.ref(model), model.config.domain_names)

@@ -1,0 +1,137 @@
+"""Experts that belong to domains: a layer has a mixture of experts for each, and runs that of the active domain alone.
+
+Nothing here knows of SAM 2, nor of how the domain of a video is found; see `domains.py` for that.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from .experts import ExpertMixture, add_experts, matching_linear_names, replace_module
+
+# Before the domain's name, since modules have attributes such as `train` and `type`.
+PREFIX = "domain_"
+
+_active_domain: ContextVar[str | None] = ContextVar("active_domain", default=None)
+
+
+@contextmanager
+def use_domain(domain: str | None) -> Iterator[None]:
+    """While the context is open, in this thread, layers run the experts of a domain; with None, no domain's."""
+    token = _active_domain.set(domain)
+    try:
+        yield
+    finally:
+        _active_domain.reset(token)
+
+
+def keep_domain(function: Callable) -> Callable:
+    """`function` for a later call, such as gradient checkpointing's: it runs the experts that are active now."""
+    domain = _active_domain.get()
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with use_domain(domain):
+            return function(*args, **kwargs)
+
+    return run
+
+
+class DomainExperts(ExpertMixture):
+    """The experts of one domain beside a linear layer from `in_features` to `out_features`."""
+
+    def __init__(self, in_features: int, out_features: int, **settings):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.create_experts(**settings)
+
+    def forward(self, hidden_states: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `linear` puts out, with the experts' part: (..., in_features) -> (..., out_features)."""
+        return self.mix(hidden_states, linear)
+
+    def extra_repr(self) -> str:
+        return self.describe_experts()
+
+
+class DomainLinear(nn.Linear):
+    """A linear layer with experts of domains beside it. `weight` and `bias` are the base layer's.
+
+    The experts of a domain are the submodule `domain_NAME`, a [`DomainExperts`]. Where no domain is active, or the
+    active one has no experts here, the output is the base layer's to the bit.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "DomainLinear":
+        """Wraps `linear`, whose parameters are shared."""
+        has_bias = linear.bias is not None
+        module = cls(linear.in_features, linear.out_features, has_bias, device="meta", dtype=linear.weight.dtype)
+        module.weight, module.bias = linear.weight, linear.bias
+        return module
+
+    def add_domain(self, domain: str, **settings) -> None:
+        """Gives a domain new experts, without effect; see [`~experts.ExpertMixture.create_experts`]."""
+        place = {"device": self.weight.device, "dtype": self.weight.dtype}
+        experts = DomainExperts(self.in_features, self.out_features, **settings, **place)
+        self.add_module(PREFIX + domain, experts.train(self.training))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        domain = _active_domain.get()
+        experts = None if domain is None else getattr(self, PREFIX + domain, None)
+        if experts is None:
+            return super().forward(hidden_states)
+        return experts(hidden_states, super().forward)
+
+
+def add_configured_experts(model: nn.Module, config: Any) -> list[str]:
+    """Gives a model the experts, or the domains' experts, that a [`SamoeConfig`] describes.
+
+    Returns:
+        names of the layers that have experts.
+    """
+    if config.domains is None:
+        return add_experts(model, config.expert_modules, **config.expert_settings())
+    for domain in config.domains:
+        add_domain_experts(model, **domain)
+    return [name for name, module in model.named_modules() if isinstance(module, DomainLinear)]
+
+
+def add_domain_experts(
+    model: nn.Module, name: str, num_experts: int, expert_modules: str | list[str], **settings
+) -> None:
+    """Gives layers of a model experts of a domain; none for `num_experts` 0."""
+    if num_experts == 0:
+        return
+    for layer in matching_linear_names(model, expert_modules):
+        module = model.get_submodule(layer)
+        if not isinstance(module, DomainLinear):
+            module = DomainLinear.from_linear(module)
+            replace_module(model, layer, module)
+        module.add_domain(name, num_experts=num_experts, **settings)
+
+
+def domain_modules(model: nn.Module, domain: str) -> Iterator[tuple[str, DomainExperts]]:
+    """The experts of a domain, with the names of their layers."""
+    for name, module in model.named_modules():
+        experts = getattr(module, PREFIX + domain, None) if isinstance(module, DomainLinear) else None
+        if experts is not None:
+            yield name, experts
+
+
+def module_domain(name: str) -> str | None:
+    """The domain that a mixture of experts of this name, as `expert_modules` gives it, belongs to, if any."""
+    leaf = name.rpartition(".")[2]
+    return leaf.removeprefix(PREFIX) if leaf.startswith(PREFIX) else None
+
+
+def check_has_no_domains(model: nn.Module) -> None:
+    """Raises a `ValueError` if the experts of a model belong to domains."""
+    if model.config.domains is not None:
+        raise ValueError(
+            "The experts of this model belong to domains, which are added and removed as a whole (`add_domain`, "
+            "`remove_domain`) and trained apart."
+        )

@@ -1,0 +1,218 @@
+"""Which domains a model has experts for: add, remove, rename them, and put two people's side by side.
+
+Each method checks everything before it changes anything, and leaves the tensors of other domains as they are. The
+experts' parameters are new ones, so optimizers must be made afterwards.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import adapter_names
+from .checkpoints import fingerprint
+from .configuration_samoe import EXPERT_SETTINGS, check_domain_name, check_domains
+from .domain_experts import (
+    PREFIX,
+    DomainExperts,
+    DomainLinear,
+    add_domain_experts,
+    domain_modules,
+)
+from .domains import add_domain_gate
+from .expert_surgery import frozen_experts
+from .experts import ExpertLinear, expert_modules, matching_linear_names, replace_module, to_plain_linear
+
+
+class DomainSurgeryMixin:
+    """The methods of a SamoeModel that change which domains it has experts for."""
+
+    def add_domain(self, name: str, *, like: str | None = None, **settings) -> None:
+        """Gives the model a new domain behind the others, with experts that have no effect yet.
+
+        The gate does not know it until it has seen some of its videos, see [`fit_domain`]. Experts that belong to no
+        domain are taken away if they have no effect.
+
+        Args:
+            like: a domain whose experts the new ones are copies of.
+            settings: of its experts, any of `num_experts` (0 for a domain on which the base is good as it is),
+                `num_experts_per_tok`, `lora_rank`, `lora_alpha`, `lora_dropout` and `expert_modules`; the others are
+                the configuration's, or those of `like`.
+
+        Raises:
+            ValueError: if the name is taken or cannot be one, a setting is out of range, modules do not exist, the
+                model has adapters of PEFT, or experts of no domain that have an effect; `rename_domain(None, NAME)`
+                makes a domain of those.
+        """
+        domain = self._describe_domain(name, like, settings)
+        _check_no_adapters(self)
+        if self.config.domains is None:
+            if with_effect := [layer for layer, module in expert_modules(self) if module.lora_B.any()]:
+                raise ValueError(
+                    f"The model has experts that belong to no domain, such as those of {with_effect[0]!r}. "
+                    "`rename_domain(None, NAME)` makes a domain of them."
+                )
+            for layer, module in list(expert_modules(self)):
+                replace_module(self, layer, to_plain_linear(module))
+            self.config.domains = []
+            add_domain_gate(self)
+        add_domain_experts(self, **domain)
+        self._set_domains([*self.config.domains, domain])
+        self.domain_gate.append_unknown()
+        if like is not None:
+            sources = dict(domain_modules(self, like))
+            for layer, experts in domain_modules(self, name):
+                experts.load_state_dict(sources[layer].state_dict())
+
+    def _describe_domain(self, name: str, like: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+        """The new domain for the configuration, checked."""
+        check_domain_name(name)
+        if name in self.config.domain_names:
+            raise ValueError(f"`name` {name!r} is the name of a domain that the model has.")
+        if unknown := sorted(set(settings) - set(EXPERT_SETTINGS)):
+            raise ValueError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
+        if like is None:
+            own = {setting: copy.deepcopy(getattr(self.config, setting)) for setting in EXPERT_SETTINGS}
+        elif settings:
+            raise ValueError(f"`like` {like!r} says what the new domain's experts are; got `{min(settings)}` as well.")
+        else:
+            own = copy.deepcopy(find_domain(self, like))
+        domain = {**own, **settings, "name": name}
+        check_domains([domain])
+        if domain["num_experts"]:
+            matching_linear_names(self, domain["expert_modules"])
+        return domain
+
+    def remove_domain(self, name: str) -> None:
+        """Takes a domain's experts away, and what the gate knows of it.
+
+        Raises:
+            ValueError: if there is no such domain.
+        """
+        index = _domain_index(self, name)
+        for layer, _ in list(domain_modules(self, name)):
+            module = self.get_submodule(layer)
+            delattr(module, PREFIX + name)
+            if not any(child.startswith(PREFIX) for child, _ in module.named_children()):
+                replace_module(self, layer, to_plain_linear(module))
+        self.domain_gate.remove(index)
+        self._set_domains([*self.config.domains[:index], *self.config.domains[index + 1 :]])
+
+    def rename_domain(self, name: str | None, new_name: str) -> None:
+        """Gives a domain another name.
+
+        Args:
+            name: the domain's; None for the experts of a model without domains, which become those of a domain.
+
+        Raises:
+            ValueError: if there is no such domain, or the new name is taken or cannot be one.
+        """
+        check_domain_name(new_name)
+        if new_name in self.config.domain_names:
+            raise ValueError(f"`new_name` {new_name!r} is the name of a domain that the model has.")
+        if name is None:
+            self._make_domain(new_name)
+            return
+        index = _domain_index(self, name)
+        for layer, experts in list(domain_modules(self, name)):
+            module = self.get_submodule(layer)
+            delattr(module, PREFIX + name)
+            module.add_module(PREFIX + new_name, experts)
+        domains = list(self.config.domains)
+        domains[index] = {**domains[index], "name": new_name}
+        self._set_domains(domains)
+
+    def _make_domain(self, name: str) -> None:
+        """Makes a domain of the experts of a model without domains."""
+        if self.config.domains is not None:
+            raise ValueError("`name` must be a domain of the model, whose experts all belong to one, got None.")
+        _check_no_adapters(self)
+        if any(frozen_experts(module) for _, module in expert_modules(self)):
+            raise ValueError("Some experts are frozen; `freeze_experts([])` lets them become a domain's.")
+        for layer, module in list(expert_modules(self)):
+            with_domains = DomainLinear.from_linear(module)
+            with_domains.add_module(PREFIX + name, _detached_experts(module, self.config.expert_settings()))
+            replace_module(self, layer, with_domains)
+        self.config.domains = []
+        add_domain_gate(self)
+        settings = {setting: copy.deepcopy(getattr(self.config, setting)) for setting in EXPERT_SETTINGS}
+        self._set_domains([{"name": name, **settings}])
+        self.domain_gate.append_unknown()
+
+    @torch.no_grad()
+    def merge_domains(self, other: nn.Module) -> list[str]:
+        """Adds the domains of another model on the same base, with what its gate knows.
+
+        Args:
+            other: a SamoeModel, which is left as it was.
+
+        Returns:
+            their names.
+
+        Raises:
+            ValueError: if either has no domains, both have one of the same name, or their bases differ.
+        """
+        if self.config.domains is None or other.config.domains is None:
+            which = "This" if self.config.domains is None else "The other"
+            raise ValueError(
+                f"{which} model's experts belong to no domain; `rename_domain(None, NAME)` gives them one."
+            )
+        if both := sorted(set(self.config.domain_names) & set(other.config.domain_names)):
+            raise ValueError(f"Both models have a domain {both[0]!r}; rename one of them.")
+        _check_no_adapters(self)
+        if fingerprint(self.state_dict(), set(), self.dtype) != fingerprint(other.state_dict(), set(), self.dtype):
+            raise ValueError("The models have different bases, whose experts do not fit each other.")
+        for domain in other.config.domains:
+            add_domain_experts(self, **domain)
+            sources = dict(domain_modules(other, domain["name"]))
+            for layer, experts in domain_modules(self, domain["name"]):
+                experts.load_state_dict(sources[layer.removesuffix(".base_layer")].state_dict())
+        self._set_domains([*self.config.domains, *copy.deepcopy(other.config.domains)])
+        self.domain_gate.merge(other.domain_gate)
+        return other.config.domain_names
+
+    def fit_domain(self, name: str, features: Tensor, videos: Tensor) -> None:
+        """Lets the gate know a domain, in place of what it knew of it.
+
+        Args:
+            features: (frames, features), what [`~domains.pooled_features`] gives for frames of the domain.
+            videos: (frames,) integers, which video each frame is of.
+
+        Raises:
+            ValueError: if there is no such domain, or shapes or values cannot be.
+        """
+        self.domain_gate.fit(_domain_index(self, name), features, videos)
+
+    def _set_domains(self, domains: list[dict[str, Any]]) -> None:
+        self.config.domains = domains
+        self.expert_module_names = [name for name, module in self.named_modules() if isinstance(module, DomainLinear)]
+
+
+def find_domain(model: nn.Module, name: str) -> dict[str, Any]:
+    """A domain of a model, as the configuration describes it.
+
+    Raises:
+        ValueError: if there is no such domain.
+    """
+    return model.config.domains[_domain_index(model, name)]
+
+
+def _domain_index(model: nn.Module, name: str) -> int:
+    names = model.config.domain_names
+    if name not in names:
+        known = ", ".join(map(repr, names)) or "none"
+        raise ValueError(f"The model has no domain {name!r}; there are {known}.")
+    return names.index(name)
+
+
+def _detached_experts(module: ExpertLinear, settings: dict[str, Any]) -> DomainExperts:
+    """The experts of a layer by themselves, whose parameters are shared."""
+    experts = DomainExperts(module.in_features, module.out_features, **settings, device="meta")
+    experts.lora_A, experts.lora_B, experts.router = module.lora_A, module.lora_B, module.router
+    return experts.train(module.training)
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    if names := adapter_names(model):
+        raise ValueError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
