@@ -13,7 +13,8 @@ from samoe_hf.data import ClipDataset, MixedDataset
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
-from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
+from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
@@ -64,15 +65,32 @@ class ModelArguments:
         settings = {name: value for name, value in settings.items() if value is not None}
         if self.domain_like is not None and self.domain is None:
             raise ValueError("`domain_like` goes with `domain`, the name of the new domain.")
+        of_domain = {}
+        if self.domain is not None:
+            of_domain = {name: settings.pop(name) for name in EXPERT_SETTINGS if name in settings}
         if self.model_config is not None:
             model = SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings}))
         else:
             model = SamoeModel.from_pretrained(
                 self.model_name_or_path, experts=self.experts, original_config=self.original_config, **settings
             )
-        if self.domain is not None and self.domain not in model.config.domain_names:
-            model.add_domain(self.domain, like=self.domain_like)
+        if self.domain is not None:
+            self._prepare_domain(model, of_domain)
         return model.train()
+
+    def _prepare_domain(self, model: SamoeModel, settings: dict[str, Any]) -> None:
+        """Adds the domain, if the model lacks it; else its experts must be as the settings say."""
+        is_new = self.domain not in model.config.domain_names
+        described_by = self.domain_like if is_new else self.domain
+        if described_by is None:
+            model.add_domain(self.domain, **settings)
+            return
+        found = find_domain(model, described_by)
+        for name, value in settings.items():
+            if found[name] != value:
+                raise ValueError(f"`{name}` is {found[name]!r} in domain {described_by!r}, but {value!r} is given.")
+        if is_new:
+            model.add_domain(self.domain, like=self.domain_like)
 
 
 @dataclass

@@ -1,0 +1,138 @@
+"""One command adds a domain: new experts are trained, the gate learns it, and nothing else changes."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from helpers.reference import ROOT
+from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.commands import adapt as command
+from samoe_hf.continual.adapt import adapt
+from samoe_hf.data.synthetic import SyntheticVideos
+from samoe_hf.model.processor import build_processor
+from samoe_hf.training.trainer import build_trainer
+
+RUN = """
+train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 30, num_frames: 3, seed: 1}]
+eval_data:
+- {kind: synthetic, domain: blobs, num_videos: 2, num_frames: 3, seed: 2}
+- {kind: synthetic, domain: stripes, num_videos: 2, num_frames: 3, seed: 2}
+num_frames: 3
+per_device_train_batch_size: 2
+max_steps: 2
+num_experts: 2
+expert_modules: [qkv, q_proj, v_proj]
+learning_rate: 1.0e-2
+report_to: none
+save_strategy: "no"
+disable_tqdm: true
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
+    settings = yaml.safe_load((ROOT / "configs" / "model_nano.yaml").read_text())
+    folder = tmp_path_factory.mktemp("base")
+    model = SamoeModel(SamoeConfig(**settings))
+    model.save_pretrained(folder)
+    build_processor(model.config).save_pretrained(folder)
+    return folder
+
+
+def write_run(folder, domain):
+    path = folder / f"{domain}.yaml"
+    path.write_text(RUN.replace("DOMAIN", domain))
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(base, tmp_path_factory):
+    """The base with a domain of blobs."""
+    folder = tmp_path_factory.mktemp("first")
+    result = adapt(base, "soft", [str(write_run(folder, "blobs"))], folder / "model")
+    return folder / "model", result
+
+
+def test_a_domain_is_added_with_its_gate_and_scores(base, first):
+    folder, result = first
+    model = SamoeModel.from_pretrained(folder)
+    assert model.config.domain_names == ["soft"] and model.config.domains[0]["num_experts"] == 2
+    assert result.gate_videos == 30 and model.domain_gate.counts.tolist() == [30]
+    assert result.before.keys() == result.after.keys() >= {"eval_J", "eval_blobs_J&F", "eval_stripes_F"}
+    assert result.routed["stripes"] == {"base": 2} and result.routed["blobs"].get("soft", 0) >= 1
+    assert json.loads((folder / "adaptation.json").read_text())["routed"] == result.routed
+    assert "stripes" in result.table() and "2 base" in result.table()
+    plain = SamoeModel.from_pretrained(base).state_dict()
+    own = {name for name in plain if "lora_" not in name and "router" not in name}
+    assert all(torch.equal(model.state_dict()[name], plain[name]) for name in own)
+    assert (folder / "model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size / 4
+
+
+def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
+    folder, _ = first
+    run = write_run(tmp_path, "stripes")
+    options = ["--like", "soft", "--max_steps", "1"]
+    command.main(
+        [str(folder), "--domain", "hard", "--dataset", str(run), "--output", str(tmp_path / "second"), *options]
+    )
+    printed = capsys.readouterr().out
+    assert "The gate knows hard by 30 videos." in printed and "J&F before" in printed
+    before, after = (SamoeModel.from_pretrained(path) for path in (folder, tmp_path / "second"))
+    assert after.config.domain_names == ["soft", "hard"]
+    for name, tensor in before.state_dict().items():
+        kept = after.state_dict()[name]
+        assert torch.equal(kept[: len(tensor)] if name.startswith("domain_gate.") else kept, tensor)
+    assert after.config.base_model == before.config.base_model
+
+
+def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
+    folder, _ = first
+    run = [
+        str(write_run(tmp_path, "stripes")),
+        "--model_name_or_path",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    no_experts = (tmp_path / "no_experts.yaml", RUN.replace("DOMAIN", "stripes"))
+    no_experts[0].write_text("\n".join(line for line in no_experts[1].splitlines() if "expert" not in line))
+    with pytest.raises(ValueError, match=r"`domain` must be one of the model's \('soft'\), got None"):
+        build_trainer([str(no_experts[0]), *run[1:]])
+    with pytest.raises(ValueError, match="`num_experts` is 2 in domain 'soft', but 3 is given"):
+        build_trainer([*run, "--domain", "soft", "--num_experts", "3"])
+    with pytest.raises(ValueError, match="`trainable` must be experts where a domain is trained"):
+        build_trainer([*run, "--domain", "hard", "--trainable", "memory"])
+    with pytest.raises(ValueError, match="`domain_like` goes with `domain`"):
+        build_trainer([*run, "--domain_like", "soft"])
+    with pytest.raises(ValueError, match="The model has no domain 'z'"):
+        build_trainer([*run, "--domain", "hard", "--domain_like", "z"])
+    trainer = build_trainer([*run, "--domain", "hard", "--trainable", "experts=0.5"])
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".domain_hard." in name for name in trained)
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5}
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
+    run = str(write_run(tmp_path, "blobs"))
+    with pytest.raises(ValueError, match="A domain's name must be"):
+        adapt(base, "not a name", [run], tmp_path / "out")
+    with pytest.raises(ValueError, match="`trainable` must be experts"):
+        adapt(base, "x", [run, "--trainable", "all"], tmp_path / "out")
+    with pytest.raises(ValueError):
+        adapt(base, "x", [run], base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_source_of_any_length_is_sampled_evenly(first, monkeypatch):
+    """The gate reads a part of many videos."""
+    from samoe_hf.continual import gate
+
+    folder, _ = first
+    model = SamoeModel.from_pretrained(folder)
+    monkeypatch.setattr(gate, "MAX_VIDEOS", 5)
+    videos = SyntheticVideos(1000, 3, domain="blobs")
+    assert gate.fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == 5
+    assert model.domain_gate.counts.tolist() == [5]
