@@ -1,9 +1,11 @@
-"""Assemble LoRAs that were trained apart with PEFT, each on its domain, into one model with an expert for each.
+"""Assemble LoRAs that were trained apart with PEFT, each on its domain, into one model with a domain for each.
 
     samoe assemble BASE LORA_A LORA_B --dataset A.yaml --dataset B.yaml --output DIR
     samoe assemble BASE blobs=LORA_A stripes=LORA_B --dataset RUN.yaml --output DIR
 
-The routers are computed, without training, from a few hundred frames of each domain. `--dataset` is a run's YAML, for
+Nothing is trained. A gate learns to recognize the domains from some of their videos, and gives each video its domain's
+LoRA; one that looks like none of them gets the base. `--token-routers` makes one mixture of experts for all videos
+instead, with routers that are computed from a few hundred frames of each domain. `--dataset` is a run's YAML, for
 the videos of its `train_data`, or one dataset as there, `{kind: davis, root: DAVIS}`. It is given once for each LoRA,
 in order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by NAME= or as its
 folder is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
@@ -18,7 +20,7 @@ import torch
 import yaml
 from torch.utils.data import ConcatDataset
 
-from samoe_hf.continual.assemble import assemble, routed_right
+from samoe_hf.continual.assemble import assemble, assemble_domains, routed_right
 from samoe_hf.data import Video
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.model.files import new_folder
@@ -33,9 +35,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("loras", nargs="+", metavar="[NAME=]LORA", help="folder or Hub id of a PEFT adapter")
     parser.add_argument("--dataset", action="append", required=True, metavar="RUN.yaml|{kind: ...}")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
-    parser.add_argument("--frames", type=int, default=200, help="frames of each domain")
-    parser.add_argument("--experts-per-lora", type=int, default=6, help="kinds of tokens that a domain can have")
-    parser.add_argument("--num-experts-per-tok", type=int, default=1, help="experts that a token goes to")
+    parser.add_argument("--token-routers", action="store_true", help="one mixture of experts, chosen for each token")
+    routers = parser.add_argument_group("with --token-routers")
+    routers.add_argument("--frames", type=int, default=200, help="frames of each domain")
+    routers.add_argument("--experts-per-lora", type=int, default=6, help="kinds of tokens that a domain can have")
+    routers.add_argument("--num-experts-per-tok", type=int, default=1, help="experts that a token goes to")
     parser.add_argument("--original-config", help="YAML of an original checkpoint of other sizes than Meta's")
     add_device_option(parser)
     return parser.parse_args(arguments)
@@ -96,24 +100,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)  # for what the LoRAs leave open: rows of A beyond their rank, where B is zero
     options = {} if parsed.original_config is None else {"original_config": parsed.original_config}
     with new_folder(parsed.output) as folder:
-        model = assemble(
-            parsed.base,
-            loras,
-            videos,
-            experts_per_lora=parsed.experts_per_lora,
-            num_experts_per_tok=parsed.num_experts_per_tok,
-            num_frames=parsed.frames,
-            device=parsed.device,
-            **options,
-        )
-        processor = load_processor(parsed.base, model)
-        shares = routed_right(model, processor, [videos[name] for name in loras])
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    print("Share of the gates' weight that goes to a domain's own experts, mean of all layers, and where least:")
+        if parsed.token_routers:
+            lines = assemble_with_routers(parsed, loras, videos, folder, options)
+        else:
+            lines = assemble_with_gate(parsed, loras, videos, folder, options)
+    print("\n".join([*lines, f"Written: {parsed.output}"]))
+
+
+def assemble_with_gate(
+    parsed: argparse.Namespace, loras: dict[str, str | None], videos: dict, folder: Path, options: dict
+) -> list[str]:
+    """Writes the model; returns what to say of it."""
+    model = assemble_domains(parsed.base, loras, videos, device=parsed.device, **options)
+    model.save_pretrained(folder, processor=load_processor(parsed.base, model))
+    counts = dict(zip(model.config.domain_names, model.domain_gate.counts.tolist(), strict=True))
+    lines = ["Domains, and videos that the gate knows them by:"]
+    return lines + [f"  {name:20s} {count}" for name, count in counts.items()]
+
+
+def assemble_with_routers(
+    parsed: argparse.Namespace, loras: dict[str, str | None], videos: dict, folder: Path, options: dict
+) -> list[str]:
+    """Writes the model; returns what to say of it."""
+    model = assemble(
+        parsed.base,
+        loras,
+        videos,
+        experts_per_lora=parsed.experts_per_lora,
+        num_experts_per_tok=parsed.num_experts_per_tok,
+        num_frames=parsed.frames,
+        device=parsed.device,
+        **options,
+    )
+    processor = load_processor(parsed.base, model)
+    shares = routed_right(model, processor, [videos[name] for name in loras])
+    model.save_pretrained(folder, processor=processor)
+    lines = ["Share of the gates' weight that goes to a domain's own experts, mean of all layers, and where least:"]
     for domain, name in enumerate(loras):
         of_domain = {layer: share[domain].item() for layer, share in shares.items()}
         worst = min(of_domain, key=of_domain.get)
-        print(f"  {name:20s} {sum(of_domain.values()) / len(of_domain):.3f}   {of_domain[worst]:.3f} in {worst}")
+        lines.append(f"  {name:20s} {sum(of_domain.values()) / len(of_domain):.3f}   {of_domain[worst]:.3f} in {worst}")
     config = model.config
-    print(f"{config.num_experts} experts of rank {config.lora_rank} in {len(shares)} layers: {parsed.output}")
+    return [*lines, f"{config.num_experts} experts of rank {config.lora_rank} in {len(shares)} layers"]

@@ -1,7 +1,8 @@
-"""LoRAs that were trained apart, each on its domain, become the experts of one model, with routers that tell domains.
+"""LoRAs that were trained apart, each on its domain, become one model.
 
-Routers are not trained but computed: mixture discriminant analysis (Hastie and Tibshirani, 1996) of what each router
-reads in each domain.
+[`assemble_domains`] makes a domain of each, whose videos the gate recognizes. [`assemble`] makes experts of them that
+all videos share, under routers that choose for each token. Those are not trained but computed: mixture discriminant
+analysis (Hastie and Tibshirani, 1996) of what each router reads in each domain.
 """
 
 import math
@@ -23,6 +24,8 @@ from samoe_hf.model.experts import expert_modules, open_hooks, route_all_to
 from samoe_hf.model.lora_exchange import Lora, expert_tensors, read_lora
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import load_processor
+
+from .gate import fit_gate
 
 # Frames of a video that are tracked to see a domain: more videos tell more of it than long ones.
 FRAMES_PER_VIDEO = 8
@@ -75,6 +78,41 @@ def assemble(
     _replace_by_loras(model, list(read.values()), experts_per_lora, num_experts_per_tok)
     processor = load_processor(base, model)
     fit_routers(model, processor, [videos[domain] for domain in loras], num_frames, show_progress_bar)
+    return model
+
+
+def assemble_domains(
+    base: str | os.PathLike,
+    loras: Mapping[str, str | os.PathLike | None],
+    videos: Mapping[str, Sequence[Video]],
+    *,
+    show_progress_bar: bool = True,
+    device: str | torch.device | None = None,
+    **kwargs,
+) -> SamoeModel:
+    """Makes a model with a domain for each LoRA of PEFT; a video that the gate gives to it gets the LoRA's output.
+
+    Args:
+        base: the model that the LoRAs were trained on, as `SamoeModel.from_pretrained` takes it. It may have domains;
+            experts that belong to none must be without effect.
+        loras: domain -> folder or Hub id of a LoRA; None for a domain on which the base is good as it is.
+        videos: domain -> videos with masks, from which the gate learns to recognize it.
+        device: where the model is put and run.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: if a domain has no videos, or cannot be added; see [`~SamoeModel.add_lora_domain`].
+    """
+    if missing := [domain for domain in loras if domain not in videos]:
+        raise ValueError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
+    model = SamoeModel.from_pretrained(base, **kwargs).to(device)
+    processor = load_processor(base, model)
+    for domain, source in loras.items():
+        if source is None:
+            model.add_domain(domain, num_experts=0)
+        else:
+            model.add_lora_domain(domain, source)
+        fit_gate(model, processor, domain, videos[domain], show_progress_bar)
     return model
 
 

@@ -13,7 +13,7 @@ from helpers.reference import ROOT, load_reference
 from samoe_hf import SamoeModel
 from samoe_hf.continual.assemble import _discriminants, assemble, fit_routers, routed_right
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
-from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou
+from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou, segment_video
 from samoe_hf.model.experts import expert_modules, route_all_to
 from samoe_hf.model.lora_exchange import read_lora
 from samoe_hf.model.processor import build_processor
@@ -132,7 +132,7 @@ def test_the_script_writes_a_model(monkeypatch, folder, tmp_path, capsys):
     sources = [f"{{kind: synthetic, domain: {d}, num_videos: 3, num_frames: 3, image_size: [64, 64]}}" for d in DOMAINS]
     (tmp_path / "run.yaml").write_text("train_data:\n" + "".join(f"  - {source}\n" for source in sources))
     loras = [folder / domain for domain in DOMAINS]
-    common = ["--frames", 6, "--device", "cpu", "--experts-per-lora", 1]
+    common = ["--frames", 6, "--device", "cpu", "--experts-per-lora", 1, "--token-routers"]
     run(monkeypatch, folder / "base", *loras, "--dataset", tmp_path / "run.yaml", "--output", tmp_path / "a", *common)
     assert "2 experts of rank 3" in capsys.readouterr().out
     datasets = ["--dataset", sources[0], "--dataset", sources[1]]
@@ -147,6 +147,31 @@ def test_the_script_writes_a_model(monkeypatch, folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             run(monkeypatch, folder / "base", *arguments, "--output", tmp_path / "c", *common)
         assert message in stopped.value.code and not (tmp_path / "c").exists()
+
+
+def test_each_lora_becomes_a_domain(monkeypatch, folder, tmp_path, capsys):
+    """Domains that the base is good on have no experts; a video gets its LoRA's output."""
+    source = "{{kind: synthetic, domain: {}, num_videos: 30, num_frames: 2, image_size: [64, 64]}}"
+    datasets = [text for d in (*DOMAINS, "stripes") for text in ("--dataset", source.format(d))]
+    loras = [f"{d}={folder / d}" for d in DOMAINS] + ["stripes="]
+    run(monkeypatch, folder / "base", *loras, *datasets, "--output", tmp_path / "out", "--device", "cpu")
+    assert "blobs                30" in capsys.readouterr().out
+    model = SamoeModel.from_pretrained(tmp_path / "out")
+    assert [(d["name"], d["num_experts"]) for d in model.config.domains] == [
+        ("shapes", 1),
+        ("blobs", 1),
+        ("stripes", 0),
+    ]
+    processor = build_processor(model.config)
+    video = SyntheticVideos(1, 4, (64, 64), domain="blobs", seed=2)[0]
+    alone = get_peft_model(SamoeModel.from_pretrained(folder / "base"), LoraConfig(target_modules=ATTENTION))
+    alone.load_adapter(str(folder / "blobs"), "blobs")
+    alone.set_adapter("blobs")
+    expected, _ = segment_video(alone.get_base_model(), processor, video)
+    masks, _ = segment_video(model, processor, video, domain="blobs")
+    assert (masks != expected).mean() < 1e-3
+    plain, _ = segment_video(SamoeModel.from_pretrained(folder / "base"), processor, video)
+    assert (segment_video(model, processor, video, domain="stripes")[0] == plain).all()
 
 
 @pytest.mark.slow
