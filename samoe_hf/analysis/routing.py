@@ -16,6 +16,7 @@ from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.domain_experts import module_domain, module_layer
 from samoe_hf.model.experts import expert_modules, open_hooks
 from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -59,19 +60,22 @@ def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[TrackedR
 
 
 def image_modules(modules: Iterable[str]) -> list[str]:
-    """Those of the modules whose tokens are image positions; the last is the best one to look at.
+    """The layers among modules with experts whose tokens are image positions; the last is the best one to look at.
 
     Of the memory attention these are `self_attn.*_proj`, `cross_attn_image.q_proj` and `o_proj`, of the vision encoder
     the MLPs. The last cross attention's queries, which ask the memory for each position, are put last.
     """
-    found = [name for name in modules if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
+    layers = dict.fromkeys(map(module_layer, modules))
+    found = [name for name in layers if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
     return sorted(found, key=lambda name: name.endswith("cross_attn_image.q_proj"))
 
 
 def short_name(module: str) -> str:
-    """A module's name for pictures: "layer 0 cross q" for the memory attention's, else its own."""
-    match = re.fullmatch(r"memory_attention\.layers\.(\d+)\.(self|cross)_attn(?:_image)?\.([qkvo])_proj", module)
-    return "layer {} {} {}".format(*match.groups()) if match else module
+    """A module's name for pictures: "layer 0 cross q" for the memory attention's, else its own; and its domain."""
+    layer, domain = module_layer(module), module_domain(module)
+    match = re.fullmatch(r"memory_attention\.layers\.(\d+)\.(self|cross)_attn(?:_image)?\.([qkvo])_proj", layer)
+    name = "layer {} {} {}".format(*match.groups()) if match else layer
+    return name if domain is None else f"{name} ({domain})"
 
 
 def routing_module(model: SamoeModel, module: str | None = None) -> str | None:
@@ -153,9 +157,12 @@ def routing_maps(
     if module is None:
         raise ValueError("`model` has no layer with experts whose tokens are image positions.")
     maps: dict[TrackedRow, np.ndarray] = {}
+    ran = module  # with the domain that the video was given
 
     def keep_best(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
-        if name == module:
+        nonlocal ran
+        if module_layer(name) == module:
+            ran = name
             side = math.isqrt(logits.shape[1])
             experts = logits.argmax(dim=-1).view(len(rows), side, side)
             maps.update(zip(rows, experts.to(torch.int16).cpu().numpy(), strict=True))
@@ -164,11 +171,12 @@ def routing_maps(
         masks, _ = segment_video(model, processor or build_processor(model.config), video)
     if not maps:
         raise ValueError(
-            f"No router ran: video {video.video_id!r} has no objects, or no frames after the prompted ones."
+            f"No router ran: video {video.video_id!r} has no objects, or no frames after the prompted ones, or belongs "
+            "to no domain of the model."
         )
     observed = {row.object_id for row in maps}
     object_ids = [i for i in (*video.object_ids, None) if i in observed]
     experts = np.full((len(video), len(object_ids), *next(iter(maps.values())).shape), -1, dtype=np.int16)
     for (frame_idx, object_id), best in maps.items():
         experts[frame_idx, object_ids.index(object_id)] = best
-    return RoutingMaps(video, module, model.get_submodule(module).num_experts, object_ids, experts, masks)
+    return RoutingMaps(video, ran, model.get_submodule(ran).num_experts, object_ids, experts, masks)

@@ -23,6 +23,7 @@ from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video, videos_from_dataset
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
+from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
 from samoe_hf.model.files import updated_folder
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -273,7 +274,8 @@ class ExpertUsage:
                     return plots.plot_domains(usage, self.statistics()["domain_information"].to_numpy())
                 return plots.plot_usage_bars(usage) if kind == "usage_bars" else plots.plot_usage_heat_maps(usage)
             case "objects":
-                module = (image_modules(self.modules) or self.modules)[-1]
+                layers = image_modules(self.modules)
+                module = next((m for m in self.modules if layers and module_layer(m) == layers[-1]), self.modules[-1])
                 names_of_objects = [" ".join(str(x) for x in s if x is not None) for s in self.sums[module]]
                 gates = [sums.mean_gates for sums in self.sums[module].values()]
                 return plots.plot_objects(names_of_objects, gates, names[module], MAX_OBJECTS)
@@ -383,6 +385,7 @@ def expert_usage(
     sums = {name: sources for name, sources in sums.items() if sources}
     if not sums:
         raise ValueError(
-            "No router ran: the videos of `dataset` have no objects, or no frames after the prompted ones."
+            "No router ran: the videos of `dataset` have no objects, no frames after the prompted ones, or belong to "
+            "no domain of the model."
         )
     return ExpertUsage(sums, {name: expert_similarity(modules[name]) for name in sums})

@@ -18,6 +18,7 @@ from samoe_hf.analysis.routing import routing_maps, routing_module, short_name
 from samoe_hf.analysis.usage import DEAD_SHARE, ExpertUsage, expert_usage
 from samoe_hf.data import Video
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
+from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.processor import load_processor
 
 from .options import add_device_option, command_parser, unique_names
@@ -65,7 +66,8 @@ def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None)
 def first_of_each_domain(videos: list[Video], usage: ExpertUsage, module: str, object_id: int | None) -> list[Video]:
     """Of each domain, the first video in which the module ran, for the object if one is given."""
     # A layer that runs once for all objects has no object of its own.
-    sources = [s for s in usage.sums.get(module, ()) if None in (object_id, s.object_id) or s.object_id == object_id]
+    all_sources = [source for name, sums in usage.sums.items() if module_layer(name) == module for source in sums]
+    sources = [s for s in all_sources if None in (object_id, s.object_id) or s.object_id == object_id]
     ran = {source[:2] for source in sources}
     found = [v for v in videos if (v.domain, v.video_id) in ran and object_id in (None, *v.object_ids)]
     return list({video.domain: video for video in reversed(found)}.values())[::-1]

@@ -128,6 +128,11 @@ def module_domain(name: str) -> str | None:
     return leaf.removeprefix(PREFIX) if leaf.startswith(PREFIX) else None
 
 
+def module_layer(name: str) -> str:
+    """The layer that a mixture of experts of this name belongs to, whatever its domain."""
+    return name if module_domain(name) is None else name.rpartition(".")[0]
+
+
 def check_has_no_domains(model: nn.Module) -> None:
     """Raises a `ValueError` if the experts of a model belong to domains."""
     if model.config.domains is not None:

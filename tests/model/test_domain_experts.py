@@ -10,14 +10,17 @@ from peft import LoraConfig
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel, VideoSession
+from samoe_hf.analysis.routing import routing_maps
 from samoe_hf.analysis.usage import expert_usage
 from samoe_hf.continual.gate import decide_videos, fit_gate
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS
 from samoe_hf.model.domain_experts import domain_modules, use_domain
-from samoe_hf.model.experts import record_router_logits
+from samoe_hf.model.experts import is_expert_parameter, record_router_logits
 from samoe_hf.model.processor import build_processor
+from samoe_hf.model.sam2_modules import build_on_meta
 from samoe_hf.original.checkpoint import save_original
 
 ALL_LAYERS = ["qkv", "proj_in", "q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"]
@@ -469,6 +472,30 @@ def test_usage_is_of_the_experts_that_ran(gated, processor, videos):
     assert {name.rpartition(".domain_")[2] for name in owners} == {"a", "b"}
     for name, data_domains in owners.items():
         assert data_domains == {"blobs" if name.endswith("domain_a") else "stripes"}
+
+
+def test_what_experts_do_is_drawn_for_each_domain(gated, processor, videos, tmp_path):
+    """Domains have mixtures of different sizes, and a picture is of the one that a video was given."""
+    own = [videos["blobs"][20], videos["stripes"][20]]
+    files = expert_usage(gated, own, processor, show_progress_bar=False).save(tmp_path)
+    assert {file.suffix for file in files} == {".csv", ".json", ".png"}
+    for video, domain, num_experts in zip(own, "ab", (3, 4), strict=True):
+        maps = routing_maps(gated, video, processor)
+        assert maps.module.endswith(f".q_proj.domain_{domain}") and maps.num_experts == num_experts
+        assert (maps.experts >= 0).any() and maps.experts.max() < num_experts
+    with pytest.raises(ValueError, match="belongs to no domain"):
+        routing_maps(gated, videos["shapes"][20], processor)
+
+
+def test_what_three_domains_of_base_plus_take_on_the_hub():
+    settings = yaml.safe_load((ROOT / "configs" / "model_base_plus.yaml").read_text())
+    config = SamoeConfig(**settings)
+    own = {name: getattr(config, name) for name in EXPERT_SETTINGS}
+    config.domains = [{"name": name, **own} for name in ("a", "b", "c")]
+    tensors = build_on_meta(config, with_experts=True).state_dict()
+    saved = {name: x for name, x in tensors.items() if is_expert_parameter(name)}
+    assert sum(x.numel() * x.element_size() for x in saved.values()) < 8.2e6
+    assert any(name.startswith("domain_gate.") for name in saved)
 
 
 def test_router_logits_are_of_the_experts_that_ran(model, batch):
