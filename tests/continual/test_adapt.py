@@ -1,6 +1,9 @@
 """One command adds a domain: new experts are trained, the gate learns it, and nothing else changes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos
+from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.processor import build_processor
 from samoe_hf.training.trainer import build_trainer
 
@@ -113,6 +117,60 @@ def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(".domain_hard." in name for name in trained)
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5}
+
+
+TWO_PROCESSES = """
+import os, sys, torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from samoe_hf import SamoeModel
+
+mode, folder, output = sys.argv[1:]
+dist.init_process_group("gloo")
+model = SamoeModel.from_pretrained(folder).train()
+model.set_trainable("domain:b")
+model.wake_experts()
+if mode == "ddp":
+    model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+else:
+    mesh = init_device_mesh("cpu", (2,))
+    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+torch.manual_seed(int(os.environ["RANK"]))
+labels = torch.zeros(1, 1, 3, 128, 128, dtype=torch.bool)
+labels[..., 20:70, 30:90] = True
+for _ in range(2):
+    model(torch.randn(1, 3, 3, 128, 128), labels, domain="b").loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+tensors = {n.removeprefix("module."): x for n, x in model.state_dict().items()}
+tensors = {n: x.full_tensor() if hasattr(x, "full_tensor") else x for n, x in tensors.items()}
+if dist.get_rank() == 0:
+    torch.save(tensors, output)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_change_no_other_domain(base, tmp_path, mode):
+    model = SamoeModel.from_pretrained(base)
+    for name in "ab":
+        model.add_domain(name, num_experts=2)
+        for _, experts in domain_modules(model, name):
+            torch.nn.init.normal_(experts.lora_B, std=0.1)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, tmp_path / "run.py", mode, tmp_path / "model", tmp_path / "trained.pt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    before, after = model.state_dict(), torch.load(tmp_path / "trained.pt", weights_only=True)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed and all(".domain_b." in name for name in changed)
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
