@@ -109,6 +109,10 @@ def check_weights(
         ValueError: if anything else is missing, unexpected, or of another shape or type.
     """
     check_repeats(source, config, len(found))
+    try:
+        config.check_feature_sizes()
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     model = build_on_meta(config, with_experts=True)
     expected = model.state_dict()
     problems = find_mismatches(found, expected)

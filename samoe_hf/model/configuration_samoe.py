@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
+from transformers import PreTrainedConfig, Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
@@ -24,6 +24,9 @@ EXPERT_SETTINGS = (
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 # Words that stand for something else where a domain is named.
 RESERVED_NAMES = ("auto", "none", "base")
+
+# Pixels per position of the levels of features, from fine to coarse.
+FEATURE_STRIDES = (4, 8, 16)
 
 # No integer in the configuration of a model is larger.
 LARGEST_INTEGER = 2**20
@@ -121,6 +124,16 @@ class SamoeConfig(Sam2VideoConfig):
         _check_integer("image_size", self.image_size, minimum=32)
         if self.image_size % 32:
             raise ValueError(f"`image_size` must be a multiple of 32, got {self.image_size}.")
+
+    def check_feature_sizes(self) -> None:
+        """Raises a `ValueError` if the image encoder's features are of other sizes than the model expects."""
+        sizes = self.vision_config.backbone_feature_sizes
+        expected = [[self.image_size // stride] * 2 for stride in FEATURE_STRIDES]
+        if isinstance(self.vision_config.backbone_config, Sam2HieraDetConfig) and list(map(list, sizes)) != expected:
+            raise ValueError(
+                f"`vision_config.backbone_feature_sizes` must be {expected} for images of {self.image_size} x "
+                f"{self.image_size}, got {sizes}."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":

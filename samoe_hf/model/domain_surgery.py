@@ -45,8 +45,8 @@ class DomainSurgeryMixin:
                 model has adapters of PEFT, or experts of no domain that have an effect; `rename_domain(None, NAME)`
                 makes a domain of those.
         """
-        domain = self._describe_domain(name, like, settings)
         _check_no_adapters(self)
+        domain = self._describe_domain(name, like, settings)
         if self.config.domains is None:
             if with_effect := [layer for layer, module in expert_modules(self) if module.lora_B.any()]:
                 raise ValueError(

@@ -272,3 +272,13 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, open_folder):
     with open_folder(tmp_path / "out") as temporary:
         (temporary / "a").write_text("whole")
     assert (tmp_path / "out" / "a").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_features_of_other_sizes_than_the_images_ask_for_are_refused(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["image_size"] *= 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{folder}: `vision_config.backbone_feature_sizes` must be"):
+        SamoeModel.from_pretrained(folder)
