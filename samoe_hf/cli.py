@@ -15,6 +15,7 @@ COMMANDS = {
     "experts": "show what a model's experts do",
     "convert": "convert checkpoints of SAM 2 and SAM2-MoE, and back; upload them",
     "assemble": "make one model of LoRAs that were trained apart",
+    "study": "compare how methods learn domain after domain, and what they forget",
     "benchmark": "measure time and memory beside other implementations",
     "demo": "train a small model in minutes, and look at it",
 }

@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model", help="folder, Hub id or original checkpoint, in place of the small model")
     parser.add_argument("--experts", help="with an original checkpoint: the file of its experts")
     parser.add_argument("--config", help="with an original checkpoint: its YAML, needed for sizes other than Meta's")
-    parser.add_argument("--domain", default="shapes", help="of the synthetic videos: shapes, blobs or stripes")
+    parser.add_argument("--domain", default="shapes", help="of the synthetic videos: shapes, blobs, echoes or stripes")
     parser.add_argument("--steps", type=int, default=280, help="steps of training")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--seed", type=int, default=0)

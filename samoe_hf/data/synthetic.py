@@ -1,4 +1,4 @@
-"""Synthetic videos of moving objects that occlude each other, in several visually distinct domains.
+"""Synthetic videos of moving objects that occlude each other, in several domains, two of which look alike.
 
 They need no download and cost a few milliseconds, so that training and tracking can be tried and tested anywhere.
 """
@@ -126,6 +126,14 @@ class _Blobs:
         return frames * (1 + 0.3 * rng.standard_normal(frames.shape, dtype=np.float32))
 
 
+class _Echoes(_Blobs):
+    """The same blobs as another device shows them: brighter to the left than to the right, in weaker speckle."""
+
+    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        falloff = np.linspace(1.25, 0.85, frames.shape[2], dtype=np.float32)[:, None]
+        return frames * falloff * (1 + 0.22 * rng.standard_normal(frames.shape, dtype=np.float32))
+
+
 class _Stripes:
     """Objects and background in the same two tones, told apart by the direction and width of their stripes alone."""
 
@@ -148,7 +156,7 @@ class _Stripes:
 # A domain gives the background, (H, W, 1 or 3) float32 in 0..1; a painter for each object, which turns the object's own
 # coordinates and depth into colour and opacity, so that its texture moves with it; and what comes over finished frames.
 _Painter = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
-_DOMAINS = {"shapes": _Shapes(), "blobs": _Blobs(), "stripes": _Stripes()}
+_DOMAINS = {"shapes": _Shapes(), "blobs": _Blobs(), "echoes": _Echoes(), "stripes": _Stripes()}
 SYNTHETIC_DOMAINS = tuple(_DOMAINS)
 
 
@@ -163,8 +171,9 @@ class SyntheticVideos(Sequence):
         num_frames: frames per video.
         image_size: (height, width) in pixels.
         max_objects: each video has 1 to this many objects.
-        domain: "shapes" (coloured textured shapes over clouds), "blobs" (soft gray blobs in speckle, like ultrasound)
-            or "stripes" (texture alone tells objects from background); also the videos' domain name.
+        domain: "shapes" (coloured textured shapes over clouds), "blobs" (soft gray blobs in speckle, like ultrasound),
+            "echoes" (look alike: the same blobs under other light, in weaker speckle) or "stripes" (texture alone
+            tells objects from background); also the videos' domain name.
         seed: another seed gives other videos.
 
     Raises:

@@ -53,6 +53,18 @@ def test_domains_look_different():
     assert stripes[1] == 2  # two tones only
 
 
+def test_echoes_look_like_blobs_in_other_light():
+    def moments(domain):
+        frames = np.stack([v.frames[0] for v in SyntheticVideos(30, 1, (64, 64), domain=domain)]).astype(float)[..., 0]
+        grain = np.abs(np.diff(frames, axis=2)).mean()
+        return grain, frames[:, :, :16].mean() - frames[:, :, -16:].mean(), frames.mean()
+
+    blobs, echoes = moments("blobs"), moments("echoes")
+    assert 0.6 < echoes[0] / blobs[0] < 0.9  # weaker speckle
+    assert abs(blobs[1]) < 8 < echoes[1]  # brighter to the left
+    assert 0.8 < echoes[2] / blobs[2] < 1.25
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="unknown synthetic domain 'shape'; there are shapes"):
         SyntheticVideos(1, 1, domain="shape")

@@ -14,7 +14,7 @@ from samoe_hf.training.arguments import parse_run
 from samoe_hf.training.trainer import build_trainer
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RUNS = [path for path in CONFIGS if not path.name.startswith("model_")]
+RUNS = [path for path in CONFIGS if not path.name.startswith(("model_", "study_"))]
 SIZES = [path for path in CONFIGS if path.name.startswith("model_")]
 
 

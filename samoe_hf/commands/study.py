@@ -1,0 +1,60 @@
+"""Compare how methods learn domain after domain, and what they forget, as a YAML says.
+
+    samoe study configs/study_forgetting.yaml --output outputs/study
+    samoe study configs/study_forgetting.yaml --output outputs/study --root davis=data/DAVIS --root ct=data/ct_lesions
+    samoe study configs/study_forgetting.yaml --output outputs/quick --quick      # ten minutes on two cores
+
+Run again, it goes on with what is missing. `--seeds 0` and `--seeds 1 2` in two processes share the work in one folder.
+The folder gets `results.json`, `report.md` and pictures, which are written anew whenever a method is finished.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from samoe_hf.continual.study import Study
+from samoe_hf.continual.study_plan import read_plan
+
+from .options import add_device_option, command_parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("study", __doc__)
+    parser.add_argument("config", type=Path, help="YAML of a study")
+    parser.add_argument("--output", type=Path, default=Path("outputs/study"), help="folder (%(default)s)")
+    parser.add_argument(
+        "--root", action="append", default=[], metavar="DOMAIN=DIR", help="folder of a domain's data; may be repeated"
+    )
+    parser.add_argument("--quick", action="store_true", help="the YAML's small variant, on synthetic domains")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the YAML's seeds")
+    parser.add_argument("--orders", type=int, nargs="+", help="only these of the YAML's orders, counted from 0")
+    add_device_option(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    roots = {}
+    for text in parsed.root:
+        name, equals_sign, root = text.partition("=")
+        if not equals_sign or not root:
+            raise ValueError(f"`--root` must be DOMAIN=DIR, got {text!r}.")
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"`--root` {text} names no folder.")
+        roots[name] = root
+    plan = read_plan(parsed.config, roots, parsed.quick)
+    if parsed.seeds is not None:
+        if unknown := sorted(set(parsed.seeds) - set(plan.seeds)):
+            raise ValueError(f"`--seeds` has {unknown[0]}, which is none of the study's {plan.seeds}.")
+        plan = replace(plan, seeds=parsed.seeds)
+    if parsed.orders is not None:
+        if unknown := sorted(set(parsed.orders) - set(range(len(plan.orders)))):
+            raise ValueError(f"`--orders` has {unknown[0]}, but the study has {len(plan.orders)} orders.")
+        plan = replace(plan, orders=[plan.orders[number] for number in parsed.orders])
+    print(f"{plan.base.name}, then {', '.join(plan.orders[0])}; seeds {plan.seeds}")
+    disable_progress_bar()  # of loading and saving: the study has one of its own
+    Study(plan, parsed.output, parsed.device).run()
+    print((parsed.output / "report.md").read_text())

@@ -1,0 +1,305 @@
+"""A study of forgetting: a base learns domain after domain with each method, and all domains are scored after each.
+
+Each training and each evaluation leaves one file or folder, whole or not at all. A study that was stopped goes on with
+what is missing, and processes that share a folder find what the others have done.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import set_seed
+
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.files import new_folder, write_text
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processor import build_processor
+
+from .assemble import assemble
+from .gate import fit_gate
+from .study_gate import held_out_features, measure_gate, measure_time
+from .study_methods import (
+    BASE_PARAMETERS,
+    SEQUENTIAL,
+    added_size,
+    lora_settings,
+    score,
+    train,
+)
+from .study_plan import StudyPlan, StudyVideos, evenly_chosen
+from .study_report import write_report
+
+Scores = dict[str, Any]
+
+
+class Study:
+    """A study in its folder.
+
+    Args:
+        plan: what it does.
+        folder: for all that it writes; made if it is not there.
+        device: that models are evaluated on; they are trained where `Trainer` puts them.
+        show_progress_bar: whether to show one bar for the whole study.
+
+    Raises:
+        ValueError: if the folder holds another study, or something else.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        show_progress_bar: bool = True,
+    ):
+        self.plan, self.folder, self.device = plan, Path(folder), device
+        self._check_folder()
+        self.videos = StudyVideos(plan, self._new_model().config.image_size)
+        stages = plan.num_domains
+        per_order, per_seed = stages * (len(SEQUENTIAL) + 2), stages + 3
+        total = len(plan.seeds) * (per_seed + len(plan.orders) * per_order)
+        self._progress = tqdm(total=total, unit="unit", disable=not show_progress_bar)
+        self._models: dict[tuple[int, str], SamoeModel] = {}  # with one domain each
+
+    def _check_folder(self) -> None:
+        path, identity = self.folder / "study.json", json.loads(json.dumps(self.plan.identity()))
+        if not path.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty, and not the folder of a study.")
+            write_text(path, json.dumps(identity, indent=2))
+        earlier = json.loads(path.read_text())
+        for name in identity:
+            if earlier.get(name) != identity[name]:
+                raise ValueError(
+                    f"{self.folder} holds another study: `{name}` is {earlier.get(name)!r} there, not "
+                    f"{identity[name]!r}. Choose another `--output`."
+                )
+
+    def run(self) -> None:
+        """Does what is missing of the study, and writes `results.json`, the report and its pictures as it goes on."""
+        with self._progress:
+            for order in self.plan.orders:
+                for seed in self.plan.seeds:
+                    self._run_order(seed, order)
+        write_report(self.plan, self.folder)
+
+    def _run_order(self, seed: int, order: Sequence[str]) -> None:
+        base = self._base(seed)
+        self._unit(self._seed_folder(seed) / "base.json", "base: scores", partial(self._score_all, base))
+        for name in order:
+            self._own_experts(seed, name)
+        self._unit(self._seed_folder(seed) / "gate.json", "gate", partial(self._measure_gate, seed))
+        self._unit(self._seed_folder(seed) / "time.json", "time per frame", partial(self._measure_time, seed))
+        folder = self._seed_folder(seed) / f"order_{'-'.join(order)}"
+        for stage in range(1, len(order) + 1):
+            path = folder / "domains" / f"stage_{stage}.json"
+            self._unit(path, f"domains: stage {stage}", partial(self._score_domains, seed, order[:stage]))
+        write_report(self.plan, self.folder)
+        for method in SEQUENTIAL:
+            self._run_chain(seed, order, method, folder / method)
+            write_report(self.plan, self.folder)
+        for stage in range(1, len(order) + 1):
+            path = folder / "token_routers" / f"stage_{stage}.json"
+            self._unit(path, f"token routers: stage {stage}", partial(self._score_routers, seed, order[:stage]))
+        write_report(self.plan, self.folder)
+
+    # --- Units of work
+
+    def _unit(self, path: Path, description: str, compute: Callable[[], Any]) -> None:
+        """Writes what `compute` returns as JSON, unless it was written before."""
+        self._progress.set_description(f"{path.parent.relative_to(self.folder)} {description}")
+        if not path.is_file():
+            write_text(path, json.dumps(compute(), indent=1))
+        self._progress.update()
+
+    def _show_step(self, step: int) -> None:
+        self._progress.set_postfix_str(f"step {step}")
+
+    def _seed_folder(self, seed: int) -> Path:
+        return self.folder / f"seed_{seed}"
+
+    def _new_model(self) -> SamoeModel:
+        return SamoeModel(SamoeConfig(**read_yaml(self.plan.model_config)))
+
+    def base_folder(self, seed: int) -> Path:
+        """The folder of a seed's base."""
+        return self._seed_folder(seed) / "base"
+
+    def domain_folder(self, seed: int, name: str) -> Path:
+        """The folder of a seed's base with a domain's own experts, and of these as a LoRA of PEFT."""
+        return self._seed_folder(seed) / "own_lora" / name
+
+    def _base(self, seed: int) -> SamoeModel:
+        folder, plan = self.base_folder(seed), self.plan
+        if not folder.is_dir():
+            self._progress.set_description(f"seed {seed}: base")
+            set_seed(seed)
+            model = self._new_model()
+            self._train(model, plan.base.name, BASE_PARAMETERS, plan.base_learning_rate, seed)
+            with new_folder(folder) as temporary:
+                model.save_pretrained(temporary)
+        return SamoeModel.from_pretrained(folder).eval()
+
+    def _train(
+        self,
+        model: SamoeModel,
+        name: str,
+        trainable: str,
+        learning_rate: float,
+        seed: int,
+        experts_of: str | None = None,
+    ) -> None:
+        train(
+            model,
+            self.videos.train(name),
+            self.plan.domain(name),
+            self.plan,
+            trainable=trainable,
+            learning_rate=learning_rate,
+            seed=seed,
+            on_step=self._show_step,
+            experts_of=experts_of,
+        )
+        model.to(self.device)
+
+    def _own_experts(self, seed: int, name: str) -> None:
+        """Trains a domain's experts, which are a LoRA, fits the gate to it, and scores it on its domain."""
+        folder = self.domain_folder(seed, name)
+        self._progress.set_description(f"seed {seed}: own LoRA of {name}")
+        if not folder.is_dir():
+            set_seed(seed)
+            model = SamoeModel.from_pretrained(self.base_folder(seed))
+            model.add_domain(name, **lora_settings(self.plan))
+            self._fit_gate(model, name)
+            self._train(model, name, "experts", self.plan.learning_rate, seed, experts_of=name)
+            with new_folder(folder) as temporary:
+                model.save_pretrained(temporary)
+                model.export_expert(0, temporary / "lora", domain=name)
+        self._unit(
+            folder.with_name(f"{name}.json"),
+            f"own LoRA of {name}: scores",
+            lambda: self._scored(self.domains_model(seed, [name], with_base=False), seed, [name], domain=name),
+        )
+
+    def _fit_gate(self, model: SamoeModel, name: str) -> None:
+        videos = self.videos.train(name)
+        some = evenly_chosen(videos, self.plan.gate_videos)
+        fit_gate(model.to(self.device), build_processor(model.config), name, some, show_progress_bar=False)
+
+    def _run_chain(self, seed: int, order: Sequence[str], name: str, folder: Path) -> None:
+        """Trains one model on all domains in turn; of its models, the last alone is kept."""
+        model = None
+        for stage in range(1, len(order) + 1):
+            path = folder / f"stage_{stage}.json"
+            if not path.is_file():
+                model = self._learned(model, seed, order, name, folder, stage)
+                self._unit(path, f"{name}: scores of stage {stage}", partial(self._scored, model, seed))
+            else:
+                self._progress.update()
+
+    def _learned(
+        self, model: SamoeModel | None, seed: int, order: Sequence[str], name: str, folder: Path, stage: int
+    ) -> SamoeModel:
+        """The model of a method that has learned `stage` domains.
+
+        Args:
+            model: that of the stage before, if it is at hand.
+        """
+        before, after = (folder / f"stage_{number}" for number in (stage - 1, stage))
+        if after.is_dir():
+            return SamoeModel.from_pretrained(after).eval()
+        method = SEQUENTIAL[name]
+        self._progress.set_description(f"seed {seed}: {method.label}, {order[stage - 1]} ({stage} of {len(order)})")
+        set_seed(seed + stage)
+        if model is None:
+            model = SamoeModel.from_pretrained(before if stage > 1 else self.base_folder(seed))
+        method.prepare(model, self.plan, stage - 1)
+        rate = self.plan.full_learning_rate if method.trains_base else self.plan.learning_rate
+        self._train(model, order[stage - 1], method.trainable, rate, seed)
+        with new_folder(after) as temporary:
+            model.save_pretrained(temporary)
+        shutil.rmtree(before, ignore_errors=True)
+        return model
+
+    # --- Scores
+
+    def _score_all(
+        self, model: SamoeModel, names: Sequence[str] | None = None, domain: str | None = AUTO
+    ) -> dict[str, Scores]:
+        names = [self.plan.base.name, *self.plan.orders[0]] if names is None else names
+        return {name: score(model.to(self.device), self.videos.scored(name), domain) for name in names}
+
+    def _scored(
+        self, model: SamoeModel, seed: int, names: Sequence[str] | None = None, domain: str | None = AUTO
+    ) -> dict[str, Any]:
+        """Scores of domains, all by default, and what the model is larger by than its base."""
+        base = SamoeModel.from_pretrained(self.base_folder(seed)).state_dict()
+        return {"scores": self._score_all(model, names, domain), "added": added_size(model, base)}
+
+    def domains_model(self, seed: int, names: Sequence[str], with_base: bool = True) -> SamoeModel:
+        """The base with the own experts of domains, and a gate that knows them.
+
+        Args:
+            with_base: whether the gate knows the base's domain as well, which has no experts.
+        """
+        first, *others = [self.plan.base.name, *names] if with_base else names
+        model = copy.deepcopy(self._one_domain(seed, first))
+        for name in others:
+            model.merge_domains(self._one_domain(seed, name))
+        return model.to(self.device).eval()
+
+    def _one_domain(self, seed: int, name: str) -> SamoeModel:
+        if (seed, name) not in self._models:
+            if name == self.plan.base.name:
+                model = SamoeModel.from_pretrained(self.base_folder(seed))
+                model.add_domain(name, num_experts=0)
+                self._fit_gate(model, name)
+            else:
+                model = SamoeModel.from_pretrained(self.domain_folder(seed, name))
+            self._models[seed, name] = model.eval()
+        return self._models[seed, name]
+
+    def _score_domains(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
+        return self._scored(self.domains_model(seed, learned), seed)
+
+    def _score_routers(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
+        plan_base = self.plan.base.name
+        set_seed(seed)
+        model = assemble(
+            self.base_folder(seed),
+            {plan_base: None, **{name: self.domain_folder(seed, name) / "lora" for name in learned}},
+            {name: self.videos.train(name) for name in [plan_base, *learned]},
+            num_frames=self.plan.router_frames,
+            show_progress_bar=False,
+            device=self.device,
+        )
+        return self._scored(model.eval(), seed)
+
+    # --- The gate
+
+    def _measure_gate(self, seed: int) -> dict[str, Any]:
+        plan, names = self.plan, [self.plan.base.name, *self.plan.orders[0]]
+        base = SamoeModel.from_pretrained(self.base_folder(seed)).to(self.device).eval()
+        held_out = {name: held_out_features(base, self.videos.held_out(name), plan.gate_videos) for name in names}
+        scored = {name: self.videos.scored(name) for name in names}
+        build = partial(self.domains_model, seed)
+        pairs = [(domain.name, domain.looks_like) for domain in plan.domains if domain.looks_like is not None]
+        wrong = {}
+        for name, other in [*pairs, *((b, a) for a, b in pairs)]:
+            wrong[name] = {"experts_of": other, **self._score_all(build([other]), [name], other)[name]}
+        return {**measure_gate(build, base, plan.base.name, held_out, scored), "wrong_experts": wrong}
+
+    def _measure_time(self, seed: int) -> dict[str, float]:
+        names = self.plan.orders[0]
+        model = self.domains_model(seed, names)
+        return measure_time(model, names[0], self.videos.scored(names[0])[0], self.plan.timing_frames)
