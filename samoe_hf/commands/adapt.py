@@ -18,6 +18,9 @@ from samoe_hf.continual.adapt import RESULTS_FILE, adapt
 
 from .options import command_parser
 
+# With so many videos the gate recognizes nearly all others of a domain, see docs/domains.md.
+FEW_VIDEOS = 12
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = command_parser("adapt", __doc__)
@@ -35,4 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if result.after:
         print(result.table())
     print(f"The gate knows {parsed.domain} by {result.gate_videos} videos.")
+    if result.gate_videos < FEW_VIDEOS:
+        print(f"Fewer than {FEW_VIDEOS} show little of a domain: some of its own videos may get the base's output.")
     print(f"Written: the model and {RESULTS_FILE} in {parsed.output}")

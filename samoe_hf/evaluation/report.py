@@ -197,7 +197,9 @@ def _described(results: Mapping[str, Any]) -> str:
             facts.append(f"revision `{model.get('commit') or model['revision']}`")
         if model.get("num_parameters"):
             facts.append(f"{model['num_parameters']:,} parameters, fingerprint `{model['fingerprint']}`")
-        if model.get("num_experts"):
+        if model.get("domains"):
+            facts.append(f"experts for {', '.join(model['domains'])}")
+        elif model.get("num_experts"):
             facts.append(f"{model['num_experts']} experts of rank {model['lora_rank']} per layer")
         if model["speed"]["fps"]:
             facts.append(f"{model['speed']['fps']:.1f} frames per second")

@@ -164,6 +164,7 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "lora_rank": config.lora_rank,
+        **({} if config.domains is None else {"domains": config.domain_names}),
         "image_size": config.image_size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }

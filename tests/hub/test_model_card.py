@@ -78,6 +78,20 @@ def test_what_is_known_is_told(model):
     assert card_errors(str(card)) == []
 
 
+def test_domains_are_told():
+    model = SamoeModel(SamoeConfig(**read_yaml(ROOT / "configs" / "model_nano.yaml")))
+    model.add_domain("night", num_experts=3, lora_rank=2)
+    model.add_domain("day", num_experts=0)
+    text = build_model_card(model, "tester/model", CardContent()).text
+    assert "LoRA experts for 2 domains:\nnight, day. A gate chooses" in text
+    table = [line for line in text.splitlines() if line.startswith("| experts")]
+    assert table == [
+        "| experts of night | 3 of rank 2, alpha 4.0, 2 for each token |",
+        "| experts of day | none, the base is good as it is |",
+    ]
+    assert "chosen for each token" not in text
+
+
 def test_nothing_is_claimed_that_is_not_known(nano):
     model = copy.deepcopy(nano.model)
     card = build_model_card(model, "model")
