@@ -290,7 +290,8 @@ def load_adapter(model: PreTrainedModel, source: str | os.PathLike, name: str, h
     """Loads one adapter of a PEFT folder or Hub repository; see [`put_adapter`]."""
     requires_backends(model, "peft")
     config = read_adapter_config(source, hub)
-    put_adapter(model, source, name, config, read_adapter_tensors(source, hub))
+    where = "/".join(filter(None, [str(source), hub.get("subfolder")]))
+    put_adapter(model, where, name, config, read_adapter_tensors(source, hub))
 
 
 def put_adapter(
@@ -305,7 +306,7 @@ def put_adapter(
         ValueError: if its tensors are not those of its configuration on this model, or not finite.
     """
     is_new = name not in adapter_names(model)
-    expected = _shapes_on(model, config, name) if is_new else _shapes(_tensors(model, name))
+    expected = _shapes_on(model, source, config, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)
     if found != expected:
         odd = min(key for key in {*found, *expected} if found.get(key) != expected.get(key))
@@ -316,7 +317,8 @@ def put_adapter(
     if infinite := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"The adapter {source} has NaN or infinite values in {min(infinite)!r}.")
     if is_new:
-        model.add_adapter(config, name)
+        with _refusing_settings(source):
+            model.add_adapter(config, name)
     set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
 
 
@@ -355,16 +357,27 @@ def read_adapter_tensors(source: str | os.PathLike, hub: Mapping[str, Any]) -> d
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _shapes_on(model: PreTrainedModel, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
+@contextmanager
+def _refusing_settings(source: Any) -> Iterator[None]:
+    """Turns what PEFT raises for settings of a wrong type into a `ValueError` that names the adapter."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, re.error) as error:
+        raise ValueError(f"The adapter {source} has settings that do not fit the model: {error}") from error
+
+
+def _shapes_on(model: PreTrainedModel, source: Any, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
     """What tensors a new adapter would have on a model; no memory is allocated, whatever its configuration says."""
-    check_adapter(config, name)
-    config = copy.deepcopy(config)
-    config.init_lora_weights = True
-    _keep_out_of_routers(model, config)
     probe = build_on_meta(model.config, with_experts=True)
-    with torch.device("meta"):
-        inject_adapter_in_model(config, probe, name)
-    return _shapes(_tensors(probe, name))
+    with _refusing_settings(source):
+        check_adapter(config, name)
+        config = copy.deepcopy(config)
+        config.init_lora_weights = True
+        _keep_out_of_routers(model, config)
+        with torch.device("meta"):
+            inject_adapter_in_model(config, probe, name)
+        check_adapters_on_experts(probe)
+        return _shapes(_tensors(probe, name))
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -111,9 +111,9 @@ def check_weights(
     check_repeats(source, config, len(found))
     try:
         config.check_feature_sizes()
+        model = build_on_meta(config, with_experts=True)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    model = build_on_meta(config, with_experts=True)
+        raise ValueError(f"{source}: {error}") from error
     expected = model.state_dict()
     problems = find_mismatches(found, expected)
     layers = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name, _ in expert_modules(model)}
@@ -183,9 +183,12 @@ def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: st
     if index is None:
         raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
     try:
-        shards = set(json.loads(Path(index).read_text())["weight_map"].values())
+        content = json.loads(Path(index).read_text())
+        shards, metadata = set(content["weight_map"].values()), content.get("metadata")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{source}: {index_name} must have a mapping `metadata`, got {metadata!r}.")
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise ValueError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")

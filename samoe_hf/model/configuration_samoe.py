@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -137,16 +138,15 @@ class SamoeConfig(Sam2VideoConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":
-        """As in the base class. A file that holds something else, or a field of another type, is a `ValueError`."""
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (StrictDataclassError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{pretrained_model_name_or_path}: config.json has a wrong value. {error}") from error
+        """As in the base class. A file that holds something else, or a wrong value, is a `ValueError` that names it."""
+        kwargs.setdefault("name_or_path", pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in the base class; a SAM 2 video configuration is taken as a SAMoE configuration with default experts."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        with _naming(pretrained_model_name_or_path):
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(config_dict, dict):
             raise ValueError(
                 f"{pretrained_model_name_or_path}: config.json must hold a mapping, got {type(config_dict).__name__}."
@@ -162,10 +162,25 @@ class SamoeConfig(Sam2VideoConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
-        """As in the base class; values given as keyword arguments are checked as well."""
-        result = super().from_dict(config_dict, **kwargs)
+        """As in the base class; values given as keyword arguments are checked as well.
+
+        Raises:
+            ValueError: for a wrong value; names the folder or Hub id if `name_or_path` says that it was read from one.
+        """
+        with _naming(kwargs.get("name_or_path")):
+            result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).check_experts()
         return result
+
+
+@contextmanager
+def _naming(source: Any) -> Iterator[None]:
+    """Turns errors of wrong values into a `ValueError` that names the folder or Hub id, unless that is None."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        where = "" if source is None else f"{source}: config.json has a wrong value. "
+        raise ValueError(f"{where}{error}") from error
 
 
 def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:

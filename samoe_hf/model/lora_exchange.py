@@ -6,6 +6,7 @@ read, and pickled weights are refused.
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -214,7 +215,7 @@ def read_lora(source: str | os.PathLike, **hub) -> Lora:
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
             raise ValueError(f"{source} has only one matrix of the LoRA on {name!r}, {next(iter(pair))}.")
-        rank, scale = _rank_and_scale(config, name)
+        rank, scale = _rank_and_scale(source, config, name)
         if not len(pair["lora_A"]) == pair["lora_B"].shape[1] == rank:
             raise ValueError(
                 f"{source} says rank {rank} of {name!r}, but has A {tuple(pair['lora_A'].shape)} and "
@@ -240,8 +241,11 @@ def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConf
     return config
 
 
-def _rank_and_scale(config: "LoraConfig", name: str) -> tuple[int, float]:
+def _rank_and_scale(source: str | os.PathLike, config: "LoraConfig", name: str) -> tuple[int, float]:
     """Rank and scale of the LoRA on a layer, as PEFT finds them."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    try:
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
+        raise ValueError(f"{source} says no rank and scale of {name!r}: {error}") from error

@@ -206,7 +206,7 @@ def build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
             if with_experts:
                 add_configured_experts(model, config)
                 add_domain_gate(model)
-    except (RuntimeError, ArithmeticError, LookupError) as error:
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"The configuration describes no model that can be built: {error}") from error
     return model
 

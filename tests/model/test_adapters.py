@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, Sam2VideoConfig, Sam2VideoModel
 from helpers.reference import track_reference
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipDataset, SyntheticVideos
-from samoe_hf.model.adapters import is_adapter_parameter
+from samoe_hf.model.adapters import is_adapter_parameter, save_adapters
 from samoe_hf.model.experts import expert_modules, is_expert_parameter
 from samoe_hf.model.processor import build_processor
 from samoe_hf.training.arguments import SamoeTrainingArguments
@@ -191,6 +192,46 @@ def test_an_adapter_of_another_shape_is_refused(model, tmp_path):
     config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
     with pytest.raises(ValueError, match=r"The adapter .* does not fit the model: .* should be"):
         SamoeModel.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("lora_dropout", {}),
+        ("lora_dropout", 2.0),
+        ("lora_dropout", "x"),
+        ("lora_alpha", "x"),
+        ("lora_alpha", None),
+        ("r", []),
+        ("r", "x"),
+        ("r", 0),
+        ("r", 10**12),
+        ("exclude_modules", 1.5),
+        ("target_modules", 5),
+        ("target_modules", "("),
+        ("target_modules", "nowhere"),
+        ("target_parameters", 1.5),
+        ("rank_pattern", 5),
+        ("rank_pattern", {"q_proj": "x"}),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("modules_to_save", 5),
+        ("layers_to_transform", "x"),
+        ("megatron_config", {"x": 5}),
+        ("bias", "all"),
+        ("use_dora", True),
+        ("monteclora_config", "x"),
+    ],
+)
+def test_wrong_settings_of_an_adapter_are_refused_with_its_folders_name(model, tmp_path, setting, value):
+    if not hasattr(LoraConfig(), setting):
+        pytest.skip(f"this PEFT has no {setting}")
+    # Around layers with experts, what is no plain LoRA is refused before its settings are used.
+    save_adapters(add(model, "mine", ["qkv" if setting == "monteclora_config" else "q_proj"]), tmp_path)
+    model.delete_adapter("mine")
+    path = tmp_path / "mine" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
+    with pytest.raises(ValueError, match=f"The adapter {path.parent} (has settings|does not fit)"):
+        model.load_adapter(tmp_path, "mine", subfolder="mine")
 
 
 # Adapters that PEFT puts around layers with experts by itself

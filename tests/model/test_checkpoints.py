@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from samoe_hf import SamoeConfig, SamoeModel
@@ -115,6 +115,19 @@ def test_an_index_without_a_map_is_refused(folder, content):
         SamoeModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("metadata", [None, 5, "x", [], "absent"])
+def test_an_index_without_metadata_is_refused(folder, metadata):
+    SamoeModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="4MB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["metadata"] = metadata
+    if metadata == "absent":
+        del index["metadata"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{folder}: model\.safetensors\.index\.json .* `metadata`"):
+        SamoeModel.from_pretrained(folder)
+
+
 # Configurations
 
 
@@ -131,6 +144,9 @@ def test_an_index_without_a_map_is_refused(folder, content):
         ("lora_alpha", float("nan")),
         ("lora_dropout", float("nan")),
         ("router_aux_loss_coef", float("inf")),
+        ("num_experts", True),
+        ("lora_rank", 1.5),
+        ("output_router_logits", -1),
         ("image_size", 0),
         ("image_size", -128),
         ("image_size", 127),
@@ -141,7 +157,31 @@ def test_wrong_values_in_a_configuration_are_named(folder, field, value):
         SamoeConfig(**{field: value})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: value}))
-    with pytest.raises(ValueError, match=f"`{field}`"):
+    for load in (SamoeModel.from_pretrained, SamoeConfig.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.raises(ValueError, match=f"{folder}: config.json has a wrong value. `{field}`"):
+            load(folder)
+
+
+def test_wrong_values_of_the_caller_are_named_without_the_folder(folder):
+    for load in (SamoeModel.from_pretrained, SamoeConfig.from_pretrained):
+        with pytest.raises(ValueError, match=r"^`num_experts` must be"):
+            load(folder, num_experts=0)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("memory_attention_rope_theta", "x"),
+        ("memory_attention_rope_theta", None),
+        ("memory_encoder_hidden_size", -1),
+        ("expert_modules", "nowhere"),
+        ("expert_modules", "("),
+    ],
+)
+def test_a_configuration_of_no_model_is_refused_with_the_folders_name(folder, field, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ValueError, match=f"^{folder}"):
         SamoeModel.from_pretrained(folder)
 
 

@@ -171,6 +171,27 @@ def test_damaged_loras_are_refused(model, lora, change, message):
         model.add_expert(folder)
 
 
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("r", "x"),
+        ("r", None),
+        ("r", 0),
+        ("lora_alpha", "x"),
+        ("lora_alpha", None),
+        ("lora_alpha", []),
+        ("rank_pattern", 5),
+        ("rank_pattern", {"(": 4}),
+        ("alpha_pattern", [4]),
+    ],
+)
+def test_wrong_settings_of_a_lora_are_refused_with_its_folders_name(lora, setting, value):
+    path = lora() / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
+    with pytest.raises(ValueError, match=f"{path.parent}"):
+        read_lora(path.parent)
+
+
 def test_only_safetensors_and_loras_are_read(model, lora):
     folder = lora()
     tensors = load_file(folder / "adapter_model.safetensors")
