@@ -10,8 +10,13 @@ from .model.modeling_samoe import SamoeModel
 
 __version__ = "0.1.0"
 # Imported at their first use: name -> module.
-_LAZY = {"SamoeTrainer": "training.trainer", "VideoSession": "model.session", "load_videos": "data"}
-__all__ = ["SamoeConfig", "SamoeModel", "SamoeTrainer", "VideoSession", "__version__", "load_videos"]
+_LAZY = {
+    "SamoeTrainer": "training.trainer",
+    "VideoSession": "model.session",
+    "adapt": "continual.adapt",
+    "load_videos": "data",
+}
+__all__ = ["SamoeConfig", "SamoeModel", "SamoeTrainer", "VideoSession", "__version__", "adapt", "load_videos"]
 
 AutoConfig.register(SamoeConfig.model_type, SamoeConfig, exist_ok=True)
 AutoModel.register(SamoeConfig, SamoeModel, exist_ok=True)

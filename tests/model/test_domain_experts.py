@@ -508,7 +508,8 @@ def test_router_logits_are_of_the_experts_that_ran(model, batch):
 @pytest.mark.slow
 def test_compiled_it_gives_the_same_in_all_domains(gated, processor, videos):
     compiled = copy.deepcopy(gated)
-    compiled.compile_for_tracking()
+    # Which experts are run is decided while code is traced; what is made of it then is the same for all models.
+    compiled.compile_for_tracking(backend="eager")
     video = videos["blobs"][20]
     prompt = VideoPrompt(1, mask=video.masks(0, video.visible(0))[0])
     for domain in ("a", "b", None, "a"):
