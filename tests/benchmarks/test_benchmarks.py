@@ -126,6 +126,7 @@ def run_script(monkeypatch, *arguments):
     runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_script_writes_tables_plots_and_times(monkeypatch, tmp_path, capsys):
     peers = ["--peers", "transformers"]
     run_script(monkeypatch, "track", *peers, "--objects", 1, 2, "--frames", 10, "--repeats", 1, "--output", tmp_path)

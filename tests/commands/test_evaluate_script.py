@@ -117,6 +117,7 @@ def test_drawn_points_of_several_seeds(run, model_folder, davis, tmp_path):
     assert read(tmp_path)["models"][0]["runs"][:2] == model["runs"]
 
 
+@pytest.mark.slow
 def test_models_side_by_side(run, model_folder, davis, nano, tmp_path):
     other = tmp_path / "other"
     model = SamoeModel.from_pretrained(model_folder)
@@ -162,8 +163,13 @@ def test_what_differs_from_the_results_that_are_there_is_named(run, model_folder
     assert "`prompt` is 'mask', not 'box'" in message and read(tmp_path) == before
     run(*arguments, "--prompt", "box", "--overwrite")
     assert read(tmp_path)["prompt"] == "box"
-    # Which frames count changes nothing of the masks.
-    run(*arguments, "--prompt", "box", "--protocol", "all")
+
+
+@pytest.mark.slow
+def test_which_frames_count_changes_nothing_of_the_masks(run, model_folder, davis, tmp_path):
+    arguments = [model_folder, "--dataset", "davis", "--root", davis, "--video", "v0", "--output", tmp_path]
+    run(*arguments)
+    assert "1 of 1 results are there already" in run(*arguments, "--protocol", "all")
     assert read(tmp_path)["protocol"] == "all"
 
 

@@ -56,18 +56,18 @@ def held_bytes(session) -> int:
 
 def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
     """Prompts on two frames, a correction 4 frames back, forward and then backward, farther than is kept."""
-    frames = Frames(60)
+    frames = Frames(48)
     results = []
     for session in (
-        processor.init_video_session(video=np.stack([frames[t] for t in range(60)])),
+        processor.init_video_session(video=np.stack([frames[t] for t in range(48)])),
         VideoSession(frames, processor, keep_frames=20),
     ):
         processor.add_inputs_to_inference_session(session, 20, 1, **POINT)
         processor.add_inputs_to_inference_session(session, 24, 2, **BOX)
         forward = track(nano.model, session, 20)
-        processor.add_inputs_to_inference_session(session, 55, 1, **BOX)
-        nano.model(session, frame_idx=55)
-        forward |= track(nano.model, session, 55)
+        processor.add_inputs_to_inference_session(session, 46, 1, **BOX)
+        nano.model(session, frame_idx=46)
+        forward |= track(nano.model, session, 46)
         results.append((forward, track(nano.model, session, 20, reverse=True)))
     for kept_all, forgetful in zip(*results, strict=True):
         assert kept_all.keys() == forgetful.keys() and len(kept_all) >= 21
