@@ -19,6 +19,11 @@ PREFIX = "domain_"
 _active_domain: ContextVar[str | None] = ContextVar("active_domain", default=None)
 
 
+def active_domain() -> str | None:
+    """The domain whose experts are run at the moment, in this thread."""
+    return _active_domain.get()
+
+
 @contextmanager
 def use_domain(domain: str | None) -> Iterator[None]:
     """While the context is open, in this thread, layers run the experts of a domain; with None, no domain's."""

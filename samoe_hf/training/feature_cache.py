@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Sam2VideoModel
 
 from samoe_hf.model.adapters import adapter_state
+from samoe_hf.model.domain_choice import encoder_has_experts
+from samoe_hf.model.domain_experts import active_domain
 from samoe_hf.model.files import hash_tensors, whole_file
 from samoe_hf.model.frame_step import ImageFeatures, image_features, with_positions
 
@@ -76,6 +78,8 @@ class FeatureCache:
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             raise ValueError("`feature_cache` needs whole weights, but the model is sharded.")
         structure = f"{model.config.vision_config.to_json_string()} {adapter_state(model.vision_encoder)}"
+        if encoder_has_experts(model):
+            structure += f" {active_domain()}"
         if structure != self._structure or not _are_equal(tensors, self._weights):
             self._structure = structure
             self._weights = {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 
 from samoe_hf import SamoeModel
+from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.training.feature_cache import FeatureCache
 from samoe_hf.training.trainer import build_trainer
@@ -190,3 +191,19 @@ def test_adapters_of_the_encoder_are_told_apart(nano, tmp_path):
             module.set_scale("two", 3.0)
     check()
     assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 4
+
+
+def test_domains_with_experts_in_the_encoder_have_features_of_their_own(model, frames, tmp_path):
+    model = copy.deepcopy(model)
+    model.rename_domain(None, "first")
+    model.add_domain("second", expert_modules=["qkv"])
+    for _, experts in domain_modules(model, "second"):
+        torch.nn.init.normal_(experts.lora_B, std=0.1)
+    model.requires_grad_(False).eval()
+    cache = FeatureCache(tmp_path)
+    features = {}
+    for domain in ("first", "second", "first"):
+        with use_domain(domain):
+            features[domain] = cache.image_features(model, frames).coarse
+            torch.testing.assert_close(features[domain], image_features(model, frames).coarse, rtol=1e-4, atol=1e-4)
+    assert (features["first"] - features["second"]).abs().mean() > 1e-2
