@@ -98,7 +98,10 @@ class PretrainedMixin:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             if (commit := resolve_commit(source, hub)) is not None:
                 hub["revision"] = kwargs["revision"] = commit
-            if not isinstance(config, SamoeConfig):
+            if isinstance(config, PreTrainedConfig) and not isinstance(config, SamoeConfig):
+                # The same class of a folder's own code, which transformers loads once more for the configuration.
+                config = SamoeConfig.from_dict({**config.to_dict(), "model_type": SamoeConfig.model_type})
+            elif not isinstance(config, SamoeConfig):
                 config = SamoeConfig.from_pretrained(source if config is None else config, **hub)
         for name, value in settings.items():
             setattr(config, name, value)

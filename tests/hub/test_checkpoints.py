@@ -24,7 +24,10 @@ from helpers.hub_server import TOKEN, HubServer, Repository
 from helpers.reference import ROOT, reference_folder
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.domains import pooled_features
 from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.processor import build_processor
 
 # What is not installed where a repository's own code is used.
 NOT_NEEDED = ("samoe_hf", "peft", "matplotlib", "av", "nibabel", "pycocotools", "datasets")
@@ -174,6 +177,27 @@ def test_pulled_in_another_process_it_is_the_same(server, author, reader, refere
     for result in (pulled, own):
         assert result["tensors"] and result["masks"]
         assert (result["processor"], result["size"]) == ("Sam2VideoProcessor", 128)
+
+
+def test_a_folder_with_its_own_code_and_domains_is_the_same_in_another_process(reader, nano, tmp_path, monkeypatch):
+    """Of a folder, transformers loads the configuration's class twice."""
+    for kind in (SamoeModel, SamoeModel.config_class):
+        monkeypatch.setattr(kind, "_auto_class", None)
+    model = copy.deepcopy(nano.model)
+    model.rename_domain(None, "known")
+    inputs = [torch.randn(1, 2, 3, 128, 128), torch.tensor([[[20.0, 20, 90, 70]]])]
+    features = pooled_features(image_features(model, inputs[0][:, 0].repeat(20, 1, 1, 1)))
+    model.fit_domain("known", features.detach(), torch.arange(20))
+    with torch.no_grad():
+        output = model(inputs[0], input_boxes=inputs[1])
+    assert output.domains == ["known"]
+    SamoeModel.register_for_auto_class()
+    model.save_pretrained(tmp_path / "model", processor=build_processor(model.config))
+    expected = {"inputs": inputs, "masks": output.pred_masks, "tensors": model.state_dict()}
+    torch.save(expected, tmp_path / "reference.pt")
+    paths = {"repo_id": tmp_path / "model", "reference": tmp_path / "reference.pt", "cache": tmp_path / "cache"}
+    found = reader.run(PULL, **{name: str(path) for name, path in paths.items()})
+    assert found["module"].startswith("transformers_modules.") and found["tensors"] and found["masks"]
 
 
 def test_code_of_a_repository_runs_only_where_trusted(server, reader):
