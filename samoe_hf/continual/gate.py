@@ -59,8 +59,9 @@ def fit_gate(
 @torch.no_grad()
 def frame_features(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
     """What the gate reads of frames of a video: (frames, features)."""
+    pixel_values = _pixel_values(model, processor, video, frames)
     with use_domain(None):
-        return pooled_features(image_features(model, _pixel_values(model, processor, video, frames)))
+        return pooled_features(image_features(model, pixel_values), pixel_values)
 
 
 def decide_videos(

@@ -56,7 +56,7 @@ def encoder_has_experts(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def decide_domains(
-    model: PreTrainedModel, pixel_values: Tensor | None, features: ImageFeatures | None
+    model: PreTrainedModel, pixel_values: Tensor, features: ImageFeatures | None
 ) -> list[DomainDecision]:
     """What the gate decides for some frames.
 
@@ -67,7 +67,7 @@ def decide_domains(
     if features is None:
         with use_domain(None):
             features = image_features(model, pixel_values)
-    decided = model.domain_gate.decide(pooled_features(features))
+    decided = model.domain_gate.decide(pooled_features(features, pixel_values))
     names = [*model.config.domain_names, None]  # an index of -1 stands for none
     pairs = zip(decided.domain.tolist(), decided.confidence.tolist(), strict=True)
     return [DomainDecision(names[index], confidence) for index, confidence in pairs]

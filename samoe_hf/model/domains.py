@@ -1,4 +1,4 @@
-"""The gate that recognizes which domain a video belongs to, from a frozen encoder's features of one frame.
+"""The gate that recognizes a video's domain, from a frozen encoder's features of one frame and from its picture.
 
 Each domain is described by itself: a normal distribution of pooled features, and how far from it a video may be. So a
 domain is added without the data of others, and no other domain's description changes when one is added, removed or
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from .experts import DOMAIN_GATE
@@ -25,8 +26,13 @@ PRIOR_VIDEOS, MIN_SHRINKAGE = 3, 0.1
 VARIANCE_FLOOR, SQUARE_FLOOR, SMALLEST_VARIANCE = 1e-3, 1e-6, 1e-30
 # The part of a domain's own videos that the threshold lets in, and in how many groups they are left out in turn.
 QUANTILE, FOLDS = 0.99, 25
-# The widest threshold, where 1 is the expected distance. Few videos left out one by one seem too far away.
-MAX_THRESHOLD = 4.0
+# The widest thresholds for the encoder's features and for the picture's, where 1 is the expected distance: few videos
+# left out one by one seem too far away. Beyond so many videos they may be wider in proportion.
+MAX_THRESHOLDS, ENOUGH_VIDEOS = (4.0, 2.0), 32
+# What the gate sees of a picture: mixtures of its normalized red, green and blue (lightness, red against green, yellow
+# against blue), at so many scales. Contrast below the smallest is rounding or compression.
+COLOURS = ((1 / 3, 1 / 3, 1 / 3), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))
+SCALES, SMALLEST_CONTRAST = 5, 0.02
 
 
 class GateDecision(NamedTuple):
@@ -41,18 +47,38 @@ class GateDecision(NamedTuple):
     distances: Tensor
 
 
-def pooled_features(image: ImageFeatures) -> Tensor:
-    """What the gate sees of frames: (rows, hidden / 4) float32.
+def pooled_features(image: ImageFeatures, pixel_values: Tensor) -> Tensor:
+    """What the gate sees of frames: (rows, hidden / 4 + 15) float32.
 
-    They are mean and standard deviation of each channel of the finest features, which show texture and noise best.
+    First mean and standard deviation of each channel of the finest features, which show texture and noise as the
+    encoder knows them. Then the logarithm of the picture's contrast in each colour at each scale: what an encoder that
+    saw one domain alone ignores of others still tells kinds of pictures apart.
+
+    Args:
+        image: of the plain encoder.
+        pixel_values: (rows, 3, S, S), the frames as the encoder gets them.
     """
     fine = image.fine.float()
-    return torch.cat([fine.mean((2, 3)), fine.std((2, 3), correction=0)], dim=1)
+    encoded = [fine.mean((2, 3)), fine.std((2, 3), correction=0)]
+    return torch.cat([*encoded, *_contrasts(pixel_values.to(fine.device))], dim=1)
 
 
-def num_pooled_features(config: PreTrainedConfig) -> int:
-    """How many features [`pooled_features`] gives for a model of this configuration."""
-    return config.mask_decoder_config.hidden_size // 4
+def _contrasts(pixel_values: Tensor) -> list[Tensor]:
+    """For each scale from fine to coarse, the logarithm of the contrast in each colour that the next scale loses."""
+    colours = pixel_values.new_tensor(COLOURS, dtype=torch.float32)[..., None, None]
+    picture = (colours * pixel_values.float()[:, None]).sum(2)  # no matrix product, which autocast would round
+    contrasts = []
+    for _ in range(SCALES):
+        coarser = F.avg_pool2d(picture, 2, ceil_mode=True)
+        lost = picture - F.interpolate(coarser, scale_factor=2)[..., : picture.shape[2], : picture.shape[3]]
+        contrasts.append((lost.square().mean((2, 3)).sqrt() + SMALLEST_CONTRAST).log())
+        picture = coarser
+    return contrasts
+
+
+def num_pooled_features(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many features [`pooled_features`] gives for a model of this configuration: the encoder's, the picture's."""
+    return config.mask_decoder_config.hidden_size // 4, SCALES * len(COLOURS)
 
 
 def add_domain_gate(model: nn.Module) -> None:
@@ -108,30 +134,34 @@ class DomainGate(nn.Module):
     """Recognizes domains by pooled features of a frozen encoder. All it knows are buffers, kept in float32.
 
     A row is given to the domain under which it is most likely, if it is not farther from it than the domain's own
-    videos are when they are left out of its description; otherwise to none.
+    videos are when they are left out of its description; otherwise to none. Features may be of several kinds, which
+    count as independent: a row must be near enough in each of them.
 
     The buffers are `counts` (domains,), the number of videos, 0 for a domain that is not known yet and is never chosen;
     `means` and `noises` (domains, features), and `factors` (domains, RANK, features), see [`_Normal`]; `thresholds`
-    (domains,), squared Mahalanobis distances per feature.
+    (domains, kinds), squared Mahalanobis distances per feature.
 
     Args:
-        num_features: length of the pooled features.
+        num_features: length of the pooled features, or how many there are of each kind, one kind after the other.
         num_domains: domains that are not known yet, to be loaded or fitted.
     """
 
-    def __init__(self, num_features: int, num_domains: int = 0):
+    def __init__(self, num_features: int | Sequence[int], num_domains: int = 0):
         super().__init__()
-        if num_features < 1 or num_domains < 0:
+        self.kinds = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        if min(self.kinds, default=0) < 1 or num_domains < 0:
             raise ValueError(
                 f"num_features must be at least 1 and num_domains at least 0, not {num_features} and {num_domains}"
             )
-        self.num_features = num_features
-        shape = (num_domains, num_features)
+        if len(self.kinds) > len(MAX_THRESHOLDS):
+            raise ValueError(f"num_features must be of at most {len(MAX_THRESHOLDS)} kinds, not {len(self.kinds)}")
+        self.num_features = sum(self.kinds)
+        shape = (num_domains, self.num_features)
         self.register_buffer("counts", torch.empty(num_domains, dtype=torch.long))
         self.register_buffer("means", torch.empty(shape, dtype=torch.float32))
         self.register_buffer("noises", torch.empty(shape, dtype=torch.float32))
-        self.register_buffer("factors", torch.empty(num_domains, RANK, num_features, dtype=torch.float32))
-        self.register_buffer("thresholds", torch.empty(num_domains, dtype=torch.float32))
+        self.register_buffer("factors", torch.empty(num_domains, RANK, self.num_features, dtype=torch.float32))
+        self.register_buffer("thresholds", torch.empty(num_domains, len(self.kinds), dtype=torch.float32))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -155,10 +185,12 @@ class DomainGate(nn.Module):
         if not known.any():
             domain = torch.full((rows,), NO_DOMAIN, device=features.device)
             return GateDecision(domain, features.new_ones(rows), features.new_full((rows, len(self)), torch.inf))
-        normals = _Normal(self.means.double(), self.noises.double(), self.factors.double())
-        squares, log_densities = normals.measure(features)
-        ratios = (squares.T / self.thresholds.double()).masked_fill(~known, torch.inf)
-        probabilities = log_densities.T.masked_fill(~known, -torch.inf).softmax(dim=1)
+        parts = [x.double().split(self.kinds, -1) for x in (self.means, self.noises, self.factors)]
+        kinds = zip(zip(*parts, strict=True), features.split(self.kinds, 1), strict=True)
+        squares, log_densities = zip(*(_Normal(*normal).measure(values) for normal, values in kinds), strict=True)
+        ratios = (torch.stack(squares, -1) / self.thresholds.double()[:, None]).amax(-1)  # (domains, rows)
+        ratios = ratios.T.masked_fill(~known, torch.inf)
+        probabilities = sum(log_densities).T.masked_fill(~known, -torch.inf).softmax(dim=1)
         probability, domain = probabilities.max(dim=1)
         ratio = ratios.gather(1, domain[:, None])[:, 0]
         inside = ratio <= 1
@@ -177,10 +209,13 @@ class DomainGate(nn.Module):
             )
         order = {name: number for number, name in enumerate(sorted(set(ids), key=str))}
         videos = torch.tensor([order[name] for name in ids], device=features.device)
-        normal = _Normal.fit(features, videos)
+        kinds = features.split(self.kinds, 1)
+        normals = zip(*(_Normal.fit(values, videos) for values in kinds), strict=True)
         self.counts[index] = len(order)
-        self.means[index], self.noises[index], self.factors[index] = normal
-        self.thresholds[index] = _threshold(features, videos)
+        self.means[index], self.noises[index], self.factors[index] = (torch.cat(parts, -1) for parts in normals)
+        self.thresholds[index] = torch.stack(
+            [_threshold(values, videos, limit) for values, limit in zip(kinds, MAX_THRESHOLDS, strict=False)]
+        )
 
     def add(self, features: Tensor, videos: Sequence | Tensor) -> None:
         """Appends a domain. What is known of the others does not change.
@@ -194,13 +229,13 @@ class DomainGate(nn.Module):
         Raises:
             ValueError: no frames, another number of features or of videos, or values that are not finite.
         """
-        domain = DomainGate(self.num_features, 1).to(self.means.device)
+        domain = DomainGate(self.kinds, 1).to(self.means.device)
         domain.fit(0, features, videos)
         self.merge(domain)
 
     def append_unknown(self) -> None:
         """Appends a domain that is not known yet."""
-        self.merge(DomainGate(self.num_features, 1))
+        self.merge(DomainGate(self.kinds, 1))
 
     def remove(self, index: int) -> None:
         """Forgets a domain; those after it move up by one."""
@@ -210,8 +245,8 @@ class DomainGate(nn.Module):
 
     def merge(self, other: "DomainGate") -> None:
         """Appends another gate's domains, which were learned with the same encoder."""
-        if other.num_features != self.num_features:
-            raise ValueError(f"other gate has {other.num_features} features, and this one {self.num_features}")
+        if other.kinds != self.kinds:
+            raise ValueError(f"other gate has {_listed(other.kinds)} features, and this one {_listed(self.kinds)}")
         for name, buffer in list(self.named_buffers()):
             setattr(self, name, torch.cat([buffer, other.get_buffer(name).to(buffer.device)]))
 
@@ -237,11 +272,16 @@ class DomainGate(nn.Module):
         return self
 
 
-def _threshold(features: Tensor, videos: Tensor) -> Tensor:
+def _listed(kinds: Sequence[int]) -> str:
+    return " + ".join(map(str, kinds))
+
+
+def _threshold(features: Tensor, videos: Tensor, limit: float) -> Tensor:
     """The squared distance per feature within which a further video of a domain is expected.
 
     It is a quantile of the distances of the domain's own videos, each measured while it is left out, with room for the
-    videos that were not there. Where nothing can be left out, it is twice the expected distance.
+    videos that were not there, and at most `limit` if the videos are few. Where nothing can be left out, it is twice
+    the expected distance.
     """
     count = int(videos.max()) + 1
     # Frames of a single video are left out one by one.
@@ -256,4 +296,4 @@ def _threshold(features: Tensor, videos: Tensor) -> Tensor:
         farthest.scatter_reduce_(0, units[left_out], squares, "amax")
     # The largest of n distances is exceeded by the next video's with probability 1 / (n + 1).
     threshold = farthest.quantile(QUANTILE, interpolation="higher") * (1 + count**-0.5)
-    return threshold.clamp(SQUARE_FLOOR, MAX_THRESHOLD)
+    return threshold.clamp(SQUARE_FLOOR, limit * max(1.0, count / ENOUGH_VIDEOS))

@@ -301,10 +301,8 @@ def _decide_domain(model: Sam2VideoModel, session: Sam2VideoInferenceSession, ca
     known = session_domain(model, session)
     if known is not None and (known.confidence is None or not is_decision_due(session, call.frame_idx)):
         return known
-    pixel_values = features = None
-    if encoder_has_experts(model):
-        pixel_values = session.get_frame(call.frame_idx).to(model.dtype)[None]
-    else:
+    pixel_values, features = session.get_frame(call.frame_idx).to(model.dtype)[None], None
+    if not encoder_has_experts(model):
         _encode_frames(model, [session], call)
         features = _cached_features(model, session, call.frame_idx)
     (decision,) = decide_domains(model, pixel_values, features)

@@ -1,11 +1,13 @@
 """The gate tells domains apart, refuses what it does not know, and changes nothing that it knew before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from samoe_hf.model.domains import NO_DOMAIN, DomainGate, pooled_features
+from samoe_hf.model.domains import NO_DOMAIN, DomainGate, num_pooled_features, pooled_features
 from samoe_hf.model.frame_step import image_features
 
 FEATURES = 24
@@ -76,6 +78,46 @@ def test_few_videos_give_no_wider_threshold_than_the_expected_distance_allows():
     wide = domain(0, 2)
     wide[0][:3] += 50
     assert gate(wide).thresholds.item() <= 4
+
+
+def test_what_is_unlike_a_domain_in_one_kind_of_features_is_refused():
+    (first, videos), (second, _) = domain(0), domain(1)
+    known = gate((torch.cat([first, second], 1), videos), num_features=(FEATURES, FEATURES))
+    like, unlike = held_out(0), held_out(2)
+    rows = [torch.cat(parts, 1) for parts in ((like, held_out(1)), (like, unlike), (unlike, held_out(1)))]
+    shares = [(known.decide(x).domain == 0).float().mean().item() for x in rows]
+    assert shares[0] >= 0.95 and shares[1:] == [0, 0]
+    assert known.thresholds.shape == (1, 2)
+
+
+def test_each_kind_of_features_is_described_as_it_would_be_alone():
+    (first, videos), (second, _) = domain(0), domain(1, num_features=8)
+    both = gate((torch.cat([first, second], 1), videos), num_features=(FEATURES, 8))
+    for name, rows in (("means", slice(FEATURES)), ("noises", slice(FEATURES)), ("factors", slice(FEATURES))):
+        assert torch.equal(both.get_buffer(name)[..., rows], gate((first, videos)).get_buffer(name))
+    assert torch.equal(both.thresholds[:, :1], gate((first, videos)).thresholds)
+    assert_close(both.means[:, FEATURES:], gate((second, videos), num_features=8).means)
+
+
+def test_the_contrast_of_a_picture_tells_its_scale_and_colour():
+    size, features = 64, 15
+    checks = (torch.arange(size)[:, None] + torch.arange(size)) % 2 * 2 - 1.0
+    coarse = checks[:16, :16].repeat_interleave(4, 0).repeat_interleave(4, 1)
+    gray = torch.ones(3)[:, None, None]
+    green = torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    image = SimpleNamespace(fine=torch.zeros(4, 2, 16, 16))
+    pictures = torch.stack([gray * checks, gray * coarse, green * checks, 0 * gray * checks])
+    pooled = pooled_features(image, pictures)[:, -features:].exp().reshape(4, 5, 3) - 0.02
+    expected = torch.zeros(4, 5, 3)
+    expected[0, 0, 0] = expected[1, 2, 0] = 1  # lightness, at the scale of one pixel and of four
+    expected[2, 0, 1] = 2  # red against green
+    assert_close(pooled, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [16, 20, 33])
+def test_pictures_of_any_size_have_finite_contrasts(size):
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert pooled_features(SimpleNamespace(fine=torch.zeros(2, 4, 4, 4)), pixels).isfinite().all()
 
 
 def test_a_single_video_is_recognized_by_its_own_frames():
@@ -242,6 +284,10 @@ def test_values_that_are_not_finite_are_refused(value):
         (lambda g: g.fit(3, *domain(0)), "one of 1 domains, not 3"),
         (lambda g: DomainGate(0), "not 0 and 0"),
         (lambda g: DomainGate(4, -1), "not 4 and -1"),
+        (lambda g: DomainGate((4, 0)), "at least 1"),
+        (lambda g: DomainGate(()), "at least 1"),
+        (lambda g: DomainGate((4, 4, 4)), "at most 2 kinds, not 3"),
+        (lambda g: g.merge(DomainGate((20, 4))), "20 [+] 4 features, and this one 24"),
     ],
 )
 def test_wrong_sizes_are_refused(call, message):
@@ -250,22 +296,23 @@ def test_wrong_sizes_are_refused(call, message):
 
 
 @torch.no_grad()
-def test_pooled_features_are_mean_and_deviation_of_the_finest_features(nano):
+def test_pooled_features_are_mean_and_deviation_of_the_finest_features_and_contrasts(nano):
     pixels = nano.load("train_step")["pixel_values"][:2]
     image = image_features(nano.model, pixels)
-    pooled = pooled_features(image)
+    pooled = pooled_features(image, pixels)
     channels = image.fine.shape[1]
-    assert pooled.shape == (2, 2 * channels) and pooled.dtype == torch.float32
+    sizes = num_pooled_features(nano.model.config)
+    assert sizes == (2 * channels, 15) and pooled.shape == (2, sum(sizes)) and pooled.dtype == torch.float32
     assert_close(pooled[1, :channels], image.fine[1].mean((1, 2)))
-    assert_close(pooled[1, channels:], image.fine[1].flatten(1).std(1, correction=0))
-    half = pooled_features(image._replace(fine=image.fine.bfloat16()))
+    assert_close(pooled[1, channels : 2 * channels], image.fine[1].flatten(1).std(1, correction=0))
+    half = pooled_features(image._replace(fine=image.fine.bfloat16()), pixels.bfloat16())
     assert half.dtype == torch.float32
     assert_close(half, pooled, atol=0.02, rtol=0.02)
     # Two looks of the same frames are told apart with a random encoder too.
     noise = 0.02 * torch.randn(20, *pixels.shape, generator=torch.Generator().manual_seed(0))
     looks = [
-        pooled_features(image_features(nano.model, x))
+        pooled_features(image_features(nano.model, x), x)
         for x in ((pixels + noise).flatten(0, 1), (0.3 * pixels + noise).flatten(0, 1))
     ]
-    known = gate(*((x[:20], range(20)) for x in looks), num_features=2 * channels)
+    known = gate(*((x[:20], range(20)) for x in looks), num_features=sizes)
     assert [known.decide(x[20:]).domain.unique().tolist() for x in looks] == [[0], [1]]
