@@ -29,6 +29,9 @@ RESERVED_NAMES = ("auto", "none", "base")
 # Pixels per position of the levels of features, from fine to coarse.
 FEATURE_STRIDES = (4, 8, 16)
 
+# Of a `dtype`, as a string or as PyTorch prints it.
+FLOAT_TYPE = re.compile(r"None|(torch\.)?b?float(16|32|64)")
+
 # No integer in the configuration of a model is larger.
 LARGEST_INTEGER = 2**20
 
@@ -107,7 +110,10 @@ class SamoeConfig(Sam2VideoConfig):
         for name in ("output_router_logits", "previous_mask_with_clicks"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        for name in ("memory_attention_dropout", "memory_attention_rope_dropout"):
+            _check_number(name, getattr(self, name), "from 0 to 1", lambda value: 0 <= value <= 1)
         self._check_image_size()
+        self._check_types()
         _check_mapping("base_model", self.base_model, str | None)
         _check_mapping("adapters", self.adapters, bool)
         check_domains(self.domains)
@@ -126,15 +132,34 @@ class SamoeConfig(Sam2VideoConfig):
         if self.image_size % 32:
             raise ValueError(f"`image_size` must be a multiple of 32, got {self.image_size}.")
 
+    def _check_types(self) -> None:
+        names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+        for prefix, part in {"": self, **{f"{name}.": getattr(self, name) for name in names}}.items():
+            if not FLOAT_TYPE.fullmatch(str(getattr(part, "dtype", None))):
+                raise ValueError(f"`{prefix}dtype` must be a floating-point type or None, got {part.dtype!r}.")
+
     def check_feature_sizes(self) -> None:
-        """Raises a `ValueError` if the image encoder's features are of other sizes than the model expects."""
-        sizes = self.vision_config.backbone_feature_sizes
-        expected = [[self.image_size // stride] * 2 for stride in FEATURE_STRIDES]
-        if isinstance(self.vision_config.backbone_config, Sam2HieraDetConfig) and list(map(list, sizes)) != expected:
-            raise ValueError(
-                f"`vision_config.backbone_feature_sizes` must be {expected} for images of {self.image_size} x "
-                f"{self.image_size}, got {sizes}."
-            )
+        """Raises a `ValueError` if features of images, prompts or masks would be of other sizes than the model expects.
+
+        These fields leave no trace in the shapes of weights.
+        """
+        vision, prompts = self.vision_config, self.prompt_encoder_config
+        fields: dict[str, tuple[Any, Any]] = {}
+        if isinstance(vision.backbone_config, Sam2HieraDetConfig):
+            expected = [[self.image_size // stride] * 2 for stride in FEATURE_STRIDES]
+            sizes = list(map(list, vision.backbone_feature_sizes))
+            fields["vision_config.backbone_feature_sizes"] = (sizes, expected)
+        fields |= {
+            "prompt_encoder_config.image_size": (prompts.image_size, self.image_size),
+            "prompt_encoder_config.patch_size": (prompts.patch_size, FEATURE_STRIDES[-1]),
+            "mask_downsampler_padding": (self.mask_downsampler_padding, self.mask_downsampler_kernel_size // 2),
+            "memory_fuser_padding": (self.memory_fuser_padding, self.memory_fuser_kernel_size // 2),
+            "vision_config.fpn_padding": (vision.fpn_padding, vision.fpn_kernel_size // 2),
+            "vision_config.fpn_stride": (vision.fpn_stride, 1),
+        }
+        for name, (value, expected) in fields.items():
+            if value != expected:
+                raise ValueError(f"`{name}` must be {expected} in this configuration, got {value}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":
@@ -178,7 +203,7 @@ def _naming(source: Any) -> Iterator[None]:
     """Turns errors of wrong values into a `ValueError` that names the folder or Hub id, unless that is None."""
     try:
         yield
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         where = "" if source is None else f"{source}: config.json has a wrong value. "
         raise ValueError(f"{where}{error}") from error
 
@@ -201,7 +226,12 @@ def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:
                 f"got {settings['num_experts_per_tok']}."
             )
         _check_integer("lora_rank", settings["lora_rank"], minimum=1)
-        _check_number("lora_alpha", settings["lora_alpha"], "positive", lambda value: value > 0)
+        _check_number(
+            "lora_alpha",
+            settings["lora_alpha"],
+            f"above 0 and at most {LARGEST_INTEGER}",
+            lambda value: 0 < value <= LARGEST_INTEGER,
+        )
         _check_number("lora_dropout", settings["lora_dropout"], "at least 0 and below 1", lambda value: 0 <= value < 1)
         patterns = settings["expert_modules"]
         is_list = isinstance(patterns, list | tuple) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)

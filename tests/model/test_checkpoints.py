@@ -147,6 +147,9 @@ def test_an_index_without_metadata_is_refused(folder, metadata):
         ("num_experts", True),
         ("lora_rank", 1.5),
         ("output_router_logits", -1),
+        ("lora_alpha", 1e308),
+        ("memory_attention_dropout", float("nan")),
+        ("dtype", True),
         ("image_size", 0),
         ("image_size", -128),
         ("image_size", 127),
@@ -176,11 +179,23 @@ def test_wrong_values_of_the_caller_are_named_without_the_folder(folder):
         ("memory_encoder_hidden_size", -1),
         ("expert_modules", "nowhere"),
         ("expert_modules", "("),
+        ("mask_downsampler_padding", 0),
+        ("memory_fuser_padding", 1),
+        ("memory_fuser_padding", 10**6),
+        ("memory_fuser_padding", -1),
+        ("prompt_encoder_config.patch_size", 1),
+        ("prompt_encoder_config.image_size", 1),
+        ("prompt_encoder_config.dtype", 1e308),
+        ("vision_config.fpn_padding", 1),
+        ("vision_config.fpn_stride", 2),
+        ("vision_config.dtype", "int8"),
     ],
 )
 def test_a_configuration_of_no_model_is_refused_with_the_folders_name(folder, field, value):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    *parents, name = field.split(".")
+    (config[parents[0]] if parents else config)[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"^{folder}"):
         SamoeModel.from_pretrained(folder)
 
