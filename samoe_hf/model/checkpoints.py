@@ -391,7 +391,9 @@ def _check_base(
     else:
         try:
             validate_repo_id(name)
-            is_fit = not name.endswith((".pt", ".pth")) and base.get("original_config") is None
+            is_fit = (
+                isinstance(name, str) and not name.endswith((".pt", ".pth")) and base.get("original_config") is None
+            )
         except HFValidationError:
             is_fit = False
         is_fit = is_fit and re.fullmatch(r"[0-9a-f]{40}", base.get("revision") or "0" * 40) is not None

@@ -152,6 +152,10 @@ class SamoeConfig(Sam2VideoConfig):
         fields |= {
             "prompt_encoder_config.image_size": (prompts.image_size, self.image_size),
             "prompt_encoder_config.patch_size": (prompts.patch_size, FEATURE_STRIDES[-1]),
+            "memory_attention_rope_feat_sizes": (
+                list(self.memory_attention_rope_feat_sizes),
+                [self.image_size // FEATURE_STRIDES[-1]] * 2,
+            ),
             "mask_downsampler_padding": (self.mask_downsampler_padding, self.mask_downsampler_kernel_size // 2),
             "memory_fuser_padding": (self.memory_fuser_padding, self.memory_fuser_kernel_size // 2),
             "vision_config.fpn_padding": (vision.fpn_padding, vision.fpn_kernel_size // 2),

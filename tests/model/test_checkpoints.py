@@ -179,6 +179,8 @@ def test_wrong_values_of_the_caller_are_named_without_the_folder(folder):
         ("memory_encoder_hidden_size", -1),
         ("expert_modules", "nowhere"),
         ("expert_modules", "("),
+        ("base_model", {"name_or_path": None}),
+        ("memory_attention_rope_feat_sizes", [8, 1]),
         ("mask_downsampler_padding", 0),
         ("memory_fuser_padding", 1),
         ("memory_fuser_padding", 10**6),
