@@ -98,11 +98,7 @@ class PretrainedMixin:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             if (commit := resolve_commit(source, hub)) is not None:
                 hub["revision"] = kwargs["revision"] = commit
-            if isinstance(config, PreTrainedConfig) and not isinstance(config, SamoeConfig):
-                # The same class of a folder's own code, which transformers loads once more for the configuration.
-                config = SamoeConfig.from_dict({**config.to_dict(), "model_type": SamoeConfig.model_type})
-            elif not isinstance(config, SamoeConfig):
-                config = SamoeConfig.from_pretrained(source if config is None else config, **hub)
+            config = _read_config(source if config is None else config, hub)
         for name, value in settings.items():
             setattr(config, name, value)
         config.check_experts()
@@ -253,6 +249,16 @@ class PretrainedMixin:
         trust_remote_code=True)` where the package is not installed."""
         super().register_for_auto_class(auto_class)
         cls.config_class.register_for_auto_class()
+
+
+def _read_config(config: PreTrainedConfig | str | os.PathLike, hub: dict[str, Any]) -> SamoeConfig:
+    """The configuration of a folder or Hub id, or one that was read already."""
+    if isinstance(config, SamoeConfig):
+        return config
+    if isinstance(config, PreTrainedConfig):
+        # The same class of a folder's own code, which transformers loads once more for the configuration.
+        return SamoeConfig.from_dict({**config.to_dict(), "model_type": SamoeConfig.model_type})
+    return SamoeConfig.from_pretrained(config, **hub)
 
 
 def _read_original(
