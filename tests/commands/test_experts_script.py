@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.reference import ROOT
+from samoe_hf.commands.options import unique_names
 from samoe_hf.data import SyntheticVideos
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
@@ -68,6 +69,7 @@ def test_script_refuses_bad_choices_before_it_writes(run, model_folder, two_doma
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_pictures_of_two_videos_never_get_one_name(monkeypatch, run, model_folder, tmp_path):
     """Of domain `a_b` and video `c`, and `a` and `b_c`; and of ids that differ in what names of files leave out."""
     names = [("a_b", "c"), ("a", "b_c"), ("a", "b c"), ("A", "b_c")]
@@ -81,3 +83,8 @@ def test_pictures_of_two_videos_never_get_one_name(monkeypatch, run, model_folde
     run(model_folder, "--dataset", "run.yaml", "--output", tmp_path / "out", *chosen)
     files = [file.name for file in (tmp_path / "out").glob("routing_*.mp4")]
     assert len({name.casefold() for name in files}) == 4, files
+
+
+def test_names_that_file_systems_take_for_one_are_told_apart():
+    names = unique_names(["routing_a_b_c", "routing_a_b_c", "routing_A_b_c", "routing_a_b c"])
+    assert len({name.casefold() for name in names}) == 4

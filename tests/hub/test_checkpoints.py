@@ -186,7 +186,8 @@ def test_a_folder_with_its_own_code_and_domains_is_the_same_in_another_process(r
     model = copy.deepcopy(nano.model)
     model.rename_domain(None, "known")
     inputs = [torch.randn(1, 2, 3, 128, 128), torch.tensor([[[20.0, 20, 90, 70]]])]
-    features = pooled_features(image_features(model, inputs[0][:, 0].repeat(20, 1, 1, 1)))
+    frames = inputs[0][:, 0].repeat(20, 1, 1, 1)
+    features = pooled_features(image_features(model, frames), frames)
     model.fit_domain("known", features.detach(), torch.arange(20))
     with torch.no_grad():
         output = model(inputs[0], input_boxes=inputs[1])

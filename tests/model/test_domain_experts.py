@@ -387,7 +387,7 @@ def test_experts_of_no_domain_become_a_domain(batch):
         (5, {}, "must be of letters"),
         ("c", {"num_experts": 2, "num_experts_per_tok": 3}, r"Domain 'c': `num_experts_per_tok` must be at most"),
         ("c", {"num_experts": -1}, "`num_experts` must be an integer of at least 1"),
-        ("c", {"lora_alpha": float("inf")}, "`lora_alpha` must be a number positive"),
+        ("c", {"lora_alpha": float("inf")}, "Domain 'c': `lora_alpha` must be a number above 0"),
         ("c", {"expert_modules": ["nothing"]}, "matches no linear layer"),
         ("c", {"rank": 2}, "`settings` must be among"),
         ("c", {"like": "z"}, "The model has no domain 'z'"),

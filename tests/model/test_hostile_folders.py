@@ -97,7 +97,7 @@ def template(model_folder, tmp_path):
     return tmp_path / "template"
 
 
-@pytest.mark.parametrize("seed, count", [(0, 24), pytest.param(1, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed, count", [(0, 16), pytest.param(1, 400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["whole", "experts"])
 def test_damaged_folders_are_loaded_or_refused_by_name(template, model_folder, tmp_path, kind, seed, count):
     if kind == "experts":

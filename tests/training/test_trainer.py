@@ -366,7 +366,7 @@ def accumulated_gradients(trainer_class, arguments_class, model_folder, folder, 
     return gradients, trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("kind", ["SamoeTrainer", "Trainer"])
+@pytest.mark.parametrize("kind", ["SamoeTrainer", pytest.param("Trainer", marks=pytest.mark.slow)])
 def test_accumulated_gradients_are_those_of_the_big_batch(kind, model_folder, tmp_path):
     mask = PromptRecipe(point_probability=0, max_initial_frames=1, max_corrected_frames=0)
     kinds = {
