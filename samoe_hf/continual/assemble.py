@@ -25,7 +25,7 @@ from samoe_hf.model.lora_exchange import Lora, expert_tensors, read_lora
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import load_processor
 
-from .gate import fit_gate
+from .gate import first_visible, fit_gate
 
 # Frames of a video that are tracked to see a domain: more videos tell more of it than long ones.
 FRAMES_PER_VIDEO = 8
@@ -317,7 +317,7 @@ def _track(
     progress = tqdm(total=num_frames, desc=description, unit="frame", disable=not show_progress_bar)
     with evaluation_mode(model), progress:
         for video in order:
-            start = next((t for t in video.annotated_frames if video.visible(t)), None)
+            start = first_visible(video)
             if start is None:
                 continue
             frames = [video.frames[t] for t in range(start, min(start + min(FRAMES_PER_VIDEO, num_left), len(video)))]

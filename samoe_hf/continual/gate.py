@@ -1,6 +1,7 @@
 """What the gate of a model learns of a domain's videos, and what it decides for videos."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ def fit_gate(
     Raises:
         ValueError: if there is no such domain, or no video with an object.
     """
-    chosen = _evenly(range(len(videos)), MAX_VIDEOS)
+    chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)
     features, numbers = [], []
     with evaluation_mode(model):
         for number in tqdm(chosen, desc=f"gate: {domain}", unit="video", disable=not show_progress_bar):
             video = videos[number]
-            frames = [t for t in _evenly(video.annotated_frames, FRAMES_PER_VIDEO) if video.visible(t)]
+            frames = [t for t in evenly_chosen(video.annotated_frames, FRAMES_PER_VIDEO) if video.visible(t)]
             if not frames and (first := first_visible(video)) is not None:
                 frames = [first]
             if frames:
@@ -88,8 +89,7 @@ def _pixel_values(model: SamoeModel, processor: Sam2VideoProcessor, video: Video
     return torch.stack([prepared[t] for t in frames])
 
 
-def _evenly(values: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of the values, evenly chosen, with the first and the last."""
-    if len(values) <= count:
-        return list(values)
-    return [values[i] for i in torch.linspace(0, len(values) - 1, count).round().int().tolist()]
+def evenly_chosen(values: Sequence[Any], count: int) -> list[Any]:
+    """Up to so many of the values, evenly spread, with the first."""
+    number = min(count, len(values))
+    return [values[i * len(values) // number] for i in range(number)]

@@ -26,7 +26,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
 
 from .assemble import assemble
-from .gate import fit_gate
+from .gate import evenly_chosen, fit_gate
 from .study_gate import held_out_features, measure_gate, measure_time
 from .study_methods import (
     BASE_PARAMETERS,
@@ -36,7 +36,7 @@ from .study_methods import (
     score,
     train,
 )
-from .study_plan import StudyPlan, StudyVideos, evenly_chosen
+from .study_plan import StudyPlan, StudyVideos
 from .study_report import write_report
 
 Scores = dict[str, Any]

@@ -20,8 +20,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
 from samoe_hf.model.session import VideoSession
 
-from .gate import decide_videos, frame_features
-from .study_plan import evenly_chosen
+from .gate import decide_videos, evenly_chosen, frame_features
 
 UNKNOWN = "unknown"  # the decision where a frame looks like no domain that the gate knows
 NUM_COMPARED_VIDEOS = 2

@@ -15,7 +15,7 @@ from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 from samoe_hf.model.configuration_samoe import check_domain_name
 
-from .gate import first_visible
+from .gate import evenly_chosen, first_visible
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,11 @@ class StudyVideos:
             chosen = evenly_chosen(self.held_out(name), self.plan.eval_videos)
             if self.plan.domain(name).from_largest:
                 chosen = [half for video in chosen for half in halves(video)]
-            frames = [[t for t in video.annotated_frames if t >= first_visible(video)] for video in chosen]
-            pairs = zip(chosen, frames, strict=True)
-            self._loaded[key] = [reduced(v, self.size, frames=f[: self.plan.eval_frames]) for v, f in pairs]
+            self._loaded[key] = []
+            for video in chosen:
+                first = first_visible(video)
+                frames = [t for t in video.annotated_frames if t >= first][: self.plan.eval_frames]
+                self._loaded[key].append(reduced(video, self.size, frames=frames))
         return self._loaded[key]
 
     def _load(self, name: str, kind: str) -> Sequence[Video]:
@@ -211,12 +213,6 @@ class StudyVideos:
                 videos = [reduced(video, self.size, domain.zoom) for video in videos]
             self._loaded[name, kind] = videos
         return self._loaded[name, kind]
-
-
-def evenly_chosen(values: Sequence[Any], count: int) -> list[Any]:
-    """Up to so many of the values, evenly spread, with the first."""
-    number = min(count, len(values))
-    return [values[i * len(values) // number] for i in range(number)]
 
 
 def halves(video: Video) -> list[Video]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Sam2VideoInferenceSession
 
-from .domain_experts import DomainLinear, use_domain
+from .domain_experts import use_domain
 from .domains import pooled_features
 from .frame_step import ImageFeatures, image_features
 
@@ -49,9 +49,9 @@ def check_domain(model: PreTrainedModel, domain: str | None) -> None:
 
 
 def encoder_has_experts(model: PreTrainedModel) -> bool:
-    """Whether the image encoder gives different features in different domains."""
-    parts = (model.vision_encoder, model.mask_decoder.conv_s0, model.mask_decoder.conv_s1)
-    return any(isinstance(module, DomainLinear) for part in parts for module in part.modules())
+    """Whether the image encoder gives different features in different domains. Cheap, since each frame asks."""
+    layers = () if model.config.domains is None else model.expert_module_names
+    return any(name.startswith("vision_encoder.") for name in layers)
 
 
 @torch.no_grad()

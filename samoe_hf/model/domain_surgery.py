@@ -61,9 +61,7 @@ class DomainSurgeryMixin:
         self._set_domains([*self.config.domains, domain])
         self.domain_gate.append_unknown()
         if like is not None:
-            sources = dict(domain_modules(self, like))
-            for layer, experts in domain_modules(self, name):
-                experts.load_state_dict(sources[layer].state_dict())
+            _copy_experts(self, like, self, name)
 
     def _describe_domain(self, name: str, like: str | None, settings: dict[str, Any]) -> dict[str, Any]:
         """The new domain for the configuration, checked."""
@@ -165,9 +163,7 @@ class DomainSurgeryMixin:
             raise ValueError("The models have different bases, whose experts do not fit each other.")
         for domain in other.config.domains:
             add_domain_experts(self, **domain)
-            sources = dict(domain_modules(other, domain["name"]))
-            for layer, experts in domain_modules(self, domain["name"]):
-                experts.load_state_dict(sources[layer.removesuffix(".base_layer")].state_dict())
+            _copy_experts(other, domain["name"], self, domain["name"])
         self._set_domains([*self.config.domains, *copy.deepcopy(other.config.domains)])
         self.domain_gate.merge(other.domain_gate)
         return other.config.domain_names
@@ -187,6 +183,14 @@ class DomainSurgeryMixin:
     def _set_domains(self, domains: list[dict[str, Any]]) -> None:
         self.config.domains = domains
         self.expert_module_names = [name for name, module in self.named_modules() if isinstance(module, DomainLinear)]
+
+
+def _copy_experts(source: nn.Module, source_domain: str, target: nn.Module, target_domain: str) -> None:
+    """Gives a domain's experts the values of those of a domain of the same or another model."""
+    # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
+    sources = {layer.removesuffix(".base_layer"): experts for layer, experts in domain_modules(source, source_domain)}
+    for layer, experts in domain_modules(target, target_domain):
+        experts.load_state_dict(sources[layer.removesuffix(".base_layer")].state_dict())
 
 
 def find_domain(model: nn.Module, name: str) -> dict[str, Any]:
