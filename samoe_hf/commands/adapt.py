@@ -18,6 +18,12 @@ from samoe_hf.continual.adapt import RESULTS_FILE, adapt
 
 from .options import command_parser
 
+OPTIONS_OF_KEYS = {
+    "output_dir": "--output",
+    "model_name_or_path": "MODEL",
+    "domain": "--domain",
+    "domain_like": "--like",
+}
 # With so many videos the gate recognizes nearly all others of a domain, see docs/domains.md.
 FEW_VIDEOS = 12
 
@@ -32,9 +38,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     return parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
 
 
+def in_words_of_the_command(message: str) -> str:
+    """A message about keys of a run, with this command's options for those that it has in other words."""
+    for key, option in OPTIONS_OF_KEYS.items():
+        message = message.replace(f"`{key}`", f"`{option}`")
+    return message
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed, overrides = parse_arguments(arguments)
-    result = adapt(parsed.model, parsed.domain, [str(parsed.dataset), *overrides], parsed.output, parsed.like)
+    try:
+        result = adapt(parsed.model, parsed.domain, [str(parsed.dataset), *overrides], parsed.output, parsed.like)
+    except ValueError as error:
+        raise ValueError(in_words_of_the_command(str(error))) from error
     if result.after:
         print(result.table())
     print(f"The gate knows {parsed.domain} by {result.gate_videos} videos.")

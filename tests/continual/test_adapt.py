@@ -179,8 +179,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
         adapt(base, "not a name", [run], tmp_path / "out")
     with pytest.raises(ValueError, match="`trainable` must be experts"):
         adapt(base, "x", [run, "--trainable", "all"], tmp_path / "out")
-    with pytest.raises(ValueError):
-        adapt(base, "x", [run], base)
+    with pytest.raises(ValueError, match=r"`--output` .* holds the base model `MODEL`"):
+        command.main([str(base), "--domain", "x", "--dataset", run, "--output", str(base)])
     assert not (tmp_path / "out").exists()
 
 
