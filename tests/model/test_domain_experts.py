@@ -102,8 +102,11 @@ def test_a_clip_of_no_domain_gets_the_base_output_to_the_bit(base, model, batch)
     assert not torch.equal(masks(model, batch, "b"), masks(model, batch, "a"))
 
 
-@pytest.mark.parametrize("domains", [["a", "b"], ["b", "a"], [None, "b"], ["a", "a"]])
+@pytest.mark.parametrize("domains", [["a", "b"], [None, "b"], ["a", "a"], ["b", "a", "b"], ["a", None, "b", "a"]])
 def test_clips_of_different_domains_in_one_batch_give_what_each_gives_alone(model, batch, domains):
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randn(len(domains), *batch[0].shape[1:], generator=generator)
+    batch = (frames, batch[1][:1].expand(len(domains), -1, -1, -1, -1))
     together = model(*batch, domain=domains)
     assert together.domains == domains
     losses = []
@@ -111,7 +114,7 @@ def test_clips_of_different_domains_in_one_batch_give_what_each_gives_alone(mode
         one = model(batch[0][row : row + 1], batch[1][row : row + 1], domain=domain)
         torch.testing.assert_close(together.pred_masks[row], one.pred_masks[0], rtol=1e-4, atol=1e-4)
         losses.append(one.loss)
-    torch.testing.assert_close(together.loss, sum(losses) / 2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.loss, sum(losses) / len(losses), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_clips(batch):
@@ -221,6 +224,19 @@ def test_a_user_overrules_the_gate_in_the_middle_of_a_video(gated, processor, vi
     assert gated(session, frame_idx=2, domain="b").domain == "b" and session.domain == "b"
     with pytest.raises(ValueError, match=r"`domain` must be \"auto\", None or a domain of the model \('a', 'b'\)"):
         gated(session, frame_idx=2, domain="c")
+
+
+def test_frames_that_were_encoded_for_another_domain_are_encoded_anew(gated, processor, videos):
+    """Experts of `b` are in the encoder; a session that caches more frames has encoded frame 2 for the base."""
+    video, masks_of_frame_2 = videos["blobs"][22], []
+    for size in (1, 3):
+        session = VideoSession(video.frames, processor, domain=None, max_vision_features_cache_size=size)
+        processor.add_inputs_to_inference_session(session, 0, 1, input_masks=video.masks(0, video.visible(0))[0])
+        for frame_idx, domain in enumerate((None, None, "b")):
+            session.domain = domain
+            output = gated(session, frame_idx=frame_idx)
+        masks_of_frame_2.append(output.pred_masks)
+    torch.testing.assert_close(*masks_of_frame_2, rtol=1e-4, atol=1e-4)
 
 
 def test_a_video_that_changes_its_look_is_decided_anew_if_asked_for(gated, processor, videos):
