@@ -226,6 +226,20 @@ def test_a_user_overrules_the_gate_in_the_middle_of_a_video(gated, processor, vi
         gated(session, frame_idx=2, domain="c")
 
 
+def test_experts_in_the_image_encoder_alone_have_an_effect(batch, processor, videos):
+    model = new_model()
+    add_domain(model, "e", 4, expert_modules=["qkv"])
+    add_domain(model, "other", 5, expert_modules=["q_proj"])
+    alone, plain = masks(model, batch, "e"), masks(model, batch, None)
+    assert not torch.equal(alone, plain)
+    torch.testing.assert_close(masks(model, batch, ["other", "e"])[1], alone[1], rtol=1e-4, atol=1e-4)
+    video = videos["blobs"][20]
+    prompt = VideoPrompt(1, mask=video.masks(0, video.visible(0))[0])
+    # The first frame's mask is the prompt.
+    later = [list(track_video(model, processor, video.frames, [prompt], domain=d))[1].logits for d in ("e", None)]
+    assert not torch.equal(*later)
+
+
 def test_frames_that_were_encoded_for_another_domain_are_encoded_anew(gated, processor, videos):
     """Experts of `b` are in the encoder; a session that caches more frames has encoded frame 2 for the base."""
     video, masks_of_frame_2 = videos["blobs"][22], []
