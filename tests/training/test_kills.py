@@ -40,9 +40,12 @@ def train(
     errors = output.with_suffix(".txt")
     errors.unlink(missing_ok=True)
     known = set(output.glob("checkpoint-*"))
-    # A fork has everything imported, which takes longer than such a run.
+    # A fork has everything imported, which takes longer than such a run. This process cannot be forked: other tests have
+    # computed gradients in it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["samoe_hf.commands.train", "samoe_hf.training.trainer"])
     arguments = [str(config), "--output_dir", str(output), *options]
-    process = multiprocessing.get_context("fork").Process(target=run_command, args=(arguments, errors))
+    process = context.Process(target=run_command, args=(arguments, errors))
     process.start()
     process.join(kill_after)
     while in_save and process.is_alive() and not is_saving(output, known):
@@ -71,6 +74,7 @@ disable_tqdm: true
 use_cpu: true
 """
     )
+    train(config, tmp_path / "first")  # the server that forks starts here
     start = time.monotonic()
     status, errors = train(config, tmp_path / "whole")
     duration = time.monotonic() - start
