@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samoe_hf.continual.adapt import RESULTS_FILE, adapt
+from samoe_hf.model.domain_choice import AUTO
 
 from .options import command_parser
 
@@ -34,7 +35,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parser.add_argument("--domain", required=True, metavar="NAME", help="the new domain; one that is there goes on")
     parser.add_argument("--dataset", required=True, type=Path, metavar="RUN.yaml", help="a run, see `samoe train`")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the new model")
-    parser.add_argument("--like", metavar="DOMAIN", help="start from the experts of this domain of the model")
+    parser.add_argument(
+        "--like",
+        metavar="auto|none|DOMAIN",
+        default=AUTO,
+        help="start from the experts of a domain; auto: of the one that the training videos look like (%(default)s)",
+    )
     return parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -48,11 +54,14 @@ def in_words_of_the_command(message: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed, overrides = parse_arguments(arguments)
     try:
-        result = adapt(parsed.model, parsed.domain, [str(parsed.dataset), *overrides], parsed.output, parsed.like)
+        like = None if parsed.like == "none" else parsed.like
+        result = adapt(parsed.model, parsed.domain, [str(parsed.dataset), *overrides], parsed.output, like)
     except ValueError as error:
         raise ValueError(in_words_of_the_command(str(error))) from error
     if result.after:
         print(result.table())
+    if result.started_from is not None:
+        print(f"Its experts started from those of {result.started_from}.")
     print(f"The gate knows {parsed.domain} by {result.gate_videos} videos.")
     if result.gate_videos < FEW_VIDEOS:
         print(f"Fewer than {FEW_VIDEOS} show little of a domain: some of its own videos may get the base's output.")

@@ -26,6 +26,7 @@ class Adaptation:
     Attributes:
         domain: its name.
         gate_videos: how many videos of it the gate saw.
+        started_from: the domain whose experts its own started from, if any.
         before, after: J, F and J&F from 0 to 1, of all evaluation videos (`eval_J`) and by the domain that the data
             names (`eval_NAME_J`); empty where there are no evaluation videos.
         routed: by the domain that the data names: whose experts its videos got ("base" for none) -> how many.
@@ -36,6 +37,7 @@ class Adaptation:
     before: dict[str, float]
     after: dict[str, float] = field(default_factory=dict)
     routed: dict[str, dict[str, int]] = field(default_factory=dict)
+    started_from: str | None = None
 
     def table(self) -> str:
         """The scores of each domain before and after, and where its videos went, as text."""
@@ -55,7 +57,7 @@ def adapt(
     domain: str,
     run: Sequence[str],
     output: str | os.PathLike,
-    like: str | None = None,
+    like: str | None = AUTO,
 ) -> Adaptation:
     """Adds a domain to a model and writes the new one.
 
@@ -67,21 +69,25 @@ def adapt(
         domain: name of the new domain. One that the model has is trained on.
         run: the YAML of a run, and further `--key value`, as [`~samoe_hf.training.arguments.parse_run`] takes them.
         output: folder for the model, its checkpoints and `adaptation.json`, which is the returned value.
-        like: a domain of the model whose experts the new ones start from.
+        like: a domain of the model whose experts the new ones start from; "auto" for the one that the gate takes most
+            of the training videos for, if there is one and its experts are of the same number, rank and place; None
+            for experts without effect.
 
     Raises:
         ValueError: if the domain cannot be added, or something of the run is wrong.
     """
     arguments = [*run, "--model_name_or_path", str(model), "--domain", domain, "--output_dir", str(output)]
-    if like is not None:
+    if like not in (AUTO, None):
         arguments += ["--domain_like", like]
     trainer = build_trainer(arguments)
     trainer.eval_domain = AUTO
     resume = trainer.args.resume_from_checkpoint
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
-    result = Adaptation(domain, 0, before=_scores(trainer))
+    result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     videos = ConcatDataset([dataset.videos for dataset in trainer.train_dataset.datasets.values()])
-    result.gate_videos = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
+    result.gate_videos, nearest = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
+    if like == AUTO and nearest is not None and trainer.model.copy_domain_experts(nearest, domain):
+        result.started_from = nearest
     trainer.train(resume_from_checkpoint=resume)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
     trainer.save_model()

@@ -1,7 +1,8 @@
 """A study of forgetting: a base learns domain after domain with each method, and all domains are scored after each.
 
 Each training and each evaluation leaves one file or folder, whole or not at all. A study that was stopped goes on with
-what is missing, and processes that share a folder find what the others have done.
+what is missing, and processes that share a folder find what the others have done. `results.json` holds all evaluations,
+so that a study goes on from it alone as well.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .gate import evenly_chosen, fit_gate
 from .study_gate import held_out_features, measure_gate, measure_time
 from .study_methods import (
     BASE_PARAMETERS,
+    LABELS,
     SEQUENTIAL,
     added_size,
     lora_settings,
@@ -37,7 +39,7 @@ from .study_methods import (
     train,
 )
 from .study_plan import StudyPlan, StudyVideos
-from .study_report import write_report
+from .study_report import RESULTS_FILE, restore_units, write_report
 
 Scores = dict[str, Any]
 
@@ -64,20 +66,20 @@ class Study:
     ):
         self.plan, self.folder, self.device = plan, Path(folder), device
         self._check_folder()
+        restore_units(self.folder)
         self.videos = StudyVideos(plan, self._new_model().config.image_size)
-        stages = plan.num_domains
-        per_order, per_seed = stages * (len(SEQUENTIAL) + 2), stages + 3
-        total = len(plan.seeds) * (per_seed + len(plan.orders) * per_order)
+        per_order = (len(SEQUENTIAL) + 2) * plan.num_domains + len(self._seed_units(0, plan.orders[0]))
+        total = len(plan.seeds) * len(plan.orders) * per_order
         self._progress = tqdm(total=total, unit="unit", disable=not show_progress_bar)
-        self._models: dict[tuple[int, str], SamoeModel] = {}  # with one domain each
+        self._models: dict[tuple[int, str, str | None], SamoeModel] = {}  # with one domain each
 
     def _check_folder(self) -> None:
-        path, identity = self.folder / "study.json", json.loads(json.dumps(self.plan.identity()))
+        path, identity = self.folder / RESULTS_FILE, json.loads(json.dumps(self.plan.identity()))
         if not path.is_file():
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty, and not the folder of a study.")
-            write_text(path, json.dumps(identity, indent=2))
-        earlier = json.loads(path.read_text())
+            write_report(self.plan, self.folder)
+        earlier = json.loads(path.read_text())["study"]
         for name in identity:
             if earlier.get(name) != identity[name]:
                 raise ValueError(
@@ -94,24 +96,28 @@ class Study:
         write_report(self.plan, self.folder)
 
     def _run_order(self, seed: int, order: Sequence[str]) -> None:
-        base = self._base(seed)
-        self._unit(self._seed_folder(seed) / "base.json", "base: scores", partial(self._score_all, base))
-        for name in order:
-            self._own_experts(seed, name)
-        self._unit(self._seed_folder(seed) / "gate.json", "gate", partial(self._measure_gate, seed))
-        self._unit(self._seed_folder(seed) / "time.json", "time per frame", partial(self._measure_time, seed))
+        for path, (description, compute) in self._seed_units(seed, order).items():
+            self._unit(path, description, compute)
         folder = self._seed_folder(seed) / f"order_{'-'.join(order)}"
-        for stage in range(1, len(order) + 1):
-            path = folder / "domains" / f"stage_{stage}.json"
-            self._unit(path, f"domains: stage {stage}", partial(self._score_domains, seed, order[:stage]))
-        write_report(self.plan, self.folder)
+        for method, compute in (("domains", self._score_domains), ("token_routers", self._score_routers)):
+            for stage in range(1, len(order) + 1):
+                path = folder / method / f"stage_{stage}.json"
+                self._unit(path, f"{LABELS[method]}: stage {stage}", partial(compute, seed, order[:stage]))
+            write_report(self.plan, self.folder)
         for method in SEQUENTIAL:
             self._run_chain(seed, order, method, folder / method)
             write_report(self.plan, self.folder)
-        for stage in range(1, len(order) + 1):
-            path = folder / "token_routers" / f"stage_{stage}.json"
-            self._unit(path, f"token routers: stage {stage}", partial(self._score_routers, seed, order[:stage]))
-        write_report(self.plan, self.folder)
+
+    def _seed_units(self, seed: int, order: Sequence[str]) -> dict[Path, tuple[str, Callable[[], Any]]]:
+        """What does not depend on the order: file -> description and function."""
+        folder = self._seed_folder(seed)
+        units = {folder / "base.json": ("base: scores", lambda: self._score_all(self._base(seed)))}
+        for name in order:
+            path = self._own_folder(seed, name).with_suffix(".json")
+            units[path] = (f"own LoRA of {name}: scores", partial(self._score_own, seed, name))
+        units[folder / "gate.json"] = ("gate", partial(self._measure_gate, seed))
+        units[folder / "time.json"] = ("time per frame", partial(self._measure_time, seed))
+        return units
 
     # --- Units of work
 
@@ -131,16 +137,12 @@ class Study:
     def _new_model(self) -> SamoeModel:
         return SamoeModel(SamoeConfig(**read_yaml(self.plan.model_config)))
 
+    def _own_folder(self, seed: int, experts: str) -> Path:
+        return self._seed_folder(seed) / "own_lora" / experts
+
     def base_folder(self, seed: int) -> Path:
-        """The folder of a seed's base."""
-        return self._seed_folder(seed) / "base"
-
-    def domain_folder(self, seed: int, name: str) -> Path:
-        """The folder of a seed's base with a domain's own experts, and of these as a LoRA of PEFT."""
-        return self._seed_folder(seed) / "own_lora" / name
-
-    def _base(self, seed: int) -> SamoeModel:
-        folder, plan = self.base_folder(seed), self.plan
+        """The folder of a seed's base, which is trained if it is not there."""
+        folder, plan = self._seed_folder(seed) / "base", self.plan
         if not folder.is_dir():
             self._progress.set_description(f"seed {seed}: base")
             set_seed(seed)
@@ -148,7 +150,10 @@ class Study:
             self._train(model, plan.base.name, BASE_PARAMETERS, plan.base_learning_rate, seed)
             with new_folder(folder) as temporary:
                 model.save_pretrained(temporary)
-        return SamoeModel.from_pretrained(folder).eval()
+        return folder
+
+    def _base(self, seed: int) -> SamoeModel:
+        return SamoeModel.from_pretrained(self.base_folder(seed)).eval()
 
     def _train(
         self,
@@ -172,29 +177,37 @@ class Study:
         )
         model.to(self.device)
 
-    def _own_experts(self, seed: int, name: str) -> None:
-        """Trains a domain's experts, which are a LoRA, fits the gate to it, and scores it on its domain."""
-        folder = self.domain_folder(seed, name)
-        self._progress.set_description(f"seed {seed}: own LoRA of {name}")
+    def experts_folder(self, seed: int, name: str, like: str | None = None) -> Path:
+        """The folder of a seed's base with a domain's experts, which are a LoRA, and of these as a LoRA of PEFT.
+
+        The experts are trained if they are not there, and the gate learns the domain.
+
+        Args:
+            like: the domain that they start from, itself trained from nothing.
+        """
+        folder = self._own_folder(seed, name if like is None else f"{name}_like_{like}")
         if not folder.is_dir():
+            self._progress.set_description(f"seed {seed}: {folder.name}")
             set_seed(seed)
             model = SamoeModel.from_pretrained(self.base_folder(seed))
-            model.add_domain(name, **lora_settings(self.plan))
+            if like is None:
+                model.add_domain(name, **lora_settings(self.plan))
+            else:
+                model.merge_domains(self._one_domain(seed, like))
+                model.add_domain(name, like=like)
+                model.remove_domain(like)
             self._fit_gate(model, name)
             self._train(model, name, "experts", self.plan.learning_rate, seed, experts_of=name)
             with new_folder(folder) as temporary:
                 model.save_pretrained(temporary)
                 model.export_expert(0, temporary / "lora", domain=name)
-        self._unit(
-            folder.with_name(f"{name}.json"),
-            f"own LoRA of {name}: scores",
-            lambda: self._scored(self.domains_model(seed, [name], with_base=False), seed, [name], domain=name),
-        )
+        return folder
 
-    def _fit_gate(self, model: SamoeModel, name: str) -> None:
-        videos = self.videos.train(name)
-        some = evenly_chosen(videos, self.plan.gate_videos)
-        fit_gate(model.to(self.device), build_processor(model.config), name, some, show_progress_bar=False)
+    def _fit_gate(self, model: SamoeModel, name: str) -> str | None:
+        """Lets a model's gate know a domain, and returns the one that it looks like."""
+        some = evenly_chosen(self.videos.train(name), self.plan.gate_videos)
+        processor = build_processor(model.config)
+        return fit_gate(model.to(self.device), processor, name, some, show_progress_bar=False).looks_like
 
     def _run_chain(self, seed: int, order: Sequence[str], name: str, folder: Path) -> None:
         """Trains one model on all domains in turn; of its models, the last alone is kept."""
@@ -219,10 +232,12 @@ class Study:
         if after.is_dir():
             return SamoeModel.from_pretrained(after).eval()
         method = SEQUENTIAL[name]
+        if model is None and stage > 1:
+            model = self._learned(None, seed, order, name, folder, stage - 1)
+        if model is None:
+            model = SamoeModel.from_pretrained(self.base_folder(seed))
         self._progress.set_description(f"seed {seed}: {method.label}, {order[stage - 1]} ({stage} of {len(order)})")
         set_seed(seed + stage)
-        if model is None:
-            model = SamoeModel.from_pretrained(before if stage > 1 else self.base_folder(seed))
         method.prepare(model, self.plan, stage - 1)
         rate = self.plan.full_learning_rate if method.trains_base else self.plan.learning_rate
         self._train(model, order[stage - 1], method.trainable, rate, seed)
@@ -246,38 +261,59 @@ class Study:
         base = SamoeModel.from_pretrained(self.base_folder(seed)).state_dict()
         return {"scores": self._score_all(model, names, domain), "added": added_size(model, base)}
 
-    def domains_model(self, seed: int, names: Sequence[str], with_base: bool = True) -> SamoeModel:
-        """The base with the own experts of domains, and a gate that knows them.
+    def domains_model(
+        self, seed: int, names: Sequence[str], with_base: bool = True, likes: Mapping[str, str] | None = None
+    ) -> SamoeModel:
+        """The base with the experts of domains, and a gate that knows them.
 
         Args:
             with_base: whether the gate knows the base's domain as well, which has no experts.
+            likes: domain -> the one that its experts started from.
         """
-        first, *others = [self.plan.base.name, *names] if with_base else names
-        model = copy.deepcopy(self._one_domain(seed, first))
-        for name in others:
-            model.merge_domains(self._one_domain(seed, name))
+        names = [self.plan.base.name, *names] if with_base else names
+        parts = [self._one_domain(seed, name, (likes or {}).get(name)) for name in names]
+        model = copy.deepcopy(parts[0])
+        for part in parts[1:]:
+            model.merge_domains(part)
         return model.to(self.device).eval()
 
-    def _one_domain(self, seed: int, name: str) -> SamoeModel:
-        if (seed, name) not in self._models:
+    def _one_domain(self, seed: int, name: str, like: str | None = None) -> SamoeModel:
+        if (seed, name, like) not in self._models:
             if name == self.plan.base.name:
                 model = SamoeModel.from_pretrained(self.base_folder(seed))
                 model.add_domain(name, num_experts=0)
                 self._fit_gate(model, name)
             else:
-                model = SamoeModel.from_pretrained(self.domain_folder(seed, name))
-            self._models[seed, name] = model.eval()
-        return self._models[seed, name]
+                model = SamoeModel.from_pretrained(self.experts_folder(seed, name, like))
+            self._models[seed, name, like] = model.eval()
+        return self._models[seed, name, like]
+
+    def _find_likes(self, seed: int, learned: Sequence[str]) -> dict[str, str]:
+        """Which of some domains, learned one after the other, look to the gate like one that was learned before."""
+        likes = {}
+        for number, name in enumerate(learned[1:], start=1):
+            model = self.domains_model(seed, learned[:number])
+            model.add_domain(name, num_experts=0)
+            like = self._fit_gate(model, name)
+            if like in learned:
+                likes[name] = like
+        return likes
+
+    def _score_own(self, seed: int, name: str) -> dict[str, Any]:
+        return self._scored(self.domains_model(seed, [name], with_base=False), seed, [name], domain=name)
 
     def _score_domains(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
-        return self._scored(self.domains_model(seed, learned), seed)
+        likes = self._find_likes(seed, learned)
+        return {**self._scored(self.domains_model(seed, learned, likes=likes), seed), "started_from": likes}
 
     def _score_routers(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
         plan_base = self.plan.base.name
+        base = self.base_folder(seed)
+        loras = {name: self.experts_folder(seed, name) / "lora" for name in learned}
         set_seed(seed)
         model = assemble(
-            self.base_folder(seed),
-            {plan_base: None, **{name: self.domain_folder(seed, name) / "lora" for name in learned}},
+            base,
+            {plan_base: None, **loras},
             {name: self.videos.train(name) for name in [plan_base, *learned]},
             num_frames=self.plan.router_frames,
             show_progress_bar=False,
@@ -289,7 +325,7 @@ class Study:
 
     def _measure_gate(self, seed: int) -> dict[str, Any]:
         plan, names = self.plan, [self.plan.base.name, *self.plan.orders[0]]
-        base = SamoeModel.from_pretrained(self.base_folder(seed)).to(self.device).eval()
+        base = self._base(seed).to(self.device)
         held_out = {name: held_out_features(base, self.videos.held_out(name), plan.gate_videos) for name in names}
         scored = {name: self.videos.scored(name) for name in names}
         build = partial(self.domains_model, seed)

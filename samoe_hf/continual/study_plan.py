@@ -130,10 +130,12 @@ class StudyPlan:
         return next(domain for domain in [self.base, *self.domains] if domain.name == name)
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on, as JSON holds it; which seeds and orders are run is not part of it."""
-        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "orders")} | {
-            "learned": sorted(self.orders[0])
-        }
+        """What results depend on, as JSON holds it: neither which seeds and orders are run, nor where the data lie."""
+        content = {name: value for name, value in asdict(self).items() if name not in ("seeds", "orders")}
+        for domain in [content["base"], *content["domains"]]:
+            for entry in [*domain["train_data"], *domain["eval_data"]]:
+                entry.pop("root", None)
+        return content | {"learned": sorted(self.orders[0])}
 
 
 def read_plan(path: str | Path, roots: Mapping[str, str] | None = None, quick: bool = False) -> StudyPlan:

@@ -21,6 +21,9 @@ from .study_plan import StudyPlan
 
 SCORES = ("J", "F", "J&F")
 OURS, CEILING, BASE = "domains", "own_lora", "base"
+RESULTS_FILE = "results.json"
+# What a study's units of work leave, within its folder.
+UNIT_FILES = ("seed_*/*.json", "seed_*/own_lora/*.json", "seed_*/order_*/*/stage_*.json")
 
 
 def write_report(plan: StudyPlan, folder: Path) -> dict[str, Any]:
@@ -39,8 +42,9 @@ def write_report(plan: StudyPlan, folder: Path) -> dict[str, Any]:
         "gate": {"by_seed": gates, "confusion": _sum_counts(gates.values())},
         "time_per_frame": times,
         "entries": entries,
+        "units": _read_units(folder),
     }
-    write_text(folder / "results.json", json.dumps(results, indent=1))
+    write_text(folder / RESULTS_FILE, json.dumps(results, indent=1))
     if results["summary"]:
         figure = plot_trade_off(results["summary"], LABELS, OURS, (BASE, CEILING))
         _save(figure, folder / "gain_and_forgetting.png")
@@ -49,6 +53,22 @@ def write_report(plan: StudyPlan, folder: Path) -> dict[str, Any]:
         _save(plot_confusion(results["gate"]["confusion"], names, UNKNOWN), folder / "gate.png")
     write_text(folder / "report.md", report_text(results, plan, names))
     return results
+
+
+def _read_units(folder: Path) -> dict[str, Any]:
+    """File of a unit of work, within the folder -> its content."""
+    paths = sorted(path for pattern in UNIT_FILES for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): _read(path) for path in paths}
+
+
+def restore_units(folder: Path) -> None:
+    """Writes the files of a study's units, where a folder has their `results.json` alone."""
+    if any(folder.glob("seed_*")):
+        return
+    for name, content in json.loads((folder / RESULTS_FILE).read_text())["units"].items():
+        if not any(Path(name).match(pattern) for pattern in UNIT_FILES) or ".." in name:
+            raise ValueError(f"{folder / RESULTS_FILE} has {name!r} in `units`, which is no file of a study.")
+        write_text(folder / name, json.dumps(content, indent=1))
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -69,8 +89,9 @@ def collect(plan: StudyPlan, folder: Path) -> tuple[list[dict[str, Any]], dict[s
         if base is None:
             continue
         own = {name: _read(seed_folder / "own_lora" / f"{name}.json") for name in plan.orders[0]}
-        for order in plan.orders:
-            label = "-".join(order)
+        for order_folder in sorted(seed_folder.glob("order_*")):
+            label = order_folder.name.removeprefix("order_")
+            order = label.split("-")
 
             def add(method: str, stage: int, scores: Mapping[str, Any], seed: int = seed, label: str = label) -> None:
                 entries.extend(
@@ -79,7 +100,7 @@ def collect(plan: StudyPlan, folder: Path) -> tuple[list[dict[str, Any]], dict[s
                 )
 
             finished = [m for m in LABELS if m not in (BASE, CEILING)]
-            chains = {m: _stages(seed_folder / f"order_{label}" / m, len(order)) for m in finished}
+            chains = {m: _stages(order_folder / m, len(order)) for m in finished}
             if not any(chains.values()):
                 continue
             chains[BASE] = [{"scores": base}] * len(order)
@@ -158,7 +179,7 @@ def _summarize_runs(runs: Mapping[tuple[str, int], Mapping], plan: StudyPlan) ->
     for score in SCORES:
         values = {"gain": defaultdict(list), "forgetting": defaultdict(list)}
         for (label, seed), run in runs.items():
-            order = next(order for order in plan.orders if "-".join(order) == label)
+            order = label.split("-")
             value = {key: 100 * _number(entry[score]) for key, entry in run.items()}
             values["gain"][seed].append(statistics.fmean(value[last, name] - value[0, name] for name in order))
             earlier = [(0, plan.base.name), *((stage, name) for stage, name in enumerate(order[:-1], start=1))]

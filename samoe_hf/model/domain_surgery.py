@@ -168,6 +168,18 @@ class DomainSurgeryMixin:
         self.domain_gate.merge(other.domain_gate)
         return other.config.domain_names
 
+    def copy_domain_experts(self, source: str, target: str) -> bool:
+        """Copies experts to a domain whose own have no effect yet, if number, rank and place are the same.
+
+        Returns:
+            whether they were copied.
+        """
+        kinds = [{**find_domain(self, name), "name": None} for name in (source, target)]
+        is_new = not any(experts.lora_B.any() for _, experts in domain_modules(self, target))
+        if copied := source != target and is_new and kinds[0] == kinds[1]:
+            _copy_experts(self, source, self, target)
+        return copied
+
     def fit_domain(self, name: str, features: Tensor, videos: Tensor) -> None:
         """Lets the gate know a domain, in place of what it knew of it.
 

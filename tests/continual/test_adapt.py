@@ -92,6 +92,27 @@ def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
     assert after.config.base_model == before.config.base_model
 
 
+@pytest.mark.parametrize(
+    ("data", "like", "started_from"), [("blobs", "auto", "soft"), ("blobs", "none", None), ("stripes", "auto", None)]
+)
+def test_a_domain_that_looks_like_another_starts_from_its_experts(first, tmp_path, capsys, data, like, started_from):
+    folder, _ = first
+    run = write_run(tmp_path, data)
+    other = yaml.safe_load(run.read_text()) | {"eval_data": []}
+    other["train_data"][0]["seed"] = 7
+    run.write_text(yaml.safe_dump(other))
+    options = ["--like", like, "--learning_rate", "0"]
+    command.main([str(folder), "--domain", "new", "--dataset", str(run), "--output", str(tmp_path / "out"), *options])
+    assert json.loads((tmp_path / "out" / "adaptation.json").read_text())["started_from"] == started_from
+    assert ("started from those of soft" in capsys.readouterr().out) == (started_from is not None)
+    model = SamoeModel.from_pretrained(tmp_path / "out")
+    pairs = zip(domain_modules(model, "soft"), domain_modules(model, "new"), strict=True)
+    same = {
+        torch.equal(soft.lora_A, new.lora_A) and torch.equal(soft.lora_B, new.lora_B) for (_, soft), (_, new) in pairs
+    }
+    assert same == {started_from is not None}
+
+
 def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
     folder, _ = first
     run = [
@@ -192,5 +213,5 @@ def test_a_video_source_of_any_length_is_sampled_evenly(first, monkeypatch):
     model = SamoeModel.from_pretrained(folder)
     monkeypatch.setattr(gate, "MAX_VIDEOS", 5)
     videos = SyntheticVideos(1000, 3, domain="blobs")
-    assert gate.fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == 5
+    assert gate.fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == (5, None)
     assert model.domain_gate.counts.tolist() == [5]

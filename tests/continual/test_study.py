@@ -216,6 +216,43 @@ def test_a_study_goes_on_with_what_is_missing(finished):
 
 
 @pytest.mark.slow
+def test_a_study_goes_on_from_its_results_alone(finished, tmp_path):
+    """Nothing is computed again: no base is trained. Without the results of a stage, the stages before are trained."""
+    plan, folder = finished
+    results = json.loads((folder / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    Study(plan, tmp_path, show_progress_bar=False).run()
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
+    lost = results["units"].pop("seed_0/order_blobs-echoes/lora/stage_2.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "results.json").write_text(json.dumps(results))
+    Study(plan, other, show_progress_bar=False).run()
+    found = json.loads((other / "seed_0/order_blobs-echoes/lora/stage_2.json").read_text())
+    assert found == lost
+
+
+def test_results_with_files_elsewhere_are_refused(tmp_path, plan):
+    results = write_report(plan, tmp_path / "out")
+    results["units"] = {"seed_0/../../evil.json": {}}
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"has 'seed_0/\.\./\.\./evil.json' in `units`"):
+        Study(plan, tmp_path / "out", show_progress_bar=False)
+    assert not list(tmp_path.rglob("evil.json"))
+
+
+@pytest.mark.slow
+def test_look_alikes_start_from_each_other(finished, monkeypatch):
+    plan, folder = finished
+    study = Study(plan, folder, show_progress_bar=False)
+    monkeypatch.setattr(study, "_fit_gate", lambda model, name: "blobs" if name == "echoes" else "shapes")
+    scores = study._score_domains(0, ["blobs", "echoes"])
+    assert scores["started_from"] == {"echoes": "blobs"}
+    assert (folder / "seed_0" / "own_lora" / "echoes_like_blobs" / "lora").is_dir()
+
+
+@pytest.mark.slow
 def test_domains_change_nothing_of_the_base_and_of_each_other(finished):
     plan, folder = finished
     study = Study(plan, folder, show_progress_bar=False)

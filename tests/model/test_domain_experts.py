@@ -408,6 +408,21 @@ def test_experts_of_no_domain_become_a_domain(batch):
     assert torch.equal(masks(model, batch, "new"), expected)
 
 
+def test_a_new_domain_starts_from_experts_of_the_same_kind_alone(model, batch):
+    model.add_domain("like_a", like="a")
+    settings = {name: value for name, value in model.config.domains[0].items() if name != "name"}
+    model.add_domain("new", **settings)
+    model.add_domain("smaller", **{**settings, "lora_rank": 1})
+    assert not torch.equal(masks(model, batch, "new"), masks(model, batch, "a"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not model.copy_domain_experts("a", "smaller") and not model.copy_domain_experts("a", "like_a")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.copy_domain_experts("a", "new") and not model.copy_domain_experts("new", "new")
+    assert torch.equal(masks(model, batch, "new"), masks(model, batch, "a"))
+    with pytest.raises(ValueError, match="The model has no domain 'z'"):
+        model.copy_domain_experts("z", "new")
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

@@ -40,8 +40,8 @@ def train(
     errors = output.with_suffix(".txt")
     errors.unlink(missing_ok=True)
     known = set(output.glob("checkpoint-*"))
-    # A fork has everything imported, which takes longer than such a run. This process cannot be forked: other tests have
-    # computed gradients in it.
+    # A fork has everything imported, which takes longer than such a run. This process cannot be forked: other tests
+    # have computed gradients in it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["samoe_hf.commands.train", "samoe_hf.training.trainer"])
     arguments = [str(config), "--output_dir", str(output), *options]
