@@ -21,23 +21,29 @@ LONG_FUNCTIONS = {"samoe_hf/model/modeling_samoe.py:forward": 54}
 MAX_REMOTE_FILES, MAX_REMOTE_LINES = 26, 6400
 
 
-def lines_of_code(source: str, node: ast.AST) -> int:
-    """Lines of a function that hold code: no comments, no docstring, no empty lines."""
-    lines = {
+def lines_of_code(source: str) -> set[int]:
+    """Numbers of the lines that hold code: no comments, no empty lines."""
+    return {
         line
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
         for line in range(token.start[0], token.end[0] + 1)
     }
+
+
+def length_of_function(node: ast.FunctionDef, lines: set[int]) -> int:
+    """How many of the lines of code are the function's, without its docstring."""
+    own = lines & set(range(node.lineno, node.end_lineno + 1))
     first = node.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-        lines -= set(range(first.lineno, first.end_lineno + 1))
-    return len(lines & set(range(node.lineno, node.end_lineno + 1)))
+        own -= set(range(first.lineno, first.end_lineno + 1))
+    return len(own)
 
 
 def long_functions(source: str) -> dict[str, int]:
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    lengths = sorted((lines_of_code(source, function), function.name) for function in functions)
+    lines = lines_of_code(source)
+    lengths = sorted((length_of_function(function, lines), function.name) for function in functions)
     return {name: length for length, name in lengths if length > MAX_FUNCTION_LINES}
 
 
