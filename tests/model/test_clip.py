@@ -96,8 +96,8 @@ def test_labels_of_minus_100_are_padded_objects(model):
     labels[:, 1] = -100
     padded = model(batch["pixel_values"], labels)
     by_mask = model(**batch, object_mask=torch.tensor([[True, False]]))
-    for output in (padded, by_mask):
-        torch.testing.assert_close(output.loss, expected.loss)
+    for output in (padded, by_mask):  # of other shapes, which add up in another order
+        torch.testing.assert_close(output.loss, expected.loss, rtol=2e-5, atol=0)
     with pytest.raises(ValueError, match="`labels` must be bool or integers"):
         model(batch["pixel_values"], batch["labels"].float())
 

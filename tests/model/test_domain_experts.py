@@ -409,6 +409,7 @@ def test_experts_of_no_domain_become_a_domain(batch):
 
 
 def test_a_new_domain_starts_from_experts_of_the_same_kind_alone(model, batch):
+    model = copy.deepcopy(model)
     model.add_domain("like_a", like="a")
     settings = {name: value for name, value in model.config.domains[0].items() if name != "name"}
     model.add_domain("new", **settings)
