@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         "--like",
         metavar="auto|none|DOMAIN",
         default=AUTO,
-        help="start from the experts of a domain; auto: of the one that the training videos look like (%(default)s)",
+        help="start from the experts of a domain; auto: those that track the training videos best (%(default)s)",
     )
     return parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
 

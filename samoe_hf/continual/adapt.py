@@ -15,6 +15,7 @@ from samoe_hf.model.files import write_text
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 from .gate import decide_videos, fit_gate
+from .start import find_start
 
 RESULTS_FILE = "adaptation.json"
 
@@ -69,9 +70,9 @@ def adapt(
         domain: name of the new domain. One that the model has is trained on.
         run: the YAML of a run, and further `--key value`, as [`~samoe_hf.training.arguments.parse_run`] takes them.
         output: folder for the model, its checkpoints and `adaptation.json`, which is the returned value.
-        like: a domain of the model whose experts the new ones start from; "auto" for the one that the gate takes most
-            of the training videos for, if there is one and its experts are of the same number, rank and place; None
-            for experts without effect.
+        like: a domain of the model whose experts the new ones start from; "auto" for the one whose experts track
+            the training videos best, if they are clearly better than the base, see [`~start.find_start`]; None for
+            experts without effect.
 
     Raises:
         ValueError: if the domain cannot be added, or something of the run is wrong.
@@ -85,9 +86,11 @@ def adapt(
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     videos = ConcatDataset([dataset.videos for dataset in trainer.train_dataset.datasets.values()])
-    result.gate_videos, nearest = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
-    if like == AUTO and nearest is not None and trainer.model.copy_domain_experts(nearest, domain):
-        result.started_from = nearest
+    result.gate_videos = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
+    if like == AUTO:
+        start = find_start(trainer.model, trainer.processing_class, domain, videos)
+        if start is not None and trainer.model.copy_domain_experts(start, domain):
+            result.started_from = start
     trainer.train(resume_from_checkpoint=resume)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
     trainer.save_model()

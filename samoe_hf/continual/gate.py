@@ -1,8 +1,7 @@
 """What the gate of a model learns of a domain's videos, and what it decides for videos."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,25 +12,13 @@ from samoe_hf.data.schema import Video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import DomainDecision, decide_domains
 from samoe_hf.model.domain_experts import use_domain
-from samoe_hf.model.domains import NO_DOMAIN, pooled_features
+from samoe_hf.model.domains import pooled_features
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.session import PreparedFrames
 
 # More videos tell more of a domain than more frames of each.
 MAX_VIDEOS, FRAMES_PER_VIDEO = 256, 4
-
-
-class GateFit(NamedTuple):
-    """What [`fit_gate`] found in a domain's videos.
-
-    Attributes:
-        num_videos: how many it saw.
-        looks_like: the other domain that more than half of their frames would have been taken for, if there is one.
-    """
-
-    num_videos: int
-    looks_like: str | None
 
 
 @torch.no_grad()
@@ -41,11 +28,14 @@ def fit_gate(
     domain: str,
     videos: Sequence[Video],
     show_progress_bar: bool = True,
-) -> GateFit:
+) -> int:
     """Lets the gate know a domain of the model by some of its videos, in place of what it knew of it.
 
     Args:
         videos: with masks; of many, [`MAX_VIDEOS`] evenly chosen ones are read.
+
+    Returns:
+        how many videos it saw.
 
     Raises:
         ValueError: if there is no such domain, or no video with an object.
@@ -63,16 +53,8 @@ def fit_gate(
                 numbers += [number] * len(frames)
     if not features:
         raise ValueError(f"`videos` of domain {domain!r}: none of {len(chosen)} has a frame with an object.")
-    all_features = torch.cat(features)
-    looks_like = _most_frequent_domain(model, all_features)
-    model.fit_domain(domain, all_features, torch.tensor(numbers))
-    return GateFit(len(features), None if looks_like == domain else looks_like)
-
-
-def _most_frequent_domain(model: SamoeModel, features: Tensor) -> str | None:
-    """The domain that more than half of some frames (frames, features) are taken for; None if there is none."""
-    index, count = Counter(model.domain_gate.decide(features).domain.tolist()).most_common(1)[0]
-    return model.config.domain_names[index] if index != NO_DOMAIN and 2 * count > len(features) else None
+    model.fit_domain(domain, torch.cat(features), torch.tensor(numbers))
+    return len(features)
 
 
 @torch.no_grad()

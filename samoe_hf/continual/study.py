@@ -28,6 +28,7 @@ from samoe_hf.model.processor import build_processor
 
 from .assemble import assemble
 from .gate import evenly_chosen, fit_gate
+from .start import find_start
 from .study_gate import held_out_features, measure_gate, measure_time
 from .study_methods import (
     BASE_PARAMETERS,
@@ -72,6 +73,7 @@ class Study:
         total = len(plan.seeds) * len(plan.orders) * per_order
         self._progress = tqdm(total=total, unit="unit", disable=not show_progress_bar)
         self._models: dict[tuple[int, str, str | None], SamoeModel] = {}  # with one domain each
+        self._starts: dict[tuple[int, str, tuple[str, ...]], str | None] = {}
 
     def _check_folder(self) -> None:
         path, identity = self.folder / RESULTS_FILE, json.loads(json.dumps(self.plan.identity()))
@@ -193,7 +195,7 @@ class Study:
             if like is None:
                 model.add_domain(name, **lora_settings(self.plan))
             else:
-                model.merge_domains(self._one_domain(seed, like))
+                model = copy.deepcopy(self._one_domain(seed, like))
                 model.add_domain(name, like=like)
                 model.remove_domain(like)
             self._fit_gate(model, name)
@@ -203,11 +205,10 @@ class Study:
                 model.export_expert(0, temporary / "lora", domain=name)
         return folder
 
-    def _fit_gate(self, model: SamoeModel, name: str) -> str | None:
-        """Lets a model's gate know a domain, and returns the one that it looks like."""
-        some = evenly_chosen(self.videos.train(name), self.plan.gate_videos)
-        processor = build_processor(model.config)
-        return fit_gate(model.to(self.device), processor, name, some, show_progress_bar=False).looks_like
+    def _fit_gate(self, model: SamoeModel, name: str) -> None:
+        videos = self.videos.train(name)
+        some = evenly_chosen(videos, self.plan.gate_videos)
+        fit_gate(model.to(self.device), build_processor(model.config), name, some, show_progress_bar=False)
 
     def _run_chain(self, seed: int, order: Sequence[str], name: str, folder: Path) -> None:
         """Trains one model on all domains in turn; of its models, the last alone is kept."""
@@ -289,15 +290,17 @@ class Study:
         return self._models[seed, name, like]
 
     def _find_likes(self, seed: int, learned: Sequence[str]) -> dict[str, str]:
-        """Which of some domains, learned one after the other, look to the gate like one that was learned before."""
-        likes = {}
-        for number, name in enumerate(learned[1:], start=1):
-            model = self.domains_model(seed, learned[:number])
-            model.add_domain(name, num_experts=0)
-            like = self._fit_gate(model, name)
-            if like in learned:
-                likes[name] = like
-        return likes
+        """Domain -> the one that its experts start from, of some that are learned one after the other."""
+        starts = {name: self._find_start(seed, name, learned[:number]) for number, name in enumerate(learned)}
+        return {name: start for name, start in starts.items() if start is not None}
+
+    def _find_start(self, seed: int, name: str, learned: Sequence[str]) -> str | None:
+        key = (seed, name, tuple(learned))
+        if learned and key not in self._starts:
+            model = self.domains_model(seed, learned, with_base=False)
+            model.add_domain(name, **lora_settings(self.plan))
+            self._starts[key] = find_start(model, build_processor(model.config), name, self.videos.train(name))
+        return self._starts.get(key)
 
     def _score_own(self, seed: int, name: str) -> dict[str, Any]:
         return self._scored(self.domains_model(seed, [name], with_base=False), seed, [name], domain=name)

@@ -12,6 +12,7 @@ import yaml
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
+from samoe_hf.continual import start
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
@@ -93,11 +94,18 @@ def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("data", "like", "started_from"), [("blobs", "auto", "soft"), ("blobs", "none", None), ("stripes", "auto", None)]
+    ("advantage", "like", "started_from"), [(0.1, "auto", "soft"), (0.01, "auto", None), (0.1, "none", None)]
 )
-def test_a_domain_that_looks_like_another_starts_from_its_experts(first, tmp_path, capsys, data, like, started_from):
+def test_a_domain_starts_from_experts_that_are_good_at_it(
+    first, tmp_path, capsys, monkeypatch, advantage, like, started_from
+):
+    def score(model, processor, videos, domain):
+        assert len(videos) == 8 and all(1 < len(video) <= 8 and video.visible(0) for video in videos)
+        return 0.4 if domain is None else 0.4 + advantage
+
+    monkeypatch.setattr("samoe_hf.continual.start._score", score)
     folder, _ = first
-    run = write_run(tmp_path, data)
+    run = write_run(tmp_path, "stripes")
     other = yaml.safe_load(run.read_text()) | {"eval_data": []}
     other["train_data"][0]["seed"] = 7
     run.write_text(yaml.safe_dump(other))
@@ -111,6 +119,26 @@ def test_a_domain_that_looks_like_another_starts_from_its_experts(first, tmp_pat
         torch.equal(soft.lora_A, new.lora_A) and torch.equal(soft.lora_B, new.lora_B) for (_, soft), (_, new) in pairs
     }
     assert same == {started_from is not None}
+
+
+def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(first, monkeypatch):
+    folder, _ = first
+    model = SamoeModel.from_pretrained(folder)
+    model.add_domain("other_rank", **{**model.config.expert_settings(), "lora_rank": 1})
+    model.add_domain("new", like="soft")
+    scores, score = {}, start._score
+
+    def record(model, processor, videos, domain):
+        scores[domain] = score(model, processor, videos, domain)
+        return scores[domain]
+
+    monkeypatch.setattr(start, "_score", record)
+    monkeypatch.setattr(start, "MIN_ADVANTAGE", -1.0)
+    videos = SyntheticVideos(20, 12, domain="blobs")
+    processor = build_processor(model.config)
+    assert start.find_start(model, processor, "new", videos) == "soft"
+    assert scores.keys() == {None, "soft"} and all(0 <= value <= 1 for value in scores.values())
+    assert start.find_start(model, processor, "other_rank", videos) is None
 
 
 def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
@@ -213,5 +241,5 @@ def test_a_video_source_of_any_length_is_sampled_evenly(first, monkeypatch):
     model = SamoeModel.from_pretrained(folder)
     monkeypatch.setattr(gate, "MAX_VIDEOS", 5)
     videos = SyntheticVideos(1000, 3, domain="blobs")
-    assert gate.fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == (5, None)
+    assert gate.fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == 5
     assert model.domain_gate.counts.tolist() == [5]

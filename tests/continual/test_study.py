@@ -10,9 +10,10 @@ import yaml
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
+from samoe_hf.continual.excerpts import reduced
 from samoe_hf.continual.study import Study
 from samoe_hf.continual.study_methods import LABELS, SEQUENTIAL
-from samoe_hf.continual.study_plan import StudyVideos, halves, read_plan, reduced
+from samoe_hf.continual.study_plan import StudyVideos, halves, read_plan
 from samoe_hf.continual.study_report import compare_with_ours, report_text, summarize_methods, write_report
 from samoe_hf.data import SyntheticVideos, Video
 
@@ -246,7 +247,8 @@ def test_results_with_files_elsewhere_are_refused(tmp_path, plan):
 def test_look_alikes_start_from_each_other(finished, monkeypatch):
     plan, folder = finished
     study = Study(plan, folder, show_progress_bar=False)
-    monkeypatch.setattr(study, "_fit_gate", lambda model, name: "blobs" if name == "echoes" else "shapes")
+    starts = {"echoes": "blobs"}
+    monkeypatch.setattr(study, "_find_start", lambda seed, name, learned: starts.get(name))
     scores = study._score_domains(0, ["blobs", "echoes"])
     assert scores["started_from"] == {"echoes": "blobs"}
     assert (folder / "seed_0" / "own_lora" / "echoes_like_blobs" / "lora").is_dir()
