@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
 from samoe_hf.continual.study import Study
 from samoe_hf.continual.study_plan import read_plan
 
@@ -55,6 +53,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"`--orders` has {unknown[0]}, but the study has {len(plan.orders)} orders.")
         plan = replace(plan, orders=[plan.orders[number] for number in parsed.orders])
     print(f"{plan.base.name}, then {', '.join(plan.orders[0])}; seeds {plan.seeds}")
-    disable_progress_bar()  # of loading and saving: the study has one of its own
     Study(plan, parsed.output, parsed.device).run()
     print((parsed.output / "report.md").read_text())

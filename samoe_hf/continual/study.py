@@ -113,7 +113,7 @@ class Study:
     def _seed_units(self, seed: int, order: Sequence[str]) -> dict[Path, tuple[str, Callable[[], Any]]]:
         """What does not depend on the order: file -> description and function."""
         folder = self._seed_folder(seed)
-        units = {folder / "base.json": ("base: scores", lambda: self._score_all(self._base(seed)))}
+        units = {folder / "base.json": ("base: scores", lambda: self._score_all(self._base(seed), seed))}
         for name in order:
             path = self._own_folder(seed, name).with_suffix(".json")
             units[path] = (f"own LoRA of {name}: scores", partial(self._score_own, seed, name))
@@ -250,17 +250,17 @@ class Study:
     # --- Scores
 
     def _score_all(
-        self, model: SamoeModel, names: Sequence[str] | None = None, domain: str | None = AUTO
+        self, model: SamoeModel, seed: int, names: Sequence[str] | None = None, domain: str | None = AUTO
     ) -> dict[str, Scores]:
         names = [self.plan.base.name, *self.plan.orders[0]] if names is None else names
-        return {name: score(model.to(self.device), self.videos.scored(name), domain) for name in names}
+        return {name: score(model.to(self.device), self.videos.scored(name, seed), domain) for name in names}
 
     def _scored(
         self, model: SamoeModel, seed: int, names: Sequence[str] | None = None, domain: str | None = AUTO
     ) -> dict[str, Any]:
         """Scores of domains, all by default, and what the model is larger by than its base."""
         base = SamoeModel.from_pretrained(self.base_folder(seed)).state_dict()
-        return {"scores": self._score_all(model, names, domain), "added": added_size(model, base)}
+        return {"scores": self._score_all(model, seed, names, domain), "added": added_size(model, base)}
 
     def domains_model(
         self, seed: int, names: Sequence[str], with_base: bool = True, likes: Mapping[str, str] | None = None
@@ -330,15 +330,15 @@ class Study:
         plan, names = self.plan, [self.plan.base.name, *self.plan.orders[0]]
         base = self._base(seed).to(self.device)
         held_out = {name: held_out_features(base, self.videos.held_out(name), plan.gate_videos) for name in names}
-        scored = {name: self.videos.scored(name) for name in names}
+        scored = {name: self.videos.scored(name, seed) for name in names}
         build = partial(self.domains_model, seed)
         pairs = [(domain.name, domain.looks_like) for domain in plan.domains if domain.looks_like is not None]
         wrong = {}
         for name, other in [*pairs, *((b, a) for a, b in pairs)]:
-            wrong[name] = {"experts_of": other, **self._score_all(build([other]), [name], other)[name]}
+            wrong[name] = {"experts_of": other, **self._score_all(build([other]), seed, [name], other)[name]}
         return {**measure_gate(build, base, plan.base.name, held_out, scored), "wrong_experts": wrong}
 
     def _measure_time(self, seed: int) -> dict[str, float]:
         names = self.plan.orders[0]
         model = self.domains_model(seed, names)
-        return measure_time(model, names[0], self.videos.scored(names[0])[0], self.plan.timing_frames)
+        return measure_time(model, names[0], self.videos.scored(names[0], seed)[0], self.plan.timing_frames)

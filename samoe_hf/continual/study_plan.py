@@ -192,11 +192,16 @@ class StudyVideos:
         """All held-out videos of a domain."""
         return self._load(name, "eval_data")
 
-    def scored(self, name: str) -> list[Video]:
-        """The held-out videos of a domain that are scored, from the first frame on that shows an object."""
-        key = (name, "scored")
+    def scored(self, name: str, seed: int) -> list[Video]:
+        """The held-out videos of a domain that are scored, from the first frame on that shows an object.
+
+        Where there are more than are scored, each seed scores others.
+        """
+        key = (name, f"scored {seed}")
         if key not in self._loaded:
-            chosen = evenly_chosen(self.held_out(name), self.plan.eval_videos)
+            videos = self.held_out(name)
+            places = evenly_chosen(range(len(videos)), self.plan.eval_videos)
+            chosen = [videos[(place + seed) % len(videos)] for place in places]
             if self.plan.domain(name).from_largest:
                 chosen = [half for video in chosen for half in halves(video)]
             self._loaded[key] = []

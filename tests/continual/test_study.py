@@ -103,7 +103,8 @@ def test_volumes_are_halved_at_their_largest_mask():
 def test_held_out_videos_are_scored_from_the_first_that_shows_an_object():
     plan = read_plan(CONFIG, quick=True)
     videos = StudyVideos(plan, 64)
-    scored = videos.scored("blobs")
+    scored, others = videos.scored("blobs", 0), videos.scored("blobs", 1)
+    assert {video.video_id for video in scored}.isdisjoint(video.video_id for video in others)
     assert len(scored) == plan.eval_videos
     assert all(len(v) == plan.eval_frames and v.size == (64, 64) and v.visible(0) for v in scored)
     assert isinstance(StudyVideos(plan, 128).train("blobs"), SyntheticVideos)  # drawn when asked for
