@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from transformers.utils.logging import disable_progress_bar
+
 from samoe_hf import __version__
 
 COMMANDS = {
@@ -41,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(name: str, arguments: Sequence[str] | None = None) -> None:
     """Runs a command; errors that a user can cause end the process with exit status 1 and one line, `error: …`."""
     command = import_module(f"samoe_hf.commands.{name}")
-    import_module(
-        "transformers.utils.logging"
-    ).disable_progress_bar()  # of loading and saving, beside the command's own
+    disable_progress_bar()  # of loading and saving, beside the command's own
     try:
         command.main(arguments)
     except (ValueError, OSError, ImportError) as error:
