@@ -1,12 +1,14 @@
 """Which domain's experts a new domain starts from: those that already track its training videos best."""
 
+import math
 from collections.abc import Sequence
 
 from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video
-from samoe_hf.evaluation.evaluate import evaluate_videos
+from samoe_hf.evaluation.evaluate import evaluate_video
 from samoe_hf.evaluation.metrics import summarize
+from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 
@@ -50,7 +52,8 @@ def _excerpt(video: Video, size: int) -> Video | None:
 
 
 def _score(model: SamoeModel, processor: Sam2VideoProcessor, videos: Sequence[Video], domain: str | None) -> float:
-    """J&F, 0 to 1, of tracking with a domain's experts, or with none."""
-    results = evaluate_videos(model, processor, videos, show_progress_bar=False, domain=domain)
-    scores = {number: result.scores for number, result in enumerate(results.values())}
-    return summarize(scores, protocol="youtube_vos")["J&F_mean"] if scores else 0.0
+    """J&F, 0 to 1, of tracking with a domain's experts, or with none; 0 where there is nothing to score."""
+    with evaluation_mode(model):  # several datasets may have videos of one name
+        results = [evaluate_video(model, processor, video, domain=domain) for video in videos]
+    score = summarize({str(n): result.scores for n, result in enumerate(results)}, protocol="youtube_vos")["J&F_mean"]
+    return 0.0 if math.isnan(score) else score

@@ -134,11 +134,12 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
 
     monkeypatch.setattr(start, "_score", record)
     monkeypatch.setattr(start, "MIN_ADVANTAGE", -1.0)
-    videos = SyntheticVideos(20, 12, domain="blobs")
+    videos = [SyntheticVideos(20, 12, domain="blobs")[number % 2] for number in range(8)]  # of the same names
     processor = build_processor(model.config)
     assert start.find_start(model, processor, "new", videos) == "soft"
     assert scores.keys() == {None, "soft"} and all(0 <= value <= 1 for value in scores.values())
     assert start.find_start(model, processor, "other_rank", videos) is None
+    assert start._score(model, processor, [], "soft") == 0
 
 
 def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
