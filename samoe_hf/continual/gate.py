@@ -17,8 +17,8 @@ from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.session import PreparedFrames
 
-# More videos tell more of a domain than more frames of each.
-MAX_VIDEOS, FRAMES_PER_VIDEO = 256, 4
+# More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
+MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256
 
 
 @torch.no_grad()
@@ -41,11 +41,12 @@ def fit_gate(
         ValueError: if there is no such domain, or no video with an object.
     """
     chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)
+    frames_per_video = min(MAX_FRAMES, max(MIN_FRAMES, FRAMES_IN_ALL // max(1, len(chosen))))
     features, numbers = [], []
     with evaluation_mode(model):
         for number in tqdm(chosen, desc=f"gate: {domain}", unit="video", disable=not show_progress_bar):
             video = videos[number]
-            frames = [t for t in evenly_chosen(video.annotated_frames, FRAMES_PER_VIDEO) if video.visible(t)]
+            frames = [t for t in evenly_chosen(video.annotated_frames, frames_per_video) if video.visible(t)]
             if not frames and (first := first_visible(video)) is not None:
                 frames = [first]
             if frames:
