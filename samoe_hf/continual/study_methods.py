@@ -120,7 +120,7 @@ LABELS = {
     **{name: method.label for name, method in SEQUENTIAL.items()},
     "token_routers": "own LoRAs, computed token routers",
     "domains": "domains with the gate",
-    "own_lora": "own LoRAs, the right one given (ceiling)",
+    "own_lora": "own LoRAs from nothing, the right one given",
 }
 
 
