@@ -88,7 +88,7 @@ def adapt(
     videos = ConcatDataset([dataset.videos for dataset in trainer.train_dataset.datasets.values()])
     result.gate_videos = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
     if like == AUTO:
-        start = find_start(trainer.model, trainer.processing_class, domain, videos)
+        start = find_start(trainer.model, trainer.processing_class, domain, videos, shows_progress)
         if start is not None and trainer.model.copy_domain_experts(start, domain):
             result.started_from = start
     trainer.train(resume_from_checkpoint=resume)

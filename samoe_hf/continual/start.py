@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 
+from tqdm import tqdm
 from transformers import Sam2VideoProcessor
 
 from samoe_hf.data.schema import Video
 from samoe_hf.evaluation.evaluate import evaluate_video
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 
@@ -20,7 +22,13 @@ NUM_VIDEOS, NUM_FRAMES = 8, 8
 MIN_ADVANTAGE = 0.05
 
 
-def find_start(model: SamoeModel, processor: Sam2VideoProcessor, domain: str, videos: Sequence[Video]) -> str | None:
+def find_start(
+    model: SamoeModel,
+    processor: Sam2VideoProcessor,
+    domain: str,
+    videos: Sequence[Video],
+    show_progress_bar: bool = True,
+) -> str | None:
     """The domain whose experts a new one should start from.
 
     Some of the new domain's training videos are tracked by the experts of each domain whose experts are of the same
@@ -31,15 +39,19 @@ def find_start(model: SamoeModel, processor: Sam2VideoProcessor, domain: str, vi
         videos: of the new domain, with masks.
 
     Returns:
-        the best, if it is clearly better than the base alone; otherwise None.
+        the best, if it is clearly better than the base alone; otherwise, and if `domain` has learned something, None.
+
+    Raises:
+        ValueError: if there is no such domain.
     """
     kind = {**find_domain(model, domain), "name": None}
     candidates = [d["name"] for d in model.config.domains if d["name"] != domain and {**d, "name": None} == kind]
-    if not candidates:
+    if not candidates or any(experts.lora_B.any() for _, experts in domain_modules(model, domain)):
         return None
     excerpts = [_excerpt(video, model.config.image_size) for video in evenly_chosen(videos, NUM_VIDEOS)]
     excerpts = [video for video in excerpts if video is not None]
-    scores = {name: _score(model, processor, excerpts, name) for name in [None, *candidates]}
+    tried = tqdm([None, *candidates], desc=f"start of {domain}", unit="domain", disable=not show_progress_bar)
+    scores = {name: _score(model, processor, excerpts, name) for name in tried}
     best = max(candidates, key=scores.get)
     return best if scores[best] >= scores[None] + MIN_ADVANTAGE else None
 

@@ -40,7 +40,7 @@ from .study_methods import (
     train,
 )
 from .study_plan import StudyPlan, StudyVideos
-from .study_report import RESULTS_FILE, restore_units, write_report
+from .study_report import RESULTS_FILE, read_results, restore_units, write_report
 
 Scores = dict[str, Any]
 
@@ -81,7 +81,7 @@ class Study:
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty, and not the folder of a study.")
             write_report(self.plan, self.folder)
-        earlier = json.loads(path.read_text())["study"]
+        earlier = read_results(self.folder)["study"]
         for name in identity:
             if earlier.get(name) != identity[name]:
                 raise ValueError(
@@ -191,8 +191,8 @@ class Study:
         if not folder.is_dir():
             self._progress.set_description(f"seed {seed}: {folder.name}")
             set_seed(seed)
-            model = SamoeModel.from_pretrained(self.base_folder(seed))
             if like is None:
+                model = SamoeModel.from_pretrained(self.base_folder(seed))
                 model.add_domain(name, **lora_settings(self.plan))
             else:
                 model = copy.deepcopy(self._one_domain(seed, like))
@@ -299,7 +299,9 @@ class Study:
         if learned and key not in self._starts:
             model = self.domains_model(seed, learned, with_base=False)
             model.add_domain(name, **lora_settings(self.plan))
-            self._starts[key] = find_start(model, build_processor(model.config), name, self.videos.train(name))
+            self._starts[key] = find_start(
+                model, build_processor(model.config), name, self.videos.train(name), show_progress_bar=False
+            )
         return self._starts.get(key)
 
     def _score_own(self, seed: int, name: str) -> dict[str, Any]:

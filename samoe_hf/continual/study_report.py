@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ SCORES = ("J", "F", "J&F")
 OURS, CEILING, BASE = "domains", "own_lora", "base"
 RESULTS_FILE = "results.json"
 # What a study's units of work leave, within its folder.
-UNIT_FILES = ("seed_*/*.json", "seed_*/own_lora/*.json", "seed_*/order_*/*/stage_*.json")
+UNIT_FILE = re.compile(r"seed_\d+/(\w+|own_lora/\w+|order_[\w-]+/\w+/stage_\d+)\.json")
 
 
 def write_report(plan: StudyPlan, folder: Path) -> dict[str, Any]:
@@ -57,17 +58,39 @@ def write_report(plan: StudyPlan, folder: Path) -> dict[str, Any]:
 
 def _read_units(folder: Path) -> dict[str, Any]:
     """File of a unit of work, within the folder -> its content."""
-    paths = sorted(path for pattern in UNIT_FILES for path in folder.glob(pattern))
-    return {path.relative_to(folder).as_posix(): _read(path) for path in paths}
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.glob("seed_*/**/*.json"))
+    return {name: _read(folder / name) for name in names if UNIT_FILE.fullmatch(name)}
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What the `results.json` of a study's folder holds.
+
+    Raises:
+        ValueError: if it is none of a study, such as that of an evaluation.
+    """
+    path = folder / RESULTS_FILE
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(results, dict) or not all(isinstance(results.get(name), dict) for name in ("study", "units")):
+        raise ValueError(f"{path} is not that of a study, which has `study` and `units`. Choose another `--output`.")
+    return results
 
 
 def restore_units(folder: Path) -> None:
-    """Writes the files of a study's units, where a folder has their `results.json` alone."""
+    """Writes the files of a study's units, where a folder has their `results.json` alone.
+
+    Raises:
+        ValueError: if `results.json` names other files; nothing is written then.
+    """
     if any(folder.glob("seed_*")):
         return
-    for name, content in json.loads((folder / RESULTS_FILE).read_text())["units"].items():
-        if not any(Path(name).match(pattern) for pattern in UNIT_FILES) or ".." in name:
+    units = read_results(folder)["units"]
+    for name in units:
+        if not UNIT_FILE.fullmatch(name):
             raise ValueError(f"{folder / RESULTS_FILE} has {name!r} in `units`, which is no file of a study.")
+    for name, content in units.items():
         write_text(folder / name, json.dumps(content, indent=1))
 
 

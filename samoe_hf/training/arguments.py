@@ -81,6 +81,10 @@ class ModelArguments:
     def _prepare_domain(self, model: SamoeModel, settings: dict[str, Any]) -> None:
         """Adds the domain, if the model lacks it; else its experts must be as the settings say."""
         is_new = self.domain not in model.config.domain_names
+        if self.domain_like is not None and not is_new:
+            raise ValueError(
+                f"`domain_like` is for a new domain, but the model has {self.domain!r}, whose experts go on."
+            )
         described_by = self.domain_like if is_new else self.domain
         if described_by is None:
             model.add_domain(self.domain, **settings)

@@ -121,7 +121,8 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
     folder, _ = first
     model = SamoeModel.from_pretrained(folder)
     model.add_domain("other_rank", **{**model.config.expert_settings(), "lora_rank": 1})
-    model.add_domain("new", like="soft")
+    settings = {name: value for name, value in model.config.domains[0].items() if name != "name"}
+    model.add_domain("new", **settings)
     scores, score = {}, start._score
 
     def record(model, processor, videos, domain):
@@ -140,6 +141,8 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
     for advantage, found in ((0.04, None), (0.06, "soft")):
         monkeypatch.setattr(start, "_score", lambda *a, advantage=advantage: 0.4 + advantage * (a[-1] is not None))
         assert start.find_start(model, processor, "new", videos) == found
+    model.copy_domain_experts("soft", "new")
+    assert start.find_start(model, processor, "new", videos) is None
 
 
 def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
@@ -163,6 +166,8 @@ def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
         build_trainer([*run, "--domain_like", "soft"])
     with pytest.raises(ValueError, match="The model has no domain 'z'"):
         build_trainer([*run, "--domain", "hard", "--domain_like", "z"])
+    with pytest.raises(ValueError, match="`domain_like` is for a new domain, but the model has 'soft'"):
+        build_trainer([*run, "--domain", "soft", "--domain_like", "soft"])
     trainer = build_trainer([*run, "--domain", "hard", "--trainable", "experts=0.5"])
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(".domain_hard." in name for name in trained)

@@ -235,13 +235,23 @@ def test_a_study_goes_on_from_its_results_alone(finished, tmp_path):
     assert found == lost
 
 
-def test_results_with_files_elsewhere_are_refused(tmp_path, plan):
+@pytest.mark.parametrize("name", ["seed_0/../../evil.json", "{folder}/seed_0/evil.json", "x/seed_0/evil.json"])
+def test_results_with_files_elsewhere_are_refused(tmp_path, plan, name):
     results = write_report(plan, tmp_path / "out")
-    results["units"] = {"seed_0/../../evil.json": {}}
+    results["units"] = {"seed_0/base.json": {}, name.format(folder=tmp_path): {}}
     (tmp_path / "out" / "results.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=r"has 'seed_0/\.\./\.\./evil.json' in `units`"):
+    with pytest.raises(ValueError, match=r"evil.json' in `units`, which is no file of a study"):
         Study(plan, tmp_path / "out", show_progress_bar=False)
-    assert not list(tmp_path.rglob("evil.json"))
+    assert not [path for path in tmp_path.rglob("*.json") if path.name in ("evil.json", "base.json")]
+
+
+@pytest.mark.parametrize("text", ['{"models": []}', "[]", '{"study": {}', '{"study": {}, "units": 5}'])
+def test_results_of_something_else_are_refused(tmp_path, plan, text):
+    """An evaluation writes a file of the same name."""
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results.json is (not that of a study|no JSON)"):
+        Study(plan, tmp_path, show_progress_bar=False)
+    assert (tmp_path / "results.json").read_text() == text
 
 
 @pytest.mark.slow
