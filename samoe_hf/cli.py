@@ -11,6 +11,7 @@ from samoe_hf import __version__
 
 COMMANDS = {
     "track": "track objects through a video: an overlay video and masks",
+    "data": "check a dataset: its videos, objects, and what is likely a mistake",
     "train": "fine-tune a model on clips, as a YAML says",
     "adapt": "add a domain to a model: train experts for it, and leave all else as it is",
     "evaluate": "say how good models are on a dataset",

@@ -241,7 +241,7 @@ def test_every_kind_of_data_and_its_options_are_in_the_guide():
         "model.nothing()",
         "model.prune_experts([0, 1])",
         "model.save_pretrained('x', 'y')",
-        "from samoe_hf import load_videos\nload_videos()",
+        "from samoe_hf import load_videos\nload_videos(1, 2, 3, 4, 5, 6)",
     ],
 )
 def test_faults_of_python_are_found(source):

@@ -21,6 +21,7 @@ _LAYOUTS: dict[str, Layout] = {
     "mose": "youtube_vos",
     "lvos": "youtube_vos",
     "frames": "youtube_vos",
+    "files": "youtube_vos",
     "sa_v": "sa_v",
     "sa_v_val": "sa_v",
     "coco": "sa_v",

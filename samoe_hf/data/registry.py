@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import datasets
 import yaml
 
+from .layouts import read_files, recognize
 from .options import check_options, check_types, nearest_name
 from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
 from .schema import Video, VideoList, videos_from_dataset
 from .synthetic import SyntheticVideos
 from .video_io import DAMAGE, SampleError
 from .volumes import read_nifti, read_npz
+
+logger = logging.getLogger(__name__)
 
 
 def read_dataset(root: str | Path, split: str = "train", streaming: bool = False) -> Sequence[Video] | Iterable[Video]:
@@ -38,6 +42,7 @@ def read_dataset(root: str | Path, split: str = "train", streaming: bool = False
 
 # A domain that is not given is the kind's name, except where the videos bring their own.
 READERS: dict[str, Callable[..., Any]] = {
+    "files": read_files,
     "davis": read_davis,
     "frames": partial(read_vos, domain="frames"),
     "youtube_vos": partial(read_vos, domain="youtube_vos"),
@@ -55,7 +60,7 @@ READERS: dict[str, Callable[..., Any]] = {
 
 
 def load_videos(
-    kind: str,
+    kind: str | Path | None = None,
     root: str | Path | None = None,
     split: str | None = None,
     domain: str | None = None,
@@ -65,22 +70,22 @@ def load_videos(
     """Opens a dataset.
 
     Args:
-        kind: "davis", "youtube_vos", "mose", "lvos", "frames" (`JPEGImages` and `Annotations` of any source), "sa_v",
+        kind: a folder, whose layout is recognized and logged; or a kind of dataset: "files" (videos of your own),
+            "davis", "youtube_vos", "mose", "lvos", "frames" (`JPEGImages` and `Annotations` of any source), "sa_v",
             "sa_v_val", "ocid", "npz", "nifti", "coco", "synthetic" or "dataset" (on the Hub or on disk).
-        root: its folder or name; none for "synthetic".
+        root: its folder or name; none for "synthetic". Without a kind, its layout is recognized.
         split: as the reader of that kind understands it.
         domain: the videos' domain name, the kind's by default; of "synthetic", which videos to draw.
         video_ids: only these videos.
-        options: what else the reader takes, see `samoe_hf.data.readers`, `volumes` and `SyntheticVideos`.
+        options: what else the reader takes, see `samoe_hf.data.readers`, `layouts`, `volumes` and `SyntheticVideos`.
 
     Raises:
-        ValueError: an unknown kind, option or video (names the nearest known one), or a value of another type.
+        ValueError: an unknown kind, layout, option or video (names the nearest known one), or a value of another type.
         FileNotFoundError: root does not exist.
     """
-    if not isinstance(kind, str) or kind not in READERS:
-        raise ValueError(f"unknown kind of dataset {kind!r}{nearest_name(kind, READERS)}")
+    kind, root, recognized = name_kind(kind, root, split)
     given = {"root": root, "split": split, "domain": domain}
-    options |= {name: value for name, value in given.items() if value is not None}
+    options = recognized | options | {name: value for name, value in given.items() if value is not None}
     owner = f"datasets of kind {kind!r}"
     check_options(READERS[kind], options, owner)
     check_types(load_videos, {"video_ids": video_ids}, owner)
@@ -92,20 +97,59 @@ def load_videos(
     return videos.select(video_ids)
 
 
-def videos_from_entry(entry: Mapping[str, Any], owner: str) -> Sequence[Video]:
+def name_kind(
+    kind: str | Path | None, root: str | Path | None, split: str | None = None
+) -> tuple[str, str | Path | None, dict[str, Any]]:
+    """The kind of a dataset, its root, and options of its reader that its layout tells.
+
+    Args:
+        kind: one of `READERS`, or a folder or list of pairs in place of `root`, or None.
+        root: as [`load_videos`] takes it; needed where the kind is None.
+        split: the wanted split, if any.
+
+    Raises:
+        ValueError: neither a kind nor a folder.
+        FileNotFoundError: there is no such root.
+    """
+    if isinstance(kind, str) and kind in READERS:
+        return kind, root, {}
+    path = Path(root if kind is None and root is not None else str(kind))
+    if kind is None and root is None:
+        raise ValueError(f"name a folder, or a kind of dataset: {', '.join(READERS)}")
+    if not path.exists() and kind is None:
+        raise FileNotFoundError(f"{path}: no such folder")
+    if not path.exists() or (kind is not None and root is not None):
+        name = repr(str(kind) if isinstance(kind, Path) else kind)
+        raise ValueError(f"unknown kind of dataset {name}, and no folder{nearest_name(kind, READERS)}")
+    try:
+        layout = recognize(path, split)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if layout.reason:
+        logger.warning("%s: read as %s (%s)", path, layout.kind, layout.reason)
+    return layout.kind, path, layout.options
+
+
+def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Video]:
     """The videos of an entry of a run's `train_data` or `eval_data`.
 
     Args:
-        entry: the arguments of [`load_videos`].
+        entry: the arguments of [`load_videos`], or a folder.
         owner: what to call it in messages, such as "train_data[0]".
 
     Raises:
-        ValueError: not a mapping, no kind, a stream, or what `load_videos` raises.
+        ValueError: neither a mapping nor a folder, no kind, a stream, or what `load_videos` raises.
+        FileNotFoundError: a root is not there.
     """
+    if isinstance(entry, (str, Path)):
+        if not Path(entry).exists():
+            hint = f"; did you mean {{kind: {entry}}}?" if entry in READERS else ""
+            raise ValueError(f"{owner} must be a folder or the arguments of `load_videos`, not {str(entry)!r}{hint}")
+        entry = {"root": entry}
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{owner} must be the arguments of `load_videos`, such as {{kind: davis}}, not {entry!r}")
-    if "kind" not in entry:
-        raise ValueError(f"{owner} names no `kind`, one of {', '.join(READERS)}, but {', '.join(map(repr, entry))}")
+        raise ValueError(f"{owner} must be a folder or the arguments of `load_videos`, not {entry!r}")
+    if not {"kind", "root"} & set(entry):
+        raise ValueError(f"{owner} names no `kind` or `root`, but {', '.join(map(repr, entry))}")
     try:
         videos = load_videos(**{str(name): value for name, value in entry.items()})
     except ValueError as error:
@@ -115,21 +159,27 @@ def videos_from_entry(entry: Mapping[str, Any], owner: str) -> Sequence[Video]:
     return videos
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command line that name videos; [`videos_from_arguments`] opens them."""
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        metavar="KIND|RUN.yaml",
-        help=f"one of {', '.join(READERS)}; or a run's YAML, for the videos of its `eval_data`",
+def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """Adds the options of the command line that name videos; [`videos_from_arguments`] opens them.
+
+    Args:
+        positional: whether the dataset comes without `--dataset` before it.
+    """
+    group = parser.add_argument_group("videos")
+    group.add_argument(
+        *(["dataset"] if positional else ["--dataset"]),
+        **({} if positional else {"required": True}),
+        metavar="FOLDER|KIND|RUN.yaml",
+        help=f"a folder of videos and masks; a kind of dataset ({', '.join(READERS)}); or a run's YAML, for the videos "
+        "of its `eval_data`",
     )
-    parser.add_argument("--root", type=Path, help="folder of the dataset")
-    parser.add_argument("--split", help="of the dataset, as its reader understands it")
-    parser.add_argument("--domain", help="name under which its results are reported")
-    parser.add_argument(
+    group.add_argument("--root", type=Path, help="folder of the dataset, where its kind is given")
+    group.add_argument("--split", help="of the dataset, as its reader understands it")
+    group.add_argument("--domain", help="name under which its results are reported")
+    group.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="further options of the kind's reader"
     )
-    parser.add_argument("--video", action="append", metavar="ID", help="only this video; may be repeated")
+    group.add_argument("--video", action="append", metavar="ID", help="only this video; may be repeated")
 
 
 def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
@@ -139,22 +189,7 @@ def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
         ValueError: an unknown kind, option or video, or options that do not go together.
         FileNotFoundError: the root does not exist.
     """
-    if Path(arguments.dataset).suffix in (".yaml", ".yml"):
-        for name in ("root", "split", "domain", "option"):
-            if getattr(arguments, name):
-                raise ValueError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
-        entries = read_yaml(arguments.dataset).get("eval_data") or []
-        if not isinstance(entries, list):
-            raise ValueError(f"`eval_data` of {arguments.dataset} must be a list of datasets, not {entries!r}.")
-        videos = [v for i, entry in enumerate(entries) for v in videos_from_entry(entry, f"eval_data[{i}]")]
-    else:
-        options = {}
-        for text in arguments.option:
-            name, equals_sign, value = text.partition("=")
-            if not equals_sign:
-                raise ValueError(f"`--option` must be NAME=VALUE, got {text!r}.")
-            options[name] = parse_yaml(value, f"`--option {name}`")
-        videos = list(load_videos(arguments.dataset, arguments.root, arguments.split, arguments.domain, **options))
+    videos = [video for dataset in datasets_from_arguments(arguments) for video in dataset]
     if arguments.video:
         unknown = set(arguments.video) - {video.video_id for video in videos}
         if unknown:
@@ -163,6 +198,33 @@ def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
     if not videos:
         raise ValueError(f"`--dataset` {arguments.dataset} has no videos.")
     return videos
+
+
+def datasets_from_arguments(arguments: argparse.Namespace) -> list[Sequence[Video]]:
+    """The datasets that the options of [`add_dataset_arguments`] name; their videos are not opened.
+
+    Where a folder's layout is recognized, `arguments.dataset` becomes its kind, and `arguments.root` the folder.
+    Protocols and layouts of masks are chosen by the kind.
+    """
+    if Path(arguments.dataset).suffix in (".yaml", ".yml"):
+        for name in ("root", "split", "domain", "option"):
+            if getattr(arguments, name):
+                raise ValueError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
+        entries = read_yaml(arguments.dataset).get("eval_data") or []
+        if not isinstance(entries, list):
+            raise ValueError(f"`eval_data` of {arguments.dataset} must be a list of datasets, not {entries!r}.")
+        return [videos_from_entry(entry, f"eval_data[{i}]") for i, entry in enumerate(entries)]
+    options = {}
+    for text in arguments.option:
+        name, equals_sign, value = text.partition("=")
+        if not equals_sign:
+            raise ValueError(f"`--option` must be NAME=VALUE, got {text!r}.")
+        options[name] = parse_yaml(value, f"`--option {name}`")
+    if arguments.dataset not in READERS and arguments.root is None:
+        arguments.dataset, arguments.root, found = name_kind(arguments.dataset, None, arguments.split)
+        options = found | options
+    videos = load_videos(arguments.dataset, arguments.root, arguments.split, arguments.domain, **options)
+    return [videos if isinstance(videos, Sequence) else list(videos)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import av
 import numpy as np
 from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+LABEL_FORMATS = ("BMP", "PNG", "TIFF")  # which keep every value
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # among Pillow's others are some that run programs
 # FFmpeg also takes text for a video (as a terminal's output) and playlists, which name other files.
 CONTAINER_FORMATS = "3g2,3gp,apng,asf,avi,dv,flv,gif,ivf,m4a,matroska,mj2,mov,mp4,mpeg,mpegts,mxf,nut,ogg,webm,wtv"
@@ -240,7 +241,7 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 
 def image_paths(folder: str | Path) -> list[Path]:
-    """The .jpg, .jpeg and .png files of a folder in natural order.
+    """The image files of a folder, by their suffixes, in natural order.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -253,12 +254,12 @@ def image_paths(folder: str | Path) -> list[Path]:
         paths = [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
     paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise SampleError(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} files in this folder")
+        raise SampleError(f"{folder}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(paths, key=lambda path: natural_key(path.name))
 
 
 def read_video(path: str | Path) -> FrameSequence:
-    """Opens a video file (any container and codec FFmpeg reads) or a folder of .jpg, .jpeg or .png frames.
+    """Opens a video file (any container and codec FFmpeg reads) or a folder of images.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -340,22 +341,46 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> np.ndarra
 def read_label_png(path: str | Path) -> np.ndarray:
     """Reads a label image: palette indices, gray values or 16-bit values as they are stored.
 
-    A binary mask stored as 0 and 255 stays 0 and 255 here.
+    A binary mask stored as 0 and 255 stays 0 and 255 here. Of an RGB image, grays are the values, and DAVIS' colours
+    stand for ids.
 
     Returns:
         (H, W) uint8, or uint16 for 16-bit files.
 
     Raises:
-        SampleError: a damaged file, another format than PNG, or an image with colour channels instead of ids.
+        SampleError: a damaged file, a format that may change values, or colours that stand for no ids.
     """
     with open_image(path) as image:
-        if image.format != "PNG":
-            raise SampleError(f"{path}: {image.format} image; labels must be PNG, since other formats may change ids")
+        if image.format not in LABEL_FORMATS:
+            known = ", ".join(LABEL_FORMATS)
+            raise SampleError(
+                f"{path}: {image.format} image; labels must be {known}, since other formats may change ids"
+            )
         if image.mode in ("1", "L", "P"):
             return np.asarray(image).astype(np.uint8)
         if image.mode.startswith("I"):
             return np.asarray(image).astype(np.uint16)
+        if image.mode in ("RGB", "RGBA"):
+            return _ids_of_colors(np.asarray(image)[..., :3], path)
         raise SampleError(f"{path}: {image.mode} image; labels must be a palette, gray or 16-bit image")
+
+
+def _ids_of_colors(colors: np.ndarray, path: str | Path) -> np.ndarray:
+    """Ids (H, W) of an RGB image (H, W, 3) of grays, or of DAVIS' colours."""
+    if (colors[..., :1] == colors[..., 1:]).all():
+        return colors[..., 0].copy()
+    packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    known = voc_palette().astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    order = np.argsort(known)
+    places = np.searchsorted(known[order], packed).clip(max=255)
+    ids = order[places]
+    if (known[ids] != packed).any():
+        some = [f"#{color:06x}" for color in np.unique(packed)[:6]]
+        raise SampleError(
+            f"{path}: an RGB image of {len(np.unique(packed))} colours, such as {', '.join(some)}; labels must be a "
+            "palette, gray or 16-bit image of ids, 0 for background, or have DAVIS' colours"
+        )
+    return ids.astype(np.uint8)
 
 
 def voc_palette() -> np.ndarray:

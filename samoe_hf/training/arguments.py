@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
 
 from samoe_hf.data import ClipDataset, MixedDataset
-from samoe_hf.data.registry import read_yaml, videos_from_entry
+from samoe_hf.data.registry import parse_yaml, read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
@@ -18,6 +18,8 @@ from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
+
+DATASETS = ("train_data", "eval_data")
 
 
 def check_at_least(arguments: Any, **limits: float) -> None:
@@ -105,9 +107,16 @@ class DataArguments:
 
     train_data: list[dict] = field(
         default_factory=list,
-        metadata={"help": "Datasets, each with the arguments of `load_videos`, and `weight`, its share of the clips."},
+        metadata={
+            "help": "Datasets: a folder, or the arguments of `load_videos` and `weight`, its share of the clips, such "
+            'as "{kind: davis, root: DAVIS}".',
+            "metavar": "FOLDER|{...}",
+        },
     )
-    eval_data: list[dict] = field(default_factory=list, metadata={"help": "As train_data; these videos are tracked."})
+    eval_data: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "As train_data; these videos are tracked.", "metavar": "FOLDER|{...}"},
+    )
     num_frames: int = field(default=8, metadata={"help": "Frames of a clip."})
     stride: int = field(default=1, metadata={"help": "Step between a clip's frames, in annotated frames."})
     max_objects: int = field(default=3, metadata={"help": "Objects of a clip."})
@@ -134,7 +143,7 @@ class DataArguments:
                 source = {name: value for name, value in entry.items() if name != "weight"}
                 weight = entry.get("weight")
             videos = videos_from_entry(source, f"train_data[{index}]")
-            domain = source.get("domain") or videos[0].domain
+            domain = (source.get("domain") if isinstance(source, Mapping) else None) or videos[0].domain
             if domain in clips:
                 raise ValueError(
                     f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
@@ -233,9 +242,23 @@ class SamoeTrainingArguments(TrainingArguments):
 
 def run_parser(**kwargs: Any) -> HfArgumentParser:
     """A parser with all keys of a run as options, in groups; `kwargs` of [`~transformers.HfArgumentParser`]."""
-    return HfArgumentParser(
+    parser = HfArgumentParser(
         (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments), **kwargs
     )
+    for action in parser._actions:
+        if action.dest in DATASETS:
+            action.type = dataset_entry
+    return parser
+
+
+def dataset_entry(text: str) -> str | dict:
+    """An entry of `train_data` or `eval_data` on the command line: a folder, or a mapping as in YAML."""
+    if not text.lstrip().startswith("{"):
+        return text
+    entry = parse_yaml(text, "a dataset")
+    if not isinstance(entry, dict):
+        raise ValueError(f"A dataset must be a folder or {{kind: ...}}, got {text!r}.")
+    return entry
 
 
 def parse_run(
@@ -262,10 +285,13 @@ def parse_run(
     return parser.parse_args_into_dataclasses(args=overrides)
 
 
-def _check_datasets(values: Mapping[str, Any]) -> None:
-    for name in ("train_data", "eval_data"):
+def _check_datasets(values: dict[str, Any]) -> None:
+    """Makes a list of a single dataset."""
+    for name in DATASETS:
+        if isinstance(values.get(name), (str, Mapping)):
+            values[name] = [values[name]]
         if not isinstance(values.get(name, []), list):
-            raise ValueError(f"`{name}` must be a list of datasets, got {values[name]!r}.")
+            raise ValueError(f"`{name}` must be a folder or a list of datasets, got {values[name]!r}.")
 
 
 def _check_types(kind: type, run: Mapping[str, Any]) -> None:

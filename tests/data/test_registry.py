@@ -51,7 +51,9 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):
-    with pytest.raises(ValueError, match="unknown kind of dataset 'youtubevos'; did you mean 'youtube_vos'"):
+    with pytest.raises(
+        ValueError, match="unknown kind of dataset 'youtubevos', and no folder; did you mean 'youtube_vos'"
+    ):
         load_videos("youtubevos", tmp_path)
     with pytest.raises(ValueError, match="no option 'ignore_id'; did you mean 'ignore_ids'"):
         load_videos("ocid", tmp_path, ignore_id=[1])
@@ -76,8 +78,9 @@ def test_synthetic_videos_and_saved_datasets_are_kinds_too(tmp_path):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"knd": "davis"}, r"train_data\[0\] names no `kind`.*'knd'"),
-        ("davis", r"train_data\[0\] must be the arguments"),
+        ({"knd": "davis"}, r"train_data\[0\] names no `kind` or `root`.*'knd'"),
+        ("davis", r"train_data\[0\] must be a folder or .*not 'davis'; did you mean \{kind: davis\}"),
+        (["davis"], r"train_data\[0\] must be a folder or the arguments"),
         ({"kind": 5}, "unknown kind of dataset 5"),
         ({"kind": ["davis"]}, "unknown kind"),
         ({"kind": "synthetic", "num_videos": "2", "num_frames": 2}, "`num_videos` must be an integer, not '2'"),

@@ -101,7 +101,7 @@ def test_missing_empty_and_corrupt_videos_are_named(tmp_path, gradient):
     with pytest.raises(FileNotFoundError, match="nothing"):
         read_video(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SampleError, match=r"empty: no \.jpg"):
+    with pytest.raises(SampleError, match=r"empty: no images in this folder \(\.bmp"):
         read_video(tmp_path / "empty")
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 20)
     with pytest.raises(SampleError, match=r"noise\.mp4: not a readable video"):
@@ -146,8 +146,12 @@ def test_ids_beyond_a_palette_are_refused_when_written_and_read_from_16_bits(tmp
 def test_binary_labels_stay_as_stored_and_colours_are_refused(tmp_path):
     Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "binary.png")
     assert read_label_png(tmp_path / "binary.png").tolist() == [[0, 255]]
-    Image.new("RGB", (2, 2)).save(tmp_path / "colours.png")
-    with pytest.raises(SampleError, match=r"colours\.png: RGB"):
+    Image.new("RGB", (2, 2), (7, 7, 7)).save(tmp_path / "gray.png")
+    assert read_label_png(tmp_path / "gray.png").tolist() == [[7, 7], [7, 7]]
+    Image.fromarray(voc_palette()[[[0, 200], [255, 1]]]).save(tmp_path / "davis.png")
+    assert read_label_png(tmp_path / "davis.png").tolist() == [[0, 200], [255, 1]]
+    Image.new("RGB", (2, 2), (7, 8, 9)).save(tmp_path / "colours.png")
+    with pytest.raises(SampleError, match=r"colours\.png: an RGB image of 1 colours, such as #070809"):
         read_label_png(tmp_path / "colours.png")
 
 

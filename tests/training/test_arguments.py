@@ -39,7 +39,7 @@ def parse(tmp_path):
         ("save_only_trained: 3", "`save_only_trained` must be true or false, got 3"),
         ("trainable: [experts=-1.0]", "must be from 0 on, got 'experts=-1.0'"),
         ("trainable: [experts=nan]", "must be from 0 on, got 'experts=nan'"),
-        ("eval_data: davis", "`eval_data` must be a list of datasets"),
+        ("eval_data: 5", "`eval_data` must be a folder or a list of datasets"),
         ("gradient_checkpointing_kwargs: {use_reentrant: true}", "neither `use_reentrant` nor `offload`"),
     ],
 )

@@ -1,0 +1,72 @@
+"""`samoe data check`: what a dataset holds, and what is likely a mistake."""
+
+import numpy as np
+import pytest
+
+from helpers.own_videos import SIZE, save, save_ids, truth, write
+from samoe_hf.cli import main
+from samoe_hf.data.video_io import read_image
+
+
+def check(folder, *options):
+    main(["data", "check", str(folder), "--output", str(folder.parent / "out"), *options])
+
+
+def test_it_lists_videos_and_draws_them(tmp_path, capsys):
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    check(root)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["cat", "64", "x", "48", "4", "4", "2", "1,", "2"]
+    sheet = tmp_path / "out" / "contact_sheet.png"
+    assert lines[-2:] == ["2 videos, 4 objects; 0 videos with warnings", f"Written: {sheet}"]
+    assert read_image(sheet).std() > 10
+    check(root, "--video", "cat")
+    assert "dog" not in capsys.readouterr().out
+
+
+def test_likely_mistakes_are_told(tmp_path, capsys):
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    for t in range(4):
+        save(root / f"white/frames/{t}.jpg", np.zeros((*SIZE, 3), np.uint8))
+        save(root / f"full/frames/{t}.jpg", np.zeros((*SIZE, 3), np.uint8))
+    mask = np.zeros(SIZE, np.uint8)
+    save(root / "full/masks/0.png", np.ones(SIZE, np.uint8))
+    save(root / "white/masks/1.png", mask)
+    mask[4:20, 4:20] = 255
+    save(root / "white/masks/0.png", mask)
+    check(root)
+    text = capsys.readouterr().out
+    for warning in (
+        "2 of 4 frames have no mask", "one object, whose id is 255: `binary: true` makes it 1",
+        "an object covers 100 % of a frame", "one frame alone has masks", "objects that one frame alone shows: 255",
+    ):  # fmt: skip
+        assert f"warning: {warning}" in text
+    assert "2 videos with warnings" in text
+
+
+def test_soft_edges_and_damaged_files_are_errors_of_their_videos(tmp_path, capsys):
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    soft = np.zeros(SIZE, np.uint8)
+    soft[4:20, 4:20] = 255
+    soft[3, 4:20] = soft[20, 4:20] = np.arange(40, 200, 10)
+    save(root / "cat/masks/0.png", soft)
+    (root / "dog 2/masks/1.png").write_bytes(b"damaged")
+    save(root / "fine/frames/0.jpg", np.zeros((*SIZE, 3), np.uint8))
+    save_ids(root / "fine/masks/0.png", truth()["cat"], 0)
+    with pytest.raises(SystemExit, match=r"2 of 3 videos cannot be used"):
+        check(root)
+    text = capsys.readouterr().out
+    assert "0.png: a mask with soft edges" in text and "1.png: not a readable image" in text
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--video", "bird"], "no videos of these ids"), (["--split", "dev"], "no split 'dev'")],
+)
+def test_wrong_options_are_named(options, message, tmp_path):
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    with pytest.raises(SystemExit, match=message):
+        check(root, *options)
+    with pytest.raises(SystemExit, match="no folder"):
+        check(tmp_path / "nowhere")

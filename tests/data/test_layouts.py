@@ -1,0 +1,280 @@
+"""Videos of one's own: every layout is recognized, and what is none is answered with the remedy."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from helpers import layouts
+from helpers.own_videos import LAYOUTS, NUM_FRAMES, SIZE, save, save_ids, truth, write, write_objects, write_videos
+from samoe_hf.data import SampleError, load_videos, write_palette_png
+
+
+def check_videos(videos) -> None:
+    """The videos are those of `truth`, in order, with its masks, and frames that are at most compressed."""
+    expected = list(truth().values())
+    assert len(videos) == len(expected)
+    for video, true in zip(videos, expected, strict=True):
+        assert len(video) == NUM_FRAMES and video.annotated_frames == list(range(NUM_FRAMES))
+        assert video.object_ids == true.object_ids
+        for t in range(NUM_FRAMES):
+            difference = np.abs(video.frames[t].astype(int) - true.frames[t])
+            others = [np.abs(video.frames[t].astype(int) - true.frames[s]).mean() for s in range(NUM_FRAMES) if s != t]
+            assert difference.mean() < min(others), "another frame"
+            assert np.array_equal(as_shown(video, t), as_shown(true, t))
+
+
+def as_shown(video, t):
+    """Ids of a frame's objects, the higher one where they overlap, as label images hold them."""
+    return (video.masks(t) * np.array(video.object_ids)[:, None, None]).max(axis=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_own_videos_are_read_without_naming_a_kind(layout, tmp_path, caplog):
+    root = LAYOUTS[layout](tmp_path / "my_videos")
+    videos = load_videos(str(root))
+    check_videos(videos)
+    assert videos[0].domain == "my_videos"
+    assert "my_videos: 2 videos, frames in" in caplog.text
+    if layout in ("csv", "json", "jsonl"):
+        assert load_videos(next(root.glob("pairs.*"))).video_ids == list(truth())
+
+
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"csv", "json", "jsonl"}))
+def test_the_patterns_that_are_told_name_the_same_videos(layout, tmp_path, caplog):
+    """What the log says can be given as it is."""
+    root = LAYOUTS[layout](tmp_path / "my_videos")
+    videos = load_videos(root)
+    frames, masks = caplog.messages[-1].partition("frames in ")[2].split(", masks in ")
+    named = load_videos("files", root, frames=frames, masks=masks)
+    assert len(named) == len(videos)
+    check_videos(named)
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (layouts.make_davis, "davis"),
+        (layouts.make_sa_v, "sa_v"),
+        (layouts.make_sa_v_val, "sa_v_val"),
+        (layouts.make_ocid, "ocid"),
+        (layouts.make_npz, "npz"),
+        (layouts.make_nifti, "nifti"),
+        (layouts.make_dataset, "dataset"),
+    ],
+)
+def test_layouts_of_public_datasets_are_recognized(make, kind, tmp_path, caplog):
+    named = load_videos(**make(tmp_path / "data"))
+    videos = load_videos(tmp_path / "data")
+    assert f"read as {kind}" in caplog.text
+    assert [video.video_id for video in videos] == [video.video_id for video in named]
+    assert videos[0].domain == named[0].domain and videos[0].object_ids == named[0].object_ids
+    frame = named[0].annotated_frames[0]
+    assert np.array_equal(videos[0].masks(frame), named[0].masks(frame))
+
+
+@pytest.mark.parametrize("name, kind", [("YouTubeVOS", "youtube_vos"), ("MOSE", "mose"), ("LVOS_V2", "lvos")])
+def test_vos_datasets_are_recognized_by_name_with_their_splits(name, kind, tmp_path, caplog):
+    for split in ("train", "valid"):
+        write(tmp_path / name / split, "JPEGImages/{v}/{t:05d}.jpg", "Annotations/{v}/{t:05d}.png", only=1)
+    videos = load_videos(tmp_path / name)
+    assert videos[0].domain == kind and "read as " + kind in caplog.text
+    assert "train" in str(videos[0].frames.paths[0])
+    assert "valid" in str(load_videos(tmp_path / name, split="valid")[0].frames.paths[0])
+    assert load_videos(tmp_path / name / "valid")[0].domain == kind
+    with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, valid"):
+        load_videos(tmp_path / name, split="dev")
+
+
+def test_coco_exports_are_recognized(tmp_path):
+    made = layouts.make_coco(tmp_path / "data")
+    (tmp_path / "export" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "one.png").rename(tmp_path / "export" / "train" / "one.png")
+    (tmp_path / "data" / made["annotations"]).rename(tmp_path / "export" / "train" / "_annotations.coco.json")
+    with pytest.warns(UserWarning, match="one frame"):
+        (video,) = load_videos(tmp_path / "export")
+    assert video.domain == "coco" and video.object_ids == [1, 2]
+
+
+@pytest.mark.parametrize("where", ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg"])
+def test_splits_are_recognized(where, tmp_path, caplog):
+    for split in ("train", "val"):
+        frame = where.replace("{s}", split)
+        write(
+            tmp_path, frame, frame.replace("frames", "masks").replace(".jpg", ".png"), only=2 if split == "val" else 1
+        )
+    assert len(load_videos(tmp_path)) == 1
+    assert "the split train is taken; others are ['val']" in caplog.text
+    videos = load_videos(tmp_path, split="val")
+    assert videos.video_ids == list(truth())
+    check_videos(videos)
+    with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, val"):
+        load_videos(tmp_path, split="dev")
+
+
+def test_a_folder_may_be_one_video(tmp_path):
+    write(tmp_path / "scan", "frames/{t:05d}.jpg", "masks/{t:05d}.png", only=1)
+    (video,) = load_videos(tmp_path / "scan")
+    assert video.video_id == "scan" and video.object_ids == next(iter(truth().values())).object_ids
+
+
+def test_masks_of_some_frames_leave_the_others_without_annotation(tmp_path, caplog):
+    write(tmp_path, "{v}/frames/{t:05d}.jpg", "{v}/masks/m{t}.png")
+    (tmp_path / "cat" / "masks" / "m1.png").unlink()
+    save(tmp_path / "bird" / "frames" / "0.jpg", np.zeros((*SIZE, 3), np.uint8))
+    videos = load_videos(tmp_path)
+    assert videos[0].annotated_frames == [0, 2, 3] and len(videos[0]) == NUM_FRAMES
+    assert videos.video_ids == list(truth()) and "left out for want of masks: bird" in caplog.text
+
+
+def test_objects_of_one_frame_each_are_objects(tmp_path):
+    """Objects that never share a frame are told by a word of their files' names."""
+    video = truth()["cat"]
+    for t in range(2):
+        save(tmp_path / "a" / "frames" / f"{t}.jpg", video.frames[t])
+        save(tmp_path / "a" / "masks" / f"{t}_obj{3 + t}.png", np.where(video.masks(t)[0], 255, 0).astype(np.uint8))
+    (read,) = load_videos(tmp_path)
+    assert read.object_ids == [3, 4] and read.visible(0) == [3] and read.visible(1) == [4]
+
+
+def test_names_of_objects_become_ids_in_their_order(tmp_path):
+    video = truth()["cat"]
+    for name in ("wing", "beak"):
+        save(tmp_path / "a" / "masks" / name / "0.png", np.where(video.masks(0)[0], 255, 0).astype(np.uint8))
+    save(tmp_path / "a" / "frames" / "0.jpg", video.frames[0])
+    assert load_videos(tmp_path)[0].object_ids == [1, 2]
+    assert "beak" in load_videos(tmp_path)[0].annotations.source(0)
+
+
+def test_a_list_may_name_frames_of_a_video_file_and_objects(tmp_path):
+    write_videos(tmp_path, "{v}.mp4", "m/{v}/{t}.png")
+    rows = [{"video": "cat.mp4", "frame": str(t), "mask": f"m/cat/{t}.png" if t else ""} for t in range(NUM_FRAMES)]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (video,) = load_videos(tmp_path / "list.json")
+    assert len(video) == NUM_FRAMES and video.annotated_frames == [1, 2, 3]
+    write_objects(tmp_path / "o", "{v}/{t}.jpg", "{v}/{t}-{o}.png")
+    lines = ["Image,Label,object_id", *(f"cat/{t}.jpg,cat/{t}-{o}.png,{o}" for t in range(2) for o in (1, 2))]
+    (tmp_path / "o" / "list.csv").write_text("\n".join(lines))
+    (video,) = load_videos(tmp_path / "o" / "list.csv")
+    assert video.video_id == "cat" and video.object_ids == [1, 2]
+
+
+def test_colours_of_davis_are_ids_and_grays_values(tmp_path):
+    write(tmp_path, "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    from PIL import Image
+
+    for path in tmp_path.rglob("masks/*.png"):
+        Image.open(path).convert("RGB").save(path)
+    check_videos(load_videos(tmp_path))
+
+
+# --- What is no layout
+
+
+def broken(tmp_path, what):
+    """A folder with one fault."""
+    root = tmp_path / "mine"
+    if what == "empty":
+        root.mkdir()
+        return root
+    if what == "no masks":
+        return write(root, "{v}/frames/{t}.jpg", "../elsewhere/{v}/masks/{t}.png")
+    if what == "only masks":
+        return write(root, "../elsewhere/{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    write(root, "{v}/frames/{t:05d}.jpg", "{v}/masks/{t:05d}.png")
+    if what == "a mask without a frame":
+        save_ids(root / "cat/masks/00009.png", truth()["cat"], 0)
+    elif what == "another size":
+        write_palette_png(root / "cat/masks/00001.png", np.ones((5, 5), int))
+    elif what == "JPEG masks":
+        save(root / "cat/masks/00001.jpg", np.zeros(SIZE, np.uint8))
+        (root / "cat/masks/00001.png").unlink()
+    elif what == "two masks of a frame":
+        save_ids(root / "cat/masks/1.png", truth()["cat"], 0)
+    elif what == "colours":
+        colors = np.zeros((*SIZE, 3), np.uint8)
+        colors[:9] = (12, 200, 7)
+        save(root / "cat/masks/00001.png", colors)
+    elif what == "cut off":
+        path = root / "cat/masks/00001.png"
+        path.write_bytes(path.read_bytes()[:60])
+    elif what == "two folders of frames":
+        write(root, "{v}/images/{t:05d}.jpg", "{v}/masks/{t:05d}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("empty", r"mine: no layout.* Found: no files\. Expected: <video>/frames"),
+        ("no masks", r"mine: no layout.* Found: 8 \.jpg \(such as cat/frames/0\.jpg\).*kind: files, root: "),
+        ("only masks", r"mine: no layout.* Found: 8 \.png \(such as cat/masks/0\.png\)"),
+        ("a mask without a frame", r"00009\.png: no frame named 00009 or numbered 9; the frames are 00000 to 00003"),
+        ("another size", r"masks of size \(5, 5\).*masks/00001\.png"),
+        ("JPEG masks", r"00001\.jpg: JPEG image; labels must be"),
+        ("two masks of a frame", r"00001\.png: frame 00001 has another mask|1\.png: frame 00001 has another mask"),
+        ("colours", r"00001\.png: an RGB image of 2 colours, such as #000000, #0cc807"),
+        ("cut off", r"00001\.png: not a readable image"),
+        ("two folders of frames", r"both .*cat/(frames|images) and .*of video cat.*Name them: \{kind: files"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_remedy(what, message, tmp_path):
+    root = broken(tmp_path, what)
+    with pytest.raises((ValueError, SampleError), match=message):
+        video = load_videos(root)[0]
+        for t in video.annotated_frames:
+            video.masks(t)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frames": "<video>/frames/*"}, "`frames` goes with `masks`"),
+        (
+            {"frames": "<video>/frames/*", "masks": "<video>/nothing/*"},
+            "`masks`: no image or video below .* is named by",
+        ),
+        ({"frames": "<vid>/frames/*", "masks": "<video>/masks/*"}, r"`frames` must be a pattern .*got '<vid>"),
+        ({"frames": "../<video>/*", "masks": "<video>/masks/*"}, "`frames` must be a pattern below"),
+        ({"frames": "<video>/frames/*", "masks": "cat/<video>/*"}, "name no video in common"),
+    ],
+)
+def test_wrong_patterns_are_refused(options, message, tmp_path):
+    write(tmp_path, "{v}/frames/{t:05d}.jpg", "{v}/masks/{t:05d}.png")
+    with pytest.raises(ValueError, match=message):
+        load_videos("files", tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("image,mask\ncat/frames/9.jpg,x.png\n", r"pairs\.csv, row 1: no such file .*9\.jpg"),
+        ("image,mask\n../x.jpg,x.png\n", r"pairs\.csv, row 1: '\.\./x\.jpg' is no path within"),
+        ("image,maks\na,b\n", r"pairs\.csv: has image, maks; expected a CSV or JSON"),
+        ("image,mask\ncat/frames/0.jpg,\n", r"pairs\.csv: no row has a mask"),
+    ],
+)
+def test_wrong_lists_name_the_row(text, message, tmp_path):
+    write(tmp_path, "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises((OSError, SampleError), match=message):
+        load_videos(tmp_path / "pairs.csv")
+
+
+def test_a_folder_that_is_not_there_is_no_kind(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown kind of dataset .*nowhere.* and no folder"):
+        load_videos(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        load_videos(root=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="name a folder, or a kind of dataset"):
+        load_videos()
+
+
+def test_links_are_followed_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write(tmp_path / "real", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "videos").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
+    check_videos(load_videos(tmp_path / "linked"))
