@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from .pairing import MaskFile, pair_masks
+from .pairing import MaskFile, pair_masks, split_by_prefix
 from .schema import Video, VideoList
 from .video_io import IMAGE_SUFFIXES, ImageFrames, natural_key, open_image, read_video
 
@@ -38,7 +38,7 @@ FRAME_NAMES = {
 }
 MASK_NAMES = {
     *("annotation", "annotations", "gt", "groundtruth", "groundtruths", "label", "labels", "mask", "masks", "seg"),
-    *("segm", "segmentation", "segmentations", "truth"),
+    *("segm", "segmentation", "segmentations", "segmentationobject", "segs", "ann", "anns", "anno", "annos", "truth"),
 }
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 MAX_LISTED = 6
@@ -126,6 +126,11 @@ def role_by_word(part: str) -> tuple[str | None, str]:
     return role, rest.strip(" _-.")
 
 
+def role_by_word_alone(part: str) -> tuple[str | None, str]:
+    """As [`role_by_word`], where the other words tell nothing (`binary_masks`)."""
+    return role_by_word(part)[0], ""
+
+
 def split_path(parts: Key, role_of: Callable[[str], tuple[str | None, str]]) -> tuple[str | None, Key]:
     """A folder's role, None if no part tells it, and the parts that tell the video."""
     role, key = None, []
@@ -149,16 +154,33 @@ def find_videos(root: Path) -> Found | None:
         ValueError: two folders that could be the frames, or the masks, of one video.
     """
     folders = read_folders(root)
-    for role_of in (role_by_name, role_by_word):
+    for role_of in (role_by_name, role_by_word, role_by_word_alone):
         roles: dict[str | None, list[tuple[Key, Folder]]] = defaultdict(list)
         for folder in folders.values():
             role, key = split_path(folder.parts, role_of)
             roles[role].append((key, folder))
-        if roles["masks"]:
-            found = _join(_frames_by_key(roles), roles["masks"], root)
-            if found is not None:
-                return found
-    return _by_content(folders, root) or _in_one_folder(folders, root)
+        deeper = {folder.parts for _, folder in roles["masks"] if role_of(folder.parts[-1])[0] is None}
+        found = _join(_frames_by_key(roles), roles["masks"], deeper, root) if roles["masks"] else None
+        if found is not None:
+            return _by_prefix(found)
+    found = _by_content(folders, root) or _in_one_folder(folders, root)
+    return None if found is None else _by_prefix(found)
+
+
+def _by_prefix(found: Found) -> Found:
+    """Takes videos apart whose images lie in one folder, and have their video's name before a number."""
+    sources: dict[Key, Source] = {}
+    layout = found.layout
+    for key, source in found.sources.items():
+        groups = split_by_prefix(source.frames, source.masks) if isinstance(source.frames, list) else {}
+        if groups:
+            sources |= {(*key, name): Source(list(frames), list(masks)) for name, (frames, masks) in groups.items()}
+            name, (frames, _) = next(iter(groups.items()))
+            named = re.sub(r"\d.*$", "", f"<video>{frames[0].stem.partition(name)[2]}")
+            layout = tuple(re.sub(r"(^|/)\*", rf"\1{named}*", pattern) for pattern in found.layout)  # type: ignore
+        else:
+            sources[key] = source
+    return Found(sources, layout, found.without_masks)
 
 
 def _frames_by_key(roles: Mapping[str | None, list[tuple[Key, Folder]]]) -> dict[Key, list[Source]]:
@@ -179,12 +201,18 @@ def _frames_by_key(roles: Mapping[str | None, list[tuple[Key, Folder]]]) -> dict
     return frames
 
 
-def _join(frames: Mapping[Key, list[Source]], mask_folders: Sequence[tuple[Key, Folder]], root: Path) -> Found | None:
-    """Videos whose frames and masks have one key; masks may lie one folder deeper, one for each object or frame."""
+def _join(
+    frames: Mapping[Key, list[Source]], mask_folders: Sequence[tuple[Key, Folder]], deeper: Collection[Key], root: Path
+) -> Found | None:
+    """Videos whose frames and masks have one key.
+
+    Args:
+        deeper: folders of masks that may belong to one object, or one frame, of the video of the folder above them.
+    """
     masks: dict[Key, list[MaskFile]] = defaultdict(list)
     origin: dict[Key, Folder] = {}
     for key, folder in mask_folders:
-        owner = key if key in frames else key[:-1]
+        owner = key if key in frames or folder.parts not in deeper else key[:-1]
         if owner not in frames or not folder.images:
             continue
         masks[owner] += [MaskFile(path, key[len(owner) :]) for path in folder.images]
@@ -201,14 +229,10 @@ def _join(frames: Mapping[Key, list[Source]], mask_folders: Sequence[tuple[Key, 
     first = next(iter(sources))
     parts = origin[first].parts
     if any(mask.folders for mask in masks[first]):
-        deeper = masks[first][0].folders[0]
-        parts = tuple("<object>" if i == _last_index(parts, deeper) else part for i, part in enumerate(parts))
+        last = len(parts) - 1 - parts[::-1].index(masks[first][0].folders[0])
+        parts = (*parts[:last], "<object>", *parts[last + 1 :])
     layout = _pattern(_parts(sources[first], root), first), _pattern(parts, first)
     return Found(sources, layout, [key for key in frames if key not in masks])
-
-
-def _last_index(parts: Key, part: str) -> int:
-    return len(parts) - 1 - parts[::-1].index(part) if part in parts else -1
 
 
 def _parts(source: Source, root: Path) -> Key:
@@ -260,23 +284,33 @@ def is_label_image(path: Path) -> bool:
 
 
 def _by_content(folders: Mapping[Key, Folder], root: Path) -> Found | None:
-    """Two kinds of folders side by side, of which one alone holds label images."""
+    """Two kinds of folders side by side, of which one alone holds label images; or such folders and video files."""
+    sources = {}
+    for folder in folders.values():
+        for video in folder.videos:
+            masks = folders.get((*folder.parts, video.stem))
+            if masks is not None and masks.images and is_label_image(masks.images[0]):
+                sources[(*folder.parts, video.stem)] = Source(video, [MaskFile(path) for path in masks.images])
+    if sources:
+        suffix = next(iter(sources.values())).frames.suffix  # type: ignore[union-attr]
+        return Found(sources, (f"<video>{suffix}", "<video>/*"))
+    with_images = [folder for folder in folders.values() if folder.parts and folder.images]
     for position in (-1, 0):
-        names = Counter(folder.parts[position] for folder in folders.values() if folder.parts and folder.images)
-        groups: dict[bool, list[tuple[Key, Folder]]] = defaultdict(list)
-        if len(names) != 2:
+        names = {folder.parts[position] for folder in with_images}
+        of_masks = {f.parts[position] for f in with_images if is_label_image(f.images[0])} if len(names) == 2 else set()
+        if len(of_masks) != 1:
             continue
-        for folder in folders.values():
-            if not folder.parts or not folder.images:
-                continue
+        frames: dict[Key, list[Source]] = defaultdict(list)
+        masks_found = []
+        for folder in with_images:
             key = folder.parts[:-1] if position == -1 else folder.parts[1:]
-            groups[is_label_image(folder.images[0])].append((key, folder))
-        of_group = [{folder.parts[position] for _, folder in groups[is_mask]} for is_mask in (False, True)]
-        if all(len(names_of) == 1 for names_of in of_group):
-            frames = {key: [Source(list(folder.images))] for key, folder in groups[False]}
-            found = _join(frames, groups[True], root)
-            if found is not None:
-                return found
+            if folder.parts[position] in of_masks:
+                masks_found.append((key, folder))
+            else:
+                frames[key].append(Source(list(folder.images)))
+        found = _join(frames, masks_found, (), root)
+        if found is not None:
+            return found
     return None
 
 

@@ -72,7 +72,7 @@ def _sa_v_val(root: Path, split: str | None) -> Layout | None:
 
 def _vos(root: Path, split: str | None) -> Layout | None:
     """YouTube-VOS, MOSE and LVOS, which the names of folders or `meta.json` tell."""
-    splits = [path.name for path in sorted(root.iterdir()) if (path / "JPEGImages").is_dir()]
+    splits = [path.parent.name for path in sorted(root.glob("*/JPEGImages")) if any(p.is_dir() for p in path.iterdir())]
     wanted = choose_split(splits, split) if splits and not (root / "JPEGImages").is_dir() else None
     folder = root if wanted is None else root / wanted
     frames, labels = folder / "JPEGImages", folder / "Annotations"

@@ -248,3 +248,22 @@ def _containing(index: Mapping[str, int], stem: str) -> Match | None:
         return None
     name = max(names, key=len)
     return Match(index[name], "".join(filter(None, found[name].groups())))
+
+
+def split_by_prefix(frames: Sequence[Path], masks: Sequence[MaskFile]) -> dict[str, tuple[list[Path], list[MaskFile]]]:
+    """Videos whose images lie in one folder: name before the last number -> its frames and masks.
+
+    Empty where the names are those of one video: one name alone, one that a single image has, or a mask of none.
+    """
+    groups: dict[str, tuple[list[Path], list[MaskFile]]] = {}
+    for path in frames:
+        prefix = re.sub(r"\d+\D*$", "", path.stem).strip(" _-.")
+        groups.setdefault(prefix, ([], []))[0].append(path)
+    if len(groups) < 2 or "" in groups or min(len(images) for images, _ in groups.values()) < 2:
+        return {}
+    for mask in masks:
+        names = [name for name in groups if re.search(rf"(^|[\W_]){re.escape(name)}([\W_\d]|$)", mask.path.stem)]
+        if not names:
+            return {}
+        groups[max(names, key=len)][1].append(mask)
+    return {name: group for name, group in groups.items() if group[1]}
