@@ -351,11 +351,23 @@ def read_label_png(path: str | Path) -> np.ndarray:
     with open_image(path) as image:
         if image.format != "PNG":
             raise SampleError(f"{path}: {image.format} image; labels must be PNG, since other formats may change ids")
-        if image.mode in ("1", "L", "P"):
-            return np.asarray(image).astype(np.uint8)
-        if image.mode.startswith("I"):
-            return np.asarray(image).astype(np.uint16)
-        raise SampleError(f"{path}: {image.mode} image; labels must be a palette, gray or 16-bit image")
+        return label_values(image, str(path))
+
+
+def label_values(image: Image.Image, name: str) -> np.ndarray:
+    """The values of a label image as they are stored, (H, W) uint8 or uint16; `name` is for messages.
+
+    Raises:
+        SampleError: an image with colour channels instead of ids, or ids above 65535.
+    """
+    if image.mode in ("1", "L", "P"):
+        return np.asarray(image).astype(np.uint8)
+    if not image.mode.startswith("I"):
+        raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
+    values = np.asarray(image)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise SampleError(f"{name}: labels must be from 0 to 65535, not {values.min()} to {values.max()}")
+    return values.astype(np.uint16)
 
 
 def voc_palette() -> np.ndarray:
