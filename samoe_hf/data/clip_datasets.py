@@ -305,6 +305,8 @@ def _first_has_pixel_values(data: Any) -> bool:
         raise ValueError("a dataset must not be an iterator, which ends after one epoch; give what it iterates over")
     if isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
         return "pixel_values" in data.column_names
+    if isinstance(data, Mapping | str | Video):
+        return False  # as_videos says why it is no dataset
     if hasattr(data, "__getitem__") and not is_iterable_dataset(data):
         first = data[0] if not hasattr(data, "__len__") or len(data) else {}
     else:

@@ -149,7 +149,7 @@ def test_names_are_the_items_own_or_their_number():
         ((FRAMES, IDS), r"item 4 must be a mapping .*, not tuple"),
         ({"video": FRAMES, "masks": IDS}, r"item 4 has no `frames`; its keys are \['video', 'masks'\]"),
         ({"frames": FRAMES, "masks": None}, r"item 4 has no `masks`"),
-        ({"frames": FRAMES / 255 - 0.5, "masks": IDS}, r"item 4: `frames` are floats from -0\.5 to 0\.5.*normalization"),
+        ({"frames": FRAMES / 255 - 0.5, "masks": IDS}, r"item 4: `frames` are floats from -0\.5 to 0\.5.*normal"),
         ({"frames": FRAMES / 1.0, "masks": IDS}, r"item 4: `frames` are floats from 0 to 255"),
         ({"frames": np.full(FRAMES.shape, np.nan), "masks": IDS}, r"item 4: `frames` are floats from nan"),
         ({"frames": FRAMES.astype(np.int16) * 2, "masks": IDS}, r"item 4: `frames` are int16 from 0 to 510"),
