@@ -97,7 +97,7 @@ def videos_from_dataset(
         features = {}
     for option, column in named.items():
         if column not in features:
-            raise ValueError(f"`{option}`: the dataset has no column {column!r}; {_describe(features)}")
+            raise ValueError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
     if not named and set(FEATURES) <= set(features):
         return _rows_as_videos(dataset, list(FEATURES), ["frames"], partial(_open_own, domain))
     if not features:

@@ -254,8 +254,10 @@ def test_a_stream_goes_on_after_a_broken_item(caplog):
 
 def test_a_broken_item_is_named_by_a_worker():
     clips = ClipDataset([MyDataset()[0], {"frames": FRAMES}], square(16), num_frames=2)
+    loaded = iter(DataLoader(clips, batch_size=None, num_workers=1, sampler=[1, 0]))
     with pytest.raises(SampleError, match="item 1 has no `masks`"):
-        next(iter(DataLoader(clips, batch_size=None, num_workers=1, sampler=[1])))
+        next(loaded)
+    assert [clip["video_id"] for clip in loaded] == ["item_0"]
 
 
 def test_a_stream_is_no_dataset_of_known_length():
