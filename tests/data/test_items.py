@@ -1,6 +1,7 @@
 """Datasets of one's own, whose items are mappings with frames and masks."""
 
 import logging
+import re
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from helpers.clips import numbered_video, same_clip, square
+from helpers.reference import ROOT
 from samoe_hf.data import (
     ClipCollator,
     ClipDataset,
@@ -296,6 +298,14 @@ def test_points_are_said_once_not_to_be_used():
 def test_raw_items_are_not_collated():
     with pytest.raises(ValueError, match=r"ClipDataset\(dataset, processor\)"):
         ClipCollator()([MyDataset()[0]])
+
+
+def test_the_guides_dataset_class_runs():
+    guide = (ROOT / "docs" / "data.md").read_text()
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "class MyDataset" in code]
+    names = {}
+    exec(snippet, names)
+    assert names["batch"]["labels"].shape[:3] == (2, 2, 4) and names["batch"]["object_mask"].all()
 
 
 def test_arrays_are_the_shorter_way_where_they_are_as_video_takes_them():
