@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import datasets
@@ -115,10 +114,11 @@ class ItemStream(_Items):
     def __iter__(self) -> Iterator[Video]:
         items, worker = self.items, get_worker_info()
         first, step = (0, 1) if worker is None or is_iterable_dataset(items) else (worker.id, worker.num_workers)
-        # Unlike generators, these go on after an item that is no video.
+        # Unlike generators and islice, these go on after an item that is no video.
         if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
             return map(lambda index: self._open(index, items[index]), range(first, len(items), step))
-        return map(lambda pair: self._open(*pair), islice(enumerate(items), first, None, step))
+        own = filter(lambda pair: pair[0] % step == first, enumerate(items))
+        return map(lambda pair: self._open(*pair), own)
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on to the dataset, if it has an epoch."""
