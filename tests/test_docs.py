@@ -144,7 +144,10 @@ def call_faults(call: ast.Call, names: dict[str, Any]) -> list[str]:
         target = getattr(target, part, None)
     if target is None or not callable(target):
         return []
-    signature = inspect.signature(target)
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # of a function in C that does not tell
+        return []
     is_method = called[0] in KNOWN and "self" in signature.parameters
     arguments = [*([None] if is_method else []), *call.args]
     try:

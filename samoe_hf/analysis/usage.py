@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Sam2VideoProcessor
 
-from samoe_hf.data.schema import Video, videos_from_dataset
+from samoe_hf.data.hub_datasets import videos_from_dataset
+from samoe_hf.data.schema import Video
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates

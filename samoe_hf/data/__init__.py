@@ -2,8 +2,10 @@
 
 from .clip_datasets import ClipDataset, ClipStream, MixedDataset
 from .clips import ClipCollator, ClipSampler
+from .hub_datasets import videos_from_dataset
+from .items import video_from_item, videos_from_items
 from .registry import load_videos
-from .schema import FEATURES, Video, VideoList, to_datasets, video_from_row, videos_from_dataset
+from .schema import FEATURES, Video, VideoList, to_datasets, video_from_row
 from .synthetic import SYNTHETIC_DOMAINS, SyntheticVideos
 from .transforms import training_transforms
 from .video_io import (
@@ -34,8 +36,10 @@ __all__ = [
     "read_video",
     "to_datasets",
     "training_transforms",
+    "video_from_item",
     "video_from_row",
     "videos_from_dataset",
+    "videos_from_items",
     "voc_palette",
     "write_palette_png",
     "write_video",

@@ -50,7 +50,7 @@ class Annotations(ABC):
         return f"annotation of frame {frame}"
 
 
-class _LabelMaps(Annotations):
+class LabelMaps(Annotations):
     """Annotations that are one image of object ids per frame, 0 for background."""
 
     @abstractmethod
@@ -68,22 +68,23 @@ class _LabelMaps(Annotations):
         return self.ids(frame)[None] == np.asarray(object_ids, dtype=np.int64)[:, None, None]
 
 
-class IdVolume(_LabelMaps):
-    """Ids in memory, (T, H, W) of any integer dtype and not negative; all frames are annotated."""
+class IdVolume(LabelMaps):
+    """Ids in memory, (T, H, W) of any integer dtype and not negative; all frames annotated or those listed."""
 
-    def __init__(self, ids: np.ndarray):
+    def __init__(self, ids: np.ndarray, frames: Sequence[int] | None = None):
         if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer):
             raise SampleError(f"labels must be (T, H, W) integers, not {ids.dtype} {ids.shape}")
         if ids.min(initial=0) < 0:
             raise SampleError(f"labels must be 0 (background) or the ids of objects, not {ids.min()}")
         self.volume = ids.astype(np.min_scalar_type(ids.max(initial=0)), copy=False)
-        self.frames, self.size = list(range(len(ids))), ids.shape[1:]
+        self.frames, self.size = list(range(len(ids)) if frames is None else frames), ids.shape[1:]
+        self._rows = dict(zip(self.frames, self.volume, strict=True))
 
     def ids(self, frame: int) -> np.ndarray:
-        return self.volume[frame]
+        return self._rows[frame]
 
 
-class LabelImages(_LabelMaps):
+class LabelImages(LabelMaps):
     """One label image per annotated frame.
 
     Args:
@@ -108,7 +109,7 @@ class LabelImages(_LabelMaps):
         if self.binary:
             return (ids > 0).astype(np.uint8)
         if self.counted is None:
-            check_not_binary(ids, self.paths[frame])
+            check_not_binary(ids, self.source(frame), Path(self.paths[frame]).parent.parent)
         return ids
 
     def visible(self, frame: int) -> list[int]:
@@ -118,10 +119,15 @@ class LabelImages(_LabelMaps):
         return str(self.paths[frame])
 
 
-def check_not_binary(ids: np.ndarray, path: str | Path) -> None:
-    """Recognizes the mask of one object, stored with the largest gray value, among label images.
+def check_not_binary(ids: np.ndarray, source: str, owner: str | Path) -> None:
+    """Recognizes the mask of one object, stored with the largest value of its dtype, among label images.
 
     Warns where only that value and 0 occur, since an object may have that id.
+
+    Args:
+        ids: (H, W) unsigned integers.
+        source: the label image, for messages.
+        owner: what all label images are in, for messages.
 
     Raises:
         SampleError: for a mask with soft edges, whose every shade would become an object.
@@ -129,17 +135,25 @@ def check_not_binary(ids: np.ndarray, path: str | Path) -> None:
     white = np.iinfo(ids.dtype).max
     if not (ids == white).any():
         return
-    between = (ids > 0) & (ids < white)
     hint = "`binary: true` (`year: 2016` for the kind davis) reads every label above 0 as object 1"
-    if not between.any():
+    if ((ids == 0) | (ids == white)).all():
         warnings.warn(
-            f"labels in {Path(path).parent.parent} hold 0 and {white} alone, so {white} is taken for an object's id; "
-            f"if they are masks of one object, {hint}",
+            f"labels in {owner} hold 0 and {white} alone, so {white} is taken for an object's id; if they are masks "
+            f"of one object, {hint}",
             stacklevel=2,
         )
+    elif has_soft_edges(ids):
+        raise SampleError(f"{source}: a mask with soft edges, whose shades are no objects' ids; {hint}")
+
+
+def has_soft_edges(ids: np.ndarray) -> bool:
+    """Whether (H, W) unsigned integers are a mask with soft edges, white in its largest value, and not objects' ids."""
+    white = np.iinfo(ids.dtype).max
+    between = (ids > 0) & (ids < white)
+    if not between.any() or not (ids == white).any():
+        return False
     # Shades of an edge have darker and lighter neighbours; of an object's pixels, few that touch two others have.
-    elif ((minimum_filter(ids, 3) < ids) & (ids < maximum_filter(ids, 3)))[between].mean() > 0.5:
-        raise SampleError(f"{path}: a mask with soft edges, whose shades are no objects' ids; {hint}")
+    return bool(((minimum_filter(ids, 3) < ids) & (ids < maximum_filter(ids, 3)))[between].mean() > 0.5)
 
 
 class ObjectImages(Annotations):

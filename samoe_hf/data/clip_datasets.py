@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import Sam2VideoProcessor
 
 from .clips import Clip, ClipSampler
+from .hub_datasets import StreamedVideos, videos_from_dataset
+from .items import ItemStream, is_iterable_dataset, videos_from_items
 from .options import check_types
 from .schema import Video
 from .video_io import SampleError
@@ -75,11 +78,23 @@ class SkippingDataset(SharedEpoch):
         logger.warning("skipped a sample, %d so far: %s", self.num_skipped, error)
 
 
+def as_videos(data: Any) -> Sequence[Video] | Iterable[Video]:
+    """Videos of what holds them in any form: see `videos_from_dataset` and [`videos_from_items`].
+
+    Args:
+        data: videos, a dataset whose items are mappings with frames and masks, or a dataset of `datasets`.
+    """
+    if isinstance(data, datasets.Dataset | datasets.IterableDataset):
+        return videos_from_dataset(data)
+    return data if isinstance(data, StreamedVideos) else videos_from_items(data)
+
+
 class ClipDataset(SkippingDataset, Dataset):
     """Clips of a sequence of videos, `clips_per_video` of each per epoch.
 
     Args:
-        videos: a list or a lazy sequence of `Video`, such as `load_videos` returns.
+        videos: a list or a lazy sequence of `Video`, such as `load_videos` returns; or a map-style dataset of your own,
+            whose items are mappings with `frames` and `masks`, see [`video_from_item`].
         processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
         seed: with the epoch and the index, decides a clip.
         clips_per_video: how often an epoch goes through the videos.
@@ -94,7 +109,7 @@ class ClipDataset(SkippingDataset, Dataset):
 
     def __init__(
         self,
-        videos: Sequence[Video],
+        videos: Sequence[Video | Mapping[str, Any]] | Dataset,
         processor: Sam2VideoProcessor,
         *,
         seed: int = 0,
@@ -104,6 +119,9 @@ class ClipDataset(SkippingDataset, Dataset):
     ):
         super().__init__(on_error)
         check_types(ClipDataset, {"seed": seed, "clips_per_video": clips_per_video}, "clips")
+        videos = as_videos(videos)
+        if not isinstance(videos, Sequence):
+            raise ValueError("a stream has no length, as ClipDataset needs; give it to ClipStream")
         if len(videos) == 0:
             raise ValueError("a dataset without videos")
         if seed < 0 or clips_per_video < 1:
@@ -210,10 +228,12 @@ def _apportion(weights: np.ndarray, total: int) -> list[int]:
 class ClipStream(SkippingDataset, IterableDataset):
     """One clip of every video of a stream, for sets larger than the disk.
 
-    A clip depends on (seed, epoch, video id). Data loader workers share out the stream's shards, as `datasets` does.
+    A clip depends on (seed, epoch, video id). Data loader workers share out the stream, by its shards if it is one of
+    `datasets`. A `torch.utils.data.IterableDataset` must share itself out, as it must for torch's own data loader.
 
     Args:
-        videos: an iterable of `Video`, such as `videos_from_dataset` makes of a `datasets.IterableDataset`.
+        videos: an iterable of `Video`, such as `videos_from_dataset` makes of a `datasets.IterableDataset`; or of
+            mappings with `frames` and `masks`, see [`video_from_item`].
         processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
         seed: with the epoch and the video's id, decides a clip.
         on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and left out.
@@ -222,7 +242,7 @@ class ClipStream(SkippingDataset, IterableDataset):
 
     def __init__(
         self,
-        videos: Iterable[Video],
+        videos: Iterable[Video | Mapping[str, Any]],
         processor: Sam2VideoProcessor,
         *,
         seed: int = 0,
@@ -233,7 +253,9 @@ class ClipStream(SkippingDataset, IterableDataset):
         check_types(ClipStream, {"seed": seed}, "clips")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, not {seed}")
-        self.videos, self.seed = videos, seed
+        videos = as_videos(videos)
+        self.videos = ItemStream(videos) if isinstance(videos, Sequence) else videos
+        self.seed = seed
         self.sampler = ClipSampler(processor, **sampling)
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,3 +280,40 @@ class ClipStream(SkippingDataset, IterableDataset):
                 self._raise_or_skip(error)
             else:
                 yield clip
+
+
+def as_clips(data: Any, processor: Sam2VideoProcessor, seed: int) -> Any:
+    """A dataset of clips: the given one if it holds clips, else clips of 8 frames drawn of the videos that it holds.
+
+    Args:
+        data: clips, or what [`as_videos`] takes.
+        processor, seed: of the clips that are drawn.
+
+    Raises:
+        ValueError: it holds neither; or it is an iterator, which can be gone through only once.
+    """
+    if isinstance(data, ClipDataset | MixedDataset | ClipStream) or _first_has_pixel_values(data):
+        return data
+    videos = as_videos(data)
+    make = ClipDataset if isinstance(videos, Sequence) else ClipStream
+    return make(videos, processor, seed=seed)
+
+
+def _first_has_pixel_values(data: Any) -> bool:
+    """Whether a dataset holds clips, which its first item tells; raises a `ValueError` if that is no mapping."""
+    if isinstance(data, Iterator):
+        raise ValueError("a dataset must not be an iterator, which ends after one epoch; give what it iterates over")
+    if isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
+        return "pixel_values" in data.column_names
+    if isinstance(data, Mapping | str | Video):
+        return False  # as_videos says why it is no dataset
+    if hasattr(data, "__getitem__") and not is_iterable_dataset(data):
+        first = data[0] if not hasattr(data, "__len__") or len(data) else {}
+    else:
+        first = next(iter(data), {})
+    if not isinstance(first, Mapping | Video):
+        raise ValueError(
+            "a dataset must hold clips with `pixel_values`, Video, or mappings with `frames` and `masks`, not "
+            f"{type(first).__name__}"
+        )
+    return isinstance(first, Mapping) and "pixel_values" in first

@@ -157,6 +157,8 @@ class ClipCollator:
     keep_domain: bool = False
 
     def __call__(self, clips: Sequence[Clip]) -> dict[str, Any]:
+        if not all("pixel_values" in clip for clip in clips):
+            raise ValueError("clips must have `pixel_values`; ClipDataset(dataset, processor) makes clips of a dataset")
         shapes = {tuple(clip["pixel_values"].shape) for clip in clips}
         if len(shapes) > 1:
             raise ValueError(f"clips of a batch must have one number of frames and one size, not {sorted(shapes)}")

@@ -9,36 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import yaml
 
+from .hub_datasets import read_dataset
 from .layouts import read_files, recognize
 from .options import check_options, check_types, nearest_name
 from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
-from .schema import Video, VideoList, videos_from_dataset
+from .schema import Video, VideoList
 from .synthetic import SyntheticVideos
-from .video_io import DAMAGE, SampleError
 from .volumes import read_nifti, read_npz
 
 logger = logging.getLogger(__name__)
-
-
-def read_dataset(root: str | Path, split: str = "train", streaming: bool = False) -> Sequence[Video] | Iterable[Video]:
-    """A dataset made by `to_datasets`: a folder of `save_to_disk`, or anything `datasets.load_dataset` takes.
-
-    Args:
-        root: folder, or name on the Hub.
-        split: of `load_dataset`.
-        streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
-    """
-    if (Path(root) / "state.json").is_file():
-        try:
-            dataset = datasets.load_from_disk(str(root))
-        except DAMAGE as error:
-            raise SampleError(f"{root}: not a dataset of `save_to_disk` ({error!r})") from error
-        return videos_from_dataset(dataset.to_iterable_dataset() if streaming else dataset)
-    return videos_from_dataset(datasets.load_dataset(str(root), split=split, streaming=streaming))
-
 
 # A domain that is not given is the kind's name, except where the videos bring their own.
 READERS: dict[str, Callable[..., Any]] = {

@@ -8,7 +8,7 @@ ids of any size and frames without annotation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -160,8 +160,31 @@ class VideoList(Sequence):
         return VideoList({video_id: self.entries[video_id] for video_id in video_ids}, self.open_entry)
 
 
-class _EncodedFrames(FrameSequence):
-    """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already."""
+def encoded_source(image: Any, name: str) -> bytes | str:
+    """An image's bytes, or else its path, of `{"bytes", "path"}`; raises `SampleError` where it has neither."""
+    source = image["bytes"] or image["path"]
+    if not source:
+        raise SampleError(f"{name}: no image")
+    return source
+
+
+def stored_size(image: Any, name: str) -> tuple[int, int]:
+    """(height, width) of an image as a row holds it, of an encoded one as its header says."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    with open_image(encoded_source(image, name), name) as opened:
+        return opened.height, opened.width
+
+
+class EncodedFrames(FrameSequence):
+    """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already.
+
+    Args:
+        video_id: for messages.
+        images: one for each frame.
+        names: their names.
+        size: (height, width), as the row says.
+    """
 
     def __init__(self, video_id: str, images: list[Any], names: list[str], size: Sequence[int]):
         self.video_id, self.images, self.names = video_id, images, list(names)
@@ -170,33 +193,19 @@ class _EncodedFrames(FrameSequence):
             raise SampleError(f"{video_id}: {len(images)} frames with {len(names)} names")
         if not all(isinstance(name, str) for name in names):
             raise SampleError(f"{video_id}: a frame without a name")
-        if images and self.size != self._stored_size(0):
-            raise SampleError(f"{video_id}: frames of size {self._stored_size(0)}, not {self.size} as the row says")
+        stored = stored_size(images[0], self._name(0)) if images else self.size
+        if self.size != stored:
+            raise SampleError(f"{video_id}: frames of size {stored}, not {self.size} as the row says")
 
     def _name(self, index: int) -> str:
         return f"{self.video_id}, frame {self.names[index]}"
-
-    def _source(self, index: int) -> bytes | str:
-        image = self.images[index]
-        source = image["bytes"] or image["path"]
-        if not source:
-            raise SampleError(f"{self._name(index)}: no image")
-        return source
-
-    def _stored_size(self, index: int) -> tuple[int, int]:
-        """(height, width) as an image's header says."""
-        image = self.images[index]
-        if isinstance(image, Image.Image):
-            return image.height, image.width
-        with open_image(self._source(index), self._name(index)) as opened:
-            return opened.height, opened.width
 
     def _read(self, index: int) -> np.ndarray:
         image = self.images[index]
         if isinstance(image, Image.Image):
             frame = np.asarray(image.convert("RGB"))
         else:
-            frame = read_image(self._source(index), self._name(index))
+            frame = read_image(encoded_source(image, self._name(index)), self._name(index))
         if frame.shape[:2] != self.size:
             raise SampleError(f"{self._name(index)}: frame of size {frame.shape[:2]}, but the video's is {self.size}")
         return frame
@@ -242,7 +251,7 @@ def video_from_row(row: dict[str, Any]) -> Video:
     """
     try:
         video_id, domain, ids = str(row["video_id"]), str(row["domain"]), row["object_ids"]
-        frames = _EncodedFrames(video_id, row["frames"], row["frame_names"], row["size"])
+        frames = EncodedFrames(video_id, row["frames"], row["frame_names"], row["size"])
         if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):
             raise SampleError(f"{video_id}: a frame that is annotated twice")
         rles = {
@@ -287,48 +296,3 @@ def to_datasets(
 
 def _rows(videos: Sequence[Video], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
     return (video_to_row(videos[i]) for i in indices)
-
-
-class _DatasetVideos(Sequence):
-    def __init__(self, dataset: datasets.Dataset):
-        self.dataset = dataset.with_format("arrow")  # hands out encoded images
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Video:
-        table = self.dataset[index]
-        try:
-            table.validate(full=True)  # Arrow reads beyond its memory where offsets in a file are damaged
-            row = table.to_pylist()[0]
-        except (*DAMAGE, SystemError) as error:
-            raise SampleError(f"{self._source()}, row {index}: damaged ({error})") from error
-        return video_from_row(row)
-
-    def _source(self) -> str:
-        return ", ".join(file["filename"] for file in self.dataset.cache_files) or "a dataset in memory"
-
-
-class _StreamedVideos:
-    def __init__(self, dataset: datasets.IterableDataset):
-        self.dataset = dataset.cast_column("frames", datasets.List(datasets.Image(decode=False)))
-
-    def __iter__(self) -> Iterator[Video]:
-        return map(video_from_row, self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
-
-def videos_from_dataset(dataset: datasets.Dataset | datasets.IterableDataset) -> Sequence[Video] | Iterable[Video]:
-    """Videos of a dataset with `FEATURES`: a sequence, or, of an `IterableDataset`, an iterable with `set_epoch`.
-
-    Frames are not decoded before they are asked for, unlike in the rows that `datasets` hands out itself.
-
-    Raises:
-        ValueError: columns are missing.
-    """
-    missing = set(FEATURES) - set(dataset.column_names or FEATURES)
-    if missing:
-        raise ValueError(f"the dataset lacks the columns {sorted(missing)} of samoe_hf.data.FEATURES")
-    return _DatasetVideos(dataset) if isinstance(dataset, datasets.Dataset) else _StreamedVideos(dataset)

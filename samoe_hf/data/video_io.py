@@ -356,16 +356,28 @@ def read_label_png(path: str | Path) -> np.ndarray:
             raise SampleError(
                 f"{path}: {image.format} image; labels must be {known}, since other formats may change ids"
             )
-        if image.mode in ("1", "L", "P"):
-            return np.asarray(image).astype(np.uint8)
-        if image.mode.startswith("I"):
-            return np.asarray(image).astype(np.uint16)
-        if image.mode in ("RGB", "RGBA"):
-            return _ids_of_colors(np.asarray(image)[..., :3], path)
-        raise SampleError(f"{path}: {image.mode} image; labels must be a palette, gray or 16-bit image")
+        return label_values(image, str(path))
 
 
-def _ids_of_colors(colors: np.ndarray, path: str | Path) -> np.ndarray:
+def label_values(image: Image.Image, name: str) -> np.ndarray:
+    """The values of a label image as they are stored, (H, W) uint8 or uint16; `name` is for messages.
+
+    Raises:
+        SampleError: colours that stand for no ids, or ids above 65535.
+    """
+    if image.mode in ("1", "L", "P"):
+        return np.asarray(image).astype(np.uint8)
+    if image.mode in ("RGB", "RGBA"):
+        return _ids_of_colors(np.asarray(image)[..., :3], name)
+    if not image.mode.startswith("I"):
+        raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
+    values = np.asarray(image)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise SampleError(f"{name}: labels must be from 0 to 65535, not {values.min()} to {values.max()}")
+    return values.astype(np.uint16)
+
+
+def _ids_of_colors(colors: np.ndarray, name: str) -> np.ndarray:
     """Ids (H, W) of an RGB image (H, W, 3) of grays, or of DAVIS' colours."""
     if (colors[..., :1] == colors[..., 1:]).all():
         return colors[..., 0].copy()
@@ -377,7 +389,7 @@ def _ids_of_colors(colors: np.ndarray, path: str | Path) -> np.ndarray:
     if (known[ids] != packed).any():
         some = [f"#{color:06x}" for color in np.unique(packed)[:6]]
         raise SampleError(
-            f"{path}: an RGB image of {len(np.unique(packed))} colours, such as {', '.join(some)}; labels must be a "
+            f"{name}: an RGB image of {len(np.unique(packed))} colours, such as {', '.join(some)}; labels must be a "
             "palette, gray or 16-bit image of ids, 0 for background, or have DAVIS' colours"
         )
     return ids.astype(np.uint8)

@@ -211,6 +211,9 @@ class SamoeTrainingArguments(TrainingArguments):
             # checkpoints.
             self.ddp_find_unused_parameters = True
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # Else, of a stream, one process reads the batches of all and joins them, whose objects differ in number.
+            self.accelerator_config.dispatch_batches = False
         check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
         check_at_least(self, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_steps=0, adam_epsilon=0, seed=0)
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)

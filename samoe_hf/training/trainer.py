@@ -14,12 +14,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import Sam2VideoProcessor, Trainer, TrainerCallback, enable_full_determinism, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, speed_metrics
 
 from samoe_hf.data import ClipCollator
-from samoe_hf.data.schema import Video
+from samoe_hf.data.clip_datasets import as_clips, as_videos
 from samoe_hf.evaluation.evaluate import VideoResult, evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
@@ -43,9 +43,8 @@ class SamoeTrainer(Trainer):
     """A Trainer for clips: SAM 2's prompts and loss, learning rates by set, and tracking of videos as evaluation.
 
     It logs the parts of the loss, and at each logging step the routers' entropy (1 when all experts get equal
-    probability) and how much weight each expert gets, by domain. `evaluate` tracks `eval_dataset`, a list of
-    [`Video`], from the masks of the first frame that shows each object, and reports `J`, `F` and `J&F` in all and by
-    domain.
+    probability) and how much weight each expert gets, by domain. `evaluate` tracks the videos of `eval_dataset` from
+    the masks of the first frame that shows each object, and reports `J`, `F` and `J&F` in all and by domain.
 
     Args:
         recipe: how prompts are simulated.
@@ -53,6 +52,9 @@ class SamoeTrainer(Trainer):
         processing_class: prepares videos, and is saved with each checkpoint; by default as SAM 2 prepares them.
         domain: of a model with domains, the one whose experts are trained, on all clips. Nothing else is: what other
             domains and the gate build on stays as it is.
+        train_dataset: clips, such as [`ClipDataset`] draws. Or what that takes: videos, or a dataset of your own whose
+            items are mappings with `frames` and `masks`; then clips of 8 frames are drawn, by the run's seed.
+        eval_dataset: videos, or a dataset of your own as above.
         kwargs: as in [`~transformers.Trainer`].
     """
 
@@ -64,6 +66,7 @@ class SamoeTrainer(Trainer):
         segmentation_loss: SegmentationLoss | None = None,
         processing_class: Sam2VideoProcessor | None = None,
         domain: str | None = None,
+        train_dataset: Any = None,
         **kwargs,
     ):
         self.domain = domain
@@ -85,6 +88,8 @@ class SamoeTrainer(Trainer):
         # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
         args.remove_unused_columns = False
         processing_class = processing_class or build_processor(model.config)
+        if train_dataset is not None:
+            kwargs["train_dataset"] = as_clips(train_dataset, processing_class, args.seed)
         collator = ClipCollator(keep_domain=True)
         super().__init__(model, args, data_collator=collator, processing_class=processing_class, **kwargs)
         if self.is_fsdp_enabled:
@@ -215,20 +220,25 @@ class SamoeTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Sequence[Video] | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1."""
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
+        if videos is None:
+            raise ValueError("`eval_dataset` must be given, the videos to track.")
+        videos = as_videos(videos)
+        videos = videos if isinstance(videos, Sequence) else list(videos)
+        indices = list(range(len(videos)))
         start_time = time.time()
         model = self.accelerator.unwrap_model(self.model)
         show = self.is_local_process_zero() and not self.args.disable_tqdm
         # Processes that each hold a shard of the weights must take every step together.
-        split = nullcontext(videos) if self.is_fsdp_enabled else PartialState().split_between_processes(list(videos))
+        split = nullcontext(indices) if self.is_fsdp_enabled else PartialState().split_between_processes(indices)
         with split as own:
             results = evaluate_videos(
-                model, self.processing_class, own, show_progress_bar=show, domain=self.eval_domain
+                model, self.processing_class, Subset(videos, own), show_progress_bar=show, domain=self.eval_domain
             )
             results = list(results.values())
         gathered = results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values()

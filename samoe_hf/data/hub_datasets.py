@@ -1,0 +1,329 @@
+"""Datasets of the `datasets` library, on the Hub or on disk, as videos.
+
+Known are those of `to_datasets`; those with a column of lists of frames and one of lists of label images; and those
+with one frame a row, its label image, and the name of its video. Images are decoded when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from .annotations import LabelMaps, check_not_binary
+from .items import videos_from_items
+from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, stored_size, video_from_row
+from .video_io import DAMAGE, SampleError, label_values, natural_key, open_image
+
+# What columns are called, the likeliest first.
+FRAMES = ("frames", "images", "frame", "image")
+MASKS = ("masks", "labels", "annotations", "segmentations", "mask", "label", "annotation", "segmentation")
+VIDEO = ("video_id", "video", "sequence", "sequence_id")
+ORDER = ("frame_number", "frame_index", "frame_idx", "frame_id", "frame_name", "frame")
+LOSSLESS = ("BMP", "GIF", "PNG", "TIFF")  # `datasets` writes palette and 16-bit images as TIFF
+
+
+def read_dataset(
+    root: str | Path,
+    split: str = "train",
+    domain: str | None = None,
+    streaming: bool = False,
+    frames_column: str | None = None,
+    masks_column: str | None = None,
+    video_column: str | None = None,
+    order_column: str | None = None,
+    binary: bool = False,
+) -> Sequence[Video] | Iterable[Video]:
+    """A dataset made by `to_datasets`, or one with frames and masks as columns of images.
+
+    Args:
+        root: a folder of `save_to_disk`, or anything `datasets.load_dataset` takes, such as a name on the Hub.
+        split: of `load_dataset`.
+        streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
+        domain, frames_column, masks_column, video_column, order_column, binary: see [`videos_from_dataset`].
+    """
+    columns = (frames_column, masks_column, video_column, order_column, domain, binary)
+    if (Path(root) / "state.json").is_file():
+        try:
+            dataset = datasets.load_from_disk(str(root))
+        except DAMAGE as error:
+            raise SampleError(f"{root}: not a dataset of `save_to_disk` ({error!r})") from error
+        return videos_from_dataset(dataset.to_iterable_dataset() if streaming else dataset, *columns)
+    return videos_from_dataset(datasets.load_dataset(str(root), split=split, streaming=streaming), *columns)
+
+
+def videos_from_dataset(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    frames_column: str | None = None,
+    masks_column: str | None = None,
+    video_column: str | None = None,
+    order_column: str | None = None,
+    domain: str | None = None,
+    binary: bool = False,
+) -> Sequence[Video] | Iterable[Video]:
+    """Videos of a dataset: a sequence, or, of an `IterableDataset`, an iterable with `set_epoch`.
+
+    Frames are not decoded before they are asked for, unlike in the rows that `datasets` hands out itself.
+
+    Args:
+        dataset: with `FEATURES`; or with columns of images. A row is a video, with lists of frames and of label images
+            (None for a frame without annotation); or a frame with its label image. Columns of arrays, and rows that a
+            transform or a generator makes, are read as [`video_from_item`] reads items.
+        frames_column: the frames, by default "frames", "images", "frame" or "image".
+        masks_column: the label images, by default "masks", "labels", "annotations", "segmentations" or one of these in
+            the singular.
+        video_column: the video's name, by default "video_id", "video" or "sequence". Rows that are frames need it.
+        order_column: of rows that are frames, their order in a video, by default "frame_number", "frame_index" or
+            alike; else the rows' order.
+        domain: the videos' domain, by default the column "domain", else "dataset".
+        binary: every label above 0 is object 1.
+
+    Raises:
+        ValueError: columns are missing; names those that are there.
+    """
+    options = {"frames_column": frames_column, "masks_column": masks_column,
+               "video_column": video_column, "order_column": order_column}  # fmt: skip
+    named = {option: column for option, column in options.items() if column is not None}
+    features = dataset.features
+    if features is None:
+        features = _features_of_first_row(dataset)
+    elif isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        features = {}
+    for option, column in named.items():
+        if column not in features:
+            raise ValueError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
+    if not named and set(FEATURES) <= set(features):
+        return _rows_as_videos(dataset, list(FEATURES), ["frames"], partial(_open_own, domain))
+    if not features:
+        return videos_from_items(dataset)
+    columns = _find_columns(features, named, domain, binary)
+    kinds = {_image_kind(features[columns.frames]), _image_kind(features[columns.masks])}
+    if kinds == {"image"}:
+        return _group_frames(dataset, columns)
+    if kinds == {"images"}:
+        return _rows_as_videos(dataset, columns.all(), [columns.frames, columns.masks], columns.open_row)
+    return _rows_as_items(dataset, columns, kinds == {None})
+
+
+@dataclass(frozen=True)
+class ImageColumns:
+    """Which columns hold what; `domain` takes the place of that column, `binary` makes every label above 0 object 1."""
+
+    frames: str
+    masks: str
+    video: str | None
+    order: str | None
+    domain_column: str | None
+    domain: str | None
+    binary: bool
+
+    def all(self) -> list[str]:
+        """The columns that are read for a video."""
+        return [c for c in (self.frames, self.masks, self.video, self.domain_column) if c is not None]
+
+    def open_row(self, row: Mapping[str, Any], index: int) -> Video:
+        """The video of a row with lists of images."""
+        name = None if self.video is None else row[self.video]
+        return self.open(f"row_{index}" if name is None else str(name), row[self.frames], row[self.masks], row)
+
+    def open(self, video_id: str, images: list[Any], labels: list[Any], row: Mapping[str, Any]) -> Video:
+        """The video of encoded frames and label images; `row` may name its domain."""
+        if not images or not labels or len(images) != len(labels):
+            counts = f"{len(images or ())} frames in {self.frames!r} and {len(labels or ())} masks in {self.masks!r}"
+            raise SampleError(f"{video_id}: {counts}; expected one label image for each frame, or None")
+        if any(image is None for image in images):
+            raise SampleError(f"{video_id}: a frame in {self.frames!r} has no image")
+        size = stored_size(images[0], f"{video_id}, frame 0 of {self.frames!r}")
+        frames = EncodedFrames(video_id, images, [f"{i:05d}" for i in range(len(images))], size)
+        annotations = EncodedLabels(video_id, labels, self.masks, self.binary)
+        found = None if self.domain_column is None else row[self.domain_column]
+        return Video(video_id, frames, annotations, str(self.domain or found or "dataset"))
+
+
+class EncodedLabels(LabelMaps):
+    """Label images as a row holds them, `{"bytes", "path"}`; None for a frame without annotation.
+
+    Args:
+        video_id, column: for messages.
+        images: one for each frame.
+        binary: every value above 0 is object 1.
+    """
+
+    def __init__(self, video_id: str, images: list[Any], column: str, binary: bool):
+        self.video_id, self.images, self.column, self.binary = video_id, images, column, binary
+        self.frames = [i for i, image in enumerate(images) if image is not None]
+
+    def ids(self, frame: int) -> np.ndarray:
+        name = self.source(frame)
+        with open_image(encoded_source(self.images[frame], name), name) as image:
+            if image.format not in LOSSLESS:
+                raise SampleError(f"{name}: {image.format} image; labels must be PNG or TIFF, since others change ids")
+            ids = label_values(image, name)
+        if self.binary:
+            return (ids > 0).astype(np.uint8)
+        check_not_binary(ids, name, f"the column {self.column!r}")
+        return ids
+
+    def source(self, frame: int) -> str:
+        return f"{self.video_id}, frame {frame} of {self.column!r}"
+
+
+def _features_of_first_row(dataset: datasets.IterableDataset) -> Mapping[str, Any]:
+    """Column -> None for a stream that does not tell its features."""
+    return dict.fromkeys(next(iter(dataset), {}))
+
+
+def _image_kind(feature: Any) -> str | None:
+    """ "image", "images" for a list of them, or None for anything else."""
+    if isinstance(feature, datasets.Image):
+        return "image"
+    is_list = isinstance(feature, datasets.List | datasets.LargeList)
+    return "images" if is_list and isinstance(feature.feature, datasets.Image) else None
+
+
+def _find_columns(
+    features: Mapping[str, Any], named: Mapping[str, str], domain: str | None, binary: bool
+) -> ImageColumns:
+    """The columns that are named, else those of a known name."""
+
+    def find(option: str, known: Sequence[str], fits: Callable[[Any], bool]) -> str | None:
+        return named.get(option) or next((c for c in known if c in features and fits(features[c])), None)
+
+    def is_name(feature: Any) -> bool:
+        return isinstance(feature, datasets.Value | datasets.ClassLabel)
+
+    frames = find("frames_column", FRAMES, _image_kind) or ("frames" if "frames" in features else None)
+    kind = None if frames is None else _image_kind(features[frames])
+    masks = find("masks_column", MASKS, lambda f: _image_kind(f) == kind) if frames else None
+    masks = masks or ("masks" if "masks" in features else None)
+    video = find("video_column", VIDEO, is_name)
+    if frames is None or masks is None or (video is None and kind == "image"):
+        raise ValueError(
+            f"the dataset lacks the columns {sorted(set(FEATURES) - set(features))} of samoe_hf.data.FEATURES, and its "
+            f"columns are not known as frames and masks. {_describe(features)}. Expected: frames (a list of images) "
+            "and masks (a list of label images); or a frame a row as image, mask (a label image) and video_id. "
+            "Others are named with `frames_column`, `masks_column` and `video_column`"
+        )
+    order = find("order_column", [c for c in ORDER if c != frames], is_name)
+    domain_column = "domain" if isinstance(features.get("domain"), datasets.Value) else None
+    return ImageColumns(frames, masks, video, order, domain_column, domain, binary)
+
+
+def _describe(features: Mapping[str, Any]) -> str:
+    def kind(feature: Any) -> str:
+        name = getattr(feature, "dtype", None) if isinstance(feature, datasets.Value) else type(feature).__name__
+        return {"image": "an image", "images": "a list of images"}.get(_image_kind(feature)) or str(name)
+
+    columns = (name if feature is None else f"{name} ({kind(feature)})" for name, feature in features.items())
+    return f"It has: {', '.join(columns) or 'none, but what a transform makes'}"
+
+
+def _open_own(domain: str | None, row: dict[str, Any], index: int) -> Video:
+    video = video_from_row(row)
+    return video if domain is None else replace(video, domain=domain)
+
+
+def _rows_as_videos(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    columns: list[str],
+    image_columns: list[str],
+    open_row: Callable[[dict[str, Any], int], Video],
+) -> Sequence[Video] | Iterable[Video]:
+    if isinstance(dataset, datasets.Dataset):
+        return DatasetVideos(dataset.select_columns(columns), open_row)
+    if dataset.features is not None:
+        dataset = dataset.select_columns(columns)
+    return StreamedVideos(dataset, image_columns, open_row)
+
+
+def _rows_as_items(
+    dataset: datasets.Dataset | datasets.IterableDataset, columns: ImageColumns, as_arrays: bool
+) -> Sequence[Video] | Iterable[Video]:
+    """Videos of rows whose frames or masks are arrays, or of a stream that does not tell what they are."""
+    if columns.domain is not None or columns.binary:
+        raise ValueError("`domain` and `binary` go with columns of images; rows of arrays have the key `domain`")
+    keys = {columns.frames: "frames", columns.masks: "masks", columns.video: "video_id"}
+    keys = {column: key for column, key in keys.items() if column not in (None, key)}
+    in_the_way = [key for key in keys.values() if key in (dataset.column_names or ())]
+    dataset = dataset.remove_columns(in_the_way).rename_columns(keys)
+    if as_arrays and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+        dataset = dataset.with_format("numpy")
+    return videos_from_items(dataset)
+
+
+def _group_frames(dataset: datasets.Dataset | datasets.IterableDataset, columns: ImageColumns) -> VideoList:
+    """Videos of rows that are a frame each, by the name of their video, in the order of their first rows."""
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(
+            f"rows that are single frames ({columns.frames!r}, {columns.masks!r}) cannot be grouped to videos while "
+            "they are streamed; leave out `streaming`"
+        )
+    index_columns = [c for c in (columns.video, columns.order) if c is not None]
+    groups: dict[str, list[tuple[Any, int]]] = {}
+    name_of = getattr(dataset.features[columns.video], "int2str", str)
+    for index, row in enumerate(_read_rows(dataset.select_columns(index_columns).with_format("arrow"), slice(None))):
+        if any(row[column] is None for column in index_columns):
+            raise SampleError(f"row {index} of the dataset has no {' or '.join(map(repr, index_columns))}")
+        place = index if columns.order is None else row[columns.order]
+        place = natural_key(place) if isinstance(place, str) else place
+        groups.setdefault(name_of(row[columns.video]), []).append((place, index))
+    entries = {video_id: [index for _, index in sorted(rows)] for video_id, rows in groups.items()}
+    images = dataset.select_columns(columns.all()).with_format("arrow")
+    return VideoList(entries, partial(_open_group, images, columns))
+
+
+def _open_group(dataset: datasets.Dataset, columns: ImageColumns, video_id: str, indices: list[int]) -> Video:
+    rows = _read_rows(dataset, indices)
+    return columns.open(video_id, [r[columns.frames] for r in rows], [r[columns.masks] for r in rows], rows[0])
+
+
+def _read_rows(dataset: datasets.Dataset, indices: slice | list[int]) -> list[dict[str, Any]]:
+    """Rows of a dataset with the format "arrow", which hands out encoded images."""
+    table = dataset[indices]
+    try:
+        table.validate(full=True)  # Arrow reads beyond its memory where offsets in a file are damaged
+        return table.to_pylist()
+    except (*DAMAGE, SystemError) as error:
+        source = ", ".join(file["filename"] for file in dataset.cache_files) or "a dataset in memory"
+        where = f"row {indices[0]}" if isinstance(indices, list) and len(indices) == 1 else "rows"
+        raise SampleError(f"{source}, {where}: damaged ({error})") from error
+
+
+class DatasetVideos(Sequence):
+    """Videos of the rows of a dataset."""
+
+    def __init__(self, dataset: datasets.Dataset, open_row: Callable[[dict[str, Any], int], Video]):
+        self.dataset, self.open_row = dataset.with_format("arrow"), open_row
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Video:
+        index = range(len(self))[index]
+        return self.open_row(_read_rows(self.dataset, [index])[0], index)
+
+
+class StreamedVideos:
+    """Videos of the rows of a stream, of which data loader workers share out the shards."""
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        image_columns: Sequence[str],
+        open_row: Callable[[dict[str, Any], int], Video],
+    ):
+        for column in image_columns:
+            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        self.dataset, self.open_row = dataset, open_row
+
+    def __iter__(self) -> Iterator[Video]:
+        return map(self.open_row, self.dataset, count())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)

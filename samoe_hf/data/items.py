@@ -1,0 +1,275 @@
+"""Videos of a dataset of one's own, whose items are mappings with frames and masks.
+
+    {"frames": (T, C, H, W), (T, H, W, C) or (T, H, W), "masks": (T, H, W) ids or (T, N, H, W) masks}
+
+Items are converted when they are asked for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
+from .schema import Video
+from .video_io import ArrayFrames, SampleError
+
+FORM = '{"frames": (T, C, H, W) or (T, H, W, C), "masks": (T, H, W) ids or (T, N, H, W)}'
+
+
+def video_from_item(item: Mapping[str, Any], index: int = 0) -> Video:
+    """The video of an item of a dataset.
+
+    Args:
+        item: a mapping with
+
+            - `frames`: T frames, (T, C, H, W), (T, H, W, C) or (T, H, W), with C of 3 or 1. Integers from 0 to 255 or
+              floats from 0 to 1, not normalized.
+            - `masks`: (T, H, W), the objects' ids and 0 for background; or (T, N, H, W), a mask for each object, with
+              0 and 1, 0 and 255, or bool. A list may hold None for a frame without annotation.
+            - `video_id`, `domain`: names, "item_<index>" and "default" if not given.
+            - `object_ids`: of masks (T, N, H, W) the objects' ids, 1 to N if not given; of ids (T, H, W) those that
+              count, all above 0 if not given.
+            - `points`: not used, with a warning.
+
+            Frames and masks are arrays, tensors, or lists of T of them or of PIL images. Other keys are left alone.
+        index: of the item, for messages.
+
+    Raises:
+        SampleError: names the item and the key.
+    """
+    _warn_of_points(item)
+    return _convert(item, index)
+
+
+def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
+    """Videos of a dataset whose items are such mappings, see [`video_from_item`], or `Video`.
+
+    Args:
+        items: a list or a map-style dataset, which give a sequence; or an iterable, which gives an iterable with
+            `set_epoch`. Data loader workers share out an iterable, but for a `torch.utils.data.IterableDataset`, which
+            does that itself.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if isinstance(items, ItemVideos | ItemStream):
+        return items
+    kind = type(items).__name__
+    if isinstance(items, Mapping | str | Video):
+        raise ValueError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
+    if is_iterable_dataset(items) or not hasattr(items, "__getitem__"):
+        return ItemStream(items)
+    if not hasattr(items, "__len__"):
+        raise ValueError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
+    return ItemVideos(items)
+
+
+def is_iterable_dataset(items: Any) -> bool:
+    """Whether it is an iterable that shares itself out among data loader workers."""
+    return isinstance(items, IterableDataset | datasets.IterableDataset)
+
+
+class _Items:
+    """Items of a dataset, of which it is said once that their points are not used, whichever worker reads them."""
+
+    def __init__(self, items: Any):
+        self.items = items
+        self._told = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def _open(self, index: int, item: Any) -> Video:
+        if isinstance(item, Video):
+            return item
+        if not self._told:
+            self._told.fill_(_warn_of_points(item))
+        return _convert(item, index)
+
+
+class ItemVideos(_Items, Sequence):
+    """Videos of a map-style dataset, see [`videos_from_items`]."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Video:
+        index = range(len(self))[index]
+        return self._open(index, self.items[index])
+
+
+class ItemStream(_Items):
+    """Videos of an iterable, see [`videos_from_items`]."""
+
+    def __init__(self, items: Any):
+        super().__init__(items)
+        if not hasattr(items, "__iter__") and not (hasattr(items, "__getitem__") and hasattr(items, "__len__")):
+            raise ValueError(f"a dataset must be a sequence or an iterable of items, not {type(items).__name__}")
+
+    def __iter__(self) -> Iterator[Video]:
+        items, worker = self.items, get_worker_info()
+        first, step = (0, 1) if worker is None or is_iterable_dataset(items) else (worker.id, worker.num_workers)
+        # Unlike generators and islice, these go on after an item that is no video.
+        if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
+            return map(lambda index: self._open(index, items[index]), range(first, len(items), step))
+        own = filter(lambda pair: pair[0] % step == first, enumerate(items))
+        return map(lambda pair: self._open(*pair), own)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to the dataset, if it has an epoch."""
+        if hasattr(self.items, "set_epoch"):
+            self.items.set_epoch(epoch)
+
+
+def _warn_of_points(item: Any) -> bool:
+    """Warns where an item has points; gives whether it has."""
+    has_points = isinstance(item, Mapping) and item.get("points") is not None
+    if has_points:
+        warnings.warn(
+            "the items' `points` are not used: a clip starts on any frame, with any of the objects, and its prompts "
+            "are drawn from the masks. To train with clicks alone, give SamoeTrainer "
+            "`recipe=PromptRecipe(point_probability=1, box_probability=0)`",
+            stacklevel=3,
+        )
+    return has_points
+
+
+def _convert(item: Mapping[str, Any], index: int) -> Video:
+    owner = f"item {index}"
+    if not isinstance(item, Mapping):
+        raise SampleError(f"{owner} must be a mapping {FORM}, not {type(item).__name__}")
+    for key in ("frames", "masks"):
+        if item.get(key) is None:
+            raise SampleError(f"{owner} has no `{key}`; its keys are {list(item)}, expected {FORM}")
+    masks, annotated, num_frames = _read_masks(item["masks"], f"{owner}: `masks`")
+    frames = _read_frames(item["frames"], masks.shape[-2:], f"{owner}: `frames`")
+    size = frames.shape[1:3]
+    if num_frames != len(frames) or masks.shape[-2:] != size:
+        raise SampleError(
+            f"{owner}: `masks` {(num_frames, *masks.shape[1:])} do not fit `frames`, which are {len(frames)} of "
+            f"{size[0]} x {size[1]} pixels; expected {(len(frames), *size)} or ({len(frames)}, N, {size[0]}, {size[1]})"
+        )
+    annotations = _annotations(masks, annotated, item.get("object_ids"), owner)
+    video_id, domain = item.get("video_id"), item.get("domain")
+    return Video(
+        f"item_{index}" if video_id is None else str(video_id),
+        ArrayFrames(frames),
+        annotations,
+        "default" if domain is None else str(domain),
+    )
+
+
+def _read_frames(value: Any, size: tuple[int, ...], owner: str) -> np.ndarray:
+    """Frames as (T, H, W, 3) or (T, H, W) uint8; `size` (height, width) of the masks tells channels from columns."""
+    array = _to_array(value, owner, rgb=True)
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise SampleError(f"{owner} must be (T, C, H, W), (T, H, W, C) or (T, H, W), not {array.shape}")
+    if array.ndim == 4:
+        first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
+        if not (first or last):
+            raise SampleError(f"{owner} must have 3 channels, or 1, not the shape {array.shape}")
+        if first and last:
+            first, last = array.shape[2:] == size, array.shape[1:3] == size
+            if first == last:
+                raise SampleError(
+                    f"{owner} {array.shape} may be (T, C, H, W) or (T, H, W, C); masks {size} do not tell"
+                )
+        array = np.moveaxis(array, 1, 3) if first else array
+        array = array[..., 0] if array.shape[3] == 1 else array
+    if array.dtype.kind == "f":
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 1):
+            raise SampleError(
+                f"{owner} are floats from {low:.4g} to {high:.4g}, expected 0 to 1 (or integers from 0 to 255): give "
+                "frames before normalization, which the processor does"
+            )
+        array = np.rint(np.multiply(array, 255, dtype=np.float32))
+    elif array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+        raise SampleError(
+            f"{owner} are {array.dtype} from {array.min()} to {array.max()}, expected integers from 0 to 255 or floats "
+            "from 0 to 1"
+        )
+    return np.ascontiguousarray(array, dtype=np.uint8)
+
+
+def _read_masks(value: Any, owner: str) -> tuple[np.ndarray, list[int], int]:
+    """Masks of the annotated frames, bool or integers from 0 on; the indices of these; and the number of all frames."""
+    array = _to_array(value, owner)
+    is_list = isinstance(value, list | tuple)
+    annotated = [i for i, part in enumerate(value) if part is not None] if is_list else None
+    if annotated == []:
+        raise SampleError(f"{owner} has no frame with masks")
+    if array.ndim not in (3, 4):
+        raise SampleError(f"{owner} must be (T, H, W) ids or (T, N, H, W) masks, not {array.shape}")
+    if array.dtype.kind == "f":
+        wrong = ~((np.rint(array) == array) & (np.abs(array) < 2**31))
+        if wrong.any():
+            raise SampleError(
+                f"{owner} must be whole numbers, not {array[wrong][0]:.4g}; soft masks need a threshold (masks > 0.5)"
+            )
+        array = array.astype(np.int64)
+    if array.dtype != bool and array.min(initial=0) < 0:
+        raise SampleError(f"{owner} must be 0 for background and above 0 for objects, not {array.min()}")
+    return (array, annotated, len(value)) if is_list else (array, list(range(len(array))), len(array))
+
+
+def _annotations(masks: np.ndarray, frames: list[int], object_ids: Any, owner: str) -> Annotations:
+    if object_ids is not None:
+        object_ids = np.asarray(object_ids).tolist()
+        check_object_ids(object_ids, f"{owner}: `object_ids`")
+    white = 1 if masks.dtype == bool else masks.max(initial=0)
+    is_binary = white in (0, 1, 255) and ((masks == 0) | (masks == white)).all()
+    if masks.ndim == 4 and (is_binary or masks.shape[1] != 1):
+        if not is_binary:
+            raise SampleError(
+                f"{owner}: `masks` {masks.shape}, a mask for each object, must hold 0 and 1, or 0 and 255, but hold "
+                f"{np.unique(masks)[:5].tolist()}…"
+            )
+        ids = list(range(1, masks.shape[1] + 1)) if object_ids is None else object_ids
+        if len(ids) != masks.shape[1]:
+            raise SampleError(f"{owner}: {len(ids)} `object_ids` for `masks` of {masks.shape[1]} objects")
+        return MaskArrays(masks > 0, ids, frames)
+    ids = (masks[:, 0] if masks.ndim == 4 else masks).astype(np.min_scalar_type(white))
+    soft = next((i for i, image in zip(frames, ids, strict=True) if has_soft_edges(image)), None)
+    if soft is not None:
+        raise SampleError(
+            f"{owner}: `masks` of frame {soft} have soft edges, whose shades are no objects' ids; give masks > 127"
+        )
+    return IdVolume(ids if object_ids is None else np.where(np.isin(ids, object_ids), ids, 0), frames)
+
+
+def _to_array(value: Any, owner: str, rgb: bool = False) -> np.ndarray:
+    """The numbers of an array, a tensor, or a list of them or of PIL images (RGB, or the values that they store).
+
+    In masks, that are not RGB, what is None is left out.
+    """
+    if not isinstance(value, list | tuple):
+        return _numbers(value, owner, rgb)
+    parts = {i: _numbers(part, f"{owner}[{i}]", rgb) for i, part in enumerate(value) if rgb or part is not None}
+    for i, part in parts.items():
+        first = next(iter(parts))
+        if part.shape != parts[first].shape:
+            raise SampleError(f"{owner}[{i}] is of shape {part.shape}, but {owner}[{first}] of {parts[first].shape}")
+    return np.stack(list(parts.values())) if parts else np.zeros(0)
+
+
+def _numbers(value: Any, owner: str, rgb: bool) -> np.ndarray:
+    if isinstance(value, Image.Image):
+        if rgb and value.mode.startswith(("I", "F")):
+            raise SampleError(f"{owner}: {value.mode} image; frames must have 8 bits per channel")
+        value = value.convert("RGB") if rgb else value
+    elif isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise SampleError(f"{owner} is no array ({error})") from error
+    if array.dtype.kind not in "biuf":
+        raise SampleError(f"{owner} must hold numbers, not {type(value).__name__}")
+    return array

@@ -1,0 +1,189 @@
+"""Datasets of the `datasets` library with frames and masks as columns of images."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.clips import square
+from helpers.layouts import make_dataset
+from samoe_hf.data import ClipDataset, SampleError, load_videos, videos_from_dataset, voc_palette
+
+SIZE = (16, 20)
+FRAMES = np.random.default_rng(0).integers(0, 256, (2, 4, *SIZE, 3), dtype=np.uint8)
+IDS = np.random.default_rng(1).choice(np.uint16([0, 2, 300]), (2, 4, *SIZE))
+IMAGES = datasets.List(datasets.Image())
+
+
+def images(arrays):
+    return [Image.fromarray(array) for array in arrays]
+
+
+def palette_image(ids):
+    image = Image.fromarray(ids.astype(np.uint8))
+    image.putpalette(voc_palette().tobytes())
+    return image
+
+
+def video_rows(frames="frames", masks="masks", /, **columns):
+    """Two videos, a row each; `columns`: name -> values and their type."""
+    values = {frames: [images(video) for video in FRAMES], masks: [images(video) for video in IDS]}
+    features = {frames: IMAGES, masks: IMAGES} | {name: kind for name, (_, kind) in columns.items()}
+    return datasets.Dataset.from_dict(
+        values | {name: rows for name, (rows, _) in columns.items()}, features=datasets.Features(features)
+    )
+
+
+def frame_rows(masks="mask", /, **columns):
+    """The frames of two videos, a row each, those of the first one backward."""
+    frames, ids = (np.concatenate([array[0, ::-1], array[1]]) for array in (FRAMES, IDS))
+    features = {"image": datasets.Image(), masks: datasets.Image()}
+    features |= {name: kind for name, (_, kind) in columns.items()}
+    rows = {"image": images(frames), masks: images(ids)} | {name: values for name, (values, _) in columns.items()}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def assert_exact(videos, names, domain="dataset"):
+    videos = list(videos)
+    assert [video.video_id for video in videos] == list(names) and {video.domain for video in videos} == {domain}
+    for video, frames, ids in zip(videos, FRAMES, IDS, strict=True):
+        assert np.array_equal(np.stack(list(video.frames)), frames)
+        assert video.object_ids == [2, 300] and video.annotated_frames == [0, 1, 2, 3]
+        for t, expected in enumerate(ids):
+            assert np.array_equal(video.masks(t), np.stack([expected == 2, expected == 300]))
+
+
+TEXT, NUMBER = datasets.Value("string"), datasets.Value("int64")
+
+
+@pytest.mark.parametrize(
+    "names", [("frames", "masks"), ("images", "annotations"), ("images", "labels"), ("frames", "segmentation")]
+)
+def test_lists_of_images_are_known_by_their_columns_names(names):
+    dataset = video_rows(*names)
+    for one in (dataset, dataset.to_iterable_dataset()):
+        assert_exact(videos_from_dataset(one), ["row_0", "row_1"])
+
+
+def test_columns_can_be_named_from_load_videos(tmp_path):
+    dataset = video_rows("rgb", "ids", clip=(["a", "b"], TEXT), frames=([1, 2], NUMBER), domain=(["x", "x"], TEXT))
+    dataset.save_to_disk(tmp_path / "saved")
+    options = {"frames_column": "rgb", "masks_column": "ids", "video_column": "clip"}
+    for streaming in (False, True):
+        videos = load_videos("dataset", tmp_path / "saved", streaming=streaming, **options)
+        assert_exact(videos, "ab", "x")
+        assert_exact(load_videos("dataset", tmp_path / "saved", domain="lab", **options), "ab", "lab")
+
+
+def test_the_domain_of_stored_videos_can_be_given(tmp_path):
+    options = make_dataset(tmp_path / "saved")
+    assert {video.domain for video in load_videos(**options)} == {"shapes"}
+    assert {video.domain for video in load_videos(**options, domain="lab")} == {"lab"}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        {"frame": ([3, 2, 1, 0, 0, 1, 2, 3], NUMBER)},
+        {"frame_name": (["12", "10", "9", "2", "2", "9", "10", "12"], TEXT)},
+        {"frame_index": ([0.5, 0.25, 0.125, 0.0, 0.0, 0.125, 0.25, 0.5], datasets.Value("float32"))},
+    ],
+    ids=lambda order: next(iter(order)),
+)
+@pytest.mark.parametrize("masks", ["mask", "label", "annotation"])
+def test_rows_that_are_frames_are_grouped_to_videos(masks, order):
+    videos = videos_from_dataset(frame_rows(masks, video=(["b"] * 4 + ["a"] * 4, TEXT), **order))
+    assert_exact(videos, "ba")
+    assert videos.select(["a"])[0].video_id == "a"
+    assert len(ClipDataset(videos, square(16), num_frames=2)[1]["labels"]) == 2
+
+
+def test_without_numbers_frames_keep_their_rows_order():
+    numbers = datasets.ClassLabel(names=["first", "second"])
+    videos = videos_from_dataset(frame_rows(which=([0] * 4 + [1] * 4, numbers)), video_column="which")
+    assert videos.video_ids == ["first", "second"]
+    assert np.array_equal(np.stack(list(videos[0].frames)), FRAMES[0, ::-1])
+
+
+def test_frames_without_masks_are_not_annotated_and_palettes_are_ids():
+    masks = [palette_image(IDS[0, 0]), None, None, palette_image(IDS[0, 3])]
+    dataset = datasets.Dataset.from_dict(
+        {"frames": [images(FRAMES[0])], "masks": [masks]},
+        features=datasets.Features({"frames": IMAGES, "masks": IMAGES}),
+    )
+    video = videos_from_dataset(dataset)[0]
+    assert video.annotated_frames == [0, 3] and video.object_ids == [2, 300 % 256]
+
+
+def test_masks_of_one_object_are_read_as_binary(recwarn):
+    white = [images((ids > 0).astype(np.uint8) * 255) for ids in IDS]
+    dataset = video_rows("frames", "other", masks=(white, IMAGES)).remove_columns("other")
+    assert videos_from_dataset(dataset)[0].object_ids == [255]
+    assert any("the column 'masks' hold 0 and 255 alone" in str(w.message) for w in recwarn)
+    video = videos_from_dataset(dataset, binary=True)[0]
+    assert video.object_ids == [1] and np.array_equal(video.masks(0)[0], IDS[0, 0] > 0)
+
+
+def test_columns_of_arrays_and_rows_of_a_transform_are_items():
+    arrays = datasets.Dataset.from_dict({"rgb": FRAMES.tolist(), "masks": IDS.astype(int).tolist()})
+    assert_exact(videos_from_dataset(arrays, frames_column="rgb"), ["item_0", "item_1"], "default")
+    made = video_rows().with_transform(lambda rows: {"frames": rows["frames"], "masks": rows["masks"]})
+    assert_exact(videos_from_dataset(made), ["item_0", "item_1"], "default")
+
+    def generate():
+        for frames, ids in zip(FRAMES, IDS, strict=True):
+            yield {"frames": images(frames), "ids": images(ids)}
+
+    stream = datasets.IterableDataset.from_generator(generate)
+    assert stream.features is None
+    assert_exact(videos_from_dataset(stream, masks_column="ids"), ["item_0", "item_1"], "default")
+
+
+# --- What cannot be used
+
+
+@pytest.mark.parametrize(
+    "dataset, options, message",
+    [
+        (lambda: datasets.Dataset.from_dict({"pictures": [1]}), {}, r"It has: pictures \(int64\)\. Expected: frames"),
+        (lambda: video_rows("rgb", "masks"), {}, r"rgb \(a list of images\), masks \(a list of images\)"),
+        (lambda: frame_rows(), {}, "a frame a row as image, mask .* and video_id"),
+        (lambda: video_rows(), {"masks_column": "nothing"}, r"`masks_column`: .* no column 'nothing'\. It has: frames"),
+        (lambda: frame_rows(video=([*"aaaabbbb"], TEXT)).to_iterable_dataset(), {}, "leave out `streaming`"),
+        (lambda: frame_rows(video=([None, *"aaabbbb"], TEXT)), {}, "row 0 of the dataset has no 'video'"),
+    ],
+)
+def test_columns_that_are_not_known_are_listed_with_what_was_expected(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        videos_from_dataset(dataset(), **options)
+
+
+def broken(masks, frames=FRAMES[0]):
+    return datasets.Dataset.from_dict(
+        {"video": ["v"], "frames": [images(frames)], "masks": [masks]},
+        features=datasets.Features({"video": TEXT, "frames": IMAGES, "masks": IMAGES}),
+    )
+
+
+def jpeg(tmp_path):
+    Image.fromarray(IDS[0, 0].astype(np.uint8)).save(tmp_path / "mask.jpg")
+    return {"bytes": (tmp_path / "mask.jpg").read_bytes(), "path": None}
+
+
+@pytest.mark.parametrize(
+    "masks, frames, message",
+    [
+        (lambda _: images(IDS[0, :3]), FRAMES[0], "v: 4 frames in 'frames' and 3 masks in 'masks'"),
+        (lambda _: [], FRAMES[0, :0], "v: 0 frames"),
+        (lambda _: images(FRAMES[0]), FRAMES[0], "v, frame 0 of 'masks': an RGB image of [0-9]* colours"),
+        (lambda _: images(IDS[0, :, 1:]), FRAMES[0], r"v: masks of size \(15, 20\) for frames of \(16, 20\)"),
+        (lambda folder: [jpeg(folder)] * 4, FRAMES[0], "v, frame 0 of 'masks': JPEG image"),
+        (lambda _: [{"bytes": b"no image", "path": None}] * 4, FRAMES[0], "v, frame 0 of 'masks': not a readable"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_used_are_named_with_the_column(masks, frames, message, tmp_path):
+    dataset = broken(masks(tmp_path), frames)
+    for videos in (videos_from_dataset(dataset), videos_from_dataset(dataset.to_iterable_dataset())):
+        with pytest.raises(SampleError, match=message):
+            video = next(iter(videos))
+            video.masks(0, [2])

@@ -1,0 +1,220 @@
+"""Datasets of one's own, of each form, through SamoeTrainer and plain Trainer."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoProcessor, Trainer, TrainingArguments
+
+from helpers.reference import ROOT
+from samoe_hf import SamoeModel
+from samoe_hf.data import ClipCollator, ClipDataset, ClipStream, SyntheticVideos
+from samoe_hf.model.prompts import PROMPT_RECIPES
+from samoe_hf.training.arguments import SamoeTrainingArguments
+from samoe_hf.training.trainer import SamoeTrainer
+
+VIDEOS = SyntheticVideos(4, 4, (48, 64))
+
+
+def frames_of(video, channels_first=False):
+    frames = np.stack(list(video.frames))
+    return np.moveaxis(frames, 3, 1) if channels_first else frames
+
+
+def masks_of(video):
+    return np.stack([video.masks(t) for t in range(len(video))])
+
+
+def ids_of(video):
+    masks = masks_of(video)
+    return (masks * np.arange(1, masks.shape[1] + 1)[:, None, None]).max(axis=1).astype(np.uint8)
+
+
+class FloatsAndMasks(Dataset):
+    def __len__(self):
+        return len(VIDEOS)
+
+    def __getitem__(self, index):
+        video = VIDEOS[index]
+        frames = torch.from_numpy(frames_of(video, channels_first=True).copy()) / 255
+        return {"frames": frames, "masks": torch.from_numpy(masks_of(video)).float()}
+
+
+class ArraysAndIds(Dataset):
+    def __len__(self):
+        return len(VIDEOS)
+
+    def __getitem__(self, index):
+        return {"frames": frames_of(VIDEOS[index]), "masks": ids_of(VIDEOS[index]), "domain": "lab"}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(ArraysAndIds()[i] for i in range(len(VIDEOS)))
+
+
+class PlainIterable:
+    def __iter__(self):
+        return iter(Stream())
+
+
+def image_lists():
+    def images(arrays):
+        return [Image.fromarray(array) for array in arrays]
+
+    rows = {"frames": [images(frames_of(v)) for v in VIDEOS], "masks": [images(ids_of(v)) for v in VIDEOS]}
+    images_feature = datasets.List(datasets.Image())
+    return datasets.Dataset.from_dict(
+        rows, features=datasets.Features({"frames": images_feature, "masks": images_feature})
+    )
+
+
+FORMS = {
+    "floats": FloatsAndMasks,
+    "ids": ArraysAndIds,
+    "list": lambda: [ArraysAndIds()[i] for i in range(4)],
+    "images": image_lists,
+    "stream": Stream,
+    "iterable": PlainIterable,
+    "image stream": lambda: image_lists().to_iterable_dataset(),
+}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def settings(folder, kind=SamoeTrainingArguments, **options):
+    return kind(output_dir=folder, max_steps=2, per_device_train_batch_size=1, report_to="none",
+                disable_tqdm=True, save_strategy="no", use_cpu=True, **options)  # fmt: skip
+
+
+def samoe_trainer(model_folder, folder, train_dataset, **options):
+    model = SamoeModel.from_pretrained(model_folder)
+    processor = AutoProcessor.from_pretrained(model_folder)
+    return SamoeTrainer(
+        model, settings(folder, learning_rate=1e-3, logging_steps=1, **options.pop("settings", {})),
+        PROMPT_RECIPES["mask"], processing_class=processor, train_dataset=train_dataset, **options,
+    )  # fmt: skip
+
+
+@forms
+def test_samoe_trainer_draws_clips_itself(form, model_folder, tmp_path):
+    data = FORMS[form]()
+    trainer = samoe_trainer(model_folder, tmp_path, data, settings={"seed": 7})
+    clips = trainer.train_dataset
+    assert isinstance(clips, ClipDataset | ClipStream) and clips.seed == 7
+    assert clips.sampler.processor is trainer.processing_class
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainer.train().training_loss > 0
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+
+
+@forms
+def test_plain_trainer_trains(form, model_folder, tmp_path):
+    data, processor = FORMS[form](), AutoProcessor.from_pretrained(model_folder)
+    draw = ClipStream if form in ("stream", "iterable", "image stream") else ClipDataset
+    clips = draw(data, processor, num_frames=3)
+    model = SamoeModel.from_pretrained(model_folder).train()
+    arguments = settings(tmp_path, TrainingArguments)
+    trainer = Trainer(model, arguments, train_dataset=clips, data_collator=ClipCollator())
+    assert trainer.train().training_loss > 0
+
+
+def test_every_form_of_a_video_gives_the_same_losses(model_folder, tmp_path):
+    """The videos' own, drawn by hand, and those of items of each form."""
+    histories = []
+    processor = AutoProcessor.from_pretrained(model_folder)
+    own = ClipDataset(VIDEOS, processor, seed=42)
+    for data in (own, FloatsAndMasks(), ArraysAndIds(), image_lists()):
+        trainer = samoe_trainer(model_folder, tmp_path, data)
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert trainer.args.seed == 42 and len(histories[0]) == 2
+    # Where objects overlap, ids tell less than masks.
+    assert histories[0] == histories[1] and histories[2] == histories[3]
+
+
+def test_evaluation_tracks_items_as_it_tracks_their_videos(model_folder, tmp_path):
+    trainer = samoe_trainer(model_folder, tmp_path, FloatsAndMasks(), eval_dataset=FloatsAndMasks())
+    expected = trainer.evaluate(list(VIDEOS))
+    for data in (None, FORMS["floats"](), [FloatsAndMasks()[i] for i in range(4)]):
+        assert trainer.evaluate(data)["eval_J&F"] == expected["eval_J&F"]
+    streamed = trainer.evaluate(Stream())
+    assert streamed["eval_J&F"] == trainer.evaluate(image_lists())["eval_J&F"] == streamed["eval_lab_J&F"]
+
+
+def test_datasets_of_clips_stay_as_they_are(model_folder, tmp_path):
+    clips = ClipDataset(VIDEOS, AutoProcessor.from_pretrained(model_folder), num_frames=3)
+    for given in (clips, [clips[0], clips[1]]):
+        assert samoe_trainer(model_folder, tmp_path, given).train_dataset is given
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ([(1, 2)], "mappings with `frames` and `masks`, not tuple"),
+        (iter([]), "must not be an iterator"),
+        ([], "without videos"),
+        ({"frames": 1}, "not dict"),
+        (datasets.Dataset.from_dict({"picture": [1]}), r"It has: picture \(int64\)"),
+    ],
+)
+def test_what_is_no_dataset_of_videos_is_refused(data, message, model_folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        samoe_trainer(model_folder, tmp_path, data)
+
+
+def test_evaluation_without_videos_is_refused(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="`eval_dataset` must be given"):
+        samoe_trainer(model_folder, tmp_path, FloatsAndMasks()).evaluate()
+
+
+TWO_PROCESSES = """
+import sys
+from torch.utils.data import IterableDataset
+from transformers import AutoProcessor
+from samoe_hf import SamoeModel, SamoeTrainer
+from samoe_hf.data import SyntheticVideos
+from samoe_hf.model.prompts import PROMPT_RECIPES
+from samoe_hf.training.arguments import SamoeTrainingArguments
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return ({"frames": list(v.frames), "masks": [v.masks(t) for t in range(3)], "video_id": str(i)}
+                for i, v in enumerate(SyntheticVideos(4, 3, (64, 64))))
+
+folder, output = sys.argv[1:]
+arguments = SamoeTrainingArguments(output, max_steps=2, per_device_train_batch_size=1, report_to="none",
+                                   disable_tqdm=True, save_strategy="no", use_cpu=True, ddp_backend="gloo")
+trainer = SamoeTrainer(SamoeModel.from_pretrained(folder), arguments, PROMPT_RECIPES["mask"],
+                       processing_class=AutoProcessor.from_pretrained(folder), train_dataset=Stream())
+collate, seen = trainer.data_collator, []
+
+def record(clips):
+    seen.extend((clip["video_id"], len(clip["labels"])) for clip in clips)
+    return collate(clips)
+
+trainer.data_collator = record
+trainer.train()
+with open(f"{output}/{arguments.process_index}", "w") as file:
+    file.write(repr(seen))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_out_a_stream_whose_clips_differ_in_objects(model_folder, tmp_path):
+    script, output = tmp_path / "stream.py", tmp_path / "out"
+    script.write_text(TWO_PROCESSES)
+    output.mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launch, script, model_folder, output], check=True, env=environment, cwd=ROOT)
+    seen = [ast.literal_eval((output / str(rank)).read_text()) for rank in range(2)]
+    # The first batches of both; a loader reads one ahead.
+    assert [clip[0] for clips in seen for clip in clips[:2]] == ["0", "2", "1", "3"]
+    assert len({count for clips in seen for _, count in clips}) > 1
