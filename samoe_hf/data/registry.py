@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import yaml
 
+from .configs import find_config
 from .options import check_options, check_types, nearest_name
 from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
 from .schema import Video, VideoList, videos_from_dataset
@@ -168,10 +169,14 @@ def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file as data.
 
+    Args:
+        path: a file, or the name of a configuration that comes with the package, see [`~configs.find_config`].
+
     Raises:
+        FileNotFoundError: if there is neither.
         ValueError: if it is no YAML or holds no mapping.
     """
-    content = parse_yaml(Path(path).read_bytes(), str(path))
+    content = parse_yaml(find_config(path).read_bytes(), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}.")
     return content
