@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = ", ".join(name for name in shipped_configs() if not name.startswith(("model_", "study_")))
         raise ValueError(f"A run is missing: a YAML file, or one of {names}; `samoe train --help` explains it.")
     if {"-h", "--help"} & set(arguments):
-        usage = "samoe train RUN.yaml|NAME [--KEY VALUE ...]"
-        run_parser(prog="samoe train", usage=usage, description=__doc__, formatter_class=HelpFormatter).print_help()
+        run_parser(description=__doc__, formatter_class=HelpFormatter).print_help()
         return
     trainer = build_trainer(arguments)
     if trainer.is_world_process_zero():

@@ -11,7 +11,7 @@ import torch
 from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
 
 from samoe_hf.data import ClipDataset, MixedDataset
-from samoe_hf.data.registry import read_yaml, videos_from_entry
+from samoe_hf.data.registry import parse_yaml, read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
@@ -262,9 +262,20 @@ class SamoeTrainingArguments(TrainingArguments):
 
 def run_parser(**kwargs: Any) -> HfArgumentParser:
     """A parser with all keys of a run as options, in groups; `kwargs` of [`~transformers.HfArgumentParser`]."""
-    return HfArgumentParser(
-        (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments), **kwargs
-    )
+    kinds = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
+    # All options in the usage would hide the message behind them.
+    usage = {"prog": "samoe train", "usage": "samoe train RUN.yaml|NAME [--KEY VALUE ...]"}
+    parser = HfArgumentParser(kinds, **usage | kwargs)
+    for action in parser._actions:
+        if action.dest in ("train_data", "eval_data", "augmentation"):
+            action.type = _mapping_or_text
+    return parser
+
+
+def _mapping_or_text(text: str) -> dict[str, Any] | str:
+    """The value of an option: a mapping in YAML, such as `{kind: davis}`, and any other text as it is."""
+    value = parse_yaml(text, f"{text!r}") if text.startswith("{") else None
+    return value if isinstance(value, dict) else text
 
 
 def parse_run(
