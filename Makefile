@@ -1,7 +1,10 @@
 # Everything is set up inside this folder, in $(VENV); only package managers' caches lie outside.
+# `make demo TORCH=cpu` takes a PyTorch without CUDA, which is 4 GB smaller; TORCH=auto the one that fits the GPU.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?=
 BIN := $(VENV)/bin
+TORCH_BACKEND := $(if $(TORCH),--torch-backend=$(TORCH))
 # One thread for each of pytest's processes; more would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -32,12 +35,19 @@ clean:
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "Python 3.10 or later is needed: make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV): PyTorch, transformers, this package and its tools. It takes some minutes, most of them"
+	@echo "for downloads, and 6 GB, of which 4 GB are CUDA's (not with TORCH=cpu). It is done once."
+	@echo "1. A virtual environment, and uv, which installs packages"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@echo "2. The packages"
+	$(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) -e '.[dev]'
+	@echo "Set up: $$(du -sh $(VENV) | cut -f1) in $(VENV)"
 	touch $@
 
 # sam2's build imports torch, and its CUDA extension is not needed.
 $(VENV)/.installed-bench: $(VENV)/.installed
-	SAM2_BUILD_CUDA=0 $(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation -e '.[dev,bench]' setuptools
+	@echo "Installing the sam2 package, which the slow tests compare with"
+	SAM2_BUILD_CUDA=0 $(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) --no-build-isolation \
+	    -e '.[dev,bench]' setuptools
 	touch $@

@@ -23,10 +23,19 @@ COMMANDS = {
     "demo": "train a small model in minutes, and look at it",
 }
 
+# Arguments of Python in messages -> what they are called on the command line.
+OPTIONS = {
+    "`original_config`": "`--config`",
+    "`experts`": "`--experts`",
+    "`ignore_mismatched_sizes=True`": "`samoe train --ignore_mismatched_sizes`",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `samoe COMMAND ARGUMENTS`; `sys.argv` if no arguments are given."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     table = "\n".join(f"  {name:10s} {description}" for name, description in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="samoe",
@@ -48,7 +57,10 @@ def run_command(name: str, arguments: Sequence[str] | None = None) -> None:
     try:
         command.main(arguments)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        message = " ".join(str(error).split())
+        for argument, option in OPTIONS.items():
+            message = message.replace(argument, option)
+        sys.exit(f"error: {message}")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def track_video(
     for prompt in prompts:
         processor.add_inputs_to_inference_session(session, prompt.frame_idx, prompt.object_id, **prompt.inputs())
     first = min(prompt.frame_idx for prompt in prompts)
-    for reverse in (False, True):
+    for reverse in (False, True) if first > 0 else (False,):
         for output in model.propagate_in_video_iterator(
             session, start_frame_idx=first, reverse=reverse, show_progress_bar=show_progress_bar
         ):

@@ -17,6 +17,7 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.analysis.usage import ExpertUsage
 from samoe_hf.cli import COMMANDS
+from samoe_hf.data.configs import shipped_configs
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import READERS
 from samoe_hf.data.schema import Video
@@ -186,7 +187,7 @@ def check_command(name: str, arguments: list[str]) -> None:
         importlib.import_module(f"samoe_hf.commands.{name}").parse_arguments(arguments)
         return
     run, *options = arguments
-    assert (ROOT / run).is_file(), run
+    assert run.endswith("RUN.yaml") or (ROOT / run).is_file() or run in shipped_configs(), run
     known = {option for action in run_parser()._actions for option in action.option_strings}
     assert {option for option in options if option.startswith("--")} <= known, options
 

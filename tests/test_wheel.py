@@ -36,6 +36,8 @@ def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):
     configs = {f"samoe_hf/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert code | configs | {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md"} <= names
     assert not any(name.startswith(("tests/", "docs/", "scripts/")) for name in names)
+    (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert "samoe = samoe_hf.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 @pytest.mark.slow
@@ -62,6 +64,8 @@ def test_the_installed_commands_work(wheel, tmp_path):
     where = run("python", "-c", f"{LAZY}; print(samoe_hf.__file__)")
     assert Path(where.strip()).is_relative_to(tmp_path / "venv")
     assert "track objects through a video" in run("samoe", "--help")
+    printed = run("samoe", "train", "smoke", "--max_steps", "1")
+    assert printed.endswith("Written: the model and its processor in outputs/smoke\n")
     nano = reference_folder("nano")
     run("samoe", "convert", nano / "sam2.1_hiera_nano.pt", "--experts", nano / "samoe_nano_adapters.pt",
         "--config", nano / "sam2.1_hiera_nano_moe.yaml", "--output", "model")  # fmt: skip

@@ -1,21 +1,28 @@
 """Add a domain to a model: train new experts for it, and let the gate learn which videos are its.
 
-    samoe adapt MODEL --domain ultrasound --dataset RUN.yaml --output DIR
+    samoe adapt MODEL --domain ultrasound --dataset my_videos --output DIR
     samoe adapt MODEL --domain ultrasound --dataset RUN.yaml --output DIR --num_experts 4 --learning_rate 2e-4
 
-The run is as for `samoe train`: the new experts are trained on its `train_data`, and every other key of it can be given
-as an option too. The videos of its `eval_data`, of old domains as well, are tracked before and after. Nothing of the
-model changes but what is new. DIR gets what was trained, all experts and the gate, which `SamoeModel.from_pretrained`
-loads and `push_to_hub` shares; and adaptation.json with the scores.
+`my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. A run is as for `samoe train`, a YAML file or the name of one that comes with the package. The new experts are trained
+on its `train_data`, and its other keys are options here too, see below. The videos of its `eval_data`, of old domains
+as well, are tracked before and after. Nothing of the model changes but what is new. DIR gets what was trained, all
+experts and the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares; and adaptation.json with the
+scores.
 """
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from samoe_hf.continual.adapt import RESULTS_FILE, adapt
+from samoe_hf.data.configs import names_config
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.training.arguments import run_parser
 
 from .options import command_parser
 
@@ -31,17 +38,40 @@ FEW_VIDEOS = 12
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = command_parser("adapt", __doc__)
-    parser.add_argument("model", help="a SamoeModel, a SAM 2 video model or an original .pt")
-    parser.add_argument("--domain", required=True, metavar="NAME", help="the new domain; one that is there goes on")
-    parser.add_argument("--dataset", required=True, type=Path, metavar="RUN.yaml", help="a run, see `samoe train`")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the new model")
-    parser.add_argument(
+    parser.epilog = describe_run_options()
+    model = parser.add_argument_group("model")
+    model.add_argument("model", metavar="MODEL", help="a SamoeModel, a SAM 2 video model or an original .pt")
+    videos = parser.add_argument_group("videos")
+    videos.add_argument(
+        "--dataset",
+        required=True,
+        metavar="FOLDER|RUN.yaml",
+        help="a folder of videos and masks; or a run, see `samoe train`",
+    )
+    domain = parser.add_argument_group("domain")
+    domain.add_argument("--domain", required=True, metavar="NAME", help="the new domain; one that is there goes on")
+    domain.add_argument(
         "--like",
         metavar="auto|none|DOMAIN",
         default=AUTO,
         help="start from the experts of a domain; auto: those that track the training videos best (%(default)s)",
     )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the new model")
     return parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+
+
+def describe_run_options() -> str:
+    """The options of a run, in their groups, but those that this command has in other words."""
+    lines = ["options of the run, which `samoe train --help` explains:"]
+    other_words = {*OPTIONS_OF_KEYS, *(one.name for one in fields(TrainingArguments)), "model_config"}
+    for kind in run_parser().dataclass_types:
+        names = [f"--{one.name}" for one in fields(kind) if one.init and one.name not in other_words]
+        text = f"{kind._argument_group_name}: {' '.join(names)}"
+        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
+    return "\n".join(
+        [*lines, "    and all of transformers' TrainingArguments, such as --learning_rate and --max_steps"]
+    )
 
 
 def in_words_of_the_command(message: str) -> str:
@@ -51,11 +81,17 @@ def in_words_of_the_command(message: str) -> str:
     return message
 
 
+def run_of(dataset: str) -> list[str]:
+    """The arguments of a run: its YAML, or for a folder of videos the package's run for that."""
+    return [dataset] if names_config(dataset) else ["adapt", "--train_data", dataset]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed, overrides = parse_arguments(arguments)
     try:
         like = None if parsed.like == "none" else parsed.like
-        result = adapt(parsed.model, parsed.domain, [str(parsed.dataset), *overrides], parsed.output, like)
+        run = run_of(parsed.dataset)
+        result = adapt(parsed.model, parsed.domain, [*run, *overrides], parsed.output, like)
     except ValueError as error:
         raise ValueError(in_words_of_the_command(str(error))) from error
     if result.after:

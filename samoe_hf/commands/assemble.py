@@ -22,32 +22,48 @@ from torch.utils.data import ConcatDataset
 
 from samoe_hf.continual.assemble import assemble, assemble_domains, routed_right
 from samoe_hf.data import Video
+from samoe_hf.data.configs import names_config
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.model.files import new_folder
 from samoe_hf.model.processor import load_processor
 
-from .options import add_device_option, command_parser
+from .options import add_config_option, add_device_option, command_parser
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("assemble", __doc__)
-    parser.add_argument("base", help="the model that the LoRAs were trained on: folder, Hub id or original .pt")
-    parser.add_argument("loras", nargs="+", metavar="[NAME=]LORA", help="folder or Hub id of a PEFT adapter")
-    parser.add_argument("--dataset", action="append", required=True, metavar="RUN.yaml|{kind: ...}")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model; must be new or empty")
-    parser.add_argument("--token-routers", action="store_true", help="one mixture of experts, chosen for each token")
-    routers = parser.add_argument_group("with --token-routers")
-    routers.add_argument("--frames", type=int, default=200, help="frames of each domain")
-    routers.add_argument("--experts-per-lora", type=int, default=6, help="kinds of tokens that a domain can have")
-    routers.add_argument("--num-experts-per-tok", type=int, default=1, help="experts that a token goes to")
-    parser.add_argument("--original-config", help="YAML of an original checkpoint of other sizes than Meta's")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "base", metavar="BASE", help="the model that the LoRAs were trained on: folder, Hub id or original .pt"
+    )
+    model.add_argument("loras", nargs="+", metavar="[NAME=]LORA", help="folder or Hub id of a PEFT adapter")
+    add_config_option(model)
+    videos = parser.add_argument_group("videos")
+    videos.add_argument(
+        "--dataset",
+        action="append",
+        required=True,
+        metavar="RUN.yaml|{kind: ...}",
+        help="those of a run's `train_data`, or of one dataset; once for all LoRAs, or once for each",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the model; new or empty")
+    routers = parser.add_argument_group("token routers")
+    routers.add_argument("--token-routers", action="store_true", help="one mixture of experts, chosen for each token")
+    routers.add_argument("--frames", type=int, default=200, help="frames of each domain (%(default)s)")
+    routers.add_argument(
+        "--experts-per-lora", type=int, default=6, help="kinds of tokens that a domain can have (%(default)s)"
+    )
+    routers.add_argument(
+        "--num-experts-per-tok", type=int, default=1, help="experts that a token goes to (%(default)s)"
+    )
     add_device_option(parser)
     return parser.parse_args(arguments)
 
 
 def load_domains(dataset: str) -> dict[str, list]:
     """Domain -> its datasets, of a run's `train_data` or of one dataset."""
-    if Path(dataset).suffix in (".yaml", ".yml"):
+    if names_config(dataset):
         sources = read_yaml(dataset).get("train_data") or []
     else:
         try:
@@ -98,13 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     loras, videos = match_domains(parsed.loras, parsed.dataset)
     torch.manual_seed(0)  # for what the LoRAs leave open: rows of A beyond their rank, where B is zero
-    options = {} if parsed.original_config is None else {"original_config": parsed.original_config}
+    options = {} if parsed.config is None else {"original_config": parsed.config}
     with new_folder(parsed.output) as folder:
         if parsed.token_routers:
             lines = assemble_with_routers(parsed, loras, videos, folder, options)
         else:
             lines = assemble_with_gate(parsed, loras, videos, folder, options)
-    print("\n".join([*lines, f"Written: {parsed.output}"]))
+    print("\n".join([*lines, f"Written: the model and its processor in {parsed.output}"]))
 
 
 def assemble_with_gate(

@@ -1,11 +1,11 @@
 """Time and memory beside others who do the same work, in one run.
 
-    samoe benchmark experts --model configs/model_tiny.yaml
-    samoe benchmark track --model configs/model_micro.yaml --objects 1 4 16
-    samoe benchmark track --model configs/model_base_plus.yaml --peers sam2 "sam2 compiled" --dtype bfloat16
-    samoe benchmark parts --model configs/model_tiny.yaml --objects 1
-    samoe benchmark long --model configs/model_micro.yaml --frames 10000
-    samoe benchmark train --model configs/model_tiny.yaml --frames 8 --objects 3
+    samoe benchmark experts --model model_tiny
+    samoe benchmark track --model model_micro --objects 1 4 16
+    samoe benchmark track --model model_base_plus --peers sam2 "sam2 compiled" --dtype bfloat16
+    samoe benchmark parts --model model_tiny --objects 1
+    samoe benchmark long --model model_micro --frames 10000
+    samoe benchmark train --model model_tiny --frames 8 --objects 3
 
 The contenders have the same weights and take turns; before they are timed, their outputs are compared. A Markdown
 table, a plot and all times are written to `--output`. Peers need the `bench` extra.
@@ -26,38 +26,57 @@ from samoe_hf.model.configuration_samoe import SamoeConfig
 from .options import add_device_option, command_parser
 
 
+def common_options() -> argparse.ArgumentParser:
+    """The options that all kinds of benchmarks have."""
+    common = argparse.ArgumentParser(add_help=False)
+    model = common.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        nargs="+",
+        default=["model_micro"],
+        metavar="MODEL.yaml",
+        help="a file, or one of the package's sizes: model_tiny, model_base_plus, ... (model_micro)",
+    )
+    output = common.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("outputs/benchmark"), metavar="DIR", help="(%(default)s)")
+    machine = add_device_option(common)
+    machine.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    machine.add_argument("--threads", type=int, help="PyTorch's threads on a CPU")
+    machine.add_argument("--repeats", type=int, default=5, help="how often each is timed (%(default)s)")
+    return common
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("benchmark", __doc__)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", nargs="+", default=["configs/model_micro.yaml"], help="YAML of a SamoeConfig")
-    add_device_option(common)
-    common.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    common.add_argument("--repeats", type=int, default=5)
-    common.add_argument("--threads", type=int, help="PyTorch's threads on a CPU")
-    common.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    one = kinds.add_parser("experts", parents=[common], help="a layer, and the whole memory attention")
-    one.add_argument("--tokens", type=int, default=4096)
-    one.add_argument("--width", type=int, default=256)
-    one.add_argument("--num-experts", type=int, default=10)
-    one = kinds.add_parser("track", parents=[common], help="time per frame for more and more objects")
-    one.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16])
-    one.add_argument("--frames", type=int, default=17)
-    one.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=tracking.PEERS)
-    one.add_argument("--compile", action="store_true", help="also our model, compiled")
-    one = kinds.add_parser("parts", parents=[common], help="parts of a frame's work beside the least they could take")
-    one.add_argument("--objects", type=int, default=1)
-    one = kinds.add_parser("long", parents=[common], help="memory and time per frame through a long video")
-    one.add_argument("--objects", type=int, default=1)
-    one.add_argument("--frames", type=int, default=10000)
-    one = kinds.add_parser("train", parents=[common], help="a training step, its parts, and whether data keep up")
-    one.add_argument("--frames", type=int, default=8)
-    one.add_argument("--objects", type=int, default=3)
-    one.add_argument("--workers", type=int, default=2)
-    one.add_argument("--steps", type=int, default=20, help="steps with the data loader")
-    one.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
-    one.add_argument("--gradient-checkpointing", action="store_true")
-    one.add_argument("--encoder-batch-size", type=int)
+    title, of_kind = "kinds of benchmarks", "`samoe benchmark KIND --help` shows the options of one."
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", title=title, description=of_kind)
+
+    def add(kind: str, description: str) -> argparse._ArgumentGroup:
+        one = kinds.add_parser(kind, parents=[common_options()], help=description, description=description)
+        return one.add_argument_group("work")
+
+    work = add("experts", "a layer, and the whole memory attention")
+    work.add_argument("--tokens", type=int, default=4096, help="(%(default)s)")
+    work.add_argument("--width", type=int, default=256, help="of the layer (%(default)s)")
+    work.add_argument("--num-experts", type=int, default=10, help="(%(default)s)")
+    work = add("track", "time per frame for more and more objects")
+    work.add_argument("--objects", type=int, nargs="+", default=[1, 4, 16], help="(%(default)s)")
+    work.add_argument("--frames", type=int, default=17, help="(%(default)s)")
+    work.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=tracking.PEERS)
+    work.add_argument("--compile", action="store_true", help="also our model, compiled")
+    work = add("parts", "parts of a frame's work beside the least they could take")
+    work.add_argument("--objects", type=int, default=1, help="(%(default)s)")
+    work = add("long", "memory and time per frame through a long video")
+    work.add_argument("--objects", type=int, default=1, help="(%(default)s)")
+    work.add_argument("--frames", type=int, default=10000, help="(%(default)s)")
+    work = add("train", "a training step, its parts, and whether data keep up")
+    work.add_argument("--frames", type=int, default=8, help="of a clip (%(default)s)")
+    work.add_argument("--objects", type=int, default=3, help="of a clip (%(default)s)")
+    work.add_argument("--workers", type=int, default=2, help="of the data loader (%(default)s)")
+    work.add_argument("--steps", type=int, default=20, help="steps with the data loader (%(default)s)")
+    work.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
+    work.add_argument("--gradient-checkpointing", action="store_true", help="run frames again in the backward pass")
+    work.add_argument("--encoder-batch-size", type=int, help="frames encoded at once; all by default")
     return parser.parse_args(arguments)
 
 
@@ -114,7 +133,7 @@ def run_long(arguments: argparse.Namespace, config: SamoeConfig) -> None:
     tracking.plot_long_video(rows, arguments.output / "long.png", arguments.device)
     text = "\n".join([describe_machine(arguments.device), "", *lines])
     (arguments.output / "long.md").write_text(f"# One long video\n\n{text}\n")
-    print(text)
+    print(f"{text}\n\nWritten: long.md and long.png in {arguments.output}")
 
 
 def run_training(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
@@ -151,7 +170,8 @@ def run_training(arguments: argparse.Namespace, config: SamoeConfig, dtype: torc
 
 def report(arguments: argparse.Namespace, name: str, title: str, measurements: list, tables: str) -> None:
     write_results(arguments.output, name, title, measurements, tables, arguments.device)
-    print(f"{title}\n{describe_machine(arguments.device)}\n\n{tables}\n\nWritten to {arguments.output}/{name}.md")
+    print(f"{title}\n{describe_machine(arguments.device)}\n\n{tables}\n")
+    print(f"Written: {name}.md, {name}.json and {name}.png in {arguments.output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

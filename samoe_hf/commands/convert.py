@@ -19,17 +19,20 @@ from samoe_hf.model.files import hash_tensors, new_folder
 from samoe_hf.model.processor import build_processor
 from samoe_hf.original.checkpoint import save_original
 
-from .options import command_parser
+from .options import add_original_options, command_parser, original_options
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("convert", __doc__)
-    parser.add_argument("checkpoint", help="an original .pt file; or a folder or Hub id of SAMoE or SAM 2 video")
-    parser.add_argument("--experts", type=Path, help="with a .pt file: the file of its experts")
-    parser.add_argument("--config", type=Path, help="with a .pt file: its YAML, needed for sizes other than Meta's")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must be new or empty")
-    parser.add_argument("--to", choices=("transformers", "original"), default="transformers", help="what to write")
-    parser.add_argument("--push-to-hub", metavar="ID", help="upload the model to this repository of the Hub")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="an original .pt; or a folder or Hub id of SAMoE or SAM 2 video"
+    )
+    add_original_options(model)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; new or empty")
+    output.add_argument("--to", choices=("transformers", "original"), default="transformers", help="what to write")
+    output.add_argument("--push-to-hub", metavar="ID", help="upload the model to this repository of the Hub")
     parsed = parser.parse_args(arguments)
     if parsed.push_to_hub and parsed.to == "original":
         parser.error("--push-to-hub uploads a model for transformers; it does not go with --to original")
@@ -41,7 +44,7 @@ def load(arguments: argparse.Namespace) -> SamoeModel:
     if not Path(arguments.checkpoint).exists() and (arguments.checkpoint.endswith(".pt") or not may_be_hub_id):
         raise FileNotFoundError(f"{arguments.checkpoint}: no such file or folder.")
     torch.manual_seed(0)  # experts that the checkpoint lacks are the same at every conversion
-    return SamoeModel.from_pretrained(arguments.checkpoint, experts=arguments.experts, original_config=arguments.config)
+    return SamoeModel.from_pretrained(arguments.checkpoint, **original_options(arguments))
 
 
 def check_same(folder: Path, model: SamoeModel) -> None:
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 save_original(model.config, model.state_dict(), folder)
             else:
                 model.save_pretrained(folder, processor=build_processor(model.config))
-        print(f"Wrote {parsed.output}: {', '.join(sorted(path.name for path in parsed.output.iterdir()))}")
+        print(f"Written: {', '.join(sorted(path.name for path in parsed.output.iterdir()))} in {parsed.output}")
     if parsed.push_to_hub:
         commit = model.push_to_hub(parsed.push_to_hub, processor=build_processor(model.config))
         print(f"Uploaded to {commit.repo_url}")

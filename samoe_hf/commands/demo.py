@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def load_model(arguments: argparse.Namespace) -> SamoeModel:
     """The small model with everything trainable, or a checkpoint with its experts trainable."""
     if arguments.model is not None:
-        chosen = ModelArguments(arguments.model, experts=arguments.experts, original_config=arguments.config)
+        chosen = ModelArguments(arguments.model, experts=arguments.experts, config=arguments.config)
         return chosen.load()
     model = ModelArguments(model_config=str(CONFIGS / "model_nano.yaml")).load()
     model.set_trainable("all")
@@ -54,13 +54,7 @@ def load_model(arguments: argparse.Namespace) -> SamoeModel:
 
 
 def print_summary(model: SamoeModel) -> None:
-    config, trainable, total = model.config, model.num_parameters(only_trainable=True), model.num_parameters()
-    print("Architecture")
-    print(f"  parameters            {total:,}")
-    print(f"  trainable parameters  {trainable:,} ({100 * trainable / total:.2f} %)")
-    print(f"  expert modules        {len(model.expert_module_names)}, such as {model.expert_module_names[0]}")
-    print(f"  experts per module    {config.num_experts}, {config.num_experts_per_tok} of them for each token")
-    print(f"  LoRA rank             {config.lora_rank}, alpha {config.lora_alpha}")
+    print(model.summary())
 
 
 def train(model: SamoeModel, processor: Sam2VideoProcessor, arguments: argparse.Namespace) -> None:

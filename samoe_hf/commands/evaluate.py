@@ -31,39 +31,50 @@ from samoe_hf.evaluation.report import comparison_table, summary_table, write_re
 from samoe_hf.evaluation.run import Evaluation, choose_seeds
 from samoe_hf.evaluation.simulated_user import PromptStrategy
 from samoe_hf.evaluation.statistics import protocol_of, seen_and_unseen, to_json
+from samoe_hf.model.checkpoints import is_original_checkpoint
 from samoe_hf.model.files import write_text
 
-from .options import command_parser, unique_names, usable_device
+from .options import add_original_options, command_parser, original_options, unique_names, usable_device
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("evaluate", __doc__)
-    parser.add_argument("model", nargs="?", help="a SamoeModel, a SAM 2 video model or an original .pt")
-    parser.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
-    parser.add_argument(
-        "--predictions", action="append", default=[], type=Path, metavar="DIR", help="score these masks as well"
-    )
-    add_dataset_arguments(parser)
-    parser.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")
-    parser.add_argument("--protocol", choices=get_args(Protocol), help="which frames count; by default the dataset's")
-    parser.add_argument("--layout", choices=get_args(Layout), help="of the masks; by default the dataset's")
-    parser.add_argument("--surface-tolerance", type=float, default=SURFACE_TOLERANCE, metavar="MM", help="for volumes")
-    parser.add_argument(
+    add_model_options(parser.add_argument_group("models"))
+    add_dataset_arguments(parser.add_argument_group("videos"))
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
+    prompts.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")
+    scores = parser.add_argument_group("scores")
+    scores.add_argument("--protocol", choices=get_args(Protocol), help="which frames count; by default the dataset's")
+    scores.add_argument("--surface-tolerance", type=float, default=SURFACE_TOLERANCE, metavar="MM", help="for volumes")
+    scores.add_argument(
         "--seen-unseen",
         nargs=2,
         type=Path,
         metavar=("META", "TRAIN_META"),
         help="YouTube-VOS' meta.json of the split and of training",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
-    parser.add_argument("--device", type=usable_device, help="such as cuda or cpu; by default the best there is")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and masks")
+    output.add_argument("--layout", choices=get_args(Layout), help="of the masks; by default the dataset's")
+    output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", type=usable_device, help="such as cuda or cpu; by default the best there is")
     parsed = parser.parse_args(arguments)
     parsed.models = [*([parsed.model] if parsed.model else []), *parsed.models]
     if not parsed.models and not parsed.predictions:
         parser.error("at least one MODEL or --predictions is needed")
     return parsed
+
+
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """Adds what is scored: models, and masks that were written before."""
+    group.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, a SAM 2 video model or an original .pt")
+    group.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
+    group.add_argument(
+        "--predictions", action="append", default=[], type=Path, metavar="DIR", help="score these masks as well"
+    )
+    add_original_options(group)
 
 
 def label_sources(sources: Sequence[str | Path]) -> list[str]:
@@ -123,12 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"The prompt {evaluation.prompt} draws nothing at random: one run instead of {parsed.seeds}.")
 
     sources = [*parsed.models, *parsed.predictions]
+    has_original = any(map(is_original_checkpoint, parsed.models))
     entries = []
     for source, label in zip(sources, label_sources(sources), strict=True):
         if isinstance(source, Path):
             entries.append(evaluation.run_masks(source, label, state))
         else:
-            entries.append(evaluation.run_model(source, label, state, parsed.overwrite))
+            options = original_options(parsed) if is_original_checkpoint(source) or not has_original else {}
+            entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **options))
     if not state.is_main_process:
         return
 

@@ -21,24 +21,30 @@ from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.processor import load_processor
 
-from .options import add_device_option, command_parser, unique_names
+from .options import add_device_option, add_original_options, command_parser, original_options, unique_names
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("experts", __doc__)
-    parser.add_argument("model", help="a SamoeModel or an original .pt")
-    add_dataset_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path("outputs/experts"), metavar="DIR")
-    parser.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument("model", metavar="MODEL", help="a SamoeModel or an original .pt")
+    add_original_options(model)
+    add_dataset_arguments(parser.add_argument_group("videos"))
+    routing = parser.add_argument_group("routing")
+    routing.add_argument(
         "--routing-video", action="append", default=[], metavar="N|ID",
         help="video to map, by number or id; may be repeated; the first of each domain",
     )  # fmt: skip
-    parser.add_argument("--routing-module", metavar="NAME", help="layer to map; the last cross attention's q_proj")
-    parser.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
-    parser.add_argument(
+    routing.add_argument("--routing-module", metavar="NAME", help="layer to map; the last cross attention's q_proj")
+    routing.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
+    routing.add_argument(
         "--dead-share", type=float, default=DEAD_SHARE, metavar="SHARE",
         help="experts that a smaller share of the tokens choose are dead (%(default)s)",
     )  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, default=Path("outputs/experts"), metavar="DIR", help="folder (%(default)s)"
+    )
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -89,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     videos = videos_from_arguments(parsed)
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
-    model = SamoeModel.from_pretrained(parsed.model).to(parsed.device)
+    model = SamoeModel.from_pretrained(parsed.model, **original_options(parsed)).to(parsed.device)
     processor = load_processor(parsed.model, model)
 
     module = routing_module(model, parsed.routing_module)
@@ -104,4 +110,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for video, name in zip(chosen, names, strict=True):
             maps = routing_maps(model, video, processor, module)
             files += maps.save(parsed.output / name, parsed.routing_object)
-    print(f"Wrote to {parsed.output}: {', '.join(file.name for file in files)}")
+    print(f"Written: {', '.join(file.name for file in files)} in {parsed.output}")

@@ -4,6 +4,8 @@ import argparse
 import re
 from collections.abc import Iterable
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +17,33 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--device`, by default the first GPU, or the CPU where there is none."""
+def add_device_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds `--device`, by default the first GPU, or the CPU where there is none; returns its group, `machine`."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=default, help="such as cuda:1 or cpu (%(default)s)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", type=usable_device, default=default, help="such as cuda:1 or cpu (%(default)s)")
+    return machine
+
+
+def add_original_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options that go with an original checkpoint; [`original_options`] gives their values."""
+    group.add_argument("--experts", type=Path, metavar="FILE.pt", help="with an original .pt: the file of its experts")
+    add_config_option(group)
+
+
+def add_config_option(group: argparse._ArgumentGroup) -> None:
+    """Adds `--config`, the YAML of an original checkpoint."""
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="with an original .pt: its YAML, needed for sizes other than Meta's",
+    )
+
+
+def original_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What [`add_original_options`] was given, as arguments of `SamoeModel.from_pretrained`."""
+    return {"experts": parsed.experts, "original_config": parsed.config}
 
 
 def usable_device(name: str) -> torch.device:

@@ -1,8 +1,8 @@
 """Compare how methods learn domain after domain, and what they forget, as a YAML says.
 
-    samoe study configs/study_forgetting.yaml --output outputs/study
-    samoe study configs/study_forgetting.yaml --output outputs/study --root davis=data/DAVIS --root ct=data/ct_lesions
-    samoe study configs/study_forgetting.yaml --output outputs/quick --quick      # ten minutes on two cores
+    samoe study study_forgetting --output outputs/study
+    samoe study study_forgetting --output outputs/study --root davis=data/DAVIS --root ct=data/ct_lesions
+    samoe study study_forgetting --output outputs/quick --quick      # ten minutes on two cores
 
 Run again, it goes on with what is missing. `--seeds 0` and `--seeds 1 2` in two processes share the work in one folder.
 The folder gets `results.json`, `report.md` and pictures, which are written anew whenever a method is finished.
@@ -21,14 +21,21 @@ from .options import add_device_option, command_parser
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("study", __doc__)
-    parser.add_argument("config", type=Path, help="YAML of a study")
-    parser.add_argument("--output", type=Path, default=Path("outputs/study"), help="folder (%(default)s)")
-    parser.add_argument(
+    study = parser.add_argument_group("study")
+    study.add_argument("config", metavar="STUDY.yaml", help="a file, or study_forgetting, which the package has")
+    study.add_argument("--quick", action="store_true", help="the YAML's small variant, on synthetic domains")
+    study.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="only these of the YAML's seeds")
+    study.add_argument(
+        "--orders", type=int, nargs="+", metavar="NUMBER", help="only these of the YAML's orders, counted from 0"
+    )
+    videos = parser.add_argument_group("videos")
+    videos.add_argument(
         "--root", action="append", default=[], metavar="DOMAIN=DIR", help="folder of a domain's data; may be repeated"
     )
-    parser.add_argument("--quick", action="store_true", help="the YAML's small variant, on synthetic domains")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the YAML's seeds")
-    parser.add_argument("--orders", type=int, nargs="+", help="only these of the YAML's orders, counted from 0")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, default=Path("outputs/study"), metavar="DIR", help="folder of the study (%(default)s)"
+    )
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -55,3 +62,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{plan.base.name}, then {', '.join(plan.orders[0])}; seeds {plan.seeds}")
     Study(plan, parsed.output, parsed.device).run()
     print((parsed.output / "report.md").read_text())
+    print(f"Written: report.md, results.json and pictures in {parsed.output}")

@@ -23,7 +23,7 @@ from samoe_hf.model.files import new_folder, whole_file
 from samoe_hf.model.processor import load_processor
 from samoe_hf.plots.masks import overlay_masks
 
-from .options import add_device_option, command_parser
+from .options import add_device_option, add_original_options, command_parser, original_options
 
 MAX_OBJECT_ID = 255  # of a palette PNG
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers for H.264
@@ -32,18 +32,23 @@ DEFAULT_FPS = 24  # of folders of frames
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("track", __doc__)
-    parser.add_argument("model", help="a SamoeModel, a SAM 2 video model or an original .pt")
-    parser.add_argument("video", type=Path, help="a video file or a folder of frames")
-    parser.add_argument("--point", action="append", default=[], metavar="X,Y[:LABEL]", help="label 1: in, 0: out")
-    parser.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1")
-    parser.add_argument("--mask", action="append", default=[], metavar="FILE", help="one object, or a map of ids")
-    parser.add_argument("--frame", type=int, default=0, metavar="N", help="frame of prompts that name none")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
-    parser.add_argument("--masks", type=Path, help="new folder for the masks; OUT_masks if not given")
-    parser.add_argument("--overwrite", action="store_true", help="replace the overlay and the masks of an earlier run")
-    parser.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument("model", metavar="MODEL", help="a SamoeModel, a SAM 2 video model or an original .pt")
+    model.add_argument(
         "--domain", default=AUTO, metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
     )
+    add_original_options(model)
+    video = parser.add_argument_group("video")
+    video.add_argument("video", type=Path, metavar="VIDEO", help="a video file or a folder of frames")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--point", action="append", default=[], metavar="X,Y[:LABEL]", help="label 1: in, 0: out")
+    prompts.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1", help="around an object")
+    prompts.add_argument("--mask", action="append", default=[], metavar="FILE", help="one object, or a map of ids")
+    prompts.add_argument("--frame", type=int, default=0, metavar="N", help="frame of prompts that name none")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
+    output.add_argument("--masks", type=Path, metavar="DIR", help="new folder for the masks; OUT_masks if not given")
+    output.add_argument("--overwrite", action="store_true", help="replace the overlay and the masks of an earlier run")
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -167,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
     check_outputs(parsed.output, target, parsed.video, frames, parsed.overwrite)
     with new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
-        model = SamoeModel.from_pretrained(parsed.model).to(parsed.device)
+        model = SamoeModel.from_pretrained(parsed.model, **original_options(parsed)).to(parsed.device)
         processor = load_processor(parsed.model, model)
         domain = parse_domain(model, parsed.domain)
         paths = [masks / f"{name}.png" for name in frames.names]
@@ -178,4 +183,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_video(overlay, overlays, fps=frames.fps or DEFAULT_FPS)
     if model.config.domains is not None:
         print(describe_domain(tracked))
-    print(f"Tracked {len(given)} prompts through {len(frames)} frames: {parsed.output}, {target}{'/'}")
+    print(f"Tracked {len(given)} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")

@@ -39,7 +39,7 @@ from .study_methods import (
     score,
     train,
 )
-from .study_plan import StudyPlan, StudyVideos
+from .study_plan import StudyPlan, StudyVideos, config_name
 from .study_report import RESULTS_FILE, read_results, restore_units, write_report
 
 Scores = dict[str, Any]
@@ -82,6 +82,7 @@ class Study:
                 raise ValueError(f"{self.folder} is not empty, and not the folder of a study.")
             write_report(self.plan, self.folder)
         earlier = read_results(self.folder)["study"]
+        earlier["model_config"] = config_name(str(earlier.get("model_config")))
         for name in identity:
             if earlier.get(name) != identity[name]:
                 raise ValueError(

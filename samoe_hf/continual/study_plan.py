@@ -61,7 +61,8 @@ class StudyPlan:
     """A study: a base model learns domain after domain, with each method, in each order, from each seed.
 
     Attributes:
-        model_config: YAML of the model, which the study trains from scratch on the domain `base`.
+        model_config: YAML of the model, which the study trains from scratch on the domain `base`; or its name in the
+            package.
         base, domains: what is learned.
         orders: names of domains, in the order in which they are learned.
         seeds: each trains a base of its own.
@@ -132,10 +133,16 @@ class StudyPlan:
     def identity(self) -> dict[str, Any]:
         """What results depend on, as JSON holds it: neither which seeds and orders are run, nor where the data lie."""
         content = {name: value for name, value in asdict(self).items() if name not in ("seeds", "orders")}
+        content["model_config"] = config_name(self.model_config)
         for domain in [content["base"], *content["domains"]]:
             for entry in [*domain["train_data"], *domain["eval_data"]]:
                 entry.pop("root", None)
         return content | {"learned": sorted(self.orders[0])}
+
+
+def config_name(model_config: str) -> str:
+    """The name of a configuration, wherever its file lies: `model_nano` of `configs/model_nano.yaml`."""
+    return Path(model_config).name.removesuffix(".yaml")
 
 
 def read_plan(path: str | Path, roots: Mapping[str, str] | None = None, quick: bool = False) -> StudyPlan:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from .configs import find_config, names_config
 from .hub_datasets import read_dataset
 from .layouts import read_files, recognize
 from .options import check_options, check_types, nearest_name
@@ -187,7 +188,7 @@ def datasets_from_arguments(arguments: argparse.Namespace) -> list[Sequence[Vide
     Where a folder's layout is recognized, `arguments.dataset` becomes its kind, and `arguments.root` the folder.
     Protocols and layouts of masks are chosen by the kind.
     """
-    if Path(arguments.dataset).suffix in (".yaml", ".yml"):
+    if names_config(arguments.dataset):
         for name in ("root", "split", "domain", "option"):
             if getattr(arguments, name):
                 raise ValueError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
@@ -211,10 +212,14 @@ def datasets_from_arguments(arguments: argparse.Namespace) -> list[Sequence[Vide
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file as data.
 
+    Args:
+        path: a file, or the name of a configuration that comes with the package, see [`~configs.find_config`].
+
     Raises:
+        FileNotFoundError: if there is neither.
         ValueError: if it is no YAML or holds no mapping.
     """
-    content = parse_yaml(Path(path).read_bytes(), str(path))
+    content = parse_yaml(find_config(path).read_bytes(), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}.")
     return content

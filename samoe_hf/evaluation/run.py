@@ -218,7 +218,9 @@ class Evaluation:
             if missing := [one for one in objects if one not in self.groups]:
                 raise ValueError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
 
-    def run_model(self, source: str, label: str, state: PartialState, overwrite: bool = False) -> dict[str, Any] | None:
+    def run_model(
+        self, source: str, label: str, state: PartialState, overwrite: bool = False, **options: Any
+    ) -> dict[str, Any] | None:
         """Tracks the videos that have no result yet.
 
         Args:
@@ -226,11 +228,12 @@ class Evaluation:
             label: a short name.
             state: the processes, and this one's device.
             overwrite: see [`EvaluationRun.start`].
+            options: further arguments of `SamoeModel.from_pretrained`.
 
         Returns:
             The model's entry in the results; None in processes other than the main one.
         """
-        model = SamoeModel.from_pretrained(source).to(state.device)
+        model = SamoeModel.from_pretrained(source, **options).to(state.device)
         processor = load_processor(source, model)
         about = describe_model(model, source)
         identity = {
@@ -354,7 +357,8 @@ class Evaluation:
         if len(unfinished) < total and state.is_main_process:
             print(f"{label}: {total - len(unfinished)} of {total} results are there already")
         num_frames = sum(len(video) for video, _ in unfinished)
-        with tqdm(total=num_frames, desc=label, unit="frame", disable=not state.is_local_main_process) as progress:
+        is_shown = state.is_local_main_process and num_frames > 0
+        with tqdm(total=num_frames, desc=label, unit="frame", disable=not is_shown) as progress:
             for video, seed in unfinished:
                 progress.set_postfix_str(video.video_id)
                 evaluate(video, seed).save(run.scores_path(video, seed))

@@ -275,7 +275,9 @@ def save_trained(
     if base_model is not None:
         config = copy.deepcopy(model.config)
         config.adapters = None
-        base = type(model).from_pretrained(base_model, config=config, ignore_mismatched_sizes=True)
+        base, _ = type(model).from_pretrained(
+            base_model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
         source = base.base_model_source
         if fingerprint(base.state_dict(), saved, model.dtype) != digest:
             loaded = (model.base_model_source or {}).get("name_or_path")
@@ -297,7 +299,7 @@ def load_trained(
     hub: Mapping[str, Any],
     arguments: dict[str, Any],
     more_experts: bool,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, set[str]]:
     """Loads the base model that `config` names, and over it what was trained.
 
     Args:
@@ -306,6 +308,9 @@ def load_trained(
         hub: how to fetch it, see `HUB_ARGUMENTS`.
         arguments: further arguments of `from_pretrained`.
         more_experts: whether layers without experts in `source` may get new ones.
+
+    Returns:
+        The model, and names of tensors of experts that are new.
 
     Raises:
         ValueError: if the base or what was trained does not fit; names both.
@@ -324,7 +329,8 @@ def load_trained(
     expected = model.state_dict()
     problems = find_mismatches(found, expected)
     # The base has the rest.
-    problems["missing"] = [n for n in problems["missing"] if is_expert_parameter(n) and not more_experts]
+    lacking = {name for name in problems["missing"] if is_expert_parameter(name)}
+    problems["missing"] = [] if more_experts else sorted(lacking)
     if any(problems.values()):
         raise ValueError(f"{names}, which it does not fit: {describe_mismatches(problems)}.")
     if fingerprint(expected, set(found), model.dtype) != base.get("fingerprint"):
@@ -334,7 +340,7 @@ def load_trained(
     model.differs_from_base = {name for name in found if not is_expert_parameter(name)}
     if dtype not in (None, "auto"):
         _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model
+    return model, lacking
 
 
 def _load_base(
@@ -351,14 +357,16 @@ def _load_base(
         is_original = is_original_checkpoint(source)
         if not is_original and SamoeConfig.from_pretrained(source, **hub).base_model is not None:
             raise ValueError("it holds only what was trained itself")
-        return cls.from_pretrained(
+        model, _ = cls.from_pretrained(
             source,
             config=config,
             original_config=base.get("original_config"),
             ignore_mismatched_sizes=True,  # its experts give place to those that were trained
+            output_loading_info=True,
             **hub,
             **arguments,
         )
+        return model
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{names}, which cannot be loaded for it: {error}") from error
 

@@ -46,6 +46,7 @@ from .memory_attention import attend_to_memory
 from .pretrained import PretrainedMixin
 from .prompts import PromptRecipe, resolve_recipe
 from .sam2_modules import compile_parts, make_lean
+from .summary import ModelSummary, summarize_model
 from .tracking import encoding_ahead, start_propagation, track_frame
 
 # Parameters that are tokens or encodings of positions, of the model itself and of its backbone.
@@ -195,6 +196,10 @@ class SamoeModel(
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    def summary(self) -> ModelSummary:
+        """All parameters, the trainable and the frozen ones, and the experts of each domain; it can be printed."""
+        return summarize_model(self)
 
     def compile_for_tracking(self, **kwargs) -> None:
         """Compiles the four parts of a frame's work, in place: the encoders, memory attention and the mask decoder.

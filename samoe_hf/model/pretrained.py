@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
+from transformers.utils import logging as transformers_logging
 
 from .adapters import active_adapters, adapters_aside, load_adapters, save_adapters, without_adapters
 from .checkpoints import (
@@ -27,10 +28,12 @@ from .checkpoints import (
     save_trained,
 )
 from .configuration_samoe import SamoeConfig
+from .experts import EXPERT_TENSORS
 from .files import updated_folder
 from .processor import build_processor
 
-logger = logging.getLogger(__name__)
+# As loud as transformers is told to be.
+logger = transformers_logging.get_logger(f"transformers.{__name__}")
 
 # Arguments of `save_pretrained` that are meant for `push_to_hub`.
 PUSH_ARGUMENTS = (
@@ -43,7 +46,8 @@ PUSH_ARGUMENTS = (
     "create_pr",
     "tags",
 )
-# What `output_loading_info` tells of. Nothing of it is tolerated in folders that hold only what was trained.
+_NEW_EXPERTS = "%d expert tensors are not in %s: they are new, and have no effect until they are trained."
+# What `output_loading_info` tells of.
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -71,6 +75,8 @@ class PretrainedMixin:
                 - an original checkpoint, of SAM 2 or SAM2-MoE (a `.pt` file).
             experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
             original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
+            output_loading_info: whether to return what was missing and the like as well. Without it, one line is logged
+                if experts are new.
             ignore_mismatched_sizes: whether experts of another number or rank, or in other layers, than the
                 configuration's are left out, and new ones take their place. Other tensors must fit.
             kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
@@ -81,11 +87,10 @@ class PretrainedMixin:
             ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
         """
         source = pretrained_model_name_or_path
-        names = [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]
-        settings = {name: kwargs.pop(name) for name in names}
+        settings = {n: kwargs.pop(n) for n in [*kwargs] if n in SamoeConfig.__dataclass_fields__ and n != "dtype"}
         more_experts = ignore_mismatched_sizes or "expert_modules" in settings
         is_original = is_original_checkpoint(source)
-        if not is_original and (experts is not None or original_config is not None):
+        if not is_original and (experts, original_config) != (None, None):
             raise ValueError(
                 f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
             )
@@ -104,19 +109,21 @@ class PretrainedMixin:
         config.check_experts()
         if config.base_model is not None and source is not None and not is_original:
             others = {name: value for name, value in kwargs.items() if name not in hub}
-            model = load_trained(cls, source, config, hub, others, more_experts)
-            info = {name: set() for name in LOADING_INFO}
+            model, new = load_trained(cls, source, config, hub, others, more_experts)
+            info = {name: set() for name in LOADING_INFO} | {"missing_keys": new}
         else:
             found = kwargs.get("state_dict")
             if found is None:
                 found = read_headers(source, hub, kwargs.get("variant"))
             new_layers = check_weights(source, found, config, more_experts, ignore_mismatched_sizes)
-            kwargs |= {"config": config, "output_loading_info": True}
-            model, info = cls._load_checked(source, new_layers, *model_args, **kwargs)
+            model, info = cls._load_checked(source, new_layers, *model_args, config=config, **kwargs)
+            new = {f"{layer}.{tensor}" for layer in new_layers for tensor in EXPERT_TENSORS}
             if source is not None:
                 model.base_model_source = _describe_source(source, kwargs, original_config)
         if source is not None and not is_original:
             load_adapters(model, source, config.adapters, hub)
+        if new and not output_loading_info:
+            logger.warning(_NEW_EXPERTS, len(new), source or "the given tensors")
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -128,14 +135,13 @@ class PretrainedMixin:
             # What does not fit are experts that give place to new ones.
             # An original checkpoint's tensors are `state_dict`.
             folder = None if is_original_checkpoint(source) else source
-            model, info = super().from_pretrained(folder, *model_args, ignore_mismatched_sizes=True, **kwargs)
+            options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = super().from_pretrained(folder, *model_args, **options, **kwargs)
         _align_memory(model)
         for name in new_layers:
             # Within the vision encoder, transformers leaves them uninitialized.
             model.get_submodule(name).reset_experts()
         check_finite(source, model)
-        if new_layers:
-            logger.info("%s has no experts for %d layers: they got new ones, without effect.", source, len(new_layers))
         model.set_trainable("experts")
         return model, info
 

@@ -192,7 +192,8 @@ def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
         result |= {"num_experts": num_experts, "num_experts_per_tok": top_k, "lora_rank": min(ranks, default=1)}
         logger.warning(
             f"{source}: tensors do not tell `lora_alpha` and `num_experts_per_tok`, which get the defaults "
-            f"{DEFAULT_CONFIG.lora_alpha} and {top_k}. Give the YAML of the experts' training as `original_config`."
+            f"{DEFAULT_CONFIG.lora_alpha} and {top_k}. Give the YAML of the experts' training (`original_config`, or "
+            "`--config` on the command line)."
         )
     return result
 

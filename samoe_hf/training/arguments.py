@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
+import torch
 from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
 
 from samoe_hf.data import ClipDataset, MixedDataset
@@ -20,6 +21,12 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
 
 DATASETS = ("train_data", "eval_data")
+
+# Keys of a run that had another name -> their name.
+RENAMED_KEYS = {"original_config": "config"}
+
+# Where the model comes from: one of them.
+MODEL_KEYS = ("model_name_or_path", "model_config")
 
 
 def check_at_least(arguments: Any, **limits: float) -> None:
@@ -40,17 +47,33 @@ class ModelArguments:
         default=None, metadata={"help": "Folder, Hub id or original checkpoint, as `from_pretrained` takes it."}
     )
     model_config: str | None = field(
-        default=None, metadata={"help": "YAML of a SamoeConfig, to start from random weights instead."}
+        default=None,
+        metadata={
+            "help": "YAML of a SamoeConfig, or one of the package's sizes such as model_nano, to start from random "
+            "weights instead."
+        },
     )
-    experts: str | None = field(default=None, metadata={"help": "Experts of an original checkpoint."})
-    original_config: str | None = field(default=None, metadata={"help": "YAML of an original checkpoint."})
-    num_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    expert_modules: list[str] | None = None
-    router_aux_loss_coef: float | None = None
+    experts: str | None = field(default=None, metadata={"help": "With an original .pt: the file of its experts."})
+    config: str | None = field(
+        default=None, metadata={"help": "With an original .pt: its YAML, needed for sizes other than Meta's."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False,
+        metadata={"help": "New experts take the place of those of another number or rank, or in other layers."},
+    )
+    num_experts: int | None = field(default=None, metadata={"help": "Experts of a layer."})
+    num_experts_per_tok: int | None = field(default=None, metadata={"help": "Experts that a token goes to."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank of an expert."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Experts are scaled by `lora_alpha / lora_rank`."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the experts and of the router's input."}
+    )
+    expert_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers with experts: an expression for whole names, or ends of names."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the routers' load-balancing loss."}
+    )
     domain: str | None = field(
         default=None,
         metadata={"help": "Train the experts of this domain alone, by the settings above if the model lacks it."},
@@ -74,7 +97,11 @@ class ModelArguments:
             model = SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings}))
         else:
             model = SamoeModel.from_pretrained(
-                self.model_name_or_path, experts=self.experts, original_config=self.original_config, **settings
+                self.model_name_or_path,
+                experts=self.experts,
+                original_config=self.config,
+                ignore_mismatched_sizes=self.ignore_mismatched_sizes,
+                **settings,
             )
         if self.domain is not None:
             self._prepare_domain(model, of_domain)
@@ -210,6 +237,8 @@ class SamoeTrainingArguments(TrainingArguments):
             # Which parameters a clip uses depends on its prompts; by default Trainer takes all as used if it
             # checkpoints.
             self.ddp_find_unused_parameters = True
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch warns
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # Else, of a stream, one process reads the batches of all and joins them, whose objects differ in number.
@@ -245,37 +274,44 @@ class SamoeTrainingArguments(TrainingArguments):
 
 def run_parser(**kwargs: Any) -> HfArgumentParser:
     """A parser with all keys of a run as options, in groups; `kwargs` of [`~transformers.HfArgumentParser`]."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments), **kwargs
-    )
+    kinds = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
+    # All options in the usage would hide the message behind them.
+    usage = {"prog": "samoe train", "usage": "samoe train RUN.yaml|NAME [--KEY VALUE ...]"}
+    parser = HfArgumentParser(kinds, **usage | kwargs)
     for action in parser._actions:
-        if action.dest in DATASETS:
-            action.type = dataset_entry
+        if action.dest in (*DATASETS, "augmentation"):
+            action.type = _mapping_or_text
     return parser
 
 
-def dataset_entry(text: str) -> str | dict:
-    """An entry of `train_data` or `eval_data` on the command line: a folder, or a mapping as in YAML."""
-    if not text.lstrip().startswith("{"):
-        return text
-    entry = parse_yaml(text, "a dataset")
-    if not isinstance(entry, dict):
-        raise ValueError(f"A dataset must be a folder or {{kind: ...}}, got {text!r}.")
-    return entry
+def _mapping_or_text(text: str) -> dict[str, Any] | str:
+    """The value of an option: a mapping in YAML, such as `{kind: davis}`, and any other text as it is."""
+    value = parse_yaml(text, f"{text!r}") if text.startswith("{") else None
+    return value if isinstance(value, dict) else text
 
 
 def parse_run(
     arguments: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments]:
-    """Parses `CONFIG [--key value]...`: a YAML of a run, and values that take the place of its.
+    """Parses `CONFIG [--key value]...`: a run, and values that take the place of its.
+
+    `CONFIG` is a YAML, or the name of one that comes with the package.
 
     Raises:
         ValueError: for a key in the YAML that is not known, naming the nearest that is.
+        FileNotFoundError: if there is no such YAML.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
     parser = run_parser()
     run = read_yaml(config)
     known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
+    given = [text.removeprefix("--").partition("=")[0] for text in overrides if text.startswith("--")]
+    for key in [*run, *given]:
+        if key in RENAMED_KEYS:
+            raise ValueError(f"The key {key!r} of a run is called {RENAMED_KEYS[key]!r} now.")
+    for key, other in (MODEL_KEYS, MODEL_KEYS[::-1]):
+        if key in given and other not in given:
+            run.pop(other, None)
     for key in run:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)

@@ -30,7 +30,7 @@ def test_there_and_back(nano, tmp_path, capsys):
     convert(f"{stem}.pt", "--config", f"{stem}.yaml", "--output", again)
     for name in ("model.safetensors", "config.json", "processor_config.json"):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
-    assert "Wrote" in capsys.readouterr().out
+    assert f"Written: config.json, model.safetensors, processor_config.json in {again}" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(tmp_path, capsys):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from helpers.reference import ROOT, shared_data
 from samoe_hf.data import SyntheticVideos, write_video
@@ -72,7 +74,8 @@ def test_train_writes_a_model_that_loads_and_tracks(run, smoke_config, model_fol
     from samoe_hf import SamoeModel
 
     printed = run("train.py", smoke_config, "--max_steps", "3", "--logging_steps", "1")
-    assert "trainable params: 68,672" in printed and printed.count("'loss'") == 3
+    assert "trainable      68,672 (2.37 %)" in printed and printed.count("'loss'") == 3
+    assert f"Written: the model and its processor in {tmp_path / 'out'}\n" in printed and "pin_memory" not in printed
     assert printed.count("eval_J&F ") == printed.count("eval_shapes_J&F") == 2
     assert "loss_focal" in printed and "router_entropy/shapes" in printed and "expert_usage/shapes/3" in printed
     before, after = (SamoeModel.from_pretrained(folder) for folder in (model_folder, tmp_path / "out"))
@@ -91,12 +94,14 @@ def test_train_writes_a_model_that_loads_and_tracks(run, smoke_config, model_fol
     [
         ("learning_rat: 1.0", "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
         ("trainable: [expert]", "'expert'"),
-        ("model_config: configs/model_nano.yaml", "Exactly one of `model_name_or_path` and `model_config`"),
+        ("model_config: model_nano", "Exactly one of `model_name_or_path` and `model_config`"),
         ("box_probability: 1.5", "`box_probability` must be from 0 to 1, got 1.5"),
         ("trainable: [experts=fast]", "`trainable` must be SET or SET=LR, got 'experts=fast'"),
         ("train_data: []", "`train_data` must name at least one dataset"),
         ("train_data: [{kind: davi}]", "'davi'"),
         (": [", "is not YAML"),
+        ("original_config: sam2.yaml", "The key 'original_config' of a run is called 'config' now"),
+        ("model_name_or_path: base.pt", "base.pt: no such file"),
     ],
 )
 def test_train_refuses_bad_configurations_in_one_line(run, smoke_config, line, message):
@@ -104,6 +109,15 @@ def test_train_refuses_bad_configurations_in_one_line(run, smoke_config, line, m
     smoke_config.write_text("\n".join([*kept, line]))
     printed = run("train.py", smoke_config, fails=True)
     assert message in printed
+
+
+def test_experts_of_another_number_are_trained_anew(run, smoke_config, tmp_path):
+    from samoe_hf import SamoeModel
+
+    with CaptureLogger(logging.get_logger("transformers.samoe_hf.model.pretrained")) as said:
+        run("train.py", smoke_config, "--num_experts", "3", "--ignore_mismatched_sizes", "--max_steps", "1")
+    assert said.out.count("expert tensors are not in") == 1
+    assert SamoeModel.from_pretrained(tmp_path / "out").summary().experts[0].num_experts == 3
 
 
 @pytest.mark.slow

@@ -284,6 +284,18 @@ def test_a_folder_of_another_study_is_refused(finished, tmp_path):
         Study(other, folder, show_progress_bar=False)
 
 
+def test_a_study_goes_on_wherever_the_file_of_its_model_lies(tmp_path, plan):
+    results = write_report(plan, tmp_path / "out")
+    assert results["study"]["model_config"] == "model_nano"
+    results["study"]["model_config"] = "configs/model_nano.yaml"
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    Study(plan, tmp_path / "out", show_progress_bar=False)
+    results["study"]["model_config"] = "configs/model_micro.yaml"
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="`model_config` is 'model_micro' there, not 'model_nano'"):
+        Study(plan, tmp_path / "out", show_progress_bar=False)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path, plan):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")

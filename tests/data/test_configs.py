@@ -1,0 +1,66 @@
+"""Configurations that come with the package, by their names."""
+
+import pytest
+
+from helpers.reference import ROOT
+from samoe_hf.data.configs import find_config, names_config, shipped_configs
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.training.arguments import parse_run
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_all_of_the_repository_are_found_anywhere():
+    assert shipped_configs().keys() == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    for name, path in shipped_configs().items():
+        assert find_config(name) == find_config(f"{name}.yaml") == path
+        assert read_yaml(name) == read_yaml(ROOT / "configs" / f"{name}.yaml")
+        for text in (name, f"{name}.yaml", "my/run.yml"):
+            assert names_config(text)
+    assert not names_config("davis") and not names_config("{kind: davis}") and not names_config("x" * 300)
+
+
+def test_none_names_a_file_outside(tmp_path):
+    for path in shipped_configs().values():
+        text = path.read_text()
+        assert "../" not in text and not any(word.startswith("/") for word in text.split()), path
+        if "model_config" in read_yaml(path):
+            assert read_yaml(path)["model_config"] in shipped_configs()
+
+
+@pytest.mark.parametrize("name", ["smoke", "smoke.yaml"])
+def test_a_file_comes_first(name, tmp_path):
+    (tmp_path / name).write_text("seed: 7\n")
+    assert read_yaml(name) == {"seed": 7}
+
+
+def test_a_folder_of_the_same_name_is_no_configuration(tmp_path):
+    (tmp_path / "smoke").mkdir()
+    assert find_config("smoke") == shipped_configs()["smoke"]
+
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [("smok", "Did you mean smoke?"), ("configs/smoke.yaml", "Did you mean smoke?"), ("qqq", "The package has ")],
+)
+def test_what_is_not_there_is_answered_with_names(name, nearest):
+    with pytest.raises(FileNotFoundError) as caught:
+        find_config(name)
+    message = str(caught.value)
+    assert message.startswith(f"{name} is no file") and nearest in message and "finetune_ct, finetune_davis" in message
+
+
+def test_a_run_by_its_name_with_a_model_by_its_name():
+    model, data, *_ = parse_run(["smoke", "--output_dir", "out"])
+    assert model.model_config == "model_nano" and len(data.train_data) == 2
+    assert model.load().config.image_size == 128
+
+
+def test_a_model_on_the_command_line_takes_the_place_of_the_runs():
+    model, *_ = parse_run(["smoke", "--output_dir", "out", "--model_name_or_path", "base"])
+    assert (model.model_name_or_path, model.model_config) == ("base", None)
+    model, *_ = parse_run(["finetune_davis", "--output_dir", "out", "--model_config=model_micro"])
+    assert (model.model_name_or_path, model.model_config) == (None, "model_micro")

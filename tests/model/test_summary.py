@@ -1,0 +1,93 @@
+"""The summary of a model's parameters and experts, and what is said of new experts."""
+
+import pytest
+from transformers import Sam2VideoConfig, Sam2VideoModel
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
+
+from samoe_hf import SamoeModel
+from samoe_hf.model.experts import is_expert_parameter
+
+LOGGER = "transformers.samoe_hf.model.pretrained"
+
+
+def count(model, chosen):
+    return sum(tensor.numel() for name, tensor in model.named_parameters() if chosen(name, tensor))
+
+
+def test_a_summary_counts_every_parameter_once(model_folder):
+    model = SamoeModel.from_pretrained(model_folder)
+    summary = model.summary()
+    (experts,) = summary.experts
+    assert summary.total == count(model, lambda *_: True) == summary.trainable + summary.frozen
+    assert summary.trainable == count(model, lambda _, tensor: tensor.requires_grad) == experts.parameters
+    assert experts.domain is None and experts.modules == model.expert_module_names
+    config = model.config
+    assert (experts.num_experts, experts.num_experts_per_tok) == (config.num_experts, config.num_experts_per_tok)
+    assert (experts.lora_rank, experts.lora_alpha) == (config.lora_rank, config.lora_alpha)
+    text = str(summary)
+    for number in (summary.total, summary.trainable, summary.frozen):
+        assert f"{number:,d}" in text
+    assert f"rank {config.lora_rank}, alpha {config.lora_alpha}" in text and experts.modules[0] in text
+    model.set_trainable("all")
+    assert model.summary().frozen == 0
+
+
+def test_domains_are_summed_up_apart(base_folder):
+    model = SamoeModel.from_pretrained(base_folder)
+    model.add_domain("heart", num_experts=3, num_experts_per_tok=1, lora_rank=2)
+    model.add_domain("street", num_experts=0)
+    heart, street = model.summary().experts
+    own = count(model, lambda name, _: ".domain_heart." in name)
+    assert (heart.domain, heart.num_experts, heart.lora_rank, heart.parameters) == ("heart", 3, 2, own)
+    assert set(heart.modules) == set(model.expert_module_names) and (street.modules, street.parameters) == ([], 0)
+    assert "experts of heart" in str(model.summary()) and "experts of street: 0 parameters" in str(model.summary())
+
+
+@pytest.fixture(scope="module")
+def base_folder(nano, tmp_path_factory):
+    """The nano reference without its experts, as a Sam2VideoModel."""
+    folder = tmp_path_factory.mktemp("base")
+    known = Sam2VideoConfig().to_dict().keys() - {"model_type"}
+    config = Sam2VideoConfig(**{name: value for name, value in nano.model.config.to_dict().items() if name in known})
+    base = Sam2VideoModel(config)
+    own = {name: tensor for name, tensor in nano.model.state_dict().items() if not is_expert_parameter(name)}
+    base.load_state_dict(own)
+    base.save_pretrained(folder)
+    return folder
+
+
+def said_while_loading(source, **options):
+    with CaptureLogger(logging.get_logger(LOGGER)) as captured:
+        model = SamoeModel.from_pretrained(source, **options)
+    return model, captured.out
+
+
+def test_new_experts_are_told_in_one_line(base_folder, capsys):
+    model, said = said_while_loading(base_folder)
+    new = [name for name, _ in model.named_parameters() if is_expert_parameter(name)]
+    told = "they are new, and have no effect until they are trained."
+    assert said == f"{len(new)} expert tensors are not in {base_folder}: {told}\n"
+    assert "LOAD REPORT" not in "".join(capsys.readouterr())
+
+
+def test_experts_of_another_size_are_new(model_folder):
+    _, said = said_while_loading(model_folder, num_experts=3, ignore_mismatched_sizes=True)
+    assert said.count("\n") == 1 and "expert tensors are not in" in said
+
+
+def test_nothing_is_said_where_nothing_is_new(model_folder, base_folder, tmp_path):
+    assert said_while_loading(model_folder)[1] == ""
+    SamoeModel.from_pretrained(base_folder).save_pretrained(tmp_path, experts_only=True)
+    assert said_while_loading(tmp_path)[1] == ""
+    more = r"memory_attention\.layers\.\d\.linear1|memory_attention\.layers\.\d\..*_proj"
+    assert said_while_loading(tmp_path, expert_modules=more)[1].count("\n") == 1
+
+
+def test_it_is_as_loud_as_transformers(base_folder):
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        assert said_while_loading(base_folder)[1] == ""
+    finally:
+        logging.set_verbosity(before)
