@@ -1,0 +1,106 @@
+"""A folder with everything that README and guides name, small: models, data sets, videos, runs, and a Hub."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Sam2VideoConfig, Sam2VideoModel
+
+from helpers import layouts
+from helpers.own_videos import save, save_ids
+from helpers.reference import ROOT, reference_folder
+from samoe_hf import SamoeModel
+from samoe_hf.data import SyntheticVideos, write_palette_png, write_video
+from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.processor import build_processor
+
+SIZE = (600, 800)
+RUN = """
+train_data:
+  - {kind: synthetic, domain: blobs, num_videos: 4, num_frames: 4, seed: 1}
+  - {kind: synthetic, domain: stripes, num_videos: 4, num_frames: 4, seed: 1}
+eval_data: [{kind: synthetic, num_videos: 1, num_frames: 3, seed: 2}]
+num_frames: 2
+max_steps: 1
+save_strategy: "no"
+report_to: none
+"""
+
+
+def make_world(folder: Path, model: SamoeModel) -> None:
+    """Fills a folder. The small model stands for all that are named."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    _make_models(folder, model)
+    _make_data(folder)
+    for name in ("RUN.yaml", "OTHER.yaml", "A.yaml", "B.yaml"):
+        (folder / name).write_text(RUN)
+
+
+def _make_models(folder: Path, model: SamoeModel) -> None:
+    processor = build_processor(model.config)
+    for name in ("MODEL", "BASE", "A", "B"):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    # What the Hub has of SAM 2: no experts.
+    known = Sam2VideoConfig().to_dict().keys() - {"model_type"}
+    base = Sam2VideoModel(Sam2VideoConfig(**{k: v for k, v in model.config.to_dict().items() if k in known}))
+    base.load_state_dict({k: v for k, v in model.state_dict().items() if not is_expert_parameter(k)})
+    base.save_pretrained(folder / "sam2")
+    processor.save_pretrained(folder / "sam2")
+    model.wake_experts()
+    for number, name in enumerate(("LORA_A", "LORA_B", "someones-lora")):
+        model.export_expert(number, folder / name)
+    nano = reference_folder("nano")
+    shutil.copy(nano / "sam2.1_hiera_nano.pt", folder / "sam2.1_hiera_base_plus.pt")
+    shutil.copy(nano / "samoe_nano_adapters.pt", folder / "checkpoint_best.pt")
+    shutil.copy(nano / "sam2.1_hiera_nano_moe.yaml", folder / "sam2.1_hiera_b+_moe.yaml")
+
+
+def _make_data(folder: Path) -> None:
+    videos = list(SyntheticVideos(4, 8, SIZE, max_objects=2, seed=3))
+    for name in ("dog.mp4", "heart.mp4"):
+        write_video(folder / name, videos[0].frames, fps=8)
+    for root in (folder / "DAVIS", folder / "data" / "DAVIS"):
+        _make_davis(root, dict(zip(("bear", "camel"), videos, strict=False)))
+    for root in (
+        folder / "CT",
+        folder / "data" / "CT",
+        folder / "data/ct_lesions/train",
+        folder / "data/ct_lesions/val",
+    ):
+        layouts.make_npz(root)
+    layouts.make_nifti(folder / "Task06_Lung")
+    layouts.make_sa_v_val(folder / "SA-V")
+    for split, video in zip(("train", "val"), videos, strict=False):
+        for t in range(8):
+            save(folder / f"my_videos/{split}/dog/frames/{t:05d}.jpg", video.frames[t])
+            save_ids(folder / f"my_videos/{split}/dog/masks/{t:05d}.png", video, t)
+            save(folder / f"my_videos/rig/camera/left/{t}.jpg", video.frames[t])
+            for i, mask in enumerate(video.masks(t)):
+                save(folder / f"my_videos/rig/outlines/{i}/{t}.png", np.where(mask, 255, 0).astype(np.uint8))
+    for t in range(8):
+        for name in ("bear", "camel"):
+            (folder / "MASKS" / name).mkdir(parents=True, exist_ok=True)
+            write_palette_png(folder / "MASKS" / name / f"{t:05d}.png", np.eye(*SIZE, dtype=np.uint8))
+
+
+def _make_davis(root: Path, videos: dict) -> None:
+    for name, video in videos.items():
+        for t in range(len(video)):
+            save(root / f"JPEGImages/480p/{name}/{t:05d}.jpg", video.frames[t])
+            save_ids(root / f"Annotations/480p/{name}/{t:05d}.png", video, t)
+    for year in ("2016", "2017"):
+        for split in ("train", "val"):
+            path = root / "ImageSets" / year / f"{split}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(videos))
+
+
+def clip_inputs(model: SamoeModel) -> dict[str, torch.Tensor]:
+    """Arguments of a forward pass: one clip of two frames with one object."""
+    side = model.config.image_size
+    labels = torch.zeros(1, 1, 2, side, side)
+    labels[..., 20:60, 20:60] = 1
+    return {"pixel_values": torch.rand(1, 2, 3, side, side), "labels": labels, "object_mask": torch.ones(1, 1).bool()}

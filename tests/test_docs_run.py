@@ -1,0 +1,148 @@
+"""Every command and snippet of README and guides is run as it is written, in a folder that has what they name.
+
+They run in a process of its own, whose Hub is the test server. Small models stand for large ones, and training takes
+one step; what takes hours or needs more than this machine has is listed with the reason.
+"""
+
+import ast
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers.docs_world import make_world
+from helpers.hub_client import Client
+from helpers.hub_server import TOKEN, HubServer
+from helpers.reference import ROOT, load_reference
+
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+# What is not run: the beginning of a line of a shell block -> why.
+NOT_RUN = {
+    "make ": "sets up an environment; the continuous integration runs it",
+    "samoe study": "takes hours; tests/continual/test_study.py runs it",
+    "samoe benchmark": "needs a GPU and peers; tests/benchmarks runs its commands",
+    "accelerate launch --num_processes 8": "needs 8 GPUs",
+    "torchrun": "two processes; tests/training/test_trainer.py runs them",
+}
+# Statements that each start from the model as it was loaded.
+FRESH = {"experts.md"}
+# What must have run before a guide: its results are read there.
+BEFORE = {
+    "hub_and_peft.md": ["samoe evaluate MODEL --dataset npz --root CT --output outputs/ct"],
+    "evaluation.md": ["samoe train configs/smoke.yaml --max_steps 1"],
+}
+SETUP = """
+import copy, os, shlex, sys
+import datasets
+import numpy as np
+sys.path.insert(0, tests)
+os.chdir(folder)
+from helpers.docs_world import clip_inputs
+from samoe_hf import SamoeModel, SamoeConfig, VideoSession, SamoeTrainer, load_videos
+from samoe_hf.cli import main
+from samoe_hf.data import read_video
+from samoe_hf.model.processor import load_processor
+
+def samoe(line):
+    try:
+        main(shlex.split(line)[1:])
+    except SystemExit as stopped:
+        if stopped.code:
+            raise RuntimeError(f"{line}: {stopped.code}") from None
+
+# The test server has no data sets: they are pushed to a folder of the same name, and loaded from there.
+datasets.Dataset.push_to_hub = lambda dataset, repo_id: dataset.save_to_disk(repo_id)
+loaded = SamoeModel.from_pretrained("facebook/sam2.1-hiera-base-plus")
+loaded.wake_experts()
+def reset():
+    return copy.deepcopy(loaded)
+model, other = reset(), reset()
+if guide == "domains.md":
+    other.rename_domain(None, "others")
+processor = load_processor("MODEL", model)
+videos = load_videos("davis", "DAVIS")
+video = videos[0]
+frames = list(read_video("dog.mp4"))
+globals().update(clip_inputs(model))
+"""
+
+
+def statements(guide: Path) -> list[str]:
+    """Python of all that is run of a guide, in order; a command is a call of `samoe`."""
+    parts = [f"samoe({line!r})" for line in BEFORE.get(guide.name, [])]
+    for language, content in BLOCK.findall(guide.read_text()):
+        if language == "python":
+            parts += python_parts(content, guide.name)
+        elif language in ("", "sh", "bash"):
+            parts += [f"samoe({line!r})" for line in commands(content)]
+    return [part.replace('"me/', '"tester/').replace(" me/", " tester/") for part in parts]
+
+
+def python_parts(content: str, guide: str) -> list[str]:
+    if guide not in FRESH:
+        return [content]
+    return [f"model = reset()\n{ast.unparse(statement)}" for statement in ast.parse(content).body]
+
+
+def commands(content: str) -> list[str]:
+    """Commands of a shell block, with less to do."""
+    lines = []
+    for line in content.replace("\\\n", " ").splitlines():
+        is_command = re.match(r"(samoe|python|accelerate|torchrun) ", line)
+        if not is_command or any(line.startswith(start) for start in NOT_RUN):
+            continue
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["accelerate", "launch"] or words[0] == "python":
+            words = ["samoe", Path(words[-1 if words[0] == "python" else 2]).stem, *words[3:]]
+        if words[0] == "samoe":
+            lines.append(shlex.join([*words, *FEWER.get(words[1], [])]))
+    return lines
+
+
+STEPS = ["--max_steps", "1", "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"]
+FEWER = {"train": [*STEPS, "--report_to", "none"], "adapt": STEPS}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with all that is named, and a process that reads and writes the test server's Hub."""
+    folder = tmp_path_factory.mktemp("docs") / "world"
+    model = load_reference("nano").model
+    make_world(folder, model)
+    with HubServer() as server:
+        client = Client(server.url, folder.parent / "home", TOKEN)
+        client.run(PUSH, folder=folder)
+        server.repositories["facebook/sam2.1-hiera-base-plus"] = server.repositories["tester/base"]
+        server.repositories["someone/night-lora"] = server.repositories["tester/night-lora"]
+        yield folder, client
+        client.close()
+
+
+PUSH = """
+from huggingface_hub import HfApi
+for name, source in (("base", "sam2"), ("night-lora", "someones-lora")):
+    HfApi().create_repo(f"tester/{name}")
+    HfApi().upload_folder(repo_id=f"tester/{name}", folder_path=f"{folder}/{source}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_everything_in_it_runs(guide, world, tmp_path):
+    folder, client = world
+    shutil.copytree(folder, tmp_path / "here")
+    parts = statements(guide)
+    if not parts:
+        return
+    code = "\n".join([SETUP, *parts])
+    client.run(code, folder=tmp_path / "here", tests=ROOT / "tests", guide=guide.name)
+
+
+def test_what_is_not_run_is_there():
+    """No line of the list is left over."""
+    lines = "\n".join(content for guide in GUIDES for _, content in BLOCK.findall(guide.read_text()))
+    for start in NOT_RUN:
+        assert re.search(rf"^{re.escape(start)}", lines, flags=re.MULTILINE), start
