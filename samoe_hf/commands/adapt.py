@@ -3,14 +3,15 @@
     samoe adapt MODEL --domain ultrasound --dataset my_videos --output DIR
     samoe adapt MODEL --domain ultrasound --dataset RUN.yaml --output DIR --num_experts 4 --learning_rate 2e-4
 
-`my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. A run is as for `samoe train`, a YAML file or the name of one that comes with the package. The new experts are trained
-on its `train_data`, and its other keys are options here too, see below. The videos of its `eval_data`, of old domains
-as well, are tracked before and after. Nothing of the model changes but what is new. DIR gets what was trained, all
-experts and the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares; and adaptation.json with the
-scores.
+`my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. A run is as for
+`samoe train`, a YAML file or the name of one that comes with the package: the new experts are trained on its
+`train_data`, and its other keys are options here too, see below. The videos of its `eval_data`, of old domains as well,
+are tracked before and after. Nothing of the model changes but what is new. DIR gets what was trained, all experts and
+the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares; and adaptation.json with the scores.
 """
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -83,7 +84,8 @@ def in_words_of_the_command(message: str) -> str:
 
 def run_of(dataset: str) -> list[str]:
     """The arguments of a run: its YAML, or for a folder of videos the package's run for that."""
-    return [dataset] if names_config(dataset) else ["adapt", "--train_data", dataset]
+    is_folder = os.path.exists(dataset) and not names_config(dataset)
+    return ["adapt", "--train_data", dataset] if is_folder else [dataset]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

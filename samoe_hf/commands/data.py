@@ -28,7 +28,8 @@ MAX_ROWS, NUM_COLUMNS = 12, 5
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("data", __doc__)
-    parser.add_argument("action", choices=["check"], help="check: list videos and what is likely a mistake")
+    action = parser.add_argument_group("action")
+    action.add_argument("action", choices=["check"], help="check: list videos and what is likely a mistake")
     add_dataset_arguments(parser, positional=True)
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -1,6 +1,7 @@
 """The YAML files of a run, a model or a study: the user's own, or those that come with the package, by their names."""
 
 import difflib
+import os
 from pathlib import Path
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -35,4 +36,4 @@ def find_config(name: str | Path) -> Path:
 
 def names_config(text: str) -> bool:
     """Whether a text is meant as a configuration rather than as a folder or a kind: a YAML, or a name that has one."""
-    return not Path(text).is_dir() and (Path(text).suffix in (".yaml", ".yml") or text in shipped_configs())
+    return not os.path.isdir(text) and (Path(text).suffix in (".yaml", ".yml") or text in shipped_configs())
