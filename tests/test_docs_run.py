@@ -103,7 +103,7 @@ def commands(content: str) -> list[str]:
 
 
 STEPS = ["--max_steps", "1", "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"]
-FEWER = {"train": [*STEPS, "--report_to", "none"], "adapt": STEPS}
+FEWER = {"train": [*STEPS, "--report_to", "none", "--bf16", "false"], "adapt": STEPS}
 
 
 @pytest.fixture(scope="module")

@@ -52,13 +52,13 @@ def test_the_section_shows_the_whole_way():
 
 
 def test_commands_run_with_less_to_do(folder, monkeypatch):
-    """With fewer steps and videos, and experts in half as many layers."""
+    """With fewer steps and videos, and experts in half as many layers. A file comes before the package's."""
     monkeypatch.chdir(folder)
     run, model = (folder / "configs" / name for name in ("smoke.yaml", "model_nano.yaml"))
     text = run.read_text()
     assert text.count("num_videos: 2, num_frames: 6") == 2 and "model_config: model_nano\n" in text
     text = text.replace("model_config: model_nano\n", "model_config: configs/model_nano.yaml\n")
-    run.write_text(text.replace("num_videos: 2, num_frames: 6", "num_videos: 1, num_frames: 3"))
+    Path("smoke").write_text(text.replace("num_videos: 2, num_frames: 6", "num_videos: 1, num_frames: 3"))
     with open(model, "a") as file:
         file.write(r"expert_modules: memory_attention\.layers\.1\..*_proj" + "\n")
     for line in commands():

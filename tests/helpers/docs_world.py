@@ -3,15 +3,17 @@
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
+from PIL import Image
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from helpers import layouts
-from helpers.own_videos import save, save_ids
+from helpers.own_videos import ids, save, save_ids
 from helpers.reference import ROOT, reference_folder
 from samoe_hf import SamoeModel
-from samoe_hf.data import SyntheticVideos, write_palette_png, write_video
+from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.model.experts import is_expert_parameter
 from samoe_hf.model.processor import build_processor
 
@@ -36,19 +38,21 @@ def make_world(folder: Path, model: SamoeModel) -> None:
     _make_data(folder)
     for name in ("RUN.yaml", "OTHER.yaml", "A.yaml", "B.yaml"):
         (folder / name).write_text(RUN)
+    save(folder / "domains.png", np.zeros((8, 8, 3), np.uint8))
 
 
 def _make_models(folder: Path, model: SamoeModel) -> None:
     processor = build_processor(model.config)
-    for name in ("MODEL", "BASE", "A", "B"):
+    for name in ("MODEL", "A", "B"):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     # What the Hub has of SAM 2: no experts.
     known = Sam2VideoConfig().to_dict().keys() - {"model_type"}
     base = Sam2VideoModel(Sam2VideoConfig(**{k: v for k, v in model.config.to_dict().items() if k in known}))
     base.load_state_dict({k: v for k, v in model.state_dict().items() if not is_expert_parameter(k)})
-    base.save_pretrained(folder / "sam2")
-    processor.save_pretrained(folder / "sam2")
+    for name in ("sam2", "BASE"):
+        base.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
     model.wake_experts()
     for number, name in enumerate(("LORA_A", "LORA_B", "someones-lora")):
         model.export_expert(number, folder / name)
@@ -80,10 +84,21 @@ def _make_data(folder: Path) -> None:
             save(folder / f"my_videos/rig/camera/left/{t}.jpg", video.frames[t])
             for i, mask in enumerate(video.masks(t)):
                 save(folder / f"my_videos/rig/outlines/{i}/{t}.png", np.where(mask, 255, 0).astype(np.uint8))
+    _make_columns(folder / "someone" / "surgery", videos[0])
     for t in range(8):
         for name in ("bear", "camel"):
             (folder / "MASKS" / name).mkdir(parents=True, exist_ok=True)
             write_palette_png(folder / "MASKS" / name / f"{t:05d}.png", np.eye(*SIZE, dtype=np.uint8))
+
+
+def _make_columns(folder: Path, video: Video) -> None:
+    """A dataset of the Hub whose columns have names of their own."""
+    images = datasets.List(datasets.Image())
+    features = datasets.Features({"case": datasets.Value("string"), "rgb": images, "instance_ids": images})
+    rgb = [Image.fromarray(video.frames[t]) for t in range(3)]
+    labels = [Image.fromarray(ids(video, t)) for t in range(3)]
+    row = {"case": ["one"], "rgb": [rgb], "instance_ids": [labels]}
+    datasets.Dataset.from_dict(row, features=features).save_to_disk(folder)
 
 
 def _make_davis(root: Path, videos: dict) -> None:
@@ -101,6 +116,6 @@ def _make_davis(root: Path, videos: dict) -> None:
 def clip_inputs(model: SamoeModel) -> dict[str, torch.Tensor]:
     """Arguments of a forward pass: one clip of two frames with one object."""
     side = model.config.image_size
-    labels = torch.zeros(1, 1, 2, side, side)
-    labels[..., 20:60, 20:60] = 1
+    labels = torch.zeros(1, 1, 2, side, side, dtype=torch.bool)
+    labels[..., 20:60, 20:60] = True
     return {"pixel_values": torch.rand(1, 2, 3, side, side), "labels": labels, "object_mask": torch.ones(1, 1).bool()}
