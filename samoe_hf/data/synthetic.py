@@ -203,7 +203,7 @@ class _Scenes(_Look):
         return paint
 
     def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        num_frames, height, width, _ = frames.shape
+        num_frames, width = frames.shape[0], frames.shape[2]
         drift = 1 + 0.15 * np.sin(rng.uniform(0, 6) + rng.uniform(0, 0.5) * np.arange(num_frames))
         side = np.linspace(*rng.uniform(0.6, 1.2, 2), width)
         light = drift[:, None, None, None] * side[:, None] * rng.uniform(0.8, 1.1, 3)
