@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.reference import ROOT, reference_folder
+from samoe_hf import small_base
 from samoe_hf.data import SyntheticVideos, write_video
 
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
@@ -34,7 +35,8 @@ def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "samoe_hf").rglob("*.py")}
     configs = {f"samoe_hf/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
-    assert code | configs | {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md"} <= names
+    base = {f"samoe_hf/base/{path.name}" for path in Path(small_base()).iterdir()}
+    assert code | configs | base | {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md"} <= names
     assert not any(name.startswith(("tests/", "docs/", "scripts/")) for name in names)
     (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
     assert "samoe = samoe_hf.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()

@@ -18,12 +18,12 @@ from samoe_hf.data import Video, VideoList
 from samoe_hf.data.check import VideoReport, check_video, report_table
 from samoe_hf.data.registry import add_dataset_arguments, datasets_from_arguments
 from samoe_hf.model.files import whole_file
-from samoe_hf.plots.masks import overlay_masks, plot_frames
+from samoe_hf.plots.masks import overlay_masks, plot_sheet
 
 from .options import command_parser
 
 SHEET = "contact_sheet.png"
-MAX_ROWS, NUM_COLUMNS = 12, 5
+MAX_ROWS, NUM_COLUMNS, MIN_HEIGHT = 12, 5, 240
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,10 +44,9 @@ def draw_sheet(videos: Sequence[Video], path: Path) -> None:
     for video in videos:
         frames = video.annotated_frames
         places = np.unique(np.linspace(0, len(frames) - 1, NUM_COLUMNS).round().astype(int))
-        shown = [overlay_masks(video.frames[frames[i]], _id_map(video, frames[i])) for i in places]
-        blank = np.full_like(shown[0], 255)
-        rows[f"{video.video_id}\n{len(video)} frames"] = shown + [blank] * (NUM_COLUMNS - len(shown))
-    plot_frames(rows, [""] * NUM_COLUMNS, path, "First to last frame with masks")
+        shown = [overlay_masks(video.frames[frames[i]], _id_map(video, frames[i]), MIN_HEIGHT) for i in places]
+        rows[f"{video.video_id}: {len(video)} frames, {len(video.object_ids)} objects"] = shown
+    plot_sheet(rows, path, "First to last frame with masks")
 
 
 def _id_map(video: Video, frame: int) -> np.ndarray:

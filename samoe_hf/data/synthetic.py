@@ -1,5 +1,7 @@
 """Synthetic videos of moving objects that occlude each other, in several domains, two of which look alike.
 
+"scenes", "night" and "paper" are varied within themselves: they are what the small base model has learned.
+
 They need no download and cost a few milliseconds, so that training and tracking can be tried and tested anywhere.
 """
 
@@ -63,9 +65,11 @@ def _start_positions(rng: np.random.Generator, radii: np.ndarray, size: tuple[in
     return np.array(centers)
 
 
-def _bodies(rng: np.random.Generator, num_objects: int, num_frames: int, size: tuple[int, int]) -> list[_Body]:
+def _bodies(
+    rng: np.random.Generator, num_bodies: int, num_frames: int, size: tuple[int, int], sizes: tuple[float, float]
+) -> list[_Body]:
     extent, side, time = np.array([size[1], size[0]]), min(size), np.arange(num_frames)
-    radii = side * rng.uniform(0.09, 0.16, num_objects)
+    radii = side * rng.uniform(*sizes, num_bodies)
     bodies = []
     for radius, center in zip(radii, _start_positions(rng, radii, size), strict=True):
         leaves = rng.random() < 0.25  # its bounds then lie outside the frame, and it moves fast enough to get there
@@ -97,7 +101,14 @@ def _sharp(depth: np.ndarray) -> np.ndarray:
     return (depth > 0).astype(np.float32)[..., None]
 
 
-class _Shapes:
+class _Look:
+    """What all looks have, unless they say otherwise."""
+
+    sizes = (0.09, 0.16)  # of bodies: radius as a share of the frame's shorter side
+    max_clutter = 0  # bodies among the objects that are none
+
+
+class _Shapes(_Look):
     """Brightly coloured, textured polygons and ellipses over a cloudy background."""
 
     def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -112,7 +123,7 @@ class _Shapes:
         return frames + 0.02 * rng.standard_normal((*frames.shape[:3], 1), dtype=np.float32)
 
 
-class _Blobs:
+class _Blobs(_Look):
     """Soft gray blobs of low contrast in multiplicative speckle, like ultrasound."""
 
     def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -134,7 +145,7 @@ class _Echoes(_Blobs):
         return frames * falloff * (1 + 0.22 * rng.standard_normal(frames.shape, dtype=np.float32))
 
 
-class _Stripes:
+class _Stripes(_Look):
     """Objects and background in the same two tones, told apart by the direction and width of their stripes alone."""
 
     def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -153,10 +164,109 @@ class _Stripes:
         return np.where(np.sin(phase)[..., None] > 0, np.float32([0.85, 0.75, 0.5]), np.float32([0.15, 0.2, 0.35]))
 
 
+def _colour(rng: np.random.Generator) -> np.ndarray:
+    """Any colour (3,), a third of the time a gray."""
+    return np.float32(np.full(3, rng.random()) if rng.random() < 1 / 3 else rng.random(3))
+
+
+class _Scenes(_Look):
+    """Objects of any size, colour and texture over any ground, in changing light, with others that are not tracked."""
+
+    sizes = (0.07, 0.2)
+    max_clutter = 2
+
+    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+        first, second = _colour(rng), _colour(rng)
+        coarse = _smooth_noise(rng, size, max(2, int(min(size) / rng.uniform(1, 12))), 1)
+        kind = rng.integers(4)
+        if kind == 0:  # a plain wall
+            coarse = 0.2 * coarse
+        elif kind == 1:  # patches with edges
+            coarse = np.clip(0.5 + 12 * (coarse - 0.5), 0, 1)
+        elif kind == 2:  # tiles
+            tile = max(2, int(min(size) * rng.uniform(0.08, 0.3)))
+            y, x = np.mgrid[: size[0], : size[1]] // tile
+            coarse = 0.6 * ((x + y) % 2)[..., None].astype(np.float32) + 0.4 * coarse
+        return first * (1 - coarse) + second * coarse + 0.15 * (_smooth_noise(rng, size, 2, 1) - 0.5)
+
+    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
+        colour, contrast, softness = _colour(rng), np.float32(rng.uniform(0, 0.4)), np.float32(rng.uniform(4, 30))
+        directions, phases = np.float32(rng.normal(0, 3, (3, 2))), np.float32(rng.uniform(0, 6, 3))
+        rim = np.float32(rng.uniform(0, 0.5))
+
+        def paint(u: np.ndarray, v: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            waves = sum(np.sin(a * u + b * v + phase) for (a, b), phase in zip(directions, phases, strict=True))
+            shade = 1 - rim * (1 - np.clip(2 * depth, 0, 1))
+            opacity = np.clip(0.5 + softness * depth, 0, 1)
+            return (colour + contrast / 3 * waves[..., None]) * shade[..., None], opacity[..., None]
+
+        return paint
+
+    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        num_frames, width = frames.shape[0], frames.shape[2]
+        drift = 1 + 0.15 * np.sin(rng.uniform(0, 6) + rng.uniform(0, 0.5) * np.arange(num_frames))
+        side = np.linspace(*rng.uniform(0.6, 1.2, 2), width)
+        light = drift[:, None, None, None] * side[:, None] * rng.uniform(0.8, 1.1, 3)
+        return self._noisy(rng, frames * light.astype(np.float32), rng.uniform(0, 0.06))
+
+    @staticmethod
+    def _noisy(rng: np.random.Generator, frames: np.ndarray, strength: float) -> np.ndarray:
+        return frames + np.float32(strength) * rng.standard_normal(frames.shape, dtype=np.float32)
+
+
+class _Night(_Scenes):
+    """The same in the dark: a cone of light that moves over the scene, and the noise of a camera at its limit."""
+
+    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        num_frames, height, width, _ = frames.shape
+        start, velocity = rng.uniform(0.3, 0.7, 2), rng.uniform(-0.02, 0.02, 2)
+        center = start + velocity * np.arange(num_frames)[:, None]
+        y = np.arange(height)[:, None] / height - center[:, 0, None, None]
+        x = np.arange(width) / width - center[:, 1, None, None]
+        light = rng.uniform(0.2, 0.4) + 0.6 * np.exp(-(x**2 + y**2) / rng.uniform(0.05, 0.2))
+        blue = np.float32([0.75, 0.85, 1.0])
+        return self._noisy(rng, frames * light[..., None].astype(np.float32) * blue, rng.uniform(0.02, 0.08))
+
+
+class _Paper(_Look):
+    """Drawings: pale objects with a dark line around them, and the same lines as hatching inside, on paper."""
+
+    sizes = (0.07, 0.2)
+    max_clutter = 1
+
+    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+        paper = np.float32([1.0, 0.97, 0.9]) * np.float32(rng.uniform(0.75, 1))
+        return paper - 0.12 * _smooth_noise(rng, size, max(2, min(size) // 6), 1) * np.ones(3, np.float32)
+
+    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
+        fill, ink = np.float32(1 - 0.45 * rng.random(3)), np.float32(0.3 * rng.random(3))
+        width, gap = np.float32(rng.uniform(0.08, 0.2)), np.float32(rng.uniform(5, 10))
+        hatched = rng.random() < 0.5
+
+        def paint(u: np.ndarray, v: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            is_ink = depth < width
+            if hatched:
+                is_ink = is_ink | (np.sin(gap * (u + v)) > 0.8)
+            return np.where(is_ink[..., None], ink, fill), _sharp(depth)
+
+        return paint
+
+    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+        return frames + 0.03 * rng.standard_normal((*frames.shape[:3], 1), dtype=np.float32)
+
+
 # A domain gives the background, (H, W, 1 or 3) float32 in 0..1; a painter for each object, which turns the object's own
 # coordinates and depth into colour and opacity, so that its texture moves with it; and what comes over finished frames.
 _Painter = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
-_DOMAINS = {"shapes": _Shapes(), "blobs": _Blobs(), "echoes": _Echoes(), "stripes": _Stripes()}
+_DOMAINS = {
+    "shapes": _Shapes(),
+    "blobs": _Blobs(),
+    "echoes": _Echoes(),
+    "stripes": _Stripes(),
+    "scenes": _Scenes(),
+    "night": _Night(),
+    "paper": _Paper(),
+}
 SYNTHETIC_DOMAINS = tuple(_DOMAINS)
 
 
@@ -172,8 +282,9 @@ class SyntheticVideos(Sequence):
         image_size: (height, width) in pixels.
         max_objects: each video has 1 to this many objects.
         domain: "shapes" (coloured textured shapes over clouds), "blobs" (soft gray blobs in speckle, like ultrasound),
-            "echoes" (look alike: the same blobs under other light, in weaker speckle) or "stripes" (texture alone
-            tells objects from background); also the videos' domain name.
+            "echoes" (look alike: the same blobs under other light, in weaker speckle), "stripes" (texture alone
+            tells objects from background), "scenes" (any colours, textures, sizes and lights, and bodies that are no
+            objects among them), "night" (scenes in the dark) or "paper" (drawings); also the videos' domain name.
         seed: another seed gives other videos.
 
     Raises:
@@ -212,17 +323,21 @@ class SyntheticVideos(Sequence):
     def _render(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Frames (T, H, W[, 3]) uint8 and visible masks (T, num_objects, H, W) bool; later objects are nearer."""
         look, size, num_frames = _DOMAINS[self.domain], self.image_size, self.num_frames
-        bodies = _bodies(rng, int(rng.integers(1, self.max_objects + 1)), num_frames, size)
+        is_object = np.ones(rng.integers(1, self.max_objects + 1), dtype=bool)
+        if look.max_clutter:
+            is_object = rng.permutation(np.pad(is_object, (0, rng.integers(look.max_clutter + 1))))
+        bodies = _bodies(rng, len(is_object), num_frames, size, look.sizes)
         frames = np.repeat(look.background(rng, size)[None], num_frames, axis=0)
-        masks = np.zeros((num_frames, len(bodies), *size), dtype=bool)
+        masks = np.zeros((num_frames, is_object.sum(), *size), dtype=bool)
         for order, body in enumerate(bodies):
-            paint = look.painter(rng, order)
+            paint, nearer_than = look.painter(rng, order), is_object[:order].sum()
             for t in range(num_frames):
                 (rows, columns), u, v = body.local_grid(t, size)
                 depth = body.depth(u, v)
                 colour, opacity = paint(u, v, depth)
                 frames[t, rows, columns] = opacity * colour + (1 - opacity) * frames[t, rows, columns]
-                masks[t, :order, rows, columns] &= depth <= 0
-                masks[t, order, rows, columns] = depth > 0
+                masks[t, :nearer_than, rows, columns] &= depth <= 0
+                if is_object[order]:
+                    masks[t, nearer_than, rows, columns] = depth > 0
         frames = np.clip(255 * look.finish(rng, frames), 0, 255).astype(np.uint8)
         return (frames[..., 0] if frames.shape[-1] == 1 else frames), masks

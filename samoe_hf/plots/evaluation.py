@@ -18,12 +18,13 @@ from scipy.ndimage import binary_dilation
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
 
-from .masks import plain_text
+from .masks import fill_hatched, hatching, plain_text
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 FOUND, MISSED, ADDED = (0, 114, 178), (240, 228, 66), (213, 94, 0)
-LEGEND = (("found", FOUND), ("missed", MISSED), ("too much", ADDED))
+# Name, colour, and direction of the hatching in which what is wrong is drawn.
+LEGEND = (("found", FOUND, None), ("missed", MISSED, 0), ("too much", ADDED, 1))
 MIN_WIDTH, MAX_WIDTH = 640, 960
 STRIP_FRAMES = 6
 
@@ -113,7 +114,9 @@ def _range(size: Mapping[str, float]) -> str:
 
 
 def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray | None, width: int) -> Image.Image:
-    """Lays over a gray frame what of an object was found, missed and added, within the true outline in white.
+    """Draws over a gray frame what of an object was found, missed and added, and the true outline in white on black.
+
+    What was found is tinted; what was missed and what is too much are hatched in two directions.
 
     Args:
         frame: (H, W, 3) uint8.
@@ -123,16 +126,25 @@ def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray 
     """
     size = (width, round(width * frame.shape[0] / frame.shape[1]))
     gray = Image.fromarray(frame).convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    picture = np.asarray(gray).astype(np.float32)
+    picture = np.array(gray)
     prediction = _resize(prediction, size)
     truth = prediction if target is None else _resize(target, size)
-    for mask, color in ((prediction & truth, FOUND), (truth & ~prediction, MISSED), (prediction & ~truth, ADDED)):
-        picture[mask] = 0.4 * picture[mask] + 0.6 * np.array(color)
+    parts = (prediction & truth, truth & ~prediction, prediction & ~truth)
+    for mask, (_, color, direction) in zip(parts, LEGEND, strict=True):
+        _fill(picture, mask, color, direction)
     if target is not None:
         white = binary_dilation(truth)
         picture[binary_dilation(white) & ~white] = 0  # so that the line is seen on bright ground too
         picture[white & ~truth] = 255
-    return Image.fromarray(picture.round().astype(np.uint8))
+    return Image.fromarray(picture)
+
+
+def _fill(picture: np.ndarray, mask: np.ndarray, color: tuple[int, int, int], direction: int | None) -> None:
+    """Tints a mask in place, or hatches it."""
+    if direction is None:
+        picture[mask] = (0.4 * picture[mask] + 0.6 * np.array(color)).round()
+    else:
+        fill_hatched(picture, mask, hatching(*mask.shape, 1, direction), color)
 
 
 def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -149,8 +161,11 @@ def _captioned(picture: Image.Image, lines: Sequence[str]) -> np.ndarray:
     for row, line in enumerate(lines):
         draw.text((8, 4 + row * step), _fitted(draw, line, font, picture.width - 16), "black", font)
     x, y = 8, 4 + len(lines) * step
-    for name, color in LEGEND:
-        draw.rectangle((x, y + 1, x + size, y + 1 + size), fill=color, outline="black")
+    for name, color, direction in LEGEND:
+        swatch = np.full((size, size, 3), 128, dtype=np.uint8)
+        _fill(swatch, np.ones((size, size), dtype=bool), color, direction)
+        canvas.paste(Image.fromarray(swatch), (x, y + 1))
+        draw.rectangle((x, y + 1, x + size, y + 1 + size), outline="black")
         draw.text((x + size + 5, y), name, "black", font)
         x += size + 24 + int(draw.textlength(name, font))
     draw.line((x, y + size // 2, x + size, y + size // 2), "black", 5)
@@ -196,10 +211,13 @@ def draw_object(
         target = video.masks(frame, [object_id])[0] if frame in iou else None
         return compare_masks(video.frames[frame], read(frame), target, width)
 
+    def caption(frame: int, digits: int) -> str:
+        score = f"J {iou[frame]:.{digits}f}" if frame in iou else "not annotated"
+        return f"frame {video.frames.names[frame]}: {score}{'' if read(frame).any() else ', predicted empty'}"
+
     def overlays() -> Iterator[np.ndarray]:
         for frame in frames:
-            score = f"J {iou[frame]:.3f}" if frame in iou else "not annotated"
-            yield _captioned(picture(frame, width), [title, f"frame {video.frames.names[frame]}: {score}"])
+            yield _captioned(picture(frame, width), [title, caption(frame, 3)])
 
     path.parent.mkdir(parents=True, exist_ok=True)
     fps = video.frames.fps or (24 if len(frames) > 48 else 6)
@@ -208,7 +226,7 @@ def draw_object(
     shown = [strip[i] for i in np.linspace(0, len(strip) - 1, min(STRIP_FRAMES, len(strip))).round().astype(int)]
     _strip(
         [picture(frame, 320) for frame in shown],
-        [f"frame {video.frames.names[frame]}: J {iou[frame]:.2f}" for frame in shown],
+        [caption(frame, 2) for frame in shown],
         title,
     ).save(path.with_name(f"{path.name}.png"))
 

@@ -16,12 +16,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
 
-from .masks import outline, overlay_masks, plain_text
+from .masks import outline, overlay_masks, plain_text, resized
 
 # Paul Tol's "muted" colours, which people with any kind of colour vision tell apart.
 DISTINCT_COLORS = (
     "#332288", "#DDCC77", "#44AA99", "#CC6677", "#88CCEE", "#117733", "#AA4499", "#999933", "#882255", "#DDDDDD"
 )  # fmt: skip
+PANEL_HEIGHT = 264  # least height of a frame in a strip, in pixels
 
 
 def plot_usage_bars(usage: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
@@ -219,8 +220,9 @@ def plot_routing(
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(2, len(columns), squeeze=False)
     for (above, below), t in zip(grid.T, columns, strict=True):
-        above.imshow(overlay_masks(frames[t], masks[t].astype(np.uint8)))
-        below.imshow(_overlay_experts(frames[t], masks[t], maps[t], shown))
+        frame, mask = resized(frames[t], masks[t], max(height, PANEL_HEIGHT))  # so that lines are fine
+        above.imshow(overlay_masks(frame, mask.astype(np.uint8), show_ids=False))
+        below.imshow(_overlay_experts(frame, mask, maps[t], shown))
         above.set_title(f"frame {t}", fontsize=9)
         for axes in (above, below):
             axes.set_xticks([])
@@ -242,14 +244,13 @@ def routing_video(
         height: of the frames as they are shown, in pixels.
     """
     shown = _shown_experts(maps, num_experts)
-    size = (round(height * frames[0].shape[1] / frames[0].shape[0]), height)
     legend = None
     for t in range(len(frames)):
-        frame = np.array(Image.fromarray(frames[t]).resize(size, Image.Resampling.BILINEAR))
-        mask = np.asarray(Image.fromarray(masks[t]).resize(size, Image.Resampling.NEAREST))
-        both = [overlay_masks(frame, mask.astype(np.uint8)), _overlay_experts(frame, mask, maps[t], shown)]
+        frame, mask = resized(frames[t], masks[t], height)
+        tracked = overlay_masks(frame, mask.astype(np.uint8), show_ids=False)
+        both = [tracked, _overlay_experts(frame, mask, maps[t], shown)]
         if legend is None:
-            legend = _legend_image(_expert_legend(maps, shown), title, 2 * size[0])
+            legend = _legend_image(_expert_legend(maps, shown), title, 2 * frame.shape[1])
         yield np.vstack([np.hstack(both), legend])
 
 

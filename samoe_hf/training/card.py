@@ -34,16 +34,17 @@ def evaluation_results(log_history: Sequence[Mapping[str, Any]]) -> list[EvalRes
     """J, F and J&F of the last evaluation in a Trainer's log history, in all and by domain."""
     last = next((entry for entry in reversed(log_history) if "eval_J&F" in entry), {})
     matches = [(re.fullmatch(r"eval_(?:(.+)_)?(J&F|J|F)", key), value) for key, value in last.items()]
-    return [
-        EvalResult(
-            task_type="mask-generation",
-            task_name="Video object segmentation, from the mask of the first frame",
-            dataset_type=match[1] or "all",
-            dataset_name=match[1] or "all domains",
-            metric_type=match[2],
-            metric_name=match[2],
-            metric_value=round(value, 4),
-        )
-        for match, value in matches
-        if match
-    ]
+    return [score_entry(match[2], value, match[1]) for match, value in matches if match]
+
+
+def score_entry(metric: str, value: float, domain: str | None = None) -> EvalResult:
+    """A score of tracking from masks, 0 to 1, for the table of a model card; of all domains by default."""
+    return EvalResult(
+        task_type="mask-generation",
+        task_name="Video object segmentation, from the mask of the first frame",
+        dataset_type=domain or "all",
+        dataset_name=domain or "all domains",
+        metric_type=metric,
+        metric_name=metric,
+        metric_value=round(value, 4),
+    )

@@ -65,6 +65,26 @@ def test_echoes_look_like_blobs_in_other_light():
     assert 0.8 < echoes[2] / blobs[2] < 1.25
 
 
+@pytest.mark.parametrize(
+    "domain, mean, area",
+    [("shapes", 115.445, 1640.0), ("blobs", 88.773, 1360.2), ("echoes", 92.914, 1750.0), ("stripes", 117.845, 2105.6)],
+)
+def test_looks_that_others_measure_on_stay_as_they_are(domain, mean, area):
+    """Results of a study and of tests depend on them."""
+    videos = list(SyntheticVideos(20, 3, (64, 64), domain=domain, seed=1))
+    assert np.mean([video.frames[t] for video in videos for t in range(3)]) == pytest.approx(mean, abs=2e-3)
+    assert np.mean([all_masks(video).sum() for video in videos]) == pytest.approx(area, abs=0.5)
+
+
+@pytest.mark.parametrize("domain", ["scenes", "night", "paper"])
+def test_scenes_hold_bodies_of_many_sizes_some_of_which_are_no_objects(domain):
+    videos = list(SyntheticVideos(60, 1, (64, 64), max_objects=1, domain=domain, seed=1))
+    areas = np.array([all_masks(video).sum() for video in videos])
+    assert np.quantile(areas, 0.9) > 4 * np.quantile(areas, 0.1)
+    brightness = [np.mean(video.frames[0]) for video in videos]
+    assert np.std(brightness) > (5 if domain == "paper" else 10)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="unknown synthetic domain 'shape'; there are shapes"):
         SyntheticVideos(1, 1, domain="shape")

@@ -20,6 +20,7 @@ from samoe_hf.evaluation.report import (
 )
 from samoe_hf.evaluation.statistics import choose_highlights, compare_models, summarize_model, to_json
 from samoe_hf.plots.evaluation import ADDED, FOUND, MISSED, compare_masks, draw_object, plot_by_size, plot_over_time
+from samoe_hf.plots.masks import HATCH
 
 
 def make_results(models=1, seeds=(None,), **options):
@@ -181,8 +182,15 @@ def test_colours_tell_what_was_found_missed_and_added():
     target, prediction = np.zeros((2, 20, 40), dtype=bool)
     target[5:15, 5:20], prediction[5:15, 12:30] = True, True
     picture = np.asarray(compare_masks(frame, prediction, target, 40)).astype(int)
-    for (y, x), color in (((10, 15), FOUND), ((10, 8), MISSED), ((10, 26), ADDED)):
-        np.testing.assert_allclose(picture[y, x], 0.4 * 255 + 0.6 * np.array(color), atol=1)
+    np.testing.assert_allclose(picture[10, 15], 0.4 * 255 + 0.6 * np.array(FOUND), atol=1)
+    lines = {}
+    for columns, color in ((slice(6, 12), MISSED), (slice(22, 28), ADDED)):
+        drawn = (1 - HATCH) * 255 + HATCH * np.array(color)
+        lines[color] = np.abs(picture[7:13, columns] - drawn).max(axis=-1) <= 1
+        assert 0.1 < lines[color].mean() < 0.4
+        assert (picture[7:13, columns].max(axis=-1) < 150).any()  # the shadow
+    assert (lines[MISSED] == np.roll(lines[MISSED], (1, -1), (0, 1)))[1:, :-1].all()  # from lower left to upper right
+    assert (lines[ADDED] == np.roll(lines[ADDED], (1, 1), (0, 1)))[1:, 1:].all()  # from upper left to lower right
     assert (picture[10, 4] == 255).all() and (picture[10, 3] == 0).all() and (picture[10, 2] == 255).all()
     unknown = np.asarray(compare_masks(frame, prediction, None, 80)).astype(int)
     assert unknown.shape == (40, 80, 3)

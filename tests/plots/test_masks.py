@@ -1,22 +1,107 @@
-"""Masks over frames."""
+"""Masks over frames: seen on any frame, and told apart by everybody."""
+
+import itertools
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy.ndimage import distance_transform_cdt
 
-from samoe_hf.data.video_io import voc_palette
-from samoe_hf.plots.masks import outline, overlay_masks, plot_frames
+from helpers.pictures import overlapping_texts
+from samoe_hf.plots.masks import OBJECT_COLORS, object_color, outline, overlay_masks, plot_tracking
+
+# Deuteranopia, from linear RGB to linear RGB (Machado, Oliveira and Fernandes, 2009).
+DEUTERANOPIA = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+WHITE = np.array([0.9505, 1.0, 1.089])
 
 
-def test_objects_have_the_colours_of_davis_whatever_their_ids():
-    frame = np.full((8, 8, 3), 100, np.uint8)
-    ids = np.zeros((8, 8), np.int32)
-    ids[0], ids[1], ids[2] = 1, 255, 256
-    shown = overlay_masks(frame, ids, alpha=1.0)
-    palette = voc_palette()
-    assert (shown[0] == palette[1]).all() and (shown[1] == palette[255]).all() and (shown[3:] == 100).all()
-    assert (shown[2] == palette[1]).all()  # colours begin anew; black would hide the object
-    assert overlay_masks(frame, ids * 0) is frame
+def lab(colors: np.ndarray, blindness: np.ndarray | None = None) -> np.ndarray:
+    """sRGB (…, 3), 0 to 255, in CIELAB, in which a distance of 10 is seen at a glance."""
+    linear = np.where(colors / 255 <= 0.04045, colors / 255 / 12.92, ((colors / 255 + 0.055) / 1.055) ** 2.4)
+    if blindness is not None:
+        linear = np.clip(linear @ blindness.T, 0, 1)
+    x, y, z = np.moveaxis(np.cbrt(linear @ XYZ.T / WHITE), -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def square(size: int = 60, object_id: int = 1) -> np.ndarray:
+    ids = np.zeros((size, size), np.int32)
+    ids[15:45, 15:45] = object_id
+    return ids
+
+
+@pytest.mark.parametrize("color", [*OBJECT_COLORS, (0, 0, 0), (255, 255, 255), (128, 128, 128)])
+@pytest.mark.parametrize("object_id", [1, 2, 7, 8])
+def test_an_object_is_seen_on_a_frame_of_any_colour_its_own_too(color, object_id):
+    """All along its edge and inside it, pixels are clearly unlike the frame."""
+    frame = np.full((60, 60, 3), color, np.uint8)
+    shown = overlay_masks(frame, square(object_id=object_id), show_ids=False)
+    unlike = np.linalg.norm(lab(shown.astype(float)) - lab(frame.astype(float)), axis=-1) > 15
+    for side in np.arange(15, 45):
+        for near in (np.s_[side, 13:18], np.s_[side, 42:47], np.s_[13:18, side], np.s_[42:47, side]):
+            assert unlike[near].any()
+    assert unlike[22:38, 22:38].mean() > 0.15  # hatching
+    assert (shown[:14, :] == color).all() and (shown[:, 46:] == color).all()
+
+
+def test_an_outline_is_black_outside_and_white_and_coloured_inside():
+    frame = np.full((60, 60, 3), 90, np.uint8)
+    row = overlay_masks(frame, square(), show_ids=False)[30]
+    expected = [(90, 90, 90), (0, 0, 0), (255, 255, 255), object_color(1), object_color(1)]
+    assert row[13:18].tolist() == [list(color) for color in expected]
+    ids = square()
+    ids[15:45, 30:45] = 2  # two that touch
+    row = overlay_masks(frame, ids, show_ids=False)[30]
+    assert row[28:32].tolist() == [list(object_color(1)), [255] * 3, [255] * 3, list(object_color(2))]
+
+
+@pytest.mark.parametrize("blindness", [None, DEUTERANOPIA])
+def test_colours_of_objects_are_told_apart(blindness):
+    colors = lab(np.array(OBJECT_COLORS, float), blindness)
+    for a, b in itertools.combinations(range(len(colors)), 2):
+        assert np.linalg.norm(colors[a] - colors[b]) > 15, (OBJECT_COLORS[a], OBJECT_COLORS[b])
+
+
+def test_objects_of_one_colour_are_hatched_differently():
+    frame = np.full((60, 60, 3), 90, np.uint8)
+    first, eighth = (overlay_masks(frame, square(object_id=i), show_ids=False) for i in (1, 8))
+    assert object_color(1) == object_color(8) and object_color(1) != object_color(2)
+    assert (first != eighth)[20:40, 20:40].any(axis=-1).mean() > 0.2
+
+
+def test_ids_are_written_where_they_fit():
+    frame = np.full((60, 60, 3), 90, np.uint8)
+
+    def written(ids):
+        return (overlay_masks(frame, ids) != overlay_masks(frame, ids, show_ids=False)).any(axis=-1)
+
+    texts = [written(square(object_id=i)) for i in (1, 2, 300)]
+    for text in texts:
+        places = np.argwhere(text)
+        assert len(places) and places.min() > 15 and places.max() < 45
+    assert (texts[0] != texts[1]).any()
+    narrow = np.zeros((60, 60), np.int32)
+    narrow[10:50, 20:24] = 1
+    assert not written(narrow).any()
+
+
+def test_a_frame_without_objects_is_left_as_it_is():
+    frame = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    before = frame.copy()
+    assert overlay_masks(frame, np.zeros((20, 30), np.uint8)) is frame
+    overlay_masks(frame, np.ones((20, 30), np.uint8))
+    assert (frame == before).all()
+    assert overlay_masks(frame, np.zeros((20, 30), np.uint8), height=40).shape == (40, 60, 3)
+
+
+def test_small_frames_are_enlarged_before_they_are_drawn_on():
+    ids = np.zeros((30, 40), np.uint8)
+    ids[10:20, 10:20] = 3
+    shown = overlay_masks(np.full((30, 40, 3), 90, np.uint8), ids, height=240, show_ids=False)
+    assert shown.shape == (240, 320, 3)
+    row = shown[120]
+    assert row[79].tolist() == [0] * 3 and row[80].tolist() == [255] * 3 and row[81].tolist() == list(object_color(3))
 
 
 @pytest.mark.parametrize("thickness", [1, 3])
@@ -29,7 +114,33 @@ def test_an_outline_lies_on_both_sides_of_the_edge_and_not_along_the_border(thic
     assert not outline(np.ones((4, 4), bool), thickness).any() and not outline(np.zeros((4, 4), bool), thickness).any()
 
 
-def test_frames_side_by_side_have_their_names(tmp_path):
-    frames = [np.zeros((4, 6, 3), np.uint8)] * 2
-    plot_frames({"a$b$": frames, "_c": frames}, ["x", "y"], tmp_path / "grid.png", "title")
-    assert (tmp_path / "grid.png").stat().st_size > 1000
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that are saved."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
+
+
+def test_tracking_is_shown_beside_frame_and_truth_with_its_iou(tmp_path, figures):
+    frames = [np.full((60, 60, 3), 90, np.uint8)] * 3
+    truth = [square(), square(object_id=2), np.zeros((60, 60), np.int32)]
+    half = square()
+    half[:, 30:] = 0
+    tracked = [half, np.zeros((60, 60), np.int32), np.zeros((60, 60), np.int32)]
+    plot_tracking(frames, ["0", "1", "2"], truth, {"a$b$": tracked}, tmp_path / "grid.png", "_title $")
+    (figure,) = figures
+    grid = np.array(figure.axes).reshape(3, 3)
+    assert [axes.get_ylabel() for axes in grid[:, 0]] == ["frame", "truth", "a$b$"]
+    assert [axes.get_xlabel() for axes in grid[1]] == ["2: empty", "1: empty", "1: empty  2: empty"]
+    assert [axes.get_xlabel() for axes in grid[2]] == [
+        "1: 0.50  2: empty \N{CHECK MARK}",
+        "1: empty \N{CHECK MARK}  2: empty",
+        "1: empty \N{CHECK MARK}  2: empty \N{CHECK MARK}",
+    ]
+    empty = [[text.get_text() for text in axes.texts] == ["empty"] for axes in grid.ravel()]
+    assert empty == [False] * 5 + [True, False, True, True]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[:2] == ["object 1", "object 2"] and overlapping_texts(figure) == []
+    raw = grid[0, 0].images[0].get_array()
+    assert (raw == 90).all() and (grid[2, 0].images[0].get_array() != raw).any()

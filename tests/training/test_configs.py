@@ -73,6 +73,7 @@ def test_runs_can_start(path, data, model_folder, tmp_path, monkeypatch):
     assert "../" not in text, "a path outside the repository"
     run = tmp_path / path.name
     base = "model_name_or_path: facebook/sam2.1-hiera-base-plus"
+    text = text.replace("model_name_or_path: outputs/base_first", base)  # what an earlier run has left
     run.write_text(text.replace("data/", f"{data}/").replace(base, f"model_name_or_path: {model_folder}"))
     options = ["--output_dir", tmp_path / "out", "--bf16", "False", "--report_to", "none", "--use_cpu", "True"]
     trainer = build_trainer([str(run), *map(str, options)])
