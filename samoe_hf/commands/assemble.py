@@ -5,13 +5,14 @@
 
 Nothing is trained. A gate learns to recognize the domains from some of their videos, and gives each video its domain's
 LoRA; one that looks like none of them gets the base. `--token-routers` makes one mixture of experts for all videos
-instead, with routers that are computed from a few hundred frames of each domain. `--dataset` is a run's YAML, for
-the videos of its `train_data`, or one dataset as there, `{kind: davis, root: DAVIS}`. It is given once for each LoRA,
-in order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by NAME= or as its
-folder is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
+instead, with routers that are computed from a few hundred frames of each domain. `--dataset` is a folder of videos, one
+dataset as in a run, `{kind: davis, root: DAVIS}`, or a run's YAML, for the videos of its `train_data`. It is given once
+for each LoRA, in order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by NAME=
+or as its folder is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
 """
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils.data import ConcatDataset
 from samoe_hf.continual.assemble import assemble, assemble_domains, routed_right
 from samoe_hf.data import Video
 from samoe_hf.data.configs import names_config
-from samoe_hf.data.registry import read_yaml, videos_from_entry
+from samoe_hf.data.registry import dataset_entries, read_yaml, videos_from_entry
 from samoe_hf.model.files import new_folder
 from samoe_hf.model.processor import load_processor
 
@@ -43,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dataset",
         action="append",
         required=True,
-        metavar="RUN.yaml|{kind: ...}",
+        metavar="FOLDER|RUN.yaml|{kind: ...}",
         help="those of a run's `train_data`, or of one dataset; once for all LoRAs, or once for each",
     )
     output = parser.add_argument_group("output")
@@ -64,14 +65,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def load_domains(dataset: str) -> dict[str, list]:
     """Domain -> its datasets, of a run's `train_data` or of one dataset."""
     if names_config(dataset):
-        sources = read_yaml(dataset).get("train_data") or []
+        sources = dataset_entries(read_yaml(dataset), "train_data", dataset)
+    elif os.path.exists(dataset):
+        sources = [dataset]
     else:
         try:
             source = yaml.safe_load(dataset)
         except yaml.YAMLError:
             source = None
         if not isinstance(source, dict):
-            raise ValueError(f"`--dataset` must be a run's YAML file or {{kind: ...}}, got {dataset!r}.")
+            raise ValueError(f"`--dataset` must be a folder, a run's YAML file or {{kind: ...}}, got {dataset!r}.")
         sources = [source]
     domains: dict[str, list] = {}
     for index, source in enumerate(sources):

@@ -141,6 +141,20 @@ def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Vi
     return videos
 
 
+def dataset_entries(run: Mapping[str, Any], key: str, owner: str) -> list[Any]:
+    """The entries of a run's `train_data` or `eval_data`, which may be one alone.
+
+    Raises:
+        ValueError: it is neither a folder, nor a mapping, nor a list.
+    """
+    entries = run.get(key) or []
+    if isinstance(entries, (str, Mapping)):
+        return [entries]
+    if not isinstance(entries, list):
+        raise ValueError(f"`{key}` of {owner} must be a folder or a list of datasets, not {entries!r}.")
+    return entries
+
+
 def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
     """Adds the options of the command line that name videos; [`videos_from_arguments`] opens them.
 
@@ -192,9 +206,7 @@ def datasets_from_arguments(arguments: argparse.Namespace) -> list[Sequence[Vide
         for name in ("root", "split", "domain", "option"):
             if getattr(arguments, name):
                 raise ValueError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
-        entries = read_yaml(arguments.dataset).get("eval_data") or []
-        if not isinstance(entries, list):
-            raise ValueError(f"`eval_data` of {arguments.dataset} must be a list of datasets, not {entries!r}.")
+        entries = dataset_entries(read_yaml(arguments.dataset), "eval_data", arguments.dataset)
         return [videos_from_entry(entry, f"eval_data[{i}]") for i, entry in enumerate(entries)]
     options = {}
     for text in arguments.option:

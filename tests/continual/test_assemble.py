@@ -141,7 +141,7 @@ def test_the_script_writes_a_model(monkeypatch, folder, tmp_path, capsys):
     assert all(torch.equal(first[name], second[name]) for name in first)
     for arguments, message in [
         ([f"night={loras[0]}", "--dataset", tmp_path / "run.yaml"], "'night' is none of the dataset's domains"),
-        ([*loras, "--dataset", "nothing"], "must be a run's YAML file or"),
+        ([*loras, "--dataset", "nothing"], "must be a folder, a run's YAML file or"),
         ([loras[0], loras[0], "--dataset", tmp_path / "run.yaml"], "Two LoRAs have the name 'shapes'"),
     ]:
         with pytest.raises(SystemExit) as stopped:
