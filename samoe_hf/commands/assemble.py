@@ -7,8 +7,8 @@ Nothing is trained. A gate learns to recognize the domains from some of their vi
 LoRA; one that looks like none of them gets the base. `--token-routers` makes one mixture of experts for all videos
 instead, with routers that are computed from a few hundred frames of each domain. `--dataset` is a folder of videos, one
 dataset as in a run, `{kind: davis, root: DAVIS}`, or a run's YAML, for the videos of its `train_data`. It is given once
-for each LoRA, in order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by NAME=
-or as its folder is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
+for each LoRA, in order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by
+NAME= or as its folder is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
 """
 
 import argparse
