@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .checkpoints import (
     resolve_commit,
     save_trained,
 )
-from .configuration_samoe import SamoeConfig
+from .configuration_samoe import SamoeConfig, check_old_names
 from .files import updated_folder
 from .processor import build_processor
 
@@ -43,6 +43,8 @@ PUSH_ARGUMENTS = (
     "create_pr",
     "tags",
 )
+# What SAM2-MoE's builder calls arguments of `from_pretrained`.
+OLD_ARGUMENTS = {"ckpt_path": "pretrained_model_name_or_path", "config_file": "original_config"}
 # What `output_loading_info` tells of. Nothing of it is tolerated in folders that hold only what was trained.
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
@@ -53,7 +55,7 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
         *model_args,
         config: PreTrainedConfig | str | os.PathLike | None = None,
         experts: str | os.PathLike | None = None,
@@ -81,6 +83,7 @@ class PretrainedMixin:
             ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
         """
         source = pretrained_model_name_or_path
+        _check_given(source, config, kwargs)
         names = [name for name in kwargs if name in SamoeConfig.__dataclass_fields__ and name != "dtype"]
         settings = {name: kwargs.pop(name) for name in names}
         more_experts = ignore_mismatched_sizes or "expert_modules" in settings
@@ -259,6 +262,15 @@ def _read_config(config: PreTrainedConfig | str | os.PathLike, hub: dict[str, An
         # The same class of a folder's own code, which transformers loads once more for the configuration.
         return SamoeConfig.from_dict({**config.to_dict(), "model_type": SamoeConfig.model_type})
     return SamoeConfig.from_pretrained(config, **hub)
+
+
+def _check_given(source: Any, config: Any, others: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for an argument of `from_pretrained` with its name elsewhere, or if nothing is given."""
+    for name in OLD_ARGUMENTS.keys() & others:
+        raise ValueError(f"`{name}` is called `{OLD_ARGUMENTS[name]}` here.")
+    check_old_names(others)
+    if source is None and config is None:
+        raise ValueError("`pretrained_model_name_or_path` must be given: a folder, a Hub id or an original `.pt`.")
 
 
 def _read_original(

@@ -1,6 +1,5 @@
 """Arguments of a training run, from its YAML and the command line."""
 
-import difflib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,9 @@ from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
+
+from .memory_fit import BATCH_KEYS, parse_memory
+from .old_names import check_arguments, check_names, check_options
 
 
 def check_at_least(arguments: Any, **limits: float) -> None:
@@ -186,9 +188,23 @@ class SamoeTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
     )
 
+    fit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory of the GPU, such as 16GB: chooses batch size, accumulation, checkpointing, encoder batches "
+            "and cache, see docs/small_gpus.md."
+        },
+    )
+    # What `fit` leaves as it is.
+    given: frozenset[str] = field(default=frozenset(), init=False)
+
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in a folder with another run, whose checkpoints are removed."}
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SamoeTrainingArguments":
+        check_arguments(kwargs, cls.__name__)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.trainable, str):
@@ -207,6 +223,8 @@ class SamoeTrainingArguments(TrainingArguments):
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
+        if self.fit is not None:
+            parse_memory(self.fit)
         self.learning_rates()
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             options = getattr(self, name, None) or {}
@@ -244,22 +262,24 @@ def parse_run(
     """Parses `CONFIG [--key value]...`: a YAML of a run, and values that take the place of its.
 
     Raises:
-        ValueError: for a key in the YAML that is not known, naming the nearest that is.
+        ValueError: for a key in the YAML or an option that is not known, naming what it is called here, or the
+            nearest that is known.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
     parser = run_parser()
     run = read_yaml(config)
     known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
-    for key in run:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{config} has an unknown key {key!r}.{hint}")
+    check_names(run, known, str(config))
+    check_options(overrides, [option for action in parser._actions for option in action.option_strings])
     for kind in parser.dataclass_types:
         _check_types(kind, run)
     _check_datasets(run)
     parser.set_defaults(**run)
-    return parser.parse_args_into_dataclasses(args=overrides)
+    parsed = parser.parse_args_into_dataclasses(args=overrides)
+    # A YAML's two numbers for a batch ask for their product, which `fit` may divide in another way.
+    options = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in overrides}
+    parsed[-1].given = frozenset(options | (set(run) - BATCH_KEYS))
+    return parsed
 
 
 def _check_datasets(values: Mapping[str, Any]) -> None:
