@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samoe_hf.model.clip import ClipPrompts, clip_forward
-from samoe_hf.model.frame_step import ImageFeatures, image_features
+from samoe_hf.model.frame_step import ImageFeatures, image_features, sine_periods
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe, sample_prompt
 
@@ -171,7 +171,10 @@ class RunMemory:
         The clips have the most that the recipe can draw: a prompt on the first frame, clicks on it and on others.
         """
         if (clips, checkpointing) not in self._steps:
-            self._steps[clips, checkpointing] = self._count_step(clips, checkpointing)
+            try:
+                self._steps[clips, checkpointing] = self._count_step(clips, checkpointing)
+            finally:
+                sine_periods.cache_clear()  # or the next real step would be given tensors without data
         return self._steps[clips, checkpointing]
 
     def _count_step(self, clips: int, checkpointing: bool) -> int:
@@ -217,8 +220,8 @@ class RunMemory:
     def frame_bytes(self) -> int:
         """Bytes of a frame's features, in memory and in a feature cache."""
         size = self.model.config.image_size
-        mode, _, model = self._start()
-        with mode, torch.no_grad(), self._autocast():
+        mode, counter, model = self._start()
+        with mode, counter, torch.no_grad(), self._autocast():
             return sum(x.nbytes for x in image_features(model, torch.empty(1, 3, size, size))[:3])
 
     def _start(self) -> tuple[FakeTensorMode, LiveBytes, SamoeModel]:
@@ -314,18 +317,17 @@ def _what_would_fit(memory: int, counted: RunMemory, asked: Settings, kept: Coll
             f"`{name}` {getattr(least, name)}" for name in least.__dataclass_fields__ if name in kept or "batch" in name
         )
         return (
-            f"{message} with {given}, which need {format_bytes(counted.total(as_kept))}. The smallest that would fit is "
-            f"{smallest} with `gradient_checkpointing`, which needs {format_bytes(needed)}; leave these out to have "
-            "them chosen."
+            f"{message} with {given}, which need {format_bytes(counted.total(as_kept))}. The smallest that would fit "
+            f"is {smallest} with `gradient_checkpointing`, which needs {format_bytes(needed)}; leave these out to "
+            "have them chosen."
         )
     fixed = counted.weights + counted.of_training
-    helps = "Fewer `num_frames`, `max_objects`, `num_correction_clicks` or a smaller model need less"
-    helps += ", and so does `bf16`." if work.dtype == torch.float32 else "."
     return (
         f"{message}: even one at a time with `gradient_checkpointing` and `encoder_batch_size` 1 needs "
         f"{format_bytes(needed)}, of which {format_bytes(counted.weights)} are weights, "
         f"{format_bytes(fixed - counted.weights)} gradients and optimizer, "
-        f"{format_bytes(CONTEXT_BYTES + (needed - CONTEXT_BYTES) * FRAGMENTS / (1 + FRAGMENTS))} margin. {helps}"
+        f"{format_bytes(CONTEXT_BYTES + (needed - CONTEXT_BYTES) * FRAGMENTS / (1 + FRAGMENTS))} margin. Fewer "
+        "`num_frames`, `max_objects`, `num_correction_clicks` or a smaller model need less."
     )
 
 
