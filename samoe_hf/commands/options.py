@@ -1,6 +1,7 @@
 """What several commands have: options, and names of what they write."""
 
 import argparse
+import difflib
 import re
 from collections.abc import Iterable
 from itertools import count
@@ -10,9 +11,22 @@ from typing import Any
 import torch
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Names the nearest known option beside an unknown one."""
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed
+
+
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser for `samoe NAME`, which shows the description as it is."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"samoe {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

@@ -21,6 +21,13 @@ EXPERT_SETTINGS = (
     "lora_dropout",
     "expert_modules",
 )
+# What SAM2-MoE and PEFT call them.
+OLD_EXPERT_SETTINGS = {
+    "top_k": "num_experts_per_tok",
+    "rank": "lora_rank",
+    "lora_r": "lora_rank",
+    "alpha": "lora_alpha",
+}
 # A domain's name is part of its tensors' names, and a word on the command line.
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 # Words that stand for something else where a domain is named.
@@ -96,6 +103,7 @@ class SamoeConfig(Sam2VideoConfig):
     adapters: dict[str, bool] | None = None
 
     def __post_init__(self, **kwargs):
+        check_old_names(kwargs)
         # transformers 5.17 reads this sub-configuration with the prompt encoder's class.
         if isinstance(self.mask_decoder_config, dict):
             self.mask_decoder_config = Sam2VideoMaskDecoderConfig(**self.mask_decoder_config)
@@ -196,8 +204,11 @@ class SamoeConfig(Sam2VideoConfig):
         Raises:
             ValueError: for a wrong value; names the folder or Hub id if `name_or_path` says that it was read from one.
         """
+        check_old_names(kwargs)
+        # In a file they mean something else, such as `top_k` of text that is generated.
+        own = {name: value for name, value in config_dict.items() if name not in OLD_EXPERT_SETTINGS}
         with _naming(kwargs.get("name_or_path")):
-            result = super().from_dict(config_dict, **kwargs)
+            result = super().from_dict(own, **kwargs)
         (result[0] if isinstance(result, tuple) else result).check_experts()
         return result
 
@@ -210,6 +221,13 @@ def _naming(source: Any) -> Iterator[None]:
     except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         where = "" if source is None else f"{source}: config.json has a wrong value. "
         raise ValueError(f"{where}{error}") from error
+
+
+def check_old_names(given: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for a setting that is given by the name that it has elsewhere."""
+    for name in given:
+        if name in OLD_EXPERT_SETTINGS:
+            raise ValueError(f"`{name}` is called `{OLD_EXPERT_SETTINGS[name]}` here.")
 
 
 def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:

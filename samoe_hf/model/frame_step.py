@@ -241,14 +241,14 @@ def _pointer_positions(model: Sam2VideoModel, distances: Tensor, num_tokens: int
     """Encodes distances in time (pointers,), in units of the largest: (tokens, 1, channels)."""
     if not model.config.enable_temporal_pos_encoding_for_object_pointers:
         return like.new_zeros(num_tokens, 1, model.mem_dim)
-    angles = distances.unsqueeze(1) / _sine_periods(model.hidden_dim, like.device)
+    angles = distances.unsqueeze(1) / sine_periods(model.hidden_dim, like.device)
     sine = torch.cat([angles.sin(), angles.cos()], dim=1)
     position = model.temporal_positional_encoding_projection_layer(sine.to(like.dtype))
     return position.unsqueeze(1).expand(-1, num_tokens // len(distances), -1).flatten(0, 1).unsqueeze(1)
 
 
 @lru_cache
-def _sine_periods(dim: int, device: torch.device) -> Tensor:
+def sine_periods(dim: int, device: torch.device) -> Tensor:
     """Periods / 2 pi of a sine encoding of `dim` channels (arXiv:1706.03762), half of them sines."""
     with torch.inference_mode(False):
         pair = torch.arange(dim // 2, dtype=torch.float32, device=device) // 2

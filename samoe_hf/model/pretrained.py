@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .checkpoints import (
     resolve_commit,
     save_trained,
 )
-from .configuration_samoe import SamoeConfig
+from .configuration_samoe import SamoeConfig, check_old_names
 from .experts import EXPERT_TENSORS
 from .files import updated_folder
 from .processor import build_processor
@@ -47,6 +47,8 @@ PUSH_ARGUMENTS = (
     "tags",
 )
 _NEW_EXPERTS = "%d expert tensors are not in %s: they are new, and have no effect until they are trained."
+# What SAM2-MoE's builder calls arguments of `from_pretrained`.
+OLD_ARGUMENTS = {"ckpt_path": "pretrained_model_name_or_path", "config_file": "original_config"}
 # What `output_loading_info` tells of.
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
@@ -57,7 +59,7 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
         *model_args,
         config: PreTrainedConfig | str | os.PathLike | None = None,
         experts: str | os.PathLike | None = None,
@@ -87,13 +89,10 @@ class PretrainedMixin:
             ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
         """
         source = pretrained_model_name_or_path
+        _check_given(source, config, (experts, original_config), kwargs)
         settings = {n: kwargs.pop(n) for n in [*kwargs] if n in SamoeConfig.__dataclass_fields__ and n != "dtype"}
         more_experts = ignore_mismatched_sizes or "expert_modules" in settings
         is_original = is_original_checkpoint(source)
-        if not is_original and (experts, original_config) != (None, None):
-            raise ValueError(
-                f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
-            )
         hub: dict[str, Any] = {}
         config = copy.deepcopy(config)
         if is_original:
@@ -265,6 +264,19 @@ def _read_config(config: PreTrainedConfig | str | os.PathLike, hub: dict[str, An
         # The same class of a folder's own code, which transformers loads once more for the configuration.
         return SamoeConfig.from_dict({**config.to_dict(), "model_type": SamoeConfig.model_type})
     return SamoeConfig.from_pretrained(config, **hub)
+
+
+def _check_given(source: Any, config: Any, of_original: tuple, others: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for an argument of `from_pretrained` with its name elsewhere, or if nothing is given."""
+    for name in OLD_ARGUMENTS.keys() & others:
+        raise ValueError(f"`{name}` is called `{OLD_ARGUMENTS[name]}` here.")
+    check_old_names(others)
+    if source is None and config is None:
+        raise ValueError("`pretrained_model_name_or_path` must be given: a folder, a Hub id or an original `.pt`.")
+    if of_original != (None, None) and not is_original_checkpoint(source):
+        raise ValueError(
+            f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
+        )
 
 
 def _read_original(

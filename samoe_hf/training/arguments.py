@@ -1,6 +1,5 @@
 """Arguments of a training run, from its YAML and the command line."""
 
-import difflib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,10 @@ from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
 
-DATASETS = ("train_data", "eval_data")
+from .memory_fit import BATCH_KEYS, parse_memory
+from .old_names import check_arguments, check_names, check_options
 
-# Keys of a run that had another name -> their name.
-RENAMED_KEYS = {"original_config": "config"}
+DATASETS = ("train_data", "eval_data")
 
 # Where the model comes from: one of them.
 MODEL_KEYS = ("model_name_or_path", "model_config")
@@ -222,9 +221,23 @@ class SamoeTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
     )
 
+    fit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory of the GPU, such as 16GB: chooses batch size, accumulation, checkpointing, encoder batches "
+            "and cache, see docs/small_gpus.md."
+        },
+    )
+    # What `fit` leaves as it is.
+    given: frozenset[str] = field(default=frozenset(), init=False)
+
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in a folder with another run, whose checkpoints are removed."}
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SamoeTrainingArguments":
+        check_arguments(kwargs, cls.__name__)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.trainable, str):
@@ -248,6 +261,8 @@ class SamoeTrainingArguments(TrainingArguments):
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
+        if self.fit is not None:
+            parse_memory(self.fit)
         self.learning_rates()
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             options = getattr(self, name, None) or {}
@@ -298,7 +313,8 @@ def parse_run(
     `CONFIG` is a YAML, or the name of one that comes with the package.
 
     Raises:
-        ValueError: for a key in the YAML that is not known, naming the nearest that is.
+        ValueError: for a key in the YAML or an option that is not known, naming what it is called here, or the
+            nearest that is known.
         FileNotFoundError: if there is no such YAML.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
@@ -306,22 +322,20 @@ def parse_run(
     run = read_yaml(config)
     known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
     given = [text.removeprefix("--").partition("=")[0] for text in overrides if text.startswith("--")]
-    for key in [*run, *given]:
-        if key in RENAMED_KEYS:
-            raise ValueError(f"The key {key!r} of a run is called {RENAMED_KEYS[key]!r} now.")
     for key, other in (MODEL_KEYS, MODEL_KEYS[::-1]):
         if key in given and other not in given:
             run.pop(other, None)
-    for key in run:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{config} has an unknown key {key!r}.{hint}")
+    check_names(run, known, str(config))
+    check_options(overrides, [option for action in parser._actions for option in action.option_strings])
     for kind in parser.dataclass_types:
         _check_types(kind, run)
     _check_datasets(run)
     parser.set_defaults(**run)
-    return parser.parse_args_into_dataclasses(args=overrides)
+    parsed = parser.parse_args_into_dataclasses(args=overrides)
+    # A YAML's two numbers for a batch ask for their product, which `fit` may divide in another way.
+    options = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in overrides}
+    parsed[-1].given = frozenset(options | (set(run) - BATCH_KEYS))
+    return parsed
 
 
 def _check_datasets(values: dict[str, Any]) -> None:

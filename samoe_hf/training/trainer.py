@@ -37,6 +37,7 @@ from .card import card_settings, evaluation_results
 from .checkpoints import check_output_dir, list_checkpoints, remove_checkpoints, resolve_checkpoint
 from .feature_cache import FeatureCache
 from .logs import TrainingLogs
+from .memory_fit import fit_arguments
 
 
 class SamoeTrainer(Trainer):
@@ -79,6 +80,11 @@ class SamoeTrainer(Trainer):
             # Adapters of PEFT are trained unless they were frozen.
             args.trainable = [*args.trainable, "adapters"]
         model.set_trainable(*args.learning_rates())
+        self.recipe = recipe or PromptRecipe()
+        if args.fit is not None:
+            chosen = fit_arguments(model, args, self.recipe, kwargs.get("train_dataset"))
+            if args.process_index == 0:
+                print(chosen)
         model.encoder_batch_size = args.encoder_batch_size
         model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
         if segmentation_loss is not None:
@@ -94,7 +100,6 @@ class SamoeTrainer(Trainer):
         super().__init__(model, args, data_collator=collator, processing_class=processing_class, **kwargs)
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
-        self.recipe = recipe or PromptRecipe()
         self._logs = TrainingLogs()
         self._last_logged_step = 0
         if hasattr(self.train_dataset, "set_epoch"):

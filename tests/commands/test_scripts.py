@@ -100,7 +100,7 @@ def test_train_writes_a_model_that_loads_and_tracks(run, smoke_config, model_fol
         ("train_data: []", "`train_data` must name at least one dataset"),
         ("train_data: [{kind: davi}]", "'davi'"),
         (": [", "is not YAML"),
-        ("original_config: sam2.yaml", "The key 'original_config' of a run is called 'config' now"),
+        ("original_config: sam2.yaml", "unknown key 'original_config'. Here it is `config`"),
         ("model_name_or_path: base.pt", "base.pt: no such file"),
     ],
 )
