@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samoe_hf.model.clip import ClipPrompts, clip_forward
+from samoe_hf.model.domain_experts import PREFIX
 from samoe_hf.model.frame_step import ImageFeatures, image_features, sine_periods
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe, sample_prompt
@@ -171,15 +173,15 @@ class RunMemory:
         The clips have the most that the recipe can draw: a prompt on the first frame, clicks on it and on others.
         """
         if (clips, checkpointing) not in self._steps:
-            try:
-                self._steps[clips, checkpointing] = self._count_step(clips, checkpointing)
-            finally:
-                sine_periods.cache_clear()  # or the next real step would be given tensors without data
+            with self._without_data() as (mode, counter, model):
+                self._count_step(mode, counter, model, clips, checkpointing)
+            self._steps[clips, checkpointing] = counter.peak + self.exchanged
         return self._steps[clips, checkpointing]
 
-    def _count_step(self, clips: int, checkpointing: bool) -> int:
+    def _count_step(
+        self, mode: FakeTensorMode, counter: LiveBytes, model: SamoeModel, clips: int, checkpointing: bool
+    ) -> None:
         work, size = self.work, self.model.config.image_size
-        mode, counter, model = self._start()
         if checkpointing:
             model._set_gradient_checkpointing(True)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -202,15 +204,13 @@ class RunMemory:
         with mode, counter:
             torch.autograd.backward(loss)
         del moments
-        return counter.peak + self.exchanged
 
     def encoding(self, frames: int, at_once: int) -> int:
         """The most bytes while a frozen encoder encodes some of the frames, before the step."""
         size = self.model.config.image_size
         at_once = min(frames, at_once)
         if at_once not in self._encoding:
-            mode, counter, model = self._start()
-            with mode, counter, torch.no_grad(), self._autocast():
+            with self._without_data() as (mode, counter, model), mode, counter, torch.no_grad(), self._autocast():
                 image_features(model, torch.empty(at_once, 3, size, size))
             self._encoding[at_once] = counter.peak
         masks = frames * self.work.num_objects * size**2
@@ -220,22 +220,32 @@ class RunMemory:
     def frame_bytes(self) -> int:
         """Bytes of a frame's features, in memory and in a feature cache."""
         size = self.model.config.image_size
-        mode, counter, model = self._start()
-        with mode, counter, torch.no_grad(), self._autocast():
+        with self._without_data() as (mode, counter, model), mode, counter, torch.no_grad(), self._autocast():
             return sum(x.nbytes for x in image_features(model, torch.empty(1, 3, size, size))[:3])
 
-    def _start(self) -> tuple[FakeTensorMode, LiveBytes, SamoeModel]:
+    @contextmanager
+    def _without_data(self) -> Iterator[tuple[FakeTensorMode, LiveBytes, SamoeModel]]:
+        """A copy of the model, and what counts while it runs."""
         mode, counter = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
         model = _copy_without_data(self.model, mode, self.work.dtype)
         counter.add([*model.parameters(), *model.buffers()])
-        return mode, counter, model
+        try:
+            yield mode, counter, model
+        finally:
+            # Or the next real step would be given tensors without data: what is the same for all models is computed
+            # once, and transformers keeps the encoding of positions that it computed last.
+            sine_periods.cache_clear()
+            for owner in (self.model.vision_encoder.neck, self.model.memory_encoder):
+                owner.position_encoding.encoding(torch.Size((1, 1, 1, 1)), torch.device("cpu"), torch.float32)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.work.dtype != torch.float32)
 
     def _domain(self) -> str | None:
-        """A domain whose experts are run, of a model with domains; the last is the one that is trained."""
-        return (self.model.config.domain_names or [None])[-1]
+        """The domain that is trained, of a model with domains."""
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        domains = (d for d in self.model.config.domain_names if any(f".{PREFIX}{d}." in name for name in trained))
+        return next(domains, None)
 
 
 def _largest_prompts(recipe: PromptRecipe, labels: Tensor) -> ClipPrompts:

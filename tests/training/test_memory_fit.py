@@ -72,6 +72,9 @@ def test_the_model_is_left_as_it_is(model, counted):
     assert not model.gradient_checkpointing and model.feature_cache is None
     assert all(type(p) is torch.nn.Parameter and p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    size = model.config.image_size
+    loss = model(torch.randn(1, 2, 3, size, size), torch.ones(1, 1, 2, size, size, dtype=torch.bool)).loss
+    assert loss.item() > 0  # tensors without data have none
 
 
 def test_what_costs_less(model, counted):
