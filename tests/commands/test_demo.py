@@ -56,4 +56,4 @@ def test_the_demo_learns_and_forgets_nothing(tmp_path, capsys, one_thread):
     printed = capsys.readouterr().out
     scores = table(printed)
     assert scores["stripes"][1] > scores["stripes"][0] + 10 and scores["blobs"][2] > scores["blobs"][1] + 10
-    assert scores["shapes"][0] > 60 and "are the same to the bit" in printed
+    assert scores["shapes"][0] > 50 and "are the same to the bit" in printed
