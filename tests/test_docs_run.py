@@ -78,7 +78,10 @@ def statements(guide: Path) -> list[str]:
             parts += python_parts(content, guide.name)
         elif language in ("", "sh", "bash"):
             parts += [f"samoe({line!r})" for line in commands(content)]
-    return [part.replace('"me/', '"tester/').replace(" me/", " tester/") for part in parts]
+    names = {'"me/': '"tester/', " me/": " tester/", '"base_plus.pt"': '"MODEL"'}
+    for name, stand_in in names.items():
+        parts = [part.replace(name, stand_in) for part in parts]
+    return parts
 
 
 def python_parts(content: str, guide: str) -> list[str]:
@@ -97,6 +100,8 @@ def commands(content: str) -> list[str]:
         words = shlex.split(line, comments=True)
         if words[:2] == ["accelerate", "launch"] or words[0] == "python":
             words = ["samoe", Path(words[-1 if words[0] == "python" else 2]).stem, *words[3:]]
+        if "sam2.1_hiera_base_plus.pt" in words and "--config" not in words:
+            words += ["--config", "sam2.1_hiera_b+_moe.yaml"]  # the small file has none of Meta's sizes
         if words[0] == "samoe":
             lines.append(shlex.join([*words, *FEWER.get(words[1], [])]))
     return lines

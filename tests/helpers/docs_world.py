@@ -77,6 +77,13 @@ def _make_data(folder: Path) -> None:
         layouts.make_npz(root)
     layouts.make_nifti(folder / "Task06_Lung")
     layouts.make_sa_v_val(folder / "SA-V")
+    for t in range(8):
+        for number in range(1, 6):
+            sequence = folder / f"data/OCID-dataset/ARID20/seq{number:02d}"
+            save(sequence / f"rgb/{t}.png", videos[0].frames[t])
+            save_ids(sequence / f"label/{t}.png", videos[0], 0)
+        save(folder / f"data/MOSE/train/JPEGImages/dog/{t:05d}.jpg", videos[0].frames[t])
+        save_ids(folder / f"data/MOSE/train/Annotations/dog/{t:05d}.png", videos[0], t)
     for split, video in zip(("train", "val"), videos, strict=False):
         for t in range(8):
             save(folder / f"my_videos/{split}/dog/frames/{t:05d}.jpg", video.frames[t])
