@@ -142,7 +142,7 @@ def test_everything_in_it_runs(guide, world, tmp_path):
     parts = statements(guide)
     if not parts:
         return
-    code = "\n".join([SETUP, *parts])
+    code = "\n".join([SETUP, *parts, "result = None"])
     client.run(code, folder=tmp_path / "here", tests=ROOT / "tests", guide=guide.name)
 
 

@@ -40,7 +40,7 @@ from .options import add_original_options, command_parser, original_options, uni
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("evaluate", __doc__)
     add_model_options(parser.add_argument_group("models"))
-    add_dataset_arguments(parser.add_argument_group("videos"))
+    add_dataset_arguments(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
     prompts.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")

@@ -29,7 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     model = parser.add_argument_group("model")
     model.add_argument("model", metavar="MODEL", help="a SamoeModel or an original .pt")
     add_original_options(model)
-    add_dataset_arguments(parser.add_argument_group("videos"))
+    add_dataset_arguments(parser)
     routing = parser.add_argument_group("routing")
     routing.add_argument(
         "--routing-video", action="append", default=[], metavar="N|ID",

@@ -81,6 +81,9 @@ class SamoeTrainer(Trainer):
             args.trainable = [*args.trainable, "adapters"]
         model.set_trainable(*args.learning_rates())
         self.recipe = recipe or PromptRecipe()
+        processing_class = processing_class or build_processor(model.config)
+        if train_dataset is not None:
+            kwargs["train_dataset"] = as_clips(train_dataset, processing_class, args.seed)
         if args.fit is not None:
             chosen = fit_arguments(model, args, self.recipe, kwargs.get("train_dataset"))
             if args.process_index == 0:
@@ -93,9 +96,6 @@ class SamoeTrainer(Trainer):
             model.compile_for_tracking()
         # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
         args.remove_unused_columns = False
-        processing_class = processing_class or build_processor(model.config)
-        if train_dataset is not None:
-            kwargs["train_dataset"] = as_clips(train_dataset, processing_class, args.seed)
         collator = ClipCollator(keep_domain=True)
         super().__init__(model, args, data_collator=collator, processing_class=processing_class, **kwargs)
         if self.is_fsdp_enabled:

@@ -46,8 +46,9 @@ def write_frames(frames, labels, num_frames=10):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Small videos in the layouts of DAVIS, MOSE, OCID and CT volumes."""
+    """Small videos in the layouts of DAVIS, MOSE, OCID and CT volumes, and of one's own."""
     root = tmp_path_factory.mktemp("data")
+    write_frames(root / "my_videos" / "a" / "frames", root / "my_videos" / "a" / "masks")
     for split in ("train", "val"):
         davis = root / "DAVIS"
         write_frames(davis / "JPEGImages" / "480p" / split, davis / "Annotations" / "480p" / split)

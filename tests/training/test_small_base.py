@@ -28,7 +28,7 @@ def test_it_is_small_and_tracks():
     model = SamoeModel.from_pretrained(folder)
     assert model.dtype == torch.float32
     videos = list(SyntheticVideos(3, 5, (128, 128), domain="shapes", seed=4))
-    assert mean_iou(evaluate_videos(model, load_processor(str(folder), model), videos, False)) > 0.6
+    assert mean_iou(evaluate_videos(model, load_processor(str(folder), model), videos, False)) > 0.5
 
 
 def test_its_card_says_how_it_was_trained_and_how_good_it_is():
