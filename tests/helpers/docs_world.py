@@ -19,6 +19,7 @@ from samoe_hf.model.processor import build_processor
 
 SIZE = (600, 800)
 RUN = """
+model_name_or_path: BASE
 train_data:
   - {kind: synthetic, domain: blobs, num_videos: 4, num_frames: 4, seed: 1}
   - {kind: synthetic, domain: stripes, num_videos: 4, num_frames: 4, seed: 1}
