@@ -29,10 +29,14 @@ NOT_RUN = {
 }
 # Statements that each start from the model as it was loaded.
 FRESH = {"experts.md"}
+STEPS = ["--max_steps", "1", "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"]
+FEWER = {"train": [*STEPS, "--report_to", "none", "--bf16", "false"], "adapt": STEPS}
 # What must have run before a guide: its results are read there.
 BEFORE = {
     "hub_and_peft.md": ["samoe evaluate MODEL --dataset npz --root CT --output outputs/ct"],
     "evaluation.md": ["samoe train configs/smoke.yaml --max_steps 1"],
+    # The run that is resumed there.
+    "training.md": [shlex.join(["samoe", "train", "finetune_mose", *FEWER["train"], "--save_strategy", "epoch"])],
 }
 SETUP = """
 import copy, os, shlex, sys
@@ -94,21 +98,18 @@ def commands(content: str) -> list[str]:
     """Commands of a shell block, with less to do."""
     lines = []
     for line in content.replace("\\\n", " ").splitlines():
-        is_command = re.match(r"(samoe|python|accelerate|torchrun) ", line)
+        is_command = re.match(r"(samoe|accelerate|torchrun) ", line)
         if not is_command or any(line.startswith(start) for start in NOT_RUN):
             continue
         words = shlex.split(line, comments=True)
-        if words[:2] == ["accelerate", "launch"] or words[0] == "python":
-            words = ["samoe", Path(words[-1 if words[0] == "python" else 2]).stem, *words[3:]]
+        if words[:2] == ["accelerate", "launch"]:
+            # In one process, and where the run that is resumed has been.
+            words = ["samoe", Path(words[2]).stem, *words[3:], "--overwrite_output_dir", "true"]
         if "sam2.1_hiera_base_plus.pt" in words and "--config" not in words:
             words += ["--config", "sam2.1_hiera_b+_moe.yaml"]  # the small file has none of Meta's sizes
         if words[0] == "samoe":
             lines.append(shlex.join([*words, *FEWER.get(words[1], [])]))
     return lines
-
-
-STEPS = ["--max_steps", "1", "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"]
-FEWER = {"train": [*STEPS, "--report_to", "none", "--bf16", "false"], "adapt": STEPS}
 
 
 @pytest.fixture(scope="module")

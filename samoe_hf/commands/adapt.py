@@ -90,6 +90,10 @@ def run_of(dataset: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed, overrides = parse_arguments(arguments)
+    for word in overrides:
+        option = OPTIONS_OF_KEYS.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
+        if word.startswith("--") and option is not None:
+            raise ValueError(f"`{word.partition('=')[0]}` is given by `{option}` here.")
     try:
         like = None if parsed.like == "none" else parsed.like
         run = run_of(parsed.dataset)

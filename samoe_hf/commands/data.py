@@ -44,14 +44,9 @@ def draw_sheet(videos: Sequence[Video], path: Path) -> None:
     for video in videos:
         frames = video.annotated_frames
         places = np.unique(np.linspace(0, len(frames) - 1, NUM_COLUMNS).round().astype(int))
-        shown = [overlay_masks(video.frames[frames[i]], _id_map(video, frames[i]), MIN_HEIGHT) for i in places]
+        shown = [overlay_masks(video.frames[frames[i]], video.id_map(frames[i]), MIN_HEIGHT) for i in places]
         rows[f"{video.video_id}: {len(video)} frames, {len(video.object_ids)} objects"] = shown
     plot_sheet(rows, path, "First to last frame with masks")
-
-
-def _id_map(video: Video, frame: int) -> np.ndarray:
-    ids = np.array(video.object_ids)
-    return (video.masks(frame) * ids[:, None, None]).max(axis=0)
 
 
 def check_all(arguments: argparse.Namespace) -> tuple[list[VideoReport], list[Video]]:
@@ -62,9 +57,10 @@ def check_all(arguments: argparse.Namespace) -> tuple[list[VideoReport], list[Vi
         video_id = videos.video_ids[i] if isinstance(videos, VideoList) else videos[i].video_id
         if arguments.video and video_id not in arguments.video:
             continue
-        reports.append(check_video(video_id, partial(videos.__getitem__, i)))
-        if reports[-1].error is None and reports[-1].object_ids:
-            usable.append(videos[i])
+        report, video = check_video(video_id, partial(videos.__getitem__, i))
+        reports.append(report)
+        if report.error is None and report.object_ids:
+            usable.append(video)
     if not reports:
         raise ValueError(f"{arguments.dataset} has no videos{' of these ids' if arguments.video else ''}.")
     return reports, usable

@@ -4,8 +4,8 @@
     samoe demo --domain echoes --domain night   # other domains of synthetic videos
     samoe demo --model FOLDER                   # starts from any checkpoint
 
-Each domain gets experts of its own, and a gate chooses whose experts a video gets. It needs no download, and about four
-minutes on one CPU core. Pictures are left in `outputs/demo`.
+Each domain gets experts of its own, and a gate chooses whose experts a video gets. It needs no download, and about
+three minutes on one CPU core. Pictures are left in `outputs/demo`.
 """
 
 import argparse
@@ -27,9 +27,8 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.files import write_text
 from samoe_hf.model.processor import load_processor
 from samoe_hf.plots.masks import overlay_masks, plot_tracking
-from samoe_hf.training.arguments import ModelArguments
 
-from .options import command_parser
+from .options import add_original_options, command_parser, original_options
 
 # Looks that the small base knows, of those that are shown beside the new domains.
 KNOWN_LOOKS = ("shapes", "scenes")
@@ -50,19 +49,21 @@ EXPERTS = {
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("demo", __doc__)
-    parser.add_argument("--model", help="folder, Hub id or original checkpoint, in place of the small base")
-    parser.add_argument("--experts", help="with an original checkpoint: the file of its experts")
-    parser.add_argument("--config", help="with an original checkpoint: its YAML, needed for sizes other than Meta's")
-    parser.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="folder, Hub id or original checkpoint, in place of the small base")
+    add_original_options(model)
+    training = parser.add_argument_group("training")
+    training.add_argument(
         "--domain",
         action="append",
         dest="domains",
         metavar="NAME",
         help="of synthetic videos, to be learned; may be repeated (stripes, then blobs)",
     )
-    parser.add_argument("--steps", type=int, default=100, help="steps of training on each domain (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (%(default)s)")
+    training.add_argument("--steps", type=int, default=100, help="steps of training on each domain (%(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="of the training (%(default)s)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder to write (%(default)s)")
     parsed = parser.parse_args(arguments)
     parsed.domains = parsed.domains or ["stripes", "blobs"]
     if len(set(parsed.domains)) < len(parsed.domains):
@@ -73,11 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def load_model(arguments: argparse.Namespace) -> SamoeModel:
     """The small base, or the checkpoint that was chosen."""
     source = arguments.model or small_base()
-    return ModelArguments(source, experts=arguments.experts, config=arguments.config).load().eval()
-
-
-def print_summary(model: SamoeModel) -> None:
-    print(model.summary())
+    return SamoeModel.from_pretrained(source, **original_options(arguments)).eval()
 
 
 def write_run(domain: str, looks: Sequence[str], image_size: int, arguments: argparse.Namespace) -> Path:
@@ -100,7 +97,6 @@ def write_run(domain: str, looks: Sequence[str], image_size: int, arguments: arg
         "max_grad_norm": 1.0,
         "logging_strategy": "no",
         "save_strategy": "no",
-        "dataloader_pin_memory": False,
         "report_to": "none",
         "seed": arguments.seed,
     }
@@ -113,7 +109,7 @@ def learn_domains(looks: Sequence[str], image_size: int, arguments: argparse.Nam
     """Teaches the domains one after another, each to the model that the one before left in its folder."""
     source, results = arguments.model or small_base(), {}
     options = {"experts": arguments.experts, "config": arguments.config}
-    given = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+    given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     for number, domain in enumerate(arguments.domains, start=1):
         print(f"\nDomain {number} of {len(arguments.domains)}: {domain}", flush=True)
         run = write_run(domain, looks, image_size, arguments)
@@ -146,8 +142,7 @@ def track(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, domain
 def draw_look(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, output: Path) -> None:
     """Writes how a video is tracked: its masks, a video, and a picture beside the truth and what the base does."""
     base, with_experts = (track(model, processor, video, domain) for domain in (None, AUTO))
-    ids = np.array(video.object_ids)[:, None, None]
-    truth = [(video.masks(t) * ids).max(axis=0) for t in range(len(video))]
+    truth = [video.id_map(t) for t in range(len(video))]
     folder = output / "masks" / video.video_id
     folder.mkdir(parents=True, exist_ok=True)
     for t, id_map in enumerate(with_experts):
@@ -192,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(parsed.seed)
     parsed.output.mkdir(parents=True, exist_ok=True)
     base = load_model(parsed)
-    print_summary(base)
+    print(base.summary())
     size = base.config.image_size
     looks = [*(look for look in KNOWN_LOOKS if look not in parsed.domains), *parsed.domains]
     results = learn_domains(looks, size, parsed)
@@ -211,4 +206,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changed = [look for look, agrees in same.items() if not agrees]
     verdict = f"DIFFER for {', '.join(changed)}" if changed else "are the same to the bit"
     print(f"Masks of {', '.join(same)}, before and after what was learned later: {verdict}")
-    print(f"Written in {parsed.output}: tracking_{looks[0]}.png, .mp4 and so on, masks/, and a model for each domain")
+    print(f"Written: tracking_{looks[0]}.png, .mp4 and so on, masks/, and a model for each domain in {parsed.output}")

@@ -36,18 +36,19 @@ class VideoReport:
     error: str | None = None
 
 
-def check_video(video_id: str, open_video: Callable[[], Video]) -> VideoReport:
-    """Opens a video and reads all its masks, and one frame."""
-    report = VideoReport(video_id)
+def check_video(video_id: str, open_video: Callable[[], Video]) -> tuple[VideoReport, Video | None]:
+    """Opens a video and reads all its masks, and one frame; None is in place of a video that cannot be opened."""
+    report, video = VideoReport(video_id), None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            _read(open_video(), report)
+            video = open_video()
+            _read(video, report)
         except (SampleError, OSError) as error:
             report.error = str(error)
     messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
     report.warnings += dict.fromkeys(messages)
-    return report
+    return report, video
 
 
 def _read(video: Video, report: VideoReport) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,7 @@ def _by_prefix(found: Found) -> Found:
     for key, source in found.sources.items():
         groups = split_by_prefix(source.frames, source.masks) if isinstance(source.frames, list) else {}
         if groups:
-            sources |= {(*key, name): Source(list(frames), list(masks)) for name, (frames, masks) in groups.items()}
+            sources |= {(*key, name): Source(frames, masks) for name, (frames, masks) in groups.items()}
             name, (frames, _) = next(iter(groups.items()))
             named = re.sub(r"\d.*$", "", f"<video>{frames[0].stem.partition(name)[2]}")
             layout = tuple(re.sub(r"(^|/)\*", rf"\1{named}*", pattern) for pattern in found.layout)  # type: ignore
@@ -319,17 +319,15 @@ def _in_one_folder(folders: Mapping[Key, Folder], root: Path) -> Found | None:
     sources, layout, without = {}, ("", ""), []
     for key, folder in folders.items():
         masks = [path for path in folder.images if MASK_NAMES & set(words(path.stem))]
-        if masks:
-            shape = ("", f"*{_common_word(masks)}*")
-        else:
+        word = next((f"*{word}*" for word in words(masks[0].stem) if word in MASK_NAMES), "") if masks else ""
+        if not masks:
             masks = [path for path in folder.images if path.suffix.lower() not in (".jpg", ".jpeg")]
             masks = masks if masks and is_label_image(masks[0]) else []
-            shape = ("", f"*{masks[0].suffix}" if masks else "")
         chosen = set(masks)
         frames = [path for path in folder.images if path not in chosen]
         if frames and masks:
             sources[key] = Source(frames, [MaskFile(path) for path in masks])
-            layout = (f"<video>/*{frames[0].suffix}", f"<video>/{shape[1]}")
+            layout = (f"<video>/*{frames[0].suffix}", f"<video>/{word or f'*{masks[0].suffix}'}")
         elif frames:
             without.append(key)
     if not sources:
@@ -339,14 +337,12 @@ def _in_one_folder(folders: Mapping[Key, Folder], root: Path) -> Found | None:
     return Found(dict(sorted(sources.items(), key=lambda item: _key_order(item[0]))), layout, without)
 
 
-def _common_word(paths: Iterable[Path]) -> str:
-    return next(word for word in words(next(iter(paths)).stem) if word in MASK_NAMES)
-
-
 # --- Patterns
 
 
-def match_pattern(root: Path, pattern: str, option: str) -> Iterator[tuple[Path, dict[str, str]]]:
+def match_pattern(
+    root: Path, files: Sequence[Path], pattern: str, option: str
+) -> Iterator[tuple[Path, dict[str, str]]]:
     """Files whose path below `root` is as a pattern says, and what stands for its `<names>`.
 
     Raises:
@@ -367,14 +363,10 @@ def match_pattern(root: Path, pattern: str, option: str) -> Iterator[tuple[Path,
             names.add(name)
         else:
             expression += re.escape(part)
-    suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-    for path, folders, files in os.walk(root, followlinks=True):
-        folders.sort(key=natural_key)
-        for name in sorted(files, key=natural_key):
-            relative = Path(path, name).relative_to(root).as_posix()
-            match = re.fullmatch(expression, relative)
-            if match and Path(name).suffix.lower() in suffixes and not name.startswith("."):
-                yield Path(path, name), match.groupdict()
+    for path in files:
+        match = re.fullmatch(expression, path.relative_to(root).as_posix())
+        if match:
+            yield path, match.groupdict()
 
 
 def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
@@ -385,8 +377,9 @@ def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
     """
     files: dict[Key, list[Path]] = defaultdict(list)
     of_video: dict[Key, list[MaskFile]] = defaultdict(list)
-    named = dict(match_pattern(root, masks, "masks"))
-    for path, names in match_pattern(root, frames, "frames"):
+    all_files = [path for folder in read_folders(root).values() for path in (*folder.images, *folder.videos)]
+    named = dict(match_pattern(root, all_files, masks, "masks"))
+    for path, names in match_pattern(root, all_files, frames, "frames"):
         if path not in named:
             files[tuple(names.get("video", "").split("/"))].append(path)
     for path, names in named.items():

@@ -128,6 +128,11 @@ class Video:
             raise SampleError(f"{self.video_id}: masks of size {masks.shape[1:]} for frames of {self.size} ({source})")
         return masks
 
+    def id_map(self, frame: int) -> np.ndarray:
+        """The objects' ids on an annotated frame, (H, W) integers, 0 for background; the highest where they overlap."""
+        ids = np.array(self.object_ids, dtype=np.int64)
+        return (self.masks(frame) * ids[:, None, None]).max(axis=0, initial=0)
+
     def _check_annotated(self, frame: int) -> None:
         if not self.is_annotated(frame):
             raise SampleError(f"{self.video_id}: frame {frame} is not annotated")

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_dilation, find_objects
+from scipy.ndimage import find_objects
 
 # Names of domains, videos and models are drawn as they are: `$` is no mathematics.
 plain_text = rc_context({"text.parse_math": False})
@@ -124,6 +124,7 @@ def _near_edges(numbers: np.ndarray, distance: int) -> np.ndarray:
 
 def _grown(mask: np.ndarray, distance: int) -> np.ndarray:
     """Pixels at most so far from a mask, by the larger of the distances in x and y."""
+    # SciPy's dilation and maximum filter take 4 to 30 times as long, which is felt in a video.
     for _ in range(distance):
         grown = mask.copy()
         grown[1:] |= mask[:-1]
@@ -165,9 +166,7 @@ def _label(text: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
     """Pixels at most `thickness` from the edge of a mask (H, W), on either side: bool (H, W)."""
-    square = np.ones((3, 3), dtype=bool)
-    grown, outside = (binary_dilation(side, square, iterations=thickness) for side in (mask, ~mask))
-    return grown & outside
+    return _grown(mask, thickness) & _grown(~mask, thickness)
 
 
 @plain_text

@@ -321,7 +321,7 @@ def parse_run(
     parser = run_parser()
     run = read_yaml(config)
     known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
-    given = [text.removeprefix("--").partition("=")[0] for text in overrides if text.startswith("--")]
+    given = {t.removeprefix("--").partition("=")[0].replace("-", "_") for t in overrides if t.startswith("--")}
     for key, other in (MODEL_KEYS, MODEL_KEYS[::-1]):
         if key in given and other not in given:
             run.pop(other, None)
@@ -333,8 +333,7 @@ def parse_run(
     parser.set_defaults(**run)
     parsed = parser.parse_args_into_dataclasses(args=overrides)
     # A YAML's two numbers for a batch ask for their product, which `fit` may divide in another way.
-    options = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in overrides}
-    parsed[-1].given = frozenset(options | (set(run) - BATCH_KEYS))
+    parsed[-1].given = frozenset(given | (set(run) - BATCH_KEYS))
     return parsed
 
 

@@ -93,8 +93,7 @@ def options_without_a_group(help_text: str) -> list[str]:
     return [line for text in ungrouped for line in re.findall(r"^  (\S+)", text, flags=re.MULTILINE) if line != "-h,"]
 
 
-# The demo has a handful of options.
-@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "demo"), "benchmark long"])
+@pytest.mark.parametrize("command", [*COMMANDS, "benchmark long"])
 def test_all_options_are_in_groups(command, capsys):
     try:
         main([*command.split(), "--help"])

@@ -261,3 +261,13 @@ def test_of_few_videos_more_frames_are_read(first, monkeypatch):
     for num_videos in (2, 20, 100):
         gate.fit_gate(model, None, "soft", SyntheticVideos(num_videos, 40, domain="stripes"), show_progress_bar=False)
     assert [max(numbers[:2]), max(numbers[2:22]), max(numbers[22:])] == [32, 12, 4]
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--model-name-or-path", "--domain_like=x"])
+def test_keys_of_a_run_that_the_command_has_in_other_words_are_refused(option, tmp_path):
+    named = option.partition("=")[0]
+    other = {"--output_dir": "--output", "--model-name-or-path": "MODEL", "--domain_like": "--like"}[named]
+    given = ["MODEL", "--domain", "x", "--dataset", "smoke", "--output", str(tmp_path / "out"), option, "y"]
+    with pytest.raises(ValueError, match=f"`{named}` is given by `{other}` here"):
+        command.main(given)
+    assert not (tmp_path / "out").exists()

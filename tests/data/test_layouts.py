@@ -22,12 +22,7 @@ def check_videos(videos) -> None:
             difference = np.abs(video.frames[t].astype(int) - true.frames[t])
             others = [np.abs(video.frames[t].astype(int) - true.frames[s]).mean() for s in range(NUM_FRAMES) if s != t]
             assert difference.mean() < min(others), "another frame"
-            assert np.array_equal(as_shown(video, t), as_shown(true, t))
-
-
-def as_shown(video, t):
-    """Ids of a frame's objects, the higher one where they overlap, as label images hold them."""
-    return (video.masks(t) * np.array(video.object_ids)[:, None, None]).max(axis=0)
+            assert np.array_equal(video.id_map(t), true.id_map(t))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -278,3 +273,5 @@ def test_links_are_followed_once(tmp_path, caplog):
     (tmp_path / "linked" / "videos").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
     check_videos(load_videos(tmp_path / "linked"))
+    patterns = {"frames": "videos/<video>/frames/*", "masks": "videos/<video>/masks/*"}
+    check_videos(load_videos("files", tmp_path / "linked", **patterns))

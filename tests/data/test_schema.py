@@ -124,3 +124,12 @@ def test_damaged_rows_on_disk_are_named(tmp_path):
     path.write_bytes(content.replace(offsets, struct.pack("<3i", 0, -5, 2**30)))
     with pytest.raises(SampleError, match=r"saved.*\.arrow, row 0: damaged"):
         load_videos(**options)[0]
+
+
+def test_a_map_of_ids_shows_the_higher_id_where_objects_overlap():
+    masks = np.zeros((1, 2, 2, 3), bool)
+    masks[0, 0, 0, :2] = masks[0, 1, 0, 1:] = True
+    video = Video.from_arrays("v", np.zeros((1, 2, 3), np.uint8), masks, object_ids=[3, 300])
+    assert video.id_map(0).tolist() == [[3, 300, 300], [0, 0, 0]]
+    empty = Video.from_arrays("v", np.zeros((1, 2, 3), np.uint8), masks[:, :0])
+    assert not empty.id_map(0).any()

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from helpers import layouts
-from helpers.own_videos import ids, save, save_ids
+from helpers.own_videos import save, save_ids
 from helpers.reference import ROOT, reference_folder
 from samoe_hf import SamoeModel
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
@@ -104,7 +104,7 @@ def _make_columns(folder: Path, video: Video) -> None:
     images = datasets.List(datasets.Image())
     features = datasets.Features({"case": datasets.Value("string"), "rgb": images, "instance_ids": images})
     rgb = [Image.fromarray(video.frames[t]) for t in range(3)]
-    labels = [Image.fromarray(ids(video, t)) for t in range(3)]
+    labels = [Image.fromarray(video.id_map(t).astype(np.uint8)) for t in range(3)]
     row = {"case": ["one"], "rgb": [rgb], "instance_ids": [labels]}
     datasets.Dataset.from_dict(row, features=features).save_to_disk(folder)
 

@@ -22,13 +22,9 @@ def save(path: Path, array: np.ndarray) -> None:
     Image.fromarray(array).save(path)
 
 
-def ids(video: Video, t: int) -> np.ndarray:
-    return (video.masks(t) * np.array(video.object_ids)[:, None, None]).max(axis=0).astype(np.uint8)
-
-
 def save_ids(path: Path, video: Video, t: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_palette_png(path, ids(video, t))
+    write_palette_png(path, video.id_map(t))
 
 
 def write(root: Path, frame: str, mask: str, only: int | None = None) -> Path:
