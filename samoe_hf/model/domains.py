@@ -6,6 +6,7 @@ merged. Nothing of single frames is kept.
 """
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -279,9 +280,10 @@ def _listed(kinds: Sequence[int]) -> str:
 def _threshold(features: Tensor, videos: Tensor, limit: float) -> Tensor:
     """The squared distance per feature within which a further video of a domain is expected.
 
-    It is a quantile of the distances of the domain's own videos, each measured while it is left out, with room for the
-    videos that were not there, and at most `limit` if the videos are few. Where nothing can be left out, it is twice
-    the expected distance.
+    The distances of the domain's own videos are measured, each while it is left out. Many show how far away a further
+    one may be: the threshold is their quantile, with room for the videos that were not there. The largest of a few
+    distances says little: then it is the bound of a further one if their logarithms are normally distributed, and at
+    most `limit`. Where nothing can be left out, it is twice the expected distance.
     """
     count = int(videos.max()) + 1
     # Frames of a single video are left out one by one.
@@ -295,5 +297,16 @@ def _threshold(features: Tensor, videos: Tensor, limit: float) -> Tensor:
         squares, _ = _Normal.fit(features[~left_out], videos[~left_out]).measure(features[left_out])
         farthest.scatter_reduce_(0, units[left_out], squares, "amax")
     # The largest of n distances is exceeded by the next video's with probability 1 / (n + 1).
-    threshold = farthest.quantile(QUANTILE, interpolation="higher") * (1 + count**-0.5)
+    seen = farthest.quantile(QUANTILE, interpolation="higher") * (1 + count**-0.5)
+    threshold = torch.maximum(seen, _prediction_bound(farthest.clamp(min=SMALLEST_VARIANCE).log()).exp())
     return threshold.clamp(SQUARE_FLOOR, limit * max(1.0, count / ENOUGH_VIDEOS))
+
+
+def _prediction_bound(values: Tensor) -> Tensor:
+    """What a further value of a normal distribution that is known by n values stays below with probability QUANTILE."""
+    count = len(values)
+    z = NormalDist().inv_cdf(QUANTILE)
+    # Student's t of count - 1 degrees of freedom, by its expansion (Abramowitz and Stegun, 26.7.5).
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96)
+    t = sum(term / (count - 1) ** power for power, term in enumerate(terms))
+    return values.mean() + t * (1 + 1 / count) ** 0.5 * values.std()

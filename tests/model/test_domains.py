@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from samoe_hf.model.domains import NO_DOMAIN, DomainGate, num_pooled_features, pooled_features
+from samoe_hf.model.domains import (
+    NO_DOMAIN,
+    QUANTILE,
+    DomainGate,
+    _Normal,
+    _prediction_bound,
+    _threshold,
+    num_pooled_features,
+    pooled_features,
+)
 from samoe_hf.model.frame_step import image_features
 
 FEATURES = 24
@@ -78,6 +87,22 @@ def test_few_videos_give_no_wider_threshold_than_the_expected_distance_allows():
     wide = domain(0, 2)
     wide[0][:3] += 50
     assert gate(wide).thresholds.item() <= 4
+
+
+@pytest.mark.parametrize("count", [5, 7, 20])
+def test_a_further_video_is_expected_within_the_bound_that_few_distances_give(count):
+    draw = torch.Generator().manual_seed(count)
+    values = 3 + 2 * torch.randn(20000, count + 1, generator=draw)
+    bounds = torch.stack([_prediction_bound(row) for row in values[:, :count]])
+    assert abs((values[:, count] <= bounds).float().mean() - QUANTILE) < 0.004
+
+
+def test_the_threshold_of_few_videos_leaves_more_room_than_the_farthest_of_them_where_their_distances_differ():
+    torch.manual_seed(1)
+    features, videos = torch.randn(7, 6), torch.arange(7)
+    left_out = [(features[videos != v], videos[videos != v], features[v : v + 1]) for v in range(7)]
+    farthest = max(_Normal.fit(rest.double(), ids).measure(one.double())[0].item() for rest, ids, one in left_out)
+    assert farthest * (1 + 7**-0.5) < 0.9 * _threshold(features.double(), videos, limit=100.0).item()
 
 
 def test_what_is_unlike_a_domain_in_one_kind_of_features_is_refused():
