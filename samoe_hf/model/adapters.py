@@ -31,7 +31,7 @@ from transformers.utils import (
 
 from .domain_experts import DomainLinear
 from .experts import ExpertLinear
-from .sam2_modules import build_on_meta
+from .lean_modules import build_on_meta
 
 if is_peft_available():
     from peft import (

@@ -40,7 +40,7 @@ from .configuration_samoe import SamoeConfig
 from .domain_experts import module_domain
 from .experts import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
 from .files import hash_tensors
-from .sam2_modules import build_on_meta
+from .lean_modules import build_on_meta
 
 # Arguments of `from_pretrained` that say where and how files are fetched.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

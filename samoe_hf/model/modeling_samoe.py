@@ -40,12 +40,12 @@ from .domains import add_domain_gate
 from .expert_surgery import ExpertSurgeryMixin
 from .experts import DOMAIN_GATE, ExpertMixture, is_expert_parameter
 from .interaction import clear_prompts, remove_object
+from .lean_modules import compile_parts, make_lean
 from .lora_exchange import LoraExchangeMixin
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .pretrained import PretrainedMixin
 from .prompts import PromptRecipe, resolve_recipe
-from .sam2_modules import compile_parts, make_lean
 from .summary import ModelSummary, summarize_model
 from .tracking import encoding_ahead, start_propagation, track_frame
 

@@ -19,7 +19,7 @@ from transformers import Sam2VideoModel
 from samoe_hf.model.checkpoints import check_repeats, find_mismatches
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.experts import matching_linear_names
-from samoe_hf.model.sam2_modules import build_on_meta
+from samoe_hf.model.lean_modules import build_on_meta
 
 from .config import (
     ATTENTIONS,

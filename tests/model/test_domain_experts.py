@@ -19,8 +19,8 @@ from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS
 from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.experts import is_expert_parameter, record_router_logits
+from samoe_hf.model.lean_modules import build_on_meta
 from samoe_hf.model.processor import build_processor
-from samoe_hf.model.sam2_modules import build_on_meta
 from samoe_hf.original.checkpoint import save_original
 
 ALL_LAYERS = ["qkv", "proj_in", "q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"]

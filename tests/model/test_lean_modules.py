@@ -6,7 +6,7 @@ from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
 from samoe_hf.benchmarks.peers import base_of
-from samoe_hf.model.sam2_modules import LeanMaskDecoder
+from samoe_hf.model.lean_modules import LeanMaskDecoder
 
 
 @pytest.fixture(scope="module")
