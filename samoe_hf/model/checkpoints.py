@@ -11,7 +11,6 @@ headers before memory is allocated; it can name another repository as its base, 
 
 import copy
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,15 +20,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
 )
@@ -41,6 +37,7 @@ from .domain_experts import module_domain
 from .experts import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
 from .files import hash_tensors
 from .lean_modules import build_on_meta
+from .weight_files import read_header
 
 # Arguments of `from_pretrained` that say where and how files are fetched.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -49,7 +46,6 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 REPEAT_FIELDS = re.compile(r"blocks_per_stage|\w*num_(hidden_)?layers|num_multimask_outputs|\w*depth")
 # New experts may at most have so many times the values that the files hold.
 MAX_NEW_VALUES_RATIO = 10
-FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 # What fits
@@ -154,58 +150,6 @@ def check_finite(source: Any, model: torch.nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.device.type != "meta" and not tensor.isfinite().all():
             raise ValueError(f"{source}: the tensor {name!r} has NaN or infinite values.")
-
-
-def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> dict[str, Tensor]:
-    """Names, shapes and types of a model's tensors, on the meta device, from the headers of its safetensors.
-
-    Raises:
-        OSError: if there are no safetensors.
-        ValueError: if a file is damaged or lies elsewhere, or if a PEFT adapter lies beside the model.
-    """
-    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
-    if cached_file(source, ADAPTER_CONFIG_NAME, **optional) is not None:
-        # From there transformers would take the name of another model, and load that one's weights.
-        raise ValueError(
-            f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
-        )
-    return {name: x for path in _weight_files(source, hub, variant) for name, x in _read_header(path).items()}
-
-
-def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
-    stem, ending = os.path.splitext(SAFE_WEIGHTS_NAME)
-    name = f"{stem}.{variant}{ending}" if variant else SAFE_WEIGHTS_NAME
-    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
-    if (path := cached_file(source, name, **optional)) is not None:
-        return [path]
-    index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json") if variant else SAFE_WEIGHTS_INDEX_NAME
-    index = cached_file(source, index_name, **optional)
-    if index is None:
-        raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
-    try:
-        content = json.loads(Path(index).read_text())
-        shards, metadata = set(content["weight_map"].values()), content.get("metadata")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{source}: {index_name} must have a mapping `metadata`, got {metadata!r}.")
-    for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise ValueError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
-    return [cached_file(source, shard, **hub) for shard in sorted(shards)]
-
-
-def _read_header(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A safetensors file's tensors on the meta device. All types but floating-point ones are taken as int64."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: torch.empty(x.get_shape(), dtype=FLOAT_TYPES.get(x.get_dtype(), torch.int64), device="meta")
-                for name, x in slices.items()
-            }
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
 
 
 def _named_integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -318,7 +262,7 @@ def load_trained(
     base, base_hub = _check_base(source, config.base_model, hub)
     names = f"{source} builds on {base['name_or_path']}"
     path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
-    found = _read_header(path)
+    found = read_header(path)
     _check_experts_size(names, found, config)
     config = copy.deepcopy(config)
     config.base_model = config.adapters = None

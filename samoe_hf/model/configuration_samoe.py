@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
+from .bases import MODEL_TYPES, NUM_LEVELS, SAM3, base_of, feature_stride, mask_size, settings_of_base
+
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
 
@@ -32,9 +34,6 @@ OLD_EXPERT_SETTINGS = {
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 # Words that stand for something else where a domain is named.
 RESERVED_NAMES = ("auto", "none", "base")
-
-# Pixels per position of the levels of features, from fine to coarse.
-FEATURE_STRIDES = (4, 8, 16)
 
 # Of a `dtype`, as a string or as PyTorch prints it.
 FLOAT_TYPE = re.compile(r"None|(torch\.)?b?float(16|32|64)")
@@ -108,6 +107,9 @@ class SamoeConfig(Sam2VideoConfig):
         if isinstance(self.mask_decoder_config, dict):
             self.mask_decoder_config = Sam2VideoMaskDecoderConfig(**self.mask_decoder_config)
         super().__post_init__(**kwargs)
+        if base_of(self) is SAM3:
+            # Sam2VideoModel asks for it; SAM 3's encoder has one level more, for its detector.
+            self.vision_config.num_feature_levels = NUM_LEVELS
         self.check_experts()
 
     def check_experts(self) -> None:
@@ -136,9 +138,10 @@ class SamoeConfig(Sam2VideoConfig):
         return {name: getattr(self, name) for name in EXPERT_SETTINGS if name != "expert_modules"}
 
     def _check_image_size(self) -> None:
-        _check_integer("image_size", self.image_size, minimum=32)
-        if self.image_size % 32:
-            raise ValueError(f"`image_size` must be a multiple of 32, got {self.image_size}.")
+        multiple = base_of(self).size_multiple or feature_stride(self)
+        _check_integer("image_size", self.image_size, minimum=multiple)
+        if self.image_size % multiple:
+            raise ValueError(f"`image_size` must be a multiple of {multiple}, got {self.image_size}.")
 
     def _check_types(self) -> None:
         names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
@@ -152,22 +155,28 @@ class SamoeConfig(Sam2VideoConfig):
         These fields leave no trace in the shapes of weights.
         """
         vision, prompts = self.vision_config, self.prompt_encoder_config
+        sizes = [[mask_size(self) // ratio] * 2 for ratio in (1, 2, 4)]
+        given_sizes = list(map(list, vision.backbone_feature_sizes))
         fields: dict[str, tuple[Any, Any]] = {}
-        if isinstance(vision.backbone_config, Sam2HieraDetConfig):
-            expected = [[self.image_size // stride] * 2 for stride in FEATURE_STRIDES]
-            sizes = list(map(list, vision.backbone_feature_sizes))
-            fields["vision_config.backbone_feature_sizes"] = (sizes, expected)
+        if base_of(self) is SAM3:
+            fields |= {
+                "vision_config.backbone_feature_sizes": (given_sizes, sizes),
+                "vision_config.backbone_config.image_size": (vision.backbone_config.image_size, self.image_size),
+                "vision_config.scale_factors": (list(vision.scale_factors)[:NUM_LEVELS], [4.0, 2.0, 1.0]),
+            }
+        else:
+            if isinstance(vision.backbone_config, Sam2HieraDetConfig):
+                fields["vision_config.backbone_feature_sizes"] = (given_sizes, sizes)
+            fields |= {
+                "vision_config.fpn_padding": (vision.fpn_padding, vision.fpn_kernel_size // 2),
+                "vision_config.fpn_stride": (vision.fpn_stride, 1),
+            }
         fields |= {
             "prompt_encoder_config.image_size": (prompts.image_size, self.image_size),
-            "prompt_encoder_config.patch_size": (prompts.patch_size, FEATURE_STRIDES[-1]),
-            "memory_attention_rope_feat_sizes": (
-                list(self.memory_attention_rope_feat_sizes),
-                [self.image_size // FEATURE_STRIDES[-1]] * 2,
-            ),
+            "prompt_encoder_config.patch_size": (prompts.patch_size, feature_stride(self)),
+            "memory_attention_rope_feat_sizes": (list(self.memory_attention_rope_feat_sizes), sizes[-1]),
             "mask_downsampler_padding": (self.mask_downsampler_padding, self.mask_downsampler_kernel_size // 2),
             "memory_fuser_padding": (self.memory_fuser_padding, self.memory_fuser_kernel_size // 2),
-            "vision_config.fpn_padding": (vision.fpn_padding, vision.fpn_kernel_size // 2),
-            "vision_config.fpn_stride": (vision.fpn_stride, 1),
         }
         for name, (value, expected) in fields.items():
             if value != expected:
@@ -181,7 +190,8 @@ class SamoeConfig(Sam2VideoConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in the base class; a SAM 2 video configuration is taken as a SAMoE configuration with default experts."""
+        """As in the base class; a configuration of SAM 2 video or of SAM 3, alone or with its detector, is taken as a
+        SAMoE configuration with default experts."""
         with _naming(pretrained_model_name_or_path):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(config_dict, dict):
@@ -189,17 +199,18 @@ class SamoeConfig(Sam2VideoConfig):
                 f"{pretrained_model_name_or_path}: config.json must hold a mapping, got {type(config_dict).__name__}."
             )
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, Sam2VideoConfig.model_type):
+        if model_type not in (cls.model_type, *MODEL_TYPES):
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a model of type {model_type!r}; expected "
-                f"{cls.model_type!r} or {Sam2VideoConfig.model_type!r}."
+                f"{pretrained_model_name_or_path} is a model of type {model_type!r}; expected one of "
+                f"{', '.join(map(repr, (cls.model_type, *MODEL_TYPES)))}."
             )
         _check_sizes(config_dict, pretrained_model_name_or_path)
-        return {**config_dict, "model_type": cls.model_type}, kwargs
+        with _naming(pretrained_model_name_or_path):
+            return _without_base_type(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
-        """As in the base class; values given as keyword arguments are checked as well.
+        """As in the base class, also of a base's own configuration; values given as keyword arguments are checked.
 
         Raises:
             ValueError: for a wrong value; names the folder or Hub id if `name_or_path` says that it was read from one.
@@ -208,9 +219,15 @@ class SamoeConfig(Sam2VideoConfig):
         # In a file they mean something else, such as `top_k` of text that is generated.
         own = {name: value for name, value in config_dict.items() if name not in OLD_EXPERT_SETTINGS}
         with _naming(kwargs.get("name_or_path")):
-            result = super().from_dict(own, **kwargs)
+            result = super().from_dict(_without_base_type(own), **kwargs)
         (result[0] if isinstance(result, tuple) else result).check_experts()
         return result
+
+
+def _without_base_type(config_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a SAMoE configuration, also from a base's own."""
+    is_base = config_dict.get("model_type") in MODEL_TYPES
+    return {**(settings_of_base(config_dict) if is_base else config_dict), "model_type": SamoeConfig.model_type}
 
 
 @contextmanager

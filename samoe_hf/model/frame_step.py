@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE
 
+from .bases import NUM_LEVELS
 from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features, read_pointers
 
 # A mask prompt becomes logits of -10 and +10, for the mask and for the object score (arXiv:2408.00714, `sam2`).
@@ -108,7 +109,7 @@ def image_features(model: Sam2VideoModel, pixel_values: Tensor, batch_size: int 
     parts = []
     for frames in pixel_values.split(batch_size or len(pixel_values)):
         outputs = model.get_image_features(frames, return_dict=True)
-        parts.append([_to_map(model, level, x) for level, x in enumerate(outputs.fpn_hidden_states)])
+        parts.append([_to_map(model, level, x) for level, x in enumerate(outputs.fpn_hidden_states[:NUM_LEVELS])])
     levels = [torch.cat(x) for x in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
     return with_positions(model, *levels)
 
@@ -347,7 +348,8 @@ def _take_mask(model: Sam2VideoModel, image: ImageFeatures, mask: Tensor) -> tup
     """Takes a given mask (objects, 1, S, S) as the output; the decoder only makes the object pointer from it."""
     num_objects = mask.shape[0]
     mask = mask.to(image.coarse.dtype)
-    prompt = Prompt(previous_mask=model.mask_downsample(mask))
+    # The pointer is made from a mask of the size of memories' masks, since it is made 4 times smaller.
+    prompt = Prompt(previous_mask=model.mask_downsample(_to_memory_size(model, mask)))
     output = _segment(model, image, image.coarse, prompt, multimask=False, num_objects=num_objects)
     visible = mask.flatten(1).any(dim=1, keepdim=True)
     high_res_masks = _at_least_float32(mask) * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS
@@ -367,6 +369,7 @@ def _encode_memory(
     model: Sam2VideoModel, coarse: Tensor, masks: Tensor, object_score_logits: Tensor, binarize: bool
 ) -> Tensor:
     """Encodes a frame and its masks (objects, 1, S, S), as logits, into a memory (objects, tokens, channels)."""
+    masks = _to_memory_size(model, masks)
     masks = (masks > 0).to(masks.dtype) if binarize else masks.sigmoid()
     masks = masks * model.config.sigmoid_scale_for_mem_enc + model.config.sigmoid_bias_for_mem_enc
     features, _ = model.memory_encoder(coarse, masks.to(coarse.dtype))
@@ -375,6 +378,17 @@ def _encode_memory(
         features = features + hidden * model.occlusion_spatial_embedding_parameter[..., None, None]
     features = features.flatten(2).mT
     return features if model.training else features.to(torch.bfloat16)
+
+
+def _to_memory_size(model: Sam2VideoModel, masks: Tensor) -> Tensor:
+    """Masks or logits (objects, 1, H, W) at the size that memories are made from: the input's of SAM 2, not of SAM 3.
+
+    transformers resizes logits, which is what is done here. The original of SAM 3 resizes probabilities.
+    """
+    size = tuple(4 * side for side in model.prompt_encoder.mask_input_size)
+    if masks.shape[-2:] == size:
+        return masks
+    return F.interpolate(masks, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

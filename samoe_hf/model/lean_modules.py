@@ -1,7 +1,7 @@
-"""Modules of transformers' SAM 2 without work whose result nobody reads; the numbers that are read are the same.
+"""Modules of transformers' SAM 2 and 3 without work whose result nobody reads; the numbers that are read are the same.
 
-- The image encoder's attention also multiplies queries with keys position by position, and drops the result.
-- Its neck encodes the positions of all levels, of which only the coarsest are read.
+- SAM 2's image encoder's attention also multiplies queries with keys position by position, and drops the result.
+- Necks encode the positions of all levels, of which only the coarsest are read. SAM 3's makes one level more.
 - The mask decoder copies an image's features for each of its prompts, even if there is but one.
 - Encodings and angles of positions are computed anew for each frame and memory, though they are always the same.
 """
@@ -22,7 +22,9 @@ from transformers.models.sam2.modeling_sam2 import (
     eager_attention_forward,
 )
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
+from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
+from .bases import NUM_LEVELS
 from .configuration_samoe import SamoeConfig
 from .domain_experts import add_configured_experts
 from .domains import add_domain_gate
@@ -66,6 +68,15 @@ class LeanNeck(Sam2VisionNeck):
             levels.append(lateral)
         coarse = levels[self._coarsest]
         return tuple(levels), (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
+
+
+class LeanSam3Neck(Sam3VisionNeck):
+    """SAM 3's feature pyramid, with the levels alone that its tracker reads, and the coarsest one's positions."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        levels = tuple(layer(hidden_states) for layer in self.fpn_layers[:NUM_LEVELS])
+        coarse = levels[-1]
+        return levels, (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
 
 
 class LeanMaskDecoder(Sam2VideoMaskDecoder):
@@ -193,6 +204,8 @@ def make_lean(model: Sam2VideoModel) -> None:
         neck.__class__ = LeanNeck
         # The encoder hands on the last levels, from fine to coarse; the first of these is the coarsest.
         neck._coarsest = -model.config.vision_config.num_feature_levels
+    elif type(neck) is Sam3VisionNeck:
+        neck.__class__ = LeanSam3Neck
     for owner in (neck, model.memory_encoder):
         owner.position_encoding = CachedPositionEncoding(owner.position_encoding)
     model.memory_attention.rotary_emb = CachedRotaryEmbedding(model.memory_attention.rotary_emb)

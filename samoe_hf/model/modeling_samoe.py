@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from .adapters import AdapterMixin, is_adapter_parameter, plain_name, to_wrapped_names
+from .bases import INFERENCE_SESSIONS, base_of
 from .clip import (
     ClipPrompts,
     SamoeClipOutput,
@@ -51,7 +52,7 @@ from .tracking import encoding_ahead, start_propagation, track_frame
 
 # Parameters that are tokens or encodings of positions, of the model itself and of its backbone.
 TOKEN_PARAMETERS = re.compile(
-    r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|pos_embed\w*"
+    r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|pos_embed\w*|position_embeddings"
 )
 TRAINABLE_SETS = {
     "experts": is_expert_parameter,
@@ -93,9 +94,6 @@ class SamoeModel(
     supports_gradient_checkpointing = True
     # Trainer passes `num_items_in_batch`.
     accepts_loss_kwargs = True
-    # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not called
-    # as modules (see memory_attention.py), and belong to the rest.
-    _no_split_modules: ClassVar = ["Sam2MultiScaleBlock", "Sam2VideoTwoWayAttentionBlock"]
     # Statistics of features, whatever the type of the features is.
     _keep_in_fp32_modules_strict: ClassVar = [DOMAIN_GATE]
 
@@ -103,6 +101,9 @@ class SamoeModel(
         config.check_experts()
         super().__init__(config)
         make_lean(self)
+        # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not
+        # called as modules (see memory_attention.py), and belong to the rest.
+        self._no_split_modules = set(base_of(config).no_split_modules)
         self.expert_module_names = add_configured_experts(self, config)
         add_domain_gate(self)
         # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
@@ -263,7 +264,7 @@ class SamoeModel(
         if unknown := sorted(set(options) - ForwardOptions.__annotations__.keys()):
             raise TypeError(f"`forward` has no argument {unknown[0]!r}.")
         self.check_new_adapters()
-        if isinstance(pixel_values, Sam2VideoInferenceSession):
+        if isinstance(pixel_values, INFERENCE_SESSIONS):
             # Positional arguments in Sam2VideoModel's order: the session, then the frame's index, then the frame.
             inference_session = pixel_values
             frame_idx = frame_idx if labels is None else labels

@@ -16,6 +16,7 @@ from transformers.utils import PROCESSOR_NAME
 from transformers.utils import logging as transformers_logging
 
 from .adapters import active_adapters, adapters_aside, load_adapters, save_adapters, without_adapters
+from .bases import SAM3, base_of, is_combined
 from .checkpoints import (
     HUB_ARGUMENTS,
     check_finite,
@@ -23,7 +24,6 @@ from .checkpoints import (
     check_weights,
     is_original_checkpoint,
     load_trained,
-    read_headers,
     resolve_commit,
     save_trained,
 )
@@ -31,6 +31,7 @@ from .configuration_samoe import SamoeConfig, check_old_names
 from .experts import EXPERT_TENSORS
 from .files import updated_folder
 from .processor import build_processor
+from .weight_files import read_headers, read_tracker, tracker_headers
 
 # As loud as transformers is told to be.
 logger = transformers_logging.get_logger(f"transformers.{__name__}")
@@ -73,7 +74,8 @@ class PretrainedMixin:
         Args:
             pretrained_model_name_or_path: one of
                 - a folder or Hub id of a SamoeModel;
-                - a folder or Hub id of a SAM 2 video model: experts without effect are added;
+                - a folder or Hub id of a SAM 2 video model, or of SAM 3, whose tracker is taken: experts without effect
+                  are added;
                 - an original checkpoint, of SAM 2 or SAM2-MoE (a `.pt` file).
             experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
             original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
@@ -111,10 +113,7 @@ class PretrainedMixin:
             model, new = load_trained(cls, source, config, hub, others, more_experts)
             info = {name: set() for name in LOADING_INFO} | {"missing_keys": new}
         else:
-            found = kwargs.get("state_dict")
-            if found is None:
-                found = read_headers(source, hub, kwargs.get("variant"))
-            new_layers = check_weights(source, found, config, more_experts, ignore_mismatched_sizes)
+            new_layers = _check_stored(source, config, hub, kwargs, more_experts, ignore_mismatched_sizes)
             model, info = cls._load_checked(source, new_layers, *model_args, config=config, **kwargs)
             new = {f"{layer}.{tensor}" for layer in new_layers for tensor in EXPERT_TENSORS}
             if source is not None:
@@ -132,8 +131,8 @@ class PretrainedMixin:
         """Loads weights that [`check_weights`] has found to fit, and gives some layers new experts."""
         with _without_load_report():
             # What does not fit are experts that give place to new ones.
-            # An original checkpoint's tensors are `state_dict`.
-            folder = None if is_original_checkpoint(source) else source
+            # Tensors of an original checkpoint and of SAM 3's combined one are `state_dict`.
+            folder = None if "state_dict" in kwargs else source
             options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
             model, info = super().from_pretrained(folder, *model_args, **options, **kwargs)
         _align_memory(model)
@@ -261,9 +260,32 @@ def _read_config(config: PreTrainedConfig | str | os.PathLike, hub: dict[str, An
     if isinstance(config, SamoeConfig):
         return config
     if isinstance(config, PreTrainedConfig):
-        # The same class of a folder's own code, which transformers loads once more for the configuration.
-        return SamoeConfig.from_dict({**config.to_dict(), "model_type": SamoeConfig.model_type})
+        # A base's own, or the same class of a folder's own code, which transformers loads once more.
+        return SamoeConfig.from_dict(config.to_dict())
     return SamoeConfig.from_pretrained(config, **hub)
+
+
+def _check_stored(
+    source: str | os.PathLike | None,
+    config: SamoeConfig,
+    hub: dict[str, Any],
+    arguments: dict[str, Any],
+    more_experts: bool,
+    any_experts: bool,
+) -> list[str]:
+    """Compares the tensors that are to be loaded with a configuration, see [`check_weights`].
+
+    Those of SAM 3's tracker that lie among the detector's are then read, as `state_dict` of the `arguments`.
+    """
+    variant, found = arguments.get("variant"), arguments.get("state_dict")
+    if found is None:
+        found = read_headers(source, hub, variant)
+    has_detector = base_of(config) is SAM3 and is_combined(found)
+    own = tracker_headers(source, found) if has_detector else found
+    new_layers = check_weights(source, own, config, more_experts, any_experts)
+    if has_detector:
+        arguments["state_dict"] = read_tracker(source, hub, variant)
+    return new_layers
 
 
 def _check_given(source: Any, config: Any, of_original: tuple, others: Mapping[str, Any]) -> None:

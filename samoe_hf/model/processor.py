@@ -5,34 +5,40 @@ from pathlib import Path
 
 from transformers import (
     AutoProcessor,
-    Sam2ImageProcessor,
+    ProcessorMixin,
     Sam2VideoModel,
-    Sam2VideoProcessor,
     Sam2VideoVideoProcessor,
+    Sam3TrackerVideoProcessor,
 )
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
+from .bases import base_of, mask_size
 from .configuration_samoe import SamoeConfig
 
 # Any of them means that a processor was saved.
 PROCESSOR_FILES = (PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
 
 
-def build_processor(config: SamoeConfig) -> Sam2VideoProcessor:
-    """The processor that prepares videos as the original does: bicubic resize to a square, ImageNet's mean and std."""
-    side, mask_side = config.image_size, config.image_size // 4
+def build_processor(config: SamoeConfig) -> ProcessorMixin:
+    """The processor that prepares videos as the base's original does.
+
+    Returns:
+        for SAM 2 a [`~transformers.Sam2VideoProcessor`]: bicubic resize to a square, ImageNet's mean and std.
+        For SAM 3 a [`~transformers.Sam3TrackerVideoProcessor`]: bilinear resize to a square, mean and std of 0.5.
+    """
+    base = base_of(config)
     settings = {
-        "size": {"height": side, "width": side},
-        "resample": PILImageResampling.BICUBIC,
-        "image_mean": list(IMAGENET_DEFAULT_MEAN),
-        "image_std": list(IMAGENET_DEFAULT_STD),
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": base.resample,
+        "image_mean": list(base.image_mean),
+        "image_std": list(base.image_std),
     }
-    image_processor = Sam2ImageProcessor(**settings, mask_size={"height": mask_side, "width": mask_side})
-    return Sam2VideoProcessor(image_processor=image_processor, video_processor=Sam2VideoVideoProcessor(**settings))
+    masks = {"height": mask_size(config), "width": mask_size(config)}
+    image_processor = base.image_processor_class(**settings, mask_size=masks)
+    return base.processor_class(image_processor=image_processor, video_processor=Sam2VideoVideoProcessor(**settings))
 
 
-def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> Sam2VideoProcessor:
+def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> ProcessorMixin:
     """The processor saved with a model; `build_processor`'s for an original checkpoint, or where none was saved.
 
     Args:
@@ -45,9 +51,11 @@ def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> Sam2Vide
         cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES
     ):
         return build_processor(model.config)
-    processor = AutoProcessor.from_pretrained(source)
-    if not isinstance(processor, Sam2VideoProcessor):
-        raise ValueError(f"{source}: its processor is a {type(processor).__name__}, expected a Sam2VideoProcessor.")
+    expected = base_of(model.config).processor_class
+    # With SAM 3's combined checkpoint the processor of the video model was saved, whose parts are the tracker's.
+    processor = (expected if expected is Sam3TrackerVideoProcessor else AutoProcessor).from_pretrained(source)
+    if not isinstance(processor, expected):
+        raise ValueError(f"{source}: its processor is a {type(processor).__name__}, expected a {expected.__name__}.")
     sizes = [dict(part.size) for part in (processor.image_processor, processor.video_processor)]
     # That of coordinates.
     sizes.append({"height": processor.target_size, "width": processor.target_size})

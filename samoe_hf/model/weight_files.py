@@ -1,0 +1,102 @@
+"""The safetensors of a model's folder or Hub repository: their headers, and of SAM 3's the tracker's tensors.
+
+Nobody vouches for what they say. So headers are read first, and compared with what a configuration describes.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .bases import tracker_name
+
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> dict[str, Tensor]:
+    """Names, shapes and types of a model's tensors, on the meta device, from the headers of its safetensors.
+
+    Raises:
+        OSError: if there are no safetensors.
+        ValueError: if a file is damaged or lies elsewhere, or if a PEFT adapter lies beside the model.
+    """
+    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
+    if cached_file(source, ADAPTER_CONFIG_NAME, **optional) is not None:
+        # From there transformers would take the name of another model, and load that one's weights.
+        raise ValueError(
+            f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
+        )
+    return {name: x for path in _weight_files(source, hub, variant) for name, x in read_header(path).items()}
+
+
+def tracker_headers(source: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those headers of SAM 3's combined checkpoint that are its tracker's, by their names in it.
+
+    Raises:
+        ValueError: if two tensors would have the same name.
+    """
+    headers, names = {}, {}
+    for name, header in found.items():
+        own = tracker_name(name)
+        if own in names:
+            raise ValueError(f"{source}: {names[own]!r} and {name!r} are the same tensor of SAM 3's tracker.")
+        if own is not None:
+            headers[own], names[own] = header, name
+    return headers
+
+
+def read_tracker(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None = None) -> dict[str, Tensor]:
+    """The tensors of SAM 3's tracker, by their names in it, from a folder or Hub id that holds the detector as well.
+
+    The detector's own are not read.
+    """
+    tensors = {}
+    for path in _weight_files(source, hub, variant):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if (own := tracker_name(name)) is not None:
+                    tensors[own] = file.get_tensor(name)
+    return tensors
+
+
+def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
+    stem, ending = os.path.splitext(SAFE_WEIGHTS_NAME)
+    name = f"{stem}.{variant}{ending}" if variant else SAFE_WEIGHTS_NAME
+    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
+    if (path := cached_file(source, name, **optional)) is not None:
+        return [path]
+    index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json") if variant else SAFE_WEIGHTS_INDEX_NAME
+    index = cached_file(source, index_name, **optional)
+    if index is None:
+        raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
+    try:
+        content = json.loads(Path(index).read_text())
+        shards, metadata = set(content["weight_map"].values()), content.get("metadata")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{source}: {index_name} must have a mapping `metadata`, got {metadata!r}.")
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ValueError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
+    return [cached_file(source, shard, **hub) for shard in sorted(shards)]
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A safetensors file's tensors on the meta device. All types but floating-point ones are taken as int64."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: torch.empty(x.get_shape(), dtype=FLOAT_TYPES.get(x.get_dtype(), torch.int64), device="meta")
+                for name, x in slices.items()
+            }
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from error

@@ -1,0 +1,285 @@
+"""SAM 3's tracker as a base: the same numbers as transformers' model, from its files, and with experts all the rest."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    Sam3TrackerVideoConfig,
+    Sam3TrackerVideoModel,
+    Sam3TrackerVideoProcessor,
+    Sam3VideoConfig,
+    Sam3VideoModel,
+)
+
+from helpers.sam3 import sam3_config, sam3_models
+from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.processor import build_processor, load_processor
+
+HEIGHT, WIDTH, NUM_FRAMES = 60, 90, 8
+MASK = np.pad(np.ones((30, 40), bool), ((10, 20), (20, 30)))
+PROMPTS = {
+    "point": {"input_points": [[[[20, 30]]]], "input_labels": [[[1]]]},
+    "clicks": {"input_points": [[[[20, 30], [50, 20], [70, 40]]]], "input_labels": [[[1, 1, 0]]]},
+    "box": {"input_boxes": [[[10, 10, 50, 40]]]},
+    "box and click": {
+        "input_boxes": [[[10, 10, 50, 40]]],
+        "input_points": [[[[20, 30]]]],
+        "input_labels": [[[1]]],
+    },
+    "objects": {"input_points": [[[[20, 30]], [[60, 30]], [[40, 50]]]], "input_labels": [[[1], [1], [1]]]},
+    "mask": {"input_masks": [MASK]},
+}
+SPANS = pytest.mark.parametrize(("start", "reverse"), [(0, False), (7, True), (3, False), (4, True)])
+
+
+def frames(num_frames=NUM_FRAMES, seed=0):
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((num_frames, 6, 9, 3)).repeat(10, 1).repeat(10, 2)
+    return [*(255 * (0.7 * coarse + 0.3 * rng.random((num_frames, HEIGHT, WIDTH, 3)))).astype(np.uint8)]
+
+
+@torch.no_grad()
+def track(model, processor, prompt, start=0, reverse=False, click=None, dtype=torch.float32):
+    """Logits (frames + 1, objects, 1, H, W) in the order of tracking, the first frame twice; between them a `click`."""
+    session = processor.init_video_session(video=frames(), dtype=dtype)
+    num_objects = len(prompt["input_points"][0]) if "input_points" in prompt else 1
+    processor.add_inputs_to_inference_session(session, start, [*range(1, num_objects + 1)], **prompt)
+    outputs = [model(session, frame_idx=start).pred_masks]
+    if click is not None:
+        click = {"input_points": [[[click]]], "input_labels": [[[0]]], "clear_old_inputs": False}
+        processor.add_inputs_to_inference_session(session, start, [1], **click)
+        outputs.append(model(session, frame_idx=start).pred_masks)
+    outputs += [x.pred_masks for x in model.propagate_in_video_iterator(session, start, reverse=reverse)]
+    return torch.stack(outputs)
+
+
+@pytest.fixture(scope="module")
+def as_drawn():
+    """Ours and transformers' model with weights as they are drawn for training."""
+    torch.manual_seed(0)
+    config = sam3_config()
+    theirs = Sam3TrackerVideoModel(config).eval()
+    ours = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), "previous_mask_with_clicks": False})).eval()
+    ours.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(5.0)  # or masks would be empty
+    theirs.load_state_dict({name: x for name, x in ours.state_dict().items() if not is_expert_parameter(name)})
+    return ours, theirs, build_processor(ours.config)
+
+
+@pytest.fixture(scope="module")
+def lively():
+    """The same with weights with which prompts, memories and pointers all show in the masks."""
+    torch.manual_seed(0)
+    ours, theirs = sam3_models(sam3_config())
+    return ours.double(), theirs.double(), build_processor(ours.config)
+
+
+@SPANS
+@pytest.mark.parametrize("prompt", ["point", "clicks", "box", "box and click", "objects"])
+def test_masks_are_those_of_transformers(as_drawn, prompt, start, reverse):
+    ours, theirs, processor = as_drawn
+    masks, expected = (track(x, processor, PROMPTS[prompt], start, reverse) for x in (ours, theirs))
+    assert (masks - expected).abs().mean() < 1e-6 < 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("prompt", ["point", "clicks", "box", "objects"])
+def test_masks_are_those_of_transformers_where_weights_matter(lively, prompt):
+    """Both round memories to bfloat16, and a rounding of float32 before tips a value now and then, which shows."""
+    ours, theirs, processor = lively
+    masks, expected = (track(x, processor, PROMPTS[prompt], dtype=torch.float64) for x in (ours, theirs))
+    assert (masks[:2] - expected[:2]).abs().max() < 1e-10  # the prompted frame, twice
+    assert (masks[2] - expected[2]).abs().mean() < 1e-6 and (masks - expected).abs().mean() < 3e-4
+    assert ((masks > 0) != (expected > 0)).float().mean() < 2e-3
+    assert (expected[2:] - expected[1]).abs().mean() > 0.05
+
+
+@SPANS
+def test_masks_of_mask_prompts_are_those_of_transformers(as_drawn, start, reverse):
+    ours, theirs, processor = as_drawn
+    masks, expected = (track(x, processor, PROMPTS["mask"], start, reverse) for x in (ours, theirs))
+    assert (masks - expected).abs().mean() < 1e-4
+
+
+class WithOriginalsMasks(Sam3TrackerVideoModel):
+    """Takes a mask prompt as the original does: the decoder gives the pointer as that of one mask, from a mask of the
+    size of memories' masks; and the memory is made of the low-resolution logits."""
+
+    def _use_mask_as_output(self, backbone_features, high_res_features, mask_inputs):
+        output = super()._use_mask_as_output(backbone_features, high_res_features, mask_inputs)
+        size = [4 * side for side in self.prompt_encoder.mask_input_size]
+        resized = F.interpolate(mask_inputs, size, mode="bilinear", antialias=True)
+        output.object_pointer = self._single_frame_forward(
+            input_masks=self.mask_downsample(resized),
+            image_embeddings=[*high_res_features, backbone_features],
+            multimask_output=False,
+        ).object_pointer
+        output.high_res_masks = F.interpolate(output.pred_masks, (self.image_size,) * 2, mode="bilinear")
+        return output
+
+
+def test_mask_prompts_differ_from_transformers_as_the_original_does(lively):
+    ours, theirs, processor = lively
+    original = WithOriginalsMasks(theirs.config).eval().double()
+    original.load_state_dict(theirs.state_dict())
+    masks, expected, other = (
+        track(x, processor, PROMPTS["mask"], dtype=torch.float64) for x in (ours, original, theirs)
+    )
+    assert (masks[2] - expected[2]).abs().mean() < 1e-6 and (masks - expected).abs().mean() < 3e-4
+    assert (masks - other).abs().mean() > 1e-3
+
+
+def test_a_further_click_counts_as_with_transformers(as_drawn):
+    ours, theirs, processor = as_drawn
+    masks, expected = (track(x, processor, PROMPTS["point"], click=[60, 40]) for x in (ours, theirs))
+    assert (masks - expected).abs().mean() < 1e-6 and (masks[1] - masks[0]).abs().mean() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["objects", "box", "mask"])
+def test_masks_are_those_of_transformers_with_the_published_layers(prompt):
+    """32 layers, frames of 1008 pixels, windows of 24, four layers of memory attention; narrower than published."""
+    torch.manual_seed(0)
+    config = sam3_config(32, 1008, 24, memory_attention_num_layers=4)
+    ours, theirs = sam3_models(config)
+    processor = build_processor(ours.config)
+    assert ours.prompt_encoder.mask_input_size == (288, 288)
+    # As transformers draws them: with livelier ones rounding of memories shows.
+    theirs = Sam3TrackerVideoModel(config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    masks, expected = (track(x, processor, PROMPTS[prompt]) for x in (ours, theirs))
+    assert masks.shape[-1] == 288 and (masks - expected).abs().mean() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory):
+    """A folder of SAM 3 as transformers saves it: detector and tracker."""
+    torch.manual_seed(0)
+    tracker = sam3_config()
+    small = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 32, "num_layers": 1}
+    text = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    detector = {
+        "vision_config": tracker.vision_config.to_dict(),
+        "text_config": {"model_type": "clip_text_model", "num_attention_heads": 2, "projection_dim": 16, **text},
+        "geometry_encoder_config": small,
+        "detr_encoder_config": small,
+        "detr_decoder_config": {**small, "num_queries": 5},
+        "mask_decoder_config": {"hidden_size": 128, "num_attention_heads": 2},
+    }
+    folder = tmp_path_factory.mktemp("sam3")
+    Sam3VideoModel(Sam3VideoConfig(detector_config=detector, tracker_config=tracker.to_dict())).save_pretrained(folder)
+    build_processor(SamoeConfig.from_dict(tracker.to_dict())).save_pretrained(folder)
+    path = folder / "processor_config.json"  # as the combined model's processor is saved
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processor_class": "Sam3VideoProcessor"}))
+    return folder
+
+
+def same_tensors(model, expected):
+    tensors = model.state_dict()
+    return all(torch.equal(tensors[name], x) for name, x in expected.state_dict().items())
+
+
+def test_the_tracker_of_a_combined_checkpoint_is_loaded_alone(combined, monkeypatch):
+    read = []
+    opened = safe_open
+
+    class Recording:
+        def __init__(self, *args, **kwargs):
+            self.file = opened(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr("samoe_hf.model.weight_files.safe_open", Recording)
+    model, info = SamoeModel.from_pretrained(combined, output_loading_info=True)
+    monkeypatch.undo()
+    expected = Sam3TrackerVideoModel.from_pretrained(combined)
+    assert same_tensors(model, expected) and len(read) == len(expected.state_dict())
+    detectors = [name for name in read if name.startswith("detector_model.")]
+    assert detectors and all(name.startswith("detector_model.vision_encoder.backbone.") for name in detectors)
+    assert not info["unexpected_keys"] and all(map(is_expert_parameter, info["missing_keys"]))
+    assert model.config.image_size == 112 and model.config.max_cond_frame_num == 4
+    processor = load_processor(combined, model)
+    assert isinstance(processor, Sam3TrackerVideoProcessor) and processor.target_size == 112
+
+
+def test_a_tracker_saved_alone_is_loaded(combined, tmp_path):
+    """transformers saves it under the combined checkpoint's names if it was loaded from one, else under its own."""
+    loaded = Sam3TrackerVideoModel.from_pretrained(combined)
+    loaded.save_pretrained(tmp_path / "loaded")
+    built = Sam3TrackerVideoModel(sam3_config())
+    built.save_pretrained(tmp_path / "built")
+    for folder, expected in (("loaded", loaded), ("built", built)):
+        model = SamoeModel.from_pretrained(tmp_path / folder)
+        assert same_tensors(model, expected) and model.image_size == 112
+        assert Sam3TrackerVideoConfig.from_pretrained(tmp_path / folder).image_size == 112
+
+
+def test_a_file_without_the_tracker_is_refused(combined, tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text((combined / "config.json").read_text())
+    tensors = load_file(combined / "model.safetensors")
+    save_file({k: x for k, x in tensors.items() if k.startswith("detector_model.")}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tensors are missing, such as 'mask_decoder"):
+        SamoeModel.from_pretrained(tmp_path)
+
+
+def test_a_model_on_sam3_is_saved_whole_and_in_part(combined, tmp_path):
+    model = SamoeModel.from_pretrained(combined, num_experts=3, lora_rank=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "part", experts_only=True)
+    assert all(is_expert_parameter(name) for name in load_file(tmp_path / "part" / "model.safetensors"))
+    prompt, expected = PROMPTS["point"], None
+    for folder in ("whole", "part"):
+        again, processor = AutoModel.from_pretrained(tmp_path / folder), build_processor(model.config)
+        assert type(again) is SamoeModel and same_tensors(again, model)
+        masks = track(again, processor, prompt)
+        expected = masks if expected is None else expected
+        assert torch.equal(masks, expected)
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "part"), Sam3TrackerVideoProcessor)
+    assert json.loads((tmp_path / "part" / "config.json").read_text())["model_type"] == "samoe"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_size", 100, "`image_size` must be a multiple of 14, got 100"),
+        ("prompt_encoder_config.image_size", 126, "must be 112 in this configuration, got 126"),
+        ("prompt_encoder_config.patch_size", 16, "must be 14 in this configuration, got 16"),
+        ("vision_config.backbone_config.image_size", 126, "must be 112 in this configuration, got 126"),
+        ("vision_config.backbone_feature_sizes", [[28, 28], [14, 14], [7, 7]], "backbone_feature_sizes` must be"),
+        ("vision_config.scale_factors", [2.0, 2.0, 1.0, 0.5], "scale_factors` must be"),
+        ("memory_attention_rope_feat_sizes", [7, 7], "must be \\[8, 8\\] in this configuration"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(combined, field, value, message):
+    config = SamoeConfig.from_pretrained(combined)
+    *owners, name = field.split(".")
+    owner = config
+    for part in owners:
+        owner = getattr(owner, part)
+    setattr(owner, name, value)
+    with pytest.raises(ValueError, match=message):
+        SamoeModel.from_pretrained(combined, config=config)
