@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from .model.domain_choice import AUTO, check_domain
 from .model.modeling_samoe import SamoeModel
@@ -45,7 +45,7 @@ class VideoPrompt:
     mask: np.ndarray | None = None
 
     def inputs(self) -> dict:
-        """The prompt as arguments of `Sam2VideoProcessor.add_inputs_to_inference_session`."""
+        """The prompt as arguments of `processor.add_inputs_to_inference_session`."""
         if self.mask is not None:
             return {"input_masks": self.mask}
         inputs = {}
@@ -148,7 +148,7 @@ class TrackedFrame(NamedTuple):
 
 def track_video(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     frames: Sequence[np.ndarray],
     prompts: Sequence[VideoPrompt],
     show_progress_bar: bool = False,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
@@ -142,7 +142,7 @@ class RoutingMaps:
 
 
 def routing_maps(
-    model: SamoeModel, video: Video, processor: Sam2VideoProcessor | None = None, module: str | None = None
+    model: SamoeModel, video: Video, processor: ProcessorMixin | None = None, module: str | None = None
 ) -> RoutingMaps:
     """Tracks a video as [`expert_usage`] does and keeps the expert of each image position.
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from samoe_hf.data.hub_datasets import videos_from_dataset
 from samoe_hf.data.schema import Video
@@ -337,7 +337,7 @@ def _without_nan(table: pd.DataFrame) -> dict[str, dict]:
 def expert_usage(
     model: SamoeModel,
     dataset: Iterable[Video] | datasets.Dataset | datasets.IterableDataset,
-    processor: Sam2VideoProcessor | None = None,
+    processor: ProcessorMixin | None = None,
     show_progress_bar: bool = True,
 ) -> ExpertUsage:
     """Tracks videos and sums up what the routers choose.

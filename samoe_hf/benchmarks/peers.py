@@ -1,4 +1,4 @@
-"""SAM 2 video models of others with the weights of one of ours, each as a tracker of points on the first frame."""
+"""Video models of others with the weights of one of ours, each as a tracker of points on the first frame."""
 
 import tempfile
 import time
@@ -9,8 +9,9 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Sam2VideoConfig, Sam2VideoInferenceSession, Sam2VideoModel
+from transformers import AutoModel, Sam2VideoInferenceSession, Sam2VideoModel, Sam3TrackerVideoModel
 
+from samoe_hf.model.bases import config_of_base
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.experts import is_expert_parameter
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -94,12 +95,9 @@ class Sam2Tracker:
             start = time.perf_counter()
 
 
-def base_of(model: SamoeModel) -> Sam2VideoModel:
+def base_of(model: SamoeModel) -> Sam2VideoModel | Sam3TrackerVideoModel:
     """transformers' model with the base's weights."""
-    known = model.config.to_dict()
-    ours = SamoeConfig.__dataclass_fields__.keys() - Sam2VideoConfig.__dataclass_fields__.keys()
-    config = Sam2VideoConfig(**{name: value for name, value in known.items() if name not in {*ours, "model_type"}})
-    base = Sam2VideoModel(config)
+    base = AutoModel.from_config(config_of_base(model.config))
     base.load_state_dict({name: x for name, x in model.state_dict().items() if not is_expert_parameter(name)})
     return base.to(model.device, model.dtype).eval()
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.continual.adapt import Adaptation, adapt
@@ -132,14 +132,14 @@ def results_table(results: Mapping[str, Adaptation]) -> str:
     return "\n".join(lines)
 
 
-def track(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, domain: str | None) -> list[np.ndarray]:
+def track(model: SamoeModel, processor: ProcessorMixin, video: Video, domain: str | None) -> list[np.ndarray]:
     """Maps of ids of a video's objects, which are prompted by their masks on frame 0."""
     given = zip(video.object_ids, video.masks(0), strict=True)
     prompts = [VideoPrompt(object_id, mask=mask) for object_id, mask in given]
     return [frame.id_map() for frame in track_video(model, processor, video.frames, prompts, domain=domain)]
 
 
-def draw_look(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, output: Path) -> None:
+def draw_look(model: SamoeModel, processor: ProcessorMixin, video: Video, output: Path) -> None:
     """Writes how a video is tracked: its masks, a video, and a picture beside the truth and what the base does."""
     base, with_experts = (track(model, processor, video, domain) for domain in (None, AUTO))
     truth = [video.id_map(t) for t in range(len(video))]
@@ -163,13 +163,13 @@ def draw_look(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, ou
     )
 
 
-def masks_agree(first: SamoeModel, second: SamoeModel, processor: Sam2VideoProcessor, video: Video) -> bool:
+def masks_agree(first: SamoeModel, second: SamoeModel, processor: ProcessorMixin, video: Video) -> bool:
     """Whether two models track a video to the same masks."""
     return bool((segment_video(first, processor, video)[0] == segment_video(second, processor, video)[0]).all())
 
 
 def check_forgetting(
-    base: SamoeModel, folders: Mapping[str, Path], shown: Mapping[str, Video], processor: Sam2VideoProcessor
+    base: SamoeModel, folders: Mapping[str, Path], shown: Mapping[str, Video], processor: ProcessorMixin
 ) -> dict[str, bool]:
     """Whether the last model tracks a video of each earlier look as the model did that knew the look first."""
     *earlier, last = folders

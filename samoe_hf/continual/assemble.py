@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
@@ -153,7 +153,7 @@ def _replace_by_loras(
 @torch.no_grad()
 def fit_routers(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     videos: Sequence[Iterable[Video]],
     num_frames: int = 200,
     show_progress_bar: bool = True,
@@ -254,7 +254,7 @@ def _means(x: Tensor, clusters: Tensor, centers: Tensor) -> Tensor:
 @torch.no_grad()
 def routed_right(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     videos: Sequence[Iterable[Video]],
     num_frames: int = 50,
     show_progress_bar: bool = True,
@@ -303,7 +303,7 @@ def _observe_inputs(model: SamoeModel, observe: Callable[[str, Tensor], None]) -
 
 def _track(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     videos: Iterable[Video],
     num_frames: int,
     description: str,

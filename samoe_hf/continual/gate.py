@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.inference import evaluation_mode
@@ -24,7 +24,7 @@ MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256
 @torch.no_grad()
 def fit_gate(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     domain: str,
     videos: Sequence[Video],
     show_progress_bar: bool = True,
@@ -59,7 +59,7 @@ def fit_gate(
 
 
 @torch.no_grad()
-def frame_features(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
+def frame_features(model: SamoeModel, processor: ProcessorMixin, video: Video, frames: Sequence[int]) -> Tensor:
     """What the gate reads of frames of a video: (frames, features)."""
     pixel_values = _pixel_values(model, processor, video, frames)
     with use_domain(None):
@@ -67,7 +67,7 @@ def frame_features(model: SamoeModel, processor: Sam2VideoProcessor, video: Vide
 
 
 def decide_videos(
-    model: SamoeModel, processor: Sam2VideoProcessor, videos: Iterable[Video]
+    model: SamoeModel, processor: ProcessorMixin, videos: Iterable[Video]
 ) -> Iterator[DomainDecision | None]:
     """What the gate decides for each video, from the first frame that shows an object; None for one without objects."""
     for video in videos:
@@ -84,7 +84,7 @@ def first_visible(video: Video) -> int | None:
     return next((t for t in video.annotated_frames if video.visible(t)), None)
 
 
-def _pixel_values(model: SamoeModel, processor: Sam2VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
+def _pixel_values(model: SamoeModel, processor: ProcessorMixin, video: Video, frames: Sequence[int]) -> Tensor:
     """Frames as a session prepares them, (frames, 3, S, S)."""
     prepared = PreparedFrames(video.frames, processor, model.device, model.dtype)
     return torch.stack([prepared[t] for t in frames])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from tqdm import tqdm
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.evaluation.evaluate import evaluate_video
@@ -24,7 +24,7 @@ MIN_ADVANTAGE = 0.05
 
 def find_start(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     domain: str,
     videos: Sequence[Video],
     show_progress_bar: bool = True,
@@ -63,7 +63,7 @@ def _excerpt(video: Video, size: int) -> Video | None:
     return reduced(video, size, frames=frames) if len(frames) > 1 else None
 
 
-def _score(model: SamoeModel, processor: Sam2VideoProcessor, videos: Sequence[Video], domain: str | None) -> float:
+def _score(model: SamoeModel, processor: ProcessorMixin, videos: Sequence[Video], domain: str | None) -> float:
     """J&F, 0 to 1, of tracking with a domain's experts, or with none; 0 where there is nothing to score."""
     with evaluation_mode(model):  # several datasets may have videos of one name
         results = [evaluate_video(model, processor, video, domain=domain) for video in videos]

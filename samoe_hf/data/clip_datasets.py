@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from .clips import Clip, ClipSampler
 from .hub_datasets import StreamedVideos, videos_from_dataset
@@ -110,7 +110,7 @@ class ClipDataset(SkippingDataset, Dataset):
     def __init__(
         self,
         videos: Sequence[Video | Mapping[str, Any]] | Dataset,
-        processor: Sam2VideoProcessor,
+        processor: ProcessorMixin,
         *,
         seed: int = 0,
         clips_per_video: int = 1,
@@ -243,7 +243,7 @@ class ClipStream(SkippingDataset, IterableDataset):
     def __init__(
         self,
         videos: Iterable[Video | Mapping[str, Any]],
-        processor: Sam2VideoProcessor,
+        processor: ProcessorMixin,
         *,
         seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
@@ -282,7 +282,7 @@ class ClipStream(SkippingDataset, IterableDataset):
                 yield clip
 
 
-def as_clips(data: Any, processor: Sam2VideoProcessor, seed: int) -> Any:
+def as_clips(data: Any, processor: ProcessorMixin, seed: int) -> Any:
     """A dataset of clips: the given one if it holds clips, else clips of 8 frames drawn of the videos that it holds.
 
     Args:

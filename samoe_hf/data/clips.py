@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from .options import check_types
 from .schema import Video
@@ -41,7 +41,7 @@ class ClipSampler:
             (T, 3, H, W) uint8 and masks (N, T, H, W) uint8 that draws from torch's global generator.
     """
 
-    processor: Sam2VideoProcessor = field(repr=False)
+    processor: ProcessorMixin = field(repr=False)
     num_frames: int = 8
     stride: int = 1
     max_objects: int = 3

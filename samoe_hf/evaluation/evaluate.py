@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import Sam2VideoProcessor
+from transformers import ProcessorMixin
 
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
@@ -31,7 +31,7 @@ SURFACE_TOLERANCE = 2.0  # mm
 
 def segment_video(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     video: Video,
     prompt: str | PromptStrategy = "mask",
     seed: int = 42,
@@ -162,7 +162,7 @@ def score_predictions(
 
 def evaluate_video(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     video: Video,
     prompt: str | PromptStrategy = "mask",
     seed: int = 42,
@@ -230,7 +230,7 @@ def results_by_key(results: Iterable[VideoResult]) -> dict[str, VideoResult]:
 
 def evaluate_videos(
     model: SamoeModel,
-    processor: Sam2VideoProcessor,
+    processor: ProcessorMixin,
     videos: Iterable[Video],
     show_progress_bar: bool = True,
     prompt: str | PromptStrategy = "mask",

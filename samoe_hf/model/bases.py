@@ -32,7 +32,7 @@ from transformers.image_utils import (
 )
 
 # What transformers' processors start, of either base.
-INFERENCE_SESSIONS = (Sam2VideoInferenceSession, Sam3TrackerVideoInferenceSession)
+InferenceSession = Sam2VideoInferenceSession | Sam3TrackerVideoInferenceSession
 # Levels of features that are read, the finest of which has so many positions per side for one of the coarsest.
 NUM_LEVELS, FINEST_RATIO = 3, 4
 # What tensors of the tracker may begin with in SAM 3's combined checkpoint, after `tracker_model.`, and in the tracker.
@@ -132,6 +132,15 @@ def settings_of_base(config_dict: Mapping[str, Any]) -> dict[str, Any]:
         settings[name].pop("model_type", None)
     settings.pop("model_type")
     return settings
+
+
+def config_of_base(config: PreTrainedConfig) -> PreTrainedConfig:
+    """What a model's base is described by in transformers: its configuration without what is not known there."""
+    config_class = base_of(config).config_class
+    settings = {name: x for name, x in config.to_dict().items() if name in config_class.__dataclass_fields__}
+    for name in ("prompt_encoder_config", "mask_decoder_config"):
+        settings[name].pop("model_type", None)
+    return config_class(**{**settings, "image_size": config.image_size})
 
 
 def tracker_name(name: str) -> str | None:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Sam2VideoInferenceSession
+from transformers import PreTrainedModel
 
+from .bases import InferenceSession
 from .domain_experts import use_domain
 from .domains import pooled_features
 from .frame_step import ImageFeatures, image_features
@@ -102,7 +103,7 @@ def resolve_clip_domains(
     return [decided[i].domain if name == AUTO else name for i, name in enumerate(domains)]
 
 
-def session_domain(model: PreTrainedModel, session: Sam2VideoInferenceSession) -> DomainDecision | None:
+def session_domain(model: PreTrainedModel, session: InferenceSession) -> DomainDecision | None:
     """Whose experts a session gets from a model; None where the gate has yet to decide.
 
     Raises:
@@ -118,14 +119,12 @@ def session_domain(model: PreTrainedModel, session: Sam2VideoInferenceSession) -
     return decided.decision
 
 
-def is_decision_due(session: Sam2VideoInferenceSession, frame_idx: int) -> bool:
+def is_decision_due(session: InferenceSession, frame_idx: int) -> bool:
     """Whether a session wants the gate to look again on a frame, see [`~session.VideoSession`]."""
     interval, decided = getattr(session, "domain_interval", None), getattr(session, "domain_decision", None)
     return interval is not None and decided is not None and abs(frame_idx - decided.frame_idx) >= interval
 
 
-def store_decision(
-    model: PreTrainedModel, session: Sam2VideoInferenceSession, frame_idx: int, decision: DomainDecision
-) -> None:
+def store_decision(model: PreTrainedModel, session: InferenceSession, frame_idx: int, decision: DomainDecision) -> None:
     """Stores what the gate decided for a session on a frame."""
     session.domain_decision = SessionDecision(decision, frame_idx, weakref.ref(model), model.config.domain_names)

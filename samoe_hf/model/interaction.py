@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Sam2VideoInferenceSession, Sam2VideoModel
+from transformers import Sam2VideoModel
 
+from .bases import InferenceSession
 from .memory_bank import FrameMemory, MemoryBank
 from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
 
@@ -59,7 +60,7 @@ class ObjectState:
 class SessionObject(NamedTuple):
     """An object of a session, by the row that it has there."""
 
-    session: Sam2VideoInferenceSession
+    session: InferenceSession
     row: int
 
     @property
@@ -208,7 +209,7 @@ def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int,
     raise ValueError(f"{problem} The prompt of object {object_id} on frame {frame_idx} is not used.")
 
 
-def _frame_problem(session: Sam2VideoInferenceSession, frame_idx: int, upcoming: bool) -> str | None:
+def _frame_problem(session: InferenceSession, frame_idx: int, upcoming: bool) -> str | None:
     frames = () if session.processed_frames is None else session.processed_frames
     is_upcoming = upcoming and isinstance(frame_idx, Integral) and frame_idx > max(frames, default=-1)
     if frame_idx in frames or is_upcoming:
@@ -222,7 +223,7 @@ def _mask_problem(mask: Tensor) -> str | None:
     return None if mask.isfinite().all() else "`input_masks` must be finite, got NaN or infinity."
 
 
-def _points_problem(session: Sam2VideoInferenceSession, prompt: dict[str, Tensor], image_size: int) -> str | None:
+def _points_problem(session: InferenceSession, prompt: dict[str, Tensor], image_size: int) -> str | None:
     points, labels = (tensor[0] for tensor in points_and_labels(prompt))
     if len(labels) == 0:
         return "`input_points` must hold at least one point for each object, got none."
@@ -242,11 +243,11 @@ def _points_problem(session: Sam2VideoInferenceSession, prompt: dict[str, Tensor
     return f"`input_points` and `input_boxes` must lie in the frame of {width} x {height} pixels, got ({x:g}, {y:g})."
 
 
-def session_objects(session: Sam2VideoInferenceSession) -> list[SessionObject]:
+def session_objects(session: InferenceSession) -> list[SessionObject]:
     return [SessionObject(session, row) for row in range(session.get_obj_num())]
 
 
-def clear_prompts(session: Sam2VideoInferenceSession, frame_idx: int, obj_id: int) -> None:
+def clear_prompts(session: InferenceSession, frame_idx: int, obj_id: int) -> None:
     """Removes the prompts of an object on a frame.
 
     Raises:
@@ -257,7 +258,7 @@ def clear_prompts(session: Sam2VideoInferenceSession, frame_idx: int, obj_id: in
     SessionObject(session, session._obj_id_to_idx[obj_id]).clear(frame_idx)
 
 
-def remove_object(session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
+def remove_object(session: InferenceSession, obj_id: int, strict: bool = False) -> None:
     """Removes an object with all its prompts, outputs and memories; the others keep theirs.
 
     Args:

@@ -8,10 +8,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    Sam2VideoInferenceSession,
-    Sam2VideoModel,
-)
+from transformers import Sam2VideoModel
 from transformers import initialization as init
 from transformers.models.sam2_video.modeling_sam2_video import (
     Sam2VideoMemoryFuserCXBlock,
@@ -21,7 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from .adapters import AdapterMixin, is_adapter_parameter, plain_name, to_wrapped_names
-from .bases import INFERENCE_SESSIONS, base_of
+from .bases import InferenceSession, base_of
 from .clip import (
     ClipPrompts,
     SamoeClipOutput,
@@ -219,7 +216,7 @@ class SamoeModel(
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor | Sam2VideoInferenceSession | None = None,
+        pixel_values: Tensor | InferenceSession | None = None,
         labels: Tensor | None = None,
         object_mask: Tensor | None = None,
         prompts: str | PromptRecipe = "mask",
@@ -227,7 +224,7 @@ class SamoeModel(
         input_boxes: Tensor | None = None,
         input_masks: Tensor | None = None,
         output_router_logits: bool | None = None,
-        inference_session: Sam2VideoInferenceSession | None = None,
+        inference_session: InferenceSession | None = None,
         frame_idx: int | None = None,
         frame: Tensor | None = None,
         reverse: bool = False,
@@ -264,7 +261,7 @@ class SamoeModel(
         if unknown := sorted(set(options) - ForwardOptions.__annotations__.keys()):
             raise TypeError(f"`forward` has no argument {unknown[0]!r}.")
         self.check_new_adapters()
-        if isinstance(pixel_values, INFERENCE_SESSIONS):
+        if isinstance(pixel_values, InferenceSession):
             # Positional arguments in Sam2VideoModel's order: the session, then the frame's index, then the frame.
             inference_session = pixel_values
             frame_idx = frame_idx if labels is None else labels
@@ -296,7 +293,7 @@ class SamoeModel(
     @torch.inference_mode()
     def _session_forward(
         self,
-        session: Sam2VideoInferenceSession,
+        session: InferenceSession,
         frame_idx: int | None,
         frame: Tensor | None,
         reverse: bool,
@@ -316,7 +313,7 @@ class SamoeModel(
 
     @torch.inference_mode()
     def track_together(
-        self, inference_sessions: Sequence[Sam2VideoInferenceSession], frame_idx: int, reverse: bool = False
+        self, inference_sessions: Sequence[InferenceSession], frame_idx: int, reverse: bool = False
     ) -> list[Sam2VideoSegmentationOutput]:
         """Segments a frame of several videos at once, objects of equal memories in one batch.
 
@@ -333,7 +330,7 @@ class SamoeModel(
     @torch.inference_mode()
     def propagate_in_video_iterator(
         self,
-        inference_session: Sam2VideoInferenceSession,
+        inference_session: InferenceSession,
         start_frame_idx: int | None = None,
         max_frame_num_to_track: int | None = None,
         reverse: bool = False,
@@ -347,7 +344,7 @@ class SamoeModel(
                 inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
             )
 
-    def clear_prompts(self, inference_session: Sam2VideoInferenceSession, frame_idx: int, obj_id: int) -> None:
+    def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.
 
         Raises:
@@ -355,7 +352,7 @@ class SamoeModel(
         """
         clear_prompts(inference_session, frame_idx, obj_id)
 
-    def remove_object(self, inference_session: Sam2VideoInferenceSession, obj_id: int, strict: bool = False) -> None:
+    def remove_object(self, inference_session: InferenceSession, obj_id: int, strict: bool = False) -> None:
         """Removes an object from a session, with all that is known of it; the others go on as before.
 
         Raises:

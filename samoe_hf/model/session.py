@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
+from transformers import ProcessorMixin, Sam2VideoInferenceSession
 
 from .domain_choice import AUTO, SessionDecision
 from .interaction import SessionObject, check_prompt
@@ -40,7 +40,7 @@ class VideoSession(Sam2VideoInferenceSession):
     def __init__(
         self,
         frames: Sequence[np.ndarray] | None = None,
-        processor: Sam2VideoProcessor | None = None,
+        processor: ProcessorMixin | None = None,
         *,
         keep_frames: int = KEPT_FRAMES,
         corrections_condition: bool = False,
@@ -112,7 +112,7 @@ class PreparedFrames(Mapping):
     def __init__(
         self,
         frames: Sequence[np.ndarray],
-        processor: Sam2VideoProcessor,
+        processor: ProcessorMixin,
         device: torch.device | str,
         dtype: torch.dtype,
     ):

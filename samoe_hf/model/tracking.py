@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Sam2VideoInferenceSession, Sam2VideoModel
+from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
+from .bases import InferenceSession
 from .domain_choice import (
     DomainDecision,
     decide_domains,
@@ -109,7 +110,7 @@ class FrameTask(NamedTuple):
 
 def track_frame(
     model: Sam2VideoModel,
-    sessions: Sequence[Sam2VideoInferenceSession],
+    sessions: Sequence[InferenceSession],
     frame_idx: int,
     *,
     reverse: bool = False,
@@ -138,7 +139,7 @@ def track_frame(
     return [_frame_result(model, session, call) for session in sessions]
 
 
-def _check_session(model: Sam2VideoModel, session: Sam2VideoInferenceSession, frame_idx: int) -> None:
+def _check_session(model: Sam2VideoModel, session: InferenceSession, frame_idx: int) -> None:
     if session.get_obj_num() == 0:
         raise ValueError("No objects are provided for tracking; please add inputs first.")
     if session.processed_frames is None or frame_idx not in session.processed_frames:
@@ -152,7 +153,7 @@ def _check_session(model: Sam2VideoModel, session: Sam2VideoInferenceSession, fr
 
 def segment_new_prompts(
     model: Sam2VideoModel,
-    session: Sam2VideoInferenceSession,
+    session: InferenceSession,
     except_frame: int | None = None,
     streaming: bool = False,
 ) -> None:
@@ -180,7 +181,7 @@ def segment_new_prompts(
         _segment_objects(model, [(one, _prompt_task(model, one, call)) for one in prompted], call)
 
 
-def start_propagation(model: Sam2VideoModel, session: Sam2VideoInferenceSession, start_frame_idx: int | None) -> None:
+def start_propagation(model: Sam2VideoModel, session: InferenceSession, start_frame_idx: int | None) -> None:
     """Segments new prompts and commits all, as `sam2` does before it propagates.
 
     Raises:
@@ -201,7 +202,7 @@ def _commit(tracked_object: SessionObject) -> None:
 
 
 def _session_tasks(
-    model: Sam2VideoModel, session: Sam2VideoInferenceSession, call: FrameCall
+    model: Sam2VideoModel, session: InferenceSession, call: FrameCall
 ) -> list[tuple[SessionObject, FrameTask]]:
     """What is to be done for each object of a session on a frame; nothing where an output stays as it is."""
     prompted, others = [], []
@@ -295,7 +296,7 @@ def _segment_objects(model: Sam2VideoModel, tasks: Sequence[tuple[SessionObject,
             _store_output(tracked_object, call.frame_idx, task, output, index)
 
 
-def _decide_domain(model: Sam2VideoModel, session: Sam2VideoInferenceSession, call: FrameCall) -> DomainDecision:
+def _decide_domain(model: Sam2VideoModel, session: InferenceSession, call: FrameCall) -> DomainDecision:
     """Whose experts a session gets on a frame. Where the gate decides, it does so on the first frame that is segmented,
     which is a prompted one."""
     known = session_domain(model, session)
@@ -350,9 +351,7 @@ def _store_output(
         tracked_object.store_tracked(frame_idx, record)
 
 
-def _frame_result(
-    model: Sam2VideoModel, session: Sam2VideoInferenceSession, call: FrameCall
-) -> Sam2VideoSegmentationOutput:
+def _frame_result(model: Sam2VideoModel, session: InferenceSession, call: FrameCall) -> Sam2VideoSegmentationOutput:
     """The latest outputs of all objects of a session on a frame."""
     session.obj_with_new_inputs = []
     device = session.inference_device
@@ -372,7 +371,7 @@ def _frame_result(
     )
 
 
-def _unique_sessions(objects: Iterable[SessionObject]) -> list[Sam2VideoInferenceSession]:
+def _unique_sessions(objects: Iterable[SessionObject]) -> list[InferenceSession]:
     return list({id(one.session): one.session for one in objects}.values())
 
 
@@ -388,7 +387,7 @@ def _image_features(model: Sam2VideoModel, objects: Sequence[SessionObject], fra
     return ImageFeatures(*levels, *by_session[0][3:])
 
 
-def _cached_features(model: Sam2VideoModel, session: Sam2VideoInferenceSession, frame_idx: int) -> ImageFeatures | None:
+def _cached_features(model: Sam2VideoModel, session: InferenceSession, frame_idx: int) -> ImageFeatures | None:
     """Features of a frame that this model encoded, with the weights and experts that it has now."""
     cached = session.cache.get_vision_features(frame_idx)
     if cached is None or "encoder" not in cached:
@@ -398,13 +397,13 @@ def _cached_features(model: Sam2VideoModel, session: Sam2VideoInferenceSession, 
     return ImageFeatures(*cached["image_features"]) if is_same else None
 
 
-def _encoder_domain(model: Sam2VideoModel, session: Sam2VideoInferenceSession) -> str | None:
+def _encoder_domain(model: Sam2VideoModel, session: InferenceSession) -> str | None:
     """The domain that a session's image features depend on."""
     decision = session_domain(model, session) if encoder_has_experts(model) else None
     return None if decision is None else decision.domain
 
 
-def _encode_frames(model: Sam2VideoModel, sessions: Sequence[Sam2VideoInferenceSession], call: FrameCall) -> None:
+def _encode_frames(model: Sam2VideoModel, sessions: Sequence[InferenceSession], call: FrameCall) -> None:
     """Encodes the frame, for sessions that have not cached its features, and those ahead that their caches hold."""
     step = -1 if call.reverse else 1
     wanted = []
@@ -428,7 +427,7 @@ def _encode_frames(model: Sam2VideoModel, sessions: Sequence[Sam2VideoInferenceS
 
 
 @contextmanager
-def encoding_ahead(model: Sam2VideoModel, session: Sam2VideoInferenceSession) -> Iterator[None]:
+def encoding_ahead(model: Sam2VideoModel, session: InferenceSession) -> Iterator[None]:
     """While the context is open, which is while the video is propagated, frames are encoded a few at a time.
 
     One frame does not fill a GPU, nor does a small one fill a CPU. A session that caches more frames has its way.

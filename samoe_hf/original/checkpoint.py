@@ -26,6 +26,7 @@ from .config import (
     DEFAULT_CONFIG,
     META_TRUNKS,
     build_config,
+    check_base,
     complete_settings,
     config_from_yaml,
     meta_settings,
@@ -247,9 +248,10 @@ def save_original(
         (`{"model_state_dict": …, "config": …}`, as the original's trainers save them), "config" (the YAML).
 
     Raises:
-        ValueError: if the original has no place for some of the experts, among them those of domains, or the tensors do
-            not fit the configuration.
+        ValueError: if the base is not SAM 2, the original has no place for some of the experts, among them those of
+            domains, or the tensors do not fit the configuration.
     """
+    check_base(config)
     if config.domains is not None:
         raise ValueError(
             "SAM2-MoE has one mixture of experts for all videos, and no gate that chooses a domain's: a model with "

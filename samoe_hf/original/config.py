@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from samoe_hf.model.bases import SAM2, base_of
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 
 from .architecture import (
@@ -315,8 +316,22 @@ def _write_section(section: Section, config: SamoeConfig, targets: Mapping[str, 
     return result
 
 
+def check_base(config: SamoeConfig) -> None:
+    """Raises a `ValueError` for a model whose base the original has not."""
+    if base_of(config) is not SAM2:
+        raise ValueError(
+            f"The model's base is {base_of(config).title}, whose image encoder `sam2` and SAM2-MoE do not have; "
+            "expected a model on SAM 2."
+        )
+
+
 def write_yaml(config: SamoeConfig, attentions: Iterable[str], path: Path) -> None:
-    """Writes the original's YAML, with experts in the named attentions."""
+    """Writes the original's YAML, with experts in the named attentions.
+
+    Raises:
+        ValueError: for another base than SAM 2.
+    """
+    check_base(config)
     targets = {ATTENTIONS[name]: MOE_ATTENTION for name in attentions}
     targets["model"] = PREDICTOR if config.fill_hole_area else BASE
     document = {"model": _write_section(ORIGINAL, config, targets, "model")}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
-from transformers import HfArgumentParser, Sam2VideoProcessor, TrainingArguments
+from transformers import HfArgumentParser, ProcessorMixin, TrainingArguments
 
 from samoe_hf.data import ClipDataset, MixedDataset
 from samoe_hf.data.registry import parse_yaml, read_yaml, videos_from_entry
@@ -157,7 +157,7 @@ class DataArguments:
         check_at_least(self, num_frames=1, stride=1, max_objects=1, clips_per_video=1)
         _check_datasets(vars(self))
 
-    def train_dataset(self, processor: Sam2VideoProcessor, seed: int) -> MixedDataset:
+    def train_dataset(self, processor: ProcessorMixin, seed: int) -> MixedDataset:
         """All training clips, prepared by `processor`, each dataset by its domain's name."""
         if not self.train_data:
             raise ValueError("`train_data` must name at least one dataset.")

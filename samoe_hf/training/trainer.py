@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from transformers import Sam2VideoProcessor, Trainer, TrainerCallback, enable_full_determinism, set_seed
+from transformers import ProcessorMixin, Trainer, TrainerCallback, enable_full_determinism, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, speed_metrics
 
 from samoe_hf.data import ClipCollator
@@ -65,7 +65,7 @@ class SamoeTrainer(Trainer):
         args: SamoeTrainingArguments,
         recipe: PromptRecipe | None = None,
         segmentation_loss: SegmentationLoss | None = None,
-        processing_class: Sam2VideoProcessor | None = None,
+        processing_class: ProcessorMixin | None = None,
         domain: str | None = None,
         train_dataset: Any = None,
         **kwargs,
