@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parser = command_parser("adapt", __doc__)
     parser.epilog = describe_run_options()
     model = parser.add_argument_group("model")
-    model.add_argument("model", metavar="MODEL", help="a SamoeModel, a SAM 2 video model or an original .pt")
+    model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     videos = parser.add_argument_group("videos")
     videos.add_argument(
         "--dataset",

@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = command_parser("convert", __doc__)
     model = parser.add_argument_group("model")
     model.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="an original .pt; or a folder or Hub id of SAMoE or SAM 2 video"
+        "checkpoint", metavar="CHECKPOINT", help="an original .pt; or a folder or Hub id of SAMoE, SAM 2 video or SAM 3"
     )
     add_original_options(model)
     output = parser.add_argument_group("output")

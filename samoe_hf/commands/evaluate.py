@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def add_model_options(group: argparse._ArgumentGroup) -> None:
     """Adds what is scored: models, and masks that were written before."""
-    group.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, a SAM 2 video model or an original .pt")
+    group.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     group.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
     group.add_argument(
         "--predictions", action="append", default=[], type=Path, metavar="DIR", help="score these masks as well"

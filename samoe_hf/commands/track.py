@@ -33,7 +33,7 @@ DEFAULT_FPS = 24  # of folders of frames
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("track", __doc__)
     model = parser.add_argument_group("model")
-    model.add_argument("model", metavar="MODEL", help="a SamoeModel, a SAM 2 video model or an original .pt")
+    model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     model.add_argument(
         "--domain", default=AUTO, metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
     )

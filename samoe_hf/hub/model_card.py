@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from samoe_hf.model.bases import Base, base_of
 from samoe_hf.model.experts import is_expert_parameter
 
 # Beside this file in the source tree and in an installed package; the repository's `model_card.md` is a link to it.
@@ -78,7 +79,9 @@ def build_model_card(
     name = base.get("name_or_path")
     is_public = name is not None and not os.path.isabs(name)
     relation = "adapter" if experts_only else "finetune"
-    data = _metadata(model_id, content, {"base_model": name, "base_model_relation": relation} if is_public else {})
+    kind = base_of(model.config)
+    known_base = {"base_model": name, "base_model_relation": relation} if is_public else {}
+    data = _metadata(model_id, content, kind, known_base)
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -87,6 +90,7 @@ def build_model_card(
             "is_public": is_public,
             "revision": base.get("revision"),
         },
+        kind=kind,
         model_id=model_id,
         model_name=data.model_name,
         experts_only=experts_only,
@@ -101,7 +105,7 @@ def build_model_card(
     )
 
 
-def _metadata(model_id: str, content: CardContent, base: Mapping[str, str]) -> ModelCardData:
+def _metadata(model_id: str, content: CardContent, kind: Base, base: Mapping[str, str]) -> ModelCardData:
     datasets, tags = (
         [value] if isinstance(value, str) else list(value or []) for value in (content.datasets, content.tags)
     )
@@ -114,7 +118,7 @@ def _metadata(model_id: str, content: CardContent, base: Mapping[str, str]) -> M
         license=content.license,
         model_name=model_id.split("/")[-1],
         pipeline_tag="mask-generation",
-        tags=sorted({"samoe", "sam2", "video-object-segmentation", *tags}),
+        tags=sorted({"samoe", kind.tag, "video-object-segmentation", *tags}),
     )
 
 

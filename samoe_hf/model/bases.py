@@ -48,7 +48,8 @@ SAM3_PREFIXES = {
 class Base:
     """What is particular to a base.
 
-    `title`: what people call it. `tag`: on the Hub. `config_class`: of a model in transformers.
+    `title`: what people call it. `tag`: on the Hub. `paper`: where it is described.
+    `config_class`: of a model in transformers.
     `stride`: pixels per position of the coarsest features; None if it is the patch size of the backbone.
     `size_multiple`: what image sizes are multiples of; None for `stride`.
     `processor_class`, `image_processor_class`, `resample`, `image_mean` and `image_std`: how frames are prepared.
@@ -57,6 +58,7 @@ class Base:
 
     title: str
     tag: str
+    paper: str
     config_class: type[PreTrainedConfig]
     stride: int | None
     size_multiple: int | None
@@ -71,6 +73,7 @@ class Base:
 SAM2 = Base(
     title="SAM 2",
     tag="sam2",
+    paper="https://arxiv.org/abs/2408.00714",
     config_class=Sam2VideoConfig,
     stride=16,
     size_multiple=32,
@@ -84,6 +87,7 @@ SAM2 = Base(
 SAM3 = Base(
     title="SAM 3's tracker",
     tag="sam3",
+    paper="https://arxiv.org/abs/2511.16719",
     config_class=Sam3TrackerVideoConfig,
     stride=None,
     size_multiple=None,

@@ -1,9 +1,14 @@
 """SAM 3's tracker at a size that runs within seconds, and transformers' model with the same weights."""
 
-from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
+import json
+from pathlib import Path
+
+import torch
+from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel, Sam3VideoConfig, Sam3VideoModel
 
 from helpers.interaction import draw_weights
 from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.model.processor import build_processor
 
 
 def sam3_config(num_layers: int = 2, image_size: int = 112, window_size: int = 4, **settings) -> Sam3TrackerVideoConfig:
@@ -50,3 +55,23 @@ def sam3_models(config: Sam3TrackerVideoConfig, with_experts: bool = False) -> t
     tensors = ours.state_dict()
     theirs.load_state_dict({name: tensors[name] for name in theirs.state_dict()})
     return ours, theirs
+
+
+def save_combined(folder: Path) -> None:
+    """Writes SAM 3 as transformers saves it, detector and tracker, with a processor that names the combined one's."""
+    torch.manual_seed(0)
+    tracker = sam3_config()
+    small = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 32, "num_layers": 1}
+    text = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    detector = {
+        "vision_config": tracker.vision_config.to_dict(),
+        "text_config": {"model_type": "clip_text_model", "num_attention_heads": 2, "projection_dim": 16, **text},
+        "geometry_encoder_config": small,
+        "detr_encoder_config": small,
+        "detr_decoder_config": {**small, "num_queries": 5},
+        "mask_decoder_config": {"hidden_size": 128, "num_attention_heads": 2},
+    }
+    Sam3VideoModel(Sam3VideoConfig(detector_config=detector, tracker_config=tracker.to_dict())).save_pretrained(folder)
+    build_processor(SamoeConfig.from_dict(tracker.to_dict())).save_pretrained(folder)
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processor_class": "Sam3VideoProcessor"}))

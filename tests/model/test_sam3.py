@@ -14,11 +14,9 @@ from transformers import (
     Sam3TrackerVideoConfig,
     Sam3TrackerVideoModel,
     Sam3TrackerVideoProcessor,
-    Sam3VideoConfig,
-    Sam3VideoModel,
 )
 
-from helpers.sam3 import sam3_config, sam3_models
+from helpers.sam3 import sam3_config, sam3_models, save_combined
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.experts import is_expert_parameter
 from samoe_hf.model.processor import build_processor, load_processor
@@ -159,24 +157,8 @@ def test_masks_are_those_of_transformers_with_the_published_layers(prompt):
 
 @pytest.fixture(scope="module")
 def combined(tmp_path_factory):
-    """A folder of SAM 3 as transformers saves it: detector and tracker."""
-    torch.manual_seed(0)
-    tracker = sam3_config()
-    small = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 32, "num_layers": 1}
-    text = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    detector = {
-        "vision_config": tracker.vision_config.to_dict(),
-        "text_config": {"model_type": "clip_text_model", "num_attention_heads": 2, "projection_dim": 16, **text},
-        "geometry_encoder_config": small,
-        "detr_encoder_config": small,
-        "detr_decoder_config": {**small, "num_queries": 5},
-        "mask_decoder_config": {"hidden_size": 128, "num_attention_heads": 2},
-    }
     folder = tmp_path_factory.mktemp("sam3")
-    Sam3VideoModel(Sam3VideoConfig(detector_config=detector, tracker_config=tracker.to_dict())).save_pretrained(folder)
-    build_processor(SamoeConfig.from_dict(tracker.to_dict())).save_pretrained(folder)
-    path = folder / "processor_config.json"  # as the combined model's processor is saved
-    path.write_text(json.dumps({**json.loads(path.read_text()), "processor_class": "Sam3VideoProcessor"}))
+    save_combined(folder)
     return folder
 
 
