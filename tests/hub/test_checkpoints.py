@@ -22,6 +22,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from helpers.hub_client import Client, ClientError
 from helpers.hub_server import TOKEN, HubServer, Repository
 from helpers.reference import ROOT, reference_folder
+from helpers.sam3 import save_combined
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.domains import pooled_features
@@ -76,6 +77,28 @@ result = {
     and all(torch.equal(tensor, expected["tensors"][name]) for name, tensor in tensors.items()),
     "masks": torch.equal(masks, expected["masks"]),
 }
+"""
+
+PUSH_ON_SAM3 = """
+import torch
+from samoe_hf import SamoeModel
+
+model = SamoeModel.from_pretrained("facebook/sam3")
+torch.manual_seed(0)
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.1 * torch.randn_like(parameter)
+model.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(5.0)  # or masks would be empty
+model.differs_from_base = {"mask_decoder.pred_obj_score_head.proj_out.bias"}
+SamoeModel.register_for_auto_class()
+model.push_to_hub("tester/on-sam3", experts_only=True)
+SamoeModel._auto_class = SamoeModel.config_class._auto_class = None
+inputs = torch.randn(1, 3, 3, 112, 112), torch.tensor([[[20.0, 20, 90, 70]]])
+with torch.no_grad():
+    masks = model(inputs[0], input_boxes=inputs[1]).pred_masks
+torch.save({"inputs": inputs, "masks": masks, "tensors": model.state_dict()}, reference)
+result = float(masks.std())
 """
 
 
@@ -177,6 +200,24 @@ def test_pulled_in_another_process_it_is_the_same(server, author, reader, refere
     for result in (pulled, own):
         assert result["tensors"] and result["masks"]
         assert (result["processor"], result["size"]) == ("Sam2VideoProcessor", 128)
+
+
+def test_experts_on_sam3_are_pushed_and_pulled(server, author, reader, tmp_path):
+    """Of the base, the detector and the tracker at once, the tracker is taken."""
+    save_combined(tmp_path / "sam3")
+    base = server.repositories["facebook/sam3"] = Repository()
+    revision = base.commit({path.name: path.read_bytes() for path in (tmp_path / "sam3").iterdir()})
+    values = {"repo_id": "tester/on-sam3", "reference": tmp_path / "reference.pt"}
+    assert author.run(PUSH_ON_SAM3, reference=values["reference"]) > 1e-4
+    pushed = server.repositories["tester/on-sam3"].files
+    assert sum(not is_expert_parameter(name) for name in load(pushed["model.safetensors"])) == 1
+    stated = json.loads(pushed["config.json"])["base_model"]
+    assert (stated["name_or_path"], stated["revision"]) == ("facebook/sam3", revision)
+    assert b"- sam3" in pushed["README.md"] and b"[SAM 3's tracker](" in pushed["README.md"]
+    for client, module in ((author, "samoe_hf.model"), (reader, "transformers_modules.tester.")):
+        found = client.run(PULL, **values, cache=tmp_path / module)
+        assert found["module"].startswith(module) and found["tensors"] and found["masks"]
+        assert (found["processor"], found["size"]) == ("Sam3TrackerVideoProcessor", 112)
 
 
 def test_a_folder_with_its_own_code_and_domains_is_the_same_in_another_process(reader, nano, tmp_path, monkeypatch):
