@@ -14,8 +14,9 @@ import pytest
 
 from helpers.docs_world import make_world
 from helpers.hub_client import Client
-from helpers.hub_server import TOKEN, HubServer
+from helpers.hub_server import TOKEN, HubServer, Repository
 from helpers.reference import ROOT, load_reference
+from helpers.sam3 import save_combined
 
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
@@ -122,6 +123,9 @@ def world(tmp_path_factory):
         client = Client(server.url, folder.parent / "home", TOKEN)
         client.run(PUSH, folder=folder)
         server.repositories["facebook/sam2.1-hiera-base-plus"] = server.repositories["tester/base"]
+        save_combined(folder.parent / "sam3")
+        sam3 = server.repositories["facebook/sam3"] = Repository()
+        sam3.commit({path.name: path.read_bytes() for path in (folder.parent / "sam3").iterdir()})
         server.repositories["someone/night-lora"] = server.repositories["tester/night-lora"]
         yield folder, client
         client.close()

@@ -265,3 +265,37 @@ def test_sizes_that_do_not_fit_are_refused(combined, field, value, message):
     setattr(owner, name, value)
     with pytest.raises(ValueError, match=message):
         SamoeModel.from_pretrained(combined, config=config)
+
+
+@pytest.mark.parametrize("change", ["checkpointing", "encoder batches"])
+def test_gradients_are_the_same_in_less_memory(change):
+    torch.manual_seed(0)
+    settings = {"expert_modules": ["q_proj", "v_proj"], "num_experts": 2, "lora_dropout": 0.0}
+    config = sam3_config(memory_attention_dropout=0.0, memory_attention_rope_dropout=0.0)
+    model = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), **settings}))
+    model.set_trainable("experts", "memory")
+    model.wake_experts()
+    frames, masks = torch.randn(1, 3, 3, 112, 112), torch.zeros(1, 2, 3, 112, 112, dtype=torch.bool)
+    masks[0, 0, :, 20:60, 20:60] = masks[0, 1, :, 50:100, 40:90] = True
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(1)
+        model.train()(frames, masks, prompts="sam2").loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert any(name.startswith("vision_encoder.") for name in expected)
+    if change == "checkpointing":
+        model.gradient_checkpointing_enable()
+    else:
+        model.encoder_batch_size = 1
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-3 * expected[name].norm() + 1e-7, name
+
+
+def test_layers_that_are_sharded_whole_are_there(as_drawn):
+    kinds = {type(module).__name__ for module in as_drawn[0].modules()}
+    assert "Sam3ViTLayer" in as_drawn[0]._no_split_modules <= kinds
