@@ -38,6 +38,17 @@ RESERVED_NAMES = ("auto", "none", "base")
 # Of a `dtype`, as a string or as PyTorch prints it.
 FLOAT_TYPE = re.compile(r"None|(torch\.)?b?float(16|32|64)")
 
+# What a wrong value may raise where a configuration is made of it.
+WRONG_VALUE = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+)
+
 # No integer in the configuration of a model is larger.
 LARGEST_INTEGER = 2**20
 
@@ -138,6 +149,8 @@ class SamoeConfig(Sam2VideoConfig):
         return {name: getattr(self, name) for name in EXPERT_SETTINGS if name != "expert_modules"}
 
     def _check_image_size(self) -> None:
+        if base_of(self) is SAM3:
+            _check_integer("vision_config.backbone_config.patch_size", feature_stride(self), minimum=1)
         multiple = base_of(self).size_multiple or feature_stride(self)
         _check_integer("image_size", self.image_size, minimum=multiple)
         if self.image_size % multiple:
@@ -235,7 +248,7 @@ def _naming(source: Any) -> Iterator[None]:
     """Turns errors of wrong values into a `ValueError` that names the folder or Hub id, unless that is None."""
     try:
         yield
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except WRONG_VALUE as error:
         where = "" if source is None else f"{source}: config.json has a wrong value. "
         raise ValueError(f"{where}{error}") from error
 

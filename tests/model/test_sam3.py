@@ -1,6 +1,8 @@
 """SAM 3's tracker as a base: the same numbers as transformers' model, from its files, and with experts all the rest."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -265,6 +267,38 @@ def test_sizes_that_do_not_fit_are_refused(combined, field, value, message):
     setattr(owner, name, value)
     with pytest.raises(ValueError, match=message):
         SamoeModel.from_pretrained(combined, config=config)
+
+
+@pytest.mark.parametrize("tracker", ["x", 5, [1], {"image_size": 2**21}, {"vision_config": 3}, {"num_maskmem": "7"}])
+def test_a_combined_configuration_that_lies_is_refused_by_name(combined, tmp_path, tracker):
+    config = json.loads((combined / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tracker_config": tracker}))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        SamoeModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("patch_size", [0, -14, [14, 14], "14", 15, 2**20])
+def test_a_patch_size_that_lies_is_refused_by_name(combined, tmp_path, patch_size):
+    shutil.copytree(combined, tmp_path / "model")
+    config = json.loads((combined / "config.json").read_text())
+    config["tracker_config"]["vision_config"]["backbone_config"]["patch_size"] = patch_size
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        SamoeModel.from_pretrained(tmp_path / "model")
+
+
+def test_a_size_that_nothing_holds_is_refused_before_it_is_allocated(combined, tmp_path):
+    shutil.copytree(combined, tmp_path / "model")
+    config = json.loads((combined / "config.json").read_text())
+    side = 14 * 2**16
+    for part in (config["tracker_config"], config["tracker_config"]["vision_config"]["backbone_config"]):
+        part["image_size"] = side
+    config["tracker_config"]["prompt_encoder_config"]["image_size"] = side
+    config["tracker_config"]["memory_attention_rope_feat_sizes"] = [side // 14] * 2
+    config["tracker_config"]["vision_config"]["backbone_feature_sizes"] = [[r * side // 14] * 2 for r in (4, 2, 1)]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"describes [\d,]+ values"):
+        SamoeModel.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("change", ["checkpointing", "encoder batches"])
