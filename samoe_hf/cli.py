@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from samoe_hf import __version__
 
 COMMANDS = {
-    "track": "track objects through a video: an overlay video and masks",
+    "track": "track objects through a video, or through all videos of a dataset",
     "data": "check a dataset: its videos, objects, and what is likely a mistake",
     "train": "fine-tune a model on clips, as a YAML says",
     "adapt": "add a domain to a model: train experts for it, and leave all else as it is",

@@ -4,11 +4,16 @@
 
 A prompt is `[ID=]PROMPT[@FRAME]`: an object's id before it (1 if none), the frame it is given on behind it (that of
 `--frame` if none). Several points, and a box, may be given for an object on a frame.
+
+    samoe track MODEL --dataset my_videos --output labels
+
+labels all videos of a dataset: `samoe track --dataset --help` explains it.
 """
 
 import argparse
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +28,7 @@ from samoe_hf.model.files import new_folder, whole_file
 from samoe_hf.model.processor import load_processor
 from samoe_hf.plots.masks import overlay_masks
 
+from . import label
 from .options import add_device_option, add_original_options, command_parser, original_options
 
 MAX_OBJECT_ID = 255  # of a palette PNG
@@ -159,6 +165,10 @@ def describe_domain(tracked: TrackedFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(word == "--dataset" or word.startswith("--dataset=") for word in words):
+        label.main([word for word in words if word != "--dataset"] if "--help" in words else words)
+        return
     parsed = parse_arguments(arguments)
     prompts = Prompts(parsed.frame)
     for add, texts in (

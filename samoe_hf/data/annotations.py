@@ -50,6 +50,24 @@ class Annotations(ABC):
         return f"annotation of frame {frame}"
 
 
+class NoMasks(Annotations):
+    """Of a video whose masks are not known, the ids of the objects that are wanted."""
+
+    def __init__(self, object_ids: Collection[int]):
+        check_object_ids(object_ids)
+        self.frames, self._object_ids = [], sorted(object_ids)
+
+    @property
+    def object_ids(self) -> list[int]:
+        return self._object_ids
+
+    def visible(self, frame: int) -> list[int]:
+        return []
+
+    def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
+        raise SampleError(f"frame {frame} is not annotated")
+
+
 class LabelMaps(Annotations):
     """Annotations that are one image of object ids per frame, 0 for background."""
 

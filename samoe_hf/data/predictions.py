@@ -63,11 +63,20 @@ class MaskFiles:
         Raises:
             SampleError: a video or a frame, as a dataset names it, whose file would lie outside the folder.
         """
-        folder, name = Path(self.folder), f"{video.frames.names[frame]}.png"
+        folder, name = self.video_folder(video), f"{video.frames.names[frame]}.png"
         check_inside(f"{video.video_id}/{name}", "the video's and the frame's names")
         if self.layout == "sa_v":
-            return [folder / video.video_id / f"{object_id - 1:03d}" / name for object_id in object_ids]
-        return [folder / ("Annotations" if self.layout == "youtube_vos" else "") / video.video_id / name]
+            return [folder / f"{object_id - 1:03d}" / name for object_id in object_ids]
+        return [folder / name]
+
+    def video_folder(self, video: Video) -> Path:
+        """The folder of a video's files.
+
+        Raises:
+            SampleError: a video whose folder would lie outside of this one.
+        """
+        check_inside(video.video_id, "the video's name")
+        return Path(self.folder) / ("Annotations" if self.layout == "youtube_vos" else "") / video.video_id
 
     def write(self, video: Video, frame: int, masks: np.ndarray) -> None:
         """Writes the masks (N, H, W) bool of all objects on a frame.

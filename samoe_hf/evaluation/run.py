@@ -35,16 +35,17 @@ from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, compare_models, su
 FIRST_SEED, SEED_STEP = 42, 1000  # those of the original's evaluation
 
 
-class EvaluationRun:
-    """A folder of results, one file per video, written as they are finished; a stopped run goes on with what is left.
+class RunFolder:
+    """A folder that is filled step by step; a stopped run goes on, as long as all that it depends on is the same.
 
-    `run.json` says what is evaluated, `scores/<domain>/<video>.npz` holds a [`VideoResult`], `masks/<domain>/` its
-    masks as [`MaskFiles`]. Where prompts depend on a seed, the last two are in `seed_<seed>/`.
+    `run.json` says what that is.
 
     Args:
         folder: made if it is not there.
-        identity: what results depend on, as JSON holds it; a run goes on only with the same.
+        identity: what the content depends on, as JSON holds it.
     """
+
+    kind = "a run"
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]):
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
@@ -61,53 +62,67 @@ class EvaluationRun:
         path = self.folder / "run.json"
         if path.is_file():
             if overwrite:
-                self._clear()
+                self.clear()
             else:
                 self._check_same(path)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty, and not the folder of an evaluation.")
+            raise ValueError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
         write_text(path, json.dumps(self.identity, indent=2))
+
+    def clear(self) -> None:
+        """Removes what an earlier run has written."""
+        raise NotImplementedError
 
     def _check_same(self, path: Path) -> None:
         advice = "Choose another `--output`, or replace the results with `--overwrite`."
         try:
             earlier = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} does not say what was evaluated ({error}). {advice}") from error
+            raise ValueError(f"{path} does not say what was done ({error}). {advice}") from error
         differences = [
             f"`{name}` is {earlier.get(name)!r}, not {self.identity.get(name)!r}"
             for name in sorted({*earlier, *self.identity})
             if earlier.get(name) != self.identity.get(name)
         ]
         if differences:
-            raise ValueError(
-                f"{self.folder} holds the results of another evaluation: {'; '.join(differences)}. {advice}"
-            )
+            raise ValueError(f"{self.folder} holds the results of another run: {'; '.join(differences)}. {advice}")
 
-    def _clear(self) -> None:
+    @staticmethod
+    def inside(folder: Path, name: str) -> Path:
+        """A path within a folder; ValueError for a name, made of a video's domain and id, that leads out of it."""
+        path = Path(os.path.normpath(folder / name))
+        if not path.is_relative_to(folder) or path == folder:
+            raise ValueError(f"the domain and id of a video must name a file within a folder, got {name!r}")
+        return path
+
+
+class EvaluationRun(RunFolder):
+    """A folder of results, one file per video, written as they are finished; a stopped run goes on with what is left.
+
+    `scores/<domain>/<video>.npz` holds a [`VideoResult`], `masks/<domain>/` its masks as [`MaskFiles`]. Where prompts
+    depend on a seed, both are in `seed_<seed>/`.
+    """
+
+    kind = "an evaluation"
+
+    def clear(self) -> None:
+        """Removes the results of an earlier run."""
         for folder in (self.folder, *self.folder.glob("seed_*")):
             for name in ("scores", "masks"):
                 shutil.rmtree(folder / name, ignore_errors=True)
 
     def scores_path(self, video: Video, seed: int | None) -> Path:
         """The file of a video's result; ValueError for an id that leads out of the folder."""
-        return self._inside(self._seed_folder(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
+        return self.inside(self._seed_folder(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
 
     def masks(self, video: Video, seed: int | None, layout: str) -> MaskFiles:
         """The files of a video's masks."""
-        folder = self._inside(self._seed_folder(seed) / "masks", video.domain)
-        self._inside(folder, video.video_id)
+        folder = self.inside(self._seed_folder(seed) / "masks", video.domain)
+        self.inside(folder, video.video_id)
         return MaskFiles(folder, layout)
 
     def _seed_folder(self, seed: int | None) -> Path:
         return self.folder if seed is None else self.folder / f"seed_{seed}"
-
-    @staticmethod
-    def _inside(folder: Path, name: str) -> Path:
-        path = Path(os.path.normpath(folder / name))
-        if not path.is_relative_to(folder) or path == folder:
-            raise ValueError(f"the domain and id of a video must name a file within a folder, got {name!r}")
-        return path
 
     def unfinished(self, videos: Iterable[Video], seed: int | None) -> list[Video]:
         """The videos without a result."""

@@ -138,7 +138,7 @@ def test_results_that_are_damaged_or_of_another_video_are_named(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
 def test_a_damaged_description_of_a_run_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json does not say what was evaluated.*--overwrite"):
+    with pytest.raises(ValueError, match=r"run\.json does not say what was done.*--overwrite"):
         EvaluationRun(tmp_path, {"prompt": "mask"}).start()
     EvaluationRun(tmp_path, {"prompt": "mask"}).start(overwrite=True)
 

@@ -93,10 +93,22 @@ def _make_data(folder: Path) -> None:
             for i, mask in enumerate(video.masks(t)):
                 save(folder / f"my_videos/rig/outlines/{i}/{t}.png", np.where(mask, 255, 0).astype(np.uint8))
     _make_columns(folder / "someone" / "surgery", videos[0])
+    _make_clips(folder, videos[1])
     for t in range(8):
         for name in ("bear", "camel"):
             (folder / "MASKS" / name).mkdir(parents=True, exist_ok=True)
             write_palette_png(folder / "MASKS" / name / f"{t:05d}.png", np.eye(*SIZE, dtype=np.uint8))
+
+
+def _make_clips(folder: Path, video: Video) -> None:
+    """Videos without masks, and the prompts that a guide shows."""
+    (folder / "clips" / "day").mkdir(parents=True)
+    write_video(folder / "clips/day/0001.mp4", video.frames, fps=8)
+    for t in range(8):
+        save(folder / f"clips/night/a/{t}.jpg", video.frames[t])
+    save(folder / "drawn/a_5.png", np.where(video.masks(5)[0], 255, 0).astype(np.uint8))
+    guide = (ROOT / "docs" / "labelling.md").read_text()
+    (folder / "prompts.json").write_text(guide.split("```json\n")[1].split("```")[0])
 
 
 def _make_columns(folder: Path, video: Video) -> None:

@@ -1,0 +1,363 @@
+"""A dataset and prompts -> masks of all its videos, shared by processes and gone on with after a stop."""
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torchvision.ops import masks_to_boxes
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from .data.annotations import LabelImages, NoMasks, ObjectImages
+from .data.predictions import Layout, MaskFiles
+from .data.schema import Video
+from .data.video_io import IMAGE_SUFFIXES, check_inside, read_label_png, read_video
+from .evaluation.run import RunFolder
+from .inference import VideoPrompt, check_prompts, evaluation_mode, track_video
+from .model.files import write_text
+from .model.modeling_samoe import SamoeModel
+
+FirstFramePrompt = Literal["mask", "box"]
+PROMPT_KEYS = ("video", "object", "frame", "points", "labels", "box", "mask")
+CONTAINER_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
+MILLION = 10**6
+
+
+class PromptedVideo(NamedTuple):
+    """A video by its domain and id, what opens it, and what then gives the prompts of its objects.
+
+    `about` tells prompts apart that are known before the video is read.
+    """
+
+    domain: str
+    video_id: str
+    open: Callable[[], Video]
+    prompts: Callable[[Video], list[VideoPrompt]]
+    about: str
+
+    @property
+    def key(self) -> str:
+        """Unique among the videos of a run."""
+        return f"{self.domain}/{self.video_id}"
+
+
+# --- What to track
+
+
+def from_first_frames(videos: Sequence[Video], kind: FirstFramePrompt = "mask") -> list[PromptedVideo]:
+    """Videos whose objects are prompted on the first frame that shows each, by its mask or the box around it.
+
+    Videos without objects are left out.
+    """
+    return [
+        PromptedVideo(video.domain, video.video_id, partial(_itself, video), partial(_first_frame_prompts, kind), kind)
+        for video in videos
+        if video.object_ids
+    ]
+
+
+def _itself(video: Video) -> Video:
+    return video
+
+
+def _first_frame_prompts(kind: FirstFramePrompt, video: Video) -> list[VideoPrompt]:
+    prompts: dict[int, VideoPrompt] = {}
+    for frame in video.annotated_frames:
+        new = [object_id for object_id in video.visible(frame) if object_id not in prompts]
+        for object_id, mask in zip(new, video.masks(frame, new) if new else [], strict=True):
+            prompt = VideoPrompt(object_id, frame, mask=mask)
+            if kind == "box":
+                box = masks_to_boxes(torch.from_numpy(mask)[None])[0].tolist()
+                prompt = VideoPrompt(object_id, frame, box=tuple(box))
+            prompts[object_id] = prompt
+        if len(prompts) == len(video.object_ids):
+            break
+    return list(prompts.values())
+
+
+def find_videos(root: str | Path) -> dict[str, Path]:
+    """Video files, and folders with images, of a folder and all below it: path within it without suffix -> path.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it holds none, or two of the same name.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder of videos")
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        is_file = path.suffix.lower() in CONTAINER_SUFFIXES and path.is_file()
+        is_folder = path.is_dir() and any(one.suffix.lower() in IMAGE_SUFFIXES for one in path.iterdir())
+        if is_hidden or not (is_file or is_folder):
+            continue
+        name = (path.relative_to(root).with_suffix("") if is_file else path.relative_to(root)).as_posix()
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} are videos of the same name.")
+        found[name] = path
+    if not found:
+        raise ValueError(f"{root} holds neither video files nor folders of images.")
+    return found
+
+
+def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
+    """The videos of a folder that a file has prompts for, see [`find_videos`] and [`read_prompts`].
+
+    Raises:
+        ValueError: if the file names a video that is not there.
+    """
+    prompts, videos = read_prompts(path), find_videos(root)
+    if missing := sorted(prompts.keys() - videos.keys()):
+        known = ", ".join([*list(videos)[:5], "…"][: len(videos)])
+        raise ValueError(f"{path}: `video` {missing[0]!r} is not in {root}, which has {known}.")
+    domain = Path(root).resolve().name or "videos"
+    return [
+        PromptedVideo(
+            domain, name, partial(_open, domain, name, videos[name], own), partial(_with_masks, own), repr(own)
+        )
+        for name, own in prompts.items()
+    ]
+
+
+def _open(domain: str, video_id: str, path: Path, prompts: Sequence[VideoPrompt]) -> Video:
+    return Video(video_id, read_video(path), NoMasks({prompt.object_id for prompt in prompts}), domain)
+
+
+def _with_masks(prompts: Sequence[VideoPrompt], _: Video) -> list[VideoPrompt]:
+    """The prompts, whose masks are read from their files."""
+    return [replace(one, mask=read_label_png(one.mask) > 0) if isinstance(one.mask, Path) else one for one in prompts]
+
+
+def read_prompts(path: str | Path) -> dict[str, list[VideoPrompt]]:
+    """Video id -> prompts of a JSON file, which holds a list, or of one with an object on each line (`.jsonl`).
+
+    An entry has `video`, `object` (1 if not given), `frame` (0), and `points` with `labels` (1 each), a `box` or a
+    `mask`: an image below the folder of the file, where every value above 0 is the object.
+
+    Raises:
+        ValueError: for anything else; names the file and the number of the entry.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        lines = [line for line in text.splitlines() if line.strip()]
+        entries = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must hold a list of prompts, with at least one.")
+    prompts: dict[str, list[VideoPrompt]] = {}
+    for number, entry in enumerate(entries, start=1):
+        try:
+            video, prompt = _parse_prompt(entry, path.parent)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, prompt {number}: {error}") from error
+        prompts.setdefault(video, []).append(prompt)
+    return prompts
+
+
+def _parse_prompt(entry: Any, folder: Path) -> tuple[str, VideoPrompt]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("video"), str):
+        raise ValueError(f"expected an object with `video`, a name, got {entry!r}.")
+    if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
+        raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}.")
+    numbers = {name: entry.get(name, default) for name, default in (("object", 1), ("frame", 0))}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+    points = [_numbers("points", point, 2) for point in _list("points", entry.get("points", []))]
+    labels = _list("labels", entry.get("labels", [1] * len(points)))
+    box, mask = entry.get("box"), entry.get("mask")
+    if mask is not None:
+        check_inside(mask, "`mask`")
+    prompt = VideoPrompt(
+        numbers["object"],
+        numbers["frame"],
+        points,
+        labels,
+        None if box is None else _numbers("box", box, 4),
+        None if mask is None else folder / mask,
+    )
+    return entry["video"], prompt
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"`{name}` must be a list, got {value!r}.")
+    return value
+
+
+def _numbers(name: str, value: Any, count: int) -> tuple[float, ...]:
+    numbers = [float(x) for x in _list(name, value) if isinstance(x, int | float) and not isinstance(x, bool)]
+    if len(numbers) != count or len(value) != count:
+        raise ValueError(f"`{name}` must hold {count} numbers each, got {value!r}.")
+    return tuple(numbers)
+
+
+# --- Tracking
+
+
+class LabelRun(RunFolder):
+    """A folder of masks, and of `finished/<domain>/<video>.json` for each video whose masks are there."""
+
+    kind = "labels"
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], layout: Layout):
+        super().__init__(folder, {**identity, "layout": layout})
+        self.layout: Layout = layout
+
+    def clear(self) -> None:
+        """Removes the masks of an earlier run."""
+        for name in ("masks", "finished"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def finished_path(self, video: PromptedVideo) -> Path:
+        """The file that says that a video's masks are there; ValueError for an id that leads out of the folder."""
+        return self.inside(self.folder / "finished", f"{video.key}.json")
+
+    def masks(self, domain: str) -> MaskFiles:
+        """The files of the masks of a domain's videos."""
+        return MaskFiles(self.inside(self.folder / "masks", domain), self.layout)
+
+    def label(self, model: SamoeModel, processor: ProcessorMixin, prompted: PromptedVideo) -> dict[str, Any]:
+        """Tracks a video and writes its masks, all or none.
+
+        Returns:
+            what its `.json` says.
+        """
+        start, video = time.perf_counter(), prompted.open()
+        files = self.masks(video.domain)
+        temporary = MaskFiles(files.folder.with_name(f".{files.folder.name}.{uuid.uuid4().hex}"), self.layout)
+        try:
+            tracked = _track(model, processor, video, prompted.prompts(video), temporary)
+            target = files.video_folder(video)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
+            temporary.video_folder(video).rename(target)
+        finally:
+            shutil.rmtree(temporary.folder, ignore_errors=True)
+        entry = {
+            "frames": len(video),
+            "objects": len(video.object_ids),
+            "seconds": round(time.perf_counter() - start, 3),
+            **tracked,
+        }
+        write_text(self.finished_path(prompted), json.dumps(entry))
+        return entry
+
+
+def _track(
+    model: SamoeModel, processor: ProcessorMixin, video: Video, prompts: Sequence[VideoPrompt], files: MaskFiles
+) -> dict[str, Any]:
+    """Writes all of a video's masks; gives whose experts it got, of a model with domains."""
+    try:
+        check_prompts(prompts, len(video), video.size)
+    except ValueError as error:
+        raise ValueError(f"{video.video_id}: {error}") from error
+    domain = confidence = None
+    with evaluation_mode(model):
+        for frame in track_video(model, processor, video.frames, prompts):
+            logits = frame.logits.float().cpu().numpy()
+            rows = [frame.object_ids.index(object_id) for object_id in video.object_ids]
+            masks = logits[rows] > 0
+            if not files.overlapping and len(rows) > 1:
+                masks &= logits[rows].argmax(axis=0) == np.arange(len(rows))[:, None, None]
+            files.write(video, frame.frame_idx, masks)
+            domain, confidence = frame.domain, frame.domain_confidence
+    return {} if model.config.domains is None else {"domain": domain, "confidence": confidence}
+
+
+def label_videos(
+    model: SamoeModel,
+    processor: ProcessorMixin,
+    videos: Sequence[PromptedVideo],
+    run: LabelRun,
+    state: PartialState,
+    show_progress_bar: bool = True,
+) -> dict[str, Any] | None:
+    """Tracks the videos that are not finished, those of this process' share, and waits for the other processes.
+
+    Processes started by `accelerate launch` or `torchrun` share the videos; all must see the folder.
+
+    Args:
+        run: was started.
+
+    Returns:
+        what `labels.json` says; None in processes other than the main one.
+
+    Raises:
+        ValueError: if two videos have the same domain and id, or prompts do not fit their video.
+    """
+    keys = [video.key for video in videos]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
+    is_finished = [run.finished_path(video).is_file() for video in videos]
+    with state.split_between_processes(list(range(len(videos)))) as share:
+        own = [videos[index] for index in share if not is_finished[index]]
+    state.wait_for_everyone()  # or a process would see what another has just finished
+    start = time.perf_counter()
+    with tqdm(own, desc="label", unit="video", disable=not (show_progress_bar and own)) as progress:
+        for video in progress:
+            progress.set_postfix_str(video.video_id)
+            run.label(model, processor, video)
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - start
+    if not state.is_main_process:
+        return None
+    summary = _summarize(run, videos, is_finished.count(False), seconds, state)
+    write_text(run.folder / "labels.json", json.dumps(summary, indent=2))
+    return summary
+
+
+def _summarize(
+    run: LabelRun, videos: Sequence[PromptedVideo], num_new: int, seconds: float, state: PartialState
+) -> dict[str, Any]:
+    entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in videos}
+    per_hour = num_new / seconds * 3600 if num_new else None
+    is_gpu = state.device.type == "cuda"
+    return {
+        "videos": entries,
+        "num_frames": sum(entry["frames"] for entry in entries.values()),
+        "num_objects": sum(entry["objects"] for entry in entries.values()),
+        "num_processes": state.num_processes,
+        "device": torch.cuda.get_device_name(state.device) if is_gpu else state.device.type,
+        "labelled_now": num_new,
+        "seconds": round(seconds, 3),
+        "videos_per_hour": per_hour,
+        "process_hours_for_a_million_videos": MILLION / per_hour * state.num_processes if per_hour else None,
+    }
+
+
+def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> list[Video]:
+    """The finished videos with the masks that were written for all their frames."""
+    opened = (video.open() for video in videos)
+    return [replace(video, annotations=_read_back(run.masks(video.domain), video)) for video in opened]
+
+
+def _read_back(files: MaskFiles, video: Video) -> LabelImages | ObjectImages:
+    paths = {frame: files.paths(video, frame, video.object_ids) for frame in range(len(video))}
+    if files.layout == "sa_v":
+        by_object = {
+            object_id: {frame: paths[frame][row] for frame in paths} for row, object_id in enumerate(video.object_ids)
+        }
+        return ObjectImages(by_object)
+    return LabelImages({frame: found[0] for frame, found in paths.items()}, object_ids=video.object_ids)
+
+
+def describe_prompts(videos: Sequence[PromptedVideo]) -> str:
+    """A short hash of which videos are prompted, and with what where that is known without reading the videos."""
+    digest = hashlib.sha256()
+    for video in videos:
+        digest.update(f"{video.key} {video.about}\n".encode())
+    return digest.hexdigest()[:16]
