@@ -20,9 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from accelerate import PartialState
-
 from samoe_hf.data.predictions import Layout, default_layout
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE
@@ -34,7 +31,14 @@ from samoe_hf.evaluation.statistics import protocol_of, seen_and_unseen, to_json
 from samoe_hf.model.checkpoints import is_original_checkpoint
 from samoe_hf.model.files import write_text
 
-from .options import add_original_options, command_parser, original_options, unique_names, usable_device
+from .options import (
+    add_original_options,
+    command_parser,
+    original_options,
+    start_processes,
+    unique_names,
+    usable_device,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -124,11 +128,7 @@ def build_evaluation(arguments: argparse.Namespace) -> Evaluation:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
-    device = parsed.device
-    is_cpu = device.type == "cpu" if device else not torch.accelerator.is_available()
-    state = PartialState(cpu=is_cpu)  # without this it shares nothing among processes on CPUs
-    if device and device.index is not None:
-        state.device = device
+    state = start_processes(parsed.device)
     evaluation = build_evaluation(parsed)
     if parsed.seeds > len(evaluation.seeds) and state.is_main_process:
         print(f"The prompt {evaluation.prompt} draws nothing at random: one run instead of {parsed.seeds}.")

@@ -22,9 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from accelerate import PartialState
-
 from samoe_hf import SamoeModel
 from samoe_hf.data.predictions import Layout, default_layout
 from samoe_hf.data.registry import READERS, add_dataset_arguments, videos_from_arguments
@@ -42,7 +39,7 @@ from samoe_hf.labelling import (
 )
 from samoe_hf.model.processor import load_processor
 
-from .options import add_original_options, command_parser, original_options, usable_device
+from .options import add_original_options, command_parser, original_options, start_processes, usable_device
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -86,11 +83,7 @@ def describe_run(model: SamoeModel, parsed: argparse.Namespace, videos: Sequence
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
-    device = parsed.device
-    is_cpu = device.type == "cpu" if device else not torch.accelerator.is_available()
-    state = PartialState(cpu=is_cpu)  # without this it shares nothing among processes on CPUs
-    if device and device.index is not None:
-        state.device = device
+    state = start_processes(parsed.device)
     videos, layout = find_prompted(parsed)
     if not videos:
         raise ValueError(f"`--dataset` {parsed.dataset} has no video with an object to track.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -80,3 +81,16 @@ def unique_names(names: Iterable[str]) -> list[str]:
         candidates = (name if number == 1 else f"{name}_{number}" for number in count(1))
         unique.append(next(candidate for candidate in candidates if candidate.casefold() not in taken))
     return unique
+
+
+def start_processes(device: torch.device | None) -> PartialState:
+    """The processes that share the work, of `accelerate launch` or `torchrun`, or this one alone.
+
+    Args:
+        device: that was asked for; by default the best there is.
+    """
+    is_cpu = device.type == "cpu" if device else not torch.accelerator.is_available()
+    state = PartialState(cpu=is_cpu)  # without this it shares nothing among processes on CPUs
+    if device and device.index is not None:
+        state.device = device
+    return state
