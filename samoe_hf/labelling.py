@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
@@ -31,6 +32,8 @@ FirstFramePrompt = Literal["mask", "box"]
 PROMPT_KEYS = ("video", "object", "frame", "points", "labels", "box", "mask")
 CONTAINER_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 MILLION = 10**6
+# Where masks of a video are written until all of them are there.
+UNFINISHED = ".unfinished"
 
 
 class PromptedVideo(NamedTuple):
@@ -217,6 +220,11 @@ class LabelRun(RunFolder):
         super().__init__(folder, {**identity, "layout": layout})
         self.layout: Layout = layout
 
+    def start(self, overwrite: bool = False) -> None:
+        """As in the base class; what processes left that were killed is removed."""
+        super().start(overwrite)
+        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+
     def clear(self) -> None:
         """Removes the masks of an earlier run."""
         for name in ("masks", "finished"):
@@ -238,13 +246,10 @@ class LabelRun(RunFolder):
         """
         start, video = time.perf_counter(), prompted.open()
         files = self.masks(video.domain)
-        temporary = MaskFiles(files.folder.with_name(f".{files.folder.name}.{uuid.uuid4().hex}"), self.layout)
+        temporary = MaskFiles(self.folder / UNFINISHED / uuid.uuid4().hex, self.layout)
         try:
             tracked = _track(model, processor, video, prompted.prompts(video), temporary)
-            target = files.video_folder(video)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
-            temporary.video_folder(video).rename(target)
+            _move_into(temporary.video_folder(video), files.video_folder(video))
         finally:
             shutil.rmtree(temporary.folder, ignore_errors=True)
         entry = {
@@ -255,6 +260,19 @@ class LabelRun(RunFolder):
         }
         write_text(self.finished_path(prompted), json.dumps(entry))
         return entry
+
+
+def _move_into(source: Path, target: Path) -> None:
+    """Moves a folder to its place, at once if it is not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        source.rename(target)
+        return
+    # A process was killed between this and the next step, or another video's folder lies within.
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
 
 
 def _track(

@@ -122,6 +122,23 @@ def test_prompts_come_from_a_file(model_folder, tmp_path, suffix):
     assert {path.name for path in (tmp_path / "sa_v/masks/clips/two").iterdir()} == {"002", "004"}
 
 
+def test_a_video_may_lie_within_anothers_folder(model_folder, tmp_path):
+    frames = SyntheticVideos(1, 2, (64, 80), seed=3)[0].frames
+    for folder in ("b/a", "b"):
+        for t in range(2):
+            (tmp_path / "clips" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(frames[t]).save(tmp_path / "clips" / folder / f"{t}.png")
+    prompts = [{"video": name, "object": i, "box": [5, 5, 60, 60]} for i, name in ((1, "b/a"), (2, "b"))]
+    write_prompts(tmp_path / "p.json", prompts)
+    words = ["--dataset", tmp_path / "clips", "--prompts", tmp_path / "p.json", "--output", tmp_path / "out"]
+    label(model_folder, *words, "--layout", "davis")
+    masks = read_masks(tmp_path / "out" / "masks" / "clips")
+    assert masks.keys() == {"b/0.png", "b/1.png", "b/a/0.png", "b/a/1.png"}
+    assert {name: int(ids.max()) for name, ids in masks.items() if ids.any()}.items() <= {
+        "b/0.png": 2, "b/1.png": 2, "b/a/0.png": 1, "b/a/1.png": 1,
+    }.items()  # fmt: skip
+
+
 def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_path, capsys, monkeypatch):
     from samoe_hf import labelling
 
@@ -140,7 +157,10 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
         label(model_folder, *words)
     monkeypatch.undo()
     (first,) = (tmp_path / "out" / "finished").rglob("*.json")
-    assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["clips"], "nothing half-written"
+    assert len(read_masks(tmp_path / "out")) == NUM_FRAMES, "nothing half-written"
+    leftover = tmp_path / "out" / ".unfinished" / "killed" / "000.png"  # of a process that could not tidy up
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
     before = first.stat().st_mtime_ns
     label(model_folder, *words)
     assert first.stat().st_mtime_ns == before
