@@ -108,7 +108,7 @@ def test_the_index_lists_every_guide():
 def test_the_floor_plan_has_every_module():
     plan = blocks((ROOT / "docs" / "design.md").read_text(), "")[0]
     files = {path.name for path in (ROOT / "samoe_hf").glob("*/*.py") if path.parent.name != "commands"}
-    assert set(re.findall(r"\w+\.py", plan)) == (files | {"inference.py", "cli.py"}) - {"__init__.py"}
+    assert set(re.findall(r"\w+\.py", plan)) == (files | {"inference.py", "labelling.py", "cli.py"}) - {"__init__.py"}
     assert set(re.findall(r"(\w+)/", plan)) >= {path.parent.name for path in (ROOT / "samoe_hf").glob("*/*.py")}
 
 

@@ -81,26 +81,26 @@ def describe_run(model: SamoeModel, parsed: argparse.Namespace, videos: Sequence
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
+def run(parsed: argparse.Namespace) -> None:
+    """What `samoe track` does with `--dataset`."""
     state = start_processes(parsed.device)
     videos, layout = find_prompted(parsed)
     if not videos:
         raise ValueError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
     model = SamoeModel.from_pretrained(parsed.model, **original_options(parsed)).to(state.device)
     processor = load_processor(parsed.model, model)
-    run = LabelRun(parsed.output, describe_run(model, parsed, videos), layout)
+    labels = LabelRun(parsed.output, describe_run(model, parsed, videos), layout)
     if state.is_main_process:
-        run.start(parsed.overwrite)
+        labels.start(parsed.overwrite)
     state.wait_for_everyone()
-    summary = label_videos(model, processor, videos, run, state)
+    summary = label_videos(model, processor, videos, labels, state)
     if summary is None:
         return
     if parsed.push_to_hub:
-        to_datasets(labelled_videos(run, videos)).push_to_hub(parsed.push_to_hub)
+        to_datasets(labelled_videos(labels, videos)).push_to_hub(parsed.push_to_hub)
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
-    print(f"Written: masks in {run.folder / 'masks'}, {run.folder / 'labels.json'}{pushed}")
+    print(f"Written: masks in {labels.folder / 'masks'}, {labels.folder / 'labels.json'}{pushed}")
 
 
 def describe_summary(summary: dict[str, Any]) -> str:

@@ -37,6 +37,10 @@ DEFAULT_FPS = 24  # of folders of frames
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(word == "--dataset" or word.startswith("--dataset=") for word in words):
+        asks = {"-h", "--help"} & set(words)
+        return label.parse_arguments(["--help"] if asks else words)
     parser = command_parser("track", __doc__)
     model = parser.add_argument_group("model")
     model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
@@ -165,11 +169,10 @@ def describe_domain(tracked: TrackedFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = sys.argv[1:] if arguments is None else arguments
-    if any(word == "--dataset" or word.startswith("--dataset=") for word in words):
-        label.main([word for word in words if word != "--dataset"] if "--help" in words else words)
-        return
     parsed = parse_arguments(arguments)
+    if hasattr(parsed, "dataset"):
+        label.run(parsed)
+        return
     prompts = Prompts(parsed.frame)
     for add, texts in (
         (prompts.add_point, parsed.point), (prompts.add_box, parsed.box), (prompts.add_mask, parsed.mask)

@@ -140,10 +140,13 @@ def settings_of_base(config_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of_base(config: PreTrainedConfig) -> PreTrainedConfig:
     """What a model's base is described by in transformers: its configuration without what is not known there."""
-    config_class = base_of(config).config_class
+    base = base_of(config)
+    config_class = base.config_class
     settings = {name: x for name, x in config.to_dict().items() if name in config_class.__dataclass_fields__}
     for name in ("prompt_encoder_config", "mask_decoder_config"):
         settings[name].pop("model_type", None)
+    if base is SAM3:
+        settings["vision_config"].pop("num_feature_levels", None)  # which SamoeConfig adds
     return config_class(**{**settings, "image_size": config.image_size})
 
 

@@ -148,7 +148,9 @@ class CachedPositionEncoding(nn.Module):
         if key not in self._known:
             # Also what is first needed while tracking may later be part of a graph.
             with torch.inference_mode(False):
-                self._known = {key: self.encoding(torch.Size((1, *shape[1:])), device, dtype)}
+                encoded = self.encoding(torch.Size((1, *shape[1:])), device, dtype)
+                # transformers may have computed it while its own model was tracking.
+                self._known = {key: encoded.clone() if encoded.is_inference() else encoded}
         return self._known[key].expand(shape[0], -1, -1, -1)
 
 

@@ -4,7 +4,6 @@ import logging
 import math
 import pickle
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from helpers.clips import numbered_video, same_clip, square
+from samoe_hf import SamoeConfig
 from samoe_hf.data import (
     ClipDataset,
     ClipStream,
@@ -190,7 +190,7 @@ def test_a_stream_goes_on_after_a_row_that_is_no_video():
     videos = [Video.from_arrays(name, np.zeros((2, 8, 8), np.uint8), np.ones((2, 1, 8, 8), bool)) for name in "abc"]
     rows = list(to_datasets(videos, streaming=True))
     rows[1]["spacing"] = [0.0, 1.0, 1.0]
-    processor = build_processor(SimpleNamespace(image_size=16))
+    processor = build_processor(SamoeConfig(image_size=32))
     stream = ClipStream(map(video_from_row, rows), processor, num_frames=2, on_error="skip")
     assert [clip["video_id"] for clip in stream] == ["a", "c"] and stream.num_skipped == 1
     with pytest.raises(SampleError, match="b: spacing"):

@@ -330,6 +330,18 @@ def test_gradients_are_the_same_in_less_memory(change):
         assert (gradient - expected[name]).norm() <= 1e-3 * expected[name].norm() + 1e-7, name
 
 
+def test_it_learns_after_transformers_model_has_tracked(as_drawn):
+    """transformers keeps positions for all models of a process, in inference mode if one is tracking first."""
+    _, theirs, processor = as_drawn
+    track(theirs, processor, PROMPTS["point"])
+    model = SamoeModel(SamoeConfig.from_dict(theirs.config.to_dict())).train()
+    model.gradient_checkpointing_enable()
+    masks = torch.zeros(1, 1, 2, 112, 112, dtype=torch.bool)
+    masks[..., 20:60, 20:60] = True
+    model(torch.randn(1, 2, 3, 112, 112), masks).loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
 def test_layers_that_are_sharded_whole_are_there(as_drawn):
     kinds = {type(module).__name__ for module in as_drawn[0].modules()}
     assert "Sam3ViTLayer" in as_drawn[0]._no_split_modules <= kinds

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import READERS, read_yaml
 from samoe_hf.data.transforms import transforms_from_options
+from samoe_hf.model.bases import config_of_base
 from samoe_hf.training.arguments import parse_run
 from samoe_hf.training.trainer import build_trainer
 
@@ -101,4 +103,9 @@ def test_sizes_are_those_of_the_originals_checkpoints(path):
     experts = model.num_parameters(only_trainable=True)
     counts = {"tiny": 38_962_498, "small": 46_060_354, "base_plus": 80_850_178, "large": 224_446_642}
     size = path.stem.removeprefix("model_")
-    assert size in ("nano", "micro") or model.num_parameters() - experts == counts[size]
+    if size == "sam3":
+        published = Sam3TrackerVideoConfig()
+        with torch.device("meta"):
+            counts[size] = Sam3TrackerVideoModel(published).num_parameters()
+        assert config_of_base(model.config).to_dict() == published.to_dict()
+    assert size.endswith(("nano", "micro")) or model.num_parameters() - experts == counts[size]
