@@ -232,17 +232,9 @@ def test_wrong_prompts_are_told_before_anything_is_written(model_folder, data, t
 
 def start(model_folder, data, output):
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-        *(
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-            str(ROOT / "scripts/track.py"),
-        ),
-        *(str(model_folder), "--dataset", str(data), "--output", str(output), "--device", "cpu"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *(str(ROOT / "scripts" / "track.py"), str(model_folder)),
+        *("--dataset", str(data), "--output", str(output), "--device", "cpu"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
