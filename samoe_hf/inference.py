@@ -121,6 +121,18 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
         seen.add((prompt.object_id, prompt.frame_idx))
 
 
+def masks_of(logits: np.ndarray, overlapping: bool = False) -> np.ndarray:
+    """Masks (objects, H, W) bool of logits (objects, H, W).
+
+    Args:
+        overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
+    """
+    masks = logits > 0
+    if not overlapping and len(masks) > 1:
+        masks &= logits.argmax(axis=0) == np.arange(len(masks))[:, None, None]
+    return masks
+
+
 class TrackedFrame(NamedTuple):
     """Masks of one frame at the video's size: `logits` (objects, H, W), rows in the order of `object_ids`.
 

@@ -12,25 +12,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torchvision.ops import masks_to_boxes
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from .data.annotations import LabelImages, NoMasks, ObjectImages
+from .data.folders import read_folders
 from .data.predictions import Layout, MaskFiles
 from .data.schema import Video
-from .data.video_io import IMAGE_SUFFIXES, check_inside, read_label_png, read_video
+from .data.video_io import check_inside, read_label_png, read_video
 from .evaluation.run import RunFolder
-from .inference import VideoPrompt, check_prompts, evaluation_mode, track_video
+from .evaluation.simulated_user import prompt_from_mask
+from .inference import VideoPrompt, check_prompts, evaluation_mode, masks_of, track_video
 from .model.files import write_text
 from .model.modeling_samoe import SamoeModel
 
 FirstFramePrompt = Literal["mask", "box"]
 PROMPT_KEYS = ("video", "object", "frame", "points", "labels", "box", "mask")
-CONTAINER_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 MILLION = 10**6
 # Where masks of a video are written until all of them are there.
 UNFINISHED = ".unfinished"
@@ -39,7 +38,7 @@ UNFINISHED = ".unfinished"
 class PromptedVideo(NamedTuple):
     """A video by its domain and id, what opens it, and what then gives the prompts of its objects.
 
-    `about` tells prompts apart that are known before the video is read.
+    `about` says what of the prompts is known before the video is read.
     """
 
     domain: str
@@ -53,6 +52,11 @@ class PromptedVideo(NamedTuple):
         """Unique among the videos of a run."""
         return f"{self.domain}/{self.video_id}"
 
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of what is known of the prompts."""
+        return hashlib.sha256(self.about.encode()).hexdigest()[:16]
+
 
 # --- What to track
 
@@ -63,26 +67,18 @@ def from_first_frames(videos: Sequence[Video], kind: FirstFramePrompt = "mask") 
     Videos without objects are left out.
     """
     return [
-        PromptedVideo(video.domain, video.video_id, partial(_itself, video), partial(_first_frame_prompts, kind), kind)
+        PromptedVideo(video.domain, video.video_id, lambda video=video: video, partial(_first_prompts, kind), kind)
         for video in videos
         if video.object_ids
     ]
 
 
-def _itself(video: Video) -> Video:
-    return video
-
-
-def _first_frame_prompts(kind: FirstFramePrompt, video: Video) -> list[VideoPrompt]:
+def _first_prompts(kind: FirstFramePrompt, video: Video) -> list[VideoPrompt]:
     prompts: dict[int, VideoPrompt] = {}
     for frame in video.annotated_frames:
         new = [object_id for object_id in video.visible(frame) if object_id not in prompts]
         for object_id, mask in zip(new, video.masks(frame, new) if new else [], strict=True):
-            prompt = VideoPrompt(object_id, frame, mask=mask)
-            if kind == "box":
-                box = masks_to_boxes(torch.from_numpy(mask)[None])[0].tolist()
-                prompt = VideoPrompt(object_id, frame, box=tuple(box))
-            prompts[object_id] = prompt
+            prompts[object_id] = prompt_from_mask(kind, object_id, frame, mask)
         if len(prompts) == len(video.object_ids):
             break
     return list(prompts.values())
@@ -99,16 +95,15 @@ def find_videos(root: str | Path) -> dict[str, Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder of videos")
     found: dict[str, Path] = {}
-    for path in sorted(root.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        is_file = path.suffix.lower() in CONTAINER_SUFFIXES and path.is_file()
-        is_folder = path.is_dir() and any(one.suffix.lower() in IMAGE_SUFFIXES for one in path.iterdir())
-        if is_hidden or not (is_file or is_folder):
-            continue
-        name = (path.relative_to(root).with_suffix("") if is_file else path.relative_to(root)).as_posix()
-        if name in found:
-            raise ValueError(f"{found[name]} and {path} are videos of the same name.")
-        found[name] = path
+    for folder in read_folders(root).values():
+        paths = {"/".join((*folder.parts, path.stem)): path for path in folder.videos}
+        if len(paths) < len(folder.videos):
+            raise ValueError(f"{root.joinpath(*folder.parts)} has two videos whose names differ in the suffix only.")
+        if folder.images and folder.parts:
+            paths["/".join(folder.parts)] = root.joinpath(*folder.parts)
+        if both := sorted(found.keys() & paths):
+            raise ValueError(f"{found[both[0]]} and {paths[both[0]]} are videos of the same name.")
+        found |= paths
     if not found:
         raise ValueError(f"{root} holds neither video files nor folders of images.")
     return found
@@ -164,9 +159,12 @@ def read_prompts(path: str | Path) -> dict[str, list[VideoPrompt]]:
     for number, entry in enumerate(entries, start=1):
         try:
             video, prompt = _parse_prompt(entry, path.parent)
-        except (ValueError, TypeError, KeyError) as error:
+            own = prompts.setdefault(video, [])
+            if any((one.object_id, one.frame_idx) == (prompt.object_id, prompt.frame_idx) for one in own):
+                raise ValueError(f"object {prompt.object_id} of {video!r} has two on frame {prompt.frame_idx}.")
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}, prompt {number}: {error}") from error
-        prompts.setdefault(video, []).append(prompt)
+        own.append(prompt)
     return prompts
 
 
@@ -175,12 +173,14 @@ def _parse_prompt(entry: Any, folder: Path) -> tuple[str, VideoPrompt]:
         raise ValueError(f"expected an object with `video`, a name, got {entry!r}.")
     if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
         raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}.")
-    numbers = {name: entry.get(name, default) for name, default in (("object", 1), ("frame", 0))}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+    numbers = {"object": entry.get("object", 1), "frame": entry.get("frame", 0)}
+    for (name, value), least in zip(numbers.items(), (1, 0), strict=True):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
     points = [_numbers("points", point, 2) for point in _list("points", entry.get("points", []))]
     labels = _list("labels", entry.get("labels", [1] * len(points)))
+    if any(label not in (0, 1) for label in labels):
+        raise ValueError(f"`labels` must be 0 or 1, got {labels!r}.")
     box, mask = entry.get("box"), entry.get("mask")
     if mask is not None:
         check_inside(mask, "`mask`")
@@ -212,7 +212,10 @@ def _numbers(name: str, value: Any, count: int) -> tuple[float, ...]:
 
 
 class LabelRun(RunFolder):
-    """A folder of masks, and of `finished/<domain>/<video>.json` for each video whose masks are there."""
+    """A folder of masks, and of `finished/<domain>/<video>.json` for each video whose masks are there.
+
+    A finished video stays as it is. So videos may be added, and prompts of unfinished ones changed.
+    """
 
     kind = "labels"
 
@@ -233,6 +236,22 @@ class LabelRun(RunFolder):
     def finished_path(self, video: PromptedVideo) -> Path:
         """The file that says that a video's masks are there; ValueError for an id that leads out of the folder."""
         return self.inside(self.folder / "finished", f"{video.key}.json")
+
+    def is_finished(self, video: PromptedVideo) -> bool:
+        """Whether a video's masks are there.
+
+        Raises:
+            ValueError: if they came of other prompts.
+        """
+        path = self.finished_path(video)
+        if not path.is_file():
+            return False
+        if json.loads(path.read_text())["prompts"] != video.fingerprint:
+            raise ValueError(
+                f"{self.folder} has {video.key} from other prompts. Choose another `--output`, or replace all labels "
+                "with `--overwrite`."
+            )
+        return True
 
     def masks(self, domain: str) -> MaskFiles:
         """The files of the masks of a domain's videos."""
@@ -256,6 +275,7 @@ class LabelRun(RunFolder):
             "frames": len(video),
             "objects": len(video.object_ids),
             "seconds": round(time.perf_counter() - start, 3),
+            "prompts": prompted.fingerprint,
             **tracked,
         }
         write_text(self.finished_path(prompted), json.dumps(entry))
@@ -286,12 +306,8 @@ def _track(
     domain = confidence = None
     with evaluation_mode(model):
         for frame in track_video(model, processor, video.frames, prompts):
-            logits = frame.logits.float().cpu().numpy()
             rows = [frame.object_ids.index(object_id) for object_id in video.object_ids]
-            masks = logits[rows] > 0
-            if not files.overlapping and len(rows) > 1:
-                masks &= logits[rows].argmax(axis=0) == np.arange(len(rows))[:, None, None]
-            files.write(video, frame.frame_idx, masks)
+            files.write(video, frame.frame_idx, masks_of(frame.logits[rows].float().cpu().numpy(), files.overlapping))
             domain, confidence = frame.domain, frame.domain_confidence
     return {} if model.config.domains is None else {"domain": domain, "confidence": confidence}
 
@@ -315,12 +331,13 @@ def label_videos(
         what `labels.json` says; None in processes other than the main one.
 
     Raises:
-        ValueError: if two videos have the same domain and id, or prompts do not fit their video.
+        ValueError: if two videos have the same domain and id, one was labelled from other prompts, or prompts do not
+            fit their video.
     """
     keys = [video.key for video in videos]
     if len(set(keys)) < len(keys):
         raise ValueError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
-    is_finished = [run.finished_path(video).is_file() for video in videos]
+    is_finished = list(map(run.is_finished, videos))
     with state.split_between_processes(list(range(len(videos)))) as share:
         own = [videos[index] for index in share if not is_finished[index]]
     state.wait_for_everyone()  # or a process would see what another has just finished
@@ -371,11 +388,3 @@ def _read_back(files: MaskFiles, video: Video) -> LabelImages | ObjectImages:
         }
         return ObjectImages(by_object)
     return LabelImages({frame: found[0] for frame, found in paths.items()}, object_ids=video.object_ids)
-
-
-def describe_prompts(videos: Sequence[PromptedVideo]) -> str:
-    """A short hash of which videos are prompted, and with what where that is known without reading the videos."""
-    digest = hashlib.sha256()
-    for video in videos:
-        digest.update(f"{video.key} {video.about}\n".encode())
-    return digest.hexdigest()[:16]

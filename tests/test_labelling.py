@@ -122,6 +122,30 @@ def test_prompts_come_from_a_file(model_folder, tmp_path, suffix):
     assert {path.name for path in (tmp_path / "sa_v/masks/clips/two").iterdir()} == {"002", "004"}
 
 
+def test_videos_may_be_added_and_prompts_mended(model_folder, tmp_path):
+    frames = SyntheticVideos(1, 2, (64, 80), seed=3)[0].frames
+    for folder in "ab":
+        for t in range(2):
+            (tmp_path / "clips" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(frames[t]).save(tmp_path / "clips" / folder / f"{t}.png")
+    (tmp_path / "clips" / "a" / "loop").symlink_to(tmp_path / "clips")
+    assert find_videos(tmp_path / "clips").keys() == {"a", "b"}
+    a, outside, b = ({"video": name, "box": [5, 5, x, 60]} for name, x in (("a", 60), ("b", 50), ("b", 40)))
+    outside["box"] = [500, 5, 600, 60]
+    words = ["--dataset", tmp_path / "clips", "--prompts", tmp_path / "p.json", "--output", tmp_path / "out"]
+    write_prompts(tmp_path / "p.json", [a, outside])
+    with pytest.raises(SystemExit, match=r"b: The box .* lies outside"):
+        label(model_folder, *words)
+    finished = tmp_path / "out" / "finished" / "clips" / "a.json"
+    before = finished.stat().st_mtime_ns
+    write_prompts(tmp_path / "p.json", [a, b])
+    label(model_folder, *words)
+    assert finished.stat().st_mtime_ns == before and len(read_masks(tmp_path / "out")) == 4
+    write_prompts(tmp_path / "p.json", [{**a, "box": [5, 5, 50, 60]}, b])
+    with pytest.raises(SystemExit, match="has clips/a from other prompts"):
+        label(model_folder, *words)
+
+
 def test_a_video_may_lie_within_anothers_folder(model_folder, tmp_path):
     frames = SyntheticVideos(1, 2, (64, 80), seed=3)[0].frames
     for folder in ("b/a", "b"):
@@ -169,8 +193,10 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
     assert same(read_masks(tmp_path / "out"), read_masks(tmp_path / "undisturbed"))
     label(model_folder, *words)
     assert "all were labelled already" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds the results of another run: `prompts` is"):
+    with pytest.raises(SystemExit, match="from other prompts"):
         label(model_folder, *words, "--prompt", "box")
+    with pytest.raises(SystemExit, match="holds the results of another run: `layout` is"):
+        label(model_folder, *words, "--layout", "davis")
     label(model_folder, *words, "--prompt", "box", "--overwrite")
     assert not same(read_masks(tmp_path / "out"), read_masks(tmp_path / "undisturbed"))
 
@@ -201,6 +227,13 @@ def test_labels_are_pushed_as_a_dataset(model_folder, data, tmp_path, monkeypatc
         (
             '[{"video": "a", "points": [[1, 2]]}, {"video": "a", "object": "1"}]',
             "prompt 2: `object` must be an integer",
+        ),
+        ('[{"video": "a", "object": 0}]', "prompt 1: `object` must be an integer of at least 1"),
+        ('[{"video": "a", "points": [[1, 2]], "labels": [[1]]}]', "prompt 1: `labels` must be 0 or 1"),
+        ('[{"video": "a", "box": [1, 2, 3, 1%s]}]' % ("0" * 400), "prompt 1: int too large"),
+        (
+            '[{"video": "a", "box": [1, 2, 3, 4]}, {"video": "a", "points": [[1, 2]]}]',
+            "prompt 2: object 1 of 'a' has two",
         ),
         ('[{"video": "a", "mask": "../secret.png"}]', "prompt 1: .*no path within a folder"),
         ('[{"video": "a", "mask": "/etc/passwd"}]', "prompt 1: .*no path within a folder"),

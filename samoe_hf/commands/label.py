@@ -31,7 +31,6 @@ from samoe_hf.labelling import (
     FirstFramePrompt,
     LabelRun,
     PromptedVideo,
-    describe_prompts,
     from_first_frames,
     from_prompt_file,
     label_videos,
@@ -39,6 +38,7 @@ from samoe_hf.labelling import (
 )
 from samoe_hf.model.processor import load_processor
 
+from .evaluate import describe_dataset
 from .options import add_original_options, command_parser, original_options, start_processes, usable_device
 
 
@@ -67,18 +67,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def find_prompted(parsed: argparse.Namespace) -> tuple[list[PromptedVideo], Layout]:
     """The videos that are to be labelled, and the layout of their masks."""
     if parsed.prompts is not None:
-        return from_prompt_file(parsed.prompts, parsed.dataset), parsed.layout or default_layout("files")
+        parsed.dataset, parsed.root = "files", Path(parsed.dataset)
+        return from_prompt_file(parsed.prompts, parsed.root), parsed.layout or default_layout(parsed.dataset)
     videos = from_first_frames(videos_from_arguments(parsed), parsed.prompt)
     return videos, parsed.layout or default_layout(parsed.dataset)
 
 
-def describe_run(model: SamoeModel, parsed: argparse.Namespace, videos: Sequence[PromptedVideo]) -> dict[str, Any]:
-    """What the masks depend on."""
-    return {
-        "model": describe_model(model, parsed.model),
-        "dataset": str(Path(parsed.dataset).resolve() if Path(parsed.dataset).exists() else parsed.dataset),
-        "prompts": describe_prompts(videos),
-    }
+def describe_run(model: SamoeModel, parsed: argparse.Namespace) -> dict[str, Any]:
+    """What the masks depend on, beside the layout and each video's prompts."""
+    return {"model": describe_model(model, parsed.model), "dataset": describe_dataset(parsed)}
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -89,7 +86,7 @@ def run(parsed: argparse.Namespace) -> None:
         raise ValueError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
     model = SamoeModel.from_pretrained(parsed.model, **original_options(parsed)).to(state.device)
     processor = load_processor(parsed.model, model)
-    labels = LabelRun(parsed.output, describe_run(model, parsed, videos), layout)
+    labels = LabelRun(parsed.output, describe_run(model, parsed), layout)
     if state.is_main_process:
         labels.start(parsed.overwrite)
     state.wait_for_everyone()

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -35,7 +36,7 @@ from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, compare_models, su
 FIRST_SEED, SEED_STEP = 42, 1000  # those of the original's evaluation
 
 
-class RunFolder:
+class RunFolder(ABC):
     """A folder that is filled step by step; a stopped run goes on, as long as all that it depends on is the same.
 
     `run.json` says what that is.
@@ -69,9 +70,9 @@ class RunFolder:
             raise ValueError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
         write_text(path, json.dumps(self.identity, indent=2))
 
+    @abstractmethod
     def clear(self) -> None:
         """Removes what an earlier run has written."""
-        raise NotImplementedError
 
     def _check_same(self, path: Path) -> None:
         advice = "Choose another `--output`, or replace the results with `--overwrite`."

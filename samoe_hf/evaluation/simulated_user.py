@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_edt
 from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
-from samoe_hf.inference import VideoPrompt
+from samoe_hf.inference import VideoPrompt, masks_of
 from samoe_hf.model.bases import InferenceSession
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -141,6 +141,16 @@ class PredictedFrame(NamedTuple):
     scores: np.ndarray | None
 
 
+def prompt_from_mask(kind: str, object_id: int, frame_idx: int, mask: np.ndarray) -> VideoPrompt:
+    """The prompt of a "mask" (H, W) bool, or of the "box" around it; of another kind, without anything given yet."""
+    prompt = VideoPrompt(object_id, frame_idx)
+    if kind == "mask":
+        prompt.mask = mask
+    elif kind == "box":
+        prompt.box = tuple(bounding_boxes(torch.from_numpy(mask)[None])[0].tolist())
+    return prompt
+
+
 class SimulatedUser:
     """A model, a video, and a user who prompts and corrects the model.
 
@@ -180,10 +190,7 @@ class SimulatedUser:
             self._correct_worst_frames()
         for frame_idx in range(len(self.video)):
             logits, scores = self._track_frame(frame_idx)
-            masks = logits > 0
-            if not overlapping and len(masks) > 1:
-                masks &= logits.argmax(axis=0) == np.arange(len(masks))[:, None, None]
-            yield PredictedFrame(frame_idx, masks, scores)
+            yield PredictedFrame(frame_idx, masks_of(logits, overlapping), scores)
 
     def _track_frame(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
         """Logits (N, H, W), and logits of visibility (N,), after what the user gives on this frame."""
@@ -204,12 +211,8 @@ class SimulatedUser:
 
     def _prompt_new(self, frame_idx: int, object_ids: list[int]) -> None:
         for object_id, mask in zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True):
-            prompt = VideoPrompt(object_id, frame_idx)
-            if self.strategy.kind == "mask":
-                prompt.mask = mask
-            elif self.strategy.kind == "box":
-                prompt.box = tuple(bounding_boxes(torch.from_numpy(mask)[None])[0].tolist())
-            else:
+            prompt = prompt_from_mask(self.strategy.kind, object_id, frame_idx, mask)
+            if self.strategy.kind == "point":
                 rng = np.random.default_rng([self.seed, crc32(self.video.video_id.encode()), object_id])
                 prompt.points = sample_points(mask, self.strategy.count, rng)
                 prompt.labels = [POSITIVE] * len(prompt.points)

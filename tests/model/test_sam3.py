@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
@@ -217,12 +217,19 @@ def test_a_tracker_saved_alone_is_loaded(combined, tmp_path):
 
 
 def test_a_file_without_the_tracker_is_refused(combined, tmp_path):
-    from safetensors.torch import save_file
-
     (tmp_path / "config.json").write_text((combined / "config.json").read_text())
     tensors = load_file(combined / "model.safetensors")
     save_file({k: x for k, x in tensors.items() if k.startswith("detector_model.")}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"tensors are missing, such as 'mask_decoder"):
+        SamoeModel.from_pretrained(tmp_path)
+
+
+def test_a_file_with_a_tensor_twice_is_refused(combined, tmp_path):
+    (tmp_path / "config.json").write_text((combined / "config.json").read_text())
+    tensors = load_file(combined / "model.safetensors")
+    name = next(name for name in tensors if name.startswith("tracker_model."))
+    save_file({**tensors, f"tracker_model.{name}": tensors[name].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="are the same tensor of SAM 3's tracker"):
         SamoeModel.from_pretrained(tmp_path)
 
 
