@@ -131,7 +131,6 @@ def settings_of_base(config_dict: Mapping[str, Any]) -> dict[str, Any]:
     is_combined_config = model_type == Sam3VideoConfig.model_type
     tracker = (config_dict.get("tracker_config") or {}) if is_combined_config else config_dict
     settings = Sam3TrackerVideoConfig.from_dict(dict(tracker)).to_dict()
-    settings["dtype"] = config_dict.get("dtype")
     for name in ("prompt_encoder_config", "mask_decoder_config"):
         settings[name].pop("model_type", None)
     settings.pop("model_type")

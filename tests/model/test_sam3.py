@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoProcessor,
+    Sam3ImageProcessor,
     Sam3TrackerVideoConfig,
     Sam3TrackerVideoModel,
     Sam3TrackerVideoProcessor,
+    Sam3VideoModel,
 )
 
 from helpers.sam3 import sam3_config, sam3_models, save_combined
@@ -202,6 +204,21 @@ def test_the_tracker_of_a_combined_checkpoint_is_loaded_alone(combined, monkeypa
     assert model.config.image_size == 112 and model.config.max_cond_frame_num == 4
     processor = load_processor(combined, model)
     assert isinstance(processor, Sam3TrackerVideoProcessor) and processor.target_size == 112
+
+
+def test_frames_are_prepared_as_sam3_takes_them(as_drawn):
+    processor, published = as_drawn[2], Sam3ImageProcessor()
+    assert isinstance(processor, Sam3TrackerVideoProcessor)
+    for part in (processor.image_processor, processor.video_processor):
+        assert [*part.image_mean] == [*published.image_mean] == [*part.image_std] == [*published.image_std] == [0.5] * 3
+        assert part.resample == published.resample and part.size["height"] == 112
+    assert processor.image_processor.mask_size["height"] == 32
+
+
+def test_a_combined_checkpoint_keeps_its_type(combined, tmp_path):
+    Sam3VideoModel.from_pretrained(combined, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert SamoeModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert SamoeModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
 
 
 def test_a_tracker_saved_alone_is_loaded(combined, tmp_path):
