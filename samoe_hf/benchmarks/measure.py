@@ -16,9 +16,12 @@ import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
+import samoe_hf
 from samoe_hf.evaluation.report import format_table
 
-PACKAGES = ("samoe_hf", "torch", "transformers", "sam2")
+# Okabe and Ito's colours, which are told apart by everyone.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+PACKAGES = ("torch", "transformers", "sam2")
 
 
 @dataclass
@@ -101,7 +104,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 def describe_machine(device: torch.device) -> str:
     """The device, its threads and the versions of what is measured, in one line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    versions = []
+    versions = [f"samoe_hf {samoe_hf.__version__}"]
     for package in PACKAGES:
         try:
             versions.append(f"{package} {version(package)}")
@@ -143,15 +146,13 @@ def plot(measurements: Sequence[Measurement], path: Path, title: str, machine: s
     figure = Figure(figsize=(max(6.5, 1.8 * len(cases) + 2), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(names)
-    # Okabe and Ito's colours, which are told apart by everyone.
-    colors = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
     for column, name in enumerate(names):
         found = [(cases.index(m.case), m) for m in measurements if m.contender == name]
         x = [case + (column - (len(names) - 1) / 2) * width for case, _ in found]
         medians = [1e3 * m.median for _, m in found]
         low = [1e3 * (m.median - min(m.seconds)) for _, m in found]
         high = [1e3 * (max(m.seconds) - m.median) for _, m in found]
-        bars = axes.bar(x, medians, width, yerr=[low, high], capsize=2, color=colors[column], label=name)
+        bars = axes.bar(x, medians, width, yerr=[low, high], capsize=2, color=COLORS[column], label=name)
         axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
     axes.set_xticks(range(len(cases)), cases, fontsize=8)
     axes.set_ylabel("median and range, ms (log scale)")

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -82,25 +83,38 @@ def benchmark_tracking(
         for repeat in range(repeats + 1):
             masks = {}
             for tracker, measurement in found.items():
-                before = _held_bytes(device)
-                with torch.inference_mode(), autocast(device, dtype):
-                    tracked = list(trackers[tracker].track(frames, points))
-                masks[tracker] = tracked[-1][1].float()
+                run = track_once(trackers[tracker], frames, points, device, dtype)
+                masks[tracker], measurement.peak_bytes = run.masks, run.peak_bytes
                 if repeat:  # the first warms up
-                    measurement.seconds.append(statistics.mean(seconds for seconds, _ in tracked[FIRST_TIMED_FRAME:]))
-                if device.type == "cuda":
-                    measurement.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+                    measurement.seconds.append(run.seconds)
             if dtype == torch.float32:
                 _check_equal(masks)
         results += found.values()
     return results
 
 
-def _held_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+class TrackingRun(NamedTuple):
+    """Mean seconds of a frame with full memory, the last masks (N, 1, S / 4, S / 4), and on a GPU the most bytes held
+    beyond what was there before."""
+
+    seconds: float
+    masks: Tensor
+    peak_bytes: int | None
+
+
+def track_once(
+    tracker: TransformersTracker | Sam2Tracker, frames: Tensor, points: Tensor, device: torch.device, dtype: torch.dtype
+) -> TrackingRun:
+    """Tracks objects, given by points (N, 2) on the first of the frames (T, 3, S, S), under autocast to `dtype`."""
+    before, peak = 0, None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode(), autocast(device, dtype):
+        tracked = list(tracker.track(frames, points))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) - before
+    return TrackingRun(statistics.mean(s for s, _ in tracked[FIRST_TIMED_FRAME:]), tracked[-1][1].float(), peak)
 
 
 def _check_equal(masks: dict[str, Tensor]) -> None:

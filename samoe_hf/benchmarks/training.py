@@ -54,7 +54,7 @@ def benchmark_training(
         model.gradient_checkpointing_enable()
     model.encoder_batch_size = encoder_batch_size
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
-    clip = _clip(config.image_size, num_frames, num_objects, device)
+    clip = example_clip(config.image_size, num_frames, num_objects, device)
 
     def encode() -> None:
         with autocast(device, dtype), torch.no_grad():
@@ -87,7 +87,7 @@ def benchmark_training(
     return results + measure(f"{case}, parts", parts, repeats, device)
 
 
-def _clip(image_size: int, num_frames: int, num_objects: int, device: torch.device) -> dict[str, Tensor]:
+def example_clip(image_size: int, num_frames: int, num_objects: int, device: torch.device) -> dict[str, Tensor]:
     """A clip with exactly so many objects, each there on every frame."""
     generator = torch.Generator().manual_seed(0)
     frames = torch.randn(1, num_frames, 3, image_size, image_size, generator=generator)

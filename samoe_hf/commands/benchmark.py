@@ -6,18 +6,21 @@
     samoe benchmark parts --model model_tiny --objects 1
     samoe benchmark long --model model_micro --frames 10000
     samoe benchmark train --model model_tiny --frames 8 --objects 3
+    samoe benchmark gpu --output DIR
 
 The contenders have the same weights and take turns; before they are timed, their outputs are compared. A Markdown
 table, a plot and all times are written to `--output`. Peers need the `bench` extra.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from samoe_hf.benchmarks import experts, parts, tracking, training
+from samoe_hf.benchmarks import experts, gpu, parts, tracking, training
+from samoe_hf.benchmarks.gpu_report import write_gpu_report
 from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
 from samoe_hf.data.registry import load_videos, read_yaml
 from samoe_hf.evaluation.report import format_table
@@ -77,7 +80,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     work.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
     work.add_argument("--gradient-checkpointing", action="store_true", help="run frames again in the backward pass")
     work.add_argument("--encoder-batch-size", type=int, help="frames encoded at once; all by default")
+    _add_gpu(kinds)
     return parser.parse_args(arguments)
+
+
+def _add_gpu(kinds: argparse._SubParsersAction) -> None:
+    description = (
+        "every figure of a GPU: tracking beside others, parts and their floors, experts, training, memory, exactness. "
+        "What a folder has already is not measured again"
+    )
+    one = kinds.add_parser("gpu", help="every figure of a GPU, in one run", description=description)
+    output = Path("outputs/benchmark_gpu")
+    one.add_argument("--output", type=Path, default=output, metavar="DIR", help="(%(default)s)")
+    one.add_argument("--minutes", type=float, default=9.0, help="how long to go on (%(default)s)")
+    one.add_argument(
+        "--dry-run", action="store_true", help="the same with tiny sizes on any device, to see that it runs"
+    )
+    add_device_option(one)
 
 
 def run_experts(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
@@ -174,8 +193,23 @@ def report(arguments: argparse.Namespace, name: str, title: str, measurements: l
     print(f"Written: {name}.md, {name}.json and {name}.png in {arguments.output}")
 
 
+def run_gpu(arguments: argparse.Namespace) -> None:
+    run = gpu.benchmark_gpu(arguments.device, arguments.output, arguments.minutes, arguments.dry_run)
+    path = write_gpu_report(run, arguments.output)
+    print(f"{path.read_text()}\nWritten: {len(run.results)} results and {path}")
+    if run.missing:
+        print(f"No time was left for {len(run.missing)} of the tasks. Run it again to go on.")
+    if run.failures:
+        for name, text in run.failures.items():
+            print(f"\n{name}:\n{text}", file=sys.stderr)
+        raise ValueError(f"{len(run.failures)} of the tasks failed: {', '.join(run.failures)}.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
+    if parsed.kind == "gpu":
+        run_gpu(parsed)
+        return
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
     dtype = getattr(torch, parsed.dtype)
