@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .experts import ExpertMixture, add_experts, matching_linear_names, replace_module
+from .experts import ExpertMixture, LinearOfTokens, add_experts, matching_linear_names, replace_module
 
 # Before the domain's name, since modules have attributes such as `train` and `type`.
 PREFIX = "domain_"
@@ -85,11 +85,21 @@ class DomainLinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        domain = _active_domain.get()
-        experts = None if domain is None else getattr(self, PREFIX + domain, None)
+        experts = self._active_experts()
         if experts is None:
             return super().forward(hidden_states)
         return experts(hidden_states, super().forward)
+
+    def linear_of_tokens(self, hidden_states: Tensor) -> LinearOfTokens:
+        """The layer's output, to be finished after a mean over tokens."""
+        experts = self._active_experts()
+        if experts is None:
+            return LinearOfTokens(hidden_states, super().forward)
+        return experts.mix_later(hidden_states, super().forward)
+
+    def _active_experts(self) -> DomainExperts | None:
+        domain = _active_domain.get()
+        return None if domain is None else getattr(self, PREFIX + domain, None)
 
 
 def add_configured_experts(model: nn.Module, config: Any) -> list[str]:

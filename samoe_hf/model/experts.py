@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,17 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return F.linear(hidden_states, self.weight, self.bias)
+
+
+class LinearOfTokens(NamedTuple):
+    """A layer's output as a linear function of what it makes of each token: `finish(features)`.
+
+    So a mean of outputs, with weights that sum to 1, is `finish` of that mean of `features` (..., tokens, channels),
+    which may be cheaper.
+    """
+
+    features: Tensor
+    finish: Callable[[Tensor], Tensor]
 
 
 class ExpertMixture(nn.Module):
@@ -123,16 +135,39 @@ class ExpertMixture(nn.Module):
         return output.addmm_(gated.to(output.dtype), up.to(output.dtype))
 
     def _infer(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
-        """The same with nothing but the products. Tokens lie along the last dimension, since they are many, and
-        operations along a short last one are slow."""
+        """The same with nothing but the products."""
         output = linear(tokens)
-        # In the original's order, since another one may tip a choice.
-        logits = F.linear(tokens, self.router.weight.to(output.dtype), self.router.bias.to(output.dtype))
-        gates = top_k_gates(self._show_router_logits(logits, shape).mT.contiguous(), self.num_experts_per_tok, dim=0)
-        low_rank = self.lora_A.flatten(0, 1).to(output.dtype) @ tokens.mT
-        low_rank.unflatten(0, (self.num_experts, self.lora_rank)).mul_(gates.unsqueeze(1))
-        up = self.lora_B.mT.flatten(0, 1).to(output.dtype)
-        return output.addmm_(low_rank.mT, up, alpha=self.scaling)
+        gated = self._gated_low_rank(tokens.to(output.dtype), shape)
+        return output.addmm_(gated.mT, self._up(output.dtype), alpha=self.scaling)
+
+    def _gated_low_rank(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """What B is multiplied with, (experts x rank, tokens): A's outputs times the gates. Tokens lie along the last
+        dimension, since they are many, and operations along a short last one are slow."""
+        router, count = self.router, self.num_experts
+        # The router and all A in one product.
+        down = torch.cat([router.weight, self.lora_A.flatten(0, 1)]).to(tokens.dtype)
+        products = down @ tokens.mT
+        logits = products[:count] + router.bias.to(tokens.dtype).unsqueeze(1)
+        logits = self._show_router_logits(logits.mT, shape).mT
+        gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
+        low_rank = products[count:]
+        low_rank.unflatten(0, (count, self.lora_rank)).mul_(gates.unsqueeze(1))
+        return low_rank
+
+    def _up(self, dtype: torch.dtype) -> Tensor:
+        """B of all experts, transposed: (experts x rank, out_features)."""
+        return self.lora_B.mT.flatten(0, 1).to(dtype)
+
+    def mix_later(self, hidden_states: Tensor, linear: Callable[[Tensor], Tensor]) -> LinearOfTokens:
+        """What [`mix`] gives, as a linear function of the tokens and of their gated products with A."""
+        tokens = hidden_states.flatten(0, -2)
+        gated = self._gated_low_rank(tokens, hidden_states.shape[:-1]).mT.unflatten(0, hidden_states.shape[:-1])
+
+        def finish(features: Tensor) -> Tensor:
+            inputs, gated = features.split([self.in_features, features.shape[-1] - self.in_features], dim=-1)
+            return linear(inputs) + self.scaling * (gated @ self._up(features.dtype))
+
+        return LinearOfTokens(torch.cat([hidden_states, gated], dim=-1), finish)
 
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""
@@ -178,6 +213,10 @@ class ExpertLinear(nn.Linear, ExpertMixture):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return self.mix(hidden_states, super().forward)
+
+    def linear_of_tokens(self, hidden_states: Tensor) -> LinearOfTokens:
+        """The layer's output, to be finished after a mean over tokens."""
+        return self.mix_later(hidden_states, super().forward)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.describe_experts()}"

@@ -172,7 +172,7 @@ class CachedRotaryEmbedding(nn.Module):
         They are kept until there are others of as many maps, or on another device.
 
         Args:
-            position_ids: (2, positions), of one map.
+            position_ids: (positions, 2), of one map.
 
         Returns:
             (num_maps x positions + num_pointer_tokens, channels / 2, 2).

@@ -6,13 +6,20 @@ once for all layers, and rotary encodings are products of complex numbers.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import (
     ALL_ATTENTION_FUNCTIONS,
     Sam2VideoMemoryAttention,
     Sam2VideoRoPEAttention,
     eager_attention_forward,
 )
+
+from .domain_experts import DomainLinear
+from .experts import ExpertLinear, LinearOfTokens
+
+# Where a CPU computes attention in blocks, each so large that it stays near the core.
+LARGE_ATTENTION, QUERIES_AT_ONCE, KEYS_AT_ONCE = 2**20, 256, 1024
 
 
 def attend_to_memory(
@@ -64,13 +71,15 @@ def _attend(
     key_rotation: Tensor,
 ) -> Tensor:
     """Attention of (objects, tokens, channels) to (objects, keys, channels), both rotated by where they are."""
-
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
-
-    query = _rotate(heads(attention.q_proj(query)), rotation)
-    key = _rotate(heads(attention.k_proj(key)), key_rotation)
-    value = heads(attention.v_proj(value))
+    query = _rotate(_heads(attention, attention.q_proj(query)), rotation)
+    key = _rotate(_heads(attention, attention.k_proj(key)), key_rotation)
+    late = _values_to_be_finished(attention, query, value)
+    if late is not None:
+        features, finish = late
+        return attention.o_proj(
+            finish(_mean_of_narrow(query, key, features.unsqueeze(1), attention.scaling).squeeze(1))
+        )
+    value = _heads(attention, attention.v_proj(value))
     implementation = attention.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = attention.dropout_p if attention.training else 0.0
@@ -78,6 +87,63 @@ def _attend(
         attention, query, key, value, attention_mask=None, dropout=dropout, scaling=attention.scaling, is_causal=False
     )
     return attention.o_proj(attended.flatten(-2))
+
+
+def _heads(attention: Sam2VideoRoPEAttention, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attention.num_attention_heads, attention.head_dim)).transpose(1, 2)
+
+
+def _values_to_be_finished(attention: Sam2VideoRoPEAttention, query: Tensor, value: Tensor) -> LinearOfTokens | None:
+    """Values as memories hold them, with few channels, which their projection makes wide; where that is faster.
+
+    The projection is linear in what it makes of each memory, so it may as well follow the mean. A GPU's kernels are for
+    values as wide as keys.
+    """
+    projection = attention.v_proj
+    if (
+        attention.num_attention_heads > 1
+        or query.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or attention.config._attn_implementation != "sdpa"
+        or value.shape[-1] >= attention.head_dim
+        or type(projection) not in (nn.Linear, ExpertLinear, DomainLinear)
+        or projection._forward_hooks
+        or projection._forward_pre_hooks
+    ):
+        return None
+    if type(projection) is nn.Linear:
+        return LinearOfTokens(value, projection)
+    late = projection.linear_of_tokens(value)
+    return late if late.features.shape[-1] <= attention.head_dim else None
+
+
+def _mean_of_narrow(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention (objects, 1, tokens, channels) to values of fewer channels than the keys have."""
+    num_tokens, num_keys = query.shape[-2], key.shape[-2]
+    if num_tokens * num_keys < LARGE_ATTENTION:
+        padded = F.pad(value, (0, key.shape[-1] - value.shape[-1]))  # PyTorch's kernel has one width for both
+        return F.scaled_dot_product_attention(query, key, padded, scale=scaling)[..., : value.shape[-1]]
+    outputs = torch.empty(*query.shape[:-1], value.shape[-1], dtype=value.dtype)
+    for row in range(len(query)):
+        for start in range(0, num_tokens, QUERIES_AT_ONCE):
+            part = slice(start, start + QUERIES_AT_ONCE)
+            outputs[row, 0, part] = _online_softmax_mean(query[row, 0, part] * scaling, key[row, 0], value[row, 0])
+    return outputs
+
+
+def _online_softmax_mean(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T) value, without ever holding the weights of all keys (arXiv:1805.02867)."""
+    largest = query.new_full((len(query), 1), -torch.inf)
+    total, mean = torch.zeros_like(largest), query.new_zeros(len(query), value.shape[-1])
+    for keys, values in zip(key.split(KEYS_AT_ONCE), value.split(KEYS_AT_ONCE), strict=True):
+        weights = query @ keys.mT
+        before, largest = largest, torch.maximum(largest, weights.amax(dim=1, keepdim=True))
+        weights.sub_(largest).exp_()
+        kept = (before - largest).exp_()
+        total = total * kept + weights.sum(dim=1, keepdim=True)
+        mean = torch.addmm(mean * kept, weights, values)
+    return mean / total
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

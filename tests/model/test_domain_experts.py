@@ -478,7 +478,7 @@ def test_an_adapter_of_peft_goes_around_layers_with_domains(batch, tmp_path):
     model = with_two_domains()
     expected = masks(model, batch, "b")
     model.add_adapter(LoraConfig(target_modules="all-linear", r=2))
-    assert torch.equal(masks(model, batch, "b"), expected)
+    torch.testing.assert_close(masks(model, batch, "b"), expected, rtol=0, atol=1e-5)  # other products, the same sum
     for name, parameter in model.named_parameters():
         if "lora_B.default" in name:
             torch.nn.init.normal_(parameter, std=0.05)
