@@ -86,10 +86,12 @@ def benchmark_memory_attention(
     tokens, pointers = size[0] * size[1], 16 * hidden // channels
     image = torch.randn(1, tokens, hidden, device=device, dtype=dtype)
     memory = torch.randn(1, model.num_maskmem * tokens + pointers, channels, device=device, dtype=dtype)
+    attention = model.memory_attention
+    rotation = attention.rotary_emb.rotations(attention.position_ids, size, (1,) * model.num_maskmem, pointers)
 
     def run(model: SamoeModel) -> None:
         with torch.inference_mode():
-            model.attend_to_memory(model.memory_attention, image, image, memory, memory, pointers)
+            model.attend_to_memory(model.memory_attention, image, image, memory, memory, rotation)
 
     contenders = {"plain linear": lambda: run(without), "samoe_hf": lambda: run(model)}
     return measure("memory attention", contenders, repeats, device, memory=True)

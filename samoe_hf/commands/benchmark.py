@@ -67,6 +67,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     work.add_argument("--frames", type=int, default=17, help="(%(default)s)")
     work.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=tracking.PEERS)
     work.add_argument("--compile", action="store_true", help="also our model, compiled")
+    work.add_argument(
+        "--pooling",
+        type=int,
+        nargs=2,
+        metavar=("RECENT", "OLDER"),
+        help="also our model with memories averaged over squares of so many tokens a side",
+    )
     work = add("parts", "parts of a frame's work beside the least they could take")
     work.add_argument("--objects", type=int, default=1, help="(%(default)s)")
     work = add("long", "memory and time per frame through a long video")
@@ -109,6 +116,8 @@ def run_experts(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch
 
 def run_tracking(arguments: argparse.Namespace, configs: dict[str, SamoeConfig], dtype: torch.dtype) -> None:
     contenders = ["samoe_hf", *(["samoe_hf compiled"] if arguments.compile else []), *arguments.peers]
+    if arguments.pooling:
+        contenders.append(f"{tracking.POOLED} {arguments.pooling[0]} {arguments.pooling[1]}")
     measurements = []
     for name, config in configs.items():
         measurements += tracking.benchmark_tracking(

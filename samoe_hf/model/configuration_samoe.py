@@ -85,6 +85,10 @@ class SamoeConfig(Sam2VideoConfig):
             the clicks alone, as `Sam2VideoModel` does.
         fill_hole_area (`int`, *optional*, defaults to 0):
             Holes of up to this many pixels in the low-resolution masks are filled while tracking (`sam2`: 8, on GPUs).
+        recent_memory_pooling, older_memory_pooling (`int`, *optional*, defaults to 1):
+            The memory of the last frame, and those of the frames before it, are averaged over squares of so many tokens
+            a side. Memories of conditioning frames stay whole, and with 1 all do. The fewer tokens, the less an object
+            costs, in tracking and in training.
         base_model (`dict`, *optional*):
             In a folder that holds only what was trained: the model that the rest comes from; see `hub.py`.
         adapters (`dict[str, bool]`, *optional*):
@@ -109,6 +113,8 @@ class SamoeConfig(Sam2VideoConfig):
     output_router_logits: bool = False
     previous_mask_with_clicks: bool = True
     fill_hole_area: int = 0
+    recent_memory_pooling: int = 1
+    older_memory_pooling: int = 1
     base_model: dict[str, str | None] | None = None
     adapters: dict[str, bool] | None = None
 
@@ -134,6 +140,7 @@ class SamoeConfig(Sam2VideoConfig):
         for name in ("memory_attention_dropout", "memory_attention_rope_dropout"):
             _check_number(name, getattr(self, name), "from 0 to 1", lambda value: 0 <= value <= 1)
         self._check_image_size()
+        self._check_pooling()
         self._check_types()
         _check_mapping("base_model", self.base_model, str | None)
         _check_mapping("adapters", self.adapters, bool)
@@ -147,6 +154,14 @@ class SamoeConfig(Sam2VideoConfig):
     def expert_settings(self) -> dict[str, Any]:
         """The settings of a mixture of experts in a layer: those in [`EXPERT_SETTINGS`] but `expert_modules`."""
         return {name: getattr(self, name) for name in EXPERT_SETTINGS if name != "expert_modules"}
+
+    def _check_pooling(self) -> None:
+        size = [int(side) for side in self.memory_attention_rope_feat_sizes]
+        for name in ("recent_memory_pooling", "older_memory_pooling"):
+            value = getattr(self, name)
+            _check_integer(name, value, minimum=1)
+            if any(side % value for side in size):
+                raise ValueError(f"`{name}` must divide the sides of a memory's map, {size}, got {value}.")
 
     def _check_image_size(self) -> None:
         if base_of(self) is SAM3:

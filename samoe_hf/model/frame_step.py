@@ -202,40 +202,59 @@ def _condition_on_memory(
         return image.coarse
     if selection is None:
         return image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
-    memory, position, num_pointer_tokens = _memory_tokens(model, banks, selection, image.coarse)
+    memory, position, rotation = _memory_tokens(model, banks, selection, image.coarse)
     conditioned = model.attend_to_memory(
         model.memory_attention,
         image.coarse.flatten(2).mT,
         image.position.transpose(0, 1),
         memory,
         position.transpose(0, 1),
-        num_pointer_tokens,
+        rotation,
     )
     return conditioned.mT.unflatten(2, image.coarse.shape[-2:])
 
 
 def _memory_tokens(
     model: Sam2VideoModel, banks: Sequence[MemoryBank], selection: MemorySelection, like: Tensor
-) -> tuple[Tensor, Tensor, int]:
-    """Memories (objects, tokens, channels), their positions (tokens, 1, channels), and how many are object pointers."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memories (objects, tokens, channels), their positions (tokens, 1, channels), and how those rotate keys
+    (tokens, channels of keys / 2, 2)."""
     num_pointer_tokens = len(selection.pointers) * model.hidden_dim // model.mem_dim
+    pooling = tuple(_pooling(model, index) for _, index in selection.spatial)
     size = model.backbone_feature_sizes[-1]
     spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
-    spatial = spatial.flatten(2).permute(2, 0, 1)
-    temporal = torch.stack([model.memory_temporal_positional_encoding[index] for _, index in selection.spatial])
-    positions = [(spatial + temporal).flatten(0, 1)]
+    pooled = {n: F.avg_pool2d(spatial, n).flatten(2).permute(2, 0, 1) for n in set(pooling)}
+    temporal = [model.memory_temporal_positional_encoding[index] for _, index in selection.spatial]
+    positions = [pooled[n] + time for n, time in zip(pooling, temporal, strict=True)]
     if selection.pointers:
         distances = torch.tensor([d for _, d in selection.pointers], device=like.device, dtype=torch.float32)
         positions.append(_pointer_positions(model, distances / selection.max_distance, num_pointer_tokens, like))
     # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
     with torch.autocast(like.device.type, enabled=False):
-        features = [read_features(banks, t, like.device) for t, _ in selection.spatial]
+        maps = [read_features(banks, t, like.device) for t, _ in selection.spatial]
+        features = [_pool_map(x, size, n) for x, n in zip(maps, pooling, strict=True)]
         if selection.pointers:
             pointers = torch.cat([read_pointers(banks, t, like.device) for t, _ in selection.pointers], dim=1)
             # A pointer is cut into several tokens of the memory's width.
             features.append(pointers.unflatten(1, (-1, model.mem_dim)))
         memory = torch.cat(features, dim=1).to(like.dtype)
-    return memory, torch.cat(positions), num_pointer_tokens
+    attention = model.memory_attention
+    rotation = attention.rotary_emb.rotations(attention.position_ids, size, pooling, num_pointer_tokens)
+    return memory, torch.cat(positions), rotation
+
+
+def _pooling(model: Sam2VideoModel, temporal_index: int) -> int:
+    """The side of the squares over which a map is averaged; conditioning frames' maps stay as they are."""
+    if temporal_index == model.num_maskmem - 1:
+        return 1
+    return model.config.recent_memory_pooling if temporal_index == 0 else model.config.older_memory_pooling
+
+
+def _pool_map(features: Tensor, size: Sequence[int], side: int) -> Tensor:
+    """Averages a map's tokens (objects, tokens, channels) over squares."""
+    if side == 1:
+        return features
+    return F.avg_pool2d(features.mT.unflatten(2, tuple(size)), side).flatten(2).mT
 
 
 def _pointer_positions(model: Sam2VideoModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:

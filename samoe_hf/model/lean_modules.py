@@ -166,32 +166,49 @@ class CachedRotaryEmbedding(nn.Module):
         """Cosines and sines, as the embedding gives them: (1, positions, channels) each."""
         return self.embedding(x, position_ids)
 
-    def rotations(self, position_ids: Tensor, num_maps: int = 1, num_pointer_tokens: int = 0) -> Tensor:
+    def rotations(
+        self,
+        position_ids: Tensor,
+        size: Sequence[int] | None = None,
+        pooling: tuple[int, ...] = (1,),
+        num_pointer_tokens: int = 0,
+    ) -> Tensor:
         """Cosine and sine for each pair of channels of some maps' tokens, and then of tokens that are not turned.
 
-        They are kept until there are others of as many maps, or on another device.
+        They are kept until there are others of other maps, or on another device.
 
         Args:
             position_ids: (positions, 2), of one map.
+            size: height and width of a map; needed where some are pooled.
+            pooling: for each map the side of the squares whose tokens were averaged; these are at the squares' middle.
 
         Returns:
-            (num_maps x positions + num_pointer_tokens, channels / 2, 2).
+            (tokens, channels / 2, 2).
         """
         if torch.compiler.is_compiling():
-            return self._compute(position_ids, num_maps, num_pointer_tokens)
+            return self._compute(position_ids, size, pooling, num_pointer_tokens)
         # Of a frame's own map, and of memories: most frames read as many as the frame before.
-        key = (position_ids.device, num_maps, num_pointer_tokens)
-        slot = "map" if key[1:] == (1, 0) else "memories"
+        key = (position_ids.device, pooling, num_pointer_tokens)
+        slot = "map" if key[1:] == ((1,), 0) else "memories"
         if slot not in self._known or self._known[slot][0] != key:
             with torch.inference_mode(False):
-                self._known[slot] = key, self._compute(position_ids, num_maps, num_pointer_tokens)
+                self._known[slot] = key, self._compute(position_ids, size, pooling, num_pointer_tokens)
         return self._known[slot][1]
 
-    def _compute(self, position_ids: Tensor, num_maps: int, num_pointer_tokens: int) -> Tensor:
-        cos, sin = (x[0, :, ::2] for x in self.embedding(position_ids, position_ids))
-        rotation = torch.stack([cos, sin], dim=-1)
-        not_turned = rotation.new_tensor([1.0, 0.0]).expand(num_pointer_tokens, rotation.shape[1], 2)
-        return torch.cat([rotation.repeat(num_maps, 1, 1), not_turned])
+    def _compute(
+        self, position_ids: Tensor, size: Sequence[int] | None, pooling: tuple[int, ...], num_pointer_tokens: int
+    ) -> Tensor:
+        by_side = {}
+        for side in set(pooling):
+            places = position_ids
+            if side > 1:
+                places = F.avg_pool2d(places.T.unflatten(1, tuple(size)).float(), side).flatten(1).T
+            cos, sin = (x[0, :, ::2] for x in self.embedding(places, places))
+            by_side[side] = torch.stack([cos, sin], dim=-1)
+        maps = [by_side[side] for side in pooling]
+        channels = self.embedding.inv_freq.shape[0] * 2
+        not_turned = position_ids.new_tensor([1.0, 0.0], dtype=torch.float32).expand(num_pointer_tokens, channels, 2)
+        return torch.cat([*maps, not_turned])
 
 
 def make_lean(model: Sam2VideoModel) -> None:

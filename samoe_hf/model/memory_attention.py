@@ -28,16 +28,17 @@ def attend_to_memory(
     position: Tensor,
     memory: Tensor,
     memory_position: Tensor,
-    num_pointer_tokens: int,
+    memory_rotation: Tensor,
 ) -> Tensor:
     """Conditions a frame on memories.
 
     Args:
         image: (objects, tokens, hidden), or one row for all objects.
         position: encoding of the image's positions, (1, tokens, hidden).
-        memory: (objects, memory tokens, channels): whole maps first, object pointers last.
+        memory: (objects, memory tokens, channels).
         memory_position: (1, memory tokens, channels).
-        num_pointer_tokens: how many of the memory tokens belong to pointers, which have no place in the image.
+        memory_rotation: how their places in the image rotate keys, (memory tokens, channels of keys / 2, 2): cosine and
+            sine. Object pointers have no place.
 
     Returns:
         (objects, tokens, hidden).
@@ -46,16 +47,14 @@ def attend_to_memory(
     if attention.training:
         # Dropout is drawn for each object.
         hidden = hidden.expand(len(memory), -1, -1)
-    num_maps = (memory.shape[1] - num_pointer_tokens) // hidden.shape[1]
     rotation = attention.rotary_emb.rotations(attention.position_ids)
-    key_rotation = attention.rotary_emb.rotations(attention.position_ids, num_maps, num_pointer_tokens)
     keys = memory + memory_position
     for layer in attention.layers:
         normed = layer.layer_norm1(hidden)
         attended = _attend(layer.self_attn, normed, normed, normed, rotation, rotation)
         hidden = hidden + layer.dropout1(attended)
         normed = layer.layer_norm2(hidden).expand(len(memory), -1, -1)
-        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, key_rotation)
+        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, memory_rotation)
         hidden = hidden + layer.dropout2(attended)
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))

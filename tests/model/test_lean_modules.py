@@ -79,10 +79,10 @@ def test_constants_are_computed_once_for_each_type(nano, monkeypatch):
         assert encoded.shape == (3, 64, 8, 8) and encoded.dtype == dtype
     rotary, positions = model.memory_attention.rotary_emb, model.memory_attention.position_ids
     with torch.inference_mode():
-        one, many = rotary.rotations(positions), rotary.rotations(positions, 3, 4)
-    assert rotary.rotations(positions, 3, 4) is many and not many.is_inference()
+        one, many = rotary.rotations(positions), rotary.rotations(positions, pooling=(1, 1, 1), num_pointer_tokens=4)
+    assert rotary.rotations(positions, pooling=(1, 1, 1), num_pointer_tokens=4) is many and not many.is_inference()
     assert rotary.rotations(positions) is one
-    more = rotary.rotations(positions, 3, 6)
+    more = rotary.rotations(positions, pooling=(1, 1, 1), num_pointer_tokens=6)
     torch.testing.assert_close(many, torch.cat([one, one, one, torch.tensor([1.0, 0.0]).expand(4, *one.shape[1:])]))
     torch.testing.assert_close(more[:-2], many)
     assert calls == ["encoding", "encoding", "embedding", "embedding", "embedding"]

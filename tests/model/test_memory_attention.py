@@ -23,6 +23,11 @@ def model_with_effect():
     return model
 
 
+def rotations(model, num_maps, num_pointer_tokens):
+    attention = model.memory_attention
+    return attention.rotary_emb.rotations(attention.position_ids, (8, 8), (1,) * num_maps, num_pointer_tokens)
+
+
 def random_layer(kind):
     torch.manual_seed(0)
     if kind == "domain":
@@ -72,7 +77,8 @@ def test_the_memory_attention_is_that_of_plain_attention(monkeypatch, model_with
     model, tokens = model_with_effect.double().eval(), 64
     image = torch.randn(1, tokens, model.hidden_dim, dtype=torch.float64)
     memory = torch.randn(3, 2 * tokens + 4, model.mem_dim, dtype=torch.float64)
-    inputs = (model.memory_attention, image, image, memory, memory[:1], 4)
+    rotation = rotations(model, 2, 4)
+    inputs = (model.memory_attention, image, image, memory, memory[:1], rotation)
     seen = []
     narrow = memory_attention._mean_of_narrow
     monkeypatch.setattr(memory_attention, "_mean_of_narrow", lambda *args: seen.append(1) or narrow(*args))
@@ -90,5 +96,64 @@ def test_hooks_of_a_values_projection_run(model_with_effect):
     model.memory_attention.layers[0].cross_attn_image.v_proj.register_forward_hook(lambda *_: calls.append(1))
     image, memory = torch.randn(1, 64, model.hidden_dim), torch.randn(1, 64, model.mem_dim)
     with torch.inference_mode():
-        model.attend_to_memory(model.memory_attention, image, image, memory, memory, 0)
+        model.attend_to_memory(model.memory_attention, image, image, memory, memory, rotations(model, 1, 0))
     assert calls == [1]
+
+
+def pooled_by_hand(x, side):
+    """(tokens, channels) of an 8 x 8 map -> means over squares."""
+    rows = x.unflatten(0, (8, 8)).unfold(0, side, side).unfold(1, side, side)
+    return rows.mean(dim=(-2, -1)).flatten(0, 1)
+
+
+@torch.inference_mode()
+def test_memories_of_tracked_frames_are_pooled_and_those_of_prompted_frames_are_not(model_with_effect, monkeypatch):
+    torch.manual_seed(2)
+    model, calls = model_with_effect.eval(), {}
+    frames = torch.randn(5, 3, 128, 128)
+    attend = model.attend_to_memory
+
+    def track(recent, older):
+        model.config.recent_memory_pooling, model.config.older_memory_pooling = recent, older
+        calls[recent, older] = []
+        model.attend_to_memory = lambda *args: calls[recent, older].append(args[3:]) or attend(*args)
+        prompt = torch.zeros(1, 2, 128, 128)
+        prompt[:, 0, 20:60, 20:60] = prompt[:, 1, 70:100, 30:90] = 1
+        return model(frames[None], input_masks=prompt).pred_masks
+
+    whole = track(1, 1)
+    assert (track(2, 4) - whole).abs().max() > 1e-4
+    # Frame 2 is the first that reads more than one map: the first frame's, whole, and the one before.
+    for recent, older in ((1, 1), (2, 4)):
+        assert len(calls[recent, older]) == 4
+    (memory, position, rotation), expected = calls[2, 4][1], calls[1, 1][1]
+    assert memory.shape[1] == 64 + 16 + 2 * 2
+    for found, all_tokens in zip((memory[0], position[0]), (expected[0][0], expected[1][0]), strict=True):
+        torch.testing.assert_close(found[:64], all_tokens[:64])
+        torch.testing.assert_close(found[64:80], pooled_by_hand(all_tokens[64:128], 2), atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(found[80:], all_tokens[128:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rotation[:64], expected[2][:64])
+    assert torch.equal(rotation[80:], expected[2][128:])
+    # Squares of 2: the first token lies between the first four, by half a token each way.
+    angle = torch.atan2(*reversed(expected[2][:64].unbind(-1)))
+    found = torch.atan2(*reversed(rotation[64:80].unbind(-1)))
+    torch.testing.assert_close(found[0], (angle[1] + angle[8]) / 2, atol=1e-5, rtol=1e-5)
+    # Frame 4: the first frame's map, two of 2 x 2, and the last one of 4 x 4.
+    assert calls[2, 4][3][0].shape[1] == 64 + 4 + 4 + 16 + 4 * 2
+
+
+def test_what_does_not_divide_a_map_is_refused():
+    with pytest.raises(ValueError, match=r"`older_memory_pooling` must divide the sides of a memory's map, \[8, 8\]"):
+        SamoeConfig(**read_yaml("model_nano"), older_memory_pooling=3)
+    with pytest.raises(ValueError, match="`recent_memory_pooling` must be an integer of at least 1, got 0"):
+        SamoeConfig(**read_yaml("model_nano"), recent_memory_pooling=0)
+
+
+def test_experts_learn_with_fewer_tokens(model_with_effect):
+    model = model_with_effect.train()
+    model.config.older_memory_pooling = 4
+    labels = torch.zeros(1, 1, 4, 128, 128, dtype=torch.bool)
+    labels[..., 30:80, 30:80] = True
+    model(torch.randn(1, 4, 3, 128, 128), labels).loss.backward()
+    layer = model.memory_attention.layers[0].cross_attn_image
+    assert layer.v_proj.lora_A.grad.abs().max() > 0 and layer.k_proj.lora_A.grad.abs().max() > 0
