@@ -27,7 +27,9 @@ from .peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from .tracking import FIRST_TIMED_FRAME, benchmark_long_video, track_once
 from .training import example_clip
 
-# Contenders of tracking: ours as it is, compiled, and compiled into CUDA graphs; and those of others.
+# Contenders of tracking beside ours as it is, under autocast: with weights in bfloat16, and then with fewer memories;
+# compiled, and compiled into CUDA graphs; and those of others.
+CAST = {"samoe_hf bfloat16": {}, "samoe_hf pooled": {"recent_memory_pooling": 4, "older_memory_pooling": 4}}
 COMPILED = {"samoe_hf compiled": {}, "samoe_hf graphs": {"mode": "reduce-overhead"}}
 PEERS = ("transformers", "sam2", "sam2 compiled")
 
@@ -82,10 +84,10 @@ class Models:
     def config(self, name: str) -> SamoeConfig:
         return SamoeConfig(**read_yaml(self.plan.models[name]))
 
-    def build(self, name: str) -> SamoeModel:
+    def build(self, name: str, **settings) -> SamoeModel:
         torch.manual_seed(0)
         with torch.device(self.device):
-            return SamoeModel(self.config(name))
+            return SamoeModel(SamoeConfig(**{**read_yaml(self.plan.models[name]), **settings}))
 
     def tracker(self, name: str, contender: str) -> TransformersTracker | Sam2Tracker:
         if name != self._name:
@@ -98,8 +100,10 @@ class Models:
         return self._trackers[contender]
 
     def _new_tracker(self, name: str, contender: str) -> TransformersTracker | Sam2Tracker:
-        model = self.build(name).eval()
-        if contender in COMPILED:
+        model = self.build(name, **CAST.get(contender, {})).eval()
+        if contender in CAST:
+            model.to(self.plan.dtype)
+        elif contender in COMPILED:
             torch.compiler.reset()
             model.compile_for_tracking(**COMPILED[contender])
         elif contender == "transformers":
@@ -133,25 +137,28 @@ def list_tasks(plan: Plan, device: torch.device, output: Path, with_sam2: bool) 
 
     tasks = [Task("peaks", 5, partial(measure_peaks, plan, device))]
     for name in plan.models:
-        tasks += [task for contender in eager for task in track(name, contender, few, 10)]
-        tasks += track(name, "samoe_hf", many, 8)
-        tasks.append(Task(f"parts {name}", 12, partial(measure_parts, models, name)))
-    tasks.append(Task("agreement tiny", 15, partial(compare_masks, models, "tiny", peers)))
-    tasks.append(Task("gradients tiny", 15, partial(compare_gradients, models, "tiny")))
-    tasks.append(Task("experts", 10, partial(measure_experts, models, "tiny")))
+        tasks += track(name, "samoe_hf", [*few, *many], 5)
+        for contender in CAST:
+            tasks += track(name, contender, [*few, *many], 5)
+        tasks += [task for peer in eager[1:] for task in track(name, peer, few, 10)]
+        tasks.append(Task(f"parts {name}", 6, partial(measure_parts, models, name)))
+    tasks.append(Task("agreement tiny", 8, partial(compare_masks, models, "tiny", peers)))
+    tasks.append(Task("gradients tiny", 8, partial(compare_gradients, models, "tiny")))
+    tasks.append(Task("experts", 4, partial(measure_experts, models, "tiny")))
     for name in ("base_plus", "large"):
         for checkpointing in (False, True):
             label = f"train {name} {'with' if checkpointing else 'without'} checkpointing"
             tasks.append(Task(label, 15, partial(time_training, models, name, checkpointing)))
-    tasks.append(Task("fsdp", 60, partial(compare_fsdp, device, output)))
-    for name in ("base_plus", "tiny", "large"):
-        for contender in COMPILED:
-            tasks += track(name, contender, few, 60) + track(name, contender, many, 20)
+    tasks.append(Task("fsdp", 45, partial(compare_fsdp, device, output)))
+    tasks.append(Task("long tiny", 80, partial(track_long, models, "tiny")))
+    # To compile a model takes two minutes, so a second run may be needed.
+    for contender in COMPILED:
+        for name in ("tiny", "base_plus", "large"):
+            tasks += track(name, contender, few, 150) + track(name, contender, many, 20)
     for name in plan.models:
         for contender in eager[1:]:
-            tasks += track(name, contender, many, 45)
-    tasks.append(Task("long tiny", 90, partial(track_long, models, "tiny")))
-    for name in ("base_plus", "tiny", "large"):
+            tasks += track(name, contender, many, 30)
+    for name in plan.models:
         tasks += track(name, "sam2 compiled", few, 150) if with_sam2 else []
     return tasks
 
@@ -166,13 +173,15 @@ def time_tracking(models: Models, name: str, contender: str, num_objects: int) -
     """Seconds per frame with full memory of objects that are each given by a point; see `benchmark_tracking`."""
     plan, device = models.plan, models.device
     frames, points = _noise(models.config(name).image_size, plan.frames, num_objects, device)
-    tracker = models.tracker(name, contender)
-    run = partial(track_once, tracker, frames, points, device, plan.dtype)
+    tracker, autocast_to = models.tracker(name, contender), plan.dtype
+    if contender in CAST:
+        frames, autocast_to = frames.to(plan.dtype), torch.float32
+    run = partial(track_once, tracker, frames, points, device, autocast_to)
     with nullcontext() if plan.compiles else torch.compiler.set_stance("force_eager"):
-        if num_objects <= 16 or _is_compiled(contender):
+        if num_objects == 1 or _is_compiled(contender):
             run()  # kernels are chosen, code is compiled, graphs are recorded for each number of memories
-        # One object's time is the work of the host, and varies; that of many does not.
-        measured = [run() for _ in range(plan.repeats if num_objects <= 16 else 1)]
+        # One object's time is the work of the host, and varies; that of many does not. The first frames warm up.
+        measured = [run() for _ in range(plan.repeats if num_objects == 1 else 1)]
     return {"seconds": [m.seconds for m in measured], "peak_bytes": measured[-1].peak_bytes}
 
 
@@ -305,7 +314,7 @@ def time_training(models: Models, name: str, checkpointing: bool) -> dict[str, A
 def track_long(models: Models, name: str) -> dict[str, Any]:
     """Memory and time through a long video."""
     models.free()
-    rows = benchmark_long_video(models.config(name), 1, models.plan.long_frames, models.device)
+    rows = benchmark_long_video(models.config(name), 1, models.plan.long_frames, models.device, models.plan.dtype)
     return {"rows": [list(row) for row in rows]}
 
 

@@ -140,7 +140,7 @@ def _check_equal(masks: dict[str, Tensor]) -> None:
 
 
 def benchmark_long_video(
-    config: SamoeConfig, num_objects: int, num_frames: int, device: torch.device
+    config: SamoeConfig, num_objects: int, num_frames: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[tuple[int, float, int]]:
     """Tracks through a long video in a [`VideoSession`], whose frames are made as they come.
 
@@ -148,8 +148,9 @@ def benchmark_long_video(
         100 times or less: the frames tracked so far, the median seconds of each of the last ones, and the bytes held:
         of the device's memory, or of the process on a CPU.
     """
-    model, processor = SamoeModel(config).to(device).eval(), build_processor(config)
-    session = VideoSession(_NoiseFrames(num_frames, config.image_size), processor, inference_device=device)
+    model, processor = SamoeModel(config).to(device, dtype).eval(), build_processor(config)
+    frames = _NoiseFrames(num_frames, config.image_size)
+    session = VideoSession(frames, processor, inference_device=device, dtype=dtype)
     points = torch.rand(num_objects, 2, generator=torch.Generator().manual_seed(0)) * config.image_size
     ids = list(range(1, num_objects + 1))
     processor.add_inputs_to_inference_session(
@@ -170,16 +171,17 @@ def benchmark_long_video(
 
 
 class _NoiseFrames:
-    """Frames of noise, made when they are read."""
+    """Frames of noise: a few, again and again."""
 
     def __init__(self, count: int, size: int):
-        self.count, self.size = count, size
+        self.count = count
+        self.frames = np.random.default_rng(0).integers(0, 255, (8, size, size, 3), dtype=np.uint8)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.random.default_rng(index).integers(0, 255, (self.size, self.size, 3), dtype=np.uint8)
+        return self.frames[index % len(self.frames)]
 
 
 def plot_long_video(rows: Sequence[tuple[int, float, int]], path: Path, device: torch.device) -> None:

@@ -73,6 +73,12 @@ class ModelArguments:
     router_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of the routers' load-balancing loss."}
     )
+    recent_memory_pooling: int | None = field(
+        default=None, metadata={"help": "Side of the squares over which the last frame's memory is averaged."}
+    )
+    older_memory_pooling: int | None = field(
+        default=None, metadata={"help": "The same of the memories of the frames before it."}
+    )
     domain: str | None = field(
         default=None,
         metadata={"help": "Train the experts of this domain alone, by the settings above if the model lacks it."},
