@@ -96,6 +96,8 @@ def _plot_tracking(found: Mapping[str, Mapping[str, Mapping[int, float]]], path:
             axes.plot([1], [PUBLISHED_SAM2[model]], "k*", ms=9, label="SAM 2.1 on an A100, published")
         axes.plot(*zip(*PUBLISHED_SAM31.items(), strict=True), "k:", marker="x", label="SAM 3.1, published")
         axes.set_xscale("log", base=2)
+        counts = sorted({n for fps in by.values() for n in fps} | set(PUBLISHED_SAM31))
+        axes.set_xticks(counts, map(str, counts))
         axes.set_yscale("log")
         axes.set_xlabel("objects")
         axes.set_title(model)
