@@ -44,8 +44,8 @@ def attend_to_memory(
         (objects, tokens, hidden).
     """
     hidden = image + 0.1 * position
-    if attention.training:
-        # Dropout is drawn for each object.
+    if attention.training and _draws_dropout(attention.layers[0]):
+        # It is drawn for each object.
         hidden = hidden.expand(len(memory), -1, -1)
     rotation = attention.rotary_emb.rotations(attention.position_ids)
     keys = memory + memory_position
@@ -59,6 +59,12 @@ def attend_to_memory(
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
     return attention.layer_norm(hidden)
+
+
+def _draws_dropout(layer: nn.Module) -> bool:
+    """Whether the first self-attention, which sees nothing of the objects, is not the same for all of them."""
+    own = [layer.dropout1, *(m for m in layer.self_attn.modules() if isinstance(m, nn.Dropout))]
+    return layer.self_attn.dropout_p > 0 or any(module.p > 0 for module in own)
 
 
 def _attend(

@@ -157,3 +157,25 @@ def test_experts_learn_with_fewer_tokens(model_with_effect):
     model(torch.randn(1, 4, 3, 128, 128), labels).loss.backward()
     layer = model.memory_attention.layers[0].cross_attn_image
     assert layer.v_proj.lora_A.grad.abs().max() > 0 and layer.k_proj.lora_A.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_in_training_objects_share_what_is_the_same_without_dropout(model_with_effect, dropout):
+    model, rows = model_with_effect.train(), []
+    for module in model.memory_attention.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    first = model.memory_attention.layers[0]
+    first.self_attn.q_proj.dropout.p = dropout
+    first.self_attn.q_proj.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    image = torch.randn(1, 64, model.hidden_dim)
+    memory = torch.randn(3, 64, model.mem_dim, requires_grad=True)
+    arguments = (image, image, memory, memory[:1].detach(), rotations(model, 1, 0))
+    attended = model.attend_to_memory(model.memory_attention, *arguments)
+    assert rows == [3 if dropout else 1] and attended.shape == (3, 64, model.hidden_dim)
+    if not dropout:
+        alone = [
+            model.attend_to_memory(model.memory_attention, image, image, memory[i : i + 1], *arguments[3:])
+            for i in range(3)
+        ]
+        torch.testing.assert_close(attended, torch.cat(alone), atol=1e-5, rtol=1e-4)
