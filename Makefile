@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@echo "2. The packages"
-	$(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) -e '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) -e '.[dev,app]'
 	@echo "Set up: $$(du -sh $(VENV) | cut -f1) in $(VENV)"
 	touch $@
 
@@ -49,5 +49,5 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "Installing the sam2 package, which the slow tests compare with"
 	SAM2_BUILD_CUDA=0 $(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) --no-build-isolation \
-	    -e '.[dev,bench]' setuptools
+	    -e '.[dev,app,bench]' setuptools
 	touch $@

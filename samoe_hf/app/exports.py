@@ -1,0 +1,99 @@
+"""What a person takes away: masks as PNGs or COCO's run-length encodings, and an overlay video."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from samoe_hf.data.video_io import write_palette_png, write_video
+from samoe_hf.model.files import whole_file
+from samoe_hf.plots.masks import overlay_masks
+
+from .session import TrackingSession
+
+
+def export_masks(session: TrackingSession, folder: Path) -> Path:
+    """Writes the masks of all frames as palette PNGs, in DAVIS' colours, in a zip: `<video>/<frame>.png`.
+
+    Raises:
+        ValueError: nothing was tracked.
+    """
+    _check_tracked(session)
+    with session.exclusive(), whole_file(folder / f"{session.video.name}_masks.zip") as path:
+        scratch = folder / "mask.png"
+        with zipfile.ZipFile(path, "w") as archive:
+            for frame, name in enumerate(session.video.frames.names):
+                write_palette_png(scratch, session.id_map(frame))
+                archive.write(scratch, f"{session.video.name}/{name}.png")
+        scratch.unlink()
+    return folder / f"{session.video.name}_masks.zip"
+
+
+def export_overlay(session: TrackingSession, folder: Path) -> Path:
+    """Writes the video with its objects drawn over it, as an mp4 of H.264; ValueError if nothing was tracked."""
+    _check_tracked(session)
+
+    def overlays() -> Iterator[np.ndarray]:
+        for frame in range(session.num_frames):
+            yield np.ascontiguousarray(overlay_masks(session.frame(frame), session.id_map(frame)))
+
+    with session.exclusive(), whole_file(folder / f"{session.video.name}_overlay.mp4") as path:
+        write_video(path, overlays(), fps=session.video.fps)
+    return folder / f"{session.video.name}_overlay.mp4"
+
+
+def export_coco(session: TrackingSession, folder: Path) -> Path:
+    """Writes the masks as COCO's compressed run-length encodings, in COCO's JSON of images and annotations.
+
+    An image is a frame, with its index as `id` and `frame_index`; an annotation is an object on a frame that shows it,
+    with the object's id as `track_id`.
+
+    Raises:
+        ValueError: nothing was tracked.
+    """
+    _check_tracked(session)
+    height, width = session.video.frames.size
+    with session.exclusive(), whole_file(folder / f"{session.video.name}_coco.json") as path:
+        names = enumerate(session.video.frames.names)
+        document = {
+            "info": {"description": f"Masks of {session.video.name}, tracked with {session.model.name}"},
+            "images": [
+                {"id": i, "file_name": f"{name}.png", "frame_index": i, "height": height, "width": width}
+                for i, name in names
+            ],
+            "categories": [{"id": 1, "name": "object"}],
+            "annotations": list(_annotations(session)),
+        }
+        path.write_text(json.dumps(document))
+    return folder / f"{session.video.name}_coco.json"
+
+
+def _annotations(session: TrackingSession) -> Iterator[dict[str, Any]]:
+    number = 0
+    for frame in sorted(session.masks.frames):
+        id_map = session.id_map(frame)
+        for object_id in session.objects:
+            mask = id_map == object_id
+            if not mask.any():
+                continue
+            number += 1
+            encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            yield {
+                "id": number,
+                "image_id": frame,
+                "category_id": 1,
+                "track_id": object_id,
+                "iscrowd": 0,
+                "area": int(coco_mask.area(encoded)),
+                "bbox": [float(value) for value in coco_mask.toBbox(encoded)],
+                "segmentation": {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()},
+            }
+
+
+def _check_tracked(session: TrackingSession) -> None:
+    if not session.masks.frames:
+        raise ValueError("There are no masks yet: click on an object, and track it.")

@@ -1,0 +1,155 @@
+"""Comparisons, and what the experts do on a frame."""
+
+import numpy as np
+import pytest
+
+from helpers.app import run_all, state_of
+from samoe_hf.app.comparison import Comparison, Side
+from samoe_hf.app.experts_view import look_at_experts
+from samoe_hf.app.models import BASE, GATE, LoadedModel, Models
+from samoe_hf.app.pictures import draw_frame, jpeg_url, shown_size, to_video
+from samoe_hf.inference import VideoPrompt
+
+
+@pytest.fixture(scope="module")
+def with_domains(small_model):
+    """A copy of the model with two domains, of which one changes what is put out."""
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(small_model.model)
+    model.rename_domain(None, "first")
+    model.add_domain("second", num_experts=2, num_experts_per_tok=1, lora_rank=4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "domain_second" in name and "lora" in name:
+                parameter.normal_(0, 0.3)
+    return LoadedModel("domains", "domains", model.eval(), small_model.processor)
+
+
+@pytest.fixture
+def prompted(make_session, with_domains):
+    session = make_session(model=with_domains, domain="second")
+    session.click(session.add_object(), 1, 20, 30)
+    session.click(session.add_object(), 1, 70, 30)
+    return session
+
+
+def test_two_sides_are_what_sessions_of_their_own_give(prompted, with_domains, make_session, tmp_path):
+    run_all(prompted.propagate())
+    comparison = Comparison(prompted, [Side("a", with_domains, "second"), Side("b", with_domains, None)], tmp_path)
+    assert run_all(comparison.run()) == 16 and comparison.frames == list(range(8))
+    a, b = (np.stack([store.read(t, [1, 2]) for t in range(8)]) for store in comparison.masks)
+    # Objects that are prompted together run as one batch, which rounds otherwise.
+    assert (a != state_of(prompted).maps).mean() < 1e-3 < (a != b).mean()
+    prompted.use(domain=None)
+    run_all(prompted.propagate())
+    assert (b != state_of(prompted).maps).mean() < 1e-3
+    assert comparison.picture(3).shape[1] == 2 * shown_size((64, 96))[1] + 8
+
+
+def test_the_table_says_how_well_the_sides_agree(prompted, with_domains, tmp_path):
+    run_all(prompted.propagate())
+    comparison = Comparison(prompted, [Side("a", with_domains, "second"), Side("b", with_domains, None)], tmp_path)
+    run_all(comparison.run())
+    a, b = (np.stack([store.read(t, [1, 2]) for t in range(8)]) for store in comparison.masks)
+    rows = comparison.table()
+    assert [row[0] for row in rows] == ["object 1", "object 2"]
+    for row, object_id in zip(rows, (1, 2), strict=True):
+        x, y = a == object_id, b == object_id
+        unions = (x | y).sum((1, 2))
+        iou = [(x & y)[t].sum() / unions[t] for t in range(8) if unions[t]]
+        assert row[1] == f"{np.mean(iou):.2f}" and float(row[2]) > 0.98
+    assert comparison.headers() == ["mean IoU", "a and b", "a and your masks", "b and your masks"]
+
+
+def test_corrections_can_be_left_out(prompted, with_domains, tmp_path):
+    run_all(prompted.propagate())
+    prompted.click(1, 4, 40, 40)
+    sides = [Side("a", with_domains, None), Side("b", with_domains, None)]
+    assert len(Comparison(prompted, sides, tmp_path).prompts) == 3
+    assert {one.frame_idx for one in Comparison(prompted, sides, tmp_path, True).prompts} == {1}
+
+
+def test_a_comparison_can_be_stopped(prompted, with_domains, tmp_path):
+    comparison = Comparison(prompted, [Side("a", with_domains, None), Side("b", with_domains, None)], tmp_path)
+    steps = comparison.run()
+    next(steps)
+    comparison.stop()
+    assert next(steps, None) is None and comparison.frames == [] and comparison.table()[0][1] == "–"
+
+
+def test_comparing_needs_prompts(session, with_domains, tmp_path):
+    with pytest.raises(ValueError, match="Nothing is prompted"):
+        Comparison(session, [Side("a", with_domains, None), Side("b", with_domains, None)], tmp_path)
+
+
+def test_experts_are_seen_and_the_session_stays_as_it_is(prompted, make_session, with_domains):
+    other = make_session(model=with_domains, domain="second")
+    for one in (prompted, other):
+        if one is other:
+            one.click(one.add_object(), 1, 20, 30), one.click(one.add_object(), 1, 70, 30)
+        for _ in zip(range(3), one.propagate(), strict=False):
+            pass
+    view = look_at_experts(prompted, 3)
+    assert view.domain == "second" and view.frame == 3
+    layer = next(iter(view.layers))
+    seen = view.layers[layer]
+    assert seen.num_experts == 2 and set(seen.maps) == {1, 2} == set(seen.gates)
+    assert all(abs(gates.sum() - 1) < 1e-5 for gates in seen.gates.values())
+    # One expert of two has a token, so the share of the map is the mean weight.
+    assert np.isclose((seen.maps[1] == 0).mean(), seen.gates[1][0])
+    assert view.draw_map(prompted, layer, 1).shape[2] == 3 and view.draw_usage(layer).axes
+    for one in (prompted, other):
+        run_all(one.propagate("forward", 3))
+    assert (state_of(prompted).maps == state_of(other).maps).all()
+
+
+def test_on_a_prompted_frame_no_expert_runs(prompted):
+    with pytest.raises(ValueError, match="Go to a frame that was tracked"):
+        look_at_experts(prompted, 1)
+
+
+def test_wrong_layers_and_objects_are_refused(prompted):
+    run_all(prompted.propagate())
+    view = look_at_experts(prompted, 3)
+    with pytest.raises(ValueError, match="`layer` must be one of"):
+        view.draw_map(prompted, "nowhere", 1)
+    with pytest.raises(ValueError, match="`layer` must be one of"):
+        view.draw_usage(None)
+    with pytest.raises(ValueError, match="`object` must be one of"):
+        view.draw_map(prompted, next(iter(view.layers)), 9)
+
+
+def test_names_of_models_and_domains(small_model, with_domains):
+    models = Models([small_model, with_domains])
+    assert models.names == ["nano", "domains"] and models.first is small_model
+    assert small_model.domain_choices == {}
+    assert with_domains.domain_choices == {GATE: "auto", BASE: None, "first": "first", "second": "second"}
+    for name in ("other", None, 3, []):
+        with pytest.raises(ValueError, match="`model` must be one of"):
+            models[name]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (1080, 1920), (2160, 3840), (480, 640), (3000, 20), (20, 3000)])
+def test_clicks_on_the_shown_picture_hit_the_video(size):
+    height, width = shown_size(size)
+    assert height <= 720 and width <= 1280
+    x, y = to_video(width - 1, height - 1, size)
+    assert size[1] - size[1] / width < x < size[1] and size[0] - size[0] / height < y < size[0]
+    assert to_video(0, 0, size)[0] == 0.5 * size[1] / width
+
+
+def test_objects_and_prompts_are_drawn():
+    frame, ids = np.full((100, 100, 3), 128, np.uint8), np.zeros((100, 100), np.uint8)
+    empty = draw_frame(frame, ids)
+    assert empty.shape == (384, 384, 3) and (empty == 128).all()
+    ids[20:60, 20:60] = 1
+    prompts = [VideoPrompt(1, 0, [(80, 80)], [0], (10, 10, 70, 70))]
+    drawn = draw_frame(frame, ids, prompts, corner=(90.0, 10.0))
+    for y, x in ((40, 40), (10, 40), (80, 80), (10, 90)):
+        around = drawn[int(y * 3.84) - 8 : int(y * 3.84) + 8, int(x * 3.84) - 8 : int(x * 3.84) + 8]
+        assert (around != 128).any()
+    assert jpeg_url(drawn).startswith("data:image/jpeg;base64,")

@@ -1,0 +1,104 @@
+"""Secrets of pages, and when what belongs to them is freed."""
+
+import pytest
+
+from samoe_hf.app.limits import Limits
+from samoe_hf.app.people import People, freeing_unused
+
+LIMITS = Limits(sessions=3, idle_seconds=100, grace_seconds=10)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def people(tmp_path, clock):
+    return People(tmp_path / "people", LIMITS, clock)
+
+
+def test_a_secret_leads_to_its_person_only(people):
+    first, second = people.enter(None, "a"), people.enter("", "b")
+    assert first is not second and len(first.secret) > 40 and first.secret != second.secret
+    assert people[first.secret] is first and first.folder != second.folder
+
+
+@pytest.mark.parametrize("secret", [None, "", "x" * 43, 3, [], {}, "../..", b"x", True])
+def test_a_wrong_secret_gives_nobody(people, secret):
+    person = people.enter(secret, "a")
+    assert person.secret != secret and len(people) == 1
+    with pytest.raises(ValueError, match="Load it anew"):
+        people[secret]
+
+
+def test_a_refresh_finds_what_was_there_in_time(people, clock):
+    person = people.enter(None, "a")
+    people.leave("a")
+    clock.now = 9
+    assert people.enter(person.secret, "b") is person
+    clock.now = 50
+    assert people.free_unused() == 0 and people[person.secret] is person
+
+
+def test_a_refresh_that_comes_before_the_old_page_has_left(people, clock):
+    person = people.enter(None, "a")
+    people.enter(person.secret, "b")
+    people.leave("a")
+    clock.now = 50
+    assert people.free_unused() == 0
+    people.leave("b")
+    clock.now = 60
+    assert people.free_unused() == 1
+
+
+def test_what_a_closed_page_held_is_freed_with_its_files(people, clock, session):
+    person = people.enter(None, "a")
+    person.take(session)
+    (person.folder / "file").write_text("x")
+    people.leave("a")
+    assert people.free_unused() == 0
+    clock.now = 10
+    assert people.free_unused() == 1 and not person.folder.exists() and person.session is None
+    assert people.enter(person.secret, "b") is not person
+
+
+def test_an_open_page_that_nobody_uses_is_freed(people, clock):
+    person = people.enter(None, "a")
+    clock.now = 99
+    people[person.secret]
+    clock.now = 198
+    assert people.free_unused() == 0
+    clock.now = 199
+    assert people.free_unused() == 1
+
+
+def test_too_many_are_refused_until_one_leaves(people, clock):
+    for page in "abc":
+        people.enter(None, page)
+    with pytest.raises(ValueError, match="3 people use this app now"):
+        people.enter(None, "d")
+    people.leave("a")
+    clock.now = 10
+    people.enter(None, "d")
+
+
+def test_a_new_video_takes_the_place_of_the_old_one(people, make_session):
+    person, first, second = people.enter(None, "a"), make_session(), make_session()
+    person.take(first)
+    person.corner = (1, 0, 2.0, 3.0)
+    person.take(second)
+    assert person.session is second and person.corner is None and not first.folder.exists()
+
+
+def test_all_is_freed_at_the_end(people):
+    with freeing_unused(people, every_seconds=0.01):
+        person = people.enter(None, "a")
+    assert not person.folder.exists() and len(people) == 0

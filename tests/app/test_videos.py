@@ -1,0 +1,165 @@
+"""Uploads: what is taken, and what is refused before it costs anything."""
+
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.app import write_small_video
+from samoe_hf.app.limits import Limits
+from samoe_hf.app.videos import EXAMPLES, open_kept, open_upload, safe_name, write_example
+from samoe_hf.data.video_io import SampleError
+
+LIMITS = Limits()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "session"
+    path.mkdir()
+    return path
+
+
+def images(folder, names, size=(20, 30)):
+    paths = []
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(np.full((*size, 3), 10 * number, np.uint8)).save(path)
+        paths.append(path)
+    return paths
+
+
+def zipped(folder, files):
+    path = folder / "clip of frames.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def png(size=(20, 30), value=7):
+    from io import BytesIO
+
+    stream = BytesIO()
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_a_video_file_is_kept_in_the_folder(small_video, folder):
+    video = open_upload([small_video], folder, LIMITS)
+    assert (video.name, len(video.frames), video.frames.size, video.fps) == ("some_video", 8, (64, 96), 6)
+    assert [path.name for path in folder.iterdir()] == ["video.mp4"]
+
+
+def test_frames_come_in_the_natural_order_of_their_names(tmp_path, folder):
+    video = open_upload(images(tmp_path / "in", ["f10.png", "f9.png", "f2.png"]), folder, LIMITS)
+    assert [int(frame[0, 0, 0]) for frame in video.frames] == [20, 10, 0] and video.fps == 12
+
+
+def test_a_zip_of_frames(tmp_path, folder):
+    path = zipped(tmp_path, {"a/10.png": png(value=2), "a/9.png": png(value=1), "a/.x.png": b"", "__MACOSX/a.png": b""})
+    video = open_upload([path], folder, LIMITS)
+    assert [int(frame[0, 0, 0]) for frame in video.frames] == [1, 2] and video.name == "clip_of_frames"
+
+
+def test_a_video_of_one_frame_and_one_image(tmp_path, folder):
+    one = open_upload([write_small_video(tmp_path / "one.mp4", num_frames=1)], folder, LIMITS)
+    assert len(one.frames) == 1
+    assert len(open_upload(images(tmp_path, ["one.png"]), folder, LIMITS).frames) == 1
+
+
+@pytest.mark.parametrize(
+    "files,message",
+    [
+        ({"../a.png": png()}, "is no path within it"),
+        ({"/a.png": png()}, "is no path within it"),
+        ({"a\\..\\b.png": png()}, "is no path within it"),
+        ({"a/1.png": png(), "b/1.png": png()}, "in several folders"),
+        ({"readme.txt": b"x"}, "holds no images"),
+        ({"1.png": b"not an image"}, "not a readable image"),
+        ({"1.png": png(), "2.png": png((21, 30))}, "Frame 1 has 30 x 21 pixels, but the first has 30 x 20"),
+        ({f"{i}.png": png() for i in range(5)}, "4 are the most"),
+        ({"1.png": bytes(2 * 10**6)}, "1000000 are the most"),
+    ],
+)
+def test_zips_that_are_refused(tmp_path, folder, files, message):
+    limits = replace(LIMITS, frames=4, upload_bytes=10**6)
+    with pytest.raises(SampleError, match=message):
+        open_upload([zipped(tmp_path, files)], folder, limits)
+    assert not list(tmp_path.parent.glob("a.png"))
+
+
+def test_a_zip_whose_directory_lies_about_a_size_is_refused(tmp_path, folder):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", bytes(5 * 10**6))
+    content = path.read_bytes()
+    path.write_bytes(content.replace((5 * 10**6).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+    with pytest.raises(SampleError, match=r"larger than|cannot be read|no zip"):
+        open_upload([path], folder, replace(LIMITS, upload_bytes=10**6))
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 10**6
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.zip", "x.png", "x.gif", "x.avi"])
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, b"PK\x03\x04" + b"x" * 50])
+def test_broken_files_are_refused_without_the_servers_paths(tmp_path, folder, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SampleError) as error:
+        open_upload([tmp_path / name], folder, LIMITS)
+    assert str(folder) not in str(error.value)
+
+
+def test_a_cut_video_is_refused_or_its_frames_say_so(small_video, tmp_path, folder):
+    content = small_video.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SampleError):
+        list(open_upload([tmp_path / "cut.mp4"], folder, LIMITS).frames)
+
+
+@pytest.mark.parametrize(
+    "limits,message",
+    [
+        (Limits(frames=7), "8 frames; 7 are the most"),
+        (Limits(pixels=6000), "96 x 64 pixels; 6000 pixels are the most"),
+        (Limits(upload_bytes=100), "more than 100 bytes"),
+    ],
+)
+def test_limits_of_videos(small_video, folder, limits, message):
+    with pytest.raises(SampleError, match=message):
+        open_upload([small_video], folder, limits)
+
+
+@pytest.mark.parametrize("names", [["a.txt"], ["a.mp4", "b.png"], ["a.zip", "b.zip"], []])
+def test_other_uploads_are_refused(tmp_path, folder, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(SampleError, match=r"neither a video|one video, one zip|No file"):
+        open_upload([tmp_path / name for name in names], folder, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "name,safe",
+    [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\a\\b c.mp4", "b_c"),
+        ("...", "video"),
+        ("ä ö", "video"),
+        ("a" * 99, "a" * 60),
+    ],
+)
+def test_names_are_made_safe(name, safe):
+    assert safe_name(name) == safe
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_open(name, folder):
+    video = open_kept(name, write_example(name, folder), LIMITS)
+    assert len(video.frames) == 24
+
+
+def test_an_unknown_example_is_refused(folder):
+    with pytest.raises(ValueError, match="`example` must be one of Shapes"):
+        write_example("../x", folder)
