@@ -11,6 +11,7 @@ from samoe_hf import __version__
 
 COMMANDS = {
     "track": "track objects through a video, or through all videos of a dataset",
+    "app": "open a page that tracks, corrects, shows the experts, and learns",
     "data": "check a dataset: its videos, objects, and what is likely a mistake",
     "train": "fine-tune a model on clips, as a YAML says",
     "adapt": "add a domain to a model: train experts for it, and leave all else as it is",

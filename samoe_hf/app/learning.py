@@ -1,0 +1,249 @@
+"""Learning from collected videos: `samoe adapt` in a process of its own, which can be watched, stopped and resumed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from transformers.trainer import TRAINER_STATE_NAME
+
+from samoe_hf.continual.adapt import RESULTS_FILE
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.files import write_text
+from samoe_hf.training.checkpoints import list_checkpoints
+
+from .collecting import collected
+from .models import LoadedModel
+from .videos import hide_paths
+
+State = Literal["new", "running", "stopped", "failed", "done"]
+RESERVED = {AUTO, "none", "base"}
+MAX_STEPS = 20_000
+POINTS = 12  # of the curve
+SMALL_IMAGE_SIZE = 256
+# What a small model learns a domain with within minutes on a CPU, as `samoe demo` does; others as `adapt.yaml` says.
+SMALL_MODEL = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 3e-3,
+    "expert_modules": r"(?!mask_decoder\.|prompt_encoder\.).*",
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lora_dropout": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run has logged so far: (step, value) of the loss, and of J&F from 0 to 1 on the collected videos."""
+
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    score: list[tuple[int, float]] = field(default_factory=list)
+
+    def draw(self) -> Figure:
+        """Loss and J&F over the steps."""
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, points, name, color in ((left, self.loss, "loss", "#D55E00"), (right, self.score, "J&F", "#0072B2")):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color)
+            axes.set(xlabel="step", title=name)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+        right.set_ylim(0, 1)
+        return figure
+
+
+class Learning:
+    """A run of `samoe adapt` on a folder of videos.
+
+    Args:
+        model: what is adapted; its `source` is loaded by the other process.
+        domain: a new domain, or one of the model, whose training goes on.
+        data: the folder of videos, see [`~samoe_hf.app.collecting.collect_video`].
+        output: the folder of the new model, which is made.
+
+    Raises:
+        ValueError: a name that is no domain's, a number of steps out of range, or no videos.
+    """
+
+    def __init__(self, model: LoadedModel, domain: str, steps: int, data: Path, output: Path):
+        check_domain_name(domain)
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"`steps` must be an integer from 1 to {MAX_STEPS}, got {steps!r}.")
+        if not collected(data):
+            raise ValueError("No video was collected yet: correct one, and add it to the data set.")
+        self.model, self.domain, self.steps, self.data, self.output = model, domain, steps, data, output
+        self.log = output.with_name(f"{output.name}.log")
+        self._process: subprocess.Popen | None = None
+        self._was_stopped = False
+
+    @property
+    def state(self) -> State:
+        """Where the run stands; "done" once the model is there as a whole."""
+        if self._process is None:
+            return "new"
+        code = self._process.poll()
+        if code is None:
+            return "running"
+        if code == 0:
+            return "done"
+        return "stopped" if self._was_stopped else "failed"
+
+    def start(self) -> None:
+        """Starts the run, or resumes it from its last checkpoint.
+
+        Raises:
+            ValueError: it runs, or is done.
+        """
+        if self.state in ("running", "done"):
+            raise ValueError("Learning runs already." if self.state == "running" else "Learning is done already.")
+        again = []
+        if self.output.exists():
+            resumes = bool(list_checkpoints(self.output))
+            again = ["--resume_from_checkpoint", "last"] if resumes else ["--overwrite_output_dir", "true"]
+        self._was_stopped = False
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        run = self.output.with_name(f"{self.output.name}.yaml")
+        write_text(run, yaml.safe_dump(self.run(), sort_keys=False))
+        given = ["--domain", self.domain, "--dataset", str(run), "--output", str(self.output)]
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "samoe_hf.cli", "adapt", self.model.source, *given, *again],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            )
+
+    def stop(self, timeout: float = 20) -> None:
+        """Ends the process, if it runs; it can be resumed."""
+        if self.state != "running":
+            return
+        self._was_stopped = True
+        self._process.terminate()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def run(self) -> dict[str, Any]:
+        """The run that the other process trains, as its YAML says."""
+        every = max(1, self.steps // POINTS)
+        settings = {
+            **read_yaml("adapt"),
+            "train_data": [str(self.data)],
+            "eval_data": [str(self.data)],
+            "max_steps": self.steps,
+            "warmup_steps": max(1, self.steps // 10),
+            "num_frames": min(4, *map(_num_frames, collected(self.data))),
+            "logging_steps": max(1, every // 2),
+            "eval_strategy": "steps",
+            "eval_steps": every,
+            "save_strategy": "steps",
+            "save_steps": every,
+            "save_total_limit": 2,
+            "disable_tqdm": True,
+        }
+        del settings["model_name_or_path"], settings["output_dir"]
+        if self.model.model.config.image_size <= SMALL_IMAGE_SIZE:
+            is_new = self.domain not in self.model.domains
+            settings |= {name: v for name, v in SMALL_MODEL.items() if is_new or not name.startswith(_OF_EXPERTS)}
+        return settings
+
+    def curve(self) -> Curve:
+        """What was logged until the last checkpoint."""
+        for checkpoint in list_checkpoints(self.output) if self.output.is_dir() else []:
+            try:
+                history = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]
+            except (OSError, ValueError):  # it is being written; the one before is whole
+                continue
+            loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+            return Curve(loss, [(entry["step"], entry["eval_J&F"]) for entry in history if "eval_J&F" in entry])
+        return Curve()
+
+    def scores(self) -> tuple[float, float] | None:
+        """J&F of the collected videos before and after, from 0 to 1, once it is done."""
+        if self.state != "done":
+            return None
+        results = json.loads((self.output / RESULTS_FILE).read_text())
+        return results["before"]["eval_J&F"], results["after"]["eval_J&F"]
+
+    def problem(self) -> str:
+        """The last line of what a failed run has printed."""
+        lines = self.log.read_text(errors="replace").split("\n") if self.log.is_file() else []
+        text = next((line.strip() for line in reversed(lines) if line.strip()), "the process ended without a word")
+        return hide_paths(hide_paths(text, self.data.parent), self.output.parent)
+
+
+_OF_EXPERTS = ("expert_modules", "num_experts", "lora_")
+
+
+def check_domain_name(domain: object) -> None:
+    """Raises a `ValueError` for what is no good name of a domain, a folder and an option."""
+    is_name = isinstance(domain, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", domain) is not None
+    if not is_name or domain.lower() in RESERVED:
+        raise ValueError(
+            "`domain` must be a name of letters, digits and underscores that begins with a letter, at most 40, "
+            f"and none of {', '.join(sorted(RESERVED))}, got {str(domain)[:60]!r}."
+        )
+
+
+def _num_frames(video: Path) -> int:
+    return len(list((video / "frames").iterdir()))
+
+
+def free_output(models: Path, domain: str) -> Path:
+    """A folder for a domain's model that is not there yet."""
+    names: Sequence[Path] | object = (models / f"{domain}-{number}" for number in count(1))
+    return next(path for path in names if not path.exists())
+
+
+class Learner:
+    """The one who learns in an app, one run at a time.
+
+    Args:
+        data: the folder of collected videos.
+        models: the folder of what is learned.
+    """
+
+    def __init__(self, data: Path, models: Path):
+        self.data, self.models = data, models
+        self.current: Learning | None = None
+        self.owner: str | None = None
+        self._lock = threading.Lock()
+
+    def start(self, owner: str, model: LoadedModel, domain: str, steps: int) -> Learning:
+        """Starts a new run for a person; ValueError if one runs, or as [`Learning`]."""
+        with self._lock:
+            if self.current is not None and self.current.state == "running":
+                raise ValueError("The app learns already, one thing at a time. Wait until it is done, or stop it.")
+            check_domain_name(domain)
+            learning = Learning(model, domain, steps, self.data, free_output(self.models, domain))
+            learning.start()
+            self.current, self.owner = learning, owner
+            return learning
+
+    def of(self, owner: str) -> Learning:
+        """The run that a person has started; ValueError if there is none."""
+        if self.current is None or self.owner != owner:
+            raise ValueError("You have not started to learn.")
+        return self.current
+
+    def close(self) -> None:
+        """Ends what runs."""
+        if self.current is not None:
+            self.current.stop()

@@ -1,0 +1,90 @@
+"""Serves the page until it is interrupted."""
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from .learning import Learner
+from .limits import Limits
+from .models import LoadedModel, Models
+from .page import build_page, launch_options
+from .page_parts import App
+from .people import People, freeing_unused
+
+GRADIO_FOLDER = "GRADIO_TEMP_DIR"
+
+
+class Served(NamedTuple):
+    """A page that is served: the app behind it, and its address."""
+
+    app: App
+    url: str
+
+
+@contextmanager
+def serving(
+    loaded: Sequence[LoadedModel],
+    limits: Limits,
+    data: Path | None = None,
+    models: Path | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+) -> Iterator[Served]:
+    """Serves the page while the context is open; all files of its people are removed in the end.
+
+    Args:
+        loaded: the models, the first of which a new page gets.
+        data: the folder of corrected videos; None where nothing may be learned.
+        models: the folder of what is learned; needed with `data`.
+        port: a free one by default.
+    """
+    learner = None if data is None or models is None else Learner(data.resolve(), models.resolve())
+    with tempfile.TemporaryDirectory(prefix="samoe-app-") as folder, _gradio_folder(Path(folder, "gradio")):
+        people = People(Path(folder, "people"), limits)
+        app = App(Models(loaded), people, limits, learner)
+        with freeing_unused(people):
+            page = build_page(app)
+            try:
+                _, url, _ = page.launch(
+                    server_name=host,
+                    server_port=port,
+                    share=share,
+                    prevent_thread_lock=True,
+                    quiet=True,
+                    **launch_options(app),
+                )
+                yield Served(app, url)
+            finally:
+                page.close(verbose=False)
+                if learner is not None:
+                    learner.close()
+
+
+def serve(loaded: Sequence[LoadedModel], limits: Limits, data: Path | None, models: Path | None, **options) -> None:
+    """As [`serving`], until the process is interrupted or told to end."""
+    done = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: done.set())
+    with serving(loaded, limits, data, models, **options):
+        done.wait()
+
+
+@contextmanager
+def _gradio_folder(folder: Path) -> Iterator[None]:
+    """Where Gradio keeps uploads and downloads meanwhile, instead of one folder for all apps of the machine."""
+    before = os.environ.get(GRADIO_FOLDER)
+    os.environ[GRADIO_FOLDER] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[GRADIO_FOLDER]
+        else:
+            os.environ[GRADIO_FOLDER] = before

@@ -1,0 +1,87 @@
+"""Open a page that tracks objects in videos, shows the experts, and learns from what was corrected.
+
+    samoe app                                  # the small model that comes with the package
+    samoe app MODEL --compare OTHER --data my_videos
+    samoe app MODEL --space DIR                # writes a Hugging Face Space that runs it
+    samoe app MODEL --space DIR --push me/my-space
+
+It is served to this machine alone, unless `--host` or `--share` opens it to others. Corrected videos are collected in
+the folder `--data`, which `samoe adapt` and `load_videos` read. Without it nothing can be learned on the page.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from samoe_hf import small_base
+
+from .options import add_device_option, add_original_options, command_parser, original_options
+
+PORT = 7860
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("app", __doc__)
+    model = parser.add_argument_group("model")
+    model.add_argument("model", nargs="?", metavar="MODEL", help="what it tracks with; the small base if not given")
+    model.add_argument(
+        "--compare", action="append", default=[], metavar="MODEL", help="another model to compare with; may be repeated"
+    )
+    add_original_options(model)
+    learning = parser.add_argument_group("learning")
+    learning.add_argument("--data", type=Path, metavar="DIR", help="collect corrected videos here; allows learning")
+    learning.add_argument("--models", type=Path, metavar="DIR", help="for what is learned; DATA_models if not given")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 for all networks (%(default)s)")
+    server.add_argument("--port", type=int, default=PORT, metavar="N", help="(%(default)s)")
+    server.add_argument("--share", action="store_true", help="also open it to the internet, by a link of Gradio's")
+    server.add_argument("--upload-limit", type=int, default=512, metavar="MB", help="of a file (%(default)s)")
+    server.add_argument("--frame-limit", type=int, default=30_000, metavar="N", help="of a video (%(default)s)")
+    server.add_argument("--people-limit", type=int, default=32, metavar="N", help="at once (%(default)s)")
+    space = parser.add_argument_group("Hugging Face Space")
+    space.add_argument("--space", type=Path, metavar="DIR", help="write a Space here instead; a new folder")
+    space.add_argument("--wheel", type=Path, metavar="FILE.whl", help="of this package, to put into the Space")
+    space.add_argument("--push", metavar="OWNER/NAME", help="upload the Space, with the token of `hf auth login`")
+    add_device_option(parser)
+    parsed = parser.parse_args(arguments)
+    for name in ("upload_limit", "frame_limit", "people_limit"):
+        if getattr(parsed, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(parsed, name)}")
+    if parsed.space is None and (parsed.wheel or parsed.push):
+        parser.error("--wheel and --push go with --space")
+    if parsed.models is not None and parsed.data is None:
+        parser.error("--models goes with --data")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    if parsed.space is not None:
+        from samoe_hf.app.space import push_space, write_space
+
+        write_space(parsed.space, parsed.model, parsed.wheel)
+        print(f"Written: a Space in {parsed.space}")
+        if parsed.push:
+            print(f"Uploaded: {push_space(parsed.space, parsed.push)}")
+        return
+    try:
+        from samoe_hf.app.server import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ImportError("`samoe app` needs Gradio: pip install 'samoe_hf[app]'") from error
+    from samoe_hf.app.limits import Limits
+    from samoe_hf.app.models import load_model
+
+    source = parsed.model or small_base()
+    name = Path(source).name if parsed.model else "small base"
+    loaded = [load_model(source, parsed.device, name, **original_options(parsed))]
+    loaded += [load_model(other, parsed.device) for other in parsed.compare]
+    limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)
+    data = parsed.data
+    models = parsed.models or (data and data.with_name(f"{data.name}_models"))
+    print(f"The page is served at http://{parsed.host}:{parsed.port} until Ctrl+C", file=sys.stderr, flush=True)
+    serve(loaded, limits, data, models, host=parsed.host, port=parsed.port, share=parsed.share)
