@@ -9,13 +9,12 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from gradio.data_classes import Base64ImageData
 
 from .learning import Learner
 from .limits import Limits
 from .models import Models
+from .page_picture import Picture
 from .people import People, Person
-from .pictures import jpeg_url
 from .videos import hide_paths
 
 # Events that keep the device for long, one of which runs at a time; those who wait are told their place.
@@ -36,18 +35,6 @@ class App:
     people: People
     limits: Limits
     learner: Learner | None = None
-
-
-class Picture(gr.Image):
-    """A picture that is sent within the answer itself, as a JPEG: no file of it lies on the server."""
-
-    def postprocess(self, value: np.ndarray | None) -> Base64ImageData | None:
-        """A picture (H, W, 3) uint8 as what is sent."""
-        return None if value is None else Base64ImageData(url=jpeg_url(value))
-
-    def get_block_name(self) -> str:
-        """What the page takes it for."""
-        return "image"
 
 
 def picture(label: str, **kwargs: Any) -> Picture:
