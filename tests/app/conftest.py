@@ -46,3 +46,48 @@ def make_session(small_model, small_video, tmp_path):
 @pytest.fixture
 def session(make_session):
     return make_session()
+
+
+@pytest.fixture(scope="session")
+def two_domains(small_model):
+    """A copy of the model with a gate and two domains, of which the second changes what is put out."""
+    import copy
+
+    import torch
+
+    from samoe_hf.app.models import LoadedModel
+    from samoe_hf.continual.gate import fit_gate
+    from samoe_hf.data import SyntheticVideos
+
+    model = copy.deepcopy(small_model.model)
+    model.rename_domain(None, "first")
+    model.add_domain("second", num_experts=2, num_experts_per_tok=1, lora_rank=4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "domain_second" in name and "lora" in name:
+                parameter.normal_(0, 0.3)
+    for domain, look in (("first", "stripes"), ("second", "shapes")):
+        videos = SyntheticVideos(8, 2, (64, 96), domain=look, seed=3)
+        fit_gate(model, small_model.processor, domain, videos, False)
+    return LoadedModel("domains", "domains", model.eval(), small_model.processor)
+
+
+@pytest.fixture(scope="session")
+def served(two_domains, small_model, tmp_path_factory):
+    """An app that is served to this machine. Its people leave nothing to each other, so tests may share it."""
+    pytest.importorskip("gradio", reason="needs the `app` extra")
+    from dataclasses import replace
+
+    from samoe_hf.app.limits import Limits
+    from samoe_hf.app.models import LoadedModel
+    from samoe_hf.app.server import serving
+
+    folder = tmp_path_factory.mktemp("served")
+    # Saved, since what learns is another process.
+    small_model.model.save_pretrained(folder / "nano")
+    small_model.processor.save_pretrained(folder / "nano")
+    saved = LoadedModel("nano", str(folder / "nano"), small_model.model, small_model.processor)
+    limits = replace(Limits(), upload_bytes=8 * 2**20, sessions=200)
+    with serving([two_domains, saved], limits, folder / "data", folder / "models") as running:
+        yield running

@@ -1,0 +1,192 @@
+"""Requests that no page sends: none gets another's data, or the server's, and none takes the server down."""
+
+import json
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from helpers.app import write_small_video
+
+pytest.importorskip("gradio", reason="needs the `app` extra")
+
+from helpers.app_server import Visitor, file_data
+
+WEIRD = {
+    "nothing": None,
+    "huge": 10**300,
+    "negative": -(10**18),
+    "not a number": float("nan"),
+    "infinite": float("inf"),
+    "text": "../../../../etc/passwd",
+    "long": "x" * 100_000,
+    "list": [[[[]]]],
+    "mapping": {"path": "/etc/passwd", "value": {}, "__type__": "update"},
+    "file": file_data("/etc/passwd"),
+    "files": [file_data("/etc/passwd")],
+    "true": True,
+    "fraction": 0.5,
+    "one": 1,
+    "zero": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def victim(served, tmp_path_factory):
+    """Somebody with a video and masks."""
+    visitor = Visitor(served.url)
+    assert visitor.load().success
+    path = write_small_video(tmp_path_factory.mktemp("victim") / "private.mp4", seed=99)
+    (stored,) = visitor.upload("private.mp4", path.read_bytes())
+    assert visitor.send(visitor.endpoint("upload", "upload"), [None, [file_data(stored)]]).success
+    click = visitor.endpoint("frame", "select")
+    assert visitor.send(click, [None, 0, None, "+ belongs to the object"], {"index": [100, 100], "value": None}).success
+    visitor.stored = stored
+    visitor.person = next(
+        person for person in served.app.people._people.values() if visitor.session_hash in person.pages
+    )
+    return visitor
+
+
+@pytest.fixture
+def attacker(served):
+    visitor = Visitor(served.url)
+    assert visitor.load().success
+    return visitor
+
+
+def state(victim):
+    session = victim.person.session
+    maps = np.stack([session.id_map(t) for t in range(session.num_frames)])
+    return session, session.objects[:], dict(session.prompts), maps.tobytes(), victim.person.corner
+
+
+def test_every_endpoint_survives_every_kind_of_value(served, victim):
+    """With a video and without; in a session of its own, whose failures stay its own."""
+    before, secret = state(victim), victim.person.secret
+    private = [secret, str(served.app.people.folder), "private"]
+    for has_video in (False, True):
+        attacker = Visitor(served.url)
+        attacker.load()
+        if has_video:
+            assert attacker.send(attacker.endpoint("take-example", "click"), [None, "Shapes"]).success
+        for endpoint in attacker.endpoints:
+            if any(event in ("load", "unload") for _, event in attacker.targets(endpoint)):
+                continue
+            for value in WEIRD.values():
+                data = [secret, *[value] * (len(attacker.inputs(endpoint)) - 1)]
+                answer = attacker.send(endpoint, data, event_data={"index": value, "value": value})
+                assert not any(text in answer.text for text in private), answer.text[:500]
+    assert state(victim) == before
+    assert victim.send(victim.endpoint("slider", "input"), [None, 3]).success
+
+
+@pytest.mark.parametrize("body", [[], {}, None, "x", 3, [1] * 1000])
+def test_endpoints_get_other_than_their_inputs(attacker, victim, body):
+    before = state(victim)
+    for endpoint in attacker.endpoints:
+        attacker.send(endpoint, body)
+    assert state(victim) == before and attacker.client.get("/config").status_code == 200
+
+
+def test_the_state_that_a_page_sends_counts_for_nothing(attacker, victim):
+    """The secret is the server's to know: whoever sends another's gets only what is his own."""
+    before = state(victim)
+    click = attacker.endpoint("frame", "select")
+    event = {"index": [50, 50], "value": None}
+    for secret in (victim.person.secret, [victim.person.secret], {"value": victim.person.secret}):
+        answer = attacker.send(click, [secret, 0, None, "+ belongs to the object"], event)
+        assert not answer.success and "There is no video yet" in answer.text
+    assert state(victim) == before
+
+
+@pytest.mark.parametrize("secret", ["", "x", "x" * 43, None, 3, [], {"a": 1}, "%"])
+def test_a_guessed_secret_leads_to_an_empty_page(served, victim, secret):
+    visitor = Visitor(served.url)
+    answer = visitor.load(secret)
+    assert "jpeg" not in answer.text and victim.person.secret not in answer.text
+
+
+def test_without_a_person_nothing_is_done(served):
+    visitor = Visitor(served.url)
+    for element, event, data in (("take-example", "click", [None, "Shapes"]), ("track", "click", [None, 0])):
+        answer = visitor.send(visitor.endpoint(element, event), data)
+        assert not answer.success and "Load it anew" in answer.text
+
+
+def test_files_of_the_server_and_of_others_are_not_handed_out(served, victim):
+    files = [path for path in served.app.people.folder.rglob("*") if path.is_file()]
+    assert files
+    paths = ["/etc/passwd", "/proc/self/environ", *map(str, files), str(served.app.people.folder), "pyproject.toml"]
+    for path in paths:
+        for form in (path, path.lstrip("/"), f"..{path}", f"%2e%2e{path}", f"file://{path}"):
+            for route in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/svelte/"):
+                answer = httpx.get(f"{served.url.rstrip('/')}{route}{form}", trust_env=False)
+                assert answer.status_code in (307, 400, 403, 404, 405, 422), (route, form, answer.status_code)
+
+
+def test_paths_that_a_page_names_are_not_read(attacker, served, victim, tmp_path):
+    """Uploads are named by what the upload gave, and by nothing else."""
+    own = tmp_path / "x.mp4"
+    write_small_video(own)
+    inside = next(path for path in served.app.people.folder.rglob("*.mp4"))
+    upload = attacker.endpoint("upload", "upload")
+    names = ["/etc/passwd", str(own), str(inside), f"{victim.stored}/../../../../../{own}", "http://127.0.0.1:9/x.mp4"]
+    for name in names:
+        for data in (file_data(name), file_data(name, url=f"file://{own}"), file_data(name, orig_name="/tmp/x.mp4")):
+            answer = attacker.send(upload, [None, [data]])
+            assert not answer.success, name
+            assert "There is no video yet" in attacker.send(attacker.endpoint("undo", "click"), [None, 0]).text
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../x.mp4", "/tmp/x.mp4", "x\x00.mp4", "." * 300 + ".mp4", "a/b/c.mp4", "💥.mp4"]
+)
+def test_names_of_uploads_lead_nowhere(attacker, served, small_video, name):
+    answer = attacker.client.post("/gradio_api/upload", files={"files": (name, small_video.read_bytes())})
+    if answer.status_code == 200:
+        (stored,) = answer.json()
+        assert served.app.people.folder.parent in Path(stored).resolve().parents
+        attacker.send(attacker.endpoint("upload", "upload"), [None, [file_data(stored)]])
+    assert not (served.app.people.folder.parent.parent / "x.mp4").exists()
+
+
+def test_an_upload_that_is_too_large_is_refused(attacker):
+    answer = attacker.client.post("/gradio_api/upload", files={"files": ("x.mp4", bytes(9 * 2**20))})
+    assert answer.status_code == 413
+
+
+def test_no_endpoint_is_open_by_name(attacker):
+    info = attacker.client.get("/gradio_api/info").json()
+    assert not info["named_endpoints"] and not info["unnamed_endpoints"]
+    for endpoint in attacker.endpoints.values():
+        for route in ("run", "call", "api"):
+            answer = attacker.client.post(f"/gradio_api/{route}/{endpoint['api_name']}", json={"data": [""]})
+            assert answer.status_code >= 400 or "jpeg" not in answer.text
+
+
+def test_more_than_the_queue_holds_is_refused_and_then_all_goes_on(served, attacker):
+    codes = []
+    for number in range(200):
+        body = {"data": [None, 0], "fn_index": attacker.endpoint("track", "click"), "session_hash": f"flood{number}"}
+        codes.append(attacker.client.post("/gradio_api/queue/join", json=body).status_code)
+    assert set(codes) == {200, 503}
+    until = time.monotonic() + 30
+    while not attacker.send(attacker.endpoint("take-example", "click"), [None, "Shapes"]).success:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_what_is_not_json_is_refused(served):
+    for content in (b"", b"{", b"\xff" * 100, b"[" * 50_000, json.dumps({"data": "x" * 10**6}).encode()):
+        for route in ("queue/join", "run/predict", "call/predict", "reset", "cancel"):
+            answer = httpx.post(
+                f"{served.url.rstrip('/')}/gradio_api/{route}",
+                content=content,
+                headers={"content-type": "application/json"},
+                trust_env=False,
+            )
+            assert answer.status_code >= 400
+    assert httpx.get(served.url, trust_env=False).status_code == 200
