@@ -1,5 +1,6 @@
 """Learning from collected videos: `samoe adapt` in a process of its own, which can be watched, stopped and resumed."""
 
+import copy
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from samoe_hf.continual.adapt import RESULTS_FILE
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.files import write_text
+from samoe_hf.model.experts import expert_modules
+from samoe_hf.model.files import new_folder, write_text
 from samoe_hf.training.checkpoints import list_checkpoints
 
 from .collecting import collected
@@ -28,7 +30,9 @@ from .models import LoadedModel
 from .videos import hide_paths
 
 State = Literal["new", "running", "stopped", "failed", "done"]
-RESERVED = {AUTO, "none", "base"}
+# The domain of experts that belonged to none.
+FORMER_EXPERTS = "former"
+RESERVED = {FORMER_EXPERTS, AUTO, "none", "base"}
 MAX_STEPS = 20_000
 POINTS = 12  # of the curve
 SMALL_IMAGE_SIZE = 256
@@ -117,11 +121,12 @@ class Learning:
         self._was_stopped = False
         self.output.parent.mkdir(parents=True, exist_ok=True)
         run = self.output.with_name(f"{self.output.name}.yaml")
+        source = adaptable_source(self.model, self.output.with_name(f"{self.output.name}_start"))
         write_text(run, yaml.safe_dump(self.run(), sort_keys=False))
         given = ["--domain", self.domain, "--dataset", str(run), "--output", str(self.output)]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "samoe_hf.cli", "adapt", self.model.source, *given, *again],
+                [sys.executable, "-m", "samoe_hf.cli", "adapt", source, *given, *again],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -190,6 +195,23 @@ class Learning:
 
 
 _OF_EXPERTS = ("expert_modules", "num_experts", "lora_")
+
+
+def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
+    """What `samoe adapt` starts from.
+
+    Experts with an effect that belong to no domain, as SAM2-MoE was published, become a domain of their own, in a copy
+    of the model in `folder`.
+    """
+    has_own = any(bool(module.lora_B.any()) for _, module in expert_modules(loaded.model))
+    if loaded.domains or not has_own:
+        return loaded.source
+    if not folder.exists():
+        model = copy.deepcopy(loaded.model)
+        model.rename_domain(None, FORMER_EXPERTS)
+        with new_folder(folder) as target:
+            model.save_pretrained(target, processor=loaded.processor)
+    return str(folder)
 
 
 def check_domain_name(domain: object) -> None:

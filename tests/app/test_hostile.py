@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from helpers.app import write_small_video
+from helpers.app_server import Visitor, file_data
 
 pytest.importorskip("gradio", reason="needs the `app` extra")
-
-from helpers.app_server import Visitor, file_data
 
 WEIRD = {
     "nothing": None,

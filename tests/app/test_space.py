@@ -1,0 +1,148 @@
+"""A Space: its files, its upload to a Hub, and its start in a fresh environment."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from helpers.app_server import Visitor
+from helpers.reference import ROOT
+from samoe_hf.app.space import push_space, write_space
+from samoe_hf.commands.app import main
+
+gradio = pytest.importorskip("gradio", reason="needs the `app` extra")
+BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "samoe_hf", folder / "samoe_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-c", BUILD], cwd=folder, check=True, capture_output=True)
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture
+def fake_wheel(tmp_path) -> Path:
+    path = tmp_path / "samoe_hf-0.1.0-py3-none-any.whl"
+    path.write_bytes(b"wheel")
+    return path
+
+
+def front_matter(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+
+
+def test_the_files_of_a_space(tmp_path, fake_wheel):
+    main(["me/my-model", "--space", str(tmp_path / "space"), "--wheel", str(fake_wheel)])
+    assert sorted(path.name for path in (tmp_path / "space").iterdir()) == [
+        "README.md", "app.py", "requirements.txt", fake_wheel.name
+    ]  # fmt: skip
+    assert (tmp_path / "space" / "requirements.txt").read_text() == f"./{fake_wheel.name}[app]\n"
+    about = front_matter(tmp_path / "space")
+    assert (about["sdk"], about["app_file"], about["sdk_version"]) == ("gradio", "app.py", gradio.__version__)
+    assert about["models"] == ["me/my-model"] and about["title"] == "samoe my-model"
+    assert 'MODEL = "me/my-model"' in (tmp_path / "space" / "app.py").read_text()
+    compile((tmp_path / "space" / "app.py").read_text(), "app.py", "exec")
+
+
+def test_a_folder_with_a_model_goes_along(tmp_path, model_folder):
+    write_space(tmp_path / "space", str(model_folder))
+    assert (tmp_path / "space" / "model" / "config.json").is_file()
+    assert 'MODEL = "model"' in (tmp_path / "space" / "app.py").read_text()
+    assert "models" not in front_matter(tmp_path / "space")
+
+
+def test_a_name_cannot_leave_its_quotes(tmp_path):
+    write_space(tmp_path / "space", 'x"; import os #')
+    namespace: dict = {"__name__": "test", "__file__": "app.py"}
+    source = (tmp_path / "space" / "app.py").read_text()
+    exec(compile(source, "app.py", "exec"), namespace)
+    assert namespace["MODEL"] == 'x"; import os #'
+
+
+def test_what_is_there_stays(tmp_path, fake_wheel):
+    (tmp_path / "space").mkdir()
+    (tmp_path / "space" / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        write_space(tmp_path / "space")
+    with pytest.raises(ValueError, match="must be a wheel of samoe_hf"):
+        write_space(tmp_path / "other", wheel=tmp_path / "space" / "file")
+    with pytest.raises(ValueError, match="`samoe convert` makes a folder"):
+        write_space(tmp_path / "other", str(fake_wheel))
+    assert not (tmp_path / "other").exists() and (tmp_path / "space" / "file").read_text() == "mine"
+
+
+def test_a_space_is_uploaded_with_a_token(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, name, **options):
+            calls.append(("create", name, options["repo_type"], options["space_sdk"]))
+            return "https://hub/me/space"
+
+        def upload_folder(self, **options):
+            calls.append(("upload", options["repo_id"], options["repo_type"], Path(options["folder_path"]).name))
+
+    monkeypatch.setattr("samoe_hf.app.space.HfApi", Api)
+    write_space(tmp_path / "space")
+    assert push_space(tmp_path / "space", "me/space", "hf_x") == "https://hub/me/space"
+    assert calls == [
+        ("token", "hf_x"),
+        ("create", "me/space", "space", "gradio"),
+        ("upload", "me/space", "space", "space"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_space_starts_in_a_fresh_environment(tmp_path, wheel):
+    """As a Space does: Gradio of the version that README names, then the requirements, then `python app.py`."""
+    write_space(tmp_path / "space", wheel=wheel)
+    uv, python = Path(sys.executable).parent / "uv", tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    needed = [f"gradio=={front_matter(tmp_path / 'space')['sdk_version']}", "-r", "requirements.txt"]
+    subprocess.run([uv, "pip", "install", "--python", python, *needed], cwd=tmp_path / "space", check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([python, "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(url, process, tmp_path / "log")
+        visitor = Visitor(url)
+        assert visitor.load().success
+        assert visitor.send(visitor.endpoint("take-example", "click"), [None, "Shapes"]).success
+        event = {"index": [168, 200], "value": None}
+        answer = visitor.send(visitor.endpoint("frame", "select"), [None, 0, None, "+ belongs to the object"], event)
+        assert answer.success and "jpeg" in answer.text
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    until = time.monotonic() + 180
+    while time.monotonic() < until:
+        assert process.poll() is None, log.read_text()
+        try:
+            if httpx.get(url, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
