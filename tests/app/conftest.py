@@ -85,9 +85,44 @@ def served(two_domains, small_model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("served")
     # Saved, since what learns is another process.
-    small_model.model.save_pretrained(folder / "nano")
-    small_model.processor.save_pretrained(folder / "nano")
-    saved = LoadedModel("nano", str(folder / "nano"), small_model.model, small_model.processor)
+    saved = []
+    for one in (two_domains, small_model):
+        one.model.save_pretrained(folder / one.name, processor=one.processor)
+        saved.append(LoadedModel(one.name, str(folder / one.name), one.model, one.processor))
     limits = replace(Limits(), upload_bytes=8 * 2**20, sessions=200)
-    with serving([two_domains, saved], limits, folder / "data", folder / "models") as running:
+    with serving(saved, limits, folder / "data", folder / "models") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium; tests that need it are skipped, with the reason, where it or Playwright is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright, of the `dev` extra")
+    from helpers.browser import find_chromium
+
+    path = find_chromium()
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, served):
+    """Opens pages, each in a browser profile of its own; all are closed in the end."""
+    from helpers.browser import Page
+
+    contexts = []
+
+    def open_one(url: str | None = None, **options):
+        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options))
+        return Page(contexts[-1], url or served.url)
+
+    yield open_one
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()

@@ -1,0 +1,245 @@
+"""The page as people use it, in a real browser."""
+
+import json
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.app import write_small_video
+from samoe_hf import VideoSession
+from samoe_hf.data.video_io import read_label_png, read_video, write_video
+from samoe_hf.inference import TrackedFrame, VideoPrompt
+
+pytest.importorskip("gradio", reason="needs the `app` extra")
+
+
+def masks_of_zip(path, folder) -> np.ndarray:
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
+    return np.stack([read_label_png(file) for file in sorted(folder.rglob("*.png"))])
+
+
+def prompts_of(project) -> list[dict]:
+    with zipfile.ZipFile(project) as archive:
+        return json.loads(archive.read("project.json"))["prompts"]
+
+
+def track_by_hand(loaded, video, steps) -> np.ndarray:
+    """The same through processor and model: prompts, and frames to track on from."""
+    frames, maps, model = read_video(video), {}, loaded.model
+    session = VideoSession(frames, loaded.processor, corrections_condition=True)
+
+    def keep(output):
+        logits = loaded.processor.post_process_masks([output.pred_masks], [frames.size], binarize=False)[0][:, 0]
+        maps[output.frame_idx] = TrackedFrame(output.frame_idx, output.object_ids, logits).id_map()
+
+    for step in steps:
+        if isinstance(step, VideoPrompt):
+            loaded.processor.add_inputs_to_inference_session(session, step.frame_idx, step.object_id, **step.inputs())
+            keep(model(inference_session=session, frame_idx=step.frame_idx))
+        else:
+            for output in model.propagate_in_video_iterator(session, start_frame_idx=step):
+                keep(output)
+    return np.stack([maps[t] for t in range(len(frames))])
+
+
+def test_click_box_track_correct_and_take_away_as_the_python_api_does(page, small_video, two_domains, tmp_path):
+    page.open(small_video)
+    assert "click on an object" in page.text("hint")
+    page.click(0.3, 0.5)
+    page.mode("−")
+    page.click(0.6, 0.2)
+    page.page.click("#add")
+    page.wait_for_text("objects", "object 2")
+    page.mode("Box")
+    page.click(0.55, 0.3)
+    assert "opposite corner" in page.text("hint")
+    page.click(0.9, 0.8)
+    page.track()
+    page.go_to(4)
+    page.mode("+")
+    page.click(0.7, 0.6)
+    page.track("onward")
+    masks = masks_of_zip(page.export("Masks, PNG in a zip", tmp_path), tmp_path / "masks")
+    first, boxed, last = prompts_of(page.export("Project, to go on later", tmp_path))
+    clicked = [*first["points"], last["points"][0], boxed["box"][:2], boxed["box"][2:]]
+    meant = [(0.3, 0.5), (0.6, 0.2), (0.7, 0.6), (0.55, 0.3), (0.9, 0.8)]
+    assert np.abs(np.array(clicked) - np.array(meant) * [96, 64]).max() < 1 and first["labels"] == [1, 0]
+    steps = [
+        VideoPrompt(1, 0, first["points"][:1], [1]),
+        VideoPrompt(1, 0, first["points"], [1, 0]),
+        VideoPrompt(2, 0, box=boxed["box"]),
+        0,
+        VideoPrompt(last["object"], 4, last["points"], [1]),
+        4,
+    ]
+    expected = track_by_hand(two_domains, small_video, steps)
+    assert expected.any() and (masks == expected).all()
+    assert not page.errors
+
+
+def test_two_people_at_once_get_what_each_would_get_alone(open_page, small_video, two_domains, tmp_path):
+    other_video = write_small_video(tmp_path / "other.mp4", seed=8)
+    pages, videos = [open_page(), open_page()], [small_video, other_video]
+    for page, video in zip(pages, videos, strict=True):
+        page.open(video)
+    for page, (x, y) in zip(pages, ((0.3, 0.5), (0.7, 0.4)), strict=True):
+        page.click(x, y)
+    for page in pages:
+        page.page.click("#track")  # both at once: one waits for the other
+    for number, page in enumerate(pages):
+        page.wait_for_text("progress", "Tracked.")
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        masks = masks_of_zip(page.export("Masks, PNG in a zip", folder), folder / "masks")
+        (prompt,) = prompts_of(page.export("Project, to go on later", folder))
+        steps = [VideoPrompt(1, 0, prompt["points"], [1]), 0]
+        assert (masks == track_by_hand(two_domains, videos[number], steps)).all()
+
+
+def test_undo_objects_and_a_refresh_in_the_middle(page, small_video):
+    page.open(small_video)
+    page.click(0.3, 0.5)
+    first = page.frame_source()
+    page.click(0.6, 0.5)
+    page.page.click("#undo")
+    page.wait("([s]) => document.querySelector('#frame img').src === s", first)
+    page.page.click("#add")
+    page.wait_for_text("objects", "object 2")
+    page.track()
+    tracked = page.frame_source()
+    page.page.reload()
+    page.page.wait_for_selector("#frame img")
+    assert page.frame_source() == tracked and "object 2" in page.text("objects")
+    page.page.locator("#objects label", has_text="object 1").click()
+    page.page.click("#remove")
+    page.wait("() => !document.querySelector('#objects').innerText.includes('object 1')")
+
+
+def test_stop_while_it_tracks_and_a_refresh_while_it_tracks(open_page, served, tmp_path):
+    page = open_page()
+    page.open(write_small_video(tmp_path / "long.mp4", num_frames=300))
+    page.click(0.3, 0.5)
+    page.page.click("#track")
+    page.wait_for_text("progress", "Tracking:")
+    page.page.wait_for_selector("#stop:not([disabled])")
+    page.page.click("#stop")
+    page.wait_for_text("progress", "Stopped after")
+    page.page.click("#onward")
+    page.wait_for_text("progress", "Tracking:")
+    page.page.reload()
+    page.page.wait_for_selector("#frame img")
+    end = time.monotonic() + 30
+    while any(person.session is not None and person.session.is_busy for person in served.app.people._people.values()):
+        assert time.monotonic() < end, "what was running before the refresh still holds the video"
+        time.sleep(0.2)
+    page.click(0.5, 0.5)
+
+
+def test_a_broken_video_is_refused_in_words(page, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + b"junk" * 1000)
+    page.upload(tmp_path / "broken.mp4")
+    page.page.wait_for_selector(".toast-body")
+    assert "not a readable video" in page.message() and "/" not in page.message()
+    page.take_example()
+
+
+def test_a_video_of_one_frame_and_one_of_4k(page, tmp_path):
+    page.open(write_small_video(tmp_path / "one.mp4", num_frames=1))
+    page.click(0.3, 0.5)
+    page.track()
+    page.page.click("#another")
+    ramp = np.linspace(0, 255, 3840, dtype=np.uint8)
+    frames = (np.roll(np.tile(ramp[None, :, None], (2160, 1, 3)), 300 * t, axis=1) for t in range(2))
+    write_video(tmp_path / "large.mp4", frames, fps=5)
+    page.upload(tmp_path / "large.mp4")
+    page.wait_for_text("slider", "0 to 1")
+    page.click(0.3, 0.5)
+    page.track(seconds=120)
+    masks = masks_of_zip(page.export("Masks, PNG in a zip", tmp_path), tmp_path / "masks")
+    assert masks.shape == (2, 2160, 3840)
+
+
+def test_frames_and_a_project_are_opened(open_page, small_video, tmp_path):
+    page = open_page()
+    files = []
+    for number, frame in enumerate(read_video(small_video)):
+        files.append(tmp_path / f"frame{number}.png")
+        Image.fromarray(frame).save(files[-1])
+    page.open(*files)
+    page.click(0.3, 0.5)
+    page.track()
+    project = page.export("Project, to go on later", tmp_path)
+    shown = page.frame_source()
+    other = open_page()
+    other.open(project)
+    assert other.frame_source() == shown
+    other.go_to(3)
+    other.track("onward")
+
+
+def test_the_gate_is_overruled_experts_are_seen_and_two_are_compared(page, small_video):
+    page.open(small_video)
+    page.click(0.3, 0.5)
+    page.track()
+    assert "second, chosen by the gate" in page.text("whose")
+    page.go_to(4)
+    shown = page.frame_source()
+    page.tab("Look inside")
+    page.choose("domain", "first")
+    page.page.click("#use")
+    page.wait_for_text("look-whose", "first, as you chose")
+    page.tab("Track")
+    page.track()
+    page.go_to(3)
+    page.go_to(4)
+    assert page.frame_source() != shown
+    page.tab("Look inside")
+    page.page.click("#look")
+    page.page.wait_for_selector("#map img")
+    page.page.wait_for_selector("#usage img")
+    page.choose("first", "domains: the base model")
+    page.choose("second", "domains: second")
+    page.page.click("#compare")
+    page.page.wait_for_selector("#both img")
+    page.wait_for_text("both-table", "object 1")
+    assert "Left: domains: the base model. Right: domains: second." in page.text("compare-progress")
+
+
+@pytest.mark.slow
+def test_it_learns_from_corrections_and_tracks_again(page, small_video):
+    page.open(small_video)
+    page.click(0.3, 0.5)
+    page.track()
+    page.tab("Learn")
+    page.page.click("#collect")
+    page.wait_for_text("count", "collected.")
+    page.page.fill("#learn-domain input, #learn-domain textarea", "mine")
+    page.page.fill("#steps input", "60")
+    page.page.click("#learn")
+    page.page.wait_for_selector("#curve img", timeout=120_000)
+    page.page.click("#stop-learning")
+    page.wait_for_text("learn-state", "Stopped.")
+    page.page.click("#resume")
+    page.wait_for_text("learn-state", "Learned.", seconds=180)
+    page.page.click("#again")
+    page.page.wait_for_selector("#before-after img")
+    page.wait_for_text("again-progress", "The model is now mine-1")
+    page.tab("Track")
+    page.wait_for_text("whose", "mine")
+    page.track()
+
+
+def test_pages_that_are_closed_leave_nothing(open_page, served, small_video):
+    before = len(served.app.people)
+    for _ in range(2):
+        page = open_page()
+        page.open(small_video)
+        page.close()
+    end = time.monotonic() + 20
+    while not all(p.left_at is not None for p in list(served.app.people._people.values())[before:]):
+        assert time.monotonic() < end
+        time.sleep(0.2)
