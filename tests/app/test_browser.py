@@ -231,15 +231,3 @@ def test_it_learns_from_corrections_and_tracks_again(page, small_video):
     page.tab("Track")
     page.wait_for_text("whose", "mine")
     page.track()
-
-
-def test_pages_that_are_closed_leave_nothing(open_page, served, small_video):
-    before = len(served.app.people)
-    for _ in range(2):
-        page = open_page()
-        page.open(small_video)
-        page.close()
-    end = time.monotonic() + 20
-    while not all(p.left_at is not None for p in list(served.app.people._people.values())[before:]):
-        assert time.monotonic() < end
-        time.sleep(0.2)
