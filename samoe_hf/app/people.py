@@ -13,6 +13,7 @@ from pathlib import Path
 from .comparison import Comparison
 from .experts_view import ExpertsView
 from .limits import Limits
+from .memory import give_back_memory
 from .session import TrackingSession
 
 SECRET_BYTES = 32
@@ -139,6 +140,8 @@ class People:
                 del self._people[person.secret]
         for person in gone:
             self._free(person)
+        if gone:
+            give_back_memory()
         return len(gone)
 
     def close(self) -> None:
