@@ -40,20 +40,22 @@ class LearnPart(Part):
         with gr.Column(visible=is_open):
             gr.Markdown("**1. Collect.** Correct the masks in *Track*, then add the video. It stays on the server.")
             with gr.Row():
-                self.collect = gr.Button("Add this video to the data set", elem_id="collect")
+                self.collect = gr.Button("Add this video to the data set", elem_id="collect", size="md")
                 self.count = gr.Markdown(self._count(), elem_id="count")
             gr.Markdown("**2. Learn.** New experts are trained on the collected videos; all else stays as it is.")
             with gr.Row():
                 self.domain = gr.Textbox("mine", label="Name of the domain", elem_id="learn-domain", max_lines=1)
                 self.steps = gr.Number(DEFAULT_STEPS, label="Steps of training", precision=0, elem_id="steps")
             with gr.Row():
-                self.start = gr.Button("Learn", variant="primary", elem_id="learn", min_width=90)
-                self.stop = gr.Button("Stop", variant="stop", elem_id="stop-learning", min_width=60, interactive=False)
-                self.resume = gr.Button("Resume", elem_id="resume", min_width=60, interactive=False)
+                self.start = gr.Button("Learn", variant="primary", elem_id="learn", size="md", scale=2, min_width=90)
+                self.stop = gr.Button(
+                    "Stop", variant="stop", elem_id="stop-learning", size="md", min_width=60, interactive=False
+                )
+                self.resume = gr.Button("Resume", elem_id="resume", size="md", min_width=60, interactive=False)
             self.state = gr.Markdown("", elem_id="learn-state")
             self.curve = picture("Loss, and J&F on the collected videos", elem_id="curve", visible=False)
             gr.Markdown("**3. Track again.** The same first clicks, before and after, without your corrections.")
-            self.again = gr.Button("Track again, before and after", elem_id="again", interactive=False)
+            self.again = gr.Button("Track again, before and after", elem_id="again", size="md", interactive=False)
             self._build_result()
             self.timer = gr.Timer(2, active=False)
 

@@ -23,24 +23,26 @@ def figure_picture(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+MEDIUM = {"size": "md", "min_width": 120}
+FIRST = "**First** track a video in *Track*; then look here at what happened."
+
+
 class LookPart(Part):
     """Domains, experts, comparisons."""
 
     def build(self, track: TrackPart) -> None:
         """Lays the components out."""
         self.track = track
-        self.note = gr.Markdown(
-            "**First** track a video in *Track*; then look here at what happened.", elem_id="look-note"
-        )
+        self.note = gr.Markdown(FIRST, elem_id="look-note")
         with gr.Accordion("Whose experts", open=True):
             with gr.Row():
                 self.model = gr.Dropdown(self.app.models.names, value=self.app.models.first.name, label="Model")
                 self.domain = gr.Dropdown([], label="Experts of", elem_id="domain", interactive=True)
-                self.use = gr.Button("Start anew with these", elem_id="use", min_width=120)
+                self.use = gr.Button("Start anew with these", elem_id="use", **MEDIUM)
             self.whose = gr.Markdown("", elem_id="look-whose")
         with gr.Accordion("Where the experts work", open=True):
             with gr.Row():
-                self.look = gr.Button("Look at the shown frame", variant="primary", elem_id="look", min_width=120)
+                self.look = gr.Button("Look at the frame shown in Track", variant="primary", elem_id="look", **MEDIUM)
                 self.layer = gr.Dropdown([], label="Layer", elem_id="layer", interactive=True)
                 self.object = gr.Dropdown([], label="Object", elem_id="look-object", interactive=True)
             with gr.Row():
@@ -53,10 +55,10 @@ class LookPart(Part):
         with gr.Row():
             self.first = gr.Dropdown([], label="Left", elem_id="first", interactive=True)
             self.second = gr.Dropdown([], label="Right", elem_id="second", interactive=True)
-            self.only_first = gr.Checkbox(False, label="Without corrections: each object's first prompt only")
+        self.only_first = gr.Checkbox(False, label="Without corrections: each object's first prompt only")
         with gr.Row():
-            self.compare = gr.Button("Track with both", variant="primary", elem_id="compare", min_width=120)
-            self.stop = gr.Button("Stop", variant="stop", elem_id="stop-compare", min_width=60)
+            self.compare = gr.Button("Track with both", variant="primary", elem_id="compare", scale=2, **MEDIUM)
+            self.stop = gr.Button("Stop", elem_id="stop-compare", **MEDIUM)
         self.progress = gr.Markdown("", elem_id="compare-progress")
         self.both = picture("Left and right", elem_id="both", visible=False)
         self.slider = gr.Slider(0, 1, 0, step=1, label="Frame", visible=False, elem_id="both-slider")
@@ -114,8 +116,8 @@ class LookPart(Part):
         model = session.model if session else self.app.models.first
         choices = model.domain_choices
         current = next((c for c, domain in choices.items() if session and domain == session.domain), None)
-        note = "" if session else "**First** track a video in *Track*; then look here at what happened."
-        if session and not choices:
+        note = "" if session and session.prompts else FIRST
+        if session and session.prompts and not choices:
             note = f"{model.name} has no domains: all its videos get the same experts. *Learn* adds a domain."
         second = names[min(1, len(names) - 1)]
         return {

@@ -17,6 +17,8 @@ KEEP = "(secret) => { try { sessionStorage.setItem('samoe', secret) } catch { } 
 CSS = """
 .gradio-container { width: 100%; max-width: 1280px !important; margin: auto; padding: 0 12px !important; }
 .gradio-container main { width: 100%; padding: 8px 0 !important; }
+.gradio-container .app, .gradio-container main { padding-left: 4px !important; padding-right: 4px !important; }
+#click-row { align-items: center; }
 #example-row { align-items: center; padding: 0 12px 12px 0; background: var(--block-background-fill); }
 #take-example { min-height: 44px; }
 #frame img { cursor: crosshair; width: 100%; object-fit: contain; max-height: 62vh; }

@@ -15,7 +15,7 @@ APP = '''"""A Space of samoe_hf: the page of `samoe app`."""
 import os
 from pathlib import Path
 
-from samoe_hf import small_base
+from samoe_hf.app.click_base import click_base
 from samoe_hf.app.limits import Limits
 from samoe_hf.app.models import load_model
 from samoe_hf.app.server import serve
@@ -28,9 +28,9 @@ LIMITS = Limits(upload_bytes=100 * 2**20, frames=3000, sessions=16, idle_seconds
 if __name__ == "__main__":
     import torch
 
-    source = small_base() if MODEL is None else FOLDER / MODEL if (FOLDER / MODEL).is_dir() else MODEL
+    source = click_base() if MODEL is None else FOLDER / MODEL if (FOLDER / MODEL).is_dir() else MODEL
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = "small base" if MODEL is None else Path(str(source)).name
+    name = "small model" if MODEL is None else Path(str(source)).name
     host, port = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     serve([load_model(source, device, name)], LIMITS, None, None, host=host, port=port)
 '''
@@ -56,8 +56,8 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
     """Writes the files of a Space into a new folder.
 
     Args:
-        model: an id of the Hub, or a folder, which is copied into the Space; the small base that comes with the package
-            by default.
+        model: an id of the Hub, or a folder, which is copied into the Space; by default the small model that comes with
+            the package.
         wheel: of this package, which is put into the Space; by default it is installed from the package index.
 
     Raises:

@@ -17,7 +17,7 @@ from .project import is_project, open_project, save_project
 from .session import Direction, TrackingSession
 from .videos import EXAMPLES, VIDEO_SUFFIXES, OpenedVideo, open_kept, open_upload, write_example
 
-POSITIVE, NEGATIVE, BOX = "+ belongs to the object", "− does not belong to it", "Box: click two corners"
+POSITIVE, NEGATIVE, BOX = "+ is the object", "− is not", "Box: two corners"
 EXPORTS: dict[str, Callable[[TrackingSession, Path], Path]] = {
     "Masks, PNG in a zip": export_masks,
     "Video with masks, mp4": export_overlay,
@@ -82,6 +82,10 @@ class TrackPart(Part):
     def _build_frame(self) -> None:
         with gr.Column(visible=False) as self.stage:
             self.frame = picture("The frame", elem_id="frame")
+            with gr.Row(elem_id="click-row"):
+                modes = [POSITIVE, NEGATIVE, BOX]
+                self.mode = gr.Radio(modes, value=POSITIVE, show_label=False, container=False, elem_id="mode", scale=4)
+                self.undo = gr.Button("Undo", interactive=False, elem_id="undo", size="sm", min_width=60)
             self.slider = gr.Slider(0, 1, 0, step=1, label="Frame", elem_id="slider")
             size = {"size": "md", "min_width": 120}
             with gr.Row(elem_id="track-buttons"):
@@ -96,8 +100,6 @@ class TrackPart(Part):
             self.progress = gr.Markdown("", elem_id="progress")
 
     def _build_tools(self) -> None:
-        self.mode = gr.Radio([POSITIVE, NEGATIVE, BOX], value=POSITIVE, label="A click on the frame", elem_id="mode")
-        self.undo = gr.Button("Undo", interactive=False, elem_id="undo", size="sm")
         self.objects = gr.Radio([], label="Object", elem_id="objects")
         with gr.Row():
             self.add = gr.Button("Add object", size="sm", elem_id="add", min_width=80)

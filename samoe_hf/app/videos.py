@@ -33,12 +33,12 @@ DEFAULT_FPS = 12.0  # of frames without a video file
 EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLE_FPS = 24, (192, 256), 12
 # Name on the page -> look and seed of the synthetic video.
 EXAMPLES = {
-    "Shapes": ("shapes", 3),
-    "Scenes": ("scenes", 5),
+    "Shapes": ("shapes", 1),
+    "Scenes": ("scenes", 9),
     "Paper": ("paper", 2),
-    "Night": ("night", 2),
+    "Night": ("night", 5),
     "Blobs": ("blobs", 4),
-    "Echoes": ("echoes", 4),
+    "Echoes": ("echoes", 0),
     "Stripes": ("stripes", 11),
 }
 

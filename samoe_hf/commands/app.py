@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from samoe_hf import small_base
+from samoe_hf.app.click_base import click_base
 
 from .options import add_device_option, add_original_options, command_parser, original_options
 
@@ -25,7 +25,12 @@ PORT = 7860
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("app", __doc__)
     model = parser.add_argument_group("model")
-    model.add_argument("model", nargs="?", metavar="MODEL", help="what it tracks with; the small base if not given")
+    model.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="by default a small one of the package",
+    )
     model.add_argument(
         "--compare", action="append", default=[], metavar="MODEL", help="another model to compare with; may be repeated"
     )
@@ -76,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from samoe_hf.app.limits import Limits
     from samoe_hf.app.models import load_model
 
-    source = parsed.model or small_base()
-    name = Path(source).name if parsed.model else "small base"
+    source = parsed.model or click_base()
+    name = Path(source).name if parsed.model else "small model"
     loaded = [load_model(source, parsed.device, name, **original_options(parsed))]
     loaded += [load_model(other, parsed.device) for other in parsed.compare]
     limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)

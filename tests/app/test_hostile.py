@@ -41,7 +41,7 @@ def victim(served, tmp_path_factory):
     (stored,) = visitor.upload("private.mp4", path.read_bytes())
     assert visitor.send(visitor.endpoint("upload", "upload"), [None, [file_data(stored)]]).success
     click = visitor.endpoint("frame", "select")
-    assert visitor.send(click, [None, 0, None, "+ belongs to the object"], {"index": [100, 100], "value": None}).success
+    assert visitor.send(click, [None, 0, None, "+ is the object"], {"index": [100, 100], "value": None}).success
     visitor.stored = stored
     visitor.person = next(
         person for person in served.app.people._people.values() if visitor.session_hash in person.pages
@@ -74,7 +74,7 @@ def test_every_endpoint_survives_every_kind_of_value(served, victim):
         for endpoint in attacker.endpoints:
             if any(event in ("load", "unload") for _, event in attacker.targets(endpoint)):
                 continue
-            for value in WEIRD.values():
+            for value in list(WEIRD.values()) if has_video else (None, 1, "text"):
                 data = [secret, *[value] * (len(attacker.inputs(endpoint)) - 1)]
                 answer = attacker.send(endpoint, data, event_data={"index": value, "value": value})
                 assert not any(text in answer.text for text in private), answer.text[:500]
@@ -96,7 +96,7 @@ def test_the_state_that_a_page_sends_counts_for_nothing(attacker, victim):
     click = attacker.endpoint("frame", "select")
     event = {"index": [50, 50], "value": None}
     for secret in (victim.person.secret, [victim.person.secret], {"value": victim.person.secret}):
-        answer = attacker.send(click, [secret, 0, None, "+ belongs to the object"], event)
+        answer = attacker.send(click, [secret, 0, None, "+ is the object"], event)
         assert not answer.success and "There is no video yet" in answer.text
     assert state(victim) == before
 
@@ -116,13 +116,14 @@ def test_without_a_person_nothing_is_done(served):
 
 
 def test_files_of_the_server_and_of_others_are_not_handed_out(served, victim):
-    files = [path for path in served.app.people.folder.rglob("*") if path.is_file()]
+    files = [path for path in victim.person.folder.rglob("*") if path.is_file()][:3]
     assert files
     paths = ["/etc/passwd", "/proc/self/environ", *map(str, files), str(served.app.people.folder), "pyproject.toml"]
+    client = httpx.Client(base_url=served.url.rstrip("/"), trust_env=False)
     for path in paths:
         for form in (path, path.lstrip("/"), f"..{path}", f"%2e%2e{path}", f"file://{path}"):
             for route in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/svelte/"):
-                answer = httpx.get(f"{served.url.rstrip('/')}{route}{form}", trust_env=False)
+                answer = client.get(f"{route}{form}")
                 assert answer.status_code in (307, 400, 403, 404, 405, 422), (route, form, answer.status_code)
 
 

@@ -129,7 +129,7 @@ def test_a_space_starts_in_a_fresh_environment(tmp_path, wheel):
         assert visitor.load().success
         assert visitor.send(visitor.endpoint("take-example", "click"), [None, "Shapes"]).success
         event = {"index": [168, 200], "value": None}
-        answer = visitor.send(visitor.endpoint("frame", "select"), [None, 0, None, "+ belongs to the object"], event)
+        answer = visitor.send(visitor.endpoint("frame", "select"), [None, 0, None, "+ is the object"], event)
         assert answer.success and "jpeg" in answer.text
     finally:
         process.terminate()

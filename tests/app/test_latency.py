@@ -1,0 +1,99 @@
+"""The mask after a click: from the browser's side, beside the model's own time. Prints what docs/app.md says."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from helpers.app import write_small_video
+from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.app.limits import Limits
+from samoe_hf.app.models import LoadedModel
+from samoe_hf.app.session import TrackingSession
+from samoe_hf.app.videos import open_kept
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.processor import build_processor
+
+CLICKS, SIZE = 40, (480, 640)
+# Waits for the picture that a click brings, and gives the milliseconds from the click to its being there.
+MEASURE = """() => {
+    const image = () => document.querySelector('#frame img');
+    const before = image().src;
+    window.waited = new Promise((done) => {
+        document.addEventListener('click', () => {
+            const start = performance.now();
+            const look = () => {
+                const now = image();
+                if (now.src !== before && now.complete) done(performance.now() - start);
+                else requestAnimationFrame(look);
+            };
+            look();
+        }, {once: true, capture: true});
+    });
+}"""
+
+
+def tiny() -> LoadedModel:
+    model = SamoeModel(SamoeConfig(**read_yaml("model_tiny"))).eval()
+    return LoadedModel("tiny", "tiny", model, build_processor(model.config))
+
+
+def small() -> LoadedModel:
+    from samoe_hf.app.click_base import click_base
+    from samoe_hf.app.models import load_model
+
+    return load_model(click_base(), "cpu", "small")
+
+
+def own_times(loaded, video, folder) -> list[float]:
+    """Milliseconds of the model alone, for the same clicks."""
+    session = TrackingSession(folder, open_kept("video", video, Limits()), loaded, threading.Lock(), Limits())
+    session.add_object()
+    forward, times = loaded.model.forward, []
+
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            times.append(1000 * (time.perf_counter() - start))
+
+    loaded.model.forward = timed
+    try:
+        for x, y in positions():
+            session.click(1, 0, x * SIZE[1], y * SIZE[0])
+            session.undo()
+    finally:
+        del loaded.model.forward
+    return times
+
+
+def positions() -> list[tuple[float, float]]:
+    return [tuple(one) for one in np.random.default_rng(0).uniform(0.1, 0.9, (CLICKS, 2))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [small, tiny], ids=["small", "tiny"])
+def test_the_mask_comes_soon_after_the_model_has_it(open_page, make, tmp_path):
+    pytest.importorskip("gradio", reason="needs the `app` extra")
+    from samoe_hf.app.server import serving
+
+    loaded = make()
+    video, seen = write_small_video(tmp_path / "video.mp4", num_frames=4, size=SIZE), []
+    with serving([loaded], replace(Limits(), grace_seconds=0)) as running:
+        page = open_page(running.url)
+        page.open(video)
+        for x, y in positions():
+            box = page.page.locator("#frame img").bounding_box()
+            page.page.evaluate(MEASURE)
+            page.page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+            seen.append(page.page.evaluate("window.waited"))
+            before = page.frame_source()
+            page.page.click("#undo")
+            page.wait("([s]) => document.querySelector('#frame img').src !== s", before)
+    own = own_times(loaded, video, tmp_path)
+    for name, times in (("browser", seen[1:]), ("model", own[1:])):
+        print(f"{loaded.name}, {name}: median {np.median(times):.0f} ms, 95 % {np.percentile(times, 95):.0f} ms")
+    assert np.median(seen[1:]) < np.median(own[1:]) + 250
