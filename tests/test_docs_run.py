@@ -24,6 +24,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 NOT_RUN = {
     "make ": "sets up an environment; the continuous integration runs it",
     "samoe study": "takes hours; tests/continual/test_study.py runs it",
+    "samoe app": "serves until it is stopped; tests/app runs it",
     "samoe benchmark": "needs a GPU and peers; tests/benchmarks runs its commands",
     "accelerate launch --num_processes 8": "needs 8 GPUs",
     "torchrun": "two processes; tests/training/test_trainer.py runs them",

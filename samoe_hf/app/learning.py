@@ -36,10 +36,10 @@ RESERVED = {FORMER_EXPERTS, AUTO, "none", "base"}
 MAX_STEPS = 20_000
 POINTS = 12  # of the curve
 SMALL_IMAGE_SIZE = 256
-# What a small model learns a domain with within minutes on a CPU, as `samoe demo` does; others as `adapt.yaml` says.
+# What a small model learns a domain with within minutes on a CPU; others as `adapt.yaml` says.
 SMALL_MODEL = {
     "per_device_train_batch_size": 4,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-3,
     "expert_modules": r"(?!mask_decoder\.|prompt_encoder\.).*",
     "num_experts": 2,
     "num_experts_per_tok": 2,

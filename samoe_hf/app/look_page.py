@@ -106,12 +106,12 @@ class LookPart(Part):
         return sides
 
     @guarded
-    def refresh(self, secret: object) -> dict[Any, Any]:
-        """The part is opened: menus show what there is."""
-        return self.menus(self.person(secret))
+    def refresh(self, secret: object, first: object, second: object) -> dict[Any, Any]:
+        """The part is opened: menus show what there is, and keep what was chosen."""
+        return self.menus(self.person(secret), first, second)
 
-    def menus(self, person: Person) -> dict[Any, Any]:
-        """Updates of all menus, as a person's session stands."""
+    def menus(self, person: Person, first: object = None, second: object = None) -> dict[Any, Any]:
+        """Updates of all menus, as a person's session stands. `first` and `second` are what is compared, if known."""
         session, names = person.session, list(self.sides())
         model = session.model if session else self.app.models.first
         choices = model.domain_choices
@@ -119,13 +119,14 @@ class LookPart(Part):
         note = "" if session and session.prompts else FIRST
         if session and session.prompts and not choices:
             note = f"{model.name} has no domains: all its videos get the same experts. *Learn* adds a domain."
-        second = names[min(1, len(names) - 1)]
+        first = first if first in names else names[0]
+        second = second if second in names and second != first else names[-1]
         return {
             self.note: note,
             self.model: gr.Dropdown(self.app.models.names, value=model.name),
             self.domain: gr.Dropdown(list(choices), value=current, visible=bool(choices)),
             self.whose: whose_experts(session),
-            self.first: gr.Dropdown(names, value=names[0]),
+            self.first: gr.Dropdown(names, value=first),
             self.second: gr.Dropdown(names, value=second),
         }
 

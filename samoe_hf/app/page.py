@@ -70,7 +70,13 @@ class Parts:
                 self.learn.build(self.track, self.look)
         for part in (self.track, self.look, self.learn):
             part.wire()
-        look.select(self.look.refresh, [secret], self.look.shown(), show_progress="hidden", **PRIVATE)
+        look.select(
+            self.look.refresh,
+            [secret, self.look.first, self.look.second],
+            self.look.shown(),
+            show_progress="hidden",
+            **PRIVATE,
+        )
         learn.select(self.learn.refresh, [secret], self.learn.shown(), show_progress="hidden", **PRIVATE)
         entry = EntryPart(app, secret, self)
         outputs = {secret, self.kept, *self.track.shown()}
