@@ -171,7 +171,7 @@ class LearnPart(Part):
             device = learning.model.model.device
             self.app.models.add(load_model(learning.output, device, name))
         after = Side(f"after ({name})", self.app.models[name], learning.domain)
-        comparison = Comparison(session, [before, after], person.new_folder(), first_prompts_only=True)
+        comparison = Comparison(session, [before, after], person.fresh_folder("comparison"), first_prompts_only=True)
         person.comparison = comparison
         for step in self.look.steps_of(person, comparison):
             shown = {"progress": self.progress, "both": self.both, "slider": self.slider, "table": self.table}

@@ -194,7 +194,7 @@ class LookPart(Part):
         if person.comparison is not None:
             person.comparison.stop()
         pair = [sides[first], sides[second]]
-        comparison = Comparison(session, pair, person.new_folder(), only_first is True)
+        comparison = Comparison(session, pair, person.fresh_folder("comparison"), only_first is True)
         person.comparison = comparison
         yield from self.steps_of(person, comparison)
 

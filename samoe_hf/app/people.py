@@ -41,6 +41,7 @@ class Person:
     comparison: Comparison | None = None
     experts: ExpertsView | None = None
     pages: set[str] = field(default_factory=set)
+    _folders: dict[str, Path] = field(default_factory=dict)
 
     def the_session(self) -> TrackingSession:
         """Its video; ValueError where there is none yet."""
@@ -48,9 +49,22 @@ class Person:
             raise ValueError("There is no video yet: upload one, or take an example.")
         return self.session
 
-    def new_folder(self) -> Path:
-        """An empty folder of its own."""
-        return Path(tempfile.mkdtemp(dir=self.folder))
+    @contextmanager
+    def opening(self) -> Iterator[Path]:
+        """An empty folder for a video that is being opened, which is removed if that fails."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def fresh_folder(self, purpose: str) -> Path:
+        """An empty folder; the one that was made for this purpose before is removed."""
+        if purpose in self._folders:
+            shutil.rmtree(self._folders[purpose], ignore_errors=True)
+        self._folders[purpose] = Path(tempfile.mkdtemp(dir=self.folder))
+        return self._folders[purpose]
 
     def take(self, session: TrackingSession) -> None:
         """Puts a new video in the place of the one before, whose files are removed."""

@@ -36,8 +36,14 @@ def next_step(person: Person) -> str:
     if not session.prompts:
         return "**Next:** click on an object in the frame. Its mask appears at once."
     if len(session.masks.frames) <= len(session.prompted_frames):
-        return "**Next:** is the mask right? Then **track the whole video**. If not, click again: + where it lacks, − where it is too much."  # noqa: E501
-    return "**Next:** move through the frames. Where a mask is wrong, click to correct it and track **from here on**. Or take the masks away."  # noqa: E501
+        return (
+            "**Next:** is the mask right? Then **track the whole video**. If not, click again: + where it lacks, "
+            "− where it is too much."
+        )
+    return (
+        "**Next:** move through the frames. Where a mask is wrong, click to correct it and track **from here on**. "
+        "Or take the masks away."
+    )
 
 
 def whose_experts(session: TrackingSession | None) -> str:
@@ -171,23 +177,24 @@ class TrackPart(Part):
     @guarded
     def open_files(self, secret: object, files: list[str] | None) -> dict[Any, Any]:
         """A video, frames, or a project were uploaded."""
-        person, limits, folder = self.person(secret), self.app.limits, self.person(secret).new_folder()
+        person, limits, models = self.person(secret), self.app.limits, self.app.models
         paths = [Path(file) for file in files or []]
-        if [path.suffix.lower() for path in paths] == [".zip"] and is_project(paths[0], limits):
-            session = open_project(paths[0], folder, self.app.models.first, self.app.models.device_lock, limits)
-            person.take(session)
-        else:
-            self._begin(person, folder, open_upload(paths, folder, limits))
+        with person.opening() as folder:
+            if [path.suffix.lower() for path in paths] == [".zip"] and is_project(paths[0], limits):
+                person.take(open_project(paths[0], folder, models.first, models.device_lock, limits))
+            else:
+                self._begin(person, folder, open_upload(paths, folder, limits))
         return self.view(person, new=True)
 
     @guarded
     def open_example(self, secret: object, name: object) -> dict[Any, Any]:
         """An example was asked for."""
-        person, folder = self.person(secret), self.person(secret).new_folder()
+        person = self.person(secret)
         if not isinstance(name, str):
             raise ValueError("`example` must be a name.")
-        path = write_example(name, folder)
-        self._begin(person, folder, open_kept(name.lower(), path, self.app.limits))
+        with person.opening() as folder:
+            path = write_example(name, folder)
+            self._begin(person, folder, open_kept(name.lower(), path, self.app.limits))
         return self.view(person, new=True)
 
     def _begin(self, person: Person, folder: Path, video: OpenedVideo) -> None:
@@ -311,5 +318,5 @@ class TrackPart(Part):
         person = self.person(secret)
         if not isinstance(kind, str) or kind not in EXPORTS:
             raise ValueError(f"What is taken away must be one of {', '.join(EXPORTS)}.")
-        path = EXPORTS[kind](person.the_session(), person.new_folder())
+        path = EXPORTS[kind](person.the_session(), person.fresh_folder("export"))
         return {self.file: gr.File(str(path), visible=True)}

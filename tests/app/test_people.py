@@ -98,6 +98,22 @@ def test_a_new_video_takes_the_place_of_the_old_one(people, make_session):
     assert person.session is second and person.corner is None and not first.folder.exists()
 
 
+def test_what_could_not_be_opened_leaves_nothing(people):
+    person = people.enter(None, "a")
+    with pytest.raises(ValueError, match="no video"), person.opening() as folder:
+        (folder / "part").write_text("x")
+        raise ValueError("no video")
+    assert not list(person.folder.iterdir())
+
+
+def test_one_file_is_kept_for_each_purpose(people):
+    person = people.enter(None, "a")
+    first, other = person.fresh_folder("export"), person.fresh_folder("comparison")
+    (first / "file").write_text("x")
+    second = person.fresh_folder("export")
+    assert not first.exists() and other.is_dir() and not list(second.iterdir())
+
+
 def test_all_is_freed_at_the_end(people):
     with freeing_unused(people, every_seconds=0.01):
         person = people.enter(None, "a")
