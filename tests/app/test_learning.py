@@ -123,6 +123,7 @@ def test_a_domain_is_learned_in_another_process(saved, corrected, tmp_path):
     assert learner.of("me") is learning and again.current is None
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why(saved, corrected, tmp_path):
     video = collect_video(corrected, tmp_path / "data")
     learning = Learning(saved, "mine", 3, tmp_path / "data", tmp_path / "out")
