@@ -52,16 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_command(name: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; errors that a user can cause end the process with exit status 1 and one line, `error: …`."""
+    """Runs a command; errors that a user or the network can cause end the process with exit status 1 and one
+    line, `error: …`."""
     command = import_module(f"samoe_hf.commands.{name}")
     disable_progress_bar()  # of loading and saving, beside the command's own
     try:
         command.main(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        if not (isinstance(error, ValueError | OSError | ImportError) or _is_of_network(error)):
+            raise
         message = " ".join(str(error).split())
+        if _is_of_network(error):
+            message = f"The Hugging Face Hub was not reached: {message}"
         for argument, option in OPTIONS.items():
             message = message.replace(argument, option)
         sys.exit(f"error: {message}")
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Whether the Hub was not reached. Its library lets errors of httpx pass, whose package depends on its version."""
+    return any(t.__name__ == "TransportError" and t.__module__.startswith("httpx") for t in type(error).__mro__)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import runpy
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 
 from helpers.reference import ROOT
 from samoe_hf import cli
@@ -55,6 +56,15 @@ def test_errors_of_users_end_in_one_line(monkeypatch, error):
 
     monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=fail))
     with pytest.raises(SystemExit, match=r"^error: first second$"):
+        main(["track"])
+
+
+def test_a_hub_that_is_not_reached_ends_in_one_line(monkeypatch):
+    def fail(arguments):
+        HfApi(endpoint="http://127.0.0.1:9", token=False).create_repo("me/x")  # where nobody listens
+
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=fail))
+    with pytest.raises(SystemExit, match=r"^error: The Hugging Face Hub was not reached: .*refused"):
         main(["track"])
 
 
