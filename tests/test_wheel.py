@@ -1,7 +1,6 @@
 """The package as it is installed: from a wheel, without the repository."""
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from helpers.reference import ROOT, reference_folder
+from helpers.wheel import build_wheel
 from samoe_hf import small_base
 from samoe_hf.app.click_base import click_base
 from samoe_hf.data import SyntheticVideos, write_video
 
-BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
 LAZY = (
     "import samoe_hf, sys; assert 'samoe_hf.training' not in sys.modules; samoe_hf.SamoeTrainer; samoe_hf.load_videos"
 )
@@ -23,13 +22,7 @@ LAZY = (
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "samoe_hf", folder / "samoe_hf", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "-c", BUILD], cwd=folder, check=True, capture_output=True)
-    (path,) = (folder / "dist").glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("source"))
 
 
 def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):

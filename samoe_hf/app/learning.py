@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers.trainer import TRAINER_STATE_NAME
 
-from samoe_hf.continual.adapt import RESULTS_FILE
+from samoe_hf.continual.adapt import RESULTS_FILE, SMALL_MODEL_EXPERTS
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.experts import expert_modules
@@ -37,16 +37,7 @@ MAX_STEPS = 20_000
 POINTS = 12  # of the curve
 SMALL_IMAGE_SIZE = 256
 # What a small model learns a domain with within minutes on a CPU; others as `adapt.yaml` says.
-SMALL_MODEL = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "expert_modules": r"(?!mask_decoder\.|prompt_encoder\.).*",
-    "num_experts": 2,
-    "num_experts_per_tok": 2,
-    "lora_rank": 4,
-    "lora_alpha": 8.0,
-    "lora_dropout": 0.0,
-}
+SMALL_MODEL = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **SMALL_MODEL_EXPERTS}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import yaml
 from transformers import ProcessorMixin
 
 from samoe_hf import SamoeModel, small_base
-from samoe_hf.continual.adapt import Adaptation, adapt
+from samoe_hf.continual.adapt import SMALL_MODEL_EXPERTS, Adaptation, adapt
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import VideoPrompt, track_video
@@ -36,15 +36,6 @@ NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES = 400, 4
 NUM_TEST_VIDEOS, NUM_TEST_FRAMES = 4, 12
 SHOWN_FRAMES = range(0, NUM_TEST_FRAMES, 2)
 SHOWN_HEIGHT = 384  # of videos, in pixels
-# Of the experts of a domain: beside every linear layer but the decoder's.
-EXPERTS = {
-    "expert_modules": r"(?!mask_decoder\.|prompt_encoder\.).*",
-    "num_experts": 2,
-    "num_experts_per_tok": 2,
-    "lora_rank": 4,
-    "lora_alpha": 8.0,
-    "lora_dropout": 0.0,
-}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,7 +79,7 @@ def write_run(domain: str, looks: Sequence[str], image_size: int, arguments: arg
         "num_frames": NUM_TRAIN_FRAMES,
         "point_probability": 0.0,  # masks on the first frame
         "max_initial_frames": 1,
-        **EXPERTS,
+        **SMALL_MODEL_EXPERTS,
         "max_steps": arguments.steps,
         "per_device_train_batch_size": 4 if image_size <= 256 else 1,
         "learning_rate": 3.0e-3,

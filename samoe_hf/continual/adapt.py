@@ -19,6 +19,16 @@ from .start import find_start
 
 RESULTS_FILE = "adaptation.json"
 
+# Of a domain of the small models that come with the package: beside every linear layer but the decoder's.
+SMALL_MODEL_EXPERTS = {
+    "expert_modules": r"(?!mask_decoder\.|prompt_encoder\.).*",
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lora_dropout": 0.0,
+}
+
 
 @dataclass
 class Adaptation:

@@ -51,22 +51,12 @@ def session(make_session):
 @pytest.fixture(scope="session")
 def two_domains(small_model):
     """A copy of the model with a gate and two domains, of which the second changes what is put out."""
-    import copy
-
-    import torch
-
+    from helpers.domains import with_second_domain
     from samoe_hf.app.models import LoadedModel
     from samoe_hf.continual.gate import fit_gate
     from samoe_hf.data import SyntheticVideos
 
-    model = copy.deepcopy(small_model.model)
-    model.rename_domain(None, "first")
-    model.add_domain("second", num_experts=2, num_experts_per_tok=1, lora_rank=4)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "domain_second" in name and "lora" in name:
-                parameter.normal_(0, 0.3)
+    model = with_second_domain(small_model.model)
     for domain, look in (("first", "stripes"), ("second", "shapes")):
         videos = SyntheticVideos(8, 2, (64, 96), domain=look, seed=3)
         fit_gate(model, small_model.processor, domain, videos, False)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from helpers.app import run_all, state_of
+from helpers.domains import with_second_domain
 from samoe_hf.app.comparison import Comparison, Side
 from samoe_hf.app.experts_view import look_at_experts
 from samoe_hf.app.models import BASE, GATE, LoadedModel, Models
@@ -14,18 +15,7 @@ from samoe_hf.inference import VideoPrompt
 @pytest.fixture(scope="module")
 def with_domains(small_model):
     """A copy of the model with two domains, of which one changes what is put out."""
-    import copy
-
-    import torch
-
-    model = copy.deepcopy(small_model.model)
-    model.rename_domain(None, "first")
-    model.add_domain("second", num_experts=2, num_experts_per_tok=1, lora_rank=4)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "domain_second" in name and "lora" in name:
-                parameter.normal_(0, 0.3)
+    model = with_second_domain(small_model.model)
     return LoadedModel("domains", "domains", model.eval(), small_model.processor)
 
 

@@ -1,7 +1,6 @@
 """A Space: its files, its upload to a Hub, and its start in a fresh environment."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,23 +12,16 @@ import pytest
 import yaml
 
 from helpers.app_server import Visitor
-from helpers.reference import ROOT
+from helpers.wheel import build_wheel
 from samoe_hf.app.space import push_space, write_space
 from samoe_hf.commands.app import main
 
 gradio = pytest.importorskip("gradio", reason="needs the `app` extra")
-BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "samoe_hf", folder / "samoe_hf", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "-c", BUILD], cwd=folder, check=True, capture_output=True)
-    (path,) = (folder / "dist").glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture
