@@ -172,6 +172,42 @@ def fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch.
     return hash_tensors(((name, state_dict[name]) for name in names), dtype)
 
 
+def base_fingerprint(model: PreTrainedModel, saved: set[str], state_dict: Mapping[str, Tensor] | None = None) -> str:
+    """The [`fingerprint`] of a SamoeModel's base; of a quantized one, that of the full base, which is loaded for it.
+
+    Args:
+        state_dict: the model's own tensors; taken from it if not given.
+    """
+    if not model.quantized_layers:
+        return fingerprint(model.state_dict() if state_dict is None else state_dict, saved, model.dtype)
+    known, key = model.full_fingerprints, frozenset(saved)
+    if key not in known:
+        base = _load_again(model, model.base_model_source)
+        known[key] = fingerprint(base.state_dict(), saved, model.dtype)
+    return known[key]
+
+
+def _load_again(model: PreTrainedModel, source: str | Mapping[str, str | None]) -> PreTrainedModel:
+    """A base in full, with the configuration of a model that was trained on it.
+
+    Args:
+        source: a Hub id or folder, or where a model came from, as `model.base_model_source`.
+    """
+    config = copy.deepcopy(model.config)
+    config.adapters = config.base_model = None
+    where = {"name_or_path": source} if isinstance(source, str) else dict(source)
+    name = where.pop("name_or_path")
+    base, _ = type(model).from_pretrained(
+        name,
+        config=config,
+        dtype=model.dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **{key: value for key, value in where.items() if value is not None},
+    )
+    return base
+
+
 def check_not_its_base(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     """Raises a `ValueError` if what was trained would take the place of the base model that it needs."""
     name = (model.base_model_source or {}).get("name_or_path")
@@ -214,14 +250,10 @@ def save_trained(
         for name, tensor in state_dict.items()
         if name in saved or is_expert_parameter(name)
     }
-    digest = fingerprint(state_dict, saved, model.dtype)
+    digest = base_fingerprint(model, saved, state_dict)
     source = model.base_model_source
     if base_model is not None:
-        config = copy.deepcopy(model.config)
-        config.adapters = None
-        base, _ = type(model).from_pretrained(
-            base_model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        base = _load_again(model, base_model)
         source = base.base_model_source
         if fingerprint(base.state_dict(), saved, model.dtype) != digest:
             loaded = (model.base_model_source or {}).get("name_or_path")

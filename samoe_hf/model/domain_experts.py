@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .experts import ExpertMixture, LinearOfTokens, add_experts, matching_linear_names, replace_module
+from .experts import (
+    ExpertMixture,
+    LinearOfTokens,
+    add_experts,
+    as_class,
+    floating_type,
+    matching_linear_names,
+    replace_module,
+)
 
 # Before the domain's name, since modules have attributes such as `train` and `type`.
 PREFIX = "domain_"
@@ -69,17 +77,16 @@ class DomainLinear(nn.Linear):
     active one has no experts here, the output is the base layer's to the bit.
     """
 
+    base_class: ClassVar[type[nn.Linear]] = nn.Linear
+
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "DomainLinear":
         """Wraps `linear`, whose parameters are shared."""
-        has_bias = linear.bias is not None
-        module = cls(linear.in_features, linear.out_features, has_bias, device="meta", dtype=linear.weight.dtype)
-        module.weight, module.bias = linear.weight, linear.bias
-        return module
+        return as_class(linear, cls)
 
     def add_domain(self, domain: str, **settings) -> None:
         """Gives a domain new experts, without effect; see [`~experts.ExpertMixture.create_experts`]."""
-        place = {"device": self.weight.device, "dtype": self.weight.dtype}
+        place = {"device": self.weight.device, "dtype": floating_type(self)}
         experts = DomainExperts(self.in_features, self.out_features, **settings, **place)
         self.add_module(PREFIX + domain, experts.train(self.training))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapter_names
-from .checkpoints import fingerprint
+from .checkpoints import base_fingerprint
 from .configuration_samoe import EXPERT_SETTINGS, check_domain_name, check_domains
 from .domain_experts import (
     PREFIX,
@@ -159,7 +159,7 @@ class DomainSurgeryMixin:
         if both := sorted(set(self.config.domain_names) & set(other.config.domain_names)):
             raise ValueError(f"Both models have a domain {both[0]!r}; rename one of them.")
         _check_no_adapters(self)
-        if fingerprint(self.state_dict(), set(), self.dtype) != fingerprint(other.state_dict(), set(), self.dtype):
+        if base_fingerprint(self, set()) != base_fingerprint(other, set()):
             raise ValueError("The models have different bases, whose experts do not fit each other.")
         for domain in other.config.domains:
             add_domain_experts(self, **domain)

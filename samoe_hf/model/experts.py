@@ -4,12 +4,14 @@ The method is SAM2-MoE's: `y = W x + b + sum_e g_e(x) * (alpha / r) * B_e A_e x`
 over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
 """
 
+import functools
 import math
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +191,9 @@ class ExpertLinear(nn.Linear, ExpertMixture):
         settings: of the experts, see [`ExpertMixture.create_experts`].
     """
 
+    # What computes the base's part; of a quantized layer it is the library's class, see `as_class`.
+    base_class: ClassVar[type[nn.Linear]] = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -205,9 +210,8 @@ class ExpertLinear(nn.Linear, ExpertMixture):
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings) -> "ExpertLinear":
         """Wraps `linear`, whose parameters are shared; `settings` are those of the experts."""
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        module = cls(linear.in_features, linear.out_features, linear.bias is not None, **settings, **place)
-        module.weight, module.bias = linear.weight, linear.bias
+        module = as_class(linear, cls)
+        module.create_experts(**settings, device=linear.weight.device, dtype=floating_type(linear))
         return module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -217,6 +221,12 @@ class ExpertLinear(nn.Linear, ExpertMixture):
     def linear_of_tokens(self, hidden_states: Tensor) -> LinearOfTokens:
         """The layer's output, to be finished after a mean over tokens."""
         return self.mix_later(hidden_states, super().forward)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A quantized base may save nothing but what it knows.
+        own = {name: getattr(self, name) for name in ("lora_A", "lora_B")}
+        destination.update({f"{prefix}{name}": own[name] if keep_vars else own[name].detach() for name in own})
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.describe_experts()}"
@@ -277,11 +287,51 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def as_class(linear: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
+    """A linear layer as one of a class with experts, or without any again; its parameters are shared.
+
+    A quantized layer's own class goes on to compute the base's part: it follows `kind` among the new class's bases, so
+    that `super().forward` in `kind` is the quantized layer's.
+    """
+    base = getattr(linear, "base_class", type(linear))
+    if base is not nn.Linear:
+        kind = base if kind is nn.Linear else _joint_class(kind, base)
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name, value in vars(linear).items():
+        # Methods that `accelerate` or torchao put on one module are bound to it.
+        if not name.startswith("_") and not hasattr(type(linear), name):
+            vars(module)[name] = value
+    module._parameters.update({name: linear._parameters[name] for name in ("weight", "bias")})
+    module._buffers.update(linear._buffers)
+    return module
+
+
+def over_base(module: nn.Linear, base: nn.Linear) -> nn.Linear:
+    """A layer with experts over another base layer, such as a quantized one; all parameters are shared."""
+    result = as_class(base, getattr(module, "own_class", type(module)))
+    vars(result).update({name: value for name, value in vars(module).items() if name not in vars(result)})
+    result._parameters.update(dict(module._parameters, weight=base.weight, bias=base.bias))
+    result._modules.update(module._modules)
+    return result
+
+
+@functools.cache
+def _joint_class(kind: type[nn.Linear], base: type[nn.Linear]) -> type[nn.Linear]:
+    name = f"{kind.__name__}Over{base.__name__}"
+    own = {"base_class": base, "own_class": kind} if hasattr(kind, "base_class") else {}
+    return types.new_class(name, (kind, base), exec_body=lambda body: body.update(own))
+
+
 def to_plain_linear(module: nn.Linear) -> nn.Linear:
     """A layer with experts as a linear layer without them, whose parameters are shared."""
-    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-    linear.weight, linear.bias = module.weight, module.bias
-    return linear
+    return as_class(module, nn.Linear)
+
+
+def floating_type(linear: nn.Linear) -> torch.dtype:
+    """The type that a layer computes in, which may not be the one that its weights are stored in."""
+    stored = [tensor.dtype for tensor in (linear.weight, linear.bias) if tensor is not None]
+    return next((dtype for dtype in stored if dtype.is_floating_point), torch.get_default_dtype())
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertMixture]]:

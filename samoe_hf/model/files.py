@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import CONFIG_NAME
 
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -108,10 +109,20 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | Non
         dtype: floating-point tensors are hashed as if they had this type; by default as they are.
     """
     digest = hashlib.sha256()
-    for name, tensor in tensors:
+    for name, tensor in plain_tensors(tensors):
         tensor = tensor.detach().cpu()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def plain_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same, and of tensors that hold others, as quantizing libraries make them, those that they hold."""
+    for name, tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            held, _ = tensor.__tensor_flatten__()
+            yield from plain_tensors((f"{name}.{inner}", getattr(tensor, inner)) for inner in held)
+        else:
+            yield name, tensor

@@ -62,23 +62,33 @@ class SegmentationLoss:
         Returns:
             `focal`, `dice`, `iou` and `object_score`, scalars.
         """
-        if mask_logits.shape[-2:] != targets.shape[-2:]:
-            mask_logits = F.interpolate(mask_logits, targets.shape[-2:], mode="bilinear", align_corners=False)
         counts = mask_logits.new_ones(len(targets)) if object_mask is None else object_mask.to(mask_logits.dtype)
-        targets = targets.to(mask_logits.dtype).unsqueeze(1).expand_as(mask_logits)
-        present = targets[:, 0].flatten(1).any(dim=1).to(mask_logits.dtype)
-
-        focal = focal_loss(mask_logits, targets, self.focal_alpha, self.focal_gamma)
-        dice = dice_loss(mask_logits, targets)
-        best = (self.focal_weight * focal + self.dice_weight * dice).argmin(dim=1, keepdim=True)
-        iou = (iou_scores - mask_iou(mask_logits, targets)).abs().mean(dim=1)
+        targets = targets.to(mask_logits.dtype).unsqueeze(1)
+        present = targets.flatten(1).any(dim=1).to(mask_logits.dtype)
+        with torch.no_grad():
+            # Gradients flow through the chosen candidate alone, so that what they need is kept for that one alone.
+            resized = _resize(mask_logits, targets)
+            true_iou = mask_iou(resized, targets)
+            if mask_logits.shape[1] > 1:
+                focal, dice = self._focal_and_dice(resized, targets)
+                best = (self.focal_weight * focal + self.dice_weight * dice).argmin(dim=1)
+                chosen = torch.arange(len(best), device=best.device), best
+        if mask_logits.shape[1] > 1:
+            mask_logits = mask_logits[chosen].unsqueeze(1)
+        focal, dice = self._focal_and_dice(_resize(mask_logits, targets), targets)
+        iou = (iou_scores - true_iou).abs().mean(dim=1)
         object_score = F.binary_cross_entropy_with_logits(object_score_logits[:, 0], present, reduction="none")
         return {
-            "focal": (focal.gather(1, best)[:, 0] * present * counts).sum(),
-            "dice": (dice.gather(1, best)[:, 0] * present * counts).sum(),
+            "focal": (focal[:, 0] * present * counts).sum(),
+            "dice": (dice[:, 0] * present * counts).sum(),
             "iou": (iou * present * counts).sum(),
             "object_score": (object_score * counts).sum(),
         }
+
+    def _focal_and_dice(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(objects, M, H, W) and (objects, 1, H, W) -> (objects, M) each."""
+        targets = targets.expand_as(logits)
+        return focal_loss(logits, targets, self.focal_alpha, self.focal_gamma), dice_loss(logits, targets)
 
     def total(self, parts: LossParts) -> Tensor:
         """The weighted sum of the four parts."""
@@ -88,6 +98,13 @@ class SegmentationLoss:
             + self.iou_weight * parts["iou"]
             + self.object_score_weight * parts["object_score"]
         )
+
+
+def _resize(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits at the size of the true masks."""
+    if logits.shape[-2:] == targets.shape[-2:]:
+        return logits
+    return F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -44,6 +44,7 @@ from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .pretrained import PretrainedMixin
 from .prompts import PromptRecipe, resolve_recipe
+from .quantization import check_can_be_trained
 from .summary import ModelSummary, summarize_model
 from .tracking import encoding_ahead, start_propagation, track_frame
 
@@ -105,6 +106,9 @@ class SamoeModel(
         add_domain_gate(self)
         # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
         self._keys_to_ignore_on_load_unexpected = set()
+        # Layers whose weights are quantized, and fingerprints of the full base; see quantization.py and checkpoints.py.
+        self.quantized_layers: frozenset[str] = frozenset()
+        self.full_fingerprints: dict[frozenset[str], str] = {}
         self.set_trainable("experts")
         self.register_load_state_dict_pre_hook(to_wrapped_names)
         self.register_load_state_dict_post_hook(_expect_sleeping_experts)
@@ -165,9 +169,10 @@ class SamoeModel(
                 (mask decoder), "all"; or regular expressions for whole names of parameters.
 
         Raises:
-            ValueError: if a set is empty.
+            ValueError: if a set is empty, or a parameter is quantized.
         """
         names = {name for chosen in sets for name in self.parameter_names(chosen)}
+        check_can_be_trained(self, names)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in names)
         # Also after loading, surgery and freezing, which tell by this that `wake_experts` has to look.

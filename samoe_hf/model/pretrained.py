@@ -2,10 +2,8 @@
 
 import copy
 import inspect
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import active_adapters, adapters_aside, load_adapters, save_adapters, without_adapters
 from .bases import SAM3, base_of, is_combined
@@ -31,6 +30,7 @@ from .configuration_samoe import SamoeConfig, check_old_names
 from .experts import EXPERT_TENSORS
 from .files import updated_folder
 from .processor import build_processor
+from .quantization import check_not_quantized, quantize_base, without_load_report
 from .weight_files import read_headers, read_tracker, tracker_headers
 
 # As loud as transformers is told to be.
@@ -67,6 +67,7 @@ class PretrainedMixin:
         original_config: str | os.PathLike | None = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
+        quantization_config: QuantizationConfigMixin | dict[str, Any] | None = None,
         **kwargs,
     ) -> "PretrainedMixin":
         """Loads a model in evaluation mode, with only its experts and routers trainable.
@@ -83,6 +84,8 @@ class PretrainedMixin:
                 if experts are new.
             ignore_mismatched_sizes: whether experts of another number or rank, or in other layers, than the
                 configuration's are left out, and new ones take their place. Other tensors must fit.
+            quantization_config: of transformers, such as [`~transformers.BitsAndBytesConfig`], to hold the frozen base
+                in 8 or 4 bits. Experts, routers, the gate and adapters are not quantized. See docs/quantization.md.
             kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
                 Where `expert_modules` is set, layers without experts in the checkpoint get new ones, without effect.
 
@@ -94,6 +97,7 @@ class PretrainedMixin:
         _check_given(source, config, (experts, original_config), kwargs)
         settings = {n: kwargs.pop(n) for n in [*kwargs] if n in SamoeConfig.__dataclass_fields__ and n != "dtype"}
         more_experts = ignore_mismatched_sizes or "expert_modules" in settings
+        device_map = None if quantization_config is None else kwargs.pop("device_map", None)
         is_original = is_original_checkpoint(source)
         hub: dict[str, Any] = {}
         config = copy.deepcopy(config)
@@ -108,6 +112,7 @@ class PretrainedMixin:
         for name, value in settings.items():
             setattr(config, name, value)
         config.check_experts()
+        check_not_quantized(source, config)
         if config.base_model is not None and source is not None and not is_original:
             others = {name: value for name, value in kwargs.items() if name not in hub}
             model, new = load_trained(cls, source, config, hub, others, more_experts)
@@ -118,6 +123,8 @@ class PretrainedMixin:
             new = {f"{layer}.{tensor}" for layer in new_layers for tensor in EXPERT_TENSORS}
             if source is not None:
                 model.base_model_source = _describe_source(source, kwargs, original_config)
+        if quantization_config is not None:
+            quantize_base(model, quantization_config, device_map)
         if source is not None and not is_original:
             load_adapters(model, source, config.adapters, hub)
         if new and not output_loading_info:
@@ -129,7 +136,7 @@ class PretrainedMixin:
         cls, source: str | os.PathLike | None, new_layers: Sequence[str], *model_args, **kwargs
     ) -> tuple["PretrainedMixin", dict[str, Any]]:
         """Loads weights that [`check_weights`] has found to fit, and gives some layers new experts."""
-        with _without_load_report():
+        with without_load_report():
             # What does not fit are experts that give place to new ones.
             # Tensors of an original checkpoint and of SAM 3's combined one are `state_dict`.
             folder = None if "state_dict" in kwargs else source
@@ -147,7 +154,7 @@ class PretrainedMixin:
         self,
         save_directory: str | os.PathLike,
         *,
-        experts_only: bool = False,
+        experts_only: bool | None = None,
         state_dict: dict | None = None,
         processor: ProcessorMixin | None = None,
         base_model: str | None = None,
@@ -158,7 +165,8 @@ class PretrainedMixin:
 
         Args:
             experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
-                which [`from_pretrained`] then fetches; and a processor, if there is none.
+                which [`from_pretrained`] then fetches; and a processor, if there is none. By default so where the base
+                is quantized, and else not.
             processor: is saved as well.
             base_model: with `experts_only`, the Hub id to refer to, if the base was loaded from somewhere else. It is
                 loaded, to see that it is the same.
@@ -166,12 +174,13 @@ class PretrainedMixin:
 
         Raises:
             ValueError: with `experts_only`, if there is no base model, `base_model` is another one, or `save_directory`
-                holds the base model.
+                holds the base model; if it is False and the base is quantized.
             TypeError: for an argument that is none of these.
         """
         known = {*PUSH_ARGUMENTS, *inspect.signature(PreTrainedModel.save_pretrained).parameters} - {"self", "kwargs"}
         if unknown := sorted(set(kwargs) - known):
             raise TypeError(f"`save_pretrained` has no argument {unknown[0]!r}.")
+        experts_only = _saves_experts_only(self, experts_only)
         if experts_only:
             check_not_its_base(self, save_directory)
         commit = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
@@ -199,7 +208,7 @@ class PretrainedMixin:
         self,
         repo_id: str,
         *,
-        experts_only: bool = False,
+        experts_only: bool | None = None,
         base_model: str | None = None,
         processor: ProcessorMixin | None = None,
         card: dict[str, Any] | None = None,
@@ -231,6 +240,7 @@ class PretrainedMixin:
             from samoe_hf.hub.push import push
         except ImportError as error:
             raise ImportError("`push_to_hub` of a SamoeModel needs the package samoe_hf.") from error
+        experts_only = _saves_experts_only(self, experts_only)
         commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
         return push(
             self,
@@ -253,6 +263,13 @@ class PretrainedMixin:
         trust_remote_code=True)` where the package is not installed."""
         super().register_for_auto_class(auto_class)
         cls.config_class.register_for_auto_class()
+
+
+def _saves_experts_only(model: PreTrainedModel, experts_only: bool | None) -> bool:
+    is_quantized = bool(model.quantized_layers)
+    if experts_only is False and is_quantized:
+        raise ValueError("`experts_only` must be True where the base is quantized: what was trained is saved alone.")
+    return is_quantized if experts_only is None else experts_only
 
 
 def _read_config(config: PreTrainedConfig | str | os.PathLike, hub: dict[str, Any]) -> SamoeConfig:
@@ -331,18 +348,3 @@ def _align_memory(model: nn.Module) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Holds back transformers' warning about missing tensors, which [`check_weights`] judges more strictly."""
-    library_logger = logging.getLogger("transformers.modeling_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    library_logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        library_logger.removeFilter(keep)

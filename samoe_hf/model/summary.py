@@ -6,6 +6,7 @@ from torch import nn
 
 from .domain_experts import module_domain, module_layer
 from .experts import expert_modules
+from .quantization import weight_bytes
 
 
 @dataclass
@@ -41,12 +42,14 @@ class ExpertSummary:
 class ModelSummary:
     """Numbers of parameters, and the experts: one entry for each domain, or one in all. It prints as a table.
 
-    `total` and `trainable` count all parameters, those of adapters of PEFT too.
+    `total` and `trainable` count all parameters, those of adapters of PEFT too; `bytes` are those of all weights as the
+    model holds them, which may be quantized.
     """
 
     total: int
     trainable: int
     experts: list[ExpertSummary]
+    bytes: int
 
     @property
     def frozen(self) -> int:
@@ -59,6 +62,7 @@ class ModelSummary:
         for name in ("trainable", "frozen"):
             count = getattr(self, name)
             lines.append(f"{name:11s} {count:{width},d} ({100 * count / self.total:.2f} %)")
+        lines.append(f"weights     {self.bytes / 1e6:{width},.1f} MB")
         return "\n".join([*lines, *map(str, self.experts)])
 
 
@@ -74,4 +78,5 @@ def summarize_model(model: nn.Module) -> ModelSummary:
         summary.modules.append(module_layer(name))
         own = [module.lora_A, module.lora_B, *module.router.parameters()]
         summary.parameters += sum(parameter.numel() for parameter in own)
-    return ModelSummary(model.num_parameters(), model.num_parameters(only_trainable=True), list(experts.values()))
+    total, trainable = (model.num_parameters(only_trainable=only) for only in (False, True))
+    return ModelSummary(total, trainable, list(experts.values()), weight_bytes(model))

@@ -60,6 +60,13 @@ class ModelArguments:
         default=False,
         metadata={"help": "New experts take the place of those of another number or rank, or in other layers."},
     )
+    quantization_config: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the frozen base in 8 or 4 bits: values of a transformers' configuration, such as "
+            '"{quant_method: bitsandbytes, load_in_4bit: true}", see docs/quantization.md.'
+        },
+    )
     num_experts: int | None = field(default=None, metadata={"help": "Experts of a layer."})
     num_experts_per_tok: int | None = field(default=None, metadata={"help": "Experts that a token goes to."})
     lora_rank: int | None = field(default=None, metadata={"help": "Rank of an expert."})
@@ -99,6 +106,8 @@ class ModelArguments:
         if self.domain is not None:
             of_domain = {name: settings.pop(name) for name in EXPERT_SETTINGS if name in settings}
         if self.model_config is not None:
+            if self.quantization_config is not None:
+                raise ValueError("`quantization_config` goes with `model_name_or_path`, a base that was trained.")
             model = SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings}))
         else:
             model = SamoeModel.from_pretrained(
@@ -106,6 +115,7 @@ class ModelArguments:
                 experts=self.experts,
                 original_config=self.config,
                 ignore_mismatched_sizes=self.ignore_mismatched_sizes,
+                quantization_config=self.quantization_config,
                 **settings,
             )
         if self.domain is not None:
@@ -300,7 +310,7 @@ def run_parser(**kwargs: Any) -> HfArgumentParser:
     usage = {"prog": "samoe train", "usage": "samoe train RUN.yaml|NAME [--KEY VALUE ...]"}
     parser = HfArgumentParser(kinds, **usage | kwargs)
     for action in parser._actions:
-        if action.dest in (*DATASETS, "augmentation"):
+        if action.dest in (*DATASETS, "augmentation", "quantization_config"):
             action.type = _mapping_or_text
     return parser
 

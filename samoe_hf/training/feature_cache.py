@@ -19,7 +19,7 @@ from transformers import Sam2VideoModel
 from samoe_hf.model.adapters import adapter_state
 from samoe_hf.model.domain_choice import encoder_has_experts
 from samoe_hf.model.domain_experts import active_domain
-from samoe_hf.model.files import hash_tensors, whole_file
+from samoe_hf.model.files import hash_tensors, plain_tensors, whole_file
 from samoe_hf.model.frame_step import ImageFeatures, image_features, with_positions
 
 LEVELS = ("fine", "middle", "coarse")
@@ -77,6 +77,7 @@ class FeatureCache:
             raise ValueError("`feature_cache` needs an image encoder without dropout; set `lora_dropout` to 0.")
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             raise ValueError("`feature_cache` needs whole weights, but the model is sharded.")
+        tensors = dict(plain_tensors(tensors.items()))
         structure = f"{model.config.vision_config.to_json_string()} {adapter_state(model.vision_encoder)}"
         if encoder_has_experts(model):
             structure += f" {active_domain()}"

@@ -27,6 +27,7 @@ from samoe_hf.model.domain_experts import PREFIX
 from samoe_hf.model.frame_step import ImageFeatures, image_features, sine_periods
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe, sample_prompt
+from samoe_hf.model.quantization import in_full, spared_bytes, weight_bytes
 
 from .feature_cache import encoder_tensors
 
@@ -122,7 +123,9 @@ class _KnownFeatures:
 def _copy_without_data(model: SamoeModel, mode: FakeTensorMode, dtype: torch.dtype) -> SamoeModel:
     """A copy for counting, whose layers keep on a CPU what they keep on a GPU."""
     with FakeCopyMode(mode):
-        model = copy.deepcopy(model)
+        # Of quantized layers in full, which is what each call makes of them for a moment.
+        full = {id(x): copy.deepcopy(in_full(x)) for x in map(model.get_submodule, model.quantized_layers)}
+        model = copy.deepcopy(model, full)
     model.may_have_sleeping_experts = False
     model.feature_cache = None
     for module in model.modules():
@@ -151,7 +154,8 @@ class RunMemory:
         self.model, self.work = model, work
         self.trains_encoder = any(tensor.requires_grad for _, tensor in encoder_tensors(model))
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self.weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+        self.weights = weight_bytes(model)
+        self.spared = spared_bytes(model)
         self.exchanged = trained if processes > 1 else 0
         # Gradients, and AdamW's two moments.
         self.of_training = 3 * trained + self.exchanged
@@ -175,7 +179,7 @@ class RunMemory:
         if (clips, checkpointing) not in self._steps:
             with self._without_data() as (mode, counter, model):
                 self._count_step(mode, counter, model, clips, checkpointing)
-            self._steps[clips, checkpointing] = counter.peak + self.exchanged
+            self._steps[clips, checkpointing] = counter.peak - self.spared + self.exchanged
         return self._steps[clips, checkpointing]
 
     def _count_step(
@@ -212,7 +216,7 @@ class RunMemory:
         if at_once not in self._encoding:
             with self._without_data() as (mode, counter, model), mode, counter, torch.no_grad(), self._autocast():
                 image_features(model, torch.empty(at_once, 3, size, size))
-            self._encoding[at_once] = counter.peak
+            self._encoding[at_once] = counter.peak - self.spared
         masks = frames * self.work.num_objects * size**2
         others = (frames - at_once) * self.frame_bytes() + frames * 3 * size**2 * 4 + masks
         return self._encoding[at_once] + others + 2 * (self.of_training - self.exchanged) // 3 + self.exchanged

@@ -80,6 +80,8 @@ class SamoeTrainer(Trainer):
             # Adapters of PEFT are trained unless they were frozen.
             args.trainable = [*args.trainable, "adapters"]
         model.set_trainable(*args.learning_rates())
+        if model.quantized_layers and not (args.save_only_trained and model.base_model_source):
+            raise ValueError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
         self.recipe = recipe or PromptRecipe()
         processing_class = processing_class or build_processor(model.config)
         if train_dataset is not None:

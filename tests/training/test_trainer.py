@@ -502,3 +502,39 @@ def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp
     log = json.loads((tmp_path / "log.json").read_text())
     weights = {"focal": 20, "dice": 1, "iou": 1, "object_score": 1}
     assert log["loss"] == pytest.approx(sum(w * log[f"loss_{name}"] for name, w in weights.items()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}], ids=min
+)
+def test_experts_are_trained_over_a_quantized_base(run_config, model_folder, tmp_path, options):
+    pytest.importorskip("bitsandbytes")
+    config = "{quant_method: bitsandbytes, " + ", ".join(f"{k}: {str(v).lower()}" for k, v in options.items()) + "}"
+    overrides = ["--quantization_config", config, "--eval_strategy", "steps", "--eval_steps", "3"]
+    assert make_trainer(run_config, *overrides).model.quantized_layers
+    trainer = make_trainer(run_config, *overrides, "--overwrite_output_dir", "true")
+    trainer.train()
+    loaded = SamoeModel.from_pretrained(tmp_path / "out" / "checkpoint-6")
+    assert not loaded.quantized_layers
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    resumed = make_trainer(run_config, *overrides, "--resume_from_checkpoint", "last")
+    resumed.train(resume_from_checkpoint="last")
+    assert resumed.state.global_step == 6
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+            assert torch.equal(parameter, loaded.get_parameter(name)), name
+    with pytest.raises(ValueError, match="`save_only_trained` must be true"):
+        make_trainer(run_config, *overrides, "--save_only_trained", "false", "--overwrite_output_dir", "true")
+    with pytest.raises(ValueError, match="goes with `model_name_or_path`"):
+        make_trainer(run_config, *overrides, "--model_config", "model_nano", "--output_dir", str(tmp_path / "other"))
+
+
+def test_plain_trainer_trains_over_a_quantized_base(model_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = SamoeModel.from_pretrained(model_folder, quantization_config={"load_in_4bit": True})
+    processor = AutoProcessor.from_pretrained(model_folder)
+    clips = ClipDataset(SyntheticVideos(2, 3, (64, 64)), processor, num_frames=3)
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", remove_unused_columns=False)
+    Trainer(model, arguments, train_dataset=clips, data_collator=ClipCollator()).train()
+    assert not SamoeModel.from_pretrained(tmp_path / "checkpoint-2").quantized_layers

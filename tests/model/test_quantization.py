@@ -1,0 +1,272 @@
+"""A base in 8 or 4 bits under experts as they are: the three libraries, what is trained, saved and loaded."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BitsAndBytesConfig, QuantoConfig, Sam2VideoModel, TorchAoConfig
+
+from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.domain_experts import DomainLinear
+from samoe_hf.model.experts import ExpertLinear, expert_modules, is_expert_parameter
+from samoe_hf.model.files import plain_tensors
+from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.quantization import spared_bytes
+from samoe_hf.training.feature_cache import FeatureCache
+from samoe_hf.training.memory_fit import RunMemory, Workload
+
+
+def bitsandbytes(bits, **options):
+    return BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **options)
+
+
+def quanto(bits, **options):
+    return QuantoConfig(weights=f"int{bits}", **options)
+
+
+def torchao(bits, **options):
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    # What torchao holds in 4 bits on a GPU it has no kernel for on a CPU; there it rounds to as many values.
+    four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    return TorchAoConfig(Int8WeightOnlyConfig() if bits == 8 else four, **options)
+
+
+LIBRARIES = {"bitsandbytes": bitsandbytes, "optimum": quanto, "torchao": torchao}
+
+
+@pytest.fixture(params=[(name, bits) for name in LIBRARIES for bits in (8, 4)], ids=lambda p: f"{p[0]}-{p[1]}")
+def quantization(request):
+    """How to quantize, and the size of its error."""
+    library, bits = request.param
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}, of the extra `quantization`")
+    return lambda **options: LIBRARIES[library](bits, **options)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """A clip of two objects: (pixel_values, labels)."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(1, 2, 3, 128, 128, dtype=torch.bool)
+    for frame in range(3):
+        labels[0, 0, frame, 16 + 8 * frame : 60 + 8 * frame, 12:60] = True
+        labels[0, 1, frame, 20:80, 80 - 6 * frame : 120 - 6 * frame] = True
+    pixels = torch.randn(1, 3, 3, 128, 128, generator=generator) / 4 + labels.any(1)[:, :, None].float()
+    return pixels, labels
+
+
+def plain_weights(model):
+    return {name: tensor.clone() for name, tensor in plain_tensors(model.state_dict().items())}
+
+
+def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, model_folder, clip):
+    full = SamoeModel.from_pretrained(model_folder)
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
+    layers = {name for name, module in full.named_modules() if isinstance(module, nn.Linear)}
+    wide = {name for name in layers if min(full.get_submodule(name).weight.shape) >= 32}
+    assert model.quantized_layers and model.quantized_layers >= wide & set(model.expert_module_names)
+    assert model.expert_module_names == full.expert_module_names
+    assert {type(module) for name, module in model.named_modules() if name in layers - model.quantized_layers} <= {
+        nn.Linear,
+        ExpertLinear,
+    }
+    for (name, module), (_, expected) in zip(expert_modules(model), expert_modules(full), strict=True):
+        assert isinstance(module, ExpertLinear) and module.extra_repr() == expected.extra_repr(), name
+        for tensor, other in zip(
+            (module.lora_A, module.lora_B, *module.router.parameters()),
+            (expected.lora_A, expected.lora_B, *expected.router.parameters()),
+            strict=True,
+        ):
+            assert torch.equal(tensor, other) and tensor.requires_grad
+    assert all(p.requires_grad == is_expert_parameter(name) for name, p in model.named_parameters())
+    spared = full.summary().bytes - model.summary().bytes
+    wide_bytes = sum(full.get_submodule(name).weight.nbytes for name in model.quantized_layers)
+    assert spared == spared_bytes(model) and 0.6 * wide_bytes < spared < wide_bytes
+    assert model.summary().total == full.summary().total
+    with torch.no_grad():
+        quantized, expected = (m.eval()(*clip, prompts="mask").pred_masks for m in (model, full))
+    error = (quantized - expected).abs().mean() / expected.abs().mean()
+    assert 0 < error < 0.2
+
+
+def test_experts_learn_over_it_and_the_base_stays(quantization, model_folder, clip):
+    torch.manual_seed(0)
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
+    before = plain_weights(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(6):
+        # Evaluation in between must not change what comes after.
+        with torch.no_grad():
+            model.eval()(*clip, prompts="mask")
+        loss = model.train()(*clip, prompts="mask").loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = plain_weights(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(is_expert_parameter(name) for name in changed)
+
+
+def test_what_was_trained_is_saved_alone_and_loads_onto_the_full_base(quantization, model_folder, tmp_path):
+    full = SamoeModel.from_pretrained(model_folder)
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "experts")
+    assert all(is_expert_parameter(name) for name in load_file(tmp_path / "experts" / "model.safetensors"))
+    loaded = SamoeModel.from_pretrained(tmp_path / "experts")
+    assert not loaded.quantized_layers
+    for name, tensor in loaded.state_dict().items():
+        expected = model.get_parameter(name) if is_expert_parameter(name) else full.state_dict()[name]
+        assert torch.equal(tensor, expected), name
+    again = SamoeModel.from_pretrained(tmp_path / "experts", quantization_config=quantization())
+    for (name, tensor), other in zip(plain_weights(again).items(), plain_weights(model).values(), strict=True):
+        assert torch.equal(tensor, other), name
+    with pytest.raises(ValueError, match="`experts_only` must be True"):
+        model.save_pretrained(tmp_path / "whole", experts_only=False)
+    assert not (tmp_path / "whole").exists()
+
+
+def test_quantized_weights_cannot_be_made_trainable(quantization, model_folder):
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"weight' is quantized .*llm_int8_skip_modules"):
+        model.set_trainable("memory")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    config = quantization()
+    field = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+    skipping = quantization(**{field: ["memory_attention", "memory_encoder", "object_pointer_proj", "mask_decoder"]})
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=skipping)
+    assert all(name.startswith(("vision_encoder", "temporal_pos")) for name in model.quantized_layers)
+    model.set_trainable("experts", "mask_decoder.*")
+
+
+def test_domains_come_and_go_over_a_quantized_base(quantization, model_folder, tmp_path, clip):
+    full = SamoeModel.from_pretrained(model_folder, num_experts=2, lora_rank=2, ignore_mismatched_sizes=True)
+    model = SamoeModel.from_pretrained(
+        model_folder, num_experts=2, lora_rank=2, ignore_mismatched_sizes=True, quantization_config=quantization()
+    )
+    with torch.no_grad():
+        base = model.eval()(*clip, prompts="mask").pred_masks
+    model.add_domain("one")
+    layer = next(module for module in model.modules() if isinstance(module, DomainLinear))
+    assert layer.domain_one.lora_A.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(model(*clip, prompts="mask", domain="one").pred_masks, base)
+        layer.domain_one.lora_B.fill_(0.5)
+        assert not torch.equal(model(*clip, prompts="mask", domain="one").pred_masks, base)
+        assert torch.equal(model(*clip, prompts="mask", domain=None).pred_masks, base)
+    model.save_pretrained(tmp_path / "one", experts_only=True)
+    assert SamoeModel.from_pretrained(tmp_path / "one").config.domain_names == ["one"]
+    full.add_domain("two")
+    assert model.merge_domains(full) == ["two"]
+    model.remove_domain("one")
+    model.remove_domain("two")
+    assert not any(isinstance(module, DomainLinear) for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(*clip, prompts="mask").pred_masks, base)
+
+
+@pytest.mark.parametrize("wrong", ["int8", 8, {"load_in_8bit": False}, {"bits": 4}])
+def test_a_wrong_configuration_is_told(model_folder, wrong):
+    with pytest.raises(ValueError, match="quant"):
+        SamoeModel.from_pretrained(model_folder, quantization_config=wrong)
+
+
+def test_a_layer_that_a_library_cannot_quantize_is_told(model_folder):
+    """torchao's groups must divide a layer's inputs."""
+    quantization = pytest.importorskip("torchao.quantization")
+    groups = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(96))
+    with pytest.raises(ValueError, match=r"`quantization_config` cannot be used with this model .*divisible by"):
+        SamoeModel.from_pretrained(model_folder, quantization_config=TorchAoConfig(groups))
+
+
+def test_a_folder_that_holds_quantized_weights_is_refused(model_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = Sam2VideoModel.from_pretrained(model_folder, quantization_config=bitsandbytes(8))
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds quantized weights"):
+        SamoeModel.from_pretrained(tmp_path)
+
+
+def test_a_cast_is_not_told_of_at_each_call(model_folder, clip, caplog):
+    pytest.importorskip("bitsandbytes")
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=bitsandbytes(8)).eval()
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        model(*clip, prompts="mask")
+    assert not caplog.records
+
+
+def test_cached_features_are_of_the_quantized_encoder(quantization, model_folder, clip, tmp_path):
+    full = SamoeModel.from_pretrained(model_folder).eval()
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization()).eval()
+    full.feature_cache = model.feature_cache = FeatureCache(tmp_path)
+    with torch.no_grad():
+        expected = model(*clip, prompts="mask").pred_masks
+        assert not torch.equal(full(*clip, prompts="mask").pred_masks, expected)
+        assert torch.equal(model(*clip, prompts="mask").pred_masks, expected)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("quantization", [("bitsandbytes", 4), ("optimum", 4)], indirect=True)
+def test_memory_is_counted_with_quantized_weights(quantization, model_folder):
+    work = Workload(num_frames=3, num_objects=2, recipe=PromptRecipe())
+    full, model = (
+        RunMemory(SamoeModel.from_pretrained(model_folder, **options).train(), work)
+        for options in ({}, {"quantization_config": quantization()})
+    )
+    assert full.weights - model.weights == model.spared > 0
+    assert full.step(1, False) - model.step(1, False) == pytest.approx(model.spared, abs=300 * 512)
+    assert full.encoding(3, 1) - model.encoding(3, 1) == pytest.approx(model.spared, abs=300 * 512)
+
+
+def test_adapters_of_peft_learn_over_it(quantization, model_folder, clip, tmp_path):
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization()).train()
+    model.add_adapter(LoraConfig(r=2, target_modules=r"memory_attention.*(q|v)_proj"))
+    model.set_trainable("adapters")
+    model(*clip, prompts="mask").loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert gradients and all(gradient is not None for gradient in gradients)
+    model.save_pretrained(tmp_path)
+    loaded = SamoeModel.from_pretrained(tmp_path, quantization_config=quantization()).eval()
+    with torch.no_grad():
+        assert torch.equal(*(m.eval()(*clip, prompts="mask").pred_masks for m in (model, loaded)))
+
+
+def test_gradients_are_those_over_the_dequantized_weights(model_folder, clip):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = SamoeModel.from_pretrained(model_folder, quantization_config=bitsandbytes(4)).eval()
+    full = SamoeModel.from_pretrained(model_folder).eval()
+    for name in model.quantized_layers:
+        weight = model.get_submodule(name).weight
+        full.get_submodule(name).weight.data.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+    for m in (model, full):
+        m(*clip, prompts="mask").loss.backward()
+    for name, parameter in full.named_parameters():
+        if parameter.requires_grad:
+            own = model.get_parameter(name).grad
+            assert (own - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+
+
+def test_sam3s_tracker_is_quantized_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    SamoeModel(SamoeConfig(**read_yaml("model_sam3_nano"))).save_pretrained(tmp_path)
+    model = SamoeModel.from_pretrained(tmp_path, quantization_config=bitsandbytes(4)).train()
+    size = model.config.image_size
+    labels = torch.zeros(1, 1, 2, size, size, dtype=torch.bool)
+    labels[..., :40, :40] = True
+    model(torch.randn(1, 2, 3, size, size), labels, prompts="mask").loss.backward()
+    assert any(name.startswith("vision_encoder") for name in model.quantized_layers)
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
