@@ -1,7 +1,8 @@
 """A training step beside the original's way of doing the same work, and what its time goes to."""
 
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,13 +13,15 @@ from torch.utils.data import DataLoader
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 from samoe_hf.data.schema import Video
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.experts import expert_modules
+from samoe_hf.model.experts import expert_modules, is_expert_parameter
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
+from samoe_hf.training.feature_cache import FeatureCache
 
 from .experts import dense_forward
 from .measure import Measurement, autocast, measure, synchronize
+from .meta_order import PEERS, without_dropout
 
 
 def benchmark_training(
@@ -43,11 +46,7 @@ def benchmark_training(
     """
     torch.manual_seed(0)
     model = SamoeModel(config).to(device).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # or the two ways would not compute the same
-        if hasattr(module, "dropout_p"):
-            module.dropout_p = 0.0
+    without_dropout(model)  # or the two ways would not compute the same
     for _, module in expert_modules(model):
         nn.init.normal_(module.lora_B, std=0.02)
     if gradient_checkpointing:
@@ -85,6 +84,66 @@ def benchmark_training(
     results = measure(case, {"samoe_hf": step, "original's way": original_step}, repeats, device, memory=True)
     parts = {"encoder": encode, "forward": forward, "forward and backward": lambda: forward().backward()}
     return results + measure(f"{case}, parts", parts, repeats, device)
+
+
+def benchmark_order(
+    config: SamoeConfig, peers: Sequence[str], num_frames: int, num_objects: int, repeats: int, device: torch.device
+) -> list[Measurement]:
+    """Forward and backward over one clip beside Meta's order of work, in float32, without dropout and clicks.
+
+    Ours has experts, without effect yet, so that all have the same loss; theirs has none.
+
+    Args:
+        peers: whose modules do it, see [`meta_order.PEERS`].
+
+    Raises:
+        AssertionError: if the losses differ.
+    """
+    torch.manual_seed(0)
+    model = without_dropout(SamoeModel(config).to(device).train())
+    others = {name: PEERS[name](model) for name in peers}
+    clip = example_clip(config.image_size, num_frames, num_objects, device)
+    losses = {name: other(**clip).item() for name, other in others.items()}
+    losses["samoe_hf"] = model(**clip, prompts="mask").loss.item()
+    if max(losses.values()) - min(losses.values()) > 1e-5 * abs(losses["samoe_hf"]):
+        raise AssertionError(f"The losses differ: {losses}.")
+
+    def ours(trained: Callable[[str], bool], cache: FeatureCache | None = None) -> Callable[[], None]:
+        def step() -> None:
+            _train(model, trained)
+            model.feature_cache = cache
+            model(**clip, prompts="mask").loss.backward()
+
+        return step
+
+    def theirs(other: Callable[..., Tensor], trained: Callable[[str], bool]) -> Callable[[], None]:
+        def step() -> None:
+            _train(other.model, trained)
+            other(**clip).backward()
+
+        return step
+
+    measurements = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case, trained in {"everything trained": lambda _: True, "encoder frozen": _not_of_encoder}.items():
+            steps = {"samoe_hf": ours(trained)}
+            steps |= {f"Meta's order, {name}": theirs(other, trained) for name, other in others.items()}
+            if trained is _not_of_encoder:
+                steps["samoe_hf, experts alone"] = ours(is_expert_parameter)
+                steps["samoe_hf, experts, cached features"] = ours(is_expert_parameter, FeatureCache(folder))
+            measurements += measure(case, steps, repeats, device)
+    return measurements
+
+
+def _not_of_encoder(name: str) -> bool:
+    return not name.startswith(("vision_encoder.", "image_encoder."))
+
+
+def _train(model: nn.Module, trained: Callable[[str], bool]) -> None:
+    """Makes the parameters of some names trainable, and drops all gradients."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained(name))
+        parameter.grad = None
 
 
 def example_clip(image_size: int, num_frames: int, num_objects: int, device: torch.device) -> dict[str, Tensor]:

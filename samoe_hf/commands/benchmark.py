@@ -22,6 +22,7 @@ import torch
 from samoe_hf.benchmarks import experts, gpu, parts, tracking, training
 from samoe_hf.benchmarks.gpu_report import write_gpu_report
 from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
+from samoe_hf.benchmarks.meta_order import PEERS
 from samoe_hf.data.registry import load_videos, read_yaml
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.configuration_samoe import SamoeConfig
@@ -82,6 +83,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     work = add("train", "a training step, its parts, and whether data keep up")
     work.add_argument("--frames", type=int, default=8, help="of a clip (%(default)s)")
     work.add_argument("--objects", type=int, default=3, help="of a clip (%(default)s)")
+    work.add_argument(
+        "--peers", nargs="*", default=["transformers"], choices=list(PEERS), help="whose modules do it in Meta's order"
+    )
     work.add_argument("--workers", type=int, default=2, help="of the data loader (%(default)s)")
     work.add_argument("--steps", type=int, default=20, help="steps with the data loader (%(default)s)")
     work.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
@@ -192,8 +196,12 @@ def run_training(arguments: argparse.Namespace, config: SamoeConfig, dtype: torc
     table += "".join(f"\n| {name} | {1e3 * max(seconds, 0):.2f} |" for name, seconds in parts.items())
     table += f"\n\nBeside the data loader a step computes for {1e3 * computing.median:.2f} ms."
     title = f"Training: one clip of {arguments.frames} frames, {arguments.objects} objects, {arguments.dtype}"
+    shape = (arguments.frames, arguments.objects, arguments.repeats, arguments.device)
+    beside = training.benchmark_order(config, arguments.peers, *shape) if arguments.peers else []
     tables = f"{to_markdown(measurements[:2], 'samoe_hf', 'clip')}\n\n{table}"
-    report(arguments, "train", title, measurements[:2], tables)
+    if beside:
+        tables += f"\n\nForward and backward in float32, no dropout:\n\n{to_markdown(beside, 'samoe_hf', 'clip')}"
+    report(arguments, "train", title, measurements[:2] + beside, tables)
 
 
 def report(arguments: argparse.Namespace, name: str, title: str, measurements: list, tables: str) -> None:

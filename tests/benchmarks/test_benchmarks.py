@@ -1,5 +1,6 @@
 """Benchmarks: what is compared is the same work, what is measured is what is reported."""
 
+import copy
 import json
 import runpy
 import sys
@@ -11,12 +12,13 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.benchmarks.experts import dense_forward
 from samoe_hf.benchmarks.measure import Measurement, measure, peak_bytes, to_markdown
+from samoe_hf.benchmarks.meta_order import TransformersClip, without_dropout
 from samoe_hf.benchmarks.parts import Peaks, benchmark_attention, benchmark_parts
 from samoe_hf.benchmarks.peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf.benchmarks.tracking import _check_equal
-from samoe_hf.benchmarks.training import benchmark_training
+from samoe_hf.benchmarks.training import benchmark_order, benchmark_training, example_clip
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.experts import ExpertLinear
+from samoe_hf.model.experts import ExpertLinear, expert_modules
 
 CPU = torch.device("cpu")
 
@@ -141,3 +143,40 @@ def test_the_script_writes_tables_plots_and_times(monkeypatch, tmp_path, capsys)
     run_script(monkeypatch, "long", "--frames", 20, "--output", tmp_path)
     assert (tmp_path / "long.md").read_text().count("\n| ") == 22 and (tmp_path / "long.png").is_file()
     assert "torch" in capsys.readouterr().out
+
+
+def test_the_trial_of_metas_order_of_work_computes_the_same(nano):
+    """Its loss and gradients are those of our model without experts, which a test compares with the original's."""
+    model = copy.deepcopy(nano.model).train()
+    without_dropout(model)
+    for _, module in expert_modules(model):
+        torch.nn.init.zeros_(module.lora_B)
+    model.set_trainable("all")
+    clip = example_clip(model.config.image_size, 3, 2, CPU)
+    peer = TransformersClip(model)
+    peer.model.requires_grad_(True)
+    ours, theirs = model(**clip, prompts="mask").loss, peer(clip["pixel_values"], clip["labels"])
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    for loss in (ours, theirs):
+        loss.backward()
+    compared = 0
+    for name, parameter in peer.model.named_parameters():
+        own = model.get_parameter(name).grad
+        if parameter.grad is not None:
+            assert (own - parameter.grad).norm() <= 1e-3 * own.norm() + 1e-5, name
+            compared += 1
+    assert compared > 200
+
+
+def test_training_is_timed_beside_metas_order():
+    measurements = benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
+    contenders = {(m.case, m.contender) for m in measurements}
+    assert ("everything trained", "Meta's order, transformers") in contenders and len(measurements) == 6
+    assert ("encoder frozen", "samoe_hf, experts, cached features") in contenders
+    assert all(len(m.seconds) == 1 and m.median > 0 for m in measurements)
+
+
+@pytest.mark.slow
+def test_the_trial_by_sam2s_modules_has_the_same_loss():
+    pytest.importorskip("sam2")
+    benchmark_order(SamoeConfig(**read_yaml("model_micro")), ["transformers", "sam2"], 4, 3, 1, CPU)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from helpers.reference import HEIGHT, WIDTH, add_reference_prompts, load_reference, reference_folder, track_reference
 from samoe_hf.model.experts import ExpertLinear
-from samoe_hf.model.losses import SegmentationLoss
+from samoe_hf.model.losses import SegmentationLoss, dice_loss, focal_loss, mask_iou
 from samoe_hf.model.processor import build_processor
 
 
@@ -165,3 +166,32 @@ def test_loss_on_random_predictions_equals_the_original():
     for ours, theirs in names.items():
         torch.testing.assert_close(parts[ours], expected[f"loss.{theirs}"][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.total(parts), expected["loss.core_loss"][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_the_loss_and_its_gradient_are_those_of_all_candidates(candidates):
+    """What is kept for the gradient is of the best candidate alone; written the long way, it is of all."""
+    generator = torch.Generator().manual_seed(candidates)
+    masks = torch.randn(4, candidates, 16, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(4, candidates, generator=generator, dtype=torch.float64, requires_grad=True)
+    seen = torch.randn(4, 1, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(4, 64, 64, generator=generator) > 0.6
+    targets[1] = False
+    loss = SegmentationLoss(focal_weight=3.0, dice_weight=0.5)
+    parts = loss(masks, scores, seen, targets, torch.tensor([True, True, False, True]))
+
+    resized = F.interpolate(masks, (64, 64), mode="bilinear", align_corners=False)
+    true = targets.double().unsqueeze(1).expand_as(resized)
+    focal, dice = focal_loss(resized, true, 0.25, 2.0), dice_loss(resized, true)
+    best = (3.0 * focal + 0.5 * dice).argmin(dim=1, keepdim=True)
+    counts = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    expected = {
+        "focal": (focal.gather(1, best)[:, 0] * counts).sum(),
+        "dice": (dice.gather(1, best)[:, 0] * counts).sum(),
+        "iou": ((scores - mask_iou(resized, true)).abs().mean(dim=1) * counts).sum(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(parts[name], value)
+    ours, theirs = (torch.autograd.grad(sum(p[n] for n in expected), [masks, scores]) for p in (parts, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
