@@ -97,7 +97,7 @@ def benchmark_parts(
     model = SamoeModel(config).to(device).eval()
     frames = torch.randn(FIRST_TIMED_FRAME, 3, config.image_size, config.image_size, device=device)
     points = torch.rand(num_objects, 2) * config.image_size
-    with _recorded_calls(model) as calls, autocast(device, dtype):
+    with recorded_calls(model) as calls, autocast(device, dtype):
         list(TransformersTracker(model, config).track(frames, points))
     parts = []
     for name, (module, call) in calls.items():
@@ -152,7 +152,7 @@ def _under(call: Callable[[], Any], device: torch.device, dtype: torch.dtype) ->
 
 
 @contextmanager
-def _recorded_calls(model: SamoeModel) -> Iterator[dict[str, tuple[nn.Module, partial]]]:
+def recorded_calls(model: SamoeModel) -> Iterator[dict[str, tuple[nn.Module, partial]]]:
     """Name of each part -> its module, and its last call, to be repeated."""
     calls: dict[str, tuple[nn.Module, partial]] = {}
 

@@ -6,6 +6,7 @@
     samoe benchmark parts --model model_tiny --objects 1
     samoe benchmark long --model model_micro --frames 10000
     samoe benchmark train --model model_tiny --frames 8 --objects 3
+    samoe benchmark memory --model model_tiny --frames 8 --objects 3
     samoe benchmark gpu --output DIR
 
 The contenders have the same weights and take turns; before they are timed, their outputs are compared. A Markdown
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from samoe_hf.benchmarks import experts, gpu, parts, tracking, training
+from samoe_hf.benchmarks import experts, gpu, memory, parts, tracking, training
 from samoe_hf.benchmarks.gpu_report import write_gpu_report
 from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
 from samoe_hf.benchmarks.meta_order import PEERS
@@ -91,6 +92,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     work.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
     work.add_argument("--gradient-checkpointing", action="store_true", help="run frames again in the backward pass")
     work.add_argument("--encoder-batch-size", type=int, help="frames encoded at once; all by default")
+    work = add("memory", "what a frame of tracking and a training step hold, predicted and measured")
+    work.add_argument("--frames", type=int, default=8, help="of a training clip (%(default)s)")
+    work.add_argument("--objects", type=int, default=3, help="(%(default)s)")
     _add_gpu(kinds)
     return parser.parse_args(arguments)
 
@@ -204,6 +208,20 @@ def run_training(arguments: argparse.Namespace, config: SamoeConfig, dtype: torc
     report(arguments, "train", title, measurements[:2] + beside, tables)
 
 
+def run_memory(arguments: argparse.Namespace, config: SamoeConfig, dtype: torch.dtype) -> None:
+    settings = (arguments.objects, arguments.device, dtype)
+    tables = {
+        f"Tracking {arguments.objects} objects": memory.tracking_memory(config, *settings),
+        f"Training on a clip of {arguments.frames} frames": memory.training_memory(config, arguments.frames, *settings),
+    }
+    machine = describe_machine(arguments.device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    memory.plot_memory(tables, arguments.output / "memory.png", machine)
+    text = "\n\n".join(f"## {title}\n\n{memory.memory_table(rows)}" for title, rows in tables.items())
+    (arguments.output / "memory.md").write_text(f"# Memory, {arguments.dtype}\n\n{machine}\n\n{text}\n")
+    print(f"{machine}\n\n{text}\n\nWritten: memory.md and memory.png in {arguments.output}")
+
+
 def report(arguments: argparse.Namespace, name: str, title: str, measurements: list, tables: str) -> None:
     write_results(arguments.output, name, title, measurements, tables, arguments.device)
     print(f"{title}\n{describe_machine(arguments.device)}\n\n{tables}\n")
@@ -240,5 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_parts(parsed, first, dtype)
     elif parsed.kind == "long":
         run_long(parsed, first)
+    elif parsed.kind == "memory":
+        run_memory(parsed, first, dtype)
     else:
         run_training(parsed, first, dtype)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import runpy
 import sys
 
@@ -12,11 +13,13 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.benchmarks.experts import dense_forward
 from samoe_hf.benchmarks.measure import Measurement, measure, peak_bytes, to_markdown
+from samoe_hf.benchmarks.memory import tracking_memory
 from samoe_hf.benchmarks.meta_order import TransformersClip, without_dropout
 from samoe_hf.benchmarks.parts import Peaks, benchmark_attention, benchmark_parts
 from samoe_hf.benchmarks.peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf.benchmarks.tracking import _check_equal
 from samoe_hf.benchmarks.training import benchmark_order, benchmark_training, example_clip
+from samoe_hf.cli import main
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.experts import ExpertLinear, expert_modules
 
@@ -180,3 +183,24 @@ def test_training_is_timed_beside_metas_order():
 def test_the_trial_by_sam2s_modules_has_the_same_loss():
     pytest.importorskip("sam2")
     benchmark_order(SamoeConfig(**read_yaml("model_micro")), ["transformers", "sam2"], 4, 3, 1, CPU)
+
+
+def test_memory_by_part_is_predicted_as_it_is_measured(tmp_path, capsys):
+    main(["benchmark", "memory", "--frames", "3", "--objects", "2", "--output", str(tmp_path)])
+    rows = re.findall(r"^\| (.+?) \| +([\d.]+) \| +([\d.]+) \|$", (tmp_path / "memory.md").read_text(), re.MULTILINE)
+    held = {what: (float(predicted), float(measured)) for what, predicted, measured in rows}
+    for part in ("memory attention", "mask decoder", "memory encoder"):
+        assert f"{part}, at most" in held and f"{part}, kept" in held
+    for what, (predicted, measured) in held.items():
+        # Convolutions of a CPU need work space of their own, which the memory encoder's has most of.
+        allowed = 0.6 if what == "memory encoder, at most" else 0.08
+        assert abs(predicted - measured) <= allowed * measured + 0.01, what
+    assert (tmp_path / "memory.png").exists() and "Written: memory.md and memory.png" in capsys.readouterr().out
+
+
+def test_what_an_object_needs_does_not_include_what_a_frame_needs():
+    """Per object, a session keeps its memories, pointers and masks, and nothing of the image."""
+    one, four = (tracking_memory(SamoeConfig(**read_yaml("model_micro")), n, CPU, torch.float32) for n in (1, 4))
+    kept = "memory and mask of an object on a frame"
+    measured = [next(row.measured for row in rows if row.what == kept) for rows in (one, four)]
+    assert measured == pytest.approx([next(row.predicted for row in one if row.what == kept)] * 2, rel=0.1)
