@@ -11,10 +11,13 @@ from torch import nn
 from transformers import BitsAndBytesConfig, QuantoConfig, Sam2VideoModel, TorchAoConfig
 
 from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.data import SyntheticVideos
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.experts import ExpertLinear, expert_modules, is_expert_parameter
 from samoe_hf.model.files import plain_tensors
+from samoe_hf.model.processor import build_processor
 from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.model.quantization import spared_bytes
 from samoe_hf.training.feature_cache import FeatureCache
@@ -114,6 +117,22 @@ def test_experts_learn_over_it_and_the_base_stays(quantization, model_folder, cl
     after = plain_weights(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(is_expert_parameter(name) for name in changed)
+
+
+def test_it_tracks_as_the_full_base_does(quantization, model_folder):
+    (video,) = SyntheticVideos(1, 4, (128, 128), max_objects=2, seed=3)
+    prompts = [VideoPrompt(o, mask=m) for o, m in zip(video.object_ids, video.masks(0), strict=True)]
+
+    def masks(model):
+        return [
+            frame.logits for frame in track_video(model.eval(), build_processor(model.config), video.frames, prompts)
+        ]
+
+    full = masks(SamoeModel.from_pretrained(model_folder))
+    quantized = masks(SamoeModel.from_pretrained(model_folder, quantization_config=quantization()))
+    assert len(full) == len(quantized) == 4
+    for one, other in zip(quantized[1:], full[1:], strict=True):
+        assert 0 < (one - other).abs().mean() < 0.7 * other.abs().mean()
 
 
 def test_what_was_trained_is_saved_alone_and_loads_onto_the_full_base(quantization, model_folder, tmp_path):
