@@ -3,6 +3,7 @@
 - SAM 2's image encoder's attention also multiplies queries with keys position by position, and drops the result.
 - Necks encode the positions of all levels, of which only the coarsest are read. SAM 3's makes one level more.
 - The mask decoder copies an image's features for each of its prompts, even if there is but one.
+- Few channels of large maps are normalized by a kernel for many.
 - Encodings and angles of positions are computed anew for each frame and memory, though they are always the same.
 """
 
@@ -21,7 +22,7 @@ from transformers.models.sam2.modeling_sam2 import (
     do_pool,
     eager_attention_forward,
 )
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoLayerNorm, Sam2VideoMaskDecoder
 from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
 from .bases import NUM_LEVELS
@@ -29,6 +30,8 @@ from .configuration_samoe import SamoeConfig
 from .domain_experts import add_configured_experts
 from .domains import add_domain_gate
 
+# So few channels are normalized one by one.
+FEW_CHANNELS = 4
 # Modes of `torch.compile` that record CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
@@ -132,6 +135,21 @@ class LeanMaskDecoder(Sam2VideoMaskDecoder):
         return masks, iou_scores, mask_tokens[:, :, chosen], self.pred_obj_score_head(tokens[:, :, 0])
 
 
+class LeanLayerNorm(Sam2VideoLayerNorm):
+    """Normalizes few channels that lie first, (rows, channels, height, width), while tracking on a CPU.
+
+    There, kernels that normalize along a short last dimension are four times as slow as a few operations over all.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.device.type != "cpu" or torch.is_grad_enabled() or features.dtype != self.weight.dtype:
+            return super().forward(features)
+        centered = features - features.mean(dim=1, keepdim=True)
+        scale = centered.square().mean(dim=1, keepdim=True).add_(self.eps).rsqrt_()
+        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        return torch.addcmul(bias, centered.mul_(scale), weight)
+
+
 class CachedPositionEncoding(nn.Module):
     """A sine position encoding that is computed once for each size and type."""
 
@@ -225,6 +243,10 @@ def make_lean(model: Sam2VideoModel) -> None:
         neck._coarsest = -model.config.vision_config.num_feature_levels
     elif type(neck) is Sam3VisionNeck:
         neck.__class__ = LeanSam3Neck
+    for layer in model.memory_encoder.mask_downsampler.layers:
+        norm = layer.layer_norm
+        if type(norm) is Sam2VideoLayerNorm and norm.normalized_shape[0] <= FEW_CHANNELS:
+            norm.__class__ = LeanLayerNorm
     for owner in (neck, model.memory_encoder):
         owner.position_encoding = CachedPositionEncoding(owner.position_encoding)
     model.memory_attention.rotary_emb = CachedRotaryEmbedding(model.memory_attention.rotary_emb)

@@ -1,12 +1,14 @@
 """Modules without work that nobody reads give what transformers' own give."""
 
+import copy
+
 import pytest
 import torch
 from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
 from samoe_hf.benchmarks.peers import base_of
-from samoe_hf.model.lean_modules import LeanMaskDecoder
+from samoe_hf.model.lean_modules import LeanLayerNorm, LeanMaskDecoder
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,18 @@ def test_constants_are_computed_once_for_each_type(nano, monkeypatch):
     torch.testing.assert_close(many, torch.cat([one, one, one, torch.tensor([1.0, 0.0]).expand(4, *one.shape[1:])]))
     torch.testing.assert_close(more[:-2], many)
     assert calls == ["encoding", "encoding", "embedding", "embedding", "embedding"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_few_channels_are_normalized_the_same(nano, dtype):
+    norms = [module for module in nano.model.memory_encoder.modules() if isinstance(module, LeanLayerNorm)]
+    assert [norm.normalized_shape for norm in norms] == [(4,)]
+    norm = copy.deepcopy(norms[0]).to(dtype)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    features = torch.randn(3, 4, 9, 7).to(dtype)
+    with torch.inference_mode():
+        quick = norm(features)
+    slow = norm(features)  # where a gradient may be asked for, it is PyTorch's
+    assert quick.dtype == slow.dtype == dtype
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(quick, slow.detach(), rtol=tolerance, atol=5 * tolerance)
