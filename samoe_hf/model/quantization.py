@@ -187,14 +187,19 @@ def weight_bytes(model: nn.Module) -> int:
     return _bytes({**dict(model.named_buffers()), **model.state_dict(keep_vars=True)})
 
 
+def quantized_modules(model: PreTrainedModel) -> Iterator[nn.Linear]:
+    """The quantized layers of a SamoeModel, also those that lie within an adapter of PEFT."""
+    for layer in map(model.get_submodule, sorted(model.quantized_layers)):
+        yield layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
 def spared_bytes(model: PreTrainedModel) -> int:
     """By how many bytes the quantized layers of a SamoeModel are smaller than in full."""
     spared = 0
-    for layer in map(model.get_submodule, model.quantized_layers):
+    for layer in quantized_modules(model):
         tensors = layer.state_dict(keep_vars=True)
-        held = _bytes(
-            {name: x for name, x in tensors.items() if name != "bias" and not is_expert_parameter(f".{name}")}
-        )
+        own = {name for name in tensors if name == "bias" or is_expert_parameter(f".{name}")}
+        held = _bytes({name: tensor for name, tensor in tensors.items() if name not in own})
         spared += layer.in_features * layer.out_features * floating_type(layer).itemsize - held
     return spared
 

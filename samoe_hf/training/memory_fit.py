@@ -27,7 +27,7 @@ from samoe_hf.model.domain_experts import PREFIX
 from samoe_hf.model.frame_step import ImageFeatures, image_features, sine_periods
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe, sample_prompt
-from samoe_hf.model.quantization import in_full, spared_bytes, weight_bytes
+from samoe_hf.model.quantization import in_full, quantized_modules, spared_bytes, weight_bytes
 
 from .feature_cache import encoder_tensors
 
@@ -124,7 +124,7 @@ def _copy_without_data(model: SamoeModel, mode: FakeTensorMode, dtype: torch.dty
     """A copy for counting, whose layers keep on a CPU what they keep on a GPU."""
     with FakeCopyMode(mode):
         # Of quantized layers in full, which is what each call makes of them for a moment.
-        full = {id(x): copy.deepcopy(in_full(x)) for x in map(model.get_submodule, model.quantized_layers)}
+        full = {id(layer): copy.deepcopy(in_full(layer)) for layer in quantized_modules(model)}
         model = copy.deepcopy(model, full)
     model.may_have_sleeping_experts = False
     model.feature_cache = None

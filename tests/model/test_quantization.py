@@ -252,7 +252,11 @@ def test_memory_is_counted_with_quantized_weights(quantization, model_folder):
 
 def test_adapters_of_peft_learn_over_it(quantization, model_folder, clip, tmp_path):
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization()).train()
+    spared = spared_bytes(model)
     model.add_adapter(LoraConfig(r=2, target_modules=r"memory_attention.*(q|v)_proj"))
+    assert spared_bytes(model) == spared
+    with pytest.raises(ValueError, match="is quantized"):
+        model.set_trainable("memory")
     model.set_trainable("adapters")
     model(*clip, prompts="mask").loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
