@@ -142,7 +142,9 @@ class LeanLayerNorm(Sam2VideoLayerNorm):
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.device.type != "cpu" or torch.is_grad_enabled() or features.dtype != self.weight.dtype:
+        # PyTorch's normalizes narrower types in float32.
+        is_wide = features.dtype in (torch.float32, torch.float64) and features.dtype == self.weight.dtype
+        if features.device.type != "cpu" or torch.is_grad_enabled() or not is_wide:
             return super().forward(features)
         centered = features - features.mean(dim=1, keepdim=True)
         scale = centered.square().mean(dim=1, keepdim=True).add_(self.eps).rsqrt_()

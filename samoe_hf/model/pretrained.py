@@ -98,6 +98,8 @@ class PretrainedMixin:
         settings = {n: kwargs.pop(n) for n in [*kwargs] if n in SamoeConfig.__dataclass_fields__ and n != "dtype"}
         more_experts = ignore_mismatched_sizes or "expert_modules" in settings
         device_map = None if quantization_config is None else kwargs.pop("device_map", None)
+        if quantization_config is not None and source is None:
+            raise ValueError("`quantization_config` needs `pretrained_model_name_or_path`, where the full base is.")
         is_original = is_original_checkpoint(source)
         hub: dict[str, Any] = {}
         config = copy.deepcopy(config)

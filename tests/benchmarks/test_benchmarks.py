@@ -14,7 +14,7 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.benchmarks.experts import dense_forward
 from samoe_hf.benchmarks.measure import Measurement, measure, peak_bytes, to_markdown
 from samoe_hf.benchmarks.memory import tracking_memory
-from samoe_hf.benchmarks.meta_order import TransformersClip, without_dropout
+from samoe_hf.benchmarks.meta_order import PEERS, TransformersClip, without_dropout
 from samoe_hf.benchmarks.parts import Peaks, benchmark_attention, benchmark_parts
 from samoe_hf.benchmarks.peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf.benchmarks.tracking import _check_equal
@@ -182,7 +182,18 @@ def test_training_is_timed_beside_metas_order():
 @pytest.mark.slow
 def test_the_trial_by_sam2s_modules_has_the_same_loss():
     pytest.importorskip("sam2")
-    benchmark_order(SamoeConfig(**read_yaml("model_micro")), ["transformers", "sam2"], 4, 3, 1, CPU)
+    measurements = benchmark_order(SamoeConfig(**read_yaml("model_micro")), ["transformers", "sam2"], 4, 3, 1, CPU)
+    assert {"Meta's order, transformers", "Meta's order, sam2"} < {m.contender for m in measurements}
+
+
+def test_a_peer_with_another_loss_is_not_timed(monkeypatch):
+    class Other(TransformersClip):
+        def __call__(self, pixel_values, labels):
+            return 1.001 * super().__call__(pixel_values, labels)
+
+    monkeypatch.setitem(PEERS, "transformers", Other)
+    with pytest.raises(AssertionError, match="The losses differ"):
+        benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
 
 
 def test_memory_by_part_is_predicted_as_it_is_measured(tmp_path, capsys):

@@ -203,6 +203,12 @@ def test_a_wrong_configuration_is_told(model_folder, wrong):
         SamoeModel.from_pretrained(model_folder, quantization_config=wrong)
 
 
+def test_a_quantized_base_needs_a_place_to_be_read_from_again(nano):
+    weights = {"config": nano.model.config, "state_dict": nano.model.state_dict()}
+    with pytest.raises(ValueError, match="needs `pretrained_model_name_or_path`"):
+        SamoeModel.from_pretrained(None, **weights, quantization_config=bitsandbytes(8))
+
+
 def test_a_layer_that_a_library_cannot_quantize_is_told(model_folder):
     """torchao's groups must divide a layer's inputs."""
     quantization = pytest.importorskip("torchao.quantization")
