@@ -89,16 +89,25 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    changes = sorted(memory_changes(trace_events(profiler)))
     held = peak = 0
     for _, change in changes:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def trace_events(profiler: profile) -> list[dict[str, Any]]:
+    """The events of a profiler, as Chrome's format describes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        return json.loads(trace.read_text())["traceEvents"]
+
+
+def memory_changes(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
+    """When how many bytes were allocated, or freed, in any order."""
+    return [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
 
 
 def describe_machine(device: torch.device) -> str:

@@ -5,11 +5,9 @@ configuration; what is measured, from the device's allocator, or on a CPU from P
 """
 
 import gc
-import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.lean_modules import build_on_meta
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.model.quantization import weight_bytes
+from samoe_hf.model.tracking import FRAMES_AHEAD
 from samoe_hf.training.memory_fit import LiveBytes, RunMemory, Workload
 
-from .measure import COLORS, autocast, peak_bytes
+from .measure import COLORS, autocast, memory_changes, peak_bytes, trace_events
 from .meta_order import without_dropout
 from .parts import recorded_calls
 from .peers import TransformersTracker
@@ -37,8 +37,6 @@ from .tracking import FIRST_TIMED_FRAME
 from .training import example_clip
 
 ATTENTION, LOSS = "memory attention", "loss"
-# Ours may encode so many frames at once; their features are kept until then.
-ENCODED_AHEAD = 4
 TRAINED_PARTS = {"mask_decoder": "mask decoder", "memory_encoder": "memory encoder"}
 
 
@@ -57,24 +55,23 @@ def tracking_memory(config: SamoeConfig, num_objects: int, device: torch.device,
     Args:
         dtype: bfloat16 and float16 by autocast.
     """
-    torch.manual_seed(0)
-    model = SamoeModel(config).to(device).eval()
+    model, weights = _build(config, device)
+    model.eval()
     size, hidden = config.image_size, model.hidden_dim
     fine, middle, coarse = (height * width for height, width in model.backbone_feature_sizes)
-    frames = torch.randn(FIRST_TIMED_FRAME + 4 * ENCODED_AHEAD, 3, size, size, device=device)
+    frames = torch.randn(FIRST_TIMED_FRAME + 4 * FRAMES_AHEAD, 3, size, size, device=device)
     points = torch.rand(num_objects, 2) * size
     with recorded_calls(model) as calls, autocast(device, dtype):
         list(TransformersTracker(model, config).track(frames[:FIRST_TIMED_FRAME], points))
     with torch.inference_mode(), autocast(device, dtype):
         features = image_features(model, frames[:1])
     itemsize = features.coarse.element_size()
-    parameters = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
     of_frame = itemsize * (fine * hidden // 8 + middle * hidden // 4 + coarse * hidden)
     # A memory in bfloat16, a pointer and a mask's logits in float32, and a score.
     of_object = 2 * coarse * model.mem_dim + 4 * hidden + 4 * fine + 4
     by_frame = _kept_by_frame(model, frames, points, device, dtype)
     rows = [
-        Held("weights", 4 * parameters, weight_bytes(model)),
+        weights,
         Held("features of a frame", of_frame, sum(x.nbytes for x in features[:3])),
         Held("memory and mask of an object on a frame", of_object, by_frame),
     ]
@@ -83,20 +80,28 @@ def tracking_memory(config: SamoeConfig, num_objects: int, device: torch.device,
     return rows
 
 
+def _build(config: SamoeConfig, device: torch.device) -> tuple[SamoeModel, Held]:
+    """A model with random weights, and what they take."""
+    torch.manual_seed(0)
+    models = []
+    grown, _ = _growth(lambda: models.append(SamoeModel(config).to(device)), device)
+    return models[0], Held("weights", weight_bytes(build_on_meta(config, with_experts=True)), grown)
+
+
 def _kept_by_frame(model: SamoeModel, frames: Tensor, points: Tensor, device: torch.device, dtype: torch.dtype) -> int:
     """By how many bytes a session of transformers grows with each frame, for each object."""
     tracked = TransformersTracker(model, model.config).track(frames, points)
-    count = 2 * ENCODED_AHEAD
+    count = 2 * FRAMES_AHEAD
 
     def go_on(frames: int) -> None:
         for _ in range(frames):
             next(tracked)
 
     with autocast(device, dtype):
-        go_on(len(frames) - count - ENCODED_AHEAD)
+        go_on(len(frames) - count - FRAMES_AHEAD)
         # The profiler does not tell when something is freed that was there before it was first used.
-        _growth(lambda: go_on(ENCODED_AHEAD), device)
-        grown = sum(_growth(lambda: go_on(count), device).values())
+        _growth(lambda: go_on(FRAMES_AHEAD), device)
+        grown, _ = _growth(lambda: go_on(count), device)
     return round(grown / count / len(points))
 
 
@@ -128,8 +133,8 @@ def training_memory(
     Args:
         dtype: bfloat16 and float16 by autocast.
     """
-    torch.manual_seed(0)
-    model = without_dropout(SamoeModel(config).to(device).train())
+    model, weights = _build(config, device)
+    without_dropout(model.train())
     recipe = PromptRecipe(point_probability=0.0, num_correction_clicks=0, max_initial_frames=1)
     counted = _PartMemory(model, Workload(num_frames, num_objects, recipe, dtype))
     peak = counted.step(1, checkpointing=False)
@@ -146,16 +151,15 @@ def training_memory(
     moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.numel() > 1)
     gradients = sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     optimizer.zero_grad()
-    with _watched(model, record_function if device.type == "cpu" else _Allocated):
-        kept = _growth(forward, device)
+    _, kept = _growth(forward, device, model)
     optimizer.zero_grad()
-    most = weight_bytes(model) + moments + peak_bytes(lambda: forward().backward(), device)
+    most = weights.measured + moments + peak_bytes(lambda: forward().backward(), device)
     own = 3 * sum(parameter.nbytes for parameter in trained)
     with autocast(device, dtype), torch.no_grad():
         one = sum(x.nbytes for x in image_features(model, clip["pixel_values"][0, :1])[:3])
     names = (ATTENTION, *TRAINED_PARTS.values(), LOSS)
     return [
-        Held("weights", counted.weights, weight_bytes(model)),
+        weights,
         Held("gradients and AdamW's moments", own, gradients + moments),
         Held("features of the frames", num_frames * counted.frame_bytes(), num_frames * one),
         *(Held(f"{name}, kept", counted.kept[name], kept[name]) for name in names),
@@ -217,51 +221,40 @@ class _WatchedLoss:
         return self.call(*args)
 
 
-class _Allocated:
-    """On a GPU: how much more is allocated when a part is done, by its name, in `by_name`."""
-
-    by_name: dict[str, int] = defaultdict(int)  # noqa: RUF012 - of the run that is going on
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.before = torch.cuda.memory_allocated()
-
-    def __exit__(self, *_: Any) -> None:
-        self.by_name[self.name] += torch.cuda.memory_allocated() - self.before
-
-
-def _growth(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
-    """By how many bytes what is allocated grows in a run: in each watched part, and ("") outside of them."""
+def _growth(
+    run: Callable[[], Any], device: torch.device, model: SamoeModel | None = None
+) -> tuple[int, dict[str, int]]:
+    """By how many bytes what is allocated grows in a run, and in each part of a model."""
+    gc.collect()
+    by_part: dict[str, int] = defaultdict(int)
     if device.type == "cuda":
-        _Allocated.by_name.clear()
+
+        @contextmanager
+        def watch(part: str) -> Iterator[None]:
+            before = torch.cuda.memory_allocated(device)
+            yield
+            by_part[part] += torch.cuda.memory_allocated(device) - before
+
         before = torch.cuda.memory_allocated(device)
-        kept = run()
-        total = torch.cuda.memory_allocated(device) - before
-        by_name = dict(_Allocated.by_name)
-    else:
-        gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with nullcontext() if model is None else _watched(model, watch):
             kept = run()
+        gc.collect()
+        total = torch.cuda.memory_allocated(device) - before
+    else:
+        activities = [ProfilerActivity.CPU]
+        with profile(activities=activities, profile_memory=True) as profiler:
+            with nullcontext() if model is None else _watched(model, record_function):
+                kept = run()
             gc.collect()
-        total, by_name = _growth_in_trace(profiler)
+        events = trace_events(profiler)
+        changes = memory_changes(events)
+        total = sum(change for _, change in changes)
+        for event in events:
+            if event.get("cat") == "user_annotation" and "dur" in event:
+                start, end = event["ts"], event["ts"] + event["dur"]
+                by_part[event["name"]] += sum(change for time, change in changes if start <= time <= end)
     del kept
-    return defaultdict(int, {**by_name, "": total - sum(by_name.values())})
-
-
-def _growth_in_trace(profiler: profile) -> tuple[int, dict[str, int]]:
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
-    watched = [event for event in events if event.get("cat") == "user_annotation" and "dur" in event]
-    by_name: dict[str, int] = defaultdict(int)
-    for event in watched:
-        start, end = event["ts"], event["ts"] + event["dur"]
-        by_name[event["name"]] += sum(change for time, change in changes if start <= time <= end)
-    return sum(change for _, change in changes), by_name
+    return total, by_part
 
 
 def memory_table(rows: list[Held]) -> str:

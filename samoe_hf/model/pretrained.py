@@ -94,12 +94,10 @@ class PretrainedMixin:
             ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
         """
         source = pretrained_model_name_or_path
-        _check_given(source, config, (experts, original_config), kwargs)
+        _check_given(source, config, (experts, original_config), quantization_config, kwargs)
         settings = {n: kwargs.pop(n) for n in [*kwargs] if n in SamoeConfig.__dataclass_fields__ and n != "dtype"}
         more_experts = ignore_mismatched_sizes or "expert_modules" in settings
         device_map = None if quantization_config is None else kwargs.pop("device_map", None)
-        if quantization_config is not None and source is None:
-            raise ValueError("`quantization_config` needs `pretrained_model_name_or_path`, where the full base is.")
         is_original = is_original_checkpoint(source)
         hub: dict[str, Any] = {}
         config = copy.deepcopy(config)
@@ -307,13 +305,17 @@ def _check_stored(
     return new_layers
 
 
-def _check_given(source: Any, config: Any, of_original: tuple, others: Mapping[str, Any]) -> None:
+def _check_given(
+    source: Any, config: Any, of_original: tuple, quantization_config: Any, others: Mapping[str, Any]
+) -> None:
     """Raises a `ValueError` for an argument of `from_pretrained` with its name elsewhere, or if nothing is given."""
     for name in OLD_ARGUMENTS.keys() & others:
         raise ValueError(f"`{name}` is called `{OLD_ARGUMENTS[name]}` here.")
     check_old_names(others)
     if source is None and config is None:
         raise ValueError("`pretrained_model_name_or_path` must be given: a folder, a Hub id or an original `.pt`.")
+    if source is None and quantization_config is not None:
+        raise ValueError("`quantization_config` needs `pretrained_model_name_or_path`, where the full base is.")
     if of_original != (None, None) and not is_original_checkpoint(source):
         raise ValueError(
             f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
