@@ -96,7 +96,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     work.add_argument("--frames", type=int, default=8, help="of a training clip (%(default)s)")
     work.add_argument("--objects", type=int, default=3, help="(%(default)s)")
     _add_gpu(kinds)
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    _check_counts(kinds.choices[parsed.kind], parsed)
+    return parsed
+
+
+def _check_counts(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    """Ends the command if less than the least is asked for."""
+    least = dict.fromkeys(("objects", "repeats", "threads", "tokens", "width", "num_experts", "steps", "pooling"), 1)
+    # Memories are first read on the second frame; tracking is timed when the memory is full.
+    least["frames"] = {"train": 2, "memory": 2, "track": tracking.FIRST_TIMED_FRAME + 1}.get(parsed.kind, 1)
+    least |= {"workers": 0, "encoder_batch_size": 1}
+    for name, smallest in least.items():
+        given = getattr(parsed, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < smallest:
+                parser.error(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
 
 
 def _add_gpu(kinds: argparse._SubParsersAction) -> None:

@@ -196,6 +196,19 @@ def test_a_peer_with_another_loss_is_not_timed(monkeypatch):
         benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["memory --frames 1", "train --frames 1", "track --frames 9", "track --objects 4 0", "memory --objects -1",
+     "parts --repeats 0", "experts --num-experts 0", "train --workers -1"],
+)  # fmt: skip
+def test_less_than_the_least_is_told_at_once(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", *arguments.split()])
+    kind, option, *values = arguments.split()
+    told = capsys.readouterr().err
+    assert f"samoe benchmark {kind}: error: {option} must be at least" in told and f"got {values[-1]}" in told
+
+
 def test_memory_by_part_is_predicted_as_it_is_measured(tmp_path, capsys):
     main(["benchmark", "memory", "--frames", "3", "--objects", "2", "--output", str(tmp_path)])
     rows = re.findall(r"^\| (.+?) \| +([\d.]+) \| +([\d.]+) \|$", (tmp_path / "memory.md").read_text(), re.MULTILINE)
