@@ -64,8 +64,9 @@ class TransformersClip:
             selection = None
             if t > 0:
                 pointers = model.config.max_object_pointers_in_encoder
-                options = {"num_maskmem": model.num_maskmem, "max_object_pointers": pointers, "num_frames": num_frames}
-                selection = bank.select(t, **options, past_pointers_only=False)
+                selection = bank.select(
+                    t, num_maskmem=model.num_maskmem, max_object_pointers=pointers, num_frames=num_frames
+                )
             output = frame_step(model, image, prompt, [bank], selection, num_objects=num_objects)
             bank.write(t, output.memory, conditioning=t == 0)
             loss = loss + _loss(output.candidates, output.iou_scores, output.object_score_logits, labels[0, :, t])
