@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 from transformers import Sam2VideoModel
 
 from samoe_hf.model.experts import is_expert_parameter
 from samoe_hf.model.frame_step import ImageFeatures, Prompt, frame_step, image_features
 from samoe_hf.model.lean_modules import CachedPositionEncoding, CachedRotaryEmbedding
-from samoe_hf.model.losses import SegmentationLoss, dice_loss, focal_loss, mask_iou
+from samoe_hf.model.losses import SegmentationLoss, mask_iou
 from samoe_hf.model.memory_bank import MemoryBank
 from samoe_hf.model.modeling_samoe import SamoeModel
 
@@ -128,12 +129,19 @@ def _loss(candidates: Tensor, iou_scores: Tensor, object_score_logits: Tensor, l
         candidates = F.interpolate(candidates, size, mode="bilinear", align_corners=False)
     targets = labels.to(candidates.dtype).unsqueeze(1).expand_as(candidates)
     present = targets[:, 0].flatten(1).any(dim=1).to(candidates.dtype)
-    focal = focal_loss(candidates, targets, weights.focal_alpha, weights.focal_gamma)
+    focal = sigmoid_focal_loss(candidates, targets, weights.focal_alpha, weights.focal_gamma).flatten(-2).mean(dim=-1)
     masks = weights.focal_weight * focal + weights.dice_weight * dice_loss(candidates, targets)
     best = masks.gather(1, masks.argmin(dim=1, keepdim=True))[:, 0]
     iou = (iou_scores - mask_iou(candidates, targets)).abs().mean(dim=1)
     score = F.binary_cross_entropy_with_logits(object_score_logits[:, 0], present, reduction="none")
     return ((best + weights.iou_weight * iou) * present + weights.object_score_weight * score).sum()
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Soft dice loss, smoothed by 1: logits and targets (..., H, W) -> (...)."""
+    probability, targets = logits.sigmoid().flatten(-2), targets.flatten(-2)
+    intersection = (probability * targets).sum(dim=-1)
+    return 1 - (2 * intersection + 1) / (probability.sum(dim=-1) + targets.sum(dim=-1) + 1)
 
 
 PEERS: dict[str, Callable[[SamoeModel], Callable[[Tensor, Tensor], Tensor]]] = {

@@ -122,11 +122,12 @@ class ExpertMixture(nn.Module):
     def mix(self, hidden_states: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
         """The linear layer's output with the experts': (..., in_features) -> (..., out_features)."""
         tokens = hidden_states.flatten(0, -2)
-        compute = self._learn if self.training or torch.is_grad_enabled() else self._infer
+        drops = self.training and self.dropout.p > 0
+        compute = self._mix_with_dropout if drops else self._mix
         return compute(tokens, hidden_states.shape[:-1], linear).unflatten(0, hidden_states.shape[:-1])
 
-    def _learn(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
-        """Sums are made in the original's order: another one may tip a router's choice."""
+    def _mix_with_dropout(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
+        """The router and A see other inputs, so that their products cannot be joined."""
         low_rank = self.dropout(F.linear(tokens, self.lora_A.flatten(0, 1)))
         logits = self.router(self.dropout(tokens))
         gates = self.gates(self._show_router_logits(logits, shape)).to(low_rank.dtype)
@@ -136,8 +137,7 @@ class ExpertMixture(nn.Module):
         up = self.lora_B.mT.flatten(0, 1) * self.scaling
         return output.addmm_(gated.to(output.dtype), up.to(output.dtype))
 
-    def _infer(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
-        """The same with nothing but the products."""
+    def _mix(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
         output = linear(tokens)
         gated = self._gated_low_rank(tokens.to(output.dtype), shape)
         return output.addmm_(gated.mT, self._up(output.dtype), alpha=self.scaling)
@@ -152,9 +152,10 @@ class ExpertMixture(nn.Module):
         logits = products[:count] + router.bias.to(tokens.dtype).unsqueeze(1)
         logits = self._show_router_logits(logits.mT, shape).mT
         gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
-        low_rank = products[count:]
-        low_rank.unflatten(0, (count, self.lora_rank)).mul_(gates.unsqueeze(1))
-        return low_rank
+        low_rank = products[count:].unflatten(0, (count, self.lora_rank))
+        if torch.is_grad_enabled():
+            return (low_rank * gates.unsqueeze(1)).flatten(0, 1)
+        return low_rank.mul_(gates.unsqueeze(1)).flatten(0, 1)
 
     def _up(self, dtype: torch.dtype) -> Tensor:
         """B of all experts, transposed: (experts x rank, out_features)."""

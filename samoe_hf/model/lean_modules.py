@@ -136,7 +136,7 @@ class LeanMaskDecoder(Sam2VideoMaskDecoder):
 
 
 class LeanLayerNorm(Sam2VideoLayerNorm):
-    """Normalizes few channels that lie first, (rows, channels, height, width), while tracking on a CPU.
+    """Normalizes few channels that lie first, (rows, channels, height, width), on a CPU.
 
     There, kernels that normalize along a short last dimension are four times as slow as a few operations over all.
     """
@@ -144,12 +144,12 @@ class LeanLayerNorm(Sam2VideoLayerNorm):
     def forward(self, features: Tensor) -> Tensor:
         # PyTorch's normalizes narrower types in float32.
         is_wide = features.dtype in (torch.float32, torch.float64) and features.dtype == self.weight.dtype
-        if features.device.type != "cpu" or torch.is_grad_enabled() or not is_wide:
+        if features.device.type != "cpu" or not is_wide:
             return super().forward(features)
         centered = features - features.mean(dim=1, keepdim=True)
-        scale = centered.square().mean(dim=1, keepdim=True).add_(self.eps).rsqrt_()
+        scale = centered.square().mean(dim=1, keepdim=True).add_(self.eps).rsqrt()
         weight, bias = self.weight[:, None, None], self.bias[:, None, None]
-        return torch.addcmul(bias, centered.mul_(scale), weight)
+        return torch.addcmul(bias, centered * scale, weight)
 
 
 class CachedPositionEncoding(nn.Module):

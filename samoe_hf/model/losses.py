@@ -70,12 +70,13 @@ class SegmentationLoss:
             resized = _resize(mask_logits, targets)
             true_iou = mask_iou(resized, targets)
             if mask_logits.shape[1] > 1:
-                focal, dice = self._focal_and_dice(resized, targets)
+                focal, dice = focal_and_dice(resized, targets, self.focal_alpha, self.focal_gamma)
                 best = (self.focal_weight * focal + self.dice_weight * dice).argmin(dim=1)
                 chosen = torch.arange(len(best), device=best.device), best
         if mask_logits.shape[1] > 1:
             mask_logits = mask_logits[chosen].unsqueeze(1)
-        focal, dice = self._focal_and_dice(_resize(mask_logits, targets), targets)
+        resized = _resize(mask_logits, targets)
+        focal, dice = focal_and_dice(resized, targets, self.focal_alpha, self.focal_gamma)
         iou = (iou_scores - true_iou).abs().mean(dim=1)
         object_score = F.binary_cross_entropy_with_logits(object_score_logits[:, 0], present, reduction="none")
         return {
@@ -84,11 +85,6 @@ class SegmentationLoss:
             "iou": (iou * present * counts).sum(),
             "object_score": (object_score * counts).sum(),
         }
-
-    def _focal_and_dice(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(objects, M, H, W) and (objects, 1, H, W) -> (objects, M) each."""
-        targets = targets.expand_as(logits)
-        return focal_loss(logits, targets, self.focal_alpha, self.focal_gamma), dice_loss(logits, targets)
 
     def total(self, parts: LossParts) -> Tensor:
         """The weighted sum of the four parts."""
@@ -107,28 +103,35 @@ def _resize(logits: Tensor, targets: Tensor) -> Tensor:
     return F.interpolate(logits, targets.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss (arXiv:1708.02002) averaged over pixels: logits and targets (..., H, W) -> (...)."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    probability = logits.sigmoid()
-    miss = probability + targets - 2 * probability * targets
+def focal_and_dice(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Focal loss (arXiv:1708.02002) averaged over pixels, and soft dice loss smoothed by 1.
+
+    Both are made of how probable the wrong class is, which is computed once.
+
+    Args:
+        logits: (objects, M, H, W).
+        targets: (objects, 1, H, W), 0 or 1.
+
+    Returns:
+        focal and dice loss, (objects, M) each.
+    """
+    wrong_logits = logits * (1 - 2 * targets)
+    miss = wrong_logits.sigmoid()
     balance = alpha * targets + (1 - alpha) * (1 - targets)
-    return (balance * miss**gamma * cross_entropy).flatten(-2).mean(dim=-1)
-
-
-def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Soft dice loss, smoothed by 1: logits and targets (..., H, W) -> (...)."""
-    probability = logits.sigmoid().flatten(-2)
-    targets = targets.flatten(-2)
-    intersection = (probability * targets).sum(dim=-1)
-    return 1 - (2 * intersection + 1) / (probability.sum(dim=-1) + targets.sum(dim=-1) + 1)
+    focal = (miss**gamma * F.softplus(wrong_logits)).mul_(balance).flatten(-2).mean(dim=-1)
+    true = targets.flatten(-2).sum(dim=-1)
+    missed = (miss * targets).flatten(-2).sum(dim=-1)  # of the true mask
+    predicted = true - 2 * missed + miss.flatten(-2).sum(dim=-1)
+    return focal, 1 - (2 * (true - missed) + 1) / (predicted + true + 1)
 
 
 def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
     """IoU of the masks `logits > 0` with the true ones: (..., H, W) -> (...); 0 where both are empty."""
-    predicted, true = (logits > 0).flatten(-2), (targets > 0).flatten(-2)
-    union = (predicted | true).sum(dim=-1)
-    return (predicted & true).sum(dim=-1) / union.clamp(min=1)
+    # Sums of bool would be made of integers, eight bytes each.
+    predicted, true = ((x > 0).to(logits.dtype).flatten(-2) for x in (logits, targets))
+    intersection = (predicted * true).sum(dim=-1)
+    union = predicted.sum(dim=-1) + true.sum(dim=-1) - intersection
+    return intersection / union.clamp(min=1)
 
 
 def mean_num_objects(object_mask: Tensor, over_processes: bool = True) -> Tensor:

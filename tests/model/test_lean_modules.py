@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import Sam2VideoModel
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoLayerNorm, Sam2VideoMaskDecoder
 
 from samoe_hf.benchmarks.peers import base_of
 from samoe_hf.model.lean_modules import LeanLayerNorm, LeanMaskDecoder
@@ -94,12 +94,14 @@ def test_constants_are_computed_once_for_each_type(nano, monkeypatch):
 def test_few_channels_are_normalized_the_same(nano, dtype):
     norms = [module for module in nano.model.memory_encoder.modules() if isinstance(module, LeanLayerNorm)]
     assert [norm.normalized_shape for norm in norms] == [(4,)]
-    norm = copy.deepcopy(norms[0]).to(dtype)
+    norm = copy.deepcopy(norms[0]).to(dtype).requires_grad_(True)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
-    features = torch.randn(3, 4, 9, 7).to(dtype)
-    with torch.inference_mode():
-        quick = norm(features)
-    slow = norm(features)  # where a gradient may be asked for, it is PyTorch's
-    assert quick.dtype == slow.dtype == dtype
+    features = torch.randn(3, 4, 9, 7).to(dtype).requires_grad_()
+    ours, theirs = norm(features), Sam2VideoLayerNorm.forward(norm, features)
+    assert ours.dtype == theirs.dtype == dtype
     tolerance = 0 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(quick, slow.detach(), rtol=tolerance, atol=5 * tolerance)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=5 * tolerance)
+    wrt = [features, norm.weight, norm.bias]
+    gradients = [torch.autograd.grad(x.square().sum(), wrt) for x in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=100 * tolerance)
