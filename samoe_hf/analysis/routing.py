@@ -24,8 +24,8 @@ from samoe_hf.model.processor import build_processor
 from samoe_hf.model.tracking import TrackedRow, tracked_rows
 from samoe_hf.plots.experts import plot_routing, routing_video
 
-# The first self-attention reads nothing of the objects.
-FIRST_SELF_ATTENTION = "memory_attention.layers.0.self_attn."
+# Up to the first queries for memories, the memory attention reads nothing of the objects.
+SHARED_LAYERS = ("memory_attention.layers.0.self_attn.", "memory_attention.layers.0.cross_attn_image.q_proj")
 # Projections whose tokens are the image's positions; keys and values of the cross attention are of the memory.
 IMAGE_PROJECTIONS = re.compile(r"memory_attention\.layers\.\d+\.(self_attn\.[qkvo]|cross_attn_image\.[qo])_proj")
 IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.blocks\.\d+\.mlp\..*")
@@ -46,7 +46,7 @@ def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[TrackedR
     def hook(name: str) -> Callable:
         def pass_on(_, __, logits: Tensor) -> None:
             rows = tracked_rows()
-            if rows and (name.startswith(FIRST_SELF_ATTENTION) or len(logits) % len(rows)):
+            if rows and (name.startswith(SHARED_LAYERS) or len(logits) % len(rows)):
                 rows = [TrackedRow(rows[0].frame_idx, None)]
             if rows:
                 # Rows of the image encoder may be cut into windows.

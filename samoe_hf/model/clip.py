@@ -286,7 +286,7 @@ def _segment_clips(
             object_mask=object_mask,
         )
         # The image's tensors are arguments because checkpointing keeps the random state of its arguments' devices.
-        output, frame_parts = checkpoint(frame_idx)(segment, *image.for_objects(num_objects))
+        output, frame_parts = checkpoint(frame_idx)(segment, *image)
         bank.write(frame_idx, output.memory, conditioning=prompt is not None or corrections is not None)
         outputs[frame_idx] = output
         parts += frame_parts

@@ -44,7 +44,7 @@ class ImageFeatures(NamedTuple):
         return ImageFeatures(*(x[index] for x in self[:3]), *self[3:])
 
     def for_objects(self, objects_per_video: int) -> "ImageFeatures":
-        """Repeats each video's row for its objects. One video stays one row, which broadcasts over all objects."""
+        """Repeats each row for a video's objects. A single row stays one, which broadcasts over all objects."""
         if self.coarse.shape[0] == 1 or objects_per_video == 1:
             return self
         rows = (x.repeat_interleave(objects_per_video, dim=0) for x in self[:3])
@@ -149,7 +149,7 @@ def frame_step(
     frames are binarized first and memories are rounded to bfloat16, as `sam2` does.
 
     Args:
-        image: features of the frame, one row for all objects or one row for each.
+        image: features of the frame, a row for each object, or for each video, of whose objects there are as many.
         prompt: what is given on this frame, or None.
         banks: memories; together they hold `num_objects` objects.
         selection: the memories to read, or None on initially prompted frames, which read none.
@@ -157,10 +157,11 @@ def frame_step(
         encode_memory: whether later frames will read this one.
         fill_hole_area: holes up to this many pixels are filled in the masks that are put out.
     """
+    of_videos, image = image, image.for_objects(num_objects // len(image.coarse))
     if prompt is not None and prompt.mask is not None:
         output, high_res_masks = _take_mask(model, image, prompt.mask)
     else:
-        coarse = _condition_on_memory(model, image, banks, selection)
+        coarse = _condition_on_memory(model, image if selection is None else of_videos, banks, selection)
         multimask = _use_multimask(model, prompt, is_initial=selection is None)
         output = _segment(model, image, coarse, prompt, multimask, num_objects)
         if corrections is not None:

@@ -1,8 +1,8 @@
 """Memory attention: a frame in the light of what has been seen of each object (arXiv:2408.00714, section 4).
 
 It computes what the modules of [`~transformers.Sam2VideoModel`] do, with less work where many objects share a frame:
-the first self-attention sees nothing of the objects yet and runs once for all of them, memories get their positions
-once for all layers, and rotary encodings are products of complex numbers.
+the first self-attention and the first queries for memories see nothing of the objects yet and are computed once for all
+objects of a video, memories get their positions once for all layers, and rotary encodings are products of complex numbers.
 """
 
 import torch
@@ -33,7 +33,7 @@ def attend_to_memory(
     """Conditions a frame on memories.
 
     Args:
-        image: (objects, tokens, hidden), or one row for all objects.
+        image: (objects, tokens, hidden), or one row for the objects of each video, of which there are as many in each.
         position: encoding of the image's positions, (1, tokens, hidden).
         memory: (objects, memory tokens, channels).
         memory_position: (1, memory tokens, channels).
@@ -46,25 +46,34 @@ def attend_to_memory(
     hidden = image + 0.1 * position
     if attention.training and _draws_dropout(attention.layers[0]):
         # It is drawn for each object.
-        hidden = hidden.expand(len(memory), -1, -1)
+        hidden = _for_rows(hidden, len(memory))
     rotation = attention.rotary_emb.rotations(attention.position_ids)
     keys = memory + memory_position
     for layer in attention.layers:
         normed = layer.layer_norm1(hidden)
         attended = _attend(layer.self_attn, normed, normed, normed, rotation, rotation)
         hidden = hidden + layer.dropout1(attended)
-        normed = layer.layer_norm2(hidden).expand(len(memory), -1, -1)
-        attended = _attend(layer.cross_attn_image, normed, keys, memory, rotation, memory_rotation)
-        hidden = hidden + layer.dropout2(attended)
+        attended = _attend(
+            layer.cross_attn_image, layer.layer_norm2(hidden), keys, memory, rotation, memory_rotation
+        )
+        hidden = _for_rows(hidden, len(memory)) + layer.dropout2(attended)
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
     return attention.layer_norm(hidden)
 
 
 def _draws_dropout(layer: nn.Module) -> bool:
-    """Whether the first self-attention, which sees nothing of the objects, is not the same for all of them."""
-    own = [layer.dropout1, *(m for m in layer.self_attn.modules() if isinstance(m, nn.Dropout))]
-    return layer.self_attn.dropout_p > 0 or any(module.p > 0 for module in own)
+    """Whether what sees nothing of the objects, up to the first queries for memories, is not the same for all of them."""
+    shared = (layer.dropout1, layer.self_attn, layer.cross_attn_image.q_proj)
+    dropouts = (module for part in shared for module in part.modules() if isinstance(module, nn.Dropout))
+    return layer.self_attn.dropout_p > 0 or any(module.p > 0 for module in dropouts)
+
+
+def _for_rows(x: Tensor, num_rows: int) -> Tensor:
+    """(rows, ...) with each row repeated for what is of it: (num_rows, ...)."""
+    if len(x) == 1:
+        return x.expand(num_rows, *x.shape[1:])
+    return x if len(x) == num_rows else x.repeat_interleave(num_rows // len(x), dim=0)
 
 
 def _attend(
@@ -75,8 +84,8 @@ def _attend(
     rotation: Tensor,
     key_rotation: Tensor,
 ) -> Tensor:
-    """Attention of (objects, tokens, channels) to (objects, keys, channels), both rotated by where they are."""
-    query = _rotate(_heads(attention, attention.q_proj(query)), rotation)
+    """Attention of (objects or videos, tokens, channels) to (objects, keys, channels), rotated by where they are."""
+    query = _for_rows(_rotate(_heads(attention, attention.q_proj(query)), rotation), len(key))
     key = _rotate(_heads(attention, attention.k_proj(key)), key_rotation)
     late = _values_to_be_finished(attention, query, value)
     if late is not None:

@@ -27,7 +27,7 @@ from samoe_hf.model.experts import ExpertLinear, load_balancing_loss, top_k_gate
 from samoe_hf.model.processor import build_processor
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
-FIRST_SELF_ATTENTION = "memory_attention.layers.0.self_attn."
+SHARED_LAYERS = ("memory_attention.layers.0.self_attn.", "memory_attention.layers.0.cross_attn_image.q_proj")
 
 
 def one_hot(experts: list[int], num_experts: int = 4) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_tokens_are_told_by_object(nano, entering):
     largest = 0.0
     for module in together.modules:
         parts = together.sums[module]
-        if module.startswith(FIRST_SELF_ATTENTION):
+        if module.startswith(SHARED_LAYERS):
             # It reads the image alone, once for all objects, on each frame that has a memory.
             assert {source: sums.tokens for source, sums in parts.items()} == {Source("shapes", "entering", None): 256}
             expected = apart[2].sums[module]

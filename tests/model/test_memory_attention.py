@@ -159,23 +159,30 @@ def test_experts_learn_with_fewer_tokens(model_with_effect):
     assert layer.v_proj.lora_A.grad.abs().max() > 0 and layer.k_proj.lora_A.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_in_training_objects_share_what_is_the_same_without_dropout(model_with_effect, dropout):
-    model, rows = model_with_effect.train(), []
+@pytest.mark.parametrize("num_videos", [1, 2])
+@pytest.mark.parametrize("dropped", [None, "self_attn.q_proj", "cross_attn_image.q_proj"])
+def test_in_training_objects_share_what_is_the_same_without_dropout(model_with_effect, dropped, num_videos):
+    model, rows = model_with_effect.train(), {}
     for module in model.memory_attention.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     first = model.memory_attention.layers[0]
-    first.self_attn.q_proj.dropout.p = dropout
-    first.self_attn.q_proj.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    image = torch.randn(1, 64, model.hidden_dim)
-    memory = torch.randn(3, 64, model.mem_dim, requires_grad=True)
-    arguments = (image, image, memory, memory[:1].detach(), rotations(model, 1, 0))
-    attended = model.attend_to_memory(model.memory_attention, *arguments)
-    assert rows == [3 if dropout else 1] and attended.shape == (3, 64, model.hidden_dim)
-    if not dropout:
-        alone = [
-            model.attend_to_memory(model.memory_attention, image, image, memory[i : i + 1], *arguments[3:])
-            for i in range(3)
-        ]
+    if dropped:
+        first.get_submodule(dropped).dropout.p = 0.5
+    for name in ("self_attn.q_proj", "cross_attn_image.q_proj", "cross_attn_image.o_proj"):
+        hook = lambda _, inputs, __, name=name: rows.update({name: len(inputs[0])})  # noqa: E731
+        first.get_submodule(name).register_forward_hook(hook)
+    image = torch.randn(num_videos, 64, model.hidden_dim)
+    memory = torch.randn(3 * num_videos, 64, model.mem_dim, requires_grad=True)
+    shared = (image[:1], memory[:1].detach(), rotations(model, 1, 0))
+
+    def attend(image, memory):
+        return model.attend_to_memory(model.memory_attention, image, shared[0], memory, *shared[1:])
+
+    attended = attend(image, memory)
+    expected = 3 * num_videos if dropped else num_videos
+    assert list(rows.values()) == [expected, expected, 3 * num_videos]
+    assert attended.shape == (3 * num_videos, 64, model.hidden_dim)
+    if not dropped:
+        alone = [attend(image[i // 3 : i // 3 + 1], memory[i : i + 1]) for i in range(3 * num_videos)]
         torch.testing.assert_close(attended, torch.cat(alone), atol=1e-5, rtol=1e-4)
