@@ -1,8 +1,9 @@
 """Memory attention: a frame in the light of what has been seen of each object (arXiv:2408.00714, section 4).
 
 It computes what the modules of [`~transformers.Sam2VideoModel`] do, with less work where many objects share a frame:
-the first self-attention and the first queries for memories see nothing of the objects yet and are computed once for all
-objects of a video, memories get their positions once for all layers, and rotary encodings are products of complex numbers.
+the first self-attention and the first queries for memories see nothing of the objects yet and are computed once for
+all objects of a video, memories get their positions once for all layers, and rotary encodings are products of complex
+numbers.
 """
 
 import torch
@@ -63,7 +64,7 @@ def attend_to_memory(
 
 
 def _draws_dropout(layer: nn.Module) -> bool:
-    """Whether what sees nothing of the objects, up to the first queries for memories, is not the same for all of them."""
+    """Whether what sees nothing of the objects, up to the first queries for memories, differs for each of them."""
     shared = (layer.dropout1, layer.self_attn, layer.cross_attn_image.q_proj)
     dropouts = (module for part in shared for module in part.modules() if isinstance(module, nn.Dropout))
     return layer.self_attn.dropout_p > 0 or any(module.p > 0 for module in dropouts)
