@@ -54,9 +54,7 @@ def attend_to_memory(
         normed = layer.layer_norm1(hidden)
         attended = _attend(layer.self_attn, normed, normed, normed, rotation, rotation)
         hidden = hidden + layer.dropout1(attended)
-        attended = _attend(
-            layer.cross_attn_image, layer.layer_norm2(hidden), keys, memory, rotation, memory_rotation
-        )
+        attended = _attend(layer.cross_attn_image, layer.layer_norm2(hidden), keys, memory, rotation, memory_rotation)
         hidden = _for_rows(hidden, len(memory)) + layer.dropout2(attended)
         normed = layer.layer_norm3(hidden)
         hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
