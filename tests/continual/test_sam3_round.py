@@ -137,7 +137,8 @@ def test_its_encoder_may_be_frozen_and_its_features_kept(base, tmp_path):
     main(["train", with_cache, "--output_dir", str(tmp_path / "b")])
     assert list((tmp_path / "cache").rglob("*.safetensors"))
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+    # Kept features lie otherwise in memory, so that sums may be made in another order; the steps move weights by 1e-2.
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
 def test_sessions_of_transformers_processor_and_ours_agree(base):
