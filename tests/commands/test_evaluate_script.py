@@ -177,9 +177,9 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(run, model_f
     arguments = [model_folder, "--dataset", "davis", "--root", davis, "--prompt", "clicks:2@2"]
     arguments += ["--video", "v0", "--video", "v2", "--video", "v5"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    # A fork has everything imported, which takes longer than the evaluation.
+    # Not a fork, in which locks of the test process' threads may never be opened.
     command = [*map(str, arguments), "--output", str(stopped)]
-    process = multiprocessing.get_context("fork").Process(target=evaluate.main, args=(command,))
+    process = multiprocessing.get_context("spawn").Process(target=evaluate.main, args=(command,))
     process.start()
     scores = stopped / "runs" / model_folder.name / "scores" / "davis"
     until = time.time() + 120
