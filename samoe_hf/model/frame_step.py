@@ -161,7 +161,12 @@ def frame_step(
     if prompt is not None and prompt.mask is not None:
         output, high_res_masks = _take_mask(model, image, prompt.mask)
     else:
-        coarse = _condition_on_memory(model, image if selection is None else of_videos, banks, selection)
+        if model.num_maskmem == 0:
+            coarse = image.coarse
+        elif selection is None:
+            coarse = image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
+        else:
+            coarse = _condition_on_memory(model, of_videos, banks, selection)
         multimask = _use_multimask(model, prompt, is_initial=selection is None)
         output = _segment(model, image, coarse, prompt, multimask, num_objects)
         if corrections is not None:
@@ -196,13 +201,9 @@ def _condition_on_memory(
     model: Sam2VideoModel,
     image: ImageFeatures,
     banks: Sequence[MemoryBank],
-    selection: MemorySelection | None,
+    selection: MemorySelection,
 ) -> Tensor:
-    """Features of the frame in the light of the memories: (objects or 1, hidden, S / 16, S / 16)."""
-    if model.num_maskmem == 0:
-        return image.coarse
-    if selection is None:
-        return image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
+    """Features of the frame in the light of the memories: (objects, hidden, S / 16, S / 16)."""
     memory, position, rotation = _memory_tokens(model, banks, selection, image.coarse)
     conditioned = model.attend_to_memory(
         model.memory_attention,

@@ -47,6 +47,22 @@ def assert_equal_gradients(a: dict, b: dict, tolerance: float) -> None:
 CLICKS = PromptRecipe(point_probability=1, max_initial_frames=1, max_corrected_frames=2, num_correction_clicks=2)
 
 
+@pytest.mark.parametrize("prompt", ["input_masks", "input_boxes"])
+@pytest.mark.parametrize("num_maskmem", [7, 0])
+def test_videos_in_one_batch_give_what_each_gives_alone(model, num_maskmem, prompt):
+    model.eval()
+    model.num_maskmem = num_maskmem  # with 0, nothing is read of other frames
+    batch = make_batch(num_videos=2, num_objects=3)
+    corners = torch.tensor([[10.0, 20, 60, 70], [40, 30, 90, 80], [70, 70, 110, 120]])
+    prompts = {"input_masks": batch["labels"][:, :, 0], "input_boxes": torch.stack([corners, corners.flip(0)])}
+    inputs = {"pixel_values": batch["pixel_values"], prompt: prompts[prompt]}
+    with torch.no_grad():
+        together = model(**inputs).pred_masks
+        alone = [model(**{name: x[i : i + 1] for name, x in inputs.items()}).pred_masks for i in range(2)]
+    assert (together - torch.cat(alone)).abs().mean() < 1e-3
+    assert (together - torch.cat(alone[::-1])).abs().mean() > 0.1
+
+
 @pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}, {"gradient_checkpointing_kwargs": {"debug": False}}])
 def test_checkpointing_draws_the_same_dropout_and_clicks(model, options):
     model.set_trainable("memory", "decoder")
