@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
+from samoe_hf.errors import InputError
+
 from .model.domain_choice import AUTO, check_domain
 from .model.modeling_samoe import SamoeModel
 from .model.session import VideoSession
@@ -65,21 +67,21 @@ class VideoPrompt:
         """
         subject = f"object {self.object_id} on frame {self.frame_idx}"
         if not 0 <= self.frame_idx < num_frames:
-            raise ValueError(
+            raise InputError(
                 f"Object {self.object_id} is prompted on frame {self.frame_idx}, but the video has the frames 0 to "
                 f"{num_frames - 1}."
             )
         if self.mask is not None:
             if len(self.points) or self.box is not None:
-                raise ValueError(f"Object {self.object_id} has a mask and points or a box on frame {self.frame_idx}.")
+                raise InputError(f"Object {self.object_id} has a mask and points or a box on frame {self.frame_idx}.")
             if self.mask.shape != size:
-                raise ValueError(
+                raise InputError(
                     f"The mask of {subject} has the size {self.mask.shape}, but the video has {tuple(size)}."
                 )
         elif not len(self.points) and self.box is None:
-            raise ValueError(f"Neither points nor a box nor a mask is given of {subject}.")
+            raise InputError(f"Neither points nor a box nor a mask is given of {subject}.")
         if len(self.points) != len(self.labels) or not set(self.labels) <= {0, 1}:
-            raise ValueError(
+            raise InputError(
                 f"Each point of {subject} needs a label, 0 or 1, got {len(self.points)} points and {list(self.labels)}."
             )
         self._check_positions(subject, *size)
@@ -87,17 +89,17 @@ class VideoPrompt:
     def _check_positions(self, subject: str, height: int, width: int) -> None:
         for x, y in self.points:
             if not (0 <= x < width and 0 <= y < height):  # true for NaN
-                raise ValueError(
+                raise InputError(
                     f"The point ({x}, {y}) of {subject} lies outside of the video of {width} x {height} pixels."
                 )
         if self.box is not None:
             x0, y0, x1, y1 = self.box
             if not (-math.inf < x0 <= x1 < math.inf and -math.inf < y0 <= y1 < math.inf):
-                raise ValueError(
+                raise InputError(
                     f"The box {self.box} of {subject} must be (x0, y0, x1, y1), finite, x0 <= x1 and y0 <= y1."
                 )
             if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
-                raise ValueError(
+                raise InputError(
                     f"The box {self.box} of {subject} lies outside of the video of {width} x {height} pixels."
                 )
 
@@ -109,12 +111,12 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
         ValueError: for no prompts, two prompts for one object on one frame, or one that does not fit the video.
     """
     if not prompts:
-        raise ValueError("`prompts` is empty; at least one point, box or mask is needed.")
+        raise InputError("`prompts` is empty; at least one point, box or mask is needed.")
     seen = set()
     for prompt in prompts:
         prompt.check(num_frames, size)
         if (prompt.object_id, prompt.frame_idx) in seen:
-            raise ValueError(
+            raise InputError(
                 f"Object {prompt.object_id} has two prompts on frame {prompt.frame_idx}; give all its points and its "
                 "box in one."
             )
@@ -152,7 +154,7 @@ class TrackedFrame(NamedTuple):
             ValueError: if an object's id is below 1, since 0 is the background.
         """
         if min(self.object_ids) < 1:
-            raise ValueError(f"A map of ids needs ids above 0, which is the background, got {self.object_ids}.")
+            raise InputError(f"A map of ids needs ids above 0, which is the background, got {self.object_ids}.")
         best, row = self.logits.max(dim=0)
         rows = torch.where(best > 0, row + 1, 0).cpu().numpy()
         return np.array([0, *self.object_ids], dtype=np.min_scalar_type(max(self.object_ids)))[rows]
@@ -178,7 +180,7 @@ def track_video(
             does not have.
     """
     if not len(frames):
-        raise ValueError("`frames` is empty.")
+        raise InputError("`frames` is empty.")
     check_domain(model, domain)
     session = VideoSession(frames, processor, domain=domain, inference_device=model.device, dtype=model.dtype)
     size = (session.video_height, session.video_width)

@@ -17,6 +17,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from samoe_hf.errors import InputError
+
 from .data.annotations import LabelImages, NoMasks, ObjectImages
 from .data.folders import read_folders
 from .data.predictions import Layout, MaskFiles
@@ -98,14 +100,14 @@ def find_videos(root: str | Path) -> dict[str, Path]:
     for folder in read_folders(root).values():
         paths = {"/".join((*folder.parts, path.stem)): path for path in folder.videos}
         if len(paths) < len(folder.videos):
-            raise ValueError(f"{root.joinpath(*folder.parts)} has two videos whose names differ in the suffix only.")
+            raise InputError(f"{root.joinpath(*folder.parts)} has two videos whose names differ in the suffix only.")
         if folder.images and folder.parts:
             paths["/".join(folder.parts)] = root.joinpath(*folder.parts)
         if both := sorted(found.keys() & paths):
-            raise ValueError(f"{found[both[0]]} and {paths[both[0]]} are videos of the same name.")
+            raise InputError(f"{found[both[0]]} and {paths[both[0]]} are videos of the same name.")
         found |= paths
     if not found:
-        raise ValueError(f"{root} holds neither video files nor folders of images.")
+        raise InputError(f"{root} holds neither video files nor folders of images.")
     return found
 
 
@@ -118,7 +120,7 @@ def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
     prompts, videos = read_prompts(path), find_videos(root)
     if missing := sorted(prompts.keys() - videos.keys()):
         known = ", ".join([*list(videos)[:5], "…"][: len(videos)])
-        raise ValueError(f"{path}: `video` {missing[0]!r} is not in {root}, which has {known}.")
+        raise InputError(f"{path}: `video` {missing[0]!r} is not in {root}, which has {known}.")
     domain = Path(root).resolve().name or "videos"
     return [
         PromptedVideo(
@@ -152,35 +154,35 @@ def read_prompts(path: str | Path) -> dict[str, list[VideoPrompt]]:
         lines = [line for line in text.splitlines() if line.strip()]
         entries = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} must hold a list of prompts, with at least one.")
+        raise InputError(f"{path} must hold a list of prompts, with at least one.")
     prompts: dict[str, list[VideoPrompt]] = {}
     for number, entry in enumerate(entries, start=1):
         try:
             video, prompt = _parse_prompt(entry, path.parent)
             own = prompts.setdefault(video, [])
             if any((one.object_id, one.frame_idx) == (prompt.object_id, prompt.frame_idx) for one in own):
-                raise ValueError(f"object {prompt.object_id} of {video!r} has two on frame {prompt.frame_idx}.")
+                raise InputError(f"object {prompt.object_id} of {video!r} has two on frame {prompt.frame_idx}.")
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"{path}, prompt {number}: {error}") from error
+            raise InputError(f"{path}, prompt {number}: {error}") from error
         own.append(prompt)
     return prompts
 
 
 def _parse_prompt(entry: Any, folder: Path) -> tuple[str, VideoPrompt]:
     if not isinstance(entry, dict) or not isinstance(entry.get("video"), str):
-        raise ValueError(f"expected an object with `video`, a name, got {entry!r}.")
+        raise InputError(f"expected an object with `video`, a name, got {entry!r}.")
     if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
-        raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}.")
+        raise InputError(f"unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}.")
     numbers = {"object": entry.get("object", 1), "frame": entry.get("frame", 0)}
     for (name, value), least in zip(numbers.items(), (1, 0), strict=True):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+            raise InputError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
     points = [_numbers("points", point, 2) for point in _list("points", entry.get("points", []))]
     labels = _list("labels", entry.get("labels", [1] * len(points)))
     if any(label not in (0, 1) for label in labels):
-        raise ValueError(f"`labels` must be 0 or 1, got {labels!r}.")
+        raise InputError(f"`labels` must be 0 or 1, got {labels!r}.")
     box, mask = entry.get("box"), entry.get("mask")
     if mask is not None:
         check_inside(mask, "`mask`")
@@ -197,14 +199,14 @@ def _parse_prompt(entry: Any, folder: Path) -> tuple[str, VideoPrompt]:
 
 def _list(name: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"`{name}` must be a list, got {value!r}.")
+        raise InputError(f"`{name}` must be a list, got {value!r}.")
     return value
 
 
 def _numbers(name: str, value: Any, count: int) -> tuple[float, ...]:
     numbers = [float(x) for x in _list(name, value) if isinstance(x, int | float) and not isinstance(x, bool)]
     if len(numbers) != count or len(value) != count:
-        raise ValueError(f"`{name}` must hold {count} numbers each, got {value!r}.")
+        raise InputError(f"`{name}` must hold {count} numbers each, got {value!r}.")
     return tuple(numbers)
 
 
@@ -247,7 +249,7 @@ class LabelRun(RunFolder):
         if not path.is_file():
             return False
         if json.loads(path.read_text())["prompts"] != video.fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder} has {video.key} from other prompts. Choose another `--output`, or replace all labels "
                 "with `--overwrite`."
             )
@@ -302,7 +304,7 @@ def _track(
     try:
         check_prompts(prompts, len(video), video.size)
     except ValueError as error:
-        raise ValueError(f"{video.video_id}: {error}") from error
+        raise InputError(f"{video.video_id}: {error}") from error
     domain = confidence = None
     with evaluation_mode(model):
         for frame in track_video(model, processor, video.frames, prompts):
@@ -336,7 +338,7 @@ def label_videos(
     """
     keys = [video.key for video in videos]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
+        raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
     is_finished = list(map(run.is_finished, videos))
     with state.split_between_processes(list(range(len(videos)))) as share:
         own = [videos[index] for index in share if not is_finished[index]]

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
+from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_experts import module_domain, module_layer
@@ -86,7 +87,7 @@ def routing_module(model: SamoeModel, module: str | None = None) -> str | None:
     """
     allowed = image_modules(name for name, _ in expert_modules(model))
     if module is not None and module not in allowed:
-        raise ValueError(
+        raise InputError(
             f"`module` must be a layer with experts whose tokens are image positions, one of {allowed}, got {module!r}."
         )
     return module or (allowed[-1] if allowed else None)
@@ -125,7 +126,7 @@ class RoutingMaps:
         """
         ids = self.object_ids
         if object_id is not None and ids != [None] and object_id not in ids:
-            raise ValueError(f"`object_id` must be one of {ids}, got {object_id!r}.")
+            raise InputError(f"`object_id` must be one of {ids}, got {object_id!r}.")
         column = ids.index(object_id) if object_id in ids else 0
         if ids[column] is None:
             masks, shown = self.masks.any(axis=1), "whole frame"
@@ -155,7 +156,7 @@ def routing_maps(
     """
     module = routing_module(model, module)
     if module is None:
-        raise ValueError("`model` has no layer with experts whose tokens are image positions.")
+        raise InputError("`model` has no layer with experts whose tokens are image positions.")
     maps: dict[TrackedRow, np.ndarray] = {}
     ran = module  # with the domain that the video was given
 
@@ -170,7 +171,7 @@ def routing_maps(
     with observe_routers(model, keep_best):
         masks, _ = segment_video(model, processor or build_processor(model.config), video)
     if not maps:
-        raise ValueError(
+        raise InputError(
             f"No router ran: video {video.video_id!r} has no objects, or no frames after the prompted ones, or belongs "
             "to no domain of the model."
         )

@@ -23,6 +23,7 @@ from transformers import ProcessorMixin
 
 from samoe_hf.data.hub_datasets import videos_from_dataset
 from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
@@ -199,7 +200,7 @@ class ExpertUsage:
         """
         columns = {"module": [], "domain": ["domain"], "object": list(Source._fields)}
         if by not in columns:
-            raise ValueError(f"`by` must be 'module', 'domain' or 'object', got {by!r}.")
+            raise InputError(f"`by` must be 'module', 'domain' or 'object', got {by!r}.")
         parts = [
             {"module": module, "projection": module.rpartition(".")[2], **source._asdict(), "expert": expert}
             | {"tokens": sums.tokens, "mean_gate": gate, "selection_frequency": chosen}
@@ -232,9 +233,9 @@ class ExpertUsage:
             - `dead_experts`: a list of numbers.
         """
         if domain is not None and domain not in self.domains:
-            raise ValueError(f"`domain` must be one of {self.domains}, got {domain!r}.")
+            raise InputError(f"`domain` must be one of {self.domains}, got {domain!r}.")
         if not 0 <= dead_share <= 1:
-            raise ValueError(f"`dead_share` must be from 0 to 1, got {dead_share!r}.")
+            raise InputError(f"`dead_share` must be from 0 to 1, got {dead_share!r}.")
         totals = {module: self.total(module, domain) for module in self.modules}
         rows = {m: self._module_statistics(m, total, domain, dead_share) for m, total in totals.items() if total}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
@@ -284,7 +285,7 @@ class ExpertUsage:
                 return plots.plot_coactivation({n: self.total(m).coactivation for m, n in names.items()})
             case "similarity":
                 return plots.plot_similarity({n: self.similarity[m] for m, n in names.items()})
-        raise ValueError(f"`kind` must be one of {', '.join(PLOTS)}, got {kind!r}.")
+        raise InputError(f"`kind` must be one of {', '.join(PLOTS)}, got {kind!r}.")
 
     def save(self, folder: str | Path, dead_share: float = DEAD_SHARE) -> list[Path]:
         """Writes tables, figures and pictures into a folder, which is made if it does not exist; all of them or none.
@@ -356,9 +357,9 @@ def expert_usage(
     processor = processor or build_processor(model.config)
     modules = dict(expert_modules(model))
     if not modules:
-        raise ValueError("`model` has no layer with experts.")
+        raise InputError("`model` has no layer with experts.")
     if isinstance(dataset, Video):
-        raise ValueError("`dataset` must be several videos, got one; put it into a list.")
+        raise InputError("`dataset` must be several videos, got one; put it into a list.")
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         dataset = videos_from_dataset(dataset)
     sums: dict[str, dict[Source, RouterSums]] = {name: {} for name in modules}
@@ -377,7 +378,7 @@ def expert_usage(
     with observe_routers(model, add):
         for video in tqdm(dataset, desc="experts", disable=not show_progress_bar):
             if not isinstance(video, Video):
-                raise ValueError(
+                raise InputError(
                     f"`dataset` must hold samoe_hf.data.Video, got an item of type {type(video).__name__}."
                 )
             counted_frames.clear()
@@ -385,7 +386,7 @@ def expert_usage(
                 pass
     sums = {name: sources for name, sources in sums.items() if sources}
     if not sums:
-        raise ValueError(
+        raise InputError(
             "No router ran: the videos of `dataset` have no objects, no frames after the prompted ones, or belong to "
             "no domain of the model."
         )

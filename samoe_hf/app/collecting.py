@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from samoe_hf.data.video_io import write_palette_png
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import new_folder
 
 from .session import TrackingSession
@@ -31,9 +32,9 @@ def collect_video(session: TrackingSession, data: Path) -> Path:
     with session.exclusive():
         frames = sorted(session.masks.frames)[:MAX_COLLECTED_FRAMES]
         if len(frames) < LEAST_FRAMES:
-            raise ValueError("Track the video first: only what was tracked, and corrected, can be learned from.")
+            raise InputError("Track the video first: only what was tracked, and corrected, can be learned from.")
         if not any(session.id_map(frame).any() for frame in frames):
-            raise ValueError("The masks of this video are all empty: there is nothing to learn from them.")
+            raise InputError("The masks of this video are all empty: there is nothing to learn from them.")
         target = _free_folder(data, session.video.name)
         suffix = "png" if np.prod(session.video.frames.size) <= LOSSLESS_PIXELS else "jpg"
         with new_folder(target) as folder:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, track_video
 
 from .masks import MaskStore
@@ -39,7 +40,7 @@ class Comparison:
 
     def __init__(self, session: TrackingSession, sides: Sequence[Side], folder: Path, first_prompts_only: bool = False):
         if not session.prompts:
-            raise ValueError("Nothing is prompted yet: click on an object, or draw a box around it.")
+            raise InputError("Nothing is prompted yet: click on an object, or draw a box around it.")
         self.sides, self.objects = tuple(sides), sorted({object_id for object_id, _ in session.prompts})
         self.prompts = list(session.prompts.values())
         if first_prompts_only:

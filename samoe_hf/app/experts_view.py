@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samoe_hf.analysis.routing import image_modules, observe_routers, short_name
 from samoe_hf.analysis.usage import RouterSums
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.tracking import TrackedRow
 from samoe_hf.plots.experts import plot_bars, routing_video
@@ -45,10 +46,10 @@ class ExpertsView:
         """
         view = self._layer(layer)
         if not view.maps:
-            raise ValueError(f"{layer} works on memories, not on positions of the frame: choose another layer.")
+            raise InputError(f"{layer} works on memories, not on positions of the frame: choose another layer.")
         key = None if None in view.maps else object_id
         if key not in view.maps:
-            raise ValueError(f"`object` must be one of {', '.join(map(str, view.maps))}, got {object_id!r}.")
+            raise InputError(f"`object` must be one of {', '.join(map(str, view.maps))}, got {object_id!r}.")
         id_map = session.id_map(self.frame)
         mask = id_map > 0 if key is None else id_map == key
         shown = WHOLE_FRAME if key is None else f"object {key}"
@@ -64,7 +65,7 @@ class ExpertsView:
 
     def _layer(self, layer: str) -> LayerView:
         if not isinstance(layer, str) or layer not in self.layers:
-            raise ValueError(f"`layer` must be one of {', '.join(self.layers)}, got {layer!r}.")
+            raise InputError(f"`layer` must be one of {', '.join(self.layers)}, got {layer!r}.")
         return self.layers[layer]
 
 
@@ -76,7 +77,7 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
     """
     session.id_map(frame)  # checks the frame
     if not session.prompts:
-        raise ValueError("Nothing is prompted yet: click on an object first.")
+        raise InputError("Nothing is prompted yet: click on an object first.")
     model, layers = session.model.model, {}
 
     def keep(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
@@ -94,7 +95,7 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
         finally:
             restore_snapshot(state, before)
     if not layers:
-        raise ValueError(
+        raise InputError(
             "No expert runs on this frame: experts read memories, and the frame that an object is prompted on has none "
             "yet, or the video got no domain's experts. Go to a frame that was tracked."
         )

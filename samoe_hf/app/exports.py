@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from samoe_hf.data.video_io import write_palette_png, write_video
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import whole_file
 from samoe_hf.plots.masks import overlay_masks
 
@@ -96,4 +97,4 @@ def _annotations(session: TrackingSession) -> Iterator[dict[str, Any]]:
 
 def _check_tracked(session: TrackingSession) -> None:
     if not session.masks.frames:
-        raise ValueError("There are no masks yet: click on an object, and track it.")
+        raise InputError("There are no masks yet: click on an object, and track it.")

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
 
 from .collecting import collect_video, collected
@@ -93,7 +94,7 @@ class LearnPart(Part):
 
     def _learner(self):
         if self.app.learner is None:
-            raise ValueError(CLOSED)
+            raise InputError(CLOSED)
         return self.app.learner
 
     @guarded
@@ -165,7 +166,7 @@ class LearnPart(Part):
         person = self.person(secret)
         learning, session = self._learner().of(person.secret), person.the_session()
         if learning.state != "done":
-            raise ValueError("Learning is not done yet.")
+            raise InputError("Learning is not done yet.")
         name, before = learning.output.name, Side("before", learning.model, session_domain(learning.model, session))
         if name not in self.app.models.names:
             device = learning.model.model.device
@@ -188,7 +189,7 @@ class LearnPart(Part):
         """Another frame of before and after is looked at."""
         comparison, frame = self.person(secret).comparison, whole(frame, "frame")
         if comparison is None:
-            raise ValueError("Nothing was tracked again yet.")
+            raise InputError("Nothing was tracked again yet.")
         return {self.both: comparison.picture(frame)}
 
 

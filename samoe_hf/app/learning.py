@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from samoe_hf.continual.adapt import RESULTS_FILE, SMALL_MODEL_EXPERTS
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.experts import expert_modules
 from samoe_hf.model.files import new_folder, write_text
@@ -77,9 +78,9 @@ class Learning:
     def __init__(self, model: LoadedModel, domain: str, steps: int, data: Path, output: Path):
         check_domain_name(domain)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"`steps` must be an integer from 1 to {MAX_STEPS}, got {steps!r}.")
+            raise InputError(f"`steps` must be an integer from 1 to {MAX_STEPS}, got {steps!r}.")
         if not collected(data):
-            raise ValueError("No video was collected yet: correct one, and add it to the data set.")
+            raise InputError("No video was collected yet: correct one, and add it to the data set.")
         self.model, self.domain, self.steps, self.data, self.output = model, domain, steps, data, output
         self.log = output.with_name(f"{output.name}.log")
         self._process: subprocess.Popen | None = None
@@ -104,7 +105,7 @@ class Learning:
             ValueError: it runs, or is done.
         """
         if self.state in ("running", "done"):
-            raise ValueError("Learning runs already." if self.state == "running" else "Learning is done already.")
+            raise InputError("Learning runs already." if self.state == "running" else "Learning is done already.")
         again = []
         if self.output.exists():
             resumes = bool(list_checkpoints(self.output))
@@ -209,7 +210,7 @@ def check_domain_name(domain: object) -> None:
     """Raises a `ValueError` for what is no good name of a domain, a folder and an option."""
     is_name = isinstance(domain, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", domain) is not None
     if not is_name or domain.lower() in RESERVED:
-        raise ValueError(
+        raise InputError(
             "`domain` must be a name of letters, digits and underscores that begins with a letter, at most 40, "
             f"and none of {', '.join(sorted(RESERVED))}, got {str(domain)[:60]!r}."
         )
@@ -243,7 +244,7 @@ class Learner:
         """Starts a new run for a person; ValueError if one runs, or as [`Learning`]."""
         with self._lock:
             if self.current is not None and self.current.state == "running":
-                raise ValueError("The app learns already, one thing at a time. Wait until it is done, or stop it.")
+                raise InputError("The app learns already, one thing at a time. Wait until it is done, or stop it.")
             check_domain_name(domain)
             learning = Learning(model, domain, steps, self.data, free_output(self.models, domain))
             learning.start()
@@ -253,7 +254,7 @@ class Learner:
     def of(self, owner: str) -> Learning:
         """The run that a person has started; ValueError if there is none."""
         if self.current is None or self.owner != owner:
-            raise ValueError("You have not started to learn.")
+            raise InputError("You have not started to learn.")
         return self.current
 
     def close(self) -> None:

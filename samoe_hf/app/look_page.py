@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from samoe_hf.errors import InputError
+
 from .comparison import Comparison, Side
 from .experts_view import look_at_experts
 from .page_parts import DEVICE, PREVIEW_SECONDS, PRIVATE, Part, guarded, picture, shown_picture, whole
@@ -144,7 +146,7 @@ class LookPart(Part):
         session, model = person.the_session(), self.app.models[name]
         choices = model.domain_choices
         if choices and choice not in choices:
-            raise ValueError(f"The experts must be one of {', '.join(choices)}.")
+            raise InputError(f"The experts must be one of {', '.join(choices)}.")
         session.use(model, choices[choice] if choices else "auto")
         gr.Info("Started anew with the same clicks. Track the video again.")
         return self.menus(person) | self.track.view(person, whole(frame, "frame"))
@@ -166,7 +168,7 @@ class LookPart(Part):
     def _draw(self, person: Person, layer: Any, object_id: Any) -> dict[Any, Any]:
         view = person.experts
         if view is None:
-            raise ValueError("Look at a frame first.")
+            raise InputError("Look at a frame first.")
         usage = figure_picture(view.draw_usage(layer))
         ids = [one for one in view.layers[layer].maps if one is not None]
         object_id = object_id if object_id in ids else next(iter(ids), None)
@@ -190,7 +192,7 @@ class LookPart(Part):
         session = person.the_session()
         for name in (first, second):
             if not isinstance(name, str) or name not in sides:
-                raise ValueError(f"What is compared must be one of {', '.join(sides)}.")
+                raise InputError(f"What is compared must be one of {', '.join(sides)}.")
         if person.comparison is not None:
             person.comparison.stop()
         pair = [sides[first], sides[second]]
@@ -224,7 +226,7 @@ class LookPart(Part):
         """Another frame of the comparison is looked at."""
         comparison, frame = self.person(secret).comparison, whole(frame, "frame")
         if comparison is None:
-            raise ValueError("Nothing was compared yet.")
+            raise InputError("Nothing was compared yet.")
         return {self.both: comparison.picture(frame)}
 
     @guarded

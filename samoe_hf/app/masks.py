@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from samoe_hf.data.video_io import read_label_png, write_palette_png
+from samoe_hf.errors import InputError
 
 
 class MaskStore:
@@ -28,7 +29,7 @@ class MaskStore:
     def write(self, frame: int, id_map: np.ndarray) -> None:
         """Stores a frame's map in place of an earlier one; ValueError for another size."""
         if id_map.shape != tuple(self.size):
-            raise ValueError(f"The masks of frame {frame} have the size {id_map.shape}, but the video {self.size}.")
+            raise InputError(f"The masks of frame {frame} have the size {id_map.shape}, but the video {self.size}.")
         write_palette_png(self.path(frame), id_map)
         self.frames.add(frame)
 

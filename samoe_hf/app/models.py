@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import ProcessorMixin
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import load_processor
@@ -51,10 +52,10 @@ class Models:
 
     def __init__(self, loaded: Sequence[LoadedModel]):
         if not loaded:
-            raise ValueError("`loaded` must hold at least one model.")
+            raise InputError("`loaded` must hold at least one model.")
         self._models = {one.name: one for one in loaded}
         if len(self._models) < len(loaded):
-            raise ValueError(f"Two models are called {loaded[0].name}.")
+            raise InputError(f"Two models are called {loaded[0].name}.")
         self.device_lock = threading.Lock()
 
     @property
@@ -69,7 +70,7 @@ class Models:
 
     def __getitem__(self, name: str) -> LoadedModel:
         if not isinstance(name, str) or name not in self._models:
-            raise ValueError(f"`model` must be one of {', '.join(self._models)}, got {name!r}.")
+            raise InputError(f"`model` must be one of {', '.join(self._models)}, got {name!r}.")
         return self._models[name]
 
     def add(self, loaded: LoadedModel) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from samoe_hf.errors import InputError
+
 from .learning import Learner
 from .limits import Limits
 from .models import Models
@@ -94,15 +96,15 @@ def whole(value: object, name: str) -> int:
         ValueError: anything else than a finite number without a fraction.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
-        raise ValueError(f"`{name}` must be an integer, got {str(value)[:60]!r}.")
+        raise InputError(f"`{name}` must be an integer, got {str(value)[:60]!r}.")
     return int(value)
 
 
 def position(value: object) -> tuple[float, float]:
     """Where a picture was clicked, (x, y) in its pixels; ValueError for anything but two finite numbers."""
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError("A click must have a position in the frame.")
+        raise InputError("A click must have a position in the frame.")
     for number in value:
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise ValueError(f"A click must have a position in the frame, got {str(value)[:60]}.")
+            raise InputError(f"A click must have a position in the frame, got {str(value)[:60]}.")
     return float(value[0]), float(value[1])

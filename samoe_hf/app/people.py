@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from samoe_hf.errors import InputError
+
 from .comparison import Comparison
 from .experts_view import ExpertsView
 from .limits import Limits
@@ -46,7 +48,7 @@ class Person:
     def the_session(self) -> TrackingSession:
         """Its video; ValueError where there is none yet."""
         if self.session is None:
-            raise ValueError("There is no video yet: upload one, or take an example.")
+            raise InputError("There is no video yet: upload one, or take an example.")
         return self.session
 
     @contextmanager
@@ -106,7 +108,7 @@ class People:
             person = self._people.get(secret) if isinstance(secret, str) else None
             if person is None:
                 if len(self._people) >= self.limits.sessions:
-                    raise ValueError(
+                    raise InputError(
                         f"{len(self._people)} people use this app now, which is the most. Try again later."
                     )
                 secret = secrets.token_urlsafe(SECRET_BYTES)
@@ -126,7 +128,7 @@ class People:
         with self._lock:
             person = self._people.get(secret) if isinstance(secret, str) else None
             if person is None:
-                raise ValueError("This page was not used for a long time, and what it had was freed. Load it anew.")
+                raise InputError("This page was not used for a long time, and what it had was freed. Load it anew.")
             person.used_at = self._clock()
             return person
 

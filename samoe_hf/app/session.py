@@ -12,6 +12,7 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from samoe_hf.data.video_io import FrameSequence, read_video
+from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.session import VideoSession
@@ -26,7 +27,7 @@ Direction = Literal["whole", "forward", "backward"]
 MAX_UNDO = 50
 
 
-class BusyError(ValueError):
+class BusyError(InputError):
     """The session is doing something else that must end first."""
 
 
@@ -151,7 +152,7 @@ class TrackingSession:
         """
         with self.exclusive():
             if len(self.objects) >= self.limits.objects or self.last_id >= 255:
-                raise ValueError(f"{len(self.objects)} objects are the most that this app tracks in a video.")
+                raise InputError(f"{len(self.objects)} objects are the most that this app tracks in a video.")
             self.last_id += 1
             self.objects.append(self.last_id)
             return self.last_id
@@ -194,7 +195,7 @@ class TrackingSession:
         """
         with self.exclusive():
             if not self._undo:
-                raise ValueError("There is nothing to undo since the video was tracked last.")
+                raise InputError("There is nothing to undo since the video was tracked last.")
             last = self._undo.pop()
             self._restore(last)
             return last.what
@@ -210,7 +211,7 @@ class TrackingSession:
         prompt.check(self.num_frames, self.video.frames.size)
         given = sum(len(one.points) + (one.box is not None) for one in self.prompts.values())
         if given >= self.limits.prompts:
-            raise ValueError(f"{self.limits.prompts} clicks and boxes are the most for a video.")
+            raise InputError(f"{self.limits.prompts} clicks and boxes are the most for a video.")
         with self.exclusive():
             self._remember(what, prompt.frame_idx)
             try:
@@ -249,10 +250,10 @@ class TrackingSession:
             ValueError: nothing was prompted, or an unknown direction or frame.
         """
         if direction not in get_args(Direction):
-            raise ValueError(f"`direction` must be one of {', '.join(get_args(Direction))}, got {direction!r}.")
+            raise InputError(f"`direction` must be one of {', '.join(get_args(Direction))}, got {direction!r}.")
         self._check_frame(start)
         if not self.prompts:
-            raise ValueError("Nothing is prompted yet: click on an object, or draw a box around it.")
+            raise InputError("Nothing is prompted yet: click on an object, or draw a box around it.")
         first = self.prompted_frames[0]
         passes = [(start, direction == "backward")]
         if direction == "whole":
@@ -344,12 +345,12 @@ class TrackingSession:
 
     def _check_frame(self, frame: int) -> None:
         if isinstance(frame, bool) or not isinstance(frame, int) or not 0 <= frame < self.num_frames:
-            raise ValueError(f"`frame` must be from 0 to {self.num_frames - 1}, got {frame!r}.")
+            raise InputError(f"`frame` must be from 0 to {self.num_frames - 1}, got {frame!r}.")
 
     def _check_object(self, object_id: int) -> None:
         if isinstance(object_id, bool) or object_id not in self.objects:
             known = ", ".join(map(str, self.objects)) or "none yet: add one first"
-            raise ValueError(f"`object` must be one of the video's objects ({known}), got {object_id!r}.")
+            raise InputError(f"`object` must be one of the video's objects ({known}), got {object_id!r}.")
 
 
 def output_id_map(processor: ProcessorMixin, output: Any, size: tuple[int, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi
 
 from samoe_hf import __version__
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import new_folder
 
 APP = '''"""A Space of samoe_hf: the page of `samoe app`."""
@@ -66,9 +67,9 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
     """
     if wheel is not None and not (wheel.is_file() and wheel.name.startswith("samoe_hf-") and wheel.suffix == ".whl"):
         example = f"samoe_hf-{__version__}-py3-none-any.whl"
-        raise ValueError(f"`wheel` must be a wheel of samoe_hf, such as {example}, got {wheel}.")
+        raise InputError(f"`wheel` must be a wheel of samoe_hf, such as {example}, got {wheel}.")
     if model is not None and Path(model).is_file():
-        raise ValueError(f"`model` must be a folder or an id of the Hub, got {model}; `samoe convert` makes a folder.")
+        raise InputError(f"`model` must be a folder or an id of the Hub, got {model}; `samoe convert` makes a folder.")
     is_folder = model is not None and Path(model).is_dir()
     named = MODEL_FOLDER if is_folder else model
     with new_folder(folder) as target:

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from samoe_hf.data.video_io import IMAGE_SUFFIXES
+from samoe_hf.errors import InputError
 
 from .exports import export_coco, export_masks, export_overlay
 from .page_parts import DEVICE, PREVIEW_SECONDS, PRIVATE, QUICK, Part, guarded, picture, position, whole
@@ -191,7 +192,7 @@ class TrackPart(Part):
         """An example was asked for."""
         person = self.person(secret)
         if not isinstance(name, str):
-            raise ValueError("`example` must be a name.")
+            raise InputError("`example` must be a name.")
         with person.opening() as folder:
             path = write_example(name, folder)
             self._begin(person, folder, open_kept(name.lower(), path, self.app.limits))
@@ -317,6 +318,6 @@ class TrackPart(Part):
         """A file was asked for."""
         person = self.person(secret)
         if not isinstance(kind, str) or kind not in EXPORTS:
-            raise ValueError(f"What is taken away must be one of {', '.join(EXPORTS)}.")
+            raise InputError(f"What is taken away must be one of {', '.join(EXPORTS)}.")
         path = EXPORTS[kind](person.the_session(), person.fresh_folder("export"))
         return {self.file: gr.File(str(path), visible=True)}

@@ -24,6 +24,7 @@ from samoe_hf.data.video_io import (
     read_video,
     write_video,
 )
+from samoe_hf.errors import InputError
 
 from .archives import Archive, open_archive
 from .limits import Limits
@@ -178,7 +179,7 @@ def write_example(name: str, folder: Path) -> Path:
         ValueError: an unknown example.
     """
     if name not in EXAMPLES:
-        raise ValueError(f"`example` must be one of {', '.join(EXAMPLES)}, got {name!r}.")
+        raise InputError(f"`example` must be one of {', '.join(EXAMPLES)}, got {name!r}.")
     look, seed = EXAMPLES[name]
     assert look in SYNTHETIC_DOMAINS
     video = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=look, seed=seed)[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import write_text
 
 from .gpu_tasks import DRY_PLAN, GPU_PLAN, Plan, Task, list_tasks
@@ -42,7 +43,7 @@ def benchmark_gpu(device: torch.device, output: Path, minutes: float, dry_run: b
         ValueError: if `device` is no GPU, or if `output` has results of another machine.
     """
     if device.type != "cuda" and not dry_run:
-        raise ValueError(f"`--device` must be a GPU, such as cuda, got {device}; `--dry-run` runs on any device.")
+        raise InputError(f"`--device` must be a GPU, such as cuda, got {device}; `--dry-run` runs on any device.")
     run = GpuRun(describe_machine(device) + (", DRY RUN: sizes are tiny" if dry_run else ""))
     plan = DRY_PLAN if dry_run else GPU_PLAN
     tasks = list_tasks(plan, device, output, with_sam2=find_spec("sam2") is not None)
@@ -63,7 +64,7 @@ def _read_results(run: GpuRun, output: Path, tasks: Sequence[Task]) -> None:
             continue
         document = json.loads(path.read_text())
         if document["machine"] != run.machine:
-            raise ValueError(
+            raise InputError(
                 f"`--output` must be a folder without results of another machine or of other versions: {path} is from "
                 f"{document['machine']!r}, and this is {run.machine!r}."
             )

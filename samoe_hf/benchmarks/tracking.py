@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import build_processor
@@ -83,7 +84,7 @@ def benchmark_tracking(
         AssertionError: in float32, if the contenders' masks differ by more than 1e-2 on average.
     """
     if num_frames <= FIRST_TIMED_FRAME:
-        raise ValueError(f"`num_frames` must be above {FIRST_TIMED_FRAME}, got {num_frames}.")
+        raise InputError(f"`num_frames` must be above {FIRST_TIMED_FRAME}, got {num_frames}.")
     torch.manual_seed(0)
     trackers = build_trackers(SamoeModel(config).to(device).eval(), contenders)
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from samoe_hf.continual.adapt import RESULTS_FILE, adapt
 from samoe_hf.data.configs import names_config
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.training.arguments import run_parser
 
@@ -93,13 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for word in overrides:
         option = OPTIONS_OF_KEYS.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
         if word.startswith("--") and option is not None:
-            raise ValueError(f"`{word.partition('=')[0]}` is given by `{option}` here.")
+            raise InputError(f"`{word.partition('=')[0]}` is given by `{option}` here.")
     try:
         like = None if parsed.like == "none" else parsed.like
         run = run_of(parsed.dataset)
         result = adapt(parsed.model, parsed.domain, [*run, *overrides], parsed.output, like)
     except ValueError as error:
-        raise ValueError(in_words_of_the_command(str(error))) from error
+        raise InputError(in_words_of_the_command(str(error))) from error
     if result.after:
         print(result.table())
     if result.started_from is not None:

@@ -25,6 +25,7 @@ from samoe_hf.continual.assemble import assemble, assemble_domains, routed_right
 from samoe_hf.data import Video
 from samoe_hf.data.configs import names_config
 from samoe_hf.data.registry import dataset_entries, read_yaml, videos_from_entry
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import new_folder
 from samoe_hf.model.processor import load_processor
 
@@ -74,7 +75,7 @@ def load_domains(dataset: str) -> dict[str, list]:
         except yaml.YAMLError:
             source = None
         if not isinstance(source, dict):
-            raise ValueError(f"`--dataset` must be a folder, a run's YAML file or {{kind: ...}}, got {dataset!r}.")
+            raise InputError(f"`--dataset` must be a folder, a run's YAML file or {{kind: ...}}, got {dataset!r}.")
         sources = [source]
     domains: dict[str, list] = {}
     for index, source in enumerate(sources):
@@ -82,7 +83,7 @@ def load_domains(dataset: str) -> dict[str, list]:
         videos = videos_from_entry(entry, f"train_data[{index}]")
         domains.setdefault(next(iter(videos)).domain, []).append(videos)
     if not domains:
-        raise ValueError(f"`--dataset` {dataset} names no dataset in its `train_data`.")
+        raise InputError(f"`--dataset` {dataset} names no dataset in its `train_data`.")
     return domains
 
 
@@ -93,19 +94,19 @@ def match_domains(loras: list[str], datasets: list[str]) -> tuple[dict[str, str 
         name, is_named, source = text.rpartition("=")
         name = name if is_named else Path(source).name
         if name in named:
-            raise ValueError(f"Two LoRAs have the name {name!r}; give each its own, NAME=LORA.")
+            raise InputError(f"Two LoRAs have the name {name!r}; give each its own, NAME=LORA.")
         named[name] = source or None
     found = [load_domains(dataset) for dataset in datasets]
     if len(found) == len(named) > 1:
         return named, {name: _joined(list(chain(*of.values()))) for name, of in zip(named, found, strict=True)}
     if len(found) != 1:
-        raise ValueError(f"`--dataset` must be given once, or once for each of {len(named)} LoRAs, got {len(found)}.")
+        raise InputError(f"`--dataset` must be given once, or once for each of {len(named)} LoRAs, got {len(found)}.")
     if len(named) == 1 and len(found[0]) == 1:
         return named, dict(zip(named, map(_joined, found[0].values()), strict=True))
     for name in named:
         if name not in found[0]:
             domains = ", ".join(map(repr, found[0]))
-            raise ValueError(f"{name!r} is none of the dataset's domains ({domains}); name each LoRA by DOMAIN=LORA.")
+            raise InputError(f"{name!r} is none of the dataset's domains ({domains}); name each LoRA by DOMAIN=LORA.")
     return named, {name: _joined(found[0][name]) for name in named}
 
 

@@ -25,6 +25,7 @@ from samoe_hf.benchmarks.gpu_report import write_gpu_report
 from samoe_hf.benchmarks.measure import Measurement, describe_machine, to_markdown, write_results
 from samoe_hf.benchmarks.meta_order import PEERS
 from samoe_hf.data.registry import load_videos, read_yaml
+from samoe_hf.errors import InputError
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.configuration_samoe import SamoeConfig
 
@@ -252,7 +253,7 @@ def run_gpu(arguments: argparse.Namespace) -> None:
     if run.failures:
         for name, text in run.failures.items():
             print(f"\n{name}:\n{text}", file=sys.stderr)
-        raise ValueError(f"{len(run.failures)} of the tasks failed: {', '.join(run.failures)}.")
+        raise InputError(f"{len(run.failures)} of the tasks failed: {', '.join(run.failures)}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from samoe_hf.data import Video, VideoList
 from samoe_hf.data.check import VideoReport, check_video, report_table
 from samoe_hf.data.registry import add_dataset_arguments, datasets_from_arguments
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import whole_file
 from samoe_hf.plots.masks import overlay_masks, plot_sheet
 
@@ -62,7 +63,7 @@ def check_all(arguments: argparse.Namespace) -> tuple[list[VideoReport], list[Vi
         if report.error is None and report.object_ids:
             usable.append(video)
     if not reports:
-        raise ValueError(f"{arguments.dataset} has no videos{' of these ids' if arguments.video else ''}.")
+        raise InputError(f"{arguments.dataset} has no videos{' of these ids' if arguments.video else ''}.")
     return reports, usable
 
 
@@ -80,4 +81,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Written: {parsed.output / SHEET}")
     broken = sum(report.error is not None for report in reports)
     if broken:
-        raise ValueError(f"{broken} of {len(reports)} videos cannot be used, see above.")
+        raise InputError(f"{broken} of {len(reports)} videos cannot be used, see above.")

@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 from samoe_hf.data.predictions import Layout, default_layout
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
+from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE
 from samoe_hf.evaluation.metrics import Protocol
 from samoe_hf.evaluation.report import comparison_table, summary_table, write_report
@@ -105,7 +106,7 @@ def read_meta(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"`--seen-unseen` {path} is not JSON: {error}") from error
+        raise InputError(f"`--seen-unseen` {path} is not JSON: {error}") from error
 
 
 def build_evaluation(arguments: argparse.Namespace) -> Evaluation:

@@ -18,6 +18,7 @@ from samoe_hf.analysis.routing import routing_maps, routing_module, short_name
 from samoe_hf.analysis.usage import DEAD_SHARE, ExpertUsage, expert_usage
 from samoe_hf.data import Video
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.processor import load_processor
 
@@ -57,15 +58,15 @@ def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None)
         if not matches and text.isdigit() and int(text) < len(videos):
             matches = [videos[int(text)]]
         if not matches:
-            raise ValueError(f"`--routing-video` must be an id or a number below {len(videos)}, got {text!r}.")
+            raise InputError(f"`--routing-video` must be an id or a number below {len(videos)}, got {text!r}.")
         found += [video for video in matches if all(video is not other for other in found)]
     for video in found:
         if object_id not in (None, *video.object_ids):
-            raise ValueError(
+            raise InputError(
                 f"`--routing-object` {object_id} is not in {video.video_id}, which has {video.object_ids}."
             )
     if object_id is not None and not any(object_id in video.object_ids for video in videos):
-        raise ValueError(f"`--routing-object` {object_id} is in none of the videos.")
+        raise InputError(f"`--routing-object` {object_id} is in none of the videos.")
     return found
 
 

@@ -26,6 +26,7 @@ from samoe_hf import SamoeModel
 from samoe_hf.data.predictions import Layout, default_layout
 from samoe_hf.data.registry import READERS, add_dataset_arguments, videos_from_arguments
 from samoe_hf.data.schema import to_datasets
+from samoe_hf.errors import InputError
 from samoe_hf.evaluation.run import describe_model
 from samoe_hf.labelling import (
     FirstFramePrompt,
@@ -83,7 +84,7 @@ def run(parsed: argparse.Namespace) -> None:
     state = start_processes(parsed.device)
     videos, layout = find_prompted(parsed)
     if not videos:
-        raise ValueError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
+        raise InputError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
     model = SamoeModel.from_pretrained(parsed.model, **original_options(parsed)).to(state.device)
     processor = load_processor(parsed.model, model)
     labels = LabelRun(parsed.output, describe_run(model, parsed), layout)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from samoe_hf.continual.study import Study
 from samoe_hf.continual.study_plan import read_plan
+from samoe_hf.errors import InputError
 
 from .options import add_device_option, command_parser
 
@@ -46,18 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text in parsed.root:
         name, equals_sign, root = text.partition("=")
         if not equals_sign or not root:
-            raise ValueError(f"`--root` must be DOMAIN=DIR, got {text!r}.")
+            raise InputError(f"`--root` must be DOMAIN=DIR, got {text!r}.")
         if not Path(root).is_dir():
             raise FileNotFoundError(f"`--root` {text} names no folder.")
         roots[name] = root
     plan = read_plan(parsed.config, roots, parsed.quick)
     if parsed.seeds is not None:
         if unknown := sorted(set(parsed.seeds) - set(plan.seeds)):
-            raise ValueError(f"`--seeds` has {unknown[0]}, which is none of the study's {plan.seeds}.")
+            raise InputError(f"`--seeds` has {unknown[0]}, which is none of the study's {plan.seeds}.")
         plan = replace(plan, seeds=parsed.seeds)
     if parsed.orders is not None:
         if unknown := sorted(set(parsed.orders) - set(range(len(plan.orders)))):
-            raise ValueError(f"`--orders` has {unknown[0]}, but the study has {len(plan.orders)} orders.")
+            raise InputError(f"`--orders` has {unknown[0]}, but the study has {len(plan.orders)} orders.")
         plan = replace(plan, orders=[plan.orders[number] for number in parsed.orders])
     print(f"{plan.base.name}, then {', '.join(plan.orders[0])}; seeds {plan.seeds}")
     Study(plan, parsed.output, parsed.device).run()

@@ -22,6 +22,7 @@ import numpy as np
 
 from samoe_hf import SamoeModel
 from samoe_hf.data.video_io import FrameSequence, read_label_png, read_video, write_palette_png, write_video
+from samoe_hf.errors import InputError
 from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
 from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.files import new_folder, whole_file
@@ -67,7 +68,7 @@ def parse_prompt(text: str, frame: int) -> tuple[int | None, str, int]:
     """Splits `[ID=]PROMPT[@FRAME]` into the object's id, the prompt and its frame."""
     match = re.fullmatch(r"(?:(\d+)=)?(.+?)(?:@(\d+))?", text)
     if match is None:
-        raise ValueError(f"A prompt must be [ID=]PROMPT[@FRAME], got {text!r}.")
+        raise InputError(f"A prompt must be [ID=]PROMPT[@FRAME], got {text!r}.")
     object_id, prompt, frame_idx = match.groups()
     return object_id and int(object_id), prompt, frame if frame_idx is None else int(frame_idx)
 
@@ -78,7 +79,7 @@ def parse_numbers(name: str, text: str, count: int) -> tuple[float, ...]:
     except ValueError:
         numbers = ()
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"`--{name}` must be {count} numbers with commas between, got {text!r}.")
+        raise InputError(f"`--{name}` must be {count} numbers with commas between, got {text!r}.")
     return numbers
 
 
@@ -91,7 +92,7 @@ class Prompts:
 
     def prompt(self, object_id: int, frame_idx: int) -> VideoPrompt:
         if not 1 <= object_id <= MAX_OBJECT_ID:
-            raise ValueError(f"The ids of objects must be from 1 to {MAX_OBJECT_ID}, got {object_id}.")
+            raise InputError(f"The ids of objects must be from 1 to {MAX_OBJECT_ID}, got {object_id}.")
         key = (object_id, frame_idx)
         return self.prompts.setdefault(key, VideoPrompt(*key, points=[], labels=[]))
 
@@ -99,7 +100,7 @@ class Prompts:
         object_id, given, frame_idx = parse_prompt(text, self.frame)
         position, _, label = given.partition(":")
         if label not in ("", "0", "1"):
-            raise ValueError(f"The label of `--point` must be 0 or 1, got {label!r}.")
+            raise InputError(f"The label of `--point` must be 0 or 1, got {label!r}.")
         prompt = self.prompt(1 if object_id is None else object_id, frame_idx)
         prompt.points.append(parse_numbers("point", position, 2))
         prompt.labels.append(int(label or 1))
@@ -108,7 +109,7 @@ class Prompts:
         object_id, given, frame_idx = parse_prompt(text, self.frame)
         prompt = self.prompt(1 if object_id is None else object_id, frame_idx)
         if prompt.box is not None:
-            raise ValueError(f"Object {prompt.object_id} has two boxes on frame {frame_idx}.")
+            raise InputError(f"Object {prompt.object_id} has two boxes on frame {frame_idx}.")
         prompt.box = parse_numbers("box", given, 4)
 
     def add_mask(self, text: str) -> None:
@@ -116,14 +117,14 @@ class Prompts:
         ids = read_label_png(given)
         values = np.unique(ids[ids > 0]).tolist()
         if not values:
-            raise ValueError(f"`--mask` {given} holds no object.")
+            raise InputError(f"`--mask` {given} holds no object.")
         # A map of one value is one object, whatever the value.
         single = object_id is not None or len(values) == 1
         masks = {1 if object_id is None else object_id: ids > 0} if single else {v: ids == v for v in values}
         for object_id, mask in masks.items():
             prompt = self.prompt(object_id, frame_idx)
             if prompt.mask is not None:
-                raise ValueError(f"Object {object_id} has two masks on frame {frame_idx}.")
+                raise InputError(f"Object {object_id} has two masks on frame {frame_idx}.")
             prompt.mask = mask
 
 
@@ -134,20 +135,20 @@ def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence,
     """
     if output.suffix.lower() not in VIDEO_SUFFIXES:
         *others, last = VIDEO_SUFFIXES
-        raise ValueError(f"`--output` must end in {', '.join(others)} or {last}, got {output}.")
+        raise InputError(f"`--output` must end in {', '.join(others)} or {last}, got {output}.")
     if output.is_dir():
         raise FileExistsError(f"{output} is a folder; give another `--output`.")
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; give another `--output` or `--overwrite`.")
     for name, path in {"output": output, "masks": masks}.items():
         if path.exists() and path.samefile(video):
-            raise ValueError(f"`--{name}` must not be the video itself, got {path}.")
+            raise InputError(f"`--{name}` must not be the video itself, got {path}.")
     others = [path.name for path in masks.iterdir() if path.suffix != ".png"] if masks.is_dir() else []
     if overwrite and others:
         raise FileExistsError(f"{masks} holds {others[0]}, which is no mask; give another `--masks`.")
     name, count = Counter(frames.names).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"Masks are named after frames, but two frames are called {name}.")
+        raise InputError(f"Masks are named after frames, but two frames are called {name}.")
 
 
 def parse_domain(model: SamoeModel, text: str) -> str | None:
@@ -156,7 +157,7 @@ def parse_domain(model: SamoeModel, text: str) -> str | None:
     try:
         check_domain(model, domain)
     except ValueError as error:
-        raise ValueError(str(error).replace("`domain`", "`--domain`").replace("None", "none")) from None
+        raise InputError(str(error).replace("`domain`", "`--domain`").replace("None", "none")) from None
     return domain
 
 

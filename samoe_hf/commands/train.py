@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from samoe_hf.data.configs import shipped_configs
+from samoe_hf.errors import InputError
 from samoe_hf.training.arguments import run_parser
 from samoe_hf.training.trainer import build_trainer
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
         names = ", ".join(name for name in shipped_configs() if not name.startswith(("model_", "study_")))
-        raise ValueError(f"A run is missing: a YAML file, or one of {names}; `samoe train --help` explains it.")
+        raise InputError(f"A run is missing: a YAML file, or one of {names}; `samoe train --help` explains it.")
     if {"-h", "--help"} & set(arguments):
         run_parser(description=__doc__, formatter_class=HelpFormatter).print_help()
         return

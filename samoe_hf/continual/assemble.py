@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
 from samoe_hf.model.experts import expert_modules, open_hooks, route_all_to
 from samoe_hf.model.lora_exchange import Lora, expert_tensors, read_lora
@@ -69,10 +70,10 @@ def assemble(
             the base, or a domain has no videos.
     """
     if missing := [domain for domain in loras if domain not in videos]:
-        raise ValueError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
+        raise InputError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
     read = {domain: None if source is None else read_lora(source) for domain, source in loras.items()}
     if not any(lora is not None and lora.layers for lora in read.values()):
-        raise ValueError("`loras` must hold at least one LoRA.")
+        raise InputError("`loras` must hold at least one LoRA.")
     model = SamoeModel.from_pretrained(base, **kwargs).to(device)
     _check_base(model, base, read)
     _replace_by_loras(model, list(read.values()), experts_per_lora, num_experts_per_tok)
@@ -104,7 +105,7 @@ def assemble_domains(
         ValueError: if a domain has no videos, or cannot be added; see [`~SamoeModel.add_lora_domain`].
     """
     if missing := [domain for domain in loras if domain not in videos]:
-        raise ValueError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
+        raise InputError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
     model = SamoeModel.from_pretrained(base, **kwargs).to(device)
     processor = load_processor(base, model)
     for domain, source in loras.items():
@@ -119,12 +120,12 @@ def assemble_domains(
 def _check_base(model: SamoeModel, base: str | os.PathLike, loras: Mapping[str, Lora | None]) -> None:
     """ValueError if experts of the base have an effect, or it lacks a layer of the LoRAs."""
     if with_effect := [name for name, module in expert_modules(model) if module.lora_B.any()]:
-        raise ValueError(
+        raise InputError(
             f"{base} has experts with an effect, such as those of {with_effect[0]!r}, which would be lost."
         )
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if others := sorted({name for lora in loras.values() if lora is not None for name in lora.layers} - linear):
-        raise ValueError(f"`loras` have a layer {others[0]!r}, which {base} does not have.")
+        raise InputError(f"`loras` have a layer {others[0]!r}, which {base} does not have.")
 
 
 def _replace_by_loras(
@@ -191,7 +192,7 @@ def fit_routers(
 def _experts_per_domain(model: SamoeModel, videos: Sequence[Iterable[Video]]) -> int:
     num_experts = model.config.num_experts
     if not videos or num_experts % len(videos):
-        raise ValueError(f"`videos` must be of as many domains as {num_experts} experts can share, got {len(videos)}.")
+        raise InputError(f"`videos` must be of as many domains as {num_experts} experts can share, got {len(videos)}.")
     return num_experts // len(videos)
 
 
@@ -329,4 +330,4 @@ def _track(
             if num_left <= 0:
                 break
     if num_left == num_frames:
-        raise ValueError(f"`videos`: {description} has no video with an object.")
+        raise InputError(f"`videos`: {description} has no video with an object.")

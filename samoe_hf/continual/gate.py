@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import DomainDecision, decide_domains
 from samoe_hf.model.domain_experts import use_domain
@@ -53,7 +54,7 @@ def fit_gate(
                 features.append(frame_features(model, processor, video, frames))
                 numbers += [number] * len(frames)
     if not features:
-        raise ValueError(f"`videos` of domain {domain!r}: none of {len(chosen)} has a frame with an object.")
+        raise InputError(f"`videos` of domain {domain!r}: none of {len(chosen)} has a frame with an object.")
     model.fit_domain(domain, torch.cat(features), torch.tensor(numbers))
     return len(features)
 

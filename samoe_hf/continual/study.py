@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.files import new_folder, write_text
@@ -79,13 +80,13 @@ class Study:
         path, identity = self.folder / RESULTS_FILE, json.loads(json.dumps(self.plan.identity()))
         if not path.is_file():
             if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise ValueError(f"{self.folder} is not empty, and not the folder of a study.")
+                raise InputError(f"{self.folder} is not empty, and not the folder of a study.")
             write_report(self.plan, self.folder)
         earlier = read_results(self.folder)["study"]
         earlier["model_config"] = config_name(str(earlier.get("model_config")))
         for name in identity:
             if earlier.get(name) != identity[name]:
-                raise ValueError(
+                raise InputError(
                     f"{self.folder} holds another study: `{name}` is {earlier.get(name)!r} there, not "
                     f"{identity[name]!r}. Choose another `--output`."
                 )

@@ -12,6 +12,7 @@ import numpy as np
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import check_domain_name
 
 from .excerpts import reduced
@@ -106,18 +107,18 @@ class StudyPlan:
         for name in names:
             check_domain_name(name)
             if "-" in name:  # which joins the names of an order
-                raise ValueError(f"`name` must be without -, got {name!r}.")
+                raise InputError(f"`name` must be without -, got {name!r}.")
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"`domains` has two of the name {twice[0]!r}.")
+            raise InputError(f"`domains` has two of the name {twice[0]!r}.")
         for order in self.orders:
             if unknown := sorted(set(order) - {domain.name for domain in self.domains}):
-                raise ValueError(f"`orders` has {unknown[0]!r}, which is none of `domains`.")
+                raise InputError(f"`orders` has {unknown[0]!r}, which is none of `domains`.")
             if sorted(order) != sorted(self.orders[0]):
-                raise ValueError(f"`orders` must hold the same domains each, got {self.orders[0]} and {order}.")
+                raise InputError(f"`orders` must hold the same domains each, got {self.orders[0]} and {order}.")
         if not self.orders or not self.orders[0] or not self.seeds:
-            raise ValueError("`orders` and `seeds` must hold at least one each, and an order at least one domain.")
+            raise InputError("`orders` and `seeds` must hold at least one each, and an order at least one domain.")
         if self.lora_rank % self.experts_per_domain:
-            raise ValueError(
+            raise InputError(
                 f"`lora_rank` must be a multiple of `experts_per_domain` ({self.experts_per_domain}), got "
                 f"{self.lora_rank}."
             )
@@ -164,7 +165,7 @@ def read_plan(path: str | Path, roots: Mapping[str, str] | None = None, quick: b
     domains = [_read_domain(entry, steps) for entry in content.pop("domains")]
     for name, root in (roots or {}).items():
         if name not in [domain.name for domain in domains]:
-            raise ValueError(f"`--root` names {name!r}, which is none of the domains of {path}.")
+            raise InputError(f"`--root` names {name!r}, which is none of the domains of {path}.")
         domains = [domain.with_root(root) if domain.name == name else domain for domain in domains]
     found = [domain for domain in domains if domain.is_found]
     left_out = {domain.name for domain in domains} - {domain.name for domain in found}
@@ -174,7 +175,7 @@ def read_plan(path: str | Path, roots: Mapping[str, str] | None = None, quick: b
 
 def _read_domain(entry: Mapping[str, Any], steps: int | None) -> StudyDomain:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"A domain of a study must be a mapping with a `name`, got {entry!r}.")
+        raise InputError(f"A domain of a study must be a mapping with a `name`, got {entry!r}.")
     entry = {**entry, **({} if steps is None else {"steps": steps})}
     check_options(StudyDomain, entry, "domains of a study")
     return StudyDomain(**entry)

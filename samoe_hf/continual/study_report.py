@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import whole_file, write_text
 from samoe_hf.plots.study import plot_confusion, plot_stages, plot_trade_off
 
@@ -72,9 +73,9 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+        raise InputError(f"{path} is no JSON: {error}.") from error
     if not isinstance(results, dict) or not all(isinstance(results.get(name), dict) for name in ("study", "units")):
-        raise ValueError(f"{path} is not that of a study, which has `study` and `units`. Choose another `--output`.")
+        raise InputError(f"{path} is not that of a study, which has `study` and `units`. Choose another `--output`.")
     return results
 
 
@@ -89,7 +90,7 @@ def restore_units(folder: Path) -> None:
     units = read_results(folder)["units"]
     for name in units:
         if not UNIT_FILE.fullmatch(name):
-            raise ValueError(f"{folder / RESULTS_FILE} has {name!r} in `units`, which is no file of a study.")
+            raise InputError(f"{folder / RESULTS_FILE} has {name!r} in `units`, which is no file of a study.")
     for name, content in units.items():
         write_text(folder / name, json.dumps(content, indent=1))
 

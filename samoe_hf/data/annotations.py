@@ -17,6 +17,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from scipy.ndimage import maximum_filter, minimum_filter
 
+from samoe_hf.errors import InputError
+
 from .video_io import SampleError, read_label_png
 
 
@@ -283,13 +285,13 @@ def check_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         ValueError, TypeError, KeyError, OverflowError: it is none, or does not fit.
     """
     if list(rle["size"]) != list(size):
-        raise ValueError(f"its size is {rle['size']}, not {list(size)}")
+        raise InputError(f"its size is {rle['size']}, not {list(size)}")
     counts = rle["counts"]
     if isinstance(counts, str):
         counts = counts.encode("ascii")
     runs = decompress_counts(counts) if isinstance(counts, bytes) else np.array(counts)
     if runs.ndim != 1 or runs.dtype != np.int64 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
-        raise ValueError(f"its runs do not add up to {size[0]} x {size[1]} pixels")
+        raise InputError(f"its runs do not add up to {size[0]} x {size[1]} pixels")
     compressed = {"size": list(size), "counts": counts}
     return compressed if isinstance(counts, bytes) else coco_mask.frPyObjects(compressed, *size)
 
@@ -309,16 +311,16 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, A
         return dict(segmentation)
     height, width = size
     if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError(f"a segmentation must be polygons or run-length encoded, not {segmentation!r}")
+        raise InputError(f"a segmentation must be polygons or run-length encoded, not {segmentation!r}")
     for polygon in segmentation:
         points = np.array(polygon, dtype=np.float64)
         if points.ndim != 1 or points.size < 6 or points.size % 2:
-            raise ValueError("a polygon must have at least three points x, y")
+            raise InputError("a polygon must have at least three points x, y")
         points = points.reshape(-1, 2)
         if not (np.abs(points - (width / 2, height / 2)) <= 2 * max(size)).all():
-            raise ValueError(f"a polygon has points far outside the image of {height} x {width} pixels")
+            raise InputError(f"a polygon has points far outside the image of {height} x {width} pixels")
         if np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum() > 4 * (height + width) + height * width:
-            raise ValueError("a polygon's outline is longer than the image has pixels")
+            raise InputError("a polygon's outline is longer than the image has pixels")
     return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
 
 
@@ -331,11 +333,11 @@ def decompress_counts(counts: bytes) -> np.ndarray:
     codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((codes & 0x20) == 0)
     if codes.size == 0 or codes.min() < 0 or codes.max() > 63 or ends.size == 0 or ends[-1] != codes.size - 1:
-        raise ValueError("damaged counts")
+        raise InputError("damaged counts")
     starts = np.concatenate([[0], ends[:-1] + 1])
     shifts = 5 * (np.arange(codes.size) - np.repeat(starts, ends + 1 - starts))
     if shifts.max() > 30:
-        raise ValueError("damaged counts")
+        raise InputError("damaged counts")
     runs = np.add.reduceat((codes & 0x1F) << shifts, starts)
     runs -= np.where(codes[ends] & 0x10, 1 << (shifts[ends] + 5), 0)  # the last character's highest bit is the sign
     for first in (1, 2):

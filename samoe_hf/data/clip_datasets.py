@@ -19,6 +19,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import ProcessorMixin
 
+from samoe_hf.errors import InputError
+
 from .clips import Clip, ClipSampler
 from .hub_datasets import StreamedVideos, videos_from_dataset
 from .items import ItemStream, is_iterable_dataset, videos_from_items
@@ -61,7 +63,7 @@ class SkippingDataset(SharedEpoch):
     def __init__(self, on_error: Literal["raise", "skip"] = "raise"):
         super().__init__()
         if on_error not in ("raise", "skip"):
-            raise ValueError(f'on_error must be "raise" or "skip", not {on_error!r}')
+            raise InputError(f'on_error must be "raise" or "skip", not {on_error!r}')
         self.on_error = on_error
         self._skipped = torch.zeros(1024, dtype=torch.int64).share_memory_()  # a slot per worker needs no lock
 
@@ -121,11 +123,11 @@ class ClipDataset(SkippingDataset, Dataset):
         check_types(ClipDataset, {"seed": seed, "clips_per_video": clips_per_video}, "clips")
         videos = as_videos(videos)
         if not isinstance(videos, Sequence):
-            raise ValueError("a stream has no length, as ClipDataset needs; give it to ClipStream")
+            raise InputError("a stream has no length, as ClipDataset needs; give it to ClipStream")
         if len(videos) == 0:
-            raise ValueError("a dataset without videos")
+            raise InputError("a dataset without videos")
         if seed < 0 or clips_per_video < 1:
-            raise ValueError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
+            raise InputError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
         self.videos, self.seed, self.clips_per_video = videos, seed, clips_per_video
         self.sampler = ClipSampler(processor, **sampling)
 
@@ -172,15 +174,15 @@ class MixedDataset(SharedEpoch, Dataset):
         super().__init__()
         weights = {name: len(dataset) for name, dataset in datasets.items()} if weights is None else weights
         if not datasets or set(weights) != set(datasets):
-            raise ValueError(f"weights for {sorted(weights)}, but datasets {sorted(datasets)}")
+            raise InputError(f"weights for {sorted(weights)}, but datasets {sorted(datasets)}")
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
-                raise ValueError(f"weights must be positive numbers, but that of {name!r} is {weight!r}")
+                raise InputError(f"weights must be positive numbers, but that of {name!r} is {weight!r}")
         check_types(MixedDataset, {"length": length, "seed": seed}, "mixtures")
         self.datasets, self.seed = dict(datasets), seed
         self.length = sum(len(dataset) for dataset in datasets.values()) if length is None else length
         if self.length < 1 or seed < 0:
-            raise ValueError(f"length must be at least 1 and seed 0, not {self.length} and {seed}")
+            raise InputError(f"length must be at least 1 and seed 0, not {self.length} and {seed}")
         self.counts = _apportion(np.array([float(weights[name]) for name in datasets]), self.length)
         self._plan: tuple[int, np.ndarray] | None = None
 
@@ -252,7 +254,7 @@ class ClipStream(SkippingDataset, IterableDataset):
         super().__init__(on_error)
         check_types(ClipStream, {"seed": seed}, "clips")
         if seed < 0:
-            raise ValueError(f"seed must be at least 0, not {seed}")
+            raise InputError(f"seed must be at least 0, not {seed}")
         videos = as_videos(videos)
         self.videos = ItemStream(videos) if isinstance(videos, Sequence) else videos
         self.seed = seed
@@ -302,7 +304,7 @@ def as_clips(data: Any, processor: ProcessorMixin, seed: int) -> Any:
 def _first_has_pixel_values(data: Any) -> bool:
     """Whether a dataset holds clips, which its first item tells; raises a `ValueError` if that is no mapping."""
     if isinstance(data, Iterator):
-        raise ValueError("a dataset must not be an iterator, which ends after one epoch; give what it iterates over")
+        raise InputError("a dataset must not be an iterator, which ends after one epoch; give what it iterates over")
     if isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
         return "pixel_values" in data.column_names
     if isinstance(data, Mapping | str | Video):
@@ -312,7 +314,7 @@ def _first_has_pixel_values(data: Any) -> bool:
     else:
         first = next(iter(data), {})
     if not isinstance(first, Mapping | Video):
-        raise ValueError(
+        raise InputError(
             "a dataset must hold clips with `pixel_values`, Video, or mappings with `frames` and `masks`, not "
             f"{type(first).__name__}"
         )

@@ -15,6 +15,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 from transformers import ProcessorMixin
 
+from samoe_hf.errors import InputError
+
 from .options import check_types
 from .schema import Video
 from .video_io import SampleError
@@ -51,9 +53,9 @@ class ClipSampler:
     def __post_init__(self) -> None:
         check_types(ClipSampler, vars(self), "clips")
         if min(self.num_frames, self.stride, self.max_objects) < 1:
-            raise ValueError("num_frames, stride and max_objects must be at least 1")
+            raise InputError("num_frames, stride and max_objects must be at least 1")
         if not 0 <= self.reverse_probability <= 1:
-            raise ValueError(f"reverse_probability must be within 0..1, not {self.reverse_probability}")
+            raise InputError(f"reverse_probability must be within 0..1, not {self.reverse_probability}")
         if self.num_frames == 1:
             warn_one_frame("clips with num_frames=1")
 
@@ -158,10 +160,10 @@ class ClipCollator:
 
     def __call__(self, clips: Sequence[Clip]) -> dict[str, Any]:
         if not all("pixel_values" in clip for clip in clips):
-            raise ValueError("clips must have `pixel_values`; ClipDataset(dataset, processor) makes clips of a dataset")
+            raise InputError("clips must have `pixel_values`; ClipDataset(dataset, processor) makes clips of a dataset")
         shapes = {tuple(clip["pixel_values"].shape) for clip in clips}
         if len(shapes) > 1:
-            raise ValueError(f"clips of a batch must have one number of frames and one size, not {sorted(shapes)}")
+            raise InputError(f"clips of a batch must have one number of frames and one size, not {sorted(shapes)}")
         counts = torch.tensor([len(clip["labels"]) for clip in clips])
         batch: dict[str, Any] = {
             "pixel_values": torch.stack([clip["pixel_values"] for clip in clips]),

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from samoe_hf.errors import InputError
+
 from .pairing import MaskFile, pair_masks, split_by_prefix
 from .schema import Video, VideoList
 from .video_io import IMAGE_SUFFIXES, ImageFrames, natural_key, open_image, read_video
@@ -244,7 +246,7 @@ def _parts(source: Source, root: Path) -> Key:
 def _refuse_choice(root: Path, role: str, key: Key, candidates: Sequence[Key]) -> None:
     names = " and ".join("/".join(parts) or "." for parts in candidates[:2])
     of_video = f" of video {'/'.join(key)}" if key else ""
-    raise ValueError(f"{root}: both {names} could be the {role}{of_video}. {name_them(root, candidates[0], key, role)}")
+    raise InputError(f"{root}: both {names} could be the {role}{of_video}. {name_them(root, candidates[0], key, role)}")
 
 
 def name_them(root: Path, parts: Key, key: Key, role: str) -> str:
@@ -350,7 +352,7 @@ def match_pattern(
     """
     unknown = set(re.findall(r"<(.*?)>", pattern)) - {"video", "object", "frame"}
     if not pattern or unknown or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise ValueError(
+        raise InputError(
             f"`{option}` must be a pattern below {root}, of *, <video>, <object> and <frame>, got {pattern!r}"
         )
     expression, names = "", set()
@@ -389,18 +391,18 @@ def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
         of_video[tuple(names.get("video", "").split("/"))].append(mask)
     for option, pattern, found in (("frames", frames, files), ("masks", masks, of_video)):
         if not found:
-            raise ValueError(f"`{option}`: no image or video below {root} is named by {pattern!r}")
+            raise InputError(f"`{option}`: no image or video below {root} is named by {pattern!r}")
     sources = {}
     for key in sorted(files, key=_key_order):
         paths = files[key]
         is_video = paths[0].suffix.lower() in VIDEO_SUFFIXES
         if is_video and len(paths) > 1:
-            raise ValueError(f"`frames`: {paths[0]} and {paths[1]} are both named by {frames!r}, as one video")
+            raise InputError(f"`frames`: {paths[0]} and {paths[1]} are both named by {frames!r}, as one video")
         if key in of_video:
             sources[key] = Source(paths[0] if is_video else paths, of_video[key])
     if not sources:
         some = ["/".join(next(iter(found))) for found in (files, of_video)]
-        raise ValueError(f"`frames` and `masks` name no video in common: {some[0]!r} and {some[1]!r} below {root}")
+        raise InputError(f"`frames` and `masks` name no video in common: {some[0]!r} and {some[1]!r} below {root}")
     return Found(sources, (frames, masks), [key for key in files if key not in of_video])
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from samoe_hf.errors import InputError
+
 from .annotations import LabelMaps, check_not_binary
 from .items import videos_from_items
 from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, stored_size, video_from_row
@@ -97,7 +99,7 @@ def videos_from_dataset(
         features = {}
     for option, column in named.items():
         if column not in features:
-            raise ValueError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
+            raise InputError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
     if not named and set(FEATURES) <= set(features):
         return _rows_as_videos(dataset, list(FEATURES), ["frames"], partial(_open_own, domain))
     if not features:
@@ -204,7 +206,7 @@ def _find_columns(
     masks = masks or ("masks" if "masks" in features else None)
     video = find("video_column", VIDEO, is_name)
     if frames is None or masks is None or (video is None and kind == "image"):
-        raise ValueError(
+        raise InputError(
             f"the dataset lacks the columns {sorted(set(FEATURES) - set(features))} of samoe_hf.data.FEATURES, and its "
             f"columns are not known as frames and masks. {_describe(features)}. Expected: frames (a list of images) "
             "and masks (a list of label images); or a frame a row as image, mask (a label image) and video_id. "
@@ -247,7 +249,7 @@ def _rows_as_items(
 ) -> Sequence[Video] | Iterable[Video]:
     """Videos of rows whose frames or masks are arrays, or of a stream that does not tell what they are."""
     if columns.domain is not None or columns.binary:
-        raise ValueError("`domain` and `binary` go with columns of images; rows of arrays have the key `domain`")
+        raise InputError("`domain` and `binary` go with columns of images; rows of arrays have the key `domain`")
     keys = {columns.frames: "frames", columns.masks: "masks", columns.video: "video_id"}
     keys = {column: key for column, key in keys.items() if column not in (None, key)}
     in_the_way = [key for key in keys.values() if key in (dataset.column_names or ())]
@@ -260,7 +262,7 @@ def _rows_as_items(
 def _group_frames(dataset: datasets.Dataset | datasets.IterableDataset, columns: ImageColumns) -> VideoList:
     """Videos of rows that are a frame each, by the name of their video, in the order of their first rows."""
     if isinstance(dataset, datasets.IterableDataset):
-        raise ValueError(
+        raise InputError(
             f"rows that are single frames ({columns.frames!r}, {columns.masks!r}) cannot be grouped to videos while "
             "they are streamed; leave out `streaming`"
         )

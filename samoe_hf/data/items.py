@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from samoe_hf.errors import InputError
+
 from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
 from .schema import Video
 from .video_io import ArrayFrames, SampleError
@@ -64,11 +66,11 @@ def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
         return items
     kind = type(items).__name__
     if isinstance(items, Mapping | str | Video):
-        raise ValueError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
+        raise InputError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
     if is_iterable_dataset(items) or not hasattr(items, "__getitem__"):
         return ItemStream(items)
     if not hasattr(items, "__len__"):
-        raise ValueError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
+        raise InputError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
     return ItemVideos(items)
 
 
@@ -109,7 +111,7 @@ class ItemStream(_Items):
     def __init__(self, items: Any):
         super().__init__(items)
         if not hasattr(items, "__iter__") and not (hasattr(items, "__getitem__") and hasattr(items, "__len__")):
-            raise ValueError(f"a dataset must be a sequence or an iterable of items, not {type(items).__name__}")
+            raise InputError(f"a dataset must be a sequence or an iterable of items, not {type(items).__name__}")
 
     def __iter__(self) -> Iterator[Video]:
         items, worker = self.items, get_worker_info()

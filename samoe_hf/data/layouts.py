@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from samoe_hf.errors import InputError
+
 from .folders import SPLITS, Found, describe_contents, find_by_patterns, find_videos, to_videos
 from .pair_lists import LIST_SUFFIXES, read_pairs
 from .schema import VideoList
@@ -146,11 +148,11 @@ def choose_split(names: list[str], split: str | None) -> str:
     """
     if split is not None:
         if split not in names:
-            raise ValueError(f"no split {split!r}; there are: {', '.join(names)}")
+            raise InputError(f"no split {split!r}; there are: {', '.join(names)}")
         return split
     training = [name for name in names if name.lower().startswith("train")]
     if len(names) > 1 and not training:
-        raise ValueError(f"name one of the splits as `split`: {', '.join(names)}")
+        raise InputError(f"name one of the splits as `split`: {', '.join(names)}")
     return (training or names)[0]
 
 
@@ -189,7 +191,7 @@ def read_files(
         raise FileNotFoundError(f"{root}: no such folder")
     if (frames is None) != (masks is None):
         given, missing = ("frames", "masks") if masks is None else ("masks", "frames")
-        raise ValueError(f"`{given}` goes with `{missing}`, where {'they' if missing == 'masks' else 'these'} are")
+        raise InputError(f"`{given}` goes with `{missing}`, where {'they' if missing == 'masks' else 'these'} are")
     if frames is not None and masks is not None:
         found = find_by_patterns(root, frames, masks)
     else:
@@ -209,7 +211,7 @@ def _find(root: Path) -> Found:
     if root.is_file():
         if root.suffix.lower() in LIST_SUFFIXES:
             return read_pairs(root)
-        raise ValueError(f"{root}: a folder is expected, or a list of pairs ({', '.join(LIST_SUFFIXES)})")
+        raise InputError(f"{root}: a folder is expected, or a list of pairs ({', '.join(LIST_SUFFIXES)})")
     found = find_videos(root)
     if found is not None:
         return found
@@ -219,7 +221,7 @@ def _find(root: Path) -> Found:
             return read_pairs(path)
         except SampleError as error:
             reasons.append(str(error))
-    raise ValueError(
+    raise InputError(
         f"{root}: no layout of videos and masks is recognized. Found: {describe_contents(root)}. "
         f"{' '.join(f'{reason}.' for reason in reasons[:2])}Expected: {EXPECTED}. If it is another, name it: "
         f"{{kind: files, root: {root}, frames: <video>/FRAMES/*, masks: <video>/MASKS/*}}"
@@ -233,7 +235,7 @@ def _of_split(found: Found, split: str | None, root: Path) -> Found:
         return found
     if split is not None and split not in firsts:
         known = [name for name in firsts if name.lower() in SPLITS]
-        raise ValueError(f"{root}: no split {split!r}; there are: {', '.join(known) or 'none'}")
+        raise InputError(f"{root}: no split {split!r}; there are: {', '.join(known) or 'none'}")
     chosen = choose_split(firsts, split)
     if len(firsts) > 1 and split is None:
         logger.warning("%s: the split %s is taken; others are %s", root, chosen, [n for n in firsts if n != chosen])

@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from samoe_hf.errors import InputError
+
 
 def check_options(function: Callable, options: Mapping[str, Any], owner: str) -> None:
     """Checks options before a function, a class or a `functools.partial` is called with them.
@@ -27,10 +29,10 @@ def check_options(function: Callable, options: Mapping[str, Any], owner: str) ->
     parameters = inspect.signature(function).parameters
     for name in options:
         if name not in parameters:
-            raise ValueError(f"{owner} have no option {name!r}{nearest_name(name, parameters)}")
+            raise InputError(f"{owner} have no option {name!r}{nearest_name(name, parameters)}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
-            raise ValueError(f"{owner} need the option {name!r}")
+            raise InputError(f"{owner} need the option {name!r}")
     check_types(function, options, owner)
 
 
@@ -40,7 +42,7 @@ def check_types(function: Callable, options: Mapping[str, Any], owner: str) -> N
     hints = get_type_hints(function.__init__ if isinstance(function, type) else function)
     for name, value in options.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ValueError(f"{owner}: `{name}` must be {_describe(hints[name])}, not {value!r}")
+            raise InputError(f"{owner}: `{name}` must be {_describe(hints[name])}, not {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

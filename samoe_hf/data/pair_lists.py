@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from samoe_hf.errors import InputError
+
 from .folders import VIDEO_SUFFIXES, Found, Key, Source, role_by_name, split_path
 from .pairing import MaskFile
 from .video_io import SampleError, check_inside, natural_key
@@ -144,7 +146,7 @@ def _expand(data: Any) -> list[dict[str, Any]]:
             expanded.append(dict(row))
             continue
         if len({len(value) for value in many.values()}) > 1:
-            raise ValueError(f"lists of different length in {list(many)}")
+            raise InputError(f"lists of different length in {list(many)}")
         single = {name: value for name, value in row.items() if name not in many}
         expanded += [single | dict(zip(many, values, strict=True)) for values in zip(*many.values(), strict=True)]
     return expanded

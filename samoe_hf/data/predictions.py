@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from samoe_hf.errors import InputError
+
 from .schema import Video
 from .video_io import SampleError, check_inside, read_label_png, write_palette_png
 
@@ -50,7 +52,7 @@ class MaskFiles:
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
-            raise ValueError(f"unknown layout {self.layout!r}; known are {', '.join(get_args(Layout))}")
+            raise InputError(f"unknown layout {self.layout!r}; known are {', '.join(get_args(Layout))}")
 
     @property
     def overlapping(self) -> bool:
@@ -92,7 +94,7 @@ class MaskFiles:
                 write_palette_png(path, mask)
             return
         if max(ids, default=0) > np.iinfo(np.uint16).max:
-            raise ValueError(f"{video.video_id}: object {max(ids)}; the layout {self.layout!r} holds ids up to 65535")
+            raise InputError(f"{video.video_id}: object {max(ids)}; the layout {self.layout!r} holds ids up to 65535")
         id_map = np.zeros(masks.shape[1:], dtype=np.uint8 if max(ids, default=0) < 256 else np.uint16)
         for object_id, mask in zip(ids, masks, strict=True):
             id_map[mask] = object_id

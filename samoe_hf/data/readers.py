@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from samoe_hf.errors import InputError
+
 from .annotations import LabelImages, ObjectImages, RleMasks, segmentation_to_rle
 from .clips import warn_one_frame
 from .schema import Video, VideoList
@@ -137,7 +139,7 @@ def read_sa_v(
     if not files:
         raise FileNotFoundError(f"{root}: no files *{suffix}")
     if frame_step < 1:
-        raise ValueError(f"`frame_step` must be at least 1, not {frame_step}")
+        raise InputError(f"`frame_step` must be at least 1, not {frame_step}")
     entries: dict[str, Path] = {}
     for path in files:
         if entries.setdefault(path.name.removesuffix(suffix), path) != path:
@@ -203,7 +205,7 @@ def _ocid_split(names: list[str], split: str | None) -> list[str]:
     border = int(0.8 * len(rest))
     splits = {"train": rest[:border], "val": rest[border:], "test": [n for n in names if Path(n).name == "seq13"]}
     if split not in splits:
-        raise ValueError(f"OCID has the splits {', '.join(splits)}, not {split!r}")
+        raise InputError(f"OCID has the splits {', '.join(splits)}, not {split!r}")
     return splits[split]
 
 
@@ -261,7 +263,7 @@ def _open_coco(domain: str, folder: Path, file_name: str, entry: tuple[dict, lis
     frames = ImageFrames([path])
     try:
         if (image["height"], image["width"]) != frames.size:
-            raise ValueError(f"for {image['height']} x {image['width']} pixels, not {frames.size}")
+            raise InputError(f"for {image['height']} x {image['width']} pixels, not {frames.size}")
         rles = [segmentation_to_rle(annotation["segmentation"], frames.size) for annotation in annotations]
     except DAMAGE as error:
         raise SampleError(f"{path}: its COCO annotations cannot be read ({error!r})") from error

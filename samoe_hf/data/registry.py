@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from samoe_hf.errors import InputError
+
 from .configs import find_config, names_config
 from .hub_datasets import read_dataset
 from .layouts import read_files, recognize
@@ -75,7 +77,7 @@ def load_videos(
     if video_ids is None:
         return videos
     if not isinstance(videos, VideoList):
-        raise ValueError(f"video_ids cannot choose among the videos of kind {kind!r}")
+        raise InputError(f"video_ids cannot choose among the videos of kind {kind!r}")
     return videos.select(video_ids)
 
 
@@ -97,16 +99,16 @@ def name_kind(
         return kind, root, {}
     path = Path(root if kind is None and root is not None else str(kind))
     if kind is None and root is None:
-        raise ValueError(f"name a folder, or a kind of dataset: {', '.join(READERS)}")
+        raise InputError(f"name a folder, or a kind of dataset: {', '.join(READERS)}")
     if not path.exists() and kind is None:
         raise FileNotFoundError(f"{path}: no such folder")
     if not path.exists() or (kind is not None and root is not None):
         name = repr(str(kind) if isinstance(kind, Path) else kind)
-        raise ValueError(f"unknown kind of dataset {name}, and no folder{nearest_name(kind, READERS)}")
+        raise InputError(f"unknown kind of dataset {name}, and no folder{nearest_name(kind, READERS)}")
     try:
         layout = recognize(path, split)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     if layout.reason:
         logger.warning("%s: read as %s (%s)", path, layout.kind, layout.reason)
     return layout.kind, path, layout.options
@@ -126,18 +128,18 @@ def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Vi
     if isinstance(entry, (str, Path)):
         if not Path(entry).exists():
             hint = f"; did you mean {{kind: {entry}}}?" if entry in READERS else ""
-            raise ValueError(f"{owner} must be a folder or the arguments of `load_videos`, not {str(entry)!r}{hint}")
+            raise InputError(f"{owner} must be a folder or the arguments of `load_videos`, not {str(entry)!r}{hint}")
         entry = {"root": entry}
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{owner} must be a folder or the arguments of `load_videos`, not {entry!r}")
+        raise InputError(f"{owner} must be a folder or the arguments of `load_videos`, not {entry!r}")
     if not {"kind", "root"} & set(entry):
-        raise ValueError(f"{owner} names no `kind` or `root`, but {', '.join(map(repr, entry))}")
+        raise InputError(f"{owner} names no `kind` or `root`, but {', '.join(map(repr, entry))}")
     try:
         videos = load_videos(**{str(name): value for name, value in entry.items()})
     except ValueError as error:
-        raise ValueError(f"{owner}: {error}") from error
+        raise InputError(f"{owner}: {error}") from error
     if not isinstance(videos, Sequence):
-        raise ValueError(f"{owner}: videos that are streamed have no length; leave out `streaming`")
+        raise InputError(f"{owner}: videos that are streamed have no length; leave out `streaming`")
     return videos
 
 
@@ -151,7 +153,7 @@ def dataset_entries(run: Mapping[str, Any], key: str, owner: str) -> list[Any]:
     if isinstance(entries, (str, Mapping)):
         return [entries]
     if not isinstance(entries, list):
-        raise ValueError(f"`{key}` of {owner} must be a folder or a list of datasets, not {entries!r}.")
+        raise InputError(f"`{key}` of {owner} must be a folder or a list of datasets, not {entries!r}.")
     return entries
 
 
@@ -189,10 +191,10 @@ def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
     if arguments.video:
         unknown = set(arguments.video) - {video.video_id for video in videos}
         if unknown:
-            raise ValueError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
+            raise InputError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
         videos = [video for video in videos if video.video_id in arguments.video]
     if not videos:
-        raise ValueError(f"`--dataset` {arguments.dataset} has no videos.")
+        raise InputError(f"`--dataset` {arguments.dataset} has no videos.")
     return videos
 
 
@@ -205,14 +207,14 @@ def datasets_from_arguments(arguments: argparse.Namespace) -> list[Sequence[Vide
     if names_config(arguments.dataset):
         for name in ("root", "split", "domain", "option"):
             if getattr(arguments, name):
-                raise ValueError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
+                raise InputError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
         entries = dataset_entries(read_yaml(arguments.dataset), "eval_data", arguments.dataset)
         return [videos_from_entry(entry, f"eval_data[{i}]") for i, entry in enumerate(entries)]
     options = {}
     for text in arguments.option:
         name, equals_sign, value = text.partition("=")
         if not equals_sign:
-            raise ValueError(f"`--option` must be NAME=VALUE, got {text!r}.")
+            raise InputError(f"`--option` must be NAME=VALUE, got {text!r}.")
         options[name] = parse_yaml(value, f"`--option {name}`")
     if arguments.dataset not in READERS and arguments.root is None:
         arguments.dataset, arguments.root, found = name_kind(arguments.dataset, None, arguments.split)
@@ -233,7 +235,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     content = parse_yaml(find_config(path).read_bytes(), str(path))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(content).__name__}.")
+        raise InputError(f"{path} must hold a mapping, got {type(content).__name__}.")
     return content
 
 
@@ -242,4 +244,4 @@ def parse_yaml(text: str | bytes, name: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:  # dates raise ValueError
-        raise ValueError(f"{name} is not YAML: {error}") from error
+        raise InputError(f"{name} is not YAML: {error}") from error

@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from samoe_hf.errors import InputError
+
 from .annotations import Annotations, MaskArrays, RleMasks
 from .video_io import DAMAGE, ArrayFrames, FrameSequence, ImageFrames, SampleError, open_image, read_image
 
@@ -161,7 +163,7 @@ class VideoList(Sequence):
         """The videos with these ids, in this order; raises `ValueError` for an unknown id."""
         missing = [video_id for video_id in video_ids if video_id not in self.entries]
         if missing:
-            raise ValueError(f"no videos {missing}; there are {self.video_ids[:10]}{'…' if len(self) > 10 else ''}")
+            raise InputError(f"no videos {missing}; there are {self.video_ids[:10]}{'…' if len(self) > 10 else ''}")
         return VideoList({video_id: self.entries[video_id] for video_id in video_ids}, self.open_entry)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from samoe_hf.errors import InputError
+
 from .options import check_types
 from .schema import Video
 
@@ -301,13 +303,13 @@ class SyntheticVideos(Sequence):
         seed: int = 0,
     ):
         if domain not in _DOMAINS:
-            raise ValueError(f"unknown synthetic domain {domain!r}; there are {', '.join(SYNTHETIC_DOMAINS)}")
+            raise InputError(f"unknown synthetic domain {domain!r}; there are {', '.join(SYNTHETIC_DOMAINS)}")
         numbers = {"num_videos": num_videos, "num_frames": num_frames, "max_objects": max_objects, "seed": seed}
         check_types(SyntheticVideos, {**numbers, "image_size": image_size}, "synthetic videos")
         if seed < 0:
-            raise ValueError(f"seed must be at least 0, not {seed}")
+            raise InputError(f"seed must be at least 0, not {seed}")
         if min(num_videos, num_frames, max_objects, *image_size) < 1:
-            raise ValueError("num_videos, num_frames, max_objects and image_size must be at least 1")
+            raise InputError("num_videos, num_frames, max_objects and image_size must be at least 1")
         self.num_videos, self.num_frames, self.image_size = num_videos, num_frames, (image_size[0], image_size[1])
         self.max_objects, self.domain, self.seed = max_objects, domain, seed
 

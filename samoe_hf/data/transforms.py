@@ -16,6 +16,8 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from samoe_hf.errors import InputError
+
 from .options import check_options
 
 IMAGE_FILL = (124, 116, 104)  # ImageNet's mean, about black after normalization
@@ -59,7 +61,7 @@ def transforms_from_options(options: Mapping[str, Any]) -> v2.Compose:
         ValueError: an unknown argument (names the nearest known one), or a value that it does not take.
     """
     if not isinstance(options, Mapping):
-        raise ValueError(f"`augmentation` must be arguments of `training_transforms`, not {options!r}")
+        raise InputError(f"`augmentation` must be arguments of `training_transforms`, not {options!r}")
     check_options(training_transforms, options, "the transforms of `augmentation`")
     return training_transforms(**options)
 
@@ -102,7 +104,7 @@ def training_transforms(
     jitter, frame_jitter = ((x,) if isinstance(x, Real) else tuple(x) for x in (jitter, frame_jitter))
     _check_shares(flip=flip, grayscale=grayscale, crop_scale=crop_scale)
     if crop_size is not None and crop_size < 1:
-        raise ValueError(f"`crop_size` must be at least 1, not {crop_size}")
+        raise InputError(f"`crop_size` must be at least 1, not {crop_size}")
     steps: list[nn.Module] = []
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
@@ -128,13 +130,13 @@ def _check_shares(**shares: float | Sequence[float]) -> None:
     for name, share in shares.items():
         low, *high = (share,) if isinstance(share, Real) else share
         if not all(0 <= x <= 1 for x in (low, *high)) or (high and not 0 < low <= high[0]):
-            raise ValueError(f"`{name}` must be within 0 to 1, the smaller number first, not {share}")
+            raise InputError(f"`{name}` must be within 0 to 1, the smaller number first, not {share}")
 
 
 def _color_jitter(name: str, strengths: Sequence[float]) -> v2.ColorJitter:
     if len(strengths) > 4:
-        raise ValueError(f"`{name}` must be up to four strengths, not {strengths}")
+        raise InputError(f"`{name}` must be up to four strengths, not {strengths}")
     try:
         return v2.ColorJitter(*strengths)
     except ValueError as error:
-        raise ValueError(f"`{name}`: {error}") from error
+        raise InputError(f"`{name}`: {error}") from error

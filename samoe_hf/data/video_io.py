@@ -23,6 +23,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from samoe_hf.errors import InputError
+
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 LABEL_FORMATS = ("BMP", "PNG", "TIFF")  # which keep every value
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # among Pillow's others are some that run programs
@@ -35,7 +37,7 @@ DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, Arithmeti
 DAMAGE += (RecursionError, struct.error, zlib.error)
 
 
-class SampleError(ValueError):
+class SampleError(InputError):
     """A file or a sample of a dataset cannot be used; the message names it."""
 
 
@@ -285,14 +287,14 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = 24)
     iterator = iter(frames)
     first = next(iterator, None)
     if first is None:
-        raise ValueError(f"{path}: no frames to write")
+        raise InputError(f"{path}: no frames to write")
     height, width = first.shape[:2]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
         for i, frame in enumerate(chain([first], iterator)):
             if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
-                raise ValueError(f"{path}: frame {i} is {frame.dtype} {frame.shape}, not uint8 {(height, width, 3)}")
+                raise InputError(f"{path}: frame {i} is {frame.dtype} {frame.shape}, not uint8 {(height, width, 3)}")
             even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         container.mux(stream.encode())
@@ -409,9 +411,9 @@ def write_palette_png(path: str | Path, ids: np.ndarray) -> None:
         ValueError: ids outside 0..255, which a palette cannot hold, or another shape or dtype.
     """
     if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) or ids.dtype == bool):
-        raise ValueError(f"{path}: ids must be (H, W) integers, not {ids.dtype} {ids.shape}")
+        raise InputError(f"{path}: ids must be (H, W) integers, not {ids.dtype} {ids.shape}")
     if ids.size and (ids.min() < 0 or ids.max() > 255):
-        raise ValueError(
+        raise InputError(
             f"{path}: ids {ids.min()} to {ids.max()}; a palette PNG holds 0 to 255, so renumber the objects"
         )
     image = Image.fromarray(ids.astype(np.uint8))

@@ -13,6 +13,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from samoe_hf.errors import InputError
+
 from .annotations import IdVolume
 from .schema import Video, VideoList
 from .video_io import DAMAGE, ArrayFrames, SampleError, natural_key
@@ -174,7 +176,7 @@ def _make_video(
 def check_window(window: Window | None) -> None:
     """Raises `ValueError` for a window whose first intensity is not below its second."""
     if window is not None and not window[0] < window[1]:
-        raise ValueError(f"`window` must be (black, white), the smaller intensity first, not {tuple(window)}")
+        raise InputError(f"`window` must be (black, white), the smaller intensity first, not {tuple(window)}")
 
 
 def to_uint8(volume: np.ndarray, window: Window | None = None) -> np.ndarray:

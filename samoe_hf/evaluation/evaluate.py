@@ -18,6 +18,7 @@ from transformers import ProcessorMixin
 
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.files import whole_file
@@ -112,7 +113,7 @@ class VideoResult:
             arrays["object_ids"] = tuple(arrays["object_ids"].tolist())
             return cls(**described, scores=VideoScores(**arrays), surface_dice=surface)
         except (ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} holds no result of this version ({error}); delete it.") from error
+            raise InputError(f"{path} holds no result of this version ({error}); delete it.") from error
 
 
 def score_predictions(
@@ -211,7 +212,7 @@ def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SU
 def check_annotated(video: Video) -> None:
     """ValueError for a video without annotated frames."""
     if not video.annotated_frames:
-        raise ValueError(f"{video.video_id}: no frame is annotated, so there is nothing to score.")
+        raise InputError(f"{video.video_id}: no frame is annotated, so there is nothing to score.")
 
 
 def results_by_key(results: Iterable[VideoResult]) -> dict[str, VideoResult]:
@@ -223,7 +224,7 @@ def results_by_key(results: Iterable[VideoResult]) -> dict[str, VideoResult]:
     by_key: dict[str, VideoResult] = {}
     for result in results:
         if result.key in by_key:
-            raise ValueError(f"Two videos are called {result.key}; give their datasets different domains.")
+            raise InputError(f"Two videos are called {result.key}; give their datasets different domains.")
         by_key[result.key] = result
     return by_key
 

@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from samoe_hf.errors import InputError
+
 from .geometry import ball_runs, bounding_box, compare_labels, f_measure, volume_surface_dice
 
 Protocol = Literal["davis", "sav", "youtube_vos", "all"]
@@ -49,16 +51,16 @@ def _check_pair(prediction: Any, target: Any, object_ids: Sequence[int] | None) 
     prediction, target = _to_numpy(prediction), _to_numpy(target)
     for name, array in (("prediction", prediction), ("target", target)):
         if (array.ndim, array.dtype.kind) not in ((3, "u"), (3, "i"), (4, "b")):
-            raise ValueError(
+            raise InputError(
                 f"{name} is neither integer (T, H, W) nor boolean (T, N, H, W): {array.dtype} {array.shape}"
             )
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction and target differ in shape: {prediction.shape} and {target.shape}")
+        raise InputError(f"prediction and target differ in shape: {prediction.shape} and {target.shape}")
     if object_ids is None:
         object_ids = range(1, target.shape[1] + 1) if target.ndim == 4 else _ids_in(target)
     ids = tuple(object_ids)
     if len(set(ids)) != len(ids) or min(ids, default=1) < 1 or (target.ndim == 4 and len(ids) != target.shape[1]):
-        raise ValueError(f"object ids must be distinct, above 0 and one per mask, but are {ids}")
+        raise InputError(f"object ids must be distinct, above 0 and one per mask, but are {ids}")
     return prediction, target, ids
 
 
@@ -160,7 +162,7 @@ def score_video(
     prediction, target, ids = _check_pair(prediction, target, object_ids)
     table = (len(target), len(ids))
     if object_scores is not None and (object_scores := _to_numpy(object_scores)).shape != table:
-        raise ValueError(f"object scores must have shape (T, N) = {table}, not {object_scores.shape}")
+        raise InputError(f"object scores must have shape (T, N) = {table}, not {object_scores.shape}")
     num_labels = 1 if target.ndim == 4 else len(ids)
     height, width = target.shape[-2:]
     diagonal = math.hypot(height, width)
@@ -211,7 +213,7 @@ def surface_dice(
     """
     prediction, target, ids = _check_pair(prediction, target, object_ids)
     if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"need three positive spacings and a tolerance of at least 0, not {spacing} and {tolerance}")
+        raise InputError(f"need three positive spacings and a tolerance of at least 0, not {spacing} and {tolerance}")
     result = np.ones(len(ids))
     for column, object_id in enumerate(ids):
         pair = [video[:, column] if video.ndim == 4 else video == object_id for video in (prediction, target)]
@@ -238,7 +240,7 @@ def counted_frames(scores: VideoScores, protocol: Protocol) -> np.ndarray:
         ValueError: if the protocol is none of these.
     """
     if protocol not in get_args(Protocol):
-        raise ValueError(f"unknown protocol {protocol!r}; known are {', '.join(get_args(Protocol))}")
+        raise InputError(f"unknown protocol {protocol!r}; known are {', '.join(get_args(Protocol))}")
     in_target, in_either = scores.target_area > 0, scores.union > 0
     counted = np.ones(in_target.shape, dtype=bool)
     if protocol == "youtube_vos":
@@ -372,7 +374,7 @@ def summarize(
 def _group(rows: list[dict[str, Any]], groups: Mapping[tuple[str, int], str]) -> dict[str, Any]:
     keys = [(row["video"], row["object_id"]) for row in rows]
     if missing := [key for key in keys if key not in groups]:
-        raise ValueError(f"no group is given for the objects {missing}")
+        raise InputError(f"no group is given for the objects {missing}")
     result = {
         group: {
             name: _mean([row[name] for row, key in zip(rows, keys, strict=True) if groups[key] == group])

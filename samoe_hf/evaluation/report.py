@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import write_text
 from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
 
@@ -315,7 +316,7 @@ def eval_results(results: Mapping[str, Any], label: str | None = None) -> list[E
     models = {model["label"]: model for model in results["models"]}
     label = next(iter(models)) if label is None else label
     if label not in models:
-        raise ValueError(f"the results have no model {label!r}; there are {', '.join(models)}")
+        raise InputError(f"the results have no model {label!r}; there are {', '.join(models)}")
     dataset = results["dataset"]
     arguments = {"prompt": results["prompt"], "protocol": results["protocol"]}
     entries = []

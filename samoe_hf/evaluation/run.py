@@ -23,6 +23,7 @@ from tqdm import tqdm
 from samoe_hf import __version__
 from samoe_hf.data.predictions import Layout, MaskFiles
 from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import hash_tensors, write_text
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processor import load_processor
@@ -67,7 +68,7 @@ class RunFolder(ABC):
             else:
                 self._check_same(path)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
+            raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
         write_text(path, json.dumps(self.identity, indent=2))
 
     @abstractmethod
@@ -79,21 +80,21 @@ class RunFolder(ABC):
         try:
             earlier = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} does not say what was done ({error}). {advice}") from error
+            raise InputError(f"{path} does not say what was done ({error}). {advice}") from error
         differences = [
             f"`{name}` is {earlier.get(name)!r}, not {self.identity.get(name)!r}"
             for name in sorted({*earlier, *self.identity})
             if earlier.get(name) != self.identity.get(name)
         ]
         if differences:
-            raise ValueError(f"{self.folder} holds the results of another run: {'; '.join(differences)}. {advice}")
+            raise InputError(f"{self.folder} holds the results of another run: {'; '.join(differences)}. {advice}")
 
     @staticmethod
     def inside(folder: Path, name: str) -> Path:
         """A path within a folder; ValueError for a name, made of a video's domain and id, that leads out of it."""
         path = Path(os.path.normpath(folder / name))
         if not path.is_relative_to(folder) or path == folder:
-            raise ValueError(f"the domain and id of a video must name a file within a folder, got {name!r}")
+            raise InputError(f"the domain and id of a video must name a file within a folder, got {name!r}")
         return path
 
 
@@ -141,7 +142,7 @@ class EvaluationRun(RunFolder):
             path = self.scores_path(video, seed)
             result = VideoResult.load(path)
             if (result.domain, result.video_id) != (video.domain, video.video_id):
-                raise ValueError(f"{path} holds the result of {result.key}, not of {video_key(video)}.")
+                raise InputError(f"{path} holds the result of {result.key}, not of {video_key(video)}.")
             results.append(result)
         return results
 
@@ -153,7 +154,7 @@ def choose_seeds(prompt: PromptStrategy, count: int) -> list[int | None]:
         ValueError: if `count` is below 1.
     """
     if count < 1:
-        raise ValueError(f"`seeds` must be at least 1, got {count}.")
+        raise InputError(f"`seeds` must be at least 1, got {count}.")
     return [FIRST_SEED + SEED_STEP * i for i in range(count)] if prompt.is_random else [None]
 
 
@@ -221,18 +222,18 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if not len(self.videos):
-            raise ValueError("The dataset has no videos to evaluate.")
+            raise InputError("The dataset has no videos to evaluate.")
         if not 0 <= self.surface_tolerance < math.inf:
-            raise ValueError(f"`surface_tolerance` must be a length in mm, got {self.surface_tolerance}.")
+            raise InputError(f"`surface_tolerance` must be a length in mm, got {self.surface_tolerance}.")
         keys = set()
         for video in self.videos:
             check_annotated(video)
             if video_key(video) in keys:
-                raise ValueError(f"Two videos are called {video_key(video)}; give their datasets different domains.")
+                raise InputError(f"Two videos are called {video_key(video)}; give their datasets different domains.")
             keys.add(video_key(video))
             objects = [(video.video_id, object_id) for object_id in video.object_ids] if self.groups else []
             if missing := [one for one in objects if one not in self.groups]:
-                raise ValueError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
+                raise InputError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
 
     def run_model(
         self, source: str, label: str, state: PartialState, overwrite: bool = False, **options: Any
@@ -298,7 +299,7 @@ class Evaluation:
             raise FileNotFoundError(f"{folder}: no such folder of predictions")
         about = {"source": str(folder.resolve())}
         if folder.resolve().is_relative_to((self.output / "runs" / label).resolve()):
-            raise ValueError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
+            raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
         run = self._start(label, {"predictions": about["source"]}, state, overwrite=True)
 
         def find_files(video: Video) -> MaskFiles:
@@ -324,7 +325,7 @@ class Evaluation:
         """
         labels = [model["label"] for model in models]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"Labels of models must differ, got {', '.join(labels)}.")
+            raise InputError(f"Labels of models must differ, got {', '.join(labels)}.")
         is_gpu = state.device.type == "cuda"
         has_model = any("fingerprint" in model for model in models)
         results = {

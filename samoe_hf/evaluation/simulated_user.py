@@ -14,6 +14,7 @@ from scipy.ndimage import distance_transform_edt
 from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, masks_of
 from samoe_hf.model.bases import InferenceSession
 from samoe_hf.model.domain_choice import AUTO
@@ -67,7 +68,7 @@ class PromptStrategy:
     def __post_init__(self) -> None:
         # What cannot be written as text has no meaning either.
         if _parse(str(self)) != astuple(self):
-            raise ValueError(f"{_SYNTAX_ERROR}, got {self!r}.")
+            raise InputError(f"{_SYNTAX_ERROR}, got {self!r}.")
 
     @classmethod
     def parse(cls, text: str | PromptStrategy) -> PromptStrategy:
@@ -79,7 +80,7 @@ class PromptStrategy:
         if isinstance(text, PromptStrategy):
             return text
         if (fields := _parse(text)) is None:
-            raise ValueError(f"{_SYNTAX_ERROR}, got {text!r}.")
+            raise InputError(f"{_SYNTAX_ERROR}, got {text!r}.")
         return cls(*fields)
 
     def __str__(self) -> str:
@@ -264,7 +265,7 @@ class SimulatedUser:
             rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
             masks = self.processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
             if masks.isnan().any():
-                raise ValueError(
+                raise InputError(
                     f"{self.video.video_id}: the model predicts NaN on frame {frame_idx}, in {self.model.dtype}; its "
                     "weights may be damaged, or the type too narrow for them."
                 )

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from samoe_hf.errors import InputError
+
 from .evaluate import VideoResult
 from .metrics import Protocol, counted_frames, score_objects, summarize
 
@@ -56,7 +58,7 @@ def seen_and_unseen(meta: Mapping[str, Any], train_meta: Mapping[str, Any]) -> d
             for object_id, about in video["objects"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a meta.json of YouTube-VOS, with a category for each object: {error!r}") from error
+        raise InputError(f"not a meta.json of YouTube-VOS, with a category for each object: {error!r}") from error
 
 
 def summarize_model(
@@ -289,7 +291,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(results, dict) or "models" not in results:
-        raise ValueError(f"{path} is no results.json of an evaluation: it has no `models`.")
+        raise InputError(f"{path} is no results.json of an evaluation: it has no `models`.")
     return results

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.processor import build_processor
 
 from .model_card import CardContent, write_model_card
@@ -22,7 +23,7 @@ def check_base_is_public(model: PreTrainedModel) -> None:
     """Raises a `ValueError` if what was trained refers to files that only this machine has."""
     source = model.base_model_source
     if source is not None and os.path.isabs(source["name_or_path"]):
-        raise ValueError(
+        raise InputError(
             f"The base model is {source['name_or_path']}, which nobody else can fetch. Name the same model on the Hub "
             "as `base_model`, load it from there before training, or push the whole model (`experts_only=False`; in "
             "training, `save_only_trained=False`)."
@@ -61,7 +62,7 @@ def push(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         base_name = options["base_model"] or (model.base_model_source or {}).get("name_or_path")
         if experts_only and repo_id == base_name and revision in (None, "main") and not commit.get("create_pr"):
-            raise ValueError(
+            raise InputError(
                 f"{repo_id} holds the base model, which what was trained would replace; push it to another repository, "
                 "or the whole model with `experts_only=False`."
             )

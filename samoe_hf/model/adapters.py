@@ -30,6 +30,7 @@ from transformers.utils import (
 )
 
 from .domain_experts import DomainLinear
+from .errors import InputError
 from .experts import ExpertLinear
 from .lean_modules import build_on_meta
 
@@ -142,13 +143,13 @@ class AdapterMixin:
         is_there = name in adapter_names(self)
         if hotswap != "auto" and bool(hotswap) != is_there:
             state = "has an adapter" if is_there else "has no adapter"
-            raise ValueError(f"`hotswap` is {hotswap}, but the model {state} of the name {name!r}.")
+            raise InputError(f"`hotswap` is {hotswap}, but the model {state} of the name {name!r}.")
         hub |= {"local_files_only": True} if local_files_only else {}
         hub |= adapter_kwargs or {}
         if peft_model_id is not None:
             load_adapter(self, peft_model_id, name, hub)
         elif peft_config is None or adapter_state_dict is None:
-            raise ValueError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
+            raise InputError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
         else:
             config = PeftConfig.from_peft_type(**peft_config) if isinstance(peft_config, dict) else peft_config
             put_adapter(self, "`adapter_state_dict`", name, config, adapter_state_dict)
@@ -213,19 +214,19 @@ def check_adapter(config: "PeftConfig", name: str) -> None:
     """Raises a `ValueError` for an adapter that cannot be saved with the model."""
     check_adapter_name(name)
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
+        raise InputError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
     odd = [setting for setting in ("layer_replication", "megatron_config") if getattr(config, setting, None)]
     odd += [] if config.bias == "none" else ["bias"]
     odd += [] if config.init_lora_weights in PLAIN_INITIALIZATIONS else ["init_lora_weights"]
     if odd:
         settings = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in odd)
-        raise ValueError(f"`adapter_config` must leave the base model's tensors as they are, got {settings}.")
+        raise InputError(f"`adapter_config` must leave the base model's tensors as they are, got {settings}.")
 
 
 def check_adapter_name(name: str) -> None:
     """Raises a `ValueError` for a name that cannot be a folder's beside the model's files."""
     if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
-        raise ValueError(
+        raise InputError(
             "`adapter_name` must be of letters, digits, _ and -, as a folder's name, and begin neither with _ nor with "
             f"checkpoint-, got {name!r}."
         )
@@ -310,12 +311,12 @@ def put_adapter(
     found = _shapes(tensors)
     if found != expected:
         odd = min(key for key in {*found, *expected} if found.get(key) != expected.get(key))
-        raise ValueError(
+        raise InputError(
             f"The adapter {source} does not fit the model: {odd!r} should be {expected.get(odd, 'absent')}, and is "
             f"{found.get(odd, 'absent')}."
         )
     if infinite := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"The adapter {source} has NaN or infinite values in {min(infinite)!r}.")
+        raise InputError(f"The adapter {source} has NaN or infinite values in {min(infinite)!r}.")
     if is_new:
         with _refusing_settings(source):
             model.add_adapter(config, name)
@@ -332,7 +333,7 @@ def check_adapters_on_experts(model: nn.Module) -> None:
             variants = [type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()]
             if tuner not in ADDITIVE_TUNERS or variants:
                 kind = variants[0] if variants else tuner.upper()
-                raise ValueError(
+                raise InputError(
                     f"{kind} cannot be put around {name!r}, which has experts: it would drop or scale what they add. "
                     "Use a plain LoRA, or leave such layers out of `target_modules`."
                 )
@@ -345,7 +346,7 @@ def read_adapter_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "P
     try:
         return PeftConfig.from_pretrained(str(source), **hub)
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"The {ADAPTER_CONFIG_NAME} of {source} is none that this PEFT reads: {error}") from error
+        raise InputError(f"The {ADAPTER_CONFIG_NAME} of {source} is none that this PEFT reads: {error}") from error
 
 
 def read_adapter_tensors(source: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -354,7 +355,7 @@ def read_adapter_tensors(source: str | os.PathLike, hub: Mapping[str, Any]) -> d
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 @contextmanager
@@ -363,7 +364,7 @@ def _refusing_settings(source: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, re.error) as error:
-        raise ValueError(f"The adapter {source} has settings that do not fit the model: {error}") from error
+        raise InputError(f"The adapter {source} has settings that do not fit the model: {error}") from error
 
 
 def _shapes_on(model: PreTrainedModel, source: Any, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:

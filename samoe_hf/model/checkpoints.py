@@ -34,6 +34,7 @@ from transformers.utils.hub import extract_commit_hash
 from .adapters import plain_name, without_adapters
 from .configuration_samoe import SamoeConfig
 from .domain_experts import module_domain
+from .errors import InputError
 from .experts import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
 from .files import hash_tensors
 from .lean_modules import build_on_meta
@@ -83,7 +84,7 @@ def check_repeats(source: Any, config: SamoeConfig, num_tensors: int) -> None:
     """
     for name, value in _named_integers(config.to_dict()):
         if REPEAT_FIELDS.fullmatch(name) and value > num_tensors:
-            raise ValueError(f"{source}: `{name}` is {value}, but the weights hold {num_tensors} tensors in all.")
+            raise InputError(f"{source}: `{name}` is {value}, but the weights hold {num_tensors} tensors in all.")
 
 
 def check_weights(
@@ -109,7 +110,7 @@ def check_weights(
         config.check_feature_sizes()
         model = build_on_meta(config, with_experts=True)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
     expected = model.state_dict()
     problems = find_mismatches(found, expected)
     layers = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name, _ in expert_modules(model)}
@@ -126,12 +127,12 @@ def check_weights(
         hint = ""
         if all(is_expert_parameter(name) for names in problems.values() for name in names):
             hint = " `ignore_mismatched_sizes=True` gives the model new experts in their place."
-        raise ValueError(f"{source} does not fit the model: {describe_mismatches(problems)}.{hint}")
+        raise InputError(f"{source} does not fit the model: {describe_mismatches(problems)}.{hint}")
     _check_types(source, found)
     stored = sum(tensor.numel() for tensor in found.values())
     values = sum(tensor.numel() for tensor in itertools.chain(expected.values(), model.buffers()))
     if values - stored > MAX_NEW_VALUES_RATIO * stored:
-        raise ValueError(
+        raise InputError(
             f"{source}: its configuration describes {values:,d} values, but the weights hold {stored:,d}; check "
             f"`num_experts` ({config.num_experts}), `lora_rank` ({config.lora_rank}) and the sizes of images."
         )
@@ -142,14 +143,14 @@ def _check_types(source: Any, found: Mapping[str, Tensor]) -> None:
     """Refuses single tensors of float64, of whose type the whole model would become."""
     double = [name for name, tensor in found.items() if tensor.dtype == torch.float64]
     if double and len(double) < len(found):
-        raise ValueError(f"{source}: {double[0]!r} is of type float64, and others are not; expected one type.")
+        raise InputError(f"{source}: {double[0]!r} is of type float64, and others are not; expected one type.")
 
 
 def check_finite(source: Any, model: torch.nn.Module) -> None:
     """Raises a `ValueError` that names the first tensor with NaN or infinite values."""
     for name, tensor in model.state_dict().items():
         if tensor.device.type != "meta" and not tensor.isfinite().all():
-            raise ValueError(f"{source}: the tensor {name!r} has NaN or infinite values.")
+            raise InputError(f"{source}: the tensor {name!r} has NaN or infinite values.")
 
 
 def _named_integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -215,7 +216,7 @@ def check_not_its_base(model: PreTrainedModel, directory: str | os.PathLike) -> 
         return
     folders = {os.path.realpath(name), os.path.realpath(Path(name, model.base_model_source.get("subfolder") or ""))}
     if os.path.realpath(directory) in folders:
-        raise ValueError(
+        raise InputError(
             f"{directory} holds the base model, which what was trained needs; save it to another folder, or the whole "
             "model with `experts_only=False`."
         )
@@ -239,7 +240,7 @@ def save_trained(
         ValueError: if there is no base model, or `base_model` is another one.
     """
     if model.base_model_source is None and base_model is None:
-        raise ValueError(
+        raise InputError(
             "`experts_only` needs a base model to refer to, but this model did not come from one; save it as a whole."
         )
     trainable = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -257,7 +258,7 @@ def save_trained(
         source = base.base_model_source
         if fingerprint(base.state_dict(), saved, model.dtype) != digest:
             loaded = (model.base_model_source or {}).get("name_or_path")
-            raise ValueError(f"`base_model` {base_model} is not the base that the model was loaded from ({loaded}).")
+            raise InputError(f"`base_model` {base_model} is not the base that the model was loaded from ({loaded}).")
     config = SamoeConfig.from_dict(model.config.to_dict())
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
@@ -308,9 +309,9 @@ def load_trained(
     lacking = {name for name in problems["missing"] if is_expert_parameter(name)}
     problems["missing"] = [] if more_experts else sorted(lacking)
     if any(problems.values()):
-        raise ValueError(f"{names}, which it does not fit: {describe_mismatches(problems)}.")
+        raise InputError(f"{names}, which it does not fit: {describe_mismatches(problems)}.")
     if fingerprint(expected, set(found), model.dtype) != base.get("fingerprint"):
-        raise ValueError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
+        raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     model.load_state_dict(load_file(path), strict=False)
     check_finite(source, model)
     model.differs_from_base = {name for name in found if not is_expert_parameter(name)}
@@ -332,7 +333,7 @@ def _load_base(
     try:
         is_original = is_original_checkpoint(source)
         if not is_original and SamoeConfig.from_pretrained(source, **hub).base_model is not None:
-            raise ValueError("it holds only what was trained itself")
+            raise InputError("it holds only what was trained itself")
         model, _ = cls.from_pretrained(
             source,
             config=config,
@@ -344,7 +345,7 @@ def _load_base(
         )
         return model
     except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{names}, which cannot be loaded for it: {error}") from error
+        raise InputError(f"{names}, which cannot be loaded for it: {error}") from error
 
 
 def is_original_checkpoint(source: str | os.PathLike | None) -> bool:
@@ -385,7 +386,7 @@ def _check_base(
     if not is_fit or PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
         expected = "a Hub id with a commit or an absolute path" if is_folder else "a Hub id with a commit"
         stated = {key: value for key, value in base.items() if value is not None and key != "fingerprint"}
-        raise ValueError(f"{source} names {stated} as its base model; expected {expected}.")
+        raise InputError(f"{source} names {stated} as its base model; expected {expected}.")
     base_hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
     if base.get("revision"):
         base_hub["revision"] = base["revision"]
@@ -404,7 +405,7 @@ def _check_experts_size(names: str, found: Mapping[str, Tensor], config: SamoeCo
             continue
         expected = sizes.get(module_domain(layer), "no such domain")
         if tensor.shape[:2] != expected:
-            raise ValueError(
+            raise InputError(
                 f"{names}, but contradicts itself: {name!r} is of shape {tuple(tensor.shape)}, and the configuration "
                 f"says {expected} for experts and rank."
             )

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from .clip_routing import all_router_logits, router_logits_by_clip
 from .domain_choice import AUTO, encoder_has_experts, resolve_clip_domains
 from .domain_experts import keep_domain, use_domain
+from .errors import InputError
 from .experts import load_balancing_loss, recomputable, record_router_logits
 from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
@@ -94,7 +95,7 @@ def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | N
     shape = tuple(getattr(pixel_values, "shape", ()))
     if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
         got = f"shape {shape}" if shape else type(pixel_values).__name__
-        raise ValueError(
+        raise InputError(
             f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
             f"got {got}."
         )
@@ -103,13 +104,13 @@ def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | N
         return
     expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
     if labels.dtype.is_floating_point or labels.dim() != 5 or labels.shape[1] == 0:
-        raise ValueError(
+        raise InputError(
             f"`labels` must be bool or integers of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
-        raise ValueError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
+        raise InputError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
     if object_mask is not None and object_mask.shape != labels.shape[:2]:
-        raise ValueError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
+        raise InputError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
 
 
 def split_labels(labels: Tensor, object_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -186,12 +187,12 @@ def prompt_from_inputs(
     """
     if input_masks is not None:
         if input_points is not None or input_boxes is not None:
-            raise ValueError("`input_masks` cannot be given together with `input_points` or `input_boxes`.")
+            raise InputError("`input_masks` cannot be given together with `input_points` or `input_boxes`.")
         return Prompt(mask=(input_masks > 0).flatten(0, 1).unsqueeze(1)), input_masks.shape[1]
     if input_points is None and input_boxes is None:
-        raise ValueError("Without `labels` one of `input_points`, `input_boxes` or `input_masks` must be given.")
+        raise InputError("Without `labels` one of `input_points`, `input_boxes` or `input_masks` must be given.")
     if (input_points is None) != (input_labels is None):
-        raise ValueError("`input_points` and `input_labels` must be given together.")
+        raise InputError("`input_points` and `input_labels` must be given together.")
     points, labels = [], []
     if input_boxes is not None:
         corners = input_boxes.unflatten(-1, (2, 2))
@@ -311,7 +312,7 @@ def non_reentrant(checkpoint: Callable) -> Callable:
     """
     keywords = getattr(checkpoint, "keywords", {})
     if keywords.get("use_reentrant"):
-        raise ValueError(
+        raise InputError(
             "`use_reentrant` must be False for gradient checkpointing: with True, gradients flow through a tuple of "
             "tensors only, and a frame's output is more than that."
         )

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
 from .bases import MODEL_TYPES, NUM_LEVELS, SAM3, base_of, feature_stride, mask_size, settings_of_base
+from .errors import InputError
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
@@ -136,7 +137,7 @@ class SamoeConfig(Sam2VideoConfig):
         _check_number("router_aux_loss_coef", self.router_aux_loss_coef, "at least 0", lambda value: value >= 0)
         for name in ("output_router_logits", "previous_mask_with_clicks"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+                raise InputError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         for name in ("memory_attention_dropout", "memory_attention_rope_dropout"):
             _check_number(name, getattr(self, name), "from 0 to 1", lambda value: 0 <= value <= 1)
         self._check_image_size()
@@ -161,7 +162,7 @@ class SamoeConfig(Sam2VideoConfig):
             value = getattr(self, name)
             _check_integer(name, value, minimum=1)
             if any(side % value for side in size):
-                raise ValueError(f"`{name}` must divide the sides of a memory's map, {size}, got {value}.")
+                raise InputError(f"`{name}` must divide the sides of a memory's map, {size}, got {value}.")
 
     def _check_image_size(self) -> None:
         if base_of(self) is SAM3:
@@ -169,13 +170,13 @@ class SamoeConfig(Sam2VideoConfig):
         multiple = base_of(self).size_multiple or feature_stride(self)
         _check_integer("image_size", self.image_size, minimum=multiple)
         if self.image_size % multiple:
-            raise ValueError(f"`image_size` must be a multiple of {multiple}, got {self.image_size}.")
+            raise InputError(f"`image_size` must be a multiple of {multiple}, got {self.image_size}.")
 
     def _check_types(self) -> None:
         names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
         for prefix, part in {"": self, **{f"{name}.": getattr(self, name) for name in names}}.items():
             if not FLOAT_TYPE.fullmatch(str(getattr(part, "dtype", None))):
-                raise ValueError(f"`{prefix}dtype` must be a floating-point type or None, got {part.dtype!r}.")
+                raise InputError(f"`{prefix}dtype` must be a floating-point type or None, got {part.dtype!r}.")
 
     def check_feature_sizes(self) -> None:
         """Raises a `ValueError` if features of images, prompts or masks would be of other sizes than the model expects.
@@ -208,7 +209,7 @@ class SamoeConfig(Sam2VideoConfig):
         }
         for name, (value, expected) in fields.items():
             if value != expected:
-                raise ValueError(f"`{name}` must be {expected} in this configuration, got {value}.")
+                raise InputError(f"`{name}` must be {expected} in this configuration, got {value}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":
@@ -223,12 +224,12 @@ class SamoeConfig(Sam2VideoConfig):
         with _naming(pretrained_model_name_or_path):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(config_dict, dict):
-            raise ValueError(
+            raise InputError(
                 f"{pretrained_model_name_or_path}: config.json must hold a mapping, got {type(config_dict).__name__}."
             )
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, *MODEL_TYPES):
-            raise ValueError(
+            raise InputError(
                 f"{pretrained_model_name_or_path} is a model of type {model_type!r}; expected one of "
                 f"{', '.join(map(repr, (cls.model_type, *MODEL_TYPES)))}."
             )
@@ -265,14 +266,14 @@ def _naming(source: Any) -> Iterator[None]:
         yield
     except WRONG_VALUE as error:
         where = "" if source is None else f"{source}: config.json has a wrong value. "
-        raise ValueError(f"{where}{error}") from error
+        raise InputError(f"{where}{error}") from error
 
 
 def check_old_names(given: Mapping[str, Any]) -> None:
     """Raises a `ValueError` for a setting that is given by the name that it has elsewhere."""
     for name in given:
         if name in OLD_EXPERT_SETTINGS:
-            raise ValueError(f"`{name}` is called `{OLD_EXPERT_SETTINGS[name]}` here.")
+            raise InputError(f"`{name}` is called `{OLD_EXPERT_SETTINGS[name]}` here.")
 
 
 def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:
@@ -288,7 +289,7 @@ def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:
         _check_integer("num_experts", settings["num_experts"], minimum=1)
         _check_integer("num_experts_per_tok", settings["num_experts_per_tok"], minimum=1)
         if settings["num_experts_per_tok"] > settings["num_experts"]:
-            raise ValueError(
+            raise InputError(
                 f"`num_experts_per_tok` must be at most `num_experts` ({settings['num_experts']}), "
                 f"got {settings['num_experts_per_tok']}."
             )
@@ -303,11 +304,11 @@ def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:
         patterns = settings["expert_modules"]
         is_list = isinstance(patterns, list | tuple) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)
         if not (is_list or (isinstance(patterns, str) and patterns)):
-            raise ValueError(
+            raise InputError(
                 f"`expert_modules` must be a regular expression or a non-empty list of module names, got {patterns!r}."
             )
     except ValueError as error:
-        raise ValueError(f"{owner}{error}") from None
+        raise InputError(f"{owner}{error}") from None
 
 
 def check_domains(domains: Any) -> None:
@@ -320,22 +321,22 @@ def check_domains(domains: Any) -> None:
     if domains is None:
         return
     if not isinstance(domains, list | tuple):
-        raise ValueError(f"`domains` must be a list of dictionaries or None, got {domains!r}.")
+        raise InputError(f"`domains` must be a list of dictionaries or None, got {domains!r}.")
     for domain in domains:
         if not isinstance(domain, Mapping) or domain.keys() != {"name", *EXPERT_SETTINGS}:
-            raise ValueError(f"`domains` must hold dictionaries of name, {', '.join(EXPERT_SETTINGS)}, got {domain!r}.")
+            raise InputError(f"`domains` must hold dictionaries of name, {', '.join(EXPERT_SETTINGS)}, got {domain!r}.")
         check_domain_name(domain["name"])
         if domain["num_experts"] != 0 or isinstance(domain["num_experts"], bool):
             check_expert_settings(domain, f"Domain {domain['name']!r}: ")
     names = [domain["name"] for domain in domains]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"`domains` has two of the name {twice[0]!r}.")
+        raise InputError(f"`domains` has two of the name {twice[0]!r}.")
 
 
 def check_domain_name(name: Any) -> None:
     """Raises a `ValueError` if a domain cannot have this name."""
     if not isinstance(name, str) or not DOMAIN_NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
-        raise ValueError(
+        raise InputError(
             "A domain's name must be of letters, digits, _ and -, begin with a letter or digit, and be none of "
             f"{', '.join(RESERVED_NAMES)}, got {name!r}."
         )
@@ -350,23 +351,23 @@ def _check_sizes(value: Any, source: Any, name: str = "") -> None:
         for part in value:
             _check_sizes(part, source, name)
     elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        raise ValueError(
+        raise InputError(
             f"{source}: `{name}` is {value}, but nothing in a configuration is larger than {LARGEST_INTEGER}."
         )
 
 
 def _check_integer(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+        raise InputError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
 
 
 def _check_mapping(name: str, value: Any, kind: Any) -> None:
     is_fit = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
     if value is not None and not is_fit:
-        raise ValueError(f"`{name}` must be a mapping from names to {kind}, or None, got {value!r}.")
+        raise InputError(f"`{name}` must be a mapping from names to {kind}, or None, got {value!r}.")
 
 
 def _check_number(name: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not holds(value):
-        raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
+        raise InputError(f"`{name}` must be a number {allowed}, got {value!r}.")

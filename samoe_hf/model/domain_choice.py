@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .bases import InferenceSession
 from .domain_experts import use_domain
 from .domains import pooled_features
+from .errors import InputError
 from .frame_step import ImageFeatures, image_features
 
 # Lets the gate decide.
@@ -46,7 +47,7 @@ def check_domain(model: PreTrainedModel, domain: str | None) -> None:
     if domain is None or domain == AUTO or (isinstance(domain, str) and domain in names):
         return
     known = ", ".join(map(repr, names)) if names else "none, since its experts belong to no domains"
-    raise ValueError(f'`domain` must be "auto", None or a domain of the model ({known}), got {domain!r}.')
+    raise InputError(f'`domain` must be "auto", None or a domain of the model ({known}), got {domain!r}.')
 
 
 def encoder_has_experts(model: PreTrainedModel) -> bool:
@@ -92,7 +93,7 @@ def resolve_clip_domains(
     """
     domains = [domain] * len(first_frames) if domain is None or isinstance(domain, str) else list(domain)
     if len(domains) != len(first_frames):
-        raise ValueError(f"`domain` must be one for all {len(first_frames)} clips or one for each, got {len(domains)}.")
+        raise InputError(f"`domain` must be one for all {len(first_frames)} clips or one for each, got {len(domains)}.")
     for name in domains:
         check_domain(model, name)
     if AUTO not in domains:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .errors import InputError
 from .experts import (
     ExpertMixture,
     LinearOfTokens,
@@ -158,7 +159,7 @@ def module_layer(name: str) -> str:
 def check_has_no_domains(model: nn.Module) -> None:
     """Raises a `ValueError` if the experts of a model belong to domains."""
     if model.config.domains is not None:
-        raise ValueError(
+        raise InputError(
             "The experts of this model belong to domains, which are added and removed as a whole (`add_domain`, "
             "`remove_domain`) and trained apart."
         )

@@ -21,6 +21,7 @@ from .domain_experts import (
     domain_modules,
 )
 from .domains import add_domain_gate
+from .errors import InputError
 from .expert_surgery import frozen_experts
 from .experts import ExpertLinear, expert_modules, matching_linear_names, replace_module, to_plain_linear
 
@@ -49,7 +50,7 @@ class DomainSurgeryMixin:
         domain = self._describe_domain(name, like, settings)
         if self.config.domains is None:
             if with_effect := [layer for layer, module in expert_modules(self) if module.lora_B.any()]:
-                raise ValueError(
+                raise InputError(
                     f"The model has experts that belong to no domain, such as those of {with_effect[0]!r}. "
                     "`rename_domain(None, NAME)` makes a domain of them."
                 )
@@ -67,13 +68,13 @@ class DomainSurgeryMixin:
         """The new domain for the configuration, checked."""
         check_domain_name(name)
         if name in self.config.domain_names:
-            raise ValueError(f"`name` {name!r} is the name of a domain that the model has.")
+            raise InputError(f"`name` {name!r} is the name of a domain that the model has.")
         if unknown := sorted(set(settings) - set(EXPERT_SETTINGS)):
-            raise ValueError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
+            raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
         if like is None:
             own = {setting: copy.deepcopy(getattr(self.config, setting)) for setting in EXPERT_SETTINGS}
         elif settings:
-            raise ValueError(f"`like` {like!r} says what the new domain's experts are; got `{min(settings)}` as well.")
+            raise InputError(f"`like` {like!r} says what the new domain's experts are; got `{min(settings)}` as well.")
         else:
             own = copy.deepcopy(find_domain(self, like))
         domain = {**own, **settings, "name": name}
@@ -108,7 +109,7 @@ class DomainSurgeryMixin:
         """
         check_domain_name(new_name)
         if new_name in self.config.domain_names:
-            raise ValueError(f"`new_name` {new_name!r} is the name of a domain that the model has.")
+            raise InputError(f"`new_name` {new_name!r} is the name of a domain that the model has.")
         if name is None:
             self._make_domain(new_name)
             return
@@ -124,10 +125,10 @@ class DomainSurgeryMixin:
     def _make_domain(self, name: str) -> None:
         """Makes a domain of the experts of a model without domains."""
         if self.config.domains is not None:
-            raise ValueError("`name` must be a domain of the model, whose experts all belong to one, got None.")
+            raise InputError("`name` must be a domain of the model, whose experts all belong to one, got None.")
         _check_no_adapters(self)
         if any(frozen_experts(module) for _, module in expert_modules(self)):
-            raise ValueError("Some experts are frozen; `freeze_experts([])` lets them become a domain's.")
+            raise InputError("Some experts are frozen; `freeze_experts([])` lets them become a domain's.")
         for layer, module in list(expert_modules(self)):
             with_domains = DomainLinear.from_linear(module)
             with_domains.add_module(PREFIX + name, _detached_experts(module, self.config.expert_settings()))
@@ -153,14 +154,14 @@ class DomainSurgeryMixin:
         """
         if self.config.domains is None or other.config.domains is None:
             which = "This" if self.config.domains is None else "The other"
-            raise ValueError(
+            raise InputError(
                 f"{which} model's experts belong to no domain; `rename_domain(None, NAME)` gives them one."
             )
         if both := sorted(set(self.config.domain_names) & set(other.config.domain_names)):
-            raise ValueError(f"Both models have a domain {both[0]!r}; rename one of them.")
+            raise InputError(f"Both models have a domain {both[0]!r}; rename one of them.")
         _check_no_adapters(self)
         if base_fingerprint(self, set()) != base_fingerprint(other, set()):
-            raise ValueError("The models have different bases, whose experts do not fit each other.")
+            raise InputError("The models have different bases, whose experts do not fit each other.")
         for domain in other.config.domains:
             add_domain_experts(self, **domain)
             _copy_experts(other, domain["name"], self, domain["name"])
@@ -218,7 +219,7 @@ def _domain_index(model: nn.Module, name: str) -> int:
     names = model.config.domain_names
     if name not in names:
         known = ", ".join(map(repr, names)) or "none"
-        raise ValueError(f"The model has no domain {name!r}; there are {known}.")
+        raise InputError(f"The model has no domain {name!r}; there are {known}.")
     return names.index(name)
 
 
@@ -231,4 +232,4 @@ def _detached_experts(module: ExpertLinear, settings: dict[str, Any]) -> DomainE
 
 def _check_no_adapters(model: nn.Module) -> None:
     if names := adapter_names(model):
-        raise ValueError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
+        raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from .errors import InputError
 from .experts import DOMAIN_GATE
 from .frame_step import ImageFeatures
 
@@ -151,11 +152,11 @@ class DomainGate(nn.Module):
         super().__init__()
         self.kinds = (num_features,) if isinstance(num_features, int) else tuple(num_features)
         if min(self.kinds, default=0) < 1 or num_domains < 0:
-            raise ValueError(
+            raise InputError(
                 f"num_features must be at least 1 and num_domains at least 0, not {num_features} and {num_domains}"
             )
         if len(self.kinds) > len(MAX_THRESHOLDS):
-            raise ValueError(f"num_features must be of at most {len(MAX_THRESHOLDS)} kinds, not {len(self.kinds)}")
+            raise InputError(f"num_features must be of at most {len(MAX_THRESHOLDS)} kinds, not {len(self.kinds)}")
         self.num_features = sum(self.kinds)
         shape = (num_domains, self.num_features)
         self.register_buffer("counts", torch.empty(num_domains, dtype=torch.long))
@@ -205,7 +206,7 @@ class DomainGate(nn.Module):
         features = self._check(features)
         ids = videos.tolist() if isinstance(videos, Tensor) else list(videos)
         if len(ids) != len(features) or not ids:
-            raise ValueError(
+            raise InputError(
                 f"videos must name the video of each of the {len(features)} frames (at least one), not {len(ids)}"
             )
         order = {name: number for number, name in enumerate(sorted(set(ids), key=str))}
@@ -247,20 +248,20 @@ class DomainGate(nn.Module):
     def merge(self, other: "DomainGate") -> None:
         """Appends another gate's domains, which were learned with the same encoder."""
         if other.kinds != self.kinds:
-            raise ValueError(f"other gate has {_listed(other.kinds)} features, and this one {_listed(self.kinds)}")
+            raise InputError(f"other gate has {_listed(other.kinds)} features, and this one {_listed(self.kinds)}")
         for name, buffer in list(self.named_buffers()):
             setattr(self, name, torch.cat([buffer, other.get_buffer(name).to(buffer.device)]))
 
     def _check(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise ValueError(f"features must be (rows, {self.num_features}), not {tuple(features.shape)}")
+            raise InputError(f"features must be (rows, {self.num_features}), not {tuple(features.shape)}")
         if not features.isfinite().all():
-            raise ValueError("features have values that are not finite")
+            raise InputError("features have values that are not finite")
         return features.detach().to(self.means.device, torch.float64)
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
-            raise ValueError(f"index must be that of one of {len(self)} domains, not {index}")
+            raise InputError(f"index must be that of one of {len(self)} domains, not {index}")
 
     def _apply(self, fn, recurse: bool = True) -> "DomainGate":
         """Moves the buffers as `fn` does, but keeps their types: what is known survives `model.to(torch.bfloat16)`."""

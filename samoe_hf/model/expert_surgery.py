@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from .configuration_samoe import EXPERT_SETTINGS
 from .domain_experts import check_has_no_domains
+from .errors import InputError
 from .experts import (
     EXPERT_TENSORS,
     ExpertMixture,
@@ -62,15 +63,15 @@ class ExpertSurgeryMixin:
         """
         check_has_no_domains(self)
         if sum(given is not None for given in (keep, drop, usage)) != 1:
-            raise ValueError("Exactly one of `keep`, `drop` and `usage` must be given.")
+            raise InputError("Exactly one of `keep`, `drop` and `usage` must be given.")
         if (usage is None) != (num_experts is None):
-            raise ValueError(
+            raise InputError(
                 "`num_experts`, the number of experts that stay, must be given with `usage`, and only then."
             )
         if usage is not None:
             _check_usage(self, usage)
             if isinstance(num_experts, bool) or not isinstance(num_experts, int):
-                raise ValueError(f"`num_experts` must be an integer, got {num_experts!r}.")
+                raise InputError(f"`num_experts` must be an integer, got {num_experts!r}.")
             _check_num_left(self, num_experts)
             kept = {name: sorted(usage[name].topk(num_experts).indices.tolist()) for name, _ in expert_modules(self)}
         else:
@@ -110,7 +111,7 @@ class ExpertSurgeryMixin:
         check_has_no_domains(self)
         experts = sorted(check_experts(self, experts))
         if len(experts) < 2:
-            raise ValueError(f"`experts` must be at least two experts to merge, got {experts}.")
+            raise InputError(f"`experts` must be at least two experts to merge, got {experts}.")
         if usage is not None:
             _check_usage(self, usage)
         _check_not_frozen(self, experts, "experts")
@@ -166,7 +167,7 @@ class ExpertSurgeryMixin:
         config = copy.deepcopy(self.config)
         for name, value in settings.items():
             if name not in EXPERT_SETTINGS:
-                raise ValueError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {name!r}.")
+                raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {name!r}.")
             setattr(config, name, value)
         config.check_experts()
         matching_linear_names(self, config.expert_modules)
@@ -186,7 +187,7 @@ class ExpertSurgeryMixin:
         """
         check_has_no_domains(self)
         if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
-            raise ValueError(f"`num_new` must be an integer of at least 1, got {num_new!r}.")
+            raise InputError(f"`num_new` must be an integer of at least 1, got {num_new!r}.")
         return append_experts(self, {name: new_experts(module, num_new) for name, module in expert_modules(self)})
 
     def freeze_experts(self, experts: Sequence[int]) -> None:
@@ -228,7 +229,7 @@ class ExpertSurgeryMixin:
             if not _parameter(module, "router.weight").requires_grad or not asleep.any():
                 continue
             if isinstance(weight, DTensor):
-                raise ValueError(
+                raise InputError(
                     "New experts sleep, and the weights are sharded; call `model.wake_experts()` before that."
                 )
             seed = _common_seed() if seed is None else seed
@@ -251,9 +252,9 @@ def check_experts(model: nn.Module, experts: Sequence[int], name: str = "experts
     count = model.config.num_experts
     for expert in experts:
         if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < count:
-            raise ValueError(f"`{name}` must be integers from 0 to {count - 1}, got {expert!r}.")
+            raise InputError(f"`{name}` must be integers from 0 to {count - 1}, got {expert!r}.")
     if len(set(experts)) < len(experts):
-        raise ValueError(f"`{name}` must be different experts, got {list(experts)}.")
+        raise InputError(f"`{name}` must be different experts, got {list(experts)}.")
     return list(experts)
 
 
@@ -391,7 +392,7 @@ def _competing_row(others: Tensor, generator: torch.Generator) -> Tensor:
 def _check_num_left(model: nn.Module, num_experts: int) -> None:
     least, most = model.config.num_experts_per_tok, model.config.num_experts
     if not least <= num_experts <= most:
-        raise ValueError(
+        raise InputError(
             f"{num_experts} experts cannot stay: from `num_experts_per_tok` ({least}) to all ({most}) can."
         )
 
@@ -399,7 +400,7 @@ def _check_num_left(model: nn.Module, num_experts: int) -> None:
 def _check_not_frozen(model: nn.Module, experts: Sequence[int], name: str) -> None:
     for _, module in expert_modules(model):
         if frozen := sorted(set(experts) & set(frozen_experts(module))):
-            raise ValueError(f"`{name}` {frozen} are frozen; `freeze_experts([])` lets them change.")
+            raise InputError(f"`{name}` {frozen} are frozen; `freeze_experts([])` lets them change.")
 
 
 def _check_usage(model: nn.Module, usage: Usage) -> None:
@@ -407,7 +408,7 @@ def _check_usage(model: nn.Module, usage: Usage) -> None:
         shape = tuple(getattr(usage.get(name), "shape", ()))
         if shape != (model.config.num_experts,):
             got = f"shape {shape}" if name in usage else "nothing"
-            raise ValueError(f"`usage` must have {model.config.num_experts} values for {name!r}, got {got}.")
+            raise InputError(f"`usage` must have {model.config.num_experts} values for {name!r}, got {got}.")
 
 
 def _merged_tensors(

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from .errors import InputError
+
 # What a layer with experts has beside the base layer's tensors.
 EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
 # The module that tells which domain's experts a video gets, where experts belong to domains.
@@ -255,12 +257,12 @@ def matching_linear_names(model: nn.Module, patterns: str | list[str]) -> list[s
         try:
             matches = {patterns: [name for name in names if re.fullmatch(patterns, name)]}
         except re.error as error:
-            raise ValueError(f"`expert_modules` is not a regular expression ({error}): {patterns!r}.") from error
+            raise InputError(f"`expert_modules` is not a regular expression ({error}): {patterns!r}.") from error
     else:
         matches = {p: [name for name in names if name == p or name.endswith(f".{p}")] for p in patterns}
     for pattern, found in matches.items():
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"`expert_modules` matches no linear layer with {pattern!r}. A string is a regular expression for the "
                 f"whole name, a list holds ends of names; names are like {', '.join(map(repr, names[-3:]))}."
             )
@@ -416,7 +418,7 @@ def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok
         A scalar; gradients flow through `P_e`.
     """
     if not router_logits:
-        raise ValueError("`router_logits` is empty: no layer with experts was run.")
+        raise InputError("`router_logits` is empty: no layer with experts was run.")
     losses = []
     for name, logits in router_logits.items():
         logits = logits.float()

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Sam2VideoModel
 
 from .bases import InferenceSession
+from .errors import InputError
 from .memory_bank import FrameMemory, MemoryBank
 from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
 
@@ -89,7 +90,7 @@ class SessionObject(NamedTuple):
         if "state" not in self.outputs and not any(self.outputs.values()):
             self.outputs["state"] = ObjectState(weakref.ref(model))
         if "state" not in self.outputs or self.state.model() is not model:
-            raise ValueError(
+            raise InputError(
                 f"Object {self.object_id} was tracked in this session with another model; "
                 "call `reset_tracking_data()` on the session before this one tracks in it."
             )
@@ -206,7 +207,7 @@ def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int,
     is_known = any(tracked_object.outputs[name] for name in ("cond_frame_outputs", "non_cond_frame_outputs"))
     if not tracked_object.prompted_frames and not is_known:
         remove_object(tracked_object.session, object_id)
-    raise ValueError(f"{problem} The prompt of object {object_id} on frame {frame_idx} is not used.")
+    raise InputError(f"{problem} The prompt of object {object_id} on frame {frame_idx} is not used.")
 
 
 def _frame_problem(session: InferenceSession, frame_idx: int, upcoming: bool) -> str | None:
@@ -254,7 +255,7 @@ def clear_prompts(session: InferenceSession, frame_idx: int, obj_id: int) -> Non
         ValueError: if there is no such object.
     """
     if obj_id not in session._obj_id_to_idx:
-        raise ValueError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
+        raise InputError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
     SessionObject(session, session._obj_id_to_idx[obj_id]).clear(frame_idx)
 
 
@@ -266,7 +267,7 @@ def remove_object(session: InferenceSession, obj_id: int, strict: bool = False) 
     """
     if obj_id not in session._obj_id_to_idx:
         if strict:
-            raise ValueError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
+            raise InputError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
         return
     kept = [row for other, row in session._obj_id_to_idx.items() if other != obj_id]
     session.obj_ids = [session.obj_idx_to_id(row) for row in kept]

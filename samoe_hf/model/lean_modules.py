@@ -29,6 +29,7 @@ from .bases import NUM_LEVELS
 from .configuration_samoe import SamoeConfig
 from .domain_experts import add_configured_experts
 from .domains import add_domain_gate
+from .errors import InputError
 
 # So few channels are normalized one by one.
 FEW_CHANNELS = 4
@@ -263,7 +264,7 @@ def build_on_meta(config: SamoeConfig, with_experts: bool) -> Sam2VideoModel:
                 add_configured_experts(model, config)
                 add_domain_gate(model)
     except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"The configuration describes no model that can be built: {error}") from error
+        raise InputError(f"The configuration describes no model that can be built: {error}") from error
     return model
 
 

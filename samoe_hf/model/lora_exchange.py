@@ -17,6 +17,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available, req
 from .adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
 from .domain_experts import check_has_no_domains, domain_modules
 from .domain_surgery import find_domain
+from .errors import InputError
 from .expert_surgery import append_experts, check_experts, new_experts
 from .experts import ExpertMixture, expert_modules
 from .files import new_folder
@@ -94,7 +95,7 @@ class LoraExchangeMixin:
             return self.config.expert_settings()
         settings = find_domain(self, domain)
         if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < settings["num_experts"]:
-            raise ValueError(
+            raise InputError(
                 f"`expert` must be one of the {settings['num_experts']} experts of domain {domain!r}, got {expert!r}."
             )
         return settings
@@ -114,7 +115,7 @@ class LoraExchangeMixin:
         rank = max(len(A) for A, _, _ in lora.layers.values())
         linear = {layer for layer, module in self.named_modules() if isinstance(module, nn.Linear)}
         if others := sorted(set(lora.layers) - linear):
-            raise ValueError(f"{source} is a LoRA on a layer {others[0]!r}, which the model does not have.")
+            raise InputError(f"{source} is a LoRA on a layer {others[0]!r}, which the model does not have.")
         # The scale of the first; where all have the same, their B stay as they are.
         alpha = next(iter(lora.layers.values()))[2] * rank
         self.add_domain(
@@ -163,7 +164,7 @@ def expert_tensors(model: nn.Module, lora: Lora) -> dict[str, tuple[Tensor, Tens
     modules = dict(expert_modules(model))
     known = {name.removesuffix(".base_layer") for name in modules}
     if others := sorted(set(lora.layers) - known):
-        raise ValueError(
+        raise InputError(
             f"{lora.source} is a LoRA on {len(others)} layers without experts, such as {others[0]!r}; load the model "
             "with `expert_modules` that include them."
         )
@@ -177,13 +178,13 @@ def _as_expert(name: str, module: ExpertMixture, lora: Lora) -> tuple[Tensor, Te
         return new_A, new_B
     A, B, scale = lora.layers[name]
     if (A.shape[1], B.shape[0]) != (module.in_features, module.out_features):
-        raise ValueError(
+        raise InputError(
             f"{lora.source} is for another model: its LoRA on {name!r} goes from {A.shape[1]} to {B.shape[0]} "
             f"features, the layer from {module.in_features} to {module.out_features}."
         )
     rank = len(A)
     if rank > module.lora_rank:
-        raise ValueError(
+        raise InputError(
             f"{lora.source} has rank {rank} on {name!r}, and the model's experts have {module.lora_rank}, which "
             f"cannot hold it; make the model with `lora_rank` of at least {rank}."
         )
@@ -191,7 +192,7 @@ def _as_expert(name: str, module: ExpertMixture, lora: Lora) -> tuple[Tensor, Te
     # The very same tensor where the scales agree.
     new_B[0, :, :rank] = (B if scale == module.scaling else B.double() * (scale / module.scaling)).to(new_B)
     if not (new_A.isfinite().all() and new_B.isfinite().all()):
-        raise ValueError(f"{lora.source} has infinite values or NaN on {name!r}, which would reach all tokens.")
+        raise InputError(f"{lora.source} has infinite values or NaN on {name!r}, which would reach all tokens.")
     return new_A, new_B
 
 
@@ -208,36 +209,36 @@ def read_lora(source: str | os.PathLike, **hub) -> Lora:
                 pairs.setdefault(name.removesuffix(f".{leaf}"), {})[leaf] = tensor
                 break
         else:
-            raise ValueError(
+            raise InputError(
                 f"{source} has {key!r} {tuple(tensor.shape)}, which is no matrix of a LoRA on a linear layer."
             )
     layers = {}
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
-            raise ValueError(f"{source} has only one matrix of the LoRA on {name!r}, {next(iter(pair))}.")
+            raise InputError(f"{source} has only one matrix of the LoRA on {name!r}, {next(iter(pair))}.")
         rank, scale = _rank_and_scale(source, config, name)
         if not len(pair["lora_A"]) == pair["lora_B"].shape[1] == rank:
-            raise ValueError(
+            raise InputError(
                 f"{source} says rank {rank} of {name!r}, but has A {tuple(pair['lora_A'].shape)} and "
                 f"B {tuple(pair['lora_B'].shape)}."
             )
         layers[name] = (pair["lora_A"], pair["lora_B"], scale)
     if not layers:
-        raise ValueError(f"{source} has no tensors.")
+        raise InputError(f"{source} has no tensors.")
     return Lora(str(source), layers)
 
 
 def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConfig":
     config = read_adapter_config(source, hub)
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{source} is an adapter of type {config.peft_type}; an expert can only be a LoRA.")
+        raise InputError(f"{source} is an adapter of type {config.peft_type}; an expert can only be a LoRA.")
     given = [f"{name}={value!r}" for name in UNSUPPORTED if (value := getattr(config, name, None))]
     if config.bias != "none":
         given.append(f"bias={config.bias!r}")
     if config.init_lora_weights not in PLAIN_INITIALIZATIONS:
         given.append(f"init_lora_weights={config.init_lora_weights!r}, which changes the base model's weights")
     if given:
-        raise ValueError(f"{source} is more than a plain LoRA, so it cannot be an expert: {', '.join(given)}.")
+        raise InputError(f"{source} is more than a plain LoRA, so it cannot be an expert: {', '.join(given)}.")
     return config
 
 
@@ -248,4 +249,4 @@ def _rank_and_scale(source: str | os.PathLike, config: "LoraConfig", name: str) 
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
         return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
     except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
-        raise ValueError(f"{source} says no rank and scale of {name!r}: {error}") from error
+        raise InputError(f"{source} says no rank and scale of {name!r}: {error}") from error

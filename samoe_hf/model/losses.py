@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import InputError
+
 # Label of padded objects, which Trainer neither counts nor takes for a mask.
 PADDING_LABEL = -100
 # Focal, dice, IoU and object score, by these names.
@@ -40,7 +42,7 @@ class SegmentationLoss:
         for field in fields(self):
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{field.name}` must be a number from 0 on, got {value}.")
+                raise InputError(f"`{field.name}` must be a number from 0 on, got {value}.")
 
     def __call__(
         self,

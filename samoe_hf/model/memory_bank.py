@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 
 @dataclass(eq=False)
 class FrameMemory:
@@ -94,7 +96,7 @@ class MemoryBank:
             ValueError: if there is no conditioning frame yet.
         """
         if not self.conditioning:
-            raise ValueError(f"Frame {frame_idx} cannot be tracked: no frame has been prompted yet.")
+            raise InputError(f"Frame {frame_idx} cannot be tracked: no frame has been prompted yet.")
         step = -1 if reverse else 1
         selected = closest_frames(frame_idx, list(self.conditioning), max_cond_frames)
         # A conditioning frame that was not selected can still be read as one of the recent frames.

@@ -35,6 +35,7 @@ from .domain_experts import PREFIX as DOMAIN_PREFIX
 from .domain_experts import add_configured_experts
 from .domain_surgery import DomainSurgeryMixin
 from .domains import add_domain_gate
+from .errors import InputError
 from .expert_surgery import ExpertSurgeryMixin
 from .experts import DOMAIN_GATE, ExpertMixture, is_expert_parameter
 from .interaction import clear_prompts, remove_object
@@ -186,11 +187,11 @@ class SamoeModel(
         try:
             matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
         except re.error as error:
-            raise ValueError(f"`sets` has {chosen!r}, which is no regular expression: {error}.") from error
+            raise InputError(f"`sets` has {chosen!r}, which is no regular expression: {error}.") from error
         names = [name for name, _ in self.named_parameters() if matches(plain_name(name))]
         if not names:
             known = ", ".join(map(repr, TRAINABLE_SETS))
-            raise ValueError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")
+            raise InputError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")
         return names
 
     def print_trainable_parameters(self) -> None:

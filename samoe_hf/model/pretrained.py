@@ -27,6 +27,7 @@ from .checkpoints import (
     save_trained,
 )
 from .configuration_samoe import SamoeConfig, check_old_names
+from .errors import InputError
 from .experts import EXPERT_TENSORS
 from .files import updated_folder
 from .processor import build_processor
@@ -268,7 +269,7 @@ class PretrainedMixin:
 def _saves_experts_only(model: PreTrainedModel, experts_only: bool | None) -> bool:
     is_quantized = bool(model.quantized_layers)
     if experts_only is False and is_quantized:
-        raise ValueError("`experts_only` must be True where the base is quantized: what was trained is saved alone.")
+        raise InputError("`experts_only` must be True where the base is quantized: what was trained is saved alone.")
     return is_quantized if experts_only is None else experts_only
 
 
@@ -310,14 +311,14 @@ def _check_given(
 ) -> None:
     """Raises a `ValueError` for an argument of `from_pretrained` with its name elsewhere, or if nothing is given."""
     for name in OLD_ARGUMENTS.keys() & others:
-        raise ValueError(f"`{name}` is called `{OLD_ARGUMENTS[name]}` here.")
+        raise InputError(f"`{name}` is called `{OLD_ARGUMENTS[name]}` here.")
     check_old_names(others)
     if source is None and config is None:
-        raise ValueError("`pretrained_model_name_or_path` must be given: a folder, a Hub id or an original `.pt`.")
+        raise InputError("`pretrained_model_name_or_path` must be given: a folder, a Hub id or an original `.pt`.")
     if source is None and quantization_config is not None:
-        raise ValueError("`quantization_config` needs `pretrained_model_name_or_path`, where the full base is.")
+        raise InputError("`quantization_config` needs `pretrained_model_name_or_path`, where the full base is.")
     if of_original != (None, None) and not is_original_checkpoint(source):
-        raise ValueError(
+        raise InputError(
             f"`experts` and `original_config` go with an original checkpoint, but {str(source)!r} is not a file."
         )
 

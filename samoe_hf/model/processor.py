@@ -14,6 +14,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 
 from .bases import base_of, mask_size
 from .configuration_samoe import SamoeConfig
+from .errors import InputError
 
 # Any of them means that a processor was saved.
 PROCESSOR_FILES = (PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
@@ -55,7 +56,7 @@ def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> Processo
     # With SAM 3's combined checkpoint the processor of the video model was saved, whose parts are the tracker's.
     processor = (expected if expected is Sam3TrackerVideoProcessor else AutoProcessor).from_pretrained(source)
     if not isinstance(processor, expected):
-        raise ValueError(f"{source}: its processor is a {type(processor).__name__}, expected a {expected.__name__}.")
+        raise InputError(f"{source}: its processor is a {type(processor).__name__}, expected a {expected.__name__}.")
     sizes = [dict(part.size) for part in (processor.image_processor, processor.video_processor)]
     # That of coordinates.
     sizes.append({"height": processor.target_size, "width": processor.target_size})
@@ -63,7 +64,7 @@ def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> Processo
     for size in sizes:
         height, width = size.get("height"), size.get("width")
         if (height, width) != (side, side):
-            raise ValueError(
+            raise InputError(
                 f"{source}: its processor makes frames of {height} x {width} pixels, but the model takes "
                 f"{side} x {side}."
             )

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .frame_step import Corrections, Prompt
 
 POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 1, 0, 2, 3
@@ -55,10 +56,10 @@ class PromptRecipe:
     def __post_init__(self) -> None:
         for name in ("point_probability", "box_probability", "click_from_mask_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
+                raise InputError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
         for name, least in (("max_initial_frames", 1), ("max_corrected_frames", 0), ("num_correction_clicks", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+                raise InputError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
 
     def draw(self, num_frames: int) -> PromptPlan:
         """Draws the plan of a clip of `num_frames` frames."""
@@ -104,7 +105,7 @@ def resolve_recipe(prompts: "str | PromptRecipe") -> PromptRecipe:
         return prompts
     if prompts not in PROMPT_RECIPES:
         names = ", ".join(map(repr, PROMPT_RECIPES))
-        raise ValueError(f"`prompts` must be one of {names}, or a PromptRecipe, got {prompts!r}.")
+        raise InputError(f"`prompts` must be one of {names}, or a PromptRecipe, got {prompts!r}.")
     return PROMPT_RECIPES[prompts]
 
 

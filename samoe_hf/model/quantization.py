@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import plain_name
 from .configuration_samoe import SamoeConfig
+from .errors import InputError
 from .experts import as_class, floating_type, is_expert_parameter, over_base, replace_module
 from .files import plain_tensors
 
@@ -55,7 +56,7 @@ class QuantizedLinear(nn.Linear):
 def check_not_quantized(source: Any, config: SamoeConfig) -> None:
     """Raises a `ValueError` if a folder or Hub id holds quantized weights."""
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
+        raise InputError(
             f"{source} holds quantized weights. Load the full model, and give `quantization_config` to quantize it."
         )
 
@@ -79,11 +80,11 @@ def quantize_base(
     base = _quantized_base(model, _with_skips(model, quantization_config), device_map)
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1:
-        raise ValueError(f"`device_map` must put a quantized model on one device, got {device_map!r}.")
+        raise InputError(f"`device_map` must put a quantized model on one device, got {device_map!r}.")
     model.to(devices.pop())
     quantized = [name for name, module in base.named_modules() if _is_quantized(module)]
     if not quantized:
-        raise ValueError(f"`quantization_config` quantizes no layer of the model: {quantization_config}.")
+        raise InputError(f"`quantization_config` quantizes no layer of the model: {quantization_config}.")
     for name in quantized:
         layer, own = _callable(base.get_submodule(name)).requires_grad_(False), model.get_submodule(name)
         replace_module(model, name, layer if type(own) is nn.Linear else over_base(own, layer))
@@ -97,7 +98,7 @@ def quantize_base(
 def _with_skips(model: PreTrainedModel, quantization_config: Any) -> QuantizationConfigMixin:
     """A copy of a library's configuration, with the layers that stay as they are beside those that it names itself."""
     if not isinstance(quantization_config, QuantizationConfigMixin | Mapping):
-        raise ValueError(
+        raise InputError(
             f"`quantization_config` must be one of transformers' or its values, got {quantization_config!r}."
         )
     if isinstance(quantization_config, Mapping):
@@ -128,7 +129,7 @@ def _quantized_base(model: PreTrainedModel, quantization_config: Any, device_map
         # Of errors in a library, transformers tells in its report.
         causes = re.findall(r"^\w*(?:Error|Exception): .+", "\n".join(reports), flags=re.MULTILINE)
         cause = causes[0] if causes else error
-        raise ValueError(f"`quantization_config` cannot be used with this model and device: {cause}") from error
+        raise InputError(f"`quantization_config` cannot be used with this model and device: {cause}") from error
 
 
 @contextmanager
@@ -176,7 +177,7 @@ def check_can_be_trained(model: PreTrainedModel, names: set[str]) -> None:
     """Raises a `ValueError` if any of these parameters is quantized."""
     weights = {f"{layer}.weight" for layer in model.quantized_layers}
     if quantized := sorted(name for name in names if plain_name(name) in weights):
-        raise ValueError(
+        raise InputError(
             f"{quantized[0]!r} is quantized and cannot be trained. Train experts or adapters, or leave such layers out "
             f"of the `quantization_config` ({' or '.join(map(repr, SKIP_FIELDS))})."
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import ProcessorMixin, Sam2VideoInferenceSession
 
 from .domain_choice import AUTO, SessionDecision
+from .errors import InputError
 from .interaction import SessionObject, check_prompt
 
 KEPT_FRAMES = 32
@@ -50,9 +51,9 @@ class VideoSession(Sam2VideoInferenceSession):
         **kwargs: Any,
     ):
         if (frames is None) != (processor is None):
-            raise ValueError("`frames` and `processor` must be given together, or neither where frames are streamed.")
+            raise InputError("`frames` and `processor` must be given together, or neither where frames are streamed.")
         if domain_interval is not None and domain_interval < 1:
-            raise ValueError(f"`domain_interval` must be at least 1 frame or None, got {domain_interval}.")
+            raise InputError(f"`domain_interval` must be at least 1 frame or None, got {domain_interval}.")
         if frames is not None:
             kwargs["video_height"], kwargs["video_width"] = frames[0].shape[:2]
         super().__init__(dtype=dtype, **kwargs)

@@ -29,6 +29,7 @@ from .domain_choice import (
     store_decision,
 )
 from .domain_experts import use_domain
+from .errors import InputError
 from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .interaction import FrameRecord, SessionObject, check_prompt, points_and_labels, session_objects
 from .memory_bank import MemoryBank, MemorySelection
@@ -131,7 +132,7 @@ def track_frame(
     """
     call = FrameCall(operator.index(frame_idx), reverse, streaming, run_mem_encoder)
     if len({(str(session.inference_device), session.dtype) for session in sessions}) > 1:
-        raise ValueError("`sessions` must be of one `inference_device` and one `dtype` to be tracked together.")
+        raise InputError("`sessions` must be of one `inference_device` and one `dtype` to be tracked together.")
     for session in sessions:
         _check_session(model, session, call.frame_idx)
         segment_new_prompts(model, session, except_frame=call.frame_idx, streaming=streaming)
@@ -141,14 +142,14 @@ def track_frame(
 
 def _check_session(model: Sam2VideoModel, session: InferenceSession, frame_idx: int) -> None:
     if session.get_obj_num() == 0:
-        raise ValueError("No objects are provided for tracking; please add inputs first.")
+        raise InputError("No objects are provided for tracking; please add inputs first.")
     if session.processed_frames is None or frame_idx not in session.processed_frames:
-        raise ValueError(
+        raise InputError(
             f"`frame_idx` must be a frame of the session ({session.num_frames or 0} frames), got {frame_idx}."
         )
     reach = max(model.num_maskmem, model.config.max_object_pointers_in_encoder)
     if isinstance(session, VideoSession) and session.keep_frames < reach:
-        raise ValueError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
+        raise InputError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
 
 
 def segment_new_prompts(
@@ -198,7 +199,7 @@ def start_propagation(model: Sam2VideoModel, session: InferenceSession, start_fr
 def _commit(tracked_object: SessionObject) -> None:
     tracked_object.commit()
     if not tracked_object.state.bank.conditioning:
-        raise ValueError(f"Object {tracked_object.object_id} was never prompted; please add inputs for it first.")
+        raise InputError(f"Object {tracked_object.object_id} was never prompted; please add inputs for it first.")
 
 
 def _session_tasks(

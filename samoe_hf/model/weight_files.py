@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .bases import tracker_name
+from .errors import InputError
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -30,7 +31,7 @@ def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
     optional = {**hub, "_raise_exceptions_for_missing_entries": False}
     if cached_file(source, ADAPTER_CONFIG_NAME, **optional) is not None:
         # From there transformers would take the name of another model, and load that one's weights.
-        raise ValueError(
+        raise InputError(
             f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
         )
     return {name: x for path in _weight_files(source, hub, variant) for name, x in read_header(path).items()}
@@ -46,7 +47,7 @@ def tracker_headers(source: Any, found: Mapping[str, Tensor]) -> dict[str, Tenso
     for name, header in found.items():
         own = tracker_name(name)
         if own in names:
-            raise ValueError(f"{source}: {names[own]!r} and {name!r} are the same tensor of SAM 3's tracker.")
+            raise InputError(f"{source}: {names[own]!r} and {name!r} are the same tensor of SAM 3's tracker.")
         if own is not None:
             headers[own], names[own] = header, name
     return headers
@@ -80,12 +81,12 @@ def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: st
         content = json.loads(Path(index).read_text())
         shards, metadata = set(content["weight_map"].values()), content.get("metadata")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error
+        raise InputError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error
     if not isinstance(metadata, dict):
-        raise ValueError(f"{source}: {index_name} must have a mapping `metadata`, got {metadata!r}.")
+        raise InputError(f"{source}: {index_name} must have a mapping `metadata`, got {metadata!r}.")
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise ValueError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
+            raise InputError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
     return [cached_file(source, shard, **hub) for shard in sorted(shards)]
 
 
@@ -99,4 +100,4 @@ def read_header(path: str | os.PathLike) -> dict[str, Tensor]:
                 for name, x in slices.items()
             }
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
+        raise InputError(f"{path} is truncated, damaged or no safetensors file: {error}") from error

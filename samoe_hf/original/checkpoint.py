@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Sam2VideoModel
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.checkpoints import check_repeats, find_mismatches
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.experts import matching_linear_names
@@ -82,12 +83,12 @@ def load_original(
     """
     tensors = _read_tensors(checkpoint)
     if all(map(is_expert_name, tensors)):
-        raise ValueError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
+        raise InputError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
     source = str(checkpoint)
     if experts is not None:
         expert_tensors = _read_tensors(experts)
         if others := [name for name in expert_tensors if not is_expert_name(name)]:
-            raise ValueError(f"{experts} should hold experts only, but has {_listed(others)}.")
+            raise InputError(f"{experts} should hold experts only, but has {_listed(others)}.")
         tensors |= expert_tensors
         source += f" with {experts}"
     if original_config is None:
@@ -109,20 +110,20 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of SAM 2 or SAM2-MoE.")
     if Path(path).stat().st_size == 0:
-        raise ValueError(f"{path} is empty; expected a checkpoint of SAM 2 or SAM2-MoE.")
+        raise InputError(f"{path} is empty; expected a checkpoint of SAM 2 or SAM2-MoE.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
+        raise InputError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
     except Exception as error:  # a damaged archive raises one of many, by where the damage is
-        raise ValueError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
+        raise InputError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
     tensors = content
     if isinstance(content, dict):
         tensors = next((content[form] for form in _FORMS if form in content), content)
     if not _is_state_dict(tensors):
         found = f"a dict with the keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
         forms = ", ".join(f"{{{form!r}: …}}" for form in _FORMS)
-        raise ValueError(f"{path} holds {found}; expected tensors by name, bare or as {forms}.")
+        raise InputError(f"{path} holds {found}; expected tensors by name, bare or as {forms}.")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -150,12 +151,12 @@ def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
     """Settings of the one of Meta's eight models that `tensors` belong to."""
     patches = tensors.get("image_encoder.trunk.patch_embed.proj.weight")
     if patches is None or patches.dim() != 4:
-        raise ValueError(f"{source} has no image encoder of SAM 2; expected a whole checkpoint of SAM 2 or SAM2-MoE.")
+        raise InputError(f"{source} has no image encoder of SAM 2; expected a whole checkpoint of SAM 2 or SAM2-MoE.")
     block = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.norm1\.weight")
     channels, blocks = patches.shape[0], sum(block.fullmatch(name) is not None for name in tensors)
     if (channels, blocks) not in META_TRUNKS:
         sizes = ", ".join(f"{name} {width}/{depth}" for (width, depth), (name, *_) in META_TRUNKS.items())
-        raise ValueError(
+        raise InputError(
             f"{source}: a trunk with {channels} channels and {blocks} blocks is none of Meta's ({sizes}); give the "
             "model's YAML as `original_config`."
         )
@@ -203,7 +204,7 @@ def _build(config: SamoeConfig, with_experts: bool, source: str) -> Sam2VideoMod
     try:
         return build_on_meta(config, with_experts)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
@@ -221,7 +222,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_exper
     ]
     reasons = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
     if reasons:
-        raise ValueError(f"The tensors of {source} do not fit the architecture; {'; '.join(reasons)}.")
+        raise InputError(f"The tensors of {source} do not fit the architecture; {'; '.join(reasons)}.")
 
 
 def _is_wrapped(name: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -253,7 +254,7 @@ def save_original(
     """
     check_base(config)
     if config.domains is not None:
-        raise ValueError(
+        raise InputError(
             "SAM2-MoE has one mixture of experts for all videos, and no gate that chooses a domain's: a model with "
             f"domains ({', '.join(config.domain_names) or 'none at the moment'}) cannot be written for it."
         )
@@ -296,7 +297,7 @@ def _attentions_with_experts(config: SamoeConfig, state_dict: Mapping[str, Tenso
     projections = {name: set(matching_linear_names(model, projections_of([name]))) for name in ATTENTIONS}
     attentions = [name for name in ATTENTIONS if projections[name] <= modules]
     if others := sorted(modules.difference(*(projections[name] for name in attentions))):
-        raise ValueError(
+        raise InputError(
             "SAM2-MoE has experts in all projections of all self or all cross attentions of the memory attention, but "
             f"the model has them also in {_listed(others)}."
         )

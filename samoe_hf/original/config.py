@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.bases import SAM2, base_of
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 
@@ -98,7 +99,7 @@ def _as_type_of(example: Any, value: Any, place: str) -> Any:
     if kind not in (list, float) and type(value) is kind:
         return value
     expected = "a list of integers" if kind is list else f"of type {kind.__name__}"
-    raise ValueError(f"`{place}` must be {expected}, got {reprlib.repr(value)}.")
+    raise InputError(f"`{place}` must be {expected}, got {reprlib.repr(value)}.")
 
 
 def _as_float(value: Any) -> float | None:
@@ -112,16 +113,16 @@ def _as_float(value: Any) -> float | None:
 def _read_section(values: Any, section: Section, place: str, found: dict[str, tuple[Any, str]]) -> None:
     """Puts what a mapping of the YAML says into `found`: place in SamoeConfig -> value, and the field it is from."""
     if not isinstance(values, dict):
-        raise ValueError(f"`{place}` must be a mapping of fields, got {reprlib.repr(values)}.")
+        raise InputError(f"`{place}` must be a mapping of fields, got {reprlib.repr(values)}.")
     fields = dict(section.fields)
     if section.targets:
         target = str(values.get("_target_"))
         if target not in section.targets:
             expected = " or ".join(section.targets)
-            raise ValueError(f"`{place}._target_` is {target}; expected SAM 2's architecture with {expected}.")
+            raise InputError(f"`{place}._target_` is {target}; expected SAM 2's architecture with {expected}.")
         fields |= section.targets[target]
     if unknown := [str(name) for name in values if name not in fields and name != "_target_"]:
-        raise ValueError(f"`{place}` has fields that SAM 2 does not have there: {', '.join(unknown)}.")
+        raise InputError(f"`{place}` has fields that SAM 2 does not have there: {', '.join(unknown)}.")
     for name, field in fields.items():
         if isinstance(field, Section):
             absent = None if field.targets else {}
@@ -132,16 +133,16 @@ def _read_section(values: Any, section: Section, place: str, found: dict[str, tu
 
 def _read_field(value: Any, field: Setting | Only, place: str, found: dict[str, tuple[Any, str]]) -> None:
     if value is REQUIRED:
-        raise ValueError(f"`{place}` is missing.")
+        raise InputError(f"`{place}` is missing.")
     if isinstance(field, Only):
         if value != field.supported:
-            raise ValueError(f"`{place}` is {reprlib.repr(value)}; only {field.supported!r} is supported.")
+            raise InputError(f"`{place}` is {reprlib.repr(value)}; only {field.supported!r} is supported.")
         return
     value = _as_type_of(_get_setting(DEFAULT_CONFIG, field.path), value, place)
     _check_range(field.path, value, place)
     other, other_place = found.setdefault(field.path, (value, place))
     if value != other:
-        raise ValueError(f"`{place}` is {value!r}, but `{other_place}` is {other!r}; only one value is supported.")
+        raise InputError(f"`{place}` is {value!r}, but `{other_place}` is {other!r}; only one value is supported.")
 
 
 def _check_range(path: str, value: Any, place: str) -> None:
@@ -150,7 +151,7 @@ def _check_range(path: str, value: Any, place: str) -> None:
             continue
         low, high = _RANGES.get(path, _INTEGERS if isinstance(number, int) else _FLOATS)
         if not low <= number <= high:  # true for NaN
-            raise ValueError(f"`{place}` must be from {low} to {high}, got {reprlib.repr(value)}.")
+            raise InputError(f"`{place}` must be from {low} to {high}, got {reprlib.repr(value)}.")
 
 
 def complete_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def _check_settings(settings: Mapping[str, Any], channels: list[int]) -> None:
     ]
     for is_fit, message in checks:
         if not is_fit:
-            raise ValueError(message)
+            raise InputError(message)
 
 
 def build_config(settings: Mapping[str, Any]) -> SamoeConfig:
@@ -278,7 +279,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
             settings["expert_modules"] = projections_of(attentions)
         build_config(settings)  # checks the values of the experts' settings
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     return settings
 
 
@@ -319,7 +320,7 @@ def _write_section(section: Section, config: SamoeConfig, targets: Mapping[str, 
 def check_base(config: SamoeConfig) -> None:
     """Raises a `ValueError` for a model whose base the original has not."""
     if base_of(config) is not SAM2:
-        raise ValueError(
+        raise InputError(
             f"The model's base is {base_of(config).title}, whose image encoder `sam2` and SAM2-MoE do not have; "
             "expected a model on SAM 2."
         )

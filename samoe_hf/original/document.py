@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.files import write_text
 
 # Meta's largest file has 4 kB in 7 levels.
@@ -52,13 +53,13 @@ def read_document(path: str | os.PathLike) -> dict[str, Any]:
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES:,d} bytes; expected the original's YAML.")
+        raise InputError(f"{path} has more than {MAX_BYTES:,d} bytes; expected the original's YAML.")
     try:
         document = _Loader(content.decode()).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # a ValueError for numbers, dates and characters that are none
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise InputError(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict) or "model" not in document:
-        raise ValueError(f"{path} has no `model`; expected the original's YAML, with the architecture under `model`.")
+        raise InputError(f"{path} has no `model`; expected the original's YAML, with the architecture under `model`.")
     return document
 
 

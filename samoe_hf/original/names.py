@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from samoe_hf.errors import InputError
+
 
 def _mlp(original: str, ours: str, depth: int) -> dict[str, str]:
     """Names of the layers of a feed-forward network, which Sam2VideoModel counts without the first and the last."""
@@ -98,7 +100,7 @@ def _find(name: str, rules: list[tuple[re.Pattern, str]]) -> str | None:
 
 def _rename(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     if (renamed := _find(name, rules)) is None:
-        raise ValueError(f"SAM 2 has no tensor or module of the name {name!r}.")
+        raise InputError(f"SAM 2 has no tensor or module of the name {name!r}.")
     return renamed
 
 
@@ -142,7 +144,7 @@ def state_dict_from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
             parts.setdefault(name, {})[index] = tensor
     for name, numbered in parts.items():
         if sorted(numbered) != list(range(len(numbered))):
-            raise ValueError(f"{name} needs the parts 0 to {max(numbered)}, but has only {sorted(numbered)}.")
+            raise InputError(f"{name} needs the parts 0 to {max(numbered)}, but has only {sorted(numbered)}.")
         tensors = [numbered[index] for index in range(len(numbered))]
         result[name] = torch.cat(tensors) if name == _POINT_EMBEDDINGS else torch.stack(tensors)
     if _POSITIONAL_EMBEDDING in result:
@@ -185,6 +187,6 @@ def state_dict_to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def _check_copy(tensor: Tensor, original: Tensor | None) -> None:
     if original is None or not (tensor.is_meta or torch.equal(tensor, original)):
-        raise ValueError(
+        raise InputError(
             f"{_POSITIONAL_EMBEDDING} and {_POSITIONAL_EMBEDDING_COPY} differ; the original has one tensor for both."
         )

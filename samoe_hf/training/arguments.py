@@ -13,6 +13,7 @@ from samoe_hf.data import ClipDataset, MixedDataset
 from samoe_hf.data.registry import parse_yaml, read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
+from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
 from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.losses import SegmentationLoss
@@ -33,7 +34,7 @@ def check_at_least(arguments: Any, **limits: float) -> None:
     for name, limit in limits.items():
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value >= limit):
-            raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
+            raise InputError(f"`{name}` must be at least {limit}, got {value}.")
 
 
 @dataclass
@@ -97,17 +98,17 @@ class ModelArguments:
     def load(self) -> SamoeModel:
         """The model in training mode."""
         if (self.model_name_or_path is None) == (self.model_config is None):
-            raise ValueError("Exactly one of `model_name_or_path` and `model_config` must be given.")
+            raise InputError("Exactly one of `model_name_or_path` and `model_config` must be given.")
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name in SamoeConfig.__dataclass_fields__}
         settings = {name: value for name, value in settings.items() if value is not None}
         if self.domain_like is not None and self.domain is None:
-            raise ValueError("`domain_like` goes with `domain`, the name of the new domain.")
+            raise InputError("`domain_like` goes with `domain`, the name of the new domain.")
         of_domain = {}
         if self.domain is not None:
             of_domain = {name: settings.pop(name) for name in EXPERT_SETTINGS if name in settings}
         if self.model_config is not None:
             if self.quantization_config is not None:
-                raise ValueError("`quantization_config` goes with `model_name_or_path`, a base that was trained.")
+                raise InputError("`quantization_config` goes with `model_name_or_path`, a base that was trained.")
             model = SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings}))
         else:
             model = SamoeModel.from_pretrained(
@@ -126,7 +127,7 @@ class ModelArguments:
         """Adds the domain, if the model lacks it; else its experts must be as the settings say."""
         is_new = self.domain not in model.config.domain_names
         if self.domain_like is not None and not is_new:
-            raise ValueError(
+            raise InputError(
                 f"`domain_like` is for a new domain, but the model has {self.domain!r}, whose experts go on."
             )
         described_by = self.domain_like if is_new else self.domain
@@ -136,7 +137,7 @@ class ModelArguments:
         found = find_domain(model, described_by)
         for name, value in settings.items():
             if found[name] != value:
-                raise ValueError(f"`{name}` is {found[name]!r} in domain {described_by!r}, but {value!r} is given.")
+                raise InputError(f"`{name}` is {found[name]!r} in domain {described_by!r}, but {value!r} is given.")
         if is_new:
             model.add_domain(self.domain, like=self.domain_like)
 
@@ -176,7 +177,7 @@ class DataArguments:
     def train_dataset(self, processor: ProcessorMixin, seed: int) -> MixedDataset:
         """All training clips, prepared by `processor`, each dataset by its domain's name."""
         if not self.train_data:
-            raise ValueError("`train_data` must name at least one dataset.")
+            raise InputError("`train_data` must name at least one dataset.")
         clips, weights = {}, {}
         transforms = None if self.augmentation is None else transforms_from_options(self.augmentation)
         for index, entry in enumerate(self.train_data):
@@ -187,7 +188,7 @@ class DataArguments:
             videos = videos_from_entry(source, f"train_data[{index}]")
             domain = (source.get("domain") if isinstance(source, Mapping) else None) or videos[0].domain
             if domain in clips:
-                raise ValueError(
+                raise InputError(
                     f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
                 )
             clips[domain] = ClipDataset(
@@ -276,14 +277,14 @@ class SamoeTrainingArguments(TrainingArguments):
         check_at_least(self, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_steps=0, adam_epsilon=0, seed=0)
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise ValueError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
+            raise InputError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
         if self.fit is not None:
             parse_memory(self.fit)
         self.learning_rates()
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             options = getattr(self, name, None) or {}
             if options.get("use_reentrant") or options.get("offload"):
-                raise ValueError(f"`{name}` must have neither `use_reentrant` nor `offload`, got {options}.")
+                raise InputError(f"`{name}` must have neither `use_reentrant` nor `offload`, got {options}.")
 
     def learning_rates(self) -> dict[str, float]:
         """Set of parameters -> learning rate; of a parameter in several sets the first counts.
@@ -297,9 +298,9 @@ class SamoeTrainingArguments(TrainingArguments):
             try:
                 rates[chosen] = float(rate) if rate else self.learning_rate
             except ValueError:
-                raise ValueError(f"`trainable` must be SET or SET=LR, got {text!r}.") from None
+                raise InputError(f"`trainable` must be SET or SET=LR, got {text!r}.") from None
             if not (math.isfinite(rates[chosen]) and rates[chosen] >= 0):
-                raise ValueError(f"Learning rates of `trainable` must be from 0 on, got {text!r}.")
+                raise InputError(f"Learning rates of `trainable` must be from 0 on, got {text!r}.")
         return rates
 
 
@@ -359,7 +360,7 @@ def _check_datasets(values: dict[str, Any]) -> None:
         if isinstance(values.get(name), (str, Mapping)):
             values[name] = [values[name]]
         if not isinstance(values.get(name, []), list):
-            raise ValueError(f"`{name}` must be a folder or a list of datasets, got {values[name]!r}.")
+            raise InputError(f"`{name}` must be a folder or a list of datasets, got {values[name]!r}.")
 
 
 def _check_types(kind: type, run: Mapping[str, Any]) -> None:
@@ -373,8 +374,8 @@ def _check_types(kind: type, run: Mapping[str, Any]) -> None:
         types, value = set(get_args(hint) or [hint]) - {type(None)}, run[name]
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if types <= {int, float} and not is_number:
-            raise ValueError(f"`{name}` must be a number, got {value!r}.")
+            raise InputError(f"`{name}` must be a number, got {value!r}.")
         if types == {int} and not isinstance(value, int):
-            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+            raise InputError(f"`{name}` must be a whole number, got {value!r}.")
         if types == {bool} and not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+            raise InputError(f"`{name}` must be true or false, got {value!r}.")

@@ -11,6 +11,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from samoe_hf.errors import InputError
+
 from .arguments import SamoeTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingAr
     """
     if resume_from_checkpoint not in ("last", True):
         if problems := checkpoint_problems(resume_from_checkpoint, args):
-            raise ValueError(
+            raise InputError(
                 f"`resume_from_checkpoint` must be a whole checkpoint of as many processes as now, but of "
                 f"{resume_from_checkpoint} {', '.join(problems)}."
             )
@@ -85,7 +87,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingAr
             return str(checkpoint)
         found.append(f"{checkpoint}: {', '.join(problems)}")
     reason = f" ({'; '.join(found)})" if found else ""
-    raise ValueError(
+    raise InputError(
         f"`resume_from_checkpoint` {resume_from_checkpoint} finds no whole checkpoint in {args.output_dir}{reason}. "
         "Leave it out to start from the beginning."
     )
@@ -104,13 +106,13 @@ def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
     output = Path(args.output_dir).resolve()
     base = None if source is None or not Path(source).is_dir() else Path(source).resolve()
     if base is not None and (base == output or output in base.parents):
-        raise ValueError(
+        raise InputError(
             f"`output_dir` {args.output_dir} holds the base model `model_name_or_path` {source}, which the run would "
             "overwrite; give another output."
         )
     starts_anew = args.resume_from_checkpoint is None and not args.overwrite_output_dir
     if starts_anew and ((output / CONFIG_NAME).exists() or list_checkpoints(output)):
-        raise ValueError(
+        raise InputError(
             f"`output_dir` {args.output_dir} holds another run. Give another one, `resume_from_checkpoint: last` to go "
             "on, or `overwrite_output_dir: true`."
         )

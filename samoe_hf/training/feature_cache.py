@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Sam2VideoModel
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import adapter_state
 from samoe_hf.model.domain_choice import encoder_has_experts
 from samoe_hf.model.domain_experts import active_domain
@@ -72,11 +73,11 @@ class FeatureCache:
         tensors = dict(encoder_tensors(model))
         trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
         if trained:
-            raise ValueError(f"`feature_cache` needs a frozen image encoder, but {trained[0]!r} is trainable.")
+            raise InputError(f"`feature_cache` needs a frozen image encoder, but {trained[0]!r} is trainable.")
         if any(m.training and m.p > 0 for m in model.vision_encoder.modules() if isinstance(m, nn.Dropout)):
-            raise ValueError("`feature_cache` needs an image encoder without dropout; set `lora_dropout` to 0.")
+            raise InputError("`feature_cache` needs an image encoder without dropout; set `lora_dropout` to 0.")
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-            raise ValueError("`feature_cache` needs whole weights, but the model is sharded.")
+            raise InputError("`feature_cache` needs whole weights, but the model is sharded.")
         tensors = dict(plain_tensors(tensors.items()))
         structure = f"{model.config.vision_config.to_json_string()} {adapter_state(model.vision_encoder)}"
         if encoder_has_experts(model):

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.clip import ClipPrompts, clip_forward
 from samoe_hf.model.domain_experts import PREFIX
 from samoe_hf.model.frame_step import ImageFeatures, image_features, sine_periods
@@ -70,7 +71,7 @@ def parse_memory(text: str | int | float) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(text))
     if found is None or found[2].upper() not in UNITS or float(found[1]) == 0:
-        raise ValueError(f"`fit` must be a size of memory such as 16GB, 24GiB or 16 (gigabytes), got {text!r}.")
+        raise InputError(f"`fit` must be a size of memory such as 16GB, 24GiB or 16 (gigabytes), got {text!r}.")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -300,7 +301,7 @@ def choose_settings(memory: int, counted: RunMemory, asked: Settings, kept: Coll
             )
             if (found := _fits(memory, counted, candidate, kept)) is not None:
                 return found
-    raise ValueError(_what_would_fit(memory, counted, asked, kept))
+    raise InputError(_what_would_fit(memory, counted, asked, kept))
 
 
 def _fits(memory: int, counted: RunMemory, settings: Settings, kept: Collection[str]) -> Settings | None:
@@ -359,7 +360,7 @@ def fit_arguments(model: SamoeModel, args: Any, recipe: PromptRecipe, dataset: A
     memory = parse_memory(args.fit)
     parts = list(getattr(dataset, "datasets", {"": dataset}).values())
     if not all(hasattr(part, "sampler") for part in parts):
-        raise ValueError("`fit` needs a training dataset of clips, which tells how many frames and objects they have.")
+        raise InputError("`fit` needs a training dataset of clips, which tells how many frames and objects they have.")
     samplers = [part.sampler for part in parts]
     work = Workload(
         max(sampler.num_frames for sampler in samplers),

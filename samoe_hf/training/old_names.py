@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable
 
+from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import OLD_EXPERT_SETTINGS
 
 _NO_SECTIONS = "no section: keys stand side by side; docs/from_sam2_moe.md names them"
@@ -127,7 +128,7 @@ def check_names(names: Iterable[str], known: Collection[str], source: str) -> No
     """Raises a `ValueError` for the first of some keys that is not known, with a hint. `source`: what has the keys."""
     for name in names:
         if name not in known:
-            raise ValueError(f"{source} has an unknown key {name!r}. {hint_for(name, known)}".rstrip())
+            raise InputError(f"{source} has an unknown key {name!r}. {hint_for(name, known)}".rstrip())
 
 
 def check_options(arguments: Iterable[str], known: Collection[str]) -> None:
@@ -144,7 +145,7 @@ def check_options(arguments: Iterable[str], known: Collection[str]) -> None:
         names = [one.removeprefix("--") for one in known if one.startswith("--")]
         hint = re.sub(r"`(\w+)`", r"--\1", hint_for(name, names))
         hint = re.sub(r"'([\w-]+)'", r"--\1", hint)
-        raise ValueError(f"There is no option {option}. {hint}".rstrip())
+        raise InputError(f"There is no option {option}. {hint}".rstrip())
 
 
 def check_arguments(given: Iterable[str], called: str) -> None:

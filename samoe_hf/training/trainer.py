@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 
 from samoe_hf.data import ClipCollator
 from samoe_hf.data.clip_datasets import as_clips, as_videos
+from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import VideoResult, evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
@@ -81,7 +82,7 @@ class SamoeTrainer(Trainer):
             args.trainable = [*args.trainable, "adapters"]
         model.set_trainable(*args.learning_rates())
         if model.quantized_layers and not (args.save_only_trained and model.base_model_source):
-            raise ValueError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
+            raise InputError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
         self.recipe = recipe or PromptRecipe()
         processing_class = processing_class or build_processor(model.config)
         if train_dataset is not None:
@@ -122,7 +123,7 @@ class SamoeTrainer(Trainer):
             resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
         elif list_checkpoints(self.args.output_dir):
             if not self.args.overwrite_output_dir:
-                raise ValueError(
+                raise InputError(
                     f"`output_dir` {self.args.output_dir} has checkpoints of another run, which would be mixed up with "
                     "this one's. Give another one, `resume_from_checkpoint`, or `overwrite_output_dir`."
                 )
@@ -157,7 +158,7 @@ class SamoeTrainer(Trainer):
             self._logs.add_routing(unwrapped, by_clip, domains)
         if model.training:
             if not loss.requires_grad:
-                raise ValueError(
+                raise InputError(
                     f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: memory is not "
                     f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Raise "
                     "`num_frames`."
@@ -234,7 +235,7 @@ class SamoeTrainer(Trainer):
         """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1."""
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         if videos is None:
-            raise ValueError("`eval_dataset` must be given, the videos to track.")
+            raise InputError("`eval_dataset` must be given, the videos to track.")
         videos = as_videos(videos)
         videos = videos if isinstance(videos, Sequence) else list(videos)
         indices = list(range(len(videos)))
@@ -335,7 +336,7 @@ class SamoeTrainer(Trainer):
         lacking = {name for name in trainable & set(load_result.missing_keys) if not is_adapter_parameter(name)}
         if lacking or load_result.unexpected_keys:
             odd = sorted(lacking or load_result.unexpected_keys)[0]
-            raise ValueError(f"The checkpoint does not fit the model: {odd!r} is missing or unexpected.")
+            raise InputError(f"The checkpoint does not fit the model: {odd!r} is missing or unexpected.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -380,14 +381,14 @@ def trainable_of_domain(model: SamoeModel, domain: str | None, trainable: Sequen
     """
     names = model.config.domain_names
     if domain not in names:
-        raise ValueError(
+        raise InputError(
             f"`domain` must be one of the model's ({', '.join(map(repr, names)) or 'none'}), got {domain!r}."
         )
     sets = []
     for text in trainable:
         chosen, equals, rate = text.partition("=")
         if chosen not in ("experts", f"domain:{domain}"):
-            raise ValueError(
+            raise InputError(
                 f"`trainable` must be experts where a domain is trained, since other domains build on the rest, got "
                 f"{text!r}."
             )
@@ -399,7 +400,7 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     """The trainer of a run, with its model and data; `arguments` as in [`parse_run`]."""
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
     if training_arguments.feature_cache is not None and data_arguments.augmentation is not None:
-        raise ValueError("`feature_cache` and `augmentation` do not go together: augmented frames never come again.")
+        raise InputError("`feature_cache` and `augmentation` do not go together: augmented frames never come again.")
     check_output_dir(training_arguments, model_arguments.model_name_or_path)
     # Before the model is built: new experts, or all weights, are drawn at random.
     seed = enable_full_determinism if training_arguments.full_determinism else set_seed
