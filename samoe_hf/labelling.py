@@ -27,8 +27,8 @@ from .data.video_io import check_inside, read_label_png, read_video
 from .evaluation.run import RunFolder
 from .evaluation.simulated_user import prompt_from_mask
 from .inference import VideoPrompt, check_prompts, evaluation_mode, masks_of, track_video
-from .model.files import write_text
 from .model.modeling_samoe import SamoeModel
+from .model.weights_io import write_text
 
 FirstFramePrompt = Literal["mask", "box"]
 PROMPT_KEYS = ("video", "object", "frame", "points", "labels", "box", "mask")

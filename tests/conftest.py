@@ -36,7 +36,7 @@ def nano() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def model_folder(nano, tmp_path_factory) -> Path:
     """A saved SamoeModel and its processor; tests must leave the folder as it is."""
-    from samoe_hf.model.processor import build_processor
+    from samoe_hf.model.processing_samoe import build_processor
 
     folder = tmp_path_factory.mktemp("nano")
     nano.model.save_pretrained(folder)

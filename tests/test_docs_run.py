@@ -50,7 +50,7 @@ from helpers.docs_world import clip_inputs
 from samoe_hf import SamoeModel, SamoeConfig, VideoSession, SamoeTrainer, load_videos
 from samoe_hf.cli import main
 from samoe_hf.data import read_video
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
 
 def samoe(line):
     try:

@@ -6,7 +6,7 @@ import torch
 
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 SIZE = (96, 128)
 

@@ -21,7 +21,7 @@ from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.labelling import find_videos, read_prompts
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
 
 NUM_VIDEOS, NUM_FRAMES = 3, 4
 

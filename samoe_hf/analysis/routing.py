@@ -18,11 +18,11 @@ from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_experts import module_domain, module_layer
-from samoe_hf.model.experts import expert_modules, open_hooks
-from samoe_hf.model.files import whole_file
+from samoe_hf.model.expert_layer import expert_modules, open_hooks
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.tracking import TrackedRow, tracked_rows
+from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.experts import plot_routing, routing_video
 
 # Up to the first queries for memories, the memory attention reads nothing of the objects.

@@ -26,11 +26,11 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
 from samoe_hf.model.domain_experts import module_layer
-from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
-from samoe_hf.model.files import updated_folder
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.tracking import TrackedRow
+from samoe_hf.model.weights_io import updated_folder
 from samoe_hf.plots import experts as plots
 
 from .routing import image_modules, observe_routers, short_name

@@ -8,7 +8,7 @@ from PIL import Image
 
 from samoe_hf.data.video_io import write_palette_png
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import new_folder
+from samoe_hf.model.weights_io import new_folder
 
 from .session import TrackingSession
 

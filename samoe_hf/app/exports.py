@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from samoe_hf.data.video_io import write_palette_png, write_video
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import whole_file
+from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.masks import overlay_masks
 
 from .session import TrackingSession

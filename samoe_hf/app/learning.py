@@ -22,8 +22,8 @@ from samoe_hf.continual.adapt import RESULTS_FILE, SMALL_MODEL_EXPERTS
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.experts import expert_modules
-from samoe_hf.model.files import new_folder, write_text
+from samoe_hf.model.expert_layer import expert_modules
+from samoe_hf.model.weights_io import new_folder, write_text
 from samoe_hf.training.checkpoints import list_checkpoints
 
 from .collecting import collected

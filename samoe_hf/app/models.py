@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
 
 # What is called on the page: the gate's choice, and the base model without any domain's experts.
 GATE, BASE = "the gate decides", "the base model"

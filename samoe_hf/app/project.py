@@ -16,7 +16,7 @@ import numpy as np
 
 from samoe_hf.data.video_io import IMAGE_SUFFIXES, ImageFrames, SampleError, open_image
 from samoe_hf.inference import VideoPrompt
-from samoe_hf.model.files import whole_file
+from samoe_hf.model.weights_io import whole_file
 
 from .archives import Archive, open_archive
 from .limits import Limits

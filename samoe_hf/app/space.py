@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 
 from samoe_hf import __version__
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import new_folder
+from samoe_hf.model.weights_io import new_folder
 
 APP = '''"""A Space of samoe_hf: the page of `samoe app`."""
 

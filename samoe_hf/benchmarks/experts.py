@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.experts import ExpertLinear, expert_modules, top_k_gates
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 from .measure import Measurement, measure

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import write_text
+from samoe_hf.model.weights_io import write_text
 
 from .gpu_tasks import DRY_PLAN, GPU_PLAN, Plan, Task, list_tasks
 from .measure import describe_machine

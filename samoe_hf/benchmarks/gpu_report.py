@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from samoe_hf.evaluation.report import format_table
-from samoe_hf.model.files import whole_file, write_text
+from samoe_hf.model.weights_io import whole_file, write_text
 
 from .gpu import GpuRun
 from .measure import COLORS

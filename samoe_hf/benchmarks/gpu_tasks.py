@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.experts import expert_modules
+from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
 

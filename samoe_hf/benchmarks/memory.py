@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from samoe_hf.evaluation.report import format_table
+from samoe_hf.model.base_modules import build_on_meta
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.frame_step import image_features
-from samoe_hf.model.lean_modules import build_on_meta
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.model.quantization import weight_bytes

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 from transformers import Sam2VideoModel
 
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.base_modules import CachedPositionEncoding, CachedRotaryEmbedding
+from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import ImageFeatures, Prompt, frame_step, image_features
-from samoe_hf.model.lean_modules import CachedPositionEncoding, CachedRotaryEmbedding
 from samoe_hf.model.losses import SegmentationLoss, mask_iou
 from samoe_hf.model.memory_bank import MemoryBank
 from samoe_hf.model.modeling_samoe import SamoeModel

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, Sam2VideoInferenceSession, Sam2VideoModel, Sam3TrackerVideoModel
 
-from samoe_hf.model.bases import config_of_base
+from samoe_hf.model.base import config_of_base
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.original.config import write_yaml
 from samoe_hf.original.names import state_dict_to_original, without_base_layer
 

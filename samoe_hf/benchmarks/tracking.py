@@ -16,7 +16,7 @@ from tqdm import tqdm
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
 from .measure import Measurement, autocast, describe_machine, synchronize

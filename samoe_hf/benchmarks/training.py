@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 from samoe_hf.data.schema import Video
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.experts import expert_modules, is_expert_parameter
+from samoe_hf.model.expert_layer import expert_modules, is_expert_parameter
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.training.feature_cache import FeatureCache
 
 from .experts import dense_forward

@@ -26,8 +26,8 @@ from samoe_hf.data import Video
 from samoe_hf.data.configs import names_config
 from samoe_hf.data.registry import dataset_entries, read_yaml, videos_from_entry
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import new_folder
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.weights_io import new_folder
 
 from .options import add_config_option, add_device_option, command_parser
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from samoe_hf import SamoeModel
-from samoe_hf.model.files import hash_tensors, new_folder
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.weights_io import hash_tensors, new_folder
 from samoe_hf.original.checkpoint import save_original
 
 from .options import add_original_options, command_parser, original_options

@@ -18,7 +18,7 @@ from samoe_hf.data import Video, VideoList
 from samoe_hf.data.check import VideoReport, check_video, report_table
 from samoe_hf.data.registry import add_dataset_arguments, datasets_from_arguments
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import whole_file
+from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.masks import overlay_masks, plot_sheet
 
 from .options import command_parser

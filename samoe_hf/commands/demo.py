@@ -24,8 +24,8 @@ from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.files import write_text
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.weights_io import write_text
 from samoe_hf.plots.masks import overlay_masks, plot_tracking
 
 from .options import add_original_options, command_parser, original_options

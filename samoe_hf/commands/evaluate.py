@@ -29,8 +29,8 @@ from samoe_hf.evaluation.report import comparison_table, summary_table, write_re
 from samoe_hf.evaluation.run import Evaluation, choose_seeds
 from samoe_hf.evaluation.simulated_user import PromptStrategy
 from samoe_hf.evaluation.statistics import protocol_of, seen_and_unseen, to_json
-from samoe_hf.model.checkpoints import is_original_checkpoint
-from samoe_hf.model.files import write_text
+from samoe_hf.model.weights_io import write_text
+from samoe_hf.model.weights_trained import is_original_checkpoint
 
 from .options import (
     add_original_options,

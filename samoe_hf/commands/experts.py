@@ -20,7 +20,7 @@ from samoe_hf.data import Video
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_experts import module_layer
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
 
 from .options import add_device_option, add_original_options, command_parser, original_options, unique_names
 

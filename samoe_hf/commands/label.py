@@ -37,7 +37,7 @@ from samoe_hf.labelling import (
     label_videos,
     labelled_videos,
 )
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
 
 from .evaluate import describe_dataset
 from .options import add_original_options, command_parser, original_options, start_processes, usable_device

@@ -25,8 +25,8 @@ from samoe_hf.data.video_io import FrameSequence, read_label_png, read_video, wr
 from samoe_hf.errors import InputError
 from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
 from samoe_hf.model.domain_choice import AUTO, check_domain
-from samoe_hf.model.files import new_folder, whole_file
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.weights_io import new_folder, whole_file
 from samoe_hf.plots.masks import overlay_masks
 
 from . import label

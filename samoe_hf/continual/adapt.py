@@ -11,10 +11,10 @@ from typing import Any
 from torch.utils.data import ConcatDataset
 
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.files import write_text
+from samoe_hf.model.weights_io import write_text
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
-from .gate import decide_videos, fit_gate
+from .fit_gate import decide_videos, fit_gate
 from .start import find_start
 
 RESULTS_FILE = "adaptation.json"

@@ -21,12 +21,12 @@ from transformers import ProcessorMixin
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
-from samoe_hf.model.experts import expert_modules, open_hooks, route_all_to
+from samoe_hf.model.expert_layer import expert_modules, open_hooks, route_all_to
 from samoe_hf.model.lora_exchange import Lora, expert_tensors, read_lora
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
 
-from .gate import first_visible, fit_gate
+from .fit_gate import first_visible, fit_gate
 
 # Frames of a video that are tracked to see a domain: more videos tell more of it than long ones.
 FRAMES_PER_VIDEO = 8

@@ -15,7 +15,7 @@ from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 from .excerpts import reduced
-from .gate import evenly_chosen, first_visible
+from .fit_gate import evenly_chosen, first_visible
 
 NUM_VIDEOS, NUM_FRAMES = 8, 8
 # How much better than the base's J&F, 0 to 1, that of a domain's experts must be.

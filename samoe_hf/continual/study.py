@@ -23,12 +23,12 @@ from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.files import new_folder, write_text
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.weights_io import new_folder, write_text
 
 from .assemble import assemble
-from .gate import evenly_chosen, fit_gate
+from .fit_gate import evenly_chosen, fit_gate
 from .start import find_start
 from .study_gate import held_out_features, measure_gate, measure_time
 from .study_methods import (

@@ -17,10 +17,10 @@ from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
-from .gate import decide_videos, evenly_chosen, frame_features
+from .fit_gate import decide_videos, evenly_chosen, frame_features
 
 UNKNOWN = "unknown"  # the decision where a frame looks like no domain that the gate knows
 NUM_COMPARED_VIDEOS = 2

@@ -16,7 +16,7 @@ from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import check_domain_name
 
 from .excerpts import reduced
-from .gate import evenly_chosen, first_visible
+from .fit_gate import evenly_chosen, first_visible
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import whole_file, write_text
+from samoe_hf.model.weights_io import whole_file, write_text
 from samoe_hf.plots.study import plot_confusion, plot_stages, plot_trade_off
 
 from .study_gate import UNKNOWN

@@ -21,8 +21,8 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.files import whole_file
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.weights_io import whole_file
 
 from .metrics import VideoScores, counted_frames, score_video, surface_dice
 from .simulated_user import PredictedFrame, PromptStrategy, SimulatedUser

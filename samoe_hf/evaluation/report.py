@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import write_text
+from samoe_hf.model.weights_io import write_text
 from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
 
 # Name in the results -> heading, and what it is. All are shares from 0 to 1 but the decays.

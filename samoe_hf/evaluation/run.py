@@ -24,9 +24,9 @@ from samoe_hf import __version__
 from samoe_hf.data.predictions import Layout, MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import hash_tensors, write_text
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.weights_io import hash_tensors, write_text
 from samoe_hf.plots.evaluation import draw_object
 
 from .evaluate import SURFACE_TOLERANCE, VideoResult, check_annotated, evaluate_masks, evaluate_video, video_key

@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, masks_of
-from samoe_hf.model.bases import InferenceSession
+from samoe_hf.model.base import InferenceSession
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE, bounding_boxes

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from samoe_hf.model.bases import Base, base_of
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.base import Base, base_of
+from samoe_hf.model.expert_layer import is_expert_parameter
 
 # Beside this file in the source tree and in an installed package; the repository's `model_card.md` is a link to it.
 TEMPLATE = Path(__file__).with_name("model_card.md")

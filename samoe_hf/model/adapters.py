@@ -29,10 +29,10 @@ from transformers.utils import (
     requires_backends,
 )
 
+from .base_modules import build_on_meta
 from .domain_experts import DomainLinear
 from .errors import InputError
-from .experts import ExpertLinear
-from .lean_modules import build_on_meta
+from .expert_layer import ExpertLinear
 
 if is_peft_available():
     from peft import (

@@ -15,7 +15,7 @@ from .clip_routing import all_router_logits, router_logits_by_clip
 from .domain_choice import AUTO, encoder_has_experts, resolve_clip_domains
 from .domain_experts import keep_domain, use_domain
 from .errors import InputError
-from .experts import load_balancing_loss, recomputable, record_router_logits
+from .expert_layer import load_balancing_loss, recomputable, record_router_logits
 from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
 from .memory_bank import MemoryBank, MemorySelection

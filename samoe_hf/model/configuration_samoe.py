@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
-from .bases import MODEL_TYPES, NUM_LEVELS, SAM3, base_of, feature_stride, mask_size, settings_of_base
+from .base import MODEL_TYPES, NUM_LEVELS, SAM3, base_of, feature_stride, mask_size, settings_of_base
 from .errors import InputError
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.

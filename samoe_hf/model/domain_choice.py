@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .bases import InferenceSession
+from .base import InferenceSession
 from .domain_experts import use_domain
-from .domains import pooled_features
+from .domain_gate import pooled_features
 from .errors import InputError
 from .frame_step import ImageFeatures, image_features
 

@@ -1,6 +1,6 @@
 """Experts that belong to domains: a layer has a mixture of experts for each, and runs that of the active domain alone.
 
-Nothing here knows of SAM 2, nor of how the domain of a video is found; see `domains.py` for that.
+Nothing here knows of SAM 2, nor of how the domain of a video is found; see `domain_gate.py` for that.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .errors import InputError
-from .experts import (
+from .expert_layer import (
     ExpertMixture,
     LinearOfTokens,
     add_experts,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapter_names
-from .checkpoints import base_fingerprint
 from .configuration_samoe import EXPERT_SETTINGS, check_domain_name, check_domains
 from .domain_experts import (
     PREFIX,
@@ -20,10 +19,11 @@ from .domain_experts import (
     add_domain_experts,
     domain_modules,
 )
-from .domains import add_domain_gate
+from .domain_gate import add_domain_gate
 from .errors import InputError
+from .expert_layer import ExpertLinear, expert_modules, matching_linear_names, replace_module, to_plain_linear
 from .expert_surgery import frozen_experts
-from .experts import ExpertLinear, expert_modules, matching_linear_names, replace_module, to_plain_linear
+from .weights_trained import base_fingerprint
 
 
 class DomainSurgeryMixin:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .configuration_samoe import EXPERT_SETTINGS
 from .domain_experts import check_has_no_domains
 from .errors import InputError
-from .experts import (
+from .expert_layer import (
     EXPERT_TENSORS,
     ExpertMixture,
     add_experts,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE
 
-from .bases import NUM_LEVELS
+from .base import NUM_LEVELS
 from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features, read_pointers
 
 # A mask prompt becomes logits of -10 and +10, for the mask and for the object score (arXiv:2408.00714, `sam2`).

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Sam2VideoModel
 
-from .bases import InferenceSession
+from .base import InferenceSession
 from .errors import InputError
 from .memory_bank import FrameMemory, MemoryBank
 from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE

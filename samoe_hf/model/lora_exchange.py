@@ -18,9 +18,9 @@ from .adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_a
 from .domain_experts import check_has_no_domains, domain_modules
 from .domain_surgery import find_domain
 from .errors import InputError
+from .expert_layer import ExpertMixture, expert_modules
 from .expert_surgery import append_experts, check_experts, new_experts
-from .experts import ExpertMixture, expert_modules
-from .files import new_folder
+from .weights_io import new_folder
 
 if is_peft_available():
     from peft import LoraConfig

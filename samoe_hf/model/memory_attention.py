@@ -17,7 +17,7 @@ from transformers.models.sam2_video.modeling_sam2_video import (
 )
 
 from .domain_experts import DomainLinear
-from .experts import ExpertLinear, LinearOfTokens
+from .expert_layer import ExpertLinear, LinearOfTokens
 
 # Where a CPU computes attention in blocks, each so large that it stays near the core.
 LARGE_ATTENTION, QUERIES_AT_ONCE, KEYS_AT_ONCE = 2**20, 256, 1024

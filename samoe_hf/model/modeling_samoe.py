@@ -18,7 +18,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from .adapters import AdapterMixin, is_adapter_parameter, plain_name, to_wrapped_names
-from .bases import InferenceSession, base_of
+from .base import InferenceSession, base_of
+from .base_modules import compile_parts, make_lean
 from .clip import (
     ClipPrompts,
     SamoeClipOutput,
@@ -33,17 +34,16 @@ from .configuration_samoe import SamoeConfig
 from .domain_choice import AUTO, check_domain
 from .domain_experts import PREFIX as DOMAIN_PREFIX
 from .domain_experts import add_configured_experts
+from .domain_gate import add_domain_gate
 from .domain_surgery import DomainSurgeryMixin
-from .domains import add_domain_gate
 from .errors import InputError
+from .expert_layer import DOMAIN_GATE, ExpertMixture, is_expert_parameter
 from .expert_surgery import ExpertSurgeryMixin
-from .experts import DOMAIN_GATE, ExpertMixture, is_expert_parameter
 from .interaction import clear_prompts, remove_object
-from .lean_modules import compile_parts, make_lean
+from .loading import PretrainedMixin
 from .lora_exchange import LoraExchangeMixin
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
-from .pretrained import PretrainedMixin
 from .prompts import PromptRecipe, resolve_recipe
 from .quantization import check_can_be_trained
 from .summary import ModelSummary, summarize_model
@@ -113,7 +113,7 @@ class SamoeModel(
         self.set_trainable("experts")
         self.register_load_state_dict_pre_hook(to_wrapped_names)
         self.register_load_state_dict_post_hook(_expect_sleeping_experts)
-        # What this model was loaded from, for folders that hold only what was trained; see checkpoints.py.
+        # What this model was loaded from, for folders that hold only what was trained; see weights_trained.py.
         self.base_model_source: dict[str, str | None] | None = None
         # Other tensors than the experts' that are not the base's, whether or not they are trainable now.
         self.differs_from_base: set[str] = set()

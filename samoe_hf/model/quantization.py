@@ -21,8 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .adapters import plain_name
 from .configuration_samoe import SamoeConfig
 from .errors import InputError
-from .experts import as_class, floating_type, is_expert_parameter, over_base, replace_module
-from .files import plain_tensors
+from .expert_layer import as_class, floating_type, is_expert_parameter, over_base, replace_module
+from .weights_io import plain_tensors
 
 # What libraries that work on quantized models look for.
 MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")

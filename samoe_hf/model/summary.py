@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .domain_experts import module_domain, module_layer
-from .experts import expert_modules
+from .expert_layer import expert_modules
 from .quantization import weight_bytes
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
-from .bases import InferenceSession
+from .base import InferenceSession
 from .domain_choice import (
     DomainDecision,
     decide_domains,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.bases import SAM2, base_of
+from samoe_hf.model.base import SAM2, base_of
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 
 from .architecture import (

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.files import write_text
+from samoe_hf.model.weights_io import write_text
 
 # Meta's largest file has 4 kB in 7 levels.
 MAX_BYTES, MAX_DEPTH = 100_000, 32

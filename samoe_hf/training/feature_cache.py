@@ -20,8 +20,8 @@ from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import adapter_state
 from samoe_hf.model.domain_choice import encoder_has_experts
 from samoe_hf.model.domain_experts import active_domain
-from samoe_hf.model.files import hash_tensors, plain_tensors, whole_file
 from samoe_hf.model.frame_step import ImageFeatures, image_features, with_positions
+from samoe_hf.model.weights_io import hash_tensors, plain_tensors, whole_file
 
 LEVELS = ("fine", "middle", "coarse")
 

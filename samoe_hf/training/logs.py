@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from samoe_hf.model.experts import ExpertLinear
+from samoe_hf.model.expert_layer import ExpertLinear
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 

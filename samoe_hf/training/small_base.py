@@ -19,9 +19,9 @@ from samoe_hf.data.registry import read_yaml
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
-from samoe_hf.model.files import new_folder
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.weights_io import new_folder
 
 from .card import score_entry
 

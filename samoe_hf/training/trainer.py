@@ -27,10 +27,10 @@ from samoe_hf.hub.model_card import CardContent, write_model_card
 from samoe_hf.hub.push import check_base_is_public
 from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
 from samoe_hf.model.clip_routing import router_logits_by_clip
-from samoe_hf.model.experts import record_router_logits
+from samoe_hf.model.expert_layer import record_router_logits
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processor import build_processor, load_processor
+from samoe_hf.model.processing_samoe import build_processor, load_processor
 from samoe_hf.model.prompts import PromptRecipe
 
 from .arguments import SamoeTrainingArguments, parse_run

@@ -23,8 +23,8 @@ from samoe_hf.analysis.usage import (
 )
 from samoe_hf.data import SyntheticVideos, Video, to_datasets
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.model.experts import ExpertLinear, load_balancing_loss, top_k_gates
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.expert_layer import ExpertLinear, load_balancing_loss, top_k_gates
+from samoe_hf.model.processing_samoe import build_processor
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
 SHARED_LAYERS = ("memory_attention.layers.0.self_attn.", "memory_attention.layers.0.cross_attn_image.q_proj")

@@ -9,7 +9,7 @@ import pytest
 def small_model(nano):
     """A model with woken experts; tests must leave it as it is."""
     from samoe_hf.app.models import LoadedModel
-    from samoe_hf.model.processor import build_processor
+    from samoe_hf.model.processing_samoe import build_processor
 
     return LoadedModel("nano", "nano", nano.model.eval(), build_processor(nano.model.config))
 
@@ -53,7 +53,7 @@ def two_domains(small_model):
     """A copy of the model with a gate and two domains, of which the second changes what is put out."""
     from helpers.domains import with_second_domain
     from samoe_hf.app.models import LoadedModel
-    from samoe_hf.continual.gate import fit_gate
+    from samoe_hf.continual.fit_gate import fit_gate
     from samoe_hf.data import SyntheticVideos
 
     model = with_second_domain(small_model.model)

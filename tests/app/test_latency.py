@@ -14,7 +14,7 @@ from samoe_hf.app.models import LoadedModel
 from samoe_hf.app.session import TrackingSession
 from samoe_hf.app.videos import open_kept
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 CLICKS, SIZE = 40, (480, 640)
 # Waits for the picture that a click brings, and gives the milliseconds from the click to its being there.

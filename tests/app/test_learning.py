@@ -17,7 +17,7 @@ from samoe_hf.training.arguments import parse_run
 @pytest.fixture(scope="session")
 def saved(model_folder) -> LoadedModel:
     model = SamoeModel.from_pretrained(model_folder).eval()
-    from samoe_hf.model.processor import load_processor
+    from samoe_hf.model.processing_samoe import load_processor
 
     return LoadedModel("nano", str(model_folder), model, load_processor(model_folder, model))
 

@@ -21,7 +21,7 @@ from samoe_hf.benchmarks.tracking import _check_equal
 from samoe_hf.benchmarks.training import benchmark_order, benchmark_training, example_clip
 from samoe_hf.cli import main
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.experts import ExpertLinear, expert_modules
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 
 CPU = torch.device("cpu")
 

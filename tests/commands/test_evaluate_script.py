@@ -19,7 +19,7 @@ from samoe_hf.commands import evaluate
 from samoe_hf.commands.evaluate import label_sources
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png
 from samoe_hf.evaluation.report import eval_results
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 SCRIPT = "scripts/evaluate.py"
 NUM_FRAMES = 5

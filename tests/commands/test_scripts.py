@@ -114,7 +114,7 @@ def test_train_refuses_bad_configurations_in_one_line(run, smoke_config, line, m
 def test_experts_of_another_number_are_trained_anew(run, smoke_config, tmp_path):
     from samoe_hf import SamoeModel
 
-    with CaptureLogger(logging.get_logger("transformers.samoe_hf.model.pretrained")) as said:
+    with CaptureLogger(logging.get_logger("transformers.samoe_hf.model.loading")) as said:
         run("train.py", smoke_config, "--num_experts", "3", "--ignore_mismatched_sizes", "--max_steps", "1")
     assert said.out.count("expert tensors are not in") == 1
     assert SamoeModel.from_pretrained(tmp_path / "out").summary().experts[0].num_experts == 3

@@ -16,7 +16,7 @@ from samoe_hf.continual import gate, start
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.training.trainer import build_trainer
 
 RUN = """

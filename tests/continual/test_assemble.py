@@ -14,9 +14,9 @@ from samoe_hf import SamoeModel
 from samoe_hf.continual.assemble import _discriminants, assemble, fit_routers, routed_right
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou, segment_video
-from samoe_hf.model.experts import expert_modules, route_all_to
+from samoe_hf.model.expert_layer import expert_modules, route_all_to
 from samoe_hf.model.lora_exchange import read_lora
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.training.arguments import ModelArguments
 
 ATTENTION = r"memory_attention\.layers\.\d+\.self_attn\.[qkv]_proj"

@@ -17,8 +17,8 @@ from samoe_hf.cli import main
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.inference import evaluation_mode
-from samoe_hf.model.experts import is_expert_parameter, route_all_to
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.expert_layer import is_expert_parameter, route_all_to
+from samoe_hf.model.processing_samoe import build_processor
 
 RUN = {
     "train_data": [{"kind": "synthetic", "domain": "blobs", "num_videos": 8, "num_frames": 3, "seed": 1}],

@@ -24,7 +24,7 @@ from samoe_hf.data import (
     video_from_row,
     videos_from_dataset,
 )
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 
 def test_a_draw_depends_on_seed_epoch_and_index_alone():

@@ -22,7 +22,7 @@ from samoe_hf.evaluation.evaluate import (
     segment_video,
 )
 from samoe_hf.evaluation.metrics import score_video, surface_dice
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 
 @pytest.fixture(scope="module")

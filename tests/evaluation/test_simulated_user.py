@@ -8,7 +8,7 @@ import torch
 
 from samoe_hf.data import SyntheticVideos, Video
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser, click_on_error, sample_points
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 
 @pytest.mark.parametrize("text", ["mask", "box", "point:1", "point:5", "clicks:3", "clicks:3@8", "clicks:1@2:offline"])

@@ -14,8 +14,8 @@ from helpers.own_videos import save, save_ids
 from helpers.reference import ROOT, reference_folder
 from samoe_hf import SamoeModel
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
-from samoe_hf.model.experts import is_expert_parameter
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.model.processing_samoe import build_processor
 
 SIZE = (600, 800)
 RUN = """

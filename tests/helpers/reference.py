@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Sam2VideoInferenceSession
 
 from samoe_hf import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -8,7 +8,7 @@ from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel, Sam3Vide
 
 from helpers.interaction import draw_weights
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 
 def sam3_config(num_layers: int = 2, image_size: int = 112, window_size: int = 4, **settings) -> Sam3TrackerVideoConfig:

@@ -25,10 +25,10 @@ from helpers.reference import ROOT, reference_folder
 from helpers.sam3 import save_combined
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.domains import pooled_features
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.domain_gate import pooled_features
+from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import image_features
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 # What is not installed where a repository's own code is used.
 NOT_NEEDED = ("samoe_hf", "peft", "matplotlib", "av", "nibabel", "pycocotools", "datasets")
@@ -36,7 +36,7 @@ NOT_NEEDED = ("samoe_hf", "peft", "matplotlib", "av", "nibabel", "pycocotools", 
 PUSH = """
 import torch
 from samoe_hf import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 original = SamoeModel.from_pretrained(folder)
 original.push_to_hub("base")

@@ -28,8 +28,8 @@ from helpers.reference import track_reference
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipDataset, SyntheticVideos
 from samoe_hf.model.adapters import is_adapter_parameter, save_adapters
-from samoe_hf.model.experts import expert_modules, is_expert_parameter
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.expert_layer import expert_modules, is_expert_parameter
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 

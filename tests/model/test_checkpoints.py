@@ -12,8 +12,8 @@ from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.model.experts import ExpertLinear, expert_modules
-from samoe_hf.model.files import new_folder, updated_folder, whole_file, write_text
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
+from samoe_hf.model.weights_io import new_folder, updated_folder, whole_file, write_text
 
 Q_PROJ = "memory_attention.layers.0.self_attn.q_proj"
 

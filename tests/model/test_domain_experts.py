@@ -12,15 +12,15 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel, VideoSession
 from samoe_hf.analysis.routing import routing_maps
 from samoe_hf.analysis.usage import expert_usage
-from samoe_hf.continual.gate import decide_videos, fit_gate
+from samoe_hf.continual.fit_gate import decide_videos, fit_gate
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.model.base_modules import build_on_meta
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS
 from samoe_hf.model.domain_experts import domain_modules, use_domain
-from samoe_hf.model.experts import is_expert_parameter, record_router_logits
-from samoe_hf.model.lean_modules import build_on_meta
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.expert_layer import is_expert_parameter, record_router_logits
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.original.checkpoint import save_original
 
 ALL_LAYERS = ["qkv", "proj_in", "q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"]

@@ -9,8 +9,8 @@ from torch import nn
 
 from helpers.reference import attend, load_reference, memory_attention_inputs, track_reference
 from samoe_hf import SamoeModel
+from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules, record_router_logits, route_all_to
 from samoe_hf.model.expert_surgery import ASLEEP, frozen_experts
-from samoe_hf.model.experts import EXPERT_TENSORS, expert_modules, record_router_logits, route_all_to
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 
@@ -254,7 +254,7 @@ def test_frozen_experts_stay_to_the_bit_and_others_learn(nano, model, clip, copi
 
 def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
     from samoe_hf.data import ClipDataset, SyntheticVideos
-    from samoe_hf.model.processor import build_processor
+    from samoe_hf.model.processing_samoe import build_processor
 
     model.freeze_experts(range(4))
     model.grow_experts(1)

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Sam2VideoInferenceSession
 
 from samoe_hf import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 HEIGHT, WIDTH, FRAMES = 360, 640, 3
 POINTS, LABELS, BOX = [[250, 180], [560, 40]], [1, 0], [120, 60, 420, 300]

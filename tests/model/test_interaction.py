@@ -12,7 +12,7 @@ from transformers import Sam2VideoInferenceSession
 from helpers.interaction import FRAME_IDX, NUM_FRAMES, SETTINGS, Interaction, Sessions, draw_weights, tiny_config
 from samoe_hf import SamoeModel
 from samoe_hf.benchmarks.peers import base_of
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (NUM_FRAMES, 32, 32, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ from transformers import Sam2VideoInferenceSession
 
 from helpers.interaction import NUM_FRAMES, SETTINGS, Interaction, Sessions, draw_weights, tiny_config
 from samoe_hf import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 
 class Sam2:

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from helpers.reference import attend, track_reference
+from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules, route_all_to
 from samoe_hf.model.expert_surgery import ASLEEP
-from samoe_hf.model.experts import EXPERT_TENSORS, expert_modules, route_all_to
 from samoe_hf.model.lora_exchange import read_lora
 
 ATTENTION = r"memory_attention\.layers\.\d+\.self_attn\.[qkvo]_proj"

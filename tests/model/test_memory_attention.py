@@ -8,7 +8,7 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model import memory_attention
 from samoe_hf.model.domain_experts import DomainLinear, use_domain
-from samoe_hf.model.experts import ExpertLinear, expert_modules
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from samoe_hf.model.memory_attention import _mean_of_narrow
 
 SETTINGS = {"num_experts": 5, "num_experts_per_tok": 2, "lora_rank": 3, "lora_alpha": 2.0}

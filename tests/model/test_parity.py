@@ -12,9 +12,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 from helpers.reference import HEIGHT, WIDTH, add_reference_prompts, load_reference, reference_folder, track_reference
 from samoe_hf.benchmarks.meta_order import dice_loss
-from samoe_hf.model.experts import ExpertLinear
+from samoe_hf.model.expert_layer import ExpertLinear
 from samoe_hf.model.losses import SegmentationLoss, mask_iou
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 
 @pytest.mark.parametrize("with_experts", [True, False], ids=["experts", "base"])

@@ -15,11 +15,11 @@ from samoe_hf.data import SyntheticVideos
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_experts import DomainLinear
-from samoe_hf.model.experts import ExpertLinear, expert_modules, is_expert_parameter
-from samoe_hf.model.files import plain_tensors
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.model.quantization import spared_bytes
+from samoe_hf.model.weights_io import plain_tensors
 from samoe_hf.training.feature_cache import FeatureCache
 from samoe_hf.training.memory_fit import RunMemory, Workload
 

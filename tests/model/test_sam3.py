@@ -22,8 +22,8 @@ from transformers import (
 
 from helpers.sam3 import sam3_config, sam3_models, save_combined
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.model.experts import is_expert_parameter
-from samoe_hf.model.processor import build_processor, load_processor
+from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.model.processing_samoe import build_processor, load_processor
 
 HEIGHT, WIDTH, NUM_FRAMES = 60, 90, 8
 MASK = np.pad(np.ones((30, 40), bool), ((10, 20), (20, 30)))
@@ -193,7 +193,7 @@ def test_the_tracker_of_a_combined_checkpoint_is_loaded_alone(combined, monkeypa
             read.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr("samoe_hf.model.weight_files.safe_open", Recording)
+    monkeypatch.setattr("samoe_hf.model.weights_files.safe_open", Recording)
     model, info = SamoeModel.from_pretrained(combined, output_loading_info=True)
     monkeypatch.undo()
     expected = Sam3TrackerVideoModel.from_pretrained(combined)

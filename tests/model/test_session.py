@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from samoe_hf import SamoeModel
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
 POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}

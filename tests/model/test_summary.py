@@ -6,9 +6,9 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from samoe_hf import SamoeModel
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.expert_layer import is_expert_parameter
 
-LOGGER = "transformers.samoe_hf.model.pretrained"
+LOGGER = "transformers.samoe_hf.model.loading"
 
 
 def count(model, chosen):

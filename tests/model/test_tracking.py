@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModel, AutoProcessor, Sam2VideoConfig, Sam2VideoInferenceSession, Sam2VideoModel
 
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import fill_holes
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
 POINT_1 = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}

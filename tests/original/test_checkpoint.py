@@ -17,8 +17,8 @@ from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2Vid
 from helpers.reference import reference_folder
 from samoe_hf import SamoeModel
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
-from samoe_hf.model.files import new_folder
-from samoe_hf.model.processor import build_processor
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.weights_io import new_folder
 from samoe_hf.original import architecture
 from samoe_hf.original.checkpoint import (
     config_from_yaml,

@@ -11,7 +11,7 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import READERS, read_yaml
 from samoe_hf.data.transforms import transforms_from_options
-from samoe_hf.model.bases import config_of_base
+from samoe_hf.model.base import config_of_base
 from samoe_hf.training.arguments import parse_run
 from samoe_hf.training.trainer import build_trainer
 

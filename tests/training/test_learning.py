@@ -8,7 +8,7 @@ import torch
 
 from helpers.reference import ROOT, shared_data
 from samoe_hf import SamoeModel
-from samoe_hf.model.experts import is_expert_parameter
+from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou
-from samoe_hf.model.processor import load_processor
+from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.training import small_base as maker
 
 RUNS = [ROOT / "configs" / "base_first.yaml", ROOT / "configs" / "base.yaml"]

@@ -8,7 +8,7 @@ from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoLayerNorm, Sam2VideoMaskDecoder
 
 from samoe_hf.benchmarks.peers import base_of
-from samoe_hf.model.lean_modules import LeanLayerNorm, LeanMaskDecoder
+from samoe_hf.model.base_modules import LeanLayerNorm, LeanMaskDecoder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from samoe_hf.errors import InputError
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import DomainDecision, decide_domains
 from samoe_hf.model.domain_experts import use_domain
-from samoe_hf.model.domains import pooled_features
+from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.session import PreparedFrames

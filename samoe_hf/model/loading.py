@@ -15,8 +15,15 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import active_adapters, adapters_aside, load_adapters, save_adapters, without_adapters
-from .bases import SAM3, base_of, is_combined
-from .checkpoints import (
+from .base import SAM3, base_of, is_combined
+from .configuration_samoe import SamoeConfig, check_old_names
+from .errors import InputError
+from .expert_layer import EXPERT_TENSORS
+from .processing_samoe import build_processor
+from .quantization import check_not_quantized, quantize_base, without_load_report
+from .weights_files import read_headers, read_tracker, tracker_headers
+from .weights_io import updated_folder
+from .weights_trained import (
     HUB_ARGUMENTS,
     check_finite,
     check_not_its_base,
@@ -26,13 +33,6 @@ from .checkpoints import (
     resolve_commit,
     save_trained,
 )
-from .configuration_samoe import SamoeConfig, check_old_names
-from .errors import InputError
-from .experts import EXPERT_TENSORS
-from .files import updated_folder
-from .processor import build_processor
-from .quantization import check_not_quantized, quantize_base, without_load_report
-from .weight_files import read_headers, read_tracker, tracker_headers
 
 # As loud as transformers is told to be.
 logger = transformers_logging.get_logger(f"transformers.{__name__}")

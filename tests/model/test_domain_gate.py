@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from samoe_hf.model.domains import NO_DOMAIN, DomainGate, num_pooled_features, pooled_features
+from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features, pooled_features
 from samoe_hf.model.frame_step import image_features
 
 FEATURES = 24

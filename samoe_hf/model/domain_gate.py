@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from .errors import InputError
-from .experts import DOMAIN_GATE
+from .expert_layer import DOMAIN_GATE
 from .frame_step import ImageFeatures
 
 # The index of a video that looks like no known domain.

@@ -32,13 +32,13 @@ from transformers.utils import (
 from transformers.utils.hub import extract_commit_hash
 
 from .adapters import plain_name, without_adapters
+from .base_modules import build_on_meta
 from .configuration_samoe import SamoeConfig
 from .domain_experts import module_domain
 from .errors import InputError
-from .experts import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
-from .files import hash_tensors
-from .lean_modules import build_on_meta
-from .weight_files import read_header
+from .expert_layer import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
+from .weights_files import read_header
+from .weights_io import hash_tensors
 
 # Arguments of `from_pretrained` that say where and how files are fetched.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

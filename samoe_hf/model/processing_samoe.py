@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
-from .bases import base_of, mask_size
+from .base import base_of, mask_size
 from .configuration_samoe import SamoeConfig
 from .errors import InputError
 

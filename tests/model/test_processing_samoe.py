@@ -7,7 +7,7 @@ import pytest
 from transformers import Sam2Processor, Sam2VideoProcessor
 
 from samoe_hf import SamoeModel
-from samoe_hf.model.processor import PROCESSOR_FILES, build_processor, load_processor
+from samoe_hf.model.processing_samoe import PROCESSOR_FILES, build_processor, load_processor
 
 
 def test_the_saved_processor_is_loaded_and_where_there_is_none_it_is_built(nano, model_folder, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from samoe_hf.model.experts import (
+from samoe_hf.model.expert_layer import (
     ExpertLinear,
     add_experts,
     is_expert_parameter,

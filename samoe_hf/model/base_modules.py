@@ -25,10 +25,10 @@ from transformers.models.sam2.modeling_sam2 import (
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoLayerNorm, Sam2VideoMaskDecoder
 from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
-from .bases import NUM_LEVELS
+from .base import NUM_LEVELS
 from .configuration_samoe import SamoeConfig
 from .domain_experts import add_configured_experts
-from .domains import add_domain_gate
+from .domain_gate import add_domain_gate
 from .errors import InputError
 
 # So few channels are normalized one by one.
