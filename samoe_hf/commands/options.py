@@ -1,7 +1,6 @@
 """What several commands have: options, and names of what they write."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable
 from itertools import count
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from samoe_hf.errors import did_you_mean
+
 
 class CommandParser(argparse.ArgumentParser):
     """Names the nearest known option beside an unknown one."""
@@ -19,8 +20,7 @@ class CommandParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            hint = did_you_mean(unknown[0].partition("=")[0], known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed
 

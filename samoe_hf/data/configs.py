@@ -1,8 +1,9 @@
 """The YAML files of a run, a model or a study: the user's own, or those that come with the package, by their names."""
 
-import difflib
 import os
 from pathlib import Path
+
+from samoe_hf.errors import did_you_mean
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 
@@ -19,7 +20,7 @@ def find_config(name: str | Path) -> Path:
         name: a file, which comes first; or one of the package's configurations, such as "smoke" or "smoke.yaml".
 
     Raises:
-        FileNotFoundError: if there is neither; names the nearest configurations of the package, and all of them.
+        FileNotFoundError: if there is neither; names the nearest configuration of the package, or all of them.
     """
     if Path(name).is_file():
         return Path(name)
@@ -27,11 +28,7 @@ def find_config(name: str | Path) -> Path:
     wanted = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else Path(name).name
     if wanted in shipped and Path(name).name == str(name):
         return shipped[wanted]
-    nearest = difflib.get_close_matches(wanted, shipped, n=2)
-    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    raise FileNotFoundError(
-        f"{name} is no file, and no configuration of the package.{hint} The package has {', '.join(shipped)}."
-    )
+    raise FileNotFoundError(f"{name} is no file, and no configuration of the package{did_you_mean(wanted, shipped)}")
 
 
 def names_config(text: str) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, did_you_mean
 
 
 def check_options(function: Callable, options: Mapping[str, Any], owner: str) -> None:
@@ -29,7 +28,7 @@ def check_options(function: Callable, options: Mapping[str, Any], owner: str) ->
     parameters = inspect.signature(function).parameters
     for name in options:
         if name not in parameters:
-            raise InputError(f"{owner} have no option {name!r}{nearest_name(name, parameters)}")
+            raise InputError(f"{owner} have no option {name!r}{did_you_mean(name, parameters)}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise InputError(f"{owner} need the option {name!r}")
@@ -78,9 +77,3 @@ def _describe(hint: Any) -> str:
     if origin is not None:
         return f"a list of {_describe(arguments[0])}"
     return "None" if hint is type(None) else {int: "an integer", float: "a finite number"}.get(hint, hint.__name__)
-
-
-def nearest_name(name: Any, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: the nearest known one, or all of them."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; there are: {', '.join(known)}"

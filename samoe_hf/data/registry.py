@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, did_you_mean
 
 from .configs import find_config, names_config
 from .hub_datasets import read_dataset
 from .layouts import read_files, recognize
-from .options import check_options, check_types, nearest_name
+from .options import check_options, check_types
 from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
 from .schema import Video, VideoList
 from .synthetic import SyntheticVideos
@@ -104,7 +104,7 @@ def name_kind(
         raise FileNotFoundError(f"{path}: no such folder")
     if not path.exists() or (kind is not None and root is not None):
         name = repr(str(kind) if isinstance(kind, Path) else kind)
-        raise InputError(f"unknown kind of dataset {name}, and no folder{nearest_name(kind, READERS)}")
+        raise InputError(f"unknown kind of dataset {name}, and no folder{did_you_mean(kind, READERS)}")
     try:
         layout = recognize(path, split)
     except ValueError as error:

@@ -149,7 +149,7 @@ def test_help_of_adapting_names_the_options_of_a_run(capsys):
 )
 def test_wrong_names_of_configurations_are_answered_with_the_nearest(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"is no file, .* Did you mean (smoke|model_nano|study_forgetting).* finetune"):
+    with pytest.raises(SystemExit, match=r"is no file, .* did you mean '(smoke|model_nano|study_forgetting)'"):
         main(command)
     assert list(tmp_path.iterdir()) == []
 
