@@ -42,3 +42,10 @@ def model_folder(nano, tmp_path_factory) -> Path:
     nano.model.save_pretrained(folder)
     build_processor(nano.model.config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def clip(nano):
+    """A clip of three frames (1, 3, 3, S, S) and its objects' masks (1, N, 3, S, S)."""
+    frames = nano.load("train_step")
+    return frames["pixel_values"][None, :3], frames["masks"].bool().transpose(0, 1)[None, :, :3]

@@ -230,7 +230,7 @@ def test_every_kind_of_data_and_its_options_are_in_the_guide():
     [
         "from samoe_hf import Nothing",
         "model.nothing()",
-        "model.prune_experts([0, 1])",
+        "from samoe_hf.surgery.experts import prune_experts\nprune_experts(model, [0, 1])",
         "model.save_pretrained('x', 'y')",
         "from samoe_hf import load_videos\nload_videos(1, 2, 3, 4, 5, 6)",
     ],

@@ -67,7 +67,7 @@ def reset():
     return copy.deepcopy(loaded)
 model, other = reset(), reset()
 if guide == "domains.md":
-    other.rename_domain(None, "others")
+    rename_domain(other, None, "others")
 processor = load_processor("MODEL", model)
 videos = load_videos("davis", "DAVIS")
 video = videos[0]

@@ -24,6 +24,7 @@ from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.weights_io import new_folder, write_text
+from samoe_hf.surgery.domains import rename_domain
 from samoe_hf.training.checkpoints import list_checkpoints
 
 from .collecting import collected
@@ -200,7 +201,7 @@ def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
         return loaded.source
     if not folder.exists():
         model = copy.deepcopy(loaded.model)
-        model.rename_domain(None, FORMER_EXPERTS)
+        rename_domain(model, None, FORMER_EXPERTS)
         with new_folder(folder) as target:
             model.save_pretrained(target, processor=loaded.processor)
     return str(folder)

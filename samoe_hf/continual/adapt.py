@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset
 
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.weights_io import write_text
+from samoe_hf.surgery.domains import copy_domain_experts
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 from .fit_gate import decide_videos, fit_gate
@@ -99,7 +100,7 @@ def adapt(
     result.gate_videos = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
     if like == AUTO:
         start = find_start(trainer.model, trainer.processing_class, domain, videos, shows_progress)
-        if start is not None and trainer.model.copy_domain_experts(start, domain):
+        if start is not None and copy_domain_experts(trainer.model, start, domain):
             result.started_from = start
     trainer.train(resume_from_checkpoint=resume)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)

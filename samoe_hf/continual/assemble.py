@@ -22,9 +22,11 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
 from samoe_hf.model.expert_layer import expert_modules, open_hooks, route_all_to
-from samoe_hf.model.lora_exchange import Lora, expert_tensors, read_lora
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.surgery.domains import add_domain
+from samoe_hf.surgery.experts import replace_experts
+from samoe_hf.surgery.loras import Lora, add_lora_domain, expert_tensors, read_lora
 
 from .fit_gate import first_visible, fit_gate
 
@@ -110,9 +112,9 @@ def assemble_domains(
     processor = load_processor(base, model)
     for domain, source in loras.items():
         if source is None:
-            model.add_domain(domain, num_experts=0)
+            add_domain(model, domain, num_experts=0)
         else:
-            model.add_lora_domain(domain, source)
+            add_lora_domain(model, domain, source)
         fit_gate(model, processor, domain, videos[domain], show_progress_bar)
     return model
 
@@ -134,7 +136,8 @@ def _replace_by_loras(
     """Replaces the model's experts by those of the LoRAs, `experts_per_lora` equal ones of each, in order."""
     layers = [(name, *layer) for lora in loras if lora is not None for name, layer in lora.layers.items()]
     names, rank = {name for name, *_ in layers}, max(len(A) for _, A, _, _ in layers)
-    model.replace_experts(
+    replace_experts(
+        model,
         expert_modules=[name for name, _ in model.named_modules() if name in names],
         num_experts=experts_per_lora * len(loras),
         num_experts_per_tok=num_experts_per_tok,

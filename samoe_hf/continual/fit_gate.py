@@ -17,6 +17,7 @@ from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.session import PreparedFrames
+from samoe_hf.surgery.domains import fit_domain
 
 # More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
 MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256
@@ -55,7 +56,7 @@ def fit_gate(
                 numbers += [number] * len(frames)
     if not features:
         raise InputError(f"`videos` of domain {domain!r}: none of {len(chosen)} has a frame with an object.")
-    model.fit_domain(domain, torch.cat(features), torch.tensor(numbers))
+    fit_domain(model, domain, torch.cat(features), torch.tensor(numbers))
     return len(features)
 
 

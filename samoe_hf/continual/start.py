@@ -11,8 +11,8 @@ from samoe_hf.evaluation.evaluate import evaluate_video
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_experts import domain_modules
-from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.surgery.domains import find_domain
 
 from .excerpts import reduced
 from .fit_gate import evenly_chosen, first_visible

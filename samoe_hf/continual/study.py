@@ -26,6 +26,8 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.weights_io import new_folder, write_text
+from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
+from samoe_hf.surgery.loras import export_expert
 
 from .assemble import assemble
 from .fit_gate import evenly_chosen, fit_gate
@@ -195,16 +197,16 @@ class Study:
             set_seed(seed)
             if like is None:
                 model = SamoeModel.from_pretrained(self.base_folder(seed))
-                model.add_domain(name, **lora_settings(self.plan))
+                add_domain(model, name, **lora_settings(self.plan))
             else:
                 model = copy.deepcopy(self._one_domain(seed, like))
-                model.add_domain(name, like=like)
-                model.remove_domain(like)
+                add_domain(model, name, like=like)
+                remove_domain(model, like)
             self._fit_gate(model, name)
             self._train(model, name, "experts", self.plan.learning_rate, seed, experts_of=name)
             with new_folder(folder) as temporary:
                 model.save_pretrained(temporary)
-                model.export_expert(0, temporary / "lora", domain=name)
+                export_expert(model, 0, temporary / "lora", domain=name)
         return folder
 
     def _fit_gate(self, model: SamoeModel, name: str) -> None:
@@ -277,14 +279,14 @@ class Study:
         parts = [self._one_domain(seed, name, (likes or {}).get(name)) for name in names]
         model = copy.deepcopy(parts[0])
         for part in parts[1:]:
-            model.merge_domains(part)
+            merge_domains(model, part)
         return model.to(self.device).eval()
 
     def _one_domain(self, seed: int, name: str, like: str | None = None) -> SamoeModel:
         if (seed, name, like) not in self._models:
             if name == self.plan.base.name:
                 model = SamoeModel.from_pretrained(self.base_folder(seed))
-                model.add_domain(name, num_experts=0)
+                add_domain(model, name, num_experts=0)
                 self._fit_gate(model, name)
             else:
                 model = SamoeModel.from_pretrained(self.experts_folder(seed, name, like))
@@ -300,7 +302,7 @@ class Study:
         key = (seed, name, tuple(learned))
         if learned and key not in self._starts:
             model = self.domains_model(seed, learned, with_base=False)
-            model.add_domain(name, **lora_settings(self.plan))
+            add_domain(model, name, **lora_settings(self.plan))
             self._starts[key] = find_start(
                 model, build_processor(model.config), name, self.videos.train(name), show_progress_bar=False
             )

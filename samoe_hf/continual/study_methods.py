@@ -20,6 +20,7 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.surgery.experts import freeze_experts, grow_experts, replace_experts
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 
@@ -84,12 +85,12 @@ def _leave(model: SamoeModel, plan: StudyPlan, num_learned: int) -> None:
 
 def _one_lora(model: SamoeModel, plan: StudyPlan, num_learned: int) -> None:
     if num_learned == 0:
-        model.replace_experts(**lora_settings(plan, plan.num_domains))
+        replace_experts(model, **lora_settings(plan, plan.num_domains))
 
 
 def _one_mixture(model: SamoeModel, plan: StudyPlan, num_learned: int) -> None:
     if num_learned == 0:
-        model.replace_experts(**expert_settings(plan, plan.num_domains))
+        replace_experts(model, **expert_settings(plan, plan.num_domains))
 
 
 def _balanced_mixture(model: SamoeModel, plan: StudyPlan, num_learned: int) -> None:
@@ -99,11 +100,11 @@ def _balanced_mixture(model: SamoeModel, plan: StudyPlan, num_learned: int) -> N
 
 def _frozen_experts(model: SamoeModel, plan: StudyPlan, num_learned: int) -> None:
     if num_learned == 0:
-        model.replace_experts(**expert_settings(plan, 1))
+        replace_experts(model, **expert_settings(plan, 1))
         return
     old = range(model.config.num_experts)
-    model.grow_experts(plan.experts_per_domain)
-    model.freeze_experts(old)
+    grow_experts(model, plan.experts_per_domain)
+    freeze_experts(model, old)
 
 
 # Trained on domain after domain, in this order in reports.

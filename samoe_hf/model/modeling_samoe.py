@@ -35,13 +35,11 @@ from .domain_choice import AUTO, check_domain
 from .domain_experts import PREFIX as DOMAIN_PREFIX
 from .domain_experts import add_configured_experts
 from .domain_gate import add_domain_gate
-from .domain_surgery import DomainSurgeryMixin
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, ExpertMixture, is_expert_parameter
-from .expert_surgery import ExpertSurgeryMixin
+from .expert_sleep import wake_experts
 from .interaction import clear_prompts, remove_object
 from .loading import PretrainedMixin
-from .lora_exchange import LoraExchangeMixin
 from .losses import SegmentationLoss
 from .memory_attention import attend_to_memory
 from .prompts import PromptRecipe, resolve_recipe
@@ -79,9 +77,7 @@ class ForwardOptions(TypedDict, total=False):
     output_hidden_states: bool
 
 
-class SamoeModel(
-    AdapterMixin, DomainSurgeryMixin, ExpertSurgeryMixin, LoraExchangeMixin, PretrainedMixin, Sam2VideoModel
-):
+class SamoeModel(AdapterMixin, PretrainedMixin, Sam2VideoModel):
     """SAM 2 video whose linear layers, by default the projections of its memory attention, have LoRA experts.
 
     It takes the place of [`~transformers.Sam2VideoModel`] in tracking, and can be trained on clips. After construction
@@ -349,6 +345,16 @@ class SamoeModel(
             yield from super().propagate_in_video_iterator(
                 inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
             )
+
+    def wake_experts(self) -> None:
+        """Lets new experts compete where routers are trainable; the first training step calls it.
+
+        Raises:
+            ValueError: if the weights are sharded (FSDP), so that there are no whole rows. Wake them before.
+        """
+        if self.may_have_sleeping_experts:  # looking at the biases would wait for the GPU in each training step
+            wake_experts(self)
+            self.may_have_sleeping_experts = False
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.

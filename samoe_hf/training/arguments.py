@@ -15,10 +15,10 @@ from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
-from samoe_hf.model.domain_surgery import find_domain
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.surgery.domains import add_domain, find_domain
 
 from .memory_fit import BATCH_KEYS, parse_memory
 from .old_names import check_arguments, check_names, check_options
@@ -132,14 +132,14 @@ class ModelArguments:
             )
         described_by = self.domain_like if is_new else self.domain
         if described_by is None:
-            model.add_domain(self.domain, **settings)
+            add_domain(model, self.domain, **settings)
             return
         found = find_domain(model, described_by)
         for name, value in settings.items():
             if found[name] != value:
                 raise InputError(f"`{name}` is {found[name]!r} in domain {described_by!r}, but {value!r} is given.")
         if is_new:
-            model.add_domain(self.domain, like=self.domain_like)
+            add_domain(model, self.domain, like=self.domain_like)
 
 
 @dataclass

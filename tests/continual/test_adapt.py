@@ -17,6 +17,7 @@ from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.surgery.domains import add_domain, copy_domain_experts
 from samoe_hf.training.trainer import build_trainer
 
 RUN = """
@@ -120,9 +121,9 @@ def test_a_domain_starts_from_experts_that_are_good_at_it(first, tmp_path, capsy
 def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(first, monkeypatch):
     folder, _ = first
     model = SamoeModel.from_pretrained(folder)
-    model.add_domain("other_rank", **{**model.config.expert_settings(), "lora_rank": 1})
+    add_domain(model, "other_rank", **{**model.config.expert_settings(), "lora_rank": 1})
     settings = {name: value for name, value in model.config.domains[0].items() if name != "name"}
-    model.add_domain("new", **settings)
+    add_domain(model, "new", **settings)
     scores, score = {}, start._score
 
     def record(model, processor, videos, domain):
@@ -141,7 +142,7 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
     for advantage, found in ((0.04, None), (0.06, "soft")):
         monkeypatch.setattr(start, "_score", lambda *a, advantage=advantage: 0.4 + advantage * (a[-1] is not None))
         assert start.find_start(model, processor, "new", videos) == found
-    model.copy_domain_experts("soft", "new")
+    copy_domain_experts(model, "soft", "new")
     assert start.find_start(model, processor, "new", videos) is None
 
 
@@ -214,7 +215,7 @@ dist.destroy_process_group()
 def test_two_processes_change_no_other_domain(base, tmp_path, mode):
     model = SamoeModel.from_pretrained(base)
     for name in "ab":
-        model.add_domain(name, num_experts=2)
+        add_domain(model, name, num_experts=2)
         for _, experts in domain_modules(model, name):
             torch.nn.init.normal_(experts.lora_B, std=0.1)
     model.save_pretrained(tmp_path / "model")

@@ -15,8 +15,8 @@ from samoe_hf.continual.assemble import _discriminants, assemble, fit_routers, r
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou, segment_video
 from samoe_hf.model.expert_layer import expert_modules, route_all_to
-from samoe_hf.model.lora_exchange import read_lora
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.surgery.loras import read_lora
 from samoe_hf.training.arguments import ModelArguments
 
 ATTENTION = r"memory_attention\.layers\.\d+\.self_attn\.[qkv]_proj"

@@ -19,6 +19,7 @@ from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.expert_layer import is_expert_parameter, route_all_to
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.surgery.loras import add_expert, export_expert
 
 RUN = {
     "train_data": [{"kind": "synthetic", "domain": "blobs", "num_videos": 8, "num_frames": 3, "seed": 1}],
@@ -114,7 +115,7 @@ def test_domains_are_added_and_nothing_is_forgotten(base, tmp_path):
 
 def test_an_expert_is_exchanged_with_peft_on_transformers_model(base, trained, tmp_path):
     model = SamoeModel.from_pretrained(trained)
-    model.export_expert(1, tmp_path / "lora")
+    export_expert(model, 1, tmp_path / "lora")
     theirs = PeftModel.from_pretrained(Sam3TrackerVideoModel.from_pretrained(base), tmp_path / "lora").base_model.model
     frames = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     with route_all_to(model, 1), torch.no_grad():
@@ -128,7 +129,7 @@ def test_an_expert_is_exchanged_with_peft_on_transformers_model(base, trained, t
         outputs = [x.memory_attention(tokens, memory, tokens, memory, 0) for x in (model, theirs)]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     again = SamoeModel.from_pretrained(base, num_experts=2, lora_rank=2, expert_modules=model.config.expert_modules)
-    assert again.add_expert(tmp_path / "lora") == 2
+    assert add_expert(again, tmp_path / "lora") == 2
 
 
 def test_its_encoder_may_be_frozen_and_its_features_kept(base, tmp_path):

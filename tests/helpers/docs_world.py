@@ -16,6 +16,7 @@ from samoe_hf import SamoeModel
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.surgery.loras import export_expert
 
 SIZE = (600, 800)
 RUN = """
@@ -56,7 +57,7 @@ def _make_models(folder: Path, model: SamoeModel) -> None:
         processor.save_pretrained(folder / name)
     model.wake_experts()
     for number, name in enumerate(("LORA_A", "LORA_B", "someones-lora")):
-        model.export_expert(number, folder / name)
+        export_expert(model, number, folder / name)
     nano = reference_folder("nano")
     shutil.copy(nano / "sam2.1_hiera_nano.pt", folder / "sam2.1_hiera_base_plus.pt")
     shutil.copy(nano / "samoe_nano_adapters.pt", folder / "checkpoint_best.pt")

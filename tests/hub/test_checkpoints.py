@@ -29,6 +29,7 @@ from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.surgery.domains import fit_domain, rename_domain
 
 # What is not installed where a repository's own code is used.
 NOT_NEEDED = ("samoe_hf", "peft", "matplotlib", "av", "nibabel", "pycocotools", "datasets")
@@ -225,11 +226,11 @@ def test_a_folder_with_its_own_code_and_domains_is_the_same_in_another_process(r
     for kind in (SamoeModel, SamoeModel.config_class):
         monkeypatch.setattr(kind, "_auto_class", None)
     model = copy.deepcopy(nano.model)
-    model.rename_domain(None, "known")
+    rename_domain(model, None, "known")
     inputs = [torch.randn(1, 2, 3, 128, 128), torch.tensor([[[20.0, 20, 90, 70]]])]
     frames = inputs[0][:, 0].repeat(20, 1, 1, 1)
     features = pooled_features(image_features(model, frames), frames)
-    model.fit_domain("known", features.detach(), torch.arange(20))
+    fit_domain(model, "known", features.detach(), torch.arange(20))
     with torch.no_grad():
         output = model(inputs[0], input_boxes=inputs[1])
     assert output.domains == ["known"]

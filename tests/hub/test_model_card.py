@@ -13,6 +13,7 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.hub.model_card import CardContent, build_model_card, write_model_card
+from samoe_hf.surgery.domains import add_domain
 
 COMMIT = "0123456789" * 4
 
@@ -80,8 +81,8 @@ def test_what_is_known_is_told(model):
 
 def test_domains_are_told():
     model = SamoeModel(SamoeConfig(**read_yaml(ROOT / "configs" / "model_nano.yaml")))
-    model.add_domain("night", num_experts=3, lora_rank=2)
-    model.add_domain("day", num_experts=0)
+    add_domain(model, "night", num_experts=3, lora_rank=2)
+    add_domain(model, "day", num_experts=0)
     text = build_model_card(model, "tester/model", CardContent()).text
     assert "LoRA experts for 2 domains:\nnight, day. A gate chooses" in text
     table = [line for line in text.splitlines() if line.startswith("| experts")]

@@ -22,6 +22,16 @@ from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.expert_layer import is_expert_parameter, record_router_logits
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.original.checkpoint import save_original
+from samoe_hf.surgery.domains import add_domain, copy_domain_experts, merge_domains, remove_domain, rename_domain
+from samoe_hf.surgery.experts import (
+    freeze_experts,
+    grow_experts,
+    merge_experts,
+    prune_experts,
+    replace_experts,
+    reset_expert,
+)
+from samoe_hf.surgery.loras import add_expert, add_lora_domain, export_expert
 
 ALL_LAYERS = ["qkv", "proj_in", "q_proj", "k_proj", "v_proj", "o_proj", "linear1", "linear2"]
 ENCODER_AND_MEMORY = ["qkv", "q_proj", "v_proj"]
@@ -36,10 +46,10 @@ def new_model() -> SamoeModel:
     return model
 
 
-def add_domain(model: SamoeModel, name: str, seed: int, **settings) -> None:
+def add_learned_domain(model: SamoeModel, name: str, seed: int, **settings) -> None:
     """A domain whose experts have an effect."""
     torch.manual_seed(seed)
-    model.add_domain(name, **settings)
+    add_domain(model, name, **settings)
     for _, experts in domain_modules(model, name):
         torch.nn.init.normal_(experts.lora_B, std=0.1)
 
@@ -47,8 +57,8 @@ def add_domain(model: SamoeModel, name: str, seed: int, **settings) -> None:
 def with_two_domains() -> SamoeModel:
     """Two domains of different sizes in different layers; experts of the second are in the encoder too."""
     model = new_model()
-    add_domain(model, "a", 1, num_experts=3, num_experts_per_tok=1, lora_rank=2)
-    add_domain(model, "b", 2, num_experts=4, lora_rank=3, expert_modules=ENCODER_AND_MEMORY)
+    add_learned_domain(model, "a", 1, num_experts=3, num_experts_per_tok=1, lora_rank=2)
+    add_learned_domain(model, "b", 2, num_experts=4, lora_rank=3, expert_modules=ENCODER_AND_MEMORY)
     return model
 
 
@@ -179,7 +189,7 @@ def test_adding_a_domain_changes_nothing_of_the_others(gated, batch, videos, pro
     before = copy.deepcopy(model.state_dict())
     video = videos["blobs"][20]
     expected, _ = segment_video(model, processor, video)
-    add_domain(model, "c", 3, expert_modules=ALL_LAYERS)
+    add_learned_domain(model, "c", 3, expert_modules=ALL_LAYERS)
     fit_gate(model, processor, "c", videos["shapes"], show_progress_bar=False)
     after = model.state_dict()
     for name, tensor in before.items():
@@ -228,8 +238,8 @@ def test_a_user_overrules_the_gate_in_the_middle_of_a_video(gated, processor, vi
 
 def test_experts_in_the_image_encoder_alone_have_an_effect(batch, processor, videos):
     model = new_model()
-    add_domain(model, "e", 4, expert_modules=["qkv"])
-    add_domain(model, "other", 5, expert_modules=["q_proj"])
+    add_learned_domain(model, "e", 4, expert_modules=["qkv"])
+    add_learned_domain(model, "other", 5, expert_modules=["q_proj"])
     alone, plain = masks(model, batch, "e"), masks(model, batch, None)
     assert not torch.equal(alone, plain)
     torch.testing.assert_close(masks(model, batch, ["other", "e"])[1], alone[1], rtol=1e-4, atol=1e-4)
@@ -326,7 +336,7 @@ def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, batch, tmp_pa
     for number, (name, kind) in enumerate((("a", "blobs"), ("b", "stripes"))):
         source = tmp_path / ("base" if number == 0 else "a")
         model = SamoeModel.from_pretrained(source)
-        add_domain(model, name, number, expert_modules=ENCODER_AND_MEMORY)
+        add_learned_domain(model, name, number, expert_modules=ENCODER_AND_MEMORY)
         fit_gate(model, processor, name, videos[kind], show_progress_bar=False)
         model.save_pretrained(tmp_path / name, experts_only=True)
     loaded = SamoeModel.from_pretrained(tmp_path / "b")
@@ -343,7 +353,7 @@ def test_a_file_that_contradicts_its_domains_is_refused(tmp_path):
     model.base_model_source = {"name_or_path": "x/y"}
     new_model().save_pretrained(tmp_path / "base")
     model = SamoeModel.from_pretrained(tmp_path / "base")
-    add_domain(model, "a", 0)
+    add_learned_domain(model, "a", 0)
     model.save_pretrained(tmp_path / "trained", experts_only=True)
     path = tmp_path / "trained" / "config.json"
     text = path.read_text()
@@ -358,37 +368,37 @@ def test_a_file_that_contradicts_its_domains_is_refused(tmp_path):
 def test_domains_are_removed_and_renamed(gated, batch, processor, videos):
     model = copy.deepcopy(gated)
     expected = masks(model, batch, "b")
-    model.remove_domain("a")
-    model.rename_domain("b", "type")  # a name that modules have an attribute of
+    remove_domain(model, "a")
+    rename_domain(model, "b", "type")  # a name that modules have an attribute of
     assert torch.equal(masks(model, batch, "type"), expected)
     assert model.config.domain_names == ["type"]
     assert not any("domain_a" in name or "domain_b" in name for name in model.state_dict())
     video = videos["stripes"][23]
     assert next(decide_videos(model, processor, [video])).domain == "type"
-    model.remove_domain("type")
+    remove_domain(model, "type")
     assert model.state_dict().keys() - {n for n in model.state_dict() if n.startswith("domain_gate")} == {
         name for name in new_model().state_dict() if "lora_" not in name and "router" not in name
     }
-    for change in (model.remove_domain, lambda name: model.rename_domain(name, "x")):
+    for change in (lambda name: remove_domain(model, name), lambda name: rename_domain(model, name, "x")):
         with pytest.raises(ValueError, match="The model has no domain 'a'; there are none"):
             change("a")
 
 
 def test_two_peoples_domains_are_put_side_by_side(gated, batch, processor, videos):
     mine, yours = copy.deepcopy(gated), copy.deepcopy(gated)
-    mine.remove_domain("b")
-    yours.remove_domain("a")
-    assert mine.merge_domains(yours) == ["b"]
+    remove_domain(mine, "b")
+    remove_domain(yours, "a")
+    assert merge_domains(mine, yours) == ["b"]
     for name in ("a", "b", None):
         assert torch.equal(masks(mine, batch, name), masks(gated, batch, name))
     found = [next(decide_videos(mine, processor, [videos[kind][23]])).domain for kind in ("blobs", "stripes")]
     assert found == ["a", "b"]
     with pytest.raises(ValueError, match="Both models have a domain 'b'"):
-        mine.merge_domains(yours)
-    yours.rename_domain("b", "c")
+        merge_domains(mine, yours)
+    rename_domain(yours, "b", "c")
     yours.mask_decoder.iou_token.weight.data += 1
     with pytest.raises(ValueError, match="different bases"):
-        mine.merge_domains(yours)
+        merge_domains(mine, yours)
     assert mine.config.domain_names == ["a", "b"]
 
 
@@ -399,29 +409,29 @@ def test_experts_of_no_domain_become_a_domain(batch):
             torch.nn.init.normal_(parameter, std=0.1)
     expected, tensors = masks(model, batch, None), len(model.state_dict())
     with pytest.raises(ValueError, match=r"`rename_domain\(None, NAME\)` makes a domain of them"):
-        model.add_domain("new")
-    model.rename_domain(None, "old")
+        add_domain(model, "new")
+    rename_domain(model, None, "old")
     assert torch.equal(masks(model, batch, "old"), expected)
     assert torch.equal(masks(model, batch, None), masks(new_model(), batch, None))
     assert len(model.state_dict()) == tensors + 5
-    model.add_domain("new", like="old")
+    add_domain(model, "new", like="old")
     assert torch.equal(masks(model, batch, "new"), expected)
 
 
 def test_a_new_domain_starts_from_experts_of_the_same_kind_alone(model, batch):
     model = copy.deepcopy(model)
-    model.add_domain("like_a", like="a")
+    add_domain(model, "like_a", like="a")
     settings = {name: value for name, value in model.config.domains[0].items() if name != "name"}
-    model.add_domain("new", **settings)
-    model.add_domain("smaller", **{**settings, "lora_rank": 1})
+    add_domain(model, "new", **settings)
+    add_domain(model, "smaller", **{**settings, "lora_rank": 1})
     assert not torch.equal(masks(model, batch, "new"), masks(model, batch, "a"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert not model.copy_domain_experts("a", "smaller") and not model.copy_domain_experts("a", "like_a")
+    assert not copy_domain_experts(model, "a", "smaller") and not copy_domain_experts(model, "a", "like_a")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.copy_domain_experts("a", "new") and not model.copy_domain_experts("new", "new")
+    assert copy_domain_experts(model, "a", "new") and not copy_domain_experts(model, "new", "new")
     assert torch.equal(masks(model, batch, "new"), masks(model, batch, "a"))
     with pytest.raises(ValueError, match="The model has no domain 'z'"):
-        model.copy_domain_experts("z", "new")
+        copy_domain_experts(model, "z", "new")
 
 
 @pytest.mark.parametrize(
@@ -443,7 +453,7 @@ def test_a_new_domain_starts_from_experts_of_the_same_kind_alone(model, batch):
 def test_domains_that_cannot_be_are_refused_and_nothing_changes(model, name, settings, message):
     before = set(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        model.add_domain(name, **settings)
+        add_domain(model, name, **settings)
     assert set(model.state_dict()) == before and model.config.domain_names == ["a", "b"]
 
 
@@ -455,20 +465,20 @@ def test_configurations_with_wrong_domains_are_refused(domains):
 
 def test_a_domain_may_have_no_experts(batch, base):
     model = new_model()
-    model.add_domain("plain", num_experts=0)
+    add_domain(model, "plain", num_experts=0)
     assert torch.equal(masks(model, batch, "plain"), masks(base, batch, None))
     assert model.expert_module_names == []
 
 
 def test_surgery_on_single_experts_is_for_models_without_domains(model):
     for change in (
-        lambda: model.prune_experts(keep=[0]),
-        lambda: model.merge_experts([0, 1]),
-        lambda: model.grow_experts(1),
-        lambda: model.reset_expert(0),
-        lambda: model.freeze_experts([0]),
-        lambda: model.replace_experts(lora_rank=2),
-        lambda: model.add_expert("x/y"),
+        lambda: prune_experts(model, keep=[0]),
+        lambda: merge_experts(model, [0, 1]),
+        lambda: grow_experts(model, 1),
+        lambda: reset_expert(model, 0),
+        lambda: freeze_experts(model, [0]),
+        lambda: replace_experts(model, lora_rank=2),
+        lambda: add_expert(model, "x/y"),
     ):
         with pytest.raises(ValueError, match="belong to domains"):
             change()
@@ -488,22 +498,22 @@ def test_an_adapter_of_peft_goes_around_layers_with_domains(batch, tmp_path):
     loaded = SamoeModel.from_pretrained(tmp_path)
     torch.testing.assert_close(masks(loaded, batch, "b"), changed, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="has adapters of PEFT"):
-        loaded.add_domain("c")
+        add_domain(loaded, "c")
 
 
 def test_a_lora_of_peft_becomes_a_domain_and_back(batch, tmp_path):
     model = with_two_domains()
-    model.add_domain("one", num_experts=1, num_experts_per_tok=1, lora_rank=2, expert_modules=ENCODER_AND_MEMORY)
+    add_domain(model, "one", num_experts=1, num_experts_per_tok=1, lora_rank=2, expert_modules=ENCODER_AND_MEMORY)
     for _, experts in domain_modules(model, "one"):
         torch.nn.init.normal_(experts.lora_B, std=0.1)
-    model.export_expert(0, tmp_path / "lora", domain="one")
+    export_expert(model, 0, tmp_path / "lora", domain="one")
     other = new_model()
-    other.add_lora_domain("mine", tmp_path / "lora")
+    add_lora_domain(other, "mine", tmp_path / "lora")
     torch.testing.assert_close(masks(other, batch, "mine"), masks(model, batch, "one"), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="one of the 1 experts of domain 'one'"):
-        model.export_expert(1, tmp_path / "more", domain="one")
+        export_expert(model, 1, tmp_path / "more", domain="one")
     with pytest.raises(ValueError, match="belong to domains"):
-        model.export_expert(0, tmp_path / "more")
+        export_expert(model, 0, tmp_path / "more")
 
 
 def test_the_original_has_no_place_for_domains(model, tmp_path):

@@ -10,6 +10,7 @@ from samoe_hf.model import memory_attention
 from samoe_hf.model.domain_experts import DomainLinear, use_domain
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from samoe_hf.model.memory_attention import _mean_of_narrow
+from samoe_hf.surgery.domains import add_domain
 
 SETTINGS = {"num_experts": 5, "num_experts_per_tok": 2, "lora_rank": 3, "lora_alpha": 2.0}
 
@@ -32,7 +33,7 @@ def random_layer(kind):
     torch.manual_seed(0)
     if kind == "domain":
         layer = DomainLinear(16, 24).double()
-        layer.add_domain("a", **SETTINGS)
+        add_domain(layer, "a", **SETTINGS)
         torch.nn.init.normal_(layer.domain_a.lora_B)
         return layer.eval()
     layer = ExpertLinear(16, 24, **SETTINGS).double().eval()

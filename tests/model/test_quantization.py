@@ -20,6 +20,7 @@ from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.model.quantization import spared_bytes
 from samoe_hf.model.weights_io import plain_tensors
+from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
 from samoe_hf.training.feature_cache import FeatureCache
 from samoe_hf.training.memory_fit import RunMemory, Workload
 
@@ -178,7 +179,7 @@ def test_domains_come_and_go_over_a_quantized_base(quantization, model_folder, t
     )
     with torch.no_grad():
         base = model.eval()(*clip, prompts="mask").pred_masks
-    model.add_domain("one")
+    add_domain(model, "one")
     layer = next(module for module in model.modules() if isinstance(module, DomainLinear))
     assert layer.domain_one.lora_A.dtype == torch.float32
     with torch.no_grad():
@@ -188,10 +189,10 @@ def test_domains_come_and_go_over_a_quantized_base(quantization, model_folder, t
         assert torch.equal(model(*clip, prompts="mask", domain=None).pred_masks, base)
     model.save_pretrained(tmp_path / "one", experts_only=True)
     assert SamoeModel.from_pretrained(tmp_path / "one").config.domain_names == ["one"]
-    full.add_domain("two")
-    assert model.merge_domains(full) == ["two"]
-    model.remove_domain("one")
-    model.remove_domain("two")
+    add_domain(full, "two")
+    assert merge_domains(model, full) == ["two"]
+    remove_domain(model, "one")
+    remove_domain(model, "two")
     assert not any(isinstance(module, DomainLinear) for module in model.modules())
     with torch.no_grad():
         assert torch.equal(model(*clip, prompts="mask").pred_masks, base)

@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from samoe_hf import SamoeModel
 from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.surgery.domains import add_domain
 
 LOGGER = "transformers.samoe_hf.model.loading"
 
@@ -35,8 +36,8 @@ def test_a_summary_counts_every_parameter_once(model_folder):
 
 def test_domains_are_summed_up_apart(base_folder):
     model = SamoeModel.from_pretrained(base_folder)
-    model.add_domain("heart", num_experts=3, num_experts_per_tok=1, lora_rank=2)
-    model.add_domain("street", num_experts=0)
+    add_domain(model, "heart", num_experts=3, num_experts_per_tok=1, lora_rank=2)
+    add_domain(model, "street", num_experts=0)
     heart, street = model.summary().experts
     own = count(model, lambda name, _: ".domain_heart." in name)
     assert (heart.domain, heart.num_experts, heart.lora_rank, heart.parameters) == ("heart", 3, 2, own)

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from samoe_hf import SamoeModel
 from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.frame_step import image_features
+from samoe_hf.surgery.domains import add_domain, rename_domain
 from samoe_hf.training.feature_cache import FeatureCache
 from samoe_hf.training.trainer import build_trainer
 
@@ -195,8 +196,8 @@ def test_adapters_of_the_encoder_are_told_apart(nano, tmp_path):
 
 def test_domains_with_experts_in_the_encoder_have_features_of_their_own(model, frames, tmp_path):
     model = copy.deepcopy(model)
-    model.rename_domain(None, "first")
-    model.add_domain("second", expert_modules=["qkv"])
+    rename_domain(model, None, "first")
+    add_domain(model, "second", expert_modules=["qkv"])
     for _, experts in domain_modules(model, "second"):
         torch.nn.init.normal_(experts.lora_B, std=0.1)
     model.requires_grad_(False).eval()

@@ -10,7 +10,15 @@ from torch import nn
 from helpers.reference import attend, load_reference, memory_attention_inputs, track_reference
 from samoe_hf import SamoeModel
 from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules, record_router_logits, route_all_to
-from samoe_hf.model.expert_surgery import ASLEEP, frozen_experts
+from samoe_hf.model.expert_sleep import ASLEEP, frozen_experts
+from samoe_hf.surgery.experts import (
+    freeze_experts,
+    grow_experts,
+    merge_experts,
+    prune_experts,
+    replace_experts,
+    reset_expert,
+)
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 
@@ -63,7 +71,7 @@ def train_step(model, clip, **options):
 
 def test_growing_preserves_the_output_until_trained(nano, model, clip):
     expected = track_reference(nano.model, nano.folder, nano.load("tracking")["pixel_values"])[0]
-    assert model.grow_experts(2) == [4, 5]
+    assert grow_experts(model, 2) == [4, 5]
     assert model.config.num_experts == 6
     torch.testing.assert_close(attend(model), attend(nano.model), atol=1e-6, rtol=1e-6)
     logits = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
@@ -79,7 +87,7 @@ def test_growing_preserves_the_output_until_trained(nano, model, clip):
 
 
 def test_a_forward_pass_without_gradient_wakes_nobody(model, clip):
-    model.grow_experts(1)
+    grow_experts(model, 1)
     with torch.no_grad():
         model.train()(*clip)
     model.eval()(*clip)
@@ -91,7 +99,7 @@ def test_a_forward_pass_without_gradient_wakes_nobody(model, clip):
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2, 4])
 def test_woken_experts_are_chosen(model, num_experts_per_tok):
     set_top_k(model, num_experts_per_tok)
-    model.grow_experts(1)
+    grow_experts(model, 1)
     model.wake_experts()
     with record_router_logits(model) as calls:
         model = attend_in_place(model)
@@ -104,7 +112,7 @@ def test_woken_experts_depend_on_the_seed_and_on_nothing_else(nano):
         torch.manual_seed(seed)
         torch.rand(draws)  # processes of a run may have drawn differently often
         model = copy.deepcopy(nano.model)
-        model.grow_experts(2)
+        grow_experts(model, 2)
         model.wake_experts()
         return all_rows(model, slice(4, 6))
 
@@ -117,7 +125,7 @@ def test_woken_experts_depend_on_the_seed_and_on_nothing_else(nano):
 
 
 def test_experts_that_sleep_in_loaded_tensors_are_woken_too(nano, model, clip):
-    model.grow_experts(1)
+    grow_experts(model, 1)
     asleep = copy.deepcopy(model.state_dict())
     model.wake_experts()
     model.load_state_dict(asleep)
@@ -135,16 +143,16 @@ def attend_in_place(model):
 
 def test_experts_to_keep_and_to_drop_are_told_by_name(nano, model):
     with pytest.raises(TypeError):
-        model.prune_experts([1, 3])
+        prune_experts(model, [1, 3])
     other = copy.deepcopy(model)
-    model.prune_experts(keep=[0, 2])
-    other.prune_experts(drop=[1, 3])
+    prune_experts(model, keep=[0, 2])
+    prune_experts(other, drop=[1, 3])
     state = other.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="`drop` must be integers from 0 to 1, got 2"):
-        model.prune_experts(drop=[2])
+        prune_experts(model, drop=[2])
     with pytest.raises(ValueError, match="Exactly one of"):
-        model.prune_experts(keep=[0], drop=[1])
+        prune_experts(model, keep=[0], drop=[1])
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2])
@@ -154,7 +162,7 @@ def test_pruning_unused_experts_preserves_the_output(nano, model, num_experts_pe
         for _, module in expert_modules(model):
             module.router.bias[[1, 3]] = -1000.0
     expected = attend(model)
-    model.prune_experts(keep=[2, 0])
+    prune_experts(model, keep=[2, 0])
     assert model.config.num_experts == 2 and not torch.equal(expected, attend(nano.model))
     torch.testing.assert_close(attend(model), expected, atol=1e-6, rtol=1e-6)
     assert same(all_rows(model, 0), all_rows(nano.model, 0))
@@ -167,7 +175,7 @@ def test_pruning_by_usage_keeps_each_layers_most_used(nano, model):
         name: torch.rand(4, generator=torch.Generator().manual_seed(i))
         for i, name in enumerate(model.expert_module_names)
     }
-    model.prune_experts(usage=usage, num_experts=3)
+    prune_experts(model, usage=usage, num_experts=3)
     least = set()
     for name, module in expert_modules(model):
         kept = [expert for expert in range(4) if expert != usage[name].argmin()]
@@ -183,7 +191,7 @@ def test_merging_equal_experts_preserves_the_output(nano, model, num_experts_per
     set_top_k(model, num_experts_per_tok)
     duplicate(model, 1, 3)
     expected = attend(model)
-    assert model.merge_experts([3, 1]) == 1
+    assert merge_experts(model, [3, 1]) == 1
     assert model.config.num_experts == 3
     assert model.config.num_experts_per_tok == min(num_experts_per_tok, 3)
     torch.testing.assert_close(attend(model), expected, atol=1e-6, rtol=1e-6)
@@ -192,7 +200,7 @@ def test_merging_equal_experts_preserves_the_output(nano, model, num_experts_per
 
 def test_merging_averages_the_products_as_well_as_the_rank_allows(nano, model):
     usage = {name: torch.tensor([3.0, 0.0, 1.0, 0.0]) for name in model.expert_module_names}
-    model.merge_experts([0, 2], usage=usage)
+    merge_experts(model, [0, 2], usage=usage)
     for name, module in expert_modules(model):
         original = nano.model.get_submodule(name)
         products = (original.lora_B @ original.lora_A).double()
@@ -208,13 +216,13 @@ def test_merging_averages_the_products_as_well_as_the_rank_allows(nano, model):
 def test_merged_new_experts_can_still_learn(model, clip):
     for _, module in expert_modules(model):
         nn.init.zeros_(module.lora_B)
-    model.merge_experts([0, 1])
+    merge_experts(model, [0, 1])
     module = model.get_submodule(model.expert_module_names[0])
     assert module.lora_B.abs().max() == 0 < module.lora_A[0].abs().max()
 
 
 def test_a_reset_expert_does_nothing_and_the_others_stay(nano, model, clip):
-    model.reset_expert(2)
+    reset_expert(model, 2)
     with route_all_to(model, 2):
         result = attend(model)
     plain = copy.deepcopy(nano.model)
@@ -228,7 +236,7 @@ def test_a_reset_expert_does_nothing_and_the_others_stay(nano, model, clip):
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_frozen_experts_stay_to_the_bit_and_others_learn(nano, model, clip, copied):
-    model.freeze_experts([0, 3])
+    freeze_experts(model, [0, 3])
     if copied:
         model = copy.deepcopy(model)
     train_step(model, clip, weight_decay=0.1)
@@ -240,12 +248,12 @@ def test_frozen_experts_stay_to_the_bit_and_others_learn(nano, model, clip, copi
     gradient = next(parameter.grad for name, parameter in module.named_parameters() if "lora_B" in name)
     assert gradient[[0, 3]].abs().max() == 0 < gradient[[1, 2]].abs().max()
     # With momentum gathered before, and what was loaded after freezing.
-    model.freeze_experts([])
+    freeze_experts(model, [])
     optimizer = torch.optim.AdamW([module.lora_B], lr=1e-2, weight_decay=0.1)
     module.lora_B.grad = torch.ones_like(module.lora_B)
     optimizer.step()
     assert not torch.equal(module.lora_B[0], nano.model.get_submodule(model.expert_module_names[0]).lora_B[0])
-    model.freeze_experts([0])
+    freeze_experts(model, [0])
     model.load_state_dict(nano.model.state_dict())
     optimizer.step()
     loaded = nano.model.get_submodule(model.expert_module_names[0]).lora_B
@@ -256,8 +264,8 @@ def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
     from samoe_hf.data import ClipDataset, SyntheticVideos
     from samoe_hf.model.processing_samoe import build_processor
 
-    model.freeze_experts(range(4))
-    model.grow_experts(1)
+    freeze_experts(model, range(4))
+    grow_experts(model, 1)
     arguments = SamoeTrainingArguments(
         output_dir=tmp_path, max_steps=2, learning_rate=1e-2, weight_decay=0.1, report_to="none", save_strategy="no",
         per_device_train_batch_size=1, disable_tqdm=True, use_cpu=True,
@@ -271,10 +279,10 @@ def test_old_experts_frozen_new_ones_learn_in_a_run(nano, model, tmp_path):
 
 
 def test_freezing_goes_through_surgery(model):
-    model.freeze_experts([1, 3])
-    model.prune_experts(keep=[0, 2, 3])
+    freeze_experts(model, [1, 3])
+    prune_experts(model, keep=[0, 2, 3])
     assert all(frozen_experts(module) == [2] for _, module in expert_modules(model))
-    for change in (lambda: model.reset_expert(2), lambda: model.merge_experts([1, 2])):
+    for change in (lambda: reset_expert(model, 2), lambda: merge_experts(model, [1, 2])):
         with pytest.raises(ValueError, match="frozen"):
             change()
     model.set_trainable("decoder")
@@ -293,9 +301,9 @@ def test_what_was_operated_on_is_saved_and_loaded(nano, model, tmp_path, experts
     if experts_only:
         nano.model.save_pretrained(tmp_path / "base")
         model = SamoeModel.from_pretrained(tmp_path / "base")
-    {"prune": lambda: model.prune_experts(keep=[1, 2, 3]), "grow": lambda: model.grow_experts(2),
-     "merge": lambda: model.merge_experts([0, 1]),
-     "replace": lambda: model.replace_experts(expert_modules=["qkv"], lora_rank=2)}[change]()  # fmt: skip
+    {"prune": lambda: prune_experts(model, keep=[1, 2, 3]), "grow": lambda: grow_experts(model, 2),
+     "merge": lambda: merge_experts(model, [0, 1]),
+     "replace": lambda: replace_experts(model, expert_modules=["qkv"], lora_rank=2)}[change]()  # fmt: skip
     model.save_pretrained(tmp_path / "saved", experts_only=experts_only)
     loaded = SamoeModel.from_pretrained(tmp_path / "saved")
     assert loaded.config.num_experts == model.config.num_experts
@@ -308,7 +316,7 @@ def test_experts_are_replaced_by_new_ones_elsewhere():
     reference = load_reference("nano", with_experts=False)
     before = attend(reference.model)
     names = ["vision_encoder.backbone.blocks.0.attn.qkv", reference.model.expert_module_names[0]]
-    reference.model.replace_experts(expert_modules=names, num_experts=3, lora_rank=2, lora_alpha=2.0)
+    replace_experts(reference.model, expert_modules=names, num_experts=3, lora_rank=2, lora_alpha=2.0)
     assert (
         sorted(reference.model.expert_module_names)
         == sorted(names)
@@ -318,26 +326,26 @@ def test_experts_are_replaced_by_new_ones_elsewhere():
     module = reference.model.get_submodule(names[0])
     assert module.lora_A.shape[:2] == (3, 2) and module.scaling == 1 and not module.training
     with pytest.raises(ValueError, match=r"`settings` must be among .* got 'top_k'"):
-        reference.model.replace_experts(top_k=1)
+        replace_experts(reference.model, top_k=1)
 
 
 @pytest.mark.parametrize(
     "operate, message",
     [
-        (lambda m: m.prune_experts(), "Exactly one of `keep`, `drop` and `usage`"),
-        (lambda m: m.prune_experts(keep=[0]), "1 experts cannot stay: from `num_experts_per_tok`"),
-        (lambda m: m.prune_experts(keep=[0, 4]), "`keep` must be integers from 0 to 3, got 4"),
-        (lambda m: m.prune_experts(keep=[0, 0, 1]), "`keep` must be different experts"),
-        (lambda m: m.prune_experts(usage={}, num_experts=2), "`usage` must have 4 values for 'memory"),
-        (lambda m: m.prune_experts(usage={}), "`num_experts`, the number of experts that stay"),
-        (lambda m: m.merge_experts([1]), "at least two experts"),
-        (lambda m: m.merge_experts([0, 1, 2, 3]), "1 experts cannot stay"),
-        (lambda m: m.merge_experts([0, 1], usage={"x": torch.ones(4)}), "`usage` must have 4 values"),
-        (lambda m: m.grow_experts(0), "`num_new` must be an integer of at least 1, got 0"),
-        (lambda m: m.reset_expert(-1), "`expert` must be integers from 0 to 3, got -1"),
-        (lambda m: m.freeze_experts([7]), "`experts` must be integers from 0 to 3, got 7"),
-        (lambda m: m.replace_experts(expert_modules=["nowhere"]), "'nowhere'"),
-        (lambda m: m.replace_experts(num_experts=1), "`num_experts_per_tok` must be at most"),
+        (lambda m: prune_experts(m), "Exactly one of `keep`, `drop` and `usage`"),
+        (lambda m: prune_experts(m, keep=[0]), "1 experts cannot stay: from `num_experts_per_tok`"),
+        (lambda m: prune_experts(m, keep=[0, 4]), "`keep` must be integers from 0 to 3, got 4"),
+        (lambda m: prune_experts(m, keep=[0, 0, 1]), "`keep` must be different experts"),
+        (lambda m: prune_experts(m, usage={}, num_experts=2), "`usage` must have 4 values for 'memory"),
+        (lambda m: prune_experts(m, usage={}), "`num_experts`, the number of experts that stay"),
+        (lambda m: merge_experts(m, [1]), "at least two experts"),
+        (lambda m: merge_experts(m, [0, 1, 2, 3]), "1 experts cannot stay"),
+        (lambda m: merge_experts(m, [0, 1], usage={"x": torch.ones(4)}), "`usage` must have 4 values"),
+        (lambda m: grow_experts(m, 0), "`num_new` must be an integer of at least 1, got 0"),
+        (lambda m: reset_expert(m, -1), "`expert` must be integers from 0 to 3, got -1"),
+        (lambda m: freeze_experts(m, [7]), "`experts` must be integers from 0 to 3, got 7"),
+        (lambda m: replace_experts(m, expert_modules=["nowhere"]), "'nowhere'"),
+        (lambda m: replace_experts(m, num_experts=1), "`num_experts_per_tok` must be at most"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_changed(nano, model, operate, message):

@@ -12,8 +12,8 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from helpers.reference import attend, track_reference
 from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules, route_all_to
-from samoe_hf.model.expert_surgery import ASLEEP
-from samoe_hf.model.lora_exchange import read_lora
+from samoe_hf.model.expert_sleep import ASLEEP
+from samoe_hf.surgery.loras import add_expert, export_expert, read_lora
 
 ATTENTION = r"memory_attention\.layers\.\d+\.self_attn\.[qkvo]_proj"
 
@@ -51,7 +51,7 @@ def lora(base, tmp_path):
 
 @pytest.mark.parametrize("expert", [0, 2])
 def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_path, expert):
-    nano.model.export_expert(expert, tmp_path / "out")
+    export_expert(nano.model, expert, tmp_path / "out")
     adapted = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out")
     with route_all_to(nano.model, expert):
         expected = attend(nano.model)
@@ -68,7 +68,7 @@ def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_p
 
 
 def test_tracking_with_an_exported_expert(nano, base, tmp_path):
-    nano.model.export_expert(1, tmp_path / "out")
+    export_expert(nano.model, 1, tmp_path / "out")
     pixel_values = nano.load("tracking")["pixel_values"]
     with route_all_to(nano.model, 1):
         expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
@@ -82,13 +82,13 @@ def test_tracking_with_an_exported_expert(nano, base, tmp_path):
 
 
 def test_an_expert_comes_back_bit_for_bit(model, tmp_path):
-    model.export_expert(2, tmp_path / "out")
-    index = model.add_expert(tmp_path / "out")
+    export_expert(model, 2, tmp_path / "out")
+    index = add_expert(model, tmp_path / "out")
     assert index == model.config.num_experts - 1 == 4
     for _, module in expert_modules(model):
         assert torch.equal(module.lora_A[index], module.lora_A[2])
         assert torch.equal(module.lora_B[index], module.lora_B[2])
-    model.export_expert(index, tmp_path / "again")
+    export_expert(model, index, tmp_path / "again")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -98,7 +98,7 @@ def test_a_peft_lora_becomes_an_expert_that_does_what_it_did(model, base, lora):
         r=3, lora_alpha=5, use_rslora=True, rank_pattern={"0.self_attn.q_proj": 2}, alpha_pattern={"k_proj": 1}
     )
     expected = attend(PeftModel.from_pretrained(copy.deepcopy(base), folder).base_model.model)
-    index = model.add_expert(folder)
+    index = add_expert(model, folder)
     with route_all_to(model, index):
         torch.testing.assert_close(attend(model), expected, atol=1e-6, rtol=1e-6)
     assert (attend(base) - expected).abs().max() > 1e-3
@@ -110,7 +110,7 @@ def test_a_peft_lora_becomes_an_expert_that_does_what_it_did(model, base, lora):
 
 def test_a_new_expert_leaves_the_output_as_it_is(nano, model, lora):
     before = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
-    model.add_expert(lora())
+    add_expert(model, lora())
     after = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
     torch.testing.assert_close(attend(model), attend(nano.model), atol=1e-6, rtol=1e-6)
@@ -121,7 +121,7 @@ def test_a_new_expert_leaves_the_output_as_it_is(nano, model, lora):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_sleeping_expert_gets_nothing_in_half_precision(model, lora, dtype):
     model.to(dtype)
-    index = model.add_expert(lora())
+    index = add_expert(model, lora())
     for _, module in expert_modules(model):
         assert {getattr(module, name).dtype for name in ("lora_A", "lora_B")} == {dtype}
         gates = module.gates(module.router(100 * torch.randn(50, module.in_features, dtype=dtype)))
@@ -142,7 +142,7 @@ def test_loras_that_are_no_expert_are_refused(model, lora, settings, message):
     folder = lora(**settings)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        model.add_expert(folder)
+        add_expert(model, folder)
     assert model.config.num_experts == 4
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -151,7 +151,7 @@ def test_another_models_lora_is_refused(model, lora):
     folder = lora()
     change_tensors(folder, lambda key, tensor: tensor[:, :32] if "lora_A" in key else tensor)
     with pytest.raises(ValueError, match=r"for another model: .* goes from 32 to 128 features, the layer from 128"):
-        model.add_expert(folder)
+        add_expert(model, folder)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_damaged_loras_are_refused(model, lora, change, message):
     folder = lora()
     change_tensors(folder, change)
     with pytest.raises(ValueError, match=message):
-        model.add_expert(folder)
+        add_expert(model, folder)
 
 
 @pytest.mark.parametrize(
@@ -198,26 +198,26 @@ def test_only_safetensors_and_loras_are_read(model, lora):
     (folder / "adapter_model.safetensors").unlink()
     torch.save(tensors, folder / "adapter_model.bin")
     with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
-        model.add_expert(folder)
+        add_expert(model, folder)
     (folder / "adapter_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="damaged or no safetensors file"):
-        model.add_expert(folder)
+        add_expert(model, folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(ValueError, match="an expert can only be a LoRA"):
-        model.add_expert(folder)
+        add_expert(model, folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "NO_SUCH"}')
     with pytest.raises(ValueError, match="is none that this PEFT reads"):
-        model.add_expert(folder)
+        add_expert(model, folder)
 
 
 def test_nothing_is_overwritten_by_an_export(nano, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        nano.model.export_expert(0, tmp_path / "out")
+        export_expert(nano.model, 0, tmp_path / "out")
     for expert in (4, -1, True, 1.0):
         with pytest.raises(ValueError, match="`expert` must be integers from 0 to 3"):
-            nano.model.export_expert(expert, tmp_path / "new")
+            export_expert(nano.model, expert, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

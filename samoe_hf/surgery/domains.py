@@ -1,0 +1,245 @@
+"""Which domains a model has experts for: add, remove, rename them, and put two people's side by side.
+
+Each function checks everything before it changes anything, and leaves the tensors of other domains as they are. The
+experts' parameters are new ones, so optimizers must be made afterwards.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samoe_hf.errors import InputError
+from samoe_hf.model.adapters import adapter_names
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, check_domain_name, check_domains
+from samoe_hf.model.domain_experts import (
+    PREFIX,
+    DomainExperts,
+    DomainLinear,
+    add_domain_experts,
+    domain_modules,
+)
+from samoe_hf.model.domain_gate import add_domain_gate
+from samoe_hf.model.expert_layer import (
+    ExpertLinear,
+    expert_modules,
+    matching_linear_names,
+    replace_module,
+    to_plain_linear,
+)
+from samoe_hf.model.expert_sleep import frozen_experts
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.weights_trained import base_fingerprint
+
+
+def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **settings) -> None:
+    """Gives the model a new domain behind the others, with experts that have no effect yet.
+
+    The gate does not know it until it has seen some of its videos, see [`fit_domain`]. Experts that belong to no
+    domain are taken away if they have no effect.
+
+    Args:
+        like: a domain whose experts the new ones are copies of.
+        settings: of its experts, any of `num_experts` (0 for a domain on which the base is good as it is),
+            `num_experts_per_tok`, `lora_rank`, `lora_alpha`, `lora_dropout` and `expert_modules`; the others are
+            the configuration's, or those of `like`.
+
+    Raises:
+        ValueError: if the name is taken or cannot be one, a setting is out of range, modules do not exist, the
+            model has adapters of PEFT, or experts of no domain that have an effect; `rename_domain(None, NAME)`
+            makes a domain of those.
+    """
+    _check_no_adapters(model)
+    domain = _describe_domain(model, name, like, settings)
+    if model.config.domains is None:
+        if with_effect := [layer for layer, module in expert_modules(model) if module.lora_B.any()]:
+            raise InputError(
+                f"The model has experts that belong to no domain, such as those of {with_effect[0]!r}. "
+                "`rename_domain(None, NAME)` makes a domain of them."
+            )
+        for layer, module in list(expert_modules(model)):
+            replace_module(model, layer, to_plain_linear(module))
+        model.config.domains = []
+        add_domain_gate(model)
+    add_domain_experts(model, **domain)
+    _set_domains(model, [*model.config.domains, domain])
+    model.domain_gate.append_unknown()
+    if like is not None:
+        _copy_experts(model, like, model, name)
+
+
+def _describe_domain(model: SamoeModel, name: str, like: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The new domain for the configuration, checked."""
+    check_domain_name(name)
+    if name in model.config.domain_names:
+        raise InputError(f"`name` {name!r} is the name of a domain that the model has.")
+    if unknown := sorted(set(settings) - set(EXPERT_SETTINGS)):
+        raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
+    if like is None:
+        own = {setting: copy.deepcopy(getattr(model.config, setting)) for setting in EXPERT_SETTINGS}
+    elif settings:
+        raise InputError(f"`like` {like!r} says what the new domain's experts are; got `{min(settings)}` as well.")
+    else:
+        own = copy.deepcopy(find_domain(model, like))
+    domain = {**own, **settings, "name": name}
+    check_domains([domain])
+    if domain["num_experts"]:
+        matching_linear_names(model, domain["expert_modules"])
+    return domain
+
+
+def remove_domain(model: SamoeModel, name: str) -> None:
+    """Takes a domain's experts away, and what the gate knows of it.
+
+    Raises:
+        ValueError: if there is no such domain.
+    """
+    index = _domain_index(model, name)
+    for layer, _ in list(domain_modules(model, name)):
+        module = model.get_submodule(layer)
+        delattr(module, PREFIX + name)
+        if not any(child.startswith(PREFIX) for child, _ in module.named_children()):
+            replace_module(model, layer, to_plain_linear(module))
+    model.domain_gate.remove(index)
+    _set_domains(model, [*model.config.domains[:index], *model.config.domains[index + 1 :]])
+
+
+def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
+    """Gives a domain another name.
+
+    Args:
+        name: the domain's; None for the experts of a model without domains, which become those of a domain.
+
+    Raises:
+        ValueError: if there is no such domain, or the new name is taken or cannot be one.
+    """
+    check_domain_name(new_name)
+    if new_name in model.config.domain_names:
+        raise InputError(f"`new_name` {new_name!r} is the name of a domain that the model has.")
+    if name is None:
+        _make_domain(model, new_name)
+        return
+    index = _domain_index(model, name)
+    for layer, experts in list(domain_modules(model, name)):
+        module = model.get_submodule(layer)
+        delattr(module, PREFIX + name)
+        module.add_module(PREFIX + new_name, experts)
+    domains = list(model.config.domains)
+    domains[index] = {**domains[index], "name": new_name}
+    _set_domains(model, domains)
+
+
+def _make_domain(model: SamoeModel, name: str) -> None:
+    """Makes a domain of the experts of a model without domains."""
+    if model.config.domains is not None:
+        raise InputError("`name` must be a domain of the model, whose experts all belong to one, got None.")
+    _check_no_adapters(model)
+    if any(frozen_experts(module) for _, module in expert_modules(model)):
+        raise InputError("Some experts are frozen; `freeze_experts([])` lets them become a domain's.")
+    for layer, module in list(expert_modules(model)):
+        with_domains = DomainLinear.from_linear(module)
+        with_domains.add_module(PREFIX + name, _detached_experts(module, model.config.expert_settings()))
+        replace_module(model, layer, with_domains)
+    model.config.domains = []
+    add_domain_gate(model)
+    settings = {setting: copy.deepcopy(getattr(model.config, setting)) for setting in EXPERT_SETTINGS}
+    _set_domains(model, [{"name": name, **settings}])
+    model.domain_gate.append_unknown()
+
+
+@torch.no_grad()
+def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
+    """Adds the domains of another model on the same base, with what its gate knows.
+
+    Args:
+        other: a SamoeModel, which is left as it was.
+
+    Returns:
+        their names.
+
+    Raises:
+        ValueError: if either has no domains, both have one of the same name, or their bases differ.
+    """
+    if model.config.domains is None or other.config.domains is None:
+        which = "This" if model.config.domains is None else "The other"
+        raise InputError(f"{which} model's experts belong to no domain; `rename_domain(None, NAME)` gives them one.")
+    if both := sorted(set(model.config.domain_names) & set(other.config.domain_names)):
+        raise InputError(f"Both models have a domain {both[0]!r}; rename one of them.")
+    _check_no_adapters(model)
+    if base_fingerprint(model, set()) != base_fingerprint(other, set()):
+        raise InputError("The models have different bases, whose experts do not fit each other.")
+    for domain in other.config.domains:
+        add_domain_experts(model, **domain)
+        _copy_experts(other, domain["name"], model, domain["name"])
+    _set_domains(model, [*model.config.domains, *copy.deepcopy(other.config.domains)])
+    model.domain_gate.merge(other.domain_gate)
+    return other.config.domain_names
+
+
+def copy_domain_experts(model: SamoeModel, source: str, target: str) -> bool:
+    """Copies experts to a domain whose own have no effect yet, if number, rank and place are the same.
+
+    Returns:
+        whether they were copied.
+    """
+    kinds = [{**find_domain(model, name), "name": None} for name in (source, target)]
+    is_new = not any(experts.lora_B.any() for _, experts in domain_modules(model, target))
+    if copied := source != target and is_new and kinds[0] == kinds[1]:
+        _copy_experts(model, source, model, target)
+    return copied
+
+
+def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -> None:
+    """Lets the gate know a domain, in place of what it knew of it.
+
+    Args:
+        features: (frames, features), what [`~domains.pooled_features`] gives for frames of the domain.
+        videos: (frames,) integers, which video each frame is of.
+
+    Raises:
+        ValueError: if there is no such domain, or shapes or values cannot be.
+    """
+    model.domain_gate.fit(_domain_index(model, name), features, videos)
+
+
+def _set_domains(model: SamoeModel, domains: list[dict[str, Any]]) -> None:
+    model.config.domains = domains
+    model.expert_module_names = [name for name, module in model.named_modules() if isinstance(module, DomainLinear)]
+
+
+def _copy_experts(source: nn.Module, source_domain: str, target: nn.Module, target_domain: str) -> None:
+    """Gives a domain's experts the values of those of a domain of the same or another model."""
+    # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
+    sources = {layer.removesuffix(".base_layer"): experts for layer, experts in domain_modules(source, source_domain)}
+    for layer, experts in domain_modules(target, target_domain):
+        experts.load_state_dict(sources[layer.removesuffix(".base_layer")].state_dict())
+
+
+def find_domain(model: SamoeModel, name: str) -> dict[str, Any]:
+    """A domain of a model, as the configuration describes it.
+
+    Raises:
+        ValueError: if there is no such domain.
+    """
+    return model.config.domains[_domain_index(model, name)]
+
+
+def _domain_index(model: SamoeModel, name: str) -> int:
+    names = model.config.domain_names
+    if name not in names:
+        known = ", ".join(map(repr, names)) or "none"
+        raise InputError(f"The model has no domain {name!r}; there are {known}.")
+    return names.index(name)
+
+
+def _detached_experts(module: ExpertLinear, settings: dict[str, Any]) -> DomainExperts:
+    """The experts of a layer by themselves, whose parameters are shared."""
+    experts = DomainExperts(module.in_features, module.out_features, **settings, device="meta")
+    experts.lora_A, experts.lora_B, experts.router = module.lora_A, module.lora_B, module.router
+    return experts.train(module.training)
+
+
+def _check_no_adapters(model: SamoeModel) -> None:
+    if names := adapter_names(model):
+        raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
