@@ -12,8 +12,9 @@ import yaml
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
-from samoe_hf.continual import gate, start
+from samoe_hf.continual import start
 from samoe_hf.continual.adapt import adapt
+from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.processing_samoe import build_processor
@@ -246,7 +247,7 @@ def test_a_video_source_of_any_length_is_sampled_evenly(first, monkeypatch):
     model = SamoeModel.from_pretrained(folder)
     monkeypatch.setattr(gate, "MAX_VIDEOS", 5)
     videos = SyntheticVideos(1000, 3, domain="blobs")
-    assert gate.fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == 5
+    assert fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == 5
     assert model.domain_gate.counts.tolist() == [5]
 
 
@@ -260,7 +261,7 @@ def test_of_few_videos_more_frames_are_read(first, monkeypatch):
 
     monkeypatch.setattr(gate, "frame_features", count)
     for num_videos in (2, 20, 100):
-        gate.fit_gate(model, None, "soft", SyntheticVideos(num_videos, 40, domain="stripes"), show_progress_bar=False)
+        fit_gate(model, None, "soft", SyntheticVideos(num_videos, 40, domain="stripes"), show_progress_bar=False)
     assert [max(numbers[:2]), max(numbers[2:22]), max(numbers[22:])] == [32, 12, 4]
 
 
