@@ -12,6 +12,7 @@ import yaml
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
+from samoe_hf.continual import fit_gate as gate_fitting
 from samoe_hf.continual import start
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.continual.fit_gate import fit_gate
@@ -245,7 +246,7 @@ def test_a_video_source_of_any_length_is_sampled_evenly(first, monkeypatch):
     """The gate reads a part of many videos."""
     folder, _ = first
     model = SamoeModel.from_pretrained(folder)
-    monkeypatch.setattr(gate, "MAX_VIDEOS", 5)
+    monkeypatch.setattr(gate_fitting, "MAX_VIDEOS", 5)
     videos = SyntheticVideos(1000, 3, domain="blobs")
     assert fit_gate(model, build_processor(model.config), "soft", videos, show_progress_bar=False) == 5
     assert model.domain_gate.counts.tolist() == [5]
@@ -259,7 +260,7 @@ def test_of_few_videos_more_frames_are_read(first, monkeypatch):
         numbers.append(len(frames))
         return torch.randn(len(frames), model.domain_gate.num_features)
 
-    monkeypatch.setattr(gate, "frame_features", count)
+    monkeypatch.setattr(gate_fitting, "frame_features", count)
     for num_videos in (2, 20, 100):
         fit_gate(model, None, "soft", SyntheticVideos(num_videos, 40, domain="stripes"), show_progress_bar=False)
     assert [max(numbers[:2]), max(numbers[2:22]), max(numbers[22:])] == [32, 12, 4]
