@@ -1,22 +1,23 @@
-"""SAM2-MoE for Hugging Face: SAM 2's video memory with a mixture of LoRA experts."""
+"""SAM2-MoE for Hugging Face: SAM 2's video memory with a mixture of LoRA experts.
+
+Importing the package imports neither PyTorch nor transformers: each name below is imported at its first use.
+"""
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoProcessor, Sam2VideoProcessor
+from samoe_hf.auto import register
 
-from .model.configuration_samoe import SamoeConfig
-from .model.modeling_samoe import SamoeModel
+if TYPE_CHECKING:
+    from samoe_hf.continual.adapt import adapt
+    from samoe_hf.data import load_videos
+    from samoe_hf.model.configuration_samoe import SamoeConfig
+    from samoe_hf.model.modeling_samoe import SamoeModel
+    from samoe_hf.model.session import VideoSession
+    from samoe_hf.training.trainer import SamoeTrainer
 
 __version__ = "0.1.0"
-# Imported at their first use: name -> module.
-_LAZY = {
-    "SamoeTrainer": "training.trainer",
-    "VideoSession": "model.session",
-    "adapt": "continual.adapt",
-    "load_videos": "data",
-}
 __all__ = [
     "SamoeConfig",
     "SamoeModel",
@@ -27,10 +28,14 @@ __all__ = [
     "load_videos",
     "small_base",
 ]
-
-AutoConfig.register(SamoeConfig.model_type, SamoeConfig, exist_ok=True)
-AutoModel.register(SamoeConfig, SamoeModel, exist_ok=True)
-AutoProcessor.register(SamoeConfig, Sam2VideoProcessor, exist_ok=True)
+_MODULES = {
+    "SamoeConfig": "model.configuration_samoe",
+    "SamoeModel": "model.modeling_samoe",
+    "SamoeTrainer": "training.trainer",
+    "VideoSession": "model.session",
+    "adapt": "continual.adapt",
+    "load_videos": "data",
+}
 
 
 def small_base() -> str:
@@ -43,10 +48,13 @@ def small_base() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register()

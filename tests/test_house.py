@@ -18,7 +18,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 50
 # The head of `forward` alone has 20 lines: its arguments and their types.
 LONG_FUNCTIONS = {"samoe_hf/model/modeling_samoe.py:forward": 54}
 # Of the remote code, with the model's and the configuration's own files; 21 files and 5,332 lines before the rooms.
-MAX_REMOTE_FILES, MAX_REMOTE_LINES = 30, 7500
+MAX_REMOTE_FILES, MAX_REMOTE_LINES = 31, 7500
 
 
 def lines_of_code(source: str) -> set[int]:

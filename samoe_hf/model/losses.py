@@ -1,15 +1,11 @@
 """SAM 2's training loss: focal, dice, IoU and object score (arXiv:2408.00714, D.2.2; `training/loss_fns.py`)."""
 
-import math
-from dataclasses import dataclass, fields
-from typing import ClassVar
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import InputError
+from .recipes import LossSettings
 
 # Label of padded objects, which Trainer neither counts nor takes for a mask.
 PADDING_LABEL = -100
@@ -17,32 +13,12 @@ PADDING_LABEL = -100
 LossParts = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class SegmentationLoss:
+class SegmentationLoss(LossSettings):
     """The loss of a frame's candidates against the true masks.
 
     Focal and dice are taken of the candidate with the smallest weighted sum of both; the IoU loss is taken of all
     candidates. All three count only where the object is present.
-
-    Args:
-        focal_weight, dice_weight, iou_weight, object_score_weight: weights of the four parts in the total.
-        focal_alpha, focal_gamma: of the focal loss (arXiv:1708.02002).
     """
-
-    _argument_group_name: ClassVar[str] = "loss"  # of `HfArgumentParser`
-
-    focal_weight: float = 20.0
-    dice_weight: float = 1.0
-    iou_weight: float = 1.0
-    object_score_weight: float = 1.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"`{field.name}` must be a number from 0 on, got {value}.")
 
     def __call__(
         self,

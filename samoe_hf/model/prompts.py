@@ -6,13 +6,13 @@ draws are of torch's global generators: what is common to a batch on the CPU, po
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
 from .frame_step import Corrections, Prompt
+from .recipes import PromptSettings
 
 POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 1, 0, 2, 3
 
@@ -28,38 +28,8 @@ class PromptPlan:
     corrected: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class PromptRecipe:
-    """How a clip's prompts are drawn; the defaults are those of SAM 2's training.
-
-    Args:
-        point_probability: of points (or boxes) instead of masks. Clips of one frame always get points.
-        box_probability: of a box instead of a point, on each initial frame.
-        max_initial_frames: 1 to this many initial conditioning frames, the first frame among them. Of clips of several
-            frames one is left over, since memory is read on others alone (in SAM 2's own training, clips of two frames
-            may have both prompted).
-        max_corrected_frames: with points, up to this many frames receive correction clicks (the initial ones first);
-            they become conditioning frames. 0 turns corrections off.
-        num_correction_clicks: clicks on each such frame, one after the other.
-        click_from_mask_probability: of drawing a click from the true mask instead of from the error.
-    """
-
-    _argument_group_name: ClassVar[str] = "prompts"  # of `HfArgumentParser`
-
-    point_probability: float = 0.5
-    box_probability: float = 0.5
-    max_initial_frames: int = 2
-    max_corrected_frames: int = 2
-    num_correction_clicks: int = 7
-    click_from_mask_probability: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("point_probability", "box_probability", "click_from_mask_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
-        for name, least in (("max_initial_frames", 1), ("max_corrected_frames", 0), ("num_correction_clicks", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+class PromptRecipe(PromptSettings):
+    """How a clip's prompts are drawn, by the settings."""
 
     def draw(self, num_frames: int) -> PromptPlan:
         """Draws the plan of a clip of `num_frames` frames."""
