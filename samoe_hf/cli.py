@@ -19,9 +19,6 @@ COMMANDS = {
     "experts": "show what a model's experts do",
     "convert": "convert checkpoints of SAM 2 and SAM2-MoE, and back; upload them",
     "assemble": "make one model of LoRAs that were trained apart",
-    "study": "compare how methods learn domain after domain, and what they forget",
-    "benchmark": "measure time and memory beside other implementations",
-    "demo": "a small model learns two domains, one after another, and forgets nothing",
 }
 
 # Arguments of Python in messages -> what they are called on the command line.

@@ -159,12 +159,12 @@ def command_lines(text: str) -> Iterator[tuple[str, list[str]]]:
     """Each command of shell blocks with its arguments."""
     for block in blocks(text, "", "sh", "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if re.match(r"(samoe|python|accelerate|torchrun)\b", line) else []
+            words = shlex.split(line, comments=True) if re.match(r"(samoe|accelerate|torchrun)\b", line) else []
             if words[:1] == ["samoe"]:
                 yield words[1], words[2:]
             elif words:
-                index = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
-                yield Path(words[index]).stem, words[index + 1 :]
+                index = words.index("samoe_hf")
+                yield words[index + 1], words[index + 2 :]
 
 
 def check_command(name: str, arguments: list[str]) -> None:

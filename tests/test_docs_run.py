@@ -23,9 +23,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 # What is not run: the beginning of a line of a shell block -> why.
 NOT_RUN = {
     "make ": "sets up an environment; the continuous integration runs it",
-    "samoe study": "takes hours; tests/continual/test_study.py runs it",
     "samoe app": "serves until it is stopped; tests/app runs it",
-    "samoe benchmark": "needs a GPU and peers; tests/benchmarks runs its commands",
+    "python scripts/": "takes long, or needs a GPU and peers; tests/scripts runs them",
     "accelerate launch --num_processes 8": "needs 8 GPUs",
     "torchrun": "two processes; tests/training/test_trainer.py runs them",
 }
@@ -106,7 +105,7 @@ def commands(content: str) -> list[str]:
         words = shlex.split(line, comments=True)
         if words[:2] == ["accelerate", "launch"]:
             # In one process, and where the run that is resumed has been.
-            words = ["samoe", Path(words[2]).stem, *words[3:], "--overwrite_output_dir", "true"]
+            words = ["samoe", *words[words.index("samoe_hf") + 1 :], "--overwrite_output_dir", "true"]
         if "sam2.1_hiera_base_plus.pt" in words and "--config" not in words:
             words += ["--config", "sam2.1_hiera_b+_moe.yaml"]  # the small file has none of Meta's sizes
         if words[0] == "samoe":

@@ -4,7 +4,7 @@
     samoe evaluate MODEL --dataset npz --root CT --prompt point:5 --seeds 10 --output outputs/ct
     samoe evaluate --model A --model B --dataset davis --root DAVIS --prompt clicks:3@8 --output outputs/a_b
     samoe evaluate --predictions MASKS --dataset davis --root DAVIS --output outputs/masks
-    accelerate launch --num_processes 8 scripts/evaluate.py MODEL --dataset sa_v_val --root SA-V --output outputs/sa_v
+    accelerate launch --num_processes 8 -m samoe_hf evaluate MODEL --dataset sa_v_val --root SA-V --output outputs/sa_v
 
 A prompt is given on the first annotated frame that shows an object: its `mask`, a `box`, a `point` drawn from the mask
 or several (`point:N`), or N clicks, each in the middle of the largest error so far (`clicks:N`). `clicks:N@M` goes on

@@ -3,7 +3,7 @@
     samoe track MODEL --dataset my_videos --output labels
     samoe track MODEL --dataset davis --root DAVIS --split val --prompt box --output labels
     samoe track MODEL --dataset clips --prompts prompts.json --output labels
-    accelerate launch --num_processes 8 scripts/track.py MODEL --dataset clips --prompts prompts.json --output labels
+    accelerate launch --num_processes 8 -m samoe_hf track MODEL --dataset clips --prompts prompts.json --output labels
 
 Each object is prompted with its mask, or the box around it, on the first annotated frame that shows it. With
 `--prompts` the dataset is a folder of video files and folders of images, with masks or without, and the prompts are

@@ -2,7 +2,7 @@
 
     samoe train finetune_davis --learning_rate 2e-4
     samoe train my_run.yaml
-    accelerate launch scripts/train.py my_run.yaml
+    accelerate launch -m samoe_hf train my_run.yaml
 
 A run is a YAML file, or the name of one that comes with the package, such as smoke, which needs no data. Before and
 after training it tracks the videos of `eval_data`. What was trained and the processor are written to `output_dir`,
@@ -26,7 +26,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
-        names = ", ".join(name for name in shipped_configs() if not name.startswith(("model_", "study_")))
+        names = ", ".join(name for name in shipped_configs() if not name.startswith("model_"))
         raise InputError(f"A run is missing: a YAML file, or one of {names}; `samoe train --help` explains it.")
     if {"-h", "--help"} & set(arguments):
         run_parser(description=__doc__, formatter_class=HelpFormatter).print_help()

@@ -1,9 +1,8 @@
-"""`scripts/evaluate.py`, run as users run it."""
+"""`samoe evaluate`, run as users run it."""
 
 import json
 import multiprocessing
 import re
-import runpy
 import subprocess
 import sys
 import time
@@ -15,13 +14,13 @@ from PIL import Image
 
 from helpers.reference import ROOT, shared_data
 from samoe_hf import SamoeModel
+from samoe_hf.cli import main
 from samoe_hf.commands import evaluate
 from samoe_hf.commands.evaluate import label_sources
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png
 from samoe_hf.evaluation.report import eval_results
 from samoe_hf.model.processing_samoe import build_processor
 
-SCRIPT = "scripts/evaluate.py"
 NUM_FRAMES = 5
 TIMES = ("created", "seconds", "fps", "speed", "num_processes")
 
@@ -32,12 +31,12 @@ def run(monkeypatch, capfd):
 
     def run(*arguments: object, fails: bool = False) -> str:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        command = ["evaluate", *map(str, arguments)]
         if not fails:
-            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+            main(command)
             return "".join(capfd.readouterr())
         with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+            main(command)
         message = exit_info.value.code
         assert isinstance(message, str) and message.startswith("error: "), message
         return message
@@ -210,7 +209,9 @@ def test_processes_share_the_videos(run, model_folder, davis, tmp_path):
         "torch.distributed.run",
         "--nproc_per_node",
         "2",
-        SCRIPT,
+        "-m",
+        "samoe_hf",
+        "evaluate",
         *arguments,
         "--output",
         str(tmp_path / "two"),
@@ -287,10 +288,9 @@ def test_missing_and_misfitting_predictions_are_named(run, davis, tmp_path):
     assert not (tmp_path / "o" / "results.json").exists()
 
 
-def test_a_model_or_predictions_are_needed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--dataset", "davis", "--output", "o"])
+def test_a_model_or_predictions_are_needed(capsys):
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+        main(["evaluate", "--dataset", "davis", "--output", "o"])
     assert "at least one MODEL or --predictions is needed" in capsys.readouterr().err
 
 

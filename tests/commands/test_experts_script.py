@@ -1,13 +1,12 @@
-"""`scripts/experts.py`, run as users run it."""
+"""`samoe experts`, run as users run it."""
 
 import dataclasses
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
 from helpers.reference import ROOT
+from samoe_hf.cli import main
 from samoe_hf.commands.options import unique_names
 from samoe_hf.data import SyntheticVideos
 
@@ -16,16 +15,16 @@ QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Runs scripts/experts.py in this process and returns what it printed, or its message where it fails."""
+    """Runs the command in this process and returns what it printed, or its message where it fails."""
 
     def run(*arguments: object, fails: bool = False) -> str:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])
+        command = ["experts", *map(str, arguments)]
         if not fails:
-            runpy.run_path(str(ROOT / "scripts" / "experts.py"), run_name="__main__")
+            main(command)
             return "".join(capfd.readouterr())
         with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(ROOT / "scripts" / "experts.py"), run_name="__main__")
+            main(command)
         assert exit_info.value.code.startswith("error: ")
         return exit_info.value.code
 

@@ -1,7 +1,6 @@
 """The command lines, run as users run them."""
 
 import os
-import runpy
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from helpers.reference import ROOT, shared_data
+from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, write_video
 
 
@@ -19,12 +19,12 @@ def run(monkeypatch, capfd):
 
     def run(script: str, *arguments: object, fails: bool = False) -> str:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        command = [script.removesuffix(".py"), *map(str, arguments)]
         if not fails:
-            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+            main(command)
             return "".join(capfd.readouterr())
         with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+            main(command)
         message = exit_info.value.code
         assert isinstance(message, str) and message.startswith("error: "), message
         return message
@@ -40,7 +40,7 @@ def video():
 @pytest.mark.slow  # a process of its own takes seconds to import all; in the fast tests, test_cli.py ends in that line
 def test_scripts_run_on_their_own(model_folder, video, tmp_path):
     write_video(tmp_path / "in.mp4", video.frames, fps=5)
-    command = [sys.executable, "scripts/track.py", model_folder, tmp_path / "in.mp4", "--box", "10,10,60"]
+    command = [sys.executable, "-m", "samoe_hf", "track", model_folder, tmp_path / "in.mp4", "--box", "10,10,60"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [*command, "--output", tmp_path / "o.mp4"], cwd=ROOT, env=environment, capture_output=True, text=True

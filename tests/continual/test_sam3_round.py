@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, Sam3TrackerVideoModel
 
 from helpers.reference import ROOT
+from peers import base_of
 from samoe_hf import SamoeConfig, SamoeModel, VideoSession
-from samoe_hf.benchmarks.peers import base_of
 from samoe_hf.cli import main
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos

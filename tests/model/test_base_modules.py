@@ -7,7 +7,7 @@ import torch
 from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoLayerNorm, Sam2VideoMaskDecoder
 
-from samoe_hf.benchmarks.peers import base_of
+from peers import base_of
 from samoe_hf.model.base_modules import LeanLayerNorm, LeanMaskDecoder
 
 

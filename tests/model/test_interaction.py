@@ -10,8 +10,8 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from transformers import Sam2VideoInferenceSession
 
 from helpers.interaction import FRAME_IDX, NUM_FRAMES, SETTINGS, Interaction, Sessions, draw_weights, tiny_config
+from peers import base_of
 from samoe_hf import SamoeModel
-from samoe_hf.benchmarks.peers import base_of
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 

@@ -101,7 +101,7 @@ class AgainstSam2(Interaction):
 @pytest.mark.slow
 def test_random_sessions_are_those_of_sam2(record_property):
     pytest.importorskip("sam2", reason="needs the `bench` extra")
-    from samoe_hf.benchmarks.peers import sam2_of
+    from peers import sam2_of
 
     model = SamoeModel(tiny_config(num_experts=1, num_experts_per_tok=1)).eval()
     draw_weights(model, with_experts=False)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from helpers.reference import HEIGHT, WIDTH, add_reference_prompts, load_reference, reference_folder, track_reference
-from samoe_hf.benchmarks.meta_order import dice_loss
+from meta_order import dice_loss
 from samoe_hf.model.expert_layer import ExpertLinear
 from samoe_hf.model.losses import SegmentationLoss, mask_iou
 from samoe_hf.model.processing_samoe import build_processor

@@ -15,8 +15,8 @@ from samoe_hf.model.base import config_of_base
 from samoe_hf.training.arguments import parse_run
 from samoe_hf.training.trainer import build_trainer
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RUNS = [path for path in CONFIGS if not path.name.startswith(("model_", "study_"))]
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "scripts" / "small_base").glob("*.yaml")])
+RUNS = [path for path in CONFIGS if not path.name.startswith("model_")]
 SIZES = [path for path in CONFIGS if path.name.startswith("model_")]
 
 

@@ -5,8 +5,8 @@ import torch
 import yaml
 
 from helpers.reference import ROOT
+from measure import peak_bytes
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.benchmarks.measure import peak_bytes
 from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.training.arguments import parse_run
 from samoe_hf.training.memory_fit import (

@@ -175,7 +175,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow  # more of it in test_kills.py; in the fast tests, test_checkpoints.py interrupts a save
 def test_killed_and_resumed_a_run_ends_with_the_same_tensors(run_config, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "scripts/train.py", str(run_config), "--dataloader_num_workers", "1"]
+    command = [sys.executable, "-m", "samoe_hf", "train", str(run_config), "--dataloader_num_workers", "1"]
     subprocess.run([*command, "--output_dir", tmp_path / "whole"], cwd=ROOT, env=environment, check=True)
     cut = subprocess.Popen(
         [*command, "--output_dir", tmp_path / "cut"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True

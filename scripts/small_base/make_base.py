@@ -1,0 +1,89 @@
+"""Makes the small base that comes with the package of the model that `base.yaml` has trained.
+
+    python scripts/small_base/make_base.py outputs/base RUN.yaml ... --output outputs/small_base
+
+Weights are stored in bfloat16, and are computed with in float32. The model that is written is scored as it is loaded.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult
+
+from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.evaluation.evaluate import evaluate_videos
+from samoe_hf.evaluation.metrics import summarize
+from samoe_hf.hub.model_card import CardContent, write_model_card
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.weights_io import new_folder
+from samoe_hf.training.card import score_entry
+
+NAME = "samoe-small-base"
+NUM_VIDEOS, NUM_FRAMES, SEED = 32, 8, 3  # of each look; neither run has seen this seed
+SETTINGS = ("max_steps", "per_device_train_batch_size", "learning_rate", "point_probability", "num_frames", "seed")
+LIMITS = (
+    "It has seen nothing but synthetic videos of 128 × 128 pixels. It is there to try things out, not for real videos.",
+    "It knows the looks it was trained on; the others in the table of results are there to be learned as domains.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the folder, which must be new or empty, whole or not at all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the trained model")
+    parser.add_argument("runs", nargs="+", type=Path, help="the YAMLs that it was trained with, in their order")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; it must be new or empty")
+    parsed = parser.parse_args(arguments)
+    with new_folder(parsed.output) as folder:
+        save_rounded(SamoeModel.from_pretrained(parsed.model), folder)
+        model = SamoeModel.from_pretrained(folder)
+        results = score_looks(model)
+        write_card(model, folder, results, {path.stem: read_yaml(path) for path in parsed.runs})
+    for result in results:
+        print(f"{result.dataset_name:12s} {result.metric_name:4s} {result.metric_value:.4f}")
+
+
+def save_rounded(model: SamoeModel, folder: Path) -> None:
+    """Saves weights in bfloat16, with a configuration that has them loaded in float32."""
+    model.to(torch.bfloat16).save_pretrained(folder, processor=build_processor(model.config))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
+def score_looks(model: SamoeModel) -> list[EvalResult]:
+    """J, F and J&F of held-out videos of each look."""
+    scores, processor, size = [], build_processor(model.config), (model.config.image_size,) * 2
+    for look in SYNTHETIC_DOMAINS:
+        videos = SyntheticVideos(NUM_VIDEOS, NUM_FRAMES, size, domain=look, seed=SEED)
+        results = evaluate_videos(model, processor, videos)
+        summary = summarize({key: result.scores for key, result in results.items()}, protocol="youtube_vos")
+        scores += [score_entry(name, summary[f"{name}_mean"], look) for name in ("J", "F", "J&F")]
+    return scores
+
+
+def write_card(model: SamoeModel, folder: Path, results: list[EvalResult], runs: dict[str, dict[str, Any]]) -> None:
+    """Writes `README.md`: how the model was trained, and its scores."""
+    training = {f"{run}: {key}": values[key] for run, values in runs.items() for key in SETTINGS if key in values}
+    looks = dict.fromkeys(entry["domain"] for values in runs.values() for entry in values["train_data"])
+    content = CardContent(
+        eval_results=results,
+        training=training,
+        domains=[f"synthetic videos: {look}" for look in looks],
+        license="apache-2.0",
+        limits=LIMITS,
+    )
+    model.base_model_source = None  # it started from random weights
+    write_model_card(model, folder, NAME, content)
+    card = (folder / "README.md").read_text().replace(f'"{NAME}"', "small_base()")
+    (folder / "README.md").write_text(card.replace("import SamoeModel\n", "import SamoeModel, small_base\n"))
+
+
+if __name__ == "__main__":
+    main()

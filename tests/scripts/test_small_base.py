@@ -1,0 +1,56 @@
+"""The small base that comes with the package, and how it is made."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import make_base as maker
+from helpers.reference import ROOT
+from samoe_hf import SamoeModel, small_base
+from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos
+from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou
+from samoe_hf.model.processing_samoe import load_processor
+
+RUNS = [ROOT / "scripts" / "small_base" / name for name in ("base_first.yaml", "base.yaml")]
+
+
+def stored_types(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
+def test_it_is_small_and_tracks():
+    folder = Path(small_base())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000 and stored_types(folder) == {"BF16"}
+    model = SamoeModel.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    videos = list(SyntheticVideos(3, 5, (128, 128), domain="shapes", seed=4))
+    assert mean_iou(evaluate_videos(model, load_processor(str(folder), model), videos, False)) > 0.5
+
+
+def test_its_card_says_how_it_was_trained_and_how_good_it_is():
+    card = (Path(small_base()) / "README.md").read_text()
+    assert "from_pretrained(small_base())" in card and re.search(r"\| base\w*: max_steps \| \d+ \|", card)
+    for look in SYNTHETIC_DOMAINS:
+        score = re.search(rf"\| {look} \| J&F \| (\S+) \|", card)
+        assert score and 0 <= float(score[1]) <= 1
+
+
+def test_it_is_made_of_a_model_that_was_trained(model_folder, tmp_path, monkeypatch, capsys):
+    for name, value in (("NUM_VIDEOS", 1), ("NUM_FRAMES", 2), ("SYNTHETIC_DOMAINS", ("shapes", "paper"))):
+        monkeypatch.setattr(maker, name, value)
+    output = tmp_path / "base"
+    maker.main([str(model_folder), *map(str, RUNS), "--output", str(output)])
+    assert capsys.readouterr().out.count("J&F") == 2
+    assert stored_types(output) == {"BF16"}
+    before, after = SamoeModel.from_pretrained(model_folder), SamoeModel.from_pretrained(output)
+    assert after.dtype == torch.float32
+    for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        torch.testing.assert_close(b, a.bfloat16().float(), rtol=0, atol=0, msg=name)
+    card = (output / "README.md").read_text()
+    assert "| base_first: max_steps | 800 |" in card and "synthetic videos: night" in card
+    with pytest.raises(FileExistsError):
+        maker.main([str(model_folder), *map(str, RUNS), "--output", str(output)])

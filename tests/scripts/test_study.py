@@ -1,0 +1,336 @@
+"""A study of forgetting: what it measures, and that it goes on where it was stopped."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+
+import run_study
+from helpers.reference import ROOT
+from samoe_hf import SamoeModel
+from samoe_hf.continual.excerpts import reduced
+from samoe_hf.data import SyntheticVideos, Video
+from study import Study
+from study_methods import LABELS, SEQUENTIAL
+from study_plan import StudyVideos, halves, read_plan
+from study_report import compare_with_ours, report_text, summarize_methods, write_report
+
+CONFIG = ROOT / "scripts" / "study" / "study_forgetting.yaml"
+
+
+def tiny_config(folder, **changes):
+    """The repository's study at the smallest sizes, which learns nothing."""
+    content = yaml.safe_load(CONFIG.read_text())
+    content["model_config"] = str(ROOT / "configs" / "model_nano.yaml")
+    sizes = {"steps": 2, "base_steps": 1, "batch_size": 1, "num_frames": 2, "eval_videos": 1, "eval_frames": 2}
+    content["quick"] |= sizes | {"gate_videos": 8, "router_frames": 4, "timing_frames": 2} | changes
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+# --- The plan
+
+
+def test_domains_without_a_folder_are_left_out(tmp_path):
+    plan = read_plan(CONFIG)
+    assert [domain.name for domain in plan.domains] == ["stripes", "blobs", "echoes"]
+    assert plan.orders == [["blobs", "stripes", "echoes"], ["echoes", "stripes", "blobs"]]
+    plan = read_plan(CONFIG, {"ct": str(tmp_path)})
+    assert plan.domain("ct").train_data[0]["root"] == str(tmp_path) and plan.num_domains == 4
+
+
+def test_quick_is_laid_over_the_plan():
+    plan = read_plan(CONFIG, quick=True)
+    assert plan.seeds == [0] and len(plan.orders) == 1
+    assert {domain.steps for domain in plan.domains} == {25} and plan.base.steps == 240
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"orders": [["blobs", "night"]]}, "`orders` has 'night', which is none of `domains`"),
+        ({"orders": [["blobs"], ["stripes"]]}, "must hold the same domains"),
+        ({"domains": [{"name": "a-b", "train_data": [], "eval_data": [], "steps": 1}]}, "`name` must be without"),
+        ({"domains": [{"name": "base", "train_data": [], "eval_data": [], "steps": 1}]}, "A domain's name must"),
+        ({"seeds": []}, "at least one each"),
+        ({"lora_rank": 5}, "`lora_rank` must be a multiple of `experts_per_domain`"),
+        ({"learning_rte": 1.0}, "no option 'learning_rte'; did you mean 'learning_rate'"),
+        ({"eval_videos": "many"}, "`eval_videos` must be an integer"),
+    ],
+)
+def test_a_wrong_plan_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_plan(tiny_config(tmp_path, **changes), quick=True)
+
+
+def test_a_root_of_an_unknown_domain_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`--root` names 'night'"):
+        read_plan(CONFIG, {"night": str(tmp_path)})
+
+
+# --- Videos
+
+
+def test_videos_are_cropped_around_their_objects_and_resized():
+    frames, masks = np.zeros((6, 80, 120, 3), np.uint8), np.zeros((6, 1, 80, 120), bool)
+    masks[2:5, 0, 10:20, 100:110] = True
+    frames[2:5, 10:20, 100:110] = 200
+    video = Video.from_arrays("lesion", frames, masks, domain="ct")
+    small = reduced(video, 40, zoom=4.0, frames=[2, 3, 4])
+    assert len(small) == 3 and small.size == (40, 40) and small.visible(0) == [1]
+    mask = small.masks(0)[0]
+    assert mask.sum() == 100 and np.asarray(small.frames[0])[mask].min() == 200  # 10 of 40 pixels, at full size
+    assert reduced(video, 40).masks(2).sum() == 5 * 4  # a half and a third of the size, rounded
+
+
+def test_volumes_are_halved_at_their_largest_mask():
+    frames, masks = (
+        np.arange(7, dtype=np.uint8)[:, None, None] * np.ones((7, 20, 20), np.uint8),
+        np.zeros((7, 1, 20, 20), bool),
+    )
+    for t, side in {1: 3, 2: 6, 3: 9, 4: 4}.items():
+        masks[t, 0, :side, :side] = True
+    onward, back = halves(Video.from_arrays("lesion", frames, masks, domain="ct"))
+    assert [half.video_id for half in (onward, back)] == ["lesion_onward", "lesion_back"]
+    assert [int(frame[0, 0, 0]) for frame in onward.frames] == [3, 4]
+    assert [int(frame[0, 0, 0]) for frame in back.frames] == [3, 2, 1]
+    assert [int(back.masks(t).sum()) for t in range(3)] == [81, 36, 9]
+
+
+def test_held_out_videos_are_scored_from_the_first_that_shows_an_object():
+    plan = read_plan(CONFIG, quick=True)
+    videos = StudyVideos(plan, 64)
+    scored, others = videos.scored("blobs", 0), videos.scored("blobs", 1)
+    assert {video.video_id for video in scored}.isdisjoint(video.video_id for video in others)
+    assert len(scored) == plan.eval_videos
+    assert all(len(v) == plan.eval_frames and v.size == (64, 64) and v.visible(0) for v in scored)
+    assert isinstance(StudyVideos(plan, 128).train("blobs"), SyntheticVideos)  # drawn when asked for
+
+
+# --- Figures
+
+
+def entries(final_blobs, method="full"):
+    """A run over two domains: `blobs`, then `stripes`; J, F and J&F are equal."""
+    stages = [
+        {"shapes": 0.9, "blobs": 0.1, "stripes": 0.1},
+        {"shapes": 0.8, "blobs": 0.7, "stripes": 0.2},
+        {"shapes": 0.6, "blobs": final_blobs, "stripes": 0.5},
+    ]
+    return [
+        {
+            "method": method,
+            "order": "blobs-stripes",
+            "seed": 0,
+            "stage": stage,
+            "domain": name,
+            "J": x,
+            "F": x,
+            "J&F": x,
+        }
+        for stage, scores in enumerate(stages)
+        for name, x in scores.items()
+    ]
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return read_plan(tiny_config(tmp_path, orders=[["blobs", "stripes"]]), quick=True)
+
+
+def test_gain_and_forgetting(plan):
+    summary = summarize_methods(entries(0.4), plan)["full"]
+    assert summary["J&F"]["gain"]["mean"] == pytest.approx(100 * (0.3 + 0.4) / 2)
+    assert summary["J&F"]["forgetting"]["mean"] == pytest.approx(100 * (0.3 + 0.3) / 2)
+    assert summary["J&F"]["gain"]["std"] is None and summary["final"]["stripes"] == pytest.approx(50)
+    second = [{**entry, "seed": 1} for entry in entries(0.6)]
+    both = summarize_methods([*entries(0.4), *second], plan)["full"]
+    assert both["runs"] == 2 and both["J&F"]["gain"]["mean"] == pytest.approx(40)
+    assert both["J&F"]["gain"]["std"] == pytest.approx(10 / 2**0.5)
+
+
+def test_unfinished_runs_have_no_figures(plan):
+    assert summarize_methods([e for e in entries(0.4) if e["stage"] < 2], plan) == {}
+
+
+def test_the_report_says_what_beats_ours(plan):
+    summary = summarize_methods([*entries(0.4, "domains"), *entries(0.6, "full")], plan)
+    text = compare_with_ours(summary, ["shapes", "blobs", "stripes"])
+    assert (
+        "full fine-tuning beats domains with the gate in gain (by 10.0 points), forgetting (less by 10.0 points)"
+        in text
+    )
+    assert "the final score on blobs (by 20.0 points)" in text and "shapes" not in text
+    summary = summarize_methods([*entries(0.7, "domains"), *entries(0.6, "full")], plan)
+    assert "No method of the table beats" in compare_with_ours(summary, ["shapes", "blobs", "stripes"])
+
+
+# --- Runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny study that is finished: its plan and folder."""
+    folder = tmp_path_factory.mktemp("study")
+    plan = read_plan(tiny_config(folder, orders=[["blobs", "echoes"]]), quick=True)
+    Study(plan, folder / "out", show_progress_bar=False).run()
+    return plan, folder / "out"
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("seed_*/**/*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_study_scores_all_methods_on_all_domains_after_every_stage(finished):
+    _, folder = finished
+    results = json.loads((folder / "results.json").read_text())
+    keys = {(e["method"], e["stage"], e["domain"]) for e in results["entries"]}
+    assert keys == {(m, s, d) for m in LABELS for s in range(3) for d in ("shapes", "blobs", "echoes")}
+    assert set(results["summary"]) == set(LABELS)
+    added = results["added"]
+    sizes = {name: added[name]["parameters"] for name in ("lora", "own_lora", "moe", "frozen_experts")}
+    assert max(sizes.values()) < 1.3 * min(sizes.values())  # routers make the difference
+    assert added["full"]["parameters"] > 1_500_000 > added["memory"]["parameters"] > 100_000
+    assert added["domains"]["bytes"] >= added["own_lora"]["bytes"] and added["base"]["parameters"] == 0
+    assert set(results["gate"]["confusion"]) == {"shapes", "blobs", "echoes"}
+    assert set(results["gate"]["by_seed"]["0"]["unseen"]) == {"blobs", "echoes"}
+    assert set(results["gate"]["by_seed"]["0"]["wrong_experts"]) == {"blobs", "echoes"}
+    report = (folder / "report.md").read_text()
+    assert all(label in report for label in LABELS.values())
+    for name in ("gain_and_forgetting.png", "stages.png", "gate.png"):
+        assert f"]({name})" in report and (folder / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_with_what_is_missing(finished):
+    plan, folder = finished
+    before, results = modified(folder), (folder / "results.json").read_text()
+    lost = [folder / "seed_0" / "order_blobs-echoes" / name / "stage_2.json" for name in ("full", "token_routers")]
+    for path in lost:
+        path.unlink()
+    Study(plan, folder, show_progress_bar=False).run()
+    assert json.loads((folder / "results.json").read_text()) == json.loads(results)
+    assert {path for path, time in modified(folder).items() if before[path] != time} == set(lost)
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_from_its_results_alone(finished, tmp_path):
+    """Nothing is computed again: no base is trained. Without the results of a stage, the stages before are trained."""
+    plan, folder = finished
+    results = json.loads((folder / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    Study(plan, tmp_path, show_progress_bar=False).run()
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
+    lost = results["units"].pop("seed_0/order_blobs-echoes/lora/stage_2.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "results.json").write_text(json.dumps(results))
+    Study(plan, other, show_progress_bar=False).run()
+    found = json.loads((other / "seed_0/order_blobs-echoes/lora/stage_2.json").read_text())
+    assert found == lost
+
+
+@pytest.mark.parametrize("name", ["seed_0/../../evil.json", "{folder}/seed_0/evil.json", "x/seed_0/evil.json"])
+def test_results_with_files_elsewhere_are_refused(tmp_path, plan, name):
+    results = write_report(plan, tmp_path / "out")
+    results["units"] = {"seed_0/base.json": {}, name.format(folder=tmp_path): {}}
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"evil.json' in `units`, which is no file of a study"):
+        Study(plan, tmp_path / "out", show_progress_bar=False)
+    assert not [path for path in tmp_path.rglob("*.json") if path.name in ("evil.json", "base.json")]
+
+
+@pytest.mark.parametrize("text", ['{"models": []}', "[]", '{"study": {}', '{"study": {}, "units": 5}'])
+def test_results_of_something_else_are_refused(tmp_path, plan, text):
+    """An evaluation writes a file of the same name."""
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results.json is (not that of a study|no JSON)"):
+        Study(plan, tmp_path, show_progress_bar=False)
+    assert (tmp_path / "results.json").read_text() == text
+
+
+@pytest.mark.slow
+def test_look_alikes_start_from_each_other(finished, monkeypatch):
+    plan, folder = finished
+    study = Study(plan, folder, show_progress_bar=False)
+    starts = {"echoes": "blobs"}
+    monkeypatch.setattr(study, "_find_start", lambda seed, name, learned: starts.get(name))
+    scores = study._score_domains(0, ["blobs", "echoes"])
+    assert scores["started_from"] == {"echoes": "blobs"}
+    assert (folder / "seed_0" / "own_lora" / "echoes_like_blobs" / "lora").is_dir()
+
+
+@pytest.mark.slow
+def test_domains_change_nothing_of_the_base_and_of_each_other(finished):
+    plan, folder = finished
+    study = Study(plan, folder, show_progress_bar=False)
+    base = SamoeModel.from_pretrained(study.base_folder(0)).state_dict()
+    one, two = (study.domains_model(0, names).state_dict() for names in (["blobs"], ["blobs", "echoes"]))
+    assert all((base[name] == one[name]).all() for name in base if name in one)
+    experts = [name for name in one if "domain_blobs" in name]
+    assert experts and all((one[name] == two[name]).all() for name in experts)
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_study_is_refused(finished, tmp_path):
+    _, folder = finished
+    other = read_plan(tiny_config(tmp_path, orders=[["blobs", "echoes"]], lora_rank=4), quick=True)
+    with pytest.raises(ValueError, match="holds another study: `lora_rank` is 8 there, not 4"):
+        Study(other, folder, show_progress_bar=False)
+
+
+def test_a_study_goes_on_wherever_the_file_of_its_model_lies(tmp_path, plan):
+    results = write_report(plan, tmp_path / "out")
+    assert results["study"]["model_config"] == "model_nano"
+    results["study"]["model_config"] = "configs/model_nano.yaml"
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    Study(plan, tmp_path / "out", show_progress_bar=False)
+    results["study"]["model_config"] = "configs/model_micro.yaml"
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="`model_config` is 'model_micro' there, not 'model_nano'"):
+        Study(plan, tmp_path / "out", show_progress_bar=False)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, plan):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="is not empty, and not the folder of a study"):
+        Study(plan, tmp_path / "out", show_progress_bar=False)
+
+
+def test_reports_of_nothing_are_written(tmp_path, plan):
+    results = write_report(plan, tmp_path / "out")
+    assert results["entries"] == [] and "not finished yet" in report_text(results, plan, ["shapes"])
+
+
+def run(*arguments):
+    run_study.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--root", "davis"], "`--root` must be DOMAIN=DIR, got 'davis'"),
+        (["--root", "davis=nowhere"], "names no folder"),
+        (["--seeds", "7"], "`--seeds` has 7, which is none of the study's"),
+        (["--orders", "2"], "`--orders` has 2, but the study has 2 orders"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, arguments, message):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        run(CONFIG, "--output", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_study_runs(tmp_path, capsys):
+    """About ten minutes on two cores."""
+    run(CONFIG, "--quick", "--output", tmp_path, "--device", "cpu")
+    assert "# Learning domain after domain" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "results.json").read_text())["summary"]
+    assert set(summary) == set(LABELS) >= set(SEQUENTIAL)
