@@ -20,8 +20,8 @@ from transformers import ProcessorMixin
 from samoe_hf.errors import InputError
 
 from .data.annotations import LabelImages, NoMasks, ObjectImages
-from .data.folders import read_folders
-from .data.predictions import Layout, MaskFiles
+from .data.own_videos import read_folders
+from .data.predictions import MaskFiles, MaskFormat
 from .data.schema import Video
 from .data.video_io import check_inside, read_label_png, read_video
 from .evaluation.run import RunFolder
@@ -97,7 +97,7 @@ def find_videos(root: str | Path) -> dict[str, Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder of videos")
     found: dict[str, Path] = {}
-    for folder in read_folders(root).values():
+    for folder in read_folders(root):
         paths = {"/".join((*folder.parts, path.stem)): path for path in folder.videos}
         if len(paths) < len(folder.videos):
             raise InputError(f"{root.joinpath(*folder.parts)} has two videos whose names differ in the suffix only.")
@@ -221,9 +221,9 @@ class LabelRun(RunFolder):
 
     kind = "labels"
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any], layout: Layout):
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], layout: MaskFormat):
         super().__init__(folder, {**identity, "layout": layout})
-        self.layout: Layout = layout
+        self.layout: MaskFormat = layout
 
     def start(self, overwrite: bool = False) -> None:
         """As in the base class; what processes left that were killed is removed."""

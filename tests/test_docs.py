@@ -18,8 +18,8 @@ from samoe_hf import SamoeModel
 from samoe_hf.analysis.usage import ExpertUsage
 from samoe_hf.cli import COMMANDS
 from samoe_hf.data.configs import shipped_configs
+from samoe_hf.data.layouts import LAYOUTS
 from samoe_hf.data.options import check_options
-from samoe_hf.data.registry import READERS
 from samoe_hf.data.schema import Video
 from samoe_hf.training.arguments import run_parser
 
@@ -203,7 +203,7 @@ def check_run(run: dict[str, Any]) -> None:
     assert set(run) <= known, set(run) - known
     for entry in [*run.get("train_data", []), *run.get("eval_data", [])]:
         options = {name: value for name, value in entry.items() if name not in ("kind", "weight", "video_ids")}
-        check_options(READERS[entry["kind"]], options, entry["kind"])
+        check_options(LAYOUTS[entry["kind"]].read, options, entry["kind"])
 
 
 @guides
@@ -215,10 +215,10 @@ def test_keys_of_runs_are_known(guide):
 def test_every_kind_of_data_and_its_options_are_in_the_guide():
     rows = [line.strip("|").split("|") for line in (ROOT / "docs" / "data.md").read_text().splitlines()]
     table = {kind: row[2] for row in rows if len(row) == 3 for kind in re.findall(r"`(\w+)`", row[0])}
-    assert table.keys() == READERS.keys()
+    assert table.keys() == LAYOUTS.keys()
     for kind, options in table.items():
         named = set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", options)))
-        known = inspect.signature(READERS[kind]).parameters.keys() - {"root", "split", "domain"}
+        known = inspect.signature(LAYOUTS[kind].read).parameters.keys() - {"root", "split", "domain"}
         assert named <= known and (named == known or "…" in options), (kind, known)
 
 

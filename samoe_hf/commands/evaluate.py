@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from samoe_hf.data.predictions import Layout, default_layout
+from samoe_hf.data.layouts import layout_of
+from samoe_hf.data.predictions import MaskFormat
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE
@@ -28,7 +29,7 @@ from samoe_hf.evaluation.metrics import Protocol
 from samoe_hf.evaluation.report import comparison_table, summary_table, write_report
 from samoe_hf.evaluation.run import Evaluation, choose_seeds
 from samoe_hf.evaluation.simulated_user import PromptStrategy
-from samoe_hf.evaluation.statistics import protocol_of, seen_and_unseen, to_json
+from samoe_hf.evaluation.statistics import seen_and_unseen, to_json
 from samoe_hf.model.weights_io import write_text
 from samoe_hf.model.weights_trained import is_original_checkpoint
 
@@ -61,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and masks")
-    output.add_argument("--layout", choices=get_args(Layout), help="of the masks; by default the dataset's")
+    output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", type=usable_device, help="such as cuda or cpu; by default the best there is")
@@ -120,8 +121,8 @@ def build_evaluation(arguments: argparse.Namespace) -> Evaluation:
         arguments.output,
         prompt,
         choose_seeds(prompt, arguments.seeds),
-        arguments.protocol or protocol_of(arguments.dataset),
-        arguments.layout or default_layout(arguments.dataset),
+        arguments.protocol or layout_of(arguments.dataset).protocol,
+        arguments.layout or layout_of(arguments.dataset).masks,
         arguments.surface_tolerance,
         groups,
     )

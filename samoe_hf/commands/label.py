@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from samoe_hf import SamoeModel
-from samoe_hf.data.predictions import Layout, default_layout
-from samoe_hf.data.registry import READERS, add_dataset_arguments, videos_from_arguments
+from samoe_hf.data.layouts import LAYOUTS, layout_of
+from samoe_hf.data.predictions import MaskFormat
+from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.data.schema import to_datasets
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.run import describe_model
@@ -54,24 +55,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     prompts.add_argument("--prompts", type=Path, metavar="FILE.json", help="prompts of a folder of videos")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks")
-    output.add_argument("--layout", choices=get_args(Layout), help="of the masks; by default the dataset's")
+    output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace other labels there")
     output.add_argument("--push-to-hub", metavar="ID", help="upload videos and masks as this dataset of the Hub")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", type=usable_device, help="such as cuda or cpu; by default the best there is")
     parsed = parser.parse_args(arguments)
-    if parsed.prompts is not None and (parsed.dataset in READERS or parsed.root is not None):
+    if parsed.prompts is not None and (parsed.dataset in LAYOUTS or parsed.root is not None):
         parser.error("`--prompts` goes with a folder of videos as `--dataset`, not with a kind")
     return parsed
 
 
-def find_prompted(parsed: argparse.Namespace) -> tuple[list[PromptedVideo], Layout]:
+def find_prompted(parsed: argparse.Namespace) -> tuple[list[PromptedVideo], MaskFormat]:
     """The videos that are to be labelled, and the layout of their masks."""
     if parsed.prompts is not None:
         parsed.dataset, parsed.root = "files", Path(parsed.dataset)
-        return from_prompt_file(parsed.prompts, parsed.root), parsed.layout or default_layout(parsed.dataset)
+        return from_prompt_file(parsed.prompts, parsed.root), parsed.layout or layout_of(parsed.dataset).masks
     videos = from_first_frames(videos_from_arguments(parsed), parsed.prompt)
-    return videos, parsed.layout or default_layout(parsed.dataset)
+    return videos, parsed.layout or layout_of(parsed.dataset).masks
 
 
 def describe_run(model: SamoeModel, parsed: argparse.Namespace) -> dict[str, Any]:

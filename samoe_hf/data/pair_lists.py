@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,17 @@ import pandas as pd
 
 from samoe_hf.errors import InputError
 
-from .folders import VIDEO_SUFFIXES, Found, Key, Source, role_by_name, split_path
-from .pairing import MaskFile
-from .video_io import SampleError, check_inside, natural_key
+from .pairing import FRAME_WORDS, MaskFile, Source
+from .video_io import VIDEO_SUFFIXES, SampleError, check_inside
 
 LIST_SUFFIXES = (".csv", ".json", ".jsonl")
 # What a column may be called, the usual name first.
 COLUMNS = {
-    "frame": ("frame", "image", "frame_path", "image_path", "img", "img_path", "frames", "images"),
-    "mask": (
-        "mask",
-        "mask_path",
-        "label",
-        "label_path",
-        "annotation",
-        "annotation_path",
-        "masks",
-        "labels",
-        "annotations",
-    ),
-    "video": ("video", "video_id", "video_path", "sequence", "clip"),
-    "object": ("object", "object_id", "obj_id", "instance", "instance_id"),
-    "frame_number": ("frame_number", "frame_index", "frame_idx", "frame_id"),
+    "frame": "frame image frame_path image_path img img_path frames images",
+    "mask": "mask mask_path label label_path annotation annotation_path masks labels annotations",
+    "video": "video video_id video_path sequence clip",
+    "object": "object object_id obj_id instance instance_id",
+    "frame_number": "frame_number frame_index frame_idx frame_id",
 }
 EXPECTED = (
     "a CSV or JSON with a row for each frame: the columns `frame` and `mask` (paths beside the file), and optionally "
@@ -40,58 +30,48 @@ EXPECTED = (
 )
 
 
-def read_pairs(path: Path) -> Found:
-    """The videos of a list. Rows without a mask are frames without annotation.
+def read_pairs(path: Path) -> tuple[dict[str, Source], tuple[str, str]]:
+    """The videos of a list by their names, and what to call the columns of frames and masks.
+
+    Rows without a mask are frames without annotation. Without a column `video`, frames of a folder are a video.
 
     Raises:
-        SampleError: the file is no such list, or names a file that is not there.
+        SampleError: the file is no such list, or has no masks.
+        FileNotFoundError: it names a file that is not there.
     """
     rows = _rows(path)
-    columns = {role: _column(rows, names) for role, names in COLUMNS.items()}
+    present = {str(column).strip().lower(): column for column in (rows[0] if rows else {})}
+    columns = {role: next((present[n] for n in names.split() if n in present), None) for role, names in COLUMNS.items()}
     if columns["mask"] is None or (columns["frame"] is None and None in (columns["video"], columns["frame_number"])):
         found = ", ".join(map(str, rows[0])) if rows else "no rows"
         raise SampleError(f"{path}: has {found}; expected {EXPECTED}")
-    sources: dict[Key, Source] = {}
-    seen: dict[Key, dict[Path, None]] = {}
+    sources: dict[str, Source] = {}
+    seen: set[tuple[str, Path]] = set()
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
-        values = {role: _text(row.get(column)) for role, column in columns.items() if column is not None}
-        key, frame, name = _frame_of(values, path, where)
-        if key not in sources:
-            sources[key], seen[key] = Source([] if name is None else frame), {}
-        if isinstance(sources[key].frames, list) != (name is None):
+        values = {role: "" if column is None else _text(row.get(column)) for role, column in columns.items()}
+        of_file = Path(values["video"]).suffix.lower() in VIDEO_SUFFIXES
+        count = values["frame_number"] or values["frame"]
+        if of_file and count.isdecimal():
+            key, frames, name = Path(values["video"]).stem, _existing(values["video"], path, where), f"{int(count):05d}"
+        elif values["frame"]:
+            image = _existing(values["frame"], path, where)
+            folders = [part for part in Path(values["frame"]).parts[:-1] if not re.fullmatch(FRAME_WORDS, part)]
+            key, frames, name = values["video"] or "/".join(folders), image, image.stem
+        else:
+            raise SampleError(f"{where}: names no frame; expected {EXPECTED}")
+        is_image = frames.suffix.lower() not in VIDEO_SUFFIXES
+        source = sources.setdefault(key, Source([] if is_image else frames))
+        if isinstance(source.frames, list) != is_image:
             raise SampleError(f"{where}: the video has both a file and images")
-        if name is None:
-            seen[key].setdefault(frame)
+        if isinstance(source.frames, list) and (key, frames) not in seen:
+            source.frames.append(frames)
+        seen.add((key, frames))
         if values["mask"]:
-            mask = _existing(values["mask"], path, where)
-            sources[key].masks.append(MaskFile(mask, (), values.get("object") or None, name or frame.stem))
-    for key, source in sources.items():
-        if isinstance(source.frames, list):
-            source.frames = list(seen[key])
-    found = {key: source for key, source in sorted(sources.items(), key=_order) if source.masks}
-    if not found:
+            source.masks.append(MaskFile(_existing(values["mask"], path, where), values["object"] or None, name))
+    if not any(source.masks for source in sources.values()):
         raise SampleError(f"{path}: no row has a mask")
-    return Found(found, (f"column {columns['frame'] or columns['video']}", f"column {columns['mask']}"),
-                 [key for key in sources if key not in found])  # fmt: skip
-
-
-def _order(item: tuple[Key, Source]) -> list:
-    return natural_key("/".join(item[0]))
-
-
-def _frame_of(values: Mapping[str, str], path: Path, where: str) -> tuple[Key, Any, str | None]:
-    """The video's key, its file or the image, and, of a video file, the frame's name."""
-    of_file = Path(values.get("video", "")).suffix.lower() in VIDEO_SUFFIXES
-    number = values.get("frame_number") or (values.get("frame", "") if of_file else "")
-    if of_file and number.isdecimal():
-        return (Path(values["video"]).stem,), _existing(values["video"], path, where), f"{int(number):05d}"
-    if not values.get("frame"):
-        raise SampleError(f"{where}: names no frame; expected {EXPECTED}")
-    image = _existing(values["frame"], path, where)
-    if values.get("video"):
-        return (values["video"],), image, None
-    return split_path(Path(values["frame"]).parent.parts, role_by_name)[1], image, None
+    return sources, (f"column {columns['frame'] or columns['video']}", f"column {columns['mask']}")
 
 
 def _existing(name: str, path: Path, where: str) -> Path:
@@ -103,22 +83,14 @@ def _existing(name: str, path: Path, where: str) -> Path:
 
 
 def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN is an empty cell
-        return ""
-    return str(value).strip()
-
-
-def _column(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
-    """The first of the names that the rows have, in any case."""
-    present = {str(column).strip().lower(): column for column in (rows[0] if rows else {})}
-    return next((present[name] for name in names if name in present), None)
+    return "" if value is None or value != value else str(value).strip()  # NaN is an empty cell
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix.lower() == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-            return table.to_dict("records")
+            return [dict(row) for row in table.to_dict("records")]
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".jsonl":
             return _expand([json.loads(line) for line in text.splitlines() if line.strip()])
@@ -130,23 +102,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _expand(data: Any) -> list[dict[str, Any]]:
     """Rows of JSON: a list of them, a mapping of videos to theirs, or videos that have lists of frames and masks."""
     if isinstance(data, Mapping):
-        lists = [value for value in data.values() if isinstance(value, list)]
-        if len(data) == 1 and lists and all(isinstance(item, Mapping) for item in lists[0]):
-            data = lists[0]
+        values = list(data.values())
+        if len(values) == 1 and isinstance(values[0], list) and all(isinstance(row, Mapping) for row in values[0]):
+            data = values[0]
         else:
-            data = [
-                {"video": name, **row}
-                for name, rows in data.items()
-                for row in (rows if isinstance(rows, list) else [rows])
-            ]
+            lists = {video: rows if isinstance(rows, list) else [rows] for video, rows in data.items()}
+            data = [{"video": video, **row} for video, rows in lists.items() for row in rows]
     expanded = []
     for row in data:
         many = {name: value for name, value in row.items() if isinstance(value, list)}
-        if not many:
-            expanded.append(dict(row))
-            continue
         if len({len(value) for value in many.values()}) > 1:
             raise InputError(f"lists of different length in {list(many)}")
-        single = {name: value for name, value in row.items() if name not in many}
-        expanded += [single | dict(zip(many, values, strict=True)) for values in zip(*many.values(), strict=True)]
+        for values in zip(*many.values(), strict=True) if many else [()]:
+            expanded.append({**row, **dict(zip(many, values, strict=True))})
     return expanded

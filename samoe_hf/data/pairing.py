@@ -10,12 +10,18 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from .annotations import Annotations, LabelImages, ObjectImages
 from .video_io import ContainerFrames, FrameSequence, SampleError, natural_key
 
+FRAME_WORDS = r"(?i:frames?|images?|imgs?|jpegimages|pictures?|rgb|colou?r|inputs?|raw|videos?)"
+MASK_WORDS = (
+    r"(?i:masks?|labels?|gt|ground[\W_]?truths?|truth|anns?|annos?|annotations?|segs?|segm|segmentations?"
+    r"|segmentation[\W_]?object)"
+)
 OBJECT_WORDS = re.compile(r"(?i)(?:^|[^a-z])(?:obj|object|id|inst|instance)s?(?:[^a-z]|$)")
 
 
@@ -24,15 +30,27 @@ class MaskFile(NamedTuple):
 
     Attributes:
         path: the image.
-        folders: those between the video's folder of masks and the image.
-        object_name: whose mask it is, where that is told otherwise than by its name.
-        frame_name: name of its frame, where that is told otherwise than by its name.
+        object_name: whose mask it is, where that is told otherwise than by the image's name. Without a `frame_name`
+            it may turn out to be the frame's, and the image's name the object's.
+        frame_name: name of its frame, where that is told otherwise than by the image's name.
     """
 
     path: Path
-    folders: tuple[str, ...] = ()
     object_name: str | None = None
     frame_name: str | None = None
+
+
+@dataclass
+class Source:
+    """Where a video's files are.
+
+    Attributes:
+        frames: a video file, or images in order.
+        masks: the masks of any of its frames, which all tell object and frame in the same way.
+    """
+
+    frames: Path | list[Path]
+    masks: list[MaskFile] = field(default_factory=list)
 
 
 class Match(NamedTuple):
@@ -54,21 +72,19 @@ def pair_masks(frames: FrameSequence, masks: Sequence[MaskFile], binary: bool = 
     Raises:
         SampleError: a mask without a frame, or two of one frame (and object); names the file.
     """
-    pairs = _object_pairs(frames, masks)
-    objects = dict.fromkeys(name for _, name, _ in pairs)
-    paths: dict[str | None, dict[int, Path]] = {name: {} for name in objects}
-    for frame, name, path in pairs:
-        if frame in paths[name]:
+    paths: dict[str | None, dict[int, Path]] = {}
+    for mask, (frame, name) in zip(masks, _frames_and_objects(frames, masks), strict=True):
+        before = paths.setdefault(name, {}).setdefault(frame, mask.path)
+        if before is not mask.path:
             whose = "" if name is None else f" of object {name}"
-            raise SampleError(f"{path}: frame {frames.names[frame]} has another mask{whose}, {paths[name][frame]}")
-        paths[name][frame] = path
-    if None in paths:
-        if len(paths) > 1:
-            stray = next(path for _, name, path in pairs if name is None)
-            raise SampleError(f"{stray}: names no object, as other masks of the video do")
-        return LabelImages(paths[None], binary)
-    ids = object_ids([name for name in objects if name is not None])
-    return ObjectImages({ids[name]: of_frame for name, of_frame in paths.items() if name is not None})
+            raise SampleError(f"{mask.path}: frame {frames.names[frame]} has another mask{whose}, {before}")
+    if None not in paths:
+        ids = object_ids([name for name in paths if name is not None])
+        return ObjectImages({ids[name]: of_frame for name, of_frame in paths.items() if name is not None})
+    if len(paths) > 1:
+        stray = next(iter(paths[None].values()))
+        raise SampleError(f"{stray}: names no object, as other masks of the video do")
+    return LabelImages(paths[None], binary)
 
 
 def object_ids(names: Sequence[str]) -> dict[str, int]:
@@ -81,49 +97,36 @@ def object_ids(names: Sequence[str]) -> dict[str, int]:
     return {name: value + first for name, value in values.items()}
 
 
-def _object_pairs(frames: FrameSequence, masks: Sequence[MaskFile]) -> list[tuple[int, str | None, Path]]:
-    """Frame index, name of the object (None where a frame has one image) and path of each mask."""
-    told = [mask for mask in masks if mask.frame_name is not None]
-    names = [str(mask.frame_name) for mask in told]
-    if set(names) <= set(frames.names):
-        indices = [frames.names.index(name) for name in names]
-    else:
-        indices = [match.frame for match in match_names(frames, names, [mask.path for mask in told], names)]
-    pairs = [(index, mask.object_name, mask.path) for index, mask in zip(indices, told, strict=True)]
-    left = [mask for mask in masks if mask.frame_name is None]
-    if any(mask.folders for mask in left):
-        return pairs + _pairs_in_folders(frames, left)
-    matches = match_names(frames, [mask.path.stem for mask in left], [mask.path for mask in left])
-    has_objects = _name_objects(matches)
-    for mask, match in zip(left, matches, strict=True):
-        pairs.append((match.frame, match.rest if has_objects else None, mask.path))
-    return pairs
-
-
-def _pairs_in_folders(frames: FrameSequence, masks: Sequence[MaskFile]) -> list[tuple[int, str | None, Path]]:
-    """Pairs of masks in folders: of each object, or of each frame."""
-    odd = next((mask for mask in masks if len(mask.folders) != 1), None)
-    if odd is not None:
-        raise SampleError(f"{odd.path}: beside folders of objects, or deeper than these")
-    paths, folders, stems = [m.path for m in masks], [m.folders[0] for m in masks], [m.path.stem for m in masks]
-    ways = [(names, _try_names(frames, others, paths, names)) for names, others in ((folders, stems), (stems, folders))]
-    ways = [(names, matches) for names, matches in ways if matches is not None]
+def _frames_and_objects(frames: FrameSequence, masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
+    """Frame index, and name of the object (None where a frame has one image), of each mask."""
+    paths, stems = [mask.path for mask in masks], [mask.path.stem for mask in masks]
+    objects = [mask.object_name for mask in masks]
+    if any(mask.frame_name is not None for mask in masks):
+        names = [mask.path.stem if mask.frame_name is None else mask.frame_name for mask in masks]
+        if set(names) <= set(frames.names):
+            return [(frames.names.index(name), whose) for name, whose in zip(names, objects, strict=True)]
+        matches = match_names(frames, names, paths, names)
+        return [(match.frame, whose) for match, whose in zip(matches, objects, strict=True)]
+    folders = [name for name in objects if name is not None]
+    if not folders:
+        matches = match_names(frames, stems, paths)
+        is_told = _tells_objects(matches)
+        return [(match.frame, match.rest if is_told else None) for match in matches]
+    # Folders of objects with an image for each frame, or of frames with one for each object.
+    ways: list[tuple[list[Match], list[str]]] = []
+    errors = []
+    for names, whose in ((stems, folders), (folders, stems)):
+        try:
+            ways.append((match_names(frames, names, paths, whose), whose))
+        except SampleError as error:
+            errors.append(error)
     if not ways:
-        match_names(frames, stems, paths, folders)  # which says what is wrong
-    names, matches = max(ways, key=lambda way: len({match.frame for match in way[1]}))
-    return [(match.frame, name, path) for match, name, path in zip(matches, names, paths, strict=True)]
+        raise errors[0]
+    matches, names = max(ways, key=lambda way: len({match.frame for match in way[0]}))
+    return [(match.frame, name) for match, name in zip(matches, names, strict=True)]
 
 
-def _try_names(
-    frames: FrameSequence, stems: Sequence[str], paths: Sequence[Path], objects: Sequence[str]
-) -> list[Match] | None:
-    try:
-        return match_names(frames, stems, paths, objects)
-    except SampleError:
-        return None
-
-
-def _name_objects(matches: Sequence[Match]) -> bool:
+def _tells_objects(matches: Sequence[Match]) -> bool:
     """Whether what names have beside the frame's number tells objects apart."""
     if len({match.rest for match in matches}) < 2:
         return False
@@ -132,92 +135,86 @@ def _name_objects(matches: Sequence[Match]) -> bool:
 
 
 def match_names(
-    frames: FrameSequence, stems: Sequence[str], paths: Sequence[Path], objects: Sequence[str] | None = None
+    frames: FrameSequence, names: Sequence[str], paths: Sequence[Path], objects: Sequence[str] | None = None
 ) -> list[Match]:
     """The frame of each name: that of the same name, of the same number, or the one whose name it contains.
 
     Args:
         frames: the video's.
-        stems: names that tell frames.
+        names: what tells the frames.
         paths: the files that they are of, for messages.
         objects: whose masks they are, where that is told otherwise than by the names.
 
     Raises:
         SampleError: a name without a frame.
     """
-    if not stems:
-        return []
     index = {name: i for i, name in enumerate(frames.names)}
     if len(index) < len(frames.names):
         twice = next(name for name, count in Counter(frames.names).items() if count > 1)
         raise SampleError(f"{paths[0].parent}: the video has several frames of one name, {twice}")
-    is_container = isinstance(frames, ContainerFrames)
-    if not is_container and all(stem in index for stem in stems):
-        return [Match(index[stem], "") for stem in stems]
+    length = len(frames) if isinstance(frames, ContainerFrames) else None
+    if length is None and all(name in index for name in names):
+        return [Match(index[name], "") for name in names]
     numbers = _frame_numbers(frames.names)
-    objects = [""] * len(stems) if objects is None else objects
-    by_number = _match_numbers(numbers, stems, objects, len(frames) if is_container else None, paths[0].parent)
-    if by_number is not None:
-        return by_number
-    found = []
-    for stem, path in zip(stems, paths, strict=True):
-        last = int((re.findall(r"\d+", stem) or [-1])[-1])
-        if stem in index:
-            found.append(Match(index[stem], ""))
-        elif (match := _containing(index, stem)) is not None:
-            found.append(match)
-        elif numbers is not None and last in numbers:
-            found.append(Match(numbers[last], ""))
-        else:
-            wanted = f"named {stem} or numbered {last}" if last >= 0 and numbers else f"of this name ({stem})"
-            raise SampleError(f"{path}: no frame {wanted}; {_known(frames.names)}")
-    return found
-
-
-def _known(names: Sequence[str]) -> str:
-    return f"the frames are {names[0]} to {names[-1]}" if len(names) > 1 else f"the only frame is {names[0]}"
+    matches = _match_numbers(numbers, names, objects or [""] * len(names), length, paths[0].parent)
+    if matches is not None:
+        return matches
+    matches = []
+    for name, path in zip(names, paths, strict=True):
+        last = int((re.findall(r"\d+", name) or [-1])[-1])
+        match = _containing(index, name) or (Match(numbers[last], "") if last in numbers else None)
+        if match is None:
+            wanted = f"named {name} or numbered {last}" if last >= 0 and numbers else f"of this name ({name})"
+            known = f"frames are {frames.names[0]} to {frames.names[-1]}"
+            known = known if len(index) > 1 else f"only frame is {frames.names[0]}"
+            raise SampleError(f"{path}: no frame {wanted}; the {known}")
+        matches.append(match)
+    return matches
 
 
 def _numbers(name: str) -> list[re.Match[str]]:
     return list(re.finditer(r"\d+", name))
 
 
-def _frame_numbers(names: Sequence[str]) -> dict[int, int] | None:
-    """Number -> frame index, by the last of the numbers in the names that tells all of them apart."""
+def _frame_numbers(names: Sequence[str]) -> dict[int, int]:
+    """Number -> frame index, by the last of the numbers in the names that tells all of them apart; {} if none does."""
     found = [_numbers(name) for name in names]
-    for position in range(1, min(map(len, found), default=0) + 1):
+    for position in range(1, min(map(len, found)) + 1):
         values = {int(numbers[-position].group()): i for i, numbers in enumerate(found)}
         if len(values) == len(names):
             return values
-    return None
+    return {}
 
 
 def _match_numbers(
-    numbers: Mapping[int, int] | None,
-    stems: Sequence[str],
-    objects: Sequence[str],
-    container_length: int | None,
-    folder: Path,
+    numbers: Mapping[int, int], names: Sequence[str], objects: Sequence[str], container_length: int | None, folder: Path
 ) -> list[Match] | None:
-    """Matches by the number in each name whose values are all those of frames, if there is one."""
-    if numbers is None:
-        return None
-    found = [_numbers(stem) for stem in stems]
-    count = min(map(len, found), default=0)
-    candidates = []
+    """Matches by the number in each name whose values are all those of frames, if there is one.
+
+    Of several, the one is taken beside which the names are equal, or else the one that is no object's by a word before
+    it, that tells the most frames, and that has the most digits.
+    """
+    found = [_numbers(name) for name in names]
+    best: tuple[tuple[bool, bool, int, int], list[int], list[Match]] | None = None
+    count = min(map(len, found))
     for position in [*range(-1, -count - 1, -1), *range(count)]:
         chosen = [numbers_of[position] for numbers_of in found]
         values = [int(match.group()) for match in chosen]
         first = 0 if container_length is None else _first_number(set(values), container_length)
         if any(value - first not in numbers for value in values):
             continue
-        rests = [stem[: m.start()] + stem[m.end() :] for stem, m in zip(stems, chosen, strict=True)]
+        rests = [name[: m.start()] + name[m.end() :] for name, m in zip(names, chosen, strict=True)]
         matches = [Match(numbers[value - first], rest) for value, rest in zip(values, rests, strict=True)]
-        if len(set(zip(matches, objects, strict=True))) == len(matches):
-            candidates.append((_plausibility(matches, chosen), values, matches))
-    if not candidates:
+        if len(set(zip(matches, objects, strict=True))) < len(matches):
+            continue
+        of_object = any(OBJECT_WORDS.search(number.string[: number.start()]) for number in chosen)
+        digits = max(len(number.group()) for number in chosen)
+        rank = (len(set(rests)) == 1, not of_object, len({match.frame for match in matches}), digits)
+        if best is None or rank > best[0]:
+            best = rank, values, matches
+    if best is None:
         return None
-    _, values, matches = max(candidates, key=lambda candidate: candidate[0])
+    _, values, matches = best
     if container_length is not None and 0 not in values and max(values) != container_length:
         warnings.warn(
             f"{folder}: masks {min(values)} to {max(values)} of a video file with {container_length} frames are taken "
@@ -227,43 +224,34 @@ def _match_numbers(
     return matches
 
 
-def _plausibility(matches: Sequence[Match], chosen: Sequence[re.Match[str]]) -> tuple[bool, bool, int, int]:
-    """How well a number of the names serves as that of frames: the others are then those of objects."""
-    same_rest = len({match.rest for match in matches}) == 1
-    is_object = any(OBJECT_WORDS.search(number.string[: number.start()]) for number in chosen)
-    frames = len({match.frame for match in matches})
-    return same_rest, not is_object, frames, max(len(number.group()) for number in chosen)
-
-
 def _first_number(values: set[int], length: int) -> int:
     """Whether masks of a video file count its frames from 0, or from 1 as ffmpeg names what it extracts."""
     return int(0 not in values and (length in values or 1 in values))
 
 
 def _containing(index: Mapping[str, int], stem: str) -> Match | None:
-    """The frame with the longest name that a mask's name begins or ends with."""
-    found = {name: re.fullmatch(rf"{re.escape(name)}([\W_].*)|(.*[\W_]){re.escape(name)}", stem) for name in index}
-    names = [name for name, match in found.items() if match]
-    if not names:
-        return None
-    name = max(names, key=len)
-    return Match(index[name], "".join(filter(None, found[name].groups())))
+    """The frame of this name, or with the longest name that a mask's name begins or ends with."""
+    best = None
+    for name in sorted(index, key=len):
+        match = re.fullmatch(rf"{re.escape(name)}((?:[\W_].*)?)|(.*[\W_]){re.escape(name)}", stem)
+        best = Match(index[name], match[1] or match[2] or "") if match else best
+    return best
 
 
-def split_by_prefix(frames: Sequence[Path], masks: Sequence[MaskFile]) -> dict[str, tuple[list[Path], list[MaskFile]]]:
+def split_by_prefix(source: Source) -> dict[str, Source]:
     """Videos whose images lie in one folder: name before the last number -> its frames and masks.
 
     Empty where the names are those of one video: one name alone, one that a single image has, or a mask of none.
     """
     groups: dict[str, tuple[list[Path], list[MaskFile]]] = {}
-    for path in frames:
+    for path in source.frames if isinstance(source.frames, list) else ():
         prefix = re.sub(r"\d+\D*$", "", path.stem).strip(" _-.")
         groups.setdefault(prefix, ([], []))[0].append(path)
     if len(groups) < 2 or "" in groups or min(len(images) for images, _ in groups.values()) < 2:
         return {}
-    for mask in masks:
+    for mask in source.masks:
         names = [name for name in groups if re.search(rf"(^|[\W_]){re.escape(name)}([\W_\d]|$)", mask.path.stem)]
         if not names:
             return {}
         groups[max(names, key=len)][1].append(mask)
-    return {name: group for name, group in groups.items() if group[1]}
+    return {name: Source(frames, masks) for name, (frames, masks) in groups.items() if masks}

@@ -15,24 +15,7 @@ from samoe_hf.errors import InputError
 from .schema import Video
 from .video_io import SampleError, check_inside, read_label_png, write_palette_png
 
-Layout = Literal["davis", "youtube_vos", "sa_v"]
-
-# The layout for the masks of a kind of dataset; DAVIS' for those that are not listed.
-_LAYOUTS: dict[str, Layout] = {
-    "youtube_vos": "youtube_vos",
-    "mose": "youtube_vos",
-    "lvos": "youtube_vos",
-    "frames": "youtube_vos",
-    "files": "youtube_vos",
-    "sa_v": "sa_v",
-    "sa_v_val": "sa_v",
-    "coco": "sa_v",
-}
-
-
-def default_layout(kind: str) -> Layout:
-    """The layout of a kind of dataset, see `load_videos`."""
-    return _LAYOUTS.get(kind, "davis")
+MaskFormat = Literal["davis", "youtube_vos", "sa_v"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +31,11 @@ class MaskFiles:
     """
 
     folder: Path
-    layout: Layout = "davis"
+    layout: MaskFormat = "davis"
 
     def __post_init__(self) -> None:
-        if self.layout not in get_args(Layout):
-            raise InputError(f"unknown layout {self.layout!r}; known are {', '.join(get_args(Layout))}")
+        if self.layout not in get_args(MaskFormat):
+            raise InputError(f"unknown layout {self.layout!r}; known are {', '.join(get_args(MaskFormat))}")
 
     @property
     def overlapping(self) -> bool:

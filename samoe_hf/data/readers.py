@@ -229,13 +229,16 @@ def read_coco(
 
     Args:
         root: the dataset's folder.
-        split: names the image folder and `annotations/instances_<split>.json`.
+        split: names the image folder and `annotations/instances_<split>.json`, or its `_annotations.coco.json`.
         domain: name for routing and metrics.
         images: the image folder, where it is named differently.
         annotations: the annotation file, where it is named differently.
     """
     warn_one_frame(f"COCO images in {root}")
-    path, folder = Path(root) / (annotations or f"annotations/instances_{split}.json"), Path(root) / (images or split)
+    folder = Path(root) / (images or split)
+    path = Path(root) / (annotations or f"annotations/instances_{split}.json")
+    if annotations is None and not path.is_file() and (folder / "_annotations.coco.json").is_file():
+        path = folder / "_annotations.coco.json"  # as Roboflow exports it
     entries: dict[str, tuple[dict, list[dict]]] = {}
     try:
         data = json.loads(path.read_bytes())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +13,11 @@ import yaml
 from samoe_hf.errors import InputError, did_you_mean
 
 from .configs import find_config, names_config
-from .hub_datasets import read_dataset
-from .layouts import read_files, recognize
+from .layouts import LAYOUTS, recognize
 from .options import check_options, check_types
-from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
 from .schema import Video, VideoList
-from .synthetic import SyntheticVideos
-from .volumes import read_nifti, read_npz
 
 logger = logging.getLogger(__name__)
-
-# A domain that is not given is the kind's name, except where the videos bring their own.
-READERS: dict[str, Callable[..., Any]] = {
-    "files": read_files,
-    "davis": read_davis,
-    "frames": partial(read_vos, domain="frames"),
-    "youtube_vos": partial(read_vos, domain="youtube_vos"),
-    "mose": partial(read_vos, domain="mose"),
-    "lvos": partial(read_vos, domain="lvos"),
-    "sa_v": read_sa_v,
-    "sa_v_val": read_sa_v_val,
-    "ocid": read_ocid,
-    "npz": read_npz,
-    "nifti": read_nifti,
-    "coco": read_coco,
-    "synthetic": SyntheticVideos,
-    "dataset": read_dataset,
-}
 
 
 def load_videos(
@@ -61,7 +38,7 @@ def load_videos(
         split: as the reader of that kind understands it.
         domain: the videos' domain name, the kind's by default; of "synthetic", which videos to draw.
         video_ids: only these videos.
-        options: what else the reader takes, see `samoe_hf.data.readers`, `layouts`, `volumes` and `SyntheticVideos`.
+        options: what else the kind's reader takes, see `samoe_hf.data.layouts.LAYOUTS`.
 
     Raises:
         ValueError: an unknown kind, layout, option or video (names the nearest known one), or a value of another type.
@@ -71,9 +48,9 @@ def load_videos(
     given = {"root": root, "split": split, "domain": domain}
     options = recognized | options | {name: value for name, value in given.items() if value is not None}
     owner = f"datasets of kind {kind!r}"
-    check_options(READERS[kind], options, owner)
+    check_options(LAYOUTS[kind].read, options, owner)
     check_types(load_videos, {"video_ids": video_ids}, owner)
-    videos = READERS[kind](**options)
+    videos = LAYOUTS[kind].read(**options)
     if video_ids is None:
         return videos
     if not isinstance(videos, VideoList):
@@ -87,7 +64,7 @@ def name_kind(
     """The kind of a dataset, its root, and options of its reader that its layout tells.
 
     Args:
-        kind: one of `READERS`, or a folder or list of pairs in place of `root`, or None.
+        kind: one of `LAYOUTS`, or a folder or list of pairs in place of `root`, or None.
         root: as [`load_videos`] takes it; needed where the kind is None.
         split: the wanted split, if any.
 
@@ -95,23 +72,23 @@ def name_kind(
         ValueError: neither a kind nor a folder.
         FileNotFoundError: there is no such root.
     """
-    if isinstance(kind, str) and kind in READERS:
+    if isinstance(kind, str) and kind in LAYOUTS:
         return kind, root, {}
     path = Path(root if kind is None and root is not None else str(kind))
     if kind is None and root is None:
-        raise InputError(f"name a folder, or a kind of dataset: {', '.join(READERS)}")
+        raise InputError(f"name a folder, or a kind of dataset: {', '.join(LAYOUTS)}")
     if not path.exists() and kind is None:
         raise FileNotFoundError(f"{path}: no such folder")
     if not path.exists() or (kind is not None and root is not None):
         name = repr(str(kind) if isinstance(kind, Path) else kind)
-        raise InputError(f"unknown kind of dataset {name}, and no folder{did_you_mean(kind, READERS)}")
+        raise InputError(f"unknown kind of dataset {name}, and no folder{did_you_mean(kind, LAYOUTS)}")
     try:
-        layout = recognize(path, split)
+        layout, options, reason = recognize(path, split)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    if layout.reason:
-        logger.warning("%s: read as %s (%s)", path, layout.kind, layout.reason)
-    return layout.kind, path, layout.options
+    if reason:
+        logger.warning("%s: read as %s (%s)", path, layout.kind, reason)
+    return layout.kind, path, options
 
 
 def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Video]:
@@ -127,7 +104,7 @@ def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Vi
     """
     if isinstance(entry, (str, Path)):
         if not Path(entry).exists():
-            hint = f"; did you mean {{kind: {entry}}}?" if entry in READERS else ""
+            hint = f"; did you mean {{kind: {entry}}}?" if entry in LAYOUTS else ""
             raise InputError(f"{owner} must be a folder or the arguments of `load_videos`, not {str(entry)!r}{hint}")
         entry = {"root": entry}
     if not isinstance(entry, Mapping):
@@ -164,13 +141,13 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = Fa
         positional: whether the dataset comes without `--dataset` before it.
     """
     group = parser.add_argument_group("videos")
-    group.add_argument(
-        *(["dataset"] if positional else ["--dataset"]),
-        **({} if positional else {"required": True}),
+    dataset = group.add_argument(
+        "dataset" if positional else "--dataset",
         metavar="FOLDER|KIND|RUN.yaml",
-        help=f"a folder of videos and masks; a kind of dataset ({', '.join(READERS)}); or a run's YAML, for the videos "
+        help=f"a folder of videos and masks; a kind of dataset ({', '.join(LAYOUTS)}); or a run's YAML, for the videos "
         "of its `eval_data`",
     )
+    dataset.required = True
     group.add_argument("--root", type=Path, help="folder of the dataset, where its kind is given")
     group.add_argument("--split", help="of the dataset, as its reader understands it")
     group.add_argument("--domain", help="name under which its results are reported")
@@ -216,7 +193,7 @@ def datasets_from_arguments(arguments: argparse.Namespace) -> list[Sequence[Vide
         if not equals_sign:
             raise InputError(f"`--option` must be NAME=VALUE, got {text!r}.")
         options[name] = parse_yaml(value, f"`--option {name}`")
-    if arguments.dataset not in READERS and arguments.root is None:
+    if arguments.dataset not in LAYOUTS and arguments.root is None:
         arguments.dataset, arguments.root, found = name_kind(arguments.dataset, None, arguments.split)
         options = found | options
     videos = load_videos(arguments.dataset, arguments.root, arguments.split, arguments.domain, **options)

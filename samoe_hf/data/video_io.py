@@ -26,6 +26,7 @@ from PIL import Image
 from samoe_hf.errors import InputError
 
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 LABEL_FORMATS = ("BMP", "PNG", "TIFF")  # which keep every value
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # among Pillow's others are some that run programs
 # FFmpeg also takes text for a video (as a terminal's output) and playlists, which name other files.

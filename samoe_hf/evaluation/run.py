@@ -21,7 +21,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from samoe_hf import __version__
-from samoe_hf.data.predictions import Layout, MaskFiles
+from samoe_hf.data.predictions import MaskFiles, MaskFormat
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -216,7 +216,7 @@ class Evaluation:
     prompt: PromptStrategy
     seeds: Sequence[int | None] = (None,)
     protocol: Protocol = "davis"
-    layout: Layout = "davis"
+    layout: MaskFormat = "davis"
     surface_tolerance: float = SURFACE_TOLERANCE
     groups: Mapping[tuple[str, int], str] | None = None
 

@@ -18,24 +18,10 @@ from samoe_hf.errors import InputError
 from .evaluate import VideoResult
 from .metrics import Protocol, counted_frames, score_objects, summarize
 
-# The protocol of a benchmark's own figures; of other kinds an object counts from the frame after its prompt.
-_PROTOCOLS: dict[str, Protocol] = {
-    "davis": "davis",
-    "mose": "davis",
-    "lvos": "davis",
-    "sa_v": "sav",
-    "sa_v_val": "sav",
-    "coco": "all",
-}
 SIZE_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # of the image
 BOOTSTRAP_SAMPLES = 10_000
 COMPARED = ("J&F_mean", "J_mean", "F_mean", "dice", "boundary_iou")
 NUM_HIGHLIGHTS = 2  # best and worst objects that are shown
-
-
-def protocol_of(kind: str) -> Protocol:
-    """The protocol of a kind of dataset, see `load_videos` and `counted_frames`."""
-    return _PROTOCOLS.get(kind, "youtube_vos")
 
 
 def seen_and_unseen(meta: Mapping[str, Any], train_meta: Mapping[str, Any]) -> dict[tuple[str, int], str]:

@@ -10,7 +10,8 @@ from samoe_hf.data import (
     voc_palette,
 )
 from samoe_hf.data.annotations import MaskArrays
-from samoe_hf.data.predictions import MaskFiles, default_layout
+from samoe_hf.data.layouts import layout_of
+from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.video_io import ArrayFrames
 
 
@@ -32,7 +33,7 @@ def make_video(object_ids, masks=None, **options):
 )
 def test_layouts_are_those_of_the_servers(kind, expected, tmp_path):
     video = make_video([2, 5])
-    MaskFiles(tmp_path, default_layout(kind)).write(video, 0, video.masks(0))
+    MaskFiles(tmp_path, layout_of(kind).masks).write(video, 0, video.masks(0))
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")) == expected
 
 

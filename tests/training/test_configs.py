@@ -8,8 +8,9 @@ from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.data.layouts import LAYOUTS
 from samoe_hf.data.options import check_options
-from samoe_hf.data.registry import READERS, read_yaml
+from samoe_hf.data.registry import read_yaml
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.model.base import config_of_base
 from samoe_hf.training.arguments import parse_run
@@ -31,7 +32,7 @@ def test_runs_parse(path, tmp_path):
         transforms_from_options(data.augmentation)
     for entry in [*data.train_data, *data.eval_data]:
         options = {name: value for name, value in entry.items() if name not in ("kind", "weight", "video_ids")}
-        check_options(READERS[entry["kind"]], options, f"datasets of kind {entry['kind']}")
+        check_options(LAYOUTS[entry["kind"]].read, options, f"datasets of kind {entry['kind']}")
 
 
 def write_frames(frames, labels, num_frames=10):

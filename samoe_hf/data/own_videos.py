@@ -1,0 +1,411 @@
+"""Videos of one's own, in folders as people keep them: found by a table of patterns, by two patterns, or by a list."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from samoe_hf.errors import InputError
+
+from .pair_lists import LIST_SUFFIXES, read_pairs
+from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, pair_masks, split_by_prefix
+from .schema import Video, VideoList
+from .video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ImageFrames, SampleError, natural_key, open_image, read_video
+
+logger = logging.getLogger(__name__)
+
+# What stands for what in a pattern. Those of the second group are for `PATTERNS` alone.
+TOKENS = {
+    "*": r"[^/]*",
+    "<video>": r".+?",
+    "<object>": r"[^/]+?",
+    "<frame>": r"[^/]+?",
+}
+GUESSED_TOKENS = {
+    "<frames>": rf"(?<![^\W_]){FRAME_WORDS}(?![^\W_])",
+    "<masks>": rf"(?<![^\W_]){MASK_WORDS}(?![^\W_])",
+    "<folder>": r"[^/]+",
+    "<sep>": r"[ _.-]",
+    "<movie>": rf"(?i:{'|'.join(suffix[1:] for suffix in VIDEO_SUFFIXES)})",
+    "<jpeg>": r"(?i:jpe?g)",
+    "<png>": r"(?i:png|bmp|tiff?)",
+}
+# Layouts of frames and masks, the first that fits is taken. `**/` is any number of folders, and part of the video's
+# name. Masks may also be in a folder `<object>` for each object, or each frame. Masks that no word tells must be images
+# of ids.
+PATTERNS = (
+    ("**/<frames>/*", "**/<masks>/*"),
+    ("**/<frames>/**/*", "**/<masks>/**/*"),
+    ("**/<frames>/**/<video>.<movie>", "**/<masks>/**/<video>/*"),
+    ("**/<video>.<movie>", "**/<masks>/**/<video>/*"),
+    ("**/<video>.<movie>", "**/<video>/<masks>/*"),
+    ("**/*.<movie>", "**/<masks>/*"),
+    ("**/*", "**/<masks>/*"),
+    ("**/<folder>/*", "**/<masks>/*"),
+    ("<folder>/**/*", "<masks>/**/*"),
+    ("**/<video><sep><frames>/*", "**/<video><sep><masks>/*"),
+    ("**/<frames><sep><video>/*", "**/<masks><sep><video>/*"),
+    ("**/<video><sep><frames>.<movie>", "**/<video><sep><masks>/*"),
+    ("**/<video>.<movie>", "**/<video><sep><masks>/*"),
+    ("**/<video>/*", "**/<video><sep><masks>/*"),
+    ("**/*<frames>*/*", "**/*<masks>*/*"),
+    ("**/*.<movie>", "**/*<masks>*/*"),
+    ("**/*", "**/*<masks>*/*"),
+    ("**/*", "**/*<masks>*"),
+    ("**/<video>.<movie>", "**/<video>/*"),
+    ("**/*.<jpeg>", "**/*.<png>"),
+)
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+EXPECTED = (
+    "<video>/frames/* with <video>/masks/*; frames/<video>/* with masks/<video>/*; videos/<video>.mp4 with "
+    "masks/<video>/*; frames and masks in one folder; a CSV or JSON of pairs; or the layout of a public dataset "
+    "(`frames` may also be called images, JPEGImages, rgb, …, and `masks` labels, Annotations, gt, …)"
+)
+MAX_NAMED = 8
+
+
+def read_files(
+    root: str | Path,
+    split: str | None = None,
+    domain: str | None = None,
+    frames: str | None = None,
+    masks: str | None = None,
+    binary: bool = False,
+) -> VideoList:
+    """Videos of one's own: frames as images or video files, and masks as images, in folders of any names.
+
+    Masks belong to frames by their names, which may differ in a prefix, a suffix or the padding of a number. A frame
+    has one label image, or one image for each object. Videos without masks are left out.
+
+    Args:
+        root: the folder, or a CSV or JSON file with a row for each frame (`frame`, `mask`, `video`, `object`).
+        split: the folder of a split (train, val, …), below or beside those of frames and masks; of several, the
+            training split by default.
+        domain: name for routing and metrics, by default the folder's.
+        frames: where the frames are, such as `<video>/pictures/*.jpg` or `clips/<video>.mp4`. `**/` before it stands
+            for any number of folders.
+        masks: where the masks are, such as `<video>/outlines/*.png` or `masks/<video>/<object>/*.png`; also
+            `<video>/<frame>_<object>.png`.
+        binary: every label above 0 is object 1.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the layout is not recognized; says what was found, what was expected, and how to name it.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder")
+    if (frames is None) != (masks is None):
+        given, missing = ("frames", "masks") if masks is None else ("masks", "frames")
+        raise InputError(f"`{given}` goes with `{missing}`; give both")
+    if frames is not None and masks is not None:
+        found = find_by_patterns(root, frames, masks)
+    else:
+        found = guess(root)
+        count = f"{len(found.sources)} video{'s'[: len(found.sources) != 1]}"
+        logger.warning("%s: %s, frames in %s, masks in %s", root, count, found.frames, found.masks)
+    found = _of_split(found, split, root)
+    for what, keys in (("masks", found.without_masks), ("frames", found.without_frames)):
+        if keys:
+            names = ", ".join(key or root.name for key in keys[:MAX_NAMED])
+            logger.warning("%s: left out for want of %s: %s", root, what, names)
+    entries = {key or root.stem: source for key, source in found.sources.items()}
+    return VideoList(entries, partial(_open_source, domain or root.resolve().stem, binary))
+
+
+def _open_source(domain: str, binary: bool, video_id: str, source: Source) -> Video:
+    """Opens a video; all its errors name a file."""
+    frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames)
+    return Video(video_id, frames, pair_masks(frames, source.masks, binary), domain)
+
+
+@dataclass
+class Found:
+    """Videos that were found, and how.
+
+    Attributes:
+        sources: name of each video -> its files; the name is "" where the folder is one video.
+        frames, masks: the patterns, as `read_files` takes them.
+        without_masks, without_frames: names of videos that were left out, since they have none.
+    """
+
+    sources: dict[str, Source]
+    frames: str
+    masks: str
+    without_masks: list[str] = field(default_factory=list)
+    without_frames: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Folder:
+    """A folder's images and videos; its path is relative to the root, in parts."""
+
+    parts: tuple[str, ...]
+    images: list[Path] = field(default_factory=list)
+    videos: list[Path] = field(default_factory=list)
+
+
+def read_folders(root: Path) -> list[Folder]:
+    """All folders within a folder that have images or videos, links followed, hidden ones left out."""
+    folders: list[Folder] = []
+    seen = set()
+    for path, names, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
+        names[:] = [] if real in seen else sorted((n for n in names if not n.startswith((".", "__"))), key=natural_key)
+        if real in seen:
+            continue
+        seen.add(real)
+        folder = Folder(Path(path).relative_to(root).parts)
+        for name in sorted((name for name in files if not name.startswith(".")), key=natural_key):
+            suffix = Path(name).suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                folder.images.append(Path(path, name))
+            elif suffix in VIDEO_SUFFIXES:
+                folder.videos.append(Path(path, name))
+        if folder.images or folder.videos:
+            folders.append(folder)
+    return folders
+
+
+# --- Patterns
+
+
+def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
+    """The videos whose frames and masks are where two patterns say.
+
+    Raises:
+        ValueError: a pattern that leads out of the root or has unknown names, or one that no file is named by.
+    """
+    for option, pattern in (("frames", frames), ("masks", masks)):
+        unknown = set(re.findall(r"<.*?>", pattern)) - set(TOKENS)
+        if not pattern or unknown or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            known = "*, <video>, <object> and <frame>"
+            raise InputError(f"`{option}` must be a pattern below {root}, of {known}, got {pattern!r}")
+    files = [path for folder in read_folders(root) for path in (*folder.images, *folder.videos)]
+    of_masks = match_files(root, files, masks)
+    of_frames = match_files(root, [path for path in files if path not in of_masks], frames)
+    for option, pattern, matched in (("frames", frames, of_frames), ("masks", masks, of_masks)):
+        if not matched:
+            raise InputError(f"`{option}`: no image or video below {root} is named by {pattern!r}")
+    found = _join(of_frames, of_masks, frames, masks)
+    if not found.sources:
+        some = [next(iter(matched.values()))["video"] for matched in (of_frames, of_masks)]
+        raise InputError(f"`frames` and `masks` name no video in common: {some[0]!r} and {some[1]!r} below {root}")
+    return found
+
+
+def match_files(root: Path, files: list[Path], pattern: str) -> dict[Path, dict[str, str]]:
+    """The files whose path below `root` is as a pattern says -> what stands for its names; "video" is always one."""
+    expression, tokens, folders = "", TOKENS | GUESSED_TOKENS, 0
+    for part in re.split(r"(<\w+>|\*\*/|\*)", pattern):
+        name = part.strip("<>")
+        if part == "**/":
+            expression += rf"(?P<folders{folders}>(?:[^/]+/)*?)"
+            folders += 1
+        elif part not in tokens or part == "*":
+            expression += tokens.get(part) or re.escape(part)
+        elif f"(?P<{name}>" in expression:
+            expression += f"(?P={name})"
+        else:
+            expression += f"(?P<{name}>{r'[^/]+?' if part == '<video>' and folders else tokens[part]})"
+    compiled, matched = re.compile(expression), {}
+    for path in files:
+        match = compiled.fullmatch(path.relative_to(root).as_posix())
+        if match:
+            names = match.groupdict()
+            above = "".join(names[f"folders{i}"] for i in range(folders))
+            matched[path] = names | {"video": f"{above}{names.get('video', '')}".rstrip("/")}
+    return matched
+
+
+def _join(
+    of_frames: Mapping[Path, Mapping[str, str]], of_masks: Mapping[Path, Mapping[str, str]], frames: str, masks: str
+) -> Found:
+    """The videos that have both frames and masks, in natural order."""
+    paths: dict[str, list[Path]] = defaultdict(list)
+    mask_files: dict[str, list[MaskFile]] = defaultdict(list)
+    for path, names in of_frames.items():
+        paths[names["video"]].append(path)
+    for path, names in of_masks.items():
+        mask_files[names["video"]].append(MaskFile(path, names.get("object"), names.get("frame")))
+    sources = {}
+    for key in sorted(paths.keys() & mask_files.keys(), key=natural_key):
+        is_video = paths[key][0].suffix.lower() in VIDEO_SUFFIXES
+        if is_video and len(paths[key]) > 1:
+            raise InputError(
+                f"`frames`: {paths[key][0]} and {paths[key][1]} are both named by {frames!r}, as one video"
+            )
+        sources[key] = Source(paths[key][0] if is_video else paths[key], mask_files[key])
+    without_masks, without_frames = (
+        [k for k in a if k not in b] for a, b in ((paths, mask_files), (mask_files, paths))
+    )
+    return Found(sources, frames, masks, without_masks, without_frames)
+
+
+# --- Guesses
+
+
+def guess(root: Path) -> Found:
+    """The videos of a folder, or of a list of pairs, by the first of `PATTERNS` that fits.
+
+    Raises:
+        ValueError: none fits; or two folders could be the frames, or the masks, of one video.
+    """
+    if root.is_file():
+        if root.suffix.lower() in LIST_SUFFIXES:
+            return _by_list(root)
+        raise InputError(f"{root}: a folder is expected, or a list of pairs ({', '.join(LIST_SUFFIXES)})")
+    folders = read_folders(root)
+    images, videos = ([p for folder in folders for p in getattr(folder, kind)] for kind in ("images", "videos"))
+    for frames, masks in (*PATTERNS, *_patterns_by_content(folders)):
+        of_objects = re.sub(r"/\*$", "/<object>/*", masks)
+        for of_masks in dict.fromkeys([masks, of_objects] if "<masks>" in masks else [masks]):
+            found = _try(root, images, videos, frames, of_masks)
+            if found is not None:
+                return _by_prefix(found)
+    reasons = []
+    for path in sorted(path for path in root.iterdir() if path.suffix.lower() in LIST_SUFFIXES):
+        try:
+            return _by_list(path)
+        except SampleError as error:
+            reasons.append(f"{error}. ")
+    raise InputError(
+        f"{root}: no layout of videos and masks is recognized. Found: {describe_contents(root)}. "
+        f"{''.join(reasons[:2])}Expected: {EXPECTED}. If it is another, name it: "
+        f"{{kind: files, root: {root}, frames: <video>/FRAMES/*, masks: <video>/MASKS/*}}"
+    )
+
+
+def _by_list(path: Path) -> Found:
+    sources, columns = read_pairs(path)
+    with_masks = {key: sources[key] for key in sorted(sources, key=natural_key) if sources[key].masks}
+    return Found(with_masks, *columns, [key for key in sources if key not in with_masks])
+
+
+def _patterns_by_content(folders: list[Folder]) -> Iterator[tuple[str, str]]:
+    """Patterns for two kinds of folders, of any names, of which one alone holds label images."""
+    with_images = [folder for folder in folders if folder.parts and folder.images]
+    for position, form in ((-1, "**/{}/*"), (0, "{}/**/*")):
+        names = {folder.parts[position] for folder in with_images}
+        if len(names) == 2 and not re.search(r"[*<]", "".join(names)):
+            of_masks = {folder.parts[position] for folder in with_images if is_label_image(folder.images[0])}
+            if len(of_masks) == 1:
+                yield form.format(*names - of_masks), form.format(*of_masks)
+
+
+def _try(root: Path, images: list[Path], videos: list[Path], frames: str, masks: str) -> Found | None:
+    """The videos of two of `PATTERNS`, if there are any."""
+    of_masks = match_files(root, images, masks)
+    files = videos if "<movie>" in frames else [path for path in images if path not in of_masks]
+    of_frames = match_files(root, files, frames) if of_masks else {}
+    keys = {names["video"] for names in of_frames.values()} & {names["video"] for names in of_masks.values()}
+    if not keys or ("<masks>" not in masks and not is_label_image(next(iter(of_masks)))):
+        return None
+    shown = [_show(pattern, list(m.values())) for pattern, m in ((frames, of_frames), (masks, of_masks))]
+    for role, matched in (("frames", of_frames), ("masks", of_masks)):
+        places: dict[tuple[str, ...], Path] = {}
+        for path, names in matched.items():
+            place = path if "<movie>" in frames and role == "frames" else path.parents["object" in names]
+            before = places.setdefault((names["video"],), place)
+            if before != place and names["video"] in keys:
+                one, other = (p.relative_to(root).as_posix() for p in (before, place))
+                shown[role == "masks"] = one.replace(names["video"], "<video>") + "/*" * (not path.samefile(place))
+                raise InputError(
+                    f"{root}: both {one} and {other} could be the {role} of video {names['video'] or root.name}. Name "
+                    f"them: {{kind: files, root: {root}, frames: {shown[0]}, masks: {shown[1]}}}"
+                )
+    return _join(of_frames, of_masks, shown[0], shown[1])
+
+
+def _show(pattern: str, matched: list[dict[str, str]]) -> str:
+    """One of `PATTERNS` with the words that the files have; what tells the video becomes `<video>`."""
+    folders = re.findall(r"\*\*/", pattern)
+    filled = [i for i in range(len(folders)) if any(names[f"folders{i}"] for names in matched)]
+    always = [i for i in filled if all(names[f"folders{i}"] for names in matched)]
+    for i in range(len(folders)):
+        is_video = "<video>" not in pattern and filled[-1:] == [i] and i in always
+        pattern = pattern.replace("**/", "<video>/" if is_video else "<folders>" if i in filled else "", 1)
+    for token in GUESSED_TOKENS:
+        pattern = pattern.replace(token, matched[0].get(token.strip("<>"), ""))
+    return pattern.replace("<folders>", "**/")
+
+
+def _by_prefix(found: Found) -> Found:
+    """Takes videos apart whose images lie in one folder, and have their video's name before a number."""
+    sources: dict[str, Source] = {}
+    for key, source in found.sources.items():
+        groups = split_by_prefix(source)
+        sources |= {f"{key}/{name}".lstrip("/"): group for name, group in groups.items()} or {key: source}
+        for name, group in list(groups.items())[:1]:
+            assert isinstance(group.frames, list)
+            named = re.sub(r"\d.*$", "", f"<video>{group.frames[0].stem.partition(name)[2]}")
+            found.frames, found.masks = (
+                re.sub(r"(^|/)\*(?!\*)", rf"\1{named}*", pattern) for pattern in (found.frames, found.masks)
+            )
+    found.sources = sources
+    return found
+
+
+def is_label_image(path: Path) -> bool:
+    """Whether an image may hold ids: a palette, gray or 16-bit image in a format that keeps them."""
+    with open_image(path) as image:
+        return image.format != "JPEG" and (image.mode in ("1", "L", "P") or image.mode.startswith("I"))
+
+
+def choose_split(names: list[str], split: str | None) -> str:
+    """The split that is wanted, or else that for training, or else the only one.
+
+    Raises:
+        ValueError: there is no such split, or none is wanted of several.
+    """
+    if split is not None:
+        if split not in names:
+            raise InputError(f"no split {split!r}; there are: {', '.join(names)}")
+        return split
+    training = [name for name in names if name.lower().startswith("tr")]
+    if len(names) > 1 and not training:
+        raise InputError(f"name one of the splits as `split`: {', '.join(names)}")
+    return (training or names)[0]
+
+
+def _of_split(found: Found, split: str | None, root: Path) -> Found:
+    """The videos of one split, if the first part of each video's name is one; their ids leave it out."""
+    firsts = sorted({key.partition("/")[0] for key in found.sources})
+    if not all(name.lower() in SPLITS for name in firsts) and split is None:
+        return found
+    if split is not None and split not in firsts:
+        known = [name for name in firsts if name.lower() in SPLITS]
+        raise InputError(f"{root}: no split {split!r}; there are: {', '.join(known) or 'none'}")
+    chosen = choose_split(firsts, split)
+    if len(firsts) > 1 and split is None:
+        logger.warning("%s: the split %s is taken; others are %s", root, chosen, [n for n in firsts if n != chosen])
+
+    def own(key: str) -> str | None:
+        first, _, rest = key.partition("/")
+        return rest if first == chosen else None
+
+    sources = {rest: source for key, source in found.sources.items() if (rest := own(key)) is not None}
+    left_out = ([r for k in keys if (r := own(k)) is not None] for keys in (found.without_masks, found.without_frames))
+    return Found(sources, found.frames, found.masks, *left_out)
+
+
+def describe_contents(root: Path) -> str:
+    """What a folder holds, in a few words, for messages."""
+    count: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for path, folders, files in os.walk(root, followlinks=False):
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_key)
+        for name in sorted(files, key=natural_key):
+            suffix = Path(name).suffix.lower() or "no suffix"
+            count[suffix] += 1
+            examples.setdefault(suffix, Path(path, name).relative_to(root).as_posix())
+        if count.total() > 100_000:
+            break
+    shown = [f"{number} {suffix} (such as {examples[suffix]})" for suffix, number in count.most_common(MAX_NAMED)]
+    return ", ".join(shown) or "no files"
