@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
+from pycocotools.mask import decode, frPyObjects, merge
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from samoe_hf.errors import InputError
 
 from .video_io import SampleError, read_label_png
+
+# pycocotools' own types leave out bytes, and numbers that are not lists.
+_decode: Callable[[Any], np.ndarray] = decode
+_from_shapes: Callable[[Any, int, int], Any] = frPyObjects
+_merge: Callable[[Any], Any] = merge
 
 
 class Annotations(ABC):
@@ -77,9 +81,13 @@ class LabelMaps(Annotations):
     def ids(self, frame: int) -> np.ndarray:
         """(H, W) ids of an annotated frame."""
 
-    @cached_property
+    _all_ids: list[int] | None = None
+
+    @property
     def object_ids(self) -> list[int]:
-        return sorted(set().union(*(self.visible(frame) for frame in self.frames)))
+        if self._all_ids is None:
+            self._all_ids = sorted(set().union(*(self.visible(frame) for frame in self.frames)))
+        return self._all_ids
 
     def visible(self, frame: int) -> list[int]:
         return [int(value) for value in np.unique(self.ids(frame)) if value > 0]
@@ -108,35 +116,40 @@ class LabelImages(LabelMaps):
     """One label image per annotated frame.
 
     Args:
-        paths: frame index -> palette, gray or 16-bit label image.
+        images: frame index -> palette, gray or 16-bit label image: its path, or the bytes of its file.
         binary: every value above 0 is object 1 (DAVIS 2016 stores 255).
         object_ids: the only ids that count as objects; all by default.
+        names: of images as bytes, the video and the column that they are from.
     """
 
     def __init__(
-        self, paths: Mapping[int, str | Path], binary: bool = False, object_ids: Collection[int] | None = None
+        self,
+        images: Mapping[int, str | Path | bytes],
+        binary: bool = False,
+        object_ids: Collection[int] | None = None,
+        names: tuple[str, str] = ("", ""),
     ):
-        self.paths = dict(paths)
-        self.frames = sorted(self.paths)
+        self.images, self.names = dict(images), names
+        self.frames = sorted(self.images)
         self.binary, self.counted = binary, None if object_ids is None else sorted(object_ids)
-
-    @cached_property
-    def object_ids(self) -> list[int]:
-        return super().object_ids if self.counted is None else self.counted
+        self._all_ids = self.counted
 
     def ids(self, frame: int) -> np.ndarray:
-        ids = read_label_png(self.paths[frame])
+        image = self.images[frame]
+        ids = read_label_png(image, self.source(frame))
         if self.binary:
             return (ids > 0).astype(np.uint8)
         if self.counted is None:
-            check_not_binary(ids, self.source(frame), Path(self.paths[frame]).parent.parent)
+            owner = f"the column {self.names[1]!r}" if isinstance(image, bytes) else Path(image).parent.parent
+            check_not_binary(ids, self.source(frame), owner)
         return ids
 
     def visible(self, frame: int) -> list[int]:
         return [i for i in super().visible(frame) if self.counted is None or i in self.counted]
 
     def source(self, frame: int) -> str:
-        return str(self.paths[frame])
+        image, (video_id, column) = self.images[frame], self.names
+        return f"{video_id}, frame {frame} of {column!r}" if isinstance(image, bytes) else str(image)
 
 
 def check_not_binary(ids: np.ndarray, source: str, owner: str | Path) -> None:
@@ -176,103 +189,101 @@ def has_soft_edges(ids: np.ndarray) -> bool:
     return bool(((minimum_filter(ids, 3) < ids) & (ids < maximum_filter(ids, 3)))[between].mean() > 0.5)
 
 
-class ObjectImages(Annotations):
-    """One binary image per object and annotated frame, so that objects may overlap (SA-V validation and test).
+class MasksOfObjects(Annotations):
+    """Annotations that are a mask for each object and frame, so that objects may overlap.
 
     Args:
-        paths: object id -> frame index -> mask image. A frame is annotated where any object has an image; an object
-            without one is absent there.
-    """
-
-    def __init__(self, paths: Mapping[int, Mapping[int, str | Path]]):
-        self.paths = {object_id: dict(frames) for object_id, frames in sorted(paths.items())}
-        self.frames = sorted(set().union(*self.paths.values()))
-        check_object_ids(self.paths)
-
-    @property
-    def object_ids(self) -> list[int]:
-        return list(self.paths)
-
-    def visible(self, frame: int) -> list[int]:
-        return [i for i, paths in self.paths.items() if frame in paths and read_label_png(paths[frame]).any()]
-
-    def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
-        shown = {i: read_label_png(self.paths[i][frame]) > 0 for i in object_ids if frame in self.paths[i]}
-        size = next(iter(shown.values())).shape if shown else read_label_png(self.source(frame)).shape
-        return _stack_masks(shown, object_ids, size, self.source(frame))
-
-    def source(self, frame: int) -> str:
-        return str(next(paths[frame] for paths in self.paths.values() if frame in paths))
-
-
-class MaskArrays(Annotations):
-    """Masks in memory, (T, num_objects, H, W) bool, all frames annotated or those listed; objects may overlap."""
-
-    def __init__(self, masks: np.ndarray, object_ids: Sequence[int], frames: Sequence[int] | None = None):
-        self.frames = list(range(len(masks))) if frames is None else sorted(frames)
-        if masks.dtype != bool or masks.ndim != 4 or masks.shape[:2] != (len(self.frames), len(object_ids)):
-            raise SampleError(
-                f"masks must be bool ({len(self.frames)}, {len(object_ids)}, H, W), not {masks.dtype} {masks.shape}"
-            )
-        check_object_ids(object_ids)
-        self.size = masks.shape[2:]
-        self._masks = dict(zip(self.frames, masks, strict=True))
-        self._ids = [int(i) for i in object_ids]
-
-    @property
-    def object_ids(self) -> list[int]:
-        return self._ids
-
-    def visible(self, frame: int) -> list[int]:
-        return [i for i, mask in zip(self._ids, self._masks[frame], strict=True) if mask.any()]
-
-    def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
-        return self._masks[frame][[self._ids.index(i) for i in object_ids]]
-
-
-class RleMasks(Annotations):
-    """COCO run-length encoded masks; objects may overlap (SA-V training, COCO, rows of a `datasets.Dataset`).
-
-    Args:
-        rles: frame index -> object id -> RLE `{"size": [H, W], "counts": …}`; an object that is missing is absent.
+        stored: frame index -> object id -> a mask as it is stored. An object without one is absent on that frame.
         object_ids: ids of all objects.
-        size: (height, width) of the masks.
+        size: (height, width) of the masks, where it is known; else that of the first one of a frame.
         name: the file, for messages.
     """
 
     def __init__(
         self,
-        rles: Mapping[int, Mapping[int, dict[str, Any]]],
-        object_ids: Sequence[int],
-        size: Sequence[int],
-        name: str,
+        stored: Mapping[int, Mapping[int, Any]],
+        object_ids: Collection[int],
+        size: Sequence[int] | None = None,
+        name: str = "",
     ):
         check_object_ids(object_ids, name)
-        self.rles, self._ids, self.size, self.name = rles, sorted(object_ids), (int(size[0]), int(size[1])), name
-        self.frames = sorted(rles)
+        self.stored, self._ids, self.name, self.frames = stored, sorted(object_ids), name, sorted(stored)
+        self.size = None if size is None else (int(size[0]), int(size[1]))
+
+    @abstractmethod
+    def _read(self, frame: int, object_id: int) -> np.ndarray:
+        """The mask (H, W) bool of an object that has one on a frame."""
 
     @property
     def object_ids(self) -> list[int]:
         return self._ids
 
     def visible(self, frame: int) -> list[int]:
-        return [i for i in sorted(self.rles[frame]) if coco_mask.area(self._checked(frame, i)) > 0]
+        return [i for i in sorted(self.stored[frame]) if self._read(frame, i).any()]
 
     def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
-        shown = {i: coco_mask.decode(self._checked(frame, i)).astype(bool) for i in object_ids if i in self.rles[frame]}
-        return _stack_masks(shown, object_ids, self.size, self.source(frame))
+        shown = {i: self._read(frame, i) for i in object_ids if i in self.stored[frame]}
+        first = next(iter(shown.values())) if shown else None
+        size = self.size or (self._read(frame, next(iter(self.stored[frame]))) if first is None else first).shape
+        masks = np.zeros((len(object_ids), *size), dtype=bool)
+        for position, object_id in enumerate(object_ids):
+            if object_id in shown:
+                mask = shown[object_id]
+                if mask.shape != size:
+                    raise SampleError(f"{self.source(frame)}: object {object_id} is {mask.shape}, others are {size}")
+                masks[position] = mask
+        return masks
 
-    def _checked(self, frame: int, object_id: int) -> dict[str, Any]:
-        """An object's mask on a frame, as pycocotools decodes it without reading or writing beyond its memory."""
+    def source(self, frame: int) -> str:
+        return f"{self.name}, frame {frame}"
+
+
+class ObjectImages(MasksOfObjects):
+    """One binary image per object and annotated frame (SA-V validation and test).
+
+    Args:
+        paths: object id -> frame index -> mask image. A frame is annotated where any object has an image.
+    """
+
+    def __init__(self, paths: Mapping[int, Mapping[int, str | Path]]):
+        frames = sorted(set().union(*paths.values()))
+        super().__init__({t: {i: own[t] for i, own in sorted(paths.items()) if t in own} for t in frames}, paths)
+
+    def _read(self, frame: int, object_id: int) -> np.ndarray:
+        return read_label_png(self.stored[frame][object_id]) > 0
+
+    def source(self, frame: int) -> str:
+        return str(next(iter(self.stored[frame].values())))
+
+
+class MaskArrays(MasksOfObjects):
+    """Masks in memory, (T, num_objects, H, W) bool, all frames annotated or those listed."""
+
+    def __init__(self, masks: np.ndarray, object_ids: Sequence[int], frames: Sequence[int] | None = None):
+        frames = list(range(len(masks))) if frames is None else sorted(frames)
+        if masks.dtype != bool or masks.ndim != 4 or masks.shape[:2] != (len(frames), len(object_ids)):
+            expected = f"({len(frames)}, {len(object_ids)}, H, W)"
+            raise SampleError(f"masks must be bool {expected}, not {masks.dtype} {masks.shape}")
+        stored = {t: dict(zip(map(int, object_ids), own, strict=True)) for t, own in zip(frames, masks, strict=True)}
+        super().__init__(stored, object_ids, masks.shape[2:])
+        self._ids = [int(i) for i in object_ids]
+
+    def _read(self, frame: int, object_id: int) -> np.ndarray:
+        return self.stored[frame][object_id]
+
+
+class RleMasks(MasksOfObjects):
+    """COCO run-length encodings `{"size": [H, W], "counts": …}` (SA-V training, COCO, rows of a `datasets.Dataset`)."""
+
+    def _read(self, frame: int, object_id: int) -> np.ndarray:
+        assert self.size is not None
         try:
-            return check_rle(self.rles[frame][object_id], self.size)
+            # Checked before, since pycocotools reads and writes beyond its memory where runs do not fit.
+            return _decode(check_rle(self.stored[frame][object_id], self.size)).astype(bool)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise SampleError(
                 f"{self.source(frame)}: object {object_id} is no COCO run-length encoded mask ({error!r})"
             ) from error
-
-    def source(self, frame: int) -> str:
-        return f"{self.name}, frame {frame}"
 
 
 def check_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -292,8 +303,8 @@ def check_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     runs = decompress_counts(counts) if isinstance(counts, bytes) else np.array(counts)
     if runs.ndim != 1 or runs.dtype != np.int64 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise InputError(f"its runs do not add up to {size[0]} x {size[1]} pixels")
-    compressed = {"size": list(size), "counts": counts}
-    return compressed if isinstance(counts, bytes) else coco_mask.frPyObjects(compressed, *size)
+    encoded = {"size": list(size), "counts": counts}
+    return encoded if isinstance(counts, bytes) else _from_shapes(encoded, *size)
 
 
 def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -321,7 +332,7 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, A
             raise InputError(f"a polygon has points far outside the image of {height} x {width} pixels")
         if np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum() > 4 * (height + width) + height * width:
             raise InputError("a polygon's outline is longer than the image has pixels")
-    return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    return _merge(_from_shapes(segmentation, *size))
 
 
 def decompress_counts(counts: bytes) -> np.ndarray:
@@ -352,16 +363,3 @@ def check_object_ids(object_ids: Collection[int], name: str = "") -> None:
         raise SampleError(f"{name}ids of objects must be integers above 0, not {list(object_ids)[:20]}")
     if len(set(object_ids)) < len(object_ids):
         raise SampleError(f"{name}ids of objects must be different, not {list(object_ids)[:20]}")
-
-
-def _stack_masks(
-    shown: Mapping[int, np.ndarray], object_ids: Sequence[int], size: Sequence[int], name: str
-) -> np.ndarray:
-    """Masks of the objects in order, (num_objects, H, W) bool, empty for those that are not shown."""
-    masks = np.zeros((len(object_ids), *size), dtype=bool)
-    for position, object_id in enumerate(object_ids):
-        if object_id in shown:
-            if shown[object_id].shape != tuple(size):
-                raise SampleError(f"{name}: object {object_id} is {shown[object_id].shape}, others are {tuple(size)}")
-            masks[position] = shown[object_id]
-    return masks

@@ -22,7 +22,7 @@ from transformers import ProcessorMixin
 from samoe_hf.errors import InputError
 
 from .clips import Clip, ClipSampler
-from .hub_datasets import StreamedVideos, videos_from_dataset
+from .hub_datasets import videos_from_dataset
 from .items import ItemStream, is_iterable_dataset, videos_from_items
 from .options import check_types
 from .schema import Video
@@ -88,7 +88,7 @@ def as_videos(data: Any) -> Sequence[Video] | Iterable[Video]:
     """
     if isinstance(data, datasets.Dataset | datasets.IterableDataset):
         return videos_from_dataset(data)
-    return data if isinstance(data, StreamedVideos) else videos_from_items(data)
+    return videos_from_items(data)
 
 
 class ClipDataset(SkippingDataset, Dataset):
@@ -121,14 +121,14 @@ class ClipDataset(SkippingDataset, Dataset):
     ):
         super().__init__(on_error)
         check_types(ClipDataset, {"seed": seed, "clips_per_video": clips_per_video}, "clips")
-        videos = as_videos(videos)
-        if not isinstance(videos, Sequence):
+        opened = as_videos(videos)
+        if not isinstance(opened, Sequence):
             raise InputError("a stream has no length, as ClipDataset needs; give it to ClipStream")
-        if len(videos) == 0:
+        if len(opened) == 0:
             raise InputError("a dataset without videos")
         if seed < 0 or clips_per_video < 1:
             raise InputError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
-        self.videos, self.seed, self.clips_per_video = videos, seed, clips_per_video
+        self.videos, self.seed, self.clips_per_video = opened, seed, clips_per_video
         self.sampler = ClipSampler(processor, **sampling)
 
     def __len__(self) -> int:
@@ -255,16 +255,15 @@ class ClipStream(SkippingDataset, IterableDataset):
         check_types(ClipStream, {"seed": seed}, "clips")
         if seed < 0:
             raise InputError(f"seed must be at least 0, not {seed}")
-        videos = as_videos(videos)
-        self.videos = ItemStream(videos) if isinstance(videos, Sequence) else videos
+        opened = as_videos(videos)
+        self.videos = opened if isinstance(opened, ItemStream) else ItemStream(opened)
         self.seed = seed
         self.sampler = ClipSampler(processor, **sampling)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes every video give another clip, and a shuffled stream another order."""
         super().set_epoch(epoch)
-        if hasattr(self.videos, "set_epoch"):
-            self.videos.set_epoch(epoch)
+        self.videos.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Clip]:
         videos = iter(self.videos)
@@ -297,8 +296,9 @@ def as_clips(data: Any, processor: ProcessorMixin, seed: int) -> Any:
     if isinstance(data, ClipDataset | MixedDataset | ClipStream) or _first_has_pixel_values(data):
         return data
     videos = as_videos(data)
-    make = ClipDataset if isinstance(videos, Sequence) else ClipStream
-    return make(videos, processor, seed=seed)
+    if isinstance(videos, Sequence):
+        return ClipDataset(videos, processor, seed=seed)
+    return ClipStream(videos, processor, seed=seed)
 
 
 def _first_has_pixel_values(data: Any) -> bool:

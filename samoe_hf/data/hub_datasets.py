@@ -6,29 +6,27 @@ with one frame a row, its label image, and the name of its video. Images are dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 
 from samoe_hf.errors import InputError
 
-from .annotations import LabelMaps, check_not_binary
-from .items import videos_from_items
+from .annotations import LabelImages
+from .items import ItemStream, ItemVideos, videos_from_items
 from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, stored_size, video_from_row
-from .video_io import DAMAGE, SampleError, label_values, natural_key, open_image
+from .video_io import DAMAGE, SampleError, natural_key
 
 # What columns are called, the likeliest first.
 FRAMES = ("frames", "images", "frame", "image")
 MASKS = ("masks", "labels", "annotations", "segmentations", "mask", "label", "annotation", "segmentation")
 VIDEO = ("video_id", "video", "sequence", "sequence_id")
 ORDER = ("frame_number", "frame_index", "frame_idx", "frame_id", "frame_name", "frame")
-LOSSLESS = ("BMP", "GIF", "PNG", "TIFF")  # `datasets` writes palette and 16-bit images as TIFF
+AnyDataset = datasets.Dataset | datasets.IterableDataset
 
 
 def read_dataset(
@@ -50,18 +48,22 @@ def read_dataset(
         streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
         domain, frames_column, masks_column, video_column, order_column, binary: see [`videos_from_dataset`].
     """
-    columns = (frames_column, masks_column, video_column, order_column, domain, binary)
     if (Path(root) / "state.json").is_file():
         try:
             dataset = datasets.load_from_disk(str(root))
         except DAMAGE as error:
             raise SampleError(f"{root}: not a dataset of `save_to_disk` ({error!r})") from error
-        return videos_from_dataset(dataset.to_iterable_dataset() if streaming else dataset, *columns)
-    return videos_from_dataset(datasets.load_dataset(str(root), split=split, streaming=streaming), *columns)
+        if isinstance(dataset, datasets.DatasetDict):
+            raise InputError(f"{root} holds the splits {', '.join(map(str, dataset))}; name the folder of one")
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+    else:
+        dataset = datasets.load_dataset(str(root), split=split, streaming=streaming)
+        assert isinstance(dataset, AnyDataset)  # since a split is named
+    return videos_from_dataset(dataset, frames_column, masks_column, video_column, order_column, domain, binary)
 
 
 def videos_from_dataset(
-    dataset: datasets.Dataset | datasets.IterableDataset,
+    dataset: AnyDataset,
     frames_column: str | None = None,
     masks_column: str | None = None,
     video_column: str | None = None,
@@ -92,11 +94,11 @@ def videos_from_dataset(
     options = {"frames_column": frames_column, "masks_column": masks_column,
                "video_column": video_column, "order_column": order_column}  # fmt: skip
     named = {option: column for option, column in options.items() if column is not None}
-    features = dataset.features
-    if features is None:
-        features = _features_of_first_row(dataset)
+    features: Mapping[str, Any] | None = dataset.features
+    if features is None:  # a stream that does not tell them
+        features = dict.fromkeys(next(iter(dataset), {}))
     elif isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        features = {}
+        features = {}  # a transform makes the rows
     for option, column in named.items():
         if column not in features:
             raise InputError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
@@ -110,7 +112,15 @@ def videos_from_dataset(
         return _group_frames(dataset, columns)
     if kinds == {"images"}:
         return _rows_as_videos(dataset, columns.all(), [columns.frames, columns.masks], columns.open_row)
-    return _rows_as_items(dataset, columns, kinds == {None})
+    if columns.domain is not None or columns.binary:
+        raise InputError("`domain` and `binary` go with columns of images; rows of arrays have the key `domain`")
+    keys = {columns.frames: "frames", columns.masks: "masks", columns.video: "video_id"}
+    keys = {column: key for column, key in keys.items() if column is not None and column != key}
+    in_the_way = [key for key in keys.values() if key in (dataset.column_names or ())]
+    dataset = dataset.remove_columns(in_the_way).rename_columns(keys)
+    if kinds == {None} and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+        dataset = dataset.with_format("numpy")
+    return videos_from_items(dataset)
 
 
 @dataclass(frozen=True)
@@ -143,42 +153,14 @@ class ImageColumns:
             raise SampleError(f"{video_id}: a frame in {self.frames!r} has no image")
         size = stored_size(images[0], f"{video_id}, frame 0 of {self.frames!r}")
         frames = EncodedFrames(video_id, images, [f"{i:05d}" for i in range(len(images))], size)
-        annotations = EncodedLabels(video_id, labels, self.masks, self.binary)
+        annotated = {
+            i: encoded_source(label, f"{video_id}, frame {i} of {self.masks!r}")
+            for i, label in enumerate(labels)
+            if label is not None
+        }
         found = None if self.domain_column is None else row[self.domain_column]
+        annotations = LabelImages(annotated, self.binary, names=(video_id, self.masks))
         return Video(video_id, frames, annotations, str(self.domain or found or "dataset"))
-
-
-class EncodedLabels(LabelMaps):
-    """Label images as a row holds them, `{"bytes", "path"}`; None for a frame without annotation.
-
-    Args:
-        video_id, column: for messages.
-        images: one for each frame.
-        binary: every value above 0 is object 1.
-    """
-
-    def __init__(self, video_id: str, images: list[Any], column: str, binary: bool):
-        self.video_id, self.images, self.column, self.binary = video_id, images, column, binary
-        self.frames = [i for i, image in enumerate(images) if image is not None]
-
-    def ids(self, frame: int) -> np.ndarray:
-        name = self.source(frame)
-        with open_image(encoded_source(self.images[frame], name), name) as image:
-            if image.format not in LOSSLESS:
-                raise SampleError(f"{name}: {image.format} image; labels must be PNG or TIFF, since others change ids")
-            ids = label_values(image, name)
-        if self.binary:
-            return (ids > 0).astype(np.uint8)
-        check_not_binary(ids, name, f"the column {self.column!r}")
-        return ids
-
-    def source(self, frame: int) -> str:
-        return f"{self.video_id}, frame {frame} of {self.column!r}"
-
-
-def _features_of_first_row(dataset: datasets.IterableDataset) -> Mapping[str, Any]:
-    """Column -> None for a stream that does not tell its features."""
-    return dict.fromkeys(next(iter(dataset), {}))
 
 
 def _image_kind(feature: Any) -> str | None:
@@ -200,10 +182,9 @@ def _find_columns(
     def is_name(feature: Any) -> bool:
         return isinstance(feature, datasets.Value | datasets.ClassLabel)
 
-    frames = find("frames_column", FRAMES, _image_kind) or ("frames" if "frames" in features else None)
+    frames = find("frames_column", FRAMES, lambda f: _image_kind(f) is not None) or find("", FRAMES[:1], lambda _: True)
     kind = None if frames is None else _image_kind(features[frames])
-    masks = find("masks_column", MASKS, lambda f: _image_kind(f) == kind) if frames else None
-    masks = masks or ("masks" if "masks" in features else None)
+    masks = find("masks_column", MASKS, lambda f: _image_kind(f) == kind) or find("", MASKS[:1], lambda _: True)
     video = find("video_column", VIDEO, is_name)
     if frames is None or masks is None or (video is None and kind == "image"):
         raise InputError(
@@ -219,8 +200,8 @@ def _find_columns(
 
 def _describe(features: Mapping[str, Any]) -> str:
     def kind(feature: Any) -> str:
-        name = getattr(feature, "dtype", None) if isinstance(feature, datasets.Value) else type(feature).__name__
-        return {"image": "an image", "images": "a list of images"}.get(_image_kind(feature)) or str(name)
+        name = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+        return {"image": "an image", "images": "a list of images"}.get(_image_kind(feature) or "", str(name))
 
     columns = (name if feature is None else f"{name} ({kind(feature)})" for name, feature in features.items())
     return f"It has: {', '.join(columns) or 'none, but what a transform makes'}"
@@ -232,100 +213,65 @@ def _open_own(domain: str | None, row: dict[str, Any], index: int) -> Video:
 
 
 def _rows_as_videos(
-    dataset: datasets.Dataset | datasets.IterableDataset,
+    dataset: AnyDataset,
     columns: list[str],
     image_columns: list[str],
     open_row: Callable[[dict[str, Any], int], Video],
-) -> Sequence[Video] | Iterable[Video]:
+) -> ItemVideos | ItemStream:
     if isinstance(dataset, datasets.Dataset):
-        return DatasetVideos(dataset.select_columns(columns), open_row)
+        return ItemVideos(EncodedRows(dataset.select_columns(columns)), open_row)
     if dataset.features is not None:
         dataset = dataset.select_columns(columns)
-    return StreamedVideos(dataset, image_columns, open_row)
+    for column in image_columns:
+        dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))  # pyright: ignore[reportArgumentType]
+    return ItemStream(dataset, open_row)
 
 
-def _rows_as_items(
-    dataset: datasets.Dataset | datasets.IterableDataset, columns: ImageColumns, as_arrays: bool
-) -> Sequence[Video] | Iterable[Video]:
-    """Videos of rows whose frames or masks are arrays, or of a stream that does not tell what they are."""
-    if columns.domain is not None or columns.binary:
-        raise InputError("`domain` and `binary` go with columns of images; rows of arrays have the key `domain`")
-    keys = {columns.frames: "frames", columns.masks: "masks", columns.video: "video_id"}
-    keys = {column: key for column, key in keys.items() if column not in (None, key)}
-    in_the_way = [key for key in keys.values() if key in (dataset.column_names or ())]
-    dataset = dataset.remove_columns(in_the_way).rename_columns(keys)
-    if as_arrays and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
-        dataset = dataset.with_format("numpy")
-    return videos_from_items(dataset)
-
-
-def _group_frames(dataset: datasets.Dataset | datasets.IterableDataset, columns: ImageColumns) -> VideoList:
+def _group_frames(dataset: AnyDataset, columns: ImageColumns) -> VideoList:
     """Videos of rows that are a frame each, by the name of their video, in the order of their first rows."""
     if isinstance(dataset, datasets.IterableDataset):
         raise InputError(
             f"rows that are single frames ({columns.frames!r}, {columns.masks!r}) cannot be grouped to videos while "
             "they are streamed; leave out `streaming`"
         )
-    index_columns = [c for c in (columns.video, columns.order) if c is not None]
+    assert columns.video is not None
+    index_columns = [columns.video, *([] if columns.order is None else [columns.order])]
     groups: dict[str, list[tuple[Any, int]]] = {}
     name_of = getattr(dataset.features[columns.video], "int2str", str)
-    for index, row in enumerate(_read_rows(dataset.select_columns(index_columns).with_format("arrow"), slice(None))):
+    for index, row in enumerate(EncodedRows(dataset.select_columns(index_columns)).read(slice(None))):
         if any(row[column] is None for column in index_columns):
             raise SampleError(f"row {index} of the dataset has no {' or '.join(map(repr, index_columns))}")
         place = index if columns.order is None else row[columns.order]
         place = natural_key(place) if isinstance(place, str) else place
         groups.setdefault(name_of(row[columns.video]), []).append((place, index))
     entries = {video_id: [index for _, index in sorted(rows)] for video_id, rows in groups.items()}
-    images = dataset.select_columns(columns.all()).with_format("arrow")
-    return VideoList(entries, partial(_open_group, images, columns))
+    return VideoList(entries, partial(_open_group, EncodedRows(dataset.select_columns(columns.all())), columns))
 
 
-def _open_group(dataset: datasets.Dataset, columns: ImageColumns, video_id: str, indices: list[int]) -> Video:
-    rows = _read_rows(dataset, indices)
+def _open_group(dataset: EncodedRows, columns: ImageColumns, video_id: str, indices: list[int]) -> Video:
+    rows = dataset.read(indices)
     return columns.open(video_id, [r[columns.frames] for r in rows], [r[columns.masks] for r in rows], rows[0])
 
 
-def _read_rows(dataset: datasets.Dataset, indices: slice | list[int]) -> list[dict[str, Any]]:
-    """Rows of a dataset with the format "arrow", which hands out encoded images."""
-    table = dataset[indices]
-    try:
-        table.validate(full=True)  # Arrow reads beyond its memory where offsets in a file are damaged
-        return table.to_pylist()
-    except (*DAMAGE, SystemError) as error:
-        source = ", ".join(file["filename"] for file in dataset.cache_files) or "a dataset in memory"
-        where = f"row {indices[0]}" if isinstance(indices, list) and len(indices) == 1 else "rows"
-        raise SampleError(f"{source}, {where}: damaged ({error})") from error
+class EncodedRows:
+    """Rows of a dataset, whose images stay encoded."""
 
-
-class DatasetVideos(Sequence):
-    """Videos of the rows of a dataset."""
-
-    def __init__(self, dataset: datasets.Dataset, open_row: Callable[[dict[str, Any], int], Video]):
-        self.dataset, self.open_row = dataset.with_format("arrow"), open_row
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Video:
-        index = range(len(self))[index]
-        return self.open_row(_read_rows(self.dataset, [index])[0], index)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read([index])[0]
 
-
-class StreamedVideos:
-    """Videos of the rows of a stream, of which data loader workers share out the shards."""
-
-    def __init__(
-        self,
-        dataset: datasets.IterableDataset,
-        image_columns: Sequence[str],
-        open_row: Callable[[dict[str, Any], int], Video],
-    ):
-        for column in image_columns:
-            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-        self.dataset, self.open_row = dataset, open_row
-
-    def __iter__(self) -> Iterator[Video]:
-        return map(self.open_row, self.dataset, count())
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
+    def read(self, indices: slice | list[int]) -> list[dict[str, Any]]:
+        """Some rows; raises `SampleError` where the file is damaged."""
+        table: Any = self.dataset[indices]
+        try:
+            table.validate(full=True)  # Arrow reads beyond its memory where offsets in a file are damaged
+            return table.to_pylist()
+        except (*DAMAGE, SystemError) as error:
+            source = ", ".join(file["filename"] for file in self.dataset.cache_files) or "a dataset in memory"
+            where = f"row {indices[0]}" if isinstance(indices, list) and len(indices) == 1 else "rows"
+            raise SampleError(f"{source}, {where}: damaged ({error})") from error

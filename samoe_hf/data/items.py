@@ -8,7 +8,7 @@ Items are converted when they are asked for.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -20,17 +20,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from samoe_hf.errors import InputError
 
 from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
-from .schema import Video
+from .schema import Video, VideoSequence
 from .video_io import ArrayFrames, SampleError
 
 FORM = '{"frames": (T, C, H, W) or (T, H, W, C), "masks": (T, H, W) ids or (T, N, H, W)}'
 
 
-def video_from_item(item: Mapping[str, Any], index: int = 0) -> Video:
+def video_from_item(item: Any, index: int = 0) -> Video:
     """The video of an item of a dataset.
 
     Args:
-        item: a mapping with
+        item: a `Video`, which is returned, or a mapping with
 
             - `frames`: T frames, (T, C, H, W), (T, H, W, C) or (T, H, W), with C of 3 or 1. Integers from 0 to 255 or
               floats from 0 to 1, not normalized.
@@ -47,107 +47,21 @@ def video_from_item(item: Mapping[str, Any], index: int = 0) -> Video:
     Raises:
         SampleError: names the item and the key.
     """
-    _warn_of_points(item)
-    return _convert(item, index)
-
-
-def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
-    """Videos of a dataset whose items are such mappings, see [`video_from_item`], or `Video`.
-
-    Args:
-        items: a list or a map-style dataset, which give a sequence; or an iterable, which gives an iterable with
-            `set_epoch`. Data loader workers share out an iterable, but for a `torch.utils.data.IterableDataset`, which
-            does that itself.
-
-    Raises:
-        ValueError: neither of them.
-    """
-    if isinstance(items, ItemVideos | ItemStream):
-        return items
-    kind = type(items).__name__
-    if isinstance(items, Mapping | str | Video):
-        raise InputError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
-    if is_iterable_dataset(items) or not hasattr(items, "__getitem__"):
-        return ItemStream(items)
-    if not hasattr(items, "__len__"):
-        raise InputError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
-    return ItemVideos(items)
-
-
-def is_iterable_dataset(items: Any) -> bool:
-    """Whether it is an iterable that shares itself out among data loader workers."""
-    return isinstance(items, IterableDataset | datasets.IterableDataset)
-
-
-class _Items:
-    """Items of a dataset, of which it is said once that their points are not used, whichever worker reads them."""
-
-    def __init__(self, items: Any):
-        self.items = items
-        self._told = torch.zeros((), dtype=torch.bool).share_memory_()
-
-    def _open(self, index: int, item: Any) -> Video:
-        if isinstance(item, Video):
-            return item
-        if not self._told:
-            self._told.fill_(_warn_of_points(item))
-        return _convert(item, index)
-
-
-class ItemVideos(_Items, Sequence):
-    """Videos of a map-style dataset, see [`videos_from_items`]."""
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Video:
-        index = range(len(self))[index]
-        return self._open(index, self.items[index])
-
-
-class ItemStream(_Items):
-    """Videos of an iterable, see [`videos_from_items`]."""
-
-    def __init__(self, items: Any):
-        super().__init__(items)
-        if not hasattr(items, "__iter__") and not (hasattr(items, "__getitem__") and hasattr(items, "__len__")):
-            raise InputError(f"a dataset must be a sequence or an iterable of items, not {type(items).__name__}")
-
-    def __iter__(self) -> Iterator[Video]:
-        items, worker = self.items, get_worker_info()
-        first, step = (0, 1) if worker is None or is_iterable_dataset(items) else (worker.id, worker.num_workers)
-        # Unlike generators and islice, these go on after an item that is no video.
-        if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
-            return map(lambda index: self._open(index, items[index]), range(first, len(items), step))
-        own = filter(lambda pair: pair[0] % step == first, enumerate(items))
-        return map(lambda pair: self._open(*pair), own)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Passed on to the dataset, if it has an epoch."""
-        if hasattr(self.items, "set_epoch"):
-            self.items.set_epoch(epoch)
-
-
-def _warn_of_points(item: Any) -> bool:
-    """Warns where an item has points; gives whether it has."""
-    has_points = isinstance(item, Mapping) and item.get("points") is not None
-    if has_points:
-        warnings.warn(
-            "the items' `points` are not used: a clip starts on any frame, with any of the objects, and its prompts "
-            "are drawn from the masks. To train with clicks alone, give SamoeTrainer "
-            "`recipe=PromptRecipe(point_probability=1, box_probability=0)`",
-            stacklevel=3,
-        )
-    return has_points
-
-
-def _convert(item: Mapping[str, Any], index: int) -> Video:
+    if isinstance(item, Video):
+        return item
     owner = f"item {index}"
     if not isinstance(item, Mapping):
         raise SampleError(f"{owner} must be a mapping {FORM}, not {type(item).__name__}")
     for key in ("frames", "masks"):
         if item.get(key) is None:
             raise SampleError(f"{owner} has no `{key}`; its keys are {list(item)}, expected {FORM}")
+    if item.get("points") is not None:
+        warnings.warn(
+            "the items' `points` are not used: a clip starts on any frame, with any of the objects, and its prompts "
+            "are drawn from the masks. To train with clicks alone, give SamoeTrainer "
+            "`recipe=PromptRecipe(point_probability=1, box_probability=0)`",
+            stacklevel=2,
+        )
     masks, annotated, num_frames = _read_masks(item["masks"], f"{owner}: `masks`")
     frames = _read_frames(item["frames"], masks.shape[-2:], f"{owner}: `frames`")
     size = frames.shape[1:3]
@@ -158,12 +72,76 @@ def _convert(item: Mapping[str, Any], index: int) -> Video:
         )
     annotations = _annotations(masks, annotated, item.get("object_ids"), owner)
     video_id, domain = item.get("video_id"), item.get("domain")
-    return Video(
-        f"item_{index}" if video_id is None else str(video_id),
-        ArrayFrames(frames),
-        annotations,
-        "default" if domain is None else str(domain),
-    )
+    video_id, domain = f"item_{index}" if video_id is None else video_id, "default" if domain is None else domain
+    return Video(str(video_id), ArrayFrames(frames), annotations, str(domain))
+
+
+def videos_from_items(
+    items: Any, open_item: Callable[[Any, int], Video] = video_from_item
+) -> Sequence[Video] | Iterable[Video]:
+    """Videos of a dataset whose items are such mappings, or `Video`.
+
+    Args:
+        items: a list or a map-style dataset, which give a sequence; or an iterable, which gives an iterable with
+            `set_epoch`. Data loader workers share out an iterable, but for a `torch.utils.data.IterableDataset`, which
+            does that itself.
+        open_item: makes a video of an item and its index.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if isinstance(items, ItemVideos | ItemStream):
+        return items
+    kind = type(items).__name__
+    if isinstance(items, Mapping | str | Video):
+        raise InputError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
+    if is_iterable_dataset(items) or not hasattr(items, "__getitem__"):
+        return ItemStream(items, open_item)
+    if not hasattr(items, "__len__"):
+        raise InputError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
+    return ItemVideos(items, open_item)
+
+
+def is_iterable_dataset(items: Any) -> bool:
+    """Whether it is an iterable that shares itself out among data loader workers."""
+    return isinstance(items, IterableDataset | datasets.IterableDataset)
+
+
+class ItemVideos(VideoSequence):
+    """Videos of a map-style dataset, see [`videos_from_items`]."""
+
+    def __init__(self, items: Any, open_item: Callable[[Any, int], Video] = video_from_item):
+        self.items, self.open_item = items, open_item
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _open(self, position: int) -> Video:
+        return self.open_item(self.items[position], position)
+
+
+class ItemStream(Iterable[Video]):
+    """Videos of an iterable, see [`videos_from_items`]."""
+
+    def __init__(self, items: Any, open_item: Callable[[Any, int], Video] = video_from_item):
+        self.items, self.open_item = items, open_item
+        self.is_sequence = hasattr(items, "__getitem__") and hasattr(items, "__len__")
+        if not hasattr(items, "__iter__") and not self.is_sequence:
+            raise InputError(f"a dataset must be a sequence or an iterable of items, not {type(items).__name__}")
+
+    def __iter__(self) -> Iterator[Video]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None or is_iterable_dataset(self.items) else (worker.id, worker.num_workers)
+        # Unlike generators and islice, these go on after an item that is no video.
+        if self.is_sequence:
+            return map(lambda index: self.open_item(self.items[index], index), range(first, len(self.items), step))
+        own = filter(lambda pair: pair[0] % step == first, enumerate(self.items))
+        return map(lambda pair: self.open_item(pair[1], pair[0]), own)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to the dataset, if it has an epoch."""
+        if hasattr(self.items, "set_epoch"):
+            self.items.set_epoch(epoch)
 
 
 def _read_frames(value: Any, size: tuple[int, ...], owner: str) -> np.ndarray:
@@ -202,8 +180,7 @@ def _read_frames(value: Any, size: tuple[int, ...], owner: str) -> np.ndarray:
 def _read_masks(value: Any, owner: str) -> tuple[np.ndarray, list[int], int]:
     """Masks of the annotated frames, bool or integers from 0 on; the indices of these; and the number of all frames."""
     array = _to_array(value, owner)
-    is_list = isinstance(value, list | tuple)
-    annotated = [i for i, part in enumerate(value) if part is not None] if is_list else None
+    annotated = [i for i, p in enumerate(value) if p is not None] if isinstance(value, list | tuple) else None
     if annotated == []:
         raise SampleError(f"{owner} has no frame with masks")
     if array.ndim not in (3, 4):
@@ -217,7 +194,7 @@ def _read_masks(value: Any, owner: str) -> tuple[np.ndarray, list[int], int]:
         array = array.astype(np.int64)
     if array.dtype != bool and array.min(initial=0) < 0:
         raise SampleError(f"{owner} must be 0 for background and above 0 for objects, not {array.min()}")
-    return (array, annotated, len(value)) if is_list else (array, list(range(len(array))), len(array))
+    return (array, list(range(len(array))), len(array)) if annotated is None else (array, annotated, len(value))
 
 
 def _annotations(masks: np.ndarray, frames: list[int], object_ids: Any, owner: str) -> Annotations:

@@ -1,4 +1,4 @@
-"""The layouts in which datasets come: how each is recognized, read and evaluated. A new one is an entry of `LAYOUTS`."""
+"""The layouts in which datasets come: how each is recognized, read and evaluated; a new one is a line of `LAYOUTS`."""
 
 from __future__ import annotations
 

@@ -76,4 +76,4 @@ def _describe(hint: Any) -> str:
         return f"({', '.join(map(_describe, arguments))})"
     if origin is not None:
         return f"a list of {_describe(arguments[0])}"
-    return "None" if hint is type(None) else {int: "an integer", float: "a finite number"}.get(hint, hint.__name__)
+    return {type(None): "None", int: "an integer", float: "a finite number"}.get(hint) or str(hint.__name__)

@@ -8,11 +8,12 @@ ids of any size and frames without annotation.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any
+from typing import Any, overload
 from uuid import uuid4
 
 import datasets
@@ -140,8 +141,25 @@ class Video:
             raise SampleError(f"{self.video_id}: frame {frame} is not annotated")
 
 
-class VideoList(Sequence):
-    """Videos that are opened when they are asked for.
+class VideoSequence(Sequence[Video]):
+    """Videos that are opened when they are asked for; a slice is a list of them."""
+
+    @abstractmethod
+    def _open(self, position: int) -> Video:
+        """Opens the video at a position from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> Video: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Video]: ...
+    def __getitem__(self, index: int | slice) -> Video | list[Video]:
+        if isinstance(index, slice):
+            return [self._open(i) for i in range(len(self))[index]]
+        return self._open(range(len(self))[index])
+
+
+class VideoList(VideoSequence):
+    """The videos of a reader.
 
     Args:
         entries: video id -> what `open_entry` takes to open it.
@@ -155,8 +173,8 @@ class VideoList(Sequence):
     def __len__(self) -> int:
         return len(self.video_ids)
 
-    def __getitem__(self, index: int) -> Video:
-        video_id = self.video_ids[index]
+    def _open(self, position: int) -> Video:
+        video_id = self.video_ids[position]
         return self.open_entry(video_id, self.entries[video_id])
 
     def select(self, video_ids: Sequence[str]) -> VideoList:
@@ -245,7 +263,8 @@ def _encoded(frames: FrameSequence) -> Iterator[bytes]:
 
 
 def _rle_counts(masks: np.ndarray) -> list[str]:
-    return [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii") for mask in masks]
+    encoded: list[Any] = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
+    return [one["counts"].decode("ascii") for one in encoded]
 
 
 def video_from_row(row: dict[str, Any]) -> Video:
@@ -295,7 +314,7 @@ def to_datasets(
     return datasets.Dataset.from_generator(
         partial(rows, range(len(videos))),
         features=FEATURES,
-        cache_dir=cache_dir,
+        cache_dir=cache_dir,  # pyright: ignore[reportArgumentType] (None is its default)
         writer_batch_size=4,
         fingerprint=uuid4().hex,
     )

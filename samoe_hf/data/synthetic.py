@@ -8,8 +8,9 @@ They need no download and cost a few milliseconds, so that training and tracking
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ import numpy as np
 from samoe_hf.errors import InputError
 
 from .options import check_types
-from .schema import Video
+from .schema import Video, VideoSequence
+
+_float32 = partial(np.asarray, dtype=np.float32)
 
 
 @dataclass
@@ -37,7 +40,8 @@ class _Body:
         high = np.clip(self.centers[frame] + reach + 1, 0, (size[1], size[0])).astype(int)
         x = np.arange(low[0], high[0], dtype=np.float32) - self.centers[frame, 0]
         y = np.arange(low[1], high[1], dtype=np.float32)[:, None] - self.centers[frame, 1]
-        cos, sin = np.float32([np.cos(self.angles[frame]), np.sin(self.angles[frame])]) / np.float32(self.radii[frame])
+        angle, radius = self.angles[frame], np.float32(self.radii[frame])
+        cos, sin = np.float32(np.cos(angle)) / radius, np.float32(np.sin(angle)) / radius
         u, v = (cos * x + sin * y) / np.float32(self.aspect), cos * y - sin * x
         return (slice(low[1], high[1]), slice(low[0], high[0])), u, v
 
@@ -117,7 +121,7 @@ class _Shapes(_Look):
         return 0.25 + 0.4 * _smooth_noise(rng, size, max(2, min(size) // 8), 3)
 
     def painter(self, rng: np.random.Generator, order: int) -> _Painter:
-        colour = np.float32(0.15 + 0.7 * rng.permutation([0.0, rng.uniform(0, 1), 1.0]))
+        colour = _float32(0.15 + 0.7 * rng.permutation([0.0, rng.uniform(0, 1), 1.0]))
         fu, fv = rng.uniform(3, 9, 2).astype(np.float32)
         return lambda u, v, depth: (colour + 0.2 * (np.sin(fu * u) * np.sin(fv * v))[..., None], _sharp(depth))
 
@@ -163,12 +167,12 @@ class _Stripes(_Look):
 
     @staticmethod
     def _tones(phase: np.ndarray) -> np.ndarray:
-        return np.where(np.sin(phase)[..., None] > 0, np.float32([0.85, 0.75, 0.5]), np.float32([0.15, 0.2, 0.35]))
+        return np.where(np.sin(phase)[..., None] > 0, _float32([0.85, 0.75, 0.5]), _float32([0.15, 0.2, 0.35]))
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
     """Any colour (3,), a third of the time a gray."""
-    return np.float32(np.full(3, rng.random()) if rng.random() < 1 / 3 else rng.random(3))
+    return _float32(np.full(3, rng.random()) if rng.random() < 1 / 3 else rng.random(3))
 
 
 class _Scenes(_Look):
@@ -193,11 +197,13 @@ class _Scenes(_Look):
 
     def painter(self, rng: np.random.Generator, order: int) -> _Painter:
         colour, contrast, softness = _colour(rng), np.float32(rng.uniform(0, 0.4)), np.float32(rng.uniform(4, 30))
-        directions, phases = np.float32(rng.normal(0, 3, (3, 2))), np.float32(rng.uniform(0, 6, 3))
+        directions, phases = _float32(rng.normal(0, 3, (3, 2))), _float32(rng.uniform(0, 6, 3))
         rim = np.float32(rng.uniform(0, 0.5))
 
         def paint(u: np.ndarray, v: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            waves = sum(np.sin(a * u + b * v + phase) for (a, b), phase in zip(directions, phases, strict=True))
+            waves = sum(
+                (np.sin(a * u + b * v + p) for (a, b), p in zip(directions, phases, strict=True)), np.zeros_like(depth)
+            )
             shade = 1 - rim * (1 - np.clip(2 * depth, 0, 1))
             opacity = np.clip(0.5 + softness * depth, 0, 1)
             return (colour + contrast / 3 * waves[..., None]) * shade[..., None], opacity[..., None]
@@ -207,7 +213,8 @@ class _Scenes(_Look):
     def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
         num_frames, width = frames.shape[0], frames.shape[2]
         drift = 1 + 0.15 * np.sin(rng.uniform(0, 6) + rng.uniform(0, 0.5) * np.arange(num_frames))
-        side = np.linspace(*rng.uniform(0.6, 1.2, 2), width)
+        left, right = rng.uniform(0.6, 1.2, 2)
+        side = np.linspace(left, right, width)
         light = drift[:, None, None, None] * side[:, None] * rng.uniform(0.8, 1.1, 3)
         return self._noisy(rng, frames * light.astype(np.float32), rng.uniform(0, 0.06))
 
@@ -226,7 +233,7 @@ class _Night(_Scenes):
         y = np.arange(height)[:, None] / height - center[:, 0, None, None]
         x = np.arange(width) / width - center[:, 1, None, None]
         light = rng.uniform(0.2, 0.4) + 0.6 * np.exp(-(x**2 + y**2) / rng.uniform(0.05, 0.2))
-        blue = np.float32([0.75, 0.85, 1.0])
+        blue = _float32([0.75, 0.85, 1.0])
         return self._noisy(rng, frames * light[..., None].astype(np.float32) * blue, rng.uniform(0.02, 0.08))
 
 
@@ -237,11 +244,11 @@ class _Paper(_Look):
     max_clutter = 1
 
     def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        paper = np.float32([1.0, 0.97, 0.9]) * np.float32(rng.uniform(0.75, 1))
+        paper = _float32([1.0, 0.97, 0.9]) * np.float32(rng.uniform(0.75, 1))
         return paper - 0.12 * _smooth_noise(rng, size, max(2, min(size) // 6), 1) * np.ones(3, np.float32)
 
     def painter(self, rng: np.random.Generator, order: int) -> _Painter:
-        fill, ink = np.float32(1 - 0.45 * rng.random(3)), np.float32(0.3 * rng.random(3))
+        fill, ink = _float32(1 - 0.45 * rng.random(3)), _float32(0.3 * rng.random(3))
         width, gap = np.float32(rng.uniform(0.08, 0.2)), np.float32(rng.uniform(5, 10))
         hatched = rng.random() < 0.5
 
@@ -272,7 +279,7 @@ _DOMAINS = {
 SYNTHETIC_DOMAINS = tuple(_DOMAINS)
 
 
-class SyntheticVideos(Sequence):
+class SyntheticVideos(VideoSequence):
     """Videos of objects that move, turn, change size, bounce, occlude each other, and at times leave and return.
 
     Video i depends on the seed, the domain and i only. Every object is seen on the first frame; its mask is what is
@@ -316,8 +323,7 @@ class SyntheticVideos(Sequence):
     def __len__(self) -> int:
         return self.num_videos
 
-    def __getitem__(self, index: int) -> Video:
-        position = range(self.num_videos)[index]
+    def _open(self, position: int) -> Video:
         rng = np.random.default_rng([self.seed, zlib.crc32(self.domain.encode()), position])
         frames, masks = self._render(rng)
         return Video.from_arrays(f"{self.domain}_{self.seed}_{position:05d}", frames, masks, domain=self.domain)

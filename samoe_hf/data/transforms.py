@@ -8,7 +8,6 @@ are no `tv_tensors.Video`, since torchvision hands those through `RandomGrayscal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -98,39 +97,33 @@ def training_transforms(
     Raises:
         ValueError: numbers outside these ranges.
     """
-    translate = (translate, translate) if isinstance(translate, Real) and translate else translate
-    scale = (1 - scale, 1 + scale) if isinstance(scale, Real) and scale else scale
-    crop_scale = (crop_scale, 1.0) if isinstance(crop_scale, Real) else crop_scale
-    jitter, frame_jitter = ((x,) if isinstance(x, Real) else tuple(x) for x in (jitter, frame_jitter))
-    _check_shares(flip=flip, grayscale=grayscale, crop_scale=crop_scale)
+    angles = (-degrees, degrees) if isinstance(degrees, int | float) else degrees
+    shift = None if not translate else (translate, translate) if isinstance(translate, int | float) else translate
+    sizes = None if not scale else (1 - scale, 1 + scale) if isinstance(scale, int | float) else scale
+    area = (crop_scale, 1.0) if isinstance(crop_scale, int | float) else crop_scale
+    clip_colors, frame_colors = ((x,) if isinstance(x, int | float) else tuple(x) for x in (jitter, frame_jitter))
+    for name, shares in (("flip", (flip,)), ("grayscale", (grayscale,)), ("crop_scale", area)):
+        if not all(0 <= x <= 1 for x in shares) or (len(shares) > 1 and not 0 < shares[0] <= shares[1]):
+            raise InputError(f"`{name}` must be within 0 to 1, the smaller number first, not {shares}")
     if crop_size is not None and crop_size < 1:
         raise InputError(f"`crop_size` must be at least 1, not {crop_size}")
     steps: list[nn.Module] = []
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
-    if degrees or shear or translate or scale:
+    if degrees or shear or shift or sizes:
         fill = {tv_tensors.Image: IMAGE_FILL, tv_tensors.Mask: 0}
-        affine = v2.RandomAffine(
-            degrees, translate or None, scale or None, shear or None, v2.InterpolationMode.BILINEAR, fill=fill
-        )
+        affine = v2.RandomAffine(angles, shift, sizes, shear or None, v2.InterpolationMode.BILINEAR, fill=fill)
         steps.append(KeepVisible(affine))
     if crop_size:
-        crop = v2.RandomResizedCrop(crop_size, crop_scale, interpolation=v2.InterpolationMode.BICUBIC)
+        crop = v2.RandomResizedCrop(crop_size, area, interpolation=v2.InterpolationMode.BICUBIC)
         steps.append(KeepVisible(crop, tries=10))
-    if any(jitter):
-        steps.append(_color_jitter("jitter", jitter))
+    if any(clip_colors):
+        steps.append(_color_jitter("jitter", clip_colors))
     if grayscale:
         steps.append(v2.RandomGrayscale(grayscale))
-    if any(frame_jitter):
-        steps.append(PerFrame(_color_jitter("frame_jitter", frame_jitter)))
+    if any(frame_colors):
+        steps.append(PerFrame(_color_jitter("frame_jitter", frame_colors)))
     return v2.Compose(steps or [v2.Identity()])
-
-
-def _check_shares(**shares: float | Sequence[float]) -> None:
-    for name, share in shares.items():
-        low, *high = (share,) if isinstance(share, Real) else share
-        if not all(0 <= x <= 1 for x in (low, *high)) or (high and not 0 < low <= high[0]):
-            raise InputError(f"`{name}` must be within 0 to 1, the smaller number first, not {share}")
 
 
 def _color_jitter(name: str, strengths: Sequence[float]) -> v2.ColorJitter:

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from PIL import Image
 
 from samoe_hf.errors import InputError
 
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-LABEL_FORMATS = ("BMP", "PNG", "TIFF")  # which keep every value
+LABEL_FORMATS = ("BMP", "GIF", "PNG", "TIFF")  # which keep every value
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # among Pillow's others are some that run programs
 # FFmpeg also takes text for a video (as a terminal's output) and playlists, which name other files.
 CONTAINER_FORMATS = "3g2,3gp,apng,asf,avi,dv,flv,gif,ivf,m4a,matroska,mj2,mov,mp4,mpeg,mpegts,mxf,nut,ogg,webm,wtv"
@@ -144,7 +145,7 @@ def index_container(path: Path, modified_ns: int, num_bytes: int) -> ContainerIn
                 raise SampleError(f"{path}: its first frame cannot be decoded; the file is cut off or damaged")
             fps = float(stream.average_rate) if stream.average_rate else None
             return ContainerIndex(times, key_times, upright(first).shape[:2], fps)
-    except (av.FFmpegError, MemoryError) as error:
+    except (FFmpegError, MemoryError) as error:
         raise SampleError(f"{path}: not a readable video ({error})") from error
 
 
@@ -153,7 +154,7 @@ def open_container(path: Path) -> Any:
 
     Raises:
         SampleError: it has no video stream.
-        av.FFmpegError: it is no container.
+        FFmpegError: it is no container.
     """
     options = {"format_whitelist": CONTAINER_FORMATS, "protocol_whitelist": "file"}
     container = av.open(f"file:{path}", options=options, metadata_errors="replace")
@@ -216,7 +217,7 @@ class ContainerFrames(FrameSequence):
                     if pixels.shape[:2] != self.size:
                         raise SampleError(f"{self.path}: frame {index} of size {pixels.shape[:2]}, not {self.size}")
                     return pixels
-        except (av.FFmpegError, MemoryError) as error:
+        except (FFmpegError, MemoryError) as error:
             self._container = None
             raise SampleError(f"{self.path}: frame {index} cannot be decoded ({error})") from error
         self._container = None
@@ -341,40 +342,34 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> np.ndarra
         return np.asarray(image.convert("RGB"))
 
 
-def read_label_png(path: str | Path) -> np.ndarray:
+def read_label_png(source: str | Path | bytes, name: str | None = None) -> np.ndarray:
     """Reads a label image: palette indices, gray values or 16-bit values as they are stored.
 
     A binary mask stored as 0 and 255 stays 0 and 255 here. Of an RGB image, grays are the values, and DAVIS' colours
     stand for ids.
 
+    Args:
+        source: a path, or the file's bytes.
+        name: what to call it in messages; the path by default.
+
     Returns:
         (H, W) uint8, or uint16 for 16-bit files.
 
     Raises:
-        SampleError: a damaged file, a format that may change values, or colours that stand for no ids.
+        SampleError: a damaged file, a format that may change values, ids above 65535, or colours that stand for none.
     """
-    with open_image(path) as image:
+    name = name or str(source)
+    with open_image(source, name) as image:
         if image.format not in LABEL_FORMATS:
             known = ", ".join(LABEL_FORMATS)
-            raise SampleError(
-                f"{path}: {image.format} image; labels must be {known}, since other formats may change ids"
-            )
-        return label_values(image, str(path))
-
-
-def label_values(image: Image.Image, name: str) -> np.ndarray:
-    """The values of a label image as they are stored, (H, W) uint8 or uint16; `name` is for messages.
-
-    Raises:
-        SampleError: colours that stand for no ids, or ids above 65535.
-    """
-    if image.mode in ("1", "L", "P"):
-        return np.asarray(image).astype(np.uint8)
-    if image.mode in ("RGB", "RGBA"):
-        return _ids_of_colors(np.asarray(image)[..., :3], name)
-    if not image.mode.startswith("I"):
-        raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
-    values = np.asarray(image)
+            raise SampleError(f"{name}: {image.format} image; labels must be {known}: other formats may change ids")
+        if image.mode in ("1", "L", "P"):
+            return np.asarray(image).astype(np.uint8)
+        if image.mode in ("RGB", "RGBA"):
+            return _ids_of_colors(np.asarray(image)[..., :3], name)
+        if not image.mode.startswith("I"):
+            raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
+        values = np.asarray(image)
     if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise SampleError(f"{name}: labels must be from 0 to 65535, not {values.min()} to {values.max()}")
     return values.astype(np.uint16)

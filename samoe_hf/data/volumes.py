@@ -9,9 +9,14 @@ import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from samoe_hf.errors import InputError
 
@@ -25,10 +30,10 @@ MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
 NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 NIFTI_DAMAGE = (
     *DAMAGE,
-    nib.filebasedimages.ImageFileError,
-    nib.orientations.OrientationError,
-    nib.spatialimages.HeaderDataError,
-    nib.wrapstruct.WrapStructError,
+    ImageFileError,
+    OrientationError,
+    HeaderDataError,
+    WrapStructError,
 )
 
 
@@ -55,7 +60,8 @@ def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> 
             _check_headers(archive)
         with np.load(path) as file:
             images, ids = file["imgs"], file["gts"]
-            spacing = tuple(float(s) for s in file["spacing"]) if "spacing" in file else None
+            x, y, z = (float(length) for length in file["spacing"]) if "spacing" in file else (0.0, 0.0, 0.0)
+            spacing = (x, y, z) if "spacing" in file else None
     except SampleError as error:
         raise SampleError(f"{path}: {error}") from error
     except NPZ_DAMAGE as error:
@@ -136,7 +142,7 @@ def _open_nifti(domain: str, window: Window | None, images: Path, video_id: str,
 def _load_nifti(path: Path) -> nib.Nifti1Image:
     """Reads a NIfTI file's header alone, and checks it before memory is allocated for the values."""
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         shape, dtype = image.shape, image.get_data_dtype()
     except NIFTI_DAMAGE as error:
         raise SampleError(f"{path}: not a readable NIfTI file ({error})") from error

@@ -127,7 +127,7 @@ def test_labels_that_were_compressed_with_loss_are_refused(tmp_path):
     options = make_frames(tmp_path)
     (tmp_path / "Annotations" / "a" / "00000.png").unlink()
     Image.fromarray(label_map((9, 3))).save(tmp_path / "Annotations" / "a" / "00000.jpg")
-    with pytest.raises(SampleError, match=r"00000\.jpg: JPEG image; labels must be BMP, PNG, TIFF"):
+    with pytest.raises(SampleError, match=r"00000\.jpg: JPEG image; labels must be BMP, GIF, PNG, TIFF"):
         load_videos(**options)[0].visible(0)
 
 
