@@ -4,11 +4,10 @@
     samoe assemble BASE blobs=LORA_A stripes=LORA_B --dataset RUN.yaml --output DIR
 
 Nothing is trained. A gate learns to recognize the domains from some of their videos, and gives each video its domain's
-LoRA; one that looks like none of them gets the base. `--token-routers` makes one mixture of experts for all videos
-instead, with routers that are computed from a few hundred frames of each domain. `--dataset` is a folder of videos, one
-dataset as in a run, `{kind: davis, root: DAVIS}`, or a run's YAML, for the videos of its `train_data`. It is given once
-for each LoRA, in order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by
-NAME= or as its folder is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
+LoRA; one that looks like none of them gets the base. `--dataset` is a folder of videos, one dataset as in a run,
+`{kind: davis, root: DAVIS}`, or a run's YAML, for the videos of its `train_data`. It is given once for each LoRA, in
+order; or once for all, and then a LoRA takes the videos of the domain that it is named after, by NAME= or as its folder
+is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
 """
 
 import argparse
@@ -17,11 +16,10 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
-import torch
 import yaml
 from torch.utils.data import ConcatDataset
 
-from samoe_hf.continual.assemble import assemble, assemble_domains, routed_right
+from samoe_hf.continual.assemble import assemble
 from samoe_hf.data import Video
 from samoe_hf.data.configs import names_config
 from samoe_hf.data.registry import dataset_entries, read_yaml, videos_from_entry
@@ -50,15 +48,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the model; new or empty")
-    routers = parser.add_argument_group("token routers")
-    routers.add_argument("--token-routers", action="store_true", help="one mixture of experts, chosen for each token")
-    routers.add_argument("--frames", type=int, default=200, help="frames of each domain (%(default)s)")
-    routers.add_argument(
-        "--experts-per-lora", type=int, default=6, help="kinds of tokens that a domain can have (%(default)s)"
-    )
-    routers.add_argument(
-        "--num-experts-per-tok", type=int, default=1, help="experts that a token goes to (%(default)s)"
-    )
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -117,48 +106,11 @@ def _joined(datasets: list) -> Iterable[Video]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     loras, videos = match_domains(parsed.loras, parsed.dataset)
-    torch.manual_seed(0)  # for what the LoRAs leave open: rows of A beyond their rank, where B is zero
     options = {} if parsed.config is None else {"original_config": parsed.config}
     with new_folder(parsed.output) as folder:
-        if parsed.token_routers:
-            lines = assemble_with_routers(parsed, loras, videos, folder, options)
-        else:
-            lines = assemble_with_gate(parsed, loras, videos, folder, options)
-    print("\n".join([*lines, f"Written: the model and its processor in {parsed.output}"]))
-
-
-def assemble_with_gate(
-    parsed: argparse.Namespace, loras: dict[str, str | None], videos: dict, folder: Path, options: dict
-) -> list[str]:
-    """Writes the model; returns what to say of it."""
-    model = assemble_domains(parsed.base, loras, videos, device=parsed.device, **options)
-    model.save_pretrained(folder, processor=load_processor(parsed.base, model))
-    counts = dict(zip(model.config.domain_names, model.domain_gate.counts.tolist(), strict=True))
-    lines = ["Domains, and videos that the gate knows them by:"]
-    return lines + [f"  {name:20s} {count}" for name, count in counts.items()]
-
-
-def assemble_with_routers(
-    parsed: argparse.Namespace, loras: dict[str, str | None], videos: dict, folder: Path, options: dict
-) -> list[str]:
-    """Writes the model; returns what to say of it."""
-    model = assemble(
-        parsed.base,
-        loras,
-        videos,
-        experts_per_lora=parsed.experts_per_lora,
-        num_experts_per_tok=parsed.num_experts_per_tok,
-        num_frames=parsed.frames,
-        device=parsed.device,
-        **options,
-    )
-    processor = load_processor(parsed.base, model)
-    shares = routed_right(model, processor, [videos[name] for name in loras])
-    model.save_pretrained(folder, processor=processor)
-    lines = ["Share of the gates' weight that goes to a domain's own experts, mean of all layers, and where least:"]
-    for domain, name in enumerate(loras):
-        of_domain = {layer: share[domain].item() for layer, share in shares.items()}
-        worst = min(of_domain, key=of_domain.get)
-        lines.append(f"  {name:20s} {sum(of_domain.values()) / len(of_domain):.3f}   {of_domain[worst]:.3f} in {worst}")
-    config = model.config
-    return [*lines, f"{config.num_experts} experts of rank {config.lora_rank} in {len(shares)} layers"]
+        model = assemble(parsed.base, loras, videos, device=parsed.device, **options)
+        model.save_pretrained(folder, processor=load_processor(parsed.base, model))
+    print("Domains, and videos that the gate knows them by:")
+    for name, count in zip(model.config.domain_names, model.domain_gate.counts.tolist(), strict=True):
+        print(f"  {name:20s} {count}")
+    print(f"Written: the model and its processor in {parsed.output}")

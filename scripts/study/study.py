@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
-from samoe_hf.continual.assemble import assemble
 from samoe_hf.continual.fit_gate import evenly_chosen, fit_gate
 from samoe_hf.continual.start import find_start
 from samoe_hf.data.registry import read_yaml
@@ -43,6 +42,7 @@ from study_methods import (
 )
 from study_plan import StudyPlan, StudyVideos, config_name
 from study_report import RESULTS_FILE, read_results, restore_units, write_report
+from token_routers import assemble_with_routers
 
 Scores = dict[str, Any]
 
@@ -319,7 +319,7 @@ class Study:
         base = self.base_folder(seed)
         loras = {name: self.experts_folder(seed, name) / "lora" for name in learned}
         set_seed(seed)
-        model = assemble(
+        model = assemble_with_routers(
             base,
             {plan_base: None, **loras},
             {name: self.videos.train(name) for name in [plan_base, *learned]},
