@@ -1,12 +1,15 @@
-"""The layer with experts beside the plain linear layer and beside SAM2-MoE's way of computing it."""
+"""The layer with experts beside the plain linear layer and beside SAM2-MoE's way of computing it.
 
-from collections.abc import Callable
+python scripts/benchmarks/experts.py --model model_tiny
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from measure import Measurement, measure
+from measure import Measurement, at_least, benchmark_parser, measure, prepare, to_markdown, write_results
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -94,3 +97,22 @@ def benchmark_memory_attention(
 
     contenders = {"plain linear": lambda: run(without), "samoe_hf": lambda: run(model)}
     return measure("memory attention", contenders, repeats, device, memory=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--tokens", type=at_least(1), default=4096, help="(%(default)s)")
+    parser.add_argument("--width", type=at_least(1), default=256, help="of the layer (%(default)s)")
+    parser.add_argument("--num-experts", type=at_least(1), default=10, help="(%(default)s)")
+    parsed = parser.parse_args(arguments)
+    config, dtype = prepare(parsed)
+    shape = {"tokens": parsed.tokens, "width": parsed.width, "num_experts": parsed.num_experts}
+    measurements = benchmark_layer(parsed.repeats, parsed.device, dtype, **shape)
+    measurements += benchmark_memory_attention(config, parsed.repeats, parsed.device, dtype)
+    title = f"Experts: {parsed.tokens} tokens, {parsed.width} wide, {parsed.num_experts} experts"
+    table = to_markdown(measurements, "plain linear")
+    write_results(parsed.output, "experts", title, measurements, table, parsed.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,31 +2,37 @@
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 
-from gpu import GpuRun
 from measure import COLORS
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.weights_io import whole_file, write_text
 
-# Frames per second of one object: `facebookresearch/sam2`, README, on an A100, with a compiled image encoder.
-PUBLISHED_SAM2 = {"tiny": 91.2, "small": 84.8, "base_plus": 64.1, "large": 39.5}
-# Number of objects -> frames per second on an H100: SAM 3.1, as published.
-PUBLISHED_SAM31 = {1: 33.8, 16: 30.2, 128: 11.5}
+PUBLISHED = Path(__file__).parent / "published.yaml"
+
+
+@dataclass
+class GpuRun:
+    """What a folder holds after a run. `failures`: task -> its error. `missing`: tasks for which no time was left."""
+
+    machine: str
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
 
 def write_gpu_report(run: GpuRun, folder: Path) -> Path:
     """Writes `report.md` and its pictures; returns the report's path."""
     sections = [
         _tracking(run.results, folder),
-        _parts(run.results),
         _experts(run.results),
         _training(run.results),
         _exactness(run.results),
-        _long(run.results),
         _not_measured(run),
     ]
     text = "\n\n".join(["# Measured on a GPU", run.machine, *(section for section in sections if section)])
@@ -55,10 +61,13 @@ def _tracking(results: Mapping[str, Any], folder: Path) -> str:
         for model, by in found.items()
         for contender, fps in by.items()
     ]
-    sam2 = ", ".join(f"{name} {fps}" for name, fps in PUBLISHED_SAM2.items())
-    sam31 = ", ".join(f"{fps} for {n}" for n, fps in PUBLISHED_SAM31.items())
-    published = f"SAM 2.1 on an A100, one object: {sam2}. SAM 3.1 on an H100, by objects: {sam31}"
-    _plot_tracking(found, folder / "tracking.png")
+    published = yaml.safe_load(PUBLISHED.read_text())
+    lines = [
+        f"- {' '.join(str(x[key]) for key in ('name', 'model') if key in x)}, objects: {x['objects']}, {x['gpu']}: "
+        f"{x['fps']} ({x['source']})"
+        for x in published
+    ]
+    _plot_tracking(found, published, folder / "tracking.png")
     memory = [
         [model, *(_gigabytes(peaks.get((model, n))) for n in counts)]
         for model in found
@@ -72,16 +81,18 @@ At 1024 x 1024 by autocast to bfloat16, memory full, experts included in ours. M
 
 ![Frames per second by number of objects](tracking.png)
 
-Published elsewhere, not measured here: {published}."""
+Published elsewhere, not measured here:
+
+{chr(10).join(lines)}"""
     if memory:
-        heading = ["model", *heading[2:]]
-        text += (
-            f"\n\nThe most memory of ours beyond the weights and the frames:\n\n{format_table(heading, memory, True)}"
-        )
+        table = format_table(["model", *heading[2:]], memory, markdown=True)
+        text += f"\n\nThe most device memory of ours beyond the weights and the frames:\n\n{table}"
     return text
 
 
-def _plot_tracking(found: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
+def _plot_tracking(
+    found: Mapping[str, Mapping[str, Mapping[int, float]]], published: list[dict[str, Any]], path: Path
+) -> None:
     figure = Figure(figsize=(4.2 * len(found), 4), layout="constrained")
     names = list(dict.fromkeys(contender for by in found.values() for contender in by))
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
@@ -91,11 +102,13 @@ def _plot_tracking(found: Mapping[str, Mapping[str, Mapping[int, float]]], path:
             counts = sorted(fps)
             color = COLORS[names.index(contender) % len(COLORS)]
             axes.plot(counts, [fps[n] for n in counts], style, marker="o", ms=4, color=color, label=contender)
-        if model in PUBLISHED_SAM2:
-            axes.plot([1], [PUBLISHED_SAM2[model]], "k*", ms=9, label="SAM 2.1 on an A100, published")
-        axes.plot(*zip(*PUBLISHED_SAM31.items(), strict=True), "k:", marker="x", label="SAM 3.1, published")
+        for name, style in (("SAM 2.1", "k*"), ("SAM 3.1", "k:x")):
+            others = [x for x in published if x["name"] == name and x.get("model", model) == model]
+            if others:
+                label = f"{name} on {others[0]['gpu']}, published"
+                axes.plot([x["objects"] for x in others], [x["fps"] for x in others], style, label=label)
         axes.set_xscale("log", base=2)
-        counts = sorted({n for fps in by.values() for n in fps} | set(PUBLISHED_SAM31))
+        counts = sorted({n for fps in by.values() for n in fps} | {x["objects"] for x in published})
         axes.set_xticks(counts, map(str, counts))
         axes.set_yscale("log")
         axes.set_xlabel("objects")
@@ -108,33 +121,6 @@ def _plot_tracking(found: Mapping[str, Mapping[str, Mapping[int, float]]], path:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
-
-
-def _parts(results: Mapping[str, Any]) -> str:
-    peaks = results.get("peaks")
-    measured = {task.split()[1]: result for task, result in results.items() if task.startswith("parts ")}
-    if not (measured and peaks):
-        return ""
-    rows, kernels = [], []
-    for model, result in measured.items():
-        for part in result["parts"]:
-            arithmetic, data = part["flops"] / peaks["flops"], part["bytes"] / peaks["bandwidth"]
-            floor = max(arithmetic, data)
-            row = [model, part["part"], *(f"{1e3 * x:.3f}" for x in (part["seconds"], arithmetic, data))]
-            rows.append([*row, f"{part['seconds'] / floor:.1f}", ", ".join(part["kernels"])])
-        taken = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in result["attention"].items())
-        kernels.append(f"- {model}: {taken}")
-    heading = ["model", "part", "ms", "floor of arithmetic, ms", "floor of data, ms", "times floor", "attention"]
-    reached = f"{peaks['flops'] / 1e12:.3g} TFLOP/s (a large product) and {peaks['bandwidth'] / 1e12:.3g} TB/s (a copy)"
-    return f"""## Parts of a frame beside the least they could take
-
-One object, memory full. The device reaches {reached}.
-
-{format_table(heading, rows, markdown=True)}
-
-Cross attention to a full memory, by kernel:
-
-{chr(10).join(kernels)}"""
 
 
 def _experts(results: Mapping[str, Any]) -> str:
@@ -200,25 +186,10 @@ def _exactness(results: Mapping[str, Any]) -> str:
     return "## Exactness\n\n" + "\n".join(lines) if lines else ""
 
 
-def _long(results: Mapping[str, Any]) -> str:
-    rows = next((x["rows"] for task, x in results.items() if task.startswith("long ")), None)
-    if not rows:
-        return ""
-    chosen = [rows[0], rows[len(rows) // 2], rows[-1]]
-    cells = [[f"{done}", f"{1e3 * seconds:.1f}", f"{held / 2**20:.1f}"] for done, seconds, held in chosen]
-    return f"""## One long video
-
-{format_table(["frames tracked", "median per frame, ms", "memory held, MB"], cells, markdown=True)}"""
-
-
 def _not_measured(run: GpuRun) -> str:
     lines = [f"- {name}: no time was left" for name in run.missing]
-    lines += [f"- {name}: {_last_line(text)}" for name, text in run.failures.items()]
+    lines += [f"- {name}: {text.strip().splitlines()[-1][:300]}" for name, text in run.failures.items()]
     return "## Not measured\n\n" + "\n".join(lines) if lines else ""
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1][:300]
 
 
 def _number(value: float | None) -> str:

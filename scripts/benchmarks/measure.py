@@ -1,5 +1,6 @@
 """Times contenders in turns, and writes what they took as a Markdown table and a plot."""
 
+import argparse
 import json
 import os
 import platform
@@ -17,18 +18,52 @@ from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 import samoe_hf
+from samoe_hf.commands.options import add_device_option
+from samoe_hf.data.registry import read_yaml
 from samoe_hf.evaluation.report import format_table
+from samoe_hf.model.configuration_samoe import SamoeConfig
 
 # Okabe and Ito's colours, which are told apart by everyone.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 PACKAGES = ("torch", "transformers", "sam2")
 
 
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that all these programs have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="model_micro", help="a YAML, or one of the package's sizes (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=at_least(1), help="PyTorch's threads on a CPU")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="how often each is timed (%(default)s)")
+    add_device_option(parser)
+    return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of `argparse`: whole numbers from a least one on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+def prepare(parsed: argparse.Namespace) -> tuple[SamoeConfig, torch.dtype]:
+    """Sets the number of threads; returns the configuration and the type of numbers that were asked for."""
+    if parsed.threads is not None:
+        torch.set_num_threads(parsed.threads)
+    return SamoeConfig(**read_yaml(parsed.model)), getattr(torch, parsed.dtype)
+
+
 @dataclass
 class Measurement:
     """What a contender took for a case.
 
-    `seconds`: of each repetition. `peak_bytes`: the most memory that it held at once beyond what was there before.
+    `seconds`: of each repetition. `peak_bytes`: the most device memory that it held at once beyond what was there
+    before.
     """
 
     case: str
@@ -60,7 +95,7 @@ def measure(
     They take turns, so that whatever else the machine does falls on all of them.
 
     Args:
-        memory: whether to find the peak memory too, in a run of its own.
+        memory: whether to find the most device memory too, in a run of its own.
     """
     measurements = [Measurement(case, name) for name in contenders]
     for run in contenders.values():
@@ -176,10 +211,11 @@ def plot(measurements: Sequence[Measurement], path: Path, title: str, machine: s
 def write_results(
     folder: Path, name: str, title: str, measurements: Sequence[Measurement], tables: str, device: torch.device
 ) -> None:
-    """Writes `name`.md, .json and .png into a folder."""
+    """Prints the tables, and writes `name`.md, .json and .png into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(device)
     (folder / f"{name}.md").write_text(f"# {title}\n\n{machine}\n\n{tables}\n\n![{title}]({name}.png)\n")
     document = {"machine": machine, "measurements": [asdict(m) for m in measurements]}
     (folder / f"{name}.json").write_text(json.dumps(document, indent=1))
     plot(measurements, folder / f"{name}.png", title, machine)
+    print(f"{title}\n{machine}\n\n{tables}\n\nWritten: {name}.md, .json and .png in {folder}")

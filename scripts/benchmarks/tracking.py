@@ -1,25 +1,28 @@
-"""Tracking beside `transformers`' and `sam2`'s, for more and more objects, and through long videos."""
+"""Tracking beside `transformers`' and `sam2`'s, for more and more objects.
+
+python scripts/benchmarks/tracking.py --objects 1 4 16
+python scripts/benchmarks/tracking.py --model model_base_plus --peers sam2 "sam2 compiled" --dtype bfloat16
+"""
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import psutil
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
-from measure import Measurement, autocast, describe_machine, synchronize
+from measure import (
+    Measurement,
+    at_least,
+    autocast,
+    benchmark_parser,
+    prepare,
+    to_markdown,
+    write_results,
+)
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
-from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.session import VideoSession
 
 # The memory is full from this frame on; those before are not timed. Ours may encode 4 frames at once, from frame 1 on.
 FIRST_TIMED_FRAME = 9
@@ -27,35 +30,26 @@ PEERS = ("transformers", "sam2", "sam2 compiled")
 POOLED = "samoe_hf pooled"
 
 
-def build_trackers(model: SamoeModel, names: Sequence[str]) -> dict[str, TransformersTracker | Sam2Tracker]:
-    """Our model and the named peers with its base's weights; "samoe_hf compiled" is ours, compiled, and
-    "samoe_hf pooled R O" has memories of `recent_memory_pooling` R and `older_memory_pooling` O."""
-    builders: dict[str, Callable[[], TransformersTracker | Sam2Tracker]] = {
-        "samoe_hf": lambda: TransformersTracker(model, model.config),
-        "samoe_hf compiled": lambda: TransformersTracker(_compiled(model), model.config),
-        "transformers": lambda: TransformersTracker(base_of(model), model.config),
-        "sam2": lambda: Sam2Tracker(sam2_of(model)),
-        "sam2 compiled": lambda: Sam2Tracker(sam2_of(model, compiled=True)),
-    }
-    for name in names:
-        if name.startswith(POOLED):
-            builders[name] = lambda name=name: TransformersTracker(_pooled(model, name), model.config)
-    return {name: builders[name]() for name in names}
+def build_tracker(model: SamoeModel, name: str) -> TransformersTracker | Sam2Tracker:
+    """A contender with the weights of a model, in evaluation mode.
 
-
-def _pooled(model: SamoeModel, name: str) -> SamoeModel:
-    recent, older = map(int, name.removeprefix(POOLED).split())
-    config = SamoeConfig(**{**model.config.to_dict(), "recent_memory_pooling": recent, "older_memory_pooling": older})
-    copy = SamoeModel(config).to(model.device, model.dtype).eval()
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def _compiled(model: SamoeModel) -> SamoeModel:
-    copy = SamoeModel(model.config).to(model.device, model.dtype).eval()
-    copy.load_state_dict(model.state_dict())
-    copy.compile_for_tracking()
-    return copy
+    Args:
+        name: "samoe_hf"; "samoe_hf compiled"; "samoe_hf pooled R O", with memories of `recent_memory_pooling` R and
+            `older_memory_pooling` O; or one of [`PEERS`].
+    """
+    if name == "transformers":
+        return TransformersTracker(base_of(model), model.config)
+    if name.startswith("sam2"):
+        return Sam2Tracker(sam2_of(model, compiled=name == "sam2 compiled"))
+    if name != "samoe_hf":
+        recent, older = map(int, name.removeprefix(POOLED).split()) if name.startswith(POOLED) else (1, 1)
+        settings = {"recent_memory_pooling": recent, "older_memory_pooling": older}
+        copy = SamoeModel(SamoeConfig(**{**model.config.to_dict(), **settings})).to(model.device, model.dtype).eval()
+        copy.load_state_dict(model.state_dict())
+        model = copy
+        if name == "samoe_hf compiled":
+            model.compile_for_tracking()
+    return TransformersTracker(model, model.config)
 
 
 def benchmark_tracking(
@@ -82,10 +76,9 @@ def benchmark_tracking(
     Raises:
         AssertionError: in float32, if the contenders' masks differ by more than 1e-2 on average.
     """
-    if num_frames <= FIRST_TIMED_FRAME:
-        raise InputError(f"`num_frames` must be above {FIRST_TIMED_FRAME}, got {num_frames}.")
     torch.manual_seed(0)
-    trackers = build_trackers(SamoeModel(config).to(device).eval(), contenders)
+    model = SamoeModel(config).to(device).eval()
+    trackers = {contender: build_tracker(model, contender) for contender in contenders}
     generator = torch.Generator().manual_seed(0)
     frames = torch.randn(num_frames, 3, config.image_size, config.image_size, generator=generator).to(device)
     results = []
@@ -102,7 +95,7 @@ def benchmark_tracking(
                     measurement.seconds.append(run.seconds)
             if dtype == torch.float32:
                 # What has fewer memories gives other masks, and is made for that.
-                _check_equal({name: x for name, x in masks.items() if not name.startswith(POOLED)})
+                check_equal({name: x for name, x in masks.items() if not name.startswith(POOLED)})
         results += found.values()
     return results
 
@@ -131,7 +124,7 @@ def track_once(
     return TrackingRun(statistics.mean(s for s, _ in tracked[FIRST_TIMED_FRAME:]), tracked[-1][1].float(), peak)
 
 
-def _check_equal(masks: dict[str, Tensor]) -> None:
+def check_equal(masks: dict[str, Tensor]) -> None:
     (first, expected), *others = masks.items()
     for name, found in others:
         difference = (found - expected).abs().mean().item()
@@ -139,62 +132,30 @@ def _check_equal(masks: dict[str, Tensor]) -> None:
             raise AssertionError(f"{name} and {first} do not agree: logits differ by {difference:.3g} on average.")
 
 
-def benchmark_long_video(
-    config: SamoeConfig, num_objects: int, num_frames: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> list[tuple[int, float, int]]:
-    """Tracks through a long video in a [`VideoSession`], whose frames are made as they come.
-
-    Returns:
-        100 times or less: the frames tracked so far, the median seconds of each of the last ones, and the bytes held:
-        of the device's memory, or of the process on a CPU.
-    """
-    model, processor = SamoeModel(config).to(device, dtype).eval(), build_processor(config)
-    frames = _NoiseFrames(num_frames, config.image_size)
-    session = VideoSession(frames, processor, inference_device=device, dtype=dtype)
-    points = torch.rand(num_objects, 2, generator=torch.Generator().manual_seed(0)) * config.image_size
-    ids = list(range(1, num_objects + 1))
-    processor.add_inputs_to_inference_session(
-        session, 0, ids, input_points=points[None, :, None].tolist(), input_labels=[[[1]] * num_objects]
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--objects", type=at_least(1), nargs="+", default=[1, 4, 16], help="(%(default)s)")
+    parser.add_argument("--frames", type=at_least(FIRST_TIMED_FRAME + 1), default=17, help="(%(default)s)")
+    parser.add_argument("--peers", nargs="*", default=["transformers", "sam2"], choices=PEERS)
+    parser.add_argument("--compile", action="store_true", help="also our model, compiled")
+    parser.add_argument(
+        "--pooling",
+        type=at_least(1),
+        nargs=2,
+        metavar=("RECENT", "OLDER"),
+        help="also our model with memories averaged over squares of so many tokens a side",
     )
-    seconds, rows, start = [], [], time.perf_counter()
-    for output in tqdm(model.propagate_in_video_iterator(session, start_frame_idx=0), "track", num_frames):
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        done = output.frame_idx + 1
-        if done % max(num_frames // 100, 1) == 0:
-            is_cuda = device.type == "cuda"
-            held = torch.cuda.memory_allocated(device) if is_cuda else psutil.Process().memory_info().rss
-            rows.append((done, float(np.median(seconds)), held))
-            seconds.clear()
-        start = time.perf_counter()
-    return rows
+    parsed = parser.parse_args(arguments)
+    config, dtype = prepare(parsed)
+    contenders = ["samoe_hf", *(["samoe_hf compiled"] if parsed.compile else []), *parsed.peers]
+    if parsed.pooling:
+        contenders.append(f"{POOLED} {parsed.pooling[0]} {parsed.pooling[1]}")
+    name = parsed.model.removesuffix(".yaml").rpartition("/")[2].removeprefix("model_")
+    shape = (parsed.objects, parsed.frames, parsed.repeats, parsed.device, dtype)
+    measurements = benchmark_tracking(config, name, contenders, *shape)
+    table = to_markdown(measurements, "samoe_hf", "frame")
+    write_results(parsed.output, "track", f"Tracking: time per frame, {dtype}", measurements, table, parsed.device)
 
 
-class _NoiseFrames:
-    """Frames of noise: a few, again and again."""
-
-    def __init__(self, count: int, size: int):
-        self.count = count
-        self.frames = np.random.default_rng(0).integers(0, 255, (8, size, size, 3), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.frames[index % len(self.frames)]
-
-
-def plot_long_video(rows: Sequence[tuple[int, float, int]], path: Path, device: torch.device) -> None:
-    """Draws time per frame and memory over the length of a video."""
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    frames, seconds, held = zip(*rows, strict=True)
-    above.plot(frames, [1e3 * s for s in seconds], color="#0072B2")
-    above.set_ylabel("median per frame, ms")
-    above.set_ylim(bottom=0)
-    below.plot(frames, [b / 2**20 for b in held], color="#D55E00")
-    below.set_ylabel("memory held, MB")
-    below.set_ylim(bottom=0)
-    below.set_xlabel("frames tracked")
-    above.set_title(f"One long video\n{describe_machine(device)}", fontsize=9)
-    figure.savefig(path, dpi=150)
+if __name__ == "__main__":
+    main()

@@ -1,20 +1,37 @@
-"""A training step beside the original's way of doing the same work, and what its time goes to."""
+"""A training step beside the original's way of doing the same work and in Meta's order, and what its time goes to.
 
+python scripts/benchmarks/training.py --model model_tiny --frames 8 --objects 3 --peers transformers sam2
+"""
+
+import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from experts import dense_forward
-from measure import Measurement, autocast, measure, synchronize
+from measure import (
+    Measurement,
+    at_least,
+    autocast,
+    benchmark_parser,
+    measure,
+    prepare,
+    synchronize,
+    to_markdown,
+    write_results,
+)
 from meta_order import PEERS, without_dropout
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
+from samoe_hf.data.registry import load_videos
 from samoe_hf.data.schema import Video
+from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import expert_modules, is_expert_parameter
 from samoe_hf.model.frame_step import image_features
@@ -220,3 +237,50 @@ def measure_waiting(
             waiting.seconds.append(arrived - start)
             stepping.seconds.append(time.perf_counter() - arrived)
     return waiting, stepping
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--frames", type=at_least(2), default=8, help="of a clip (%(default)s)")
+    parser.add_argument("--objects", type=at_least(1), default=3, help="of a clip (%(default)s)")
+    parser.add_argument(
+        "--peers", nargs="*", default=["transformers"], choices=list(PEERS), help="whose modules do it in Meta's order"
+    )
+    parser.add_argument("--workers", type=at_least(0), default=2, help="of the data loader (%(default)s)")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="steps with the data loader (%(default)s)")
+    parser.add_argument("--davis", type=Path, help="draw its clips from this DAVIS folder, not from synthetic videos")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="run frames again in the backward pass")
+    parser.add_argument("--encoder-batch-size", type=at_least(1), help="frames encoded at once; all by default")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    config, dtype = prepare(parsed)
+    shape = (parsed.frames, parsed.objects, parsed.repeats, parsed.device)
+    settings = (dtype, parsed.gradient_checkpointing, parsed.encoder_batch_size)
+    whole, original, encoder, forward, both = benchmark_training(config, *shape, *settings)
+    videos = None if parsed.davis is None else load_videos("davis", parsed.davis)
+    loading = (parsed.frames, parsed.objects, parsed.workers, parsed.steps, parsed.device, dtype)
+    waiting, computing = measure_waiting(config, videos, *loading)
+    parts = {
+        "encoder": encoder.median,
+        "tracking and loss": forward.median - encoder.median,
+        "backward": both.median - forward.median,
+        "optimizer": whole.median - both.median,
+        f"waiting for {parsed.workers} workers": waiting.median,
+        "a whole step beside the data loader": computing.median,
+    }
+    rows = [[name, f"{1e3 * max(seconds, 0):.2f}"] for name, seconds in parts.items()]
+    steps = [whole, original]
+    tables = [to_markdown(steps, "samoe_hf", "clip"), format_table(["part of a step", "median, ms"], rows, True)]
+    if parsed.peers:
+        beside = benchmark_order(config, parsed.peers, *shape)
+        tables += ["Forward and backward in float32, no dropout:", to_markdown(beside, "samoe_hf", "clip")]
+        steps += beside
+    title = f"Training: one clip of {parsed.frames} frames, {parsed.objects} objects, {parsed.dtype}"
+    write_results(parsed.output, "train", title, steps, "\n\n".join(tables), parsed.device)
+
+
+if __name__ == "__main__":
+    main()

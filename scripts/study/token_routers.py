@@ -3,8 +3,8 @@
     python scripts/study/token_routers.py BASE blobs=LORA_A stripes=LORA_B --dataset RUN.yaml --output DIR
 
 The experts belong to all videos, and a router chooses for each token. It is a linear discriminant of what its layer
-reads in each domain, with several clusters for each (mixture discriminant analysis; Hastie, Tibshirani 1996). BASE, LoRAs
-and datasets are as for `samoe assemble`.
+reads in each domain, with several clusters for each (mixture discriminant analysis; Hastie, Tibshirani 1996). BASE,
+LoRAs and datasets are as for `samoe assemble`.
 """
 
 import argparse

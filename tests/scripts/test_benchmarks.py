@@ -2,25 +2,24 @@
 
 import copy
 import json
-import re
-import runpy
-import sys
 
 import pytest
 import torch
 
-from benchmark import main
+import experts
+import memory
+import tracking
+import training
 from experts import dense_forward
 from helpers.reference import ROOT
 from measure import Measurement, measure, peak_bytes, to_markdown
-from memory import tracking_memory
+from memory import tracking_memory, training_memory
 from meta_order import PEERS, TransformersClip, without_dropout
-from parts import Peaks, benchmark_attention, benchmark_parts
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
-from tracking import _check_equal
+from tracking import check_equal
 from training import benchmark_order, benchmark_training, example_clip
 
 CPU = torch.device("cpu")
@@ -77,7 +76,7 @@ def test_peers_have_the_same_weights_and_give_the_same_masks(nano):
     assert (track(TransformersTracker(nano.model, nano.model.config), frames, points) - expected).abs().mean() > 1e-3
     assert all(torch.equal(p, experts[n]) for n, p in nano.model.named_parameters() if n in experts)
     pytest.importorskip("sam2", reason="needs the `bench` extra")
-    _check_equal({"transformers": expected, "sam2": track(Sam2Tracker(sam2_of(nano.model)), frames, points)})
+    check_equal({"transformers": expected, "sam2": track(Sam2Tracker(sam2_of(nano.model)), frames, points)})
 
 
 def test_sam2_chooses_masks_as_its_own_predictor_does(nano):
@@ -92,7 +91,7 @@ def test_sam2_chooses_masks_as_its_own_predictor_does(nano):
 def test_contenders_that_differ_are_not_timed():
     masks = torch.zeros(2, 1, 4, 4)
     with pytest.raises(AssertionError, match="b and a do not agree"):
-        _check_equal({"a": masks, "b": masks + 0.5})
+        check_equal({"a": masks, "b": masks + 0.5})
 
 
 def test_a_training_step_and_its_parts_are_timed():
@@ -104,47 +103,19 @@ def test_a_training_step_and_its_parts_are_timed():
     assert all(len(m.seconds) == 1 for m in measurements)
 
 
-def test_parts_of_a_frame_are_beside_their_floors():
-    config = SamoeConfig(**read_yaml(ROOT / "configs" / "model_micro.yaml"))
-    parts = {part.measurement.case: part for part in benchmark_parts(config, 2, 1, CPU, torch.float32)}
-    assert list(parts) == ["image encoder", "mask decoder", "memory encoder", "memory attention"]
-    assert [part.frames for part in parts.values()] == [4, 1, 1, 1]
-    attends = [any("scaled_dot_product" in kernel for kernel in part.kernels) for part in parts.values()]
-    assert attends == [True, True, False, True]
-    # Two objects; 64 positions, 7 maps and pointers of 8 frames in two tokens each; a head of 128; two layers.
-    keys = 7 * 64 + 8 * 2
-    attention = 2 * 2 * 4 * 64 * keys * 128
-    projections = 2 * 2 * 2 * (2 * keys * 64 * 128)
-    assert attention + projections < parts["memory attention"].flops < 3 * (attention + projections)
-    # Weights are most of the decoder's data, and it reads each once.
-    weights = 4 * sum(p.numel() for p in SamoeModel(config).mask_decoder.parameters())
-    assert weights < parts["mask decoder"].bytes < 1.5 * weights
-    one = parts["image encoder"]
-    assert one.floors(Peaks(one.flops / 4, one.bytes / 8)) == (1.0, 2.0)
-    names = {m.contender for m in benchmark_attention(config, 2, 1, CPU, torch.float32)}
-    assert names == {"as chosen", "flash", "math"}
-
-
-def run_script(monkeypatch, *arguments):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark.py"), run_name="__main__")
-
-
 @pytest.mark.slow
-def test_the_script_writes_tables_plots_and_times(monkeypatch, tmp_path, capsys):
-    peers = ["--peers", "transformers"]
-    run_script(monkeypatch, "track", *peers, "--objects", 1, 2, "--frames", 10, "--repeats", 1, "--output", tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"track.md", "track.json", "track.png"}
+def test_the_programs_write_tables_plots_and_times(tmp_path, capsys):
+    common = ["--repeats", "1", "--output", str(tmp_path)]
+    tracking.main(["--peers", "transformers", "--objects", "1", "2", "--frames", "10", *common])
+    experts.main(["--tokens", "64", "--width", "32", *common])
+    training.main(["--model", "model_nano", "--frames", "2", "--steps", "1", "--workers", "0", *common])
+    memory.main(["--frames", "2", "--objects", "1", "--output", str(tmp_path)])
+    files = {f"{name}.{kind}" for name in ("track", "experts", "train") for kind in ("md", "json", "png")}
+    assert {file.name for file in tmp_path.iterdir()} == files | {"memory.md", "memory.png"}
     times = json.loads((tmp_path / "track.json").read_text())["measurements"]
     assert [(m["case"], m["contender"]) for m in times] == [
-        ("micro, 1 object", "samoe_hf"), ("micro, 1 object", "transformers"),
-        ("micro, 2 objects", "samoe_hf"), ("micro, 2 objects", "transformers"),
-    ]  # fmt: skip
-    run_script(monkeypatch, "parts", "--repeats", 1, "--output", tmp_path)
-    assert (tmp_path / "parts.md").read_text().count("\n| ") == 11 and (tmp_path / "parts.png").is_file()
-    run_script(monkeypatch, "long", "--frames", 20, "--output", tmp_path)
-    assert (tmp_path / "long.md").read_text().count("\n| ") == 22 and (tmp_path / "long.png").is_file()
+        (f"micro, {count}", name) for count in ("1 object", "2 objects") for name in ("samoe_hf", "transformers")
+    ]
     assert "torch" in capsys.readouterr().out
 
 
@@ -197,34 +168,41 @@ def test_a_peer_with_another_loss_is_not_timed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    ["memory --frames 1", "train --frames 1", "track --frames 9", "track --objects 4 0", "memory --objects -1",
-     "parts --repeats 0", "experts --num-experts 0", "train --workers -1"],
-)  # fmt: skip
-def test_less_than_the_least_is_told_at_once(arguments, capsys):
+    ("program", "arguments", "least"),
+    [
+        (memory, "--frames 1", 2),
+        (training, "--workers -1", 0),
+        (tracking, "--frames 9", 10),
+        (tracking, "--objects 4 0", 1),
+        (experts, "--num-experts 0", 1),
+    ],
+)
+def test_less_than_the_least_is_told_at_once(program, arguments, least, capsys):
     with pytest.raises(SystemExit):
-        main([*arguments.split()])
-    kind, option, *values = arguments.split()
-    told = capsys.readouterr().err
-    assert f" {kind}: error: {option} must be at least" in told and f"got {values[-1]}" in told
+        program.main(arguments.split())
+    option, *values = arguments.split()
+    assert f"{option}: must be at least {least}, got {values[-1]}" in capsys.readouterr().err
 
 
-def test_memory_by_part_is_predicted_as_it_is_measured(tmp_path, capsys):
-    main(["memory", "--frames", "3", "--objects", "2", "--output", str(tmp_path)])
-    rows = re.findall(r"^\| (.+?) \| +([\d.]+) \| +([\d.]+) \|$", (tmp_path / "memory.md").read_text(), re.MULTILINE)
-    held = {what: (float(predicted), float(measured)) for what, predicted, measured in rows}
-    for part in ("memory attention", "mask decoder", "memory encoder"):
-        assert f"{part}, at most" in held and f"{part}, kept" in held
-    for what, (predicted, measured) in held.items():
-        # Convolutions of a CPU need work space of their own, which the memory encoder's has most of.
-        allowed = 0.6 if what == "memory encoder, at most" else 0.08
-        assert abs(predicted - measured) <= allowed * measured + 0.01, what
-    assert (tmp_path / "memory.png").exists() and "Written: memory.md and memory.png" in capsys.readouterr().out
-
-
-def test_what_an_object_needs_does_not_include_what_a_frame_needs():
+def test_memory_of_tracking_is_that_of_its_tensors():
     """Per object, a session keeps its memories, pointers and masks, and nothing of the image."""
-    one, four = (tracking_memory(SamoeConfig(**read_yaml("model_micro")), n, CPU, torch.float32) for n in (1, 4))
-    kept = "memory and mask of an object on a frame"
-    measured = [next(row.measured for row in rows if row.what == kept) for rows in (one, four)]
-    assert measured == pytest.approx([next(row.predicted for row in one if row.what == kept)] * 2, rel=0.1)
+    config = SamoeConfig(**read_yaml("model_micro"))
+    rows = dict(tracking_memory(config, 3, CPU, torch.float32))
+    model = SamoeModel(config)
+    fine, middle, coarse = (height * width for height, width in model.backbone_feature_sizes)
+    width = model.hidden_dim
+    assert rows["weights"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert rows["features of a frame"] == 4 * (fine * width // 8 + middle * width // 4 + coarse * width)
+    # A memory in bfloat16, a pointer and a mask's logits in float32, and a score.
+    of_object = 2 * coarse * model.mem_dim + 4 * width + 4 * fine + 4
+    assert rows["memory and mask of an object on a frame"] == pytest.approx(of_object, rel=0.1)
+    assert all(rows[f"{part}, at most"] > 0 for part in ("image encoder", "memory attention", "mask decoder"))
+
+
+def test_memory_of_training_is_told_by_part():
+    config = SamoeConfig(**read_yaml("model_nano"))
+    rows = dict(training_memory(config, 2, 1, CPU, torch.float32))
+    trained = sum(p.nbytes for p in SamoeModel(config).parameters() if p.requires_grad)
+    assert rows["gradients and AdamW's moments"] == 3 * trained
+    parts = sum(rows[f"{part}, kept"] for part in ("memory attention", "mask decoder", "memory encoder"))
+    assert 0 < parts < rows["a forward pass, kept"] < rows["all, at most"]
