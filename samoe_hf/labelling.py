@@ -24,7 +24,7 @@ from .data.own_videos import read_folders
 from .data.predictions import MaskFiles, MaskFormat
 from .data.schema import Video
 from .data.video_io import check_inside, read_label_png, read_video
-from .evaluation.run import RunFolder
+from .evaluation.run_folder import RunFolder
 from .evaluation.simulated_user import prompt_from_mask
 from .inference import VideoPrompt, check_prompts, evaluation_mode, masks_of, track_video
 from .model.modeling_samoe import SamoeModel

@@ -26,7 +26,7 @@ from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE
 from samoe_hf.evaluation.metrics import Protocol
-from samoe_hf.evaluation.report import comparison_table, summary_table, write_report
+from samoe_hf.evaluation.report import comparison_table, summary_table, write_evaluation_report
 from samoe_hf.evaluation.run import Evaluation, choose_seeds
 from samoe_hf.evaluation.simulated_user import PromptStrategy
 from samoe_hf.evaluation.statistics import seen_and_unseen, to_json
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     results = evaluation.results(entries, state)
     write_text(parsed.output / "results.json", to_json(results))
-    report = write_report(results, parsed.output)
+    report = write_evaluation_report(results, parsed.output)
     print(f"\n{summary_table(results)}")
     for comparison in results["comparisons"]:
         print(f"\n{comparison['model']} less {comparison['baseline']}\n{comparison_table(comparison)}")

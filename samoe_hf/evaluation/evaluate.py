@@ -8,18 +8,18 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import ProcessorMixin
 
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.base import VideoProcessor
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_io import whole_file
@@ -32,7 +32,7 @@ SURFACE_TOLERANCE = 2.0  # mm
 
 def segment_video(
     model: SamoeModel,
-    processor: ProcessorMixin,
+    processor: VideoProcessor,
     video: Video,
     prompt: str | PromptStrategy = "mask",
     seed: int = 42,
@@ -71,7 +71,6 @@ class VideoResult:
         image_area: pixels of a frame.
         seconds: of prompting and tracking, with the decoding of frames; NaN for masks that were read from files.
         prompts: what was given: object_id, frame_idx, points, labels and box of each prompt, in order.
-        surface_dice: of a volume, for each object (N,).
     """
 
     video_id: str
@@ -82,7 +81,6 @@ class VideoResult:
     image_area: int
     seconds: float = float("nan")
     prompts: list[dict[str, Any]] = field(default_factory=list)
-    surface_dice: np.ndarray | None = None
 
     @property
     def key(self) -> str:
@@ -92,8 +90,7 @@ class VideoResult:
     def save(self, path: Path) -> None:
         """Writes an `.npz`, which is there as a whole or not at all."""
         arrays = {f.name: getattr(self.scores, f.name) for f in fields(VideoScores)}
-        arrays |= {"surface_dice": self.surface_dice}
-        described = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("scores", "surface_dice")}
+        described = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
         present = {name: value for name, value in arrays.items() if value is not None}
         with whole_file(path) as temporary:
             np.savez_compressed(temporary, described=json.dumps(described), **present)
@@ -109,9 +106,8 @@ class VideoResult:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             described = json.loads(str(arrays.pop("described")))
-            surface = arrays.pop("surface_dice", None)
-            arrays["object_ids"] = tuple(arrays["object_ids"].tolist())
-            return cls(**described, scores=VideoScores(**arrays), surface_dice=surface)
+            object_ids = tuple(arrays.pop("object_ids").tolist())
+            return cls(**described, scores=VideoScores(object_ids, **arrays))
         except (ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"{path} holds no result of this version ({error}); delete it.") from error
 
@@ -139,31 +135,22 @@ def score_predictions(
             target = video.masks(frame_idx)
             parts.append(score_video(masks[None], target[None], ids, None if scores is None else scores[None]))
             if video.spacing is not None:
-                packed.append((np.packbits(masks), np.packbits(target)))
+                packed.append(np.packbits([masks, target]))
         start = time.perf_counter()
-    surface = None
+    scores = VideoScores.concatenate(parts)
     if video.spacing is not None:
-        shape = (len(ids), *video.size)
-        pair = (
-            np.stack([np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(bool) for bits in side])
-            for side in zip(*packed, strict=True)
-        )
-        surface = surface_dice(*pair, video.spacing[::-1], surface_tolerance, ids)
-    return VideoResult(
-        video.video_id,
-        video.domain,
-        VideoScores.concatenate(parts),
-        list(video.annotated_frames),
-        len(video),
-        math.prod(video.size),
-        seconds,
-        surface_dice=surface,
-    )
+        shape = (2, len(ids), *video.size)
+        pairs = [np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(bool) for bits in packed]
+        prediction, target = np.stack(pairs, axis=1)
+        surface = surface_dice(prediction, target, video.spacing[::-1], surface_tolerance, ids)
+        scores = replace(scores, surface_dice=surface)
+    frames = list(video.annotated_frames)
+    return VideoResult(video.video_id, video.domain, scores, frames, len(video), math.prod(video.size), seconds)
 
 
 def evaluate_video(
     model: SamoeModel,
-    processor: ProcessorMixin,
+    processor: VideoProcessor,
     video: Video,
     prompt: str | PromptStrategy = "mask",
     seed: int = 42,
@@ -231,7 +218,7 @@ def results_by_key(results: Iterable[VideoResult]) -> dict[str, VideoResult]:
 
 def evaluate_videos(
     model: SamoeModel,
-    processor: ProcessorMixin,
+    processor: VideoProcessor,
     videos: Iterable[Video],
     show_progress_bar: bool = True,
     prompt: str | PromptStrategy = "mask",

@@ -69,13 +69,22 @@ def _band(labels: np.ndarray, edges: np.ndarray, width: int) -> np.ndarray:
 
 
 def compare_labels(
-    pair: Sequence[np.ndarray], num_labels: int, band_width: int, origin: int, strides: Sequence[int]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Overlaps of the regions and of the bands inside their boundaries (2, 3, K), and each map's boundary keys."""
-    edges = [_block_edges(labels) for labels in pair]
-    bands = [_band(labels, edge, band_width) for labels, edge in zip(pair, edges, strict=True)]
-    keys = [_boundary_keys(labels, edge, origin, strides) for labels, edge in zip(pair, edges, strict=True)]
-    return np.stack([_overlaps(*pair, num_labels), _overlaps(*bands, num_labels)]), keys
+    prediction: np.ndarray, target: np.ndarray, num_labels: int, band_width: int, origin: int, strides: Sequence[int]
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Compares two maps (H, W) of the labels 0..K.
+
+    Returns:
+        Overlaps of the regions, and of the bands inside their boundaries (2, 3, K); and the boundary keys of prediction
+        and target.
+    """
+    edges = _block_edges(prediction), _block_edges(target)
+    bands = _band(prediction, edges[0], band_width), _band(target, edges[1], band_width)
+    keys = (
+        _boundary_keys(prediction, edges[0], origin, strides),
+        _boundary_keys(target, edges[1], origin, strides),
+    )
+    overlaps = [_overlaps(prediction, target, num_labels), _overlaps(bands[0], bands[1], num_labels)]
+    return np.stack(overlaps), keys
 
 
 def ball_runs(radius: float, spacing: Sequence[float], strides: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Scores of predicted against annotated masks: of videos, of sets of videos, and of volumes.
 
+[`METRICS`] lists the figures: to add one is to add an entry there, and what it is computed from to [`VideoScores`].
 Everything here works on arrays and knows neither models nor datasets. A video is given as id maps (T, H, W), where 0 is
 background, or as boolean masks (T, N, H, W), which may overlap; prediction and target in the same form, as arrays or
 tensors. Objects are paired by their id: a mask under another object's id is wrong.
@@ -11,12 +12,13 @@ no frames or objects is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from samoe_hf.errors import InputError
 
@@ -31,23 +33,27 @@ AP_THRESHOLDS = np.arange(10, 20) / 20
 DECAY_BINS = 4
 
 
-def _to_numpy(array: Any) -> np.ndarray:
+MaskArray = np.ndarray | torch.Tensor  # id maps (T, H, W) or masks (T, N, H, W)
+
+
+def _to_numpy(array: MaskArray) -> np.ndarray:
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
     return np.asarray(array)
 
 
-def _ids_in(id_maps: Any) -> tuple[int, ...]:
+def _ids_in(id_maps: np.ndarray) -> tuple[int, ...]:
     """The ids above 0 in id maps (T, H, W), ascending."""
-    id_maps = _to_numpy(id_maps)
     seen = np.zeros(int(id_maps.max(initial=0)) + 1, dtype=bool)  # far faster than `np.unique` on every pixel
     for id_map in id_maps:
         seen[np.maximum(id_map, 0)] = True
     return tuple(int(i) for i in np.flatnonzero(seen) if i > 0)
 
 
-def _check_pair(prediction: Any, target: Any, object_ids: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray, tuple]:
+def _check_pair(
+    prediction: MaskArray, target: MaskArray, object_ids: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     prediction, target = _to_numpy(prediction), _to_numpy(target)
     for name, array in (("prediction", prediction), ("target", target)):
         if (array.ndim, array.dtype.kind) not in ((3, "u"), (3, "i"), (4, "b")):
@@ -92,6 +98,7 @@ class VideoScores:
         f: boundary accuracy F (T, N).
         boundary_iou: (T, N).
         object_scores: the model's logits that an object is visible (T, N), where there are any.
+        surface_dice: of a volume, whose slices are the frames: surface Dice of each object (N,).
     """
 
     object_ids: tuple[int, ...]
@@ -101,13 +108,15 @@ class VideoScores:
     f: np.ndarray
     boundary_iou: np.ndarray
     object_scores: np.ndarray | None = None
+    surface_dice: np.ndarray | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[VideoScores]) -> VideoScores:
         """Scores of consecutive frames, of the same objects, as those of one video."""
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls) if f.name != "object_ids"}
-        arrays = {name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
-        return cls(parts[0].object_ids, **arrays)
+        names = ["intersection", "prediction_area", "target_area", "f", "boundary_iou"]
+        if parts[0].object_scores is not None:
+            names.append("object_scores")
+        return cls(parts[0].object_ids, **{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
 
     @property
     def union(self) -> np.ndarray:
@@ -143,7 +152,10 @@ class VideoScores:
 
 
 def score_video(
-    prediction: Any, target: Any, object_ids: Sequence[int] | None = None, object_scores: Any = None
+    prediction: MaskArray,
+    target: MaskArray,
+    object_ids: Sequence[int] | None = None,
+    object_scores: MaskArray | None = None,
 ) -> VideoScores:
     """Scores every frame and object of a video.
 
@@ -161,8 +173,9 @@ def score_video(
     """
     prediction, target, ids = _check_pair(prediction, target, object_ids)
     table = (len(target), len(ids))
-    if object_scores is not None and (object_scores := _to_numpy(object_scores)).shape != table:
-        raise InputError(f"object scores must have shape (T, N) = {table}, not {object_scores.shape}")
+    logits = None if object_scores is None else _to_numpy(object_scores)
+    if logits is not None and logits.shape != table:
+        raise InputError(f"object scores must have shape (T, N) = {table}, not {logits.shape}")
     num_labels = 1 if target.ndim == 4 else len(ids)
     height, width = target.shape[-2:]
     diagonal = math.hypot(height, width)
@@ -172,26 +185,33 @@ def score_video(
     strides = ((height + radius) * (width + radius), width + radius, 1)
 
     overlaps = np.zeros((2, 3, math.prod(table)), dtype=np.int64)
-    keys = [[np.zeros(0, dtype=np.int64)] * 2]
+    keys: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for index, pair in enumerate(zip(_label_maps(prediction, ids), _label_maps(target, ids), strict=True)):
         box = bounding_box(pair[0] | pair[1], margin=1)  # the margin holds the boundary above and left of a mask
         if box is not None:
             first = index * num_labels
             origin = first * strides[0] + box[0].start * strides[1] + box[1].start
             overlaps[..., first : first + num_labels], new = compare_labels(
-                [labels[box] for labels in pair], num_labels, band_width, origin, strides
+                pair[0][box], pair[1][box], num_labels, band_width, origin, strides
             )
-            keys.append(new)
+            for side, keys_of_frame in zip(keys, new, strict=True):
+                side.append(keys_of_frame)
 
-    boundaries = [np.concatenate(side) for side in zip(*keys, strict=True)]
-    f = f_measure(*boundaries, ball_runs(radius, (1, 1), strides[1:]), strides[0], math.prod(table))
+    none = np.zeros(0, dtype=np.int64)
+    predicted, annotated = (np.concatenate([none, *side]) for side in keys)
+    runs = ball_runs(radius, (1, 1), strides[1:])
+    f = f_measure(predicted, annotated, runs, strides[0], math.prod(table)).reshape(table)
     region, band = overlaps.reshape(2, 3, *table)
     boundary_iou = _ratio(band[0], band[1] + band[2] - band[0])
-    return VideoScores(ids, *region, f.reshape(table), boundary_iou, object_scores)
+    return VideoScores(ids, region[0], region[1], region[2], f, boundary_iou, logits)
 
 
 def surface_dice(
-    prediction: Any, target: Any, spacing: Sequence[float], tolerance: float, object_ids: Sequence[int] | None = None
+    prediction: MaskArray,
+    target: MaskArray,
+    spacing: Sequence[float],
+    tolerance: float,
+    object_ids: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Share of the surfaces of both volumes that lies within `tolerance` of the other's surface (Nikolov et al., 2018).
 
@@ -254,7 +274,7 @@ def counted_frames(scores: VideoScores, protocol: Protocol) -> np.ndarray:
     return counted
 
 
-def _mean(values: Any) -> float:
+def _mean(values: ArrayLike) -> float:
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else math.nan
@@ -273,41 +293,92 @@ def _decay(values: np.ndarray) -> float:
     return float(values[: limits[1] + 1].mean() - values[limits[-2] :].mean())
 
 
-STATISTICS: dict[str, tuple[str, Callable[[np.ndarray], float]]] = {
-    f"{score}_{name}": (attribute, function)
-    for score, attribute in (("J", "j"), ("F", "f"), ("J&F", "jf"))
-    for name, function in (("mean", _mean), ("recall", _recall), ("decay", _decay))
-} | {
-    "dice": ("dice", _mean),
-    "boundary_iou": ("boundary_iou", _mean),
-    "occlusion_accuracy": ("occlusion_correct", _mean),
-}
+class Metric(NamedTuple):
+    """A figure of an evaluation.
+
+    Attributes:
+        title: heading of its column in tables.
+        meaning: what it is, for readers of a report. `{tolerance}` stands for the tolerance of surfaces in mm.
+        table: the attribute of [`VideoScores`] that it is computed from: values of frames and objects (T, N), or (N,)
+            where it is `of_volume`. It is computed for each object, and then averaged over objects. The figures of
+            [`pooled_scores`], which are computed from all masks at once, have no table.
+        average: over an object's frames that count.
+        of_volume: whether only volumes have it.
+        is_main: whether short tables show it, and models are compared by it.
+    """
+
+    title: str
+    meaning: str
+    table: str = ""
+    average: Callable[[np.ndarray], float] = _mean
+    of_volume: bool = False
+    is_main: bool = False
+
+
+METRICS = {
+    "J&F_mean": Metric("J&F", "mean of J and F", "jf", is_main=True),
+    "J&F_recall": Metric("J&F recall", "share of frames with a mean of J and F above 0.5", "jf", _recall),
+    "J&F_decay": Metric("J&F decay", "as J decay; lower is better", "jf", _decay),
+    "J_mean": Metric("J", "region similarity: intersection over union of predicted and true mask (DAVIS)", "j",
+                     is_main=True),
+    "J_recall": Metric("J recall", "share of frames with J above 0.5", "j", _recall),
+    "J_decay": Metric("J decay", "mean J of an object's first quarter of frames less that of its last; lower is better",
+                      "j", _decay),
+    "F_mean": Metric("F", "boundary accuracy: harmonic mean of the shares of the predicted and of the true boundary "
+                     "that lie within 0.8 % of the image's diagonal of the other (DAVIS)", "f", is_main=True),
+    "F_recall": Metric("F recall", "share of frames with F above 0.5", "f", _recall),
+    "F_decay": Metric("F decay", "as J decay; lower is better", "f", _decay),
+    "dice": Metric("Dice", "twice the intersection over the sum of both areas, per frame", "dice", is_main=True),
+    "boundary_iou": Metric("boundary IoU", "IoU of the bands inside both boundaries, 2 % of the diagonal wide",
+                           "boundary_iou", is_main=True),
+    "pixel_iou": Metric("pixel IoU", "intersection over union of the pixels of all objects and frames together"),
+    "precision": Metric("precision", "share of predicted masks with an IoU above 0.5"),
+    "recall": Metric("recall", "share of true masks with an IoU above 0.5"),
+    "F1": Metric("F1", "harmonic mean of precision and recall"),
+    "PQ": Metric("PQ", "panoptic quality, SQ × RQ"),
+    "SQ": Metric("SQ", "mean IoU of the masks with an IoU above 0.5"),
+    "RQ": Metric("RQ", "recognition quality, equal to F1"),
+    "AP": Metric("AP", "share of masks with an IoU above a threshold, averaged over 0.50, 0.55, … 0.95"),
+    "AP50": Metric("AP@0.5", "that share at 0.5"),
+    "AP75": Metric("AP@0.75", "that share at 0.75"),
+    "AP90": Metric("AP@0.9", "that share at 0.9"),
+    "occlusion_accuracy": Metric("occlusion accuracy", "share of frames on which the object score says rightly whether "
+                                 "the object is to be seen", "occlusion_correct"),
+    "dice_3d": Metric("3-D Dice", "Dice of a whole volume, all annotated slices at once, the prompted one among them",
+                      "volume_dice", of_volume=True, is_main=True),
+    "surface_dice": Metric("surface Dice", "share of both surfaces, in mm², that lies within {tolerance:g} mm of the "
+                           "other", "surface_dice", of_volume=True, is_main=True),
+}  # fmt: skip
+MAIN_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_main)
 
 
 def score_objects(videos: Mapping[str, VideoScores], protocol: Protocol = "davis") -> list[dict[str, Any]]:
-    """The statistics of every object over the frames that count.
+    """The metrics of every object over the frames that count.
 
     Args:
         videos: scores by video name.
         protocol: which frames count, see `counted_frames`.
 
     Returns:
-        One row per object: `video`, `object_id`, `num_frames` and the columns of `STATISTICS`: mean, recall (share
-        above 0.5) and decay of J, F and J&F, means of Dice and boundary IoU, and the occlusion accuracy.
+        One row per object: `video`, `object_id`, `num_frames` and the [`METRICS`] that have a table. Those of volumes
+        are left out for other videos.
     """
     rows = []
     for video, scores in videos.items():
         counted = counted_frames(scores, protocol)
-        tables = {name: getattr(scores, attribute) for name, (attribute, _) in STATISTICS.items()}
+        metrics = {n: m for n, m in METRICS.items() if m.table and (not m.of_volume or scores.surface_dice is not None)}
+        tables = {name: getattr(scores, metric.table) for name, metric in metrics.items()}
         for column, object_id in enumerate(scores.object_ids):
             frames = counted[:, column]
             row = {"video": video, "object_id": object_id, "num_frames": int(frames.sum())}
-            row |= {name: function(tables[name][frames, column]) for name, (_, function) in STATISTICS.items()}
+            for name, metric in metrics.items():
+                table = tables[name]
+                row[name] = float(table[column]) if metric.of_volume else metric.average(table[frames, column])
             rows.append(row)
     return rows
 
 
-def detection_scores(iou: Any, in_prediction: Any, in_target: Any) -> dict[str, float]:
+def detection_scores(iou: ArrayLike, in_prediction: ArrayLike, in_target: ArrayLike) -> dict[str, float]:
     """Masks counted as detections: a pair with an IoU above 0.5 is a true positive.
 
     Args:
@@ -348,27 +419,40 @@ def summarize(
 
     Returns:
         `num_videos`, `num_objects` and `num_frames` (summed over objects) that count; the columns of `score_objects`
-        averaged over objects, as DAVIS does; `pixel_iou` and the `detection_scores` pooled over objects and frames.
-        With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and `overall`, the mean of their J&F.
+        averaged over objects, as DAVIS does; and the [`pooled_scores`]. With groups also `groups`, {group: {"J_mean",
+        "F_mean", "J&F_mean"}}, and `overall`, the mean of their J&F.
 
     Raises:
         ValueError: if an object has no group (names it).
     """
-    rows = [row for row in score_objects(videos, protocol) if row["num_frames"]]
-    pooled = [(s, counted_frames(s, protocol)) for s in videos.values()]
-    iou, union, intersection, predicted, annotated = (
-        np.concatenate([np.zeros(0), *(getattr(s, name)[counted] for s, counted in pooled)])
-        for name in ("j", "union", "intersection", "prediction_area", "target_area")
-    )
+    every = score_objects(videos, protocol)
+    rows = [row for row in every if row["num_frames"]]
     summary: dict[str, Any] = {
         "num_videos": len({row["video"] for row in rows}),
         "num_objects": len(rows),
         "num_frames": sum(row["num_frames"] for row in rows),
-        **{name: _mean([row[name] for row in rows]) for name in STATISTICS},
-        "pixel_iou": float(_ratio(intersection.sum(), union.sum())) if rows else math.nan,
-        **detection_scores(iou, predicted > 0, annotated > 0),
     }
+    pooled = pooled_scores(videos.values(), protocol)
+    for name, metric in METRICS.items():
+        if metric.of_volume:
+            # A volume is scored as a whole, whichever of its slices count.
+            if values := [row[name] for row in every if name in row]:
+                summary[name] = _mean(values)
+        else:
+            summary[name] = _mean([row[name] for row in rows]) if metric.table else pooled[name]
+    summary |= {name: pooled[name] for name in ("TP", "FP", "FN")}
     return summary if groups is None else summary | _group(rows, groups)
+
+
+def pooled_scores(videos: Iterable[VideoScores], protocol: Protocol) -> dict[str, float]:
+    """`pixel_iou` and the [`detection_scores`] of all objects' frames that count together."""
+    counted = [(scores, counted_frames(scores, protocol)) for scores in videos]
+    iou, union, intersection, predicted, annotated = (
+        np.concatenate([np.zeros(0), *(getattr(scores, name)[frames] for scores, frames in counted)])
+        for name in ("j", "union", "intersection", "prediction_area", "target_area")
+    )
+    pixel_iou = float(_ratio(intersection.sum(), union.sum())) if iou.size else math.nan
+    return {"pixel_iou": pixel_iou, **detection_scores(iou, predicted > 0, annotated > 0)}
 
 
 def _group(rows: list[dict[str, Any]], groups: Mapping[tuple[str, int], str]) -> dict[str, Any]:

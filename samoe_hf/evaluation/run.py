@@ -7,14 +7,12 @@ import math
 import os
 import platform
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -26,76 +24,16 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
-from samoe_hf.model.weights_io import hash_tensors, write_text
+from samoe_hf.model.weights_io import hash_tensors
 from samoe_hf.plots.evaluation import draw_object
 
 from .evaluate import SURFACE_TOLERANCE, VideoResult, check_annotated, evaluate_masks, evaluate_video, video_key
 from .metrics import Protocol
+from .run_folder import RunFolder
 from .simulated_user import PromptStrategy
-from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, compare_models, summarize_model, to_json
+from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, combine_runs, compare_models, to_json
 
 FIRST_SEED, SEED_STEP = 42, 1000  # those of the original's evaluation
-
-
-class RunFolder(ABC):
-    """A folder that is filled step by step; a stopped run goes on, as long as all that it depends on is the same.
-
-    `run.json` says what that is.
-
-    Args:
-        folder: made if it is not there.
-        identity: what the content depends on, as JSON holds it.
-    """
-
-    kind = "a run"
-
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any]):
-        self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
-
-    def start(self, overwrite: bool = False) -> None:
-        """Makes the folder, or checks that it holds the same run.
-
-        Args:
-            overwrite: whether to take the place of another run.
-
-        Raises:
-            ValueError: if it holds another run (names what differs), or something else.
-        """
-        path = self.folder / "run.json"
-        if path.is_file():
-            if overwrite:
-                self.clear()
-            else:
-                self._check_same(path)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
-        write_text(path, json.dumps(self.identity, indent=2))
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Removes what an earlier run has written."""
-
-    def _check_same(self, path: Path) -> None:
-        advice = "Choose another `--output`, or replace the results with `--overwrite`."
-        try:
-            earlier = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} does not say what was done ({error}). {advice}") from error
-        differences = [
-            f"`{name}` is {earlier.get(name)!r}, not {self.identity.get(name)!r}"
-            for name in sorted({*earlier, *self.identity})
-            if earlier.get(name) != self.identity.get(name)
-        ]
-        if differences:
-            raise InputError(f"{self.folder} holds the results of another run: {'; '.join(differences)}. {advice}")
-
-    @staticmethod
-    def inside(folder: Path, name: str) -> Path:
-        """A path within a folder; ValueError for a name, made of a video's domain and id, that leads out of it."""
-        path = Path(os.path.normpath(folder / name))
-        if not path.is_relative_to(folder) or path == folder:
-            raise InputError(f"the domain and id of a video must name a file within a folder, got {name!r}")
-        return path
 
 
 class EvaluationRun(RunFolder):
@@ -117,7 +55,7 @@ class EvaluationRun(RunFolder):
         """The file of a video's result; ValueError for an id that leads out of the folder."""
         return self.inside(self._seed_folder(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
 
-    def masks(self, video: Video, seed: int | None, layout: str) -> MaskFiles:
+    def masks(self, video: Video, seed: int | None, layout: Layout) -> MaskFiles:
         """The files of a video's masks."""
         folder = self.inside(self._seed_folder(seed) / "masks", video.domain)
         self.inside(folder, video.video_id)
@@ -169,6 +107,7 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
     A model of which `source` holds only what was trained has the base that it was loaded with as `base_model`.
     """
     config, loaded = model.config, model.base_model_source
+    assert loaded is not None, "the model was not loaded"
     source = os.path.abspath(source) if os.path.exists(source) else source
     has_base = loaded["name_or_path"] != source
     return {
@@ -232,7 +171,7 @@ class Evaluation:
                 raise InputError(f"Two videos are called {video_key(video)}; give their datasets different domains.")
             keys.add(video_key(video))
             objects = [(video.video_id, object_id) for object_id in video.object_ids] if self.groups else []
-            if missing := [one for one in objects if one not in self.groups]:
+            if missing := [one for one in objects if one not in (self.groups or {})]:
                 raise InputError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
 
     def run_model(
@@ -274,15 +213,14 @@ class Evaluation:
                 write=files.write,
             )
 
-        self._finish(run, label, self.seeds, evaluate, state)
+        self._evaluate_rest(run, label, self.seeds, evaluate, state)
         if not state.is_main_process:
             return None
-        entry, results = self._summarize(label, about, run, self.seeds)
-        for highlight in entry["highlights"]:
-            video, result = self._find(highlight, results)
-            files = run.masks(video, self.seeds[0], self.layout)
-            self._draw(label, highlight, video, result, files, range(len(video)))
-        return entry
+
+        def shown(video: Video) -> tuple[MaskFiles, Sequence[int]]:
+            return run.masks(video, self.seeds[0], self.layout), range(len(video))
+
+        return self._entry(run, label, about, self.seeds, shown)
 
     def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
         """Scores masks that were written before, always anew.
@@ -297,10 +235,10 @@ class Evaluation:
         """
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder of predictions")
-        about = {"source": str(folder.resolve())}
-        if folder.resolve().is_relative_to((self.output / "runs" / label).resolve()):
+        source = folder.resolve()
+        if source.is_relative_to((self.output / "runs" / label).resolve()):
             raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
-        run = self._start(label, {"predictions": about["source"]}, state, overwrite=True)
+        run = self._start(label, {"predictions": str(source)}, state, overwrite=True)
 
         def find_files(video: Video) -> MaskFiles:
             return MaskFiles(folder / video.domain if (folder / video.domain).is_dir() else folder, self.layout)
@@ -308,14 +246,10 @@ class Evaluation:
         def evaluate(video: Video, _: int | None) -> VideoResult:
             return evaluate_masks(video, find_files(video), self.surface_tolerance)
 
-        self._finish(run, label, [None], evaluate, state)
+        self._evaluate_rest(run, label, [None], evaluate, state)
         if not state.is_main_process:
             return None
-        entry, results = self._summarize(label, about, run, [None])
-        for highlight in entry["highlights"]:
-            video, result = self._find(highlight, results)
-            self._draw(label, highlight, video, result, find_files(video), video.annotated_frames)
-        return entry
+        return self._entry(run, label, {"source": str(source)}, [None], lambda v: (find_files(v), v.annotated_frames))
 
     def results(self, models: Sequence[Mapping[str, Any]], state: PartialState) -> dict[str, Any]:
         """What `results.json` holds of these entries; all but the first are compared with the first.
@@ -326,8 +260,7 @@ class Evaluation:
         labels = [model["label"] for model in models]
         if len(set(labels)) < len(labels):
             raise InputError(f"Labels of models must differ, got {', '.join(labels)}.")
-        is_gpu = state.device.type == "cuda"
-        has_model = any("fingerprint" in model for model in models)
+        device = torch.device(str(state.device))
         results = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": {
@@ -336,10 +269,10 @@ class Evaluation:
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
-            "device": torch.cuda.get_device_name(state.device) if is_gpu else state.device.type,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "num_processes": state.num_processes,
             "dataset": {**self.dataset, "num_videos": len(self.videos)},
-            "prompt": str(self.prompt) if has_model else None,
+            "prompt": str(self.prompt) if any("fingerprint" in model for model in models) else None,
             "seeds": None if list(self.seeds) == [None] else list(self.seeds),
             "protocol": self.protocol,
             "layout": self.layout,
@@ -358,7 +291,7 @@ class Evaluation:
         state.wait_for_everyone()
         return run
 
-    def _finish(
+    def _evaluate_rest(
         self,
         run: EvaluationRun,
         label: str,
@@ -367,8 +300,7 @@ class Evaluation:
         state: PartialState,
     ) -> None:
         """Evaluates the unfinished videos of this process' share, and waits for the other processes."""
-        with state.split_between_processes(list(range(len(self.videos)))) as share:
-            own = [self.videos[index] for index in share]
+        own = [self.videos[i] for i in range(state.process_index, len(self.videos), state.num_processes)]
         unfinished = [(video, seed) for seed in seeds for video in run.unfinished(own, seed)]
         total = len(own) * len(seeds)
         if len(unfinished) < total and state.is_main_process:
@@ -382,41 +314,52 @@ class Evaluation:
                 progress.update(len(video))
         state.wait_for_everyone()
 
-    def _summarize(
-        self, label: str, about: Mapping[str, Any], run: EvaluationRun, seeds: Sequence[int | None]
-    ) -> tuple[dict[str, Any], list[VideoResult]]:
-        """The entry of finished runs, and the results of the first, of which the best and worst objects are shown."""
-        runs = {seed: run.load(self.videos, seed) for seed in seeds}
-        first = runs[seeds[0]]
-        figures = summarize_model(runs, self.protocol, self.groups)
-        highlights = choose_highlights(summarize_model({None: first}, self.protocol)["objects"])
-        return {"label": label, **about, **figures, "highlights": highlights}, first
+    def _entry(
+        self,
+        run: EvaluationRun,
+        label: str,
+        about: Mapping[str, Any],
+        seeds: Sequence[int | None],
+        shown: Callable[[Video], tuple[MaskFiles, Sequence[int]]],
+    ) -> dict[str, Any]:
+        """The entry of finished runs in the results, and pictures of the best and worst objects of the first.
 
-    def _find(self, highlight: Mapping[str, Any], results: Sequence[VideoResult]) -> tuple[Video, VideoResult]:
-        names = highlight["domain"], highlight["video"]
-        index = next(i for i, result in enumerate(results) if (result.domain, result.video_id) == names)
-        return self.videos[index], results[index]
+        Args:
+            shown: gives a video's masks, and the frames to draw.
+        """
+        runs = {seed: run.load(self.videos, seed) for seed in seeds}
+        first = {result.key: (video, result) for video, result in zip(self.videos, runs[seeds[0]], strict=True)}
+        highlights = choose_highlights(combine_runs({None: runs[seeds[0]]}, self.protocol)["objects"])
+        for highlight in highlights:
+            video, result = first[f"{highlight['domain']}/{highlight['video']}"]
+            highlight |= self._draw(label, highlight, video, result, *shown(video))
+        figures = combine_runs(runs, self.protocol, self.groups)
+        return {"label": label, **about, "expert_domains": about.get("domains"), **figures, "highlights": highlights}
 
     def _draw(
         self,
         label: str,
-        highlight: dict[str, Any],
+        highlight: Mapping[str, Any],
         video: Video,
         result: VideoResult,
         files: MaskFiles,
         frames: Sequence[int],
-    ) -> None:
-        """Draws an object, and adds the paths of the picture and the video to its highlight."""
-        object_id, rank = highlight["object_id"], highlight["rank"]
+    ) -> dict[str, str]:
+        """Draws an object, and returns the paths of the picture and the video."""
+        object_id, rank, scores = highlight["object_id"], highlight["rank"], result.scores
         name = " ".join(dict.fromkeys((video.domain, video.video_id)))
         title = f"{label}, {rank.replace('_', ' ')}: {name}, object {object_id}, J&F {highlight['J&F_mean']:.3f}"
         path = Path("pictures") / label / rank
-        column = result.scores.object_ids.index(object_id)
-        occupied = [t for t, union in zip(result.frames, result.scores.union[:, column], strict=True) if union]
-
-        def read(frame: int) -> np.ndarray:
-            return files.read(video, frame, [object_id])[0]
-
-        j = result.scores.j[:, column].tolist()
-        draw_object(video, object_id, read, frames, j, occupied or result.frames, title, self.output / path)
-        highlight |= {"picture": f"{path.as_posix()}.png", "video_file": f"{path.as_posix()}.mp4"}
+        column = scores.object_ids.index(object_id)
+        occupied = [t for t, union in zip(result.frames, scores.union[:, column], strict=True) if union]
+        draw_object(
+            video,
+            object_id,
+            lambda frame: files.read(video, frame, [object_id])[0],
+            frames,
+            scores.j[:, column].tolist(),
+            occupied or result.frames,
+            title,
+            self.output / path,
+        )
+        return {"picture": f"{path.as_posix()}.png", "video_file": f"{path.as_posix()}.mp4"}

@@ -11,12 +11,11 @@ from zlib import crc32
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
-from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, masks_of
-from samoe_hf.model.base import InferenceSession
+from samoe_hf.model.base import VideoProcessor
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE, bounding_boxes
@@ -166,7 +165,7 @@ class SimulatedUser:
     def __init__(
         self,
         model: SamoeModel,
-        processor: ProcessorMixin,
+        processor: VideoProcessor,
         video: Video,
         strategy: PromptStrategy,
         seed: int = 42,
@@ -176,7 +175,7 @@ class SimulatedUser:
         self.domain = domain
         self.given: list[VideoPrompt] = []
         # Objects that appear together share a session: it would also run those that appear later, in every pass.
-        self._sessions: dict[int, InferenceSession] = {}
+        self._sessions: dict[int, VideoSession] = {}
         self._object_ids = video.object_ids
         self._annotated = set(video.annotated_frames)
         self._frames: dict[int, list[int]] = {}  # object id -> frames on which it was prompted
@@ -226,7 +225,7 @@ class SimulatedUser:
         )
         self.given.append(prompt)
 
-    def _session(self, object_id: int, frame_idx: int) -> InferenceSession:
+    def _session(self, object_id: int, frame_idx: int) -> VideoSession:
         """The session of an object that is prompted on this frame."""
         frames = self._frames.setdefault(object_id, [])
         if frame_idx not in frames:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from samoe_hf.errors import InputError
 
 from .evaluate import VideoResult
-from .metrics import Protocol, counted_frames, score_objects, summarize
+from .metrics import MAIN_METRICS, Protocol, counted_frames, score_objects, summarize
 
 SIZE_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # of the image
 BOOTSTRAP_SAMPLES = 10_000
-COMPARED = ("J&F_mean", "J_mean", "F_mean", "dice", "boundary_iou")
 NUM_HIGHLIGHTS = 2  # best and worst objects that are shown
 
 
@@ -47,7 +44,7 @@ def seen_and_unseen(meta: Mapping[str, Any], train_meta: Mapping[str, Any]) -> d
         raise InputError(f"not a meta.json of YouTube-VOS, with a category for each object: {error!r}") from error
 
 
-def summarize_model(
+def combine_runs(
     runs: Mapping[int | None, Sequence[VideoResult]],
     protocol: Protocol,
     groups: Mapping[tuple[str, int], str] | None = None,
@@ -62,104 +59,79 @@ def summarize_model(
     Returns:
         `summary` (see `metrics.summarize`; means over the runs), `std` (sample standard deviation over the runs, None
         for one), `runs` (seed and summary of each), `domains` (summary and std of each), `videos`, `objects`,
-        `over_time`, `by_size`, and `speed`. Of volumes the summaries and objects have `dice_3d` and `surface_dice` too.
+        `over_time`, `by_size`, and `speed`.
 
     Raises:
         ValueError: if an object has no group (names it).
     """
-    results = next(iter(runs.values()))
-    objects = _mean_rows([_object_rows(run, protocol) for run in runs.values()])
-    domains = sorted({result.domain for result in results})
-    summaries = {seed: _summary(run, protocol, groups) for seed, run in runs.items()}
+    first, every = next(iter(runs.values())), [result for run in runs.values() for result in run]
+    objects = [_mean(rows) for rows in zip(*(_object_rows(run, protocol) for run in runs.values()), strict=True)]
+    summaries = [_summary(run, protocol, groups) for run in runs.values()]
+    of_domains = {
+        domain: [_summary([r for r in run if r.domain == domain], protocol) for run in runs.values()]
+        for domain in sorted({result.domain for result in first})
+    }
     return {
-        **_mean_and_std(list(summaries.values())),
-        "runs": [{"seed": seed, "summary": summary} for seed, summary in summaries.items()],
-        "domains": {
-            domain: _mean_and_std([_summary([r for r in run if r.domain == domain], protocol) for run in runs.values()])
-            for domain in domains
-        },
-        "videos": _video_rows(runs, objects),
+        **_mean_and_std(summaries),
+        "runs": [{"seed": seed, "summary": summary} for seed, summary in zip(runs, summaries, strict=True)],
+        "domains": {domain: _mean_and_std(values) for domain, values in of_domains.items()},
+        "videos": [_video_row(results, objects) for results in zip(*runs.values(), strict=True)],
         "objects": objects,
-        "over_time": _over_time(runs),
-        "by_size": _by_size(runs, protocol),
-        "speed": _speed([result for run in runs.values() for result in run]),
+        "over_time": _over_time(every, len(runs)),
+        "by_size": _by_size(every, len(runs), protocol),
+        "speed": _speed(every),
     }
 
 
 def _summary(
     results: Sequence[VideoResult], protocol: Protocol, groups: Mapping[tuple[str, int], str] | None = None
 ) -> dict[str, Any]:
-    by_key = {result.key: result for result in results}
-    keyed = groups and {
-        (result.key, i): groups[result.video_id, i]
-        for result in results
-        for i in result.scores.object_ids
-        if (result.video_id, i) in groups
-    }
-    summary = summarize({key: result.scores for key, result in by_key.items()}, protocol, keyed)
-    volumes = [result for result in results if result.surface_dice is not None]
-    if volumes:
-        summary["dice_3d"] = float(np.concatenate([result.scores.volume_dice for result in volumes]).mean())
-        summary["surface_dice"] = float(np.concatenate([result.surface_dice for result in volumes]).mean())
-    return summary
+    objects = [(result, object_id) for result in results for object_id in result.scores.object_ids]
+    keyed = groups and {(r.key, i): groups[r.video_id, i] for r, i in objects if (r.video_id, i) in groups}
+    return summarize({result.key: result.scores for result in results}, protocol, keyed)
 
 
 def _mean_and_std(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of the same figures of several runs."""
+    return {"summary": _mean(summaries), "std": _std(summaries) if len(summaries) > 1 else None}
 
-    def combine(values: list[Any], function: Callable[..., Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {name: combine([value[name] for value in values], function) for name in values[0]}
-        return values[0] if len(values) == 1 else float(function(values))
 
-    std = combine(summaries, partial(np.std, ddof=1)) if len(summaries) > 1 else None
-    return {"summary": combine(summaries, np.mean), "std": std}
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of figures, or of mappings entry by entry; what is the same in all stays as it is."""
+    if isinstance(values[0], Mapping):
+        return {name: _mean([value[name] for value in values]) for name in values[0]}
+    return values[0] if all(value == values[0] for value in values) else float(np.mean(values))
+
+
+def _std(values: Sequence[Any]) -> Any:
+    """The sample standard deviation of figures, or of mappings entry by entry."""
+    if isinstance(values[0], Mapping):
+        return {name: _std([value[name] for value in values]) for name in values[0]}
+    return float(np.std(values, ddof=1))
 
 
 def _object_rows(results: Sequence[VideoResult], protocol: Protocol) -> list[dict[str, Any]]:
     rows = []
     for result in results:
-        scores = result.scores
-        shown = scores.target_area > 0
-        for column, row in enumerate(score_objects({result.video_id: scores}, protocol)):
-            frames, areas = np.flatnonzero(shown[:, column]), scores.target_area[shown[:, column], column]
-            row = {"domain": result.domain, **row, "first_frame": result.frames[frames[0]] if frames.size else None}
-            row["relative_area"] = float(areas.mean() / result.image_area) if frames.size else 0.0
-            if result.surface_dice is not None:
-                row["dice_3d"] = float(scores.volume_dice[column])
-                row["surface_dice"] = float(result.surface_dice[column])
+        areas = result.scores.target_area
+        for column, row in enumerate(score_objects({result.video_id: result.scores}, protocol)):
+            frames = np.flatnonzero(areas[:, column])
+            row |= {"domain": result.domain, "first_frame": result.frames[frames[0]] if frames.size else None}
+            row["relative_area"] = float(areas[frames, column].mean() / result.image_area) if frames.size else 0.0
             rows.append(row)
     return rows
 
 
-def _mean_rows(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of the same objects or videos, their figures averaged over runs."""
-
-    def mean(values: Sequence[Any]) -> Any:
-        return float(np.mean(values)) if isinstance(values[0], float) else values[0]
-
-    return [{name: mean([row[name] for row in rows]) for name in rows[0]} for rows in zip(*runs, strict=True)]
-
-
-def _video_rows(
-    runs: Mapping[int | None, Sequence[VideoResult]], objects: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    rows_of = defaultdict(list)
-    for row in objects:
-        if row["num_frames"]:
-            rows_of[row["domain"], row["video"]].append(row)
-    names = ("J&F_mean", "J_mean", "F_mean", "dice", "boundary_iou", "dice_3d", "surface_dice")
-    videos = []
-    for results in zip(*runs.values(), strict=True):
-        result, counted = results[0], rows_of[results[0].domain, results[0].video_id]
-        row = {"domain": result.domain, "video": result.video_id, "num_objects": len(result.scores.object_ids)}
-        row |= {"num_frames": result.num_frames, **_speed(results)}
-        row["num_prompts"] = float(np.mean([len(r.prompts) for r in results]))
-        for name in names:
-            if not counted or name in counted[0]:
-                row[name] = float(np.mean([c[name] for c in counted])) if counted else math.nan
-        videos.append(row)
-    return videos
+def _video_row(results: Sequence[VideoResult], objects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A video's row: the means over its objects. `results`: of the same video in each run."""
+    first = results[0]
+    counted = [o for o in objects if (o["domain"], o["video"]) == (first.domain, first.video_id) and o["num_frames"]]
+    row = {"domain": first.domain, "video": first.video_id, "num_objects": len(first.scores.object_ids)}
+    row |= {"num_frames": first.num_frames, **_speed(results)}
+    row["num_prompts"] = float(np.mean([len(result.prompts) for result in results]))
+    for name in MAIN_METRICS:
+        if not counted or name in counted[0]:
+            row[name] = float(np.mean([one[name] for one in counted])) if counted else math.nan
+    return row
 
 
 def _speed(results: Sequence[VideoResult]) -> dict[str, float]:
@@ -167,41 +139,40 @@ def _speed(results: Sequence[VideoResult]) -> dict[str, float]:
     return {"seconds": seconds, "fps": sum(r.num_frames for r in results) / seconds if seconds else math.nan}
 
 
-def _over_time(runs: Mapping[int | None, Sequence[VideoResult]]) -> dict[str, list[float]]:
+def _over_time(results: Sequence[VideoResult], num_runs: int) -> dict[str, list[float]]:
     """J by the number of frames since the object's first: mean and quartiles over objects, and how many there are."""
-    tables = [pd.DataFrame({"frame": [], "j": []}).astype({"frame": int})]
-    for result in (result for run in runs.values() for result in run):
-        first = (result.scores.target_area > 0).argmax(axis=0)
-        frames = np.array(result.frames)
-        tables += [
-            pd.DataFrame({"frame": frames[row + 1 :] - frames[row], "j": result.scores.j[row + 1 :, column]})
-            for column, row in enumerate(first)
-        ]
-    by_frame = pd.concat(tables).groupby("frame")["j"]
-    columns = {
-        "frames": list(by_frame.groups),
-        "mean": by_frame.mean().tolist(),
-        "lower_quartile": by_frame.quantile(0.25).tolist(),
-        "upper_quartile": by_frame.quantile(0.75).tolist(),
-        "objects": (by_frame.size() // len(runs)).astype(float).tolist(),
+    frames, js = [np.zeros(0, dtype=int)], [np.zeros(0)]
+    for result in results:
+        for column, first in enumerate((result.scores.target_area > 0).argmax(axis=0)):
+            frames.append(np.array(result.frames[first + 1 :], dtype=int) - result.frames[first])
+            js.append(result.scores.j[first + 1 :, column])
+    order = np.argsort(after := np.concatenate(frames), kind="stable")
+    unique, starts = np.unique(after[order], return_index=True)
+    groups = np.split(np.concatenate(js)[order], starts[1:]) if unique.size else []
+    return {
+        "frames": unique.tolist(),
+        "mean": [float(group.mean()) for group in groups],
+        "lower_quartile": [float(np.quantile(group, 0.25)) for group in groups],
+        "upper_quartile": [float(np.quantile(group, 0.75)) for group in groups],
+        "objects": [float(group.size // num_runs) for group in groups],
     }
-    return {name: [x if name == "frames" else float(x) for x in values] for name, values in columns.items()}
 
 
-def _by_size(runs: Mapping[int | None, Sequence[VideoResult]], protocol: Protocol) -> list[dict[str, Any]]:
+def _by_size(results: Sequence[VideoResult], num_runs: int, protocol: Protocol) -> list[dict[str, Any]]:
     """J by the object's share of the image, over the frames that count and show it."""
     areas, js = [np.zeros(0)], [np.zeros(0)]
-    for result in (result for run in runs.values() for result in run):
+    for result in results:
         counted = counted_frames(result.scores, protocol) & (result.scores.target_area > 0)
         areas.append(result.scores.target_area[counted] / result.image_area)
         js.append(result.scores.j[counted])
-    bins = pd.cut(np.concatenate(areas), [0.0, *SIZE_EDGES, np.inf], right=False)
-    sizes = pd.Series(np.concatenate(js)).groupby(bins, observed=False).agg(["size", "mean"])
+    bins, all_js = np.digitize(np.concatenate(areas), SIZE_EDGES), np.concatenate(js)
     edges = [0.0, *SIZE_EDGES, 1.0]
-    return [
-        {"from": low, "to": high, "masks": int(size) // len(runs), "J_mean": float(mean)}
-        for low, high, size, mean in zip(edges[:-1], edges[1:], sizes["size"], sizes["mean"], strict=True)
-    ]
+    sizes = []
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = all_js[bins == number]
+        mean = float(inside.mean()) if inside.size else math.nan
+        sizes.append({"from": low, "to": high, "masks": inside.size // num_runs, "J_mean": mean})
+    return sizes
 
 
 def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,27 +182,23 @@ def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dic
     that of the 2.5 and 97.5 percentiles of 10 000 draws (seed 0). With a single video there is none.
 
     Args:
-        model, baseline: what [`summarize_model`] gives of the same videos, with their labels.
+        model, baseline: what [`combine_runs`] gives of the same videos, with their labels.
     """
-    counted = [
-        (a, b)
-        for a, b in zip(model["objects"], baseline["objects"], strict=True)
-        if a["num_frames"] and b["num_frames"]
-    ]
+    pairs = zip(model["objects"], baseline["objects"], strict=True)
+    counted = [(a, b) for a, b in pairs if a["num_frames"] and b["num_frames"]]
     videos = sorted({(a["domain"], a["video"]) for a, _ in counted})
     index = np.array([videos.index((a["domain"], a["video"])) for a, _ in counted], dtype=int)
-    draws = np.random.default_rng(0).integers(0, len(videos), (BOOTSTRAP_SAMPLES, len(videos))) if videos else None
     metrics = {}
-    names = [n for n in (*COMPARED, "dice_3d", "surface_dice") if all(n in row for pair in counted for row in pair)]
-    for name in names if videos else ():
+    for name in MAIN_METRICS:
+        if not counted or not all(name in row for pair in counted for row in pair):
+            continue
         difference = np.array([a[name] - b[name] for a, b in counted])
-        metrics[name] = {"difference": float(difference.mean()), "low": math.nan, "high": math.nan}
+        low = high = math.nan
         if len(videos) > 1:
-            total = np.bincount(index, weights=difference, minlength=len(videos))
-            count = np.bincount(index, minlength=len(videos))
-            means = total[draws].sum(axis=1) / count[draws].sum(axis=1)
-            low, high = np.quantile(means, (0.025, 0.975))
-            metrics[name] |= {"low": float(low), "high": float(high)}
+            draws = np.random.default_rng(0).integers(0, len(videos), (BOOTSTRAP_SAMPLES, len(videos)))
+            total, count = np.bincount(index, weights=difference), np.bincount(index)
+            low, high = np.quantile(total[draws].sum(axis=1) / count[draws].sum(axis=1), (0.025, 0.975))
+        metrics[name] = {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
     return {
         "model": model["label"],
         "baseline": baseline["label"],

@@ -43,8 +43,8 @@ def test_frames_are_scored_one_by_one_as_the_video_is_as_a_whole():
     target = np.stack([video.masks(t) for t in range(len(video))])
     logits = np.stack([frame.scores for frame in predictions])
     assert_same_scores(result.scores, score_video(predicted, target, [2, 300], logits))
-    np.testing.assert_allclose(result.surface_dice, surface_dice(predicted, target, (5.0, 0.75, 0.5), 1.5))
-    assert 0 < result.surface_dice.min() < result.surface_dice.max() < 1
+    np.testing.assert_allclose(result.scores.surface_dice, surface_dice(predicted, target, (5.0, 0.75, 0.5), 1.5))
+    assert 0 < result.scores.surface_dice.min() < result.scores.surface_dice.max() < 1
     assert written == [(video, t, predicted[t].sum()) for t in range(5)]
     assert result.frames == [0, 1, 2, 3, 4] and result.image_area == 24 * 32 and result.num_frames == 5
 
@@ -55,7 +55,7 @@ def test_only_annotated_frames_are_scored():
     video = Video("sparse", full.frames, MaskArrays(masks, [2, 300], frames=[0, 2, 3]))
     predictions = perturbed(full)
     result = score_predictions(video, predictions)
-    assert result.frames == [0, 2, 3] and result.surface_dice is None
+    assert result.frames == [0, 2, 3] and result.scores.surface_dice is None
     expected = score_video(np.stack([predictions[t].masks for t in (0, 2, 3)]), masks)
     np.testing.assert_array_equal(result.scores.j, expected.j)
 
@@ -108,7 +108,7 @@ def test_videos_of_one_frame_or_without_objects_are_scored(nano, processor):
     frames = np.zeros((2, 32, 32, 3), np.uint8)
     none = Video("empty", ArrayFrames(frames), MaskArrays(np.zeros((2, 0, 32, 32), bool), []), spacing=(1, 1, 2))
     result = evaluate_video(nano.model, processor, none)
-    assert result.scores.j.shape == (2, 0) and result.surface_dice.shape == (0,)
+    assert result.scores.j.shape == (2, 0) and result.scores.surface_dice.shape == (0,)
     without = Video("bare", ArrayFrames(frames), MaskArrays(np.zeros((0, 1, 32, 32), bool), [1], frames=[]))
     with pytest.raises(ValueError, match="bare: no frame is annotated"):
         evaluate_video(nano.model, processor, without)
@@ -139,7 +139,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["b.npz"]
     read = VideoResult.load(path)
     assert_same_scores(read.scores, result.scores)
-    np.testing.assert_array_equal(read.surface_dice, result.surface_dice)
+    np.testing.assert_array_equal(read.scores.surface_dice, result.scores.surface_dice)
     assert read.key == "ct/video 0" and read.frames == result.frames and read.seconds == result.seconds
     assert read.prompts[0]["points"] == [[3.0, 4.0]]
     result.seconds = math.nan

@@ -16,9 +16,9 @@ from samoe_hf.evaluation.report import (
     format_number,
     format_table,
     summary_table,
-    write_report,
+    write_evaluation_report,
 )
-from samoe_hf.evaluation.statistics import choose_highlights, compare_models, summarize_model, to_json
+from samoe_hf.evaluation.statistics import choose_highlights, combine_runs, compare_models, to_json
 from samoe_hf.plots.evaluation import ADDED, FOUND, MISSED, compare_masks, draw_object, plot_by_size, plot_over_time
 from samoe_hf.plots.masks import HATCH
 
@@ -44,7 +44,7 @@ def make_results(models=1, seeds=(None,), **options):
             "num_parameters": 1234,
         }
         entry |= {"fingerprint": "f00", "num_experts": 4, "lora_rank": 8}
-        entry |= summarize_model(runs(-0.05 * number), "youtube_vos")
+        entry |= combine_runs(runs(-0.05 * number), "youtube_vos")
         entry["highlights"] = [
             highlight
             | {"picture": f"pictures/{highlight['rank']}.png", "video_file": f"pictures/{highlight['rank']}.mp4"}
@@ -78,7 +78,7 @@ def cells(report, heading, row):
 
 def test_the_report_has_the_figures(tmp_path):
     results = make_results()
-    path = write_report(results, tmp_path)
+    path = write_evaluation_report(results, tmp_path)
     report = path.read_text()
     assert path == tmp_path / "report.md"
     table = cells(report, "Results", "photos")
@@ -101,7 +101,7 @@ def test_the_report_has_the_figures(tmp_path):
 
 def test_several_models_and_seeds_are_told_apart(tmp_path):
     results = make_results(models=2, seeds=(42, 1042))
-    report = write_report(results, tmp_path).read_text()
+    report = write_evaluation_report(results, tmp_path).read_text()
     assert "2 runs with the seeds 42, 1042" in report and "standard deviation over the seeds" in report
     assert cells(report, "Results", "model_0: photos")["J"] == "0.655 ± 0.007"
     assert cells(report, "Results", "model_1")["J"].startswith(format_number(np.mean([0.455, 0.855, 0.25]) - 0.05))
@@ -118,17 +118,17 @@ def test_groups_and_left_out_objects_are_reported(tmp_path):
         "overall": 0.5,
         "num_objects": 2,
     }
-    report = write_report(results, tmp_path).read_text()
+    report = write_evaluation_report(results, tmp_path).read_text()
     assert cells(report, "Seen and unseen categories", "model_0: seen")["F"] == "0.600"
     assert "1 of 3 objects have no frame that counts" in report
 
 
 def test_results_without_any_frame_that_counts_have_a_report(tmp_path):
     results = make_results()
-    figures = summarize_model({None: [make_result([[0.9]], "one")]}, "davis")
+    figures = combine_runs({None: [make_result([[0.9]], "one")]}, "davis")
     results["models"] = [json.loads(to_json({"label": "m", "source": "m", **figures, "highlights": []}))]
     results["prompt"] = None
-    report = write_report(results, tmp_path).read_text()
+    report = write_evaluation_report(results, tmp_path).read_text()
     assert "No object has a frame that counts." in report and "nan" not in report.lower().replace("masks m", "")
     assert "m  " in summary_table(results)
 
@@ -213,7 +213,7 @@ def test_objects_are_drawn_as_video_and_picture(num_frames, size, tmp_path):
 
 
 def test_plots_of_one_frame_and_of_many_models(tmp_path):
-    one = summarize_model({None: [make_result([[1], [0.5]])]}, "youtube_vos") | {"label": "one"}
+    one = combine_runs({None: [make_result([[1], [0.5]])]}, "youtube_vos") | {"label": "one"}
     plot_over_time([one], tmp_path / "time.png")
     plot_by_size([one | {"label": str(i)} for i in range(9)], tmp_path / "size.png")
     assert (np.asarray(Image.open(tmp_path / "time.png").convert("L")) < 100).any()

@@ -10,11 +10,11 @@ from helpers.results import make_result
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.evaluation.statistics import (
     choose_highlights,
+    combine_runs,
     compare_models,
     protocol_of,
     read_results,
     seen_and_unseen,
-    summarize_model,
     to_json,
 )
 
@@ -24,7 +24,7 @@ def test_means_are_over_objects_and_spreads_over_seeds():
         42: [make_result([[1, 1], [0.5, 0.1]], "a"), make_result([[1], [0.3]], "b", "e")],
         1042: [make_result([[1, 1], [0.7, 0.1]], "a"), make_result([[1], [0.3]], "b", "e")],
     }
-    figures = summarize_model(runs, "youtube_vos")
+    figures = combine_runs(runs, "youtube_vos")
     assert figures["summary"]["J_mean"] == pytest.approx((0.5 + 0.1 + 0.3 + 0.7 + 0.1 + 0.3) / 6)
     assert figures["std"]["J_mean"] == pytest.approx(np.std([0.3, 1.1 / 3], ddof=1))
     assert figures["domains"]["d"]["summary"]["J_mean"] == pytest.approx((0.5 + 0.1 + 0.7 + 0.1) / 4)
@@ -39,7 +39,7 @@ def test_means_are_over_objects_and_spreads_over_seeds():
 
 def test_one_run_has_no_spread_and_the_figures_of_summarize():
     results = [make_result([[1, 1], [0.5, 0.1], [0.9, 0.8]], "a"), make_result([[1], [0.3], [0.2]], "b")]
-    figures = summarize_model({None: results}, "davis")
+    figures = combine_runs({None: results}, "davis")
     expected = summarize({result.key: result.scores for result in results}, "davis")
     assert figures["std"] is None and set(figures["summary"]) == set(expected)
     for name, value in expected.items():
@@ -49,17 +49,17 @@ def test_one_run_has_no_spread_and_the_figures_of_summarize():
 def test_volumes_have_three_dimensional_scores():
     flat = make_result([[1], [0.5]], "flat")
     volume = make_result([[1], [0.5]], "ct", surface_dice=np.array([0.25]))
-    figures = summarize_model({None: [flat, volume]}, "youtube_vos")
+    figures = combine_runs({None: [flat, volume]}, "youtube_vos")
     assert figures["summary"]["dice_3d"] == pytest.approx(2 * 150 / (150 + 200))
     assert figures["summary"]["surface_dice"] == 0.25
     rows = {row["video"]: row for row in figures["objects"]}
     assert "dice_3d" not in rows["flat"] and rows["ct"]["surface_dice"] == 0.25
-    assert "dice_3d" not in summarize_model({None: [flat]}, "youtube_vos")["summary"]
+    assert "dice_3d" not in combine_runs({None: [flat]}, "youtube_vos")["summary"]
 
 
 def test_objects_without_a_frame_that_counts_are_told_and_left_out():
     results = [make_result([[0.9, 0.9]], "one"), make_result([[1, 1], [0.4, 1]], "two", target=[[100, 0], [100, 0]])]
-    figures = summarize_model({None: results}, "youtube_vos")
+    figures = combine_runs({None: results}, "youtube_vos")
     assert figures["summary"]["num_objects"] == 1 and figures["summary"]["J_mean"] == pytest.approx(0.4)
     assert [row["num_frames"] for row in figures["objects"]] == [0, 0, 1, 0]
     assert math.isnan(figures["videos"][0]["J_mean"])
@@ -70,7 +70,7 @@ def test_curves_run_from_each_objects_first_frame():
     # The second object appears on frame 8; every fourth frame is annotated.
     j = [[1, 1], [0.8, 1], [0.6, 0.9], [0.4, 0.5]]
     target = [[100, 0], [100, 0], [100, 100], [100, 100]]
-    figures = summarize_model({None: [make_result(j, target=target, frames=[0, 4, 8, 12])]}, "youtube_vos")
+    figures = combine_runs({None: [make_result(j, target=target, frames=[0, 4, 8, 12])]}, "youtube_vos")
     curve = figures["over_time"]
     assert curve["frames"] == [4, 8, 12] and curve["objects"] == [2, 1, 1]
     assert curve["mean"] == pytest.approx([0.65, 0.6, 0.4])
@@ -81,7 +81,7 @@ def test_curves_run_from_each_objects_first_frame():
 def test_sizes_are_shares_of_the_image_where_the_object_is():
     j = [[1, 1], [0.8, 1], [0.6, 0.4], [1, 0.2]]
     target = [[100, 5000], [100, 5000], [95, 2000], [0, 5]]
-    sizes = summarize_model({None: [make_result(j, target=target)]}, "youtube_vos")["by_size"]
+    sizes = combine_runs({None: [make_result(j, target=target)]}, "youtube_vos")["by_size"]
     assert [size["masks"] for size in sizes] == [1, 0, 1, 1, 0, 1, 1]
     assert [size["J_mean"] for size in sizes] == pytest.approx([0.2, math.nan, 0.6, 0.8, math.nan, 0.4, 1], nan_ok=True)
     assert sizes[0]["from"] == 0 and sizes[-1]["to"] == 1
@@ -139,11 +139,11 @@ def test_categories_of_training_are_seen():
     groups = seen_and_unseen(meta, train)
     assert groups == {("a", 1): "seen", ("a", 3): "unseen"}
     results = [make_result([[1, 1], [0.5, 0.1]], "a", object_ids=(1, 3))]
-    summary = summarize_model({None: results}, "youtube_vos", groups)["summary"]
+    summary = combine_runs({None: results}, "youtube_vos", groups)["summary"]
     assert summary["groups"]["seen"]["J_mean"] == 0.5 and summary["groups"]["unseen"]["J_mean"] == pytest.approx(0.1)
     assert summary["overall"] == pytest.approx(((0.5 + 0.25) / 2 + (0.1 + 0.01) / 2) / 2)
     with pytest.raises(ValueError, match=r"no group is given for the objects \[\('d/b', 1\)\]"):
-        summarize_model({None: [make_result([[1], [0.5]], "b")]}, "youtube_vos", groups)
+        combine_runs({None: [make_result([[1], [0.5]], "b")]}, "youtube_vos", groups)
     with pytest.raises(ValueError, match=r"not a meta.json of YouTube-VOS"):
         seen_and_unseen({"videos": []}, train)
 

@@ -37,12 +37,12 @@ def assert_same_scores(a, b):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def make_result(j, video="v", domain="d", target=None, frames=None, seconds=2.0, object_ids=None, **options):
+def make_result(j, video="v", domain="d", target=None, frames=None, seconds=2.0, object_ids=None, surface_dice=None):
     """A result with the given J (T, N) of objects of 100 pixels in images of 10 000; F is J squared."""
     j = np.asarray(j, dtype=float)
     target = np.full(j.shape, 100) if target is None else np.asarray(target)
     intersection = np.rint(j * target).astype(int)
     ids = tuple(object_ids or range(1, j.shape[1] + 1))
-    scores = VideoScores(ids, intersection, intersection, target, j**2, j / 2)
+    scores = VideoScores(ids, intersection, intersection, target, j**2, j / 2, surface_dice=surface_dice)
     frames = list(range(len(j))) if frames is None else frames
-    return VideoResult(video, domain, scores, frames, frames[-1] + 1, 10_000, seconds, **options)
+    return VideoResult(video, domain, scores, frames, frames[-1] + 1, 10_000, seconds)

@@ -3,14 +3,14 @@
 from matplotlib.figure import Figure
 
 from helpers.results import make_result
-from samoe_hf.evaluation.statistics import summarize_model
+from samoe_hf.evaluation.statistics import combine_runs
 from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
 
 
 def test_labels_of_models_are_in_the_legends_as_they_are(tmp_path, monkeypatch):
     """Matplotlib leaves out labels that begin with an underscore, and takes `$` for mathematics."""
     labels, figures = ["_a", r"b$\c^{$"], []
-    summary = summarize_model({None: [make_result([[0.5], [0.6], [0.7]])]}, "all")
+    summary = combine_runs({None: [make_result([[0.5], [0.6], [0.7]])]}, "all")
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     for plot in (plot_over_time, plot_by_size):

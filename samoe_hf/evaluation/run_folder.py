@@ -1,0 +1,75 @@
+"""Folders that are filled step by step, by runs that can be stopped and go on."""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from samoe_hf.errors import InputError
+from samoe_hf.model.weights_io import write_text
+
+
+class RunFolder(ABC):
+    """A folder that is filled step by step; a stopped run goes on, as long as all that it depends on is the same.
+
+    `run.json` says what that is.
+
+    Args:
+        folder: made if it is not there.
+        identity: what the content depends on, as JSON holds it.
+    """
+
+    kind = "a run"
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any]):
+        self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
+
+    def start(self, overwrite: bool = False) -> None:
+        """Makes the folder, or checks that it holds the same run.
+
+        Args:
+            overwrite: whether to take the place of another run.
+
+        Raises:
+            ValueError: if it holds another run (names what differs), or something else.
+        """
+        path = self.folder / "run.json"
+        if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
+        if path.is_file() and overwrite:
+            self.clear()
+        elif path.is_file():
+            self._check_same(path)
+        write_text(path, json.dumps(self.identity, indent=2))
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Removes what an earlier run has written."""
+
+    def _check_same(self, path: Path) -> None:
+        advice = "Choose another `--output`, or replace the results with `--overwrite`."
+        try:
+            earlier = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} does not say what was done ({error}). {advice}") from error
+        differences = [
+            f"`{name}` is {earlier.get(name)!r}, not {self.identity.get(name)!r}"
+            for name in sorted({*earlier, *self.identity})
+            if earlier.get(name) != self.identity.get(name)
+        ]
+        if differences:
+            raise InputError(f"{self.folder} holds the results of another run: {'; '.join(differences)}. {advice}")
+
+    @staticmethod
+    def inside(folder: Path, name: str) -> Path:
+        """A path within a folder.
+
+        Raises:
+            ValueError: for a name, made of a video's domain and id, that leads out of the folder.
+        """
+        path = Path(os.path.normpath(folder / name))
+        if not path.is_relative_to(folder) or path == folder:
+            raise InputError(f"the domain and id of a video must name a file within a folder, got {name!r}")
+        return path
