@@ -7,7 +7,7 @@ import math
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_io import whole_file
 
-from .metrics import VideoScores, counted_frames, score_video, surface_dice
+from .metrics import VideoScores, score_video, surface_dice
 from .simulated_user import PredictedFrame, PromptStrategy, SimulatedUser
 
 SURFACE_TOLERANCE = 2.0  # mm
+
+
+MaskWriter = Callable[[Video, int, np.ndarray], None]  # takes a video, a frame's index and its masks (N, H, W)
 
 
 def segment_video(
@@ -50,8 +53,8 @@ def segment_video(
         overlapping; and object score logits (T, N), -inf before.
     """
     user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
-    frames = list(user.track(overlapping=True))
-    return np.stack([frame.masks for frame in frames]), np.stack([frame.scores for frame in frames])
+    masks, scores = zip(*((frame.masks, frame.scores) for frame in user.track(overlapping=True)), strict=True)
+    return np.stack(masks), np.stack(scores)
 
 
 def video_key(video: Video | VideoResult) -> str:
@@ -70,7 +73,7 @@ class VideoResult:
         num_frames: all frames of the video.
         image_area: pixels of a frame.
         seconds: of prompting and tracking, with the decoding of frames; NaN for masks that were read from files.
-        prompts: what was given: object_id, frame_idx, points, labels and box of each prompt, in order.
+        prompts: what was given, in order: object_id, frame_idx, points, labels and box of each, and whether a mask.
     """
 
     video_id: str
@@ -84,7 +87,6 @@ class VideoResult:
 
     @property
     def key(self) -> str:
-        """Unique among the videos of an evaluation."""
         return video_key(self)
 
     def save(self, path: Path) -> None:
@@ -116,14 +118,14 @@ def score_predictions(
     video: Video,
     predictions: Iterable[PredictedFrame],
     surface_tolerance: float = SURFACE_TOLERANCE,
-    write: Callable[[Video, int, np.ndarray], None] | None = None,
+    write: MaskWriter | None = None,
 ) -> VideoResult:
     """Scores a video's predicted frames one by one, as they come.
 
     Args:
         predictions: at least those of the annotated frames, in order.
         surface_tolerance: in mm, for volumes.
-        write: takes the video, a frame's index and its masks (N, H, W), such as [`MaskFiles.write`].
+        write: takes the masks, such as [`MaskFiles.write`].
     """
     ids, annotated = video.object_ids, set(video.annotated_frames)
     parts, packed, seconds, start = [], [], 0.0, time.perf_counter()
@@ -156,7 +158,7 @@ def evaluate_video(
     seed: int = 42,
     overlapping: bool = False,
     surface_tolerance: float = SURFACE_TOLERANCE,
-    write: Callable[[Video, int, np.ndarray], None] | None = None,
+    write: MaskWriter | None = None,
     domain: str | None = AUTO,
 ) -> VideoResult:
     """Tracks a video's objects and scores them on its annotated frames.
@@ -173,11 +175,7 @@ def evaluate_video(
     check_annotated(video)
     user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
     result = score_predictions(video, user.track(overlapping), surface_tolerance, write)
-    result.prompts = [
-        {name: value for name, value in asdict(given).items() if name != "mask"} | {"mask": given.mask is not None}
-        for given in user.given
-    ]
-    return result
+    return replace(result, prompts=[asdict(given) | {"mask": given.mask is not None} for given in user.given])
 
 
 def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
@@ -189,11 +187,8 @@ def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SU
     """
     check_annotated(video)
     files.check(video, video.annotated_frames)
-
     frames = (PredictedFrame(frame, files.read(video, frame), None) for frame in video.annotated_frames)
-    result = score_predictions(video, frames, surface_tolerance)
-    result.seconds = float("nan")
-    return result
+    return replace(score_predictions(video, frames, surface_tolerance), seconds=math.nan)
 
 
 def check_annotated(video: Video) -> None:
@@ -240,14 +235,3 @@ def evaluate_videos(
         return results_by_key(
             evaluate_video(model, processor, video, prompt, seed, domain=domain) for video in progress
         )
-
-
-def mean_iou(results: Mapping[str, VideoResult]) -> float:
-    """IoU averaged over all objects and the frames after the first that shows each, 0 to 1; NaN where there are none.
-
-    Args:
-        results: of [`evaluate_videos`].
-    """
-    values = [result.scores.j[counted_frames(result.scores, "youtube_vos")] for result in results.values()]
-    values = np.concatenate([np.zeros(0), *values])
-    return float(values.mean()) if values.size else math.nan

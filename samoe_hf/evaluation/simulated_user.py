@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -24,18 +24,6 @@ from samoe_hf.model.session import KEPT_FRAMES, VideoSession
 PAUSE_IOU = 0.75  # online, the user corrects an object whose IoU falls below this (arXiv:2408.00714, section 6.1)
 
 _SYNTAX = re.compile(r"(mask|box)|(point)(?::([1-9]\d*))?|(clicks):([1-9]\d*)(?:@([1-9]\d*)(:offline)?)?", re.ASCII)
-_SYNTAX_ERROR = (
-    "`prompt` must be mask, box, point, point:N, clicks:N, clicks:N@M or clicks:N@M:offline, N and M from 1 on"
-)
-
-
-def _parse(text: str) -> tuple[str, int, int, bool] | None:
-    """Kind, count, number of frames and offline."""
-    if (match := _SYNTAX.fullmatch(text)) is None:
-        return None
-    plain, point, points, clicks, count, frames, offline = match.groups()
-    num_frames = int(frames or 1)
-    return plain or point or clicks, int(count or points or 1), num_frames, offline is not None and num_frames > 1
 
 
 @dataclass(frozen=True)
@@ -64,11 +52,6 @@ class PromptStrategy:
     num_frames: int = 1
     offline: bool = False
 
-    def __post_init__(self) -> None:
-        # What cannot be written as text has no meaning either.
-        if _parse(str(self)) != astuple(self):
-            raise InputError(f"{_SYNTAX_ERROR}, got {self!r}.")
-
     @classmethod
     def parse(cls, text: str | PromptStrategy) -> PromptStrategy:
         """Reads a strategy's text.
@@ -78,23 +61,25 @@ class PromptStrategy:
         """
         if isinstance(text, PromptStrategy):
             return text
-        if (fields := _parse(text)) is None:
-            raise InputError(f"{_SYNTAX_ERROR}, got {text!r}.")
-        return cls(*fields)
+        if (match := _SYNTAX.fullmatch(text)) is None:
+            raise InputError(
+                "`prompt` must be mask, box, point, point:N, clicks:N, clicks:N@M or clicks:N@M:offline, N and M from "
+                f"1 on, got {text!r}."
+            )
+        plain, point, points, clicks, count, frames, offline = match.groups()
+        num_frames = int(frames or 1)
+        return cls(plain or point or clicks, int(count or points or 1), num_frames, bool(offline) and num_frames > 1)
 
     def __str__(self) -> str:
         if self.kind in ("mask", "box"):
             return self.kind
         frames = f"@{self.num_frames}" if self.num_frames > 1 else ""
-        return f"{self.kind}:{self.count}{frames}{':offline' if frames and self.offline else ''}"
+        return f"{self.kind}:{self.count}{frames}{':offline' if self.offline else ''}"
 
     @property
     def is_random(self) -> bool:
         """Whether another seed gives other prompts."""
         return self.kind == "point"
-
-
-# --- Clicks
 
 
 def click_on_error(target: np.ndarray, prediction: np.ndarray) -> tuple[tuple[float, float], int] | None:
@@ -109,13 +94,13 @@ def click_on_error(target: np.ndarray, prediction: np.ndarray) -> tuple[tuple[fl
         point (x, y), and label 1 on a missed region or 0 on the background; None where nothing is wrong.
     """
     # Distance to the nearest pixel outside of the region, or of the image.
-    depths = [
-        distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1] for region in (target & ~prediction, prediction & ~target)
-    ]
-    missed, added = (depth.max(initial=0) for depth in depths)
-    if missed == added == 0:
+    missed, added = (
+        np.asarray(distance_transform_edt(np.pad(region, 1)))[1:-1, 1:-1]
+        for region in (target & ~prediction, prediction & ~target)
+    )
+    if missed.max(initial=0) == added.max(initial=0) == 0:
         return None
-    label, depth = (POSITIVE, depths[0]) if missed > added else (NEGATIVE, depths[1])
+    label, depth = (POSITIVE, missed) if missed.max() > added.max() else (NEGATIVE, added)
     y, x = divmod(int(depth.argmax()), depth.shape[1])
     return (float(x), float(y)), label
 
@@ -125,9 +110,6 @@ def sample_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> lis
     pixels = np.flatnonzero(mask)
     chosen = rng.choice(pixels, min(count, len(pixels)), replace=False)
     return [(float(i % mask.shape[1]), float(i // mask.shape[1])) for i in chosen]
-
-
-# --- Tracking
 
 
 class PredictedFrame(NamedTuple):
@@ -143,10 +125,8 @@ class PredictedFrame(NamedTuple):
 
 def prompt_from_mask(kind: str, object_id: int, frame_idx: int, mask: np.ndarray) -> VideoPrompt:
     """The prompt of a "mask" (H, W) bool, or of the "box" around it; of another kind, without anything given yet."""
-    prompt = VideoPrompt(object_id, frame_idx)
-    if kind == "mask":
-        prompt.mask = mask
-    elif kind == "box":
+    prompt = VideoPrompt(object_id, frame_idx, mask=mask if kind == "mask" else None)
+    if kind == "box":
         prompt.box = tuple(bounding_boxes(torch.from_numpy(mask)[None])[0].tolist())
     return prompt
 
@@ -194,19 +174,18 @@ class SimulatedUser:
 
     def _track_frame(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
         """Logits (N, H, W), and logits of visibility (N,), after what the user gives on this frame."""
-        annotated = frame_idx in self._annotated
+        strategy, annotated = self.strategy, frame_idx in self._annotated
         visible = self.video.visible(frame_idx) if annotated else []
         new = [object_id for object_id in visible if object_id not in self._frames]
-        clicked = self.strategy.kind == "clicks"
-        if new and not clicked:
+        if new and strategy.kind != "clicks":
             self._prompt_new(frame_idx, new)
         logits, scores = self._predict(frame_idx)
-        if clicked and annotated:
-            online = self.strategy.num_frames > 1 and not self.strategy.offline
+        if annotated and strategy.kind == "clicks":
+            online = strategy.num_frames > 1 and not strategy.offline
             ious = self._ious(frame_idx, logits) if online else {}
             wrong = [object_id for object_id, iou in ious.items() if iou < PAUSE_IOU]
             if new or wrong:
-                logits, scores = self._click(frame_idx, [*new, *wrong], logits, scores)
+                self._click(frame_idx, [*new, *wrong], logits, scores)
         return logits, scores
 
     def _prompt_new(self, frame_idx: int, object_ids: list[int]) -> None:
@@ -219,50 +198,47 @@ class SimulatedUser:
             self._add_prompt(prompt)
 
     def _add_prompt(self, prompt: VideoPrompt, **options: Any) -> None:
-        session = self._session(prompt.object_id, prompt.frame_idx)
+        frames = self._frames.setdefault(prompt.object_id, [])
+        if prompt.frame_idx not in frames:
+            frames.append(prompt.frame_idx)
+        if frames[0] not in self._sessions:
+            self._sessions[frames[0]] = self._new_session()
         self.processor.add_inputs_to_inference_session(
-            session, prompt.frame_idx, prompt.object_id, **prompt.inputs(), **options
+            self._sessions[frames[0]], prompt.frame_idx, prompt.object_id, **prompt.inputs(), **options
         )
         self.given.append(prompt)
 
-    def _session(self, object_id: int, frame_idx: int) -> VideoSession:
-        """The session of an object that is prompted on this frame."""
-        frames = self._frames.setdefault(object_id, [])
-        if frame_idx not in frames:
-            frames.append(frame_idx)
-        if frames[0] not in self._sessions:
-            session = VideoSession(
-                self.video.frames,
-                self.processor,
-                # Offline, any frame may be corrected after a pass over all.
-                keep_frames=max(KEPT_FRAMES, len(self.video) if self.strategy.offline else 0),
-                # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
-                corrections_condition=True,
-                domain=self.domain,
-                inference_device=self.model.device,
-                dtype=self.model.dtype,
-            )
-            if self._sessions:
-                # Image features, and what the gate decided of the video, are the same for all.
-                earlier = next(iter(self._sessions.values()))
-                session.cache, session.domain_decision = earlier.cache, earlier.domain_decision
-            self._sessions[frames[0]] = session
-        return self._sessions[frames[0]]
+    def _new_session(self) -> VideoSession:
+        session = VideoSession(
+            self.video.frames,
+            self.processor,
+            # Offline, any frame may be corrected after a pass over all.
+            keep_frames=max(KEPT_FRAMES, len(self.video) if self.strategy.offline else 0),
+            # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
+            corrections_condition=True,
+            domain=self.domain,
+            inference_device=self.model.device,
+            dtype=self.model.dtype,
+        )
+        if self._sessions:
+            # Image features, and what the gate decided of the video, are the same for all.
+            earlier = next(iter(self._sessions.values()))
+            session.cache, session.domain_decision = earlier.cache, earlier.domain_decision
+        return session
 
     def _predict(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
         """Tracks all objects that were prompted up to this frame on it."""
         logits = np.full((len(self._object_ids), *self.video.size), -np.inf, dtype=np.float32)
         scores = np.full(len(self._object_ids), -np.inf, dtype=np.float32)
-        self._update({start for start in self._sessions if start <= frame_idx}, frame_idx, logits, scores)
+        self._update([start for start in self._sessions if start <= frame_idx], frame_idx, logits, scores)
         return logits, scores
 
-    def _update(self, starts: set[int], frame_idx: int, logits: np.ndarray, scores: np.ndarray) -> None:
+    def _update(self, starts: Iterable[int], frame_idx: int, logits: np.ndarray, scores: np.ndarray) -> None:
         """Writes what the model now gives on a frame in the sessions that begin on the frames `starts`."""
-        size = self.video.size
-        for session in (session for start, session in self._sessions.items() if start in starts):
+        for session in map(self._sessions.__getitem__, starts):
             output = self.model(session, frame_idx=frame_idx)
             rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
-            masks = self.processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
+            masks = self.processor.post_process_masks([output.pred_masks], [self.video.size], binarize=False)[0][:, 0]
             if masks.isnan().any():
                 raise InputError(
                     f"{self.video.video_id}: the model predicts NaN on frame {frame_idx}, in {self.model.dtype}; its "
@@ -271,10 +247,8 @@ class SimulatedUser:
             logits[rows] = masks.float().cpu().numpy()
             scores[rows] = output.object_score_logits[:, 0].float().cpu().numpy()
 
-    def _click(
-        self, frame_idx: int, object_ids: list[int], logits: np.ndarray, scores: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Gives up to `count` clicks for each object, and what the model then predicts on the frame."""
+    def _click(self, frame_idx: int, object_ids: list[int], logits: np.ndarray, scores: np.ndarray) -> None:
+        """Gives up to `count` clicks for each object, and writes what the model then predicts on the frame."""
         targets = dict(zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True))
         for _ in range(self.strategy.count):
             clicked = set()
@@ -287,7 +261,6 @@ class SimulatedUser:
             if not clicked:
                 break
             self._update(clicked, frame_idx, logits, scores)  # elsewhere the frame would be tracked anew
-        return logits, scores
 
     def _ious(self, frame_idx: int, logits: np.ndarray) -> dict[int, float]:
         """IoU of the objects that may be corrected on this frame: prompted on another, and on fewer than all."""

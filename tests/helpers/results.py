@@ -4,7 +4,7 @@ import numpy as np
 
 from samoe_hf.data import Video
 from samoe_hf.evaluation.evaluate import VideoResult
-from samoe_hf.evaluation.metrics import VideoScores
+from samoe_hf.evaluation.metrics import VideoScores, summarize
 from samoe_hf.evaluation.simulated_user import PredictedFrame
 
 
@@ -46,3 +46,8 @@ def make_result(j, video="v", domain="d", target=None, frames=None, seconds=2.0,
     scores = VideoScores(ids, intersection, intersection, target, j**2, j / 2, surface_dice=surface_dice)
     frames = list(range(len(j))) if frames is None else frames
     return VideoResult(video, domain, scores, frames, frames[-1] + 1, 10_000, seconds)
+
+
+def mean_j(results):
+    """Mean J over objects of what `evaluate_videos` gives."""
+    return summarize({key: result.scores for key, result in results.items()}, "youtube_vos")["J_mean"]
