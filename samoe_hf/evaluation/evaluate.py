@@ -19,9 +19,9 @@ from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import evaluation_mode
-from samoe_hf.model.base import VideoProcessor
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import whole_file
 
 from .metrics import VideoScores, score_video, surface_dice

@@ -81,9 +81,6 @@ def _label_maps(video: np.ndarray, object_ids: Sequence[int]) -> Iterator[np.nda
         yield labels.take(id_map, mode="clip")  # other ids fall on the ends of the table, which are background
 
 
-# --- One video
-
-
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole == 0, 1.0, part / np.maximum(whole, 1))
 
@@ -241,9 +238,6 @@ def surface_dice(
         if box is not None:
             result[column] = volume_surface_dice(pair[0][box], pair[1][box], spacing, tolerance)
     return result
-
-
-# --- Sets of videos
 
 
 def counted_frames(scores: VideoScores, protocol: Protocol) -> np.ndarray:

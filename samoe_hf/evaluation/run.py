@@ -55,7 +55,7 @@ class EvaluationRun(RunFolder):
         """The file of a video's result; ValueError for an id that leads out of the folder."""
         return self.inside(self._seed_folder(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
 
-    def masks(self, video: Video, seed: int | None, layout: Layout) -> MaskFiles:
+    def masks(self, video: Video, seed: int | None, layout: MaskFormat) -> MaskFiles:
         """The files of a video's masks."""
         folder = self.inside(self._seed_folder(seed) / "masks", video.domain)
         self.inside(folder, video.video_id)
@@ -189,7 +189,8 @@ class Evaluation:
         Returns:
             The model's entry in the results; None in processes other than the main one.
         """
-        model = SamoeModel.from_pretrained(source, **options).to(state.device)
+        model = SamoeModel.from_pretrained(source, **options)
+        model.to(state.device)
         processor = load_processor(source, model)
         about = describe_model(model, source)
         identity = {

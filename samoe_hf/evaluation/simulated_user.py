@@ -15,9 +15,9 @@ from scipy.ndimage import distance_transform_edt
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, masks_of
-from samoe_hf.model.base import VideoProcessor
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE, bounding_boxes
 from samoe_hf.model.session import KEPT_FRAMES, VideoSession
 

@@ -33,7 +33,6 @@ from transformers.image_utils import (
 
 # What transformers' processors start, of either base.
 InferenceSession = Sam2VideoInferenceSession | Sam3TrackerVideoInferenceSession
-VideoProcessor = Sam2VideoProcessor | Sam3TrackerVideoProcessor
 # Levels of features that are read, the finest of which has so many positions per side for one of the coarsest.
 NUM_LEVELS, FINEST_RATIO = 3, 4
 # What tensors of the tracker may begin with in SAM 3's combined checkpoint, after `tracker_model.`, and in the tracker.

@@ -2,10 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Any, Protocol
 
 from transformers import (
     AutoProcessor,
-    ProcessorMixin,
     Sam2VideoModel,
     Sam2VideoVideoProcessor,
     Sam3TrackerVideoProcessor,
@@ -20,7 +20,23 @@ from .errors import InputError
 PROCESSOR_FILES = (PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
 
 
-def build_processor(config: SamoeConfig) -> ProcessorMixin:
+class VideoProcessor(Protocol):
+    """What the processors of SAM 2 and SAM 3 have in common."""
+
+    image_processor: Any
+    video_processor: Any
+    target_size: int
+
+    def init_video_session(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def add_inputs_to_inference_session(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def post_process_masks(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def build_processor(config: SamoeConfig) -> VideoProcessor:
     """The processor that prepares videos as the base's original does.
 
     Returns:
@@ -39,7 +55,7 @@ def build_processor(config: SamoeConfig) -> ProcessorMixin:
     return base.processor_class(image_processor=image_processor, video_processor=Sam2VideoVideoProcessor(**settings))
 
 
-def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> ProcessorMixin:
+def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> VideoProcessor:
     """The processor saved with a model; `build_processor`'s for an original checkpoint, or where none was saved.
 
     Args:

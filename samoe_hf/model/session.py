@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin, Sam2VideoInferenceSession
+from transformers import Sam2VideoInferenceSession
 
 from .domain_choice import AUTO, SessionDecision
 from .errors import InputError
 from .interaction import SessionObject, check_prompt
+from .processing_samoe import VideoProcessor
 
 KEPT_FRAMES = 32
 
@@ -41,7 +42,7 @@ class VideoSession(Sam2VideoInferenceSession):
     def __init__(
         self,
         frames: Sequence[np.ndarray] | None = None,
-        processor: ProcessorMixin | None = None,
+        processor: VideoProcessor | None = None,
         *,
         keep_frames: int = KEPT_FRAMES,
         corrections_condition: bool = False,
@@ -113,7 +114,7 @@ class PreparedFrames(Mapping):
     def __init__(
         self,
         frames: Sequence[np.ndarray],
-        processor: ProcessorMixin,
+        processor: VideoProcessor,
         device: torch.device | str,
         dtype: torch.dtype,
     ):

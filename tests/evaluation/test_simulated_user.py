@@ -15,9 +15,6 @@ from samoe_hf.model.processing_samoe import build_processor
 def test_prompts_are_written_as_they_are_read(text):
     prompt = PromptStrategy.parse(text)
     assert str(prompt) == text and prompt.is_random == text.startswith("point")
-
-
-def test_short_forms_of_prompts():
     assert PromptStrategy.parse("point") == PromptStrategy("point", 1)
     assert str(PromptStrategy.parse("clicks:4@1:offline")) == "clicks:4"
 
@@ -31,9 +28,6 @@ def test_other_prompts_are_refused(text):
         PromptStrategy.parse(text)
 
 
-# --- Clicks
-
-
 def deepest_point(mask):
     """The pixel farthest from all that is outside of the mask or of the image, by looking at each pair."""
     padded = np.pad(mask, 1)
@@ -45,7 +39,7 @@ def deepest_point(mask):
 def test_clicks_are_on_the_point_farthest_from_the_border_of_the_largest_error():
     rng = np.random.default_rng(0)
     labels = set()
-    for _ in range(60):
+    for _ in range(30):
         height, width = rng.integers(3, 24, 2)
         rows, columns = np.mgrid[:height, :width]
         blobs = [
@@ -54,14 +48,12 @@ def test_clicks_are_on_the_point_farthest_from_the_border_of_the_largest_error()
         ]
         target, prediction = blobs[0] | blobs[1], blobs[2] | blobs[3]
         missed, added = target & ~prediction, prediction & ~target
-        click = click_on_error(target, prediction)
         if not (missed | added).any():
-            assert click is None
+            assert click_on_error(target, prediction) is None
             continue
         depth = [deepest_point(region) if region.any() else (0, set()) for region in (missed, added)]
-        point, label = click
-        assert label == (depth[0][0] > depth[1][0])
-        assert point in depth[1 - label][1]
+        point, label = click_on_error(target, prediction)
+        assert label == (depth[0][0] > depth[1][0]) and point in depth[1 - label][1]
         labels.add(label)
     assert labels == {0, 1}
 
@@ -72,24 +64,19 @@ def test_clicks_reckon_with_the_borders_of_the_image():
     assert click_on_error(mask, np.zeros_like(mask)) == ((5.0, 5.0), 1)
     assert click_on_error(np.zeros_like(mask), mask) == ((5.0, 5.0), 0)
     assert click_on_error(mask, mask) is None
-    full = np.ones((1, 7), dtype=bool)
-    assert click_on_error(full, ~full) == ((0.0, 0.0), 1)
 
 
 def test_points_are_drawn_evenly_and_without_repetition():
     mask = np.zeros((6, 9), dtype=bool)
     mask[2:4, 3:8] = True
     counts = np.zeros(mask.shape)
-    for seed in range(400):
+    for seed in range(200):
         points = sample_points(mask, 4, np.random.default_rng(seed))
         assert len(set(points)) == 4
         for x, y in points:
             counts[int(y), int(x)] += 1
-    assert not counts[~mask].any() and (abs(counts[mask] - 160) < 50).all()
+    assert not counts[~mask].any() and (abs(counts[mask] - 80) < 35).all()
     assert len(sample_points(mask, 50, np.random.default_rng(0))) == 10
-
-
-# --- The user, with a model that does what a script says
 
 
 class ScriptedModel:
@@ -109,13 +96,15 @@ class ScriptedModel:
 
 
 class ScriptedProcessor:
-    """Keeps what is given in the session: `prompts`, object -> frame -> inputs, and `clear` of each call."""
+    """Keeps what is given in the session as `prompts`, object -> frame -> inputs."""
+
+    def __init__(self):
+        self.clear = []
 
     def add_inputs_to_inference_session(self, session, frame_idx, object_id, clear_old_inputs=True, **inputs):
         vars(session).setdefault("prompts", {})
-        vars(session).setdefault("clear", [])
         session.prompts.setdefault(object_id, {}).setdefault(frame_idx, []).append(inputs)
-        session.clear.append(clear_old_inputs)
+        self.clear.append(clear_old_inputs)
 
     def post_process_masks(self, masks, sizes, binarize):
         assert not binarize
@@ -188,7 +177,7 @@ def test_clicks_follow_the_error_until_nothing_is_wrong():
     # In the middle of the whole first, then of the missed half, and then no more.
     assert [given.points[0] for given in of_3] == [(11.0, 11.0), (15.0, 7.0)]
     assert video.masks(0, [3])[0][7, 15] and not predict(0, 3, [1])[7, 15]
-    assert len(user.given) == 3 and set(user._sessions[0].clear) == {False}
+    assert len(user.given) == 3 and set(user.processor.clear) == {False}
     np.testing.assert_array_equal(frames[0].masks[0], video.masks(0, [3])[0])
 
 
@@ -239,22 +228,19 @@ def test_a_pixel_belongs_to_one_object_unless_objects_may_overlap():
     assert frames[2].masks.all()
 
 
-# --- With a model
+def test_clicks_reach_the_model_all_together_with_its_mask(nano):
+    video, sessions = SyntheticVideos(1, 4, (96, 128), seed=3)[0], []
 
+    def model(session, frame_idx):
+        sessions.append(session)
+        return nano.model(session, frame_idx=frame_idx)
 
-@pytest.fixture(scope="module")
-def video():
-    return SyntheticVideos(1, 4, (96, 128), seed=3)[0]
-
-
-def test_clicks_reach_the_model_all_together_with_its_mask(nano, video):
-    processor = build_processor(nano.model.config)
-    user = SimulatedUser(nano.model, processor, video, PromptStrategy.parse("clicks:3@2"))
+    model.device, model.dtype = nano.model.device, nano.model.dtype
+    user = SimulatedUser(model, build_processor(nano.model.config), video, PromptStrategy.parse("clicks:3@2"))
     frames = list(user.track())
     assert frames[3].masks.shape == (len(video.object_ids), 96, 128) and np.isfinite(frames[3].scores).all()
     for object_id in video.object_ids:
-        given = [prompt for prompt in user.given if prompt.object_id == object_id]
-        session = user._sessions[0]
+        given, session = [prompt for prompt in user.given if prompt.object_id == object_id], sessions[0]
         inputs = session.point_inputs_per_obj[session.obj_id_to_idx(object_id)]
         assert len(inputs) <= 2
         for frame_idx, points in inputs.items():
@@ -277,14 +263,6 @@ def test_objects_that_need_no_more_clicks_are_left_alone():
     assert frames[3].masks.any(axis=(1, 2)).all()
     assert [given.object_id for given in user.given if given.frame_idx == 3] == [3, 7, 3]
     assert user.model.calls.count(3) == 2 + 2 + 1
-
-
-@pytest.mark.parametrize(
-    "fields", [("masks",), ("mask", 2), ("box", 1, 3), ("point", 0), ("point", 3, 2), ("clicks", 3, 1, True)]
-)
-def test_strategies_that_mean_nothing_are_refused(fields):
-    with pytest.raises(ValueError, match="`prompt` must be mask, box"):
-        PromptStrategy(*fields)
 
 
 def test_predictions_that_are_not_numbers_are_an_error():

@@ -9,9 +9,10 @@ from safetensors import safe_open
 
 import make_base as maker
 from helpers.reference import ROOT
+from helpers.results import mean_j
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos
-from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou
+from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.model.processing_samoe import load_processor
 
 RUNS = [ROOT / "scripts" / "small_base" / name for name in ("base_first.yaml", "base.yaml")]
@@ -28,7 +29,7 @@ def test_it_is_small_and_tracks():
     model = SamoeModel.from_pretrained(folder)
     assert model.dtype == torch.float32
     videos = list(SyntheticVideos(3, 5, (128, 128), domain="shapes", seed=4))
-    assert mean_iou(evaluate_videos(model, load_processor(str(folder), model), videos, False)) > 0.5
+    assert mean_j(evaluate_videos(model, load_processor(str(folder), model), videos, False)) > 0.5
 
 
 def test_its_card_says_how_it_was_trained_and_how_good_it_is():
