@@ -12,7 +12,7 @@ no frames or objects is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,7 +31,6 @@ BOUNDARY_IOU_DISTANCE = 0.02  # of the image diagonal: width of the band inside 
 MATCH_IOU = 0.5
 AP_THRESHOLDS = np.arange(10, 20) / 20
 DECAY_BINS = 4
-
 
 MaskArray = np.ndarray | torch.Tensor  # id maps (T, H, W) or masks (T, N, H, W)
 
@@ -57,9 +56,8 @@ def _check_pair(
     prediction, target = _to_numpy(prediction), _to_numpy(target)
     for name, array in (("prediction", prediction), ("target", target)):
         if (array.ndim, array.dtype.kind) not in ((3, "u"), (3, "i"), (4, "b")):
-            raise InputError(
-                f"{name} is neither integer (T, H, W) nor boolean (T, N, H, W): {array.dtype} {array.shape}"
-            )
+            shown = f"{array.dtype} {array.shape}"
+            raise InputError(f"{name} is neither integer (T, H, W) nor boolean (T, N, H, W): {shown}")
     if prediction.shape != target.shape:
         raise InputError(f"prediction and target differ in shape: {prediction.shape} and {target.shape}")
     if object_ids is None:
@@ -169,20 +167,18 @@ def score_video(
         ValueError: if shapes differ (names both), or an argument is not as described.
     """
     prediction, target, ids = _check_pair(prediction, target, object_ids)
-    table = (len(target), len(ids))
+    table, (height, width) = (len(target), len(ids)), target.shape[-2:]
     logits = None if object_scores is None else _to_numpy(object_scores)
     if logits is not None and logits.shape != table:
         raise InputError(f"object scores must have shape (T, N) = {table}, not {logits.shape}")
     num_labels = 1 if target.ndim == 4 else len(ids)
-    height, width = target.shape[-2:]
-    diagonal = math.hypot(height, width)
-    radius = math.ceil(F_DISTANCE * diagonal)
-    band_width = max(1, round(BOUNDARY_IOU_DISTANCE * diagonal))
+    radius = math.ceil(F_DISTANCE * math.hypot(height, width))
+    band_width = max(1, round(BOUNDARY_IOU_DISTANCE * math.hypot(height, width)))
     # Gaps of `radius` in the keys keep row ends from being near the next row's start, and masks apart.
     strides = ((height + radius) * (width + radius), width + radius, 1)
 
     overlaps = np.zeros((2, 3, math.prod(table)), dtype=np.int64)
-    keys: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    keys = [(np.zeros(0, dtype=np.int64),) * 2]
     for index, pair in enumerate(zip(_label_maps(prediction, ids), _label_maps(target, ids), strict=True)):
         box = bounding_box(pair[0] | pair[1], margin=1)  # the margin holds the boundary above and left of a mask
         if box is not None:
@@ -191,11 +187,9 @@ def score_video(
             overlaps[..., first : first + num_labels], new = compare_labels(
                 pair[0][box], pair[1][box], num_labels, band_width, origin, strides
             )
-            for side, keys_of_frame in zip(keys, new, strict=True):
-                side.append(keys_of_frame)
+            keys.append(new)
 
-    none = np.zeros(0, dtype=np.int64)
-    predicted, annotated = (np.concatenate([none, *side]) for side in keys)
+    predicted, annotated = (np.concatenate(side) for side in zip(*keys, strict=True))
     runs = ball_runs(radius, (1, 1), strides[1:])
     f = f_measure(predicted, annotated, runs, strides[0], math.prod(table)).reshape(table)
     region, band = overlaps.reshape(2, 3, *table)
@@ -294,8 +288,8 @@ class Metric(NamedTuple):
         title: heading of its column in tables.
         meaning: what it is, for readers of a report. `{tolerance}` stands for the tolerance of surfaces in mm.
         table: the attribute of [`VideoScores`] that it is computed from: values of frames and objects (T, N), or (N,)
-            where it is `of_volume`. It is computed for each object, and then averaged over objects. The figures of
-            [`pooled_scores`], which are computed from all masks at once, have no table.
+            where it is `of_volume`. It is computed for each object, and then averaged over objects. Figures of all
+            masks at once, see [`summarize`], have no table.
         average: over an object's frames that count.
         of_volume: whether only volumes have it.
         is_main: whether short tables show it, and models are compared by it.
@@ -413,40 +407,32 @@ def summarize(
 
     Returns:
         `num_videos`, `num_objects` and `num_frames` (summed over objects) that count; the columns of `score_objects`
-        averaged over objects, as DAVIS does; and the [`pooled_scores`]. With groups also `groups`, {group: {"J_mean",
-        "F_mean", "J&F_mean"}}, and `overall`, the mean of their J&F.
+        averaged over objects, as DAVIS does; `pixel_iou` and the `detection_scores` pooled over objects and frames.
+        With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and `overall`, the mean of their J&F.
 
     Raises:
         ValueError: if an object has no group (names it).
     """
     every = score_objects(videos, protocol)
     rows = [row for row in every if row["num_frames"]]
-    summary: dict[str, Any] = {
-        "num_videos": len({row["video"] for row in rows}),
-        "num_objects": len(rows),
-        "num_frames": sum(row["num_frames"] for row in rows),
-    }
-    pooled = pooled_scores(videos.values(), protocol)
-    for name, metric in METRICS.items():
-        if metric.of_volume:
-            # A volume is scored as a whole, whichever of its slices count.
-            if values := [row[name] for row in every if name in row]:
-                summary[name] = _mean(values)
-        else:
-            summary[name] = _mean([row[name] for row in rows]) if metric.table else pooled[name]
-    summary |= {name: pooled[name] for name in ("TP", "FP", "FN")}
-    return summary if groups is None else summary | _group(rows, groups)
-
-
-def pooled_scores(videos: Iterable[VideoScores], protocol: Protocol) -> dict[str, float]:
-    """`pixel_iou` and the [`detection_scores`] of all objects' frames that count together."""
-    counted = [(scores, counted_frames(scores, protocol)) for scores in videos]
+    counted = [(scores, counted_frames(scores, protocol)) for scores in videos.values()]
     iou, union, intersection, predicted, annotated = (
         np.concatenate([np.zeros(0), *(getattr(scores, name)[frames] for scores, frames in counted)])
         for name in ("j", "union", "intersection", "prediction_area", "target_area")
     )
-    pixel_iou = float(_ratio(intersection.sum(), union.sum())) if iou.size else math.nan
-    return {"pixel_iou": pixel_iou, **detection_scores(iou, predicted > 0, annotated > 0)}
+    summary: dict[str, Any] = {
+        "num_videos": len({row["video"] for row in rows}),
+        "num_objects": len(rows),
+        "num_frames": sum(row["num_frames"] for row in rows),
+        "pixel_iou": float(_ratio(intersection.sum(), union.sum())) if rows else math.nan,
+        **detection_scores(iou, predicted > 0, annotated > 0),
+    }
+    for name, metric in METRICS.items():
+        # A volume is scored as a whole, whichever of its slices count.
+        values = [row[name] for row in (every if metric.of_volume else rows) if name in row]
+        if metric.table and (values or not metric.of_volume):
+            summary[name] = _mean(values)
+    return summary if groups is None else summary | _group(rows, groups)
 
 
 def _group(rows: list[dict[str, Any]], groups: Mapping[tuple[str, int], str]) -> dict[str, Any]:
