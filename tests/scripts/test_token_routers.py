@@ -9,9 +9,10 @@ from transformers import Trainer, TrainingArguments
 import token_routers
 from helpers.loras import DOMAINS, save_base_and_loras
 from helpers.reference import ROOT
+from helpers.results import mean_j
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
-from samoe_hf.evaluation.evaluate import evaluate_videos, mean_iou
+from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.model.expert_layer import expert_modules, route_all_to
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.loras import read_lora
@@ -115,7 +116,7 @@ def test_assembled_loras_are_nearly_as_good_as_each_alone(tmp_path):
 
     def score(model, domain):
         held_out = list(SyntheticVideos(32, 12, domain=domain, seed=3))
-        return mean_iou(evaluate_videos(model, processor, held_out, show_progress_bar=False))
+        return mean_j(evaluate_videos(model, processor, held_out, show_progress_bar=False))
 
     train(base, "shapes", 280, 1e-3)
     base.save_pretrained(tmp_path / "base")
