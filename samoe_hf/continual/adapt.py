@@ -97,9 +97,9 @@ def adapt(
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     videos = ConcatDataset([dataset.videos for dataset in trainer.train_dataset.datasets.values()])
-    result.gate_videos = fit_gate(trainer.model, trainer.processing_class, domain, videos, shows_progress)
+    result.gate_videos = fit_gate(trainer.model, trainer.processor, domain, videos, shows_progress)
     if like == AUTO:
-        start = find_start(trainer.model, trainer.processing_class, domain, videos, shows_progress)
+        start = find_start(trainer.model, trainer.processor, domain, videos, shows_progress)
         if start is not None and copy_domain_experts(trainer.model, start, domain):
             result.started_from = start
     trainer.train(resume_from_checkpoint=resume)
@@ -120,7 +120,7 @@ def _count_routed(trainer: SamoeTrainer) -> dict[str, dict[str, int]]:
     """By the domain that the data names: whose experts the evaluation videos get -> how many."""
     counts: dict[str, Counter] = {}
     videos = trainer.eval_dataset or []
-    decisions = decide_videos(trainer.model, trainer.processing_class, videos)
+    decisions = decide_videos(trainer.model, trainer.processor, videos)
     for video, decision in zip(videos, decisions, strict=True):
         if decision is not None:
             counts.setdefault(video.domain, Counter())[decision.domain or "base"] += 1

@@ -3,17 +3,19 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import HfArgumentParser, ProcessorMixin, TrainingArguments
 
 from samoe_hf.data import ClipDataset, MixedDataset
+from samoe_hf.data.options import check_types
 from samoe_hf.data.registry import parse_yaml, read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, did_you_mean
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -21,8 +23,6 @@ from samoe_hf.model.prompts import PromptRecipe
 from samoe_hf.surgery.domains import add_domain, find_domain
 
 from .keys import DataKeys, ModelKeys, TrainingKeys
-from .memory_fit import BATCH_KEYS, parse_memory
-from .old_names import check_arguments, check_names, check_options
 
 DATASETS = ("train_data", "eval_data")
 
@@ -67,26 +67,24 @@ class ModelArguments(ModelKeys):
                 **settings,
             )
         if self.domain is not None:
-            self._prepare_domain(model, of_domain)
+            self._prepare_domain(model, self.domain, of_domain)
         return model.train()
 
-    def _prepare_domain(self, model: SamoeModel, settings: dict[str, Any]) -> None:
+    def _prepare_domain(self, model: SamoeModel, domain: str, settings: dict[str, Any]) -> None:
         """Adds the domain, if the model lacks it; else its experts must be as the settings say."""
-        is_new = self.domain not in model.config.domain_names
+        is_new = domain not in model.config.domain_names
         if self.domain_like is not None and not is_new:
-            raise InputError(
-                f"`domain_like` is for a new domain, but the model has {self.domain!r}, whose experts go on."
-            )
-        described_by = self.domain_like if is_new else self.domain
+            raise InputError(f"`domain_like` is for a new domain, but the model has {domain!r}, whose experts go on.")
+        described_by = self.domain_like if is_new else domain
         if described_by is None:
-            add_domain(model, self.domain, **settings)
+            add_domain(model, domain, **settings)
             return
         found = find_domain(model, described_by)
         for name, value in settings.items():
             if found[name] != value:
                 raise InputError(f"`{name}` is {found[name]!r} in domain {described_by!r}, but {value!r} is given.")
         if is_new:
-            add_domain(model, self.domain, like=self.domain_like)
+            add_domain(model, domain, like=self.domain_like)
 
 
 @dataclass
@@ -138,12 +136,7 @@ class DataArguments(DataKeys):
 class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
     """`TrainingArguments`, with what is trained at which learning rate."""
 
-    # What `fit` leaves as it is.
-    given: frozenset[str] = field(default=frozenset(), init=False)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "SamoeTrainingArguments":
-        check_arguments(kwargs, cls.__name__)
-        return super().__new__(cls)
+    remove_unused_columns: bool = False  # clips have more keys than the model has arguments
 
     def __post_init__(self) -> None:
         if isinstance(self.trainable, str):
@@ -168,29 +161,42 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
         if self.fit is not None:
-            parse_memory(self.fit)
-        self.learning_rates()
+            parse_size(self.fit)
+        self.learning_rates = _check_rates(self.learning_rates, self.trainable)
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             options = getattr(self, name, None) or {}
             if options.get("use_reentrant") or options.get("offload"):
                 raise InputError(f"`{name}` must have neither `use_reentrant` nor `offload`, got {options}.")
 
-    def learning_rates(self) -> dict[str, float]:
-        """Set of parameters -> learning rate; of a parameter in several sets the first counts.
 
-        Raises:
-            ValueError: for a rate that is no number from 0 on.
-        """
-        rates = {}
-        for text in self.trainable:
-            chosen, _, rate = text.partition("=")
-            try:
-                rates[chosen] = float(rate) if rate else self.learning_rate
-            except ValueError:
-                raise InputError(f"`trainable` must be SET or SET=LR, got {text!r}.") from None
-            if not (math.isfinite(rates[chosen]) and rates[chosen] >= 0):
-                raise InputError(f"Learning rates of `trainable` must be from 0 on, got {text!r}.")
-        return rates
+def parse_size(text: str) -> int:
+    """Bytes of a size of device memory, such as "16GB" or "24GiB".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        size = convert_file_size_to_int(text.upper())
+    except (ValueError, OverflowError):
+        size = 0
+    if size == 0:
+        raise InputError(f"`fit` must be a size of device memory such as 16GB or 24GiB, got {text!r}.")
+    return size
+
+
+def _check_rates(rates: Any, trainable: Sequence[str]) -> dict[str, float]:
+    """The rates as numbers; YAML takes 1e-4, without a point, for text."""
+    if not isinstance(rates, Mapping) or not set(rates) <= set(trainable):
+        raise InputError(
+            f"`learning_rates` must map sets of `trainable` ({', '.join(trainable)}) to rates, got {rates!r}."
+        )
+    try:
+        numbers = {chosen: float(rate) for chosen, rate in rates.items()}
+    except (TypeError, ValueError):
+        numbers = {"": math.nan}
+    if not all(math.isfinite(rate) and rate >= 0 for rate in numbers.values()):
+        raise InputError(f"Rates of `learning_rates` must be numbers from 0 on, got {rates!r}.")
+    return numbers
 
 
 def run_parser(**kwargs: Any) -> HfArgumentParser:
@@ -200,7 +206,7 @@ def run_parser(**kwargs: Any) -> HfArgumentParser:
     usage = {"prog": "samoe train", "usage": "samoe train RUN.yaml|NAME [--KEY VALUE ...]"}
     parser = HfArgumentParser(kinds, **usage | kwargs)
     for action in parser._actions:
-        if action.dest in (*DATASETS, "augmentation", "quantization_config"):
+        if action.dest in (*DATASETS, "augmentation", "quantization_config", "learning_rates"):
             action.type = _mapping_or_text
     return parser
 
@@ -219,28 +225,34 @@ def parse_run(
     `CONFIG` is a YAML, or the name of one that comes with the package.
 
     Raises:
-        ValueError: for a key in the YAML or an option that is not known, naming what it is called here, or the
-            nearest that is known.
+        ValueError: for a key in the YAML or an option that is not known, naming the nearest that is; or a value of
+            another type.
         FileNotFoundError: if there is no such YAML.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
     parser = run_parser()
     run = read_yaml(config)
-    known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
-    given = {t.removeprefix("--").partition("=")[0].replace("-", "_") for t in overrides if t.startswith("--")}
+    known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
+    options = {option for action in parser._actions for option in action.option_strings}
+    given = [text.partition("=")[0] for text in overrides if text.startswith("--")]
+    for key in run:
+        if key not in known:
+            raise InputError(f"{config} has an unknown key {key!r}{did_you_mean(key, known)}")
+    for option in given:
+        if option not in options:
+            raise InputError(f"There is no option {option}{did_you_mean(option, options)}")
+    given_keys = {option.removeprefix("--").replace("-", "_") for option in given}
     for key, other in (MODEL_KEYS, MODEL_KEYS[::-1]):
-        if key in given and other not in given:
+        if key in given_keys and other not in given_keys:
             run.pop(other, None)
-    check_names(run, known, str(config))
-    check_options(overrides, [option for action in parser._actions for option in action.option_strings])
     for kind in parser.dataclass_types:
-        _check_types(kind, run)
+        names = {f.name for f in fields(kind)} & run.keys()
+        # Text is left to the parser, which converts it as on the command line.
+        values = {name: run[name] for name in names if not isinstance(run[name], str | None)}
+        check_types(kind, values, str(config))
     _check_datasets(run)
     parser.set_defaults(**run)
-    parsed = parser.parse_args_into_dataclasses(args=overrides)
-    # A YAML's two numbers for a batch ask for their product, which `fit` may divide in another way.
-    parsed[-1].given = frozenset(given | (set(run) - BATCH_KEYS))
-    return parsed
+    return parser.parse_args_into_dataclasses(args=overrides)
 
 
 def _check_datasets(values: dict[str, Any]) -> None:
@@ -250,21 +262,3 @@ def _check_datasets(values: dict[str, Any]) -> None:
             values[name] = [values[name]]
         if not isinstance(values.get(name, []), list):
             raise InputError(f"`{name}` must be a folder or a list of datasets, got {values[name]!r}.")
-
-
-def _check_types(kind: type, run: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` for a value of a YAML that is no finite number where its field takes one.
-
-    Text is left to the parser, which converts it as on the command line.
-    """
-    for name, hint in get_type_hints(kind).items():
-        if name not in run or run[name] is None or isinstance(run[name], str):
-            continue
-        types, value = set(get_args(hint) or [hint]) - {type(None)}, run[name]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if types <= {int, float} and not is_number:
-            raise InputError(f"`{name}` must be a number, got {value!r}.")
-        if types == {int} and not isinstance(value, int):
-            raise InputError(f"`{name}` must be a whole number, got {value!r}.")
-        if types == {bool} and not isinstance(value, bool):
-            raise InputError(f"`{name}` must be true or false, got {value!r}.")

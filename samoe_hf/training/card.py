@@ -11,6 +11,7 @@ from .arguments import SamoeTrainingArguments
 SETTINGS = (
     "trainable",
     "learning_rate",
+    "learning_rates",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",

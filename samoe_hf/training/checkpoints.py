@@ -19,32 +19,33 @@ logger = logging.getLogger(__name__)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the newest first."""
+    """The checkpoints of a run in a folder, whole or not, the newest first."""
     folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
+def remove_checkpoints(output_dir: str | Path) -> None:
+    """Removes all checkpoints of a run in a folder."""
+    for checkpoint in list_checkpoints(output_dir):
+        shutil.rmtree(checkpoint)
+
+
 def checkpoint_problems(checkpoint: str | Path, args: SamoeTrainingArguments) -> list[str]:
-    """What keeps a run from going on as if it had not stopped at this checkpoint; empty if it is whole."""
+    """Files of a checkpoint that a kill left out or cut short; empty if a run can go on as if it had not stopped."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return ["is no folder"]
-    # A process that is killed leaves files cut short; the configuration and the state are written last.
-    states = [SCHEDULER_NAME]
-    states += [f"rng_state_{i}.pth" for i in range(args.world_size)] if args.world_size > 1 else ["rng_state.pth"]
-    # Sharded optimizers have formats of their own.
-    if not (args.fsdp or args.deepspeed):
-        states.append(OPTIMIZER_NAME)
-    problems = [
-        f"{name} is {'damaged' if (folder / name).exists() else 'missing'}"
-        for name in [CONFIG_NAME, TRAINER_STATE_NAME, *states]
-        if not _is_readable(folder / name)
-    ]
-    weights = sorted(folder.rglob("*.safetensors"))
-    if not ((folder / SAFE_WEIGHTS_NAME).exists() or _is_readable(folder / SAFE_WEIGHTS_INDEX_NAME)):
-        problems.append(f"{SAFE_WEIGHTS_NAME} is missing")
-    return problems + [f"{path.relative_to(folder)} is damaged" for path in weights if not _is_readable(path)]
+    processes = args.world_size
+    needed = [CONFIG_NAME, TRAINER_STATE_NAME, SCHEDULER_NAME]
+    needed += [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    if not (args.fsdp or args.deepspeed):  # whose sharded optimizers have formats of their own
+        needed.append(OPTIMIZER_NAME)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    needed.append(index.name if index.exists() else SAFE_WEIGHTS_NAME)
+    files = dict.fromkeys([*(folder / name for name in needed), *sorted(folder.rglob("*.safetensors"))])
+    broken = [path for path in files if not _is_readable(path)]
+    return [f"{path.relative_to(folder)} is {'damaged' if path.exists() else 'missing'}" for path in broken]
 
 
 def _is_readable(path: Path) -> bool:
@@ -71,25 +72,19 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingAr
     Raises:
         ValueError: if there is none, or the folder is no whole checkpoint; says what is missing.
     """
-    if resume_from_checkpoint not in ("last", True):
-        if problems := checkpoint_problems(resume_from_checkpoint, args):
-            raise InputError(
-                f"`resume_from_checkpoint` must be a whole checkpoint of as many processes as now, but of "
-                f"{resume_from_checkpoint} {', '.join(problems)}."
-            )
-        return str(resume_from_checkpoint)
-    found = []
-    for checkpoint in list_checkpoints(args.output_dir):
-        problems = checkpoint_problems(checkpoint, args)
-        if not problems:
-            for skipped in found:
-                logger.warning("Not resumed from %s.", skipped)
+    is_last = resume_from_checkpoint in ("last", True)
+    problems = []
+    for checkpoint in list_checkpoints(args.output_dir) if is_last else [Path(str(resume_from_checkpoint))]:
+        if not (found := checkpoint_problems(checkpoint, args)):
+            for problem in problems:
+                logger.warning("Not resumed from %s.", problem)
             return str(checkpoint)
-        found.append(f"{checkpoint}: {', '.join(problems)}")
-    reason = f" ({'; '.join(found)})" if found else ""
+        problems.append(f"{checkpoint}: {', '.join(found)}")
+    where = f" in {args.output_dir}" if is_last else ""
+    reason = f" ({'; '.join(problems)})" if problems else ""
     raise InputError(
-        f"`resume_from_checkpoint` {resume_from_checkpoint} finds no whole checkpoint in {args.output_dir}{reason}. "
-        "Leave it out to start from the beginning."
+        f"`resume_from_checkpoint` {resume_from_checkpoint} finds no whole checkpoint of as many processes as now"
+        f"{where}{reason}. Leave it out to start from the beginning."
     )
 
 
@@ -103,7 +98,7 @@ def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
         ValueError: if the base model lies in `args.output_dir`; or if a model or checkpoints are there and the run
             neither resumes nor has `overwrite_output_dir`.
     """
-    output = Path(args.output_dir).resolve()
+    output = Path(args.output_dir or ".").resolve()
     base = None if source is None or not Path(source).is_dir() else Path(source).resolve()
     if base is not None and (base == output or output in base.parents):
         raise InputError(
@@ -116,9 +111,3 @@ def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
             f"`output_dir` {args.output_dir} holds another run. Give another one, `resume_from_checkpoint: last` to go "
             "on, or `overwrite_output_dir: true`."
         )
-
-
-def remove_checkpoints(output_dir: str | Path) -> None:
-    """Removes all checkpoints in a folder."""
-    for checkpoint in list_checkpoints(output_dir):
-        shutil.rmtree(checkpoint)

@@ -1,7 +1,7 @@
 """The keys of a training run that are this package's own. Imports no PyTorch, so that a help text is there at once."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 @dataclass
@@ -89,7 +89,9 @@ class DataKeys:
     augmentation: dict | None = field(
         default=None, metadata={"help": "Arguments of `training_transforms`; {} for SAM 2's, none for no augmentation."}
     )
-    on_error: str = field(default="raise", metadata={"help": "With a sample that cannot be used: raise, or skip."})
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "With a sample that cannot be used: raise, or skip."}
+    )
 
 
 @dataclass
@@ -101,8 +103,12 @@ class TrainingKeys:
     trainable: list[str] = field(
         default_factory=lambda: ["experts"],
         metadata={
-            "help": "What is trained: experts, adapters, memory, decoder, all or an expression; SET=LR: its rate."
+            "help": "Sets of parameters that are trained: experts, adapters, memory, decoder, all or an expression."
         },
+    )
+    learning_rates: dict = field(
+        default_factory=dict,
+        metadata={"help": 'Rates of some of these sets, such as "{decoder: 1.0e-5}"; of the others `learning_rate`.'},
     )
     save_only_trained: bool = field(
         default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
@@ -121,8 +127,8 @@ class TrainingKeys:
     fit: str | None = field(
         default=None,
         metadata={
-            "help": "Memory of the GPU, such as 16GB: chooses batch size, accumulation, checkpointing, encoder batches "
-            "and cache, see docs/small_gpus.md."
+            "help": "The GPU's device memory, such as 16GB: chooses batch size, accumulation, checkpointing, encoder "
+            "batches and cache, see docs/small_gpus.md."
         },
     )
     overwrite_output_dir: bool = field(

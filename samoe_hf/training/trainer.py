@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import ProcessorMixin, Trainer, TrainerCallback, enable_full_determinism, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, speed_metrics
 
@@ -37,8 +37,8 @@ from .arguments import SamoeTrainingArguments, parse_run
 from .card import card_settings, evaluation_results
 from .checkpoints import check_output_dir, list_checkpoints, remove_checkpoints, resolve_checkpoint
 from .feature_cache import FeatureCache
+from .fit import fit_arguments
 from .logs import TrainingLogs
-from .memory_fit import fit_arguments
 
 
 class SamoeTrainer(Trainer):
@@ -49,9 +49,12 @@ class SamoeTrainer(Trainer):
     the masks of the first frame that shows each object, and reports `J`, `F` and `J&F` in all and by domain.
 
     Args:
+        model: what is trained, in place; `args` say which of its parameters.
+        args: arguments of the run, which stay as they are; `fit` chooses others, which the trainer's `args` have.
         recipe: how prompts are simulated.
-        segmentation_loss: its weights and focal parameters.
-        processing_class: prepares videos, and is saved with each checkpoint; by default as SAM 2 prepares them.
+        segmentation_loss: its weights and focal parameters; by default the model's own.
+        processing_class: prepares videos, and is saved with each checkpoint; by default as SAM 2 prepares them. It is
+            the trainer's `processor`.
         domain: of a model with domains, the one whose experts are trained, on all clips. Nothing else is: what other
             domains and the gate build on stays as it is.
         train_dataset: clips, such as [`ClipDataset`] draws. Or what that takes: videos, or a dataset of your own whose
@@ -59,6 +62,8 @@ class SamoeTrainer(Trainer):
         eval_dataset: videos, or a dataset of your own as above.
         kwargs: as in [`~transformers.Trainer`].
     """
+
+    args: SamoeTrainingArguments
 
     def __init__(
         self,
@@ -71,46 +76,28 @@ class SamoeTrainer(Trainer):
         train_dataset: Any = None,
         **kwargs,
     ):
+        self.recipe = recipe or PromptRecipe()
+        self.processor = processing_class or build_processor(model.config)
         self.domain = domain
         # Whose experts evaluation runs; "auto" where the gate knows the domain.
         self.eval_domain = domain
-        if domain is not None or model.config.domains is not None:
-            args.trainable = trainable_of_domain(model, domain, args.trainable)
-        chosen = {name for one in args.learning_rates() for name in model.parameter_names(one)}
-        if any(p.requires_grad and is_adapter_parameter(n) and n not in chosen for n, p in model.named_parameters()):
-            # Adapters of PEFT are trained unless they were frozen.
-            args.trainable = [*args.trainable, "adapters"]
-        model.set_trainable(*args.learning_rates())
-        if model.quantized_layers and not (args.save_only_trained and model.base_model_source):
-            raise InputError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
-        self.recipe = recipe or PromptRecipe()
-        processing_class = processing_class or build_processor(model.config)
+        self.learning_rates = rates_by_set(model, args, domain)
         if train_dataset is not None:
-            kwargs["train_dataset"] = as_clips(train_dataset, processing_class, args.seed)
+            train_dataset = as_clips(train_dataset, self.processor, args.seed)
+        model.set_trainable(*self.learning_rates)
         if args.fit is not None:
-            chosen = fit_arguments(model, args, self.recipe, kwargs.get("train_dataset"))
-            if args.process_index == 0:
-                print(chosen)
-        model.encoder_batch_size = args.encoder_batch_size
-        model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
-        if segmentation_loss is not None:
-            model.segmentation_loss = segmentation_loss
-        if args.compile_parts:
-            model.compile_for_tracking()
-        # The collator's `domain` is for the logs; Trainer would drop it as an argument that the model does not take.
-        args.remove_unused_columns = False
-        collator = ClipCollator(keep_domain=True)
-        super().__init__(model, args, data_collator=collator, processing_class=processing_class, **kwargs)
+            args = fit_arguments(model, args, self.recipe, train_dataset)
+        prepare_model(model, args, segmentation_loss)
+        # Trainer is not given the processor, since it aligns special tokens of each processor's tokenizer.
+        super().__init__(model, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
         self._logs = TrainingLogs()
         self._last_logged_step = 0
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.add_callback(DatasetEpochCallback(self.train_dataset))
-        self.add_callback(ProcessorCallback(self))
+        self.add_callback(RunCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        """As in the base class.
+        """Trains as [`~transformers.Trainer`] does.
 
         Args:
             resume_from_checkpoint: a whole checkpoint; "last" or True for the newest whole one in `output_dir`.
@@ -129,12 +116,7 @@ class SamoeTrainer(Trainer):
                 )
             if self.is_world_process_zero():
                 remove_checkpoints(self.args.output_dir)
-        # Trainer aligns special tokens of each processor's tokenizer before training begins; this one has none.
-        self.processing_class = None
-        try:
-            return super().train(resume_from_checkpoint, **kwargs)
-        finally:
-            self.processing_class = self.callback_handler.processing_class
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(
         self,
@@ -143,27 +125,28 @@ class SamoeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """As in the base class, with simulated prompts; in training, adds to the logs."""
-        inputs = {**inputs, "prompts": self.recipe}
-        domains = inputs.pop("domain", None) or ["default"] * len(inputs["labels"])
-        inputs["domain"] = self.domain
-        unwrapped = self.accelerator.unwrap_model(model)
+        """The loss of a batch of clips, with simulated prompts; in training, adds to the logs."""
+        clips, unwrapped = len(inputs["labels"]), self.accelerator.unwrap_model(model)
         logs_routing = model.training and self._is_logging_step()
-        with record_router_logits(unwrapped) if logs_routing else nullcontext() as calls:
+        # `domain` is in the data the domain that a clip is of, and for the model whose experts are run.
+        with record_router_logits(unwrapped) if logs_routing else nullcontext({}) as calls:
             loss, output = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+                model,
+                {**inputs, "prompts": self.recipe, "domain": self.domain},
+                return_outputs=True,
+                num_items_in_batch=num_items_in_batch,
             )
         if logs_routing:
-            by_clip = router_logits_by_clip(calls, inputs["object_mask"], [self.domain] * len(domains))
-            self._logs.add_routing(unwrapped, by_clip, domains)
+            by_clip = router_logits_by_clip(calls, inputs["object_mask"], [self.domain] * clips)
+            self._logs.add_routing(unwrapped, by_clip, inputs["domain"])
         if model.training:
             if not loss.requires_grad:
                 raise InputError(
-                    f"Nothing that is trained ({', '.join(self.args.trainable)}) had a part in the loss: memory is not "
+                    f"Nothing that is trained ({', '.join(self.learning_rates)}) had a part in the loss: memory is not "
                     f"read where all {inputs['pixel_values'].shape[1]} frames of a clip are prompted. Raise "
                     "`num_frames`."
                 )
-            # The base class weights each process's share of the total, so that their mean is the total.
+            # Trainer weights each process's share of the total, so that their mean is the total.
             is_share = num_items_in_batch is not None and self.args.average_tokens_across_devices
             scale = self.accelerator.num_processes if is_share else 1
             self._logs.add_losses({name: scale * part for name, part in output.loss_dict.items()})
@@ -180,7 +163,7 @@ class SamoeTrainer(Trainer):
         return step % interval == 0 or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in the base class; with the training loss, also its parts, the routing and each set's learning rate."""
+        """Logs values; with the training loss, also its parts, the routing and each set's learning rate."""
         if "loss" in logs:
             logs = logs | self._logs.collect(self.state.global_step - self._last_logged_step)
             self._last_logged_step = self.state.global_step
@@ -199,10 +182,14 @@ class SamoeTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        model = self.model if model is None else model
+        """The optimizer, in which each set of parameters has its rate."""
+        model = model or self.model
+        assert model is not None
         if self.optimizer is None:
             decaying = set(self.get_decay_parameter_names(model))
-            sets = {name: chosen for chosen in reversed(self._rates) for name in self.model.parameter_names(chosen)}
+            sets = {
+                name: chosen for chosen in reversed(self.learning_rates) for name in self.model.parameter_names(chosen)
+            }
             groups = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -212,7 +199,7 @@ class SamoeTrainer(Trainer):
                 [
                     {
                         "params": parameters,
-                        "lr": self._rates[chosen],
+                        "lr": self.learning_rates[chosen],
                         "weight_decay": self.args.weight_decay if decays else 0.0,
                         "set": chosen,
                     }
@@ -221,10 +208,6 @@ class SamoeTrainer(Trainer):
                 **options,
             )
         return self.optimizer
-
-    @property
-    def _rates(self) -> dict[str, float]:
-        return self.args.learning_rates()
 
     def evaluate(
         self,
@@ -246,7 +229,7 @@ class SamoeTrainer(Trainer):
         split = nullcontext(indices) if self.is_fsdp_enabled else PartialState().split_between_processes(indices)
         with split as own:
             results = evaluate_videos(
-                model, self.processing_class, Subset(videos, own), show_progress_bar=show, domain=self.eval_domain
+                model, self.processor, Subset(videos, own), show_progress_bar=show, domain=self.eval_domain
             )
             results = list(results.values())
         gathered = results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values()
@@ -271,7 +254,7 @@ class SamoeTrainer(Trainer):
             return
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(
-            output_dir, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processing_class
+            output_dir, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
         )
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
@@ -279,7 +262,7 @@ class SamoeTrainer(Trainer):
         return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).base_model_source is not None
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """As in the base class, which calls it before anything is pushed.
+        """Makes the repository, before anything is pushed.
 
         Raises:
             ValueError: if what is saved refers to a base model that only this machine has.
@@ -293,6 +276,7 @@ class SamoeTrainer(Trainer):
         if self.is_world_process_zero():
             for code in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(code, self.args.output_dir)
+            self.processor.save_pretrained(self.args.output_dir)
             for name in adapter_names(self.accelerator.unwrap_model(self.model)):
                 shutil.copytree(Path(checkpoint_folder, name), Path(self.args.output_dir, name), dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
@@ -309,7 +293,7 @@ class SamoeTrainer(Trainer):
         """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation.
 
         Args:
-            model_name, license, tags, language, dataset: as in the base class.
+            model_name, license, tags, language, dataset: as in [`~transformers.Trainer`].
             usage_picture: an image of how often each expert is used.
         """
         if not self.is_world_process_zero():
@@ -352,48 +336,61 @@ class SamoeTrainer(Trainer):
             load_adapter(model, checkpoint, name, {"subfolder": name})
 
 
-class DatasetEpochCallback(TrainerCallback):
-    """Sets the epoch of a dataset, which Trainer does not do with several processes."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
-
-
-class ProcessorCallback(TrainerCallback):
-    """Gives a trainer its processor back when training begins, see `SamoeTrainer.train`."""
+class RunCallback(TrainerCallback):
+    """Tells a trainer from which step it logs, and its dataset the epoch, also of several processes."""
 
     def __init__(self, trainer: SamoeTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
-        self.trainer.processing_class = processing_class
+    def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._last_logged_step = state.global_step
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
-def trainable_of_domain(model: SamoeModel, domain: str | None, trainable: Sequence[str]) -> list[str]:
-    """The sets that are trained for a domain: its experts, at the rate that is given for experts.
+
+def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | None) -> dict[str, float]:
+    """Set of parameters -> learning rate. Of a parameter in several sets the first counts.
+
+    For a domain the only set is its experts. Adapters of PEFT that were not frozen are trained as well.
 
     Raises:
-        ValueError: if the model has no such domain, none is given, or anything else is to be trained.
+        ValueError: if the model has no such domain, or domains of which none is given; if other than its experts are
+            to be trained; or if a set has no parameters.
     """
+    rates = {chosen: args.learning_rates.get(chosen, args.learning_rate) for chosen in args.trainable}
     names = model.config.domain_names
-    if domain not in names:
-        raise InputError(
-            f"`domain` must be one of the model's ({', '.join(map(repr, names)) or 'none'}), got {domain!r}."
-        )
-    sets = []
-    for text in trainable:
-        chosen, equals, rate = text.partition("=")
-        if chosen not in ("experts", f"domain:{domain}"):
+    if domain is not None or model.config.domains is not None:
+        if domain not in names:
+            known = ", ".join(map(repr, names)) or "none"
+            raise InputError(f"`domain` must be one of the model's ({known}), got {domain!r}.")
+        if others := [chosen for chosen in rates if chosen not in ("experts", f"domain:{domain}")]:
             raise InputError(
                 f"`trainable` must be experts where a domain is trained, since other domains build on the rest, got "
-                f"{text!r}."
+                f"{others[0]!r}."
             )
-        sets.append(f"domain:{domain}{equals}{rate}")
-    return sets
+        rates = {f"domain:{domain}": rate for rate in rates.values()}
+    chosen = {name for one in rates for name in model.parameter_names(one)}
+    if any(p.requires_grad and is_adapter_parameter(n) and n not in chosen for n, p in model.named_parameters()):
+        rates["adapters"] = args.learning_rate
+    return rates
+
+
+def prepare_model(model: SamoeModel, args: SamoeTrainingArguments, loss: SegmentationLoss | None) -> None:
+    """Gives a model what its forward pass over clips takes from a run: the loss, and how frames are encoded.
+
+    Raises:
+        ValueError: if checkpoints would have to hold a quantized base.
+    """
+    if model.quantized_layers and not (args.save_only_trained and model.base_model_source):
+        raise InputError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
+    if loss is not None:
+        model.segmentation_loss = loss
+    model.encoder_batch_size = args.encoder_batch_size
+    model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
+    if args.compile_parts:
+        model.compile_for_tracking()
 
 
 def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:

@@ -621,12 +621,13 @@ def test_another_base_is_refused_with_both_names(experts_folder, model_folder, t
     assert not (tmp_path / "new").exists()
 
 
-def test_a_base_of_another_size_is_refused_with_both_names(experts_folder, tmp_path):
+def test_a_base_of_another_size_or_none_is_refused_with_both_names(experts_folder, tmp_path):
     config = SamoeConfig(**{**read_yaml(ROOT / "configs" / "model_nano.yaml"), "memory_attention_num_layers": 3})
     SamoeModel(config).save_pretrained(tmp_path / "deeper")
-    change_config(experts_folder, base_model__name_or_path=str(tmp_path / "deeper"))
-    with pytest.raises(ValueError, match=r"experts builds on \S*deeper"):
-        SamoeModel.from_pretrained(experts_folder)
+    for base in ("deeper", "nowhere.pt"):
+        change_config(experts_folder, base_model__name_or_path=str(tmp_path / base))
+        with pytest.raises(ValueError, match=rf"experts builds on \S*{base}"):
+            SamoeModel.from_pretrained(experts_folder)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
 import pytest
 
+from samoe_hf.cli import run_command
 from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run
 
 
 @pytest.fixture
-def parse(tmp_path):
-    """Parses a run with further lines of YAML, and options of the command line."""
+def run(tmp_path):
+    """Writes a run with further lines of YAML."""
 
-    def parse(*lines: str, options: tuple[str, ...] = ()):
-        run = tmp_path / "run.yaml"
-        run.write_text("\n".join(["train_data: [{kind: synthetic}]", f"output_dir: {tmp_path / 'out'}", *lines]))
-        return parse_run([str(run), *options])
+    def write(*lines: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text("\n".join(["train_data: [{kind: synthetic}]", f"output_dir: {tmp_path / 'out'}", *lines]))
+        return str(path)
 
-    return parse
+    return write
 
 
 @pytest.mark.parametrize(
@@ -24,47 +25,68 @@ def parse(tmp_path):
         ("per_device_eval_batch_size: -1", "`per_device_eval_batch_size` must be at least 1"),
         ("gradient_accumulation_steps: 0", "`gradient_accumulation_steps` must be at least 1"),
         ("learning_rate: -1.0e-4", "`learning_rate` must be at least 0"),
-        ("learning_rate: .nan", "`learning_rate` must be a number, got nan"),
-        ("weight_decay: .inf", "`weight_decay` must be a number, got inf"),
+        ("learning_rate: .nan", "`learning_rate` must be a finite number, not nan"),
+        ("weight_decay: .inf", "`weight_decay` must be a finite number, not inf"),
         ("max_grad_norm: -1", "`max_grad_norm` must be at least 0"),
         ("num_train_epochs: 0", "`num_train_epochs` must be above 0"),
         ("num_frames: 0", "`num_frames` must be at least 1"),
-        ("num_frames: 2.5", "`num_frames` must be a whole number, got 2.5"),
-        ("max_objects: true", "`max_objects` must be a number, got True"),
+        ("num_frames: 2.5", "`num_frames` must be an integer, not 2.5"),
+        ("max_objects: true", "`max_objects` must be an integer, not True"),
         ("clips_per_video: -3", "`clips_per_video` must be at least 1"),
         ("encoder_batch_size: 0", "`encoder_batch_size` must be at least 1"),
-        ("dice_weight: .nan", "`dice_weight` must be a number, got nan"),
+        ("dice_weight: .nan", "`dice_weight` must be a finite number, not nan"),
         ("dice_weight: -1", "`dice_weight` must be a number from 0 on"),
-        ("point_probability: .nan", "`point_probability` must be a number"),
-        ("save_only_trained: 3", "`save_only_trained` must be true or false, got 3"),
-        ("trainable: [experts=-1.0]", "must be from 0 on, got 'experts=-1.0'"),
-        ("trainable: [experts=nan]", "must be from 0 on, got 'experts=nan'"),
-        ("eval_data: 5", "`eval_data` must be a folder or a list of datasets"),
+        ("save_only_trained: 3", "`save_only_trained` must be bool, not 3"),
+        ("learning_rates: {experts: -1.0}", "must be numbers from 0 on, got {'experts': -1.0}"),
+        ("learning_rates: {experts: fast}", "must be numbers from 0 on, got {'experts': 'fast'}"),
+        ("learning_rates: {experts: .nan}", "must be numbers from 0 on"),
+        ("learning_rates: {decoder: 1.0}", "must map sets of `trainable` (experts) to rates, got {'decoder': 1.0}"),
+        ("learning_rates: experts=1", "must map sets of `trainable` (experts) to rates, got 'experts=1'"),
+        ("eval_data: 5", "`eval_data` must be"),
         ("gradient_checkpointing_kwargs: {use_reentrant: true}", "neither `use_reentrant` nor `offload`"),
+        ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("xyzzy: 1", "has an unknown key 'xyzzy'"),
     ],
 )
-def test_bad_values_are_refused_by_name(parse, line, message):
+def test_bad_values_are_refused_by_name(run, line, message):
     with pytest.raises(ValueError) as error:
-        parse(line)
+        parse_run([run(line)])
     assert message in str(error.value)
 
 
-def test_bad_values_of_the_command_line_are_refused_too(parse):
-    with pytest.raises(ValueError, match="`learning_rate` must be at least 0, got nan"):
-        parse(options=("--learning_rate", "nan"))
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--learning_rate", "nan"], "`learning_rate` must be at least 0, got nan"),
+        (["--learning_rat", "1"], "There is no option --learning_rat; did you mean '--learning_rate'?"),
+        (["--num-train-epoch=4"], "There is no option --num-train-epoch; did you mean '--num-train-epochs'?"),
+        (["--xyzzy"], "There is no option --xyzzy"),
+    ],
+)
+def test_bad_options_of_train_and_adapt(run, tmp_path, options, message):
+    adapt = [str(tmp_path), "--domain", "a", "--dataset", run(), "--output", str(tmp_path / "new")]
+    for command, arguments in (("train", [run(), *options]), ("adapt", [*adapt, *options])):
+        with pytest.raises(SystemExit) as error:
+            run_command(command, arguments)
+        assert message in str(error.value.code)
 
 
-def test_one_set_of_parameters_needs_no_list(parse):
-    *_, arguments = parse("trainable: experts", "learning_rate: 1.0e-3")
-    assert arguments.learning_rates() == {"experts": 1e-3}
-    *_, arguments = parse("trainable: decoder=1.0e-5")
-    assert arguments.learning_rates() == {"decoder": 1e-5}
-
-
-def test_numbers_may_be_written_as_text(parse):
+def test_numbers_may_be_written_as_text(run):
     """YAML takes 1e-4, without a point, for text."""
-    *_, arguments = parse("learning_rate: 1e-4", "trainable: [experts]")
-    assert arguments.learning_rate == 1e-4
+    lines = ("learning_rate: 1e-4", "trainable: [experts, decoder]", "learning_rates: {decoder: 1e-5}")
+    *_, arguments = parse_run([run(*lines)])
+    assert (arguments.learning_rate, arguments.learning_rates) == (1e-4, {"decoder": 1e-5})
+    *_, arguments = parse_run([run(*lines), "--learning_rates", "{experts: 1e-3}", "--learning-rate", "1e-2"])
+    assert (arguments.learning_rate, arguments.learning_rates) == (1e-2, {"experts": 1e-3})
+
+
+def test_one_set_of_parameters_needs_no_list(run):
+    assert parse_run([run("trainable: experts")])[-1].trainable == ["experts"]
+
+
+def test_options_that_are_there_pass(run):
+    *_, arguments = parse_run([run(), "--learning-rate", "1e-3", "--seed=3", "--no_save_only_trained"])
+    assert (arguments.learning_rate, arguments.seed, arguments.save_only_trained) == (1e-3, 3, False)
 
 
 def test_the_best_checkpoint_is_that_of_the_tracking_evaluation(tmp_path):

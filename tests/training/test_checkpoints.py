@@ -43,15 +43,15 @@ def test_last_is_the_newest_whole_checkpoint(args, tmp_path, name, how, caplog):
         (newest / name).write_bytes(content[: len(content) // 2])
     assert resolve_checkpoint("last", args) == str(whole)
     assert f"{newest}: {name} is" in caplog.text
-    with pytest.raises(ValueError, match=f"checkpoint-10 {name} is"):
+    with pytest.raises(ValueError, match=f"checkpoint-10: {name} is"):
         resolve_checkpoint(str(newest), args)
     shutil.rmtree(whole)
-    with pytest.raises(ValueError, match=f"no whole checkpoint in .*{name} is"):
+    with pytest.raises(ValueError, match=f"no whole checkpoint .*{name} is"):
         resolve_checkpoint("last", args)
 
 
 def test_last_without_any_checkpoint_is_refused(args):
-    with pytest.raises(ValueError, match=r"finds no whole checkpoint in .*out\. Leave it out"):
+    with pytest.raises(ValueError, match=r"finds no whole checkpoint .*out\. Leave it out"):
         resolve_checkpoint("last", args)
     with pytest.raises(ValueError, match="is no folder"):
         resolve_checkpoint("nowhere", args)

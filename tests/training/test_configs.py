@@ -25,7 +25,7 @@ SIZES = [path for path in CONFIGS if path.name.startswith("model_")]
 def test_runs_parse(path, tmp_path):
     overrides = ["--output_dir", str(tmp_path), "--bf16", "False", "--report_to", "none"]
     model, data, recipe, loss, arguments = parse_run([str(path), *overrides])
-    assert arguments.learning_rates() and data.train_data
+    assert arguments.trainable and data.train_data
     assert (model.model_name_or_path is None) != (model.model_config is None)
     assert loss.focal_weight == 20 and 0 <= recipe.point_probability <= 1
     if data.augmentation is not None:

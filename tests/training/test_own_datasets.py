@@ -1,6 +1,6 @@
 """Datasets of one's own, of each form, through SamoeTrainer and plain Trainer."""
 
-import ast
+import json
 import os
 import subprocess
 import sys
@@ -85,39 +85,35 @@ FORMS = {
     "iterable": PlainIterable,
     "image stream": lambda: image_lists().to_iterable_dataset(),
 }
-forms = pytest.mark.parametrize("form", FORMS)
 
 
-def settings(folder, kind=SamoeTrainingArguments, **options):
-    return kind(output_dir=folder, max_steps=2, per_device_train_batch_size=1, report_to="none",
+def settings(folder, kind=SamoeTrainingArguments, max_steps=2, **options):
+    return kind(output_dir=folder, max_steps=max_steps, per_device_train_batch_size=1, report_to="none",
                 disable_tqdm=True, save_strategy="no", use_cpu=True, **options)  # fmt: skip
 
 
-def samoe_trainer(model_folder, folder, train_dataset, **options):
-    model = SamoeModel.from_pretrained(model_folder)
-    processor = AutoProcessor.from_pretrained(model_folder)
-    return SamoeTrainer(
-        model, settings(folder, learning_rate=1e-3, logging_steps=1, **options.pop("settings", {})),
-        PROMPT_RECIPES["mask"], processing_class=processor, train_dataset=train_dataset, **options,
-    )  # fmt: skip
+def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, logging_steps=10, **options):
+    model, processor = SamoeModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
+    arguments = settings(folder, learning_rate=1e-3, logging_steps=logging_steps, **options)
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    return SamoeTrainer(model, arguments, PROMPT_RECIPES["mask"], processing_class=processor, **data)
 
 
-@forms
+@pytest.mark.parametrize("form", FORMS)
 def test_samoe_trainer_draws_clips_itself(form, model_folder, tmp_path):
-    data = FORMS[form]()
-    trainer = samoe_trainer(model_folder, tmp_path, data, settings={"seed": 7})
+    trainer = samoe_trainer(model_folder, tmp_path, FORMS[form](), seed=7, max_steps=1)
     clips = trainer.train_dataset
     assert isinstance(clips, ClipDataset | ClipStream) and clips.seed == 7
-    assert clips.sampler.processor is trainer.processing_class
+    assert clips.sampler.processor is trainer.processor
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trainer.train().training_loss > 0
     assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
 
 
-@forms
+@pytest.mark.parametrize("form", ["floats", "image stream"])
 def test_plain_trainer_trains(form, model_folder, tmp_path):
     data, processor = FORMS[form](), AutoProcessor.from_pretrained(model_folder)
-    draw = ClipStream if form in ("stream", "iterable", "image stream") else ClipDataset
+    draw = ClipStream if form == "image stream" else ClipDataset
     clips = draw(data, processor, num_frames=3)
     model = SamoeModel.from_pretrained(model_folder).train()
     arguments = settings(tmp_path, TrainingArguments)
@@ -131,7 +127,7 @@ def test_every_form_of_a_video_gives_the_same_losses(model_folder, tmp_path):
     processor = AutoProcessor.from_pretrained(model_folder)
     own = ClipDataset(VIDEOS, processor, seed=42)
     for data in (own, FloatsAndMasks(), ArraysAndIds(), image_lists()):
-        trainer = samoe_trainer(model_folder, tmp_path, data)
+        trainer = samoe_trainer(model_folder, tmp_path, data, logging_steps=1)
         trainer.train()
         histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert trainer.args.seed == 42 and len(histories[0]) == 2
@@ -174,47 +170,19 @@ def test_evaluation_without_videos_is_refused(model_folder, tmp_path):
         samoe_trainer(model_folder, tmp_path, FloatsAndMasks()).evaluate()
 
 
-TWO_PROCESSES = """
-import sys
-from torch.utils.data import IterableDataset
-from transformers import AutoProcessor
-from samoe_hf import SamoeModel, SamoeTrainer
-from samoe_hf.data import SyntheticVideos
-from samoe_hf.model.prompts import PROMPT_RECIPES
-from samoe_hf.training.arguments import SamoeTrainingArguments
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return ({"frames": list(v.frames), "masks": [v.masks(t) for t in range(3)], "video_id": str(i)}
-                for i, v in enumerate(SyntheticVideos(4, 3, (64, 64))))
-
-folder, output = sys.argv[1:]
-arguments = SamoeTrainingArguments(output, max_steps=2, per_device_train_batch_size=1, report_to="none",
-                                   disable_tqdm=True, save_strategy="no", use_cpu=True, ddp_backend="gloo")
-trainer = SamoeTrainer(SamoeModel.from_pretrained(folder), arguments, PROMPT_RECIPES["mask"],
-                       processing_class=AutoProcessor.from_pretrained(folder), train_dataset=Stream())
-collate, seen = trainer.data_collator, []
-
-def record(clips):
-    seen.extend((clip["video_id"], len(clip["labels"])) for clip in clips)
-    return collate(clips)
-
-trainer.data_collator = record
-trainer.train()
-with open(f"{output}/{arguments.process_index}", "w") as file:
-    file.write(repr(seen))
-"""
-
-
 @pytest.mark.slow
 def test_processes_share_out_a_stream_whose_clips_differ_in_objects(model_folder, tmp_path):
-    script, output = tmp_path / "stream.py", tmp_path / "out"
-    script.write_text(TWO_PROCESSES)
+    output = tmp_path / "out"
     output.mkdir()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*launch, script, model_folder, output], check=True, env=environment, cwd=ROOT)
-    seen = [ast.literal_eval((output / str(rank)).read_text()) for rank in range(2)]
+    subprocess.run(
+        [*launch, ROOT / "tests" / "programs" / "stream_clips.py", model_folder, output],
+        check=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    seen = [json.loads((output / str(rank)).read_text()) for rank in range(2)]
     # The first batches of both; a loader reads one ahead.
     assert [clip[0] for clips in seen for clip in clips[:2]] == ["0", "2", "1", "3"]
     assert len({count for clips in seen for _, count in clips}) > 1

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,8 @@ from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run
 from samoe_hf.training.checkpoints import resolve_checkpoint
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
+PROGRAMS = ROOT / "tests" / "programs"
+
 
 @pytest.fixture
 def run_config(model_folder, tmp_path):
@@ -38,7 +39,7 @@ eval_data:
   - {{kind: synthetic, num_videos: 1, num_frames: 3, image_size: [64, 64], seed: 5}}
   - {{kind: synthetic, domain: blobs, num_videos: 1, num_frames: 3, image_size: [64, 64], seed: 5}}
 num_frames: 3
-num_correction_clicks: 2
+num_correction_clicks: 1
 max_steps: 6
 per_device_train_batch_size: 1
 learning_rate: 1.0e-3
@@ -57,7 +58,8 @@ def make_trainer(config: Path, *overrides: str) -> SamoeTrainer:
 
 
 def test_logs_tell_losses_rates_and_routing_by_domain(run_config):
-    trainer = make_trainer(run_config, "--trainable", "experts", "decoder=1e-5", "--router_aux_loss_coef", "0.01")
+    rates = ["--trainable", "experts", "decoder", "--learning_rates", "{decoder: 1e-5}"]
+    trainer = make_trainer(run_config, *rates, "--router_aux_loss_coef", "0.01")
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 6
@@ -76,34 +78,28 @@ def test_logs_tell_losses_rates_and_routing_by_domain(run_config):
 
 
 def test_only_the_named_sets_learn_each_at_its_rate(run_config):
+    convolution = r"mask_decoder\.conv_s0\..*"
+    rates = f"{{experts: 1e-3, '{convolution}': 0.0}}"
     trainer = make_trainer(
-        run_config, "--trainable", "experts=1e-3", r"mask_decoder\.conv_s0\..*=0.0", "--max_steps", "1"
+        run_config, "--trainable", "experts", convolution, "--learning_rates", rates, "--max_steps", "1"
     )
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and all("lora_" in name or ".router." in name for name in changed)
     rates = {group["set"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
-    assert rates == {"experts": 1e-3, r"mask_decoder\.conv_s0\..*": 0.0}
+    assert rates == {"experts": 1e-3, convolution: 0.0} == trainer.learning_rates
 
 
 def test_evaluation_tracks_videos_and_reports_by_domain(run_config):
-    trainer = make_trainer(run_config)
-    metrics = trainer.evaluate()
-    for domain in ("", "shapes_", "blobs_"):
-        j, f, jf = (metrics[f"eval_{domain}{name}"] for name in ("J", "F", "J&F"))
-        assert 0 <= j <= 1 and jf == pytest.approx((j + f) / 2)
-    assert trainer.model.training
-    assert metrics["eval_J"] == pytest.approx((metrics["eval_shapes_J"] + metrics["eval_blobs_J"]) / 2, abs=0.26)
-
-
-def test_equal_ids_in_two_domains_are_two_videos(run_config):
-    """Each domain's figures are those of the domain alone, and the overall one is over all objects."""
+    """Each domain's figures are those of the domain alone, those of all are over all objects; also of equal ids."""
     trainer = make_trainer(run_config)
     videos = [dataclasses.replace(video, video_id="same") for video in trainer.eval_dataset]
     assert [video.domain for video in videos] == ["shapes", "blobs"]
     expected = [trainer.evaluate([video])["eval_J"] for video in videos]
     metrics = trainer.evaluate(videos)
+    assert trainer.model.training
+    assert metrics["eval_J&F"] == pytest.approx((metrics["eval_J"] + metrics["eval_F"]) / 2)
     assert [metrics["eval_shapes_J"], metrics["eval_blobs_J"]] == expected
     counts = [len(video.object_ids) for video in videos]
     assert metrics["eval_J"] == pytest.approx(sum(c * j for c, j in zip(counts, expected, strict=True)) / sum(counts))
@@ -153,105 +149,14 @@ def test_a_model_without_a_base_is_saved_whole(run_config, tmp_path):
         trainer.model.save_pretrained(tmp_path / "experts", experts_only=True)
 
 
-@pytest.mark.parametrize("change", ["shape", "missing base"])
-def test_a_base_that_does_not_fit_is_refused_with_both_names(nano, model_folder, tmp_path, change):
-    model = SamoeModel.from_pretrained(model_folder)
-    model.save_pretrained(tmp_path / "experts", experts_only=True)
-    path = tmp_path / "experts" / "config.json"
-    config = json.loads(path.read_text())
-    if change == "shape":
-        config["lora_rank"] = 2
-    else:
-        config["base_model"]["name_or_path"] = str(tmp_path / "nowhere.pt")
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"experts builds on .*(nano|nowhere)"):
-        SamoeModel.from_pretrained(tmp_path / "experts")
-
-
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-@pytest.mark.slow  # more of it in test_kills.py; in the fast tests, test_checkpoints.py interrupts a save
-def test_killed_and_resumed_a_run_ends_with_the_same_tensors(run_config, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "samoe_hf", "train", str(run_config), "--dataloader_num_workers", "1"]
-    subprocess.run([*command, "--output_dir", tmp_path / "whole"], cwd=ROOT, env=environment, check=True)
-    cut = subprocess.Popen(
-        [*command, "--output_dir", tmp_path / "cut"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    for line in cut.stdout:
-        # After step 3: the last checkpoint is that of step 2.
-        if "'epoch'" in line and (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").exists():
-            cut.send_signal(signal.SIGKILL)
-            break
-    assert cut.wait() == -signal.SIGKILL
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    arguments = ["--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "last"]
-    subprocess.run([*command, *arguments], cwd=ROOT, env=environment, check=True)
-    whole, resumed = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
-    start = state_of(tmp_path / "whole" / "checkpoint-2")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert any(not torch.equal(whole[name], start[name]) for name in whole)
-
-
-GRADIENTS = """
-import os, sys, torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from samoe_hf import SamoeModel
-from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
-from samoe_hf.evaluation.evaluate import segment_video
-from transformers import AutoProcessor
-
-mode, folder, output = sys.argv[1:]
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-# In float64, where rounding does not tip the routers' discontinuous choice of experts.
-model = SamoeModel.from_pretrained(folder, dtype=torch.float64).train()
-for module in model.modules():
-    if isinstance(module, torch.nn.Dropout):
-        module.p = 0.0
-    if hasattr(module, "dropout_p"):
-        module.dropout_p = 0.0
-if world > 1:
-    dist.init_process_group("gloo")
-if mode == "ddp":
-    model = torch.nn.parallel.DistributedDataParallel(model)
-if mode == "fsdp":
-    # As accelerate shards a model: its blocks, then the rest.
-    mesh = init_device_mesh("cpu", (2,))
-    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
-        fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-videos = SyntheticVideos(2, 3, (64, 64), seed=0)
-processor = AutoProcessor.from_pretrained(folder)
-clips = ClipDataset(videos, processor, num_frames=3)
-assert {len(clips[i]["labels"]) for i in range(2)} == {1, 3}  # else the number of objects would not matter
-chosen = [clips[rank]] if world > 1 else [clips[0], clips[1]]
-batch = ClipCollator()(chosen)
-model(**{**batch, "pixel_values": batch["pixel_values"].double()}).loss.backward()
-gradients = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
-if mode == "fsdp":
-    gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-masks = segment_video(getattr(model, "module", model).eval(), processor, videos[0])[0]
-if rank == 0:
-    torch.save({**gradients, "masks": torch.from_numpy(masks)}, output)
-if world > 1:
-    dist.destroy_process_group()
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(model_folder, tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     results = {}
     for mode, launcher in {"one": [], "ddp": launch, "fsdp": launch}.items():
         path = tmp_path / f"{mode}.pt"
-        command = [sys.executable, *launcher, script, mode, model_folder, path]
+        command = [sys.executable, *launcher, PROGRAMS / "gradients.py", mode, model_folder, path]
         subprocess.run(command, check=True, env=environment, cwd=ROOT)
         results[mode] = torch.load(path, weights_only=True)
     one = results["one"]
@@ -297,8 +202,8 @@ def test_plain_trainer_trains_and_evaluates(model_folder, tmp_path):
 
 def test_arguments_of_the_command_line_take_the_place_of_the_files(run_config):
     _, data, recipe, loss, arguments = parse_run([str(run_config), "--dice_weight", "2.5", "--max_objects", "1"])
-    assert (loss.dice_weight, data.max_objects, recipe.num_correction_clicks) == (2.5, 1, 2)
-    assert isinstance(arguments, SamoeTrainingArguments) and arguments.learning_rates() == {"experts": 1e-3}
+    assert (loss.dice_weight, data.max_objects, recipe.num_correction_clicks) == (2.5, 1, 1)
+    assert isinstance(arguments, SamoeTrainingArguments) and arguments.trainable == ["experts"]
 
 
 def test_one_processor_prepares_clips_and_evaluates(run_config, model_folder, tmp_path):
@@ -309,9 +214,9 @@ def test_one_processor_prepares_clips_and_evaluates(run_config, model_folder, tm
     processor.save_pretrained(own)
     for has_processor in (True, False):
         trainer = build_trainer([str(run_config), "--model_name_or_path", str(own)])
-        assert (list(trainer.processing_class.video_processor.image_mean) == [0.1, 0.2, 0.3]) == has_processor
+        assert (list(trainer.processor.video_processor.image_mean) == [0.1, 0.2, 0.3]) == has_processor
         for clips in trainer.train_dataset.datasets.values():
-            assert clips.sampler.processor is trainer.processing_class
+            assert clips.sampler.processor is trainer.processor
         (own / "processor_config.json").unlink(missing_ok=True)
 
 
@@ -426,7 +331,7 @@ def test_without_logging_nothing_is_kept(run_config):
 def test_an_epochs_log_has_the_routing(run_config):
     trainer = make_trainer(
         run_config, "--logging_strategy", "epoch", "--save_strategy", "no", "--max_steps", "-1",
-        "--num_train_epochs", "1", "--per_device_train_batch_size", "6",
+        "--num_train_epochs", "1", "--per_device_train_batch_size", "6", "--point_probability", "0",
     )  # fmt: skip
     trainer.train()
     (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -451,7 +356,8 @@ def test_clips_of_two_frames_always_train_the_memory(run_config):
 
 
 def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_config, tmp_path, monkeypatch):
-    trainer = make_trainer(run_config, "--max_steps", "4")
+    options = ["--max_steps", "4", "--logging_strategy", "no", "--point_probability", "0"]
+    trainer = make_trainer(run_config, *options)
     write_state = trainer._save_rng_state
 
     def die(output_dir):
@@ -464,9 +370,9 @@ def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_co
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()
-    resumed = make_trainer(run_config, "--max_steps", "4", "--resume_from_checkpoint", "last")
+    resumed = make_trainer(run_config, *options, "--resume_from_checkpoint", "last")
     resumed.train(resume_from_checkpoint="last")
-    whole = make_trainer(run_config, "--max_steps", "4", "--output_dir", str(tmp_path / "whole"))
+    whole = make_trainer(run_config, *options, "--output_dir", str(tmp_path / "whole"))
     whole.train()
     expected, found = (t.model.state_dict() for t in (whole, resumed))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -474,12 +380,12 @@ def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_co
 
 
 def test_a_run_is_not_mixed_up_with_another_ones_checkpoints(run_config, tmp_path):
-    make_trainer(run_config, "--max_steps", "2").train()
-    kept = tmp_path / "out" / "checkpoint-2"
+    make_trainer(run_config, "--max_steps", "1", "--save_steps", "1", "--logging_strategy", "no").train()
+    kept = tmp_path / "out" / "checkpoint-1"
     with pytest.raises(ValueError, match="holds another run"):
         make_trainer(run_config, "--max_steps", "1")
     assert kept.is_dir()
-    make_trainer(run_config, "--max_steps", "1", "--overwrite_output_dir", "true").train()
+    make_trainer(run_config, "--max_steps", "1", "--save_strategy", "no", "--overwrite_output_dir", "true").train()
     assert not kept.exists()
 
 
@@ -487,17 +393,11 @@ def test_a_run_is_not_mixed_up_with_another_ones_checkpoints(run_config, tmp_pat
 @pytest.mark.parametrize("trainable", ["all", "memory"])
 def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp_path, trainable):
     """Which parameters a clip uses depends on its prompts, so that unused ones must be found."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, json\nfrom samoe_hf.training.trainer import build_trainer\n"
-        "trainer = build_trainer(sys.argv[2:])\ntrainer.train()\n"
-        "if trainer.is_world_process_zero():\n    json.dump(trainer.state.log_history[0], open(sys.argv[1], 'w'))\n"
-    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--gradient_checkpointing", "--trainable", trainable, "--max_steps", "2", "--logging_steps", "2",
                "--save_strategy", "no", "--use_cpu"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, script, tmp_path / "log.json", run_config, *options]
+    command = [*launch, PROGRAMS / "train_and_log.py", tmp_path / "log.json", run_config, *options]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     log = json.loads((tmp_path / "log.json").read_text())
     weights = {"focal": 20, "dice": 1, "iou": 1, "object_score": 1}
@@ -505,21 +405,22 @@ def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp
 
 
 @pytest.mark.parametrize(
-    "options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}], ids=min
+    "options",
+    [pytest.param("load_in_8bit: true", marks=pytest.mark.slow), "load_in_4bit: true, bnb_4bit_quant_type: nf4"],
 )
 def test_experts_are_trained_over_a_quantized_base(run_config, model_folder, tmp_path, options):
     pytest.importorskip("bitsandbytes")
-    config = "{quant_method: bitsandbytes, " + ", ".join(f"{k}: {str(v).lower()}" for k, v in options.items()) + "}"
-    overrides = ["--quantization_config", config, "--eval_strategy", "steps", "--eval_steps", "3"]
-    assert make_trainer(run_config, *overrides).model.quantized_layers
-    trainer = make_trainer(run_config, *overrides, "--overwrite_output_dir", "true")
+    config = f"{{quant_method: bitsandbytes, {options}}}"
+    overrides = ["--quantization_config", config, "--max_steps", "2", "--save_steps", "1", "--point_probability", "0"]
+    trainer = make_trainer(run_config, *overrides, "--eval_strategy", "epoch")
+    assert trainer.model.quantized_layers
     trainer.train()
-    loaded = SamoeModel.from_pretrained(tmp_path / "out" / "checkpoint-6")
+    loaded = SamoeModel.from_pretrained(tmp_path / "out" / "checkpoint-2")
     assert not loaded.quantized_layers
-    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     resumed = make_trainer(run_config, *overrides, "--resume_from_checkpoint", "last")
     resumed.train(resume_from_checkpoint="last")
-    assert resumed.state.global_step == 6
+    assert resumed.state.global_step == 2
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, resumed.model.get_parameter(name)), name
@@ -535,6 +436,17 @@ def test_plain_trainer_trains_over_a_quantized_base(model_folder, tmp_path):
     model = SamoeModel.from_pretrained(model_folder, quantization_config={"load_in_4bit": True})
     processor = AutoProcessor.from_pretrained(model_folder)
     clips = ClipDataset(SyntheticVideos(2, 3, (64, 64)), processor, num_frames=3)
-    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", remove_unused_columns=False)
+    arguments = TrainingArguments(tmp_path, max_steps=1, per_device_train_batch_size=1, report_to="none")
     Trainer(model, arguments, train_dataset=clips, data_collator=ClipCollator()).train()
-    assert not SamoeModel.from_pretrained(tmp_path / "checkpoint-2").quantized_layers
+    assert not SamoeModel.from_pretrained(tmp_path / "checkpoint-1").quantized_layers
+
+
+def test_what_a_trainer_is_given_stays_as_it_is(model_folder, tmp_path):
+    model = SamoeModel.from_pretrained(model_folder)
+    clips = ClipDataset(SyntheticVideos(2, 3, (64, 64)), AutoProcessor.from_pretrained(model_folder), num_frames=3)
+    arguments = SamoeTrainingArguments(tmp_path, fit="8GB", trainable=["decoder"], report_to="none", use_cpu=True)
+    before, processor = arguments.to_dict(), clips.sampler.processor
+    trainer = SamoeTrainer(model, arguments, processing_class=processor, train_dataset=clips)
+    assert trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps == 8
+    assert arguments.to_dict() == before
+    assert trainer.train_dataset is clips and trainer.processor is processor
