@@ -213,10 +213,7 @@ def _open_own(domain: str | None, row: dict[str, Any], index: int) -> Video:
 
 
 def _rows_as_videos(
-    dataset: AnyDataset,
-    columns: list[str],
-    image_columns: list[str],
-    open_row: Callable[[dict[str, Any], int], Video],
+    dataset: AnyDataset, columns: list[str], image_columns: list[str], open_row: Callable[[dict[str, Any], int], Video]
 ) -> ItemVideos | ItemStream:
     if isinstance(dataset, datasets.Dataset):
         return ItemVideos(EncodedRows(dataset.select_columns(columns)), open_row)

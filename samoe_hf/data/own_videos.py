@@ -21,12 +21,7 @@ from .video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ImageFrames, SampleError, 
 logger = logging.getLogger(__name__)
 
 # What stands for what in a pattern. Those of the second group are for `PATTERNS` alone.
-TOKENS = {
-    "*": r"[^/]*",
-    "<video>": r".+?",
-    "<object>": r"[^/]+?",
-    "<frame>": r"[^/]+?",
-}
+TOKENS = {"*": r"[^/]*", "<video>": r".+?", "<object>": r"[^/]+?", "<frame>": r"[^/]+?"}
 GUESSED_TOKENS = {
     "<frames>": rf"(?<![^\W_]){FRAME_WORDS}(?![^\W_])",
     "<masks>": rf"(?<![^\W_]){MASK_WORDS}(?![^\W_])",

@@ -118,10 +118,7 @@ def _open_per_object(domain: str, video_id: str, folders: tuple[Path, Path]) -> 
 
 
 def read_sa_v(
-    root: str | Path,
-    domain: str = "sa_v",
-    annotations: Literal["manual", "auto"] = "manual",
-    frame_step: int = 4,
+    root: str | Path, domain: str = "sa_v", annotations: Literal["manual", "auto"] = "manual", frame_step: int = 4
 ) -> VideoList:
     """SA-V training: `<video>.mp4` with COCO-RLE masklets in `<video>_manual.json` or `<video>_auto.json`.
 

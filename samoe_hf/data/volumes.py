@@ -28,13 +28,7 @@ Window = tuple[float, float]
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
 # RuntimeError: encrypted, or compressed in another way.
 NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
-NIFTI_DAMAGE = (
-    *DAMAGE,
-    ImageFileError,
-    OrientationError,
-    HeaderDataError,
-    WrapStructError,
-)
+NIFTI_DAMAGE = (*DAMAGE, ImageFileError, OrientationError, HeaderDataError, WrapStructError)
 
 
 def read_npz(

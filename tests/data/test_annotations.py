@@ -8,20 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from helpers.layouts import (
-    SIZE,
-    label_map,
-    make_frames,
-    make_sa_v,
-    save_image,
-)
-from samoe_hf.data import (
-    SampleError,
-    Video,
-    load_videos,
-    video_from_row,
-    write_palette_png,
-)
+from helpers.layouts import SIZE, label_map, make_frames, make_sa_v, save_image
+from samoe_hf.data import SampleError, Video, load_videos, video_from_row, write_palette_png
 from samoe_hf.data.annotations import LabelImages, MaskArrays, ObjectImages, RleMasks
 from samoe_hf.data.video_io import ArrayFrames
 

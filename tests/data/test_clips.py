@@ -12,14 +12,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGE_STD
 from transformers.image_utils import PILImageResampling
 
 from helpers.clips import draws, numbered_video, square
-from samoe_hf.data import (
-    ClipCollator,
-    ClipDataset,
-    ClipSampler,
-    SampleError,
-    SyntheticVideos,
-    Video,
-)
+from samoe_hf.data import ClipCollator, ClipDataset, ClipSampler, SampleError, SyntheticVideos, Video
 
 
 def test_a_clip_has_the_promised_form():

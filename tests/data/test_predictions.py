@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samoe_hf.data import (
-    SampleError,
-    Video,
-    voc_palette,
-)
+from samoe_hf.data import SampleError, Video, voc_palette
 from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.layouts import layout_of
 from samoe_hf.data.predictions import MaskFiles

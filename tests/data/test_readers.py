@@ -23,13 +23,7 @@ from helpers.layouts import (
     save_labels,
 )
 from helpers.reference import ROOT
-from samoe_hf.data import (
-    SampleError,
-    load_videos,
-    read_video,
-    to_datasets,
-    write_palette_png,
-)
+from samoe_hf.data import SampleError, load_videos, read_video, to_datasets, write_palette_png
 
 
 @pytest.fixture

@@ -7,16 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.layouts import (
-    SIZE,
-    make_dataset,
-)
-from samoe_hf.data import (
-    SampleError,
-    SyntheticVideos,
-    load_videos,
-    to_datasets,
-)
+from helpers.layouts import SIZE, make_dataset
+from samoe_hf.data import SampleError, SyntheticVideos, load_videos, to_datasets
 from samoe_hf.data.registry import add_dataset_arguments, read_yaml, videos_from_arguments, videos_from_entry
 
 

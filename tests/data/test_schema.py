@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.layouts import (
-    make_dataset,
-)
+from helpers.layouts import make_dataset
 from samoe_hf.data import (
     FEATURES,
     SampleError,

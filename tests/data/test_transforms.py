@@ -10,11 +10,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGE_MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGE_STD
 
 from helpers.clips import bright_object_video, draws, square
-from samoe_hf.data import (
-    ClipDataset,
-    Video,
-    training_transforms,
-)
+from samoe_hf.data import ClipDataset, Video, training_transforms
 from samoe_hf.data.transforms import IMAGE_FILL, transforms_from_options
 
 

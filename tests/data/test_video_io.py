@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.layouts import (
-    SIZE,
-    make_frames,
-    make_sa_v,
-    save_frames,
-)
+from helpers.layouts import SIZE, make_frames, make_sa_v, save_frames
 from samoe_hf.data import (
     SampleError,
     load_videos,

@@ -7,17 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from helpers.layouts import (
-    SIZE,
-    make_nifti,
-    make_npz,
-    save_nifti,
-)
+from helpers.layouts import SIZE, make_nifti, make_npz, save_nifti
 from helpers.reference import ROOT
-from samoe_hf.data import (
-    SampleError,
-    load_videos,
-)
+from samoe_hf.data import SampleError, load_videos
 
 
 def test_npz_volumes_have_slices_for_frames(tmp_path):
