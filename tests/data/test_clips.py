@@ -31,11 +31,11 @@ def test_frames_are_those_that_the_indices_name():
 
 
 def test_starts_are_uniform_and_half_of_the_clips_are_reversed():
-    indices = [clip["frame_indices"] for clip in draws(numbered_video(12), 600, num_frames=3, stride=2)]
+    indices = [clip["frame_indices"] for clip in draws(numbered_video(12), 400, num_frames=3, stride=2)]
     assert all(set(np.diff(i)) in ({2}, {-2}) for i in indices)
     starts = Counter(min(i) for i in indices)
-    assert set(starts) == set(range(8)) and max(starts.values()) < 2 * min(starts.values())
-    assert 0.44 < np.mean([i[0] > i[-1] for i in indices]) < 0.56
+    assert set(starts) == set(range(8)) and max(starts.values()) < 2.5 * min(starts.values())
+    assert 0.42 < np.mean([i[0] > i[-1] for i in indices]) < 0.58
     for probability in (0, 1):
         clips = draws(numbered_video(12), 20, num_frames=3, reverse_probability=probability)
         assert {clip["frame_indices"][0] > clip["frame_indices"][-1] for clip in clips} == {bool(probability)}
@@ -43,12 +43,12 @@ def test_starts_are_uniform_and_half_of_the_clips_are_reversed():
 
 def test_objects_are_drawn_from_those_on_the_first_frame_and_may_vanish():
     video = numbered_video(6, visible=[range(6), [0], [0], [0], [5]])
-    clips = draws(video, 300, num_frames=6, max_objects=2, reverse_probability=0)
+    clips = draws(video, 150, num_frames=6, max_objects=2, reverse_probability=0)
     columns = [clip["labels"][:, 0].any(dim=1).int().argmax(dim=-1).tolist() for clip in clips]
     assert {len(c) for c in columns} == {2}
     seen = Counter(column for c in columns for column in c)
     assert set(seen) == {0, 3, 6, 9}, "the object that comes in on the last frame is not drawn"
-    assert min(seen.values()) > 110, "every visible object is drawn as often"
+    assert min(seen.values()) > 45, "every visible object is drawn as often"
     vanishing = [clip["labels"][c.index(3)] for clip, c in zip(clips, columns, strict=True) if 3 in c]
     assert all(mask[0].any() and not mask[1:].any() for mask in vanishing)
 
@@ -66,11 +66,6 @@ def test_short_videos_are_reflected_and_one_frame_stands_still():
     assert clip["frame_indices"] == [0, 0, 0, 0] and clip["labels"].shape == (1, 4, 20, 20)
 
 
-def test_an_object_that_only_the_last_frames_show_is_still_found():
-    for clip in draws(numbered_video(10, visible=[[9]]), 10, num_frames=4, reverse_probability=0):
-        assert clip["frame_indices"] == [9, 8, 7, 6] and clip["labels"][0, 0].any()
-
-
 def test_a_video_without_objects_is_an_error_with_its_name():
     for video in (numbered_video(5, visible=[[]], name="empty"), numbered_video(5, annotated=[], name="empty")):
         with pytest.raises(SampleError, match="empty: no object"):
@@ -83,12 +78,6 @@ def test_one_frame_clips_warn_that_memory_experts_do_not_learn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ClipSampler(square(16), num_frames=2)
-
-
-@pytest.mark.parametrize("wrong", [{"num_frames": 0}, {"stride": 0}, {"reverse_probability": 1.5}, {"max_objects": 0}])
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        ClipSampler(square(16), **wrong)
 
 
 def test_frames_are_resized_as_by_pil_and_normalized():
@@ -143,9 +132,6 @@ def test_objects_are_padded():
     assert torch.equal(batch["labels"][1], clips[1]["labels"].to(torch.int8))
     assert torch.equal(batch["labels"][0, 0], clips[0]["labels"][0]) and (batch["labels"][0, 1:] == -100).all()
     assert ClipCollator(keep_domain=True)(clips)["domain"] == ["numbers", "numbers"]
-
-
-def test_clips_of_different_lengths_do_not_make_a_batch():
-    clips = [ClipDataset([numbered_video(4)], square(16), num_frames=n)[0] for n in (2, 3)]
+    longer = ClipDataset([videos[0]], square(20), num_frames=3)[0]
     with pytest.raises(ValueError, match="one number of frames"):
-        ClipCollator()(clips)
+        ClipCollator()([*clips, longer])

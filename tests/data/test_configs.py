@@ -23,23 +23,10 @@ def test_all_of_the_repository_are_found_anywhere():
     assert not names_config("davis") and not names_config("{kind: davis}") and not names_config("x" * 300)
 
 
-def test_none_names_a_file_outside(tmp_path):
-    for path in shipped_configs().values():
-        text = path.read_text()
-        assert "../" not in text and not any(word.startswith("/") for word in text.split()), path
-        if "model_config" in read_yaml(path):
-            assert read_yaml(path)["model_config"] in shipped_configs()
-
-
 @pytest.mark.parametrize("name", ["smoke", "smoke.yaml"])
 def test_a_file_comes_first(name, tmp_path):
     (tmp_path / name).write_text("seed: 7\n")
     assert read_yaml(name) == {"seed": 7}
-
-
-def test_a_folder_of_the_same_name_is_no_configuration(tmp_path):
-    (tmp_path / "smoke").mkdir()
-    assert find_config("smoke") == shipped_configs()["smoke"]
 
 
 @pytest.mark.parametrize(
@@ -61,10 +48,3 @@ def test_a_run_by_its_name_with_a_model_by_its_name():
     model, data, *_ = parse_run(["smoke", "--output_dir", "out"])
     assert model.model_config == "model_nano" and len(data.train_data) == 2
     assert model.load().config.image_size == 128
-
-
-def test_a_model_on_the_command_line_takes_the_place_of_the_runs():
-    model, *_ = parse_run(["smoke", "--output_dir", "out", "--model_name_or_path", "base"])
-    assert (model.model_name_or_path, model.model_config) == ("base", None)
-    model, *_ = parse_run(["finetune_davis", "--output_dir", "out", "--model_config=model_micro"])
-    assert (model.model_name_or_path, model.model_config) == (None, "model_micro")

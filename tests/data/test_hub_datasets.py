@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from helpers.clips import square
-from helpers.layouts import make_dataset
 from samoe_hf.data import ClipDataset, SampleError, load_videos, videos_from_dataset, voc_palette
 
 SIZE = (16, 20)
@@ -75,12 +74,6 @@ def test_columns_can_be_named_from_load_videos(tmp_path):
         assert_exact(load_videos("dataset", tmp_path / "saved", domain="lab", **options), "ab", "lab")
 
 
-def test_the_domain_of_stored_videos_can_be_given(tmp_path):
-    options = make_dataset(tmp_path / "saved")
-    assert {video.domain for video in load_videos(**options)} == {"shapes"}
-    assert {video.domain for video in load_videos(**options, domain="lab")} == {"lab"}
-
-
 @pytest.mark.parametrize(
     "order",
     [
@@ -90,19 +83,15 @@ def test_the_domain_of_stored_videos_can_be_given(tmp_path):
     ],
     ids=lambda order: next(iter(order)),
 )
-@pytest.mark.parametrize("masks", ["mask", "label", "annotation"])
-def test_rows_that_are_frames_are_grouped_to_videos(masks, order):
-    videos = videos_from_dataset(frame_rows(masks, video=(["b"] * 4 + ["a"] * 4, TEXT), **order))
+def test_rows_that_are_frames_are_grouped_to_videos(order):
+    videos = videos_from_dataset(frame_rows("label", video=(["b"] * 4 + ["a"] * 4, TEXT), **order))
     assert_exact(videos, "ba")
     assert videos.select(["a"])[0].video_id == "a"
     assert len(ClipDataset(videos, square(16), num_frames=2)[1]["labels"]) == 2
-
-
-def test_without_numbers_frames_keep_their_rows_order():
     numbers = datasets.ClassLabel(names=["first", "second"])
     videos = videos_from_dataset(frame_rows(which=([0] * 4 + [1] * 4, numbers)), video_column="which")
     assert videos.video_ids == ["first", "second"]
-    assert np.array_equal(np.stack(list(videos[0].frames)), FRAMES[0, ::-1])
+    assert np.array_equal(np.stack(list(videos[0].frames)), FRAMES[0, ::-1]), "without numbers, the rows' order"
 
 
 def test_frames_without_masks_are_not_annotated_and_palettes_are_ids():

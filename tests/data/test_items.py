@@ -2,7 +2,6 @@
 
 import logging
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -12,17 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_w
 
 from helpers.clips import numbered_video, same_clip, square
 from helpers.reference import ROOT
-from samoe_hf.data import (
-    ClipCollator,
-    ClipDataset,
-    ClipStream,
-    SampleError,
-    Video,
-    to_datasets,
-    video_from_item,
-    videos_from_dataset,
-    videos_from_items,
-)
+from samoe_hf.data import ClipCollator, ClipDataset, ClipStream, SampleError, video_from_item, videos_from_items
 
 SIZE = (16, 20)
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, *SIZE, 3), dtype=np.uint8)
@@ -84,13 +73,6 @@ def test_frames_of_each_form_are_kept_exactly(frames):
     assert_exact(video_from_item({"frames": frames, "masks": IDS}))
 
 
-@pytest.mark.parametrize("axis", [None, 1, 3])
-def test_gray_frames_are_repeated_over_the_channels(axis):
-    gray = FRAMES[..., 0]
-    video = video_from_item({"frames": gray if axis is None else np.expand_dims(gray, axis), "masks": IDS})
-    assert_exact(video, np.repeat(gray[..., None], 3, axis=-1))
-
-
 @pytest.mark.parametrize(
     "masks",
     [
@@ -111,16 +93,6 @@ def test_masks_of_each_form_are_kept_exactly(masks):
     assert_exact(video_from_item({"frames": FRAMES, "masks": masks, "object_ids": torch.tensor([2, 5])}))
 
 
-def test_overlapping_masks_stay_whole():
-    masks = np.ones((4, 2, *SIZE), bool)
-    assert_exact(video_from_item({"frames": FRAMES, "masks": masks}), masks=masks, object_ids=(1, 2))
-
-
-def test_only_the_named_ids_count():
-    video = video_from_item({"frames": FRAMES, "masks": IDS, "object_ids": [5]})
-    assert_exact(video, masks=MASKS[:, 1:], object_ids=[5])
-
-
 @pytest.mark.parametrize("masks", [IDS, MASKS])
 def test_a_frame_without_masks_is_not_annotated(masks):
     video = video_from_item({"frames": FRAMES, "masks": [masks[0], None, masks[2], None]})
@@ -133,13 +105,6 @@ def test_the_masks_tell_channels_from_columns(size):
     ids = np.ones((4, *size), np.uint8)
     for given in (frames, np.moveaxis(frames, 3, 1)):
         assert_exact(video_from_item({"frames": given, "masks": ids}), frames, ids[:, None] > 0, [1])
-
-
-def test_names_are_the_items_own_or_their_number():
-    item = {"frames": FRAMES, "masks": IDS}
-    assert (video_from_item(item, 7).video_id, video_from_item(item, 7).domain) == ("item_7", "default")
-    named = video_from_item(item | {"video_id": 12, "domain": "lab", "fps": 3})
-    assert (named.video_id, named.domain) == ("12", "lab")
 
 
 # --- Broken items
@@ -206,28 +171,6 @@ def test_a_map_style_dataset_is_converted_on_access():
     assert_exact(videos_from_items(Subset(dataset, [2]))[0], np.roll(FRAMES, 2, axis=0), np.roll(MASKS, 2, 0), (1, 2))
 
 
-def test_videos_and_items_may_be_mixed_and_stored():
-    videos = videos_from_items([numbered_video(3), MyDataset()[0]])
-    stored = videos_from_dataset(to_datasets(videos, streaming=True))
-    for video, again in zip(videos, stored, strict=True):
-        assert_exact(again, np.stack(list(video.frames)), [video.masks(t) for t in range(len(video))], video.object_ids)
-
-
-@pytest.mark.parametrize("data", [{"frames": FRAMES, "masks": IDS}, "davis", 3, numbered_video(2)])
-def test_what_is_no_dataset_is_refused(data):
-    with pytest.raises(ValueError, match="must be a sequence or an iterable of items"):
-        videos_from_items(data)
-
-
-def test_a_dataset_without_length_is_refused():
-    class Endless(Dataset):
-        def __getitem__(self, index):
-            return MyDataset()[index]
-
-    with pytest.raises(ValueError, match="needs `__len__`, which Endless lacks"):
-        ClipDataset(Endless(), square(16))
-
-
 def test_clips_of_a_dataset_are_those_of_its_videos():
     dataset = MyDataset()
     clips = ClipDataset(dataset, square(16), num_frames=2, seed=3)
@@ -254,44 +197,6 @@ def test_a_stream_goes_on_after_a_broken_item(caplog):
     assert stream.num_skipped == 1 and "item 1 has no `masks`" in caplog.text
 
 
-def test_a_broken_item_is_named_by_a_worker():
-    clips = ClipDataset([MyDataset()[0], {"frames": FRAMES}], square(16), num_frames=2)
-    loaded = iter(DataLoader(clips, batch_size=None, num_workers=1, sampler=[1, 0]))
-    with pytest.raises(SampleError, match="item 1 has no `masks`"):
-        next(loaded)
-    assert [clip["video_id"] for clip in loaded] == ["item_0"]
-
-
-def test_a_stream_is_no_dataset_of_known_length():
-    with pytest.raises(ValueError, match="give it to ClipStream"):
-        ClipDataset(MyIterable(), square(16))
-
-
-def test_the_epoch_is_passed_on():
-    class Shuffled(MyIterable):
-        epoch = 0
-
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-    data = Shuffled()
-    ClipStream(data, square(16), num_frames=2).set_epoch(3)
-    assert data.epoch == 3
-
-
-def test_points_are_said_not_to_be_used():
-    with pytest.warns(UserWarning, match="`points` are not used.*PromptRecipe"):
-        video_from_item(MyDataset(points=torch.zeros(5, 2))[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ClipDataset(MyDataset(), square(16), num_frames=2)[0]
-
-
-def test_raw_items_are_not_collated():
-    with pytest.raises(ValueError, match=r"ClipDataset\(dataset, processor\)"):
-        ClipCollator()([MyDataset()[0]])
-
-
 def test_the_guides_dataset_class_runs():
     guide = (ROOT / "docs" / "data.md").read_text()
     (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "class MyDataset" in code]
@@ -300,5 +205,31 @@ def test_the_guides_dataset_class_runs():
     assert names["batch"]["labels"].shape[:3] == (2, 2, 4) and names["batch"]["object_mask"].all()
 
 
-def test_arrays_are_the_shorter_way_where_they_are_as_video_takes_them():
-    assert_exact(Video.from_arrays("mine", FRAMES, MASKS, [2, 5]))
+def test_optional_keys_are_names_and_ids_that_count(recwarn):
+    item = {"frames": FRAMES[..., :1], "masks": IDS}
+    video = video_from_item(item | {"object_ids": [5]}, 7)
+    assert_exact(video, np.repeat(FRAMES[..., :1], 3, axis=-1), MASKS[:, 1:], [5])
+    assert (video.video_id, video.domain) == ("item_7", "default")
+    named = video_from_item(item | {"video_id": 12, "domain": "lab", "fps": 3})
+    assert (named.video_id, named.domain) == ("12", "lab") and not recwarn.list
+    with pytest.warns(UserWarning, match="`points` are not used.*PromptRecipe"):
+        video_from_item(item | {"points": [1]})
+
+
+@pytest.mark.parametrize("data", [{"frames": FRAMES, "masks": IDS}, "davis", 3, numbered_video(2)])
+def test_what_is_no_dataset_is_refused(data):
+    with pytest.raises(ValueError, match="must be a sequence or an iterable of items"):
+        videos_from_items(data)
+
+
+def test_what_has_no_length_or_no_clips_is_refused():
+    class Endless(Dataset):
+        def __getitem__(self, index):
+            return MyDataset()[index]
+
+    with pytest.raises(ValueError, match="needs `__len__`, which Endless lacks"):
+        ClipDataset(Endless(), square(16))
+    with pytest.raises(ValueError, match="give it to ClipStream"):
+        ClipDataset(MyIterable(), square(16))
+    with pytest.raises(ValueError, match=r"ClipDataset\(dataset, processor\)"):
+        ClipCollator()([MyDataset()[0]])
