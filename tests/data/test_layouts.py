@@ -27,24 +27,48 @@ def check_videos(videos) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_own_videos_are_read_without_naming_a_kind(layout, tmp_path, caplog):
+    """What the log says of their layout can be given as it is."""
     root = LAYOUTS[layout](tmp_path / "my_videos")
     videos = load_videos(str(root))
     check_videos(videos)
-    assert videos[0].domain == "my_videos"
-    assert "my_videos: 2 videos, frames in" in caplog.text
+    assert videos[0].domain == "my_videos" and "my_videos: 2 videos, frames in" in caplog.text
     if layout in ("csv", "json", "jsonl"):
         assert load_videos(next(root.glob("pairs.*"))).video_ids == list(truth())
+    else:
+        frames, masks = caplog.messages[-1].partition("frames in ")[2].split(", masks in ")
+        named = load_videos("files", root, frames=frames, masks=masks)
+        assert [len(video.annotated_frames) for video in named] == [NUM_FRAMES] * 2
+        assert named[1].object_ids == videos[1].object_ids
 
 
-@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"csv", "json", "jsonl"}))
-def test_the_patterns_that_are_told_name_the_same_videos(layout, tmp_path, caplog):
-    """What the log says can be given as it is."""
-    root = LAYOUTS[layout](tmp_path / "my_videos")
-    videos = load_videos(root)
-    frames, masks = caplog.messages[-1].partition("frames in ")[2].split(", masks in ")
-    named = load_videos("files", root, frames=frames, masks=masks)
-    assert len(named) == len(videos)
-    check_videos(named)
+@pytest.mark.parametrize(
+    "frames, masks, ids",
+    [
+        ("frames/{t:05d}.jpg", "masks/{t:05d}.png", ["my_videos"]),
+        ("data/images/{v}/{t}.jpg", "data/labels/{v}/{t}.png", ["data/cat"]),
+        ("{v}/frames/{t}.jpg", "{v}/outlined/{t}.png", ["cat"]),
+        ("camera/{v}/{t}.jpg", "masks/{v}/{t}.png", ["cat"]),
+        ("frames_{v}/{t}.jpg", "masks_{v}/{t}.png", ["cat"]),
+        ("{v}/rgb_left/{t}.jpg", "{v}/binary_masks/{t}.png", ["cat"]),
+        ("{v}/{t}.jpg", "{v}_masks/{t}.png", ["cat"]),
+    ],
+)
+def test_folders_tell_the_video_beside_their_role(frames, masks, ids, tmp_path):
+    videos = load_videos(write(tmp_path / "my_videos", frames, masks, only=1))
+    assert videos.video_ids == ids and videos[0].annotated_frames == list(range(NUM_FRAMES))
+
+
+@pytest.mark.parametrize("where", ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg", "{s}/frames/{v}/{t}.jpg"])
+def test_splits_are_recognized(where, tmp_path, caplog):
+    for split in ("train", "val"):
+        frame = where.replace("{s}", split)
+        write(tmp_path, frame, frame.replace("frames", "masks").replace(".jpg", ".png"), only=1 + (split == "val"))
+    assert len(load_videos(tmp_path)) == 1
+    assert "the split train is taken; others are ['val']" in caplog.text
+    videos = load_videos(tmp_path, split="val")
+    assert videos.video_ids == list(truth()) and videos[1].annotated_frames == list(range(NUM_FRAMES))
+    with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, val"):
+        load_videos(tmp_path, split="dev")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +93,17 @@ def test_layouts_of_public_datasets_are_recognized(make, kind, tmp_path, caplog)
     assert np.array_equal(videos[0].masks(frame), named[0].masks(frame))
 
 
+@pytest.mark.filterwarnings("ignore:COCO images")
+@pytest.mark.parametrize("folder", ["train", "."])
+def test_coco_exports_are_recognized(folder, tmp_path):
+    made = layouts.make_coco(tmp_path / "data")
+    (tmp_path / "export" / folder).mkdir(parents=True)
+    (tmp_path / "data" / "images" / "one.png").rename(tmp_path / "export" / folder / "one.png")
+    (tmp_path / "data" / made["annotations"]).rename(tmp_path / "export" / folder / "_annotations.coco.json")
+    (video,) = load_videos(tmp_path / "export")
+    assert video.domain == "coco" and video.object_ids == [1, 2]
+
+
 @pytest.mark.parametrize("name, kind", [("YouTubeVOS", "youtube_vos"), ("MOSE", "mose"), ("LVOS_V2", "lvos")])
 def test_vos_datasets_are_recognized_by_name_with_their_splits(name, kind, tmp_path, caplog):
     for split in ("train", "valid"):
@@ -80,38 +115,6 @@ def test_vos_datasets_are_recognized_by_name_with_their_splits(name, kind, tmp_p
     assert load_videos(tmp_path / name / "valid")[0].domain == kind
     with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, valid"):
         load_videos(tmp_path / name, split="dev")
-
-
-def test_coco_exports_are_recognized(tmp_path):
-    made = layouts.make_coco(tmp_path / "data")
-    (tmp_path / "export" / "train").mkdir(parents=True)
-    (tmp_path / "data" / "images" / "one.png").rename(tmp_path / "export" / "train" / "one.png")
-    (tmp_path / "data" / made["annotations"]).rename(tmp_path / "export" / "train" / "_annotations.coco.json")
-    with pytest.warns(UserWarning, match="one frame"):
-        (video,) = load_videos(tmp_path / "export")
-    assert video.domain == "coco" and video.object_ids == [1, 2]
-
-
-@pytest.mark.parametrize("where", ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg"])
-def test_splits_are_recognized(where, tmp_path, caplog):
-    for split in ("train", "val"):
-        frame = where.replace("{s}", split)
-        write(
-            tmp_path, frame, frame.replace("frames", "masks").replace(".jpg", ".png"), only=2 if split == "val" else 1
-        )
-    assert len(load_videos(tmp_path)) == 1
-    assert "the split train is taken; others are ['val']" in caplog.text
-    videos = load_videos(tmp_path, split="val")
-    assert videos.video_ids == list(truth())
-    check_videos(videos)
-    with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, val"):
-        load_videos(tmp_path, split="dev")
-
-
-def test_a_folder_may_be_one_video(tmp_path):
-    write(tmp_path / "scan", "frames/{t:05d}.jpg", "masks/{t:05d}.png", only=1)
-    (video,) = load_videos(tmp_path / "scan")
-    assert video.video_id == "scan" and video.object_ids == next(iter(truth().values())).object_ids
 
 
 def test_masks_of_some_frames_leave_the_others_without_annotation(tmp_path, caplog):
@@ -131,15 +134,11 @@ def test_objects_of_one_frame_each_are_objects(tmp_path):
         save(tmp_path / "a" / "masks" / f"{t}_obj{3 + t}.png", np.where(video.masks(t)[0], 255, 0).astype(np.uint8))
     (read,) = load_videos(tmp_path)
     assert read.object_ids == [3, 4] and read.visible(0) == [3] and read.visible(1) == [4]
-
-
-def test_names_of_objects_become_ids_in_their_order(tmp_path):
-    video = truth()["cat"]
-    for name in ("wing", "beak"):
-        save(tmp_path / "a" / "masks" / name / "0.png", np.where(video.masks(0)[0], 255, 0).astype(np.uint8))
-    save(tmp_path / "a" / "frames" / "0.jpg", video.frames[0])
-    assert load_videos(tmp_path)[0].object_ids == [1, 2]
-    assert "beak" in load_videos(tmp_path)[0].annotations.source(0)
+    for name in ("wing", "beak"):  # names become ids in their order
+        save(tmp_path / "b" / "masks" / name / "0.png", np.where(video.masks(0)[0], 255, 0).astype(np.uint8))
+    save(tmp_path / "b" / "frames" / "0.jpg", video.frames[0])
+    (read,) = load_videos(tmp_path / "b")
+    assert read.object_ids == [1, 2] and "beak" in read.annotations.source(0)
 
 
 def test_a_list_may_name_frames_of_a_video_file_and_objects(tmp_path):
@@ -155,44 +154,33 @@ def test_a_list_may_name_frames_of_a_video_file_and_objects(tmp_path):
     assert video.video_id == "cat" and video.object_ids == [1, 2]
 
 
-def test_colours_of_davis_are_ids_and_grays_values(tmp_path):
-    write(tmp_path, "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
-    from PIL import Image
-
-    for path in tmp_path.rglob("masks/*.png"):
-        Image.open(path).convert("RGB").save(path)
-    check_videos(load_videos(tmp_path))
-
-
 # --- What is no layout
 
 
-def broken(tmp_path, what):
+def broken(root, what):
     """A folder with one fault."""
-    root = tmp_path / "mine"
-    if what == "empty":
-        root.mkdir()
-        return root
-    if what == "no masks":
-        return write(root, "{v}/frames/{t}.jpg", "../elsewhere/{v}/masks/{t}.png")
-    if what == "only masks":
-        return write(root, "../elsewhere/{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
-    write(root, "{v}/frames/{t:05d}.jpg", "{v}/masks/{t:05d}.png")
+    path = root / "cat/masks/00001.png"
+    if what in ("no masks", "only masks"):
+        kept = "{v}/frames/{t}.jpg" if what == "no masks" else "{v}/masks/{t}.png"
+        frames, masks = ("{v}/frames/{t}.jpg", "../{v}/{t}.png") if what == "no masks" else ("../{v}/{t}.jpg", kept)
+        return write(root, frames, masks)
+    root.mkdir()
+    if what != "empty":
+        write(root, "{v}/frames/{t:05d}.jpg", "{v}/masks/{t:05d}.png")
+    colors = np.zeros((*SIZE, 3), np.uint8)
     if what == "a mask without a frame":
-        save_ids(root / "cat/masks/00009.png", truth()["cat"], 0)
+        save_ids(path.with_name("00009.png"), truth()["cat"], 0)
     elif what == "another size":
-        write_palette_png(root / "cat/masks/00001.png", np.ones((5, 5), int))
+        write_palette_png(path, np.ones((5, 5), int))
     elif what == "JPEG masks":
-        save(root / "cat/masks/00001.jpg", np.zeros(SIZE, np.uint8))
-        (root / "cat/masks/00001.png").unlink()
+        save(path.with_suffix(".jpg"), colors)
+        path.unlink()
     elif what == "two masks of a frame":
-        save_ids(root / "cat/masks/1.png", truth()["cat"], 0)
+        save_ids(path.with_name("1.png"), truth()["cat"], 0)
     elif what == "colours":
-        colors = np.zeros((*SIZE, 3), np.uint8)
         colors[:9] = (12, 200, 7)
-        save(root / "cat/masks/00001.png", colors)
+        save(path, colors)
     elif what == "cut off":
-        path = root / "cat/masks/00001.png"
         path.write_bytes(path.read_bytes()[:60])
     elif what == "two folders of frames":
         write(root, "{v}/images/{t:05d}.jpg", "{v}/masks/{t:05d}.png")
@@ -215,30 +203,30 @@ def broken(tmp_path, what):
     ],
 )
 def test_what_is_wrong_is_named_with_the_remedy(what, message, tmp_path):
-    root = broken(tmp_path, what)
+    root = broken(tmp_path / "mine", what)
     with pytest.raises((ValueError, SampleError), match=message):
         video = load_videos(root)[0]
         for t in video.annotated_frames:
             video.masks(t)
 
 
+PATTERN = "<video>/frames/*"
+
+
 @pytest.mark.parametrize(
-    "options, message",
+    "frames, masks, message",
     [
-        ({"frames": "<video>/frames/*"}, "`frames` goes with `masks`"),
-        (
-            {"frames": "<video>/frames/*", "masks": "<video>/nothing/*"},
-            "`masks`: no image or video below .* is named by",
-        ),
-        ({"frames": "<vid>/frames/*", "masks": "<video>/masks/*"}, r"`frames` must be a pattern .*got '<vid>"),
-        ({"frames": "../<video>/*", "masks": "<video>/masks/*"}, "`frames` must be a pattern below"),
-        ({"frames": "<video>/frames/*", "masks": "cat/<video>/*"}, "name no video in common"),
+        (PATTERN, None, "`frames` goes with `masks`"),
+        (PATTERN, "<video>/nothing/*", "`masks`: no image or video below .* is named by"),
+        ("<vid>/frames/*", PATTERN, r"`frames` must be a pattern .*got '<vid>"),
+        ("../<video>/*", PATTERN, "`frames` must be a pattern below"),
+        (PATTERN, "cat/<video>/*.png", "name no video in common"),
     ],
 )
-def test_wrong_patterns_are_refused(options, message, tmp_path):
-    write(tmp_path, "{v}/frames/{t:05d}.jpg", "{v}/masks/{t:05d}.png")
+def test_wrong_patterns_are_refused(frames, masks, message, tmp_path):
+    write(tmp_path, "{v}/frames/{t:05d}.jpg", "{v}/masks/{t:05d}.png", only=1)
     with pytest.raises(ValueError, match=message):
-        load_videos("files", tmp_path, **options)
+        load_videos("files", tmp_path, frames=frames, masks=masks)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +239,7 @@ def test_wrong_patterns_are_refused(options, message, tmp_path):
     ],
 )
 def test_wrong_lists_name_the_row(text, message, tmp_path):
-    write(tmp_path, "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    write(tmp_path, "{v}/frames/{t}.jpg", "{v}/masks/{t}.png", only=1)
     (tmp_path / "pairs.csv").write_text(text)
     with pytest.raises((OSError, SampleError), match=message):
         load_videos(tmp_path / "pairs.csv")

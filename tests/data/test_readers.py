@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from itertools import chain
 
 import nibabel as nib
@@ -13,7 +12,6 @@ from helpers.layouts import (
     SIZE,
     label_map,
     make_coco,
-    make_davis,
     make_nifti,
     make_sa_v,
     make_sa_v_val,
@@ -23,7 +21,7 @@ from helpers.layouts import (
     save_labels,
 )
 from helpers.reference import ROOT
-from samoe_hf.data import SampleError, load_videos, read_video, to_datasets, write_palette_png
+from samoe_hf.data import SampleError, load_videos, write_palette_png
 
 
 @pytest.fixture
@@ -143,35 +141,6 @@ def test_sa_v_validation_has_a_folder_per_object(tmp_path):
 
 
 @pytest.fixture
-def sa_v(tmp_path):
-    make_sa_v(tmp_path)
-    return tmp_path
-
-
-def test_sa_v_training_decodes_video_and_masklets(sa_v):
-    video = load_videos("sa_v", sa_v)[0]
-    assert (video.video_id, len(video), video.object_ids) == ("sav_1", 10, [1, 2])
-    assert video.annotated_frames == [0, 8], "an object without an entry leaves its frame unannotated"
-    assert np.array_equal(video.masks(0), [label_map((1, 2)) > 0, label_map((1, 2), (1, 9)) > 0])
-    assert video.visible(8) == [1]
-    assert abs(int(video.frames[8].mean()) - 160) < 4
-    with pytest.raises(FileNotFoundError, match=r"no files \*_auto\.json"):
-        load_videos("sa_v", sa_v, annotations="auto")
-
-
-def test_damaged_sa_v_files_are_named(sa_v):
-    path = sa_v / "sav_000" / "sav_1_manual.json"
-    for text in ('{"masklet": [', '{"masklet": []}', "[]"):
-        path.write_text(text)
-        with pytest.raises(SampleError, match=r"sav_1_manual\.json: not SA-V"):
-            load_videos("sa_v", sa_v)[0]
-    path.with_name("sav_1.mp4").unlink()
-    path.write_text('{"video_height": 1, "video_width": 1, "masklet": []}')
-    with pytest.raises(FileNotFoundError, match=r"sav_1\.mp4"):
-        load_videos("sa_v", sa_v)[0]
-
-
-@pytest.fixture
 def ocid(tmp_path):
     for folder in ("ARID20/table/bottom", "YCB10/floor"):
         for n in (*range(1, 7), 13):
@@ -201,95 +170,6 @@ def test_ocid_objects_are_those_of_the_last_label(ocid):
     assert load_videos("ocid", ocid, split="test", ignore_ids=[1])[0].object_ids == [2, 300]
 
 
-@pytest.fixture
-def coco(tmp_path):
-    make_coco(tmp_path)
-    return tmp_path
-
-
-def test_coco_images_are_videos_of_one_frame_with_a_warning(coco, capsys):
-    with pytest.warns(UserWarning, match="get no gradient.*expert_modules"):
-        videos = load_videos("coco", coco, images="images", annotations="labels.json")
-    assert capsys.readouterr().out == ""
-    assert videos.video_ids == ["one.png"], "images without annotations are left out"
-    video = videos[0]
-    assert (len(video), video.object_ids) == (1, [1, 2]), "crowds are left out"
-    assert video.masks(0).sum(axis=(1, 2)).tolist() == [64, 64]
-
-
-@pytest.mark.filterwarnings("ignore:COCO images")
-def test_damaged_coco_files_are_named(coco):
-    options = {"images": "images", "annotations": "labels.json"}
-    data = json.loads((coco / "labels.json").read_text())
-    del data["annotations"][0]["segmentation"]
-    (coco / "labels.json").write_text(json.dumps(data))
-    with pytest.raises(SampleError, match=r"one\.png: its COCO annotations"):
-        load_videos("coco", coco, **options)[0]
-    (coco / "labels.json").write_text("{")
-    with pytest.raises(SampleError, match=r"labels\.json: not COCO"):
-        load_videos("coco", coco, **options)
-
-
-def _saved(videos, folder):
-    to_datasets(videos, cache_dir=str(folder / "cache")).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-def test_frames_of_a_reader_survive_a_dataset(vos, tmp_path):
-    original = load_videos("mose", vos, split="train")
-    stored = load_videos("dataset", _saved(original, tmp_path))
-    assert stored[0].annotated_frames == [0, 2, 4] and len(stored[0]) == 6
-    assert np.array_equal(stored[0].masks(2), original[0].masks(2))
-    assert np.array_equal(stored[0].frames[5], read_video(vos / "train" / "JPEGImages" / "a")[5])
-
-
-def damaged_coco(tmp_path, change, match):
-    options = make_coco(tmp_path)
-    data = json.loads((tmp_path / "labels.json").read_text())
-    change(data)
-    (tmp_path / "labels.json").write_text(json.dumps(data))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(SampleError, match=match):
-            video = load_videos(**options)[0]
-            assert video.masks(0) is not None
-
-
-@pytest.mark.parametrize(
-    "segmentation",
-    [
-        [[1e9, 0, -1e9, 0, 0, 1e9]],
-        [[math.nan, 0, 1, 1, 2, 2]],
-        [[1e400, 0, 1, 1, 2, 2]],
-        [[0, 0, 31, 23] * 200],
-        [[0, 0, 1]],
-        [[0, 0, 1, 1, 2]],
-        [["a"] * 6],
-        [{}],
-        [],
-        5,
-        None,
-        {"size": [10**6, 10**6], "counts": [10**12]},
-        {"size": list(SIZE), "counts": "oooooooooo"},
-        {"size": list(SIZE), "counts": [5, 10**9]},
-    ],
-    ids=str,
-)
-def test_polygons_and_masks_of_coco_fit_their_image(tmp_path, segmentation):
-    damaged_coco(tmp_path, lambda d: d["annotations"][0].update(segmentation=segmentation), r"one\.png")
-
-
-def test_images_of_coco_have_the_size_and_the_names_that_the_file_says(tmp_path):
-    damaged_coco(tmp_path / "a", lambda d: d["images"][0].update(height=10**6, width=10**6), r"one\.png.*\(24, 32\)")
-    for i, name in enumerate(("../labels.json", "/etc/passwd", 5, "")):
-        damaged_coco(tmp_path / f"b{i}", lambda d, name=name: d["images"][0].update(file_name=name), r"labels\.json")
-    twice = {"id": 7, "file_name": "one.png", "height": SIZE[0], "width": SIZE[1]}
-    annotation = {"id": 3, "image_id": 7, "iscrowd": 0, "segmentation": rle(label_map((1, 2)))}
-    damaged_coco(
-        tmp_path / "c", lambda d: (d["images"].append(twice), d["annotations"].append(annotation)), "two images"
-    )
-
-
 def test_two_files_of_one_name_are_named(tmp_path):
     sa_v = make_sa_v(tmp_path / "sa_v")
     other = tmp_path / "sa_v" / "sav_001"
@@ -311,14 +191,66 @@ def test_two_files_of_one_name_are_named(tmp_path):
     assert load_videos(**nifti).video_ids == ["case"], "files beside the volumes are none"
 
 
-@pytest.mark.parametrize("step", [0, -4])
-def test_steps_between_annotated_frames_are_positive(tmp_path, step):
+def test_sa_v_training_decodes_video_and_masklets(tmp_path):
+    make_sa_v(tmp_path)
+    video = load_videos("sa_v", tmp_path)[0]
+    assert (video.video_id, len(video), video.object_ids) == ("sav_1", 10, [1, 2])
+    assert video.annotated_frames == [0, 8], "an object without an entry leaves its frame unannotated"
+    assert np.array_equal(video.masks(0), [label_map((1, 2)) > 0, label_map((1, 2), (1, 9)) > 0])
+    assert video.visible(8) == [1] and abs(int(video.frames[8].mean()) - 160) < 4
+    with pytest.raises(FileNotFoundError, match=r"no files \*_auto\.json"):
+        load_videos("sa_v", tmp_path, annotations="auto")
     with pytest.raises(ValueError, match="frame_step"):
-        load_videos(**make_sa_v(tmp_path), frame_step=step)
+        load_videos("sa_v", tmp_path, frame_step=0)
+    (tmp_path / "sav_000" / "sav_1.mp4").unlink()
+    with pytest.raises(FileNotFoundError, match=r"sav_1\.mp4"):
+        load_videos("sa_v", tmp_path)[0]
 
 
-def test_lists_that_are_no_text_are_named(tmp_path):
-    options = make_davis(tmp_path)
-    (tmp_path / "ImageSets" / "2017" / "val.txt").write_bytes(b"\xff\xfe\0c")
-    with pytest.raises(SampleError, match=r"val\.txt"):
+def test_coco_images_are_videos_of_one_frame_with_a_warning(tmp_path):
+    options = make_coco(tmp_path)
+    with pytest.warns(UserWarning, match="get no gradient.*expert_modules"):
+        videos = load_videos(**options)
+    assert videos.video_ids == ["one.png"], "images without annotations are left out"
+    video = videos[0]
+    assert (len(video), video.object_ids) == (1, [1, 2]), "crowds are left out"
+    assert video.masks(0).sum(axis=(1, 2)).tolist() == [64, 64]
+
+
+SEGMENTATIONS = [
+    *([[x, 0, -x, 0, 0, x]] for x in (1e9, math.nan, 1e400)), [[0, 0, 31, 23] * 200], [[0, 0, 1]], [[0, 0, 1, 1, 2]],
+    [["a"] * 6], [{}], [], 5, None, {"size": [10**6, 10**6], "counts": [10**12]},
+    {"size": list(SIZE), "counts": "oooooooooo"}, {"size": list(SIZE), "counts": [5, 10**9]},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:COCO images")
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        *(({"annotations": {"segmentation": x}}, r"one\.png") for x in SEGMENTATIONS),
+        ({"images": {"height": 10**6, "width": 10**6}}, r"one\.png.*\(24, 32\)"),
+        *(({"images": {"file_name": x}}, r"labels\.json") for x in ("../labels.json", "/etc/passwd", 5, "")),
+        ({"annotations": None}, r"labels\.json: not COCO"),
+    ],
+    ids=str,
+)
+def test_polygons_masks_and_names_of_coco_fit_their_image(tmp_path, change, match):
+    options = make_coco(tmp_path)
+    data = json.loads((tmp_path / "labels.json").read_text())
+    for key, values in change.items():
+        data[key] = None if values is None else [data[key][0] | values, *data[key][1:]]
+    (tmp_path / "labels.json").write_text(json.dumps(data))
+    with pytest.raises(SampleError, match=match):
+        load_videos(**options)[0].masks(0)
+
+
+@pytest.mark.filterwarnings("ignore:COCO images")
+def test_two_images_of_one_name_are_named(tmp_path):
+    options = make_coco(tmp_path)
+    data = json.loads((tmp_path / "labels.json").read_text())
+    data["images"].append(data["images"][0] | {"id": 7})
+    data["annotations"].append({"id": 3, "image_id": 7, "iscrowd": 0, "segmentation": rle(label_map((1, 2)))})
+    (tmp_path / "labels.json").write_text(json.dumps(data))
+    with pytest.raises(SampleError, match="two images"):
         load_videos(**options)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.layouts import SIZE, make_dataset
-from samoe_hf.data import SampleError, SyntheticVideos, load_videos, to_datasets
+from helpers.layouts import SIZE
+from samoe_hf.data import SyntheticVideos, load_videos, to_datasets
 from samoe_hf.data.registry import add_dataset_arguments, read_yaml, videos_from_arguments, videos_from_entry
 
 
@@ -107,10 +107,3 @@ def test_what_is_no_yaml_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"run\.yaml"):
             read_yaml(path)
     assert not Path("executed").exists()
-
-
-def test_a_damaged_dataset_on_disk_is_named(tmp_path):
-    options = make_dataset(tmp_path / "saved")
-    (tmp_path / "saved" / "state.json").write_text("{")
-    with pytest.raises(SampleError, match="saved"):
-        load_videos(**options)

@@ -79,19 +79,6 @@ def test_files_keep_their_bytes(tmp_path, gradient):
     assert row["frame_names"] == ["7"]
 
 
-def test_a_damaged_frame_of_a_dataset_is_named(odd_video):
-    row = next(iter(to_datasets([odd_video], streaming=True).cast_column("frames", FEATURES["frames"])))
-    row["frames"] = list(row["frames"])
-    row["frames"][3] = {"bytes": b"no image", "path": None}
-    with pytest.raises(SampleError, match="odd, frame 00003: not a readable image"):
-        video_from_row(row).frames[3]
-
-
-def test_a_dataset_with_other_columns_is_refused():
-    with pytest.raises(ValueError, match="lacks the columns"):
-        videos_from_dataset(datasets.Dataset.from_dict({"video_id": ["a"]}))
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -21,19 +21,19 @@ def test_a_video_depends_on_seed_domain_and_index_alone(domain):
 
 @pytest.mark.parametrize("domain", SYNTHETIC_DOMAINS)
 def test_videos_follow_the_schema(domain):
-    videos = SyntheticVideos(30, 3, (40, 56), max_objects=4, domain=domain)
-    assert {len(video.object_ids) for video in videos} == {1, 2, 3, 4}
+    videos = SyntheticVideos(16, 2, (32, 40), max_objects=4, domain=domain)
+    assert {len(video.object_ids) for video in videos} == {1, 2, 3, 4}, "each count occurs"
     for video in videos:
-        assert video.domain == domain and video.frames[0].shape == (40, 56, 3) and video.frames[0].dtype == np.uint8
+        assert video.domain == domain and video.frames[0].shape == (32, 40, 3) and video.frames[0].dtype == np.uint8
         masks = all_masks(video)
-        assert masks.dtype == bool and masks.shape == (3, len(video.object_ids), 40, 56)
+        assert masks.dtype == bool and masks.shape == (2, len(video.object_ids), 32, 40)
         assert masks[0].any(axis=(1, 2)).all(), "every object is seen on the first frame"
         assert masks.sum(axis=1).max() == 1, "masks hold the visible parts only"
-    assert len({video.video_id for video in videos}) == 30
+    assert len({video.video_id for video in videos}) == 16
 
 
 def test_objects_move_occlude_each_other_leave_and_return():
-    areas = [all_masks(video).sum(axis=(2, 3)) for video in SyntheticVideos(60, 24, (64, 64), max_objects=3)]
+    areas = [all_masks(video).sum(axis=(2, 3)) for video in SyntheticVideos(20, 24, (48, 48), max_objects=3)]
     hidden = [object_areas == 0 for video_areas in areas for object_areas in video_areas.T]
     returned = sum(np.any(h[:-1] & ~h[1:]) for h in hidden)
     assert 0.05 < returned / len(hidden) < 0.5
@@ -41,28 +41,6 @@ def test_objects_move_occlude_each_other_leave_and_return():
     video = SyntheticVideos(1, 24, (64, 64), max_objects=1)[0]
     centers = [np.argwhere(mask[0]).mean(axis=0) for mask in all_masks(video) if mask.any()]
     assert np.linalg.norm(np.diff(centers, axis=0), axis=1).mean() > 0.3
-
-
-def test_domains_look_different():
-    def colourfulness(domain):
-        frames = np.stack([video.frames[0] for video in SyntheticVideos(5, 1, (64, 64), domain=domain)]).astype(float)
-        return frames.std(axis=-1).mean(), len(np.unique(frames.reshape(-1, 3), axis=0))
-
-    shapes, blobs, stripes = (colourfulness(domain) for domain in ("shapes", "blobs", "stripes"))
-    assert blobs[0] == 0 and shapes[0] > 10  # gray, colourful
-    assert stripes[1] == 2  # two tones only
-
-
-def test_echoes_look_like_blobs_in_other_light():
-    def moments(domain):
-        frames = np.stack([v.frames[0] for v in SyntheticVideos(30, 1, (64, 64), domain=domain)]).astype(float)[..., 0]
-        grain = np.abs(np.diff(frames, axis=2)).mean()
-        return grain, frames[:, :, :16].mean() - frames[:, :, -16:].mean(), frames.mean()
-
-    blobs, echoes = moments("blobs"), moments("echoes")
-    assert 0.6 < echoes[0] / blobs[0] < 0.9  # weaker speckle
-    assert abs(blobs[1]) < 8 < echoes[1]  # brighter to the left
-    assert 0.8 < echoes[2] / blobs[2] < 1.25
 
 
 @pytest.mark.parametrize(

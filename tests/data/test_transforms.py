@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGE_MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGE_STD
 
@@ -75,14 +74,6 @@ def test_an_object_that_a_transform_would_lose_stays():
     transforms = training_transforms(degrees=0, shear=0, crop_size=60, crop_scale=(0.25, 0.25))
     clips = draws(video, 10, num_frames=2, transforms=transforms)
     assert all(len(clip["labels"]) == 2 for clip in clips)
-
-
-def test_any_joint_transform_of_torchvision_fits():
-    flip = ClipDataset(
-        [bright_object_video()], square(64), num_frames=4, transforms=v2.Compose([v2.RandomHorizontalFlip(1.0)])
-    )
-    plain = ClipDataset([bright_object_video()], square(64), num_frames=4)
-    assert torch.equal(flip[0]["labels"].flip(-1), plain[0]["labels"])
 
 
 def test_one_number_stands_for_several_in_the_augmentation():

@@ -20,7 +20,6 @@ from samoe_hf.data import (
     write_palette_png,
     write_video,
 )
-from samoe_hf.data.video_io import ArrayFrames
 
 
 def test_a_folder_of_frames_is_read_in_natural_order_and_lazily(tmp_path, gradient):
@@ -148,13 +147,6 @@ def test_binary_labels_stay_as_stored_and_colours_are_refused(tmp_path):
     Image.new("RGB", (2, 2), (7, 8, 9)).save(tmp_path / "colours.png")
     with pytest.raises(SampleError, match=r"colours\.png: an RGB image of 1 colours, such as #070809"):
         read_label_png(tmp_path / "colours.png")
-
-
-def test_videos_without_frames_are_refused():
-    with pytest.raises(SampleError, match="without frames"):
-        ArrayFrames(np.zeros((0, 8, 10), np.uint8))
-    with pytest.raises(SampleError, match="must be uint8"):
-        ArrayFrames(np.zeros((1, 8, 10), np.float32))
 
 
 def png(width, height):
