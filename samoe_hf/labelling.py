@@ -20,8 +20,9 @@ from transformers import ProcessorMixin
 from samoe_hf.errors import InputError
 
 from .data.annotations import LabelImages, NoMasks, ObjectImages
+from .data.layouts import MaskFormat
 from .data.own_videos import read_folders
-from .data.predictions import MaskFiles, MaskFormat
+from .data.predictions import MaskFiles
 from .data.schema import Video
 from .data.video_io import check_inside, read_label_png, read_video
 from .evaluation.run_folder import RunFolder

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from samoe_hf.data.layouts import layout_of
-from samoe_hf.data.predictions import MaskFormat
+from samoe_hf.data.layouts import MaskFormat, layout_of
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE

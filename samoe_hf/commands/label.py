@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from samoe_hf import SamoeModel
-from samoe_hf.data.layouts import LAYOUTS, layout_of
-from samoe_hf.data.predictions import MaskFormat
+from samoe_hf.data.layouts import LAYOUTS, MaskFormat, layout_of
 from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
 from samoe_hf.data.schema import to_datasets
 from samoe_hf.errors import InputError

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from .hub_datasets import read_dataset
-from .own_videos import choose_split, read_files
-from .predictions import MaskFormat
-from .readers import read_coco, read_davis, read_ocid, read_sa_v, read_sa_v_val, read_vos
-from .schema import Video
-from .synthetic import SyntheticVideos
-from .volumes import read_nifti, read_npz
+from samoe_hf.errors import InputError
+
+MaskFormat = Literal["davis", "youtube_vos", "sa_v"]
 
 
 @dataclass(frozen=True)
@@ -26,22 +23,32 @@ class Layout:
 
     Attributes:
         kind: its name in YAML files and on the command line.
-        read: opens a dataset. Its parameters are the options of that kind, and are checked by their types.
+        reader: what opens a dataset, as "module.name" of `samoe_hf.data`, and is imported when it is needed. Its
+            parameters are the options of that kind, and are checked by their types.
         patterns: what a folder of this layout holds; one of them suffices. A pattern is one or more globs with spaces
-            between them, all of which must match. `{split}` is a folder that becomes the option `split`, and
+            between them; all must match. `{split}` is a folder that becomes the option `split`, and
             `{annotations:manual|auto}` the first of two values that fits.
         check: what else is asked of the folder, or of that of the split.
         protocol: which frames count in the evaluation, see `samoe_hf.evaluation.metrics.counted_frames`. By default, an
             object counts from the frame after its prompt.
         masks: the format of predicted masks, see [`~samoe_hf.data.predictions.MaskFiles`].
+        domain: the reader's `domain`, if it is not its default.
     """
 
     kind: str
-    read: Callable[..., Sequence[Video] | Iterable[Video]]
+    reader: str
     patterns: tuple[str, ...] = ()
     check: Callable[[Path], bool] | None = None
     protocol: Literal["davis", "sav", "youtube_vos", "all"] = "youtube_vos"
     masks: MaskFormat = "davis"
+    domain: str | None = None
+
+    @property
+    def read(self) -> Callable[..., Any]:
+        """The reader, which returns a sequence of `Video`, or an iterable of them."""
+        module, name = self.reader.split(".")
+        function = getattr(import_module(f"samoe_hf.data.{module}"), name)
+        return function if self.domain is None else partial(function, domain=self.domain)
 
     def detect(self, root: Path, split: str | None = None) -> tuple[dict[str, str], str] | None:
         """The reader's options that a folder tells, and what it was recognized by; None if it has another layout.
@@ -65,6 +72,22 @@ class Layout:
             value = choose_split(values, split) if is_open else values[0]
             return {option: value}, _fill(pattern, value)
         return None
+
+
+def choose_split(names: list[str], split: str | None) -> str:
+    """The split that is wanted, or else that for training, or else the only one.
+
+    Raises:
+        ValueError: there is no such split, or none is wanted of several.
+    """
+    if split is not None:
+        if split not in names:
+            raise InputError(f"no split {split!r}; there are: {', '.join(names)}")
+        return split
+    training = [name for name in names if name.lower().startswith("tr")]
+    if len(names) > 1 and not training:
+        raise InputError(f"name one of the splits as `split`: {', '.join(names)}")
+    return (training or names)[0]
 
 
 def _fill(pattern: str, value: str) -> str:
@@ -114,33 +137,33 @@ _VOS = ("JPEGImages/*/ Annotations/", "{split}/JPEGImages {split}/JPEGImages/*/ 
 LAYOUTS = {
     layout.kind: layout
     for layout in (
-        Layout("files", read_files, masks="youtube_vos"),
-        Layout("dataset", read_dataset, ("state.json", "*.parquet", "data/*.parquet")),
+        Layout("files", "own_videos.read_files", masks="youtube_vos"),
+        Layout("dataset", "hub_datasets.read_dataset", ("state.json", "*.parquet", "data/*.parquet")),
         Layout(
-            "davis", read_davis,
+            "davis", "readers.read_davis",
             ("JPEGImages/{resolution:480p|Full-Resolution}/ Annotations/{resolution}/ ImageSets/",), protocol="davis",
         ),
         Layout(
-            "sa_v_val", read_sa_v_val,
+            "sa_v_val", "readers.read_sa_v_val",
             ("JPEGImages_24fps/ Annotations_6fps/", "{split:sav_val|sav_test}/JPEGImages_24fps/"),
             protocol="sav", masks="sa_v",
         ),
         Layout(
-            "mose", partial(read_vos, domain="mose"), _VOS, partial(_is_named, "mose"),
-            protocol="davis", masks="youtube_vos",
+            "mose", "readers.read_vos", _VOS, partial(_is_named, "mose"),
+            protocol="davis", masks="youtube_vos", domain="mose",
         ),
         Layout(
-            "lvos", partial(read_vos, domain="lvos"), _VOS, partial(_is_named, "lvos"),
-            protocol="davis", masks="youtube_vos",
+            "lvos", "readers.read_vos", _VOS, partial(_is_named, "lvos"),
+            protocol="davis", masks="youtube_vos", domain="lvos",
         ),
         Layout(
-            "youtube_vos", partial(read_vos, domain="youtube_vos"), _VOS, _is_youtube_vos, masks="youtube_vos",
+            "youtube_vos", "readers.read_vos", _VOS, _is_youtube_vos, masks="youtube_vos", domain="youtube_vos",
         ),
-        Layout("frames", partial(read_vos, domain="frames"), masks="youtube_vos"),
-        Layout("nifti", read_nifti, ("labels{split} images{split}/ labels{split}/*.nii*",)),
-        Layout("npz", read_npz, ("*.npz", "{split}/*.npz"), _has_volumes),
+        Layout("frames", "readers.read_vos", masks="youtube_vos", domain="frames"),
+        Layout("nifti", "volumes.read_nifti", ("labels{split} images{split}/ labels{split}/*.nii*",)),
+        Layout("npz", "volumes.read_npz", ("*.npz", "{split}/*.npz"), _has_volumes),
         Layout(
-            "coco", read_coco,
+            "coco", "readers.read_coco",
             (
                 "annotations/instances_{split}.json {split}/", "{split}/_annotations.coco.json",
                 "{split:.}/_annotations.coco.json",
@@ -148,10 +171,11 @@ LAYOUTS = {
             protocol="all", masks="sa_v",
         ),
         Layout(
-            "sa_v", read_sa_v, ("**/sav_*_{annotations:manual|auto}.json **/sav_*.mp4",), protocol="sav", masks="sa_v",
+            "sa_v", "readers.read_sa_v", ("**/sav_*_{annotations:manual|auto}.json **/sav_*.mp4",),
+            protocol="sav", masks="sa_v",
         ),
-        Layout("ocid", read_ocid, ("**/seq[0-9]*/rgb/ **/seq[0-9]*/label/",)),
-        Layout("synthetic", SyntheticVideos),
+        Layout("ocid", "readers.read_ocid", ("**/seq[0-9]*/rgb/ **/seq[0-9]*/label/",)),
+        Layout("synthetic", "synthetic.SyntheticVideos"),
     )
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from samoe_hf.errors import InputError
 
+from .layouts import choose_split
 from .pair_lists import LIST_SUFFIXES, read_pairs
 from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, pair_masks, split_by_prefix
 from .schema import Video, VideoList
@@ -351,22 +352,6 @@ def is_label_image(path: Path) -> bool:
     """Whether an image may hold ids: a palette, gray or 16-bit image in a format that keeps them."""
     with open_image(path) as image:
         return image.format != "JPEG" and (image.mode in ("1", "L", "P") or image.mode.startswith("I"))
-
-
-def choose_split(names: list[str], split: str | None) -> str:
-    """The split that is wanted, or else that for training, or else the only one.
-
-    Raises:
-        ValueError: there is no such split, or none is wanted of several.
-    """
-    if split is not None:
-        if split not in names:
-            raise InputError(f"no split {split!r}; there are: {', '.join(names)}")
-        return split
-    training = [name for name in names if name.lower().startswith("tr")]
-    if len(names) > 1 and not training:
-        raise InputError(f"name one of the splits as `split`: {', '.join(names)}")
-    return (training or names)[0]
 
 
 def _of_split(found: Found, split: str | None, root: Path) -> Found:

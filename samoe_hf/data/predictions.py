@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image
 
 from samoe_hf.errors import InputError
 
+from .layouts import MaskFormat
 from .schema import Video
 from .video_io import SampleError, check_inside, read_label_png, write_palette_png
-
-MaskFormat = Literal["davis", "youtube_vos", "sa_v"]
 
 
 @dataclass(frozen=True)

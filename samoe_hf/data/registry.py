@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,8 +14,10 @@ from samoe_hf.errors import InputError, did_you_mean
 
 from .configs import find_config, names_config
 from .layouts import LAYOUTS, recognize
-from .options import check_options, check_types
-from .schema import Video, VideoList
+from .options import check_options
+
+if TYPE_CHECKING:
+    from .schema import Video
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +49,14 @@ def load_videos(
     kind, root, recognized = name_kind(kind, root, split)
     given = {"root": root, "split": split, "domain": domain}
     options = recognized | options | {name: value for name, value in given.items() if value is not None}
-    owner = f"datasets of kind {kind!r}"
-    check_options(LAYOUTS[kind].read, options, owner)
-    check_types(load_videos, {"video_ids": video_ids}, owner)
-    videos = LAYOUTS[kind].read(**options)
+    owner, read = f"datasets of kind {kind!r}", LAYOUTS[kind].read
+    check_options(read, options, owner)
+    if isinstance(video_ids, str):
+        raise InputError(f"{owner}: `video_ids` must be a list of ids, not {video_ids!r}")
+    videos = read(**options)
     if video_ids is None:
         return videos
-    if not isinstance(videos, VideoList):
+    if not hasattr(videos, "select"):
         raise InputError(f"video_ids cannot choose among the videos of kind {kind!r}")
     return videos.select(video_ids)
 

@@ -19,7 +19,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from samoe_hf import __version__
-from samoe_hf.data.predictions import MaskFiles, MaskFormat
+from samoe_hf.data.layouts import MaskFormat
+from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.model.modeling_samoe import SamoeModel
