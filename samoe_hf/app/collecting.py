@@ -27,7 +27,7 @@ def collect_video(session: TrackingSession, data: Path) -> Path:
         the new folder of the video, named after it, with a number where there is one of that name.
 
     Raises:
-        ValueError: if fewer than two frames have masks, or no mask shows an object.
+        InputError: if fewer than two frames have masks, or no mask shows an object.
     """
     with session.exclusive():
         frames = sorted(session.masks.frames)[:MAX_COLLECTED_FRAMES]

@@ -1,8 +1,7 @@
 """Two models, or two domains of one, on the same clicks: tracked one after the other, and shown side by side."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,16 +13,14 @@ from samoe_hf.inference import VideoPrompt, track_video
 from .masks import MaskStore
 from .models import LoadedModel
 from .pictures import draw_frame, side_by_side
-from .session import Tracked, TrackingSession, reopened
-
-SHARE_NAME = "mean IoU"
+from .session import NOTHING_PROMPTED, Tracked, TrackingSession, taking_turns
 
 
 class Side(NamedTuple):
     """One of the two: a model, and whose experts it runs ("auto", None or a domain); `label` is for people."""
 
     label: str
-    model: LoadedModel
+    loaded: LoadedModel
     domain: str | None
 
 
@@ -35,24 +32,24 @@ class Comparison:
         first_prompts_only: whether corrections are left out, so that one sees what each side does by itself.
 
     Raises:
-        ValueError: nothing is prompted, or a domain that the model does not have.
+        InputError: nothing is prompted.
     """
 
-    def __init__(self, session: TrackingSession, sides: Sequence[Side], folder: Path, first_prompts_only: bool = False):
+    def __init__(
+        self, session: TrackingSession, sides: tuple[Side, Side], folder: Path, first_prompts_only: bool = False
+    ):
         if not session.prompts:
-            raise InputError("Nothing is prompted yet: click on an object, or draw a box around it.")
-        self.sides, self.objects = tuple(sides), sorted({object_id for object_id, _ in session.prompts})
-        self.prompts = list(session.prompts.values())
-        if first_prompts_only:
-            self.prompts = first_prompts(self.prompts)
-        self.masks = [MaskStore(folder / f"side_{i}", session.video.frames.size) for i in range(len(self.sides))]
-        self._session, self._device = session, session.device()
-        self._frames = reopened(session.video)
+            raise InputError(NOTHING_PROMPTED)
+        self.sides, self.objects = sides, sorted({object_id for object_id, _ in session.prompts})
+        prompts = list(session.prompts.values())
+        self.prompts = first_prompts(prompts) if first_prompts_only else prompts
+        self.masks = [MaskStore(folder / f"side_{i}", session.video.frames.size) for i in range(len(sides))]
+        self._session, self._frames = session, session.video.frames_again()
         self._stop = threading.Event()
 
     @property
     def frames(self) -> list[int]:
-        """Frames that all sides have tracked, in order."""
+        """Frames that both sides have tracked, in order."""
         return sorted(set.intersection(*(store.frames for store in self.masks)))
 
     def run(self) -> Iterator[Tracked]:
@@ -60,19 +57,15 @@ class Comparison:
         self._stop.clear()
         total, done = len(self.sides) * len(self._frames), 0
         for side, store in zip(self.sides, self.masks, strict=True):
-            model = side.model
-            tracked = track_video(model.model, model.processor, self._frames, self.prompts, domain=side.domain)
-            with closing(tracked):
-                while True:
-                    with self._device:
-                        frame = next(tracked, None)
-                    if frame is None:
-                        break
-                    store.write(frame.frame_idx, frame.id_map())
-                    done += 1
-                    yield Tracked(frame.frame_idx, done, total)
-                    if self._stop.is_set():
-                        return
+            model, processor = side.loaded.model, side.loaded.processor
+            tracked = track_video(model, processor, self._frames, self.prompts, domain=side.domain)
+            for frame in taking_turns(tracked, self._session.device_lock):
+                id_map = frame.id_map()
+                store.write(frame.frame_idx, id_map)
+                done += 1
+                yield Tracked(frame.frame_idx, id_map, done, total)
+                if self._stop.is_set():
+                    return
 
     def stop(self) -> None:
         """Ends [`run`] after the frame that is being tracked."""
@@ -81,29 +74,26 @@ class Comparison:
     def picture(self, frame: int) -> np.ndarray:
         """A frame with each side's masks, next to each other: (H, W, 3) uint8."""
         picture, prompts = self._session.frame(frame), [one for one in self.prompts if one.frame_idx == frame]
-        maps = (store.read(frame, self.objects) for store in self.masks)
-        return side_by_side([draw_frame(picture, id_map, prompts) for id_map in maps])
+        return side_by_side([draw_frame(picture, store.read(frame, self.objects), prompts) for store in self.masks])
 
     def table(self) -> list[list[str]]:
         """Rows by object: IoU of the two sides, and of each side with the session's masks, as means over frames.
 
         Frames that show the object on neither of the two do not count.
         """
-        rows = []
-        for object_id in self.objects:
-            row = [f"object {object_id}"]
-            for pair in (self._maps(0, 1), self._maps(0, None), self._maps(1, None)):
-                row.append(_mean_iou(pair, object_id))
-            rows.append(row)
-        return rows
+        pairs = ((0, 1), (0, None), (1, None))
+        return [
+            [f"object {object_id}", *(_mean_iou(self._maps(*pair), object_id) for pair in pairs)]
+            for object_id in self.objects
+        ]
 
     def headers(self) -> list[str]:
-        """Of [`table`]."""
+        """What the columns of [`table`] hold."""
         first, second = (side.label for side in self.sides)
-        return [SHARE_NAME, f"{first} and {second}", f"{first} and your masks", f"{second} and your masks"]
+        return ["mean IoU", f"{first} and {second}", f"{first} and your masks", f"{second} and your masks"]
 
     def _maps(self, first: int, second: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Maps of a side and of another, or of the session."""
+        """On each frame, the maps of a side and of another, or of the session, where that has one."""
         for frame in self.frames:
             if second is not None:
                 yield self.masks[first].read(frame, self.objects), self.masks[second].read(frame, self.objects)
@@ -112,14 +102,12 @@ class Comparison:
 
 
 def first_prompts(prompts: Sequence[VideoPrompt]) -> list[VideoPrompt]:
-    """Of each object, what was given on the earliest frame."""
-    first: dict[int, VideoPrompt] = {}
-    for prompt in sorted(prompts, key=lambda prompt: prompt.frame_idx):
-        first.setdefault(prompt.object_id, prompt)
-    return list(first.values())
+    """What was given of each object on the earliest of its frames."""
+    latest_first = sorted(prompts, key=lambda prompt: prompt.frame_idx, reverse=True)
+    return list({prompt.object_id: prompt for prompt in latest_first}.values())
 
 
-def _mean_iou(maps: Iterator[tuple[np.ndarray, np.ndarray]], object_id: int) -> str:
+def _mean_iou(maps: Iterable[tuple[np.ndarray, np.ndarray]], object_id: int) -> str:
     values = []
     for first, second in maps:
         a, b = first == object_id, second == object_id

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,37 @@ from samoe_hf.plots.masks import overlay_masks
 from .session import TrackingSession
 
 
+@contextmanager
+def _new_file(session: TrackingSession, path: Path) -> Iterator[Path]:
+    if not session.masks.frames:
+        raise InputError("There are no masks yet: click on an object, and track it.")
+    with session.exclusive(), whole_file(path) as temporary:
+        yield temporary
+
+
 def export_masks(session: TrackingSession, folder: Path) -> Path:
     """Writes the masks of all frames as palette PNGs, in DAVIS' colours, in a zip: `<video>/<frame>.png`.
 
     Raises:
-        ValueError: nothing was tracked.
+        InputError: nothing was tracked.
     """
-    _check_tracked(session)
-    with session.exclusive(), whole_file(folder / f"{session.video.name}_masks.zip") as path:
-        scratch = folder / "mask.png"
-        with zipfile.ZipFile(path, "w") as archive:
-            for frame, name in enumerate(session.video.frames.names):
-                write_palette_png(scratch, session.id_map(frame))
-                archive.write(scratch, f"{session.video.name}/{name}.png")
-        scratch.unlink()
-    return folder / f"{session.video.name}_masks.zip"
+    target, scratch = folder / f"{session.video.name}_masks.zip", folder / "mask.png"
+    with _new_file(session, target) as path, zipfile.ZipFile(path, "w") as archive:
+        for frame, name in enumerate(session.video.frames.names):
+            write_palette_png(scratch, session.id_map(frame))
+            archive.write(scratch, f"{session.video.name}/{name}.png")
+    scratch.unlink()
+    return target
 
 
 def export_overlay(session: TrackingSession, folder: Path) -> Path:
-    """Writes the video with its objects drawn over it, as an mp4 of H.264; ValueError if nothing was tracked."""
-    _check_tracked(session)
-
-    def overlays() -> Iterator[np.ndarray]:
-        for frame in range(session.num_frames):
-            yield np.ascontiguousarray(overlay_masks(session.frame(frame), session.id_map(frame)))
-
-    with session.exclusive(), whole_file(folder / f"{session.video.name}_overlay.mp4") as path:
-        write_video(path, overlays(), fps=session.video.fps)
-    return folder / f"{session.video.name}_overlay.mp4"
+    """Writes the video with its objects drawn over it, as an mp4 of H.264; InputError if nothing was tracked."""
+    target = folder / f"{session.video.name}_overlay.mp4"
+    with _new_file(session, target) as path:
+        frames = ((session.frame(frame), session.id_map(frame)) for frame in range(session.num_frames))
+        drawn = (np.ascontiguousarray(overlay_masks(frame, id_map)) for frame, id_map in frames)
+        write_video(path, drawn, fps=session.video.fps)
+    return target
 
 
 def export_coco(session: TrackingSession, folder: Path) -> Path:
@@ -54,47 +58,38 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
     with the object's id as `track_id`.
 
     Raises:
-        ValueError: nothing was tracked.
+        InputError: nothing was tracked.
     """
-    _check_tracked(session)
+    target = folder / f"{session.video.name}_coco.json"
     height, width = session.video.frames.size
-    with session.exclusive(), whole_file(folder / f"{session.video.name}_coco.json") as path:
-        names = enumerate(session.video.frames.names)
+    names = enumerate(session.video.frames.names)
+    with _new_file(session, target) as path:
         document = {
-            "info": {"description": f"Masks of {session.video.name}, tracked with {session.model.name}"},
+            "info": {"description": f"Masks of {session.video.name}, tracked with {session.loaded.name}"},
             "images": [
                 {"id": i, "file_name": f"{name}.png", "frame_index": i, "height": height, "width": width}
                 for i, name in names
             ],
             "categories": [{"id": 1, "name": "object"}],
-            "annotations": list(_annotations(session)),
+            "annotations": [{"id": number, **one} for number, one in enumerate(_annotations(session), 1)],
         }
         path.write_text(json.dumps(document))
-    return folder / f"{session.video.name}_coco.json"
+    return target
 
 
 def _annotations(session: TrackingSession) -> Iterator[dict[str, Any]]:
-    number = 0
     for frame in sorted(session.masks.frames):
         id_map = session.id_map(frame)
         for object_id in session.objects:
             mask = id_map == object_id
-            if not mask.any():
-                continue
-            number += 1
-            encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            yield {
-                "id": number,
-                "image_id": frame,
-                "category_id": 1,
-                "track_id": object_id,
-                "iscrowd": 0,
-                "area": int(coco_mask.area(encoded)),
-                "bbox": [float(value) for value in coco_mask.toBbox(encoded)],
-                "segmentation": {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()},
-            }
-
-
-def _check_tracked(session: TrackingSession) -> None:
-    if not session.masks.frames:
-        raise InputError("There are no masks yet: click on an object, and track it.")
+            if mask.any():
+                encoded: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+                yield {
+                    "image_id": frame,
+                    "category_id": 1,
+                    "track_id": object_id,
+                    "iscrowd": 0,
+                    "area": int(coco_mask.area(encoded)),
+                    "bbox": [float(value) for value in coco_mask.toBbox(encoded)],
+                    "segmentation": {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()},
+                }

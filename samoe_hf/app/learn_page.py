@@ -1,7 +1,6 @@
 """The page's third part: corrected videos are collected, a domain is learned, and the video is tracked again."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import gradio as gr
 
@@ -10,10 +9,10 @@ from samoe_hf.model.domain_choice import AUTO
 
 from .collecting import collect_video, collected
 from .comparison import Comparison, Side
-from .learning import Learning
-from .look_page import LookPart, figure_picture
+from .learning import MAX_STEPS, Learner
+from .look_page import SideBySide
 from .models import load_model
-from .page_parts import DEVICE, PRIVATE, Part, guarded, picture, shown_picture, whole
+from .page_parts import App, Part, Shown, figure_picture, integer, picture, shown_picture
 from .people import Person
 from .track_page import TrackPart
 
@@ -33,20 +32,19 @@ WORDS = {
 class LearnPart(Part):
     """Collect, learn, track again."""
 
-    def build(self, track: TrackPart, look: LookPart) -> None:
-        """Lays the components out."""
-        self.track, self.look = track, look
-        is_open = self.app.learner is not None
-        gr.Markdown(CLOSED, visible=not is_open)
-        with gr.Column(visible=is_open):
+    def __init__(self, app: App, secret: gr.State, track: TrackPart):
+        super().__init__(app, secret)
+        self.track = track
+        gr.Markdown(CLOSED, visible=app.learner is None)
+        with gr.Column(visible=app.learner is not None):
             gr.Markdown("**1. Collect.** Correct the masks in *Track*, then add the video. It stays on the server.")
             with gr.Row():
-                self.collect = gr.Button("Add this video to the data set", elem_id="collect", size="md")
+                collect = gr.Button("Add this video to the data set", elem_id="collect", size="md")
                 self.count = gr.Markdown(self._count(), elem_id="count")
             gr.Markdown("**2. Learn.** New experts are trained on the collected videos; all else stays as it is.")
             with gr.Row():
-                self.domain = gr.Textbox("mine", label="Name of the domain", elem_id="learn-domain", max_lines=1)
-                self.steps = gr.Number(DEFAULT_STEPS, label="Steps of training", precision=0, elem_id="steps")
+                domain = gr.Textbox("mine", label="Name of the domain", elem_id="learn-domain", max_lines=1)
+                steps = gr.Number(DEFAULT_STEPS, label="Steps of training", precision=0, elem_id="steps")
             with gr.Row():
                 self.start = gr.Button("Learn", variant="primary", elem_id="learn", size="md", scale=2, min_width=90)
                 self.stop = gr.Button(
@@ -54,101 +52,68 @@ class LearnPart(Part):
                 )
                 self.resume = gr.Button("Resume", elem_id="resume", size="md", min_width=60, interactive=False)
             self.state = gr.Markdown("", elem_id="learn-state")
-            self.curve = picture("Loss, and J&F on the collected videos", elem_id="curve", visible=False)
+            self.curve = picture("Loss, and J&F on the collected videos", "curve", visible=False)
             gr.Markdown("**3. Track again.** The same first clicks, before and after, without your corrections.")
             self.again = gr.Button("Track again, before and after", elem_id="again", size="md", interactive=False)
-            self._build_result()
+            self.result = SideBySide(app, secret, "Before and after", "again")
             self.timer = gr.Timer(2, active=False)
+        self.shown = {self.state, self.curve, self.start, self.stop, self.resume, self.again, self.timer, self.count}
 
-    def _build_result(self) -> None:
-        self.progress = gr.Markdown("", elem_id="again-progress")
-        self.both = picture("Before and after", elem_id="before-after", visible=False)
-        self.slider = gr.Slider(0, 1, 0, step=1, label="Frame", visible=False, elem_id="again-slider")
-        self.table = gr.Dataframe(visible=False, interactive=False, elem_id="again-table")
+        self.on(collect.click, self.add_video, [], {self.count}, limit=1)
+        self.on(self.start.click, self.begin, [domain, steps], self.shown)
+        self.on(self.stop.click, self.end, [], self.shown, queue=False)
+        self.on(self.resume.click, self.go_on, [], self.shown)
+        self.on(self.timer.tick, self.refresh, [], self.shown, progress="hidden")
+        outputs, line = self.result.shown | track.shown, self.result.progress
+        self.on(self.again.click, self.track_again, [], outputs, device=True, progress="minimal", progress_on=line)
 
-    def wire(self) -> None:
-        """Connects the components with the handlers."""
-        shown, secret = self.shown(), [self.secret]
-        self.collect.click(self.add_video, secret, [self.count], concurrency_limit=1, **PRIVATE)
-        self.start.click(self.begin, [self.secret, self.domain, self.steps], shown, **PRIVATE)
-        self.stop.click(self.end, secret, shown, queue=False, **PRIVATE)
-        self.resume.click(self.go_on, secret, shown, **PRIVATE)
-        self.timer.tick(self.watch, secret, shown, show_progress="hidden", **PRIVATE)
-        outputs = {self.progress, self.both, self.slider, self.table} | self.track.shown()
-        progress = {"show_progress": "minimal", "show_progress_on": [self.progress]}
-        self.again.click(self.track_again, secret, outputs, **progress, **DEVICE, **PRIVATE)
-        moved = {"trigger_mode": "always_last", "show_progress": "hidden"}
-        self.slider.input(self.show_both, [self.secret, self.slider], [self.both], **moved, **PRIVATE)
-
-    def shown(self) -> set[Any]:
-        """Components that show how far learning is."""
-        return {self.state, self.curve, self.start, self.stop, self.resume, self.again, self.timer, self.count}
-
-    def _count(self) -> str:
-        if self.app.learner is None:
-            return ""
-        number = len(collected(self.app.learner.data))
-        return {0: "No video is collected yet.", 1: "1 video is collected."}.get(
-            number, f"{number} videos are collected."
-        )
-
-    def _learner(self):
+    @property
+    def learner(self) -> Learner:
+        """The app's; InputError where nothing may be learned."""
         if self.app.learner is None:
             raise InputError(CLOSED)
         return self.app.learner
 
-    @guarded
-    def refresh(self, secret: object) -> dict[Any, Any]:
-        """The part is opened."""
-        return self._view(self.person(secret))
+    def _count(self) -> str:
+        number = len(collected(self.app.learner.data)) if self.app.learner else 0
+        return {0: "No video is collected yet.", 1: "1 video is collected."}.get(
+            number, f"{number} videos are collected."
+        )
 
-    @guarded
-    def add_video(self, secret: object) -> dict[Any, Any]:
+    def add_video(self, person: Person) -> Shown:
         """The corrected video is added to the data set."""
-        person, learner = self.person(secret), self._learner()
-        collect_video(person.the_session(), learner.data)
+        collect_video(person.the_session(), self.learner.data)
         return {self.count: self._count()}
 
-    @guarded
-    def begin(self, secret: object, domain: object, steps: object) -> dict[Any, Any]:
+    def begin(self, person: Person, domain: object, steps: object) -> Shown:
         """Learning starts."""
-        person, learner = self.person(secret), self._learner()
-        model = person.session.model if person.session else self.app.models.first
-        learner.start(person.secret, model, domain, whole(steps, "steps"))
-        return self._view(person)
+        loaded = person.session.loaded if person.session else self.app.first
+        self.learner.start(person.secret, loaded, str(domain), integer(steps, "steps", 1, MAX_STEPS))
+        return self.refresh(person)
 
-    @guarded
-    def end(self, secret: object) -> dict[Any, Any]:
+    def end(self, person: Person) -> Shown:
         """Learning is stopped."""
-        person = self.person(secret)
-        self._learner().of(person.secret).stop()
-        return self._view(person)
+        self.learner.of(person.secret).stop()
+        return self.refresh(person)
 
-    @guarded
-    def go_on(self, secret: object) -> dict[Any, Any]:
+    def go_on(self, person: Person) -> Shown:
         """Learning goes on."""
-        person = self.person(secret)
-        self._learner().of(person.secret).start()
-        return self._view(person)
+        self.learner.of(person.secret).start()
+        return self.refresh(person)
 
-    @guarded
-    def watch(self, secret: object) -> dict[Any, Any]:
-        """The page asks how far it is."""
-        return self._view(self.person(secret))
-
-    def _own(self, person: Person) -> Learning | None:
+    def refresh(self, person: Person) -> Shown:
+        """The part is opened, or asks how far learning is."""
         learner = self.app.learner
-        return learner.current if learner and learner.owner == person.secret else None
-
-    def _view(self, person: Person) -> dict[Any, Any]:
-        learning = self._own(person)
-        state = learning.state if learning else "new"
-        text = f"**It failed:** {learning.problem()}" if learning and state == "failed" else WORDS.get(state, "")
-        if learning and (scores := learning.scores()):
-            before, after = (100 * score for score in scores)
-            text += f" J&F on the collected videos: {before:.0f} before, {after:.0f} after."
-        curve = learning.curve() if learning else None
-        drawn = figure_picture(curve.draw()) if curve and (curve.loss or curve.score) else None
+        learning = learner.current if learner and learner.owner == person.secret else None
+        state, text, drawn = "new", "", None
+        if learning is not None:
+            state = learning.state
+            text = f"**It failed:** {learning.problem()}" if state == "failed" else WORDS[state]
+            if scores := learning.scores():
+                before, after = (100 * score for score in scores)
+                text += f" J&F on the collected videos: {before:.0f} before, {after:.0f} after."
+            curve = learning.curve()
+            drawn = figure_picture(curve.draw()) if curve.loss or curve.score else None
         return {
             self.state: text,
             self.curve: shown_picture(drawn),
@@ -160,39 +125,20 @@ class LearnPart(Part):
             self.count: self._count(),
         }
 
-    @guarded
-    def track_again(self, secret: object) -> Iterator[dict[Any, Any]]:
+    def track_again(self, person: Person) -> Iterator[Shown]:
         """The model is switched to what was learned; the video is tracked before and after."""
-        person = self.person(secret)
-        learning, session = self._learner().of(person.secret), person.the_session()
+        learning, session = self.learner.of(person.secret), person.the_session()
         if learning.state != "done":
             raise InputError("Learning is not done yet.")
-        name, before = learning.output.name, Side("before", learning.model, session_domain(learning.model, session))
-        if name not in self.app.models.names:
-            device = learning.model.model.device
-            self.app.models.add(load_model(learning.output, device, name))
-        after = Side(f"after ({name})", self.app.models[name], learning.domain)
-        comparison = Comparison(session, [before, after], person.fresh_folder("comparison"), first_prompts_only=True)
-        person.comparison = comparison
-        for step in self.look.steps_of(person, comparison):
-            shown = {"progress": self.progress, "both": self.both, "slider": self.slider, "table": self.table}
-            yield {
-                component: step[getattr(self.look, key)]
-                for key, component in shown.items()
-                if getattr(self.look, key) in step
-            }
-        session.use(after.model, learning.domain)
-        yield {self.progress: f"The model is now {name}. Left: before. Right: after.", **self.track.view(person, 0)}
-
-    @guarded
-    def show_both(self, secret: object, frame: object) -> dict[Any, Any]:
-        """Another frame of before and after is looked at."""
-        comparison, frame = self.person(secret).comparison, whole(frame, "frame")
-        if comparison is None:
-            raise InputError("Nothing was tracked again yet.")
-        return {self.both: comparison.picture(frame)}
-
-
-def session_domain(model: Any, session: Any) -> str | None:
-    """Whose experts a session ran with a model, as far as the model has them."""
-    return session.domain if session.domain in (None, AUTO, *model.domains) else AUTO
+        name, before = learning.output.name, learning.loaded
+        if name not in self.app.models:
+            self.app.models[name] = load_model(learning.output, before.model.device, name)
+        after = self.app.models[name]
+        known = session.domain in (None, AUTO, *before.domains)
+        left = Side("before", before, session.domain if known else AUTO)
+        sides = left, Side(f"after ({name})", after, learning.domain)
+        person.comparison = Comparison(session, sides, person.fresh_folder("comparison"), first_prompts_only=True)
+        yield from self.result.run(person.comparison)
+        session.use(after, learning.domain)
+        words = f"The model is now {name}. Left: before. Right: after."
+        yield {self.result.progress: words, **self.track.view(person)}

@@ -3,11 +3,9 @@
 import copy
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -21,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from samoe_hf.continual.adapt import RESULTS_FILE, SMALL_MODEL_EXPERTS
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
-from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.configuration_samoe import check_domain_name
 from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.weights_io import new_folder, write_text
 from samoe_hf.surgery.domains import rename_domain
@@ -29,17 +27,16 @@ from samoe_hf.training.checkpoints import list_checkpoints
 
 from .collecting import collected
 from .models import LoadedModel
-from .videos import hide_paths
+from .uploads import hide_paths
 
 State = Literal["new", "running", "stopped", "failed", "done"]
-# The domain of experts that belonged to none.
-FORMER_EXPERTS = "former"
-RESERVED = {FORMER_EXPERTS, AUTO, "none", "base"}
+FORMER_EXPERTS = "former"  # the domain of experts that belonged to none
 MAX_STEPS = 20_000
 POINTS = 12  # of the curve
 SMALL_IMAGE_SIZE = 256
 # What a small model learns a domain with within minutes on a CPU; others as `adapt.yaml` says.
 SMALL_MODEL = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **SMALL_MODEL_EXPERTS}
+OF_NEW_EXPERTS = ("expert_modules", "num_experts", "lora_")  # beginnings of keys that a known domain has already
 
 
 @dataclass(frozen=True)
@@ -67,22 +64,20 @@ class Learning:
     """A run of `samoe adapt` on a folder of videos.
 
     Args:
-        model: what is adapted; its `source` is loaded by the other process.
+        loaded: what is adapted; its `source` is loaded by the other process.
         domain: a new domain, or one of the model, whose training goes on.
+        steps: of training.
         data: the folder of videos, see [`~samoe_hf.app.collecting.collect_video`].
         output: the folder of the new model, which is made.
 
     Raises:
-        ValueError: a name that is no domain's, a number of steps out of range, or no videos.
+        InputError: no videos were collected.
     """
 
-    def __init__(self, model: LoadedModel, domain: str, steps: int, data: Path, output: Path):
-        check_domain_name(domain)
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise InputError(f"`steps` must be an integer from 1 to {MAX_STEPS}, got {steps!r}.")
+    def __init__(self, loaded: LoadedModel, domain: str, steps: int, data: Path, output: Path):
         if not collected(data):
             raise InputError("No video was collected yet: correct one, and add it to the data set.")
-        self.model, self.domain, self.steps, self.data, self.output = model, domain, steps, data, output
+        self.loaded, self.domain, self.steps, self.data, self.output = loaded, domain, steps, data, output
         self.log = output.with_name(f"{output.name}.log")
         self._process: subprocess.Popen | None = None
         self._was_stopped = False
@@ -103,7 +98,7 @@ class Learning:
         """Starts the run, or resumes it from its last checkpoint.
 
         Raises:
-            ValueError: it runs, or is done.
+            InputError: it runs, or is done.
         """
         if self.state in ("running", "done"):
             raise InputError("Learning runs already." if self.state == "running" else "Learning is done already.")
@@ -114,12 +109,12 @@ class Learning:
         self._was_stopped = False
         self.output.parent.mkdir(parents=True, exist_ok=True)
         run = self.output.with_name(f"{self.output.name}.yaml")
-        source = adaptable_source(self.model, self.output.with_name(f"{self.output.name}_start"))
+        source = adaptable_source(self.loaded, self.output.with_name(f"{self.output.name}_start"))
         write_text(run, yaml.safe_dump(self.run(), sort_keys=False))
         given = ["--domain", self.domain, "--dataset", str(run), "--output", str(self.output)]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "samoe_hf.cli", "adapt", source, *given, *again],
+                [sys.executable, "-m", "samoe_hf", "adapt", source, *given, *again],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -128,7 +123,7 @@ class Learning:
 
     def stop(self, timeout: float = 20) -> None:
         """Ends the process, if it runs; it can be resumed."""
-        if self.state != "running":
+        if self._process is None or self.state != "running":
             return
         self._was_stopped = True
         self._process.terminate()
@@ -157,9 +152,9 @@ class Learning:
             "disable_tqdm": True,
         }
         del settings["model_name_or_path"], settings["output_dir"]
-        if self.model.model.config.image_size <= SMALL_IMAGE_SIZE:
-            is_new = self.domain not in self.model.domains
-            settings |= {name: v for name, v in SMALL_MODEL.items() if is_new or not name.startswith(_OF_EXPERTS)}
+        if self.loaded.model.config.image_size <= SMALL_IMAGE_SIZE:
+            is_new = self.domain not in self.loaded.domains
+            settings |= {name: v for name, v in SMALL_MODEL.items() if is_new or not name.startswith(OF_NEW_EXPERTS)}
         return settings
 
     def curve(self) -> Curve:
@@ -187,9 +182,6 @@ class Learning:
         return hide_paths(hide_paths(text, self.data.parent), self.output.parent)
 
 
-_OF_EXPERTS = ("expert_modules", "num_experts", "lora_")
-
-
 def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
     """What `samoe adapt` starts from.
 
@@ -207,24 +199,8 @@ def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
     return str(folder)
 
 
-def check_domain_name(domain: object) -> None:
-    """Raises a `ValueError` for what is no good name of a domain, a folder and an option."""
-    is_name = isinstance(domain, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", domain) is not None
-    if not is_name or domain.lower() in RESERVED:
-        raise InputError(
-            "`domain` must be a name of letters, digits and underscores that begins with a letter, at most 40, "
-            f"and none of {', '.join(sorted(RESERVED))}, got {str(domain)[:60]!r}."
-        )
-
-
 def _num_frames(video: Path) -> int:
     return len(list((video / "frames").iterdir()))
-
-
-def free_output(models: Path, domain: str) -> Path:
-    """A folder for a domain's model that is not there yet."""
-    names: Sequence[Path] | object = (models / f"{domain}-{number}" for number in count(1))
-    return next(path for path in names if not path.exists())
 
 
 class Learner:
@@ -241,19 +217,25 @@ class Learner:
         self.owner: str | None = None
         self._lock = threading.Lock()
 
-    def start(self, owner: str, model: LoadedModel, domain: str, steps: int) -> Learning:
-        """Starts a new run for a person; ValueError if one runs, or as [`Learning`]."""
+    def start(self, owner: str, loaded: LoadedModel, domain: str, steps: int) -> Learning:
+        """Starts a new run for a person.
+
+        Raises:
+            InputError: one runs, `domain` cannot be a domain's name, or as [`Learning`].
+        """
         with self._lock:
             if self.current is not None and self.current.state == "running":
                 raise InputError("The app learns already, one thing at a time. Wait until it is done, or stop it.")
             check_domain_name(domain)
-            learning = Learning(model, domain, steps, self.data, free_output(self.models, domain))
+            folders = (self.models / f"{domain}-{number}" for number in count(1))
+            output = next(folder for folder in folders if not folder.exists())
+            learning = Learning(loaded, domain, steps, self.data, output)
             learning.start()
             self.current, self.owner = learning, owner
             return learning
 
     def of(self, owner: str) -> Learning:
-        """The run that a person has started; ValueError if there is none."""
+        """The run that a person has started; InputError if there is none."""
         if self.current is None or self.owner != owner:
             raise InputError("You have not started to learn.")
         return self.current

@@ -1,4 +1,4 @@
-"""The masks of a session: a palette PNG for each frame in the session's folder, so that they fill no memory."""
+"""The masks of a session: a palette PNG for each frame in the session's folder, so that they fill no RAM."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -6,15 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from samoe_hf.data.video_io import read_label_png, write_palette_png
-from samoe_hf.errors import InputError
 
 
 class MaskStore:
-    """Maps of ids (H, W) uint8, 0 for background, by frame; empty where nothing was stored.
+    """Maps of ids (H, W) uint8, 0 for background, by frame.
 
     Args:
         folder: for the files; made if it is not there.
         size: (height, width) of all maps.
+
+    Attributes:
+        frames: that have a map.
     """
 
     def __init__(self, folder: Path, size: tuple[int, int]):
@@ -27,29 +29,28 @@ class MaskStore:
         return self.folder / f"{frame:05d}.png"
 
     def write(self, frame: int, id_map: np.ndarray) -> None:
-        """Stores a frame's map in place of an earlier one; ValueError for another size."""
-        if id_map.shape != tuple(self.size):
-            raise InputError(f"The masks of frame {frame} have the size {id_map.shape}, but the video {self.size}.")
+        """Stores a frame's map in place of an earlier one."""
         write_palette_png(self.path(frame), id_map)
         self.frames.add(frame)
 
     def read(self, frame: int, object_ids: Collection[int]) -> np.ndarray:
-        """A frame's map, of these objects only."""
+        """A frame's map, of these objects only; all background where nothing was stored."""
         if frame not in self.frames:
             return np.zeros(self.size, dtype=np.uint8)
         kept = np.zeros(256, dtype=np.uint8)
         kept[list(object_ids)] = list(object_ids)
         return kept[read_label_png(self.path(frame))]
 
-    def bytes_of(self, frame: int) -> bytes | None:
+    def content_of(self, frame: int) -> bytes | None:
         """A frame's file, None where there is none; see [`restore`]."""
         return self.path(frame).read_bytes() if frame in self.frames else None
 
     def restore(self, frame: int, content: bytes | None) -> None:
-        """Puts back what [`bytes_of`] gave."""
-        self.frames.discard(frame)
-        self.path(frame).unlink(missing_ok=True)
-        if content is not None:
+        """Makes a frame's file what it was when [`content_of`] gave its content."""
+        if content is None:
+            self.path(frame).unlink(missing_ok=True)
+            self.frames.discard(frame)
+        else:
             self.path(frame).write_bytes(content)
             self.frames.add(frame)
 

@@ -3,10 +3,11 @@
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Default
 
 from .learn_page import LearnPart
 from .look_page import LookPart
-from .page_parts import PRIVATE, App, Part, guarded
+from .page_parts import App, Part, Shown, messages
 from .track_page import TrackPart
 
 TITLE = "samoe: track, correct, learn"
@@ -31,58 +32,45 @@ footer { display: none !important; }
 """
 
 
-class EntryPart(Part):
-    """A page is loaded, refreshed or closed."""
-
-    def __init__(self, app: App, secret: gr.State, parts: "Parts"):
-        super().__init__(app, secret)
-        self.parts = parts
-
-    @guarded
-    def enter(self, kept: object, request: gr.Request) -> dict[Any, Any]:
-        """Gives the page its secret, and shows what it had before a refresh."""
-        person = self.app.people.enter(kept, request.session_hash or "")
-        updates = {self.secret: person.secret, self.parts.kept: person.secret}
-        return updates | self.parts.track.view(person, new=True)
-
-    def leave(self, request: gr.Request) -> None:
-        """The page is gone."""
-        self.app.people.leave(request.session_hash or "")
-
-
-class Parts:
-    """All parts of a page, laid out and connected; made within `gr.Blocks`."""
+class Page(Part):
+    """All parts of the page, and who comes and leaves; made within `gr.Blocks`."""
 
     def __init__(self, app: App, blocks: gr.Blocks):
-        secret = gr.State("")
+        super().__init__(app, gr.State(""))
         self.kept = gr.Textbox(visible=False)
-        names = ", ".join(app.models.names)
+        names = ", ".join(app.models)
         gr.Markdown(
             f"**samoe** — track objects in videos, correct them, learn from it. Model: {names}", elem_id="title"
         )
-        self.track, self.look, self.learn = TrackPart(app, secret), LookPart(app, secret), LearnPart(app, secret)
         with gr.Tabs():
             with gr.Tab("Track"):
-                self.track.build()
-            with gr.Tab("Look inside", elem_id="look-tab") as look:
-                self.look.build(self.track)
-            with gr.Tab("Learn", elem_id="learn-tab") as learn:
-                self.learn.build(self.track, self.look)
-        for part in (self.track, self.look, self.learn):
-            part.wire()
-        look.select(
-            self.look.refresh,
-            [secret, self.look.first, self.look.second],
-            self.look.shown(),
+                self.track = TrackPart(app, self.secret)
+            with gr.Tab("Look inside", elem_id="look-tab") as look_tab:
+                look = LookPart(app, self.secret, self.track)
+            with gr.Tab("Learn", elem_id="learn-tab") as learn_tab:
+                learn = LearnPart(app, self.secret, self.track)
+        self.on(look_tab.select, look.refresh, [look.first, look.second], look.shown, progress="hidden")
+        self.on(learn_tab.select, learn.refresh, [], learn.shown, progress="hidden")
+        loaded = blocks.load(
+            self.enter,
+            [self.kept],
+            [self.secret, self.kept, *self.track.shown],
+            js=RECALL,
             show_progress="hidden",
-            **PRIVATE,
+            api_visibility="private",
         )
-        learn.select(self.learn.refresh, [secret], self.learn.shown(), show_progress="hidden", **PRIVATE)
-        entry = EntryPart(app, secret, self)
-        outputs = {secret, self.kept, *self.track.shown()}
-        loaded = blocks.load(entry.enter, [self.kept], outputs, js=RECALL, show_progress="hidden", **PRIVATE)
         loaded.then(None, [self.kept], None, js=KEEP)
-        blocks.unload(entry.leave)
+        blocks.unload(self.leave)
+
+    def enter(self, kept: object, request: gr.Request) -> Shown:
+        """Gives a page that was loaded its secret, and shows what it had before a refresh."""
+        with messages(self.app.folder):
+            person = self.app.people.enter(kept, request.session_hash or "")
+            return {self.secret: person.secret, self.kept: person.secret, **self.track.opened(person)}
+
+    def leave(self, request: gr.Request) -> None:
+        """The page is closed, or is being refreshed."""
+        self.app.people.leave(request.session_hash or "")
 
 
 def build_page(app: App) -> gr.Blocks:
@@ -90,9 +78,8 @@ def build_page(app: App) -> gr.Blocks:
     # Uploads and files for download, which Gradio keeps, are removed after a while.
     age = max(60, int(app.limits.idle_seconds))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, age)) as blocks:
-        Parts(app, blocks)
-    blocks.queue(max_size=app.limits.waiting, default_concurrency_limit=4, api_open=False)
-    return blocks
+        Page(app, blocks)
+    return blocks.queue(max_size=app.limits.waiting, default_concurrency_limit=4, api_open=False)
 
 
 def launch_options(app: App) -> dict[str, Any]:
@@ -107,5 +94,5 @@ def launch_options(app: App) -> dict[str, Any]:
         "mcp_server": False,
         "state_session_capacity": 4 * app.limits.sessions,
         "css": CSS,
-        "theme": gr.themes.Default(primary_hue="orange", neutral_hue="slate"),
+        "theme": Default(primary_hue="orange", neutral_hue="slate"),
     }

@@ -1,47 +1,191 @@
-"""What all parts of the page share: the app's state, pictures, checks of what a page sends, and errors as messages."""
+"""What all parts of the page share: the app's state, events, checks of what a page sends, and pictures.
+
+Requests can be written by hand. What a page sends is checked here, or in the handler that gets it, and nowhere else.
+"""
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import gradio as gr
 import numpy as np
+from gradio.components import Component
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from samoe_hf.errors import InputError
 
 from .learning import Learner
-from .limits import Limits
-from .models import Models
+from .models import LoadedModel
 from .page_picture import Picture
-from .people import People, Person
-from .videos import hide_paths
+from .people import People
+from .pictures import shown_size, to_video
+from .session import TrackingSession
+from .uploads import Limits, hide_paths
 
-# Events that keep the device for long, one of which runs at a time; those who wait are told their place.
-DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
-# Events of a frame. They wait for the device themselves, between two frames of what runs there.
-QUICK = {"concurrency_limit": 8, "show_progress": "hidden"}
-# No event is part of a public API.
-PRIVATE = {"api_visibility": "private"}
+# New values of components, by component.
+Shown = dict[Any, Any]
 # A preview is sent at most so often, in seconds.
 PREVIEW_SECONDS = 0.25
 
 
 @dataclass
 class App:
-    """What the app's pages share. `learner` is None where nothing may be learned."""
+    """What the app's pages share.
 
-    models: Models
+    Attributes:
+        folder: of all that the app keeps for its people; no message names it.
+        models: by their names; a new page gets the first.
+        learner: None where nothing may be learned.
+        device_lock: is held by whoever runs a model, for a frame at a time and not for a video. So a click is answered
+            while another video is tracked.
+    """
+
+    folder: Path
+    models: dict[str, LoadedModel]
     people: People
     limits: Limits
     learner: Learner | None = None
+    device_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def first(self) -> LoadedModel:
+        """The model that a new page gets."""
+        return next(iter(self.models.values()))
 
 
-def picture(label: str, **kwargs: Any) -> Picture:
+class Part:
+    """A part of the page: its components, and the handlers of what happens there.
+
+    Args:
+        secret: which person a page belongs to; the server's to know, so that a page's own value counts for nothing.
+    """
+
+    def __init__(self, app: App, secret: gr.State):
+        self.app, self.secret = app, secret
+
+    def on(
+        self,
+        trigger: Callable[..., Any],
+        handler: Callable[..., Any],
+        inputs: Sequence[Component] = (),
+        outputs: Set[Any] = frozenset(),
+        *,
+        quick: bool = False,
+        device: bool = False,
+        limit: int | Literal["default"] = "default",
+        queue: bool = True,
+        progress: Literal["full", "minimal", "hidden"] = "full",
+        progress_on: Component | None = None,
+        trigger_mode: Literal["once", "multiple", "always_last"] | None = None,
+    ) -> None:
+        """Connects an event of a component with a handler; what is not described is as in `gradio.on`.
+
+        Args:
+            handler: gets the page's person and the values of `inputs`, and gives new values of `outputs`, or yields
+                them step by step. What a person can mend becomes a message on the page.
+            quick: whether this is about a frame. Eight run at once, and wait for the device themselves, between two
+                frames of what runs there.
+            device: whether the event keeps the device for long. One of these runs at a time; those who wait are told
+                their place.
+            limit: so many of these events run at once.
+        """
+        gr.on(
+            [trigger],
+            self._for_person(handler),
+            [self.secret, *inputs],
+            outputs or None,
+            api_visibility="private",
+            queue=queue,
+            show_progress="hidden" if quick else progress,
+            show_progress_on=progress_on,
+            trigger_mode=trigger_mode,
+            concurrency_id="device" if device else None,
+            concurrency_limit=1 if device else 8 if quick else limit,
+        )
+
+    def _for_person(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(handler)
+        def handle(secret: object, *values: Any) -> Any:
+            with messages(self.app.folder):
+                return handler(self.app.people[secret], *values)
+
+        @functools.wraps(handler)
+        def handle_steps(secret: object, *values: Any) -> Iterator[Any]:
+            with messages(self.app.folder):
+                yield from handler(self.app.people[secret], *values)
+
+        return handle_steps if inspect.isgeneratorfunction(handler) else handle
+
+
+@contextmanager
+def messages(folder: Path) -> Iterator[None]:
+    """What a person can mend becomes a message on the page, without paths below `folder`."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        raise gr.Error(hide_paths(str(error), folder), print_exception=False) from error
+
+
+# --- What a page sends
+
+
+def integer(value: object, name: str, least: int, most: int) -> int:
+    """A number that a page sent; InputError for anything else than an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most or value % 1:
+        raise InputError(f"`{name}` must be an integer from {least} to {most}, got {str(value)[:60]!r}.")
+    return int(value)
+
+
+def frame_of(session: TrackingSession, value: object) -> int:
+    """The number of a frame that a page sent; InputError for anything but a frame of the video."""
+    return integer(value, "frame", 0, session.num_frames - 1)
+
+
+def object_of(session: TrackingSession, value: object) -> int:
+    """The object that a page sent; InputError for anything but one of the video's."""
+    if type(value) is not int or value not in session.objects:
+        known = ", ".join(map(str, session.objects)) or "none yet: add one first"
+        raise InputError(f"`object` must be one of the video's objects ({known}), got {str(value)[:60]!r}.")
+    return value
+
+
+def point_of(session: TrackingSession, value: object) -> tuple[float, float]:
+    """Where the shown frame was clicked, (x, y) in pixels of the video; InputError for anything but a place in it."""
+    height, width = shown_size(session.video.frames.size)
+    match value:
+        case [int() | float() as x, int() | float() as y] if 0 <= x <= width - 1 and 0 <= y <= height - 1:
+            return to_video(x, y, session.video.frames.size)
+    raise InputError(f"A click must have a position in the frame, got {str(value)[:60]}.")
+
+
+def one_of(value: object, choices: Iterable[str], name: str) -> str:
+    """What was chosen in a menu; InputError for anything but one of its choices."""
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {str(value)[:60]!r}.")
+    return value
+
+
+# --- Pictures
+
+
+def picture(label: str, element: str, visible: bool = True) -> Picture:
     """A picture that cannot be uploaded to."""
-    return Picture(label=label, interactive=False, show_label=False, container=False, **{"buttons": []} | kwargs)
+    return Picture(
+        label=label,
+        elem_id=element,
+        visible=visible,
+        interactive=False,
+        show_label=False,
+        container=False,
+        buttons=[],
+    )
 
 
 def shown_picture(value: np.ndarray | None) -> Picture:
@@ -49,62 +193,8 @@ def shown_picture(value: np.ndarray | None) -> Picture:
     return Picture(value, visible=value is not None)
 
 
-def guarded(method: Callable) -> Callable:
-    """Wraps a handler, or one that yields: what a person can mend becomes a message on the page, without paths."""
-
-    @functools.wraps(method)
-    def handle(self, *args: Any) -> Any:
-        with _Messages(self.app):
-            return method(self, *args)
-
-    @functools.wraps(method)
-    def handle_steps(self, *args: Any) -> Iterator[Any]:
-        with _Messages(self.app):
-            yield from method(self, *args)
-
-    return handle_steps if inspect.isgeneratorfunction(method) else handle
-
-
-class _Messages:
-    def __init__(self, app: App):
-        self.app = app
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, ValueError | OSError) and not isinstance(error, gr.Error):
-            message = hide_paths(str(error), self.app.people.folder)
-            raise gr.Error(message, print_exception=False) from error
-
-
-class Part:
-    """A part of the page: its components, and the handlers of what happens there."""
-
-    def __init__(self, app: App, secret: gr.State):
-        self.app, self.secret = app, secret
-
-    def person(self, secret: object) -> Person:
-        """Whose page it is; ValueError if what belonged to it was freed."""
-        return self.app.people[secret]
-
-
-def whole(value: object, name: str) -> int:
-    """A number that a page sent, as an integer.
-
-    Raises:
-        ValueError: anything else than a finite number without a fraction.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
-        raise InputError(f"`{name}` must be an integer, got {str(value)[:60]!r}.")
-    return int(value)
-
-
-def position(value: object) -> tuple[float, float]:
-    """Where a picture was clicked, (x, y) in its pixels; ValueError for anything but two finite numbers."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise InputError("A click must have a position in the frame.")
-    for number in value:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise InputError(f"A click must have a position in the frame, got {str(value)[:60]}.")
-    return float(value[0]), float(value[1])
+def figure_picture(figure: Figure) -> np.ndarray:
+    """A figure as a picture (H, W, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

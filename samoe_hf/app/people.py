@@ -1,5 +1,11 @@
-"""Who uses the app: each page has a secret of its own, and what belongs to it is freed when the page is gone."""
+"""Who uses the app: each page has a secret of its own, and what belongs to it is freed when the page is gone.
 
+Gradio's own state ends with a page's connection, so that a refresh would lose the video; what is kept here does not.
+"""
+
+import ctypes
+import ctypes.util
+import gc
 import secrets
 import shutil
 import tempfile
@@ -14,9 +20,8 @@ from samoe_hf.errors import InputError
 
 from .comparison import Comparison
 from .experts_view import ExpertsView
-from .limits import Limits
-from .memory import give_back_memory
 from .session import TrackingSession
+from .uploads import Limits
 
 SECRET_BYTES = 32
 
@@ -28,16 +33,15 @@ class Person:
     Attributes:
         secret: known to this page alone.
         folder: for its files.
+        kept_until: it is freed then; of `People`'s clock.
         session: its video, once there is one.
         corner: of a box of which one corner was clicked: object, frame, x and y in pixels of the video.
-        used_at: when it did something last; of `clock`.
-        left_at: when its page was closed, None while it is open.
+        pages: open ones; several for a moment, while one is loaded anew.
     """
 
     secret: str
     folder: Path
-    used_at: float
-    left_at: float | None = None
+    kept_until: float = 0.0
     session: TrackingSession | None = None
     corner: tuple[int, int, float, float] | None = None
     comparison: Comparison | None = None
@@ -46,7 +50,7 @@ class Person:
     _folders: dict[str, Path] = field(default_factory=dict)
 
     def the_session(self) -> TrackingSession:
-        """Its video; ValueError where there is none yet."""
+        """Its video; InputError where there is none yet."""
         if self.session is None:
             raise InputError("There is no video yet: upload one, or take an example.")
         return self.session
@@ -68,13 +72,20 @@ class Person:
         self._folders[purpose] = Path(tempfile.mkdtemp(dir=self.folder))
         return self._folders[purpose]
 
-    def take(self, session: TrackingSession) -> None:
-        """Puts a new video in the place of the one before, whose files are removed."""
-        before = self.session
+    def take(self, session: TrackingSession | None) -> None:
+        """Puts a new video, or none, in the place of the one before, whose files are removed."""
+        before, comparison = self.session, self.comparison
         self.session, self.corner, self.comparison, self.experts = session, None, None, None
+        if comparison is not None:
+            comparison.stop()
         if before is not None:
             before.stop()
             shutil.rmtree(before.folder, ignore_errors=True)
+
+    def free(self) -> None:
+        """Lets go of all that it has."""
+        self.take(None)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class People:
@@ -93,6 +104,9 @@ class People:
     def __len__(self) -> int:
         return len(self._people)
 
+    def __iter__(self) -> Iterator[Person]:
+        return iter(list(self._people.values()))
+
     def enter(self, secret: object, page: str) -> Person:
         """The person of a page that was loaded: the one of its secret, such as after a refresh, or else a new one.
 
@@ -101,7 +115,7 @@ class People:
             page: the page's own id, of which one person may have several one after another.
 
         Raises:
-            ValueError: there are as many as the limits allow.
+            InputError: there are as many as the limits allow.
         """
         self.free_unused()
         with self._lock:
@@ -111,70 +125,68 @@ class People:
                     raise InputError(
                         f"{len(self._people)} people use this app now, which is the most. Try again later."
                     )
-                secret = secrets.token_urlsafe(SECRET_BYTES)
                 self.folder.mkdir(parents=True, exist_ok=True)
-                person = Person(secret, Path(tempfile.mkdtemp(dir=self.folder)), self._clock())
-                self._people[secret] = person
-            person.used_at, person.left_at = self._clock(), None
+                person = Person(secrets.token_urlsafe(SECRET_BYTES), Path(tempfile.mkdtemp(dir=self.folder)))
+                self._people[person.secret] = person
             person.pages.add(page)
+            person.kept_until = self._clock() + self.limits.idle_seconds
             return person
 
     def __getitem__(self, secret: object) -> Person:
         """The person of a secret.
 
         Raises:
-            ValueError: there is none, or none any more.
+            InputError: there is none, or none any more.
         """
         with self._lock:
             person = self._people.get(secret) if isinstance(secret, str) else None
             if person is None:
                 raise InputError("This page was not used for a long time, and what it had was freed. Load it anew.")
-            person.used_at = self._clock()
+            if person.pages:
+                person.kept_until = self._clock() + self.limits.idle_seconds
             return person
 
     def leave(self, page: str) -> None:
         """A page was closed or refreshed. Its person is freed if no page of it comes back in time."""
         with self._lock:
             for person in self._people.values():
-                person.pages.discard(page)
-                if not person.pages and person.left_at is None:
-                    person.left_at = self._clock()
+                if person.pages == {page}:
+                    person.kept_until = min(person.kept_until, self._clock() + self.limits.grace_seconds)
                     if person.session is not None:
                         person.session.stop()
+                person.pages.discard(page)
 
     def free_unused(self) -> int:
         """Frees all whose pages are gone, or were not used for long; returns how many."""
-        now, limits = self._clock(), self.limits
-        with self._lock:
-            gone = [
-                person
-                for person in self._people.values()
-                if (person.left_at is not None and now - person.left_at >= limits.grace_seconds)
-                or now - person.used_at >= limits.idle_seconds
-            ]
-            for person in gone:
-                del self._people[person.secret]
-        for person in gone:
-            self._free(person)
-        if gone:
-            give_back_memory()
-        return len(gone)
+        freed = self._free(lambda person: person.kept_until <= self._clock())
+        if freed:
+            give_back_ram()
+        return freed
 
     def close(self) -> None:
         """Frees all."""
-        with self._lock:
-            gone, self._people = list(self._people.values()), {}
-        for person in gone:
-            self._free(person)
+        self._free(lambda person: True)
 
-    @staticmethod
-    def _free(person: Person) -> None:
-        if person.session is not None:
-            person.session.stop()
-        if person.comparison is not None:
-            person.comparison.stop()
-        person.session = person.comparison = person.experts = None
-        shutil.rmtree(person.folder, ignore_errors=True)
+    def _free(self, is_gone: Callable[[Person], bool]) -> int:
+        with self._lock:
+            gone = [person for person in self._people.values() if is_gone(person)]
+            for person in gone:
+                del self._people[person.secret]
+        for person in gone:
+            person.free()
+        return len(gone)
+
+
+def give_back_ram() -> None:
+    """Gives freed RAM back to the machine, where the C library can be told to.
+
+    Linux' keeps it for each of the server's threads, and a video leaves much of it in many.
+    """
+    gc.collect()
+    name = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from samoe_hf.errors import InputError
+
 from .learning import Learner
-from .limits import Limits
-from .models import LoadedModel, Models
+from .models import LoadedModel
 from .page import build_page, launch_options
 from .page_parts import App
 from .people import People, freeing_unused
+from .uploads import Limits
 
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
 
@@ -45,10 +47,13 @@ def serving(
         models: the folder of what is learned; needed with `data`.
         port: a free one by default.
     """
+    models_by_name = {one.name: one for one in loaded}
+    if len(models_by_name) < len(loaded):
+        raise InputError(f"Each model needs a name of its own, got {', '.join(one.name for one in loaded)}.")
     learner = None if data is None or models is None else Learner(data.resolve(), models.resolve())
-    with tempfile.TemporaryDirectory(prefix="samoe-app-") as folder, _gradio_folder(Path(folder, "gradio")):
-        people = People(Path(folder, "people"), limits)
-        app = App(Models(loaded), people, limits, learner)
+    with tempfile.TemporaryDirectory(prefix="samoe-app-") as name, _gradio_folder(Path(name, "gradio")):
+        people = People(Path(name, "people"), limits)
+        app = App(Path(name), models_by_name, people, limits, learner)
         with freeing_unused(people):
             page = build_page(app)
             try:
@@ -67,12 +72,21 @@ def serving(
                     learner.close()
 
 
-def serve(loaded: Sequence[LoadedModel], limits: Limits, data: Path | None, models: Path | None, **options) -> None:
-    """As [`serving`], until the process is interrupted or told to end."""
+def serve(
+    loaded: Sequence[LoadedModel],
+    limits: Limits,
+    data: Path | None = None,
+    models: Path | None = None,
+    *,
+    host: str,
+    port: int,
+    share: bool = False,
+) -> None:
+    """Serves the page, as [`serving`], until the process is interrupted or told to end."""
     done = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: done.set())
-    with serving(loaded, limits, data, models, **options):
+    with serving(loaded, limits, data, models, host=host, port=port, share=share):
         done.wait()
 
 

@@ -1,56 +1,25 @@
-"""A Hugging Face Space that runs the app: its files, and their upload. Knows no Gradio."""
+"""A Hugging Face Space that runs the app: its files, their upload, and what runs there. Knows no Gradio by itself."""
 
 import json
+import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
+import torch
 from huggingface_hub import HfApi
 
 from samoe_hf import __version__
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import new_folder
 
-APP = '''"""A Space of samoe_hf: the page of `samoe app`."""
+from .models import click_base, load_model
+from .uploads import Limits
 
-import os
-from pathlib import Path
-
-from samoe_hf.app.click_base import click_base
-from samoe_hf.app.limits import Limits
-from samoe_hf.app.models import load_model
-from samoe_hf.app.server import serve
-
-MODEL = {model}
-FOLDER = Path(__file__).parent
+MODEL_FOLDER = "model"
+FILES = Path(__file__).parent / "space_files"
 # What a Space shares among strangers is small, and nothing is learned there.
 LIMITS = Limits(upload_bytes=100 * 2**20, frames=3000, sessions=16, idle_seconds=1800)
-
-if __name__ == "__main__":
-    import torch
-
-    source = click_base() if MODEL is None else FOLDER / MODEL if (FOLDER / MODEL).is_dir() else MODEL
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = "small model" if MODEL is None else Path(str(source)).name
-    host, port = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
-    serve([load_model(source, device, name)], LIMITS, None, None, host=host, port=port)
-'''
-README = """---
-title: {title}
-emoji: 🎯
-colorFrom: yellow
-colorTo: blue
-sdk: gradio
-sdk_version: {gradio}
-python_version: "3.11"
-app_file: app.py
-pinned: false
-license: apache-2.0
-{models}---
-
-Click on objects in a video, track and correct them, and see which experts work where. Made by `samoe app --space`.
-"""
-MODEL_FOLDER = "model"
 
 
 def write_space(folder: Path, model: str | None = None, wheel: Path | None = None) -> None:
@@ -63,7 +32,7 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
 
     Raises:
         FileExistsError: the folder is there, and not empty.
-        ValueError: the wheel is no wheel of this package, or the model is a file.
+        InputError: the wheel is no wheel of this package, or the model is a file.
     """
     if wheel is not None and not (wheel.is_file() and wheel.name.startswith("samoe_hf-") and wheel.suffix == ".whl"):
         example = f"samoe_hf-{__version__}-py3-none-any.whl"
@@ -71,17 +40,23 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
     if model is not None and Path(model).is_file():
         raise InputError(f"`model` must be a folder or an id of the Hub, got {model}; `samoe convert` makes a folder.")
     is_folder = model is not None and Path(model).is_dir()
-    named = MODEL_FOLDER if is_folder else model
+    title = "samoe" if model is None else f"samoe {PurePosixPath(model).name}"
+    about = {
+        "title": json.dumps(title),
+        "gradio": version("gradio"),  # of this environment, which the Space is to have too
+        "models": f"models:\n- {model}\n" if model is not None and not is_folder else "",
+    }
     with new_folder(folder) as target:
-        (target / "app.py").write_text(APP.replace("{model}", "None" if named is None else json.dumps(named)))
-        (target / "requirements.txt").write_text(_requirements(wheel))
-        title = "samoe" if model is None else f"samoe {PurePosixPath(str(model)).name}"
-        models = f"models:\n- {model}\n" if model is not None and not is_folder else ""
-        readme = README.format(title=json.dumps(title), gradio=_gradio_version(), models=models)
+        named = MODEL_FOLDER if is_folder else model
+        app = (FILES / "app.py.txt").read_text().format(model=named and json.dumps(named))
+        (target / "app.py").write_text(app, encoding="utf-8")
+        readme = (FILES / "README.md").read_text(encoding="utf-8").format(**about)
         (target / "README.md").write_text(readme, encoding="utf-8")
+        source = f"samoe_hf[app]=={__version__}" if wheel is None else f"./{wheel.name}[app]"
+        (target / "requirements.txt").write_text(f"{source}\n")
         if wheel is not None:
             shutil.copy(wheel, target / wheel.name)
-        if is_folder:
+        if model is not None and is_folder:
             shutil.copytree(model, target / MODEL_FOLDER, ignore=shutil.ignore_patterns("checkpoint-*", "*.bin"))
 
 
@@ -98,11 +73,15 @@ def push_space(folder: Path, name: str, token: str | None = None) -> str:
     return str(url)
 
 
-def _gradio_version() -> str:
-    """Of this environment, which the Space is to have too."""
-    return version("gradio")
+def run_space(model: str | None) -> None:
+    """Serves the page in a Space, which tells by variables where, until it is ended.
 
+    Args:
+        model: an id of the Hub, the Space's own folder of a model, or None for the small model.
+    """
+    from .server import serve
 
-def _requirements(wheel: Path | None) -> str:
-    """What a Space installs, beside the Gradio of its `sdk_version`."""
-    return f"./{wheel.name}[app]\n" if wheel is not None else f"samoe_hf[app]=={__version__}\n"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(model or click_base(), device, None if model else "small model")
+    host, port = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
+    serve([loaded], LIMITS, host=host, port=port)

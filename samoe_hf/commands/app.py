@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from samoe_hf.app.click_base import click_base
+from samoe_hf.errors import InputError
 
 from .options import add_device_option, add_original_options, command_parser, original_options
 
@@ -77,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise ImportError("`samoe app` needs Gradio: pip install 'samoe_hf[app]'") from error
-    from samoe_hf.app.limits import Limits
-    from samoe_hf.app.models import load_model
+        raise InputError("`samoe app` needs Gradio: pip install 'samoe_hf[app]'") from error
+    from samoe_hf.app.models import click_base, load_model
+    from samoe_hf.app.uploads import Limits
 
     source = parsed.model or click_base()
     name = Path(source).name if parsed.model else "small model"

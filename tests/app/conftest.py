@@ -1,5 +1,7 @@
 """A small model, a video, and sessions of the app's core. Slow imports are in functions, as in the folder above."""
 
+import threading
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,24 +23,19 @@ def small_video(tmp_path_factory) -> Path:
     return write_small_video(tmp_path_factory.mktemp("videos") / "some video.mp4")
 
 
-@pytest.fixture
-def make_session(small_model, small_video, tmp_path):
+@pytest.fixture(scope="session")
+def make_session(small_model, small_video, tmp_path_factory):
     """Makes a session of a video in a new folder."""
-    import threading
-
-    from samoe_hf.app.limits import Limits
     from samoe_hf.app.session import TrackingSession
-    from samoe_hf.app.videos import open_kept
+    from samoe_hf.app.uploads import Limits, open_kept
 
-    made = []
+    folders, lock = tmp_path_factory.mktemp("sessions"), threading.Lock()
+    numbers = count()
 
     def make(path: Path = small_video, limits=None, model=small_model, **kwargs) -> TrackingSession:
-        limits = limits or Limits()
-        folder = tmp_path / f"session_{len(made)}"
+        limits, folder = limits or Limits(), folders / str(next(numbers))
         folder.mkdir()
-        video = open_kept("small", path, limits)
-        made.append(TrackingSession(folder, video, model, threading.Lock(), limits, **kwargs))
-        return made[-1]
+        return TrackingSession(folder, open_kept("small", path, limits), model, lock, limits, **kwargs)
 
     return make
 
@@ -67,11 +64,9 @@ def two_domains(small_model):
 def served(two_domains, small_model, tmp_path_factory):
     """An app that is served to this machine. Its people leave nothing to each other, so tests may share it."""
     pytest.importorskip("gradio", reason="needs the `app` extra")
-    from dataclasses import replace
-
-    from samoe_hf.app.limits import Limits
     from samoe_hf.app.models import LoadedModel
     from samoe_hf.app.server import serving
+    from samoe_hf.app.uploads import Limits
 
     folder = tmp_path_factory.mktemp("served")
     # Saved, since what learns is another process.
@@ -79,7 +74,7 @@ def served(two_domains, small_model, tmp_path_factory):
     for one in (two_domains, small_model):
         one.model.save_pretrained(folder / one.name, processor=one.processor)
         saved.append(LoadedModel(one.name, str(folder / one.name), one.model, one.processor))
-    limits = replace(Limits(), upload_bytes=8 * 2**20, sessions=200)
+    limits = Limits(upload_bytes=8 * 2**20, sessions=200)
     with serving(saved, limits, folder / "data", folder / "models") as running:
         yield running
 
@@ -104,8 +99,8 @@ def open_page(browser, served):
 
     contexts = []
 
-    def open_one(url: str | None = None, **options):
-        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options))
+    def open_one(url: str | None = None):
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
         return Page(contexts[-1], url or served.url)
 
     yield open_one

@@ -9,11 +9,9 @@ import torch
 from click_start import let_points_find_their_place
 from helpers.app import run_all
 from samoe_hf import SamoeModel, small_base
-from samoe_hf.app.click_base import click_base
-from samoe_hf.app.limits import Limits
-from samoe_hf.app.models import load_model
+from samoe_hf.app.models import click_base, load_model
 from samoe_hf.app.session import TrackingSession
-from samoe_hf.app.videos import EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLES, open_kept, write_example
+from samoe_hf.app.uploads import EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLES, Limits, open_kept, write_example
 from samoe_hf.data import SyntheticVideos
 
 

@@ -3,7 +3,7 @@
 import json
 import threading
 import zipfile
-from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -11,28 +11,32 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from helpers.app import run_all, state_of
+from helpers.app import maps_of, run_all
 from samoe_hf.app.exports import export_coco, export_masks, export_overlay
-from samoe_hf.app.limits import Limits
 from samoe_hf.app.project import open_project, save_project
+from samoe_hf.app.uploads import Limits
 from samoe_hf.data.video_io import SampleError, read_label_png
 
-LIMITS = Limits()
 
-
-@pytest.fixture
-def tracked(session):
+@pytest.fixture(scope="module")
+def tracked(make_session):
+    session = make_session()
     session.click(session.add_object(), 2, 20, 30)
     session.click(1, 2, 30, 30, positive=False)
     session.draw_box(session.add_object(), 2, (50, 10, 90, 50))
     run_all(session.propagate())
+    session.remove_object(session.add_object())
     return session
 
 
-def open_again(path, tmp_path, model, limits=LIMITS, name="opened"):
-    folder = tmp_path / name
-    folder.mkdir()
-    return open_project(path, folder, model, threading.Lock(), limits)
+@pytest.fixture(scope="module")
+def project(tracked, tmp_path_factory) -> Path:
+    return save_project(tracked, tmp_path_factory.mktemp("project"))
+
+
+def open_again(path, folder, model, limits=None):
+    (folder / "opened").mkdir(exist_ok=True)
+    return open_project(path, folder / "opened", model, threading.Lock(), limits or Limits())
 
 
 def test_masks_are_palette_pngs_of_every_frame(tracked, tmp_path):
@@ -41,7 +45,7 @@ def test_masks_are_palette_pngs_of_every_frame(tracked, tmp_path):
     files = sorted((tmp_path / "out" / "small").iterdir())
     assert [file.name for file in files] == [f"{i:05d}.png" for i in range(8)]
     assert Image.open(files[0]).mode == "P"
-    assert (np.stack([read_label_png(file) for file in files]) == state_of(tracked).maps).all()
+    assert (np.stack([read_label_png(file) for file in files]) == maps_of(tracked)).all()
 
 
 def test_coco_holds_the_same_masks(tracked, tmp_path):
@@ -51,7 +55,7 @@ def test_coco_holds_the_same_masks(tracked, tmp_path):
         mask = coco_mask.decode(one["segmentation"]).astype(bool)
         assert mask.sum() == one["area"] > 0 and not maps[one["image_id"]][mask].any()
         maps[one["image_id"]][mask] = one["track_id"]
-    assert maps.any() and (maps == state_of(tracked).maps).all()
+    assert maps.any() and (maps == maps_of(tracked)).all()
     assert [image["frame_index"] for image in document["images"]] == list(range(8))
 
 
@@ -68,12 +72,10 @@ def test_without_masks_there_is_nothing_to_export(session, tmp_path, export):
         export(session, tmp_path)
 
 
-def test_a_project_opens_as_it_was_and_goes_on(tracked, tmp_path, small_model):
-    tracked.add_object(), tracked.remove_object(3)
-    opened = open_again(save_project(tracked, tmp_path), tmp_path, small_model)
-    first, second = state_of(tracked), state_of(opened)
-    assert first.objects == second.objects == [1, 2] and (first.maps == second.maps).all() and first.maps.any()
-    given = [{key: prompt.inputs() for key, prompt in one.prompts.items()} for one in (first, second)]
+def test_a_project_opens_as_it_was_and_goes_on(tracked, project, tmp_path, small_model):
+    opened = open_again(project, tmp_path, small_model)
+    assert tracked.objects == opened.objects == [1, 2] and (maps_of(tracked) == maps_of(opened)).all()
+    given = [{key: prompt.inputs() for key, prompt in one.prompts.items()} for one in (tracked, opened)]
     assert given[0] == given[1] and len(given[0]) == 2
     assert opened.add_object() == 4
     run_all(opened.propagate())
@@ -93,15 +95,12 @@ def test_a_project_of_frames_opens(tmp_path, make_session, small_model):
 def changed(path, target, change=None, files=None, leave_out=()):
     """A project with another document, or other files."""
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in archive.namelist():
-            content = archive.read(name)
-            if name == "project.json" and change is not None:
-                document = json.loads(content)
-                change(document)
-                content = json.dumps(document)
-            if name not in (files or {}) and name not in leave_out:
-                new.writestr(name, content)
-        for name, content in (files or {}).items():
+        contents = {name: archive.read(name) for name in archive.namelist() if name not in leave_out}
+        if change is not None:
+            document = json.loads(contents["project.json"])
+            change(document)
+            contents["project.json"] = json.dumps(document)
+        for name, content in {**contents, **(files or {})}.items():
             new.writestr(name, content)
     return target
 
@@ -120,45 +119,24 @@ def setting(*keys, value):
     [
         setting("format", value="other"),
         setting("version", value=2),
-        setting("files", value=[]),
-        setting("files", value=["../../x.mp4"]),
-        setting("files", value=["/etc/passwd"]),
-        setting("files", value=[3]),
-        setting("files", value="video.mp4"),
-        setting("objects", value=[1, 1]),
-        setting("objects", value=[0]),
-        setting("objects", value=[10**9]),
-        setting("objects", value=["1"]),
-        setting("objects", value=[True, 2]),
-        setting("objects", value=list(range(1, 200))),
-        setting("last_id", value=1),
-        setting("last_id", value=None),
-        setting("prompts", value={}),
-        setting("prompts", value=[3]),
-        setting("prompts", 0, "object", value=9),
-        setting("prompts", 0, "frame", value=8),
-        setting("prompts", 0, "frame", value=-1),
-        setting("prompts", 0, "frame", value=1e300),
-        setting("prompts", 0, "points", value=[[1]]),
-        setting("prompts", 0, "points", value=[[1e9, 1], [3, 3]]),
-        setting("prompts", 0, "points", value=[["1", 1], [3, 3]]),
-        setting("prompts", 0, "labels", value=[1]),
-        setting("prompts", 0, "labels", value=[7, 1]),
-        setting("prompts", 1, "box", value=[5, 5, 1, 1]),
-        setting("prompts", 1, "box", value=[float("nan"), 5, 1, 1]),
-        setting("masks", value=[99]),
-        setting("masks", value=["0"]),
-        setting("masks", value=[0] * 99),
+        *(setting("files", value=value) for value in ([], ["../../x.mp4"], ["/etc/passwd"], [3], "video.mp4", None)),
+        *(setting("objects", value=value) for value in ([1, 1], [0], [10**9], ["x"], [None, 2], list(range(1, 200)))),
+        *(setting("last_id", value=value) for value in (1, None, 10**9)),
+        *(setting("prompts", value=value) for value in ({"a": 1}, [3], None)),
+        *(setting("prompts", 0, "object", value=value) for value in (9, None, "x")),
+        *(setting("prompts", 0, "frame", value=value) for value in (8, -1, 1e300, float("inf"), "x")),
+        *(setting("prompts", 0, "points", value=[value, [3, 3]]) for value in ([1], [1e9, 1], ["x", 1], [10**400, 1])),
+        *(setting("prompts", 0, "labels", value=value) for value in ([1], [7, 1], 3)),
+        *(setting("prompts", 1, "box", value=value) for value in ([5, 5, 1, 1], [float("nan"), 5, 1, 1], [1], 3)),
+        *(setting("masks", value=value) for value in ([99], ["x"], [-1], None)),
         setting("is_video", value="yes"),
         lambda document: document["prompts"].append(document["prompts"][0]),
         lambda document: document.clear(),
     ],
 )
-def test_projects_with_a_wrong_document_are_refused(tracked, tmp_path, small_model, change):
-    path = changed(save_project(tracked, tmp_path), tmp_path / "wrong.zip", change)
-    with pytest.raises(SampleError) as error:
-        open_again(path, tmp_path, small_model)
-    assert str(tmp_path) not in str(error.value)
+def test_projects_with_a_wrong_document_are_refused(project, tmp_path, small_model, change):
+    with pytest.raises(SampleError):
+        open_again(changed(project, tmp_path / "wrong.zip", change), tmp_path, small_model)
 
 
 @pytest.mark.parametrize(
@@ -171,44 +149,34 @@ def test_projects_with_a_wrong_document_are_refused(tracked, tmp_path, small_mod
         {"project.json": " " * (5 * 2**20)},
         {"masks/00002.png": b"junk"},
         {"masks/00002.png": bytes(10**6)},
-        {"video/video.mp4": b"junk"},
+        {"video/some video.mp4": b"junk"},
         {"../outside.png": b"x"},
     ],
 )
-def test_projects_with_wrong_files_are_refused(tracked, tmp_path, small_model, files):
-    path = save_project(tracked, tmp_path)
-    with zipfile.ZipFile(path) as archive:
-        video = next(name for name in archive.namelist() if name.startswith("video/"))
-    files = {video if name.startswith("video/") else name: content for name, content in files.items()}
+def test_projects_with_wrong_files_are_refused(project, tmp_path, small_model, files):
     with pytest.raises(SampleError):
-        open_again(changed(path, tmp_path / "wrong.zip", files=files), tmp_path, small_model)
+        open_again(changed(project, tmp_path / "wrong.zip", files=files), tmp_path, small_model)
     assert not (tmp_path / "outside.png").exists() and not (tmp_path.parent / "outside.png").exists()
 
 
-def test_a_mask_of_another_size_or_a_missing_one_is_refused(tracked, tmp_path, small_model):
-    path, other = save_project(tracked, tmp_path), tmp_path / "other.png"
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(other)
-    wrong = changed(path, tmp_path / "wrong.zip", files={"masks/00002.png": other.read_bytes()})
+def mask_png(path, size, value):
+    Image.fromarray(np.full(size, value, np.uint8)).save(path)
+    return {"masks/00002.png": path.read_bytes()}
+
+
+def test_masks_of_a_project_must_fit_its_video(project, tmp_path, small_model):
+    small, foreign = mask_png(tmp_path / "1.png", (8, 8), 0), mask_png(tmp_path / "2.png", (64, 96), 77)
     with pytest.raises(SampleError, match="no map of ids of the video's size"):
-        open_again(wrong, tmp_path, small_model)
-    wrong = changed(path, tmp_path / "missing.zip", leave_out=["masks/00002.png"])
+        open_again(changed(project, tmp_path / "wrong.zip", files=small), tmp_path, small_model)
     with pytest.raises(SampleError, match="no file"):
-        open_again(wrong, tmp_path, small_model, name="second")
+        open_again(changed(project, tmp_path / "less.zip", leave_out=["masks/00002.png"]), tmp_path, small_model)
+    opened = open_again(changed(project, tmp_path / "foreign.zip", files=foreign), tmp_path, small_model)
+    assert not opened.id_map(2).any()  # 77 is no object
 
 
-def test_ids_in_masks_that_are_no_objects_are_not_shown(tracked, tmp_path, small_model):
-    path, other = save_project(tracked, tmp_path), tmp_path / "other.png"
-    Image.fromarray(np.full((64, 96), 77, np.uint8)).save(other)
-    opened = open_again(
-        changed(path, tmp_path / "wrong.zip", files={"masks/00002.png": other.read_bytes()}), tmp_path, small_model
-    )
-    assert not opened.id_map(2).any()
-
-
-def test_a_project_must_fit_the_limits(tracked, tmp_path, small_model):
-    path = save_project(tracked, tmp_path)
-    for number, limits in enumerate((Limits(frames=5), Limits(pixels=100), Limits(objects=1), Limits(prompts=2))):
-        with pytest.raises(SampleError):
-            open_again(path, tmp_path, small_model, limits, f"opened_{number}")
-    with pytest.raises(SampleError, match="when it is unpacked"):
-        open_again(path, tmp_path, small_model, replace(Limits(), upload_bytes=1000), "bytes")
+@pytest.mark.parametrize(
+    "limits", [Limits(frames=5), Limits(pixels=100), Limits(objects=1), Limits(prompts=2), Limits(upload_bytes=1000)]
+)
+def test_a_project_must_fit_the_limits(project, tmp_path, small_model, limits):
+    with pytest.raises(SampleError):
+        open_again(project, tmp_path, small_model, limits)

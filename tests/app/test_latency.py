@@ -9,10 +9,9 @@ import pytest
 
 from helpers.app import write_small_video
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.app.limits import Limits
 from samoe_hf.app.models import LoadedModel
 from samoe_hf.app.session import TrackingSession
-from samoe_hf.app.videos import open_kept
+from samoe_hf.app.uploads import Limits, open_kept
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.processing_samoe import build_processor
 
@@ -41,8 +40,7 @@ def tiny() -> LoadedModel:
 
 
 def small() -> LoadedModel:
-    from samoe_hf.app.click_base import click_base
-    from samoe_hf.app.models import load_model
+    from samoe_hf.app.models import click_base, load_model
 
     return load_model(click_base(), "cpu", "small")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from samoe_hf.app.limits import Limits
 from samoe_hf.app.people import People, freeing_unused
+from samoe_hf.app.uploads import Limits
 
 LIMITS = Limits(sessions=3, idle_seconds=100, grace_seconds=10)
 
@@ -43,6 +43,7 @@ def test_a_refresh_finds_what_was_there_in_time(people, clock):
     person = people.enter(None, "a")
     people.leave("a")
     clock.now = 9
+    people[person.secret]  # what still runs of the old page does not keep it
     assert people.enter(person.secret, "b") is person
     clock.now = 50
     assert people.free_unused() == 0 and people[person.secret] is person
@@ -70,51 +71,34 @@ def test_what_a_closed_page_held_is_freed_with_its_files(people, clock, session)
     assert people.enter(person.secret, "b") is not person
 
 
-def test_an_open_page_that_nobody_uses_is_freed(people, clock):
+def test_an_open_page_that_nobody_uses_is_freed_and_makes_room(people, clock):
     person = people.enter(None, "a")
     clock.now = 99
     people[person.secret]
-    clock.now = 198
-    assert people.free_unused() == 0
-    clock.now = 199
-    assert people.free_unused() == 1
-
-
-def test_too_many_are_refused_until_one_leaves(people, clock):
-    for page in "abc":
+    for page in "bc":
         people.enter(None, page)
     with pytest.raises(ValueError, match="3 people use this app now"):
         people.enter(None, "d")
-    people.leave("a")
-    clock.now = 10
+    clock.now = 198
+    assert people.free_unused() == 0
+    clock.now = 199
     people.enter(None, "d")
+    assert not person.folder.exists()
 
 
-def test_a_new_video_takes_the_place_of_the_old_one(people, make_session):
-    person, first, second = people.enter(None, "a"), make_session(), make_session()
-    person.take(first)
-    person.corner = (1, 0, 2.0, 3.0)
-    person.take(second)
-    assert person.session is second and person.corner is None and not first.folder.exists()
-
-
-def test_what_could_not_be_opened_leaves_nothing(people):
-    person = people.enter(None, "a")
-    with pytest.raises(ValueError, match="no video"), person.opening() as folder:
-        (folder / "part").write_text("x")
-        raise ValueError("no video")
-    assert not list(person.folder.iterdir())
-
-
-def test_one_file_is_kept_for_each_purpose(people):
-    person = people.enter(None, "a")
-    first, other = person.fresh_folder("export"), person.fresh_folder("comparison")
-    (first / "file").write_text("x")
-    second = person.fresh_folder("export")
-    assert not first.exists() and other.is_dir() and not list(second.iterdir())
-
-
-def test_all_is_freed_at_the_end(people):
+def test_files_of_a_person_make_room_for_the_next(people, make_session):
     with freeing_unused(people, every_seconds=0.01):
-        person = people.enter(None, "a")
+        person, first, second = people.enter(None, "a"), make_session(), make_session()
+        with pytest.raises(ValueError, match="no video"), person.opening() as folder:
+            (folder / "part").write_text("x")
+            raise ValueError("no video")
+        assert not list(person.folder.iterdir())
+        person.take(first)
+        person.corner = (1, 0, 2.0, 3.0)
+        person.take(second)
+        assert person.session is second and person.corner is None and not first.folder.exists()
+        export, other = person.fresh_folder("export"), person.fresh_folder("comparison")
+        (export / "file").write_text("x")
+        second = person.fresh_folder("export")
+        assert not export.exists() and other.is_dir() and not list(second.iterdir())
     assert not person.folder.exists() and len(people) == 0

@@ -1,6 +1,7 @@
 """A Space: its files, its upload to a Hub, and its start in a fresh environment."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -17,11 +18,6 @@ from samoe_hf.app.space import push_space, write_space
 from samoe_hf.commands.app import main
 
 gradio = pytest.importorskip("gradio", reason="needs the `app` extra")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture
@@ -45,7 +41,16 @@ def test_the_files_of_a_space(tmp_path, fake_wheel):
     assert (about["sdk"], about["app_file"], about["sdk_version"]) == ("gradio", "app.py", gradio.__version__)
     assert about["models"] == ["me/my-model"] and about["title"] == "samoe my-model"
     assert 'MODEL = "me/my-model"' in (tmp_path / "space" / "app.py").read_text()
-    compile((tmp_path / "space" / "app.py").read_text(), "app.py", "exec")
+
+
+def test_without_a_model_the_small_one_is_served_from_the_package_index(tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr("samoe_hf.app.server.serve", lambda loaded, limits, **where: served.append((loaded, where)))
+    write_space(tmp_path / "space")
+    assert (tmp_path / "space" / "requirements.txt").read_text().startswith("samoe_hf[app]==")
+    runpy.run_path(str(tmp_path / "space" / "app.py"), run_name="__main__")
+    (((loaded,), where),) = served
+    assert loaded.name == "small model" and where == {"host": "0.0.0.0", "port": 7860}
 
 
 def test_a_folder_with_a_model_goes_along(tmp_path, model_folder):
@@ -57,10 +62,7 @@ def test_a_folder_with_a_model_goes_along(tmp_path, model_folder):
 
 def test_a_name_cannot_leave_its_quotes(tmp_path):
     write_space(tmp_path / "space", 'x"; import os #')
-    namespace: dict = {"__name__": "test", "__file__": "app.py"}
-    source = (tmp_path / "space" / "app.py").read_text()
-    exec(compile(source, "app.py", "exec"), namespace)
-    assert namespace["MODEL"] == 'x"; import os #'
+    assert runpy.run_path(str(tmp_path / "space" / "app.py"))["MODEL"] == 'x"; import os #'
 
 
 def test_what_is_there_stays(tmp_path, fake_wheel):
@@ -92,17 +94,14 @@ def test_a_space_is_uploaded_with_a_token(tmp_path, monkeypatch):
     monkeypatch.setattr("samoe_hf.app.space.HfApi", Api)
     write_space(tmp_path / "space")
     assert push_space(tmp_path / "space", "me/space", "hf_x") == "https://hub/me/space"
-    assert calls == [
-        ("token", "hf_x"),
-        ("create", "me/space", "space", "gradio"),
-        ("upload", "me/space", "space", "space"),
-    ]
+    uploaded = ("upload", "me/space", "space", "space")
+    assert calls == [("token", "hf_x"), ("create", "me/space", "space", "gradio"), uploaded]
 
 
 @pytest.mark.slow
-def test_a_space_starts_in_a_fresh_environment(tmp_path, wheel):
+def test_a_space_starts_in_a_fresh_environment(tmp_path):
     """As a Space does: Gradio of the version that README names, then the requirements, then `python app.py`."""
-    write_space(tmp_path / "space", wheel=wheel)
+    write_space(tmp_path / "space", wheel=build_wheel(tmp_path))
     uv, python = Path(sys.executable).parent / "uv", tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     needed = [f"gradio=={front_matter(tmp_path / 'space')['sdk_version']}", "-r", "requirements.txt"]

@@ -68,6 +68,10 @@ class Visitor:
                     return Answer(False, None, text)
         return Answer(False, None, text)
 
+    def act(self, element: str, event: str, *values: Any, event_data: Any = None) -> Answer:
+        """Does what a page does, with the values of its inputs."""
+        return self.send(self.endpoint(element, event), [None, *values], event_data)
+
     def upload(self, name: str, content: bytes) -> list[str]:
         """Uploads a file; gives what the server calls it."""
         answer = self.client.post(f"{API}/upload", files={"files": (name, content)})

@@ -1,0 +1,277 @@
+"""A session's video: what was uploaded, checked and kept in the session's folder; or a synthetic example.
+
+What comes from outside is looked at before it is unpacked or decoded. Frames are decoded as they are needed, so that a
+long video does not fill the RAM.
+"""
+
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from samoe_hf.data.synthetic import SyntheticVideos
+from samoe_hf.data.video_io import (
+    IMAGE_SUFFIXES,
+    FrameSequence,
+    ImageFrames,
+    SampleError,
+    natural_key,
+    open_image,
+    read_video,
+    write_video,
+)
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif")
+DEFAULT_FPS = 12.0  # of frames without a video file
+# Files in a zip, beside one for each frame. Each costs RAM before a byte of it is unpacked.
+MAX_OTHER_FILES = 1000
+PART_BYTES = 2**20
+EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLE_FPS = 24, (192, 256), 12
+# Name on the page -> look and seed of the synthetic video.
+EXAMPLES = {
+    "Shapes": ("shapes", 1),
+    "Scenes": ("scenes", 9),
+    "Paper": ("paper", 2),
+    "Night": ("night", 5),
+    "Blobs": ("blobs", 4),
+    "Echoes": ("echoes", 0),
+    "Stripes": ("stripes", 11),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one person may ask of the app.
+
+    Attributes:
+        upload_bytes: of one file that is uploaded, and of all files in a zip together when they are unpacked.
+        frames: of a video.
+        pixels: of a frame.
+        objects: of a video.
+        prompts: clicks and boxes of a video.
+        sessions: kept at once; another page is refused until one is free.
+        idle_seconds: after which a session that nobody uses is freed.
+        grace_seconds: after which a closed page's session is freed; a page that is loaded again within takes it up.
+        waiting: requests that may wait for the device.
+    """
+
+    upload_bytes: int = 512 * 2**20
+    frames: int = 30_000
+    pixels: int = 4096 * 2304
+    objects: int = 32
+    prompts: int = 2000
+    sessions: int = 32
+    idle_seconds: float = 3600
+    grace_seconds: float = 60
+    waiting: int = 64
+
+
+class Archive:
+    """A zip that came from outside. Made by [`open_archive`].
+
+    Attributes:
+        names: its files, as paths below the archive, in the archive's order.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, limits: Limits):
+        self._archive = archive
+        self._entries = _checked_entries(archive.infolist(), limits)
+        self.names = list(self._entries)
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """A file's bytes.
+
+        Raises:
+            SampleError: there is no such file, it is damaged, or holds more bytes than `max_bytes`.
+        """
+        return b"".join(self._parts(name, max_bytes))
+
+    def unpack(self, name: str, target: Path, max_bytes: int) -> None:
+        """Writes a file of the archive to `target`; errors as in [`read`]."""
+        with target.open("wb") as file:
+            file.writelines(self._parts(name, max_bytes))
+
+    def _parts(self, name: str, max_bytes: int) -> Iterator[bytes]:
+        if name not in self._entries:
+            raise SampleError(f"the zip has no file {name[:80]}")
+        total = 0
+        try:
+            with self._archive.open(self._entries[name]) as file:
+                while part := file.read(PART_BYTES):
+                    total += len(part)  # what the directory says may be a lie
+                    if total > max_bytes:
+                        raise SampleError(f"{name} in the zip is larger than {max_bytes} bytes")
+                    yield part
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+            raise SampleError(f"{name} in the zip cannot be read ({error})") from error
+
+
+@contextmanager
+def open_archive(path: Path, limits: Limits) -> Iterator[Archive]:
+    """Opens a zip after a look at its directory; nothing is unpacked.
+
+    Folders, hidden files and what macOS adds (`__MACOSX`) are left out.
+
+    Raises:
+        SampleError: it is no zip, a name leads out of it or comes twice, a file is encrypted or a link, or there are
+            too many files or bytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield Archive(archive, limits)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise SampleError(f"this is no zip that can be read ({error})") from error
+
+
+def _checked_entries(infos: list[zipfile.ZipInfo], limits: Limits) -> dict[str, zipfile.ZipInfo]:
+    if len(infos) > limits.frames + MAX_OTHER_FILES:
+        raise SampleError(f"the zip has {len(infos)} files; {limits.frames + MAX_OTHER_FILES} are the most")
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        parts = PurePosixPath(info.filename).parts
+        if info.filename.startswith("/") or ".." in parts or "\\" in info.filename or "\0" in info.filename:
+            raise SampleError(f"{info.filename!r} in the zip is no path within it")
+        if info.is_dir() or any(part.startswith((".", "__MACOSX")) for part in parts):
+            continue
+        if info.flag_bits & 1:
+            raise SampleError(f"{info.filename} in the zip is encrypted")
+        if (info.external_attr >> 16) & 0o170000 == 0o120000:
+            raise SampleError(f"{info.filename} in the zip is a link")
+        if info.filename in entries:
+            raise SampleError(f"{info.filename} is in the zip twice")
+        entries[info.filename] = info
+    total = sum(info.file_size for info in entries.values())
+    if total > limits.upload_bytes:
+        raise SampleError(f"the zip holds {total} bytes when it is unpacked; {limits.upload_bytes} are the most")
+    return entries
+
+
+@dataclass(frozen=True)
+class OpenedVideo:
+    """A video in the folder of a session.
+
+    Attributes:
+        name: safe as a file's name.
+        files: the video file, or an image for each frame.
+    """
+
+    name: str
+    frames: FrameSequence
+    files: list[Path]
+
+    @property
+    def fps(self) -> float:
+        """Frames per second; a default where the file says none, or nonsense."""
+        fps = self.frames.fps or DEFAULT_FPS
+        return fps if 0.1 <= fps <= 240 else DEFAULT_FPS
+
+    def frames_again(self) -> FrameSequence:
+        """The frames with a decoder of their own, for another thread."""
+        return self.frames if isinstance(self.frames, ImageFrames) else read_video(self.files[0])
+
+
+def safe_name(name: str, default: str = "video") -> str:
+    """A name for files, of letters, digits, `_` and `-`, at most 60: whatever a page sent."""
+    stem = PurePosixPath(name.replace("\\", "/")).name.partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-")[:60] or default
+
+
+def hide_paths(text: str, folder: Path) -> str:
+    """A message without the server's paths: of a file below the folder, its name is left."""
+    return re.sub(rf"{re.escape(str(folder))}[^\s'\":]*?([^/\s'\":]*)(?=$|[\s'\":)])", r"\1", text)
+
+
+def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVideo:
+    """Takes uploaded files into a session's folder and opens them.
+
+    Args:
+        paths: one video file, one zip of images, or images, which are frames in the natural order of their names.
+        folder: an empty one.
+
+    Raises:
+        SampleError: anything else, a damaged file, frames of different sizes, or more than the limits allow.
+    """
+    if not paths:
+        raise SampleError("No file was uploaded.")
+    for path in paths:
+        if path.stat().st_size > limits.upload_bytes:
+            raise SampleError(f"{path.name} has more than {limits.upload_bytes} bytes.")
+    suffixes = {path.suffix.lower() for path in paths}
+    if len(paths) == 1 and suffixes == {".zip"}:
+        with open_archive(paths[0], limits) as archive:
+            for number, name in enumerate(_images_of(archive)):
+                archive.unpack(name, frame_file(folder, number, name), limits.upload_bytes)
+        return open_kept(safe_name(paths[0].name), folder, limits)
+    if suffixes <= set(IMAGE_SUFFIXES):
+        ordered = sorted(paths, key=lambda path: natural_key(path.name))
+        for number, path in enumerate(ordered):
+            _keep(path, frame_file(folder, number, path.name))
+        return open_kept(safe_name(ordered[0].name, "frames"), folder, limits)
+    if len(paths) > 1:
+        raise SampleError("Upload one video, one zip of frames, or images only.")
+    if suffixes - set(VIDEO_SUFFIXES):
+        raise SampleError(f"{paths[0].name} is neither a video, nor a zip, nor an image.")
+    file = folder / f"video{paths[0].suffix.lower()}"
+    _keep(paths[0], file)
+    return open_kept(safe_name(paths[0].name), file, limits)
+
+
+def open_kept(name: str, path: Path, limits: Limits) -> OpenedVideo:
+    """Opens a video file, or a folder of frames, that lies in a session's folder already; checks it.
+
+    Raises:
+        SampleError: as [`open_upload`].
+    """
+    frames = read_video(path)
+    height, width = frames.size
+    if len(frames) > limits.frames:
+        raise SampleError(f"{name} has {len(frames)} frames; {limits.frames} are the most.")
+    if height * width > limits.pixels:
+        raise SampleError(f"{name} has frames of {width} x {height} pixels; {limits.pixels} pixels are the most.")
+    files = frames.paths if isinstance(frames, ImageFrames) else []
+    for number, file in enumerate(files):
+        with open_image(file, f"frame {number}") as image:  # reads the header alone
+            if (image.height, image.width) != frames.size:
+                raise SampleError(
+                    f"Frame {number} has {image.width} x {image.height} pixels, but the first has {width} x {height}."
+                )
+    frames[0]  # decoded now, so that a damaged video is refused before it is shown
+    return OpenedVideo(name, frames, files or [path])
+
+
+def frame_file(folder: Path, number: int, name: str) -> Path:
+    """The file of a video's frame in the session's folder, whatever it was called."""
+    return folder / f"{number:05d}{PurePosixPath(name).suffix.lower()}"
+
+
+def _images_of(archive: Archive) -> list[str]:
+    names = [name for name in archive.names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not names:
+        raise SampleError(f"The zip holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    if len({PurePosixPath(name).parent for name in names}) > 1:
+        raise SampleError("The zip holds images in several folders; zip the frames of one video.")
+    return sorted(names, key=natural_key)
+
+
+def _keep(source: Path, target: Path) -> None:
+    """Takes a file into a session's folder, without a copy where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_example(name: str, folder: Path) -> Path:
+    """Writes one of `EXAMPLES` as a video file into a session's folder."""
+    look, seed = EXAMPLES[name]
+    video = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=look, seed=seed)[0]
+    path = folder / f"{look}.mp4"
+    write_video(path, (np.ascontiguousarray(frame) for frame in video.frames), fps=EXAMPLE_FPS)
+    return path
