@@ -93,7 +93,12 @@ class DataArguments(DataKeys):
 
     def __post_init__(self) -> None:
         check_at_least(self, num_frames=1, stride=1, max_objects=1, clips_per_video=1)
-        _check_datasets(vars(self))
+        for name in DATASETS:
+            value = getattr(self, name)
+            if isinstance(value, str | Mapping):
+                setattr(self, name, [value])
+            elif not isinstance(value, list):
+                raise InputError(f"`{name}` must be a folder or a list of datasets, got {value!r}.")
 
     def train_dataset(self, processor: ProcessorMixin, seed: int) -> MixedDataset:
         """All training clips, prepared by `processor`, each dataset by its domain's name."""
@@ -245,20 +250,9 @@ def parse_run(
     for key, other in (MODEL_KEYS, MODEL_KEYS[::-1]):
         if key in given_keys and other not in given_keys:
             run.pop(other, None)
+    # Text is left to the parser, which converts it as on the command line.
+    typed = {key: run[key] for key in run.keys() - set(DATASETS) if not isinstance(run[key], str | None)}
     for kind in parser.dataclass_types:
-        names = {f.name for f in fields(kind)} & run.keys()
-        # Text is left to the parser, which converts it as on the command line.
-        values = {name: run[name] for name in names if not isinstance(run[name], str | None)}
-        check_types(kind, values, str(config))
-    _check_datasets(run)
+        check_types(kind, typed, str(config))
     parser.set_defaults(**run)
     return parser.parse_args_into_dataclasses(args=overrides)
-
-
-def _check_datasets(values: dict[str, Any]) -> None:
-    """Makes a list of a single dataset."""
-    for name in DATASETS:
-        if isinstance(values.get(name), (str, Mapping)):
-            values[name] = [values[name]]
-        if not isinstance(values.get(name, []), list):
-            raise InputError(f"`{name}` must be a folder or a list of datasets, got {values[name]!r}.")

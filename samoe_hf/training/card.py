@@ -9,26 +9,14 @@ from huggingface_hub import EvalResult
 from .arguments import SamoeTrainingArguments
 
 SETTINGS = (
-    "trainable",
-    "learning_rate",
-    "learning_rates",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "world_size",
-    "optim",
-    "bf16",
-    "fp16",
-    "seed",
+    "trainable, learning_rate, learning_rates, lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, "
+    "per_device_train_batch_size, gradient_accumulation_steps, world_size, optim, bf16, fp16, seed"
 )
 
 
 def card_settings(args: SamoeTrainingArguments) -> dict[str, Any]:
     """The arguments that a model card lists."""
-    return {name: getattr(args, name) for name in SETTINGS}
+    return {name: getattr(args, name) for name in SETTINGS.split(", ")}
 
 
 def evaluation_results(log_history: Sequence[Mapping[str, Any]]) -> list[EvalResult]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -17,18 +16,17 @@ from .arguments import SamoeTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+ANOTHER_RUN = (
+    "`output_dir` {} holds another run. Give another one, `resume_from_checkpoint: last` to go on, or "
+    "`overwrite_output_dir: true`."
+)
+
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run in a folder, whole or not, the newest first."""
     folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-
-
-def remove_checkpoints(output_dir: str | Path) -> None:
-    """Removes all checkpoints of a run in a folder."""
-    for checkpoint in list_checkpoints(output_dir):
-        shutil.rmtree(checkpoint)
 
 
 def checkpoint_problems(checkpoint: str | Path, args: SamoeTrainingArguments) -> list[str]:
@@ -107,7 +105,4 @@ def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
         )
     starts_anew = args.resume_from_checkpoint is None and not args.overwrite_output_dir
     if starts_anew and ((output / CONFIG_NAME).exists() or list_checkpoints(output)):
-        raise InputError(
-            f"`output_dir` {args.output_dir} holds another run. Give another one, `resume_from_checkpoint: last` to go "
-            "on, or `overwrite_output_dir: true`."
-        )
+        raise InputError(ANOTHER_RUN.format(args.output_dir))

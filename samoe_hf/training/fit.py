@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from samoe_hf.data import ClipStream
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import plain_name
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -116,25 +117,24 @@ def fit_arguments(
     args.per_device_train_batch_size, args.gradient_accumulation_steps = clips, total // clips
     if not any(tensor.requires_grad for _, tensor in encoder_tensors(model)):
         pixels, scale = model.config.image_size**2, FLOAT32 if float32 else 1
-        at_once = (memory - CONTEXT_BYTES) / FRAGMENTS - weight_bytes(model)
-        at_once = max(1, int(at_once / (ENCODING * scale * pixels)))
+        room = (memory - CONTEXT_BYTES) / FRAGMENTS - weight_bytes(model)
+        at_once = max(1, int(room / (ENCODING * scale * pixels)))
         if args.encoder_batch_size is None and at_once < clips * frames:
             args.encoder_batch_size = at_once
-        if args.feature_cache is None and _can_be_cached(model, args, parts, int(FEATURES * scale * pixels)):
+        if args.feature_cache is None and _can_be_cached(model, args, parts, FEATURES * scale * pixels):
             args.feature_cache = str(Path(args.output_dir, "features"))
     if args.process_index == 0:
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-        chosen = [f"{name} {getattr(args, name)}" for name in (*names, "encoder_batch_size", "feature_cache")]
+        names = "per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, encoder_batch_size"
+        chosen = [f"{name} {getattr(args, name)}" for name in [*names.split(", "), "feature_cache"]]
         print(f"fit {args.fit}: {', '.join(chosen)}.\nExpected: {needed / 1e9:.1f} GB.")
     return args
 
 
-def _can_be_cached(model: SamoeModel, args: SamoeTrainingArguments, datasets: list[Any], frame_bytes: int) -> bool:
+def _can_be_cached(model: SamoeModel, args: SamoeTrainingArguments, datasets: list[Any], frame_bytes: float) -> bool:
     """Whether frames come again with the same features, which take at most half of what is free on the disk."""
     is_random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.vision_encoder.modules())
-    videos: list[Any] = [getattr(dataset, "videos", None) for dataset in datasets]
-    if is_random or any(one.sampler.transforms for one in datasets) or not all(hasattr(v, "__len__") for v in videos):
+    if is_random or any(one.sampler.transforms for one in datasets) or any(isinstance(o, ClipStream) for o in datasets):
         return False
     output = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free
-    return 2 * frame_bytes * sum(len(video.frames) for one in videos for video in one) <= free
+    return 2 * frame_bytes * sum(len(video.frames) for one in datasets for video in one.videos) <= free

@@ -1,7 +1,17 @@
 """The keys of a training run that are this package's own. Imports no PyTorch, so that a help text is there at once."""
 
+# ruff: noqa: RUF009 (`key` makes fields)
+
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+
+def key(help: str, default: Any = None, **metadata: str) -> Any:
+    """A field with its help text. Each run gets a copy of a list or mapping."""
+    metadata = {"help": help, **metadata}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -10,57 +20,30 @@ class ModelKeys:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder, Hub id or original checkpoint, as `from_pretrained` takes it."}
+    model_name_or_path: str | None = key("Folder, Hub id or original checkpoint, as `from_pretrained` takes it.")
+    model_config: str | None = key(
+        "YAML of a SamoeConfig, or one of the package's sizes such as model_nano, to start from random weights instead."
     )
-    model_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "YAML of a SamoeConfig, or one of the package's sizes such as model_nano, to start from random "
-            "weights instead."
-        },
+    experts: str | None = key("With an original .pt: the file of its experts.")
+    config: str | None = key("With an original .pt: its YAML, needed for sizes other than Meta's.")
+    ignore_mismatched_sizes: bool = key(
+        "New experts take the place of those of another number or rank, or in other layers.", False
     )
-    experts: str | None = field(default=None, metadata={"help": "With an original .pt: the file of its experts."})
-    config: str | None = field(
-        default=None, metadata={"help": "With an original .pt: its YAML, needed for sizes other than Meta's."}
+    quantization_config: dict | None = key(
+        "Hold the frozen base in 8 or 4 bits: values of a transformers' configuration, such as "
+        '"{quant_method: bitsandbytes, load_in_4bit: true}", see docs/quantization.md.'
     )
-    ignore_mismatched_sizes: bool = field(
-        default=False,
-        metadata={"help": "New experts take the place of those of another number or rank, or in other layers."},
-    )
-    quantization_config: dict | None = field(
-        default=None,
-        metadata={
-            "help": "Hold the frozen base in 8 or 4 bits: values of a transformers' configuration, such as "
-            '"{quant_method: bitsandbytes, load_in_4bit: true}", see docs/quantization.md.'
-        },
-    )
-    num_experts: int | None = field(default=None, metadata={"help": "Experts of a layer."})
-    num_experts_per_tok: int | None = field(default=None, metadata={"help": "Experts that a token goes to."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Rank of an expert."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "Experts are scaled by `lora_alpha / lora_rank`."})
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of the experts and of the router's input."}
-    )
-    expert_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers with experts: an expression for whole names, or ends of names."}
-    )
-    router_aux_loss_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the routers' load-balancing loss."}
-    )
-    recent_memory_pooling: int | None = field(
-        default=None, metadata={"help": "Side of the squares over which the last frame's memory is averaged."}
-    )
-    older_memory_pooling: int | None = field(
-        default=None, metadata={"help": "The same of the memories of the frames before it."}
-    )
-    domain: str | None = field(
-        default=None,
-        metadata={"help": "Train the experts of this domain alone, by the settings above if the model lacks it."},
-    )
-    domain_like: str | None = field(
-        default=None, metadata={"help": "A new domain's experts start as those of this domain of the model."}
-    )
+    num_experts: int | None = key("Experts of a layer.")
+    num_experts_per_tok: int | None = key("Experts that a token goes to.")
+    lora_rank: int | None = key("Rank of an expert.")
+    lora_alpha: float | None = key("Experts are scaled by `lora_alpha / lora_rank`.")
+    lora_dropout: float | None = key("Dropout of the experts and of the router's input.")
+    expert_modules: list[str] | None = key("Layers with experts: an expression for whole names, or ends of names.")
+    router_aux_loss_coef: float | None = key("Weight of the routers' load-balancing loss.")
+    recent_memory_pooling: int | None = key("Side of the squares over which the last frame's memory is averaged.")
+    older_memory_pooling: int | None = key("The same of the memories of the frames before it.")
+    domain: str | None = key("Train the experts of this domain alone, by the settings above if the model lacks it.")
+    domain_like: str | None = key("A new domain's experts start as those of this domain of the model.")
 
 
 @dataclass
@@ -69,29 +52,20 @@ class DataKeys:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    train_data: list[dict] = field(
-        default_factory=list,
-        metadata={
-            "help": "Datasets: a folder, or the arguments of `load_videos` and `weight`, its share of the clips, such "
-            'as "{kind: davis, root: DAVIS}".',
-            "metavar": "FOLDER|{...}",
-        },
+    train_data: list[dict] = key(
+        "Datasets: a folder, or the arguments of `load_videos` and `weight`, its share of the clips, such as "
+        '"{kind: davis, root: DAVIS}".',
+        [],
+        metavar="FOLDER|{...}",
     )
-    eval_data: list[dict] = field(
-        default_factory=list,
-        metadata={"help": "As train_data; these videos are tracked.", "metavar": "FOLDER|{...}"},
-    )
-    num_frames: int = field(default=8, metadata={"help": "Frames of a clip."})
-    stride: int = field(default=1, metadata={"help": "Step between a clip's frames, in annotated frames."})
-    max_objects: int = field(default=3, metadata={"help": "Objects of a clip."})
-    reverse_probability: float = field(default=0.5, metadata={"help": "Share of clips that run backward."})
-    clips_per_video: int = field(default=1, metadata={"help": "Clips drawn of each video in an epoch."})
-    augmentation: dict | None = field(
-        default=None, metadata={"help": "Arguments of `training_transforms`; {} for SAM 2's, none for no augmentation."}
-    )
-    on_error: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "With a sample that cannot be used: raise, or skip."}
-    )
+    eval_data: list[dict] = key("As train_data; these videos are tracked.", [], metavar="FOLDER|{...}")
+    num_frames: int = key("Frames of a clip.", 8)
+    stride: int = key("Step between a clip's frames, in annotated frames.", 1)
+    max_objects: int = key("Objects of a clip.", 3)
+    reverse_probability: float = key("Share of clips that run backward.", 0.5)
+    clips_per_video: int = key("Clips drawn of each video in an epoch.", 1)
+    augmentation: dict | None = key("Arguments of `training_transforms`; {} for SAM 2's, none for no augmentation.")
+    on_error: Literal["raise", "skip"] = key("With a sample that cannot be used: raise, or skip.", "raise")
 
 
 @dataclass
@@ -100,37 +74,22 @@ class TrainingKeys:
 
     _argument_group_name: ClassVar[str] = "training"
 
-    trainable: list[str] = field(
-        default_factory=lambda: ["experts"],
-        metadata={
-            "help": "Sets of parameters that are trained: experts, adapters, memory, decoder, all or an expression."
-        },
+    trainable: list[str] = key(
+        "Sets of parameters that are trained: experts, adapters, memory, decoder, all or an expression.", ["experts"]
     )
-    learning_rates: dict = field(
-        default_factory=dict,
-        metadata={"help": 'Rates of some of these sets, such as "{decoder: 1.0e-5}"; of the others `learning_rate`.'},
+    learning_rates: dict = key(
+        'Rates of some of these sets, such as "{decoder: 1.0e-5}"; the others have `learning_rate`.', {}
     )
-    save_only_trained: bool = field(
-        default=True, metadata={"help": "Checkpoints hold only what is trained, if the model came from a base."}
+    save_only_trained: bool = key("Checkpoints hold only what is trained, if the model came from a base.", True)
+    encoder_batch_size: int | None = key("Frames encoded at once; all by default.")
+    compile_parts: bool = key(
+        "Compile the parts of a frame's work, each by itself; `torch_compile` would compile the loop over frames as "
+        "one, anew for each number of frames and clicks.",
+        False,
     )
-    encoder_batch_size: int | None = field(default=None, metadata={"help": "Frames encoded at once; all by default."})
-    compile_parts: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile the parts of a frame's work, each by itself; `torch_compile` would compile the loop over "
-            "frames as one, anew for each number of frames and clicks."
-        },
+    feature_cache: str | None = key("Folder that keeps the frozen image encoder's features of each frame.")
+    fit: str | None = key(
+        "The GPU's device memory, such as 16GB: chooses batch size, accumulation, checkpointing, encoder batches and "
+        "cache, see docs/small_gpus.md."
     )
-    feature_cache: str | None = field(
-        default=None, metadata={"help": "Folder that keeps the frozen image encoder's features of each frame."}
-    )
-    fit: str | None = field(
-        default=None,
-        metadata={
-            "help": "The GPU's device memory, such as 16GB: chooses batch size, accumulation, checkpointing, encoder "
-            "batches and cache, see docs/small_gpus.md."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in a folder with another run, whose checkpoints are removed."}
-    )
+    overwrite_output_dir: bool = key("Start anew in a folder with another run, whose checkpoints are removed.", False)

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from samoe_hf.model.expert_layer import ExpertLinear
+from samoe_hf.model.expert_layer import ExpertMixture
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 
@@ -36,17 +36,19 @@ class TrainingLogs:
         """
         for logits_by_name, domain in zip(logits_by_clip, domains, strict=True):
             for name, logits in logits_by_name.items():
-                self._add_router(model.get_submodule(name), logits.float(), domain)
+                layer, probabilities = model.get_submodule(name), logits.float().softmax(dim=-1).clamp(min=1e-12)
+                assert isinstance(layer, ExpertMixture)
+                entropy = -(probabilities * probabilities.log()).sum(dim=-1).mean() / math.log(
+                    max(layer.num_experts, 2)
+                )
+                usage = layer.gates(logits.float()).mean(dim=0).tolist()
+                self._add(f"router_entropy/{domain}", entropy.item())
+                for expert, weight in enumerate(usage):
+                    self._add(f"expert_usage/{domain}/{expert}", weight)
 
-    def _add_router(self, module: ExpertLinear, logits: Tensor, domain: str) -> None:
-        probabilities = logits.softmax(dim=-1).clamp(min=1e-12)
-        entropy = -(probabilities * probabilities.log()).sum(dim=-1).mean()
-        usage = module.gates(logits).mean(dim=0)
-        values = {f"router_entropy/{domain}": entropy.item() / max(math.log(module.num_experts), 1e-12)}
-        values |= {f"expert_usage/{domain}/{expert}": weight for expert, weight in enumerate(usage.tolist())}
-        for name, value in values.items():
-            total, count = self._routing.get(name, (0.0, 0))
-            self._routing[name] = total + value, count + 1
+    def _add(self, name: str, value: float) -> None:
+        total, count = self._routing.get(name, (0.0, 0))
+        self._routing[name] = total + value, count + 1
 
     def collect(self, num_steps: int) -> dict[str, float]:
         """Empties the logs; each process must call it.

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 from samoe_hf.data import ClipCollator
 from samoe_hf.data.clip_datasets import as_clips, as_videos
 from samoe_hf.errors import InputError
-from samoe_hf.evaluation.evaluate import VideoResult, evaluate_videos, results_by_key
+from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
 from samoe_hf.hub.push import check_base_is_public
@@ -35,7 +35,7 @@ from samoe_hf.model.prompts import PromptRecipe
 
 from .arguments import SamoeTrainingArguments, parse_run
 from .card import card_settings, evaluation_results
-from .checkpoints import check_output_dir, list_checkpoints, remove_checkpoints, resolve_checkpoint
+from .checkpoints import ANOTHER_RUN, check_output_dir, list_checkpoints, resolve_checkpoint
 from .feature_cache import FeatureCache
 from .fit import fit_arguments
 from .logs import TrainingLogs
@@ -92,7 +92,7 @@ class SamoeTrainer(Trainer):
         super().__init__(model, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
-        self._logs = TrainingLogs()
+        self.training_logs = TrainingLogs()
         self._last_logged_step = 0
         self.add_callback(RunCallback(self))
 
@@ -108,14 +108,12 @@ class SamoeTrainer(Trainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
-        elif list_checkpoints(self.args.output_dir):
+        elif others := list_checkpoints(self.args.output_dir):
             if not self.args.overwrite_output_dir:
-                raise InputError(
-                    f"`output_dir` {self.args.output_dir} has checkpoints of another run, which would be mixed up with "
-                    "this one's. Give another one, `resume_from_checkpoint`, or `overwrite_output_dir`."
-                )
+                raise InputError(ANOTHER_RUN.format(self.args.output_dir))
             if self.is_world_process_zero():
-                remove_checkpoints(self.args.output_dir)
+                for checkpoint in others:
+                    shutil.rmtree(checkpoint)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -138,7 +136,7 @@ class SamoeTrainer(Trainer):
             )
         if logs_routing:
             by_clip = router_logits_by_clip(calls, inputs["object_mask"], [self.domain] * clips)
-            self._logs.add_routing(unwrapped, by_clip, inputs["domain"])
+            self.training_logs.add_routing(unwrapped, by_clip, inputs["domain"])
         if model.training:
             if not loss.requires_grad:
                 raise InputError(
@@ -149,7 +147,7 @@ class SamoeTrainer(Trainer):
             # Trainer weights each process's share of the total, so that their mean is the total.
             is_share = num_items_in_batch is not None and self.args.average_tokens_across_devices
             scale = self.accelerator.num_processes if is_share else 1
-            self._logs.add_losses({name: scale * part for name, part in output.loss_dict.items()})
+            self.training_logs.add_losses({name: scale * part for name, part in output.loss_dict.items()})
         return (loss, output) if return_outputs else loss
 
     def _is_logging_step(self) -> bool:
@@ -165,7 +163,7 @@ class SamoeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs values; with the training loss, also its parts, the routing and each set's learning rate."""
         if "loss" in logs:
-            logs = logs | self._logs.collect(self.state.global_step - self._last_logged_step)
+            logs = logs | self.training_logs.collect(self.state.global_step - self._last_logged_step)
             self._last_logged_step = self.state.global_step
             if self.optimizer is not None:
                 groups = self.optimizer.param_groups
@@ -195,18 +193,12 @@ class SamoeTrainer(Trainer):
                 if parameter.requires_grad:
                     groups[sets[name.removeprefix("module.")], name in decaying].append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.learning_rates[chosen],
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                        "set": chosen,
-                    }
-                    for (chosen, decays), parameters in groups.items()
-                ],
-                **options,
-            )
+            decays = {True: self.args.weight_decay, False: 0.0}
+            groups = [
+                {"params": found, "lr": self.learning_rates[chosen], "weight_decay": decays[decayed], "set": chosen}
+                for (chosen, decayed), found in groups.items()
+            ]
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def evaluate(
@@ -219,44 +211,36 @@ class SamoeTrainer(Trainer):
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         if videos is None:
             raise InputError("`eval_dataset` must be given, the videos to track.")
-        videos = as_videos(videos)
+        videos, start_time = as_videos(videos), time.time()
         videos = videos if isinstance(videos, Sequence) else list(videos)
-        indices = list(range(len(videos)))
-        start_time = time.time()
-        model = self.accelerator.unwrap_model(self.model)
+        indices, model = list(range(len(videos))), self.accelerator.unwrap_model(self.model)
         show = self.is_local_process_zero() and not self.args.disable_tqdm
         # Processes that each hold a shard of the weights must take every step together.
         split = nullcontext(indices) if self.is_fsdp_enabled else PartialState().split_between_processes(indices)
         with split as own:
-            results = evaluate_videos(
+            found = evaluate_videos(
                 model, self.processor, Subset(videos, own), show_progress_bar=show, domain=self.eval_domain
             )
-            results = list(results.values())
-        gathered = results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values()
-
-        def summary(selected: Iterable[VideoResult]) -> dict[str, float]:
+        results = list(found.values())
+        results = list(results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values())
+        groups = {f"{name}_": [r for r in results if r.domain == name] for name in sorted({r.domain for r in results})}
+        metrics = {}
+        for prefix, group in {"": results, **groups}.items():
             # As YouTube-VOS: an object counts from the frame after the one that it was prompted on.
-            summarized = summarize({result.key: result.scores for result in selected}, protocol="youtube_vos")
-            return {name: summarized[f"{name}_mean"] for name in ("J", "F", "J&F")}
-
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(gathered).items()}
-        for domain in sorted({result.domain for result in gathered}):
-            selected = [result for result in gathered if result.domain == domain]
-            metrics |= {f"{metric_key_prefix}_{domain}_{name}": value for name, value in summary(selected).items()}
+            summary = summarize({result.key: result.scores for result in group}, protocol="youtube_vos")
+            metrics |= {f"{metric_key_prefix}_{prefix}{name}": summary[f"{name}_mean"] for name in ("J", "F", "J&F")}
         metrics |= speed_metrics(metric_key_prefix, start_time, num_samples=len(videos))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir or self.args.output_dir
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(
-            output_dir, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
-        )
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.accelerator.unwrap_model(self.model).save_pretrained(
+                folder, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
+            )
+            torch.save(self.args, Path(folder, "training_args.bin"))
 
     def _saves_only_trained(self) -> bool:
         return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).base_model_source is not None

@@ -171,7 +171,7 @@ def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
         build_trainer([*run, "--domain", "hard", "--domain_like", "z"])
     with pytest.raises(ValueError, match="`domain_like` is for a new domain, but the model has 'soft'"):
         build_trainer([*run, "--domain", "soft", "--domain_like", "soft"])
-    trainer = build_trainer([*run, "--domain", "hard", "--trainable", "experts=0.5"])
+    trainer = build_trainer([*run, "--domain", "hard", "--learning_rates", "{experts: 0.5}"])
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(".domain_hard." in name for name in trained)
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5}

@@ -145,3 +145,8 @@ def test_the_loss_counts_every_click(nano):
             recipe = PromptRecipe(1.0, 1.0, 1, 1, clicks, 0.0)
             losses.append(nano.model(pixel_values, labels, prompts=recipe).loss_dict["object_score"].item())
     assert losses[1] > 1.5 * losses[0]
+
+
+def test_clips_of_two_frames_always_train_the_memory():
+    """Some of their frames must be left without a prompt, or memory is read on none."""
+    assert all(len(PromptRecipe(max_initial_frames=2).draw(2).kinds) == 1 for _ in range(50))

@@ -125,43 +125,24 @@ def test_a_write_that_fails_leaves_nothing(model, frames, tmp_path, monkeypatch)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def write_run(path, model_folder, **more):
-    lines = {
-        "model_name_or_path": model_folder,
-        "train_data": "[{kind: synthetic, num_videos: 2, num_frames: 3, image_size: [64, 64]}]",
-        "num_frames": 3,
-        "reverse_probability": 0.0,
-        "lora_dropout": 0.0,
-        "max_steps": 4,
-        "per_device_train_batch_size": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "'no'",
-        "report_to": "none",
-        "output_dir": path.parent / "out",
-        **more,
-    }
-    path.write_text("\n".join(f"{name}: {value}" for name, value in lines.items()))
-    return [str(path)]
-
-
-def test_training_with_a_cache_gives_the_same_losses(model_folder, tmp_path):
+def test_training_with_a_cache_gives_the_same_losses(run_config, tmp_path):
     results = []
-    for more in ({}, {"feature_cache": tmp_path / "cache"}):
-        trainer = build_trainer(write_run(tmp_path / "run.yaml", model_folder, **more))
+    videos = "{kind: synthetic, num_videos: 2, num_frames: 3, image_size: [64, 64]}"
+    options = ["--train_data", videos, "--lora_dropout", "0", "--save_strategy", "no", "--point_probability", "0"]
+    for more in ([], ["--feature_cache", str(tmp_path / "cache")]):
+        trainer = build_trainer([str(run_config), *options, *more])
         with Encoded(trainer.model) as encoded:
             trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         results.append((losses, encoded.count))
     (plain, plain_count), (cached, cached_count) = results
-    assert plain_count == 12 and cached_count == 6 == len(files(tmp_path / "cache"))
-    assert len(plain) == 4 and cached == pytest.approx(plain, rel=1e-4)
+    assert plain_count == 18 and cached_count == 6 == len(files(tmp_path / "cache"))
+    assert len(plain) == 6 and cached == pytest.approx(plain, rel=1e-4)
 
 
-def test_augmentation_and_a_cache_are_refused_together(model_folder, tmp_path):
-    run = write_run(tmp_path / "run.yaml", model_folder, feature_cache=tmp_path / "cache", augmentation="{}")
+def test_augmentation_and_a_cache_are_refused_together(run_config, tmp_path):
     with pytest.raises(ValueError, match="augmented frames never come again"):
-        build_trainer(run)
+        build_trainer([str(run_config), "--feature_cache", str(tmp_path), "--augmentation", "{}"])
 
 
 def test_adapters_of_the_encoder_are_told_apart(nano, tmp_path):
