@@ -14,7 +14,8 @@ from samoe_hf.errors import InputError
 from samoe_hf.model.base import SAM2, base_of
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 
-from .architecture import (
+from .document import read_document, write_document
+from .settings import (
     BASE,
     CHANNELS,
     EXPERT_FIELDS,
@@ -31,7 +32,6 @@ from .architecture import (
     Section,
     Setting,
 )
-from .document import read_document, write_document
 
 # The memory attention's two attentions: name here -> section of the YAML.
 ATTENTIONS = {"self_attn": "self_attention", "cross_attn_image": "cross_attention"}

@@ -19,7 +19,7 @@ from samoe_hf import SamoeModel
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.weights_io import new_folder
-from samoe_hf.original import architecture
+from samoe_hf.original import settings
 from samoe_hf.original.checkpoint import (
     config_from_yaml,
     load_original,
@@ -349,10 +349,10 @@ def test_sam2_builds_what_the_written_yaml_describes(nano, tmp_path):
     instantiate(document).load_state_dict(read(files["base"])["model"])
 
 
-def sections(section: architecture.Section):
+def sections(section: settings.Section):
     yield section
     for field in section.fields.values():
-        if isinstance(field, architecture.Section):
+        if isinstance(field, settings.Section):
             yield from sections(field)
 
 
@@ -360,7 +360,7 @@ def test_every_argument_of_metas_classes_is_known_with_its_default():
     pytest.importorskip("sam2", reason="needs the `bench` extra")
     # build_sam2_video_predictor sets the first; an activation is a class, which no YAML of Meta names.
     set_elsewhere, never_set = {"binarize_mask_from_pts_for_mem_enc"}, {"activation", "kwargs"}
-    for section in sections(architecture.ORIGINAL):
+    for section in sections(settings.ORIGINAL):
         for target, own_fields in section.targets.items():
             if (original := pydoc.locate(target)) is None:
                 assert target.endswith("MoERoPEAttention")
@@ -381,7 +381,7 @@ def check_default(theirs, ours, what: str) -> None:
     if what.endswith("fpn_top_down_levels"):
         assert (theirs, ours) == (None, [0, 1, 2, 3])
     elif theirs is inspect.Parameter.empty:
-        assert ours is architecture.REQUIRED, what
+        assert ours is settings.REQUIRED, what
     else:
         assert ours == (list(theirs) if isinstance(theirs, tuple) else theirs), what
 
