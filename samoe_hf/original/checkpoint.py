@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .config import (
     build_config,
     check_base,
     complete_settings,
-    config_from_yaml,
+    get_setting,
     meta_settings,
     projections_of,
     read_settings,
@@ -44,19 +45,13 @@ from .names import (
     state_dict_to_original,
     without_base_layer,
 )
-
-__all__ = [
-    "config_from_yaml",
-    "load_original",
-    "save_original",
-    "state_dict_from_original",
-    "state_dict_to_original",
-]
+from .settings import TRUNK
 
 logger = logging.getLogger(__name__)
 
 _FORMS = ("model", "model_state_dict", "moe_state_dict")
 _ONLY_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
+_BLOCK = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.norm1\.weight")
 
 
 def load_original(
@@ -81,10 +76,9 @@ def load_original(
         FileNotFoundError: if a file does not exist.
         ValueError: if a file is damaged, of an unknown form or size, or has tensors that do not fit.
     """
-    tensors = _read_tensors(checkpoint)
+    tensors, source = _read_tensors(checkpoint), str(checkpoint)
     if all(map(is_expert_name, tensors)):
         raise InputError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
-    source = str(checkpoint)
     if experts is not None:
         expert_tensors = _read_tensors(experts)
         if others := [name for name in expert_tensors if not is_expert_name(name)]:
@@ -102,7 +96,8 @@ def load_original(
         settings |= _expert_settings(tensors, settings, source)
     config = build_config(settings)
     _check_tensors(tensors, config, has_experts, source)
-    return config, {name: _widened(tensor) for name, tensor in state_dict_from_original(tensors).items()}
+    tensors = state_dict_from_original(tensors)
+    return config, {n: t.float() if torch.finfo(t.dtype).bits < 32 else t for n, t in tensors.items()}
 
 
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -117,34 +112,19 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
     except Exception as error:  # a damaged archive raises one of many, by where the damage is
         raise InputError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
-    tensors = content
-    if isinstance(content, dict):
-        tensors = next((content[form] for form in _FORMS if form in content), content)
-    if not _is_state_dict(tensors):
-        found = f"a dict with the keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
+    is_dict = isinstance(content, dict)
+    tensors = next((content[form] for form in _FORMS if form in content), content) if is_dict else None
+    if not isinstance(tensors, dict) or not tensors or not all(map(_is_plain, tensors.keys(), tensors.values())):
+        found = f"a dict with the keys {list(content)[:5]}" if is_dict else type(content).__name__
         forms = ", ".join(f"{{{form!r}: …}}" for form in _FORMS)
         raise InputError(f"{path} holds {found}; expected tensors by name, bare or as {forms}.")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _is_plain(tensor: Any) -> bool:
-    """Whether something is a tensor with a value of its own for each entry, which a meta or sparse tensor is not."""
-    return (
-        isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
-        and not tensor.is_quantized
-    )  # fmt: skip
-
-
-def _is_state_dict(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and len(content) > 0
-        and all(isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items())
-    )
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+def _is_plain(name: Any, tensor: Any) -> bool:
+    """Whether this is a name and a tensor with a value of its own for each entry, not a meta or sparse tensor."""
+    is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
+    return is_tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
@@ -152,8 +132,7 @@ def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
     patches = tensors.get("image_encoder.trunk.patch_embed.proj.weight")
     if patches is None or patches.dim() != 4:
         raise InputError(f"{source} has no image encoder of SAM 2; expected a whole checkpoint of SAM 2 or SAM2-MoE.")
-    block = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.norm1\.weight")
-    channels, blocks = patches.shape[0], sum(block.fullmatch(name) is not None for name in tensors)
+    channels, blocks = patches.shape[0], sum(_BLOCK.fullmatch(name) is not None for name in tensors)
     if (channels, blocks) not in META_TRUNKS:
         sizes = ", ".join(f"{name} {width}/{depth}" for (width, depth), (name, *_) in META_TRUNKS.items())
         raise InputError(
@@ -176,28 +155,24 @@ def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
     """
     matches = [match for name in tensors if (match := EXPERT_TENSOR.fullmatch(name))]
     model = _build(build_config(settings), False, source)
-    linear_names = set(matching_linear_names(model, r".*"))
-    modules = sorted({find_our_name(match["module"]) for match in matches} & linear_names)
-    from_yaml = "expert_modules" in settings
+    in_file, from_yaml = {find_our_name(match["module"]) for match in matches}, "expert_modules" in settings
+    modules = sorted(name for name in matching_linear_names(model, r".*") if name in in_file)
     announced = matching_linear_names(model, settings.get("expert_modules", MEMORY_ATTENTION_PROJECTIONS))
-    result: dict[str, Any] = {}
-    if modules and modules != sorted(announced):
-        result["expert_modules"] = modules
-        if from_yaml:
+    result: dict[str, Any] = {"expert_modules": modules} if modules and modules != sorted(announced) else {}
+    if from_yaml:
+        if result:
             logger.warning(f"{source}: {len(modules)} modules have experts, but the YAML has them in {len(announced)}.")
-    if not from_yaml:
-        ranks = [
-            tensors[match[0]].shape[0] for match in matches if tensors[match[0]].dim() and match["matrix"] == "down"
-        ]
-        num_experts = 1 + max((int(match["index"]) for match in matches), default=0)
-        top_k = min(DEFAULT_CONFIG.num_experts_per_tok, num_experts)
-        result |= {"num_experts": num_experts, "num_experts_per_tok": top_k, "lora_rank": min(ranks, default=1)}
-        logger.warning(
-            f"{source}: tensors do not tell `lora_alpha` and `num_experts_per_tok`, which get the defaults "
-            f"{DEFAULT_CONFIG.lora_alpha} and {top_k}. Give the YAML of the experts' training (`original_config`, or "
-            "`--config` on the command line)."
-        )
-    return result
+        return result
+    down = [tensors[match[0]] for match in matches if match["matrix"] == "down"]
+    num_experts = 1 + max((int(match["index"]) for match in matches), default=0)
+    top_k = min(DEFAULT_CONFIG.num_experts_per_tok, num_experts)
+    rank = min((tensor.shape[0] for tensor in down if tensor.dim()), default=1)
+    logger.warning(
+        f"{source}: tensors do not tell `lora_alpha` and `num_experts_per_tok`, which get the defaults "
+        f"{DEFAULT_CONFIG.lora_alpha} and {top_k}. Give the YAML of the experts' training (`original_config`, or "
+        "`--config` on the command line)."
+    )
+    return result | {"num_experts": num_experts, "num_experts_per_tok": top_k, "lora_rank": rank}
 
 
 def _build(config: SamoeConfig, with_experts: bool, source: str) -> Sam2VideoModel:
@@ -217,17 +192,11 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_exper
         f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in problems["of another shape"]
     ]
-    problems["there with and without base_layer"] = [
-        name for name in found if name in tensors and _is_wrapped(name, tensors)
-    ]
+    counts = Counter(map(without_base_layer, tensors))
+    problems["there with and without base_layer"] = [name for name, count in counts.items() if count > 1]
     reasons = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
     if reasons:
         raise InputError(f"The tensors of {source} do not fit the architecture; {'; '.join(reasons)}.")
-
-
-def _is_wrapped(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.base_layer.{leaf}" in tensors
 
 
 def _listed(names: list[str], most: int = 5) -> str:
@@ -307,6 +276,6 @@ def _attentions_with_experts(config: SamoeConfig, state_dict: Mapping[str, Tenso
 def _original_stem(config: SamoeConfig) -> str:
     """Meta's name for a checkpoint of this family and size."""
     family = "sam2.1" if config.enable_occlusion_spatial_embedding else "sam2"
-    trunk = config.vision_config.backbone_config
-    size, *_ = META_TRUNKS.get((trunk.hidden_size, sum(trunk.blocks_per_stage)), ("custom",))
+    trunk = get_setting(config, f"{TRUNK}hidden_size"), sum(get_setting(config, f"{TRUNK}blocks_per_stage"))
+    size, *_ = META_TRUNKS.get(trunk, ("custom",))
     return f"{family}_hiera_{size}"

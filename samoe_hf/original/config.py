@@ -1,27 +1,31 @@
 """The YAML of SAM 2 and SAM2-MoE <-> SamoeConfig, and the hyper-parameters of Meta's models.
 
-The Hydra YAML is read as data; nothing that it names is imported or called.
+The Hydra YAML is read as data, within bounds; nothing that it names is imported or called.
 """
 
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.base import SAM2, base_of
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
+from samoe_hf.model.weights_io import write_text
 
-from .document import read_document, write_document
 from .settings import (
     BASE,
     CHANNELS,
     EXPERT_FIELDS,
     IGNORED,
     MOE_ATTENTION,
-    NECK,
     ORIGINAL,
     POINTER_TIME,
     PREDICTOR,
@@ -33,29 +37,21 @@ from .settings import (
     Setting,
 )
 
+# Meta's largest file has 4 kB in 7 levels.
+MAX_BYTES, MAX_DEPTH = 100_000, 32
 # The memory attention's two attentions: name here -> section of the YAML.
 ATTENTIONS = {"self_attn": "self_attention", "cross_attn_image": "cross_attention"}
 DEFAULT_CONFIG = SamoeConfig()
-# Least and largest value of settings, of each entry of lists: of integers and of floats in general, and of some.
-_INTEGERS, _FLOATS = (1, 65_536), (-1e9, 1e9)
-_FROM_ZERO, _SHARE = (0, 65_536), (0.0, 1.0)
-_RANGES = {
-    "image_size": (32, 4096),
-    f"{TRUNK}num_query_pool_stages": (0, 3),
-    f"{TRUNK}global_attention_blocks": _FROM_ZERO,
-    f"{NECK}top_down_levels": (0, 3),
-    f"{NECK}padding": _FROM_ZERO,
-    "mask_downsampler_padding": _FROM_ZERO,
-    "memory_fuser_padding": _FROM_ZERO,
-    "fill_hole_area": _FROM_ZERO,
-    "max_cond_frame_num": (-1, 65_536),
-    "multimask_min_pt_num": _FROM_ZERO,
-    "multimask_max_pt_num": _FROM_ZERO,
-    "memory_attention_dropout": _SHARE,
-    "memory_attention_rope_dropout": _SHARE,
-    "lora_dropout": _SHARE,
-    "rope_parameters.rope_theta": (1.0, 1e9),
-}
+# Least and largest value of numbers, and of each entry of lists, by the setting's name; the first pattern that fits.
+_RANGES = (
+    (r"image_size", 32, 4096),
+    (r".*(num_query_pool_stages|top_down_levels)", 0, 3),
+    (r".*(padding|global_attention_blocks|_pt_num|fill_hole_area)", 0, 65_536),
+    (r"max_cond_frame_num", -1, 65_536),
+    (r".*rope_theta", 1, 1e9),
+    (r".*(sigmoid|stability|init_value|lora_alpha|dropout).*", -1e9, 1e9),
+    (r".*", 1, 65_536),
+)
 # Trunks of Meta's models by their channels and blocks: name, heads, stages, global attention, background size, windows.
 META_TRUNKS = {
     (96, 12): ("tiny", 1, [1, 2, 7, 2], [5, 7, 9], [7, 7], [8, 4, 14, 7]),
@@ -65,7 +61,51 @@ META_TRUNKS = {
 }
 
 
-def _get_setting(config: SamoeConfig, path: str) -> Any:
+class _Loader(yaml.SafeLoader):
+    """Reads plain data without aliases, which let a small file describe a huge value."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(None, None, "aliases are not supported", self.peek_event().start_mark)
+        if self.depth == MAX_DEPTH:
+            raise ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists on one line, and no anchors for values that occur twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
+
+
+def _read_document(path: str | os.PathLike) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the original's YAML.")
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{path} has more than {MAX_BYTES:,d} bytes; expected the original's YAML.")
+    try:
+        document = _Loader(content.decode()).get_single_data()
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for numbers, dates and characters that are none
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict) or "model" not in document:
+        raise InputError(f"{path} has no `model`; expected the original's YAML, with the architecture under `model`.")
+    return document
+
+
+def get_setting(config: SamoeConfig, path: str) -> Any:
     value: Any = config
     for name in path.split("."):
         value = value[name] if isinstance(value, dict) else getattr(value, name)
@@ -86,28 +126,23 @@ def settings_of(config: SamoeConfig, with_experts: bool) -> dict[str, Any]:
     paths = [*_setting_paths(ORIGINAL)]
     if with_experts:
         paths += [*(field.path for field in EXPERT_FIELDS.values()), "expert_modules"]
-    return {path: _get_setting(config, path) for path in paths}
+    return {path: get_setting(config, path) for path in paths}
 
 
-def _as_type_of(example: Any, value: Any, place: str) -> Any:
-    """The YAML's `value` as the type of `example`."""
-    kind = type(example)
-    if kind is list and isinstance(value, list) and all(type(item) is int for item in value):
-        return list(value)
-    if kind is float and (number := _as_float(value)) is not None:
-        return number
-    if kind not in (list, float) and type(value) is kind:
-        return value
-    expected = "a list of integers" if kind is list else f"of type {kind.__name__}"
-    raise InputError(f"`{place}` must be {expected}, got {reprlib.repr(value)}.")
-
-
-def _as_float(value: Any) -> float | None:
-    try:
-        # PyYAML reads numbers such as 1e-6 as text.
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
+def _typed(path: str, value: Any, place: str) -> Any:
+    """The YAML's `value` as the type of the setting `path` in SamoeConfig, within its range."""
+    example = get_setting(DEFAULT_CONFIG, path)
+    if isinstance(example, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            value = float(value)  # PyYAML reads numbers such as 1e-6 as text
+    if type(value) is not type(example) or (isinstance(value, list) and any(type(item) is not int for item in value)):
+        expected = "a list of integers" if isinstance(example, list) else f"of type {type(example).__name__}"
+        raise InputError(f"`{place}` must be {expected}, got {reprlib.repr(value)}.")
+    low, high = next((low, high) for pattern, low, high in _RANGES if re.fullmatch(pattern, path))
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, bool | str) and not low <= number <= high:  # true for NaN
+            raise InputError(f"`{place}` must be from {low} to {high}, got {reprlib.repr(value)}.")
+    return value
 
 
 def _read_section(values: Any, section: Section, place: str, found: dict[str, tuple[Any, str]]) -> None:
@@ -138,34 +173,23 @@ def _read_field(value: Any, field: Setting | Only, place: str, found: dict[str, 
         if value != field.supported:
             raise InputError(f"`{place}` is {reprlib.repr(value)}; only {field.supported!r} is supported.")
         return
-    value = _as_type_of(_get_setting(DEFAULT_CONFIG, field.path), value, place)
-    _check_range(field.path, value, place)
+    value = _typed(field.path, value, place)
     other, other_place = found.setdefault(field.path, (value, place))
     if value != other:
         raise InputError(f"`{place}` is {value!r}, but `{other_place}` is {other!r}; only one value is supported.")
-
-
-def _check_range(path: str, value: Any, place: str) -> None:
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, bool | str):
-            continue
-        low, high = _RANGES.get(path, _INTEGERS if isinstance(number, int) else _FLOATS)
-        if not low <= number <= high:  # true for NaN
-            raise InputError(f"`{place}` must be from {low} to {high}, got {reprlib.repr(value)}.")
 
 
 def complete_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Adds the settings that follow from others, after checking those that depend on others."""
     width, image_size = settings[WIDTH], settings["image_size"]
     channels = [settings[f"{TRUNK}hidden_size"] * 2**stage for stage in range(4)]
-    heads = settings[f"{TRUNK}num_attention_heads"]
-    rope_sizes = settings["memory_attention_rope_feat_sizes"]
+    heads, rope_sizes = settings[f"{TRUNK}num_attention_heads"], settings["memory_attention_rope_feat_sizes"]
     _check_settings(settings, channels)
     if math.prod(rope_sizes) != (image_size // 16) ** 2:
         # The original does the same when the frames do not have as many tokens as its configuration announces.
         rope_sizes = [image_size // 16, image_size // 16]
     return settings | {
-        f"{TRUNK}model_type": DEFAULT_CONFIG.vision_config.backbone_config.model_type,
+        f"{TRUNK}model_type": get_setting(DEFAULT_CONFIG, f"{TRUNK}model_type"),
         f"{TRUNK}image_size": [image_size, image_size],
         f"{TRUNK}embed_dim_per_stage": channels,
         f"{TRUNK}num_attention_heads_per_stage": [heads * 2**stage for stage in range(4)],
@@ -186,48 +210,41 @@ def complete_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_settings(settings: Mapping[str, Any], channels: list[int]) -> None:
     """Raises a `ValueError` for settings that do not go together. `channels`: those of the trunk's stages."""
-    width, image_size, heads = settings[WIDTH], settings["image_size"], settings[f"{TRUNK}num_attention_heads"]
-    stages, windows = settings[f"{TRUNK}blocks_per_stage"], settings[f"{TRUNK}window_size_per_stage"]
-    global_blocks = settings[f"{TRUNK}global_attention_blocks"]
-    attention_heads = settings["memory_attention_num_attention_heads"]
-    downsample_rate = settings["memory_attention_downsample_rate"]
-    activation = settings["memory_attention_feed_forward_hidden_act"]
-    pairs = ("memory_attention_rope_feat_sizes", f"{TRUNK}query_stride")
-    pairs += (f"{TRUNK}window_positional_embedding_background_size",)
-    checks = [
-        (image_size % 32 == 0, f"`image_size` must be a positive multiple of 32, got {image_size}."),
-        (width > 64 and width % 64 == 0, f"`d_model` must be a multiple of 64 above 64, got {width}."),
-        (
-            len(stages) == len(windows) == 4,
-            f"`stages` and `window_spec` must have four entries each, got {stages} and {windows}.",
-        ),
-        (
-            settings[CHANNELS] == channels[::-1],
-            f"`backbone_channel_list` is {settings[CHANNELS]}, but the trunk's channels are {channels[::-1]}.",
-        ),
-        (
-            channels[0] % heads == 0,
-            f"The trunk's `num_heads` must divide its `embed_dim` of {channels[0]}, got {heads}.",
-        ),
-        (
-            width % (attention_heads * downsample_rate) == 0,
-            f"The attentions' `num_heads` ({attention_heads}) times `downsample_rate` ({downsample_rate}) must divide "
-            f"`d_model` ({width}).",
-        ),
-        (activation in ("relu", "gelu"), f"`activation` is {activation!r}; only 'relu' and 'gelu' are supported."),
-        (
-            all(block < sum(stages) for block in global_blocks),
-            f"`global_att_blocks` must be below {sum(stages)}, as many as blocks, got {reprlib.repr(global_blocks)}.",
-        ),
-        (settings["max_cond_frame_num"] not in (0, 1), "`max_cond_frames_in_attn` must be -1, for all, or at least 2."),
-        *(
-            (len(settings[name]) == 2, f"`{name}` must have two entries, got {reprlib.repr(settings[name])}.")
-            for name in pairs
-        ),
-    ]
-    for is_fit, message in checks:
+
+    def require(is_fit: bool, message: str) -> None:
         if not is_fit:
             raise InputError(message)
+
+    width, heads = settings[WIDTH], settings[f"{TRUNK}num_attention_heads"]
+    require(width > 64 and width % 64 == 0, f"`d_model` must be a multiple of 64 above 64, got {width}.")
+    stages, windows = settings[f"{TRUNK}blocks_per_stage"], settings[f"{TRUNK}window_size_per_stage"]
+    four = f"`stages` and `window_spec` must have four entries each, got {stages} and {windows}."
+    require(len(stages) == len(windows) == 4, four)
+    listed = settings[CHANNELS]
+    require(
+        listed == channels[::-1],
+        f"`backbone_channel_list` is {listed}, but the trunk's channels are {channels[::-1]}.",
+    )
+    require(
+        channels[0] % heads == 0, f"The trunk's `num_heads` must divide its `embed_dim` of {channels[0]}, got {heads}."
+    )
+    parts = settings["memory_attention_num_attention_heads"] * settings["memory_attention_downsample_rate"]
+    require(
+        width % parts == 0,
+        f"The attentions' `num_heads` times `downsample_rate`, {parts}, must divide `d_model`, {width}.",
+    )
+    activation = settings["memory_attention_feed_forward_hidden_act"]
+    require(activation in ("relu", "gelu"), f"`activation` is {activation!r}; only 'relu' and 'gelu' are supported.")
+    blocks = reprlib.repr(settings[f"{TRUNK}global_attention_blocks"])
+    require(
+        all(block < sum(stages) for block in settings[f"{TRUNK}global_attention_blocks"]),
+        f"`global_att_blocks` must be below {sum(stages)}, as many as blocks, got {blocks}.",
+    )
+    all_or_two = "`max_cond_frames_in_attn` must be -1, for all, or at least 2."
+    require(settings["max_cond_frame_num"] not in (0, 1), all_or_two)
+    pairs = ("query_stride", "window_positional_embedding_background_size")
+    for name in ("memory_attention_rope_feat_sizes", *(f"{TRUNK}{name}" for name in pairs)):
+        require(len(settings[name]) == 2, f"`{name}` must have two entries, got {reprlib.repr(settings[name])}.")
 
 
 def build_config(settings: Mapping[str, Any]) -> SamoeConfig:
@@ -268,7 +285,7 @@ def projections_of(attentions: Iterable[str]) -> str:
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """All settings in the original's YAML: place in SamoeConfig -> value. Those of experts only if it has experts."""
-    document = read_document(path)
+    document = _read_document(path)
     found: dict[str, tuple[Any, str]] = {}
     try:
         _read_section(document["model"], ORIGINAL, "model", found)
@@ -304,14 +321,13 @@ def _write_section(section: Section, config: SamoeConfig, targets: Mapping[str, 
         result["_target_"] = targets.get(name, next(iter(section.targets)))
         own_fields = section.targets[result["_target_"]]
     for field_name, field in (section.fields | own_fields).items():
+        if field is IGNORED:
+            continue
         if isinstance(field, Section):
             value, default = _write_section(field, config, targets, field_name), {}
-        elif isinstance(field, Setting):
-            value, default = _get_setting(config, field.path), field.default
-        elif isinstance(field, Only):
-            value, default = field
-        else:  # without effect
-            continue
+        else:
+            value = get_setting(config, field.path) if isinstance(field, Setting) else field.supported
+            default = field.default
         if value != default or field_name in own_fields:
             result[field_name] = value
     return result
@@ -336,4 +352,4 @@ def write_yaml(config: SamoeConfig, attentions: Iterable[str], path: Path) -> No
     targets = {ATTENTIONS[name]: MOE_ATTENTION for name in attentions}
     targets["model"] = PREDICTOR if config.fill_hole_area else BASE
     document = {"model": _write_section(ORIGINAL, config, targets, "model")}
-    write_document(path, document)
+    write_text(path, f"# @package _global_\n\n{yaml.dump(document, Dumper=_Dumper, sort_keys=False)}")

@@ -70,7 +70,7 @@ def try_to_load(checkpoint: Path, experts: Path | None, config: Path, hostile: P
 
 @pytest.mark.parametrize(
     ("step", "least"),
-    [pytest.param(1, 190, marks=pytest.mark.slow, id="all"), pytest.param(8, 10, id="some YAML files")],
+    [pytest.param(1, 190, marks=pytest.mark.slow, id="all"), pytest.param(16, 5, id="some YAML files")],
 )
 def test_hostile_files_are_refused_by_name(tmp_path, step, least):
     folder, log = tmp_path / "files", tmp_path / "log"
