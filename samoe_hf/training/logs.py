@@ -1,13 +1,15 @@
 """What a training run logs between two logging steps: parts of the loss, and how tokens are routed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from samoe_hf.model.expert_layer import ExpertMixture
+from samoe_hf.model.clip_routing import router_logits_by_clip
+from samoe_hf.model.expert_layer import ExpertMixture, record_router_logits
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 
@@ -24,27 +26,30 @@ class TrainingLogs:
         for name, part in parts.items():
             self._losses[name] = self._losses.get(name, 0) + part.detach()
 
-    @torch.no_grad()
-    def add_routing(
-        self, model: SamoeModel, logits_by_clip: Sequence[Mapping[str, Tensor]], domains: Sequence[str]
-    ) -> None:
-        """Adds the routers' entropy (1 for equal probabilities) and the experts' weights, by domain.
+    @contextmanager
+    def recorded_routing(
+        self, model: SamoeModel, object_mask: Tensor, domain: str | None, domains: Sequence[str]
+    ) -> Iterator[None]:
+        """While the context is open, the model runs on clips, whose routing is added.
+
+        Of each clip the routers' entropy (1 for equal probabilities) and the experts' weights are added.
 
         Args:
-            logits_by_clip: for each clip, name of each layer -> router logits (tokens, experts).
-            domains: of each clip.
+            object_mask: (B, N) bool, False for padded objects.
+            domain: whose experts the model runs.
+            domains: the domain that each clip is of, under which its routing is logged.
         """
-        for logits_by_name, domain in zip(logits_by_clip, domains, strict=True):
+        with record_router_logits(model) as calls:
+            yield
+        by_clip = router_logits_by_clip(calls, object_mask, [domain] * len(domains))
+        for logits_by_name, name_of_domain in zip(by_clip, domains, strict=True):
             for name, logits in logits_by_name.items():
-                layer, probabilities = model.get_submodule(name), logits.float().softmax(dim=-1).clamp(min=1e-12)
+                layer, logits = model.get_submodule(name), logits.detach().float()
                 assert isinstance(layer, ExpertMixture)
-                entropy = -(probabilities * probabilities.log()).sum(dim=-1).mean() / math.log(
-                    max(layer.num_experts, 2)
-                )
-                usage = layer.gates(logits.float()).mean(dim=0).tolist()
-                self._add(f"router_entropy/{domain}", entropy.item())
-                for expert, weight in enumerate(usage):
-                    self._add(f"expert_usage/{domain}/{expert}", weight)
+                entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean().item()
+                self._add(f"router_entropy/{name_of_domain}", entropy / math.log(max(layer.num_experts, 2)))
+                for expert, weight in enumerate(layer.gates(logits).mean(dim=0).tolist()):
+                    self._add(f"expert_usage/{name_of_domain}/{expert}", weight)
 
     def _add(self, name: str, value: float) -> None:
         total, count = self._routing.get(name, (0.0, 0))

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
 from samoe_hf.hub.push import check_base_is_public
 from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
-from samoe_hf.model.clip_routing import router_logits_by_clip
-from samoe_hf.model.expert_layer import record_router_logits
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor, load_processor
@@ -124,19 +122,14 @@ class SamoeTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch of clips, with simulated prompts; in training, adds to the logs."""
-        clips, unwrapped = len(inputs["labels"]), self.accelerator.unwrap_model(model)
-        logs_routing = model.training and self._is_logging_step()
-        # `domain` is in the data the domain that a clip is of, and for the model whose experts are run.
-        with record_router_logits(unwrapped) if logs_routing else nullcontext({}) as calls:
-            loss, output = super().compute_loss(
-                model,
-                {**inputs, "prompts": self.recipe, "domain": self.domain},
-                return_outputs=True,
-                num_items_in_batch=num_items_in_batch,
-            )
-        if logs_routing:
-            by_clip = router_logits_by_clip(calls, inputs["object_mask"], [self.domain] * clips)
-            self.training_logs.add_routing(unwrapped, by_clip, inputs["domain"])
+        logs: AbstractContextManager = nullcontext()
+        if model.training and self._is_logging_step():
+            unwrapped, domains = self.accelerator.unwrap_model(model), inputs["domain"]
+            logs = self.training_logs.recorded_routing(unwrapped, inputs["object_mask"], self.domain, domains)
+        # In the data, `domain` is what a clip is of; for the model, whose experts are run.
+        inputs = {**inputs, "prompts": self.recipe, "domain": self.domain}
+        with logs:
+            loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             if not loss.requires_grad:
                 raise InputError(
