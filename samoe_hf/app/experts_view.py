@@ -13,7 +13,7 @@ from samoe_hf.analysis.usage import RouterSums
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.expert_layer import expert_modules
-from samoe_hf.model.tracking import TrackedRow
+from samoe_hf.model.tracking import SamoeTrackingOutput, TrackedRow
 from samoe_hf.plots.experts import plot_bars, routing_video
 
 from .session import NOTHING_PROMPTED, TrackingSession, copied
@@ -85,7 +85,8 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
     with session.exclusive() as tracking, session.device_lock, observe_routers(model, keep):
         # What prompts gave becomes memories, as before any tracking; then the frame reads them.
         outputs = model.propagate_in_video_iterator(copied(tracking), start_frame_idx=frame, max_frame_num_to_track=0)
-        domain = next(outputs).domain
+        output = next(outputs)
+        assert isinstance(output, SamoeTrackingOutput)
     if not layers:
         raise InputError(
             "No expert runs on this frame: experts read memories, and the frame that an object is prompted on has none "
@@ -93,4 +94,4 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
         )
     maps_first = image_modules(layers)[::-1]
     order = [*maps_first, *(name for name in layers if name not in maps_first)]
-    return ExpertsView(frame, domain, {short_name(name): layers[name] for name in order})
+    return ExpertsView(frame, output.domain, {short_name(name): layers[name] for name in order})

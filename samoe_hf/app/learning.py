@@ -6,10 +6,9 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
@@ -39,20 +38,18 @@ SMALL_MODEL = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **SMALL_
 OF_NEW_EXPERTS = ("expert_modules", "num_experts", "lora_")  # beginnings of keys that a known domain has already
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """What a run has logged so far: (step, value) of the loss, and of J&F from 0 to 1 on the collected videos."""
 
-    loss: list[tuple[int, float]] = field(default_factory=list)
-    score: list[tuple[int, float]] = field(default_factory=list)
+    loss: list[tuple[int, float]]
+    score: list[tuple[int, float]]
 
     def draw(self) -> Figure:
         """Loss and J&F over the steps."""
         figure = Figure(figsize=(7, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
         for axes, points, name, color in ((left, self.loss, "loss", "#D55E00"), (right, self.score, "J&F", "#0072B2")):
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color)
+            axes.plot([step for step, _ in points], [value for _, value in points], "o-", markersize=3, color=color)
             axes.set(xlabel="step", title=name)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
@@ -142,7 +139,7 @@ class Learning:
             "eval_data": [str(self.data)],
             "max_steps": self.steps,
             "warmup_steps": max(1, self.steps // 10),
-            "num_frames": min(4, *map(_num_frames, collected(self.data))),
+            "num_frames": min(4, *(len(list((video / "frames").iterdir())) for video in collected(self.data))),
             "logging_steps": max(1, every // 2),
             "eval_strategy": "steps",
             "eval_steps": every,
@@ -152,7 +149,8 @@ class Learning:
             "disable_tqdm": True,
         }
         del settings["model_name_or_path"], settings["output_dir"]
-        if self.loaded.model.config.image_size <= SMALL_IMAGE_SIZE:
+        image_size = self.loaded.model.config.image_size
+        if isinstance(image_size, int) and image_size <= SMALL_IMAGE_SIZE:
             is_new = self.domain not in self.loaded.domains
             settings |= {name: v for name, v in SMALL_MODEL.items() if is_new or not name.startswith(OF_NEW_EXPERTS)}
         return settings
@@ -166,7 +164,7 @@ class Learning:
                 continue
             loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
             return Curve(loss, [(entry["step"], entry["eval_J&F"]) for entry in history if "eval_J&F" in entry])
-        return Curve()
+        return Curve([], [])
 
     def scores(self) -> tuple[float, float] | None:
         """J&F of the collected videos before and after, from 0 to 1, once it is done."""
@@ -197,10 +195,6 @@ def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
         with new_folder(folder) as target:
             model.save_pretrained(target, processor=loaded.processor)
     return str(folder)
-
-
-def _num_frames(video: Path) -> int:
-    return len(list((video / "frames").iterdir()))
 
 
 class Learner:

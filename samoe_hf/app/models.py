@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import ProcessorMixin
 
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
 
 # What is called on the page: the gate's choice, and the base model without any domain's experts.
 GATE, BASE = "the gate decides", "the base model"
@@ -35,7 +34,7 @@ class LoadedModel:
     name: str
     source: str
     model: SamoeModel
-    processor: ProcessorMixin
+    processor: VideoProcessor
 
     @property
     def domains(self) -> list[str]:
@@ -58,5 +57,6 @@ def load_model(source: str | Path, device: torch.device | str, name: str | None 
         name: on the page; the last part of `source` by default.
     """
     model = SamoeModel.from_pretrained(str(source), **options)
-    model.eval().to(torch.device(device))
+    assert isinstance(model, SamoeModel)
+    torch.nn.Module.to(model.eval(), device)
     return LoadedModel(name or Path(source).name, str(source), model, load_processor(str(source), model))

@@ -1,7 +1,5 @@
 """The page of `samoe app`, put together: who comes, who leaves, and its parts."""
 
-from typing import Any
-
 import gradio as gr
 from gradio.themes import Default
 
@@ -74,7 +72,7 @@ class Page(Part):
 
 
 def build_page(app: App) -> gr.Blocks:
-    """The page of an app, ready to be launched, see [`launch_options`]."""
+    """The page of an app, ready to be launched, see [`launch`]."""
     # Uploads and files for download, which Gradio keeps, are removed after a while.
     age = max(60, int(app.limits.idle_seconds))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, age)) as blocks:
@@ -82,17 +80,23 @@ def build_page(app: App) -> gr.Blocks:
     return blocks.queue(max_size=app.limits.waiting, default_concurrency_limit=4, api_open=False)
 
 
-def launch_options(app: App) -> dict[str, Any]:
-    """Options of `launch` that keep an app's pages apart from its server's files and from each other."""
-    return {
-        "allowed_paths": [],
-        "max_file_size": app.limits.upload_bytes,
-        "show_error": False,
-        "enable_monitoring": False,
-        "footer_links": [],
-        "ssr_mode": False,
-        "mcp_server": False,
-        "state_session_capacity": 4 * app.limits.sessions,
-        "css": CSS,
-        "theme": Default(primary_hue="orange", neutral_hue="slate"),
-    }
+def launch(page: gr.Blocks, app: App, host: str, port: int | None, share: bool) -> str:
+    """Serves a page in threads of its own, apart from its server's files; gives its address."""
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        prevent_thread_lock=True,
+        quiet=True,
+        allowed_paths=[],
+        max_file_size=app.limits.upload_bytes,
+        show_error=False,
+        enable_monitoring=False,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        state_session_capacity=4 * app.limits.sessions,
+        css=CSS,
+        theme=Default(primary_hue="orange", neutral_hue="slate"),
+    )
+    return url

@@ -44,6 +44,7 @@ class App:
         learner: None where nothing may be learned.
         device_lock: is held by whoever runs a model, for a frame at a time and not for a video. So a click is answered
             while another video is tracked.
+        url: where the page is served.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class App:
     limits: Limits
     learner: Learner | None = None
     device_lock: threading.Lock = field(default_factory=threading.Lock)
+    url: str = ""
 
     @property
     def first(self) -> LoadedModel:

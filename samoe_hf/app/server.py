@@ -7,25 +7,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from samoe_hf.errors import InputError
 
 from .learning import Learner
 from .models import LoadedModel
-from .page import build_page, launch_options
+from .page import build_page, launch
 from .page_parts import App
 from .people import People, freeing_unused
 from .uploads import Limits
 
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
-
-
-class Served(NamedTuple):
-    """A page that is served: the app behind it, and its address."""
-
-    app: App
-    url: str
 
 
 @contextmanager
@@ -38,7 +30,7 @@ def serving(
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
-) -> Iterator[Served]:
+) -> Iterator[App]:
     """Serves the page while the context is open; all files of its people are removed in the end.
 
     Args:
@@ -57,15 +49,8 @@ def serving(
         with freeing_unused(people):
             page = build_page(app)
             try:
-                _, url, _ = page.launch(
-                    server_name=host,
-                    server_port=port,
-                    share=share,
-                    prevent_thread_lock=True,
-                    quiet=True,
-                    **launch_options(app),
-                )
-                yield Served(app, url)
+                app.url = launch(page, app, host, port, share)
+                yield app
             finally:
                 page.close(verbose=False)
                 if learner is not None:

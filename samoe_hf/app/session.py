@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import VideoSession
 from samoe_hf.model.tracking import SamoeTrackingOutput
 
@@ -71,25 +72,20 @@ class TrackingSession:
     Args:
         folder: of this session alone; masks are written there.
         device_lock: is held while the model runs, for a frame at a time.
-        domain: as in [`~samoe_hf.model.session.VideoSession`].
 
     Attributes:
         objects: ids, in the order in which they came.
         prompts: (object, frame) -> all that was given of it there.
+        domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
         tracked_domain, confidence: whose experts the video got last, and how sure the gate was of that.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        video: OpenedVideo,
-        loaded: LoadedModel,
-        device_lock: threading.Lock,
-        limits: Limits,
-        domain: str | None = AUTO,
+        self, folder: Path, video: OpenedVideo, loaded: LoadedModel, device_lock: threading.Lock, limits: Limits
     ):
         self.folder, self.video, self.loaded, self.limits = folder, video, loaded, limits
-        self.device_lock, self.domain = device_lock, domain
+        self.device_lock = device_lock
+        self.domain: str | None = AUTO
         self.objects: list[int] = []
         self.prompts: dict[tuple[int, int], VideoPrompt] = {}
         self.masks = MaskStore(folder / "masks", video.frames.size)
@@ -100,7 +96,7 @@ class TrackingSession:
         self._undo: list[Undo] = []
         # The page scrubs while the model reads on: each has a decoder of its own.
         self._shown, self._shown_lock = video.frames_again(), threading.Lock()
-        self._tracking = self._new_tracking(loaded, domain)
+        self._tracking = self._new_tracking(loaded, AUTO)
 
     def _new_tracking(self, loaded: LoadedModel, domain: str | None) -> VideoSession:
         tracking = VideoSession(
@@ -210,7 +206,7 @@ class TrackingSession:
                 _add_prompt(self.loaded.processor, self._tracking, prompt)
                 with self.device_lock:
                     output = self.loaded.model(inference_session=self._tracking, frame_idx=prompt.frame_idx)
-                id_map = self._store(output)
+                _, id_map = self._store(output)
             except BaseException:
                 self._go_back()
                 raise
@@ -270,7 +266,7 @@ class TrackingSession:
                 outputs = model.propagate_in_video_iterator(self._tracking, start_frame_idx=begin, reverse=reverse)
                 for output in taking_turns(outputs, self.device_lock):
                     done += 1
-                    yield Tracked(output.frame_idx, self._store(output), done, total)
+                    yield Tracked(*self._store(output), done, total)
                     if self._stop.is_set():
                         return
 
@@ -278,11 +274,23 @@ class TrackingSession:
         """Ends tracking after the frame that is being tracked."""
         self._stop.set()
 
-    def _store(self, output: SamoeTrackingOutput) -> np.ndarray:
-        id_map = output_id_map(self.loaded.processor, output, self.video.frames.size)
-        self.masks.write(output.frame_idx, id_map)
+    def _store(self, output: Sam2VideoSegmentationOutput) -> tuple[int, np.ndarray]:
+        """Stores a frame's map, of which each pixel is the object's of the largest positive logit; gives frame and map.
+
+        One object is at the video's size at a time, so that many objects in a large video do not fill the RAM.
+        """
+        assert isinstance(output, SamoeTrackingOutput) and output.object_ids and output.frame_idx is not None
+        size, masks = self.video.frames.size, output.pred_masks
+        assert masks is not None
+        best, ids = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.uint8)
+        for object_id, low in zip(output.object_ids, masks.split(1), strict=True):
+            logits = self.loaded.processor.post_process_masks([low], [size], binarize=False)[0][0, 0]
+            logits = logits.float().cpu().numpy()
+            wins = logits > best
+            best[wins], ids[wins] = logits[wins], object_id
+        self.masks.write(output.frame_idx, ids)
         self.tracked_domain, self.confidence = output.domain, output.domain_confidence
-        return id_map
+        return output.frame_idx, ids
 
     # --- Another domain or model
 
@@ -324,7 +332,7 @@ class TrackingSession:
             self._busy.release()
 
 
-def _add_prompt(processor: ProcessorMixin, tracking: VideoSession, prompt: VideoPrompt) -> None:
+def _add_prompt(processor: VideoProcessor, tracking: VideoSession, prompt: VideoPrompt) -> None:
     processor.add_inputs_to_inference_session(tracking, prompt.frame_idx, prompt.object_id, **prompt.inputs())
 
 
@@ -359,18 +367,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif hasattr(value, "__dict__"):
         yield from _tensors(vars(value))
-
-
-def output_id_map(processor: ProcessorMixin, output: SamoeTrackingOutput, size: tuple[int, int]) -> np.ndarray:
-    """The map of ids (H, W) uint8 of a frame's output: each pixel is the object's of the largest positive logit.
-
-    One object is at the video's size at a time, so that many objects in a large video do not fill the RAM.
-    """
-    best = np.zeros(size, dtype=np.float32)
-    ids = np.zeros(size, dtype=np.uint8)
-    for row, object_id in enumerate(output.object_ids):
-        logits = processor.post_process_masks([output.pred_masks[row : row + 1]], [size], binarize=False)[0][0, 0]
-        logits = logits.float().cpu().numpy()
-        wins = logits > best
-        best[wins], ids[wins] = logits[wins], object_id
-    return ids

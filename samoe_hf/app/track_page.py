@@ -142,27 +142,20 @@ class TrackPart(Part):
 
     # --- What is shown
 
-    def view(self, person: Person, frame: object = 0) -> Shown:
-        """What is shown of a person on a frame."""
-        session = person.session
-        if session is None:
-            return {self.hint: next_step(None)}
-        return self._view(person, session, frame_of(session, frame))
-
-    def _view(
-        self,
-        person: Person,
-        session: TrackingSession,
-        frame: int,
-        chosen: int | None = None,
-        id_map: np.ndarray | None = None,
+    def view(
+        self, person: Person, shown: object = 0, chosen: int | None = None, id_map: np.ndarray | None = None
     ) -> Shown:
-        """Updates of what is shown of a frame.
+        """What is shown of a person on a frame.
 
         Args:
+            shown: number of the frame.
             chosen: object, by default the last one.
             id_map: the frame's masks, if they are at hand.
         """
+        session = person.session
+        if session is None:
+            return {self.hint: next_step(None)}
+        frame = frame_of(session, shown)
         corner = person.corner[2:] if person.corner and person.corner[1] == frame else None
         id_map = session.id_map(frame) if id_map is None else id_map
         chosen = chosen or (session.objects[-1] if session.objects else None)
@@ -236,7 +229,7 @@ class TrackPart(Part):
         else:
             (_, _, x0, y0), person.corner = person.corner, None
             id_map = session.draw_box(chosen, frame, (min(x0, x), min(y0, y), max(x0, x), max(y0, y)))
-        return self._view(person, session, frame, chosen, id_map)
+        return self.view(person, frame, chosen, id_map)
 
     def forget_corner(self, person: Person, frame: object) -> Shown:
         """A click means something else now."""
@@ -254,7 +247,7 @@ class TrackPart(Part):
     def add_object(self, person: Person, frame: object) -> Shown:
         """Another object is to be tracked; it is chosen."""
         session = person.the_session()
-        return self._view(person, session, frame_of(session, frame), session.add_object())
+        return self.view(person, frame_of(session, frame), session.add_object())
 
     def remove_object(self, person: Person, frame: object, object_id: object) -> Shown:
         """The chosen object is not wanted any more."""

@@ -32,10 +32,10 @@ def make_session(small_model, small_video, tmp_path_factory):
     folders, lock = tmp_path_factory.mktemp("sessions"), threading.Lock()
     numbers = count()
 
-    def make(path: Path = small_video, limits=None, model=small_model, **kwargs) -> TrackingSession:
+    def make(path: Path = small_video, limits=None, model=small_model) -> TrackingSession:
         limits, folder = limits or Limits(), folders / str(next(numbers))
         folder.mkdir()
-        return TrackingSession(folder, open_kept("small", path, limits), model, lock, limits, **kwargs)
+        return TrackingSession(folder, open_kept("small", path, limits), model, lock, limits)
 
     return make
 

@@ -85,8 +85,8 @@ def test_undo_objects_and_a_refresh_in_the_middle(page, small_video):
     page.click(0.3, 0.5)
     first = page.frame_source()
     page.click(0.6, 0.5)
-    page.page.click("#undo")
-    page.wait("([s]) => document.querySelector('#frame img').src === s", first)
+    page.undo()
+    assert page.frame_source() == first
     page.page.click("#add")
     page.wait_for_text("objects", "object 2")
     page.track()
@@ -113,11 +113,11 @@ def test_stop_while_it_tracks_and_a_refresh_while_it_tracks(open_page, served, t
     page.page.reload()
     page.page.wait_for_selector("#frame img")
     end = time.monotonic() + 30
-    while any(person.session is not None and person.session.is_busy for person in served.app.people):
+    while any(person.session is not None and person.session.is_busy for person in served.people):
         assert time.monotonic() < end, "what was running before the refresh still holds the video"
         time.sleep(0.2)
     page.click(0.5, 0.5)
-    (person,) = (person for person in served.app.people if person.session and person.session.num_frames == 300)
+    (person,) = (person for person in served.people if person.session and person.session.num_frames == 300)
     page.context.close()
     while person.pages:  # it will be freed in a minute
         assert time.monotonic() < end + 30

@@ -17,7 +17,7 @@ def test_pages_that_are_closed_leave_no_files_and_no_ram(open_page, two_domains,
 
     video = write_small_video(tmp_path / "video.mp4", num_frames=60, size=(240, 320))
     with serving([two_domains], Limits(grace_seconds=0.0)) as running:
-        people = running.app.people
+        people = running.people
 
         def megabytes_after(visits: int) -> float:
             for _ in range(visits):

@@ -36,7 +36,7 @@ def victim(served, tmp_path_factory):
     (visitor.stored,) = visitor.upload("private.mp4", path.read_bytes())
     assert visitor.act("upload", "upload", [file_data(visitor.stored)]).success
     assert visitor.act("frame", "select", 0, None, POINT, event_data={"index": [100, 100], "value": None}).success
-    visitor.person = next(person for person in served.app.people if visitor.session_hash in person.pages)
+    visitor.person = next(person for person in served.people if visitor.session_hash in person.pages)
     return visitor
 
 
@@ -55,7 +55,7 @@ def state(victim) -> SimpleNamespace:
 def test_every_endpoint_survives_every_kind_of_value(served, victim):
     """With a video and without; in a session of its own, whose failures stay its own."""
     before, secret = state(victim), victim.person.secret
-    private = [secret, str(served.app.people.folder), "private"]
+    private = [secret, str(served.people.folder), "private"]
     for has_video in (False, True):
         attacker = Visitor(served.url)
         attacker.load()
@@ -125,7 +125,7 @@ def test_without_a_person_nothing_is_done(served):
 def test_files_of_the_server_and_of_others_are_not_handed_out(served, victim):
     files = [path for path in victim.person.folder.rglob("*") if path.is_file()][:3]
     assert files
-    paths = ["/etc/passwd", "/proc/self/environ", *map(str, files), str(served.app.people.folder), "pyproject.toml"]
+    paths = ["/etc/passwd", "/proc/self/environ", *map(str, files), str(served.people.folder), "pyproject.toml"]
     client = httpx.Client(base_url=served.url.rstrip("/"), trust_env=False)
     for path in paths:
         for form in (path, path.lstrip("/"), f"..{path}", f"%2e%2e{path}", f"file://{path}"):
@@ -137,7 +137,7 @@ def test_files_of_the_server_and_of_others_are_not_handed_out(served, victim):
 def test_paths_that_a_page_names_are_not_read(attacker, served, victim, tmp_path):
     """Uploads are named by what the upload gave, and by nothing else."""
     own = write_small_video(tmp_path / "x.mp4")
-    inside = next(path for path in served.app.people.folder.rglob("*.mp4"))
+    inside = next(path for path in served.people.folder.rglob("*.mp4"))
     names = ["/etc/passwd", str(own), str(inside), f"{victim.stored}/../../../../../{own}", "http://127.0.0.1:9/x.mp4"]
     for name in names:
         for data in (file_data(name), file_data(name, url=f"file://{own}"), file_data(name, orig_name="/tmp/x.mp4")):
@@ -152,9 +152,9 @@ def test_names_of_uploads_lead_nowhere(attacker, served, small_video, name):
     answer = attacker.client.post("/gradio_api/upload", files={"files": (name, small_video.read_bytes())})
     if answer.status_code == 200:
         (stored,) = answer.json()
-        assert served.app.folder in Path(stored).resolve().parents
+        assert served.folder in Path(stored).resolve().parents
         attacker.act("upload", "upload", [file_data(stored)])
-    assert not (served.app.folder.parent / "x.mp4").exists()
+    assert not (served.folder.parent / "x.mp4").exists()
 
 
 def test_an_upload_that_is_too_large_is_refused(attacker):

@@ -21,7 +21,8 @@ def with_domains(small_model):
 
 @pytest.fixture
 def prompted(make_session, with_domains):
-    session = make_session(model=with_domains, domain="second")
+    session = make_session(model=with_domains)
+    session.use(domain="second")
     session.click(session.add_object(), 1, 20, 30)
     session.click(session.add_object(), 1, 70, 30)
     return session
@@ -72,7 +73,8 @@ def test_a_comparison_needs_prompts_and_can_be_stopped(prompted, session, sides,
 def test_experts_are_seen_and_the_session_stays_as_it_is(prompted, make_session, with_domains):
     with pytest.raises(ValueError, match="Go to a frame that was tracked"):
         look_at_experts(prompted, 1)
-    other = make_session(model=with_domains, domain="second")
+    other = make_session(model=with_domains)
+    other.use(domain="second")
     other.click(other.add_object(), 1, 20, 30), other.click(other.add_object(), 1, 70, 30)
     for one in (prompted, other):
         for _ in zip(range(3), one.propagate(), strict=False):

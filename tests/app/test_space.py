@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
@@ -78,24 +79,15 @@ def test_what_is_there_stays(tmp_path, fake_wheel):
 
 
 def test_a_space_is_uploaded_with_a_token(tmp_path, monkeypatch):
-    calls = []
-
-    class Api:
-        def __init__(self, token):
-            calls.append(("token", token))
-
-        def create_repo(self, name, **options):
-            calls.append(("create", name, options["repo_type"], options["space_sdk"]))
-            return "https://hub/me/space"
-
-        def upload_folder(self, **options):
-            calls.append(("upload", options["repo_id"], options["repo_type"], Path(options["folder_path"]).name))
-
-    monkeypatch.setattr("samoe_hf.app.space.HfApi", Api)
+    api = MagicMock()
+    monkeypatch.setattr("samoe_hf.app.space.HfApi", api)
+    api.return_value.create_repo.return_value = "https://hub/me/space"
     write_space(tmp_path / "space")
     assert push_space(tmp_path / "space", "me/space", "hf_x") == "https://hub/me/space"
-    uploaded = ("upload", "me/space", "space", "space")
-    assert calls == [("token", "hf_x"), ("create", "me/space", "space", "gradio"), uploaded]
+    api.assert_called_once_with(token="hf_x")
+    made, uploaded = api.return_value.create_repo.call_args, api.return_value.upload_folder.call_args.kwargs
+    assert made.args == ("me/space",) and (made.kwargs["repo_type"], made.kwargs["space_sdk"]) == ("space", "gradio")
+    assert (uploaded["repo_id"], uploaded["repo_type"], uploaded["folder_path"].name) == ("me/space", "space", "space")
 
 
 @pytest.mark.slow
@@ -118,9 +110,9 @@ def test_a_space_starts_in_a_fresh_environment(tmp_path):
         wait_for(url, process, tmp_path / "log")
         visitor = Visitor(url)
         assert visitor.load().success
-        assert visitor.send(visitor.endpoint("take-example", "click"), [None, "Shapes"]).success
+        assert visitor.act("take-example", "click", "Shapes").success
         event = {"index": [168, 200], "value": None}
-        answer = visitor.send(visitor.endpoint("frame", "select"), [None, 0, None, "+ is the object"], event)
+        answer = visitor.act("frame", "select", 0, None, "+ is the object", event_data=event)
         assert answer.success and "jpeg" in answer.text
     finally:
         process.terminate()

@@ -2,6 +2,7 @@
 
 import zipfile
 from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -40,8 +41,6 @@ def zipped(folder, files):
 
 
 def png(size=(20, 30), value=7):
-    from io import BytesIO
-
     stream = BytesIO()
     Image.fromarray(np.full((*size, 3), value, np.uint8)).save(stream, "PNG")
     return stream.getvalue()

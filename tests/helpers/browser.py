@@ -60,9 +60,7 @@ class Page:
         self.upload(*paths)
         self.page.wait_for_selector("#frame img")
 
-    def take_example(self, name: str = "Shapes") -> None:
-        if name != "Shapes":
-            self.choose("example", name)
+    def take_example(self) -> None:
         self.page.click("#take-example")
         self.page.wait_for_selector("#frame img")
 
@@ -77,19 +75,27 @@ class Page:
         self.page.locator("#mode label", has_text=start).click()
         self.page.wait_for_timeout(300)
 
-    def click(self, x: float, y: float, changes: bool = True) -> None:
+    def click(self, x: float, y: float) -> None:
         """Clicks on the frame, at parts of its width and height, and waits for the new picture."""
         before, box = self.frame_source(), self.page.locator("#frame img").bounding_box()
         position = {"x": round(x * box["width"]), "y": round(y * box["height"])}
         self.page.locator("#frame img").click(position=position)
-        if changes:
-            self.wait("([s]) => document.querySelector('#frame img').src !== s", before)
+        self.wait_for_change(before)
+
+    def undo(self) -> None:
+        before = self.frame_source()
+        self.page.click("#undo")
+        self.wait_for_change(before)
+
+    def wait_for_change(self, before: str) -> None:
+        """Waits until another frame than `before` is shown."""
+        self.wait("([s]) => document.querySelector('#frame img').src !== s", before)
 
     def go_to(self, frame: int) -> None:
         before, field = self.frame_source(), self.page.locator("#slider input[type=number]")
         field.fill(str(frame))
         field.press("Enter")
-        self.wait("([s]) => document.querySelector('#frame img').src !== s", before)
+        self.wait_for_change(before)
 
     def track(self, button: str = "track", seconds: float = 60) -> None:
         self.page.evaluate(OBSERVE)
@@ -120,6 +126,3 @@ class Page:
     def message(self) -> str:
         """The message that the page shows."""
         return self.page.locator(".toast-body").first.inner_text()
-
-    def close(self) -> None:
-        self.page.close()
