@@ -23,7 +23,7 @@ PORT = 7860
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = command_parser("app", __doc__)
+    parser = command_parser("app", __doc__ or "")
     model = parser.add_argument_group("model")
     model.add_argument(
         "model",
