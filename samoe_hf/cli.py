@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from transformers.utils.logging import disable_progress_bar
-
 from samoe_hf import __version__
+from samoe_hf.errors import InputError
 
 COMMANDS = {
-    "track": "track objects through a video, or through all videos of a dataset",
+    "track": "track objects through a video",
+    "label": "track the objects of all videos of a dataset, and write their masks",
     "app": "open a page that tracks, corrects, shows the experts, and learns",
     "data": "check a dataset: its videos, objects, and what is likely a mistake",
     "train": "fine-tune a model on clips, as a YAML says",
@@ -19,13 +19,6 @@ COMMANDS = {
     "experts": "show what a model's experts do",
     "convert": "convert checkpoints of SAM 2 and SAM2-MoE, and back; upload them",
     "assemble": "make one model of LoRAs that were trained apart",
-}
-
-# Arguments of Python in messages -> what they are called on the command line.
-OPTIONS = {
-    "`original_config`": "`--config`",
-    "`experts`": "`--experts`",
-    "`ignore_mismatched_sizes=True`": "`samoe train --ignore_mismatched_sizes`",
 }
 
 
@@ -44,31 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("--version", action="version", version=f"samoe_hf {__version__}")
-    command = parser.parse_args(arguments[:1]).command
-    run_command(command, arguments[1:])
+    run_command(parser.parse_args(arguments[:1]).command, arguments[1:])
 
 
-def run_command(name: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; errors that a user or the network can cause end the process with exit status 1 and one
-    line, `error: …`."""
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    """Parses the arguments of a command and runs it.
+
+    An [`InputError`] ends the process with exit status 1 and one line, `error: …`, or with its traceback if
+    `--traceback` is among the arguments. Other errors always have their traceback.
+    """
     command = import_module(f"samoe_hf.commands.{name}")
-    disable_progress_bar()  # of loading and saving, beside the command's own
     try:
-        command.main(arguments)
-    except Exception as error:
-        if not (isinstance(error, ValueError | OSError | ImportError) or _is_of_network(error)):
+        parsed = command.parse_arguments(arguments)
+        from transformers.utils.logging import disable_progress_bar  # not needed for a help text, and slow
+
+        disable_progress_bar()  # of loading and saving, beside the command's own
+        command.run(parsed)
+    except InputError as error:
+        if "--traceback" in arguments:
             raise
-        message = " ".join(str(error).split())
-        if _is_of_network(error):
-            message = f"The Hugging Face Hub was not reached: {message}"
-        for argument, option in OPTIONS.items():
-            message = message.replace(argument, option)
-        sys.exit(f"error: {message}")
-
-
-def _is_of_network(error: Exception) -> bool:
-    """Whether the Hub was not reached. Its library lets errors of httpx pass, whose package depends on its version."""
-    return any(t.__name__ == "TransportError" and t.__module__.startswith("httpx") for t in type(error).__mro__)
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

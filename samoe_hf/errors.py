@@ -1,7 +1,8 @@
 """The exception that tells a user what to change, and the name that was probably meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -9,6 +10,29 @@ class InputError(ValueError):
 
     The command line shows it as one line. Every other exception keeps its traceback.
     """
+
+
+@contextmanager
+def input_errors(subject: str = "") -> Iterator[None]:
+    """Around what opens files or asks the Hub: what a user can mend becomes an [`InputError`] of the same message.
+
+    That is a file that is missing or cannot be read or written, a Hub that is not reached or refuses, and a package
+    that is not installed.
+
+    Args:
+        subject: put before a message that does not name it, such as what is loaded.
+    """
+    try:
+        yield
+    except Exception as error:
+        # huggingface_hub lets errors of its network library pass, whose package depends on its version.
+        kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+        message = str(error)
+        if kinds & {"httpx.TransportError", "httpx2.TransportError"}:
+            message = f"The Hugging Face Hub was not reached: {message}"
+        elif not (isinstance(error, OSError | ImportError) or "huggingface_hub.HFValidationError" in kinds):
+            raise
+        raise InputError(message if subject in message else f"{subject}: {message}") from error
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

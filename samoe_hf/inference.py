@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from samoe_hf.errors import InputError
-
-from .model.domain_choice import AUTO, check_domain
-from .model.modeling_samoe import SamoeModel
-from .model.session import VideoSession
+from samoe_hf.model.domain_choice import AUTO, check_domain
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.session import VideoSession
 
 
 @contextmanager
@@ -62,7 +61,7 @@ class VideoPrompt:
         """Checks the prompt against a video of `num_frames` frames of `size` (height, width).
 
         Raises:
-            ValueError: if the frame is not one of the video's, nothing or too much is given, a point lies outside of
+            InputError: if the frame is not one of the video's, nothing or too much is given, a point lies outside of
                 the frame, a box has no area in it, or the mask has another size.
         """
         subject = f"object {self.object_id} on frame {self.frame_idx}"
@@ -108,7 +107,7 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
     """Checks prompts against each other and against a video, see [`VideoPrompt.check`].
 
     Raises:
-        ValueError: for no prompts, two prompts for one object on one frame, or one that does not fit the video.
+        InputError: for no prompts, two prompts for one object on one frame, or one that does not fit the video.
     """
     if not prompts:
         raise InputError("`prompts` is empty; at least one point, box or mask is needed.")
@@ -151,7 +150,7 @@ class TrackedFrame(NamedTuple):
         """Each pixel's object, that of the largest positive logit, or 0: (H, W), of the smallest type for the ids.
 
         Raises:
-            ValueError: if an object's id is below 1, since 0 is the background.
+            InputError: if an object's id is below 1, since 0 is the background.
         """
         if min(self.object_ids) < 1:
             raise InputError(f"A map of ids needs ids above 0, which is the background, got {self.object_ids}.")
@@ -176,7 +175,7 @@ def track_video(
         domain: of a model with domains, whose experts are run; see [`VideoSession`].
 
     Raises:
-        ValueError: for no frames, prompts that do not fit the video, see [`check_prompts`], or a domain that the model
+        InputError: for no frames, prompts that do not fit the video, see [`check_prompts`], or a domain that the model
             does not have.
     """
     if not len(frames):

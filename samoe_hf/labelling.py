@@ -1,4 +1,4 @@
-"""A dataset and prompts -> masks of all its videos, shared by processes and gone on with after a stop."""
+"""A dataset and prompts -> masks of all its videos. Processes share the videos, and a stopped run can be continued."""
 
 import hashlib
 import json
@@ -17,23 +17,21 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from samoe_hf.data.annotations import LabelImages, NoMasks, ObjectImages
+from samoe_hf.data.layouts import MaskFormat
+from samoe_hf.data.own_videos import read_folders
+from samoe_hf.data.predictions import MaskFiles
+from samoe_hf.data.schema import Video
+from samoe_hf.data.video_io import check_inside, read_label_png, read_video
 from samoe_hf.errors import InputError
-
-from .data.annotations import LabelImages, NoMasks, ObjectImages
-from .data.layouts import MaskFormat
-from .data.own_videos import read_folders
-from .data.predictions import MaskFiles
-from .data.schema import Video
-from .data.video_io import check_inside, read_label_png, read_video
-from .evaluation.run_folder import RunFolder
-from .evaluation.simulated_user import prompt_from_mask
-from .inference import VideoPrompt, check_prompts, evaluation_mode, masks_of, track_video
-from .model.modeling_samoe import SamoeModel
-from .model.weights_io import write_text
+from samoe_hf.evaluation.run_folder import RunFolder
+from samoe_hf.evaluation.simulated_user import prompt_from_mask
+from samoe_hf.inference import VideoPrompt, evaluation_mode, masks_of, track_video
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.weights_io import write_text
 
 FirstFramePrompt = Literal["mask", "box"]
 PROMPT_KEYS = ("video", "object", "frame", "points", "labels", "box", "mask")
-MILLION = 10**6
 # Where masks of a video are written until all of them are there.
 UNFINISHED = ".unfinished"
 
@@ -59,6 +57,17 @@ class PromptedVideo(NamedTuple):
     def fingerprint(self) -> str:
         """A short hash of what is known of the prompts."""
         return hashlib.sha256(self.about.encode()).hexdigest()[:16]
+
+
+class FilePrompt(NamedTuple):
+    """A [`~samoe_hf.inference.VideoPrompt`] whose mask is still a file."""
+
+    object_id: int
+    frame_idx: int
+    points: list[tuple[float, float]]
+    labels: list[int]
+    box: tuple[float, float, float, float] | None
+    mask: Path | None
 
 
 # --- What to track
@@ -87,38 +96,36 @@ def _first_prompts(kind: FirstFramePrompt, video: Video) -> list[VideoPrompt]:
     return list(prompts.values())
 
 
-def find_videos(root: str | Path) -> dict[str, Path]:
+def video_paths(root: str | Path) -> dict[str, Path]:
     """Video files, and folders with images, of a folder and all below it: path within it without suffix -> path.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it holds none, or two of the same name.
+        InputError: if there is no such folder, it holds no video, or two of the same name.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder of videos")
+        raise InputError(f"{root}: no such folder of videos")
     found: dict[str, Path] = {}
     for folder in read_folders(root):
-        paths = {"/".join((*folder.parts, path.stem)): path for path in folder.videos}
-        if len(paths) < len(folder.videos):
-            raise InputError(f"{root.joinpath(*folder.parts)} has two videos whose names differ in the suffix only.")
+        paths = [("/".join((*folder.parts, path.stem)), path) for path in folder.videos]
         if folder.images and folder.parts:
-            paths["/".join(folder.parts)] = root.joinpath(*folder.parts)
-        if both := sorted(found.keys() & paths):
-            raise InputError(f"{found[both[0]]} and {paths[both[0]]} are videos of the same name.")
-        found |= paths
+            paths.append(("/".join(folder.parts), root.joinpath(*folder.parts)))
+        for name, path in paths:
+            if name in found:
+                raise InputError(f"{found[name]} and {path} are videos of the same name.")
+            found[name] = path
     if not found:
         raise InputError(f"{root} holds neither video files nor folders of images.")
     return found
 
 
 def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
-    """The videos of a folder that a file has prompts for, see [`find_videos`] and [`read_prompts`].
+    """The videos of a folder that a file has prompts for, see [`video_paths`] and [`read_prompts`].
 
     Raises:
-        ValueError: if the file names a video that is not there.
+        InputError: if the file names a video that is not there.
     """
-    prompts, videos = read_prompts(path), find_videos(root)
+    prompts, videos = read_prompts(path), video_paths(root)
     if missing := sorted(prompts.keys() - videos.keys()):
         known = ", ".join([*list(videos)[:5], "…"][: len(videos)])
         raise InputError(f"{path}: `video` {missing[0]!r} is not in {root}, which has {known}.")
@@ -131,23 +138,24 @@ def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
     ]
 
 
-def _open(domain: str, video_id: str, path: Path, prompts: Sequence[VideoPrompt]) -> Video:
+def _open(domain: str, video_id: str, path: Path, prompts: Sequence[FilePrompt]) -> Video:
     return Video(video_id, read_video(path), NoMasks({prompt.object_id for prompt in prompts}), domain)
 
 
-def _with_masks(prompts: Sequence[VideoPrompt], _: Video) -> list[VideoPrompt]:
+def _with_masks(prompts: Sequence[FilePrompt], _: Video) -> list[VideoPrompt]:
     """The prompts, whose masks are read from their files."""
-    return [replace(one, mask=read_label_png(one.mask) > 0) if isinstance(one.mask, Path) else one for one in prompts]
+    masks = [None if prompt.mask is None else read_label_png(prompt.mask) > 0 for prompt in prompts]
+    return [VideoPrompt(*prompt[:-1], mask) for prompt, mask in zip(prompts, masks, strict=True)]
 
 
-def read_prompts(path: str | Path) -> dict[str, list[VideoPrompt]]:
+def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
     """Video id -> prompts of a JSON file, which holds a list, or of one with an object on each line (`.jsonl`).
 
     An entry has `video`, `object` (1 if not given), `frame` (0), and `points` with `labels` (1 each), a `box` or a
     `mask`: an image below the folder of the file, where every value above 0 is the object.
 
     Raises:
-        ValueError: for anything else; names the file and the number of the entry.
+        InputError: for anything else; names the file and the number of the entry.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
@@ -158,28 +166,24 @@ def read_prompts(path: str | Path) -> dict[str, list[VideoPrompt]]:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path} must hold a list of prompts, with at least one.")
-    prompts: dict[str, list[VideoPrompt]] = {}
+    prompts: dict[str, list[FilePrompt]] = {}
     for number, entry in enumerate(entries, start=1):
         try:
             video, prompt = _parse_prompt(entry, path.parent)
             own = prompts.setdefault(video, [])
-            if any((one.object_id, one.frame_idx) == (prompt.object_id, prompt.frame_idx) for one in own):
+            if any(one[:2] == prompt[:2] for one in own):
                 raise InputError(f"object {prompt.object_id} of {video!r} has two on frame {prompt.frame_idx}.")
-        except (ValueError, OverflowError) as error:
+        except (InputError, OverflowError) as error:  # of integers that no float can hold
             raise InputError(f"{path}, prompt {number}: {error}") from error
         own.append(prompt)
     return prompts
 
 
-def _parse_prompt(entry: Any, folder: Path) -> tuple[str, VideoPrompt]:
+def _parse_prompt(entry: Any, folder: Path) -> tuple[str, FilePrompt]:
     if not isinstance(entry, dict) or not isinstance(entry.get("video"), str):
         raise InputError(f"expected an object with `video`, a name, got {entry!r}.")
     if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
         raise InputError(f"unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}.")
-    numbers = {"object": entry.get("object", 1), "frame": entry.get("frame", 0)}
-    for (name, value), least in zip(numbers.items(), (1, 0), strict=True):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
     points = [_numbers("points", point, 2) for point in _list("points", entry.get("points", []))]
     labels = _list("labels", entry.get("labels", [1] * len(points)))
     if any(label not in (0, 1) for label in labels):
@@ -187,15 +191,25 @@ def _parse_prompt(entry: Any, folder: Path) -> tuple[str, VideoPrompt]:
     box, mask = entry.get("box"), entry.get("mask")
     if mask is not None:
         check_inside(mask, "`mask`")
-    prompt = VideoPrompt(
-        numbers["object"],
-        numbers["frame"],
-        points,
+    return entry["video"], FilePrompt(
+        _integer("object", entry.get("object", 1), 1),
+        _integer("frame", entry.get("frame", 0), 0),
+        [(x, y) for x, y in points],
         labels,
-        None if box is None else _numbers("box", box, 4),
+        None if box is None else _box(box),
         None if mask is None else folder / mask,
     )
-    return entry["video"], prompt
+
+
+def _box(value: Any) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = _numbers("box", value, 4)
+    return x0, y0, x1, y1
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+    return value
 
 
 def _list(name: str, value: Any) -> list[Any]:
@@ -204,11 +218,11 @@ def _list(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _numbers(name: str, value: Any, count: int) -> tuple[float, ...]:
+def _numbers(name: str, value: Any, count: int) -> list[float]:
     numbers = [float(x) for x in _list(name, value) if isinstance(x, int | float) and not isinstance(x, bool)]
     if len(numbers) != count or len(value) != count:
         raise InputError(f"`{name}` must hold {count} numbers each, got {value!r}.")
-    return tuple(numbers)
+    return numbers
 
 
 # --- Tracking
@@ -227,7 +241,10 @@ class LabelRun(RunFolder):
         self.layout: MaskFormat = layout
 
     def start(self, overwrite: bool = False) -> None:
-        """As in the base class; what processes left that were killed is removed."""
+        """Starts or continues the run, see [`~samoe_hf.evaluation.run_folder.RunFolder.start`].
+
+        What killed processes left of unfinished videos is removed.
+        """
         super().start(overwrite)
         shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
 
@@ -237,14 +254,14 @@ class LabelRun(RunFolder):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def finished_path(self, video: PromptedVideo) -> Path:
-        """The file that says that a video's masks are there; ValueError for an id that leads out of the folder."""
+        """The file that says that a video's masks are there; `InputError` for an id that leads out of the folder."""
         return self.inside(self.folder / "finished", f"{video.key}.json")
 
     def is_finished(self, video: PromptedVideo) -> bool:
         """Whether a video's masks are there.
 
         Raises:
-            ValueError: if they came of other prompts.
+            InputError: if they came of other prompts.
         """
         path = self.finished_path(video)
         if not path.is_file():
@@ -260,29 +277,31 @@ class LabelRun(RunFolder):
         """The files of the masks of a domain's videos."""
         return MaskFiles(self.inside(self.folder / "masks", domain), self.layout)
 
-    def label(self, model: SamoeModel, processor: ProcessorMixin, prompted: PromptedVideo) -> dict[str, Any]:
-        """Tracks a video and writes its masks, all or none.
-
-        Returns:
-            what its `.json` says.
-        """
+    def label(self, model: SamoeModel, processor: ProcessorMixin, prompted: PromptedVideo) -> None:
+        """Tracks a video and writes its masks, all or none, and whose experts it got, of a model with domains."""
         start, video = time.perf_counter(), prompted.open()
-        files = self.masks(video.domain)
-        temporary = MaskFiles(self.folder / UNFINISHED / uuid.uuid4().hex, self.layout)
+        prompts, tracked = prompted.prompts(video), None
+        files = MaskFiles(self.folder / UNFINISHED / uuid.uuid4().hex, self.layout)
         try:
-            tracked = _track(model, processor, video, prompted.prompts(video), temporary)
-            _move_into(temporary.video_folder(video), files.video_folder(video))
+            with evaluation_mode(model):
+                for tracked in track_video(model, processor, video.frames, prompts):
+                    rows = [tracked.object_ids.index(object_id) for object_id in video.object_ids]
+                    masks = masks_of(tracked.logits[rows].float().cpu().numpy(), files.overlapping)
+                    files.write(video, tracked.frame_idx, masks)
+            _move_into(files.video_folder(video), self.masks(video.domain).video_folder(video))
+        except InputError as error:
+            raise InputError(f"{video.video_id}: {error}") from error
         finally:
-            shutil.rmtree(temporary.folder, ignore_errors=True)
+            shutil.rmtree(files.folder, ignore_errors=True)
         entry = {
             "frames": len(video),
             "objects": len(video.object_ids),
             "seconds": round(time.perf_counter() - start, 3),
             "prompts": prompted.fingerprint,
-            **tracked,
         }
+        if tracked is not None and model.config.domains is not None:
+            entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
         write_text(self.finished_path(prompted), json.dumps(entry))
-        return entry
 
 
 def _move_into(source: Path, target: Path) -> None:
@@ -296,23 +315,6 @@ def _move_into(source: Path, target: Path) -> None:
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, place)
-
-
-def _track(
-    model: SamoeModel, processor: ProcessorMixin, video: Video, prompts: Sequence[VideoPrompt], files: MaskFiles
-) -> dict[str, Any]:
-    """Writes all of a video's masks; gives whose experts it got, of a model with domains."""
-    try:
-        check_prompts(prompts, len(video), video.size)
-    except ValueError as error:
-        raise InputError(f"{video.video_id}: {error}") from error
-    domain = confidence = None
-    with evaluation_mode(model):
-        for frame in track_video(model, processor, video.frames, prompts):
-            rows = [frame.object_ids.index(object_id) for object_id in video.object_ids]
-            files.write(video, frame.frame_idx, masks_of(frame.logits[rows].float().cpu().numpy(), files.overlapping))
-            domain, confidence = frame.domain, frame.domain_confidence
-    return {} if model.config.domains is None else {"domain": domain, "confidence": confidence}
 
 
 def label_videos(
@@ -334,15 +336,15 @@ def label_videos(
         what `labels.json` says; None in processes other than the main one.
 
     Raises:
-        ValueError: if two videos have the same domain and id, one was labelled from other prompts, or prompts do not
+        InputError: if two videos have the same domain and id, one was labelled from other prompts, or prompts do not
             fit their video.
     """
     keys = [video.key for video in videos]
     if len(set(keys)) < len(keys):
         raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
     is_finished = list(map(run.is_finished, videos))
-    with state.split_between_processes(list(range(len(videos)))) as share:
-        own = [videos[index] for index in share if not is_finished[index]]
+    share = range(state.process_index, len(videos), state.num_processes)
+    own = [videos[index] for index in share if not is_finished[index]]
     state.wait_for_everyone()  # or a process would see what another has just finished
     start = time.perf_counter()
     with tqdm(own, desc="label", unit="video", disable=not (show_progress_bar and own)) as progress:
@@ -350,31 +352,22 @@ def label_videos(
             progress.set_postfix_str(video.video_id)
             run.label(model, processor, video)
     state.wait_for_everyone()
-    seconds = time.perf_counter() - start
     if not state.is_main_process:
         return None
-    summary = _summarize(run, videos, is_finished.count(False), seconds, state)
-    write_text(run.folder / "labels.json", json.dumps(summary, indent=2))
-    return summary
-
-
-def _summarize(
-    run: LabelRun, videos: Sequence[PromptedVideo], num_new: int, seconds: float, state: PartialState
-) -> dict[str, Any]:
+    seconds, num_new = time.perf_counter() - start, is_finished.count(False)
     entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in videos}
-    per_hour = num_new / seconds * 3600 if num_new else None
-    is_gpu = state.device.type == "cuda"
-    return {
+    summary = {
         "videos": entries,
         "num_frames": sum(entry["frames"] for entry in entries.values()),
         "num_objects": sum(entry["objects"] for entry in entries.values()),
         "num_processes": state.num_processes,
-        "device": torch.cuda.get_device_name(state.device) if is_gpu else state.device.type,
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "labelled_now": num_new,
         "seconds": round(seconds, 3),
-        "videos_per_hour": per_hour,
-        "process_hours_for_a_million_videos": MILLION / per_hour * state.num_processes if per_hour else None,
+        "videos_per_hour": num_new / seconds * 3600 if num_new else None,
     }
+    write_text(run.folder / "labels.json", json.dumps(summary, indent=2))
+    return summary
 
 
 def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> list[Video]:

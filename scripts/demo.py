@@ -19,7 +19,7 @@ import yaml
 from transformers import ProcessorMixin
 
 from samoe_hf import SamoeModel, small_base
-from samoe_hf.commands.options import add_original_options, original_options
+from samoe_hf.commands.options import add_original_options
 from samoe_hf.continual.adapt import SMALL_MODEL_EXPERTS, Adaptation, adapt
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.evaluation.evaluate import segment_video
@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def load_model(arguments: argparse.Namespace) -> SamoeModel:
     """The small base, or the checkpoint that was chosen."""
     source = arguments.model or small_base()
-    return SamoeModel.from_pretrained(source, **original_options(arguments)).eval()
+    return SamoeModel.from_pretrained(source, experts=arguments.experts, original_config=arguments.config).eval()
 
 
 def write_run(domain: str, looks: Sequence[str], image_size: int, arguments: argparse.Namespace) -> Path:

@@ -18,8 +18,8 @@ from samoe_hf.data import load_videos, write_video
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.data.video_io import read_label_png, write_palette_png
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.inference import evaluation_mode
-from samoe_hf.labelling import find_videos, read_prompts
+from samoe_hf.inference import evaluation_mode, track_video
+from samoe_hf.labelling import read_prompts, video_paths
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
 
@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 
 
 def label(model, *words, device="cpu"):
-    main(["track", str(model), *map(str, words), "--device", device])
+    main(["label", str(model), *map(str, words), "--device", device])
 
 
 def read_masks(folder):
@@ -79,7 +79,7 @@ def test_videos_are_labelled_from_their_first_masks(model_folder, data, tmp_path
     assert summary["num_frames"] == NUM_VIDEOS * NUM_FRAMES and summary["labelled_now"] == NUM_VIDEOS
     assert len(summary["videos"]) == NUM_VIDEOS and summary["videos_per_hour"] > 0
     printed = capsys.readouterr().out
-    assert "A million videos like these" in printed and "Written: masks in" in printed
+    assert "videos an hour with 1 process on cpu" in printed and "Written: masks in" in printed
     # What was written is a dataset of the same kind.
     (tmp_path / "again").mkdir()
     os.symlink(masks, tmp_path / "again" / "masks")
@@ -129,7 +129,7 @@ def test_videos_may_be_added_and_prompts_mended(model_folder, tmp_path):
             (tmp_path / "clips" / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(frames[t]).save(tmp_path / "clips" / folder / f"{t}.png")
     (tmp_path / "clips" / "a" / "loop").symlink_to(tmp_path / "clips")
-    assert find_videos(tmp_path / "clips").keys() == {"a", "b"}
+    assert video_paths(tmp_path / "clips").keys() == {"a", "b"}
     a, outside, b = ({"video": name, "box": [5, 5, x, 60]} for name, x in (("a", 60), ("b", 50), ("b", 40)))
     outside["box"] = [500, 5, 600, 60]
     words = ["--dataset", tmp_path / "clips", "--prompts", tmp_path / "p.json", "--output", tmp_path / "out"]
@@ -167,16 +167,15 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
     from samoe_hf import labelling
 
     words = ["--dataset", data, "--output", tmp_path / "out"]
-    done = []
+    tracked = []
 
-    def stop_at_the_second(model, processor, video, prompts, files):
-        if len(done) == 1:
+    def stop_at_the_second(model, processor, frames, prompts):
+        if len(tracked) == 1:
             raise KeyboardInterrupt
-        done.append(video.video_id)
-        return track(model, processor, video, prompts, files)
+        tracked.append(frames)
+        return track_video(model, processor, frames, prompts)
 
-    track = labelling._track
-    monkeypatch.setattr(labelling, "_track", stop_at_the_second)
+    monkeypatch.setattr(labelling, "track_video", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         label(model_folder, *words)
     monkeypatch.undo()
@@ -251,7 +250,7 @@ def test_wrong_prompts_are_told_before_anything_is_written(model_folder, data, t
     with pytest.raises(SystemExit, match="`video` 'frames/nobody' is not in"):
         label(model_folder, *words)
     assert not (tmp_path / "out").exists()
-    name = next(iter(find_videos(data)))
+    name = next(iter(video_paths(data)))
     write_prompts(prompts, [{"video": name, "points": [[1000, 1]]}])
     with pytest.raises(SystemExit, match=rf"{name}: The point \(1000.0, 1.0\) of object 1 on frame 0 lies outside"):
         label(model_folder, *words)

@@ -12,22 +12,18 @@ the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares; and
 
 import argparse
 import os
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from transformers import TrainingArguments
-
-from samoe_hf.continual.adapt import RESULTS_FILE, adapt
 from samoe_hf.data.configs import names_config
-from samoe_hf.errors import InputError
-from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.training.arguments import run_parser
+from samoe_hf.errors import InputError, input_errors
 
+from . import train
 from .options import command_parser
 
+# Keys of a run that have other words here.
 OPTIONS_OF_KEYS = {
     "output_dir": "--output",
     "model_name_or_path": "MODEL",
@@ -38,9 +34,11 @@ OPTIONS_OF_KEYS = {
 FEW_VIDEOS = 12
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, with further ones of the run in `overrides`."""
     parser = command_parser("adapt", __doc__)
     parser.epilog = describe_run_options()
+    parser.add_argument("--help-all", action="store_true", help=train.HELP_ALL)
     model = parser.add_argument_group("model")
     model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     videos = parser.add_argument_group("videos")
@@ -55,32 +53,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     domain.add_argument(
         "--like",
         metavar="auto|none|DOMAIN",
-        default=AUTO,
+        default="auto",
         help="start from the experts of a domain; auto: those that track the training videos best (%(default)s)",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the new model")
-    return parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    if "--help-all" in arguments:
+        parser.print_help()
+        train.print_all_keys("The options of the run:")
+        raise SystemExit(0)
+    parsed, parsed.overrides = parser.parse_known_args(arguments)
+    for word in parsed.overrides:
+        option = OPTIONS_OF_KEYS.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
+        if word.startswith("--") and option is not None:
+            raise InputError(f"`{word.partition('=')[0]}` is given by `{option}` here.")
+    return parsed
 
 
 def describe_run_options() -> str:
     """The options of a run, in their groups, but those that this command has in other words."""
     lines = ["options of the run, which `samoe train --help` explains:"]
-    other_words = {*OPTIONS_OF_KEYS, *(one.name for one in fields(TrainingArguments)), "model_config"}
-    for kind in run_parser().dataclass_types:
-        names = [f"--{one.name}" for one in fields(kind) if one.init and one.name not in other_words]
+    for kind in train.KINDS:
+        names = [f"--{key.name}" for key in fields(kind) if key.name not in (*OPTIONS_OF_KEYS, "model_config")]
         text = f"{kind._argument_group_name}: {' '.join(names)}"
         lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
-    return "\n".join(
-        [*lines, "    and all of transformers' TrainingArguments, such as --learning_rate and --max_steps"]
-    )
-
-
-def in_words_of_the_command(message: str) -> str:
-    """A message about keys of a run, with this command's options for those that it has in other words."""
-    for key, option in OPTIONS_OF_KEYS.items():
-        message = message.replace(f"`{key}`", f"`{option}`")
-    return message
+    others = "    and all of transformers' TrainingArguments, such as --learning_rate and --max_steps"
+    return "\n".join([*lines, others])
 
 
 def run_of(dataset: str) -> list[str]:
@@ -89,18 +87,13 @@ def run_of(dataset: str) -> list[str]:
     return ["adapt", "--train_data", dataset] if is_folder else [dataset]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed, overrides = parse_arguments(arguments)
-    for word in overrides:
-        option = OPTIONS_OF_KEYS.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
-        if word.startswith("--") and option is not None:
-            raise InputError(f"`{word.partition('=')[0]}` is given by `{option}` here.")
-    try:
-        like = None if parsed.like == "none" else parsed.like
-        run = run_of(parsed.dataset)
-        result = adapt(parsed.model, parsed.domain, [*run, *overrides], parsed.output, like)
-    except ValueError as error:
-        raise InputError(in_words_of_the_command(str(error))) from error
+def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.continual.adapt import RESULTS_FILE, adapt
+
+    like = None if parsed.like == "none" else parsed.like
+    arguments = [*run_of(parsed.dataset), *parsed.overrides]
+    with input_errors():
+        result = adapt(parsed.model, parsed.domain, arguments, parsed.output, like)
     if result.after:
         print(result.table())
     if result.started_from is not None:

@@ -15,15 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, input_errors
 
-from .options import add_device_option, add_original_options, command_parser, original_options
+from .options import add_device_option, add_original_options, command_parser
 
 PORT = 7860
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = command_parser("app", __doc__ or "")
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser("app", __doc__)
     model = parser.add_argument_group("model")
     model.add_argument(
         "model",
@@ -61,17 +61,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parsed
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
+def run(parsed: argparse.Namespace) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if parsed.space is not None:
-        from samoe_hf.app.space import push_space, write_space
+    with input_errors():
+        if parsed.space is not None:
+            write(parsed)
+        else:
+            serve(parsed)
 
-        write_space(parsed.space, parsed.model, parsed.wheel)
-        print(f"Written: a Space in {parsed.space}")
-        if parsed.push:
-            print(f"Uploaded: {push_space(parsed.space, parsed.push)}")
-        return
+
+def write(parsed: argparse.Namespace) -> None:
+    """Writes a Space, and uploads it if asked to."""
+    from samoe_hf.app.space import push_space, write_space
+
+    write_space(parsed.space, parsed.model, parsed.wheel)
+    print(f"Written: a Space in {parsed.space}")
+    if parsed.push:
+        print(f"Uploaded: {push_space(parsed.space, parsed.push)}")
+
+
+def serve(parsed: argparse.Namespace) -> None:
+    """Serves the page until the process is stopped."""
     try:
         from samoe_hf.app.server import serve
     except ModuleNotFoundError as error:
@@ -83,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     source = parsed.model or click_base()
     name = Path(source).name if parsed.model else "small model"
-    loaded = [load_model(source, parsed.device, name, **original_options(parsed))]
+    loaded = [load_model(source, parsed.device, name, experts=parsed.experts, original_config=parsed.config)]
     loaded += [load_model(other, parsed.device) for other in parsed.compare]
     limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)
     data = parsed.data

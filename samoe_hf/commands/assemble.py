@@ -10,27 +10,24 @@ order; or once for all, and then a LoRA takes the videos of the domain that it i
 is. `NAME=` with nothing behind it is a domain on which the base is good as it is.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-from torch.utils.data import ConcatDataset
-
-from samoe_hf.continual.assemble import assemble
-from samoe_hf.data import Video
-from samoe_hf.data.configs import names_config
-from samoe_hf.data.registry import dataset_entries, read_yaml, videos_from_entry
-from samoe_hf.errors import InputError
-from samoe_hf.model.processing_samoe import load_processor
-from samoe_hf.model.weights_io import new_folder
+from samoe_hf.errors import InputError, input_errors
 
 from .options import add_config_option, add_device_option, command_parser
 
+if TYPE_CHECKING:
+    from samoe_hf.data.schema import Video
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("assemble", __doc__)
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -52,33 +49,35 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def load_domains(dataset: str) -> dict[str, list]:
-    """Domain -> its datasets, of a run's `train_data` or of one dataset."""
+def load_domains(dataset: str) -> dict[str, list[Video]]:
+    """Domain -> its videos, of a run's `train_data` or of one dataset."""
+    from samoe_hf.data.configs import names_config
+    from samoe_hf.data.registry import dataset_entries, parse_yaml, read_yaml, videos_from_entry
+
     if names_config(dataset):
         sources = dataset_entries(read_yaml(dataset), "train_data", dataset)
     elif os.path.exists(dataset):
         sources = [dataset]
     else:
-        try:
-            source = yaml.safe_load(dataset)
-        except yaml.YAMLError:
-            source = None
+        source = parse_yaml(dataset, "`--dataset`")
         if not isinstance(source, dict):
             raise InputError(f"`--dataset` must be a folder, a run's YAML file or {{kind: ...}}, got {dataset!r}.")
         sources = [source]
-    domains: dict[str, list] = {}
+    domains: dict[str, list[Video]] = {}
     for index, source in enumerate(sources):
         entry = {k: v for k, v in source.items() if k != "weight"} if isinstance(source, dict) else source
         videos = videos_from_entry(entry, f"train_data[{index}]")
-        domains.setdefault(next(iter(videos)).domain, []).append(videos)
+        domains.setdefault(videos[0].domain, []).extend(videos)
     if not domains:
         raise InputError(f"`--dataset` {dataset} names no dataset in its `train_data`.")
     return domains
 
 
-def match_domains(loras: list[str], datasets: list[str]) -> tuple[dict[str, str | None], dict]:
+def match_domains(
+    loras: Sequence[str], datasets: Sequence[str]
+) -> tuple[dict[str, str | None], dict[str, list[Video]]]:
     """Name of each LoRA -> the LoRA, and -> its videos."""
-    named = {}
+    named: dict[str, str | None] = {}
     for text in loras:
         name, is_named, source = text.rpartition("=")
         name = name if is_named else Path(source).name
@@ -87,27 +86,26 @@ def match_domains(loras: list[str], datasets: list[str]) -> tuple[dict[str, str 
         named[name] = source or None
     found = [load_domains(dataset) for dataset in datasets]
     if len(found) == len(named) > 1:
-        return named, {name: _joined(list(chain(*of.values()))) for name, of in zip(named, found, strict=True)}
+        return named, {name: list(chain(*of.values())) for name, of in zip(named, found, strict=True)}
     if len(found) != 1:
         raise InputError(f"`--dataset` must be given once, or once for each of {len(named)} LoRAs, got {len(found)}.")
     if len(named) == 1 and len(found[0]) == 1:
-        return named, dict(zip(named, map(_joined, found[0].values()), strict=True))
+        return named, dict(zip(named, found[0].values(), strict=True))
     for name in named:
         if name not in found[0]:
             domains = ", ".join(map(repr, found[0]))
             raise InputError(f"{name!r} is none of the dataset's domains ({domains}); name each LoRA by DOMAIN=LORA.")
-    return named, {name: _joined(found[0][name]) for name in named}
+    return named, {name: found[0][name] for name in named}
 
 
-def _joined(datasets: list) -> Iterable[Video]:
-    return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.continual.assemble import assemble
+    from samoe_hf.model.processing_samoe import load_processor
+    from samoe_hf.model.weights_io import new_folder
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
-    loras, videos = match_domains(parsed.loras, parsed.dataset)
-    options = {} if parsed.config is None else {"original_config": parsed.config}
-    with new_folder(parsed.output) as folder:
+    with input_errors(), new_folder(parsed.output) as folder:
+        loras, videos = match_domains(parsed.loras, parsed.dataset)
+        options = {} if parsed.config is None else {"original_config": parsed.config}
         model = assemble(parsed.base, loras, videos, device=parsed.device, **options)
         model.save_pretrained(folder, processor=load_processor(parsed.base, model))
     print("Domains, and videos that the gate knows them by:")

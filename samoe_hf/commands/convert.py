@@ -7,22 +7,23 @@ r"""Convert checkpoints of SAM 2 and SAM2-MoE to folders of this package, and ba
 With `--push-to-hub` the model is uploaded as well, from a folder that an earlier call has written if it is there.
 """
 
+from __future__ import annotations
+
 import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from samoe_hf.errors import InputError, input_errors
 
-from samoe_hf import SamoeModel
-from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.weights_io import hash_tensors, new_folder
-from samoe_hf.original.checkpoint import save_original
+from .options import add_original_options, command_parser, load_model
 
-from .options import add_original_options, command_parser, original_options
+if TYPE_CHECKING:
+    from samoe_hf.model.modeling_samoe import SamoeModel
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("convert", __doc__)
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -39,32 +40,42 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parsed
 
 
-def load(arguments: argparse.Namespace) -> SamoeModel:
-    may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", arguments.checkpoint) is not None
-    if not Path(arguments.checkpoint).exists() and (arguments.checkpoint.endswith(".pt") or not may_be_hub_id):
-        raise FileNotFoundError(f"{arguments.checkpoint}: no such file or folder.")
+def load(parsed: argparse.Namespace) -> SamoeModel:
+    import torch
+
+    may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", parsed.checkpoint) is not None
+    if not Path(parsed.checkpoint).exists() and (parsed.checkpoint.endswith(".pt") or not may_be_hub_id):
+        raise InputError(f"{parsed.checkpoint}: no such file or folder.")
     torch.manual_seed(0)  # experts that the checkpoint lacks are the same at every conversion
-    return SamoeModel.from_pretrained(arguments.checkpoint, **original_options(arguments))
+    return load_model(parsed.checkpoint, torch.device("cpu"), parsed.experts, parsed.config)[0]
 
 
 def check_same(folder: Path, model: SamoeModel) -> None:
-    """Raises a `FileExistsError` unless a folder holds a model of the same tensors."""
+    """Raises an `InputError` unless a folder holds a model of the same tensors."""
+    import torch
+
+    from samoe_hf.model.weights_io import hash_tensors
+
     try:
-        saved = hash_tensors(sorted(SamoeModel.from_pretrained(folder).state_dict().items()))
-    except (OSError, ValueError):
-        saved = None
-    if saved != hash_tensors(sorted(model.state_dict().items())):
-        raise FileExistsError(f"{folder} is not empty, and holds something else than this model; give another output.")
+        saved, _ = load_model(str(folder), torch.device("cpu"))
+        same = hash_tensors(sorted(saved.state_dict().items())) == hash_tensors(sorted(model.state_dict().items()))
+    except InputError:
+        same = False
+    if not same:
+        raise InputError(f"{folder} is not empty, and holds something else than this model; give another output.")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(parsed: argparse.Namespace) -> None:
     """Writes the output folder whole or not at all, and uploads the model if asked to."""
-    parsed = parse_arguments(arguments)
+    from samoe_hf.model.processing_samoe import build_processor
+    from samoe_hf.model.weights_io import new_folder
+    from samoe_hf.original.checkpoint import save_original
+
     if parsed.push_to_hub and parsed.output.is_dir() and any(parsed.output.iterdir()):
         model = load(parsed)
         check_same(parsed.output, model)
     else:
-        with new_folder(parsed.output) as folder:
+        with input_errors(), new_folder(parsed.output) as folder:
             model = load(parsed)
             if parsed.to == "original":
                 save_original(model.config, model.state_dict(), folder)
@@ -72,5 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 model.save_pretrained(folder, processor=build_processor(model.config))
         print(f"Written: {', '.join(sorted(path.name for path in parsed.output.iterdir()))} in {parsed.output}")
     if parsed.push_to_hub:
-        commit = model.push_to_hub(parsed.push_to_hub, processor=build_processor(model.config))
+        with input_errors():
+            commit = model.push_to_hub(parsed.push_to_hub, processor=build_processor(model.config))
         print(f"Uploaded to {commit.repo_url}")

@@ -6,32 +6,31 @@
 It lists the videos, and writes a contact sheet: frames with their objects, of up to 12 videos.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from tqdm import tqdm
+from samoe_hf.errors import InputError, input_errors
 
-from samoe_hf.data import Video, VideoList
-from samoe_hf.data.check import VideoReport, check_video, report_table
-from samoe_hf.data.registry import add_dataset_arguments, datasets_from_arguments
-from samoe_hf.errors import InputError
-from samoe_hf.model.weights_io import whole_file
-from samoe_hf.plots.masks import overlay_masks, plot_sheet
+from .options import add_dataset_options, command_parser, open_dataset
 
-from .options import command_parser
+if TYPE_CHECKING:
+    from samoe_hf.data.check import VideoReport
+    from samoe_hf.data.schema import Video
 
 SHEET = "contact_sheet.png"
 MAX_ROWS, NUM_COLUMNS, MIN_HEIGHT = 12, 5, 240
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("data", __doc__)
     action = parser.add_argument_group("action")
     action.add_argument("action", choices=["check"], help="check: list videos and what is likely a mistake")
-    add_dataset_arguments(parser, positional=True)
+    add_dataset_options(parser, positional=True)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, default=Path("outputs/data-check"), metavar="DIR", help=f"for {SHEET} (%(default)s)"
@@ -39,45 +38,56 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+def evenly(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` numbers below `count`, evenly from the first to the last."""
+    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+
+
 def draw_sheet(videos: Sequence[Video], path: Path) -> None:
     """Draws some frames of each video with their objects."""
+    from samoe_hf.plots.masks import overlay_masks, plot_sheet
+
     rows = {}
     for video in videos:
-        frames = video.annotated_frames
-        places = np.unique(np.linspace(0, len(frames) - 1, NUM_COLUMNS).round().astype(int))
-        shown = [overlay_masks(video.frames[frames[i]], video.id_map(frames[i]), MIN_HEIGHT) for i in places]
+        frames = [video.annotated_frames[i] for i in evenly(len(video.annotated_frames), NUM_COLUMNS)]
+        shown = [overlay_masks(video.frames[frame], video.id_map(frame), MIN_HEIGHT) for frame in frames]
         rows[f"{video.video_id}: {len(video)} frames, {len(video.object_ids)} objects"] = shown
     plot_sheet(rows, path, "First to last frame with masks")
 
 
-def check_all(arguments: argparse.Namespace) -> tuple[list[VideoReport], list[Video]]:
+def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video]]:
     """What was found in each video, and the videos that can be used."""
+    from tqdm import tqdm
+
+    from samoe_hf.data.check import check_video
+    from samoe_hf.data.schema import VideoList
+
     reports, usable = [], []
-    entries = [(videos, i) for videos in datasets_from_arguments(arguments) for i in range(len(videos))]
+    entries = [(videos, i) for videos in open_dataset(parsed).parts for i in range(len(videos))]
     for videos, i in tqdm(entries, unit="video", leave=False):
         video_id = videos.video_ids[i] if isinstance(videos, VideoList) else videos[i].video_id
-        if arguments.video and video_id not in arguments.video:
+        if parsed.video and video_id not in parsed.video:
             continue
         report, video = check_video(video_id, partial(videos.__getitem__, i))
         reports.append(report)
         if report.error is None and report.object_ids:
             usable.append(video)
     if not reports:
-        raise InputError(f"{arguments.dataset} has no videos{' of these ids' if arguments.video else ''}.")
+        raise InputError(f"{parsed.dataset} has no videos{' of these ids' if parsed.video else ''}.")
     return reports, usable
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
+def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.data.check import report_table
+    from samoe_hf.model.weights_io import whole_file
+
     reports, usable = check_all(parsed)
     print(report_table(reports))
     doubtful = sum(bool(report.warnings) for report in reports)
     print(f"{len(reports)} videos, {sum(len(r.object_ids) for r in reports)} objects; {doubtful} videos with warnings")
     if usable:
-        places = np.unique(np.linspace(0, len(usable) - 1, MAX_ROWS).round().astype(int))
-        parsed.output.mkdir(parents=True, exist_ok=True)
-        with whole_file(parsed.output / SHEET) as path:
-            draw_sheet([usable[i] for i in places], path)
+        with input_errors(), whole_file(parsed.output / SHEET) as path:
+            draw_sheet([usable[i] for i in evenly(len(usable), MAX_ROWS)], path)
         print(f"Written: {parsed.output / SHEET}")
     broken = sum(report.error is not None for report in reports)
     if broken:

@@ -14,44 +14,41 @@ passes, on the frames of the lowest IoU.
 Each video's result is kept when it is finished: the same command again goes on with what is left.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from samoe_hf.data.layouts import MaskFormat, layout_of
-from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
-from samoe_hf.errors import InputError
-from samoe_hf.evaluation.evaluate import SURFACE_TOLERANCE
-from samoe_hf.evaluation.metrics import Protocol
-from samoe_hf.evaluation.report import comparison_table, summary_table, write_evaluation_report
-from samoe_hf.evaluation.run import Evaluation, choose_seeds
-from samoe_hf.evaluation.simulated_user import PromptStrategy
-from samoe_hf.evaluation.statistics import seen_and_unseen, to_json
-from samoe_hf.model.weights_io import write_text
-from samoe_hf.model.weights_trained import is_original_checkpoint
+from samoe_hf.data.layouts import MaskFormat, Protocol, layout_of
+from samoe_hf.errors import InputError, input_errors
 
 from .options import (
+    add_dataset_options,
+    add_device_option,
     add_original_options,
     command_parser,
-    original_options,
+    open_dataset,
     start_processes,
     unique_names,
-    usable_device,
 )
 
+if TYPE_CHECKING:
+    from samoe_hf.evaluation.run import Evaluation
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("evaluate", __doc__)
     add_model_options(parser.add_argument_group("models"))
-    add_dataset_arguments(parser)
+    add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
     prompts.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")
     scores = parser.add_argument_group("scores")
     scores.add_argument("--protocol", choices=get_args(Protocol), help="which frames count; by default the dataset's")
-    scores.add_argument("--surface-tolerance", type=float, default=SURFACE_TOLERANCE, metavar="MM", help="for volumes")
+    scores.add_argument("--surface-tolerance", type=float, default=2.0, metavar="MM", help="for volumes")
     scores.add_argument(
         "--seen-unseen",
         nargs=2,
@@ -63,8 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and masks")
     output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", type=usable_device, help="such as cuda or cpu; by default the best there is")
+    add_device_option(parser, shared=True)
     parsed = parser.parse_args(arguments)
     parsed.models = [*([parsed.model] if parsed.model else []), *parsed.models]
     if not parsed.models and not parsed.predictions:
@@ -91,64 +87,62 @@ def label_sources(sources: Sequence[str | Path]) -> list[str]:
     return unique_names(names)
 
 
-def describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
-    root = arguments.root
-    return {
-        "kind": arguments.dataset,
-        "root": root and str(root.resolve() if root.exists() else root),
-        "split": arguments.split,
-        "domain": arguments.domain,
-        "option": arguments.option,
-    }
-
-
 def read_meta(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        with input_errors():
+            return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
         raise InputError(f"`--seen-unseen` {path} is not JSON: {error}") from error
 
 
-def build_evaluation(arguments: argparse.Namespace) -> Evaluation:
-    prompt = PromptStrategy.parse(arguments.prompt)
-    groups = None
-    if arguments.seen_unseen:
-        groups = seen_and_unseen(*map(read_meta, arguments.seen_unseen))
+def build_evaluation(parsed: argparse.Namespace) -> Evaluation:
+    from samoe_hf.evaluation.run import Evaluation, choose_seeds
+    from samoe_hf.evaluation.simulated_user import PromptStrategy
+    from samoe_hf.evaluation.statistics import seen_and_unseen
+
+    prompt = PromptStrategy.parse(parsed.prompt)
+    groups = seen_and_unseen(*map(read_meta, parsed.seen_unseen)) if parsed.seen_unseen else None
+    dataset = open_dataset(parsed)
     return Evaluation(
-        videos_from_arguments(arguments),
-        describe_dataset(arguments),
-        arguments.output,
+        dataset.videos(parsed.video),
+        dataset.describe(parsed),
+        parsed.output,
         prompt,
-        choose_seeds(prompt, arguments.seeds),
-        arguments.protocol or layout_of(arguments.dataset).protocol,
-        arguments.layout or layout_of(arguments.dataset).masks,
-        arguments.surface_tolerance,
+        choose_seeds(prompt, parsed.seeds),
+        parsed.protocol or layout_of(dataset.kind).protocol,
+        parsed.layout or layout_of(dataset.kind).masks,
+        parsed.surface_tolerance,
         groups,
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
-    state = start_processes(parsed.device)
+def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.evaluation.report import comparison_table, summary_table, write_evaluation_report
+    from samoe_hf.evaluation.statistics import to_json
+    from samoe_hf.model.weights_io import write_text
+    from samoe_hf.model.weights_trained import is_original_checkpoint
+
+    state, _ = start_processes(parsed.device)
     evaluation = build_evaluation(parsed)
     if parsed.seeds > len(evaluation.seeds) and state.is_main_process:
         print(f"The prompt {evaluation.prompt} draws nothing at random: one run instead of {parsed.seeds}.")
 
-    sources = [*parsed.models, *parsed.predictions]
+    options = {"experts": parsed.experts, "original_config": parsed.config}
     has_original = any(map(is_original_checkpoint, parsed.models))
+    sources = [*parsed.models, *parsed.predictions]
     entries = []
-    for source, label in zip(sources, label_sources(sources), strict=True):
-        if isinstance(source, Path):
-            entries.append(evaluation.run_masks(source, label, state))
-        else:
-            options = original_options(parsed) if is_original_checkpoint(source) or not has_original else {}
-            entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **options))
-    if not state.is_main_process:
-        return
-
-    results = evaluation.results(entries, state)
-    write_text(parsed.output / "results.json", to_json(results))
-    report = write_evaluation_report(results, parsed.output)
+    with input_errors():
+        for source, label in zip(sources, label_sources(sources), strict=True):
+            if isinstance(source, Path):
+                entries.append(evaluation.run_masks(source, label, state))
+            else:
+                own = options if is_original_checkpoint(source) or not has_original else {}
+                entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
+        if not state.is_main_process:
+            return
+        results = evaluation.results(entries, state)
+        write_text(parsed.output / "results.json", to_json(results))
+        report = write_evaluation_report(results, parsed.output)
     print(f"\n{summary_table(results)}")
     for comparison in results["comparisons"]:
         print(f"\n{comparison['model']} less {comparison['baseline']}\n{comparison_table(comparison)}")

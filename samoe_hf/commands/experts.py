@@ -7,30 +7,36 @@ Objects are prompted with their masks on the first frame that shows them, and tr
 pictures are written to the output folder; routing maps, as a strip of frames and a video, for one video of each domain.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+from samoe_hf.errors import InputError, input_errors
 
-from samoe_hf import SamoeModel
-from samoe_hf.analysis.routing import routing_maps, routing_module, short_name
-from samoe_hf.analysis.usage import DEAD_SHARE, ExpertUsage, expert_usage
-from samoe_hf.data import Video
-from samoe_hf.data.registry import add_dataset_arguments, videos_from_arguments
-from samoe_hf.errors import InputError
-from samoe_hf.model.domain_experts import module_layer
-from samoe_hf.model.processing_samoe import load_processor
+from .options import (
+    add_dataset_options,
+    add_device_option,
+    add_original_options,
+    command_parser,
+    load_model,
+    open_dataset,
+    unique_names,
+)
 
-from .options import add_device_option, add_original_options, command_parser, original_options, unique_names
+if TYPE_CHECKING:
+    from samoe_hf.analysis.usage import ExpertUsage
+    from samoe_hf.data.schema import Video
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("experts", __doc__)
     model = parser.add_argument_group("model")
     model.add_argument("model", metavar="MODEL", help="a SamoeModel or an original .pt")
     add_original_options(model)
-    add_dataset_arguments(parser)
+    add_dataset_options(parser)
     routing = parser.add_argument_group("routing")
     routing.add_argument(
         "--routing-video", action="append", default=[], metavar="N|ID",
@@ -39,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     routing.add_argument("--routing-module", metavar="NAME", help="layer to map; the last cross attention's q_proj")
     routing.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
     routing.add_argument(
-        "--dead-share", type=float, default=DEAD_SHARE, metavar="SHARE",
+        "--dead-share", type=float, default=0.001, metavar="SHARE",
         help="experts that a smaller share of the tokens choose are dead (%(default)s)",
     )  # fmt: skip
     output = parser.add_argument_group("output")
@@ -72,6 +78,8 @@ def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None)
 
 def first_of_each_domain(videos: list[Video], usage: ExpertUsage, module: str, object_id: int | None) -> list[Video]:
     """Of each domain, the first video in which the module ran, for the object if one is given."""
+    from samoe_hf.model.domain_experts import module_layer
+
     # A layer that runs once for all objects has no object of its own.
     all_sources = [source for name, sums in usage.sums.items() if module_layer(name) == module for source in sums]
     sources = [s for s in all_sources if None in (object_id, s.object_id) or s.object_id == object_id]
@@ -82,6 +90,10 @@ def first_of_each_domain(videos: list[Video], usage: ExpertUsage, module: str, o
 
 def print_usage(usage: ExpertUsage, dead_share: float) -> None:
     """Prints a line for each module."""
+    import pandas as pd
+
+    from samoe_hf.analysis.routing import short_name
+
     print("Entropies: 1 is even. load_max: of the most chosen expert, 1 is even. domain_information: in bits.")
     table = usage.statistics(dead_share=dead_share).rename(index=short_name)
     table = table[
@@ -92,23 +104,24 @@ def print_usage(usage: ExpertUsage, dead_share: float) -> None:
         print(table.rename_axis(None).to_string(na_rep="-"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
-    videos = videos_from_arguments(parsed)
-    chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
-    model = SamoeModel.from_pretrained(parsed.model, **original_options(parsed)).to(parsed.device)
-    processor = load_processor(parsed.model, model)
+def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.analysis.routing import routing_maps, routing_module
+    from samoe_hf.analysis.usage import expert_usage
 
+    videos = open_dataset(parsed).videos(parsed.video)
+    chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
+    model, processor = load_model(parsed.model, parsed.device, parsed.experts, parsed.config)
     module = routing_module(model, parsed.routing_module)
     usage = expert_usage(model, videos, processor)
     print_usage(usage, parsed.dead_share)
-    files = usage.save(parsed.output, parsed.dead_share)
-    if module is None:
-        print("No routing maps: no layer with experts has image positions for tokens.")
-    else:
-        chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
-        names = unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
-        for video, name in zip(chosen, names, strict=True):
-            maps = routing_maps(model, video, processor, module)
-            files += maps.save(parsed.output / name, parsed.routing_object)
+    with input_errors():
+        files = usage.save(parsed.output, parsed.dead_share)
+        if module is None:
+            print("No routing maps: no layer with experts has image positions for tokens.")
+        else:
+            chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
+            names = unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
+            for video, name in zip(chosen, names, strict=True):
+                maps = routing_maps(model, video, processor, module)
+                files += maps.save(parsed.output / name, parsed.routing_object)
     print(f"Written: {', '.join(file.name for file in files)} in {parsed.output}")

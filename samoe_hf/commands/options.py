@@ -1,22 +1,33 @@
-"""What several commands have: options, and names of what they write."""
+"""What several commands have in common: their options, and how they open what these name.
+
+Options are declared without PyTorch and transformers, so that a help text is there at once.
+"""
+
+from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from accelerate import PartialState
+from samoe_hf.data.layouts import LAYOUTS
+from samoe_hf.errors import InputError, did_you_mean, input_errors
 
-from samoe_hf.errors import did_you_mean
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+    from transformers import ProcessorMixin
+
+    from samoe_hf.data.schema import Video
+    from samoe_hf.model.modeling_samoe import SamoeModel
 
 
 class CommandParser(argparse.ArgumentParser):
     """Names the nearest known option beside an unknown one."""
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
@@ -25,23 +36,31 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
 
-def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+def command_parser(name: str, description: str | None) -> CommandParser:
     """A parser for `samoe NAME`, which shows the description as it is."""
-    return CommandParser(
+    parser = CommandParser(
         prog=f"samoe {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # `samoe_hf.cli` looks for it.
+    parser.add_argument(
+        "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+    )
+    return parser
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds `--device`, by default the first GPU, or the CPU where there is none; returns its group, `machine`."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
+def add_device_option(parser: argparse.ArgumentParser, shared: bool = False) -> None:
+    """Adds `--device`, by default a GPU if there is one, in a group for the machine.
+
+    Args:
+        shared: whether processes share the work, so that by default each has its own; see [`start_processes`].
+    """
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", type=usable_device, default=default, help="such as cuda:1 or cpu (%(default)s)")
-    return machine
+    help_text = "such as cuda:1 or cpu; by default a GPU if there is one"
+    machine.add_argument("--device", type=usable_device, default=None if shared else "best", help=help_text)
 
 
 def add_original_options(group: argparse._ArgumentGroup) -> None:
-    """Adds the options that go with an original checkpoint; [`original_options`] gives their values."""
+    """Adds the options that go with an original checkpoint; [`load_model`] takes their values."""
     group.add_argument("--experts", type=Path, metavar="FILE.pt", help="with an original .pt: the file of its experts")
     add_config_option(group)
 
@@ -56,13 +75,12 @@ def add_config_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def original_options(parsed: argparse.Namespace) -> dict[str, Any]:
-    """What [`add_original_options`] was given, as arguments of `SamoeModel.from_pretrained`."""
-    return {"experts": parsed.experts, "original_config": parsed.config}
-
-
 def usable_device(name: str) -> torch.device:
-    """A device of this machine by its name, as a type of `argparse`."""
+    """A device of this machine by its name, or the "best" that there is, as a type of `argparse`."""
+    import torch
+
+    if name == "best":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.ones((), device=device).item()
@@ -70,6 +88,143 @@ def usable_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise argparse.ArgumentTypeError(f"{name!r} is no device that can be used here ({reason})") from error
     return device
+
+
+def load_model(
+    source: str, device: torch.device, experts: Path | None = None, config: Path | None = None
+) -> tuple[SamoeModel, ProcessorMixin]:
+    """The model that a command line names, and its processor.
+
+    Args:
+        source: what `SamoeModel.from_pretrained` takes.
+        experts, config: `--experts` and `--config`, which go with an original checkpoint.
+
+    Raises:
+        InputError: if there is no such model, or it cannot be loaded.
+    """
+    from samoe_hf.model.modeling_samoe import SamoeModel
+    from samoe_hf.model.processing_samoe import load_processor
+    from samoe_hf.model.weights_trained import is_original_checkpoint
+
+    if (experts or config) and not is_original_checkpoint(source):
+        raise InputError(f"`--experts` and `--config` go with an original checkpoint, but {source!r} is not a file.")
+    with input_errors(source):
+        model = SamoeModel.from_pretrained(source, experts=experts, original_config=config)
+        processor = load_processor(source, model)
+    return model.to(device), processor
+
+
+def start_processes(device: torch.device | None) -> tuple[PartialState, torch.device]:
+    """The processes that share the work, of `accelerate launch` or `torchrun`, or this one alone; and its device.
+
+    Args:
+        device: that was asked for; by default the best there is.
+    """
+    import torch
+    from accelerate import PartialState
+
+    is_cpu = device.type == "cpu" if device else not torch.accelerator.is_available()
+    state = PartialState(cpu=is_cpu)  # without this it shares nothing among processes on CPUs
+    if device and device.index is not None:
+        state.device = device
+    assert state.device is not None
+    return state, state.device
+
+
+class ChosenDataset(NamedTuple):
+    """What the options of [`add_dataset_options`] name. Videos are opened when they are asked for.
+
+    `kind`: of the dataset, or the run's YAML. `parts`: the dataset, or those of the run.
+    """
+
+    kind: str
+    root: Path | None
+    parts: list[Sequence[Video]]
+
+    def videos(self, video_ids: Sequence[str] | None) -> list[Video]:
+        """The videos, or those of the given ids, each opened but not decoded.
+
+        Raises:
+            InputError: if there are none, or one is unknown.
+        """
+        with input_errors():
+            videos = [video for part in self.parts for video in part]
+        if unknown := set(video_ids or ()) - {video.video_id for video in videos}:
+            raise InputError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
+        if not videos:
+            raise InputError(f"`--dataset` {self.root or self.kind} has no videos.")
+        return [video for video in videos if not video_ids or video.video_id in video_ids]
+
+    def describe(self, parsed: argparse.Namespace) -> dict[str, Any]:
+        """What identifies the dataset among the results of a run."""
+        root = self.root and str(self.root.resolve() if self.root.exists() else self.root)
+        return {
+            "kind": self.kind, "root": root, "split": parsed.split, "domain": parsed.domain, "option": parsed.option
+        }  # fmt: skip
+
+
+def add_dataset_options(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """Adds the options that name videos; [`open_dataset`] opens them.
+
+    Args:
+        positional: whether the dataset comes without `--dataset` before it.
+    """
+    group = parser.add_argument_group("videos")
+    dataset = group.add_argument(
+        "dataset" if positional else "--dataset",
+        metavar="FOLDER|KIND|RUN.yaml",
+        help=f"a folder of videos and masks; a kind of dataset ({', '.join(LAYOUTS)}); or a run's YAML, for the videos "
+        "of its `eval_data`",
+    )
+    dataset.required = True
+    group.add_argument("--root", type=Path, help="folder of the dataset, where its kind is given")
+    group.add_argument("--split", help="of the dataset, as its reader understands it")
+    group.add_argument("--domain", help="name under which its results are reported")
+    group.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="further options of the kind's reader"
+    )
+    group.add_argument("--video", action="append", metavar="ID", help="only this video; may be repeated")
+
+
+def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
+    """What the options of [`add_dataset_options`] name.
+
+    Raises:
+        InputError: for an unknown kind or option, a root that is not there, or options that do not go together.
+    """
+    from samoe_hf.data.configs import names_config
+    from samoe_hf.data.registry import (
+        dataset_entries,
+        load_videos,
+        name_kind,
+        parse_yaml,
+        read_yaml,
+        videos_from_entry,
+    )
+
+    kind, root = parsed.dataset, parsed.root
+    if names_config(kind):
+        for name in ("root", "split", "domain", "option"):
+            if getattr(parsed, name):
+                raise InputError(f"`--{name}` does not go with a run's YAML ({kind}).")
+        with input_errors():
+            entries = dataset_entries(read_yaml(kind), "eval_data", kind)
+            parts = [videos_from_entry(entry, f"eval_data[{index}]") for index, entry in enumerate(entries)]
+        return ChosenDataset(kind, None, parts)
+    options = {}
+    for text in parsed.option:
+        name, equals_sign, value = text.partition("=")
+        if not equals_sign:
+            raise InputError(f"`--option` must be NAME=VALUE, got {text!r}.")
+        options[name] = parse_yaml(value, f"`--option {name}`")
+    with input_errors():
+        if kind not in LAYOUTS and root is None:
+            kind, root, found = name_kind(kind, None, parsed.split)
+            options = found | options
+        videos = load_videos(kind, root, parsed.split, parsed.domain, **options)
+        return ChosenDataset(
+            kind, None if root is None else Path(root), [videos if isinstance(videos, Sequence) else list(videos)]
+        )
 
 
 def unique_names(names: Iterable[str]) -> list[str]:
@@ -81,16 +236,3 @@ def unique_names(names: Iterable[str]) -> list[str]:
         candidates = (name if number == 1 else f"{name}_{number}" for number in count(1))
         unique.append(next(candidate for candidate in candidates if candidate.casefold() not in taken))
     return unique
-
-
-def start_processes(device: torch.device | None) -> PartialState:
-    """The processes that share the work, of `accelerate launch` or `torchrun`, or this one alone.
-
-    Args:
-        device: that was asked for; by default the best there is.
-    """
-    is_cpu = device.type == "cpu" if device else not torch.accelerator.is_available()
-    state = PartialState(cpu=is_cpu)  # without this it shares nothing among processes on CPUs
-    if device and device.index is not None:
-        state.device = device
-    return state

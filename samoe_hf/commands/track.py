@@ -5,48 +5,38 @@
 A prompt is `[ID=]PROMPT[@FRAME]`: an object's id before it (1 if none), the frame it is given on behind it (that of
 `--frame` if none). Several points, and a box, may be given for an object on a frame.
 
-    samoe track MODEL --dataset my_videos --output labels
-
-labels all videos of a dataset: `samoe track --dataset --help` explains it.
+`samoe label` tracks the objects of all videos of a dataset.
 """
+
+from __future__ import annotations
 
 import argparse
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from samoe_hf.errors import InputError, input_errors
 
-from samoe_hf import SamoeModel
-from samoe_hf.data.video_io import FrameSequence, read_label_png, read_video, write_palette_png, write_video
-from samoe_hf.errors import InputError
-from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
-from samoe_hf.model.domain_choice import AUTO, check_domain
-from samoe_hf.model.processing_samoe import load_processor
-from samoe_hf.model.weights_io import new_folder, whole_file
-from samoe_hf.plots.masks import overlay_masks
+from .options import add_device_option, add_original_options, command_parser, load_model
 
-from . import label
-from .options import add_device_option, add_original_options, command_parser, original_options
+if TYPE_CHECKING:
+    from samoe_hf.data.video_io import FrameSequence
+    from samoe_hf.inference import TrackedFrame, VideoPrompt
 
 MAX_OBJECT_ID = 255  # of a palette PNG
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers for H.264
 DEFAULT_FPS = 24  # of folders of frames
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    words = sys.argv[1:] if arguments is None else arguments
-    if any(word == "--dataset" or word.startswith("--dataset=") for word in words):
-        asks = {"-h", "--help"} & set(words)
-        return label.parse_arguments(["--help"] if asks else words)
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("track", __doc__)
     model = parser.add_argument_group("model")
     model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     model.add_argument(
-        "--domain", default=AUTO, metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
+        "--domain", default="auto", metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
     )
     add_original_options(model)
     video = parser.add_argument_group("video")
@@ -64,72 +54,74 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def parse_prompt(text: str, frame: int) -> tuple[int | None, str, int]:
+def split_prompt(text: str, frame: int) -> tuple[int | None, str, int]:
     """Splits `[ID=]PROMPT[@FRAME]` into the object's id, the prompt and its frame."""
     match = re.fullmatch(r"(?:(\d+)=)?(.+?)(?:@(\d+))?", text)
     if match is None:
         raise InputError(f"A prompt must be [ID=]PROMPT[@FRAME], got {text!r}.")
     object_id, prompt, frame_idx = match.groups()
-    return object_id and int(object_id), prompt, frame if frame_idx is None else int(frame_idx)
+    return None if object_id is None else int(object_id), prompt, frame if frame_idx is None else int(frame_idx)
 
 
-def parse_numbers(name: str, text: str, count: int) -> tuple[float, ...]:
+def parse_numbers(name: str, text: str, count: int) -> list[float]:
+    """The numbers of the option `name`, which have commas between them."""
     try:
-        numbers = tuple(float(part) for part in text.split(","))
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        numbers = ()
+        numbers = []
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise InputError(f"`--{name}` must be {count} numbers with commas between, got {text!r}.")
     return numbers
 
 
-class Prompts:
-    """Joins what is given of each object on each frame into one prompt."""
+def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
+    """What the options give of each object on each frame, as one prompt."""
+    import numpy as np
 
-    def __init__(self, frame: int):
-        self.frame = frame
-        self.prompts: dict[tuple[int, int], VideoPrompt] = {}
+    from samoe_hf.data.video_io import read_label_png
+    from samoe_hf.inference import VideoPrompt
 
-    def prompt(self, object_id: int, frame_idx: int) -> VideoPrompt:
+    prompts: dict[tuple[int, int], VideoPrompt] = {}
+
+    def prompt_of(object_id: int | None, frame_idx: int) -> VideoPrompt:
+        object_id = 1 if object_id is None else object_id
         if not 1 <= object_id <= MAX_OBJECT_ID:
             raise InputError(f"The ids of objects must be from 1 to {MAX_OBJECT_ID}, got {object_id}.")
-        key = (object_id, frame_idx)
-        return self.prompts.setdefault(key, VideoPrompt(*key, points=[], labels=[]))
+        return prompts.setdefault((object_id, frame_idx), VideoPrompt(object_id, frame_idx))
 
-    def add_point(self, text: str) -> None:
-        object_id, given, frame_idx = parse_prompt(text, self.frame)
+    for text in parsed.point:
+        object_id, given, frame_idx = split_prompt(text, parsed.frame)
         position, _, label = given.partition(":")
         if label not in ("", "0", "1"):
             raise InputError(f"The label of `--point` must be 0 or 1, got {label!r}.")
-        prompt = self.prompt(1 if object_id is None else object_id, frame_idx)
-        prompt.points.append(parse_numbers("point", position, 2))
-        prompt.labels.append(int(label or 1))
-
-    def add_box(self, text: str) -> None:
-        object_id, given, frame_idx = parse_prompt(text, self.frame)
-        prompt = self.prompt(1 if object_id is None else object_id, frame_idx)
+        prompt = prompt_of(object_id, frame_idx)
+        x, y = parse_numbers("point", position, 2)
+        prompt.points, prompt.labels = [*prompt.points, (x, y)], [*prompt.labels, int(label or 1)]
+    for text in parsed.box:
+        object_id, given, frame_idx = split_prompt(text, parsed.frame)
+        prompt = prompt_of(object_id, frame_idx)
         if prompt.box is not None:
             raise InputError(f"Object {prompt.object_id} has two boxes on frame {frame_idx}.")
-        prompt.box = parse_numbers("box", given, 4)
-
-    def add_mask(self, text: str) -> None:
-        object_id, given, frame_idx = parse_prompt(text, self.frame)
+        x0, y0, x1, y1 = parse_numbers("box", given, 4)
+        prompt.box = (x0, y0, x1, y1)
+    for text in parsed.mask:
+        object_id, given, frame_idx = split_prompt(text, parsed.frame)
         ids = read_label_png(given)
         values = np.unique(ids[ids > 0]).tolist()
         if not values:
             raise InputError(f"`--mask` {given} holds no object.")
         # A map of one value is one object, whatever the value.
         single = object_id is not None or len(values) == 1
-        masks = {1 if object_id is None else object_id: ids > 0} if single else {v: ids == v for v in values}
-        for object_id, mask in masks.items():
-            prompt = self.prompt(object_id, frame_idx)
+        for value, mask in [(object_id, ids > 0)] if single else [(value, ids == value) for value in values]:
+            prompt = prompt_of(value, frame_idx)
             if prompt.mask is not None:
-                raise InputError(f"Object {object_id} has two masks on frame {frame_idx}.")
+                raise InputError(f"Object {prompt.object_id} has two masks on frame {frame_idx}.")
             prompt.mask = mask
+    return list(prompts.values())
 
 
 def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence, overwrite: bool) -> None:
-    """Raises a `ValueError` or `FileExistsError` for what would be found only after the video was tracked.
+    """Raises an `InputError` for what would be found only after the video was tracked.
 
     With `overwrite` only a file, and a folder that holds nothing but PNG files, may be there, and not the video itself.
     """
@@ -137,28 +129,18 @@ def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence,
         *others, last = VIDEO_SUFFIXES
         raise InputError(f"`--output` must end in {', '.join(others)} or {last}, got {output}.")
     if output.is_dir():
-        raise FileExistsError(f"{output} is a folder; give another `--output`.")
+        raise InputError(f"{output} is a folder; give another `--output`.")
     if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; give another `--output` or `--overwrite`.")
+        raise InputError(f"{output} exists; give another `--output` or `--overwrite`.")
     for name, path in {"output": output, "masks": masks}.items():
         if path.exists() and path.samefile(video):
             raise InputError(f"`--{name}` must not be the video itself, got {path}.")
     others = [path.name for path in masks.iterdir() if path.suffix != ".png"] if masks.is_dir() else []
     if overwrite and others:
-        raise FileExistsError(f"{masks} holds {others[0]}, which is no mask; give another `--masks`.")
+        raise InputError(f"{masks} holds {others[0]}, which is no mask; give another `--masks`.")
     name, count = Counter(frames.names).most_common(1)[0]
     if count > 1:
         raise InputError(f"Masks are named after frames, but two frames are called {name}.")
-
-
-def parse_domain(model: SamoeModel, text: str) -> str | None:
-    """The value of `--domain`, if the model has that domain."""
-    domain = None if text == "none" else text
-    try:
-        check_domain(model, domain)
-    except ValueError as error:
-        raise InputError(str(error).replace("`domain`", "`--domain`").replace("None", "none")) from None
-    return domain
 
 
 def describe_domain(tracked: TrackedFrame) -> str:
@@ -169,32 +151,28 @@ def describe_domain(tracked: TrackedFrame) -> str:
     return f"Experts: {whose}, by the gate with confidence {tracked.domain_confidence:.2f}; --domain overrules it"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
-    if hasattr(parsed, "dataset"):
-        label.run(parsed)
-        return
-    prompts = Prompts(parsed.frame)
-    for add, texts in (
-        (prompts.add_point, parsed.point), (prompts.add_box, parsed.box), (prompts.add_mask, parsed.mask)
-    ):  # fmt: skip
-        for text in texts:
-            add(text)
-    given = list(prompts.prompts.values())
-    frames = read_video(parsed.video)
-    check_prompts(given, len(frames), frames.size)
+def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.data.video_io import read_label_png, read_video, write_palette_png, write_video
+    from samoe_hf.inference import check_prompts, track_video
+    from samoe_hf.model.weights_io import new_folder, whole_file
+    from samoe_hf.plots.masks import overlay_masks
+
     target = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
-    check_outputs(parsed.output, target, parsed.video, frames, parsed.overwrite)
-    with new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
-        model = SamoeModel.from_pretrained(parsed.model, **original_options(parsed)).to(parsed.device)
-        processor = load_processor(parsed.model, model)
-        domain = parse_domain(model, parsed.domain)
+    with input_errors():
+        prompts = read_prompts(parsed)
+        frames = read_video(parsed.video)
+        check_prompts(prompts, len(frames), frames.size)
+        check_outputs(parsed.output, target, parsed.video, frames, parsed.overwrite)
+    tracked = None
+    with input_errors(), new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
+        model, processor = load_model(parsed.model, parsed.device, parsed.experts, parsed.config)
+        domain = None if parsed.domain == "none" else parsed.domain
         paths = [masks / f"{name}.png" for name in frames.names]
-        for tracked in track_video(model, processor, frames, given, show_progress_bar=True, domain=domain):
+        for tracked in track_video(model, processor, frames, prompts, show_progress_bar=True, domain=domain):
             write_palette_png(paths[tracked.frame_idx], tracked.id_map())
         # Frames before the first prompted one are tracked last, so the overlay comes from the files.
         overlays = (overlay_masks(frame, read_label_png(path)) for frame, path in zip(frames, paths, strict=True))
         write_video(overlay, overlays, fps=frames.fps or DEFAULT_FPS)
-    if model.config.domains is not None:
+    if model.config.domains is not None and tracked is not None:
         print(describe_domain(tracked))
-    print(f"Tracked {len(given)} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")
+    print(f"Tracked {len(prompts)} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")

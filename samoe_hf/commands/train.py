@@ -7,38 +7,82 @@
 A run is a YAML file, or the name of one that comes with the package, such as smoke, which needs no data. Before and
 after training it tracks the videos of `eval_data`. What was trained and the processor are written to `output_dir`,
 which `SamoeModel.from_pretrained` and `AutoProcessor` load.
+
+Keys are those below, and all of transformers' TrainingArguments, such as --max_steps.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 
 from samoe_hf.data.configs import shipped_configs
-from samoe_hf.errors import InputError
-from samoe_hf.training.arguments import run_parser
-from samoe_hf.training.trainer import build_trainer
+from samoe_hf.errors import InputError, input_errors
+from samoe_hf.model.recipes import LossSettings, PromptSettings
+from samoe_hf.training.keys import DataKeys, ModelKeys, TrainingKeys
+
+from .options import command_parser
+
+HELP_ALL = "show the keys of transformers' TrainingArguments as well"
+KINDS = (ModelKeys, DataKeys, PromptSettings, LossSettings, TrainingKeys)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the description as it is."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The words of a run, in `run`; they are parsed with the run's YAML."""
+    if "--help-all" in arguments:
+        print_all_keys(__doc__)
+        raise SystemExit(0)
+    if {"-h", "--help"} & set(arguments):
+        help_parser().print_help()
+        raise SystemExit(0)
+    words = [word for word in arguments if word != "--traceback"]
+    if not words:
         names = ", ".join(name for name in shipped_configs() if not name.startswith("model_"))
         raise InputError(f"A run is missing: a YAML file, or one of {names}; `samoe train --help` explains it.")
-    if {"-h", "--help"} & set(arguments):
-        run_parser(description=__doc__, formatter_class=HelpFormatter).print_help()
-        return
-    trainer = build_trainer(arguments)
+    return argparse.Namespace(run=words)
+
+
+def help_parser() -> argparse.ArgumentParser:
+    """A parser for the help text, with this package's keys of a run as options, in groups."""
+    parser = command_parser("train", __doc__)
+    parser.usage, parser.formatter_class = "samoe train RUN.yaml|NAME [--KEY VALUE ...]", HelpFormatter
+    parser.add_argument("--help-all", action="store_true", default=argparse.SUPPRESS, help=HELP_ALL)
+    for kind in KINDS:
+        group = parser.add_argument_group(kind._argument_group_name)
+        for key in fields(kind):
+            default = key.default if key.default_factory is MISSING else key.default_factory()
+            group.add_argument(
+                f"--{key.name}",
+                default=default if default not in (None, []) else argparse.SUPPRESS,
+                metavar=key.metadata.get("metavar", key.name.upper()),
+                help=key.metadata.get("help", " "),
+            )
+    return parser
+
+
+def print_all_keys(description: str | None) -> None:
+    """Prints the help text with all keys of a run, those of transformers' `TrainingArguments` among them."""
+    from samoe_hf.training.arguments import run_parser
+
+    run_parser(description=description, formatter_class=HelpFormatter).print_help()
+
+
+def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.training.trainer import build_trainer
+
+    with input_errors():
+        trainer = build_trainer(parsed.run)
     if trainer.is_world_process_zero():
         print(trainer.model.summary())
     resume = trainer.args.resume_from_checkpoint
     if trainer.eval_dataset and resume is None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    with input_errors():
+        trainer.save_model()
     if trainer.eval_dataset:
         trainer.log_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from samoe_hf.errors import InputError
 
 MaskFormat = Literal["davis", "youtube_vos", "sa_v"]
+Protocol = Literal["davis", "sav", "youtube_vos", "all"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layout:
     reader: str
     patterns: tuple[str, ...] = ()
     check: Callable[[Path], bool] | None = None
-    protocol: Literal["davis", "sav", "youtube_vos", "all"] = "youtube_vos"
+    protocol: Protocol = "youtube_vos"
     masks: MaskFormat = "davis"
     domain: str | None = None
 

@@ -1,8 +1,7 @@
-"""`load_videos`: any dataset by the name of its kind, and the command line's options for it."""
+"""`load_videos`: any dataset by the name of its kind."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 
 from samoe_hf.errors import InputError, did_you_mean
 
-from .configs import find_config, names_config
+from .configs import find_config
 from .layouts import LAYOUTS, recognize
 from .options import check_options
 
@@ -135,72 +134,6 @@ def dataset_entries(run: Mapping[str, Any], key: str, owner: str) -> list[Any]:
     if not isinstance(entries, list):
         raise InputError(f"`{key}` of {owner} must be a folder or a list of datasets, not {entries!r}.")
     return entries
-
-
-def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
-    """Adds the options of the command line that name videos; [`videos_from_arguments`] opens them.
-
-    Args:
-        positional: whether the dataset comes without `--dataset` before it.
-    """
-    group = parser.add_argument_group("videos")
-    dataset = group.add_argument(
-        "dataset" if positional else "--dataset",
-        metavar="FOLDER|KIND|RUN.yaml",
-        help=f"a folder of videos and masks; a kind of dataset ({', '.join(LAYOUTS)}); or a run's YAML, for the videos "
-        "of its `eval_data`",
-    )
-    dataset.required = True
-    group.add_argument("--root", type=Path, help="folder of the dataset, where its kind is given")
-    group.add_argument("--split", help="of the dataset, as its reader understands it")
-    group.add_argument("--domain", help="name under which its results are reported")
-    group.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="further options of the kind's reader"
-    )
-    group.add_argument("--video", action="append", metavar="ID", help="only this video; may be repeated")
-
-
-def videos_from_arguments(arguments: argparse.Namespace) -> list[Video]:
-    """The videos that the options of [`add_dataset_arguments`] name, each opened but not decoded.
-
-    Raises:
-        ValueError: an unknown kind, option or video, or options that do not go together.
-        FileNotFoundError: the root does not exist.
-    """
-    videos = [video for dataset in datasets_from_arguments(arguments) for video in dataset]
-    if arguments.video:
-        unknown = set(arguments.video) - {video.video_id for video in videos}
-        if unknown:
-            raise InputError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
-        videos = [video for video in videos if video.video_id in arguments.video]
-    if not videos:
-        raise InputError(f"`--dataset` {arguments.dataset} has no videos.")
-    return videos
-
-
-def datasets_from_arguments(arguments: argparse.Namespace) -> list[Sequence[Video]]:
-    """The datasets that the options of [`add_dataset_arguments`] name; their videos are not opened.
-
-    Where a folder's layout is recognized, `arguments.dataset` becomes its kind, and `arguments.root` the folder.
-    Protocols and layouts of masks are chosen by the kind.
-    """
-    if names_config(arguments.dataset):
-        for name in ("root", "split", "domain", "option"):
-            if getattr(arguments, name):
-                raise InputError(f"`--{name}` does not go with a run's YAML ({arguments.dataset}).")
-        entries = dataset_entries(read_yaml(arguments.dataset), "eval_data", arguments.dataset)
-        return [videos_from_entry(entry, f"eval_data[{i}]") for i, entry in enumerate(entries)]
-    options = {}
-    for text in arguments.option:
-        name, equals_sign, value = text.partition("=")
-        if not equals_sign:
-            raise InputError(f"`--option` must be NAME=VALUE, got {text!r}.")
-        options[name] = parse_yaml(value, f"`--option {name}`")
-    if arguments.dataset not in LAYOUTS and arguments.root is None:
-        arguments.dataset, arguments.root, found = name_kind(arguments.dataset, None, arguments.split)
-        options = found | options
-    videos = load_videos(arguments.dataset, arguments.root, arguments.split, arguments.domain, **options)
-    return [videos if isinstance(videos, Sequence) else list(videos)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -14,17 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from samoe_hf.data.layouts import Protocol
 from samoe_hf.errors import InputError
 
 from .geometry import ball_runs, bounding_box, compare_labels, f_measure, volume_surface_dice
-
-Protocol = Literal["davis", "sav", "youtube_vos", "all"]
 
 F_DISTANCE = 0.008  # of the image diagonal: how far apart boundaries may lie (DAVIS)
 BOUNDARY_IOU_DISTANCE = 0.02  # of the image diagonal: width of the band inside a mask (Cheng et al., 2021)

@@ -16,7 +16,7 @@ import yaml
 from helpers.app_server import Visitor
 from helpers.wheel import build_wheel
 from samoe_hf.app.space import push_space, write_space
-from samoe_hf.commands.app import main
+from samoe_hf.cli import main
 
 gradio = pytest.importorskip("gradio", reason="needs the `app` extra")
 
@@ -33,7 +33,7 @@ def front_matter(folder: Path) -> dict:
 
 
 def test_the_files_of_a_space(tmp_path, fake_wheel):
-    main(["me/my-model", "--space", str(tmp_path / "space"), "--wheel", str(fake_wheel)])
+    main(["app", "me/my-model", "--space", str(tmp_path / "space"), "--wheel", str(fake_wheel)])
     assert sorted(path.name for path in (tmp_path / "space").iterdir()) == [
         "README.md", "app.py", "requirements.txt", fake_wheel.name
     ]  # fmt: skip

@@ -1,8 +1,10 @@
-"""The table of commands, and what all commands have in common."""
+"""The table of commands, their help texts, and what becomes of an error."""
 
 import re
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,28 +13,57 @@ from huggingface_hub import HfApi
 from helpers.reference import ROOT
 from samoe_hf import cli
 from samoe_hf.cli import COMMANDS, main
-from samoe_hf.data import SyntheticVideos, write_video
+from samoe_hf.errors import InputError, input_errors
+from samoe_hf.training.arguments import run_parser
+
+SYNTHETIC = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=2"]
 
 
-def test_help_lists_every_command_and_each_explains_itself(capsys):
-    for arguments in (["--help"], *([command, "--help"] for command in COMMANDS if command != "train")):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        assert caught.value.code == 0
-        printed = capsys.readouterr().out
-        if len(arguments) == 1:
-            assert all(f"\n  {name} " in printed and text in printed for name, text in COMMANDS.items())
-        else:
-            assert f"usage: samoe {arguments[0]} " in printed
+def printed_help(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
 
 
-def test_help_of_training_has_all_keys_in_groups(capsys):
-    main(["train", "--help"])
-    printed = capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [["--help"], ["help"]])
+def test_help_lists_every_command(capsys, arguments):
+    printed = printed_help(capsys, *arguments)
+    assert all(f"\n  {name} " in printed and text in printed for name, text in COMMANDS.items())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself_with_its_options_in_groups(command, capsys):
+    printed = printed_help(capsys, command, "--help")
+    assert f"usage: samoe {command} " in printed and printed == printed_help(capsys, "help", command)
+    ungrouped = "".join(re.findall(r"^(?:positional arguments|options):\n((?:  .*\n)+)", printed, flags=re.MULTILINE))
+    options = re.findall(r"^  (-\S+)", ungrouped, flags=re.MULTILINE)
+    assert set(options) <= {"-h,", "--traceback", "--help-all"} and "--traceback" in options
+
+
+def test_help_texts_import_neither_pytorch_nor_transformers():
+    program = ROOT / "tests" / "programs" / "help_texts.py"
+    result = subprocess.run([sys.executable, program, *COMMANDS], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(f"usage: samoe {command} " in result.stdout for command in COMMANDS)
+
+
+def test_help_of_training_has_our_keys_in_groups_and_all_if_asked(capsys):
+    printed, everything = (printed_help(capsys, "train", option) for option in ("--help", "--help-all"))
     groups = [printed.index(f"\n{name}:\n") for name in ("model", "data", "prompts", "loss", "training")]
-    assert groups == sorted(groups)
+    assert groups == sorted(groups) and "--max_grad_norm" not in printed
+    for action in run_parser()._actions:
+        assert action.option_strings[0] in everything
     for option in ("--model_name_or_path", "--train_data", "--box_probability", "--focal_weight", "--trainable"):
-        assert f"  {option}" in printed
+        assert f"  {option}" in printed and f"  {option}" in everything
+
+
+def test_help_of_adapting_names_the_options_of_a_run(capsys):
+    listed = printed_help(capsys, "adapt", "--help").partition("options of the run")[2]
+    for option in ("--num_experts", "--config", "--train_data", "--box_probability", "--trainable", "--learning_rate"):
+        assert option in listed
+    assert "--output_dir" not in listed and "--model_config" not in listed
+    assert "--max_grad_norm" in printed_help(capsys, "adapt", "--help-all")
 
 
 def test_the_package_itself_is_a_command(monkeypatch, capsys):
@@ -50,145 +81,73 @@ def test_other_commands_are_refused(arguments, capsys):
     assert caught.value.code == 2 and "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, ImportError])
-def test_errors_of_users_end_in_one_line(monkeypatch, error):
-    def fail(arguments):
-        raise error("first\n   second")
+@pytest.fixture
+def command(monkeypatch):
+    """Makes a function what every command does."""
 
-    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=fail))
+    def command(function):
+        module = SimpleNamespace(parse_arguments=lambda arguments: None, run=lambda parsed: function())
+        monkeypatch.setattr(cli, "import_module", lambda name: module)
+
+    return command
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def test_an_error_of_ours_is_a_line_or_a_traceback_if_asked(command):
+    command(lambda: fail(InputError("first\n   second")))
     with pytest.raises(SystemExit, match=r"^error: first second$"):
         main(["track"])
+    with pytest.raises(InputError):
+        main(["track", "--traceback"])
 
 
-def test_a_hub_that_is_not_reached_ends_in_one_line(monkeypatch):
-    def fail(arguments):
+@pytest.mark.parametrize(
+    "error", [ValueError("a library's"), OSError("no place"), ImportError("a circle"), KeyError(1)]
+)
+def test_other_errors_keep_their_traceback(command, error):
+    command(lambda: fail(error))
+    with pytest.raises(type(error)):
+        main(["track"])
+
+
+def test_what_a_user_can_mend_becomes_an_error_of_ours_where_it_is_met():
+    def create():
         HfApi(endpoint="http://127.0.0.1:9", token=False).create_repo("me/x")  # where nobody listens
 
-    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=fail))
-    with pytest.raises(SystemExit, match=r"^error: The Hugging Face Hub was not reached: .*refused"):
-        main(["track"])
-
-
-def test_other_errors_keep_their_trace(monkeypatch):
-    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=lambda arguments: [][0]))
-    with pytest.raises(IndexError):
-        main(["track"])
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["track", "m", "v", "--output", "o"],
-        ["evaluate", "m", "--dataset", "davis", "--output", "o"],
-        ["experts", "m", "--dataset", "davis"],
-        ["assemble", "m", "l", "--dataset", "d", "--output", "o"],
-    ],
-)
-@pytest.mark.parametrize("device", ["nope", "cuda:99", "meta", "cpu:x"])
-def test_devices_that_cannot_be_used_are_refused_at_once(command, device, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([*command, "--device", device])
-    assert caught.value.code == 2
-    assert f"argument --device: {device!r} is no device that can be used here" in capsys.readouterr().err
-
-
-def test_training_needs_a_run():
-    with pytest.raises(SystemExit, match=r"error: A run is missing: a YAML file, or one of .*smoke"):
-        main(["train"])
-
-
-def options_without_a_group(help_text: str) -> list[str]:
-    """What argparse lists under its own headings, beside `--help`."""
-    ungrouped = re.findall(r"^(?:positional arguments|options):\n((?:  .*\n)+)", help_text, flags=re.MULTILINE)
-    return [line for text in ungrouped for line in re.findall(r"^  (\S+)", text, flags=re.MULTILINE) if line != "-h,"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_all_options_are_in_groups(command, capsys):
-    try:
-        main([command, "--help"])
-    except SystemExit as end:
-        assert end.code == 0
-    printed = capsys.readouterr().out
-    assert "--help" in printed and options_without_a_group(printed) == []
-
-
-def test_options_without_a_group_are_found():
-    text = "usage\n\noptions:\n  -h, --help  show\n  --one X     one\n\nmodel:\n  --two Y     two\n"
-    assert options_without_a_group(text) == ["--one"]
-
-
-def test_help_is_a_command_too(capsys):
-    for arguments, found in ((["help"], "\ncommands:\n"), (["help", "track"], "usage: samoe track ")):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        assert caught.value.code == 0 and found in capsys.readouterr().out
-    main(["train", "smoke", "--help"])
-    assert "usage: samoe train RUN.yaml|NAME" in capsys.readouterr().out
-
-
-def test_help_of_adapting_names_the_options_of_a_run(capsys):
-    with pytest.raises(SystemExit):
-        main(["adapt", "--help"])
-    listed = capsys.readouterr().out.partition("options of the run")[2]
-    for option in ("--num_experts", "--config", "--train_data", "--box_probability", "--trainable", "--learning_rate"):
-        assert option in listed
-    assert "--output_dir" not in listed and "--model_config" not in listed
+    for act, message in (
+        (lambda: Path("nowhere").read_text(), "No such file or directory: 'nowhere'"),
+        (lambda: fail(ImportError("needs bitsandbytes")), "needs bitsandbytes"),
+        (lambda: HfApi(token=False).model_info("no id"), "Repo id must"),
+        (create, "The Hugging Face Hub was not reached: .*refused"),
+    ):
+        with pytest.raises(InputError, match=message), input_errors():
+            act()
+    with pytest.raises(ValueError, match="a library's") as caught, input_errors():
+        raise ValueError("a library's")
+    assert not isinstance(caught.value, InputError)
 
 
 @pytest.mark.parametrize(
-    "command",
+    "arguments, message",
     [
-        ["train", "smok"],
-        ["train", "smoke", "--model_config", "model_nan"],
-        ["adapt", "m", "--domain", "d", "--dataset", "smok", "--output", "o"],
-        ["evaluate", "m", "--dataset", "smok.yaml", "--output", "o"],
+        (["train"], "A run is missing: a YAML file, or one of .*smoke"),
+        (["train", "smok"], "is no file, .* did you mean 'smoke'"),
+        (["train", "smoke", "--model_config", "model_nan"], "is no file, .* did you mean 'model_nano'"),
+        (["adapt", "m", "--domain", "d", "--dataset", "smok", "--output", "o"], "is no file, .* did you mean 'smoke'"),
+        (["evaluate", "m", "--dataset", "smok.yaml", "--output", "o"], "is no file, .* did you mean 'smoke'"),
+        (["experts", "nowhere", *SYNTHETIC], "nowhere: "),
+        (["experts", "no id", *SYNTHETIC], "no id"),
+        (["experts", "gone.pt", *SYNTHETIC], "gone.pt: no such file"),
+        (["experts", "m", *SYNTHETIC, "--config", "c.yaml"], "`--config` go with an original checkpoint"),
+        (["convert", "a/b/c", "--output", "o"], "a/b/c: no such file or folder"),
     ],
 )
-def test_wrong_names_of_configurations_are_answered_with_the_nearest(command, tmp_path, monkeypatch):
+def test_names_of_nothing_are_told_in_a_line_and_nothing_is_written(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"is no file, .* did you mean '(smoke|model_nano)'"):
-        main(command)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main(arguments)
     assert list(tmp_path.iterdir()) == []
-
-
-NANO = ROOT / "tests" / "fixtures" / "nano"
-
-
-def test_messages_name_the_options_of_the_command_line(tmp_path, monkeypatch, model_folder):
-    write_video(tmp_path / "in.mp4", SyntheticVideos(1, 2, (96, 128), seed=3)[0].frames, fps=5)
-    monkeypatch.chdir(tmp_path)
-    tail = ["in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"]
-    with pytest.raises(SystemExit, match="give the model's YAML as `--config`"):
-        main(["track", str(NANO / "sam2.1_hiera_nano.pt"), *tail])
-    with pytest.raises(SystemExit, match="`--experts` and `--config` go with an original checkpoint"):
-        main(["track", str(model_folder), *tail, "--config", "x.yaml"])
-    with pytest.raises(SystemExit, match="holds experts only; give it as `--experts`"):
-        main(["track", str(NANO / "samoe_nano_adapters.pt"), *tail])
-    with pytest.raises(SystemExit, match="`samoe train --ignore_mismatched_sizes` gives the model new experts"):
-        run = ["--model_name_or_path", str(model_folder), "--num_experts", "3", "--output_dir", "out"]
-        main(["train", "smoke", *run])
-    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
-
-
-@pytest.mark.parametrize("command", ["track", "evaluate", "experts", "convert"])
-def test_original_checkpoints_are_read_with_their_experts(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / "in.mp4", SyntheticVideos(1, 2, (96, 128), seed=3)[0].frames, fps=5)
-    data = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=3"]
-    rest = {"track": ["in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"], "convert": ["--output", "out"]}
-    original = [str(NANO / "sam2.1_hiera_nano.pt"), "--config", str(NANO / "sam2.1_hiera_nano_moe.yaml")]
-    original += ["--experts", str(NANO / "samoe_nano_adapters.pt")]
-    main([command, *original, *rest.get(command, [*data, "--output", "out"])])
-    printed = capsys.readouterr()
-    assert re.search(r"Written: .*out.*\n$", printed.out) and "are new" not in printed.err
-    bars = re.findall(r"(?:^|[\r\n])[^\r\n]*\|[^\r\n]*\d+/(\d+) \[", printed.err)
-    assert "0" not in bars and not re.search(r"(?<![\d.])0it", printed.err) and (command == "convert" or bars)
-
-
-def test_an_evaluation_with_nothing_left_to_do_shows_no_bar(tmp_path, monkeypatch, capsys, model_folder):
-    monkeypatch.chdir(tmp_path)
-    data = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=2", "--output", "out"]
-    for bars in (True, False):
-        main(["evaluate", str(model_folder), *data])
-        assert ("frame/s" in capsys.readouterr().err) == bars

@@ -23,7 +23,7 @@ save_strategy: "no"
 report_to: none
 use_cpu: true
 """
-FAST = ("the_other_way_round", "object_in_the_name", "videos_and_masks", "csv")
+FAST = ("the_other_way_round", "csv")
 
 
 def frames_of(root: Path) -> Path:

@@ -1,11 +1,10 @@
-"""`samoe track`: what it writes, what it leaves alone and what it refuses before it tracks."""
+"""`samoe track`: what it writes, what it leaves alone and what it refuses before it loads a model, here "nowhere"."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from samoe_hf import SamoeModel
 from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
 from samoe_hf.inference import TrackedFrame
@@ -85,14 +84,12 @@ def test_a_folder_of_frames_from_a_frame_in_the_middle(model_folder, video, tmp_
         (["--mask", "nowhere.png"], "nowhere.png"),
     ],
 )
-def test_bad_prompts_are_refused_before_anything_is_loaded(monkeypatch, file, tmp_path, arguments, message):
-    monkeypatch.setattr(SamoeModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, arguments, message):
     assert message in refused("nowhere", file, *arguments, "--output", tmp_path / "o.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
-def test_bad_masks_are_refused_before_anything_is_loaded(monkeypatch, file, tmp_path):
-    monkeypatch.setattr(SamoeModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+def test_bad_masks_are_refused_before_anything_is_loaded(file, tmp_path):
     small, large, mask = (tmp_path / f"{name}.png" for name in ("small", "large", "mask"))
     write_palette_png(small, np.ones((48, 64), np.uint8))
     ids = np.zeros((96, 128), np.uint16)
@@ -108,8 +105,7 @@ def test_bad_masks_are_refused_before_anything_is_loaded(monkeypatch, file, tmp_
         assert message in refused("nowhere", file, *arguments, "--output", tmp_path / "o.mp4")
 
 
-def test_outputs_are_checked_before_anything_is_loaded(monkeypatch, file, tmp_path):
-    monkeypatch.setattr(SamoeModel, "from_pretrained", lambda *_: pytest.fail("a model was loaded"))
+def test_outputs_are_checked_before_anything_is_loaded(file, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()
     Image.new("RGB", (128, 96)).save(frames / "0.png")
@@ -161,7 +157,7 @@ def test_masks_are_written_as_frames_come(monkeypatch, model_folder, file, tmp_p
             yield TrackedFrame(t, [1], torch.ones(1, 96, 128))
             assert len(list(tmp_path.rglob(f"{t:05d}.png"))) == 1
 
-    monkeypatch.setattr("samoe_hf.commands.track.track_video", tracked)
+    monkeypatch.setattr("samoe_hf.inference.track_video", tracked)
     track(model_folder, file, "--point", "40,30", "--output", tmp_path / "o.mp4")
     assert len(list((tmp_path / "o_masks").iterdir())) == 5
 
@@ -178,7 +174,7 @@ def test_an_earlier_run_is_replaced_whole_if_asked_to(monkeypatch, model_folder,
     assert len(read_video(output)) == 5
     assert sorted(path.name for path in masks.iterdir()) == [f"{t:05d}.png" for t in range(5)]
     before = {path: path.read_bytes() for path in (output, *masks.iterdir())}
-    monkeypatch.setattr("samoe_hf.commands.track.write_video", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("samoe_hf.data.video_io.write_video", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         track(*arguments, "--overwrite")
     assert {path: path.read_bytes() for path in (output, *masks.iterdir())} == before

@@ -39,6 +39,10 @@ disable_tqdm: true
 """
 
 
+def run_command(arguments: list[str]) -> None:
+    command.run(command.parse_arguments(arguments))
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     torch.manual_seed(0)
@@ -83,7 +87,7 @@ def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
     folder, _ = first
     run = write_run(tmp_path, "stripes")
     options = ["--like", "soft", "--max_steps", "1"]
-    command.main(
+    run_command(
         [str(folder), "--domain", "hard", "--dataset", str(run), "--output", str(tmp_path / "second"), *options]
     )
     printed = capsys.readouterr().out
@@ -109,7 +113,7 @@ def test_a_domain_starts_from_experts_that_are_good_at_it(first, tmp_path, capsy
     other["train_data"][0]["seed"] = 7
     run.write_text(yaml.safe_dump(other))
     options = ["--like", like, "--learning_rate", "0"]
-    command.main([str(folder), "--domain", "new", "--dataset", str(run), "--output", str(tmp_path / "out"), *options])
+    run_command([str(folder), "--domain", "new", "--dataset", str(run), "--output", str(tmp_path / "out"), *options])
     assert json.loads((tmp_path / "out" / "adaptation.json").read_text())["started_from"] == started_from
     assert ("started from those of soft" in capsys.readouterr().out) == (started_from is not None)
     model = SamoeModel.from_pretrained(tmp_path / "out")
@@ -237,8 +241,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
         adapt(base, "not a name", [run], tmp_path / "out")
     with pytest.raises(ValueError, match="`trainable` must be experts"):
         adapt(base, "x", [run, "--trainable", "all"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"`--output` .* holds the base model `MODEL`"):
-        command.main([str(base), "--domain", "x", "--dataset", run, "--output", str(base)])
+    with pytest.raises(ValueError, match=r"`output_dir` .* holds the base model"):
+        run_command([str(base), "--domain", "x", "--dataset", run, "--output", str(base)])
     assert not (tmp_path / "out").exists()
 
 
@@ -272,5 +276,5 @@ def test_keys_of_a_run_that_the_command_has_in_other_words_are_refused(option, t
     other = {"--output_dir": "--output", "--model-name-or-path": "MODEL", "--domain_like": "--like"}[named]
     given = ["MODEL", "--domain", "x", "--dataset", "smoke", "--output", str(tmp_path / "out"), option, "y"]
     with pytest.raises(ValueError, match=f"`{named}` is given by `{other}` here"):
-        command.main(given)
+        run_command(given)
     assert not (tmp_path / "out").exists()

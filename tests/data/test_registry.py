@@ -1,6 +1,5 @@
-"""Datasets by the name of their kind, from a run's YAML and from the command line."""
+"""Datasets by the name of their kind, and from a run's YAML."""
 
-import argparse
 import math
 from pathlib import Path
 
@@ -9,37 +8,7 @@ import pytest
 
 from helpers.layouts import SIZE
 from samoe_hf.data import SyntheticVideos, load_videos, to_datasets
-from samoe_hf.data.registry import add_dataset_arguments, read_yaml, videos_from_arguments, videos_from_entry
-
-
-def dataset_arguments(*given):
-    parser = argparse.ArgumentParser()
-    add_dataset_arguments(parser)
-    return parser.parse_args(given)
-
-
-def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
-    options = ["--option", "num_videos=3", "--option", "image_size=[32, 48]", "--option", "num_frames=4"]
-    videos = videos_from_arguments(dataset_arguments("--dataset", "synthetic", "--domain", "blobs", *options))
-    assert len(videos) == 3 and videos[0].domain == "blobs" and videos[0].size == (32, 48)
-    chosen = videos[1].video_id
-    (one,) = videos_from_arguments(
-        dataset_arguments("--dataset", "synthetic", "--domain", "blobs", *options, "--video", chosen)
-    )
-    assert one.video_id == chosen
-
-    run = tmp_path / "run.yaml"
-    run.write_text("eval_data:\n  - {kind: synthetic, domain: blobs, num_videos: 2, num_frames: 4}\n")
-    assert len(videos_from_arguments(dataset_arguments("--dataset", str(run)))) == 2
-    with pytest.raises(ValueError, match="--split"):
-        videos_from_arguments(dataset_arguments("--dataset", str(run), "--split", "val"))
-    with pytest.raises(ValueError, match="nobody"):
-        videos_from_arguments(dataset_arguments("--dataset", str(run), "--video", "nobody"))
-    with pytest.raises(ValueError, match="NAME=VALUE"):
-        videos_from_arguments(dataset_arguments("--dataset", "synthetic", "--option", "num_videos"))
-    run.write_text("train_data: []\n")
-    with pytest.raises(ValueError, match="no videos"):
-        videos_from_arguments(dataset_arguments("--dataset", str(run)))
+from samoe_hf.data.registry import read_yaml, videos_from_entry
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):

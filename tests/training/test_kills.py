@@ -18,7 +18,7 @@ NUM_KILLS = int(os.environ.get("SAMOE_NUM_KILLS", "6"))
 
 def run_command(arguments: list[str], errors: Path) -> None:
     try:
-        command.main(arguments)
+        command.run(command.parse_arguments(arguments))
     except ValueError as error:
         errors.write_text(str(error))
         raise

@@ -5,30 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.reference import ROOT
-from samoe_hf.cli import main
-from samoe_hf.commands.options import unique_names
+from samoe_hf.commands.options import ChosenDataset
 from samoe_hf.data import SyntheticVideos
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs the command in this process and returns what it printed, or its message where it fails."""
-
-    def run(*arguments: object, fails: bool = False) -> str:
-        monkeypatch.chdir(ROOT)
-        command = ["experts", *map(str, arguments)]
-        if not fails:
-            main(command)
-            return "".join(capfd.readouterr())
-        with pytest.raises(SystemExit) as exit_info:
-            main(command)
-        assert exit_info.value.code.startswith("error: ")
-        return exit_info.value.code
-
-    return run
 
 
 @pytest.fixture
@@ -39,11 +19,11 @@ def two_domains(tmp_path) -> Path:
     return path
 
 
-def test_script_shows_two_domains_and_maps_the_chosen_video_and_layer(run, model_folder, two_domains, tmp_path):
+def test_it_shows_two_domains_and_maps_the_chosen_video_and_layer(samoe, model_folder, two_domains, tmp_path):
     """That it maps the first video of each domain by default is in the walk-through."""
-    module = "memory_attention.layers.0.self_attn.v_proj"
-    printed = run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out", "--routing-video", 3,
-                  "--routing-module", module, "--routing-object", 1)  # fmt: skip
+    words = [model_folder, "--dataset", two_domains, "--output", tmp_path / "out", "--routing-video", 3]
+    words += ["--routing-module", "memory_attention.layers.0.self_attn.v_proj", "--routing-object", 1]
+    printed = samoe("experts", *words)
     assert "layer 1 cross q" in printed and "domain_information" in printed and "4/4" in printed
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {name for name in names if "routing" in name} == {f"routing_blobs_blobs_5_00001.{s}" for s in ("png", "mp4")}
@@ -62,14 +42,14 @@ def test_script_shows_two_domains_and_maps_the_chosen_video_and_layer(run, model
         (["--routing-object", "77"], "`--routing-object` 77 is in none of the videos"),
     ],
 )
-def test_script_refuses_bad_choices_before_it_writes(run, model_folder, two_domains, tmp_path, arguments, message):
-    printed = run(model_folder, "--dataset", two_domains, "--output", tmp_path / "out", *arguments, fails=True)
-    assert message in printed
+def test_bad_choices_are_refused_at_once(samoe, model_folder, two_domains, tmp_path, arguments, message):
+    words = [model_folder, "--dataset", two_domains, "--output", tmp_path / "out", *arguments]
+    assert message in samoe("experts", *words, fails=True)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_pictures_of_two_videos_never_get_one_name(monkeypatch, run, model_folder, tmp_path):
+def test_pictures_of_two_videos_never_get_one_name(monkeypatch, samoe, model_folder, two_domains, tmp_path):
     """Of domain `a_b` and video `c`, and `a` and `b_c`; and of ids that differ in what names of files leave out."""
     names = [("a_b", "c"), ("a", "b_c"), ("a", "b c"), ("A", "b_c")]
     synthetic = SyntheticVideos(4, 3, (96, 96), seed=5)
@@ -77,13 +57,8 @@ def test_pictures_of_two_videos_never_get_one_name(monkeypatch, run, model_folde
         dataclasses.replace(video, domain=domain, video_id=video_id)
         for video, (domain, video_id) in zip(synthetic, names, strict=True)
     ]
-    monkeypatch.setattr("samoe_hf.commands.experts.videos_from_arguments", lambda _: videos)
+    monkeypatch.setattr(ChosenDataset, "videos", lambda *_: videos)
     chosen = [option for number in (0, 1, 2, 3, 3) for option in ("--routing-video", number)]
-    run(model_folder, "--dataset", "run.yaml", "--output", tmp_path / "out", *chosen)
+    samoe("experts", model_folder, "--dataset", two_domains, "--output", tmp_path / "out", *chosen)
     files = [file.name for file in (tmp_path / "out").glob("routing_*.mp4")]
     assert len({name.casefold() for name in files}) == 4, files
-
-
-def test_names_that_file_systems_take_for_one_are_told_apart():
-    names = unique_names(["routing_a_b_c", "routing_a_b_c", "routing_A_b_c", "routing_a_b c"])
-    assert len({name.casefold() for name in names}) == 4

@@ -1,0 +1,97 @@
+"""What commands have in common: the dataset, the model and the device that their options name."""
+
+import argparse
+import re
+
+import pytest
+
+from helpers.reference import ROOT
+from samoe_hf.cli import main
+from samoe_hf.commands import options
+from samoe_hf.data import SyntheticVideos, write_video
+from samoe_hf.errors import InputError
+
+NANO = ROOT / "tests" / "fixtures" / "nano"
+
+
+def chosen_videos(*given):
+    parser = argparse.ArgumentParser()
+    options.add_dataset_options(parser)
+    parsed = parser.parse_args(["--dataset", *map(str, given)])
+    return options.open_dataset(parsed).videos(parsed.video)
+
+
+def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
+    given = ["--option", "num_videos=3", "--option", "image_size=[32, 48]", "--option", "num_frames=4"]
+    videos = chosen_videos("synthetic", "--domain", "blobs", *given)
+    assert len(videos) == 3 and videos[0].domain == "blobs" and videos[0].size == (32, 48)
+    chosen = videos[1].video_id
+    (one,) = chosen_videos("synthetic", "--domain", "blobs", *given, "--video", chosen)
+    assert one.video_id == chosen
+    run = tmp_path / "run.yaml"
+    run.write_text("eval_data:\n  - {kind: synthetic, domain: blobs, num_videos: 2, num_frames: 4}\n")
+    assert len(chosen_videos(run)) == 2
+    for given, message in (
+        ([run, "--split", "val"], "`--split` does not go with a run's YAML"),
+        ([run, "--video", "nobody"], "nobody"),
+        (["synthetic", "--option", "num_videos"], "NAME=VALUE"),
+        (["davi"], "unknown kind of dataset 'davi', and no folder; did you mean 'davis'"),
+        (["davis", "--root", tmp_path / "nowhere"], "nowhere"),
+        ([tmp_path / "none.yaml"], "none.yaml is no file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            chosen_videos(*given)
+    run.write_text("train_data: []\n")
+    with pytest.raises(InputError, match=r"run\.yaml has no videos"):
+        chosen_videos(run)
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:99", "meta", "cpu:x"])
+def test_devices_that_cannot_be_used_are_refused_at_once(device, capsys):
+    for command in (["track", "m", "v", "--output", "o"], ["assemble", "m", "l", "--dataset", "d", "--output", "o"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, "--device", device])
+        assert caught.value.code == 2
+        assert f"argument --device: {device!r} is no device that can be used here" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "m", "--output", "o", "--push-to-hug", "x"])
+    assert "did you mean '--push-to-hub'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["track", "evaluate", "experts", "convert"])
+def test_original_checkpoints_are_read_with_their_experts(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "in.mp4", SyntheticVideos(1, 2, (96, 128), seed=3)[0].frames, fps=5)
+    data = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=3"]
+    rest = {"track": ["in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"], "convert": ["--output", "out"]}
+    original = [str(NANO / "sam2.1_hiera_nano.pt"), "--config", str(NANO / "sam2.1_hiera_nano_moe.yaml")]
+    original += ["--experts", str(NANO / "samoe_nano_adapters.pt")]
+    main([command, *original, *rest.get(command, [*data, "--output", "out"])])
+    printed = capsys.readouterr()
+    assert re.search(r"Written: .*out.*\n$", printed.out) and "are new" not in printed.err
+    bars = re.findall(r"(?:^|[\r\n])[^\r\n]*\|[^\r\n]*\d+/(\d+) \[", printed.err)
+    assert "0" not in bars and not re.search(r"(?<![\d.])0it", printed.err) and (command == "convert" or bars)
+
+
+def test_what_goes_with_an_original_checkpoint_is_told(tmp_path, monkeypatch, model_folder):
+    write_video(tmp_path / "in.mp4", SyntheticVideos(1, 2, (96, 128), seed=3)[0].frames, fps=5)
+    monkeypatch.chdir(tmp_path)
+    for model, message in (
+        ([NANO / "sam2.1_hiera_nano.pt"], r"give the model's YAML as `original_config` \(`--config` of a command\)"),
+        ([model_folder, "--config", "x.yaml"], "`--experts` and `--config` go with an original checkpoint"),
+        ([NANO / "samoe_nano_adapters.pt"], "holds experts only; give it as `experts`"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["track", *map(str, model), "in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"])
+    run = ["--model_name_or_path", str(model_folder), "--num_experts", "3", "--output_dir", "out"]
+    with pytest.raises(SystemExit, match="`ignore_mismatched_sizes=True` gives the model new experts"):
+        main(["train", "smoke", *run])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_names_that_file_systems_take_for_one_are_told_apart():
+    names = options.unique_names(["routing_a_b_c", "routing_a_b_c", "routing_A_b_c", "routing_a_b c"])
+    assert len({name.casefold() for name in names}) == 4
