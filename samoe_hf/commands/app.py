@@ -65,12 +65,12 @@ def run(parsed: argparse.Namespace) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with input_errors():
         if parsed.space is not None:
-            write(parsed)
+            make_space(parsed)
         else:
-            serve(parsed)
+            serve_page(parsed)
 
 
-def write(parsed: argparse.Namespace) -> None:
+def make_space(parsed: argparse.Namespace) -> None:
     """Writes a Space, and uploads it if asked to."""
     from samoe_hf.app.space import push_space, write_space
 
@@ -80,7 +80,7 @@ def write(parsed: argparse.Namespace) -> None:
         print(f"Uploaded: {push_space(parsed.space, parsed.push)}")
 
 
-def serve(parsed: argparse.Namespace) -> None:
+def serve_page(parsed: argparse.Namespace) -> None:
     """Serves the page until the process is stopped."""
     try:
         from samoe_hf.app.server import serve
