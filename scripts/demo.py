@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from transformers import ProcessorMixin
 
 from samoe_hf import SamoeModel, small_base
@@ -27,7 +29,7 @@ from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.model.weights_io import write_text
-from samoe_hf.plots.masks import overlay_masks, plot_tracking
+from samoe_hf.plots.masks import DPI, OBJECT_COLORS, PANEL_INCHES, object_color, overlay_masks, plain_text
 
 # Looks that the small base knows, of those that are shown beside the new domains.
 KNOWN_LOOKS = ("shapes", "scenes")
@@ -35,6 +37,9 @@ NUM_TRAIN_VIDEOS, NUM_TRAIN_FRAMES = 400, 4
 NUM_TEST_VIDEOS, NUM_TEST_FRAMES = 4, 12
 SHOWN_FRAMES = range(0, NUM_TEST_FRAMES, 2)
 SHOWN_HEIGHT = 384  # of videos, in pixels
+PANEL_PIXELS = 256  # least height of a frame in a picture
+RIGHT = " \N{CHECK MARK}"
+LABEL_BOX = {"facecolor": "white", "edgecolor": "black", "boxstyle": "round"}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -197,6 +202,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verdict = f"DIFFER for {', '.join(changed)}" if changed else "are the same to the bit"
     print(f"Masks of {', '.join(same)}, before and after what was learned later: {verdict}")
     print(f"Written: tracking_{looks[0]}.png, .mp4 and so on, masks/, and a model for each domain in {parsed.output}")
+
+
+@plain_text
+def plot_tracking(
+    frames: Sequence[np.ndarray],
+    names: Sequence[str],
+    truth: Sequence[np.ndarray],
+    tracked: Mapping[str, Sequence[np.ndarray]],
+    path: str | Path,
+    title: str,
+) -> None:
+    """Draws frames in a row, below them the true masks, and below those what was tracked, with the IoU of each object.
+
+    Args:
+        frames: (H, W, 3) uint8.
+        names: of the frames.
+        truth: a map of ids (H, W) for each frame, 0 for background.
+        tracked: name of each further row -> its maps of ids.
+        path: of the picture, such as a `.png`.
+    """
+    ids = sorted({int(i) for id_map in truth for i in np.unique(id_map) if i})
+    rows = {"frame": [np.zeros_like(truth[0])] * len(frames), "truth": truth, **tracked}
+    height = 0.3 + PANEL_INCHES * frames[0].shape[0] / frames[0].shape[1]
+    figure = Figure(figsize=(max(PANEL_INCHES * len(frames) + 0.4, 7), height * len(rows) + 0.8), layout="constrained")
+    grid = figure.subplots(len(rows), len(frames), squeeze=False)
+    for axes_row, (row, id_maps) in zip(grid, rows.items(), strict=True):
+        axes_row[0].set_ylabel(row, fontsize=9)
+        for axes, frame, true, id_map in zip(axes_row, frames, truth, id_maps, strict=True):
+            axes.imshow(overlay_masks(frame, id_map, max(len(frame), PANEL_PIXELS)))
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row != "frame":
+                axes.set_xlabel(_compared(id_map, None if row == "truth" else true, ids), fontsize=7.5, labelpad=2)
+                if not id_map.any():
+                    axes.text(0.5, 0.5, "empty", transform=axes.transAxes, fontsize=14, ha="center", bbox=LABEL_BOX)
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name, fontsize=9)
+    handles = [
+        Patch(
+            facecolor=np.array(object_color(i)) / 255,
+            hatch=("///", "\\\\\\", "---", "|||")[(i - 1) // len(OBJECT_COLORS) % 4],
+            label=f"object {i}",
+        )
+        for i in ids
+    ]
+    note = Patch(alpha=0, label=f"below: IoU of each object with the truth;{RIGHT} rightly empty")
+    figure.legend(handles=[*handles, note], loc="outside lower center", ncols=min(len(handles), 6) + 1, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=DPI)
+
+
+def _compared(id_map: np.ndarray, true: np.ndarray | None, ids: Sequence[int]) -> str:
+    """The IoU of each object with the truth, if that is given, and which masks are empty; three objects in a line."""
+    words = []
+    for i in ids:
+        mask, target = id_map == i, None if true is None else true == i
+        if not mask.any():
+            words.append(f"{i}: empty{RIGHT if target is not None and not target.any() else ''}")
+        elif target is not None:
+            words.append(f"{i}: {(mask & target).sum() / (mask | target).sum():.2f}")
+    return "\n".join("  ".join(words[start : start + 3]) for start in range(0, len(words), 3))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
 
-from samoe_hf.model.base import Base, base_of
+from samoe_hf.model.base import base_of
 from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.model.modeling_samoe import SamoeModel
 
 # Beside this file in the source tree and in an installed package; the repository's `model_card.md` is a link to it.
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -49,14 +49,9 @@ class CardContent:
     tags: Sequence[str] | str | None = None
     limits: Sequence[str] = ()
 
-    @property
-    def picture_name(self) -> str | None:
-        """The picture's file name beside the card."""
-        return None if self.usage_picture is None else USAGE_PICTURE + Path(self.usage_picture).suffix.lower()
-
 
 def build_model_card(
-    model: PreTrainedModel,
+    model: SamoeModel,
     model_id: str,
     content: CardContent | None = None,
     *,
@@ -74,14 +69,24 @@ def build_model_card(
     Returns:
         The card; `card.save(path)` writes it.
     """
-    content = content or CardContent()
-    base = base or model.base_model_source or {}
+    content, base, kind = content or CardContent(), base or model.base_model_source or {}, base_of(model.config)
     name = base.get("name_or_path")
     is_public = name is not None and not os.path.isabs(name)
-    relation = "adapter" if experts_only else "finetune"
-    kind = base_of(model.config)
-    known_base = {"base_model": name, "base_model_relation": relation} if is_public else {}
-    data = _metadata(model_id, content, kind, known_base)
+    datasets, tags = ([v] if isinstance(v, str) else list(v or []) for v in (content.datasets, content.tags))
+    data = ModelCardData(
+        base_model=name if is_public else None,
+        base_model_relation=("adapter" if experts_only else "finetune") if is_public else None,
+        datasets=datasets or None,
+        eval_results=list(content.eval_results or []) or None,
+        language=content.language,
+        library_name="transformers",
+        license=content.license,
+        model_name=model_id.split("/")[-1],
+        pipeline_tag="mask-generation",
+        tags=sorted({"samoe", kind.tag, "video-object-segmentation", *tags}),
+    )
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -95,60 +100,36 @@ def build_model_card(
         model_name=data.model_name,
         experts_only=experts_only,
         domains=list(content.domains or []),
-        datasets=data.datasets or [],
+        datasets=datasets,
         training=content.training,
         results=data.eval_results or [],
-        usage_picture=content.picture_name,
+        usage_picture=_picture_name(content),
         limits=[*LIMITS, *content.limits],
         licence=content.license,
-        **_model_facts(model),
+        config=model.config,
+        has_code=model._auto_class is not None,
+        num_layers=len(model.expert_module_names),
+        num_parameters=model.num_parameters(),
+        num_expert_parameters=sum(p.numel() for n, p in model.named_parameters() if is_expert_parameter(n)),
+        also_trained=f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
     )
 
 
-def _metadata(model_id: str, content: CardContent, kind: Base, base: Mapping[str, str]) -> ModelCardData:
-    datasets, tags = (
-        [value] if isinstance(value, str) else list(value or []) for value in (content.datasets, content.tags)
-    )
-    return ModelCardData(
-        **base,
-        datasets=datasets or None,
-        eval_results=list(content.eval_results or []) or None,
-        language=content.language,
-        library_name="transformers",
-        license=content.license,
-        model_name=model_id.split("/")[-1],
-        pipeline_tag="mask-generation",
-        tags=sorted({"samoe", kind.tag, "video-object-segmentation", *tags}),
-    )
-
-
-def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What the template shows of the model itself."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
-    return {
-        "config": model.config,
-        "has_code": type(model)._auto_class is not None,
-        "num_layers": len(model.expert_module_names),
-        "num_parameters": model.num_parameters(),
-        "num_expert_parameters": sum(p.numel() for name, p in model.named_parameters() if is_expert_parameter(name)),
-        "also_trained": f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
-    }
+def _picture_name(content: CardContent) -> str | None:
+    """The picture's file name beside the card."""
+    return None if content.usage_picture is None else USAGE_PICTURE + Path(content.usage_picture).suffix.lower()
 
 
 def write_model_card(
-    model: PreTrainedModel,
-    directory: str | os.PathLike,
-    model_id: str,
-    content: CardContent | None = None,
-    **kwargs: Any,
+    model: SamoeModel, directory: str | os.PathLike, model_id: str, content: CardContent | None = None, **kwargs: Any
 ) -> None:
     """Writes `README.md` and the picture beside it; arguments as in [`build_model_card`].
 
     Raises:
         FileNotFoundError: if there is no such picture.
     """
+    content = content or CardContent()
     card = build_model_card(model, model_id, content, **kwargs)
-    if content is not None and content.usage_picture is not None:
-        shutil.copyfile(content.usage_picture, Path(directory) / content.picture_name)
-    card.save(Path(directory) / "README.md")
+    if name := _picture_name(content):
+        shutil.copyfile(str(content.usage_picture), Path(directory, name))
+    card.save(Path(directory, "README.md"))

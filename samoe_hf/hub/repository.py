@@ -1,4 +1,10 @@
-"""Uploads a model, a processor and a model card to the Hub."""
+"""What travels to the Hub: the files of a model's repository, uploaded in one commit.
+
+- `config.json` and `model*.safetensors`: a whole model, or only what was trained; adapters of PEFT beside them.
+- The processor: `processor_config.json` and what belongs to it.
+- After `SamoeModel.register_for_auto_class()`, the code: the files of `samoe_hf/model/`.
+- `README.md`, the model card, and the picture that it shows.
+"""
 
 import json
 import os
@@ -9,29 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, constants
-from huggingface_hub.errors import HTTPError
-from transformers import PreTrainedModel
+
+# It comes from another package by the version of huggingface_hub.
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from samoe_hf.errors import InputError
+from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 
 from .model_card import CardContent, write_model_card
 
 
-def check_base_is_public(model: PreTrainedModel) -> None:
+def check_base_is_public(model: SamoeModel) -> None:
     """Raises a `ValueError` if what was trained refers to files that only this machine has."""
-    source = model.base_model_source
-    if source is not None and os.path.isabs(source["name_or_path"]):
+    name = (model.base_model_source or {}).get("name_or_path")
+    if name is not None and os.path.isabs(name):
         raise InputError(
-            f"The base model is {source['name_or_path']}, which nobody else can fetch. Name the same model on the Hub "
-            "as `base_model`, load it from there before training, or push the whole model (`experts_only=False`; in "
-            "training, `save_only_trained=False`)."
+            f"The base model is {name}, which nobody else can fetch. Name the same model on the Hub as `base_model`, "
+            "load it from there before training, or push the whole model (`experts_only=False`; in training, "
+            "`save_only_trained=False`)."
         )
 
 
 def push(
-    model: PreTrainedModel,
+    model: SamoeModel,
     repo_id: str,
     *,
     card: Mapping[str, Any] | None,
@@ -52,7 +60,7 @@ def push(
     Raises:
         OSError: if the Hub refuses or cannot be reached.
     """
-    experts_only = options["experts_only"]
+    experts_only, loaded = options["experts_only"], model.base_model_source or {}
     if experts_only and options["base_model"] is None:
         check_base_is_public(model)
     options["processor"] = options["processor"] or build_processor(model.config)
@@ -60,7 +68,7 @@ def push(
     with tempfile.TemporaryDirectory() as folder, _connection_errors(repo_id):
         model.save_pretrained(folder, **options)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        base_name = options["base_model"] or (model.base_model_source or {}).get("name_or_path")
+        base_name = options["base_model"] or loaded.get("name_or_path")
         if experts_only and repo_id == base_name and revision in (None, "main") and not commit.get("create_pr"):
             raise InputError(
                 f"{repo_id} holds the base model, which what was trained would replace; push it to another repository, "
@@ -70,7 +78,7 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         # As with other models, a card that was written by hand stays.
         if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
-            base = json.loads((Path(folder) / CONFIG_NAME).read_text())["base_model"] or model.base_model_source
+            base = json.loads((Path(folder) / CONFIG_NAME).read_text())["base_model"] or loaded
             content = CardContent(**{"tags": tags, **(card or {})})
             write_model_card(model, folder, repo_id, content, base=base, experts_only=experts_only)
         return api.upload_folder(

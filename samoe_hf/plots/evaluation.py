@@ -39,32 +39,25 @@ def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> Non
     """
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    alone, first = len(models) == 1, models[0]["over_time"]
     for number, model in enumerate(models):
-        curve, color = model["over_time"], LINES[number % len(LINES)]
-        marker = "o" if len(curve["frames"]) < 3 else None
-        axes.plot(
-            curve["frames"],
-            curve["mean"],
-            STYLES[number % len(STYLES)],
-            color=color,
-            label=model["label"],
-            marker=marker,
-        )
-        if len(models) == 1:  # bands of several would hide each other
-            axes.fill_between(
-                curve["frames"], curve["lower_quartile"], curve["upper_quartile"], color=color, alpha=0.15, linewidth=0
-            )
-    below.step(models[0]["over_time"]["frames"], models[0]["over_time"]["objects"], color="#555555", where="mid")
+        curve, color, style = model["over_time"], LINES[number % len(LINES)], STYLES[number % len(STYLES)]
+        frames, marker = curve["frames"], "o" if len(curve["frames"]) < 3 else None
+        axes.plot(frames, curve["mean"], style, color=color, label=model["label"], marker=marker)
+        if alone:  # bands of several would hide each other
+            quartiles = curve["lower_quartile"], curve["upper_quartile"]
+            axes.fill_between(frames, *quartiles, color=color, alpha=0.15, linewidth=0)
+    below.step(first["frames"], first["objects"], color="#555555", where="mid")
     axes.set(ylim=(-0.02, 1.02), ylabel="J (IoU)")
-    band = ", band from the lower to the upper quartile" if len(models) == 1 else ""
+    band = ", band from the lower to the upper quartile" if alone else ""
     axes.set_title(f"J over time: mean over objects{band}", fontsize=10)
     below.set(xlabel="frames after the first that shows the object", ylabel="objects")
-    below.set_ylim(0, 1.2 * max(models[0]["over_time"]["objects"], default=1))
+    below.set_ylim(0, 1.2 * max(first["objects"], default=1))
     for one in (axes, below):
         one.grid(alpha=0.3)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
-    if len(models) > 1:
+    if not alone:
         axes.legend(handles=axes.lines, fontsize=8)  # given, so that labels with an underscore are shown
     figure.savefig(path, dpi=130)
 
@@ -81,7 +74,7 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     axes = figure.subplots()
     width = 0.8 / len(models)
     for number, model in enumerate(models):
-        heights = [_number(size["J_mean"]) for size in model["by_size"]]
+        heights = [np.nan if size["J_mean"] is None else size["J_mean"] for size in model["by_size"]]
         positions = np.arange(len(heights)) + (number - (len(models) - 1) / 2) * width
         bars = axes.bar(positions, heights, width * 0.92, color=LINES[number % len(LINES)], label=model["label"])
         texts = ["" if np.isnan(height) else f"{height:.2f}" for height in heights]
@@ -100,10 +93,6 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     if len(models) > 1:
         axes.legend(handles=axes.containers, fontsize=8)
     figure.savefig(path, dpi=130)
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def _range(size: Mapping[str, float]) -> str:
@@ -133,8 +122,8 @@ def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray 
     for mask, (_, color, direction) in zip(parts, LEGEND, strict=True):
         _fill(picture, mask, color, direction)
     if target is not None:
-        white = binary_dilation(truth)
-        picture[binary_dilation(white) & ~white] = 0  # so that the line is seen on bright ground too
+        white = np.asarray(binary_dilation(truth), dtype=bool)
+        picture[np.asarray(binary_dilation(white)) & ~white] = 0  # so that the line is seen on bright ground too
         picture[white & ~truth] = 255
     return Image.fromarray(picture)
 
@@ -224,11 +213,8 @@ def draw_object(
     write_video(path.with_name(f"{path.name}.mp4"), overlays(), fps=fps)
 
     shown = [strip[i] for i in np.linspace(0, len(strip) - 1, min(STRIP_FRAMES, len(strip))).round().astype(int)]
-    _strip(
-        [picture(frame, 320) for frame in shown],
-        [caption(frame, 2) for frame in shown],
-        title,
-    ).save(path.with_name(f"{path.name}.png"))
+    pictures, captions = [picture(frame, 320) for frame in shown], [caption(frame, 2) for frame in shown]
+    _strip(pictures, captions, title).save(path.with_name(f"{path.name}.png"))
 
 
 def _strip(pictures: Sequence[Image.Image], names: Sequence[str], title: str) -> Image.Image:

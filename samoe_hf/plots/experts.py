@@ -6,11 +6,12 @@ The `usage` of several layers is given as layer -> domain -> mean gate weight of
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -25,18 +26,21 @@ DISTINCT_COLORS = (
 PANEL_HEIGHT = 264  # least height of a frame in a strip, in pixels
 
 
-def plot_usage_bars(usage: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+Usage = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def plot_usage_bars(usage: Usage) -> Figure:
     """Bars: mean gate weight of each expert, a panel for each layer, domains beside each other."""
     return plot_bars(usage, "mean gate weight", "Weight that routers give to each expert, by domain")
 
 
-def plot_usage_heat_maps(usage: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+def plot_usage_heat_maps(usage: Usage) -> Figure:
     """Heat maps, layers x experts: mean gate weight, domains beside each other."""
     tables = _tables_by_domain(usage)
     return plot_heat_maps(tables, list(usage), _weight_label(tables), "Weight that routers give to each expert")
 
 
-def plot_domains(usage: Mapping[str, Mapping[str, np.ndarray]], information: np.ndarray) -> Figure:
+def plot_domains(usage: Usage, information: np.ndarray) -> Figure:
     """Heat maps, layers x experts: by how much a domain's weights differ from the mean over all domains.
 
     Args:
@@ -66,9 +70,7 @@ def plot_objects(names: Sequence[str], gates: Sequence[np.ndarray], layer: str, 
 
 def plot_coactivation(matrices: Mapping[str, np.ndarray]) -> Figure:
     """Matrices by layer (experts, experts): share of the tokens that choose both."""
-    without_diagonal = {
-        layer: np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix) for layer, matrix in matrices.items()
-    }
+    without_diagonal = {layer: np.where(np.eye(len(matrix)) == 1, np.nan, matrix) for layer, matrix in matrices.items()}
     title = "Experts that are chosen together (the diagonal is left out)"
     return plot_matrices(without_diagonal, "share of tokens that choose both", title)
 
@@ -79,7 +81,7 @@ def plot_similarity(matrices: Mapping[str, np.ndarray]) -> Figure:
     return plot_matrices(matrices, "cosine similarity of B A", title, diverging=True)
 
 
-def _tables_by_domain(usage: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _tables_by_domain(usage: Usage) -> dict[str, np.ndarray]:
     """Domain -> mean gates (layers, experts), NaN where a layer did not run or has fewer experts."""
     num_experts = max(len(gates) for layer in usage.values() for gates in layer.values())
     tables = {domain: np.full((len(usage), num_experts), np.nan) for layer in usage.values() for domain in layer}
@@ -94,7 +96,7 @@ def _weight_label(tables: Mapping[str, np.ndarray]) -> str:
 
 
 @plain_text
-def plot_bars(panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str, title: str) -> Figure:
+def plot_bars(panels: Usage, ylabel: str, title: str) -> Figure:
     """Draws a panel of bars for each layer, four in a row.
 
     Args:
@@ -103,22 +105,21 @@ def plot_bars(panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str, title
     series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     figure, grid = _panels(len(panels), width=3.2, height=1.6, sharey=True)
     top = max(values.max() for panel in panels.values() for values in panel.values())
+    width = 0.8 / len(series)
     for axes, (name, panel) in zip(grid, panels.items(), strict=True):
-        width = 0.8 / len(series)
         for number, domain in enumerate(series):
-            if domain not in panel:
-                continue
-            values = panel[domain]
-            at = np.arange(len(values)) + width * (number - (len(series) - 1) / 2)
-            axes.bar(at, values, width, color=_color(number), hatch=_hatch(number))
-            axes.axhline(1 / len(values), color="black", linewidth=0.8, linestyle="--")
+            if domain in panel:
+                values = panel[domain]
+                at = np.arange(len(values)) + width * (number - (len(series) - 1) / 2)
+                axes.bar(at, values, width, color=_color(number), hatch=_hatch(number))
+                axes.axhline(1 / len(values), color="black", linewidth=0.8, linestyle="--")
         axes.set_title(_wrapped(name), fontsize=9)
-        axes.set_xticks(range(len(values)))
+        axes.set_xticks(range(max(map(len, panel.values()))))
         axes.tick_params(labelsize=7)
         axes.set_ylim(0, 1.05 * top)
     _label_edges(grid, "expert", ylabel)
-    handles = [Patch(facecolor=_color(n), hatch=_hatch(n), label=name) for n, name in enumerate(series)]
-    handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="even use"))
+    even = Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="even use")
+    handles = [*(Patch(facecolor=_color(n), hatch=_hatch(n), label=name) for n, name in enumerate(series)), even]
     figure.suptitle(title, fontsize=12)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
     return figure
@@ -152,7 +153,7 @@ def plot_heat_maps(
     grid = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     scale = _scale(np.stack(list(tables.values())), diverging)
     for axes, (name, values) in zip(grid, tables.items(), strict=False):
-        image = axes.imshow(values, aspect="auto", **scale)
+        axes.imshow(values, aspect="auto", **scale)
         axes.set_title(name, fontsize=9)
         axes.set_xticks(range(experts))
         axes.tick_params(labelsize=8)
@@ -165,7 +166,7 @@ def plot_heat_maps(
         grid[-1].set_title(name, fontsize=9)
         grid[-1].tick_params(labelsize=8)
         grid[-1].grid(axis="x", linewidth=0.4)
-    figure.colorbar(image, ax=list(grid), label=label)
+    figure.colorbar(grid[0].images[0], ax=list(grid), label=label)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -178,16 +179,16 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, di
     """
     figure, grid = _panels(len(matrices), width=2.3, height=2.2)
     values = np.concatenate([matrix.ravel() for matrix in matrices.values()])
-    scale = {"cmap": _colormap("PuOr"), "vmin": -1, "vmax": 1} if diverging else _scale(values, False)
+    scale = _scale(np.array([-1.0, 1.0]) if diverging else values, diverging)
     for axes, (name, matrix) in zip(grid, matrices.items(), strict=True):
-        image = axes.imshow(matrix, **scale)
+        axes.imshow(matrix, **scale)
         axes.set_title(_wrapped(name), fontsize=9)
         axes.set_xticks(range(len(matrix)))
         axes.set_yticks(range(len(matrix)))
         axes.tick_params(labelsize=7)
     _label_edges(grid, "expert", "expert")
     figure.suptitle(title, fontsize=12)
-    figure.colorbar(image, ax=list(grid), label=label, shrink=min(1.0, 6 / figure.get_figheight()))
+    figure.colorbar(grid[0].images[0], ax=list(grid), label=label, shrink=min(1.0, 6 / figure.get_figheight()))
     return figure
 
 
@@ -332,17 +333,13 @@ def _label_edges(grid: np.ndarray, xlabel: str, ylabel: str) -> None:
             axes.set_xlabel(xlabel, fontsize=8)
 
 
-def _scale(values: np.ndarray, diverging: bool) -> dict:
-    """Colours for values of which some may be NaN."""
+def _scale(values: np.ndarray, diverging: bool) -> dict[str, Any]:
+    """Colours for values, with one for NaN that is not among theirs."""
     largest = max(float(np.abs(values[~np.isnan(values)]).max(initial=0.0)), 1e-6)
-    if diverging:
-        return {"cmap": _colormap("PuOr"), "vmin": -largest, "vmax": largest}
-    return {"cmap": _colormap("cividis"), "vmin": 0.0, "vmax": largest}
-
-
-def _colormap(name: str) -> Colormap:
-    """With a colour for NaN that is not among its own."""
-    return colormaps[name].with_extremes(bad={"cividis": "white", "PuOr": "0.75"}[name])
+    colormap = (
+        colormaps["PuOr"].with_extremes(bad="0.75") if diverging else colormaps["cividis"].with_extremes(bad="white")
+    )
+    return {"cmap": colormap, "vmin": -largest if diverging else 0.0, "vmax": largest}
 
 
 def _color(number: int) -> str:
@@ -355,5 +352,4 @@ def _hatch(number: int) -> str | None:
 
 
 def _rgb(number: int) -> np.ndarray:
-    color = _color(number)
-    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.uint8)
+    return np.rint(np.multiply(to_rgb(_color(number)), 255)).astype(np.uint8)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import find_objects
 
@@ -24,10 +23,7 @@ OBJECT_COLORS = (
     (204, 121, 167),
     (0, 158, 115),
 )
-# A panel of [`plot_tracking`]: its width, and the least height of what is drawn in it.
-PANEL_INCHES, PANEL_PIXELS, DPI = 1.8, 256, 130
-RIGHT = " \N{CHECK MARK}"
-LABEL_BOX = {"facecolor": "white", "edgecolor": "black", "boxstyle": "round"}
+PANEL_INCHES, DPI = 1.8, 130
 # Opacities of the object's colour inside, of its hatching, and of the black beside the hatching.
 TINT, HATCH, SHADOW = 0.15, 0.85, 0.45
 
@@ -88,8 +84,8 @@ def _hatch(picture: np.ndarray, numbers: np.ndarray, ids: Sequence[int], line: i
 
 def fill_hatched(picture: np.ndarray, mask: np.ndarray, lines: np.ndarray, color: tuple[int, int, int]) -> None:
     """Tints and hatches a mask (H, W) of a picture (H, W, 3) uint8 in place, with lines of [`hatching`]."""
-    kept = 1 - np.float32([TINT, HATCH, SHADOW])[:, None]
-    added = np.float32([TINT, HATCH, 0])[:, None] * np.float32(color)
+    kept = 1 - np.array([TINT, HATCH, SHADOW], dtype=np.float32)[:, None]
+    added = np.array([TINT, HATCH, 0], dtype=np.float32)[:, None] * np.array(color, dtype=np.float32)
     drawn = kept[lines] * picture + added[lines]
     np.copyto(picture, drawn.astype(np.uint8), where=mask[..., None])
 
@@ -170,55 +166,6 @@ def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
 
 
 @plain_text
-def plot_tracking(
-    frames: Sequence[np.ndarray],
-    names: Sequence[str],
-    truth: Sequence[np.ndarray],
-    tracked: Mapping[str, Sequence[np.ndarray]],
-    path: str | Path,
-    title: str,
-) -> None:
-    """Draws frames in a row, below them the true masks, and below those what was tracked, with the IoU of each object.
-
-    Args:
-        frames: (H, W, 3) uint8.
-        names: of the frames.
-        truth: a map of ids (H, W) for each frame, 0 for background.
-        tracked: name of each further row -> its maps of ids.
-        path: of the picture, such as a `.png`.
-    """
-    ids = sorted({int(i) for id_map in truth for i in np.unique(id_map) if i})
-    rows = {"frame": [np.zeros_like(truth[0])] * len(frames), "truth": truth, **tracked}
-    height = 0.3 + PANEL_INCHES * frames[0].shape[0] / frames[0].shape[1]
-    figure = Figure(figsize=(max(PANEL_INCHES * len(frames) + 0.4, 7), height * len(rows) + 0.8), layout="constrained")
-    grid = figure.subplots(len(rows), len(frames), squeeze=False)
-    for axes_row, (row, id_maps) in zip(grid, rows.items(), strict=True):
-        axes_row[0].set_ylabel(row, fontsize=9)
-        for axes, frame, true, id_map in zip(axes_row, frames, truth, id_maps, strict=True):
-            axes.imshow(overlay_masks(frame, id_map, max(len(frame), PANEL_PIXELS)))
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if row != "frame":
-                axes.set_xlabel(_compared(id_map, None if row == "truth" else true, ids), fontsize=7.5, labelpad=2)
-                if not id_map.any():
-                    axes.text(0.5, 0.5, "empty", transform=axes.transAxes, fontsize=14, ha="center", bbox=LABEL_BOX)
-    for axes, name in zip(grid[0], names, strict=True):
-        axes.set_title(name, fontsize=9)
-    handles = [
-        Patch(
-            facecolor=np.array(object_color(i)) / 255,
-            hatch=("///", "\\\\\\", "---", "|||")[(i - 1) // len(OBJECT_COLORS) % 4],
-            label=f"object {i}",
-        )
-        for i in ids
-    ]
-    note = Patch(alpha=0, label=f"below: IoU of each object with the truth;{RIGHT} rightly empty")
-    figure.legend(handles=[*handles, note], loc="outside lower center", ncols=min(len(handles), 6) + 1, fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=DPI)
-
-
-@plain_text
 def plot_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: str | Path, title: str) -> None:
     """Draws a row of pictures (H, W, 3) uint8 under each name; rows may differ in their length and size."""
     columns = max(map(len, rows.values()))
@@ -233,15 +180,3 @@ def plot_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: str | Path, title
             axes.set_axis_off()
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=DPI)
-
-
-def _compared(id_map: np.ndarray, true: np.ndarray | None, ids: Sequence[int]) -> str:
-    """The IoU of each object with the truth, if that is given, and which masks are empty; three objects in a line."""
-    words = []
-    for i in ids:
-        mask, target = id_map == i, None if true is None else true == i
-        if not mask.any():
-            words.append(f"{i}: empty{RIGHT if target is not None and not target.any() else ''}")
-        elif target is not None:
-            words.append(f"{i}: {(mask & target).sum() / (mask | target).sum():.2f}")
-    return "\n".join("  ".join(words[start : start + 3]) for start in range(0, len(words), 3))

@@ -23,7 +23,7 @@ from samoe_hf.plots.experts import (
 
 @pytest.mark.parametrize(
     "layers, experts, domains",
-    [(3, 16, 5), (1, 2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((5, 4, 3), (32, 10, 2)))],
+    [(3, 8, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 16, 5), (1, 2, 1), (32, 10, 2)))],
 )
 def test_labels_of_the_pictures_do_not_overlap(layers, experts, domains):
     rng = np.random.default_rng(0)
@@ -67,8 +67,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
         plot_similarity({odd: np.eye(2)}),
     ]
     for number, figure in enumerate(figures):
-        figure.savefig(tmp_path / f"{number}.png")
-        assert any(text.get_text() == odd for text in figure.findobj(Text)), number
+        assert any(text.get_text() == odd and not text.get_parse_math() for text in figure.findobj(Text)), number
     frames, masks = np.zeros((2, 40, 40, 3), dtype=np.uint8), np.zeros((2, 40, 40), dtype=bool)
     plot_routing(frames, masks, np.zeros((2, 4, 4), dtype=int), 2, tmp_path / "strip.png", odd)
 
