@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.app import track_by_hand, write_small_video
+from helpers.app import maps_of, track_by_hand, write_small_video
 from samoe_hf.data.video_io import read_label_png, read_video, write_video
 from samoe_hf.inference import VideoPrompt
 
@@ -61,23 +61,20 @@ def test_click_box_track_correct_and_take_away_as_the_python_api_does(page, smal
     assert not page.errors
 
 
-def test_two_people_at_once_get_what_each_would_get_alone(open_page, small_video, two_domains, tmp_path):
-    other_video = write_small_video(tmp_path / "other.mp4", seed=8)
-    pages, videos = [open_page(), open_page()], [small_video, other_video]
-    for page, video in zip(pages, videos, strict=True):
-        page.open(video)
-    for page, (x, y) in zip(pages, ((0.3, 0.5), (0.7, 0.4)), strict=True):
+def test_two_people_at_once_get_what_each_would_get_alone(open_page, served, two_domains, tmp_path):
+    pages, videos = [open_page(), open_page()], []
+    for name, page, (x, y) in zip(("left", "right"), pages, ((0.3, 0.5), (0.7, 0.4)), strict=True):
+        videos.append(write_small_video(tmp_path / f"{name}.mp4", seed=len(name)))
+        page.open(videos[-1])
         page.click(x, y)
     for page in pages:
         page.page.click("#track")  # both at once: one waits for the other
-    for number, page in enumerate(pages):
+    for page, video in zip(pages, videos, strict=True):
         page.wait_for_text("progress", "Tracked.")
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        masks = masks_of_zip(page.export("Masks, PNG in a zip", folder), folder / "masks")
-        (prompt,) = prompts_of(page.export("Project, to go on later", folder))
-        steps = [VideoPrompt(1, 0, prompt["points"], [1]), (0, False)]
-        assert (masks == track_by_hand(two_domains, read_video(videos[number]), steps)).all()
+        sessions = (person.session for person in served.people)
+        session = next(one for one in sessions if one is not None and one.video.name == video.stem)
+        steps = [*session.prompts.values(), (0, False)]
+        assert (maps_of(session) == track_by_hand(two_domains, read_video(video), steps)).all()
 
 
 def test_undo_objects_and_a_refresh_in_the_middle(page, small_video):
