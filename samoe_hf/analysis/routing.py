@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
@@ -20,7 +19,7 @@ from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_experts import module_domain, module_layer
 from samoe_hf.model.expert_layer import expert_modules, open_hooks
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
 from samoe_hf.model.tracking import TrackedRow, tracked_rows
 from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.experts import plot_routing, routing_video
@@ -113,13 +112,12 @@ class RoutingMaps:
     experts: np.ndarray
     masks: np.ndarray
 
-    def save(self, path: str | Path, object_id: int | None = None, max_columns: int = 6) -> list[Path]:
+    def save(self, path: str | Path, object_id: int | None = None) -> list[Path]:
         """Draws the maps of an object over the frames.
 
         Args:
             path: without suffix; a strip of frames is written as `.png`, the whole video as `.mp4`, or neither.
             object_id: by default the first.
-            max_columns: frames in the strip, evenly spread over those with a map.
 
         Returns:
             Both files.
@@ -128,22 +126,21 @@ class RoutingMaps:
         if object_id is not None and ids != [None] and object_id not in ids:
             raise InputError(f"`object_id` must be one of {ids}, got {object_id!r}.")
         column = ids.index(object_id) if object_id in ids else 0
-        if ids[column] is None:
-            masks, shown = self.masks.any(axis=1), "whole frame"
-        else:
-            masks, shown = self.masks[:, self.video.object_ids.index(ids[column])], f"object {ids[column]}"
+        shown = ids[column]
+        own = slice(None) if shown is None else [self.video.object_ids.index(shown)]
+        name = "whole frame" if shown is None else f"object {shown}"
         video = " ".join(dict.fromkeys((self.video.domain, self.video.video_id)))
-        title = f"Expert of largest weight in {short_name(self.module)}: {video}, {shown}"
-        arguments = (self.video.frames, masks, self.experts[:, column], self.num_experts)
+        title = f"Expert of largest weight in {short_name(self.module)}: {video}, {name}"
+        arguments = (self.video.frames, np.any(self.masks[:, own], axis=1), self.experts[:, column], self.num_experts)
         png, mp4 = (Path(f"{path}{suffix}") for suffix in (".png", ".mp4"))
         with whole_file(png) as picture, whole_file(mp4) as video_file:
-            plot_routing(*arguments, picture, title, max_columns)
+            plot_routing(*arguments, picture, title)
             write_video(video_file, routing_video(*arguments, title), self.video.frames.fps or 6)
         return [png, mp4]
 
 
 def routing_maps(
-    model: SamoeModel, video: Video, processor: ProcessorMixin | None = None, module: str | None = None
+    model: SamoeModel, video: Video, processor: VideoProcessor | None = None, module: str | None = None
 ) -> RoutingMaps:
     """Tracks a video as [`expert_usage`] does and keeps the expert of each image position.
 
@@ -152,18 +149,17 @@ def routing_maps(
         module: one of [`image_modules`], by default the last: the last cross attention's `q_proj`, where there is one.
 
     Raises:
-        ValueError: for another module, or if the router never ran.
+        InputError: for another module, or if the router never ran.
     """
     module = routing_module(model, module)
     if module is None:
         raise InputError("`model` has no layer with experts whose tokens are image positions.")
     maps: dict[TrackedRow, np.ndarray] = {}
-    ran = module  # with the domain that the video was given
+    ran: set[str] = set()  # the module's name with the domain that the video was given
 
     def keep_best(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
-        nonlocal ran
         if module_layer(name) == module:
-            ran = name
+            ran.add(name)
             side = math.isqrt(logits.shape[1])
             experts = logits.argmax(dim=-1).view(len(rows), side, side)
             maps.update(zip(rows, experts.to(torch.int16).cpu().numpy(), strict=True))
@@ -180,4 +176,5 @@ def routing_maps(
     experts = np.full((len(video), len(object_ids), *next(iter(maps.values())).shape), -1, dtype=np.int16)
     for (frame_idx, object_id), best in maps.items():
         experts[frame_idx, object_ids.index(object_id)] = best
-    return RoutingMaps(video, ran, model.get_submodule(ran).num_experts, object_ids, experts, masks)
+    (name,) = ran
+    return RoutingMaps(video, name, dict(expert_modules(model))[name].num_experts, object_ids, experts, masks)

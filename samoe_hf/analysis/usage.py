@@ -1,15 +1,17 @@
 """How much each expert of a model is used: by layer, domain and object, as sums over tokens, tables and figures.
 
-The routers are observed while videos are tracked, see [`observe_routers`]. Of each router only sums over tokens are
-kept, so that memory does not grow with the length of the videos.
+The routers are observed while videos are tracked, see [`observe_routers`]. Only sums over tokens are kept, so that RAM
+does not grow with the length of the videos.
 """
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -19,16 +21,15 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
-from transformers import ProcessorMixin
 
 from samoe_hf.data.hub_datasets import videos_from_dataset
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
 from samoe_hf.model.domain_experts import module_layer
-from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, top_k_gates
+from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
 from samoe_hf.model.tracking import TrackedRow
 from samoe_hf.model.weights_io import updated_folder
 from samoe_hf.plots import experts as plots
@@ -56,14 +57,12 @@ class RouterSums:
     Attributes:
         tokens: how many there are.
         gates: weights of the experts (experts,), which are 0 but for the top k of each token.
-        probabilities: softmax over all logits (experts,).
-        entropy: of these probabilities, in nats.
+        entropy: of the probabilities of all experts, in nats.
         chosen: tokens that chose both experts (experts, experts); on the diagonal, those that chose the expert.
     """
 
     tokens: int
     gates: np.ndarray
-    probabilities: np.ndarray
     entropy: float
     chosen: np.ndarray
 
@@ -72,14 +71,13 @@ class RouterSums:
         """Sums for each row of logits (rows, ..., experts)."""
         logits = router_logits.detach().float()
         logits = logits.reshape(len(logits), -1, logits.shape[-1])
-        gates, probabilities = top_k_gates(logits, num_experts_per_tok), logits.softmax(dim=-1)
+        gates = top_k_gates(logits, num_experts_per_tok).sum(dim=1)
         top = logits.topk(num_experts_per_tok, dim=-1).indices
         # Not `gates > 0`: the weight of a chosen expert may be too small to be told from 0.
         chosen = torch.zeros_like(logits).scatter(-1, top, 1.0)
-        entropy = torch.special.entr(probabilities).sum(dim=(-2, -1))
-        sums = (gates.sum(dim=1), probabilities.sum(dim=1), entropy, chosen.mT @ chosen)
-        arrays = (x.cpu().double().numpy() for x in sums)
-        return [cls(logits.shape[1], g, p, float(e), c) for g, p, e, c in zip(*arrays, strict=True)]
+        entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=(-2, -1))
+        arrays = (x.cpu().double().numpy() for x in (gates, entropy, chosen.mT @ chosen))
+        return [cls(logits.shape[1], g, float(e), c) for g, e, c in zip(*arrays, strict=True)]
 
     def __add__(self, other: "RouterSums") -> "RouterSums":
         return RouterSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -90,37 +88,27 @@ class RouterSums:
         return self.gates / self.tokens
 
     @property
-    def frequency(self) -> np.ndarray:
-        """Share of the tokens that choose each expert (experts,); they add up to `num_experts_per_tok`."""
-        return self.chosen.diagonal() / self.tokens
+    def coactivation(self) -> np.ndarray:
+        """Share of the tokens that choose both experts (experts, experts)."""
+        return self.chosen / self.tokens
 
     @property
-    def coactivation(self) -> np.ndarray:
-        """Share of the tokens that choose both experts (experts, experts); the frequency on the diagonal."""
-        return self.chosen / self.tokens
+    def frequency(self) -> np.ndarray:
+        """Share of the tokens that choose each expert (experts,); they add up to `num_experts_per_tok`."""
+        return self.coactivation.diagonal()
 
     @property
     def router_entropy(self) -> float:
         """Mean entropy of a token's probabilities over all experts, 1 where the router does not decide."""
-        return self.entropy / self.tokens / _max_entropy(len(self.gates))
-
-    @property
-    def load_balancing_loss(self) -> float:
-        """[`experts.load_balancing_loss`] of these tokens."""
-        return float(len(self.gates) * self.frequency @ self.probabilities / self.tokens)
+        return self.entropy / self.tokens / math.log(max(len(self.gates), 2))
 
 
 def normalized_entropy(weights: np.ndarray) -> float:
     """Entropy of non-negative weights (experts,) that need not add up to 1: from 0, one has all, to 1, all are equal.
 
-    Of a single expert it is 0.
+    The entropy of a single expert is 0.
     """
-    return float(stats.entropy(weights)) / _max_entropy(len(weights))
-
-
-def _max_entropy(num_experts: int) -> float:
-    """In nats. A single expert has no entropy; any number above 0 makes its share 0."""
-    return math.log(max(num_experts, 2))
+    return float(stats.entropy(weights)) / math.log(max(len(weights), 2))
 
 
 def mutual_information(usage: np.ndarray) -> float:
@@ -137,7 +125,7 @@ def mutual_information(usage: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def expert_similarity(module: ExpertLinear) -> np.ndarray:
+def expert_similarity(module: ExpertMixture) -> np.ndarray:
     """Cosine similarity of the experts' updates B A, as matrices: (experts, experts), from -1 to 1.
 
     Rows and columns of experts whose update is zero, as those of new experts are, are NaN: they have no direction.
@@ -176,16 +164,17 @@ class ExpertUsage:
 
     def total(self, module: str, domain: str | None = None) -> RouterSums | None:
         """Sums over all tokens of a module, or those of a domain; None where it has none."""
-        total = None
-        for source, sums in self.sums[module].items():
-            if domain in (None, source.domain):
-                total = sums if total is None else total + sums
-        return total
+        parts = [sums for source, sums in self.sums[module].items() if domain in (None, source.domain)]
+        return functools.reduce(operator.add, parts) if parts else None
 
     def domain_usage(self, module: str) -> dict[str, np.ndarray]:
         """Mean gates (experts,) in each domain that the module ran in."""
         totals = {domain: self.total(module, domain) for domain in self.domains}
         return {domain: total.mean_gates for domain, total in totals.items() if total is not None}
+
+    def coactivation(self, module: str) -> np.ndarray:
+        """Share of all tokens of a module that choose both experts (experts, experts)."""
+        return functools.reduce(operator.add, self.sums[module].values()).coactivation
 
     def to_pandas(self, by: str = "domain") -> pd.DataFrame:
         """Usage as a table with one row for each expert of each module.
@@ -198,21 +187,23 @@ class ExpertUsage:
             `video_id` and `object_id` (by object; no id where the module runs once for all objects), `expert`,
             `tokens`, `mean_gate` and `selection_frequency`.
         """
-        columns = {"module": [], "domain": ["domain"], "object": list(Source._fields)}
-        if by not in columns:
+        columns = {"module": [], "domain": ["domain"], "object": list(Source._fields)}.get(by)
+        if columns is None:
             raise InputError(f"`by` must be 'module', 'domain' or 'object', got {by!r}.")
-        parts = [
-            {"module": module, "projection": module.rpartition(".")[2], **source._asdict(), "expert": expert}
-            | {"tokens": sums.tokens, "mean_gate": gate, "selection_frequency": chosen}
-            for module, sources in self.sums.items()
-            for source, sums in sources.items()
-            for expert, (gate, chosen) in enumerate(zip(sums.gates, sums.chosen.diagonal(), strict=True))
-        ]
-        table = pd.DataFrame(parts).astype({"object_id": "Int64"})
-        keys, shares = ["module", "projection", *columns[by], "expert"], ["mean_gate", "selection_frequency"]
-        table = table.groupby(keys, sort=False, dropna=False)[["tokens", *shares]].sum().reset_index()
-        table[shares] = table[shares].div(table["tokens"], axis=0)
-        return table
+        rows = []
+        for module, sources in self.sums.items():
+            groups: dict[tuple, RouterSums] = {}
+            for source, sums in sources.items():
+                key = source[: len(columns)]
+                groups[key] = groups[key] + sums if key in groups else sums
+            for key, sums in groups.items():
+                place = {"module": module, "projection": module.rpartition(".")[2]}
+                place |= dict(zip(columns, key, strict=True))
+                for expert, (gate, chosen) in enumerate(zip(sums.mean_gates, sums.frequency, strict=True)):
+                    figures = {"tokens": sums.tokens, "mean_gate": gate, "selection_frequency": chosen}
+                    rows.append({**place, "expert": expert, **figures})
+        table = pd.DataFrame(rows)
+        return table.astype({"object_id": "Int64"}) if "object_id" in columns else table
 
     def statistics(self, domain: str | None = None, dead_share: float = DEAD_SHARE) -> pd.DataFrame:
         """Figures of each module, over all tokens or those of a domain.
@@ -226,9 +217,7 @@ class ExpertUsage:
             - `usage_entropy`: of the mean gates, see [`normalized_entropy`]; low where few experts do the work;
             - `router_entropy`: mean over tokens, see [`RouterSums`]; low where the router is sure of its choice;
             - `load_cv`, `load_max`: standard deviation and maximum of the selection frequency, over its mean;
-            - `load_balancing_loss`: of Switch Transformers, `num_experts_per_tok` at even load;
-            - `domain_information`: [`mutual_information`] of domain and expert, in bits, and
-              `domain_information_share`, as a share of log2(domains); 0 for one domain;
+            - `domain_information`: [`mutual_information`] of domain and expert, in bits; 0 for one domain;
             - `mean_similarity`: of different experts, NaN where none can be compared;
             - `dead_experts`: a list of numbers.
         """
@@ -236,26 +225,25 @@ class ExpertUsage:
             raise InputError(f"`domain` must be one of {self.domains}, got {domain!r}.")
         if not 0 <= dead_share <= 1:
             raise InputError(f"`dead_share` must be from 0 to 1, got {dead_share!r}.")
-        totals = {module: self.total(module, domain) for module in self.modules}
-        rows = {m: self._module_statistics(m, total, domain, dead_share) for m, total in totals.items() if total}
+        rows = {}
+        for module in self.modules:
+            total = self.total(module, domain)
+            if total is None:
+                continue
+            usage = self.domain_usage(module) if domain is None else {domain: total.mean_gates}
+            frequency = total.frequency
+            similarity = pd.Series(self.similarity[module][~np.eye(len(frequency), dtype=bool)])
+            rows[module] = {
+                "tokens": total.tokens,
+                "usage_entropy": normalized_entropy(total.gates),
+                "router_entropy": total.router_entropy,
+                "load_cv": float(frequency.std() / frequency.mean()),
+                "load_max": float(frequency.max() / frequency.mean()),
+                "domain_information": mutual_information(np.stack(list(usage.values()))),
+                "mean_similarity": float(similarity.mean()),  # without NaN
+                "dead_experts": np.flatnonzero((frequency < dead_share) | (frequency == 0)).tolist(),
+            }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("module")
-
-    def _module_statistics(self, module: str, total: RouterSums, domain: str | None, dead_share: float) -> dict:
-        usage = self.domain_usage(module) if domain is None else {domain: total.mean_gates}
-        bits, frequency = mutual_information(np.stack(list(usage.values()))), total.frequency
-        similarity = pd.Series(self.similarity[module][~np.eye(len(frequency), dtype=bool)])
-        return {
-            "tokens": total.tokens,
-            "usage_entropy": normalized_entropy(total.gates),
-            "router_entropy": total.router_entropy,
-            "load_cv": float(frequency.std() / frequency.mean()),
-            "load_max": float(frequency.max() / frequency.mean()),
-            "load_balancing_loss": total.load_balancing_loss,
-            "domain_information": bits,
-            "domain_information_share": bits / math.log2(len(usage)) if len(usage) > 1 else 0.0,
-            "mean_similarity": float(similarity.mean()),  # without NaN
-            "dead_experts": np.flatnonzero((frequency < dead_share) | (frequency == 0)).tolist(),
-        }
 
     def plot(self, kind: str) -> Figure:
         """Draws what the experts did, all layers in one picture.
@@ -282,7 +270,7 @@ class ExpertUsage:
                 gates = [sums.mean_gates for sums in self.sums[module].values()]
                 return plots.plot_objects(names_of_objects, gates, names[module], MAX_OBJECTS)
             case "coactivation":
-                return plots.plot_coactivation({n: self.total(m).coactivation for m, n in names.items()})
+                return plots.plot_coactivation({n: self.coactivation(m) for m, n in names.items()})
             case "similarity":
                 return plots.plot_similarity({n: self.similarity[m] for m, n in names.items()})
         raise InputError(f"`kind` must be one of {', '.join(PLOTS)}, got {kind!r}.")
@@ -300,45 +288,37 @@ class ExpertUsage:
             The files.
         """
         figures = {f"{kind}.png": self.plot(kind) for kind in PLOTS if kind != "domains" or len(self.domains) > 1}
-        statistics = json.dumps(self._report(dead_share), indent=1, allow_nan=False)
+        videos = {source[:2] for sources in self.sums.values() for source in sources}
+        report = {
+            "domains": {name: {"videos": sum(domain == name for domain, _ in videos)} for name in self.domains},
+            "dead_share": dead_share,
+            "modules": _to_json(self.statistics(None, dead_share)),
+            "modules_by_domain": {domain: _to_json(self.statistics(domain, dead_share)) for domain in self.domains},
+            "coactivation": {module: self.coactivation(module).tolist() for module in self.modules},
+            "similarity": {m: _to_json(pd.DataFrame(self.similarity[m]), "values") for m in self.modules},
+        }
         tables = {"usage.csv": self.to_pandas(), "usage_by_object.csv": self.to_pandas("object")}
         with updated_folder(folder) as temporary:
             for name, table in tables.items():
                 table.to_csv(temporary / name, index=False)
-            (temporary / "statistics.json").write_text(statistics + "\n")
+            (temporary / "statistics.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
             for name, figure in figures.items():
                 figure.savefig(temporary / name, dpi=120)
         return [Path(folder) / name for name in (*tables, "statistics.json", *figures)]
-
-    def _report(self, dead_share: float) -> dict:
-        videos = {source[:2] for sources in self.sums.values() for source in sources}
-        return {
-            "domains": {name: {"videos": sum(domain == name for domain, _ in videos)} for name in self.domains},
-            "dead_share": dead_share,
-            "modules": _without_nan(self.statistics(None, dead_share)),
-            "modules_by_domain": {domain: _without_nan(self.statistics(domain, dead_share)) for domain in self.domains},
-            "coactivation": {module: self.total(module).coactivation.tolist() for module in self.modules},
-            "similarity": {
-                module: [[None if np.isnan(x) else float(x) for x in row] for row in self.similarity[module]]
-                for module in self.modules
-            },
-        }
 
 
 PLOTS = ("usage_bars", "usage_heat_maps", "objects", "coactivation", "similarity", "domains")
 
 
-def _without_nan(table: pd.DataFrame) -> dict[str, dict]:
-    return {
-        module: {name: None if value != value else value for name, value in row.items()}
-        for module, row in table.to_dict(orient="index").items()
-    }
+def _to_json(table: pd.DataFrame, orient: Literal["index", "values"] = "index") -> Any:
+    """A table as JSON has it, with None for NaN."""
+    return json.loads(table.to_json(orient=orient, double_precision=15))
 
 
 def expert_usage(
     model: SamoeModel,
     dataset: Iterable[Video] | datasets.Dataset | datasets.IterableDataset,
-    processor: ProcessorMixin | None = None,
+    processor: VideoProcessor | None = None,
     show_progress_bar: bool = True,
 ) -> ExpertUsage:
     """Tracks videos and sums up what the routers choose.
@@ -356,21 +336,19 @@ def expert_usage(
     """
     processor = processor or build_processor(model.config)
     modules = dict(expert_modules(model))
-    if not modules:
-        raise InputError("`model` has no layer with experts.")
     if isinstance(dataset, Video):
         raise InputError("`dataset` must be several videos, got one; put it into a list.")
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         dataset = videos_from_dataset(dataset)
     sums: dict[str, dict[Source, RouterSums]] = {name: {} for name in modules}
-    counted_frames: set[tuple[str, int]] = set()  # of this video, by modules that run once for all objects
+    counted_frames: set[tuple[str, int]] = set()  # of one video, by modules that run once for all objects
 
     def add(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
         parts = RouterSums.from_logits(logits, modules[name].num_experts_per_tok)
         for (frame_idx, object_id), part in zip(rows, parts, strict=True):
-            if object_id is None and (name, frame_idx) in counted_frames:
-                continue
             if object_id is None:
+                if (name, frame_idx) in counted_frames:
+                    continue
                 counted_frames.add((name, frame_idx))
             source = Source(video.domain, video.video_id, object_id)
             sums[name][source] = sums[name][source] + part if source in sums[name] else part
@@ -378,16 +356,14 @@ def expert_usage(
     with observe_routers(model, add):
         for video in tqdm(dataset, desc="experts", disable=not show_progress_bar):
             if not isinstance(video, Video):
-                raise InputError(
-                    f"`dataset` must hold samoe_hf.data.Video, got an item of type {type(video).__name__}."
-                )
+                raise InputError(f"`dataset` must hold samoe_hf.data.Video, got a {type(video).__name__}.")
             counted_frames.clear()
             for _ in SimulatedUser(model, processor, video, PromptStrategy("mask")).track():
                 pass
     sums = {name: sources for name, sources in sums.items() if sources}
     if not sums:
         raise InputError(
-            "No router ran: the videos of `dataset` have no objects, no frames after the prompted ones, or belong to "
-            "no domain of the model."
+            "No router ran: the model has no experts, or the videos of `dataset` have no objects, no frames after the "
+            "prompted ones, or belong to no domain of the model."
         )
     return ExpertUsage(sums, {name: expert_similarity(modules[name]) for name in sums})

@@ -23,7 +23,7 @@ from samoe_hf.analysis.usage import (
 )
 from samoe_hf.data import SyntheticVideos, Video, to_datasets
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.model.expert_layer import ExpertLinear, load_balancing_loss, top_k_gates
+from samoe_hf.model.expert_layer import ExpertLinear, top_k_gates
 from samoe_hf.model.processing_samoe import build_processor
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
@@ -54,8 +54,6 @@ def test_sums_by_hand():
     both = first + second
     assert both.tokens == 4
     np.testing.assert_allclose(both.mean_gates, (first.mean_gates + second.mean_gates) / 2)
-    expected = load_balancing_loss({"layer": logits.flatten(0, 1)}, 2).item()
-    assert both.load_balancing_loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_expert_whose_weight_vanishes_is_still_chosen():
@@ -115,7 +113,6 @@ def test_domains_have_equal_weight_whatever_their_size():
     usage = usage_of({"large": one_hot([0] * 99), "small": one_hot([1])})
     row = usage.statistics().loc["layer"]
     assert row.domain_information == pytest.approx(1.0)
-    assert row.domain_information_share == pytest.approx(1.0)
     assert usage.statistics("small").loc["layer"].domain_information == 0.0
     # Everything else is over all tokens.
     np.testing.assert_allclose(usage.to_pandas("module").mean_gate, [0.99, 0.01, 0, 0], atol=1e-7)
@@ -125,11 +122,9 @@ def test_statistics_of_even_and_of_gathered_routing():
     even = usage_of({"d": one_hot([0, 1, 2, 3])}).statistics().loc["layer"]
     assert even.usage_entropy == pytest.approx(1) and even.router_entropy == pytest.approx(0, abs=1e-6)
     assert (even.load_cv, even.load_max, even.dead_experts) == (0, 1, [])
-    assert even.load_balancing_loss == pytest.approx(1)
     gathered = usage_of({"d": one_hot([2, 2, 2, 2])}).statistics().loc["layer"]
     assert gathered.usage_entropy == pytest.approx(0, abs=1e-6)
     assert (gathered.load_cv, gathered.load_max) == (pytest.approx(math.sqrt(3)), 4)
-    assert gathered.load_balancing_loss == pytest.approx(4)
     assert gathered.dead_experts == [0, 1, 3]
     assert gathered.domain_information == 0 and math.isnan(gathered.mean_similarity)
     undecided = usage_of({"d": torch.zeros(1, 6, 4)}, top_k=2).statistics().loc["layer"]
@@ -237,7 +232,7 @@ def test_datasets_and_lists_of_videos_give_the_same(nano, entering, tmp_path):
 @pytest.mark.parametrize(
     "dataset, message",
     [
-        ([{"pixel_values": 0}], "must hold samoe_hf.data.Video, got an item of type dict"),
+        ([{"pixel_values": 0}], "must hold samoe_hf.data.Video, got a dict"),
         (SyntheticVideos(1, 2, (64, 64))[0], "put it into a list"),
         ([], "No router ran"),
         (SyntheticVideos(2, 1, (64, 64)), "No router ran"),
