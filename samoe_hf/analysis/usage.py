@@ -312,7 +312,9 @@ PLOTS = ("usage_bars", "usage_heat_maps", "objects", "coactivation", "similarity
 
 def _to_json(table: pd.DataFrame, orient: Literal["index", "values"] = "index") -> Any:
     """A table as JSON has it, with None for NaN."""
-    return json.loads(table.to_json(orient=orient, double_precision=15))
+    text = table.to_json(orient=orient, double_precision=15)
+    assert text is not None  # it would be written to a file otherwise
+    return json.loads(text)
 
 
 def expert_usage(

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from torch.utils.data import ConcatDataset
-
+from samoe_hf.data.clip_datasets import MixedDataset
+from samoe_hf.data.schema import JoinedVideos
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_io import write_text
 from samoe_hf.surgery.domains import copy_domain_experts
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
@@ -86,7 +86,7 @@ def adapt(
             experts without effect.
 
     Raises:
-        ValueError: if the domain cannot be added, or something of the run is wrong.
+        InputError: if the domain cannot be added, or something of the run is wrong.
     """
     arguments = [*run, "--model_name_or_path", str(model), "--domain", domain, "--output_dir", str(output)]
     if like not in (AUTO, None):
@@ -96,32 +96,33 @@ def adapt(
     resume = trainer.args.resume_from_checkpoint
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
-    videos = ConcatDataset([dataset.videos for dataset in trainer.train_dataset.datasets.values()])
-    result.gate_videos = fit_gate(trainer.model, trainer.processor, domain, videos, shows_progress)
+    clips, learner = trainer.train_dataset, trainer.model
+    assert isinstance(clips, MixedDataset) and isinstance(learner, SamoeModel)
+    videos = JoinedVideos(dataset.videos for dataset in clips.datasets.values())
+    result.gate_videos = fit_gate(learner, trainer.processor, domain, videos, shows_progress)
     if like == AUTO:
-        start = find_start(trainer.model, trainer.processor, domain, videos, shows_progress)
-        if start is not None and copy_domain_experts(trainer.model, start, domain):
+        start = find_start(learner, trainer.processor, domain, videos, shows_progress)
+        if start is not None and copy_domain_experts(learner, start, domain):
             result.started_from = start
     trainer.train(resume_from_checkpoint=resume)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        text = json.dumps(asdict(result), indent=1)
-        write_text(Path(trainer.args.output_dir, RESULTS_FILE), f"{text}\n")
+        write_text(Path(output, RESULTS_FILE), json.dumps(asdict(result), indent=1) + "\n")
     return result
 
 
 def _scores(trainer: SamoeTrainer) -> dict[str, float]:
-    metrics: dict[str, Any] = trainer.evaluate() if trainer.eval_dataset else {}
+    metrics = trainer.evaluate() if trainer.eval_dataset else {}
     return {name: value for name, value in metrics.items() if name.rpartition("_")[2] in ("J", "F", "J&F")}
 
 
 def _count_routed(trainer: SamoeTrainer) -> dict[str, dict[str, int]]:
     """By the domain that the data names: whose experts the evaluation videos get -> how many."""
-    counts: dict[str, Counter] = {}
-    videos = trainer.eval_dataset or []
-    decisions = decide_videos(trainer.model, trainer.processor, videos)
-    for video, decision in zip(videos, decisions, strict=True):
+    counts: dict[str, Counter[str]] = {}
+    videos, model = trainer.eval_dataset or [], trainer.model
+    assert isinstance(videos, list) and isinstance(model, SamoeModel)
+    for video, decision in zip(videos, decide_videos(model, trainer.processor, videos), strict=True):
         if decision is not None:
             counts.setdefault(video.domain, Counter())[decision.domain or "base"] += 1
     return {name: dict(count) for name, count in counts.items()}

@@ -35,7 +35,7 @@ def assemble(
         kwargs: of `from_pretrained`.
 
     Raises:
-        ValueError: if a domain has no videos, or cannot be added; see [`~SamoeModel.add_lora_domain`].
+        InputError: if a domain has no videos, or cannot be added; see [`~surgery.loras.add_lora_domain`].
     """
     if missing := [domain for domain in loras if domain not in videos]:
         raise InputError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")

@@ -1,12 +1,11 @@
 """What the gate of a model learns of a domain's videos, and what it decides for videos."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import ProcessorMixin
 
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
@@ -16,17 +15,19 @@ from samoe_hf.model.domain_experts import use_domain
 from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.frame_step import image_features
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import PreparedFrames
 from samoe_hf.surgery.domains import fit_domain
 
 # More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
 MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256
+Value = TypeVar("Value")
 
 
 @torch.no_grad()
 def fit_gate(
     model: SamoeModel,
-    processor: ProcessorMixin,
+    processor: VideoProcessor,
     domain: str,
     videos: Sequence[Video],
     show_progress_bar: bool = True,
@@ -40,7 +41,7 @@ def fit_gate(
         how many videos it saw.
 
     Raises:
-        ValueError: if there is no such domain, or no video with an object.
+        InputError: if there is no such domain, or no video with an object.
     """
     chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)
     frames_per_video = min(MAX_FRAMES, max(MIN_FRAMES, FRAMES_IN_ALL // max(1, len(chosen))))
@@ -61,7 +62,7 @@ def fit_gate(
 
 
 @torch.no_grad()
-def frame_features(model: SamoeModel, processor: ProcessorMixin, video: Video, frames: Sequence[int]) -> Tensor:
+def frame_features(model: SamoeModel, processor: VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
     """What the gate reads of frames of a video: (frames, features)."""
     pixel_values = _pixel_values(model, processor, video, frames)
     with use_domain(None):
@@ -69,7 +70,7 @@ def frame_features(model: SamoeModel, processor: ProcessorMixin, video: Video, f
 
 
 def decide_videos(
-    model: SamoeModel, processor: ProcessorMixin, videos: Iterable[Video]
+    model: SamoeModel, processor: VideoProcessor, videos: Iterable[Video]
 ) -> Iterator[DomainDecision | None]:
     """What the gate decides for each video, from the first frame that shows an object; None for one without objects."""
     for video in videos:
@@ -86,13 +87,13 @@ def first_visible(video: Video) -> int | None:
     return next((t for t in video.annotated_frames if video.visible(t)), None)
 
 
-def _pixel_values(model: SamoeModel, processor: ProcessorMixin, video: Video, frames: Sequence[int]) -> Tensor:
+def _pixel_values(model: SamoeModel, processor: VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
     """Frames as a session prepares them, (frames, 3, S, S)."""
     prepared = PreparedFrames(video.frames, processor, model.device, model.dtype)
     return torch.stack([prepared[t] for t in frames])
 
 
-def evenly_chosen(values: Sequence[Any], count: int) -> list[Any]:
+def evenly_chosen(values: Sequence[Value], count: int) -> list[Value]:
     """Up to so many of the values, evenly spread, with the first."""
     number = min(count, len(values))
     return [values[i * len(values) // number] for i in range(number)]

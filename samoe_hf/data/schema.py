@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import accumulate
 from typing import Any, overload
 from uuid import uuid4
 
@@ -156,6 +158,21 @@ class VideoSequence(Sequence[Video]):
         if isinstance(index, slice):
             return [self._open(i) for i in range(len(self))[index]]
         return self._open(range(len(self))[index])
+
+
+class JoinedVideos(VideoSequence):
+    """Videos of several datasets, one after another."""
+
+    def __init__(self, parts: Iterable[Sequence[Video]]):
+        self.parts = [part for part in parts if len(part)]
+        self.ends = list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def _open(self, position: int) -> Video:
+        which = bisect_right(self.ends, position)
+        return self.parts[which][position - self.ends[which]]
 
 
 class VideoList(VideoSequence):

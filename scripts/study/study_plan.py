@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from samoe_hf.continual.excerpts import reduced
 from samoe_hf.continual.fit_gate import evenly_chosen, first_visible
+from samoe_hf.continual.start import reduced
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
@@ -215,8 +215,12 @@ class StudyVideos:
             for video in chosen:
                 first = first_visible(video)
                 frames = [t for t in video.annotated_frames if t >= first][: self.plan.eval_frames]
-                self._loaded[key].append(reduced(video, self.size, frames=frames))
+                self._loaded[key].append(reduced(video, self.size, frames))
         return self._loaded[key]
+
+    def _prepared(self, video: Video, zoom: float | None) -> Video:
+        video = cropped(video, zoom)
+        return reduced(video, self.size, video.annotated_frames)
 
     def _load(self, name: str, kind: str) -> Sequence[Video]:
         if (name, kind) not in self._loaded:
@@ -224,9 +228,31 @@ class StudyVideos:
             lists = [videos_from_entry(entry, f"{kind}[{i}] of {name}") for i, entry in enumerate(entries)]
             videos = lists[0] if len(lists) == 1 else [video for videos in lists for video in videos]
             if domain.zoom is not None or tuple(videos[0].size) != (self.size, self.size):
-                videos = [reduced(video, self.size, domain.zoom) for video in videos]
+                videos = [self._prepared(video, domain.zoom) for video in videos]
             self._loaded[name, kind] = videos
         return self._loaded[name, kind]
+
+
+def cropped(video: Video, zoom: float | None) -> Video:
+    """A video's annotated frames, renumbered from 0 on if there is a zoom.
+
+    Args:
+        zoom: crops to a square of this many times the side of what all objects cover; None leaves the video as it is.
+    """
+    if zoom is None:
+        return video
+    frames = [np.asarray(video.frames[t]) for t in video.annotated_frames]
+    masks = np.stack([video.masks(t) for t in video.annotated_frames])
+    rows, columns = np.nonzero(masks.any(axis=(0, 1)))
+    if len(rows):
+        side = min(*video.size, round(zoom * (1 + max(np.ptp(rows), np.ptp(columns)))))
+        top, left = (
+            int(np.clip((x.min() + x.max() + 1 - side) // 2, 0, extent - side))
+            for x, extent in zip((rows, columns), video.size, strict=True)
+        )
+        window = (..., slice(top, top + side), slice(left, left + side))
+        frames, masks = [frame[window[1:]] for frame in frames], masks[window]
+    return Video.from_arrays(video.video_id, np.stack(frames), masks, video.object_ids, domain=video.domain)
 
 
 def halves(video: Video) -> list[Video]:
@@ -235,6 +261,4 @@ def halves(video: Video) -> list[Video]:
     largest = int(np.argmax([video.masks(t).sum() for t in frames]))
     parts = {"onward": frames[largest:], "back": frames[largest::-1]}
     size = video.size[0]
-    return [
-        replace(reduced(video, size, frames=part), video_id=f"{video.video_id}_{name}") for name, part in parts.items()
-    ]
+    return [replace(reduced(video, size, part), video_id=f"{video.video_id}_{name}") for name, part in parts.items()]

@@ -11,7 +11,7 @@ import yaml
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.commands import adapt as command
+from samoe_hf.cli import main
 from samoe_hf.continual import fit_gate as gate_fitting
 from samoe_hf.continual import start
 from samoe_hf.continual.adapt import adapt
@@ -23,13 +23,13 @@ from samoe_hf.surgery.domains import add_domain, copy_domain_experts
 from samoe_hf.training.trainer import build_trainer
 
 RUN = """
-train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 30, num_frames: 3, seed: 1}]
+train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 30, num_frames: 2, seed: 1}]
 eval_data:
-- {kind: synthetic, domain: blobs, num_videos: 2, num_frames: 3, seed: 2}
-- {kind: synthetic, domain: stripes, num_videos: 2, num_frames: 3, seed: 2}
-num_frames: 3
+- {kind: synthetic, domain: blobs, num_videos: 2, num_frames: 2, seed: 2}
+- {kind: synthetic, domain: stripes, num_videos: 2, num_frames: 2, seed: 2}
+num_frames: 2
 per_device_train_batch_size: 2
-max_steps: 2
+max_steps: 1
 num_experts: 2
 expert_modules: [qkv, q_proj, v_proj]
 learning_rate: 1.0e-2
@@ -86,7 +86,7 @@ def test_a_domain_is_added_with_its_gate_and_scores(base, first):
 def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
     folder, _ = first
     run = write_run(tmp_path, "stripes")
-    options = ["--like", "soft", "--max_steps", "1"]
+    options = ["--like", "soft"]
     run_command(
         [str(folder), "--domain", "hard", "--dataset", str(run), "--output", str(tmp_path / "second"), *options]
     )
@@ -106,7 +106,7 @@ def test_a_domain_starts_from_experts_that_are_good_at_it(first, tmp_path, capsy
         assert len(videos) == 8 and all(1 < len(video) <= 8 and video.visible(0) for video in videos)
         return 0.4 if domain is None else 0.5
 
-    monkeypatch.setattr("samoe_hf.continual.start._score", score)
+    monkeypatch.setattr(start, "domain_score", score)
     folder, _ = first
     run = write_run(tmp_path, "stripes")
     other = yaml.safe_load(run.read_text()) | {"eval_data": []}
@@ -130,13 +130,13 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
     add_domain(model, "other_rank", **{**model.config.expert_settings(), "lora_rank": 1})
     settings = {name: value for name, value in model.config.domains[0].items() if name != "name"}
     add_domain(model, "new", **settings)
-    scores, score = {}, start._score
+    scores, score = {}, start.domain_score
 
     def record(model, processor, videos, domain):
         scores[domain] = score(model, processor, videos, domain)
         return scores[domain]
 
-    monkeypatch.setattr(start, "_score", record)
+    monkeypatch.setattr(start, "domain_score", record)
     monkeypatch.setattr(start, "MIN_ADVANTAGE", -1.0)
     videos = [SyntheticVideos(20, 12, domain="blobs")[number % 2] for number in range(8)]  # of the same names
     processor = build_processor(model.config)
@@ -145,8 +145,9 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
     assert start.find_start(model, processor, "other_rank", videos) is None
     assert score(model, processor, [], "soft") == 0
     monkeypatch.setattr(start, "MIN_ADVANTAGE", 0.05)
-    for advantage, found in ((0.04, None), (0.06, "soft")):
-        monkeypatch.setattr(start, "_score", lambda *a, advantage=advantage: 0.4 + advantage * (a[-1] is not None))
+    for of_soft, found in ((0.44, None), (0.46, "soft")):
+        fixed = {None: 0.4, "soft": of_soft}
+        monkeypatch.setattr(start, "domain_score", lambda *given, fixed=fixed: fixed[given[-1]])
         assert start.find_start(model, processor, "new", videos) == found
     copy_domain_experts(model, "soft", "new")
     assert start.find_start(model, processor, "new", videos) is None
@@ -154,66 +155,25 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
 
 def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
     folder, _ = first
-    run = [
-        str(write_run(tmp_path, "stripes")),
-        "--model_name_or_path",
-        str(folder),
-        "--output_dir",
-        str(tmp_path / "o"),
-    ]
-    no_experts = (tmp_path / "no_experts.yaml", RUN.replace("DOMAIN", "stripes"))
-    no_experts[0].write_text("\n".join(line for line in no_experts[1].splitlines() if "expert" not in line))
+    folders = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "o")]
+    run = [str(write_run(tmp_path, "stripes")), *folders]
+    no_experts = tmp_path / "no_experts.yaml"
+    no_experts.write_text("\n".join(line for line in RUN.splitlines() if "expert" not in line))
     with pytest.raises(ValueError, match=r"`domain` must be one of the model's \('soft'\), got None"):
-        build_trainer([str(no_experts[0]), *run[1:]])
-    with pytest.raises(ValueError, match="`num_experts` is 2 in domain 'soft', but 3 is given"):
-        build_trainer([*run, "--domain", "soft", "--num_experts", "3"])
-    with pytest.raises(ValueError, match="`trainable` must be experts where a domain is trained"):
-        build_trainer([*run, "--domain", "hard", "--trainable", "memory"])
-    with pytest.raises(ValueError, match="`domain_like` goes with `domain`"):
-        build_trainer([*run, "--domain_like", "soft"])
-    with pytest.raises(ValueError, match="The model has no domain 'z'"):
-        build_trainer([*run, "--domain", "hard", "--domain_like", "z"])
-    with pytest.raises(ValueError, match="`domain_like` is for a new domain, but the model has 'soft'"):
-        build_trainer([*run, "--domain", "soft", "--domain_like", "soft"])
+        build_trainer([str(no_experts), *folders])
+    for options, message in (
+        ("--domain soft --num_experts 3", "`num_experts` is 2 in domain 'soft', but 3 is given"),
+        ("--domain hard --trainable memory", "`trainable` must be experts where a domain is trained"),
+        ("--domain_like soft", "`domain_like` goes with `domain`"),
+        ("--domain hard --domain_like z", "The model has no domain 'z'"),
+        ("--domain soft --domain_like soft", "`domain_like` is for a new domain, but the model has 'soft'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_trainer([*run, *options.split()])
     trainer = build_trainer([*run, "--domain", "hard", "--learning_rates", "{experts: 0.5}"])
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(".domain_hard." in name for name in trained)
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5}
-
-
-TWO_PROCESSES = """
-import os, sys, torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from samoe_hf import SamoeModel
-
-mode, folder, output = sys.argv[1:]
-dist.init_process_group("gloo")
-model = SamoeModel.from_pretrained(folder).train()
-model.set_trainable("domain:b")
-model.wake_experts()
-if mode == "ddp":
-    model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-else:
-    mesh = init_device_mesh("cpu", (2,))
-    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
-        fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
-torch.manual_seed(int(os.environ["RANK"]))
-labels = torch.zeros(1, 1, 3, 128, 128, dtype=torch.bool)
-labels[..., 20:70, 30:90] = True
-for _ in range(2):
-    model(torch.randn(1, 3, 3, 128, 128), labels, domain="b").loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-tensors = {n.removeprefix("module."): x for n, x in model.state_dict().items()}
-tensors = {n: x.full_tensor() if hasattr(x, "full_tensor") else x for n, x in tensors.items()}
-if dist.get_rank() == 0:
-    torch.save(tensors, output)
-dist.destroy_process_group()
-"""
 
 
 @pytest.mark.slow
@@ -225,9 +185,9 @@ def test_two_processes_change_no_other_domain(base, tmp_path, mode):
         for _, experts in domain_modules(model, name):
             torch.nn.init.normal_(experts.lora_B, std=0.1)
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    program = ROOT / "tests" / "programs" / "train_domain.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, tmp_path / "run.py", mode, tmp_path / "model", tmp_path / "trained.pt"]
+    command = [*launch, program, mode, tmp_path / "model", tmp_path / "trained.pt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     before, after = model.state_dict(), torch.load(tmp_path / "trained.pt", weights_only=True)
@@ -265,8 +225,9 @@ def test_of_few_videos_more_frames_are_read(first, monkeypatch):
         return torch.randn(len(frames), model.domain_gate.num_features)
 
     monkeypatch.setattr(gate_fitting, "frame_features", count)
+    video = SyntheticVideos(1, 40, (64, 64), domain="stripes")[0]
     for num_videos in (2, 20, 100):
-        fit_gate(model, None, "soft", SyntheticVideos(num_videos, 40, domain="stripes"), show_progress_bar=False)
+        fit_gate(model, None, "soft", [video] * num_videos, show_progress_bar=False)
     assert [max(numbers[:2]), max(numbers[2:22]), max(numbers[22:])] == [32, 12, 4]
 
 

@@ -10,11 +10,11 @@ import yaml
 import run_study
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
-from samoe_hf.continual.excerpts import reduced
+from samoe_hf.continual.start import reduced
 from samoe_hf.data import SyntheticVideos, Video
 from study import Study
 from study_methods import LABELS, SEQUENTIAL
-from study_plan import StudyVideos, halves, read_plan
+from study_plan import StudyVideos, cropped, halves, read_plan
 from study_report import compare_with_ours, report_text, summarize_methods, write_report
 
 CONFIG = ROOT / "scripts" / "study" / "study_forgetting.yaml"
@@ -79,11 +79,11 @@ def test_videos_are_cropped_around_their_objects_and_resized():
     masks[2:5, 0, 10:20, 100:110] = True
     frames[2:5, 10:20, 100:110] = 200
     video = Video.from_arrays("lesion", frames, masks, domain="ct")
-    small = reduced(video, 40, zoom=4.0, frames=[2, 3, 4])
-    assert len(small) == 3 and small.size == (40, 40) and small.visible(0) == [1]
-    mask = small.masks(0)[0]
-    assert mask.sum() == 100 and np.asarray(small.frames[0])[mask].min() == 200  # 10 of 40 pixels, at full size
-    assert reduced(video, 40).masks(2).sum() == 5 * 4  # a half and a third of the size, rounded
+    small = cropped(video, 4.0)
+    assert small.size == (40, 40) and small.visible(2) == [1]
+    mask = small.masks(2)[0]
+    assert mask.sum() == 100 and np.asarray(small.frames[2])[mask].min() == 200  # 10 of 40 pixels, at full size
+    assert reduced(video, 40, range(6)).masks(2).sum() == 5 * 4  # a half and a third of the size, rounded
 
 
 def test_volumes_are_halved_at_their_largest_mask():
