@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
     folders = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "o")]
     run = [str(write_run(tmp_path, "stripes")), *folders]
     no_experts = tmp_path / "no_experts.yaml"
-    no_experts.write_text("\n".join(line for line in RUN.splitlines() if "expert" not in line))
+    no_experts.write_text("\n".join(line for line in Path(run[0]).read_text().splitlines() if "expert" not in line))
     with pytest.raises(ValueError, match=r"`domain` must be one of the model's \('soft'\), got None"):
         build_trainer([str(no_experts), *folders])
     for options, message in (
