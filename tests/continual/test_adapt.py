@@ -12,7 +12,7 @@ import yaml
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.cli import main
+from samoe_hf.commands import adapt as command
 from samoe_hf.continual import fit_gate as gate_fitting
 from samoe_hf.continual import start
 from samoe_hf.continual.adapt import adapt
