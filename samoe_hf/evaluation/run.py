@@ -97,13 +97,8 @@ def choose_seeds(prompt: PromptStrategy, count: int) -> list[int | None]:
     return [FIRST_SEED + SEED_STEP * i for i in range(count)] if prompt.is_random else [None]
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of all of a model's tensors and of their names."""
-    return hash_tensors(sorted(model.state_dict().items()))[:16]
-
-
 def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
-    """What identifies a model that was loaded from `source`, and its size.
+    """What identifies a model that was loaded from `source`, a hash of its tensors among it, and its size.
 
     A model of which `source` holds only what was trained has the base that it was loaded with as `base_model`.
     """
@@ -116,7 +111,7 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
         "revision": None if has_base else loaded["revision"],
         "commit": getattr(config, "_commit_hash", None),
         **({"base_model": {name: loaded[name] for name in ("name_or_path", "revision")}} if has_base else {}),
-        "fingerprint": model_fingerprint(model),
+        "fingerprint": hash_tensors(sorted(model.state_dict().items()))[:16],
         "num_parameters": model.num_parameters(),
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
@@ -171,8 +166,8 @@ class Evaluation:
             if video_key(video) in keys:
                 raise InputError(f"Two videos are called {video_key(video)}; give their datasets different domains.")
             keys.add(video_key(video))
-            objects = [(video.video_id, object_id) for object_id in video.object_ids] if self.groups else []
-            if missing := [one for one in objects if one not in (self.groups or {})]:
+            objects = [(video.video_id, object_id) for object_id in video.object_ids]
+            if self.groups and (missing := [one for one in objects if one not in self.groups]):
                 raise InputError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
 
     def run_model(

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import PROCESSOR_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,7 +19,7 @@ from .base import SAM3, base_of, is_combined
 from .configuration_samoe import SamoeConfig, check_old_names
 from .errors import InputError
 from .expert_layer import EXPERT_TENSORS
-from .processing_samoe import build_processor
+from .processing_samoe import VideoProcessor, build_processor
 from .quantization import check_not_quantized, quantize_base, without_load_report
 from .weights_files import read_headers, read_tracker, tracker_headers
 from .weights_io import updated_folder
@@ -157,7 +157,7 @@ class PretrainedMixin:
         *,
         experts_only: bool | None = None,
         state_dict: dict | None = None,
-        processor: ProcessorMixin | None = None,
+        processor: VideoProcessor | None = None,
         base_model: str | None = None,
         push_to_hub: bool = False,
         **kwargs,
@@ -211,7 +211,7 @@ class PretrainedMixin:
         *,
         experts_only: bool | None = None,
         base_model: str | None = None,
-        processor: ProcessorMixin | None = None,
+        processor: VideoProcessor | None = None,
         card: dict[str, Any] | None = None,
         commit_message: str = "Upload model",
         commit_description: str | None = None,
