@@ -2,16 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
 
 from samoe_hf.model.base import base_of
+from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.modeling_samoe import SamoeModel
 
 # Beside this file in the source tree and in an installed package; the repository's `model_card.md` is a link to it.
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -22,6 +23,24 @@ LIMITS = (
     "Outside the domains above it has not been measured here, and the experts may do harm there.",
     "Masks are no basis for medical, legal or safety decisions without a person's check.",
 )
+
+
+class PublishedModel(Protocol):
+    """What of a `SamoeModel` is told and uploaded; its own file, which calls this one, cannot be imported here."""
+
+    config: SamoeConfig
+    base_model_source: dict[str, str | None] | None
+    differs_from_base: set[str]
+    _auto_class: str | None
+
+    @property
+    def expert_module_names(self) -> list[str]: ...
+
+    def num_parameters(self) -> int: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class CardContent:
 
 
 def build_model_card(
-    model: SamoeModel,
+    model: PublishedModel,
     model_id: str,
     content: CardContent | None = None,
     *,
@@ -85,8 +104,6 @@ def build_model_card(
         pipeline_tag="mask-generation",
         tags=sorted({"samoe", kind.tag, "video-object-segmentation", *tags}),
     )
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -106,13 +123,22 @@ def build_model_card(
         usage_picture=_picture_name(content),
         limits=[*LIMITS, *content.limits],
         licence=content.license,
-        config=model.config,
-        has_code=model._auto_class is not None,
-        num_layers=len(model.expert_module_names),
-        num_parameters=model.num_parameters(),
-        num_expert_parameters=sum(p.numel() for n, p in model.named_parameters() if is_expert_parameter(n)),
-        also_trained=f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
+        **_model_facts(model),
     )
+
+
+def _model_facts(model: PublishedModel) -> dict[str, Any]:
+    """What the template shows of the model itself."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
+    return {
+        "config": model.config,
+        "has_code": model._auto_class is not None,
+        "num_layers": len(model.expert_module_names),
+        "num_parameters": model.num_parameters(),
+        "num_expert_parameters": sum(p.numel() for n, p in model.named_parameters() if is_expert_parameter(n)),
+        "also_trained": f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
+    }
 
 
 def _picture_name(content: CardContent) -> str | None:
@@ -121,7 +147,11 @@ def _picture_name(content: CardContent) -> str | None:
 
 
 def write_model_card(
-    model: SamoeModel, directory: str | os.PathLike, model_id: str, content: CardContent | None = None, **kwargs: Any
+    model: PublishedModel,
+    directory: str | os.PathLike,
+    model_id: str,
+    content: CardContent | None = None,
+    **kwargs: Any,
 ) -> None:
     """Writes `README.md` and the picture beside it; arguments as in [`build_model_card`].
 

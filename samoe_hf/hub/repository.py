@@ -21,13 +21,12 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 
-from .model_card import CardContent, write_model_card
+from .model_card import CardContent, PublishedModel, write_model_card
 
 
-def check_base_is_public(model: SamoeModel) -> None:
+def check_base_is_public(model: PublishedModel) -> None:
     """Raises a `ValueError` if what was trained refers to files that only this machine has."""
     name = (model.base_model_source or {}).get("name_or_path")
     if name is not None and os.path.isabs(name):
@@ -39,7 +38,7 @@ def check_base_is_public(model: SamoeModel) -> None:
 
 
 def push(
-    model: SamoeModel,
+    model: PublishedModel,
     repo_id: str,
     *,
     card: Mapping[str, Any] | None,
