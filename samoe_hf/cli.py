@@ -1,6 +1,7 @@
 """`samoe COMMAND …`: the table of commands, and the one place where a user's mistake becomes a line of text."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -49,6 +50,8 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     command = import_module(f"samoe_hf.commands.{name}")
     try:
         parsed = command.parse_arguments(arguments)
+        # Of torchao, which transformers imports.
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
         from transformers.utils.logging import disable_progress_bar  # not needed for a help text, and slow
 
         disable_progress_bar()  # of loading and saving, beside the command's own

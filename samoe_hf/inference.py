@@ -182,7 +182,9 @@ def track_video(
         raise InputError("`frames` is empty.")
     check_domain(model, domain)
     session = VideoSession(frames, processor, domain=domain, inference_device=model.device, dtype=model.dtype)
-    size = (session.video_height, session.video_width)
+    height, width = session.video_height, session.video_width
+    assert height is not None and width is not None
+    size = (height, width)
     check_prompts(prompts, len(frames), size)
     for prompt in prompts:
         processor.add_inputs_to_inference_session(session, prompt.frame_idx, prompt.object_id, **prompt.inputs())
