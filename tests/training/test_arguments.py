@@ -85,8 +85,18 @@ def test_one_set_of_parameters_needs_no_list(run):
 
 
 def test_options_that_are_there_pass(run):
-    *_, arguments = parse_run([run(), "--learning-rate", "1e-3", "--seed=3", "--no_save_only_trained"])
+    options = [
+        "--learning-rate",
+        "1e-3",
+        "--seed=3",
+        "--no_save_only_trained",
+        "--dice_weight",
+        "2.5",
+        "--max_objects=1",
+    ]
+    _, data, _, loss, arguments = parse_run([run("learning_rate: 1.0", "max_objects: 2"), *options])
     assert (arguments.learning_rate, arguments.seed, arguments.save_only_trained) == (1e-3, 3, False)
+    assert (loss.dice_weight, data.max_objects) == (2.5, 1)
 
 
 def test_the_best_checkpoint_is_that_of_the_tracking_evaluation(tmp_path):

@@ -8,10 +8,7 @@ from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.data.layouts import LAYOUTS
-from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.model.base import config_of_base
 from samoe_hf.training.arguments import parse_run
 from samoe_hf.training.trainer import build_trainer
@@ -19,20 +16,6 @@ from samoe_hf.training.trainer import build_trainer
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "scripts" / "small_base").glob("*.yaml")])
 RUNS = [path for path in CONFIGS if not path.name.startswith("model_")]
 SIZES = [path for path in CONFIGS if path.name.startswith("model_")]
-
-
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_runs_parse(path, tmp_path):
-    overrides = ["--output_dir", str(tmp_path), "--bf16", "False", "--report_to", "none"]
-    model, data, recipe, loss, arguments = parse_run([str(path), *overrides])
-    assert arguments.trainable and data.train_data
-    assert (model.model_name_or_path is None) != (model.model_config is None)
-    assert loss.focal_weight == 20 and 0 <= recipe.point_probability <= 1
-    if data.augmentation is not None:
-        transforms_from_options(data.augmentation)
-    for entry in [*data.train_data, *data.eval_data]:
-        options = {name: value for name, value in entry.items() if name not in ("kind", "weight", "video_ids")}
-        check_options(LAYOUTS[entry["kind"]].read, options, f"datasets of kind {entry['kind']}")
 
 
 def write_frames(frames, labels, num_frames=10):
