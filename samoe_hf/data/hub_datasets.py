@@ -19,7 +19,7 @@ from samoe_hf.errors import InputError
 from .annotations import LabelImages
 from .items import ItemStream, ItemVideos, videos_from_items
 from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, stored_size, video_from_row
-from .video_io import DAMAGE, SampleError, natural_key
+from .video_io import DAMAGE, SampleError, named_errors, natural_key
 
 # What columns are called, the likeliest first.
 FRAMES = ("frames", "images", "frame", "image")
@@ -49,10 +49,8 @@ def read_dataset(
         domain, frames_column, masks_column, video_column, order_column, binary: see [`videos_from_dataset`].
     """
     if (Path(root) / "state.json").is_file():
-        try:
+        with named_errors(root, "not a dataset of `save_to_disk`"):
             dataset = datasets.load_from_disk(str(root))
-        except DAMAGE as error:
-            raise SampleError(f"{root}: not a dataset of `save_to_disk` ({error!r})") from error
         if isinstance(dataset, datasets.DatasetDict):
             raise InputError(f"{root} holds the splits {', '.join(map(str, dataset))}; name the folder of one")
         dataset = dataset.to_iterable_dataset() if streaming else dataset
@@ -265,10 +263,8 @@ class EncodedRows:
     def read(self, indices: slice | list[int]) -> list[dict[str, Any]]:
         """Some rows; raises `SampleError` where the file is damaged."""
         table: Any = self.dataset[indices]
-        try:
+        source = ", ".join(file["filename"] for file in self.dataset.cache_files) or "a dataset in memory"
+        where = f"row {indices[0]}" if isinstance(indices, list) and len(indices) == 1 else "rows"
+        with named_errors(f"{source}, {where}", "damaged", (*DAMAGE, SystemError)):
             table.validate(full=True)  # Arrow reads beyond its memory where offsets in a file are damaged
             return table.to_pylist()
-        except (*DAMAGE, SystemError) as error:
-            source = ", ".join(file["filename"] for file in self.dataset.cache_files) or "a dataset in memory"
-            where = f"row {indices[0]}" if isinstance(indices, list) and len(indices) == 1 else "rows"
-            raise SampleError(f"{source}, {where}: damaged ({error})") from error

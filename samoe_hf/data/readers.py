@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -23,11 +23,11 @@ from .annotations import LabelImages, ObjectImages, RleMasks, segmentation_to_rl
 from .clips import warn_one_frame
 from .schema import Video, VideoList
 from .video_io import (
-    DAMAGE,
     ImageFrames,
     SampleError,
     check_inside,
     image_paths,
+    named_errors,
     natural_key,
     read_label_png,
     read_video,
@@ -145,23 +145,12 @@ def read_sa_v(
 
 
 def _open_masklets(domain: str, frame_step: int, video_id: str, path: Path) -> Video:
-    try:
+    with named_errors(path, "not SA-V annotations"):
         data = json.loads(path.read_bytes())
         masklets, size = data["masklet"], (int(data["video_height"]), int(data["video_width"]))
         rles = {i * frame_step: dict(enumerate(rle, 1)) for i, rle in enumerate(masklets) if rle and None not in rle}
         masks = RleMasks(rles, sorted(set().union(*rles.values())), size, str(path))
-    except DAMAGE as error:
-        raise SampleError(f"{path}: not SA-V annotations ({error!r})") from error
-    frames = read_video(path.with_name(f"{video_id}.mp4"))
-    return _name_errors(path, Video, video_id, frames, masks, domain)
-
-
-def _name_errors(path: Path, function: Callable, *arguments: Any) -> Any:
-    """Calls a function; its `SampleError`s name the file."""
-    try:
-        return function(*arguments)
-    except SampleError as error:
-        raise SampleError(f"{path}: {error}") from error
+        return Video(video_id, read_video(path.with_name(f"{video_id}.mp4")), masks, domain)
 
 
 def read_ocid(
@@ -237,22 +226,17 @@ def read_coco(
     if annotations is None and not path.is_file() and (folder / "_annotations.coco.json").is_file():
         path = folder / "_annotations.coco.json"  # as Roboflow exports it
     entries: dict[str, tuple[dict, list[dict]]] = {}
-    try:
+    with named_errors(path, "not COCO annotations"):
         data = json.loads(path.read_bytes())
         of_image = defaultdict(list)
         for annotation in data["annotations"]:
             if not annotation.get("iscrowd"):
                 of_image[annotation["image_id"]].append(annotation)
         for image in sorted(data["images"], key=itemgetter("id")):
-            if (
-                image["id"] in of_image
-                and entries.setdefault(image["file_name"], (image, of_image[image["id"]]))[0] is not image
-            ):
-                raise SampleError(f"two images have the file name {image['file_name']!r}")
-    except FileNotFoundError:
-        raise
-    except DAMAGE as error:
-        raise SampleError(f"{path}: not COCO annotations ({error!r})") from error
+            if image["id"] in of_image:
+                entry = image, of_image[image["id"]]
+                if entries.setdefault(image["file_name"], entry) is not entry:
+                    raise SampleError(f"two images have the file name {image['file_name']!r}")
     for name in entries:
         check_inside(name, path)
     return VideoList(entries, partial(_open_coco, domain, folder))
@@ -261,12 +245,10 @@ def read_coco(
 def _open_coco(domain: str, folder: Path, file_name: str, entry: tuple[dict, list[dict]]) -> Video:
     (image, annotations), path = entry, folder / file_name
     frames = ImageFrames([path])
-    try:
+    with named_errors(path, "its COCO annotations cannot be read"):
         if (image["height"], image["width"]) != frames.size:
-            raise InputError(f"for {image['height']} x {image['width']} pixels, not {frames.size}")
+            raise SampleError(f"annotated as {image['height']} x {image['width']} pixels, not {frames.size}")
         rles = [segmentation_to_rle(annotation["segmentation"], frames.size) for annotation in annotations]
-    except DAMAGE as error:
-        raise SampleError(f"{path}: its COCO annotations cannot be read ({error!r})") from error
     masks = RleMasks({0: dict(enumerate(rles, 1))}, range(1, len(rles) + 1), frames.size, f"annotations of {path}")
     return Video(file_name, frames, masks, domain)
 
@@ -303,11 +285,9 @@ def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise FileNotFoundError(f"{path}: no list for this split; there are: {known}")
-    try:
+    with named_errors(path, "not a list of names"):
         lines = [Path(line.split()[0]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise SampleError(f"{path}: not a list of names ({error})") from error
-    names: list[Any] = [line.parent.name if line.suffix else line.name for line in lines]
+    names = [line.parent.name if line.suffix else line.name for line in lines]
     if not names:
         raise SampleError(f"{path}: this list of videos is empty")
     return list(dict.fromkeys(names))

@@ -26,7 +26,7 @@ from pycocotools import mask as coco_mask
 from samoe_hf.errors import InputError
 
 from .annotations import Annotations, MaskArrays, RleMasks
-from .video_io import DAMAGE, ArrayFrames, FrameSequence, ImageFrames, SampleError, open_image, read_image
+from .video_io import ArrayFrames, FrameSequence, ImageFrames, SampleError, named_errors, open_image, read_image
 
 FEATURES = datasets.Features(
     {
@@ -292,7 +292,7 @@ def video_from_row(row: dict[str, Any]) -> Video:
 
     `datasets` itself decodes every image of a row with the feature `Image()`; `videos_from_dataset` prevents that.
     """
-    try:
+    with named_errors(repr(row.get("video_id")), "not a row with samoe_hf.data.FEATURES"):
         video_id, domain, ids = str(row["video_id"]), str(row["domain"]), row["object_ids"]
         frames = EncodedFrames(video_id, row["frames"], row["frame_names"], row["size"])
         if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):
@@ -303,10 +303,6 @@ def video_from_row(row: dict[str, Any]) -> Video:
         }
         spacing = tuple(row["spacing"]) or None
         return Video(video_id, frames, RleMasks(rles, ids, frames.size, video_id), domain, spacing)
-    except SampleError:
-        raise
-    except DAMAGE as error:
-        raise SampleError(f"{row.get('video_id')!r}: not a row with samoe_hf.data.FEATURES ({error!r})") from error
 
 
 def to_datasets(

@@ -43,6 +43,27 @@ class SampleError(InputError):
     """A file or a sample of a dataset cannot be used; the message names it."""
 
 
+@contextmanager
+def named_errors(name: str | Path, problem: str, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+    """Makes what is raised for a damaged file a `SampleError` that names it; a file that is not there stays such.
+
+    Args:
+        name: the file, or what else is read.
+        problem: what to say of it, such as "not a readable image".
+        damage: what libraries raise.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except SampleError as error:
+        if str(name) in str(error):
+            raise
+        raise SampleError(f"{name}: {error}") from error
+    except damage as error:
+        raise SampleError(f"{name}: {problem} ({error!r})") from error
+
+
 class FrameSequence(Sequence, ABC):
     """A video's frames, decoded on access: (H, W, 3) uint8 RGB arrays, all of one size.
 
@@ -129,24 +150,21 @@ def index_container(path: Path, modified_ns: int, num_bytes: int) -> ContainerIn
         path: the file.
         modified_ns, num_bytes: its time of modification and its size, by which a change is noticed.
     """
-    try:
-        with open_container(path) as container:
-            stream = container.streams.video[0]
-            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-            if not packets:
-                raise SampleError(f"{path}: no frames in this video")
-            if any(packet.pts is None for packet in packets):
-                raise SampleError(f"{path}: packets without time stamps; remux the file, e.g. with ffmpeg to .mp4")
-            times = np.sort([packet.pts for packet in packets])
-            key_times = np.sort([packet.pts for packet in packets if packet.is_keyframe])
-            container.seek(int(times[0]), stream=stream)
-            first = next((frame for frame in container.decode(stream) if frame.pts == times[0]), None)
-            if first is None:
-                raise SampleError(f"{path}: its first frame cannot be decoded; the file is cut off or damaged")
-            fps = float(stream.average_rate) if stream.average_rate else None
-            return ContainerIndex(times, key_times, upright(first).shape[:2], fps)
-    except (FFmpegError, MemoryError) as error:
-        raise SampleError(f"{path}: not a readable video ({error})") from error
+    with named_errors(path, "not a readable video", (FFmpegError, MemoryError)), open_container(path) as container:
+        stream = container.streams.video[0]
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        if not packets:
+            raise SampleError(f"{path}: no frames in this video")
+        if any(packet.pts is None for packet in packets):
+            raise SampleError(f"{path}: packets without time stamps; remux the file, e.g. with ffmpeg to .mp4")
+        times = np.sort([packet.pts for packet in packets])
+        key_times = np.sort([packet.pts for packet in packets if packet.is_keyframe])
+        container.seek(int(times[0]), stream=stream)
+        first = next((frame for frame in container.decode(stream) if frame.pts == times[0]), None)
+        if first is None:
+            raise SampleError(f"{path}: its first frame cannot be decoded; the file is cut off or damaged")
+        fps = float(stream.average_rate) if stream.average_rate else None
+        return ContainerIndex(times, key_times, upright(first).shape[:2], fps)
 
 
 def open_container(path: Path) -> Any:
@@ -313,21 +331,16 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Iterator[
         name: what to call it in messages; the path by default.
     """
     name = name or str(source)
-    try:
-        stream = BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(stream, formats=IMAGE_FORMATS) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such image") from None
-    except SampleError:
-        raise
-    except Image.DecompressionBombError as error:
-        limit = f"more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS) are not decoded"
-        raise SampleError(f"{name}: {limit} ({error})") from error
-    except (*DAMAGE, SyntaxError) as error:  # Pillow reports some damaged PNGs as SyntaxError
-        raise SampleError(f"{name}: not a readable image ({error})") from error
+    stream = BytesIO(source) if isinstance(source, bytes) else source
+    limit = f"more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS) are not decoded"
+    with (
+        named_errors(name, limit, (Image.DecompressionBombError,)),
+        named_errors(name, "not a readable image", (*DAMAGE, SyntaxError)),  # Pillow's for some damaged PNGs
+        Image.open(stream, formats=IMAGE_FORMATS) as image,
+    ):
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        yield image
 
 
 def read_image(source: str | Path | bytes, name: str | None = None) -> np.ndarray:

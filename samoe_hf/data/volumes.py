@@ -22,7 +22,7 @@ from samoe_hf.errors import InputError
 
 from .annotations import IdVolume
 from .schema import Video, VideoList
-from .video_io import DAMAGE, ArrayFrames, SampleError, natural_key
+from .video_io import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key
 
 Window = tuple[float, float]
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
@@ -49,18 +49,14 @@ def read_npz(
 
 
 def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> Video:
-    try:
+    with named_errors(path, "not a volume with imgs and gts", NPZ_DAMAGE):
         with zipfile.ZipFile(path) as archive:
             _check_headers(archive)
         with np.load(path) as file:
             images, ids = file["imgs"], file["gts"]
             x, y, z = (float(length) for length in file["spacing"]) if "spacing" in file else (0.0, 0.0, 0.0)
             spacing = (x, y, z) if "spacing" in file else None
-    except SampleError as error:
-        raise SampleError(f"{path}: {error}") from error
-    except NPZ_DAMAGE as error:
-        raise SampleError(f"{path}: not a volume with imgs and gts ({error})") from error
-    return _make_video(path, video_id, images, ids, spacing, domain, window)
+        return Video(video_id, ArrayFrames(to_uint8(images, window)), IdVolume(ids), domain, spacing)
 
 
 def _check_headers(archive: zipfile.ZipFile) -> None:
@@ -130,47 +126,28 @@ def _open_nifti(domain: str, window: Window | None, images: Path, video_id: str,
         if not ((np.rint(ids) == ids) & (np.abs(ids) < 2**31)).all():
             raise SampleError(f"{label_path}: labels must be whole numbers")
         ids = ids.astype(np.int32)
-    return _make_video(path, video_id, volume, ids, spacing, domain, window)
+    with named_errors(path, "not a volume"):
+        _check_same_size(volume.shape, ids.shape)
+        return Video(video_id, ArrayFrames(to_uint8(volume, window)), IdVolume(ids), domain, spacing)
 
 
 def _load_nifti(path: Path) -> nib.Nifti1Image:
     """Reads a NIfTI file's header alone, and checks it before memory is allocated for the values."""
-    try:
+    with named_errors(path, "not a readable NIfTI file", NIFTI_DAMAGE):
         image: Any = nib.load(path)
-        shape, dtype = image.shape, image.get_data_dtype()
-    except NIFTI_DAMAGE as error:
-        raise SampleError(f"{path}: not a readable NIfTI file ({error})") from error
-    if len(shape) != 3:
-        raise SampleError(f"{path}: a volume must have three axes, not {shape}")
-    _check_shape(shape, dtype, str(path))
-    return image
+        if len(image.shape) != 3:
+            raise SampleError(f"a volume must have three axes, not {image.shape}")
+        _check_shape(image.shape, image.get_data_dtype(), "the volume")
+        return image
 
 
 def _axial_slices(image: nib.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     """A NIfTI file's values as (slices, rows, columns), and the size of a voxel along x, y and z in mm."""
-    try:
+    with named_errors(path, "not a readable NIfTI file", NIFTI_DAMAGE):
         image = nib.as_closest_canonical(image)  # axes to the right, to the front, up
         values = np.asarray(image.dataobj)
         x, y, z = (float(zoom) for zoom in image.header.get_zooms())
-    except NIFTI_DAMAGE as error:
-        raise SampleError(f"{path}: not a readable NIfTI file ({error})") from error
     return values[::-1, ::-1].transpose(2, 1, 0), (x, y, z)
-
-
-def _make_video(
-    path: Path,
-    video_id: str,
-    volume: np.ndarray,
-    ids: np.ndarray,
-    spacing: tuple[float, float, float] | None,
-    domain: str,
-    window: Window | None,
-) -> Video:
-    try:
-        _check_same_size(volume.shape, ids.shape)
-        return Video(video_id, ArrayFrames(to_uint8(volume, window)), IdVolume(ids), domain, spacing)
-    except (SampleError, MemoryError) as error:
-        raise SampleError(f"{path}: {error}") from error
 
 
 def check_window(window: Window | None) -> None:
