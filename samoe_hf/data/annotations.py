@@ -223,16 +223,14 @@ class MasksOfObjects(Annotations):
 
     def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
         shown = {i: self._read(frame, i) for i in object_ids if i in self.stored[frame]}
-        first = next(iter(shown.values())) if shown else None
-        size = self.size or (self._read(frame, next(iter(self.stored[frame]))) if first is None else first).shape
-        masks = np.zeros((len(object_ids), *size), dtype=bool)
-        for position, object_id in enumerate(object_ids):
-            if object_id in shown:
-                mask = shown[object_id]
-                if mask.shape != size:
-                    raise SampleError(f"{self.source(frame)}: object {object_id} is {mask.shape}, others are {size}")
-                masks[position] = mask
-        return masks
+        size = self.size
+        if size is None:
+            size = (next(iter(shown.values())) if shown else self._read(frame, next(iter(self.stored[frame])))).shape
+        for object_id, mask in shown.items():
+            if mask.shape != size:
+                raise SampleError(f"{self.source(frame)}: object {object_id} is {mask.shape}, others are {size}")
+        masks = [shown[i] if i in shown else np.zeros(size, dtype=bool) for i in object_ids]
+        return np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
 
     def source(self, frame: int) -> str:
         return f"{self.name}, frame {frame}"

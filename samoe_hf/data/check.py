@@ -52,24 +52,20 @@ def check_video(video_id: str, open_video: Callable[[], Video]) -> tuple[VideoRe
 
 
 def _read(video: Video, report: VideoReport) -> None:
-    report.num_frames, report.size, frames = len(video), video.size, video.annotated_frames
-    report.num_annotated = len(frames)
+    """Reads a video's masks and one frame, and says of them what is likely a mistake."""
+    report.num_frames, report.size, report.num_annotated = len(video), video.size, len(video.annotated_frames)
     video.frames[0]
     report.object_ids = video.object_ids
-    seen: Counter = Counter()
+    seen: Counter[int] = Counter()
     largest = 0.0
-    for frame in frames:
+    for frame in video.annotated_frames:
         masks = video.masks(frame)
         seen.update(i for i, mask in zip(video.object_ids, masks, strict=True) if mask.any())
         largest = max(largest, *masks.mean(axis=(1, 2)).tolist(), 0.0)
-    report.warnings += _doubts(report, seen, largest)
-
-
-def _doubts(report: VideoReport, seen: Counter, largest: float) -> list[str]:
-    doubts = []
-    missing = report.num_frames - report.num_annotated
+    doubts, missing = report.warnings, report.num_frames - report.num_annotated
     if not seen:
-        return ["no frame shows an object"]
+        doubts.append("no frame shows an object")
+        return
     if report.num_annotated == 1 and missing:
         doubts.append("one frame alone has masks: a clip for training needs several")
     elif missing:
@@ -83,7 +79,6 @@ def _doubts(report: VideoReport, seen: Counter, largest: float) -> list[str]:
         doubts.append(f"objects that one frame alone shows: {_short(once)}")
     if largest > LARGE_SHARE:
         doubts.append(f"an object covers {100 * largest:.0f} % of a frame: is the mask inverted?")
-    return doubts
 
 
 def _short(numbers: Sequence[int], limit: int = 8) -> str:
@@ -99,11 +94,8 @@ def report_table(reports: Sequence[VideoReport]) -> str:
         if report.error is not None:
             lines.append(f"{report.video_id:{width}s}  error: {report.error}")
             continue
-        size = f"{report.size[1]} x {report.size[0]}"
-        ids = _short(report.object_ids)
-        lines.append(
-            f"{report.video_id:{width}s}  {size:>11s} {report.num_frames:7d} {report.num_annotated:6d} "
-            f"{len(report.object_ids):7d}  {ids}"
-        )
+        size, ids = f"{report.size[1]} x {report.size[0]}", report.object_ids
+        counts = f"{size:>11s} {report.num_frames:7d} {report.num_annotated:6d} {len(ids):7d}"
+        lines.append(f"{report.video_id:{width}s}  {counts}  {_short(ids)}")
         lines += [f"{'':{width}s}  warning: {warning}" for warning in report.warnings]
     return "\n".join(lines)

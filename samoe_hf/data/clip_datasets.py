@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -31,17 +31,26 @@ from .video_io import SampleError
 logger = logging.getLogger(__name__)
 
 
-class SharedEpoch:
-    """An epoch in shared memory, so that persistent data loader workers see it change."""
+class EpochDataset:
+    """A dataset with an epoch, which raises or skips samples that cannot be used.
 
-    def __init__(self) -> None:
+    Epoch and counts are in shared memory, so that persistent data loader workers see an epoch change.
+
+    Args:
+        on_error: "raise", or "skip", which logs and counts them.
+    """
+
+    def __init__(self, on_error: Literal["raise", "skip"] = "raise"):
+        if on_error not in ("raise", "skip"):
+            raise InputError(f'on_error must be "raise" or "skip", not {on_error!r}')
+        self.on_error = on_error
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._skipped = torch.zeros(1024, dtype=torch.int64).share_memory_()  # a slot per worker needs no lock
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.share_memory_()  # a plain pickle forgets it
+        for value in (self._epoch, self._skipped):
+            value.share_memory_()  # a plain pickle forgets it
 
     @property
     def epoch(self) -> int:
@@ -51,21 +60,6 @@ class SharedEpoch:
     def set_epoch(self, epoch: int) -> None:
         """Makes every draw give another clip; to be called before the data loader is iterated."""
         self._epoch.fill_(epoch)
-
-
-class SkippingDataset(SharedEpoch):
-    """A dataset with an epoch that raises or skips samples that cannot be used, and counts what it skipped.
-
-    Args:
-        on_error: "raise", or "skip", which logs and counts them.
-    """
-
-    def __init__(self, on_error: Literal["raise", "skip"] = "raise"):
-        super().__init__()
-        if on_error not in ("raise", "skip"):
-            raise InputError(f'on_error must be "raise" or "skip", not {on_error!r}')
-        self.on_error = on_error
-        self._skipped = torch.zeros(1024, dtype=torch.int64).share_memory_()  # a slot per worker needs no lock
 
     @property
     def num_skipped(self) -> int:
@@ -91,7 +85,7 @@ def as_videos(data: Any) -> Sequence[Video] | Iterable[Video]:
     return videos_from_items(data)
 
 
-class ClipDataset(SkippingDataset, Dataset):
+class ClipDataset(EpochDataset, Dataset):
     """Clips of a sequence of videos, `clips_per_video` of each per epoch.
 
     Args:
@@ -148,7 +142,7 @@ class ClipDataset(SkippingDataset, Dataset):
         raise SampleError(f"none of the {len(self.videos)} videos can be used, see the log")
 
 
-class MixedDataset(SharedEpoch, Dataset):
+class MixedDataset(EpochDataset, Dataset):
     """Clips of several datasets in given proportions, each clip with its dataset's domain name.
 
     In every epoch each dataset gives its share of the clips, to within one clip, in random order. It goes through its
@@ -227,7 +221,7 @@ def _apportion(weights: np.ndarray, total: int) -> list[int]:
     return counts.tolist()
 
 
-class ClipStream(SkippingDataset, IterableDataset):
+class ClipStream(EpochDataset, IterableDataset):
     """One clip of every video of a stream, for sets larger than the disk.
 
     A clip depends on (seed, epoch, video id). Data loader workers share out the stream, by its shards if it is one of
@@ -269,14 +263,10 @@ class ClipStream(SkippingDataset, IterableDataset):
         videos = iter(self.videos)
         while True:
             try:
-                video = next(videos)  # a row that is no video is a SampleError; the stream goes on after it
+                video = next(videos)  # an item that is no video is a SampleError; the stream goes on after it
+                clip = self.sampler(video, (self.seed, self.epoch, zlib.crc32(video.video_id.encode())))
             except StopIteration:
                 return
-            except SampleError as error:
-                self._raise_or_skip(error)
-                continue
-            try:
-                clip = self.sampler(video, (self.seed, self.epoch, zlib.crc32(video.video_id.encode())))
             except (SampleError, OSError) as error:
                 self._raise_or_skip(error)
             else:
@@ -293,7 +283,9 @@ def as_clips(data: Any, processor: ProcessorMixin, seed: int) -> Any:
     Raises:
         ValueError: it holds neither; or it is an iterator, which can be gone through only once.
     """
-    if isinstance(data, ClipDataset | MixedDataset | ClipStream) or _first_has_pixel_values(data):
+    if isinstance(data, Iterator):
+        raise InputError("a dataset must not be an iterator, which ends after one epoch; give what it iterates over")
+    if isinstance(data, ClipDataset | MixedDataset | ClipStream) or "pixel_values" in _first_item(data):
         return data
     videos = as_videos(data)
     if isinstance(videos, Sequence):
@@ -301,21 +293,17 @@ def as_clips(data: Any, processor: ProcessorMixin, seed: int) -> Any:
     return ClipStream(videos, processor, seed=seed)
 
 
-def _first_has_pixel_values(data: Any) -> bool:
-    """Whether a dataset holds clips, which its first item tells; raises a `ValueError` if that is no mapping."""
-    if isinstance(data, Iterator):
-        raise InputError("a dataset must not be an iterator, which ends after one epoch; give what it iterates over")
+def _first_item(data: Any) -> Collection[str]:
+    """The keys of the first item of what may be a dataset; none for a `Video` and for what is no dataset."""
     if isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
-        return "pixel_values" in data.column_names
+        return data.column_names
     if isinstance(data, Mapping | str | Video):
-        return False  # as_videos says why it is no dataset
+        return ()  # as_videos says why it is no dataset
     if hasattr(data, "__getitem__") and not is_iterable_dataset(data):
         first = data[0] if not hasattr(data, "__len__") or len(data) else {}
     else:
         first = next(iter(data), {})
     if not isinstance(first, Mapping | Video):
-        raise InputError(
-            "a dataset must hold clips with `pixel_values`, Video, or mappings with `frames` and `masks`, not "
-            f"{type(first).__name__}"
-        )
-    return isinstance(first, Mapping) and "pixel_values" in first
+        held = "clips with `pixel_values`, Video, or mappings with `frames` and `masks`"
+        raise InputError(f"a dataset must hold {held}, not {type(first).__name__}")
+    return first if isinstance(first, Mapping) else ()

@@ -230,8 +230,8 @@ def _to_array(value: Any, owner: str, rgb: bool = False) -> np.ndarray:
     if not isinstance(value, list | tuple):
         return _numbers(value, owner, rgb)
     parts = {i: _numbers(part, f"{owner}[{i}]", rgb) for i, part in enumerate(value) if rgb or part is not None}
+    first = next(iter(parts), 0)
     for i, part in parts.items():
-        first = next(iter(parts))
         if part.shape != parts[first].shape:
             raise SampleError(f"{owner}[{i}] is of shape {part.shape}, but {owner}[{first}] of {parts[first].shape}")
     return np.stack(list(parts.values())) if parts else np.zeros(0)

@@ -76,12 +76,13 @@ def name_kind(
     """
     if isinstance(kind, str) and kind in LAYOUTS:
         return kind, root, {}
-    path = Path(root if kind is None and root is not None else str(kind))
-    if kind is None and root is None:
+    given = root if kind is None else kind
+    if given is None:
         raise InputError(f"name a folder, or a kind of dataset: {', '.join(LAYOUTS)}")
-    if not path.exists() and kind is None:
+    path = Path(str(given))
+    if kind is None and not path.exists():
         raise FileNotFoundError(f"{path}: no such folder")
-    if not path.exists() or (kind is not None and root is not None):
+    if kind is not None and (root is not None or not path.exists()):
         name = repr(str(kind) if isinstance(kind, Path) else kind)
         raise InputError(f"unknown kind of dataset {name}, and no folder{did_you_mean(kind, LAYOUTS)}")
     try:
