@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import ProcessorMixin
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import VideoSession
+from samoe_hf.model.tracking import SamoeTrackingOutput
 
 
 @contextmanager
@@ -161,7 +162,7 @@ class TrackedFrame(NamedTuple):
 
 def track_video(
     model: SamoeModel,
-    processor: ProcessorMixin,
+    processor: VideoProcessor,
     frames: Sequence[np.ndarray],
     prompts: Sequence[VideoPrompt],
     show_progress_bar: bool = False,
@@ -193,6 +194,8 @@ def track_video(
         for output in model.propagate_in_video_iterator(
             session, start_frame_idx=first, reverse=reverse, show_progress_bar=show_progress_bar
         ):
+            assert isinstance(output, SamoeTrackingOutput)
+            assert output.frame_idx is not None and output.object_ids is not None
             if reverse and output.frame_idx == first:
                 continue
             logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]

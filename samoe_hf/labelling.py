@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import ProcessorMixin
 
 from samoe_hf.data.annotations import LabelImages, NoMasks, ObjectImages
 from samoe_hf.data.layouts import MaskFormat
@@ -28,6 +27,7 @@ from samoe_hf.evaluation.run_folder import RunFolder
 from samoe_hf.evaluation.simulated_user import prompt_from_mask
 from samoe_hf.inference import VideoPrompt, evaluation_mode, masks_of, track_video
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import write_text
 
 FirstFramePrompt = Literal["mask", "box"]
@@ -277,7 +277,7 @@ class LabelRun(RunFolder):
         """The files of the masks of a domain's videos."""
         return MaskFiles(self.inside(self.folder / "masks", domain), self.layout)
 
-    def label(self, model: SamoeModel, processor: ProcessorMixin, prompted: PromptedVideo) -> None:
+    def label(self, model: SamoeModel, processor: VideoProcessor, prompted: PromptedVideo) -> None:
         """Tracks a video and writes its masks, all or none, and whose experts it got, of a model with domains."""
         start, video = time.perf_counter(), prompted.open()
         prompts, tracked = prompted.prompts(video), None
@@ -319,7 +319,7 @@ def _move_into(source: Path, target: Path) -> None:
 
 def label_videos(
     model: SamoeModel,
-    processor: ProcessorMixin,
+    processor: VideoProcessor,
     videos: Sequence[PromptedVideo],
     run: LabelRun,
     state: PartialState,

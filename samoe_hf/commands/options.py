@@ -18,10 +18,10 @@ from samoe_hf.errors import InputError, did_you_mean, input_errors
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
-    from transformers import ProcessorMixin
 
     from samoe_hf.data.schema import Video
     from samoe_hf.model.modeling_samoe import SamoeModel
+    from samoe_hf.model.processing_samoe import VideoProcessor
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -92,7 +92,7 @@ def usable_device(name: str) -> torch.device:
 
 def load_model(
     source: str, device: torch.device, experts: Path | None = None, config: Path | None = None
-) -> tuple[SamoeModel, ProcessorMixin]:
+) -> tuple[SamoeModel, VideoProcessor]:
     """The model that a command line names, and its processor.
 
     Args:
