@@ -11,10 +11,11 @@ import copy
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,25 +26,16 @@ from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
     cached_file,
-    is_peft_available,
-    requires_backends,
 )
 
-from .base_modules import build_on_meta
+from .base_model import build_on_meta
 from .domain_experts import DomainLinear
 from .errors import InputError
 from .expert_layer import ExpertLinear
 
-if is_peft_available():
-    from peft import (
-        LoraConfig,
-        PeftConfig,
-        get_peft_model_state_dict,
-        inject_adapter_in_model,
-        set_peft_model_state_dict,
-    )
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
 
 # What PEFT puts before the names of the base model's modules.
 PREFIX = "base_model.model."
@@ -59,104 +51,6 @@ ADDITIVE_TUNERS = (
 PARTS_OF_EXPERT_LAYERS = ("router", "router_logits", "dropout", r"domain_[\w-]+")
 # Names of folders that Trainer does not upload are no names of adapters.
 ADAPTER_NAME = re.compile(r"(?!_|checkpoint-)[\w-]+")
-
-
-class AdapterMixin:
-    """The methods of a SamoeModel that concern adapters, in place of those of transformers' `PeftAdapterMixin`."""
-
-    @property
-    def peft_config(self) -> dict[str, "PeftConfig"]:
-        """Name of each adapter -> its configuration, as PEFT keeps it. There is none without adapters.
-
-        Raises:
-            ValueError: when it is set, as PEFT does when it has put an adapter into the model, if that adapter would
-                drop the experts of a layer.
-        """
-        if "_peft_config" not in self.__dict__:
-            raise AttributeError("This model has no adapters, so it has no `peft_config`.")
-        return self.__dict__["_peft_config"]
-
-    @peft_config.setter
-    def peft_config(self, value: dict[str, "PeftConfig"]) -> None:
-        check_adapters_on_experts(self)
-        self.__dict__["_peft_config"] = value
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        del self.__dict__["_peft_config"]
-
-    def check_new_adapters(self) -> None:
-        """Looks once at adapters that PEFT has put into the model behind its first; see `peft_config`."""
-        names = adapter_names(self)
-        if names != self.__dict__.get("_checked_adapters", []):
-            check_adapters_on_experts(self)
-            self.__dict__["_checked_adapters"] = names
-
-    def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:
-        """Adds a LoRA of PEFT, trainable and active. Experts and whatever else is trainable stay so.
-
-        Raises:
-            ValueError: if it is no LoRA or changes the base's tensors, there is one of that name, or no layer matches.
-        """
-        requires_backends(self, "peft")
-        check_adapter(adapter_config, adapter_name or "default")
-        _keep_out_of_routers(self, adapter_config)
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        try:
-            super().add_adapter(adapter_config, adapter_name)
-        finally:
-            self._hf_peft_config_loaded = bool(adapter_names(self))
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-        self.train(self.training)
-
-    def load_adapter(
-        self,
-        peft_model_id: str | os.PathLike | None = None,
-        adapter_name: str | None = None,
-        peft_config: "PeftConfig | dict[str, Any] | None" = None,
-        adapter_state_dict: dict[str, Tensor] | None = None,
-        low_cpu_mem_usage: bool = False,
-        is_trainable: bool = False,
-        hotswap: bool | Literal["auto"] = "auto",
-        local_files_only: bool = False,
-        adapter_kwargs: dict[str, Any] | None = None,
-        **hub,
-    ) -> None:
-        """Loads a LoRA of PEFT, and makes it active. Its tensors are compared with the model before they are loaded.
-
-        Args:
-            peft_model_id: folder or Hub id.
-            adapter_name: "default" if not given.
-            peft_config, adapter_state_dict: instead of `peft_model_id`, what it would hold.
-            low_cpu_mem_usage: has no effect here, since adapters are small.
-            is_trainable: whether it is to be trained.
-            hotswap: whether to take the place of the adapter of that name, which must be there; False if it must not be
-                there. By default it is replaced if it is there.
-            local_files_only, adapter_kwargs, hub: how it is fetched, such as `revision`, `token`, `subfolder`.
-
-        Raises:
-            ValueError: if it does not fit the model, or `hotswap` does not.
-        """
-        requires_backends(self, "peft")
-        name = adapter_name or "default"
-        is_there = name in adapter_names(self)
-        if hotswap != "auto" and bool(hotswap) != is_there:
-            state = "has an adapter" if is_there else "has no adapter"
-            raise InputError(f"`hotswap` is {hotswap}, but the model {state} of the name {name!r}.")
-        hub |= {"local_files_only": True} if local_files_only else {}
-        hub |= adapter_kwargs or {}
-        if peft_model_id is not None:
-            load_adapter(self, peft_model_id, name, hub)
-        elif peft_config is None or adapter_state_dict is None:
-            raise InputError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
-        else:
-            config = PeftConfig.from_peft_type(**peft_config) if isinstance(peft_config, dict) else peft_config
-            put_adapter(self, "`adapter_state_dict`", name, config, adapter_state_dict)
-        own = re.compile(rf".*\.(lora_\w+|modules_to_save)\.{re.escape(name)}(\..*)?")
-        for key, parameter in self.named_parameters():
-            if own.fullmatch(key):
-                parameter.requires_grad_(is_trainable)
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -202,16 +96,28 @@ def active_adapters(model: PreTrainedModel) -> dict[str, bool] | None:
     return {name: name in active for name in names} or None
 
 
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, "BaseTunerLayer"]]:
+    """The layers of PEFT's adapters in a model. PEFT is not imported where nobody has done so, since it is slow."""
+    if "peft" in sys.modules:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
+
+
 def adapter_state(module: nn.Module) -> str:
     """What adapters within a module do beside their tensors: which are in use, and their scales."""
-    if not is_peft_available():
-        return ""
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)}
-    return str([(n, m.active_adapters, m.disable_adapters, getattr(m, "scaling", None)) for n, m in layers.items()])
+    layers = [
+        (name, layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for name, layer in module.named_modules()
+        if hasattr(layer, "active_adapters") and hasattr(layer, "disable_adapters")
+    ]
+    return str(layers) if "peft" in sys.modules else ""
 
 
 def check_adapter(config: "PeftConfig", name: str) -> None:
     """Raises a `ValueError` for an adapter that cannot be saved with the model."""
+    from peft import LoraConfig
+
     check_adapter_name(name)
     if not isinstance(config, LoraConfig):
         raise InputError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
@@ -232,7 +138,7 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def _keep_out_of_routers(model: PreTrainedModel, config: "LoraConfig") -> None:
+def keep_out_of_routers(model: PreTrainedModel, config: "LoraConfig") -> None:
     """Excludes what lies within layers with experts where an expression in `target_modules` matches it."""
     targets = config.target_modules
     if config.exclude_modules is None and isinstance(targets, str):
@@ -287,9 +193,33 @@ def load_adapters(
             parameter.requires_grad_(False)
 
 
+def load_named_adapter(
+    model: PreTrainedModel,
+    source: str | os.PathLike | None,
+    name: str,
+    config: "PeftConfig | dict[str, Any] | None",
+    state_dict: Mapping[str, Tensor] | None,
+    is_trainable: bool,
+    hub: Mapping[str, Any],
+) -> None:
+    """Loads an adapter from a folder or Hub id, or from what it would hold; see [`SamoeModel.load_adapter`]."""
+    from peft import PeftConfig
+
+    if source is not None:
+        load_adapter(model, source, name, hub)
+    elif config is None or state_dict is None:
+        raise InputError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
+    else:
+        config = PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
+        put_adapter(model, "`adapter_state_dict`", name, config, state_dict)
+    own = re.compile(rf".*\.(lora_\w+|modules_to_save)\.{re.escape(name)}(\..*)?")
+    for key, parameter in model.named_parameters():
+        if own.fullmatch(key):
+            parameter.requires_grad_(is_trainable)
+
+
 def load_adapter(model: PreTrainedModel, source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> None:
     """Loads one adapter of a PEFT folder or Hub repository; see [`put_adapter`]."""
-    requires_backends(model, "peft")
     config = read_adapter_config(source, hub)
     where = "/".join(filter(None, [str(source), hub.get("subfolder")]))
     put_adapter(model, where, name, config, read_adapter_tensors(source, hub))
@@ -306,6 +236,8 @@ def put_adapter(
     Raises:
         ValueError: if its tensors are not those of its configuration on this model, or not finite.
     """
+    from peft import set_peft_model_state_dict
+
     is_new = name not in adapter_names(model)
     expected = _shapes_on(model, source, config, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)
@@ -325,10 +257,8 @@ def put_adapter(
 
 def check_adapters_on_experts(model: nn.Module) -> None:
     """Raises a `ValueError` if an adapter lies around a layer with experts and would drop or scale what they add."""
-    if not is_peft_available():
-        return
-    for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), ExpertLinear | DomainLinear):
+    for name, layer in tuner_layers(model):
+        if isinstance(layer.get_base_layer(), ExpertLinear | DomainLinear):
             tuner = type(layer).__module__.split(".")[2]
             variants = [type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()]
             if tuner not in ADDITIVE_TUNERS or variants:
@@ -341,6 +271,8 @@ def check_adapters_on_experts(model: nn.Module) -> None:
 
 def read_adapter_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "PeftConfig":
     """The configuration of a PEFT folder or Hub repository; `hub` says how it is fetched."""
+    from peft import PeftConfig
+
     # For its errors, which tell a missing file from no connection.
     cached_file(source, ADAPTER_CONFIG_NAME, **hub)
     try:
@@ -369,12 +301,14 @@ def _refusing_settings(source: Any) -> Iterator[None]:
 
 def _shapes_on(model: PreTrainedModel, source: Any, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
     """What tensors a new adapter would have on a model; no memory is allocated, whatever its configuration says."""
-    probe = build_on_meta(model.config, with_experts=True)
+    from peft import inject_adapter_in_model
+
+    probe = build_on_meta(model.config)
     with _refusing_settings(source):
         check_adapter(config, name)
         config = copy.deepcopy(config)
         config.init_lora_weights = True
-        _keep_out_of_routers(model, config)
+        keep_out_of_routers(model, config)
         with torch.device("meta"):
             inject_adapter_in_model(config, probe, name)
         check_adapters_on_experts(probe)
@@ -387,5 +321,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's names in files."""
+    from peft import get_peft_model_state_dict
+
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}

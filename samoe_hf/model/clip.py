@@ -2,24 +2,26 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Sam2VideoModel
 from transformers.utils import ModelOutput
 
-from .clip_routing import all_router_logits, router_logits_by_clip
-from .domain_choice import AUTO, encoder_has_experts, resolve_clip_domains
+from .base_model import SamoePreTrainedModel
+from .batch_rows import BatchRow, use_rows
+from .domain_choice import encoder_has_experts, resolve_clip_domains
 from .domain_experts import keep_domain, use_domain
 from .errors import InputError
-from .expert_layer import load_balancing_loss, recomputable, record_router_logits
-from .frame_step import Corrections, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
+from .expert_layer import RouterCall, expert_modules, load_balancing_loss, recomputable, record_router_logits
+from .frame_step import FrameOutput, encode_frames, frame_step
+from .image_features import ImageFeatures
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
 from .memory_bank import MemoryBank, MemorySelection
-from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PromptRecipe, sample_prompt
+from .prompt_recipe import Corrections, PromptRecipe, resolve_recipe, sample_prompt
+from .prompts import Prompt, prompt_from_inputs
 
 
 @dataclass
@@ -54,7 +56,9 @@ class SamoeClipOutput(ModelOutput):
 class ClipPrompts:
     """What is given on which frames of a clip, for all B * N objects in one batch.
 
-    `initial`: initial conditioning frame -> prompt. `corrected`: frame -> clicks drawn from its errors.
+    Attributes:
+        initial: initial conditioning frame -> prompt.
+        corrected: frame -> clicks drawn from its errors.
     """
 
     initial: Mapping[int, Prompt]
@@ -71,17 +75,65 @@ class ClipPrompts:
         )
 
     def rows(self, indices: Tensor) -> "ClipPrompts":
-        """Those of some of the objects."""
+        """The prompts of some of the objects."""
         return ClipPrompts(
             {t: prompt.rows(indices) for t, prompt in self.initial.items()},
             {t: clicks._replace(masks=clicks.masks[indices]) for t, clicks in self.corrected.items()},
         )
 
 
-class TrackedClips(NamedTuple):
-    """What was segmented of clips: masks (B, N, T, S / 4, S / 4), and their estimated IoU and object scores (B, N, T).
+@dataclass(frozen=True)
+class Clips:
+    """A batch of clips: T frames of B videos with N objects each, what is given of these, and the truth.
 
-    `parts`: with true masks, the loss of each frame and click.
+    Attributes:
+        pixel_values: (B, T, 3, S, S).
+        prompts: for all B * N objects.
+        num_objects: N.
+        labels: (B, N, T, S, S) bool, the true masks.
+        object_mask: with labels, (B, N) bool, False for padded objects.
+        numbers: which clips of the whole batch these are.
+    """
+
+    pixel_values: Tensor
+    prompts: ClipPrompts
+    num_objects: int
+    labels: Tensor | None = None
+    object_mask: Tensor | None = None
+    numbers: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
+    def select(self, clips: Sequence[int]) -> "Clips":
+        """Some of the clips."""
+        rows = torch.tensor(clips, device=self.pixel_values.device)
+        objects = (rows[:, None] * self.num_objects + torch.arange(self.num_objects, device=rows.device)).flatten()
+        return replace(
+            self,
+            pixel_values=self.pixel_values[rows],
+            prompts=self.prompts.rows(objects),
+            labels=None if self.labels is None else self.labels[rows],
+            object_mask=None if self.object_mask is None else self.object_mask[rows],
+            numbers=[self.numbers[clip] for clip in clips],
+        )
+
+    def frame_rows(self) -> Iterator[BatchRow]:
+        """What the rows of all frames (B * T, ...) are."""
+        return (BatchRow(clip, t) for clip in self.numbers for t in range(self.pixel_values.shape[1]))
+
+    def object_rows(self, frame_idx: int) -> Iterator[BatchRow]:
+        """What the rows of all objects (B * N, ...) on a frame are."""
+        return (BatchRow(clip, frame_idx, n) for clip in self.numbers for n in range(self.num_objects))
+
+
+class TrackedClips(NamedTuple):
+    """What was segmented of clips.
+
+    Attributes:
+        pred_masks: (B, N, T, S / 4, S / 4), logits.
+        iou_scores, object_score_logits: (B, N, T).
+        parts: with true masks, the loss of each frame and click.
     """
 
     pred_masks: Tensor
@@ -113,6 +165,34 @@ def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | N
         raise InputError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
 
 
+def read_clips(
+    pixel_values: Any,
+    labels: Tensor | None,
+    object_mask: Tensor | None,
+    prompts: str | PromptRecipe,
+    inputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    image_size: int,
+) -> Clips:
+    """Checks what is given of clips, and puts it together.
+
+    Args:
+        labels: (B, N, T, S, S), bool, or integers with -100 for padded objects.
+        object_mask: (B, N) bool, False for further padded objects.
+        prompts: how prompts are drawn from the labels, where no inputs are given.
+        inputs: points, their labels, boxes and masks, see [`~prompts.prompt_from_inputs`].
+    """
+    check_clip(pixel_values, labels, object_mask, image_size)
+    if labels is not None:
+        labels, object_mask = split_labels(labels, object_mask)
+    if labels is not None and all(value is None for value in inputs):
+        num_objects = labels.shape[1]
+        given = ClipPrompts.simulate(resolve_recipe(prompts), labels)
+    else:
+        prompt, num_objects = prompt_from_inputs(*inputs)
+        given = ClipPrompts({0: prompt})
+    return Clips(pixel_values, given, num_objects, labels, object_mask, range(len(pixel_values)))
+
+
 def split_labels(labels: Tensor, object_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The true masks (B, N, T, S, S) bool and which objects are real (B, N) bool.
 
@@ -129,141 +209,101 @@ def split_labels(labels: Tensor, object_mask: Tensor | None) -> tuple[Tensor, Te
 
 
 def clip_forward(
-    model: Sam2VideoModel,
-    pixel_values: Tensor,
-    prompts: ClipPrompts,
-    num_objects: int,
-    labels: Tensor | None = None,
-    object_mask: Tensor | None = None,
+    model: SamoePreTrainedModel,
+    clips: Clips,
+    domain: str | Sequence[str | None] | None,
     output_router_logits: bool = False,
     num_items_in_batch: Tensor | int | None = None,
-    domain: str | Sequence[str | None] | None = AUTO,
 ) -> SamoeClipOutput:
-    """Tracks up to `num_objects` objects through each clip, and with labels computes the loss.
+    """Tracks all objects through each clip, and with labels computes the loss.
 
     Args:
-        pixel_values: (B, T, 3, S, S).
-        prompts: for all B * N objects.
-        labels: (B, N, T, S, S) bool.
-        object_mask: (B, N) bool, False for padded objects.
+        domain: whose experts are run, of all clips or of each; see [`~modeling_samoe.SamoeModel.forward`].
         num_items_in_batch: elements of labels of all real objects that the loss is averaged over, as Trainer counts
             them over micro-batches and processes; by default the objects of this batch, averaged over processes.
-        domain: whose experts are run, of all clips or of each; see [`~modeling_samoe.SamoeModel.forward`].
     """
-    needs_router = output_router_logits or (labels is not None and model.config.router_aux_loss_coef > 0)
-    with record_router_logits(model) if needs_router else nullcontext({}) as calls:
-        clips, domains = _segment_by_domain(model, pixel_values, prompts, num_objects, labels, object_mask, domain)
+    has_router_loss = clips.labels is not None and model.config.router_aux_loss_coef > 0
+    with record_router_logits(model) if output_router_logits or has_router_loss else nullcontext({}) as calls:
+        tracked, domains = _segment_by_domain(model, clips, domain)
 
     loss = loss_dict = None
-    if labels is not None:
+    if clips.labels is not None and clips.object_mask is not None:
         if num_items_in_batch is None:
-            count = mean_num_objects(object_mask, over_processes=model.training)
+            count = mean_num_objects(clips.object_mask, over_processes=model.training)
         else:
-            count = num_labelled_objects(num_items_in_batch, labels)
-        loss, loss_dict = _clip_loss(model, clips.parts, object_mask, calls, domains, count)
+            count = num_labelled_objects(num_items_in_batch, clips.labels)
+        loss, loss_dict = _clip_loss(model, tracked.parts, clips.object_mask, calls, count)
     return SamoeClipOutput(
         loss=loss,
         loss_dict=loss_dict,
-        pred_masks=clips.pred_masks,
-        iou_scores=clips.iou_scores,
-        object_score_logits=clips.object_score_logits,
+        pred_masks=tracked.pred_masks,
+        iou_scores=tracked.iou_scores,
+        object_score_logits=tracked.object_score_logits,
         router_logits=all_router_logits(calls) if output_router_logits else None,
         domains=None if model.config.domains is None else domains,
     )
 
 
-def prompt_from_inputs(
-    input_points: Tensor | None,
-    input_labels: Tensor | None,
-    input_boxes: Tensor | None,
-    input_masks: Tensor | None,
-) -> tuple[Prompt, int]:
-    """The prompt that a user gives of all objects on the first frame, and the number of objects of each video.
-
-    Args:
-        input_points: (B, N, P, 2) as (x, y) in pixels of the model's input, with `input_labels` (B, N, P).
-        input_boxes: (B, N, 4) as (x0, y0, x1, y1).
-        input_masks: (B, N, S, S), instead of the others.
-    """
-    if input_masks is not None:
-        if input_points is not None or input_boxes is not None:
-            raise InputError("`input_masks` cannot be given together with `input_points` or `input_boxes`.")
-        return Prompt(mask=(input_masks > 0).flatten(0, 1).unsqueeze(1)), input_masks.shape[1]
-    if input_points is None and input_boxes is None:
-        raise InputError("Without `labels` one of `input_points`, `input_boxes` or `input_masks` must be given.")
-    if (input_points is None) != (input_labels is None):
-        raise InputError("`input_points` and `input_labels` must be given together.")
-    points, labels = [], []
-    if input_boxes is not None:
-        corners = input_boxes.unflatten(-1, (2, 2))
-        points.append(corners)
-        kinds = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], device=corners.device)
-        labels.append(kinds.expand(corners.shape[:-1]))
-    if input_points is not None:
-        points.append(input_points)
-        labels.append(input_labels)
-    points, labels = torch.cat(points, dim=2).float(), torch.cat(labels, dim=2).to(torch.int32)
-    return Prompt(points=points.flatten(0, 1), labels=labels.flatten(0, 1)), points.shape[1]
-
-
 def _segment_by_domain(
-    model: Sam2VideoModel,
-    pixel_values: Tensor,
-    prompts: ClipPrompts,
-    num_objects: int,
-    labels: Tensor | None,
-    object_mask: Tensor | None,
-    domain: str | Sequence[str | None] | None,
+    model: SamoePreTrainedModel, clips: Clips, domain: str | Sequence[str | None] | None
 ) -> tuple[TrackedClips, list[str | None]]:
     """Segments the clips of each domain in one batch; also gives the domains.
 
     So each call of a layer is of one domain, and its numbers are those that the clips give without the others.
     """
-    features = None if encoder_has_experts(model) else _encode(model, pixel_values)
-    first = min(prompts.initial)
+    features = None if encoder_has_experts(model) else _encode(model, clips)
+    first = min(clips.prompts.initial)
     first_features = None if features is None else features.select((slice(None), first))
-    domains = resolve_clip_domains(model, domain, pixel_values[:, first], first_features)
-    if len(set(domains)) == 1:
-        with use_domain(domains[0]):
-            features = _encode(model, pixel_values) if features is None else features
-            return _segment_clips(model, features, prompts, num_objects, labels, object_mask), domains
+    domains = resolve_clip_domains(model, domain, clips.pixel_values[:, first], first_features)
     tracked, order = [], []
     for name in dict.fromkeys(domains):
-        rows = torch.tensor([i for i, other in enumerate(domains) if other == name], device=pixel_values.device)
-        objects = (rows[:, None] * num_objects + torch.arange(num_objects, device=rows.device)).flatten()
+        of_domain = [clip for clip, other in enumerate(domains) if other == name]
+        is_all = len(of_domain) == len(clips)
+        own = clips if is_all else clips.select(of_domain)
         with use_domain(name):
-            own = _encode(model, pixel_values[rows]) if features is None else features.select(rows)
-            own_labels, own_mask = (None if x is None else x[rows] for x in (labels, object_mask))
-            tracked.append(_segment_clips(model, own, prompts.rows(objects), num_objects, own_labels, own_mask))
-        order.append(rows)
-    places = torch.cat(order).argsort()
+            if features is None:
+                own_features = _encode(model, own)
+            else:
+                own_features = features if is_all else features.select(torch.tensor(of_domain))
+            tracked.append(_segment_clips(model, own, own_features))
+        order += of_domain
+    if len(tracked) == 1:
+        return tracked[0], domains
+    places = torch.tensor(order).argsort()
     tensors = (torch.cat(parts)[places] for parts in list(zip(*tracked, strict=True))[:3])
     return TrackedClips(*tensors, [part for one in tracked for part in one.parts]), domains
 
 
-def _encode(model: Sam2VideoModel, pixel_values: Tensor) -> ImageFeatures:
-    """Features of clips (B, T, 3, S, S), whose maps are (B, T, ...)."""
-    encode = image_features if model.feature_cache is None else model.feature_cache.image_features
-    features = encode(model, pixel_values.flatten(0, 1), model.encoder_batch_size)
-    return ImageFeatures(*(x.unflatten(0, pixel_values.shape[:2]) for x in features[:3]), *features[3:])
+def _encode(model: SamoePreTrainedModel, clips: Clips) -> ImageFeatures:
+    """Features of clips, whose maps are (B, T, ...)."""
+    settings, frames = model.clip_settings, clips.pixel_values.flatten(0, 1)
+    encode = encode_frames if settings.feature_cache is None else settings.feature_cache.image_features
+    with use_rows(clips.frame_rows()):
+        features = encode(model, frames, settings.encoder_batch_size)
+    return ImageFeatures(*(x.unflatten(0, clips.pixel_values.shape[:2]) for x in features[:3]), *features[3:])
 
 
-def _segment_clips(
-    model: Sam2VideoModel,
-    features: ImageFeatures,
-    prompts: ClipPrompts,
-    num_objects: int,
-    labels: Tensor | None,
-    object_mask: Tensor | None,
-) -> TrackedClips:
+class ClipFrame(NamedTuple):
+    """What is to be done on a frame of clips: the prompt and corrections, the memories to read, whether it is read
+    later, and the true masks (objects, S, S) with which objects are real (objects,)."""
+
+    prompt: Prompt | None
+    corrections: Corrections | None
+    selection: MemorySelection | None
+    encode_memory: bool
+    targets: Tensor | None
+    is_real: Tensor | None
+
+
+def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFeatures) -> TrackedClips:
     """Segments conditioning frames first, then the others in time order; with labels, also gives each one's loss."""
     num_videos, num_frames = features.coarse.shape[:2]
-    order = [*sorted(prompts.initial), *(t for t in range(num_frames) if t not in prompts.initial)]
-    bank, outputs, parts = MemoryBank(), {}, []
-    checkpoint = _frame_checkpointing(model)
+    initial = clips.prompts.initial
+    order = [*sorted(initial), *(t for t in range(num_frames) if t not in initial)]
+    bank, parts = MemoryBank(), []
+    outputs: dict[int, FrameOutput] = {}
     for frame_idx in order:
-        image = features.select((slice(None), frame_idx))
-        prompt, corrections = prompts.initial.get(frame_idx), prompts.corrected.get(frame_idx)
+        prompt, corrections = initial.get(frame_idx), clips.prompts.corrected.get(frame_idx)
         selection = None
         if prompt is None:
             selection = bank.select(
@@ -274,26 +314,20 @@ def _segment_clips(
                 num_frames=num_frames,
                 past_pointers_only=not model.training,
             )
-        segment = partial(
-            _segment_frame,
-            model=model,
-            prompt=prompt,
-            bank=bank,
-            selection=selection,
-            corrections=corrections,
-            num_objects=num_videos * num_objects,
-            encode_memory=frame_idx != order[-1],
-            targets=None if labels is None else labels[:, :, frame_idx].flatten(0, 1),
-            object_mask=object_mask,
-        )
+        targets = None if clips.labels is None else clips.labels[:, :, frame_idx].flatten(0, 1)
+        is_real = None if clips.object_mask is None else clips.object_mask.flatten()
+        frame = ClipFrame(prompt, corrections, selection, frame_idx != order[-1], targets, is_real)
+        segment = partial(_segment_frame, model, bank, frame, num_videos * clips.num_objects)
         # The image's tensors are arguments because checkpointing keeps the random state of its arguments' devices.
-        output, frame_parts = checkpoint(frame_idx)(segment, *image)
+        with use_rows(clips.object_rows(frame_idx)):
+            image = features.select((slice(None), frame_idx))
+            output, frame_parts = _run_frame(model, frame_idx, segment, *image)
         bank.write(frame_idx, output.memory, conditioning=prompt is not None or corrections is not None)
         outputs[frame_idx] = output
         parts += frame_parts
 
     def stack(tensors: Iterator[Tensor]) -> Tensor:
-        return torch.stack(list(tensors), dim=1).unflatten(0, (num_videos, num_objects))
+        return torch.stack(list(tensors), dim=1).unflatten(0, (num_videos, clips.num_objects))
 
     in_time = [outputs[t] for t in range(num_frames)]
     return TrackedClips(
@@ -302,6 +336,44 @@ def _segment_clips(
         stack(output.object_score_logits[:, 0] for output in in_time),
         parts,
     )
+
+
+def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *image: Tensor) -> Any:
+    """Calls a function on an image's tensors; where frames are checkpointed, so that it is computed again in the
+    backward pass."""
+    is_due = frame_idx % model.clip_settings.checkpoint_every_n_frames == 0
+    if model.gradient_checkpointing and model.training and torch.is_grad_enabled() and is_due:
+        return model._gradient_checkpointing_func(recomputable(segment), *image)
+    return segment(*image)
+
+
+def _segment_frame(
+    model: SamoePreTrainedModel, bank: MemoryBank, frame: ClipFrame, num_objects: int, *image: Tensor
+) -> tuple[FrameOutput, list[LossParts]]:
+    """The frame step and, with true masks, the loss of each of its predictions.
+
+    Both in one function, so that gradient checkpointing also spares what the loss needs. `image` are the tensors of
+    [`ImageFeatures`].
+    """
+    output = frame_step(
+        model,
+        ImageFeatures(*image),
+        frame.prompt,
+        [bank],
+        frame.selection,
+        num_objects=num_objects,
+        corrections=frame.corrections,
+        encode_memory=frame.encode_memory,
+    )
+    if frame.targets is None:
+        return output, []
+    compute = model.clip_settings.loss
+    parts = [
+        compute(step.candidates, step.iou_scores, step.object_score_logits, frame.targets, frame.is_real)
+        for step in [*output.before_clicks, output]
+    ]
+    output.before_clicks = []
+    return output, parts
 
 
 def non_reentrant(checkpoint: Callable) -> Callable:
@@ -323,13 +395,13 @@ def non_reentrant(checkpoint: Callable) -> Callable:
     return run
 
 
-def checkpoint_frames(model: Sam2VideoModel, every_n_frames: int) -> None:
+def checkpoint_frames(model: SamoePreTrainedModel, every_n_frames: int) -> None:
     """Sets that each n-th frame is checkpointed as a whole.
 
     Layers within a frame step are not checkpointed again, although their `gradient_checkpointing` says so as that of
     all layers does: they get no tensors as positional arguments, so that on a GPU their dropout would be drawn anew.
     """
-    model.checkpoint_every_n_frames = every_n_frames
+    model.clip_settings.checkpoint_every_n_frames = every_n_frames
     for part in (model.mask_decoder, model.memory_encoder):
         for module in part.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -340,78 +412,64 @@ def _call(function: Callable, *args: Any) -> Any:
     return function(*args)
 
 
-def _frame_checkpointing(model: Sam2VideoModel) -> Callable[[int], Callable]:
-    """Frame index -> what runs a function on arguments: gradient checkpointing, or a plain call."""
-    checkpointed = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
-
-    def recompute(function: Callable, *tensors: Tensor) -> Any:
-        return model._gradient_checkpointing_func(recomputable(function), *tensors)
-
-    every = model.checkpoint_every_n_frames
-    return lambda frame_idx: recompute if checkpointed and frame_idx % every == 0 else _call
+def all_router_logits(calls: Mapping[str, Sequence[RouterCall]]) -> dict[str, Tensor]:
+    """Router logits of all tokens: name of each layer that was run -> (tokens, experts)."""
+    return {name: torch.cat([call.logits.flatten(0, -2) for call in own]) for name, own in calls.items() if own}
 
 
-def _segment_frame(
-    *image: Tensor,
-    model: Sam2VideoModel,
-    prompt: Prompt | None,
-    bank: MemoryBank,
-    selection: MemorySelection | None,
-    corrections: Corrections | None,
-    num_objects: int,
-    encode_memory: bool,
-    targets: Tensor | None,
-    object_mask: Tensor | None,
-) -> tuple[FrameOutput, list[LossParts]]:
-    """The frame step and, with true masks (objects, S, S), the loss of each of its predictions.
+def router_logits_by_clip(calls: Mapping[str, Sequence[RouterCall]], object_mask: Tensor) -> list[dict[str, Tensor]]:
+    """Router logits of the tokens of each clip's real objects.
 
-    Both in one function, so that gradient checkpointing also spares what the loss needs. `image` are the tensors of
-    [`ImageFeatures`].
+    Args:
+        calls: name of each layer -> its calls, see [`~expert_layer.record_router_logits`].
+        object_mask: (B, N) bool.
+
+    Returns:
+        for each clip, name of each layer -> (tokens, experts); nothing for a clip without real objects.
     """
-    output = frame_step(
-        model,
-        ImageFeatures(*image),
-        prompt,
-        [bank],
-        selection,
-        num_objects=num_objects,
-        corrections=corrections,
-        encode_memory=encode_memory,
-    )
-    if targets is None:
-        return output, []
-    parts = [
-        model.segmentation_loss(
-            step.candidates, step.iou_scores, step.object_score_logits, targets, object_mask.flatten()
-        )
-        for step in [*output.before_clicks, output]
-    ]
-    output.before_clicks = []
-    return output, parts
+    real = object_mask.tolist()
+    by_clip: list[dict[str, Tensor]] = [{} for _ in real]
+    for name, own in calls.items():
+        parts: list[list[Tensor]] = [[] for _ in real]
+        for logits, (rows, shared) in own:
+            if shared:
+                for clip in {row.video for row in rows}:
+                    parts[clip].append(logits.flatten(0, -2))
+                continue
+            of_clips: dict[int, list[int]] = {}
+            for index, row in enumerate(rows):
+                if row.object_id is None or real[row.video][row.object_id]:
+                    of_clips.setdefault(row.video, []).append(index)
+            # Rows of the image encoder may be cut into windows.
+            by_row = logits.reshape(len(rows), -1, logits.shape[-1])
+            for clip, indices in of_clips.items():
+                parts[clip].append(by_row[indices].flatten(0, 1))
+        for clip, tokens in enumerate(parts):
+            if tokens and any(real[clip]):
+                by_clip[clip][name] = torch.cat(tokens)
+    return by_clip
 
 
 def _clip_loss(
-    model: Sam2VideoModel,
+    model: SamoePreTrainedModel,
     steps: list[LossParts],
     object_mask: Tensor,
-    calls: Mapping[str, Sequence[Tensor]],
-    domains: Sequence[str | None],
+    calls: Mapping[str, Sequence[RouterCall]],
     count: Tensor,
 ) -> tuple[Tensor, LossParts]:
     """The total loss and its parts, summed over frames and clicks and divided by `count` objects.
 
     Args:
-        calls: name of each layer -> router logits of its calls.
-        domains: of each clip.
+        calls: name of each layer -> what its router put out.
     """
     parts = {name: sum(step[name] for step in steps) / count for name in steps[0]}
-    loss = model.segmentation_loss.total(parts)
+    loss = model.clip_settings.loss.total(parts)
     parts["router"] = torch.zeros_like(loss)
     coefficient = model.config.router_aux_loss_coef
     if coefficient > 0:
         # Of each clip alone, so that it does not matter which clips share a batch.
-        per_token = {name: model.get_submodule(name).num_experts_per_tok for name in calls}
-        by_clip = router_logits_by_clip(calls, object_mask, domains)
+        per_token = {name: module.num_experts_per_tok for name, module in expert_modules(model)}
+        by_clip = router_logits_by_clip(calls, object_mask)
         for logits, num_objects in zip(by_clip, object_mask.sum(dim=1), strict=True):
             if logits:
                 balance = load_balancing_loss(logits, per_token)

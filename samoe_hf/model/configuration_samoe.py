@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
+from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
-from .base import MODEL_TYPES, NUM_LEVELS, SAM3, base_of, feature_stride, mask_size, settings_of_base
+from .base import MODEL_TYPES, base_of, mask_size, settings_of_base
 from .errors import InputError
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
@@ -91,7 +91,7 @@ class SamoeConfig(Sam2VideoConfig):
             a side. Memories of conditioning frames stay whole, and with 1 all do. The fewer tokens, the less an object
             costs, in tracking and in training.
         base_model (`dict`, *optional*):
-            In a folder that holds only what was trained: the model that the rest comes from; see `hub.py`.
+            In a folder that holds only what was trained: the model that the rest comes from; see `weights_trained.py`.
         adapters (`dict[str, bool]`, *optional*):
             In a folder with adapters of PEFT: name of each, and whether it is active; see `adapters.py`.
 
@@ -125,9 +125,7 @@ class SamoeConfig(Sam2VideoConfig):
         if isinstance(self.mask_decoder_config, dict):
             self.mask_decoder_config = Sam2VideoMaskDecoderConfig(**self.mask_decoder_config)
         super().__post_init__(**kwargs)
-        if base_of(self) is SAM3:
-            # Sam2VideoModel asks for it; SAM 3's encoder has one level more, for its detector.
-            self.vision_config.num_feature_levels = NUM_LEVELS
+        base_of(self).complete(self)
         self.check_experts()
 
     def check_experts(self) -> None:
@@ -165,9 +163,9 @@ class SamoeConfig(Sam2VideoConfig):
                 raise InputError(f"`{name}` must divide the sides of a memory's map, {size}, got {value}.")
 
     def _check_image_size(self) -> None:
-        if base_of(self) is SAM3:
-            _check_integer("vision_config.backbone_config.patch_size", feature_stride(self), minimum=1)
-        multiple = base_of(self).size_multiple or feature_stride(self)
+        base = base_of(self)
+        _check_integer("vision_config.backbone_config.patch_size", base.stride(self), minimum=1)
+        multiple = base.size_multiple(self)
         _check_integer("image_size", self.image_size, minimum=multiple)
         if self.image_size % multiple:
             raise InputError(f"`image_size` must be a multiple of {multiple}, got {self.image_size}.")
@@ -183,26 +181,12 @@ class SamoeConfig(Sam2VideoConfig):
 
         These fields leave no trace in the shapes of weights.
         """
-        vision, prompts = self.vision_config, self.prompt_encoder_config
+        prompts = self.prompt_encoder_config
         sizes = [[mask_size(self) // ratio] * 2 for ratio in (1, 2, 4)]
-        given_sizes = list(map(list, vision.backbone_feature_sizes))
-        fields: dict[str, tuple[Any, Any]] = {}
-        if base_of(self) is SAM3:
-            fields |= {
-                "vision_config.backbone_feature_sizes": (given_sizes, sizes),
-                "vision_config.backbone_config.image_size": (vision.backbone_config.image_size, self.image_size),
-                "vision_config.scale_factors": (list(vision.scale_factors)[:NUM_LEVELS], [4.0, 2.0, 1.0]),
-            }
-        else:
-            if isinstance(vision.backbone_config, Sam2HieraDetConfig):
-                fields["vision_config.backbone_feature_sizes"] = (given_sizes, sizes)
-            fields |= {
-                "vision_config.fpn_padding": (vision.fpn_padding, vision.fpn_kernel_size // 2),
-                "vision_config.fpn_stride": (vision.fpn_stride, 1),
-            }
+        fields = base_of(self).encoder_sizes(self, sizes)
         fields |= {
             "prompt_encoder_config.image_size": (prompts.image_size, self.image_size),
-            "prompt_encoder_config.patch_size": (prompts.patch_size, feature_stride(self)),
+            "prompt_encoder_config.patch_size": (prompts.patch_size, base_of(self).stride(self)),
             "memory_attention_rope_feat_sizes": (list(self.memory_attention_rope_feat_sizes), sizes[-1]),
             "mask_downsampler_padding": (self.mask_downsampler_padding, self.mask_downsampler_kernel_size // 2),
             "memory_fuser_padding": (self.memory_fuser_padding, self.memory_fuser_kernel_size // 2),
@@ -213,13 +197,13 @@ class SamoeConfig(Sam2VideoConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":
-        """As in the base class. A file that holds something else, or a wrong value, is a `ValueError` that names it."""
+        """Reads a configuration. A file that holds something else, or a wrong value, is an `InputError` that names it."""
         kwargs.setdefault("name_or_path", pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in the base class; a configuration of SAM 2 video or of SAM 3, alone or with its detector, is taken as a
+        """Reads the settings. A configuration of SAM 2 video or of SAM 3, alone or with its detector, is taken as a
         SAMoE configuration with default experts."""
         with _naming(pretrained_model_name_or_path):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -239,7 +223,7 @@ class SamoeConfig(Sam2VideoConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
-        """As in the base class, also of a base's own configuration; values given as keyword arguments are checked.
+        """Makes a configuration of settings, also of a base's own; values given as keyword arguments are checked.
 
         Raises:
             ValueError: for a wrong value; names the folder or Hub id if `name_or_path` says that it was read from one.

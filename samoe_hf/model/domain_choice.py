@@ -16,7 +16,8 @@ from .base import InferenceSession
 from .domain_experts import use_domain
 from .domain_gate import pooled_features
 from .errors import InputError
-from .frame_step import ImageFeatures, image_features
+from .frame_step import encode_frames
+from .image_features import ImageFeatures
 
 # Lets the gate decide.
 AUTO = "auto"
@@ -68,7 +69,7 @@ def decide_domains(
     """
     if features is None:
         with use_domain(None):
-            features = image_features(model, pixel_values)
+            features = encode_frames(model, pixel_values)
     decided = model.domain_gate.decide(pooled_features(features, pixel_values))
     names = [*model.config.domain_names, None]  # an index of -1 stands for none
     pairs = zip(decided.domain.tolist(), decided.confidence.tolist(), strict=True)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import InputError
 from .expert_layer import (
+    META,
+    BaseLinear,
     ExpertMixture,
-    LinearOfTokens,
     add_experts,
-    as_class,
     floating_type,
     matching_linear_names,
     replace_module,
@@ -71,19 +71,19 @@ class DomainExperts(ExpertMixture):
         return self.describe_experts()
 
 
-class DomainLinear(nn.Linear):
+class DomainLinear(BaseLinear):
     """A linear layer with experts of domains beside it. `weight` and `bias` are the base layer's.
 
     The experts of a domain are the submodule `domain_NAME`, a [`DomainExperts`]. Where no domain is active, or the
     active one has no experts here, the output is the base layer's to the bit.
     """
 
-    base_class: ClassVar[type[nn.Linear]] = nn.Linear
-
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "DomainLinear":
         """Wraps `linear`, whose parameters are shared."""
-        return as_class(linear, cls)
+        module = cls(linear.in_features, linear.out_features, device=META)
+        module.take_over(linear)
+        return module
 
     def add_domain(self, domain: str, **settings) -> None:
         """Gives a domain new experts, without effect; see [`~experts.ExpertMixture.create_experts`]."""
@@ -93,21 +93,9 @@ class DomainLinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        experts = self._active_experts()
-        if experts is None:
-            return super().forward(hidden_states)
-        return experts(hidden_states, super().forward)
-
-    def linear_of_tokens(self, hidden_states: Tensor) -> LinearOfTokens:
-        """The layer's output, to be finished after a mean over tokens."""
-        experts = self._active_experts()
-        if experts is None:
-            return LinearOfTokens(hidden_states, super().forward)
-        return experts.mix_later(hidden_states, super().forward)
-
-    def _active_experts(self) -> DomainExperts | None:
         domain = _active_domain.get()
-        return None if domain is None else getattr(self, PREFIX + domain, None)
+        experts = None if domain is None else getattr(self, PREFIX + domain, None)
+        return self.product(hidden_states) if experts is None else experts(hidden_states, self.product)
 
 
 def add_configured_experts(model: nn.Module, config: Any) -> list[str]:

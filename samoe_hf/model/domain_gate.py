@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE
-from .frame_step import ImageFeatures
+from .image_features import ImageFeatures
 
 # The index of a video that looks like no known domain.
 NO_DOMAIN = -1

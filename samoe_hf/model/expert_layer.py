@@ -4,26 +4,27 @@ The method is SAM2-MoE's: `y = W x + b + sum_e g_e(x) * (alpha / r) * B_e A_e x`
 over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
 """
 
-import functools
 import math
 import re
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from .batch_rows import BatchRows, batch_rows
 from .errors import InputError
 
 # What a layer with experts has beside the base layer's tensors.
 EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
 # The module that tells which domain's experts a video gets, where experts belong to domains.
 DOMAIN_GATE = "domain_gate"
+# Where a layer is built whose parameters another one gives it.
+META = torch.device("meta")
 
 
 class Router(nn.Module):
@@ -52,17 +53,6 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return F.linear(hidden_states, self.weight, self.bias)
-
-
-class LinearOfTokens(NamedTuple):
-    """A layer's output as a linear function of what it makes of each token: `finish(features)`.
-
-    So a mean of outputs, with weights that sum to 1, is `finish` of that mean of `features` (..., tokens, channels),
-    which may be cheaper.
-    """
-
-    features: Tensor
-    finish: Callable[[Tensor], Tensor]
 
 
 class ExpertMixture(nn.Module):
@@ -163,17 +153,6 @@ class ExpertMixture(nn.Module):
         """B of all experts, transposed: (experts x rank, out_features)."""
         return self.lora_B.mT.flatten(0, 1).to(dtype)
 
-    def mix_later(self, hidden_states: Tensor, linear: Callable[[Tensor], Tensor]) -> LinearOfTokens:
-        """What [`mix`] gives, as a linear function of the tokens and of their gated products with A."""
-        tokens = hidden_states.flatten(0, -2)
-        gated = self._gated_low_rank(tokens, hidden_states.shape[:-1]).mT.unflatten(0, hidden_states.shape[:-1])
-
-        def finish(features: Tensor) -> Tensor:
-            inputs, gated = features.split([self.in_features, features.shape[-1] - self.in_features], dim=-1)
-            return linear(inputs) + self.scaling * (gated @ self._up(features.dtype))
-
-        return LinearOfTokens(torch.cat([hidden_states, gated], dim=-1), finish)
-
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""
         return self.router_logits(logits.unflatten(0, shape)).flatten(0, -2)
@@ -186,16 +165,59 @@ class ExpertMixture(nn.Module):
         )
 
 
-class ExpertLinear(nn.Linear, ExpertMixture):
+class BaseLinear(nn.Linear):
+    """A linear layer in another's place, with that one's `weight` and `bias`.
+
+    Where a library has quantized the layer, the library's own layer computes the product. It is no submodule, so that
+    tensors keep their names, and shares them.
+    """
+
+    quantized: "tuple[QuantizedProduct] | None" = None
+
+    def take_over(self, linear: nn.Linear) -> None:
+        """Shares the parameters of a layer, and takes over how it computes its product."""
+        self.weight, self.bias = linear.weight, linear.bias
+        self.quantized = linear.quantized if isinstance(linear, BaseLinear) else None
+
+    def product(self, hidden_states: Tensor) -> Tensor:
+        """The plain layer's output: (..., in_features) -> (..., out_features)."""
+        if self.quantized is not None:
+            return self.quantized[0](hidden_states, self.training)
+        return F.linear(hidden_states, self.weight, self.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return self.product(hidden_states)
+
+
+class QuantizedProduct:
+    """Calls a library's quantized layer in the one way that all libraries can do: by rows, outside inference mode.
+
+    Of inputs with more dimensions bitsandbytes' 8 bits scale the wrong ones on a CPU, and quanto's 4 bits know no
+    inference mode.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        self.layer = layer
+
+    def __call__(self, hidden_states: Tensor, training: bool) -> Tensor:
+        self.layer.training = training
+        rows = hidden_states.flatten(0, -2)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                output = self.layer(rows)
+        else:
+            output = self.layer(rows)
+        return output.unflatten(0, hidden_states.shape[:-1])
+
+
+class ExpertLinear(BaseLinear, ExpertMixture):
     """A linear layer with LoRA experts beside it. `weight` and `bias` are the base layer's.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         settings: of the experts, see [`ExpertMixture.create_experts`].
     """
-
-    # What computes the base's part; of a quantized layer it is the library's class, see `as_class`.
-    base_class: ClassVar[type[nn.Linear]] = nn.Linear
 
     def __init__(
         self,
@@ -205,31 +227,22 @@ class ExpertLinear(nn.Linear, ExpertMixture):
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-        **settings,
+        **settings: Any,
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.create_experts(**settings, device=device, dtype=dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **settings) -> "ExpertLinear":
+    def from_linear(cls, linear: nn.Linear, **settings: Any) -> "ExpertLinear":
         """Wraps `linear`, whose parameters are shared; `settings` are those of the experts."""
-        module = as_class(linear, cls)
+        module = cls(linear.in_features, linear.out_features, device=META, **settings)
+        module.take_over(linear)
         module.create_experts(**settings, device=linear.weight.device, dtype=floating_type(linear))
         return module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return self.mix(hidden_states, super().forward)
-
-    def linear_of_tokens(self, hidden_states: Tensor) -> LinearOfTokens:
-        """The layer's output, to be finished after a mean over tokens."""
-        return self.mix_later(hidden_states, super().forward)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A quantized base may save nothing but what it knows.
-        own = {name: getattr(self, name) for name in ("lora_A", "lora_B")}
-        destination.update({f"{prefix}{name}": own[name] if keep_vars else own[name].detach() for name in own})
+        return self.mix(hidden_states, self.product)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.describe_experts()}"
@@ -290,45 +303,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def as_class(linear: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
-    """A linear layer as one of a class with experts, or without any again; its parameters are shared.
-
-    A quantized layer's own class goes on to compute the base's part: it follows `kind` among the new class's bases, so
-    that `super().forward` in `kind` is the quantized layer's.
-    """
-    base = getattr(linear, "base_class", type(linear))
-    if base is not nn.Linear:
-        kind = base if kind is nn.Linear else _joint_class(kind, base)
-    module = kind.__new__(kind)
-    nn.Module.__init__(module)
-    for name, value in vars(linear).items():
-        # Methods that `accelerate` or torchao put on one module are bound to it.
-        if not name.startswith("_") and not hasattr(type(linear), name):
-            vars(module)[name] = value
-    module._parameters.update({name: linear._parameters[name] for name in ("weight", "bias")})
-    module._buffers.update(linear._buffers)
-    return module
-
-
-def over_base(module: nn.Linear, base: nn.Linear) -> nn.Linear:
-    """A layer with experts over another base layer, such as a quantized one; all parameters are shared."""
-    result = as_class(base, getattr(module, "own_class", type(module)))
-    vars(result).update({name: value for name, value in vars(module).items() if name not in vars(result)})
-    result._parameters.update(dict(module._parameters, weight=base.weight, bias=base.bias))
-    result._modules.update(module._modules)
-    return result
-
-
-@functools.cache
-def _joint_class(kind: type[nn.Linear], base: type[nn.Linear]) -> type[nn.Linear]:
-    name = f"{kind.__name__}Over{base.__name__}"
-    own = {"base_class": base, "own_class": kind} if hasattr(kind, "base_class") else {}
-    return types.new_class(name, (kind, base), exec_body=lambda body: body.update(own))
-
-
 def to_plain_linear(module: nn.Linear) -> nn.Linear:
     """A layer with experts as a linear layer without them, whose parameters are shared."""
-    return as_class(module, nn.Linear)
+    is_quantized = isinstance(module, BaseLinear) and module.quantized is not None
+    plain = (BaseLinear if is_quantized else nn.Linear)(module.in_features, module.out_features, device=META)
+    if isinstance(plain, BaseLinear):
+        plain.take_over(module)
+    else:
+        plain.weight, plain.bias = module.weight, module.bias
+    return plain
 
 
 def floating_type(linear: nn.Linear) -> torch.dtype:
@@ -372,17 +355,24 @@ def recomputable(function: Callable) -> Callable:
     return torch.compiler.set_stance("force_eager")(function) if _runs_hooks.get() else function
 
 
+class RouterCall(NamedTuple):
+    """What a router put out in one call: logits (rows, ..., experts), and what the rows were."""
+
+    logits: Tensor
+    rows: BatchRows
+
+
 @contextmanager
-def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[RouterCall]]]:
     """Collects, while the context is open, what each router of `model` puts out; see [`open_hooks`].
 
     Yields:
-        module name -> list with one tensor (..., experts) per call, in order of the calls.
+        module name -> its calls, in order.
     """
-    records: dict[str, list[Tensor]] = {name: [] for name, _ in expert_modules(model)}
+    records: dict[str, list[RouterCall]] = {name: [] for name, _ in expert_modules(model)}
 
     def record(name: str) -> Callable:
-        return lambda _, __, logits: records[name].append(logits)
+        return lambda _, __, logits: records[name].append(RouterCall(logits, batch_rows()))
 
     hooks = (module.router_logits.register_forward_hook(record(name)) for name, module in expert_modules(model))
     with open_hooks(hooks):

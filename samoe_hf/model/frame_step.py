@@ -4,84 +4,25 @@ Training over a clip and tracking in a session both run [`frame_step`], batched 
 `sam2/modeling/sam2_base.py`, over the modules of [`~transformers.Sam2VideoModel`].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE
 
-from .base import NUM_LEVELS
+from .base_interface import NUM_LEVELS
+from .base_model import SamoePreTrainedModel
+from .batch_rows import batch_rows, use_rows, use_shared
+from .image_features import ImageFeatures
 from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features, read_pointers
+from .prompt_recipe import Corrections
+from .prompts import Prompt
 
 # A mask prompt becomes logits of -10 and +10, for the mask and for the object score (arXiv:2408.00714, `sam2`).
 MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
-# `sam2` clamps the logits of the previous mask when clicks refine it.
-PREVIOUS_MASK_LIMIT = 32.0
-
-
-class ImageFeatures(NamedTuple):
-    """Features of one frame for each row: a video, or an object of it.
-
-    `fine` (rows, hidden / 8, S / 4, S / 4) and `middle` (rows, hidden / 4, S / 8, S / 8): for the mask decoder.
-    `coarse` (rows, hidden, S / 16, S / 16): for the memory and the mask decoder.
-    `position` (tokens, 1, hidden): position encoding of `coarse` for the memory attention.
-    `decoder_position` (1, hidden, S / 16, S / 16): the same for the mask decoder.
-    """
-
-    fine: Tensor
-    middle: Tensor
-    coarse: Tensor
-    position: Tensor
-    decoder_position: Tensor
-
-    def select(self, index: Any) -> "ImageFeatures":
-        """Some of the rows."""
-        return ImageFeatures(*(x[index] for x in self[:3]), *self[3:])
-
-    def for_objects(self, objects_per_video: int) -> "ImageFeatures":
-        """Repeats each row for a video's objects. A single row stays one, which broadcasts over all objects."""
-        if self.coarse.shape[0] == 1 or objects_per_video == 1:
-            return self
-        rows = (x.repeat_interleave(objects_per_video, dim=0) for x in self[:3])
-        return ImageFeatures(*rows, *self[3:])
-
-
-@dataclass
-class Prompt:
-    """What is given of each object on a frame, in pixels of the model's input: either points or a mask.
-
-    `points` (objects, points, 2) as (x, y), `labels` (objects, points): 1 positive, 0 negative, 2 and 3 the corners of
-    a box (which come first), -1 padding. `mask` (objects, 1, S, S), 0 or 1. `previous_mask`
-    (objects, 1, S / 4, S / 4): logits of the mask that the points refine.
-    """
-
-    points: Tensor | None = None
-    labels: Tensor | None = None
-    mask: Tensor | None = None
-    previous_mask: Tensor | None = None
-
-    def rows(self, indices: Tensor) -> "Prompt":
-        """That of some of the objects."""
-        tensors = (self.points, self.labels, self.mask, self.previous_mask)
-        return Prompt(*(None if x is None else x[indices] for x in tensors))
-
-
-class Corrections(NamedTuple):
-    """Clicks to be drawn where a prediction is wrong, each after seeing the one before.
-
-    `masks` (objects, S, S) bool: the truth. `from_mask_probability`: of drawing a click from the truth instead of from
-    the error. `sample(masks, predictions or None)` draws points (objects, 1, 2) and labels (objects, 1).
-    """
-
-    masks: Tensor
-    num_clicks: int
-    from_mask_probability: float
-    sample: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -104,22 +45,24 @@ class FrameOutput:
     before_clicks: list["FrameOutput"] = field(default_factory=list)
 
 
-def image_features(model: Sam2VideoModel, pixel_values: Tensor, batch_size: int | None = None) -> ImageFeatures:
+def encode_frames(model: SamoePreTrainedModel, pixel_values: Tensor, batch_size: int | None = None) -> ImageFeatures:
     """Encodes frames (rows, 3, S, S), once for all their objects, `batch_size` at a time or all at once."""
-    parts = []
-    for frames in pixel_values.split(batch_size or len(pixel_values)):
-        outputs = model.get_image_features(frames, return_dict=True)
+    parts, size, (rows, _) = [], batch_size or len(pixel_values), batch_rows()
+    for start in range(0, len(pixel_values), size):
+        frames = pixel_values[start : start + size]
+        with use_rows(rows[start : start + size]):
+            outputs = model.outlive_graphs(model.get_image_features(frames, return_dict=True))
         parts.append([_to_map(model, level, x) for level, x in enumerate(outputs.fpn_hidden_states[:NUM_LEVELS])])
     levels = [torch.cat(x) for x in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
     return with_positions(model, *levels)
 
 
-def _to_map(model: Sam2VideoModel, level: int, features: Tensor) -> Tensor:
+def _to_map(model: SamoePreTrainedModel, level: int, features: Tensor) -> Tensor:
     """(tokens, rows, channels), as transformers keeps features, to (rows, channels, height, width)."""
     return features.permute(1, 2, 0).unflatten(2, tuple(model.backbone_feature_sizes[level]))
 
 
-def with_positions(model: Sam2VideoModel, fine: Tensor, middle: Tensor, coarse: Tensor) -> ImageFeatures:
+def with_positions(model: SamoePreTrainedModel, fine: Tensor, middle: Tensor, coarse: Tensor) -> ImageFeatures:
     """Adds the encodings of positions, which are the same for all images, to three levels of features."""
     position = model.vision_encoder.neck.position_encoding((1, *coarse.shape[1:]), coarse.device, coarse.dtype)
     return ImageFeatures(
@@ -132,7 +75,7 @@ def with_positions(model: Sam2VideoModel, fine: Tensor, middle: Tensor, coarse: 
 
 
 def frame_step(
-    model: Sam2VideoModel,
+    model: SamoePreTrainedModel,
     image: ImageFeatures,
     prompt: Prompt | None,
     banks: Sequence[MemoryBank],
@@ -186,7 +129,7 @@ def frame_step(
     return output
 
 
-def _use_multimask(model: Sam2VideoModel, prompt: Prompt | None, is_initial: bool) -> bool:
+def _use_multimask(model: SamoePreTrainedModel, prompt: Prompt | None, is_initial: bool) -> bool:
     """Whether three candidates are wanted: where the object is not yet told by several points."""
     config = model.config
     num_points = 0 if prompt is None else prompt.labels.shape[1]
@@ -198,26 +141,25 @@ def _use_multimask(model: Sam2VideoModel, prompt: Prompt | None, is_initial: boo
 
 
 def _condition_on_memory(
-    model: Sam2VideoModel,
+    model: SamoePreTrainedModel,
     image: ImageFeatures,
     banks: Sequence[MemoryBank],
     selection: MemorySelection,
 ) -> Tensor:
-    """Features of the frame in the light of the memories: (objects, hidden, S / 16, S / 16)."""
+    """Features of the frame, conditioned on the memories: (objects, hidden, S / 16, S / 16)."""
     memory, position, rotation = _memory_tokens(model, banks, selection, image.coarse)
-    conditioned = model.attend_to_memory(
-        model.memory_attention,
+    conditioned = model.memory_attention(
         image.coarse.flatten(2).mT,
         image.position.transpose(0, 1),
         memory,
         position.transpose(0, 1),
         rotation,
     )
-    return conditioned.mT.unflatten(2, image.coarse.shape[-2:])
+    return model.outlive_graphs(conditioned).mT.unflatten(2, image.coarse.shape[-2:])
 
 
 def _memory_tokens(
-    model: Sam2VideoModel, banks: Sequence[MemoryBank], selection: MemorySelection, like: Tensor
+    model: SamoePreTrainedModel, banks: Sequence[MemoryBank], selection: MemorySelection, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Memories (objects, tokens, channels), their positions (tokens, 1, channels), and how those rotate keys
     (tokens, channels of keys / 2, 2)."""
@@ -245,7 +187,7 @@ def _memory_tokens(
     return memory, torch.cat(positions), rotation
 
 
-def _pooling(model: Sam2VideoModel, temporal_index: int) -> int:
+def _pooling(model: SamoePreTrainedModel, temporal_index: int) -> int:
     """The side of the squares over which a map is averaged; conditioning frames' maps stay as they are."""
     if temporal_index == model.num_maskmem - 1:
         return 1
@@ -259,13 +201,14 @@ def _pool_map(features: Tensor, size: Sequence[int], side: int) -> Tensor:
     return F.avg_pool2d(features.mT.unflatten(2, tuple(size)), side).flatten(2).mT
 
 
-def _pointer_positions(model: Sam2VideoModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:
+def _pointer_positions(model: SamoePreTrainedModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:
     """Encodes distances in time (pointers,), in units of the largest: (tokens, 1, channels)."""
     if not model.config.enable_temporal_pos_encoding_for_object_pointers:
         return like.new_zeros(num_tokens, 1, model.mem_dim)
     angles = distances.unsqueeze(1) / sine_periods(model.hidden_dim, like.device)
     sine = torch.cat([angles.sin(), angles.cos()], dim=1)
-    position = model.temporal_positional_encoding_projection_layer(sine.to(like.dtype))
+    with use_shared():
+        position = model.temporal_positional_encoding_projection_layer(sine.to(like.dtype))
     return position.unsqueeze(1).expand(-1, num_tokens // len(distances), -1).flatten(0, 1).unsqueeze(1)
 
 
@@ -278,7 +221,7 @@ def sine_periods(dim: int, device: torch.device) -> Tensor:
 
 
 def _segment(
-    model: Sam2VideoModel,
+    model: SamoePreTrainedModel,
     image: ImageFeatures,
     coarse: Tensor,
     prompt: Prompt | None,
@@ -287,7 +230,7 @@ def _segment(
 ) -> FrameOutput:
     """Runs SAM's prompt encoder and mask decoder, and takes the best candidate's token as object pointer."""
     sparse, dense = _embed_prompt(model, prompt, num_objects)
-    masks, iou_scores, tokens, object_score_logits = model.mask_decoder(
+    decoded = model.mask_decoder(
         image_embeddings=coarse,
         image_positional_embeddings=image.decoder_position,
         sparse_prompt_embeddings=sparse,
@@ -295,9 +238,8 @@ def _segment(
         multimask_output=multimask,
         high_resolution_features=[image.fine, image.middle],
     )
-    masks, iou_scores, tokens, object_score_logits = (
-        x.squeeze(1) for x in (_at_least_float32(masks), iou_scores, tokens, object_score_logits)
-    )
+    masks, iou_scores, tokens, object_score_logits = (x.squeeze(1) for x in model.outlive_graphs(decoded))
+    masks = _at_least_float32(masks)
     visible = object_score_logits > 0
     candidates = torch.where(visible[..., None, None], masks, NO_OBJ_SCORE)
     rows = torch.arange(num_objects, device=coarse.device)
@@ -313,7 +255,7 @@ def _segment(
     )
 
 
-def _embed_prompt(model: Sam2VideoModel, prompt: Prompt | None, num_objects: int) -> tuple[Tensor, Tensor]:
+def _embed_prompt(model: SamoePreTrainedModel, prompt: Prompt | None, num_objects: int) -> tuple[Tensor, Tensor]:
     """Tokens (objects, 1, points, hidden) and maps (objects or 1, hidden, S / 16, S / 16) that stand for a prompt."""
     encoder = model.prompt_encoder
     points = None if prompt is None or prompt.points is None else prompt.points.unsqueeze(1)
@@ -333,7 +275,7 @@ def _embed_prompt(model: Sam2VideoModel, prompt: Prompt | None, num_objects: int
 
 
 def _correct(
-    model: Sam2VideoModel,
+    model: SamoePreTrainedModel,
     image: ImageFeatures,
     coarse: Tensor,
     prompt: Prompt | None,
@@ -345,11 +287,9 @@ def _correct(
     before = []
     for _ in range(corrections.num_clicks):
         before.append(output)
-        predictions = None
-        if torch.rand(()).item() >= corrections.from_mask_probability:
-            predictions = _resize(output.masks.detach(), model.image_size)[:, 0] > 0
-        points, labels = corrections.sample(corrections.masks, predictions)
-        if prompt is not None:
+        predictions = _resize(output.masks.detach(), model.image_size)[:, 0] > 0
+        points, labels = corrections.draw(predictions)
+        if prompt is not None and prompt.points is not None and prompt.labels is not None:
             points = torch.cat([prompt.points, points], dim=1)
             labels = torch.cat([prompt.labels, labels], dim=1)
         prompt = Prompt(points=points, labels=labels, previous_mask=output.masks)
@@ -359,13 +299,13 @@ def _correct(
     return output
 
 
-def _hide_pointers(model: Sam2VideoModel, pointers: Tensor, visible: Tensor) -> Tensor:
+def _hide_pointers(model: SamoePreTrainedModel, pointers: Tensor, visible: Tensor) -> Tensor:
     """Pointers (objects, hidden), replaced by the learned one where `visible` (objects, 1) is false."""
     visible = visible.to(pointers.dtype)
     return visible * pointers + (1 - visible) * model.no_object_pointer
 
 
-def _take_mask(model: Sam2VideoModel, image: ImageFeatures, mask: Tensor) -> tuple[FrameOutput, Tensor]:
+def _take_mask(model: SamoePreTrainedModel, image: ImageFeatures, mask: Tensor) -> tuple[FrameOutput, Tensor]:
     """Takes a given mask (objects, 1, S, S) as the output; the decoder only makes the object pointer from it."""
     num_objects = mask.shape[0]
     mask = mask.to(image.coarse.dtype)
@@ -387,13 +327,13 @@ def _take_mask(model: Sam2VideoModel, image: ImageFeatures, mask: Tensor) -> tup
 
 
 def _encode_memory(
-    model: Sam2VideoModel, coarse: Tensor, masks: Tensor, object_score_logits: Tensor, binarize: bool
+    model: SamoePreTrainedModel, coarse: Tensor, masks: Tensor, object_score_logits: Tensor, binarize: bool
 ) -> Tensor:
     """Encodes a frame and its masks (objects, 1, S, S), as logits, into a memory (objects, tokens, channels)."""
     masks = _to_memory_size(model, masks)
     masks = (masks > 0).to(masks.dtype) if binarize else masks.sigmoid()
     masks = masks * model.config.sigmoid_scale_for_mem_enc + model.config.sigmoid_bias_for_mem_enc
-    features, _ = model.memory_encoder(coarse, masks.to(coarse.dtype))
+    features, _ = model.outlive_graphs(model.memory_encoder(coarse, masks.to(coarse.dtype)))
     if model.occlusion_spatial_embedding_parameter is not None:
         hidden = (object_score_logits <= 0).to(features.dtype)[..., None, None]
         features = features + hidden * model.occlusion_spatial_embedding_parameter[..., None, None]
@@ -401,7 +341,7 @@ def _encode_memory(
     return features if model.training else features.to(torch.bfloat16)
 
 
-def _to_memory_size(model: Sam2VideoModel, masks: Tensor) -> Tensor:
+def _to_memory_size(model: SamoePreTrainedModel, masks: Tensor) -> Tensor:
     """Masks or logits (objects, 1, H, W) at the size that memories are made from: the input's of SAM 2, not of SAM 3.
 
     transformers resizes logits, which is what is done here. The original of SAM 3 resizes probabilities.

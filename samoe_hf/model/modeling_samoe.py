@@ -1,68 +1,60 @@
 """SamoeModel: SAM 2 video with a mixture of LoRA experts. It tracks in a session and learns from clips."""
 
-import re
+import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
-from torch import Tensor, nn
+from huggingface_hub import CommitInfo
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import Sam2VideoModel
-from transformers import initialization as init
-from transformers.models.sam2_video.modeling_sam2_video import (
-    Sam2VideoMemoryFuserCXBlock,
-    Sam2VideoSegmentationOutput,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 from transformers.processing_utils import Unpack
+from transformers.utils import requires_backends
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .adapters import AdapterMixin, is_adapter_parameter, plain_name, to_wrapped_names
-from .base import InferenceSession, base_of
-from .base_modules import compile_parts, make_lean
-from .clip import (
-    ClipPrompts,
-    SamoeClipOutput,
-    check_clip,
-    checkpoint_frames,
-    clip_forward,
-    non_reentrant,
-    prompt_from_inputs,
-    split_labels,
+from .adapters import (
+    adapter_names,
+    check_adapter,
+    check_adapters_on_experts,
+    keep_out_of_routers,
+    load_named_adapter,
+    to_wrapped_names,
 )
+from .base import InferenceSession
+from .base_model import SamoePreTrainedModel
+from .clip import SamoeClipOutput, checkpoint_frames, clip_forward, non_reentrant, read_clips
 from .configuration_samoe import SamoeConfig
 from .domain_choice import AUTO, check_domain
-from .domain_experts import PREFIX as DOMAIN_PREFIX
-from .domain_experts import add_configured_experts
-from .domain_gate import add_domain_gate
 from .errors import InputError
-from .expert_layer import DOMAIN_GATE, ExpertMixture, is_expert_parameter
 from .expert_sleep import wake_experts
-from .interaction import clear_prompts, remove_object
-from .loading import PretrainedMixin
-from .losses import SegmentationLoss
-from .memory_attention import attend_to_memory
-from .prompts import PromptRecipe, resolve_recipe
-from .quantization import check_can_be_trained
+from .loading import load_model, save_model, saves_experts_only, warn_of_new_experts
+from .processing_samoe import VideoProcessor
+from .prompt_recipe import PromptRecipe
+from .session import clear_prompts, remove_object
 from .summary import ModelSummary, summarize_model
 from .tracking import encoding_ahead, start_propagation, track_frame
+from .trainable import parameter_names, set_trainable
 
-# Parameters that are tokens or encodings of positions, of the model itself and of its backbone.
-TOKEN_PARAMETERS = re.compile(
-    r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|pos_embed\w*|position_embeddings"
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# Arguments of `save_pretrained` that are meant for `push_to_hub`.
+PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
 )
-TRAINABLE_SETS = {
-    "experts": is_expert_parameter,
-    "adapters": is_adapter_parameter,
-    "memory": re.compile(
-        r"(memory_attention|memory_encoder|object_pointer_proj|mask_downsample)\..*"
-        r"|temporal_positional_encoding_projection_layer\..*"
-        r"|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter"
-        r"|no_memory_embedding|no_memory_positional_encoding|no_object_pointer"
-    ).fullmatch,
-    "decoder": re.compile(r"mask_decoder\..*").fullmatch,
-    "all": lambda name: True,
-}
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -77,85 +69,25 @@ class ForwardOptions(TypedDict, total=False):
     output_hidden_states: bool
 
 
-class SamoeModel(AdapterMixin, PretrainedMixin, Sam2VideoModel):
+class SamoeModel(SamoePreTrainedModel):
     """SAM 2 video whose linear layers, by default the projections of its memory attention, have LoRA experts.
 
     It takes the place of [`~transformers.Sam2VideoModel`] in tracking, and can be trained on clips. After construction
-    only experts and routers are trainable; see [`set_trainable`].
+    only experts and routers are trainable; see [`set_trainable`]. What changes a model, such as a further domain, is in
+    `samoe_hf.surgery`.
     """
 
-    config_class = SamoeConfig
-    config: SamoeConfig
     supports_gradient_checkpointing = True
     # Trainer passes `num_items_in_batch`.
     accepts_loss_kwargs = True
-    # Statistics of features, whatever the type of the features is.
-    _keep_in_fp32_modules_strict: ClassVar = [DOMAIN_GATE]
 
     def __init__(self, config: SamoeConfig):
-        config.check_experts()
         super().__init__(config)
-        make_lean(self)
-        # What FSDP shards one by one, and what is never split over devices. Layers of the memory attention are not
-        # called as modules (see memory_attention.py), and belong to the rest.
-        self._no_split_modules = set(base_of(config).no_split_modules)
-        self.expert_module_names = add_configured_experts(self, config)
-        add_domain_gate(self)
-        # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
-        self._keys_to_ignore_on_load_unexpected = set()
-        # Layers whose weights are quantized, and fingerprints of the full base; see quantization.py and checkpoints.py.
-        self.quantized_layers: frozenset[str] = frozenset()
-        self.full_fingerprints: dict[frozenset[str], str] = {}
-        self.set_trainable("experts")
         self.register_load_state_dict_pre_hook(to_wrapped_names)
         self.register_load_state_dict_post_hook(_expect_sleeping_experts)
-        # What this model was loaded from, for folders that hold only what was trained; see weights_trained.py.
-        self.base_model_source: dict[str, str | None] | None = None
-        # Other tensors than the experts' that are not the base's, whether or not they are trainable now.
-        self.differs_from_base: set[str] = set()
-        # Compiled in its place by `compile_for_tracking`.
-        self.attend_to_memory = attend_to_memory
-        # Of training on clips: the loss, whether frames are recomputed, frames encoded at once (None for all), and
-        # where a frozen encoder's features are kept.
-        self.segmentation_loss = SegmentationLoss()
-        self.gradient_checkpointing = False
-        self.checkpoint_every_n_frames = 1
-        self.encoder_batch_size: int | None = None
-        self.feature_cache: Any = None
+        self.set_trainable("experts")
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draws a module's parameters as `sam2` does. From transformers' narrower draw the model hardly learns."""
-        super()._init_weights(module)  # for buffers
-        if module is self:
-            # A model of its own, whose modules transformers gives to its own `_init_weights`.
-            for part in self.vision_encoder.modules():
-                self._draw(part)
-        self._draw(module)
-
-    def _draw(self, module: nn.Module) -> None:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-        if isinstance(module, ExpertMixture) and not getattr(module.lora_A, "_is_hf_initialized", False):
-            module.reset_experts()
-        if isinstance(module, Sam2VideoMemoryFuserCXBlock):
-            init.constant_(module.scale, self.config.memory_fuser_layer_scale_init_value)
-        for name, parameter in module.named_parameters(recurse=False):
-            if TOKEN_PARAMETERS.fullmatch(name):
-                init.trunc_normal_(parameter, std=0.02)
-        if module is self:
-            # Points and image positions are encoded with one matrix.
-            image, points = self.shared_image_embedding, self.prompt_encoder.shared_embedding
-            init.copy_(points.positional_embedding, image.positional_embedding)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """As in the base class; `every_n_layers` also counts frames, each of which is checkpointed as a whole."""
-        options = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
-        super()._set_gradient_checkpointing(enable, non_reentrant(gradient_checkpointing_func), **options)
-        if enable:
-            checkpoint_frames(self, every_n_layers)
+    # What is trained
 
     def set_trainable(self, *sets: str) -> None:
         """Makes exactly the parameters of the named sets trainable.
@@ -168,27 +100,21 @@ class SamoeModel(AdapterMixin, PretrainedMixin, Sam2VideoModel):
         Raises:
             ValueError: if a set is empty, or a parameter is quantized.
         """
-        names = {name for chosen in sets for name in self.parameter_names(chosen)}
-        check_can_be_trained(self, names)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in names)
-        # Also after loading, surgery and freezing, which tell by this that `wake_experts` has to look.
-        self.may_have_sleeping_experts = True
+        set_trainable(self, *sets)
 
     def parameter_names(self, chosen: str) -> list[str]:
         """Names of the parameters of a set, see [`set_trainable`]."""
-        if chosen.startswith("domain:"):
-            check_domain(self, chosen.removeprefix("domain:"))
-            chosen = rf".*\.{DOMAIN_PREFIX}{chosen.removeprefix('domain:')}\..*"
-        try:
-            matches = TRAINABLE_SETS[chosen] if chosen in TRAINABLE_SETS else re.compile(chosen).fullmatch
-        except re.error as error:
-            raise InputError(f"`sets` has {chosen!r}, which is no regular expression: {error}.") from error
-        names = [name for name, _ in self.named_parameters() if matches(plain_name(name))]
-        if not names:
-            known = ", ".join(map(repr, TRAINABLE_SETS))
-            raise InputError(f"`sets` must be among {known} or expressions that match parameters, got {chosen!r}.")
-        return names
+        return parameter_names(self, chosen)
+
+    def wake_experts(self) -> None:
+        """Lets new experts compete where routers are trainable; the first training step calls it.
+
+        Raises:
+            InputError: if the weights are sharded (FSDP), so that there are no whole rows. Wake them before.
+        """
+        if self.may_have_sleeping_experts:  # looking at the biases would wait for the GPU in each training step
+            wake_experts(self)
+            self.may_have_sleeping_experts = False
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trainable, as PEFT does."""
@@ -201,19 +127,16 @@ class SamoeModel(AdapterMixin, PretrainedMixin, Sam2VideoModel):
         """All parameters, the trainable and the frozen ones, and the experts of each domain; it can be printed."""
         return summarize_model(self)
 
-    def compile_for_tracking(self, **kwargs) -> None:
-        """Compiles the four parts of a frame's work, in place: the encoders, memory attention and the mask decoder.
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """As in the base class; `every_n_layers` also counts frames, each of which is checkpointed as a whole."""
+        options = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}
+        super()._set_gradient_checkpointing(enable, non_reentrant(gradient_checkpointing_func), **options)
+        if enable:
+            checkpoint_frames(self, every_n_layers)
 
-        The first frames are slow. Nothing is compiled again as memory fills or the number of objects changes, except
-        between one object and several. Training runs the same parts, and gains as well.
-
-        Args:
-            kwargs: of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, a graph is
-                recorded for each size that occurs, and what a part puts out is copied, since its graph's next run
-                overwrites it.
-        """
-        compile_parts(self, ("vision_encoder",), **kwargs)
-        compile_parts(self, ("mask_decoder", "memory_encoder", "attend_to_memory"), dynamic=True, **kwargs)
+    # The forward pass
 
     @can_return_tuple
     def forward(
@@ -270,25 +193,14 @@ class SamoeModel(AdapterMixin, PretrainedMixin, Sam2VideoModel):
             frame = frame if object_mask is None else object_mask
         if inference_session is not None:
             return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder, domain)
-        check_clip(pixel_values, labels, object_mask, self.image_size)
-        if labels is not None:
-            labels, object_mask = split_labels(labels, object_mask)
         given = (input_points, options.get("input_labels"), input_boxes, input_masks)
-        if labels is not None and all(value is None for value in given):
-            num_objects = labels.shape[1]
-            clip_prompts = ClipPrompts.simulate(resolve_recipe(prompts), labels)
-        else:
-            prompt, num_objects = prompt_from_inputs(*given)
-            clip_prompts = ClipPrompts({0: prompt})
+        clips = read_clips(pixel_values, labels, object_mask, prompts, given, self.image_size)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if self.training and torch.is_grad_enabled():
             self.wake_experts()
         with _recorded_vision_outputs(self, options) as recorded:
-            output = clip_forward(
-                self, pixel_values, clip_prompts, num_objects, labels, object_mask, output_router_logits,
-                num_items_in_batch, domain,
-            )  # fmt: skip
+            output = clip_forward(self, clips, domain, output_router_logits, num_items_in_batch)
         output.vision_hidden_states, output.vision_attentions = recorded["hidden_states"], recorded["attentions"]
         return output
 
@@ -346,16 +258,6 @@ class SamoeModel(AdapterMixin, PretrainedMixin, Sam2VideoModel):
                 inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
             )
 
-    def wake_experts(self) -> None:
-        """Lets new experts compete where routers are trainable; the first training step calls it.
-
-        Raises:
-            ValueError: if the weights are sharded (FSDP), so that there are no whole rows. Wake them before.
-        """
-        if self.may_have_sleeping_experts:  # looking at the biases would wait for the GPU in each training step
-            wake_experts(self)
-            self.may_have_sleeping_experts = False
-
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.
 
@@ -372,8 +274,246 @@ class SamoeModel(AdapterMixin, PretrainedMixin, Sam2VideoModel):
         """
         remove_object(inference_session, obj_id, strict)
 
+    # Loading and saving
 
-def _expect_sleeping_experts(model: SamoeModel, _: Any) -> None:
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        *,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        experts: str | os.PathLike | None = None,
+        original_config: str | os.PathLike | None = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        quantization_config: QuantizationConfigMixin | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a model in evaluation mode, with only its experts and routers trainable.
+
+        Args:
+            pretrained_model_name_or_path: one of
+                - a folder or Hub id of a SamoeModel;
+                - a folder or Hub id of a SAM 2 video model, or of SAM 3, whose tracker is taken: experts without effect
+                  are added;
+                - an original checkpoint, of SAM 2 or SAM2-MoE (a `.pt` file).
+            experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
+            original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
+            output_loading_info: whether to return what was missing and the like as well. Without it, one line is logged
+                if experts are new.
+            ignore_mismatched_sizes: whether experts of another number or rank, or in other layers, than the
+                configuration's are left out, and new ones take their place. Other tensors must fit.
+            quantization_config: of transformers, such as [`~transformers.BitsAndBytesConfig`], to hold the frozen base
+                in 8 or 4 bits. Experts, routers, the gate and adapters are not quantized. See docs/quantization.md.
+            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; values of [`SamoeConfig`] can be set too.
+                Where `expert_modules` is set, layers without experts in the checkpoint get new ones, without effect.
+
+        Raises:
+            FileNotFoundError: if there is no such `.pt` file.
+            ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
+        """
+        source = pretrained_model_name_or_path
+        model, info = load_model(
+            cls,
+            super().from_pretrained,
+            source,
+            config,
+            experts,
+            original_config,
+            ignore_mismatched_sizes,
+            quantization_config,
+            kwargs,
+        )
+        if output_loading_info:
+            return model, info
+        warn_of_new_experts(source, info)
+        return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        experts_only: bool | None = None,
+        state_dict: dict | None = None,
+        processor: VideoProcessor | None = None,
+        base_model: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in the base class, with all adapters of PEFT. If anything fails, the folder is left as it was.
+
+        Args:
+            experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
+                which [`from_pretrained`] then fetches; and a processor, if there is none. By default so where the base
+                is quantized, and else not.
+            processor: is saved as well.
+            base_model: with `experts_only`, the Hub id to refer to, if the base was loaded from somewhere else. It is
+                loaded, to see that it is the same.
+            kwargs: other arguments of the base class, and with `push_to_hub` those of [`push_to_hub`].
+
+        Raises:
+            ValueError: with `experts_only`, if there is no base model, `base_model` is another one, or `save_directory`
+                holds the base model; if it is False and the base is quantized.
+            TypeError: for an argument that is none of these.
+        """
+        known = {*PUSH_ARGUMENTS, *inspect.signature(PreTrainedModel.save_pretrained).parameters} - {"self", "kwargs"}
+        if unknown := sorted(set(kwargs) - known):
+            raise TypeError(f"`save_pretrained` has no argument {unknown[0]!r}.")
+        own_only = saves_experts_only(self, experts_only)
+        commit = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        save_model(self, super().save_pretrained, save_directory, own_only, state_dict, processor, base_model, kwargs)
+        if push_to_hub:
+            repo_id = commit.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, experts_only=own_only, processor=processor, base_model=base_model, **commit)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        experts_only: bool | None = None,
+        base_model: str | None = None,
+        processor: VideoProcessor | None = None,
+        card: dict[str, Any] | None = None,
+        commit_message: str = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Uploads the model, a processor and a model card in one commit, which replaces weights of earlier ones.
+
+        Args:
+            repo_id: the repository; it is made if need be.
+            experts_only, base_model: as in [`save_pretrained`].
+            processor: by default the one that prepares videos as `sam2` does.
+            card: what the card is to say beside what the model knows, arguments of
+                [`model_card.build_model_card`]. A card that the repository has stays if this is None.
+            commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in the
+                base class.
+
+        Raises:
+            ValueError: with `experts_only`, if others could not fetch the base model, or `base_model` is another one.
+            OSError: if the Hub refuses or cannot be reached (`huggingface_hub.errors.HfHubHTTPError` with the reason).
+        """
+        try:
+            from samoe_hf.hub.push import push
+        except ImportError as error:
+            raise ImportError("`push_to_hub` of a SamoeModel needs the package samoe_hf.") from error
+        experts_only = saves_experts_only(self, experts_only)
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+        return push(
+            self,
+            repo_id,
+            experts_only=experts_only,
+            base_model=base_model,
+            processor=processor,
+            card=card,
+            tags=tags,
+            max_shard_size=max_shard_size,
+            commit=commit,
+            private=private,
+            token=token,
+            revision=revision,
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """From now on this package's code is saved with models, for `AutoModel.from_pretrained(…,
+        trust_remote_code=True)` where the package is not installed."""
+        super().register_for_auto_class(auto_class)
+        cls.config_class.register_for_auto_class()
+
+    # Adapters of PEFT
+
+    @property
+    def peft_config(self) -> dict[str, "PeftConfig"]:
+        """Name of each adapter -> its configuration, as PEFT keeps it. There is none without adapters.
+
+        Raises:
+            ValueError: when it is set, as PEFT does when it has put an adapter into the model, if that adapter would
+                drop the experts of a layer.
+        """
+        if "_peft_config" not in self.__dict__:
+            raise AttributeError("This model has no adapters, so it has no `peft_config`.")
+        return self.__dict__["_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, "PeftConfig"]) -> None:
+        check_adapters_on_experts(self)
+        self.__dict__["_peft_config"] = value
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_peft_config"]
+
+    def check_new_adapters(self) -> None:
+        """Looks once at adapters that PEFT has put into the model behind its first; see `peft_config`."""
+        names = adapter_names(self)
+        if names != self.__dict__.get("_checked_adapters", []):
+            check_adapters_on_experts(self)
+            self.__dict__["_checked_adapters"] = names
+
+    def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:
+        """Adds a LoRA of PEFT, trainable and active. Experts and whatever else is trainable stay so.
+
+        Raises:
+            ValueError: if it is no LoRA or changes the base's tensors, there is one of that name, or no layer matches.
+        """
+        requires_backends(self, "peft")
+        check_adapter(adapter_config, adapter_name or "default")
+        keep_out_of_routers(self, adapter_config)
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            super().add_adapter(adapter_config, adapter_name)
+        finally:
+            self._hf_peft_config_loaded = bool(adapter_names(self))
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+        self.train(self.training)
+
+    def load_adapter(
+        self,
+        peft_model_id: str | os.PathLike | None = None,
+        adapter_name: str | None = None,
+        peft_config: "PeftConfig | dict[str, Any] | None" = None,
+        adapter_state_dict: dict[str, Tensor] | None = None,
+        low_cpu_mem_usage: bool = False,
+        is_trainable: bool = False,
+        hotswap: bool | Literal["auto"] = "auto",
+        local_files_only: bool = False,
+        adapter_kwargs: dict[str, Any] | None = None,
+        **hub,
+    ) -> None:
+        """Loads a LoRA of PEFT, and makes it active. Its tensors are compared with the model before they are loaded.
+
+        Args:
+            peft_model_id: folder or Hub id.
+            adapter_name: "default" if not given.
+            peft_config, adapter_state_dict: instead of `peft_model_id`, what it would hold.
+            low_cpu_mem_usage: has no effect here, since adapters are small.
+            is_trainable: whether it is to be trained.
+            hotswap: whether to take the place of the adapter of that name, which must be there; False if it must not be
+                there. By default it is replaced if it is there.
+            local_files_only, adapter_kwargs, hub: how it is fetched, such as `revision`, `token`, `subfolder`.
+
+        Raises:
+            ValueError: if it does not fit the model, or `hotswap` does not.
+        """
+        requires_backends(self, "peft")
+        name = adapter_name or "default"
+        is_there = name in adapter_names(self)
+        if hotswap != "auto" and bool(hotswap) != is_there:
+            state = "has an adapter" if is_there else "has no adapter"
+            raise InputError(f"`hotswap` is {hotswap}, but the model {state} of the name {name!r}.")
+        hub |= {"local_files_only": True} if local_files_only else {}
+        hub |= adapter_kwargs or {}
+        load_named_adapter(self, peft_model_id, name, peft_config, adapter_state_dict, is_trainable, hub)
+
+
+def _expect_sleeping_experts(model: SamoePreTrainedModel, _: Any) -> None:
     """After tensors were loaded, `wake_experts` has to look again."""
     model.may_have_sleeping_experts = True
 

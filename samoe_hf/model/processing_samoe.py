@@ -8,7 +8,6 @@ from transformers import (
     AutoProcessor,
     Sam2VideoModel,
     Sam2VideoVideoProcessor,
-    Sam3TrackerVideoProcessor,
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
@@ -68,9 +67,9 @@ def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> VideoPro
         cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES
     ):
         return build_processor(model.config)
-    expected = base_of(model.config).processor_class
-    # With SAM 3's combined checkpoint the processor of the video model was saved, whose parts are the tracker's.
-    processor = (expected if expected is Sam3TrackerVideoProcessor else AutoProcessor).from_pretrained(source)
+    base = base_of(model.config)
+    expected = base.processor_class
+    processor = (expected if base.loads_own_processor else AutoProcessor).from_pretrained(source)
     if not isinstance(processor, expected):
         raise InputError(f"{source}: its processor is a {type(processor).__name__}, expected a {expected.__name__}.")
     sizes = [dict(part.size) for part in (processor.image_processor, processor.video_processor)]

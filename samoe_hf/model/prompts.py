@@ -1,156 +1,153 @@
-"""Simulated prompts and correction clicks, as SAM 2 draws them in training.
-
-arXiv:2408.00714, appendix D; `prepare_prompt_inputs` and `_iter_correct_pt_sampling` in `training/model/sam2.py`. All
-draws are of torch's global generators: what is common to a batch on the CPU, points on the device of the masks.
-"""
+"""What a user gives of objects on a frame: points, boxes or masks, checked and put together for a frame step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import InputError
-from .frame_step import Corrections, Prompt
-from .recipes import PromptSettings
 
 POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 1, 0, 2, 3
+POINT_LABELS = (POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
+# The label of points that transformers' processor adds where objects of one call have different numbers of points.
+PADDING = -10
+# Points may lie this far outside of the frame, in parts of its size; of a box, a part must lie inside.
+OUTSIDE_LIMIT = 0.1
+LARGEST = torch.finfo(torch.float32).max
+# `sam2` clamps the logits of the previous mask when clicks refine it.
+PREVIOUS_MASK_LIMIT = 32.0
 
 
-@dataclass(frozen=True)
-class PromptPlan:
-    """What is given on which frames of a clip, for all its objects alike.
+@dataclass
+class Prompt:
+    """What is given of each object on a frame, in pixels of the model's input: either points or a mask.
 
-    `kinds`: initial conditioning frame -> "mask", "point" or "box". `corrected`: frames that receive correction clicks.
+    Attributes:
+        points: (objects, points, 2) as (x, y).
+        labels: (objects, points): 1 positive, 0 negative, 2 and 3 the corners of a box (which come first), -1 padding.
+        mask: (objects, 1, S, S), 0 or 1.
+        previous_mask: (objects, 1, S / 4, S / 4), logits of the mask that the points refine.
     """
 
-    kinds: dict[int, str]
-    corrected: tuple[int, ...] = ()
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    previous_mask: Tensor | None = None
+
+    def rows(self, indices: Tensor) -> "Prompt":
+        """The prompts of some of the objects."""
+        tensors = (self.points, self.labels, self.mask, self.previous_mask)
+        return Prompt(*(None if x is None else x[indices] for x in tensors))
 
 
-class PromptRecipe(PromptSettings):
-    """How a clip's prompts are drawn, by the settings."""
+def prompt_from_inputs(
+    input_points: Tensor | None,
+    input_labels: Tensor | None,
+    input_boxes: Tensor | None,
+    input_masks: Tensor | None,
+) -> tuple[Prompt, int]:
+    """The prompt of all objects on a clip's first frame, and the number of objects of each video.
 
-    def draw(self, num_frames: int) -> PromptPlan:
-        """Draws the plan of a clip of `num_frames` frames."""
-        single = num_frames == 1
-        use_points = _chance(self.point_probability) or (single and self.point_probability > 0)
-        num_initial = _uniform_integer(1, min(self.max_initial_frames, max(num_frames - 1, 1)))
-        initial = [0, *_choose(range(1, num_frames), num_initial - 1)]
-        if not use_points:
-            return PromptPlan(dict.fromkeys(initial, "mask"))
-        kinds = {t: "box" if _chance(self.box_probability) else "point" for t in initial}
-        if self.max_corrected_frames == 0:
-            return PromptPlan(kinds)
-        num_corrected = num_initial
-        if self.max_corrected_frames > num_initial and not single:
-            num_corrected = _uniform_integer(num_initial, min(self.max_corrected_frames, num_frames))
-        others = [t for t in range(num_frames) if t not in initial]
-        return PromptPlan(kinds, (*initial, *_choose(others, num_corrected - num_initial)))
-
-    def corrections(self, masks: Tensor) -> Corrections:
-        """The clicks that a corrected frame receives, given the objects' true masks (objects, S, S) bool on it."""
-        return Corrections(
-            masks, self.num_correction_clicks, self.click_from_mask_probability, sample_point_from_errors
-        )
-
-
-# Prompts on the first frame alone, without corrections; and the whole recipe.
-PROMPT_RECIPES = {
-    "mask": PromptRecipe(point_probability=0, max_initial_frames=1, max_corrected_frames=0),
-    "point": PromptRecipe(point_probability=1, box_probability=0, max_initial_frames=1, max_corrected_frames=0),
-    "box": PromptRecipe(point_probability=1, box_probability=1, max_initial_frames=1, max_corrected_frames=0),
-    "mixed": PromptRecipe(max_initial_frames=1, max_corrected_frames=0),
-    "sam2": PromptRecipe(),
-}
-
-
-def resolve_recipe(prompts: "str | PromptRecipe") -> PromptRecipe:
-    """The recipe of that name, or the given one.
+    Args:
+        input_points: (B, N, P, 2) as (x, y) in pixels of the model's input, with `input_labels` (B, N, P).
+        input_boxes: (B, N, 4) as (x0, y0, x1, y1).
+        input_masks: (B, N, S, S), instead of the others.
 
     Raises:
-        ValueError: for an unknown name.
+        InputError: if none is given, or some that do not go together.
     """
-    if isinstance(prompts, PromptRecipe):
-        return prompts
-    if prompts not in PROMPT_RECIPES:
-        names = ", ".join(map(repr, PROMPT_RECIPES))
-        raise InputError(f"`prompts` must be one of {names}, or a PromptRecipe, got {prompts!r}.")
-    return PROMPT_RECIPES[prompts]
+    if input_masks is not None:
+        if input_points is not None or input_boxes is not None:
+            raise InputError("`input_masks` cannot be given together with `input_points` or `input_boxes`.")
+        return Prompt(mask=(input_masks > 0).flatten(0, 1).unsqueeze(1)), input_masks.shape[1]
+    if input_points is None and input_boxes is None:
+        raise InputError("Without `labels` one of `input_points`, `input_boxes` or `input_masks` must be given.")
+    if (input_points is None) != (input_labels is None):
+        raise InputError("`input_points` and `input_labels` must be given together.")
+    points, labels = [], []
+    if input_boxes is not None:
+        corners = input_boxes.unflatten(-1, (2, 2))
+        kinds = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], device=corners.device)
+        points.append(corners)
+        labels.append(kinds.expand(corners.shape[:-1]))
+    if input_points is not None:
+        points.append(input_points)
+        labels.append(input_labels)
+    joined, kinds = torch.cat(points, dim=2).float(), torch.cat(labels, dim=2).to(torch.int32)
+    return Prompt(points=joined.flatten(0, 1), labels=kinds.flatten(0, 1)), joined.shape[1]
 
 
-def sample_prompt(masks: Tensor, kind: str) -> Prompt:
-    """Draws a "mask", "point" or "box" prompt for each object from its true mask (objects, S, S) bool."""
-    if kind == "mask":
-        return Prompt(mask=masks.unsqueeze(1))
-    points, labels = sample_box(masks) if kind == "box" else sample_point_from_errors(masks)
-    return Prompt(points=points, labels=labels)
+# What a session holds of one object on a frame, as transformers' processor gives it: a mask (1, 1, H, W), or points
+# (1, 1, P, 2) and labels (1, 1, P) as "point_coords" and "point_labels".
+SessionPrompt = Tensor | dict[str, Tensor]
 
 
-def sample_point_from_errors(masks: Tensor, predictions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Draws a click for each object, uniformly from where its prediction is wrong.
+def points_and_labels(prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Points (1, P, 2) of one object as (x, y), and their labels (1, P), without padding."""
+    points, labels = prompt["point_coords"][:, 0], prompt["point_labels"][:, 0]
+    is_given = labels[0] != PADDING
+    return points[:, is_given], labels[:, is_given]
 
-    Without predictions all of the mask is missed. Where nothing is wrong the click is a negative one on the background.
+
+def num_points(prompt: SessionPrompt) -> int:
+    """The number of points of a prompt; 0 for a mask."""
+    return 0 if isinstance(prompt, Tensor) else points_and_labels(prompt)[1].shape[1]
+
+
+def join_prompts(
+    prompts: Sequence[SessionPrompt], image_size: int, previous_masks: Sequence[Tensor] | None = None
+) -> Prompt:
+    """One prompt for a batch of objects, from those that a session holds; all are masks, or all have as many points.
 
     Args:
-        masks: (objects, H, W) bool, true masks.
-        predictions: (objects, H, W) bool.
-
-    Returns:
-        points (objects, 1, 2) as (x, y), and labels (objects, 1): 1 on missed pixels, 0 elsewhere.
+        image_size: masks of another size are resized to this.
+        previous_masks: of each object (1, 1, S / 4, S / 4), logits of the mask that its points refine.
     """
-    predictions = torch.zeros_like(masks) if predictions is None else predictions
-    wrong = masks ^ predictions
-    candidates = torch.where(wrong.flatten(1).any(dim=1)[:, None, None], wrong, ~masks)
-    draw = torch.rand(masks.shape, device=masks.device) * candidates
-    chosen = draw.flatten(1).argmax(dim=1)
-    points = torch.stack([chosen % masks.shape[-1], chosen // masks.shape[-1]], dim=-1).float()
-    labels = (masks & ~predictions).flatten(1).gather(1, chosen.unsqueeze(1)).to(torch.int32)
-    return points.unsqueeze(1), labels
+    masks = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    if masks:
+        joined = torch.cat(masks)
+        if joined.shape[-2:] != (image_size, image_size):
+            joined = F.interpolate(joined.float(), (image_size, image_size), mode="bilinear", antialias=True)
+        return Prompt(mask=(joined >= 0.5).to(joined.dtype))
+    pairs = [points_and_labels(prompt) for prompt in prompts if isinstance(prompt, dict)]
+    points, labels = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    previous = None
+    if previous_masks is not None:
+        previous = torch.cat([mask.to(points.device) for mask in previous_masks])
+        previous = previous.clamp(-PREVIOUS_MASK_LIMIT, PREVIOUS_MASK_LIMIT)
+    return Prompt(points=points, labels=labels, previous_mask=previous)
 
 
-def sample_box(masks: Tensor, noise: float = 0.1, noise_bound: float = 20.0) -> tuple[Tensor, Tensor]:
-    """The bounding box of each mask, each side shifted by up to `noise` of its size and `noise_bound` pixels.
+def prompt_problem(prompt: Any, image_size: int, video_size: tuple[int, int]) -> str | None:
+    """What is wrong with a prompt of one object; None if nothing is.
+
+    A mask must be finite and of shape (1, 1, H, W). There must be at least one point; points must be finite, lie in the
+    frame or near it, and have known labels.
 
     Args:
-        masks: (objects, H, W) bool.
-
-    Returns:
-        corners (objects, 2, 2) as (x, y), and their labels (objects, 2).
+        image_size: points are in pixels of the model's input, a square of this size.
+        video_size: height and width of the video, in whose pixels the answer is.
     """
-    height, width = masks.shape[-2:]
-    boxes = bounding_boxes(masks)
-    size = boxes[:, 2:] - boxes[:, :2]
-    limit = (size * noise).clamp(max=noise_bound).repeat(1, 2)
-    boxes = boxes + (2 * torch.rand(boxes.shape, device=masks.device) - 1) * limit
-    bounds = torch.tensor([width - 1, height - 1] * 2, device=masks.device)
-    corners = boxes.clamp(min=0).minimum(bounds).unflatten(1, (2, 2))
-    labels = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], dtype=torch.int32, device=masks.device)
-    return corners, labels.expand(len(masks), 2)
-
-
-def bounding_boxes(masks: Tensor) -> Tensor:
-    """Bounding boxes (objects, 4) as (x0, y0, x1, y1) of masks (objects, H, W) bool; zeros for an empty mask."""
-    boxes = []
-    for along in (masks.any(dim=1), masks.any(dim=2)):
-        length = along.shape[1]
-        first = along.int().argmax(dim=1)
-        last = length - 1 - along.flip(1).int().argmax(dim=1)
-        empty = ~along.any(dim=1)
-        boxes.append((first.masked_fill(empty, 0), last.masked_fill(empty, 0)))
-    (x0, x1), (y0, y1) = boxes
-    return torch.stack([x0, y0, x1, y1], dim=1).float()
-
-
-def _chance(probability: float) -> bool:
-    return torch.rand(()).item() < probability
-
-
-def _uniform_integer(low: int, high: int) -> int:
-    """Drawn from `low` to `high`, both included."""
-    return int(torch.randint(low, high + 1, ()))
-
-
-def _choose(values: Sequence[int], count: int) -> list[int]:
-    """`count` different ones of `values`, in order."""
-    return sorted(values[i] for i in torch.randperm(len(values))[:count].tolist())
+    if isinstance(prompt, Tensor):
+        if prompt.dim() != 4 or prompt.shape[:2] != (1, 1):
+            return f"`input_masks` must hold a mask (H, W) for each object, got shape {tuple(prompt.shape)}."
+        return None if prompt.isfinite().all() else "`input_masks` must be finite, got NaN or infinity."
+    points, labels = (tensor[0] for tensor in points_and_labels(prompt))
+    if len(labels) == 0:
+        return "`input_points` must hold at least one point for each object, got none."
+    if unknown := [label for label in labels.tolist() if label not in POINT_LABELS]:
+        return f"`input_labels` must be 1 (on the object) or 0 (on the background), got {unknown[0]}."
+    margin = image_size * OUTSIDE_LIMIT
+    lowest, highest = torch.full_like(points, -margin), torch.full_like(points, image_size + margin)
+    lowest[labels == BOX_TOP_LEFT], highest[labels == BOX_TOP_LEFT] = -LARGEST, image_size
+    lowest[labels == BOX_BOTTOM_RIGHT], highest[labels == BOX_BOTTOM_RIGHT] = 0, LARGEST
+    is_inside = (points >= lowest) & (points <= highest)  # false for NaN
+    if is_inside.all():
+        return None
+    height, width = video_size
+    x, y = points[~is_inside.all(dim=-1)][0].tolist()
+    x, y = x * width / image_size, y * height / image_size
+    return f"`input_points` and `input_boxes` must lie in the frame of {width} x {height} pixels, got ({x:g}, {y:g})."

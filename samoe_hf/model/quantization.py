@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Sam2VideoModel
+from transformers import Sam2VideoModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import plain_name
+from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .errors import InputError
-from .expert_layer import as_class, floating_type, is_expert_parameter, over_base, replace_module
+from .expert_layer import META, BaseLinear, QuantizedProduct, floating_type, is_expert_parameter, replace_module
 from .weights_io import plain_tensors
 
 # What libraries that work on quantized models look for.
@@ -35,24 +35,6 @@ WIDTH_MULTIPLE = 32
 BNB_8_BIT = "bitsandbytes.autograd._functions"
 
 
-class QuantizedLinear(nn.Linear):
-    """A layer that a library quantized, called in the one way that all of them can do: by rows, outside inference mode.
-
-    Of inputs with more dimensions bitsandbytes' 8 bits scale the wrong ones on a CPU, and quanto's 4 bits know no
-    inference mode.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        rows = hidden_states.flatten(0, -2)
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                output = super().forward(rows)
-        else:
-            output = super().forward(rows)
-        return output.unflatten(0, hidden_states.shape[:-1])
-
-
 def check_not_quantized(source: Any, config: SamoeConfig) -> None:
     """Raises a `ValueError` if a folder or Hub id holds quantized weights."""
     if getattr(config, "quantization_config", None) is not None:
@@ -62,7 +44,7 @@ def check_not_quantized(source: Any, config: SamoeConfig) -> None:
 
 
 def quantize_base(
-    model: PreTrainedModel,
+    model: SamoePreTrainedModel,
     quantization_config: QuantizationConfigMixin | Mapping[str, Any],
     device_map: Any = None,
 ) -> None:
@@ -86,16 +68,24 @@ def quantize_base(
     if not quantized:
         raise InputError(f"`quantization_config` quantizes no layer of the model: {quantization_config}.")
     for name in quantized:
-        layer, own = _callable(base.get_submodule(name)).requires_grad_(False), model.get_submodule(name)
-        replace_module(model, name, layer if type(own) is nn.Linear else over_base(own, layer))
+        layer, own = base.get_submodule(name), model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        if not isinstance(own, BaseLinear):
+            own = BaseLinear(layer.in_features, layer.out_features, device=META)
+            replace_module(model, name, own)
+        own.take_over(layer.requires_grad_(False))
+        if type(layer) is not nn.Linear:  # torchao's are, whose weights are tensors of a class of their own
+            # bitsandbytes rearranges 4-bit weights at the first call that needs no gradient, and then gives none.
+            layer.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            own.quantized = (QuantizedProduct(layer),)
     for name in MARKS:
         if hasattr(base, name):
             setattr(model, name, getattr(base, name))
-    model.quantized_layers = frozenset(quantized)
+    model.origin.quantized = frozenset(quantized)
     logging.getLogger(BNB_8_BIT).addFilter(_without_repeated_casts)
 
 
-def _with_skips(model: PreTrainedModel, quantization_config: Any) -> QuantizationConfigMixin:
+def _with_skips(model: SamoePreTrainedModel, quantization_config: Any) -> QuantizationConfigMixin:
     """A copy of a library's configuration, with the layers that stay as they are beside those that it names itself."""
     if not isinstance(quantization_config, QuantizationConfigMixin | Mapping):
         raise InputError(
@@ -112,7 +102,7 @@ def _with_skips(model: PreTrainedModel, quantization_config: Any) -> Quantizatio
     return quantization_config
 
 
-def _quantized_base(model: PreTrainedModel, quantization_config: Any, device_map: Any) -> Sam2VideoModel:
+def _quantized_base(model: SamoePreTrainedModel, quantization_config: Any, device_map: Any) -> Sam2VideoModel:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_parameter(name)}
     reports = []
     try:
@@ -134,7 +124,7 @@ def _quantized_base(model: PreTrainedModel, quantization_config: Any, device_map
 
 @contextmanager
 def without_load_report(reports: list[str] | None = None) -> Iterator[None]:
-    """Holds back transformers' report about missing tensors, which [`~checkpoints.check_weights`] judges more strictly.
+    """Holds back transformers' report of missing tensors. [`~weights_trained.check_weights`] judges more strictly.
 
     Args:
         reports: gets the reports.
@@ -158,24 +148,14 @@ def _without_repeated_casts(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in record.msg
 
 
-def _callable(layer: nn.Linear) -> nn.Linear:
-    """A quantized layer in the form in which the model calls it."""
-    if type(layer) is nn.Linear:  # torchao, whose weights are tensors of a class of their own
-        return layer
-    layer = as_class(layer, QuantizedLinear)
-    # bitsandbytes rearranges 4-bit weights at the first call that needs no gradient, and then gives none any more.
-    layer.support_avx512bf16_for_cpu = False
-    return layer
-
-
 def _is_quantized(module: nn.Module) -> bool:
     is_linear = isinstance(module, nn.Linear)
     return is_linear and (type(module) is not nn.Linear or type(module.weight.data) is not Tensor)
 
 
-def check_can_be_trained(model: PreTrainedModel, names: set[str]) -> None:
+def check_can_be_trained(model: SamoePreTrainedModel, names: set[str]) -> None:
     """Raises a `ValueError` if any of these parameters is quantized."""
-    weights = {f"{layer}.weight" for layer in model.quantized_layers}
+    weights = {f"{layer}.weight" for layer in model.origin.quantized}
     if quantized := sorted(name for name in names if plain_name(name) in weights):
         raise InputError(
             f"{quantized[0]!r} is quantized and cannot be trained. Train experts or adapters, or leave such layers out "
@@ -185,32 +165,25 @@ def check_can_be_trained(model: PreTrainedModel, names: set[str]) -> None:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, with what quantized weights need beside them, such as scales."""
-    return _bytes({**dict(model.named_buffers()), **model.state_dict(keep_vars=True)})
+    tensors = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseLinear) and module.quantized is not None:
+            held = module.quantized[0].layer.state_dict(keep_vars=True)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in held.items()}
+    return _bytes(tensors)
 
 
-def quantized_modules(model: PreTrainedModel) -> Iterator[nn.Linear]:
-    """The quantized layers of a SamoeModel, also those that lie within an adapter of PEFT."""
-    for layer in map(model.get_submodule, sorted(model.quantized_layers)):
-        yield layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-
-
-def spared_bytes(model: PreTrainedModel) -> int:
+def spared_bytes(model: SamoePreTrainedModel) -> int:
     """By how many bytes the quantized layers of a SamoeModel are smaller than in full."""
     spared = 0
-    for layer in quantized_modules(model):
-        tensors = layer.state_dict(keep_vars=True)
-        own = {name for name in tensors if name == "bias" or is_expert_parameter(f".{name}")}
-        held = _bytes({name: tensor for name, tensor in tensors.items() if name not in own})
-        spared += layer.in_features * layer.out_features * floating_type(layer).itemsize - held
+    for layer in map(model.get_submodule, sorted(model.origin.quantized)):
+        layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # within an adapter of PEFT
+        assert isinstance(layer, BaseLinear)
+        held = layer.quantized[0].layer.state_dict(keep_vars=True) if layer.quantized else {"weight": layer.weight}
+        own = {name: tensor for name, tensor in held.items() if name != "bias"}
+        spared += layer.in_features * layer.out_features * floating_type(layer).itemsize - _bytes(own)
     return spared
 
 
 def _bytes(tensors: Mapping[str, Any]) -> int:
     return sum(x.nbytes for _, x in plain_tensors(tensors.items()) if isinstance(x, Tensor))
-
-
-def in_full(layer: nn.Linear) -> nn.Linear:
-    """A quantized layer as it was before, with its experts, but without the values of its weight."""
-    full = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=floating_type(layer))
-    full.requires_grad_(False)
-    return over_base(layer, full) if hasattr(layer, "base_class") else full

@@ -1,7 +1,7 @@
 """Tracking in a session: which objects run together on a frame, with which prompts and memories.
 
 The session is transformers' own [`~transformers.Sam2VideoInferenceSession`]; what it keeps of each object beside its
-outputs is described in `interaction.py`. Prompts may be added one by one, in any order.
+outputs is described in `session.py`. Prompts may be added one by one, in any order.
 """
 
 import operator
@@ -9,17 +9,16 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
 from .base import InferenceSession
+from .base_model import SamoePreTrainedModel
+from .batch_rows import BatchRow, use_rows
 from .domain_choice import (
     DomainDecision,
     decide_domains,
@@ -30,10 +29,11 @@ from .domain_choice import (
 )
 from .domain_experts import use_domain
 from .errors import InputError
-from .frame_step import PREVIOUS_MASK_LIMIT, FrameOutput, ImageFeatures, Prompt, frame_step, image_features
-from .interaction import FrameRecord, SessionObject, check_prompt, points_and_labels, session_objects
+from .frame_step import FrameOutput, encode_frames, frame_step
+from .image_features import ImageFeatures
 from .memory_bank import MemoryBank, MemorySelection
-from .session import VideoSession
+from .prompts import Prompt, join_prompts, num_points
+from .session import FrameRecord, SessionObject, VideoSession, check_prompt, session_objects
 
 # So many frames are encoded at once, if one does not fill the device: on a CPU, if images are this small. Sessions that
 # cache more have more encoded at once, but not all that some of them have room for.
@@ -42,7 +42,7 @@ FRAMES_AHEAD, SMALL_IMAGE_SIZE, MAX_FRAMES_AHEAD = 4, 256, 16
 
 @dataclass
 class SamoeTrackingOutput(Sam2VideoSegmentationOutput):
-    """As in the base class: a frame of a session.
+    """Output of [`SamoeModel`] for a frame of a session: that of Sam2VideoModel, and whose experts were run.
 
     Args:
         domain: of a model with domains: whose experts the video got; None for the base's output.
@@ -66,33 +66,6 @@ class FrameCall(NamedTuple):
     run_mem_encoder: bool = True
 
 
-class TrackedRow(NamedTuple):
-    """What a row of a tensor belongs to: an object on a frame, or, in the image encoder (None), a frame."""
-
-    frame_idx: int
-    object_id: int | None
-
-
-_tracked_rows: ContextVar[Sequence[TrackedRow]] = ContextVar("tracked_rows", default=())
-
-
-def tracked_rows() -> Sequence[TrackedRow]:
-    """What the rows of a batch belong to that is being computed; for hooks of modules. Empty where nothing is tracked.
-
-    Tensors that do not depend on the objects have one row for all of them.
-    """
-    return _tracked_rows.get()
-
-
-@contextmanager
-def _tracking_rows(rows: Iterable[tuple[int, int | None]]) -> Iterator[None]:
-    token = _tracked_rows.set([TrackedRow(*row) for row in rows])
-    try:
-        yield
-    finally:
-        _tracked_rows.reset(token)
-
-
 class FrameTask(NamedTuple):
     """What objects must have in common to be segmented on a frame in one batch.
 
@@ -110,7 +83,7 @@ class FrameTask(NamedTuple):
 
 
 def track_frame(
-    model: Sam2VideoModel,
+    model: SamoePreTrainedModel,
     sessions: Sequence[InferenceSession],
     frame_idx: int,
     *,
@@ -121,7 +94,7 @@ def track_frame(
     """Segments new prompts on any frame; then tracks the objects of the sessions on one frame.
 
     Objects with a new prompt on the frame are not tracked there as well. The other objects of their session are tracked
-    only to be shown, unless the frame is the newest of a stream (see [`~interaction.ObjectState`]).
+    only to be shown, unless the frame is the newest of a stream (see [`~session.ObjectState`]).
 
     Returns:
         an output for each session. An object without any prompt has a mask of -1024, `sam2`'s logit of no object.
@@ -140,7 +113,7 @@ def track_frame(
     return [_frame_result(model, session, call) for session in sessions]
 
 
-def _check_session(model: Sam2VideoModel, session: InferenceSession, frame_idx: int) -> None:
+def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> None:
     if session.get_obj_num() == 0:
         raise InputError("No objects are provided for tracking; please add inputs first.")
     if session.processed_frames is None or frame_idx not in session.processed_frames:
@@ -153,7 +126,7 @@ def _check_session(model: Sam2VideoModel, session: InferenceSession, frame_idx: 
 
 
 def segment_new_prompts(
-    model: Sam2VideoModel,
+    model: SamoePreTrainedModel,
     session: InferenceSession,
     except_frame: int | None = None,
     streaming: bool = False,
@@ -174,7 +147,8 @@ def segment_new_prompts(
         for frame_idx in tracked_object.prompted_frames:
             if tracked_object.new_prompt(frame_idx) is None:
                 continue
-            check_prompt(tracked_object, frame_idx, model.image_size, upcoming=streaming)
+            if not (isinstance(session, VideoSession) and session.has_checked_prompts):
+                check_prompt(tracked_object, frame_idx, model.image_size, upcoming=streaming)
             if frame_idx in session.processed_frames and frame_idx != except_frame:
                 by_frame[frame_idx].append(tracked_object)
     for frame_idx, prompted in sorted(by_frame.items()):
@@ -182,7 +156,7 @@ def segment_new_prompts(
         _segment_objects(model, [(one, _prompt_task(model, one, call)) for one in prompted], call)
 
 
-def start_propagation(model: Sam2VideoModel, session: InferenceSession, start_frame_idx: int | None) -> None:
+def start_propagation(model: SamoePreTrainedModel, session: InferenceSession, start_frame_idx: int | None) -> None:
     """Segments new prompts and commits all, as `sam2` does before it propagates.
 
     Raises:
@@ -203,7 +177,7 @@ def _commit(tracked_object: SessionObject) -> None:
 
 
 def _session_tasks(
-    model: Sam2VideoModel, session: InferenceSession, call: FrameCall
+    model: SamoePreTrainedModel, session: InferenceSession, call: FrameCall
 ) -> list[tuple[SessionObject, FrameTask]]:
     """What is to be done for each object of a session on a frame; nothing where an output stays as it is."""
     prompted, others = [], []
@@ -227,36 +201,40 @@ def _session_tasks(
     return tasks
 
 
-def _prompt_task(model: Sam2VideoModel, tracked_object: SessionObject, call: FrameCall) -> FrameTask:
+def _prompt_task(model: SamoePreTrainedModel, tracked_object: SessionObject, call: FrameCall) -> FrameTask:
     """The task of a new prompt: on a frame that was not tracked it stands alone, otherwise it corrects the frame."""
     prompt, bank = tracked_object.new_prompt(call.frame_idx), tracked_object.state.bank
     tracked = tracked_object.was_tracked(call.frame_idx)
     is_initial = tracked is None or not bank.conditioning
     reverse = tracked is not None and tracked["reverse"]
     has_mask = isinstance(prompt, Tensor)
-    num_points = 0 if has_mask else points_and_labels(prompt)[1].shape[1]
-    has_previous_mask = num_points > 0 and tracked_object.output(call.frame_idx) is not None
+    points = num_points(prompt)
+    has_previous_mask = points > 0 and tracked_object.output(call.frame_idx) is not None
     return FrameTask(
         prompted=True,
         for_show=False,
         is_conditioning=is_initial or getattr(tracked_object.session, "corrections_condition", False),
         reverse=reverse,
         has_mask=has_mask,
-        num_points=num_points,
+        num_points=points,
         has_previous_mask=has_previous_mask and model.config.previous_mask_with_clicks,
         selection=None if is_initial or has_mask else _select(model, tracked_object, call, bank, reverse),
     )
 
 
 def _tracking_task(
-    model: Sam2VideoModel, tracked_object: SessionObject, call: FrameCall, bank: MemoryBank, for_show: bool = False
+    model: SamoePreTrainedModel,
+    tracked_object: SessionObject,
+    call: FrameCall,
+    bank: MemoryBank,
+    for_show: bool = False,
 ) -> FrameTask:
     selection = _select(model, tracked_object, call, bank, call.reverse)
     return FrameTask(False, for_show, False, call.reverse, False, 0, False, selection)
 
 
 def _select(
-    model: Sam2VideoModel, tracked_object: SessionObject, call: FrameCall, bank: MemoryBank, reverse: bool
+    model: SamoePreTrainedModel, tracked_object: SessionObject, call: FrameCall, bank: MemoryBank, reverse: bool
 ) -> MemorySelection:
     return bank.select(
         call.frame_idx,
@@ -269,7 +247,9 @@ def _select(
     )
 
 
-def _segment_objects(model: Sam2VideoModel, tasks: Sequence[tuple[SessionObject, FrameTask]], call: FrameCall) -> None:
+def _segment_objects(
+    model: SamoePreTrainedModel, tasks: Sequence[tuple[SessionObject, FrameTask]], call: FrameCall
+) -> None:
     """Segments objects on a frame, those of equal tasks and domains in one batch, and stores the outputs."""
     sessions = _unique_sessions(one for one, _ in tasks)
     domains = {id(session): _decide_domain(model, session, call).domain for session in sessions}
@@ -278,7 +258,9 @@ def _segment_objects(model: Sam2VideoModel, tasks: Sequence[tuple[SessionObject,
         batches[domains[id(tracked_object.session)], task].append(tracked_object)
     _encode_frames(model, sessions, call)
     for (domain, task), objects in batches.items():
-        with _tracking_rows((call.frame_idx, one.object_id) for one in objects), use_domain(domain):
+        numbers = {id(session): number for number, session in enumerate(sessions)}
+        rows = (BatchRow(numbers[id(one.session)], call.frame_idx, one.object_id) for one in objects)
+        with use_rows(rows), use_domain(domain):
             output = frame_step(
                 model,
                 _image_features(model, objects, call.frame_idx),
@@ -297,7 +279,7 @@ def _segment_objects(model: Sam2VideoModel, tasks: Sequence[tuple[SessionObject,
             _store_output(tracked_object, call.frame_idx, task, output, index)
 
 
-def _decide_domain(model: Sam2VideoModel, session: InferenceSession, call: FrameCall) -> DomainDecision:
+def _decide_domain(model: SamoePreTrainedModel, session: InferenceSession, call: FrameCall) -> DomainDecision:
     """Whose experts a session gets on a frame. Where the gate decides, it does so on the first frame that is segmented,
     which is a prompted one."""
     known = session_domain(model, session)
@@ -313,24 +295,13 @@ def _decide_domain(model: Sam2VideoModel, session: InferenceSession, call: Frame
 
 
 def _batch_prompt(
-    model: Sam2VideoModel, objects: Sequence[SessionObject], frame_idx: int, task: FrameTask
+    model: SamoePreTrainedModel, objects: Sequence[SessionObject], frame_idx: int, task: FrameTask
 ) -> Prompt | None:
     """The prompts of a batch of objects on a frame."""
     if not task.prompted:
         return None
-    prompts = [one.prompt(frame_idx) for one in objects]
-    if task.has_mask:
-        size = (model.image_size, model.image_size)
-        masks = torch.cat(prompts)
-        if masks.shape[-2:] != size:
-            masks = F.interpolate(masks.float(), size, mode="bilinear", antialias=True)
-        return Prompt(mask=(masks >= 0.5).to(masks.dtype))
-    points, labels = (torch.cat(tensors) for tensors in zip(*map(points_and_labels, prompts), strict=True))
-    previous_mask = None
-    if task.has_previous_mask:
-        outputs = [one.output(frame_idx)["pred_masks"].to(points.device) for one in objects]
-        previous_mask = torch.cat(outputs).clamp(-PREVIOUS_MASK_LIMIT, PREVIOUS_MASK_LIMIT)
-    return Prompt(points=points, labels=labels, previous_mask=previous_mask)
+    previous = [one.output(frame_idx)["pred_masks"] for one in objects] if task.has_previous_mask else None
+    return join_prompts([one.prompt(frame_idx) for one in objects], model.image_size, previous)
 
 
 def _store_output(
@@ -352,7 +323,9 @@ def _store_output(
         tracked_object.store_tracked(frame_idx, record)
 
 
-def _frame_result(model: Sam2VideoModel, session: InferenceSession, call: FrameCall) -> Sam2VideoSegmentationOutput:
+def _frame_result(
+    model: SamoePreTrainedModel, session: InferenceSession, call: FrameCall
+) -> Sam2VideoSegmentationOutput:
     """The latest outputs of all objects of a session on a frame."""
     session.obj_with_new_inputs = []
     device = session.inference_device
@@ -376,7 +349,7 @@ def _unique_sessions(objects: Iterable[SessionObject]) -> list[InferenceSession]
     return list({id(one.session): one.session for one in objects}.values())
 
 
-def _image_features(model: Sam2VideoModel, objects: Sequence[SessionObject], frame_idx: int) -> ImageFeatures:
+def _image_features(model: SamoePreTrainedModel, objects: Sequence[SessionObject], frame_idx: int) -> ImageFeatures:
     """Features of a frame of each object's session; one row where all objects are of one session."""
     sessions = _unique_sessions(objects)
     by_session = [_cached_features(model, session, frame_idx) for session in sessions]
@@ -388,7 +361,7 @@ def _image_features(model: Sam2VideoModel, objects: Sequence[SessionObject], fra
     return ImageFeatures(*levels, *by_session[0][3:])
 
 
-def _cached_features(model: Sam2VideoModel, session: InferenceSession, frame_idx: int) -> ImageFeatures | None:
+def _cached_features(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> ImageFeatures | None:
     """Features of a frame that this model encoded, with the weights and experts that it has now."""
     cached = session.cache.get_vision_features(frame_idx)
     if cached is None or "encoder" not in cached:
@@ -398,13 +371,13 @@ def _cached_features(model: Sam2VideoModel, session: InferenceSession, frame_idx
     return ImageFeatures(*cached["image_features"]) if is_same else None
 
 
-def _encoder_domain(model: Sam2VideoModel, session: InferenceSession) -> str | None:
+def _encoder_domain(model: SamoePreTrainedModel, session: InferenceSession) -> str | None:
     """The domain that a session's image features depend on."""
     decision = session_domain(model, session) if encoder_has_experts(model) else None
     return None if decision is None else decision.domain
 
 
-def _encode_frames(model: Sam2VideoModel, sessions: Sequence[InferenceSession], call: FrameCall) -> None:
+def _encode_frames(model: SamoePreTrainedModel, sessions: Sequence[InferenceSession], call: FrameCall) -> None:
     """Encodes the frame, for sessions that have not cached its features, and those ahead that their caches hold."""
     step = -1 if call.reverse else 1
     wanted = []
@@ -419,8 +392,9 @@ def _encode_frames(model: Sam2VideoModel, sessions: Sequence[InferenceSession], 
     for domain in dict.fromkeys(_encoder_domain(model, session) for session, _ in wanted):
         own = [(session, t) for session, t in wanted if _encoder_domain(model, session) == domain]
         frames = torch.stack([session.get_frame(t) for session, t in own]).to(model.dtype)
-        with _tracking_rows((t, None) for _, t in own), use_domain(domain):
-            features = image_features(model, frames)
+        numbers = {id(session): number for number, session in enumerate(sessions)}
+        with use_rows(BatchRow(numbers[id(session)], t) for session, t in own), use_domain(domain):
+            features = encode_frames(model, frames)
         encoder = (weakref.ref(model), model.dtype, domain)
         for row, (session, t) in enumerate(own):
             one = [*(level[row : row + 1] for level in features[:3]), *features[3:]]
@@ -428,7 +402,7 @@ def _encode_frames(model: Sam2VideoModel, sessions: Sequence[InferenceSession], 
 
 
 @contextmanager
-def encoding_ahead(model: Sam2VideoModel, session: InferenceSession) -> Iterator[None]:
+def encoding_ahead(model: SamoePreTrainedModel, session: InferenceSession) -> Iterator[None]:
     """While the context is open, which is while the video is propagated, frames are encoded a few at a time.
 
     One frame does not fill a GPU, nor does a small one fill a CPU. A session that caches more frames has its way.

@@ -1,4 +1,4 @@
-"""The safetensors of a model's folder or Hub repository: their headers, and of SAM 3's the tracker's tensors.
+"""The safetensors of a model's folder or Hub repository: their headers, and the tensors of a base among others.
 
 Nobody vouches for what they say. So headers are read first, and compared with what a configuration describes.
 """
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .base import tracker_name
+from .base_interface import Base
 from .errors import InputError
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,32 +37,31 @@ def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
     return {name: x for path in _weight_files(source, hub, variant) for name, x in read_header(path).items()}
 
 
-def tracker_headers(source: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those headers of SAM 3's combined checkpoint that are its tracker's, by their names in it.
+def own_headers(base: Base, source: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The headers of a checkpoint that are a base model's, by their names in the model.
 
     Raises:
         ValueError: if two tensors would have the same name.
     """
     headers, names = {}, {}
     for name, header in found.items():
-        own = tracker_name(name)
+        own = base.own_name(name)
         if own in names:
-            raise InputError(f"{source}: {names[own]!r} and {name!r} are the same tensor of SAM 3's tracker.")
+            raise InputError(f"{source}: {names[own]!r} and {name!r} are the same tensor of {base.title}.")
         if own is not None:
             headers[own], names[own] = header, name
     return headers
 
 
-def read_tracker(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None = None) -> dict[str, Tensor]:
-    """The tensors of SAM 3's tracker, by their names in it, from a folder or Hub id that holds the detector as well.
-
-    The detector's own are not read.
-    """
+def read_own_tensors(
+    base: Base, source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a base model, by their names in the model, from a folder or Hub id that may hold others."""
     tensors = {}
     for path in _weight_files(source, hub, variant):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if (own := tracker_name(name)) is not None:
+                if (own := base.own_name(name)) is not None:
                     tensors[own] = file.get_tensor(name)
     return tensors
 

@@ -22,7 +22,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     CONFIG_NAME,
@@ -32,7 +31,7 @@ from transformers.utils import (
 from transformers.utils.hub import extract_commit_hash
 
 from .adapters import plain_name, without_adapters
-from .base_modules import build_on_meta
+from .base_model import SamoePreTrainedModel, build_on_meta
 from .configuration_samoe import SamoeConfig
 from .domain_experts import module_domain
 from .errors import InputError
@@ -108,7 +107,7 @@ def check_weights(
     check_repeats(source, config, len(found))
     try:
         config.check_feature_sizes()
-        model = build_on_meta(config, with_experts=True)
+        model = build_on_meta(config)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
     expected = model.state_dict()
@@ -173,26 +172,28 @@ def fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch.
     return hash_tensors(((name, state_dict[name]) for name in names), dtype)
 
 
-def base_fingerprint(model: PreTrainedModel, saved: set[str], state_dict: Mapping[str, Tensor] | None = None) -> str:
+def base_fingerprint(
+    model: SamoePreTrainedModel, saved: set[str], state_dict: Mapping[str, Tensor] | None = None
+) -> str:
     """The [`fingerprint`] of a SamoeModel's base; of a quantized one, that of the full base, which is loaded for it.
 
     Args:
         state_dict: the model's own tensors; taken from it if not given.
     """
-    if not model.quantized_layers:
+    if not model.origin.quantized:
         return fingerprint(model.state_dict() if state_dict is None else state_dict, saved, model.dtype)
-    known, key = model.full_fingerprints, frozenset(saved)
+    known, key = model.origin.fingerprints, frozenset(saved)
     if key not in known:
-        base = _load_again(model, model.base_model_source)
+        base = _load_again(model, model.origin.source)
         known[key] = fingerprint(base.state_dict(), saved, model.dtype)
     return known[key]
 
 
-def _load_again(model: PreTrainedModel, source: str | Mapping[str, str | None]) -> PreTrainedModel:
+def _load_again(model: SamoePreTrainedModel, source: str | Mapping[str, str | None]) -> SamoePreTrainedModel:
     """A base in full, with the configuration of a model that was trained on it.
 
     Args:
-        source: a Hub id or folder, or where a model came from, as `model.base_model_source`.
+        source: a Hub id or folder, or where a model came from, as `model.origin.source`.
     """
     config = copy.deepcopy(model.config)
     config.adapters = config.base_model = None
@@ -209,12 +210,12 @@ def _load_again(model: PreTrainedModel, source: str | Mapping[str, str | None]) 
     return base
 
 
-def check_not_its_base(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+def check_not_its_base(model: SamoePreTrainedModel, directory: str | os.PathLike) -> None:
     """Raises a `ValueError` if what was trained would take the place of the base model that it needs."""
-    name = (model.base_model_source or {}).get("name_or_path")
+    name = (model.origin.source or {}).get("name_or_path")
     if name is None or not os.path.isdir(name):
         return
-    folders = {os.path.realpath(name), os.path.realpath(Path(name, model.base_model_source.get("subfolder") or ""))}
+    folders = {os.path.realpath(name), os.path.realpath(Path(name, model.origin.source.get("subfolder") or ""))}
     if os.path.realpath(directory) in folders:
         raise InputError(
             f"{directory} holds the base model, which what was trained needs; save it to another folder, or the whole "
@@ -223,7 +224,7 @@ def check_not_its_base(model: PreTrainedModel, directory: str | os.PathLike) -> 
 
 
 def save_trained(
-    model: PreTrainedModel,
+    model: SamoePreTrainedModel,
     directory: str | os.PathLike,
     state_dict: dict[str, Tensor] | None = None,
     base_model: str | None = None,
@@ -239,12 +240,12 @@ def save_trained(
     Raises:
         ValueError: if there is no base model, or `base_model` is another one.
     """
-    if model.base_model_source is None and base_model is None:
+    if model.origin.source is None and base_model is None:
         raise InputError(
             "`experts_only` needs a base model to refer to, but this model did not come from one; save it as a whole."
         )
     trainable = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved = trainable | model.differs_from_base
+    saved = trainable | model.origin.changed
     state_dict = without_adapters(model.state_dict()) if state_dict is None else state_dict
     kept = {
         name: tensor.detach().contiguous()
@@ -252,12 +253,12 @@ def save_trained(
         if name in saved or is_expert_parameter(name)
     }
     digest = base_fingerprint(model, saved, state_dict)
-    source = model.base_model_source
+    source = model.origin.source
     if base_model is not None:
         base = _load_again(model, base_model)
-        source = base.base_model_source
+        source = base.origin.source
         if fingerprint(base.state_dict(), saved, model.dtype) != digest:
-            loaded = (model.base_model_source or {}).get("name_or_path")
+            loaded = (model.origin.source or {}).get("name_or_path")
             raise InputError(f"`base_model` {base_model} is not the base that the model was loaded from ({loaded}).")
     config = SamoeConfig.from_dict(model.config.to_dict())
     config.architectures = [type(model).__name__]
@@ -270,13 +271,13 @@ def save_trained(
 
 
 def load_trained(
-    cls: type[PreTrainedModel],
+    cls: type[SamoePreTrainedModel],
     source: str | os.PathLike,
     config: SamoeConfig,
     hub: Mapping[str, Any],
     arguments: dict[str, Any],
     more_experts: bool,
-) -> tuple[PreTrainedModel, set[str]]:
+) -> tuple[SamoePreTrainedModel, set[str]]:
     """Loads the base model that `config` names, and over it what was trained.
 
     Args:
@@ -314,20 +315,20 @@ def load_trained(
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     model.load_state_dict(load_file(path), strict=False)
     check_finite(source, model)
-    model.differs_from_base = {name for name in found if not is_expert_parameter(name)}
+    model.origin.changed = {name for name in found if not is_expert_parameter(name)}
     if dtype not in (None, "auto"):
         _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model, lacking
 
 
 def _load_base(
-    cls: type[PreTrainedModel],
+    cls: type[SamoePreTrainedModel],
     names: str,
     base: Mapping[str, Any],
     hub: Mapping[str, Any],
     config: SamoeConfig,
     arguments: Mapping[str, Any],
-) -> PreTrainedModel:
+) -> SamoePreTrainedModel:
     """Loads a base model with the configuration of what was trained on it."""
     source = base["name_or_path"]
     try:
@@ -353,7 +354,7 @@ def is_original_checkpoint(source: str | os.PathLike | None) -> bool:
     return source is not None and (Path(source).is_file() or Path(source).suffix in (".pt", ".pth"))
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _cast(model: SamoePreTrainedModel, dtype: torch.dtype) -> None:
     """As `from_pretrained(dtype=…)`: what is computed at construction, such as frequencies, keeps its precision."""
     stored = set(model.state_dict())
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):

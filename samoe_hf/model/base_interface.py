@@ -1,0 +1,85 @@
+"""What a base model fills in. A base is a video model that experts are put into: SAM 2's, or SAM 3's tracker.
+
+Memory attention, memory encoder, prompt encoder and mask decoder of both are the same, down to the names of their
+tensors. So the package is written for [`~transformers.Sam2VideoModel`], whose vision encoder may be any base's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoConfig
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
+
+# Levels of features that are read. The finest has this many positions per side for one of the coarsest.
+NUM_LEVELS, FINEST_RATIO = 3, 4
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is particular to a base.
+
+    Attributes:
+        title: what people call it.
+        tag: its tag on the Hub.
+        paper: where it is described.
+        config_class: the configuration of the model in transformers.
+        model_types: `model_type` of the configurations in transformers that it can be read from.
+        processor_class, image_processor_class, resample, image_mean, image_std: how frames are prepared.
+        no_split_modules: what FSDP shards one by one, and what is never split over devices.
+        loads_own_processor: whether a saved processor is loaded as `processor_class`, whatever it was saved as.
+    """
+
+    title: str
+    tag: str
+    paper: str
+    config_class: type[PreTrainedConfig]
+    model_types: tuple[str, ...]
+    processor_class: type[ProcessorMixin]
+    image_processor_class: type[BaseImageProcessor]
+    resample: PILImageResampling
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    no_split_modules: tuple[str, ...]
+    loads_own_processor: bool = False
+
+    def has(self, config: Sam2VideoConfig) -> bool:
+        """Whether a model of this configuration has this base."""
+        raise NotImplementedError
+
+    def stride(self, config: Sam2VideoConfig) -> int:
+        """Pixels of the input per position of the coarsest features."""
+        raise NotImplementedError
+
+    def size_multiple(self, config: Sam2VideoConfig) -> int:
+        """Image sizes are multiples of this."""
+        return self.stride(config)
+
+    def complete(self, config: Sam2VideoConfig) -> None:
+        """Adds to a configuration what `Sam2VideoModel` asks for, and this base's configuration does not have."""
+
+    def encoder_sizes(self, config: Sam2VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
+        """Fields of the encoder's configuration that shapes of weights do not tell: name -> (value, expected).
+
+        Args:
+            sizes: height and width of each level of features, from fine to coarse.
+        """
+        raise NotImplementedError
+
+    def use_own_modules(self, vision_encoder: nn.Module) -> None:
+        """Puts this package's modules into a vision encoder, in place of those that do work for nobody."""
+        raise NotImplementedError
+
+    def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that a configuration of one of `model_types` stands for, without its `model_type`."""
+        return {name: value for name, value in config_dict.items() if name != "model_type"}
+
+    def own_config(self, settings: dict[str, Any]) -> PreTrainedConfig:
+        """The configuration of the base alone, as transformers knows it, from a SamoeConfig's settings."""
+        return self.config_class(**settings)
+
+    def own_name(self, name: str) -> str | None:
+        """What a tensor of this name in a checkpoint is called in the model; None for one that is not the model's."""
+        return name

@@ -1,0 +1,176 @@
+"""The modules of a SamoeModel and how its parameters are drawn: a base model's modules, with experts in its layers."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import Sam2VideoModel
+from transformers import initialization as init
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryFuserCXBlock
+
+from .base import base_of
+from .base_modules import CachedPositionEncoding, MaskDecoder, rebuild
+from .configuration_samoe import SamoeConfig
+from .domain_experts import add_configured_experts
+from .domain_gate import DomainGate, add_domain_gate
+from .errors import InputError
+from .expert_layer import DOMAIN_GATE, ExpertMixture
+from .image_features import ImageFeatures
+from .losses import SegmentationLoss
+from .memory_attention import MemoryAttention
+
+# Parameters that are tokens or encodings of positions, of the model itself and of its backbone.
+TOKEN_PARAMETERS = re.compile(
+    r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|pos_embed\w*|position_embeddings"
+)
+# Modes of `torch.compile` that record CUDA graphs.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+T = TypeVar("T")
+
+
+class FeatureCache(Protocol):
+    """Where the features of a frozen encoder are kept."""
+
+    def image_features(
+        self, model: "SamoePreTrainedModel", pixel_values: Tensor, batch_size: int | None
+    ) -> ImageFeatures:
+        """Features of frames (rows, 3, S, S): those that are kept, and those that are encoded now."""
+        ...
+
+
+@dataclass
+class ClipSettings:
+    """How clips are computed in training. A trainer sets it as a whole.
+
+    Attributes:
+        loss: what is computed of each prediction.
+        feature_cache: where a frozen encoder's features are kept.
+        encoder_batch_size: frames that are encoded at once; None for all.
+        checkpoint_every_n_frames: with gradient checkpointing, each n-th frame is computed again in the backward pass.
+    """
+
+    loss: SegmentationLoss = field(default_factory=SegmentationLoss)
+    feature_cache: FeatureCache | None = None
+    encoder_batch_size: int | None = None
+    checkpoint_every_n_frames: int = 1
+
+
+@dataclass
+class Origin:
+    """Where a model's weights come from.
+
+    Attributes:
+        source: what the base model can be loaded from again: "name_or_path", "revision", "subfolder" and
+            "original_config"; None for a model that was made here.
+        changed: names of tensors beside the experts' that are not the base model's, whether or not they are trainable.
+        quantized: names of layers whose weights are quantized.
+        fingerprints: of the full base model under a quantized one, by the names that were left out.
+    """
+
+    source: dict[str, str | None] | None = None
+    changed: set[str] = field(default_factory=set)
+    quantized: frozenset[str] = frozenset()
+    fingerprints: dict[frozenset[str], str] = field(default_factory=dict)
+
+
+class SamoePreTrainedModel(Sam2VideoModel):
+    """A [`~transformers.Sam2VideoModel`] with this package's modules, over any base, and with experts in its layers.
+
+    The tensors of the base model keep its names.
+    """
+
+    config_class = SamoeConfig
+    config: SamoeConfig
+    mask_decoder: MaskDecoder
+    memory_attention: MemoryAttention  # pyright: ignore[reportIncompatibleVariableOverride]
+    domain_gate: DomainGate | None
+    # Statistics of features, whatever the type of the features is.
+    _keep_in_fp32_modules_strict: ClassVar = [DOMAIN_GATE]
+
+    def __init__(self, config: SamoeConfig):
+        config.check_experts()
+        super().__init__(config)
+        base = base_of(config)
+        base.use_own_modules(self.vision_encoder)
+        self.mask_decoder = rebuild(self.mask_decoder, MaskDecoder, config.mask_decoder_config)
+        self.memory_attention = MemoryAttention(self.memory_attention)
+        for owner in (self.vision_encoder.neck, self.memory_encoder):
+            owner.position_encoding = CachedPositionEncoding(owner.position_encoding)
+        # What FSDP shards one by one, and what is never split over devices.
+        self._no_split_modules = set(base.no_split_modules)
+        self.expert_module_names = add_configured_experts(self, config)
+        add_domain_gate(self)
+        # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
+        self._keys_to_ignore_on_load_unexpected = set()
+        self.origin = Origin()
+        self.may_have_sleeping_experts = True
+        self.clip_settings = ClipSettings()
+        self.gradient_checkpointing = False
+        self._records_graphs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws a module's parameters as `sam2` does. From transformers' narrower draw the model hardly learns."""
+        super()._init_weights(module)  # for buffers
+        if isinstance(module, MemoryAttention):
+            init.copy_(module.position_ids, Sam2VideoMemoryAttention.precompute_positions(self.config))
+        if module is self:
+            # A model of its own, whose modules transformers gives to its own `_init_weights`.
+            for part in self.vision_encoder.modules():
+                self._draw(part)
+        self._draw(module)
+
+    def _draw(self, module: nn.Module) -> None:
+        if isinstance(reset := getattr(module, "reset_parameters", None), Callable):
+            reset()
+        if isinstance(module, ExpertMixture) and not getattr(module.lora_A, "_is_hf_initialized", False):
+            module.reset_experts()
+        if isinstance(module, Sam2VideoMemoryFuserCXBlock):
+            init.constant_(module.scale, self.config.memory_fuser_layer_scale_init_value)
+        for name, parameter in module.named_parameters(recurse=False):
+            if TOKEN_PARAMETERS.fullmatch(name):
+                init.trunc_normal_(parameter, std=0.02)
+        if module is self:
+            # Points and image positions are encoded with one matrix.
+            image, points = self.shared_image_embedding, self.prompt_encoder.shared_embedding
+            init.copy_(points.positional_embedding, image.positional_embedding)
+
+    def compile_for_tracking(self, **kwargs: Any) -> None:
+        """Compiles the four parts of a frame's work, in place: the encoders, memory attention and the mask decoder.
+
+        The first frames are slow. Nothing is compiled again as memory fills or the number of objects changes, except
+        between one object and several. Training runs the same parts, and gains as well.
+
+        Args:
+            kwargs: of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, a graph is
+                recorded for each size that occurs, and what a part puts out is copied, since its graph's next run
+                overwrites it.
+        """
+        by_option = (kwargs.get("options") or {}).get("triton.cudagraphs", False)
+        self._records_graphs = kwargs.get("mode") in CUDA_GRAPH_MODES or by_option
+        self.vision_encoder.compile(**kwargs)
+        for part in (self.mask_decoder, self.memory_encoder, self.memory_attention):
+            part.compile(dynamic=True, **kwargs)
+
+    def outlive_graphs(self, output: T) -> T:
+        """What a compiled part puts out, copied where the next run of its CUDA graph would overwrite it."""
+        return tree_map_only(Tensor, torch.clone, output) if self._records_graphs else output
+
+
+def build_on_meta(config: SamoeConfig) -> SamoePreTrainedModel:
+    """A model without memory for its tensors.
+
+    Raises:
+        InputError: if the configuration describes none that can be built.
+    """
+    try:
+        with torch.device("meta"):
+            return SamoePreTrainedModel(copy.deepcopy(config))
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"The configuration describes no model that can be built: {error}") from error
