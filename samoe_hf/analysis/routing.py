@@ -16,23 +16,21 @@ from samoe_hf.data.video_io import write_video
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.batch_rows import BatchRow, batch_rows
 from samoe_hf.model.domain_experts import module_domain, module_layer
 from samoe_hf.model.expert_layer import expert_modules, open_hooks
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
-from samoe_hf.model.tracking import TrackedRow, tracked_rows
 from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.experts import plot_routing, routing_video
 
-# Up to the first queries for memories, the memory attention reads nothing of the objects.
-SHARED_LAYERS = ("memory_attention.layers.0.self_attn.", "memory_attention.layers.0.cross_attn_image.q_proj")
 # Projections whose tokens are the image's positions; keys and values of the cross attention are of the memory.
 IMAGE_PROJECTIONS = re.compile(r"memory_attention\.layers\.\d+\.(self_attn\.[qkvo]|cross_attn_image\.[qo])_proj")
 IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.blocks\.\d+\.mlp\..*")
 
 
 @contextmanager
-def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[TrackedRow], Tensor], None]) -> Iterator[None]:
+def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[BatchRow], Tensor], None]) -> Iterator[None]:
     """While the context is open, the model is in evaluation mode and `observe` gets what each router puts out.
 
     Compiled parts of the model run uncompiled meanwhile.
@@ -45,9 +43,8 @@ def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[TrackedR
 
     def hook(name: str) -> Callable:
         def pass_on(_, __, logits: Tensor) -> None:
-            rows = tracked_rows()
-            if rows and (name.startswith(SHARED_LAYERS) or len(logits) % len(rows)):
-                rows = [TrackedRow(rows[0].frame_idx, None)]
+            batch = batch_rows()
+            rows = batch.frames() if batch.shared else batch.rows
             if rows:
                 # Rows of the image encoder may be cut into windows.
                 observe(name, rows, logits.reshape(len(rows), -1, logits.shape[-1]))
@@ -154,10 +151,10 @@ def routing_maps(
     module = routing_module(model, module)
     if module is None:
         raise InputError("`model` has no layer with experts whose tokens are image positions.")
-    maps: dict[TrackedRow, np.ndarray] = {}
+    maps: dict[BatchRow, np.ndarray] = {}
     ran: set[str] = set()  # the module's name with the domain that the video was given
 
-    def keep_best(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
+    def keep_best(name: str, rows: Sequence[BatchRow], logits: Tensor) -> None:
         if module_layer(name) == module:
             ran.add(name)
             side = math.isqrt(logits.shape[1])
@@ -174,7 +171,7 @@ def routing_maps(
     observed = {row.object_id for row in maps}
     object_ids = [i for i in (*video.object_ids, None) if i in observed]
     experts = np.full((len(video), len(object_ids), *next(iter(maps.values())).shape), -1, dtype=np.int16)
-    for (frame_idx, object_id), best in maps.items():
+    for (_, frame_idx, object_id), best in maps.items():
         experts[frame_idx, object_ids.index(object_id)] = best
     (name,) = ran
     return RoutingMaps(video, name, dict(expert_modules(model))[name].num_experts, object_ids, experts, masks)

@@ -26,11 +26,11 @@ from samoe_hf.data.hub_datasets import videos_from_dataset
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
+from samoe_hf.model.batch_rows import BatchRow
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
-from samoe_hf.model.tracking import TrackedRow
 from samoe_hf.model.weights_io import updated_folder
 from samoe_hf.plots import experts as plots
 
@@ -345,9 +345,9 @@ def expert_usage(
     sums: dict[str, dict[Source, RouterSums]] = {name: {} for name in modules}
     counted_frames: set[tuple[str, int]] = set()  # of one video, by modules that run once for all objects
 
-    def add(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
+    def add(name: str, rows: Sequence[BatchRow], logits: Tensor) -> None:
         parts = RouterSums.from_logits(logits, modules[name].num_experts_per_tok)
-        for (frame_idx, object_id), part in zip(rows, parts, strict=True):
+        for (_, frame_idx, object_id), part in zip(rows, parts, strict=True):
             if object_id is None:
                 if (name, frame_idx) in counted_frames:
                     continue

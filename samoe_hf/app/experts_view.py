@@ -11,9 +11,10 @@ from torch import Tensor
 from samoe_hf.analysis.routing import image_modules, observe_routers, short_name
 from samoe_hf.analysis.usage import RouterSums
 from samoe_hf.errors import InputError
+from samoe_hf.model.batch_rows import BatchRow
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.expert_layer import expert_modules
-from samoe_hf.model.tracking import SamoeTrackingOutput, TrackedRow
+from samoe_hf.model.tracking import SamoeTrackingOutput
 from samoe_hf.plots.experts import plot_bars, routing_video
 
 from .session import NOTHING_PROMPTED, TrackingSession, copied
@@ -69,7 +70,7 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
     model, layers = session.loaded.model, dict[str, LayerView]()
     modules = dict(expert_modules(model))
 
-    def keep(name: str, rows: Sequence[TrackedRow], logits: Tensor) -> None:
+    def keep(name: str, rows: Sequence[BatchRow], logits: Tensor) -> None:
         if rows[0].frame_idx == frame:
             layer, module = module_layer(name), modules[name]
             view = layers.setdefault(layer, LayerView(module.num_experts))

@@ -13,7 +13,7 @@ from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import DomainDecision, decide_domains
 from samoe_hf.model.domain_experts import use_domain
 from samoe_hf.model.domain_gate import pooled_features
-from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import PreparedFrames
@@ -66,7 +66,7 @@ def frame_features(model: SamoeModel, processor: VideoProcessor, video: Video, f
     """What the gate reads of frames of a video: (frames, features)."""
     pixel_values = _pixel_values(model, processor, video, frames)
     with use_domain(None):
-        return pooled_features(image_features(model, pixel_values), pixel_values)
+        return pooled_features(encode_frames(model, pixel_values), pixel_values)
 
 
 def decide_videos(

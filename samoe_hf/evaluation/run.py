@@ -102,7 +102,7 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
 
     A model of which `source` holds only what was trained has the base that it was loaded with as `base_model`.
     """
-    config, loaded = model.config, model.base_model_source
+    config, loaded = model.config, model.origin.source
     assert loaded is not None, "the model was not loaded"
     source = os.path.abspath(source) if os.path.exists(source) else source
     has_base = loaded["name_or_path"] != source

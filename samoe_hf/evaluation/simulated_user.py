@@ -18,7 +18,8 @@ from samoe_hf.inference import VideoPrompt, masks_of
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.prompts import NEGATIVE, POSITIVE, bounding_boxes
+from samoe_hf.model.prompt_recipe import bounding_boxes
+from samoe_hf.model.prompts import NEGATIVE, POSITIVE
 from samoe_hf.model.session import KEPT_FRAMES, VideoSession
 
 PAUSE_IOU = 0.75  # online, the user corrects an object whose IoU falls below this (arXiv:2408.00714, section 6.1)

@@ -2,16 +2,15 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import nn
 
 from samoe_hf.model.base import base_of
-from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.expert_layer import is_expert_parameter
 
 # Beside this file in the source tree and in an installed package; the repository's `model_card.md` is a link to it.
@@ -23,24 +22,6 @@ LIMITS = (
     "Outside the domains above it has not been measured here, and the experts may do harm there.",
     "Masks are no basis for medical, legal or safety decisions without a person's check.",
 )
-
-
-class PublishedModel(Protocol):
-    """What of a `SamoeModel` is told and uploaded; its own file, which calls this one, cannot be imported here."""
-
-    config: SamoeConfig
-    base_model_source: dict[str, str | None] | None
-    differs_from_base: set[str]
-    _auto_class: str | None
-
-    @property
-    def expert_module_names(self) -> list[str]: ...
-
-    def num_parameters(self) -> int: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +51,7 @@ class CardContent:
 
 
 def build_model_card(
-    model: PublishedModel,
+    model: SamoePreTrainedModel,
     model_id: str,
     content: CardContent | None = None,
     *,
@@ -82,13 +63,13 @@ def build_model_card(
     Args:
         model_id: its repository, or a name.
         content: what its maker adds.
-        base: what it was loaded from, as `model.base_model_source`, which is the default.
+        base: what it was loaded from, as `model.origin.source`, which is the default.
         experts_only: whether the repository holds only what was trained.
 
     Returns:
         The card; `card.save(path)` writes it.
     """
-    content, base, kind = content or CardContent(), base or model.base_model_source or {}, base_of(model.config)
+    content, base, kind = content or CardContent(), base or model.origin.source or {}, base_of(model.config)
     name = base.get("name_or_path")
     is_public = name is not None and not os.path.isabs(name)
     datasets, tags = ([v] if isinstance(v, str) else list(v or []) for v in (content.datasets, content.tags))
@@ -127,10 +108,10 @@ def build_model_card(
     )
 
 
-def _model_facts(model: PublishedModel) -> dict[str, Any]:
+def _model_facts(model: SamoePreTrainedModel) -> dict[str, Any]:
     """What the template shows of the model itself."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    others = sorted(name for name in trained | model.differs_from_base if not is_expert_parameter(name))
+    others = sorted(name for name in trained | model.origin.changed if not is_expert_parameter(name))
     return {
         "config": model.config,
         "has_code": model._auto_class is not None,
@@ -147,7 +128,7 @@ def _picture_name(content: CardContent) -> str | None:
 
 
 def write_model_card(
-    model: PublishedModel,
+    model: SamoePreTrainedModel,
     directory: str | os.PathLike,
     model_id: str,
     content: CardContent | None = None,

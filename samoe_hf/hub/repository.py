@@ -21,14 +21,15 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from samoe_hf.errors import InputError
+from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.processing_samoe import build_processor
 
-from .model_card import CardContent, PublishedModel, write_model_card
+from .model_card import CardContent, write_model_card
 
 
-def check_base_is_public(model: PublishedModel) -> None:
+def check_base_is_public(model: SamoePreTrainedModel) -> None:
     """Raises a `ValueError` if what was trained refers to files that only this machine has."""
-    name = (model.base_model_source or {}).get("name_or_path")
+    name = (model.origin.source or {}).get("name_or_path")
     if name is not None and os.path.isabs(name):
         raise InputError(
             f"The base model is {name}, which nobody else can fetch. Name the same model on the Hub as `base_model`, "
@@ -38,7 +39,7 @@ def check_base_is_public(model: PublishedModel) -> None:
 
 
 def push(
-    model: PublishedModel,
+    model: SamoePreTrainedModel,
     repo_id: str,
     *,
     card: Mapping[str, Any] | None,
@@ -59,7 +60,7 @@ def push(
     Raises:
         OSError: if the Hub refuses or cannot be reached.
     """
-    experts_only, loaded = options["experts_only"], model.base_model_source or {}
+    experts_only, loaded = options["experts_only"], model.origin.source or {}
     if experts_only and options["base_model"] is None:
         check_base_is_public(model)
     options["processor"] = options["processor"] or build_processor(model.config)

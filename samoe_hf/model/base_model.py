@@ -37,7 +37,7 @@ T = TypeVar("T")
 class FeatureCache(Protocol):
     """Where the features of a frozen encoder are kept."""
 
-    def image_features(
+    def encode_frames(
         self, model: "SamoePreTrainedModel", pixel_values: Tensor, batch_size: int | None
     ) -> ImageFeatures:
         """Features of frames (rows, 3, S, S): those that are kept, and those that are encoded now."""
@@ -163,14 +163,15 @@ class SamoePreTrainedModel(Sam2VideoModel):
         return tree_map_only(Tensor, torch.clone, output) if self._records_graphs else output
 
 
-def build_on_meta(config: SamoeConfig) -> SamoePreTrainedModel:
-    """A model without memory for its tensors.
+def build_on_meta(config: SamoeConfig, with_experts: bool = True) -> Sam2VideoModel:
+    """A model, or the base model alone, without memory for its tensors.
 
     Raises:
         InputError: if the configuration describes none that can be built.
     """
+    kind = SamoePreTrainedModel if with_experts else Sam2VideoModel
     try:
         with torch.device("meta"):
-            return SamoePreTrainedModel(copy.deepcopy(config))
+            return kind(copy.deepcopy(config))
     except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"The configuration describes no model that can be built: {error}") from error

@@ -277,7 +277,7 @@ def _segment_by_domain(
 def _encode(model: SamoePreTrainedModel, clips: Clips) -> ImageFeatures:
     """Features of clips, whose maps are (B, T, ...)."""
     settings, frames = model.clip_settings, clips.pixel_values.flatten(0, 1)
-    encode = encode_frames if settings.feature_cache is None else settings.feature_cache.image_features
+    encode = encode_frames if settings.feature_cache is None else settings.feature_cache.encode_frames
     with use_rows(clips.frame_rows()):
         features = encode(model, frames, settings.encoder_batch_size)
     return ImageFeatures(*(x.unflatten(0, clips.pixel_values.shape[:2]) for x in features[:3]), *features[3:])

@@ -197,7 +197,7 @@ class SamoeConfig(Sam2VideoConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":
-        """Reads a configuration. A file that holds something else, or a wrong value, is an `InputError` that names it."""
+        """Reads a configuration. One with a wrong value, or another file, is an `InputError` that names it."""
         kwargs.setdefault("name_or_path", pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

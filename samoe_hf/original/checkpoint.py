@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Sam2VideoModel
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.base_modules import build_on_meta
+from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.expert_layer import matching_linear_names
 from samoe_hf.model.weights_trained import check_repeats, find_mismatches

@@ -77,8 +77,8 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=settings["lora_dropout"],
         target_modules=names,
-        base_model_name_or_path=(model.base_model_source or {}).get("name_or_path"),
-        revision=(model.base_model_source or {}).get("revision"),
+        base_model_name_or_path=(model.origin.source or {}).get("name_or_path"),
+        revision=(model.origin.source or {}).get("revision"),
         inference_mode=True,
     )
     with new_folder(directory) as folder:

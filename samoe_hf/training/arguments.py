@@ -19,7 +19,7 @@ from samoe_hf.errors import InputError, did_you_mean
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.surgery.domains import add_domain, find_domain
 
 from .keys import DataKeys, ModelKeys, TrainingKeys

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Sam2VideoModel
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import adapter_state
+from samoe_hf.model.base_model import SamoePreTrainedModel
+from samoe_hf.model.batch_rows import batch_rows, use_rows
 from samoe_hf.model.domain_choice import encoder_has_experts
 from samoe_hf.model.domain_experts import active_domain
-from samoe_hf.model.frame_step import ImageFeatures, image_features, with_positions
+from samoe_hf.model.frame_step import encode_frames, with_positions
+from samoe_hf.model.image_features import ImageFeatures
 from samoe_hf.model.weights_io import hash_tensors, plain_tensors, whole_file
 
 LEVELS = ("fine", "middle", "coarse")
@@ -29,8 +31,8 @@ LEVELS = ("fine", "middle", "coarse")
 class FeatureCache:
     """Image features of frames, one safetensors file per frame.
 
-    A file holds the three levels of [`~frame_step.ImageFeatures`] in the type they were computed in: 8 MB per frame of
-    1024 x 1024 in bfloat16, 17 MB in float32.
+    A file holds the three levels of [`~image_features.ImageFeatures`] in the type they were computed in: 8 MB per
+    frame of 1024 x 1024 in bfloat16, 17 MB in float32.
 
     Args:
         folder: where the files are; it is made when the first frame is written.
@@ -43,10 +45,10 @@ class FeatureCache:
         self._weights: dict[str, Tensor] = {}
         self._fingerprint = ""
 
-    def image_features(
-        self, model: Sam2VideoModel, pixel_values: Tensor, batch_size: int | None = None
+    def encode_frames(
+        self, model: SamoePreTrainedModel, pixel_values: Tensor, batch_size: int | None = None
     ) -> ImageFeatures:
-        """As [`~frame_step.image_features`]; frames that are not in the cache yet are encoded and written.
+        """Features of frames (rows, 3, S, S). Those that are not in the cache yet are encoded and written.
 
         Raises:
             ValueError: if the image encoder is being trained, or is random (dropout), or its weights are sharded.
@@ -55,8 +57,9 @@ class FeatureCache:
         paths = [_path(folder, frame) for frame in pixel_values]
         missing = [index for index, path in enumerate(paths) if not path.is_file()]
         if missing:
-            with torch.no_grad():
-                encoded = image_features(model, pixel_values[missing], batch_size)
+            rows, _ = batch_rows()
+            with torch.no_grad(), use_rows(rows[index] for index in missing if rows):
+                encoded = encode_frames(model, pixel_values[missing], batch_size)
             for row, index in enumerate(missing):
                 with whole_file(paths[index]) as temporary:
                     save_file({name: getattr(encoded, name)[row].contiguous() for name in LEVELS}, temporary)
@@ -64,7 +67,7 @@ class FeatureCache:
         levels = [torch.stack([file[name] for file in files]).to(pixel_values.device) for name in LEVELS]
         return with_positions(model, *levels)
 
-    def _encoder_fingerprint(self, model: Sam2VideoModel) -> str:
+    def _encoder_fingerprint(self, model: SamoePreTrainedModel) -> str:
         """A name for the encoder's weights and structure.
 
         Weights are hashed only if they differ from a copy of those that were hashed last, which also tells of writes
@@ -106,7 +109,7 @@ def _path(folder: Path, frame: Tensor) -> Path:
     return folder / name[:2] / f"{name}.safetensors"
 
 
-def encoder_tensors(model: Sam2VideoModel) -> Iterator[tuple[str, Tensor]]:
+def encoder_tensors(model: SamoePreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers that image features depend on: the encoder, and the decoder's convolutions of them."""
     for module in ("vision_encoder", "mask_decoder.conv_s0", "mask_decoder.conv_s1"):
         for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items():

@@ -14,7 +14,7 @@ from samoe_hf.data import ClipStream
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import plain_name
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.quantization import weight_bytes
 
 from .arguments import SamoeTrainingArguments, parse_size

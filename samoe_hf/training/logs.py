@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from samoe_hf.model.clip_routing import router_logits_by_clip
+from samoe_hf.model.clip import router_logits_by_clip
 from samoe_hf.model.expert_layer import ExpertMixture, record_router_logits
 from samoe_hf.model.modeling_samoe import SamoeModel
 
@@ -27,21 +27,18 @@ class TrainingLogs:
             self._losses[name] = self._losses.get(name, 0) + part.detach()
 
     @contextmanager
-    def recorded_routing(
-        self, model: SamoeModel, object_mask: Tensor, domain: str | None, domains: Sequence[str]
-    ) -> Iterator[None]:
+    def recorded_routing(self, model: SamoeModel, object_mask: Tensor, domains: Sequence[str]) -> Iterator[None]:
         """While the context is open, the model runs on clips, whose routing is added.
 
         Of each clip the routers' entropy (1 for equal probabilities) and the experts' weights are added.
 
         Args:
             object_mask: (B, N) bool, False for padded objects.
-            domain: whose experts the model runs.
             domains: the domain that each clip is of, under which its routing is logged.
         """
         with record_router_logits(model) as calls:
             yield
-        by_clip = router_logits_by_clip(calls, object_mask, [domain] * len(domains))
+        by_clip = router_logits_by_clip(calls, object_mask)
         for logits_by_name, name_of_domain in zip(by_clip, domains, strict=True):
             for name, logits in logits_by_name.items():
                 layer, logits = model.get_submodule(name), logits.detach().float()

@@ -26,10 +26,11 @@ from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
 from samoe_hf.hub.repository import check_base_is_public
 from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
+from samoe_hf.model.base_model import ClipSettings
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor, load_processor
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 
 from .arguments import SamoeTrainingArguments, parse_run
 from .card import card_settings, evaluation_results
@@ -125,7 +126,7 @@ class SamoeTrainer(Trainer):
         logs: AbstractContextManager = nullcontext()
         if model.training and self._is_logging_step():
             unwrapped, domains = self.accelerator.unwrap_model(model), inputs["domain"]
-            logs = self.training_logs.recorded_routing(unwrapped, inputs["object_mask"], self.domain, domains)
+            logs = self.training_logs.recorded_routing(unwrapped, inputs["object_mask"], domains)
         # In the data, `domain` is what a clip is of; for the model, whose experts are run.
         inputs = {**inputs, "prompts": self.recipe, "domain": self.domain}
         with logs:
@@ -236,7 +237,7 @@ class SamoeTrainer(Trainer):
             torch.save(self.args, Path(folder, "training_args.bin"))
 
     def _saves_only_trained(self) -> bool:
-        return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).base_model_source is not None
+        return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).origin.source is not None
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """Makes the repository, before anything is pushed.
@@ -360,12 +361,14 @@ def prepare_model(model: SamoeModel, args: SamoeTrainingArguments, loss: Segment
     Raises:
         ValueError: if checkpoints would have to hold a quantized base.
     """
-    if model.quantized_layers and not (args.save_only_trained and model.base_model_source):
+    if model.origin.quantized and not (args.save_only_trained and model.origin.source):
         raise InputError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
-    if loss is not None:
-        model.segmentation_loss = loss
-    model.encoder_batch_size = args.encoder_batch_size
-    model.feature_cache = None if args.feature_cache is None else FeatureCache(args.feature_cache)
+    model.clip_settings = ClipSettings(
+        loss or model.clip_settings.loss,
+        None if args.feature_cache is None else FeatureCache(args.feature_cache),
+        args.encoder_batch_size,
+        model.clip_settings.checkpoint_every_n_frames,
+    )
     if args.compile_parts:
         model.compile_for_tracking()
 

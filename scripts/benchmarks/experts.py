@@ -93,7 +93,7 @@ def benchmark_memory_attention(
 
     def run(model: SamoeModel) -> None:
         with torch.inference_mode():
-            model.attend_to_memory(model.memory_attention, image, image, memory, memory, rotation)
+            model.memory_attention(image, image, memory, memory, rotation)
 
     contenders = {"plain linear": lambda: run(without), "samoe_hf": lambda: run(model)}
     return measure("memory attention", contenders, repeats, device, memory=True)

@@ -33,14 +33,18 @@ from meta_order import without_dropout
 from peers import TransformersTracker
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.tracking import FRAMES_AHEAD
 from tracking import FIRST_TIMED_FRAME
 from training import example_clip
 
-ATTENTION = "memory attention"
-MODULES = {"vision_encoder": "image encoder", "mask_decoder": "mask decoder", "memory_encoder": "memory encoder"}
+MODULES = {
+    "vision_encoder": "image encoder",
+    "memory_attention": "memory attention",
+    "mask_decoder": "mask decoder",
+    "memory_encoder": "memory encoder",
+}
 
 
 class Row(NamedTuple):
@@ -86,7 +90,7 @@ def tracking_memory(config: SamoeConfig, num_objects: int, device: torch.device,
     by_part = held_by_part(lambda: go_on(FRAMES_AHEAD), device, model)
     kept = held_by_part(lambda: go_on(count), device)["all"].kept
     with torch.inference_mode(), autocast(device, dtype):
-        features = image_features(model, frames[:1])
+        features = encode_frames(model, frames[:1])
     return [
         weights,
         Row("features of a frame", sum(x.nbytes for x in features[:3])),
@@ -167,7 +171,7 @@ def held_by_part(run: Callable[[], Any], device: torch.device, model: SamoeModel
     changes = sorted(memory_changes(events))
     del result
     for event in events:
-        if event.get("cat") == "user_annotation" and event["name"] in (ATTENTION, *MODULES.values()):
+        if event.get("cat") == "user_annotation" and event["name"] in MODULES.values():
             end = event["ts"] + event["dur"]
             held[event["name"]].add(*_sum_and_peak([x for time, x in changes if event["ts"] <= time <= end]))
     held["all"].add(*_sum_and_peak([x for _, x in changes]))
@@ -197,16 +201,13 @@ def _watched(model: SamoeModel | None, watch: Callable[[str], Any]) -> Iterator[
         return run
 
     modules: dict[nn.Module, str] = {model.get_submodule(name): part for name, part in MODULES.items()}
-    attend = model.attend_to_memory
     for module, part in modules.items():
         module.forward = wrap(part, module.forward)
-    model.attend_to_memory = wrap(ATTENTION, attend)
     try:
         yield
     finally:
         for module in modules:
             del module.forward
-        model.attend_to_memory = attend
 
 
 def plot_memory(tables: dict[str, list[Row]], path: Path, machine: str) -> None:

@@ -16,12 +16,16 @@ from torchvision.ops import sigmoid_focal_loss
 from transformers import Sam2VideoModel
 
 from peers import sam2_of
-from samoe_hf.model.base_modules import CachedPositionEncoding, CachedRotaryEmbedding
+from samoe_hf.model.base_model import SamoePreTrainedModel
+from samoe_hf.model.base_modules import CachedPositionEncoding
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.frame_step import ImageFeatures, Prompt, frame_step, image_features
+from samoe_hf.model.frame_step import encode_frames, frame_step
+from samoe_hf.model.image_features import ImageFeatures
 from samoe_hf.model.losses import SegmentationLoss, mask_iou
+from samoe_hf.model.memory_attention import RotaryEmbedding
 from samoe_hf.model.memory_bank import MemoryBank
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.prompts import Prompt
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -42,20 +46,24 @@ class TransformersClip:
     """
 
     def __init__(self, model: SamoeModel):
-        # With our configuration, whose fields the frame step asks for.
-        self.model = Sam2VideoModel(copy.deepcopy(model.config)).to(model.device)
+        theirs = Sam2VideoModel(copy.deepcopy(model.config))
         own = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_parameter(name)}
-        self.model.load_state_dict(own)
-        without_dropout(self.model.train(model.training))
-        for owner in (self.model.vision_encoder.neck, self.model.memory_encoder):
+        theirs.load_state_dict(own)
+        for owner in (theirs.vision_encoder.neck, theirs.memory_encoder):
             owner.position_encoding = CachedPositionEncoding(owner.position_encoding)
-        self.model.memory_attention.rotary_emb = CachedRotaryEmbedding(self.model.memory_attention.rotary_emb)
-        self.model.attend_to_memory = _by_module
+        # The frame step's model, with their modules.
+        self.model = SamoePreTrainedModel(copy.deepcopy(model.config))
+        for name, module in theirs.named_children():
+            self.model.add_module(name, module)
+        for name, parameter in theirs.named_parameters(recurse=False):
+            self.model.register_parameter(name, parameter)
+        self.model.memory_attention = _ByModule(theirs.memory_attention)
+        without_dropout(self.model.to(model.device).train(model.training))
 
     def __call__(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
         """The loss of a clip (1, T, 3, S, S) of N objects (1, N, T, S, S)."""
         (_, num_objects, num_frames), model = labels.shape[:3], self.model
-        features = image_features(model, pixel_values[0])
+        features = encode_frames(model, pixel_values[0])
         bank, loss = MemoryBank(), 0.0
         for t in range(num_frames):
             rows = torch.full((num_objects,), t)
@@ -73,24 +81,27 @@ class TransformersClip:
         return loss / num_objects
 
 
-def _by_module(
-    attention: nn.Module,
-    image: Tensor,
-    position: Tensor,
-    memory: Tensor,
-    memory_position: Tensor,
-    memory_rotation: Tensor,
-) -> Tensor:
-    """transformers' own memory attention, called as ours is; see [`~memory_attention.attend_to_memory`]."""
-    num_objects, num_tokens = image.shape[:2]
-    conditioned = attention(
-        current_vision_features=image.transpose(0, 1),
-        memory=memory.transpose(0, 1),
-        current_vision_position_embeddings=position.expand(num_objects, -1, -1).transpose(0, 1),
-        memory_posision_embeddings=memory_position.expand(num_objects, -1, -1).transpose(0, 1),
-        num_object_pointer_tokens=memory.shape[1] % num_tokens,
-    )
-    return conditioned.squeeze(1).transpose(0, 1) if conditioned.dim() == 3 else conditioned.flatten(0, 1)
+class _ByModule(nn.Module):
+    """transformers' own memory attention, called as ours is; see [`~memory_attention.MemoryAttention`]."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.layers, self.layer_norm = attention.layers, attention.layer_norm  # by the names that they have in both
+        self.position_ids, self._run = attention.position_ids, attention.forward
+        self.rotary_emb = RotaryEmbedding(attention.rotary_emb)
+
+    def forward(
+        self, image: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, memory_rotation: Tensor
+    ) -> Tensor:
+        num_objects, num_tokens = image.shape[:2]
+        conditioned = self._run(
+            current_vision_features=image.transpose(0, 1),
+            memory=memory.transpose(0, 1),
+            current_vision_position_embeddings=position.expand(num_objects, -1, -1).transpose(0, 1),
+            memory_posision_embeddings=memory_position.expand(num_objects, -1, -1).transpose(0, 1),
+            num_object_pointer_tokens=memory.shape[1] % num_tokens,
+        )
+        return conditioned.squeeze(1).transpose(0, 1) if conditioned.dim() == 3 else conditioned.flatten(0, 1)
 
 
 class Sam2Clip:

@@ -34,7 +34,7 @@ from samoe_hf.data.schema import Video
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import expert_modules, is_expert_parameter
-from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.training.feature_cache import FeatureCache
@@ -67,13 +67,13 @@ def benchmark_training(
         nn.init.normal_(module.lora_B, std=0.02)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    model.encoder_batch_size = encoder_batch_size
+    model.clip_settings.encoder_batch_size = encoder_batch_size
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     clip = example_clip(config.image_size, num_frames, num_objects, device)
 
     def encode() -> None:
         with autocast(device, dtype), torch.no_grad():
-            image_features(model, clip["pixel_values"].flatten(0, 1), encoder_batch_size)
+            encode_frames(model, clip["pixel_values"].flatten(0, 1), encoder_batch_size)
 
     def forward() -> Tensor:
         with autocast(device, dtype):
@@ -87,11 +87,11 @@ def benchmark_training(
     def original_step() -> None:
         optimizer.zero_grad()
         with _dense_experts(model), autocast(device, dtype):
-            model.encoder_batch_size = 1
+            model.clip_settings.encoder_batch_size = 1
             for index in range(num_objects):
                 one = {**clip, "labels": clip["labels"][:, index : index + 1]}
                 (model(**one).loss / num_objects).backward()
-            model.encoder_batch_size = encoder_batch_size
+            model.clip_settings.encoder_batch_size = encoder_batch_size
         optimizer.step()
 
     if dtype == torch.float32:
@@ -127,7 +127,7 @@ def benchmark_order(
     def ours(trained: Callable[[str], bool], cache: FeatureCache | None = None) -> Callable[[], None]:
         def step() -> None:
             _train(model, trained)
-            model.feature_cache = cache
+            model.clip_settings.feature_cache = cache
             model(**clip, prompts="mask").loss.backward()
 
         return step

@@ -79,7 +79,7 @@ def write_card(model: SamoeModel, folder: Path, results: list[EvalResult], runs:
         license="apache-2.0",
         limits=LIMITS,
     )
-    model.base_model_source = None  # it started from random weights
+    model.origin.source = None  # it started from random weights
     write_model_card(model, folder, NAME, content)
     card = (folder / "README.md").read_text().replace(f'"{NAME}"', "small_base()")
     (folder / "README.md").write_text(card.replace("import SamoeModel\n", "import SamoeModel, small_base\n"))

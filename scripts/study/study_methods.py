@@ -19,7 +19,7 @@ from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.surgery.experts import freeze_experts, grow_experts, replace_experts
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer

@@ -91,7 +91,7 @@ def test_compiled_models_are_observed_and_stay_compiled(nano, entering):
         runs.append(graph)
         return graph.forward
 
-    model.attend_to_memory = torch.compile(model.attend_to_memory, backend=backend, dynamic=True)
+    model.memory_attention.compile(backend=backend, dynamic=True)
     masks, _ = segment_video(model, build_processor(model.config), entering)
     count = len(runs)
     assert count

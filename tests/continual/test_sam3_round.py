@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, Sam3TrackerVideoModel
 
-from helpers.reference import ROOT
+from helpers.reference import ROOT, run_memory_attention
 from peers import base_of
 from samoe_hf import SamoeConfig, SamoeModel, VideoSession
 from samoe_hf.cli import main
@@ -126,7 +126,7 @@ def test_an_expert_is_exchanged_with_peft_on_transformers_model(base, trained, t
             assert (a - c).abs().max() > 1e-4
         tokens = torch.randn(64, 1, 128, generator=torch.Generator().manual_seed(1))
         memory = torch.randn(128, 1, 64, generator=torch.Generator().manual_seed(2))
-        outputs = [x.memory_attention(tokens, memory, tokens, memory, 0) for x in (model, theirs)]
+        outputs = [run_memory_attention(x.memory_attention, tokens, memory, tokens, memory) for x in (model, theirs)]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     again = SamoeModel.from_pretrained(base, num_experts=2, lora_rank=2, expert_modules=model.config.expert_modules)
     assert add_expert(again, tmp_path / "lora") == 2

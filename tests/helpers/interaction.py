@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.model.interaction import SessionObject, session_objects
+from samoe_hf.model.session import SessionObject, session_objects
 from samoe_hf.model.tracking import start_propagation
 
 NUM_FRAMES = 5

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Sam2VideoInferenceSession
 
 from samoe_hf import SamoeModel
+from samoe_hf.model.memory_attention import MemoryAttention
 from samoe_hf.model.processing_samoe import build_processor
 
 ROOT = Path(__file__).parents[2]
@@ -85,4 +86,15 @@ def memory_attention_inputs(model):
 def attend(model):
     """Output of the memory attention, in float64, where rounding hides nothing."""
     model = copy.deepcopy(model).double()
-    return model.memory_attention(*(x.double() for x in memory_attention_inputs(model)), 0)
+    return run_memory_attention(model.memory_attention, *(x.double() for x in memory_attention_inputs(model)))
+
+
+def run_memory_attention(attention, image, memory, position, memory_position, num_pointer_tokens=0):
+    """Output (objects, tokens, channels) of a memory attention, ours or transformers', of inputs (tokens, objects, …)."""
+    if not isinstance(attention, MemoryAttention):
+        out = attention(image, memory, position, memory_position, num_pointer_tokens)
+        return out.squeeze(1).transpose(0, 1) if out.dim() == 3 else out.flatten(0, 1)
+    image, memory, position, memory_position = (x.transpose(0, 1) for x in (image, memory, position, memory_position))
+    num_maps = (memory.shape[1] - num_pointer_tokens) // image.shape[1]
+    rotation = attention.rotary_emb.rotations(attention.position_ids, None, (1,) * num_maps, num_pointer_tokens)
+    return attention(image, position, memory, memory_position, rotation)

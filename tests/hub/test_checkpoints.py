@@ -27,7 +27,7 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import fit_domain, rename_domain
 
@@ -55,7 +55,7 @@ pixel_values, boxes = torch.randn(1, 3, 3, 128, 128), torch.tensor([[[20.0, 20, 
 with torch.no_grad():
     masks = model(pixel_values, input_boxes=boxes).pred_masks
 torch.save({"inputs": [pixel_values, boxes], "masks": masks, "tensors": model.state_dict()}, reference)
-result = model.base_model_source
+result = model.origin.source
 """
 
 # Loads `repo_id` in a fresh cache, and compares it with what was pushed.
@@ -91,7 +91,7 @@ with torch.no_grad():
         if parameter.requires_grad:
             parameter += 0.1 * torch.randn_like(parameter)
 model.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(5.0)  # or masks would be empty
-model.differs_from_base = {"mask_decoder.pred_obj_score_head.proj_out.bias"}
+model.origin.changed = {"mask_decoder.pred_obj_score_head.proj_out.bias"}
 SamoeModel.register_for_auto_class()
 model.push_to_hub("tester/on-sam3", experts_only=True)
 SamoeModel._auto_class = SamoeModel.config_class._auto_class = None
@@ -229,7 +229,7 @@ def test_a_folder_with_its_own_code_and_domains_is_the_same_in_another_process(r
     rename_domain(model, None, "known")
     inputs = [torch.randn(1, 2, 3, 128, 128), torch.tensor([[[20.0, 20, 90, 70]]])]
     frames = inputs[0][:, 0].repeat(20, 1, 1, 1)
-    features = pooled_features(image_features(model, frames), frames)
+    features = pooled_features(encode_frames(model, frames), frames)
     fit_domain(model, "known", features.detach(), torch.arange(20))
     with torch.no_grad():
         output = model(inputs[0], input_boxes=inputs[1])
@@ -296,7 +296,7 @@ model.push_to_hub("again", max_shard_size="4MB", tags=["first"])
     author.run(
         """
 from samoe_hf import SamoeModel
-assert SamoeModel.from_pretrained("tester/again").base_model_source["name_or_path"] == "tester/again"  # from shards
+assert SamoeModel.from_pretrained("tester/again").origin.source["name_or_path"] == "tester/again"  # from shards
 model = SamoeModel.from_pretrained("tester/base")
 model.push_to_hub("again", experts_only=True, tags=["second"], revision="other")
 model.push_to_hub("again", experts_only=True, tags=["second"])
@@ -402,7 +402,7 @@ SamoeModel._auto_class = SamoeModel.config_class._auto_class = None
 pulled = SamoeModel.from_pretrained("tester/adapted", cache_dir=cache)
 tensors = pulled.state_dict()
 same = all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
-result = [same, pulled.active_adapters(), pulled.base_model_source["name_or_path"]]
+result = [same, pulled.active_adapters(), pulled.origin.source["name_or_path"]]
 """,
         experts_only=experts_only,
         cache=tmp_path / "author",
@@ -690,7 +690,7 @@ def test_older_weights_do_not_stay_beside_new_ones(model_folder, tmp_path):
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"model.safetensors", "config.json", "processor_config.json", "notes.txt"}
     model.save_pretrained(tmp_path)
-    assert SamoeModel.from_pretrained(tmp_path).base_model_source["name_or_path"] == str(tmp_path)
+    assert SamoeModel.from_pretrained(tmp_path).origin.source["name_or_path"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("experts_only", [False, True])

@@ -21,7 +21,7 @@ COMMIT = "0123456789" * 4
 def model(nano):
     """The reference model, as if it came from the Hub."""
     model = copy.deepcopy(nano.model)
-    model.base_model_source = {
+    model.origin.source = {
         "name_or_path": "facebook/sam2.1-hiera-tiny",
         "revision": COMMIT,
         "subfolder": None,

@@ -247,7 +247,7 @@ def test_hidden_states_of_an_encoder_that_runs_in_pieces_are_joined(nano, clip):
     model = copy.copy(nano.model)
     with torch.no_grad():
         whole = model(*clip, output_hidden_states=True).vision_hidden_states
-        model.encoder_batch_size = 1
+        model.clip_settings.encoder_batch_size = 1
         pieces = model(*clip, output_hidden_states=True).vision_hidden_states
     for a, b in zip(whole, pieces, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

@@ -6,9 +6,9 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from samoe_hf import SamoeModel
-from samoe_hf.model.clip_routing import router_logits_by_clip
+from samoe_hf.model.clip import router_logits_by_clip
 from samoe_hf.model.expert_layer import record_router_logits
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 
 
 @pytest.fixture
@@ -138,13 +138,13 @@ def test_router_logits_of_a_clip_are_those_of_its_real_objects(model_folder):
     object_mask = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
     with record_router_logits(model) as calls:
         together = model(**batch, object_mask=object_mask)
-    found = router_logits_by_clip(calls, object_mask, [None] * len(object_mask))
+    found = router_logits_by_clip(calls, object_mask)
     parts = []
     for clip, count in ((0, 1), (1, 3)):
         with record_router_logits(model) as calls:
             alone = model(batch["pixel_values"][clip : clip + 1], batch["labels"][clip : clip + 1, :count])
         parts.append(count * alone.loss_dict["router"])
-        (expected,) = router_logits_by_clip(calls, torch.ones(1, count, dtype=torch.bool), [None])
+        (expected,) = router_logits_by_clip(calls, torch.ones(1, count, dtype=torch.bool))
         assert expected.keys() == found[clip].keys() and len(expected) > 8
         for name, logits in expected.items():
             # One row may stand for all objects of a single video.

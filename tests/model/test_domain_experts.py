@@ -16,7 +16,7 @@ from samoe_hf.continual.fit_gate import decide_videos, fit_gate
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import VideoPrompt, track_video
-from samoe_hf.model.base_modules import build_on_meta
+from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS
 from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.expert_layer import is_expert_parameter, record_router_logits
@@ -350,7 +350,7 @@ def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, batch, tmp_pa
 
 def test_a_file_that_contradicts_its_domains_is_refused(tmp_path):
     model = with_two_domains()
-    model.base_model_source = {"name_or_path": "x/y"}
+    model.origin.source = {"name_or_path": "x/y"}
     new_model().save_pretrained(tmp_path / "base")
     model = SamoeModel.from_pretrained(tmp_path / "base")
     add_learned_domain(model, "a", 0)
@@ -552,7 +552,7 @@ def test_what_three_domains_of_base_plus_take_on_the_hub():
     config = SamoeConfig(**settings)
     own = {name: getattr(config, name) for name in EXPERT_SETTINGS}
     config.domains = [{"name": name, **own} for name in ("a", "b", "c")]
-    tensors = build_on_meta(config, with_experts=True).state_dict()
+    tensors = build_on_meta(config).state_dict()
     saved = {name: x for name, x in tensors.items() if is_expert_parameter(name)}
     assert sum(x.numel() * x.element_size() for x in saved.values()) < 8.2e6
     assert any(name.startswith("domain_gate.") for name in saved)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features, pooled_features
-from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.frame_step import encode_frames
 
 FEATURES = 24
 
@@ -313,7 +313,7 @@ def test_wrong_sizes_are_refused(call, message):
 @torch.no_grad()
 def test_pooled_features_are_mean_and_deviation_of_the_finest_features_and_contrasts(nano):
     pixels = nano.load("train_step")["pixel_values"][:2]
-    image = image_features(nano.model, pixels)
+    image = encode_frames(nano.model, pixels)
     pooled = pooled_features(image, pixels)
     channels = image.fine.shape[1]
     sizes = num_pooled_features(nano.model.config)
@@ -326,7 +326,7 @@ def test_pooled_features_are_mean_and_deviation_of_the_finest_features_and_contr
     # Two looks of the same frames are told apart with a random encoder too.
     noise = 0.02 * torch.randn(20, *pixels.shape, generator=torch.Generator().manual_seed(0))
     looks = [
-        pooled_features(image_features(nano.model, x), x)
+        pooled_features(encode_frames(nano.model, x), x)
         for x in ((pixels + noise).flatten(0, 1), (0.3 * pixels + noise).flatten(0, 1))
     ]
     known = gate(*((x[:20], range(20)) for x in looks), num_features=sizes)

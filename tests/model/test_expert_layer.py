@@ -165,7 +165,7 @@ def test_router_logits_are_recorded_by_layer():
         layer(x)
     layer(x)
     assert list(calls) == ["a"] and len(calls["a"]) == 2
-    torch.testing.assert_close(calls["a"][0], layer.router(x))
+    torch.testing.assert_close(calls["a"][0].logits, layer.router(x))
 
 
 def test_hooks_run_in_compiled_models_too():
@@ -175,7 +175,7 @@ def test_hooks_run_in_compiled_models_too():
     expected = model(x)
     with record_router_logits(model) as calls:
         model(x)
-    torch.testing.assert_close(calls["0"][0], layer.router(x))
+    torch.testing.assert_close(calls["0"][0].logits, layer.router(x))
     with route_all_to(model, 1):
         forced = model(x)
     base = nn.functional.linear(x, layer.weight, layer.bias)

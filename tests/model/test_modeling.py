@@ -320,7 +320,7 @@ def test_routers_are_recorded_in_a_compiled_model_that_recomputes(nano, clip):
         model = copy.deepcopy(nano.model).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if compiled:
-            model.attend_to_memory = torch.compile(model.attend_to_memory, backend="eager")
+            model.memory_attention.compile(backend="eager")
             model(*clip)
         torch.manual_seed(0)
         with record_router_logits(model) as calls:

@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from helpers.reference import HEIGHT, WIDTH, add_reference_prompts, load_reference, reference_folder, track_reference
+from helpers.reference import (
+    HEIGHT,
+    WIDTH,
+    add_reference_prompts,
+    load_reference,
+    reference_folder,
+    run_memory_attention,
+    track_reference,
+)
 from meta_order import dice_loss
 from samoe_hf.model.expert_layer import ExpertLinear
 from samoe_hf.model.losses import SegmentationLoss, mask_iou
@@ -81,12 +89,11 @@ def test_from_frames_through_the_processor(reference, tmp_path):
 
 
 def test_memory_attention_equals_the_original(reference):
-    expected = reference.load("memory_attention")
+    expected, attention = reference.load("memory_attention"), reference.model.memory_attention
+    inputs = [expected[name] for name in ("curr", "memory", "curr_pos", "memory_pos")]
     with torch.no_grad():
-        out = reference.model.memory_attention(
-            expected["curr"], expected["memory"], expected["curr_pos"], expected["memory_pos"], 8
-        )
-    torch.testing.assert_close(out.squeeze(0).transpose(0, 1), expected["out"], atol=5e-5, rtol=0)
+        out = run_memory_attention(attention, *inputs, num_pointer_tokens=8)
+    torch.testing.assert_close(out.transpose(0, 1), expected["out"], atol=5e-5, rtol=0)
 
 
 def test_projections_and_routing_equal_the_original(reference):
@@ -106,32 +113,33 @@ def test_projections_and_routing_equal_the_original(reference):
                 torch.testing.assert_close(gates, weights, atol=1e-6, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def train_step(reference):
+def train_step(reference, dtype):
     """One training step without dropout: the output, and the model with its gradients."""
     expected = reference.load("train_step")
-    model = copy.deepcopy(reference.model).train()
+    model = copy.deepcopy(reference.model).train().to(dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "dropout_p"):
             module.dropout_p = 0.0
     labels = expected["masks"].bool().transpose(0, 1).unsqueeze(0)
-    output = model(expected["pixel_values"].unsqueeze(0), labels, prompts="mask")
+    output = model(expected["pixel_values"].unsqueeze(0).to(dtype), labels, prompts="mask")
     output.loss.backward()
     return expected, output, model
 
 
-def test_training_losses_equal_the_original(train_step):
-    expected, output, _ = train_step
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_training_losses_equal_the_original(reference, dtype):
+    expected, output, _ = train_step(reference, dtype)
     names = {"focal": "loss_mask", "dice": "loss_dice", "iou": "loss_iou", "object_score": "loss_class"}
     for ours, theirs in names.items():
-        torch.testing.assert_close(output.loss_dict[ours], expected[f"loss.{theirs}"][0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(output.loss.detach(), expected["loss.core_loss"][0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(output.loss_dict[ours].float(), expected[f"loss.{theirs}"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(output.loss.detach().float(), expected["loss.core_loss"][0], rtol=1e-5, atol=0)
 
 
-def test_gradients_equal_the_original(train_step):
-    expected, _, model = train_step
+def test_gradients_equal_the_original(reference):
+    """In float64: in float32, rounding in another order flips one token's choice of experts."""
+    expected, _, model = train_step(reference, torch.float64)
     compared = 0
     for name, module in model.named_modules():
         if not isinstance(module, ExpertLinear):
@@ -145,7 +153,7 @@ def test_gradients_equal_the_original(train_step):
             pairs.append((module.lora_A.grad[e], expected[f"{original}.experts.{e}.lora_down.weight"]))
             pairs.append((module.lora_B.grad[e], expected[f"{original}.experts.{e}.lora_up.weight"]))
         for ours, theirs in pairs:
-            assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), name
+            assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
             compared += 1
     assert compared == sum(key.startswith("grad.") for key in expected)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)

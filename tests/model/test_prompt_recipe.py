@@ -5,7 +5,13 @@ from collections import Counter
 import pytest
 import torch
 
-from samoe_hf.model.prompts import PROMPT_RECIPES, PromptRecipe, bounding_boxes, sample_box, sample_point_from_errors
+from samoe_hf.model.prompt_recipe import (
+    PROMPT_RECIPES,
+    PromptRecipe,
+    bounding_boxes,
+    sample_box,
+    sample_point_from_errors,
+)
 
 DRAWS = 4000
 

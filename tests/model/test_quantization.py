@@ -17,7 +17,7 @@ from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.quantization import spared_bytes
 from samoe_hf.model.weights_io import plain_tensors
 from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
@@ -74,9 +74,9 @@ def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, 
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
     layers = {name for name, module in full.named_modules() if isinstance(module, nn.Linear)}
     wide = {name for name in layers if min(full.get_submodule(name).weight.shape) >= 32}
-    assert model.quantized_layers and model.quantized_layers >= wide & set(model.expert_module_names)
+    assert model.origin.quantized and model.origin.quantized >= wide & set(model.expert_module_names)
     assert model.expert_module_names == full.expert_module_names
-    assert {type(module) for name, module in model.named_modules() if name in layers - model.quantized_layers} <= {
+    assert {type(module) for name, module in model.named_modules() if name in layers - model.origin.quantized} <= {
         nn.Linear,
         ExpertLinear,
     }
@@ -90,7 +90,7 @@ def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, 
             assert torch.equal(tensor, other) and tensor.requires_grad
     assert all(p.requires_grad == is_expert_parameter(name) for name, p in model.named_parameters())
     spared = full.summary().bytes - model.summary().bytes
-    wide_bytes = sum(full.get_submodule(name).weight.nbytes for name in model.quantized_layers)
+    wide_bytes = sum(full.get_submodule(name).weight.nbytes for name in model.origin.quantized)
     assert spared == spared_bytes(model) and 0.6 * wide_bytes < spared < wide_bytes
     assert model.summary().total == full.summary().total
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_what_was_trained_is_saved_alone_and_loads_onto_the_full_base(quantizati
     model.save_pretrained(tmp_path / "experts")
     assert all(is_expert_parameter(name) for name in load_file(tmp_path / "experts" / "model.safetensors"))
     loaded = SamoeModel.from_pretrained(tmp_path / "experts")
-    assert not loaded.quantized_layers
+    assert not loaded.origin.quantized
     for name, tensor in loaded.state_dict().items():
         expected = model.get_parameter(name) if is_expert_parameter(name) else full.state_dict()[name]
         assert torch.equal(tensor, expected), name
@@ -168,7 +168,7 @@ def test_quantized_weights_cannot_be_made_trainable(quantization, model_folder):
     field = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
     skipping = quantization(**{field: ["memory_attention", "memory_encoder", "object_pointer_proj", "mask_decoder"]})
     model = SamoeModel.from_pretrained(model_folder, quantization_config=skipping)
-    assert all(name.startswith(("vision_encoder", "temporal_pos")) for name in model.quantized_layers)
+    assert all(name.startswith(("vision_encoder", "temporal_pos")) for name in model.origin.quantized)
     model.set_trainable("experts", "mask_decoder.*")
 
 
@@ -237,7 +237,7 @@ def test_a_cast_is_not_told_of_at_each_call(model_folder, clip, caplog):
 def test_cached_features_are_of_the_quantized_encoder(quantization, model_folder, clip, tmp_path):
     full = SamoeModel.from_pretrained(model_folder).eval()
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization()).eval()
-    full.feature_cache = model.feature_cache = FeatureCache(tmp_path)
+    full.clip_settings.feature_cache = model.clip_settings.feature_cache = FeatureCache(tmp_path)
     with torch.no_grad():
         expected = model(*clip, prompts="mask").pred_masks
         assert not torch.equal(full(*clip, prompts="mask").pred_masks, expected)
@@ -274,7 +274,7 @@ def test_gradients_are_those_over_the_dequantized_weights(model_folder, clip):
     bnb = pytest.importorskip("bitsandbytes")
     model = SamoeModel.from_pretrained(model_folder, quantization_config=bitsandbytes(4)).eval()
     full = SamoeModel.from_pretrained(model_folder).eval()
-    for name in model.quantized_layers:
+    for name in model.origin.quantized:
         weight = model.get_submodule(name).weight
         full.get_submodule(name).weight.data.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
     for m in (model, full):
@@ -294,5 +294,5 @@ def test_sam3s_tracker_is_quantized_too(tmp_path):
     labels = torch.zeros(1, 1, 2, size, size, dtype=torch.bool)
     labels[..., :40, :40] = True
     model(torch.randn(1, 2, 3, size, size), labels, prompts="mask").loss.backward()
-    assert any(name.startswith("vision_encoder") for name in model.quantized_layers)
+    assert any(name.startswith("vision_encoder") for name in model.origin.quantized)
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

@@ -347,7 +347,7 @@ def test_gradients_are_the_same_in_less_memory(change):
     if change == "checkpointing":
         model.gradient_checkpointing_enable()
     else:
-        model.encoder_batch_size = 1
+        model.clip_settings.encoder_batch_size = 1
     found = gradients()
     assert found.keys() == expected.keys()
     for name, gradient in found.items():

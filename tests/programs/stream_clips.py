@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from samoe_hf import SamoeModel, SamoeTrainer
 from samoe_hf.data import SyntheticVideos
-from samoe_hf.model.prompts import PROMPT_RECIPES
+from samoe_hf.model.prompt_recipe import PROMPT_RECIPES
 from samoe_hf.training.arguments import SamoeTrainingArguments
 
 

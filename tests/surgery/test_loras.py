@@ -64,7 +64,7 @@ def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_p
     ]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == set(nano.model.expert_module_names)
-    assert config["base_model_name_or_path"] == nano.model.base_model_source["name_or_path"]
+    assert config["base_model_name_or_path"] == nano.model.origin.source["name_or_path"]
 
 
 def test_tracking_with_an_exported_expert(nano, base, tmp_path):

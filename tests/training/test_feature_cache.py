@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from samoe_hf import SamoeModel
 from samoe_hf.model.domain_experts import domain_modules, use_domain
-from samoe_hf.model.frame_step import image_features
+from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.surgery.domains import add_domain, rename_domain
 from samoe_hf.training.feature_cache import FeatureCache
 from samoe_hf.training.trainer import build_trainer
@@ -46,13 +46,13 @@ def files(folder):
 
 
 def test_features_are_the_encoders_own_and_computed_once(model, frames, tmp_path):
-    expected = image_features(model, frames)
+    expected = encode_frames(model, frames)
     cache = FeatureCache(tmp_path / "cache")
     with Encoded(model) as encoded:
-        first = cache.image_features(model, frames[:2])
-        again = cache.image_features(model, frames, batch_size=1)
+        first = cache.encode_frames(model, frames[:2])
+        again = cache.encode_frames(model, frames, batch_size=1)
         assert encoded.count == 3
-        swapped = FeatureCache(tmp_path / "cache").image_features(model, frames[[2, 0]])
+        swapped = FeatureCache(tmp_path / "cache").encode_frames(model, frames[[2, 0]])
         assert encoded.count == 3
     for name, tensor in expected._asdict().items():
         rows = tensor if "position" in name else tensor[:2]
@@ -68,19 +68,19 @@ def test_another_frame_weight_size_or_precision_is_another_entry(model, frames, 
     model = copy.deepcopy(model)
     cache = FeatureCache(tmp_path)
     with torch.autocast("cpu", torch.bfloat16):
-        half_dtype = image_features(model, frames[:1]).coarse.dtype
+        half_dtype = encode_frames(model, frames[:1]).coarse.dtype
     with Encoded(model) as encoded:
-        cache.image_features(model, frames[:1])
-        cache.image_features(model, frames[:1] + 1e-6)
+        cache.encode_frames(model, frames[:1])
+        cache.encode_frames(model, frames[:1] + 1e-6)
         assert encoded.count == 2
         with torch.autocast("cpu", torch.bfloat16):
-            half = cache.image_features(model, frames[:1])
+            half = cache.encode_frames(model, frames[:1])
         assert encoded.count == 3 and half.coarse.dtype == half_dtype
         with torch.no_grad():
             model.vision_encoder.neck.convs[0].bias[0] += 1e-3
-        changed = cache.image_features(model, frames[:1])
+        changed = cache.encode_frames(model, frames[:1])
         assert encoded.count == 4
-        torch.testing.assert_close(changed.coarse, image_features(model, frames[:1]).coarse, rtol=0, atol=0)
+        torch.testing.assert_close(changed.coarse, encode_frames(model, frames[:1]).coarse, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change", ["to bfloat16", "through data", "data is replaced"])
@@ -88,7 +88,7 @@ def test_features_are_those_of_the_weights_as_they_are_now(model, frames, tmp_pa
     """Whatever way they were changed: `.to` and writes through `.data` leave no trace in a tensor's version."""
     model = copy.deepcopy(model)
     cache = FeatureCache(tmp_path)
-    cache.image_features(model, frames[:1])
+    cache.encode_frames(model, frames[:1])
     weight, frames = model.vision_encoder.neck.convs[0].weight, frames[:1]
     if change == "to bfloat16":
         model.to(torch.bfloat16)
@@ -97,10 +97,10 @@ def test_features_are_those_of_the_weights_as_they_are_now(model, frames, tmp_pa
         weight.data.mul_(0.5)
     else:
         weight.data = -weight.data
-    found, expected = cache.image_features(model, frames), image_features(model, frames)
+    found, expected = cache.encode_frames(model, frames), encode_frames(model, frames)
     torch.testing.assert_close(found.coarse, expected.coarse, rtol=0, atol=0)
     with Encoded(model) as encoded:
-        cache.image_features(model, frames)
+        cache.encode_frames(model, frames)
         assert encoded.count == 0
 
 
@@ -110,7 +110,7 @@ def test_an_encoder_that_changes_is_refused(model, frames, tmp_path):
     for chosen, named in ((r"vision_encoder\..*", "vision_encoder"), ("decoder", "mask_decoder.conv_s0.weight")):
         model.set_trainable(chosen)
         with pytest.raises(ValueError, match=f"frozen image encoder, but '{named}"):
-            cache.image_features(model, frames)
+            cache.encode_frames(model, frames)
     assert files(tmp_path) == []
 
 
@@ -121,7 +121,7 @@ def test_a_write_that_fails_leaves_nothing(model, frames, tmp_path, monkeypatch)
 
     monkeypatch.setattr("samoe_hf.training.feature_cache.save_file", fail)
     with pytest.raises(OSError, match="No space"):
-        FeatureCache(tmp_path).image_features(model, frames)
+        FeatureCache(tmp_path).encode_frames(model, frames)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -155,11 +155,11 @@ def test_adapters_of_the_encoder_are_told_apart(nano, tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     cache = FeatureCache(tmp_path)
     with pytest.raises(ValueError, match="needs a frozen image encoder"):
-        cache.image_features(model, pixels)
+        cache.encode_frames(model, pixels)
 
     def check():
         model.requires_grad_(False)
-        found, expected = cache.image_features(model, pixels), image_features(model, pixels)
+        found, expected = cache.encode_frames(model, pixels), encode_frames(model, pixels)
         torch.testing.assert_close(found.coarse, expected.coarse, atol=0, rtol=0)
 
     for active in ("one", "two"):
@@ -186,6 +186,6 @@ def test_domains_with_experts_in_the_encoder_have_features_of_their_own(model, f
     features = {}
     for domain in ("first", "second", "first"):
         with use_domain(domain):
-            features[domain] = cache.image_features(model, frames).coarse
-            torch.testing.assert_close(features[domain], image_features(model, frames).coarse, rtol=1e-4, atol=1e-4)
+            features[domain] = cache.encode_frames(model, frames).coarse
+            torch.testing.assert_close(features[domain], encode_frames(model, frames).coarse, rtol=1e-4, atol=1e-4)
     assert (features["first"] - features["second"]).abs().mean() > 1e-2

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run, parse_size
 from samoe_hf.training.fit import CONTEXT_BYTES, FRAGMENTS, step_bytes
 from samoe_hf.training.trainer import build_trainer

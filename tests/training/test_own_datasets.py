@@ -16,7 +16,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, ClipStream, SyntheticVideos
-from samoe_hf.model.prompts import PROMPT_RECIPES
+from samoe_hf.model.prompt_recipe import PROMPT_RECIPES
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 

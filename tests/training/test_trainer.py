@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, Tra
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
-from samoe_hf.model.prompts import PromptRecipe
+from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.checkpoints import resolve_checkpoint
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
@@ -94,7 +94,7 @@ def test_checkpoints_are_small_and_load_as_models(run_config, model_folder, tmp_
         assert type(loaded) is SamoeModel and not any(info.values())
         for name, tensor in trainer.model.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
-    assert loaded.base_model_source == trainer.model.base_model_source
+    assert loaded.origin.source == trainer.model.origin.source
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(run_config):
@@ -358,10 +358,10 @@ def test_experts_are_trained_over_a_quantized_base(run_config, model_folder, tmp
     config = f"{{quant_method: bitsandbytes, {options}}}"
     overrides = ["--quantization_config", config, "--max_steps", "2", "--save_steps", "1", "--point_probability", "0"]
     trainer = make_trainer(run_config, *overrides, "--eval_strategy", "epoch")
-    assert trainer.model.quantized_layers
+    assert trainer.model.origin.quantized
     trainer.train()
     loaded = SamoeModel.from_pretrained(tmp_path / "out" / "checkpoint-2")
-    assert not loaded.quantized_layers
+    assert not loaded.origin.quantized
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     resumed = make_trainer(run_config, *overrides, "--resume_from_checkpoint", "last")
     resumed.train(resume_from_checkpoint="last")
@@ -380,7 +380,7 @@ def test_plain_trainer_trains_over_a_quantized_base(model_folder, clips, tmp_pat
     pytest.importorskip("bitsandbytes")
     model = SamoeModel.from_pretrained(model_folder, quantization_config={"load_in_4bit": True})
     plain_trainer(model, clips, tmp_path).train()
-    assert not SamoeModel.from_pretrained(tmp_path / "checkpoint-1").quantized_layers
+    assert not SamoeModel.from_pretrained(tmp_path / "checkpoint-1").origin.quantized
 
 
 def test_what_a_trainer_is_given_stays_as_it_is(model_folder, clips, tmp_path):
