@@ -90,7 +90,7 @@ def attend(model):
 
 
 def run_memory_attention(attention, image, memory, position, memory_position, num_pointer_tokens=0):
-    """Output (objects, tokens, channels) of a memory attention, ours or transformers', of inputs (tokens, objects, …)."""
+    """Output (objects, tokens, channels) of our or transformers' memory attention, of inputs (tokens, objects, …)."""
     if not isinstance(attention, MemoryAttention):
         out = attention(image, memory, position, memory_position, num_pointer_tokens)
         return out.squeeze(1).transpose(0, 1) if out.dim() == 3 else out.flatten(0, 1)
