@@ -14,7 +14,9 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,7 @@ from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
     cached_file,
+    requires_backends,
 )
 
 from .base_model import build_on_meta
@@ -34,8 +37,11 @@ from .errors import InputError
 from .expert_layer import ExpertLinear
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    try:  # what remote code imports elsewhere, transformers asks for
+        from peft import LoraConfig, PeftConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        pass
 
 # What PEFT puts before the names of the base model's modules.
 PREFIX = "base_model.model."
@@ -51,6 +57,12 @@ ADDITIVE_TUNERS = (
 PARTS_OF_EXPERT_LAYERS = ("router", "router_logits", "dropout", r"domain_[\w-]+")
 # Names of folders that Trainer does not upload are no names of adapters.
 ADAPTER_NAME = re.compile(r"(?!_|checkpoint-)[\w-]+")
+
+
+def _peft(module: str = "peft") -> ModuleType:
+    """PEFT, which is slow to import. Whatever remote code imports by a statement, transformers asks for at once."""
+    requires_backends(_peft, "peft")
+    return import_module(module)
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -99,9 +111,8 @@ def active_adapters(model: PreTrainedModel) -> dict[str, bool] | None:
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, "BaseTunerLayer"]]:
     """The layers of PEFT's adapters in a model. PEFT is not imported where nobody has done so, since it is slow."""
     if "peft" in sys.modules:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
+        tuner_layer = _peft("peft.tuners.tuners_utils").BaseTunerLayer
+        yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, tuner_layer))
 
 
 def adapter_state(module: nn.Module) -> str:
@@ -116,10 +127,8 @@ def adapter_state(module: nn.Module) -> str:
 
 def check_adapter(config: "PeftConfig", name: str) -> None:
     """Raises a `ValueError` for an adapter that cannot be saved with the model."""
-    from peft import LoraConfig
-
     check_adapter_name(name)
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, _peft().LoraConfig):
         raise InputError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
     odd = [setting for setting in ("layer_replication", "megatron_config") if getattr(config, setting, None)]
     odd += [] if config.bias == "none" else ["bias"]
@@ -203,14 +212,12 @@ def load_named_adapter(
     hub: Mapping[str, Any],
 ) -> None:
     """Loads an adapter from a folder or Hub id, or from what it would hold; see [`SamoeModel.load_adapter`]."""
-    from peft import PeftConfig
-
     if source is not None:
         load_adapter(model, source, name, hub)
     elif config is None or state_dict is None:
         raise InputError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
     else:
-        config = PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
+        config = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
         put_adapter(model, "`adapter_state_dict`", name, config, state_dict)
     own = re.compile(rf".*\.(lora_\w+|modules_to_save)\.{re.escape(name)}(\..*)?")
     for key, parameter in model.named_parameters():
@@ -236,8 +243,6 @@ def put_adapter(
     Raises:
         ValueError: if its tensors are not those of its configuration on this model, or not finite.
     """
-    from peft import set_peft_model_state_dict
-
     is_new = name not in adapter_names(model)
     expected = _shapes_on(model, source, config, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)
@@ -252,7 +257,7 @@ def put_adapter(
     if is_new:
         with _refusing_settings(source):
             model.add_adapter(config, name)
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+    _peft().set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
 
 
 def check_adapters_on_experts(model: nn.Module) -> None:
@@ -271,12 +276,10 @@ def check_adapters_on_experts(model: nn.Module) -> None:
 
 def read_adapter_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "PeftConfig":
     """The configuration of a PEFT folder or Hub repository; `hub` says how it is fetched."""
-    from peft import PeftConfig
-
     # For its errors, which tell a missing file from no connection.
     cached_file(source, ADAPTER_CONFIG_NAME, **hub)
     try:
-        return PeftConfig.from_pretrained(str(source), **hub)
+        return _peft().PeftConfig.from_pretrained(str(source), **hub)
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"The {ADAPTER_CONFIG_NAME} of {source} is none that this PEFT reads: {error}") from error
 
@@ -301,8 +304,6 @@ def _refusing_settings(source: Any) -> Iterator[None]:
 
 def _shapes_on(model: PreTrainedModel, source: Any, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
     """What tensors a new adapter would have on a model; no memory is allocated, whatever its configuration says."""
-    from peft import inject_adapter_in_model
-
     probe = build_on_meta(model.config)
     with _refusing_settings(source):
         check_adapter(config, name)
@@ -310,7 +311,7 @@ def _shapes_on(model: PreTrainedModel, source: Any, config: "PeftConfig", name: 
         config.init_lora_weights = True
         keep_out_of_routers(model, config)
         with torch.device("meta"):
-            inject_adapter_in_model(config, probe, name)
+            _peft().inject_adapter_in_model(config, probe, name)
         check_adapters_on_experts(probe)
         return _shapes(_tensors(probe, name))
 
@@ -321,7 +322,5 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's names in files."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = _peft().get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}

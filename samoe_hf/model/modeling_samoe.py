@@ -42,7 +42,10 @@ from .tracking import encoding_ahead, start_propagation, track_frame
 from .trainable import parameter_names, set_trainable
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    try:  # noqa: SIM105  # what remote code imports elsewhere, transformers asks for
+        from peft import PeftConfig
+    except ImportError:
+        pass
 
 # Arguments of `save_pretrained` that are meant for `push_to_hub`.
 PUSH_ARGUMENTS = (
