@@ -402,7 +402,7 @@ class SamoeModel(SamoePreTrainedModel):
             OSError: if the Hub refuses or cannot be reached (`huggingface_hub.errors.HfHubHTTPError` with the reason).
         """
         try:
-            from samoe_hf.hub.push import push
+            from samoe_hf.hub.repository import push
         except ImportError as error:
             raise ImportError("`push_to_hub` of a SamoeModel needs the package samoe_hf.") from error
         experts_only = saves_experts_only(self, experts_only)
