@@ -8,12 +8,11 @@ from typing import Any
 
 from transformers import (
     PreTrainedConfig,
-    Sam2VideoConfig,
     Sam2VideoInferenceSession,
     Sam3TrackerVideoInferenceSession,
 )
 
-from .base_interface import FINEST_RATIO, Base
+from .base_interface import FINEST_RATIO, Base, VideoConfig
 from .base_sam2 import SAM2
 from .base_sam3 import SAM3
 
@@ -25,12 +24,12 @@ InferenceSession = Sam2VideoInferenceSession | Sam3TrackerVideoInferenceSession
 MODEL_TYPES = {model_type: base for base in BASES for model_type in base.model_types}
 
 
-def base_of(config: Sam2VideoConfig) -> Base:
+def base_of(config: VideoConfig) -> Base:
     """The base of a model of this configuration."""
     return next(base for base in BASES if base.has(config))
 
 
-def mask_size(config: Sam2VideoConfig) -> int:
+def mask_size(config: VideoConfig) -> int:
     """Height and width of predicted masks, which is that of the finest features."""
     return FINEST_RATIO * (config.image_size // base_of(config).stride(config))
 
@@ -44,7 +43,7 @@ def settings_of_base(config_dict: Mapping[str, Any]) -> dict[str, Any]:
     return MODEL_TYPES[config_dict["model_type"]].settings(config_dict)
 
 
-def config_of_base(config: Sam2VideoConfig) -> PreTrainedConfig:
+def config_of_base(config: VideoConfig) -> PreTrainedConfig:
     """The configuration of a model's base alone, as transformers knows it."""
     base = base_of(config)
     settings = {name: x for name, x in config.to_dict().items() if name in base.config_class.__dataclass_fields__}

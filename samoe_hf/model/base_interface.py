@@ -6,15 +6,26 @@ tensors. So the package is written for [`~transformers.Sam2VideoModel`], whose v
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
-from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoConfig
+from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
 # Levels of features that are read. The finest has this many positions per side for one of the coarsest.
 NUM_LEVELS, FINEST_RATIO = 3, 4
+
+
+class VideoConfig(Protocol):
+    """What a base reads of a model's configuration. Its parts are of other classes in other bases."""
+
+    image_size: int
+    vision_config: Any
+    prompt_encoder_config: Any
+    mask_decoder_config: Any
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -45,22 +56,22 @@ class Base:
     no_split_modules: tuple[str, ...]
     loads_own_processor: bool = False
 
-    def has(self, config: Sam2VideoConfig) -> bool:
+    def has(self, config: VideoConfig) -> bool:
         """Whether a model of this configuration has this base."""
         raise NotImplementedError
 
-    def stride(self, config: Sam2VideoConfig) -> int:
+    def stride(self, config: VideoConfig) -> int:
         """Pixels of the input per position of the coarsest features."""
         raise NotImplementedError
 
-    def size_multiple(self, config: Sam2VideoConfig) -> int:
+    def size_multiple(self, config: VideoConfig) -> int:
         """Image sizes are multiples of this."""
         return self.stride(config)
 
-    def complete(self, config: Sam2VideoConfig) -> None:
+    def complete(self, config: VideoConfig) -> None:
         """Adds to a configuration what `Sam2VideoModel` asks for, and this base's configuration does not have."""
 
-    def encoder_sizes(self, config: Sam2VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
+    def encoder_sizes(self, config: VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
         """Fields of the encoder's configuration that shapes of weights do not tell: name -> (value, expected).
 
         Args:

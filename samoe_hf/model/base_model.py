@@ -17,7 +17,7 @@ from .base import base_of
 from .base_modules import CachedPositionEncoding, MaskDecoder, rebuild
 from .configuration_samoe import SamoeConfig
 from .domain_experts import add_configured_experts
-from .domain_gate import DomainGate, add_domain_gate
+from .domain_gate import DomainGate, build_domain_gate
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, ExpertMixture
 from .image_features import ImageFeatures
@@ -105,7 +105,7 @@ class SamoePreTrainedModel(Sam2VideoModel):
         # What FSDP shards one by one, and what is never split over devices.
         self._no_split_modules = set(base.no_split_modules)
         self.expert_module_names = add_configured_experts(self, config)
-        add_domain_gate(self)
+        self.domain_gate = build_domain_gate(config)
         # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
         self._keys_to_ignore_on_load_unexpected = set()
         self.origin = Origin()

@@ -14,7 +14,7 @@ from transformers.models.sam2.modeling_sam2 import (
     eager_attention_forward,
 )
 
-from .base_interface import Base
+from .base_interface import Base, VideoConfig
 from .base_modules import rebuild
 
 
@@ -61,16 +61,16 @@ class VisionNeck(Sam2VisionNeck):
 class Sam2(Base):
     """What is particular to SAM 2."""
 
-    def has(self, config: Sam2VideoConfig) -> bool:
+    def has(self, config: VideoConfig) -> bool:
         return True  # whatever encoder a Sam2VideoConfig may have that no other base recognizes
 
-    def stride(self, config: Sam2VideoConfig) -> int:
+    def stride(self, config: VideoConfig) -> int:
         return 16
 
-    def size_multiple(self, config: Sam2VideoConfig) -> int:
+    def size_multiple(self, config: VideoConfig) -> int:
         return 32
 
-    def encoder_sizes(self, config: Sam2VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
+    def encoder_sizes(self, config: VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
         vision = config.vision_config
         fields: dict[str, tuple[Any, Any]] = {
             "vision_config.fpn_padding": (vision.fpn_padding, vision.fpn_kernel_size // 2),

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import (
     PreTrainedConfig,
-    Sam2VideoConfig,
     Sam3ImageProcessor,
     Sam3TrackerVideoConfig,
     Sam3TrackerVideoProcessor,
@@ -16,7 +15,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
-from .base_interface import NUM_LEVELS, Base
+from .base_interface import NUM_LEVELS, Base, VideoConfig
 from .base_modules import rebuild
 
 # How names of the tracker's tensors begin in the combined checkpoint, after `tracker_model.`. The detector has the
@@ -42,17 +41,17 @@ class Sam3Neck(Sam3VisionNeck):
 class Sam3(Base):
     """What is particular to SAM 3's tracker."""
 
-    def has(self, config: Sam2VideoConfig) -> bool:
+    def has(self, config: VideoConfig) -> bool:
         return isinstance(getattr(config.vision_config, "backbone_config", None), Sam3ViTConfig)
 
-    def stride(self, config: Sam2VideoConfig) -> int:
+    def stride(self, config: VideoConfig) -> int:
         return config.vision_config.backbone_config.patch_size
 
-    def complete(self, config: Sam2VideoConfig) -> None:
+    def complete(self, config: VideoConfig) -> None:
         # SAM 3's encoder has one level more, for its detector.
         config.vision_config.num_feature_levels = NUM_LEVELS
 
-    def encoder_sizes(self, config: Sam2VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
+    def encoder_sizes(self, config: VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
         vision = config.vision_config
         given = [list(size) for size in vision.backbone_feature_sizes]
         return {

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
@@ -98,6 +98,13 @@ class SamoeConfig(Sam2VideoConfig):
     Raises:
         ValueError: for a value out of range, naming the field and what it allows.
     """
+
+    if TYPE_CHECKING:  # which transformers annotates with all that a file may hold; bases have configurations of their own
+        image_size: int
+        vision_config: Any
+        prompt_encoder_config: Any
+        mask_decoder_config: Any
+        memory_attention_rope_feat_sizes: list[int]
 
     model_type = "samoe"
     # Trainer gathers what evaluation returns; these are for training logs and for analysis.

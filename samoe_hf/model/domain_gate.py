@@ -7,15 +7,13 @@ merged. Nothing of single frames is kept.
 
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 
 from .errors import InputError
-from .expert_layer import DOMAIN_GATE
 from .image_features import ImageFeatures
 
 # The index of a video that looks like no known domain.
@@ -78,16 +76,9 @@ def _contrasts(pixel_values: Tensor) -> list[Tensor]:
     return contrasts
 
 
-def num_pooled_features(config: PreTrainedConfig) -> tuple[int, int]:
+def num_pooled_features(config: Any) -> tuple[int, int]:
     """How many features [`pooled_features`] gives for a model of this configuration: the encoder's, the picture's."""
     return config.mask_decoder_config.hidden_size // 4, SCALES * len(COLOURS)
-
-
-def add_domain_gate(model: nn.Module) -> None:
-    """Gives a model whose configuration has domains a gate with room for them, and any other none."""
-    domains = model.config.domains
-    gate = None if domains is None else DomainGate(num_pooled_features(model.config), len(domains))
-    model.add_module(DOMAIN_GATE, gate)
 
 
 class _Normal(NamedTuple):
@@ -148,6 +139,12 @@ class DomainGate(nn.Module):
         num_domains: domains that are not known yet, to be loaded or fitted.
     """
 
+    counts: Tensor
+    means: Tensor
+    noises: Tensor
+    factors: Tensor
+    thresholds: Tensor
+
     def __init__(self, num_features: int | Sequence[int], num_domains: int = 0):
         super().__init__()
         self.kinds = (num_features,) if isinstance(num_features, int) else tuple(num_features)
@@ -192,7 +189,7 @@ class DomainGate(nn.Module):
         squares, log_densities = zip(*(_Normal(*normal).measure(values) for normal, values in kinds), strict=True)
         ratios = (torch.stack(squares, -1) / self.thresholds.double()[:, None]).amax(-1)  # (domains, rows)
         ratios = ratios.T.masked_fill(~known, torch.inf)
-        probabilities = sum(log_densities).T.masked_fill(~known, -torch.inf).softmax(dim=1)
+        probabilities = torch.stack(log_densities).sum(0).T.masked_fill(~known, -torch.inf).softmax(dim=1)
         probability, domain = probabilities.max(dim=1)
         ratio = ratios.gather(1, domain[:, None])[:, 0]
         inside = ratio <= 1
@@ -311,3 +308,9 @@ def _prediction_bound(values: Tensor) -> Tensor:
     terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96)
     t = sum(term / (count - 1) ** power for power, term in enumerate(terms))
     return values.mean() + t * (1 + 1 / count) ** 0.5 * values.std()
+
+
+def build_domain_gate(config: Any) -> DomainGate | None:
+    """A gate with room for the domains of a [`SamoeConfig`]; None if it has none."""
+    domains = config.domains
+    return None if domains is None else DomainGate(num_pooled_features(config), len(domains))

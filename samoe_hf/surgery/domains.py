@@ -20,7 +20,7 @@ from samoe_hf.model.domain_experts import (
     add_domain_experts,
     domain_modules,
 )
-from samoe_hf.model.domain_gate import add_domain_gate
+from samoe_hf.model.domain_gate import DomainGate, build_domain_gate
 from samoe_hf.model.expert_layer import (
     ExpertLinear,
     expert_modules,
@@ -61,10 +61,10 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
         for layer, module in list(expert_modules(model)):
             replace_module(model, layer, to_plain_linear(module))
         model.config.domains = []
-        add_domain_gate(model)
+        model.domain_gate = build_domain_gate(model.config)
     add_domain_experts(model, **domain)
     _set_domains(model, [*model.config.domains, domain])
-    model.domain_gate.append_unknown()
+    _gate(model).append_unknown()
     if like is not None:
         _copy_experts(model, like, model, name)
 
@@ -101,7 +101,7 @@ def remove_domain(model: SamoeModel, name: str) -> None:
         delattr(module, PREFIX + name)
         if not any(child.startswith(PREFIX) for child, _ in module.named_children()):
             replace_module(model, layer, to_plain_linear(module))
-    model.domain_gate.remove(index)
+    _gate(model).remove(index)
     _set_domains(model, [*model.config.domains[:index], *model.config.domains[index + 1 :]])
 
 
@@ -142,10 +142,10 @@ def _make_domain(model: SamoeModel, name: str) -> None:
         with_domains.add_module(PREFIX + name, _detached_experts(module, model.config.expert_settings()))
         replace_module(model, layer, with_domains)
     model.config.domains = []
-    add_domain_gate(model)
+    model.domain_gate = build_domain_gate(model.config)
     settings = {setting: copy.deepcopy(getattr(model.config, setting)) for setting in EXPERT_SETTINGS}
     _set_domains(model, [{"name": name, **settings}])
-    model.domain_gate.append_unknown()
+    _gate(model).append_unknown()
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
         add_domain_experts(model, **domain)
         _copy_experts(other, domain["name"], model, domain["name"])
     _set_domains(model, [*model.config.domains, *copy.deepcopy(other.config.domains)])
-    model.domain_gate.merge(other.domain_gate)
+    _gate(model).merge(_gate(other))
     return other.config.domain_names
 
 
@@ -200,7 +200,7 @@ def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -
     Raises:
         ValueError: if there is no such domain, or shapes or values cannot be.
     """
-    model.domain_gate.fit(_domain_index(model, name), features, videos)
+    _gate(model).fit(_domain_index(model, name), features, videos)
 
 
 def _set_domains(model: SamoeModel, domains: list[dict[str, Any]]) -> None:
@@ -223,6 +223,11 @@ def find_domain(model: SamoeModel, name: str) -> dict[str, Any]:
         ValueError: if there is no such domain.
     """
     return model.config.domains[_domain_index(model, name)]
+
+
+def _gate(model: SamoeModel) -> DomainGate:
+    assert model.domain_gate is not None  # a model with domains has one
+    return model.domain_gate
 
 
 def _domain_index(model: SamoeModel, name: str) -> int:
