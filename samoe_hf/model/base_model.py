@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class SamoePreTrainedModel(Sam2VideoModel):
     memory_attention: MemoryAttention  # pyright: ignore[reportIncompatibleVariableOverride]
     domain_gate: DomainGate | None
     # Statistics of features, whatever the type of the features is.
-    _keep_in_fp32_modules_strict: ClassVar = [DOMAIN_GATE]
+    _keep_in_fp32_modules_strict = [DOMAIN_GATE]  # noqa: RUF012
 
     def __init__(self, config: SamoeConfig):
         config.check_experts()
@@ -99,9 +99,9 @@ class SamoePreTrainedModel(Sam2VideoModel):
         base = base_of(config)
         base.use_own_modules(self.vision_encoder)
         self.mask_decoder = rebuild(self.mask_decoder, MaskDecoder, config.mask_decoder_config)
-        self.memory_attention = MemoryAttention(self.memory_attention)
-        for owner in (self.vision_encoder.neck, self.memory_encoder):
-            owner.position_encoding = CachedPositionEncoding(owner.position_encoding)
+        self.memory_attention = MemoryAttention(self._modules["memory_attention"])
+        for owner in (self.vision_encoder.get_submodule("neck"), self.memory_encoder):
+            owner.add_module("position_encoding", CachedPositionEncoding(owner.get_submodule("position_encoding")))
         # What FSDP shards one by one, and what is never split over devices.
         self._no_split_modules = set(base.no_split_modules)
         self.expert_module_names = add_configured_experts(self, config)

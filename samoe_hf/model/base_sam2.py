@@ -10,7 +10,6 @@ from transformers.models.sam2.modeling_sam2 import (
     ALL_ATTENTION_FUNCTIONS,
     Sam2MultiScaleAttention,
     Sam2VisionNeck,
-    do_pool,
     eager_attention_forward,
 )
 
@@ -26,11 +25,12 @@ class MultiScaleAttention(Sam2MultiScaleAttention):
         qkv = self.qkv(hidden_states).reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
         query, key, value = qkv.unbind(2)
         if self.query_stride:
-            query = do_pool(query.reshape(batch_size, height, width, -1), self.query_stride)
+            query = query.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
+            query = F.max_pool2d(query, self.query_stride).permute(0, 2, 3, 1)
             height, width = query.shape[1:3]
             query = query.reshape(batch_size, height * width, self.num_attention_heads, -1)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        implementation = self.config._attn_implementation
+        implementation = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attended, _ = attend(
             self, query, key, value, attention_mask=None, is_causal=False, scaling=self.scale, **kwargs
@@ -49,8 +49,8 @@ class VisionNeck(Sam2VisionNeck):
         levels: list[Tensor] = []
         for index in range(top, -1, -1):
             conv = self.convs[top - index]
-            lateral = conv(hidden_states[index].permute(0, 3, 1, 2).to(conv.weight.dtype))
-            if levels and index in self.fpn_top_down_levels:
+            lateral = conv(hidden_states[index].permute(0, 3, 1, 2).to(next(conv.parameters()).dtype))
+            if levels and index in (self.fpn_top_down_levels or ()):
                 above = F.interpolate(levels[-1].float(), scale_factor=2.0, mode="nearest")
                 lateral = lateral + above.to(lateral.dtype)
             levels.append(lateral)

@@ -144,7 +144,7 @@ class TrackedClips(NamedTuple):
 
 def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
     """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
-    shape = tuple(getattr(pixel_values, "shape", ()))
+    shape: tuple[int, ...] = tuple(getattr(pixel_values, "shape", ()))
     if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
         got = f"shape {shape}" if shape else type(pixel_values).__name__
         raise InputError(
@@ -223,7 +223,8 @@ def clip_forward(
             them over micro-batches and processes; by default the objects of this batch, averaged over processes.
     """
     has_router_loss = clips.labels is not None and model.config.router_aux_loss_coef > 0
-    with record_router_logits(model) if output_router_logits or has_router_loss else nullcontext({}) as calls:
+    calls: dict[str, list[RouterCall]] = {}
+    with record_router_logits(model) if output_router_logits or has_router_loss else nullcontext(calls) as calls:
         tracked, domains = _segment_by_domain(model, clips, domain)
 
     loss = loss_dict = None
@@ -270,8 +271,13 @@ def _segment_by_domain(
     if len(tracked) == 1:
         return tracked[0], domains
     places = torch.tensor(order).argsort()
-    tensors = (torch.cat(parts)[places] for parts in list(zip(*tracked, strict=True))[:3])
-    return TrackedClips(*tensors, [part for one in tracked for part in one.parts]), domains
+    joined = TrackedClips(
+        torch.cat([one.pred_masks for one in tracked])[places],
+        torch.cat([one.iou_scores for one in tracked])[places],
+        torch.cat([one.object_score_logits for one in tracked])[places],
+        [part for one in tracked for part in one.parts],
+    )
+    return joined, domains
 
 
 def _encode(model: SamoePreTrainedModel, clips: Clips) -> ImageFeatures:
@@ -280,7 +286,8 @@ def _encode(model: SamoePreTrainedModel, clips: Clips) -> ImageFeatures:
     encode = encode_frames if settings.feature_cache is None else settings.feature_cache.encode_frames
     with use_rows(clips.frame_rows()):
         features = encode(model, frames, settings.encoder_batch_size)
-    return ImageFeatures(*(x.unflatten(0, clips.pixel_values.shape[:2]) for x in features[:3]), *features[3:])
+    fine, middle, coarse = (x.unflatten(0, clips.pixel_values.shape[:2]) for x in features[:3])
+    return features._replace(fine=fine, middle=middle, coarse=coarse)
 
 
 class ClipFrame(NamedTuple):
@@ -405,7 +412,7 @@ def checkpoint_frames(model: SamoePreTrainedModel, every_n_frames: int) -> None:
     for part in (model.mask_decoder, model.memory_encoder):
         for module in part.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module._gradient_checkpointing_func = _call
+                setattr(module, "_gradient_checkpointing_func", _call)  # noqa: B010
 
 
 def _call(function: Callable, *args: Any) -> Any:

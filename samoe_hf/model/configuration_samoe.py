@@ -99,7 +99,9 @@ class SamoeConfig(Sam2VideoConfig):
         ValueError: for a value out of range, naming the field and what it allows.
     """
 
-    if TYPE_CHECKING:  # which transformers annotates with all that a file may hold; bases have configurations of their own
+    if (
+        TYPE_CHECKING
+    ):  # which transformers annotates with all that a file may hold; bases have configurations of their own
         image_size: int
         vision_config: Any
         prompt_encoder_config: Any

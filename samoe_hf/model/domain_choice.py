@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .base import InferenceSession
+from .base_model import SamoePreTrainedModel
 from .domain_experts import use_domain
 from .domain_gate import pooled_features
 from .errors import InputError
@@ -42,7 +42,7 @@ class SessionDecision(NamedTuple):
     domain_names: list[str]
 
 
-def check_domain(model: PreTrainedModel, domain: str | None) -> None:
+def check_domain(model: SamoePreTrainedModel, domain: str | None) -> None:
     """Raises a `ValueError` if a model has no such domain; "auto" and None always are right."""
     names = model.config.domain_names
     if domain is None or domain == AUTO or (isinstance(domain, str) and domain in names):
@@ -51,7 +51,7 @@ def check_domain(model: PreTrainedModel, domain: str | None) -> None:
     raise InputError(f'`domain` must be "auto", None or a domain of the model ({known}), got {domain!r}.')
 
 
-def encoder_has_experts(model: PreTrainedModel) -> bool:
+def encoder_has_experts(model: SamoePreTrainedModel) -> bool:
     """Whether the image encoder gives different features in different domains. Cheap, since each frame asks."""
     layers = () if model.config.domains is None else model.expert_module_names
     return any(name.startswith("vision_encoder.") for name in layers)
@@ -59,7 +59,7 @@ def encoder_has_experts(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def decide_domains(
-    model: PreTrainedModel, pixel_values: Tensor, features: ImageFeatures | None
+    model: SamoePreTrainedModel, pixel_values: Tensor, features: ImageFeatures | None
 ) -> list[DomainDecision]:
     """What the gate decides for some frames.
 
@@ -70,6 +70,7 @@ def decide_domains(
     if features is None:
         with use_domain(None):
             features = encode_frames(model, pixel_values)
+    assert model.domain_gate is not None  # a model with domains has one
     decided = model.domain_gate.decide(pooled_features(features, pixel_values))
     names = [*model.config.domain_names, None]  # an index of -1 stands for none
     pairs = zip(decided.domain.tolist(), decided.confidence.tolist(), strict=True)
@@ -77,7 +78,7 @@ def decide_domains(
 
 
 def resolve_clip_domains(
-    model: PreTrainedModel,
+    model: SamoePreTrainedModel,
     domain: str | Sequence[str | None] | None,
     first_frames: Tensor,
     features: ImageFeatures | None,
@@ -105,7 +106,7 @@ def resolve_clip_domains(
     return [decided[i].domain if name == AUTO else name for i, name in enumerate(domains)]
 
 
-def session_domain(model: PreTrainedModel, session: InferenceSession) -> DomainDecision | None:
+def session_domain(model: SamoePreTrainedModel, session: InferenceSession) -> DomainDecision | None:
     """Whose experts a session gets from a model; None where the gate has yet to decide.
 
     Raises:
@@ -127,6 +128,9 @@ def is_decision_due(session: InferenceSession, frame_idx: int) -> bool:
     return interval is not None and decided is not None and abs(frame_idx - decided.frame_idx) >= interval
 
 
-def store_decision(model: PreTrainedModel, session: InferenceSession, frame_idx: int, decision: DomainDecision) -> None:
+def store_decision(
+    model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int, decision: DomainDecision
+) -> None:
     """Stores what the gate decided for a session on a frame."""
-    session.domain_decision = SessionDecision(decision, frame_idx, weakref.ref(model), model.config.domain_names)
+    known = SessionDecision(decision, frame_idx, weakref.ref(model), model.config.domain_names)
+    setattr(session, "domain_decision", known)  # noqa: B010  # a session of transformers' own has no such attribute

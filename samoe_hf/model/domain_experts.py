@@ -119,6 +119,7 @@ def add_domain_experts(
         return
     for layer in matching_linear_names(model, expert_modules):
         module = model.get_submodule(layer)
+        assert isinstance(module, nn.Linear)
         if not isinstance(module, DomainLinear):
             module = DomainLinear.from_linear(module)
             replace_module(model, layer, module)
@@ -144,9 +145,9 @@ def module_layer(name: str) -> str:
     return name if module_domain(name) is None else name.rpartition(".")[0]
 
 
-def check_has_no_domains(model: nn.Module) -> None:
-    """Raises a `ValueError` if the experts of a model belong to domains."""
-    if model.config.domains is not None:
+def check_has_no_domains(config: Any) -> None:
+    """Refuses a configuration whose experts belong to domains."""
+    if config.domains is not None:
         raise InputError(
             "The experts of this model belong to domains, which are added and removed as a whole (`add_domain`, "
             "`remove_domain`) and trained apart."

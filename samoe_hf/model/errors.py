@@ -1,7 +1,7 @@
 """The exception that tells a user what to change; the package's own, where the package is installed."""
 
 try:
-    from samoe_hf.errors import InputError
+    from samoe_hf.errors import InputError  # pyright: ignore[reportAssignmentType]  # it is one class or the other
 except ImportError:  # this file is part of a repository's remote code
 
     class InputError(ValueError):  # type: ignore[no-redef]

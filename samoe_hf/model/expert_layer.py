@@ -292,7 +292,9 @@ def add_experts(model: nn.Module, patterns: str | list[str], **settings) -> list
     """
     names = matching_linear_names(model, patterns)
     for name in names:
-        replace_module(model, name, ExpertLinear.from_linear(model.get_submodule(name), **settings))
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        replace_module(model, name, ExpertLinear.from_linear(linear, **settings))
     return names
 
 

@@ -7,6 +7,7 @@ Training over a clip and tracking in a session both run [`frame_step`], batched 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features
 from .prompt_recipe import Corrections
 from .prompts import Prompt
 
+# For outputs with names, whatever the configuration says.
+AS_OBJECT: dict[str, Any] = {"return_dict": True}
 # A mask prompt becomes logits of -10 and +10, for the mask and for the object score (arXiv:2408.00714, `sam2`).
 MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
 
@@ -51,7 +54,7 @@ def encode_frames(model: SamoePreTrainedModel, pixel_values: Tensor, batch_size:
     for start in range(0, len(pixel_values), size):
         frames = pixel_values[start : start + size]
         with use_rows(rows[start : start + size]):
-            outputs = model.outlive_graphs(model.get_image_features(frames, return_dict=True))
+            outputs: Any = model.outlive_graphs(model.get_image_features(frames, **AS_OBJECT))
         parts.append([_to_map(model, level, x) for level, x in enumerate(outputs.fpn_hidden_states[:NUM_LEVELS])])
     levels = [torch.cat(x) for x in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
     return with_positions(model, *levels)
@@ -122,7 +125,7 @@ def frame_step(
         binarize = prompt is not None and not model.training
         if binarize or high_res_masks is None:
             # `sam2` encodes what the user sees of a prompted frame, and the raw prediction of any other.
-            high_res_masks = _resize(output.masks if binarize else predicted, model.image_size)
+            high_res_masks = _resize(output.masks if binarize else predicted, model.config.image_size)
         output.memory.features = _encode_memory(
             model, image.coarse, high_res_masks, output.object_score_logits, binarize
         )
@@ -132,7 +135,7 @@ def frame_step(
 def _use_multimask(model: SamoePreTrainedModel, prompt: Prompt | None, is_initial: bool) -> bool:
     """Whether three candidates are wanted: where the object is not yet told by several points."""
     config = model.config
-    num_points = 0 if prompt is None else prompt.labels.shape[1]
+    num_points = 0 if prompt is None or prompt.labels is None else prompt.labels.shape[1]
     return (
         config.multimask_output_in_sam
         and (is_initial or config.multimask_output_for_tracking)
@@ -259,12 +262,13 @@ def _embed_prompt(model: SamoePreTrainedModel, prompt: Prompt | None, num_object
     """Tokens (objects, 1, points, hidden) and maps (objects or 1, hidden, S / 16, S / 16) that stand for a prompt."""
     encoder = model.prompt_encoder
     points = None if prompt is None or prompt.points is None else prompt.points.unsqueeze(1)
+    labels = None if prompt is None or prompt.labels is None else prompt.labels.unsqueeze(1)
     previous_mask = None if prompt is None else prompt.previous_mask
     if previous_mask is not None:
         previous_mask = previous_mask.to(encoder.no_mask_embed.weight.dtype)  # logits are in float32 at least
     sparse, dense = encoder(
         input_points=points,
-        input_labels=None if points is None else prompt.labels.unsqueeze(1),
+        input_labels=labels,
         input_boxes=None,
         input_masks=previous_mask,
     )
@@ -287,7 +291,7 @@ def _correct(
     before = []
     for _ in range(corrections.num_clicks):
         before.append(output)
-        predictions = _resize(output.masks.detach(), model.image_size)[:, 0] > 0
+        predictions = _resize(output.masks.detach(), model.config.image_size)[:, 0] > 0
         points, labels = corrections.draw(predictions)
         if prompt is not None and prompt.points is not None and prompt.labels is not None:
             points = torch.cat([prompt.points, points], dim=1)

@@ -24,11 +24,11 @@ class ImageFeatures(NamedTuple):
 
     def select(self, index: Any) -> "ImageFeatures":
         """The rows of an index."""
-        return ImageFeatures(*(x[index] for x in self[:3]), *self[3:])
+        return self._replace(fine=self.fine[index], middle=self.middle[index], coarse=self.coarse[index])
 
     def for_objects(self, objects_per_video: int) -> "ImageFeatures":
         """Repeats each row for a video's objects. A single row stays one, which broadcasts over all objects."""
         if self.coarse.shape[0] == 1 or objects_per_video == 1:
             return self
-        rows = (x.repeat_interleave(objects_per_video, dim=0) for x in self[:3])
-        return ImageFeatures(*rows, *self[3:])
+        fine, middle, coarse = (x.repeat_interleave(objects_per_video, dim=0) for x in self[:3])
+        return self._replace(fine=fine, middle=middle, coarse=coarse)

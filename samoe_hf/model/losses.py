@@ -47,13 +47,11 @@ class SegmentationLoss(LossSettings):
             # Gradients flow through the chosen candidate alone, so that what they need is kept for that one alone.
             resized = _resize(mask_logits, targets)
             true_iou = mask_iou(resized, targets)
+            best = torch.zeros(len(targets), dtype=torch.long, device=targets.device)
             if mask_logits.shape[1] > 1:
                 focal, dice = focal_and_dice(resized, targets, self.focal_alpha, self.focal_gamma)
                 best = (self.focal_weight * focal + self.dice_weight * dice).argmin(dim=1)
-                chosen = torch.arange(len(best), device=best.device), best
-        if mask_logits.shape[1] > 1:
-            mask_logits = mask_logits[chosen].unsqueeze(1)
-        resized = _resize(mask_logits, targets)
+        resized = _resize(mask_logits[torch.arange(len(best), device=best.device), best].unsqueeze(1), targets)
         focal, dice = focal_and_dice(resized, targets, self.focal_alpha, self.focal_gamma)
         iou = (iou_scores - true_iou).abs().mean(dim=1)
         object_score = F.binary_cross_entropy_with_logits(object_score_logits[:, 0], present, reduction="none")

@@ -31,8 +31,9 @@ class MemoryAttention(nn.Module):
     layers: nn.ModuleList
     layer_norm: nn.LayerNorm
 
-    def __init__(self, parts: Sam2VideoMemoryAttention):
+    def __init__(self, parts: nn.Module | None):
         super().__init__()
+        assert isinstance(parts, Sam2VideoMemoryAttention)
         self.layers, self.layer_norm = parts.layers, parts.layer_norm
         self.rotary_emb = RotaryEmbedding(parts.rotary_emb)
         self.position_ids = nn.Buffer(parts.position_ids, persistent=False)
@@ -130,11 +131,12 @@ class RotaryEmbedding(nn.Module):
         for side in set(pooling):
             places = position_ids
             if side > 1:
+                assert size is not None  # where maps are pooled
                 places = F.avg_pool2d(places.T.unflatten(1, tuple(size)).float(), side).flatten(1).T
             cos, sin = (x[0, :, ::2] for x in self.embedding(places, places))
             by_side[side] = torch.stack([cos, sin], dim=-1)
         maps = [by_side[side] for side in pooling]
-        channels = self.embedding.inv_freq.shape[0] * 2
+        channels = self.embedding.get_buffer("inv_freq").shape[0] * 2
         not_turned = position_ids.new_tensor([1.0, 0.0], dtype=torch.float32).expand(num_pointer_tokens, channels, 2)
         return torch.cat([*maps, not_turned])
 
@@ -159,7 +161,9 @@ def _attend(
     query = _for_rows(_rotate(_heads(attention, query), rotation), len(key))
     key = _rotate(_heads(attention, attention.k_proj(key)), key_rotation)
     value = _heads(attention, attention.v_proj(value))
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation or "eager", eager_attention_forward
+    )
     dropout = attention.dropout_p if attention.training else 0.0
     attended, _ = attend(
         attention, query, key, value, attention_mask=None, dropout=dropout, scaling=attention.scaling, is_causal=False

@@ -282,14 +282,14 @@ class VideoSession(Sam2VideoInferenceSession):
         if frames is not None:
             kwargs["video_height"], kwargs["video_width"] = frames[0].shape[:2]
         super().__init__(dtype=dtype, **kwargs)
-        if frames is not None:
+        if frames is not None and processor is not None:
             self.processed_frames = PreparedFrames(frames, processor, self.inference_device, dtype)
         self.keep_frames, self.corrections_condition = keep_frames, corrections_condition
         self.domain, self.domain_interval = domain, domain_interval
         self.domain_decision: SessionDecision | None = None
 
     def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
-        """As in the base class, whose count of frames does not know of forgotten ones."""
+        """Adds a frame of a stream, by default behind the last one, and returns its index."""
         if frame_idx is None:
             frame_idx = max(self.processed_frames or [-1]) + 1
         return super().add_new_frame(pixel_values, frame_idx)
@@ -348,7 +348,7 @@ class PreparedFrames(Mapping):
         return iter(range(len(self.frames)))
 
     def __contains__(self, frame_idx: object) -> bool:
-        return isinstance(frame_idx, Integral) and 0 <= frame_idx < len(self.frames)
+        return isinstance(frame_idx, Integral) and int(frame_idx) in range(len(self.frames))
 
     def __getitem__(self, frame_idx: int) -> Tensor:
         if frame_idx not in self:

@@ -148,8 +148,8 @@ def segment_new_prompts(
             if tracked_object.new_prompt(frame_idx) is None:
                 continue
             if not (isinstance(session, VideoSession) and session.has_checked_prompts):
-                check_prompt(tracked_object, frame_idx, model.image_size, upcoming=streaming)
-            if frame_idx in session.processed_frames and frame_idx != except_frame:
+                check_prompt(tracked_object, frame_idx, model.config.image_size, upcoming=streaming)
+            if frame_idx in (session.processed_frames or ()) and frame_idx != except_frame:
                 by_frame[frame_idx].append(tracked_object)
     for frame_idx, prompted in sorted(by_frame.items()):
         call = FrameCall(frame_idx, streaming=streaming)
@@ -207,6 +207,7 @@ def _prompt_task(model: SamoePreTrainedModel, tracked_object: SessionObject, cal
     tracked = tracked_object.was_tracked(call.frame_idx)
     is_initial = tracked is None or not bank.conditioning
     reverse = tracked is not None and tracked["reverse"]
+    assert prompt is not None
     has_mask = isinstance(prompt, Tensor)
     points = num_points(prompt)
     has_previous_mask = points > 0 and tracked_object.output(call.frame_idx) is not None
@@ -300,8 +301,10 @@ def _batch_prompt(
     """The prompts of a batch of objects on a frame."""
     if not task.prompted:
         return None
-    previous = [one.output(frame_idx)["pred_masks"] for one in objects] if task.has_previous_mask else None
-    return join_prompts([one.prompt(frame_idx) for one in objects], model.image_size, previous)
+    outputs = [one.output(frame_idx) for one in objects] if task.has_previous_mask else []
+    previous = [output["pred_masks"] for output in outputs if output is not None] or None
+    prompts = [prompt for one in objects if (prompt := one.prompt(frame_idx)) is not None]
+    return join_prompts(prompts, model.config.image_size, previous)
 
 
 def _store_output(
@@ -352,13 +355,14 @@ def _unique_sessions(objects: Iterable[SessionObject]) -> list[InferenceSession]
 def _image_features(model: SamoePreTrainedModel, objects: Sequence[SessionObject], frame_idx: int) -> ImageFeatures:
     """Features of a frame of each object's session; one row where all objects are of one session."""
     sessions = _unique_sessions(objects)
-    by_session = [_cached_features(model, session, frame_idx) for session in sessions]
+    cached = [_cached_features(model, session, frame_idx) for session in sessions]
+    by_session = [features for features in cached if features is not None]  # all were encoded before
     if len(sessions) == 1:
         return by_session[0]
     positions = {id(session): index for index, session in enumerate(sessions)}
     rows = torch.tensor([positions[id(one.session)] for one in objects], device=by_session[0].coarse.device)
-    levels = (torch.cat(level)[rows] for level in list(zip(*by_session, strict=True))[:3])
-    return ImageFeatures(*levels, *by_session[0][3:])
+    fine, middle, coarse = (torch.cat(level)[rows] for level in list(zip(*by_session, strict=True))[:3])
+    return by_session[0]._replace(fine=fine, middle=middle, coarse=coarse)
 
 
 def _cached_features(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> ImageFeatures | None:
@@ -385,7 +389,7 @@ def _encode_frames(model: SamoePreTrainedModel, sessions: Sequence[InferenceSess
         if _cached_features(model, session, call.frame_idx) is None:
             count = min(max(session.cache.max_vision_features_cache_size, 1), MAX_FRAMES_AHEAD)
             ahead = range(call.frame_idx, call.frame_idx + step * count, step)
-            if ahead[-1] not in session.processed_frames:
+            if ahead[-1] not in (session.processed_frames or ()):
                 ahead = ahead[:1]  # so that a compiled encoder meets two sizes of batches only
             wanted += [(session, t) for t in ahead]
             session.cache.clear_all()
@@ -407,10 +411,12 @@ def encoding_ahead(model: SamoePreTrainedModel, session: InferenceSession) -> It
 
     One frame does not fill a GPU, nor does a small one fill a CPU. A session that caches more frames has its way.
     """
-    is_filled_by_one = torch.device(session.inference_device).type == "cpu" and model.image_size > SMALL_IMAGE_SIZE
+    is_filled_by_one = (
+        torch.device(session.inference_device).type == "cpu" and model.config.image_size > SMALL_IMAGE_SIZE
+    )
     cache = session.cache
     before = cache.max_vision_features_cache_size
-    if is_filled_by_one or before >= FRAMES_AHEAD:
+    if (on_cpu and model.config.image_size > SMALL_IMAGE_SIZE) or before >= FRAMES_AHEAD:
         yield
         return
     cache.max_vision_features_cache_size = FRAMES_AHEAD

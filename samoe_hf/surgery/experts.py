@@ -55,7 +55,7 @@ def prune_experts(
     Raises:
         ValueError: for indices or names that are not the model's, or if fewer than `num_experts_per_tok` stay.
     """
-    check_has_no_domains(model)
+    check_has_no_domains(model.config)
     if sum(given is not None for given in (keep, drop, usage)) != 1:
         raise InputError("Exactly one of `keep`, `drop` and `usage` must be given.")
     if (usage is None) != (num_experts is None):
@@ -101,7 +101,7 @@ def merge_experts(model: SamoeModel, experts: Sequence[int], *, usage: Usage | N
         ValueError: for indices or names that are not the model's, for frozen experts, or if fewer experts than
             `num_experts_per_tok` would be left.
     """
-    check_has_no_domains(model)
+    check_has_no_domains(model.config)
     experts = sorted(check_experts(model, experts))
     if len(experts) < 2:
         raise InputError(f"`experts` must be at least two experts to merge, got {experts}.")
@@ -134,7 +134,7 @@ def reset_expert(model: SamoeModel, expert: int) -> None:
     Raises:
         ValueError: if the model has no such expert, or it is frozen.
     """
-    check_has_no_domains(model)
+    check_has_no_domains(model.config)
     check_experts(model, [expert], "expert")
     _check_not_frozen(model, [expert], "expert")
     for _, module in expert_modules(model):
@@ -158,7 +158,7 @@ def replace_experts(model: SamoeModel, **settings) -> None:
     Raises:
         ValueError: for a value out of range, or modules that the model does not have.
     """
-    check_has_no_domains(model)
+    check_has_no_domains(model.config)
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         if name not in EXPERT_SETTINGS:
@@ -181,7 +181,7 @@ def grow_experts(model: SamoeModel, num_new: int) -> list[int]:
     Returns:
         Their indices.
     """
-    check_has_no_domains(model)
+    check_has_no_domains(model.config)
     if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
         raise InputError(f"`num_new` must be an integer of at least 1, got {num_new!r}.")
     return append_experts(model, {name: new_experts(module, num_new) for name, module in expert_modules(model)})
@@ -200,7 +200,7 @@ def freeze_experts(model: SamoeModel, experts: Sequence[int]) -> None:
     Raises:
         ValueError: if the model has no such expert.
     """
-    check_has_no_domains(model)
+    check_has_no_domains(model.config)
     experts = check_experts(model, experts)
     for _, module in expert_modules(model):
         _freeze_rows(module, experts)

@@ -89,7 +89,7 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
 def _experts_to_export(model: SamoeModel, expert: int, domain: str | None) -> dict[str, Any]:
     """Settings of the mixture that an expert belongs to, if there is one."""
     if domain is None:
-        check_has_no_domains(model)
+        check_has_no_domains(model.config)
         check_experts(model, [expert], "expert")
         return model.config.expert_settings()
     settings = find_domain(model, domain)
@@ -156,7 +156,7 @@ def add_expert(model: SamoeModel, source: str | os.PathLike, **hub) -> int:
         ValueError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
         OSError: if there is no such adapter.
     """
-    check_has_no_domains(model)
+    check_has_no_domains(model.config)
     return append_experts(model, expert_tensors(model, read_lora(source, **hub)))[0]
 
 
