@@ -411,9 +411,7 @@ def encoding_ahead(model: SamoePreTrainedModel, session: InferenceSession) -> It
 
     One frame does not fill a GPU, nor does a small one fill a CPU. A session that caches more frames has its way.
     """
-    is_filled_by_one = (
-        torch.device(session.inference_device).type == "cpu" and model.config.image_size > SMALL_IMAGE_SIZE
-    )
+    on_cpu = torch.device(session.inference_device).type == "cpu"
     cache = session.cache
     before = cache.max_vision_features_cache_size
     if (on_cpu and model.config.image_size > SMALL_IMAGE_SIZE) or before >= FRAMES_AHEAD:
