@@ -18,7 +18,8 @@ from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.batch_rows import BatchRow, batch_rows
 from samoe_hf.model.domain_experts import module_domain, module_layer
-from samoe_hf.model.expert_layer import expert_modules, open_hooks
+from samoe_hf.model.expert_layer import expert_modules
+from samoe_hf.model.expert_router import open_hooks
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
 from samoe_hf.model.weights_io import whole_file

@@ -28,7 +28,8 @@ from samoe_hf.errors import InputError
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
 from samoe_hf.model.batch_rows import BatchRow
 from samoe_hf.model.domain_experts import module_layer
-from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, top_k_gates
+from samoe_hf.model.expert_layer import ExpertMixture, expert_modules
+from samoe_hf.model.expert_router import top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
 from samoe_hf.model.weights_io import updated_folder

@@ -15,7 +15,8 @@ from .batch_rows import BatchRow, use_rows
 from .domain_choice import encoder_has_experts, resolve_clip_domains
 from .domain_experts import keep_domain, use_domain
 from .errors import InputError
-from .expert_layer import RouterCall, expert_modules, load_balancing_loss, recomputable, record_router_logits
+from .expert_layer import expert_modules
+from .expert_router import RouterCall, load_balancing_loss, recomputable, record_router_logits
 from .frame_step import FrameOutput, encode_frames, frame_step
 from .image_features import ImageFeatures
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects

@@ -1,4 +1,4 @@
-"""A mixture of LoRA experts on a linear layer, its router, and the routers' load-balancing loss.
+"""A mixture of LoRA experts on a linear layer.
 
 The method is SAM2-MoE's: `y = W x + b + sum_e g_e(x) * (alpha / r) * B_e A_e x`, where the gates `g` are the softmax
 over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
@@ -6,18 +6,15 @@ over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from .batch_rows import BatchRows, batch_rows
 from .errors import InputError
+from .expert_router import Router, RouterLogits, top_k_gates
 
 # What a layer with experts has beside the base layer's tensors.
 EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
@@ -25,34 +22,6 @@ EXPERT_TENSORS = ("lora_A", "lora_B", "router.weight", "router.bias")
 DOMAIN_GATE = "domain_gate"
 # Where a layer is built whose parameters another one gives it.
 META = torch.device("meta")
-
-
-class Router(nn.Module):
-    """The logits of the experts, a linear function: (..., in_features) -> (..., num_experts).
-
-    It is no `nn.Linear`, so that adapters for all linear layers of a model leave it alone.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_experts: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws weight and bias as `nn.Linear` does."""
-        bound = self.weight.shape[1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight, self.bias)
 
 
 class ExpertMixture(nn.Module):
@@ -94,7 +63,7 @@ class ExpertMixture(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(num_experts, lora_rank, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(num_experts, self.out_features, lora_rank, **factory))
         self.router = Router(self.in_features, num_experts, **factory)
-        self.router_logits = nn.Identity()  # its hooks see what the router puts out, see `record_router_logits`
+        self.router_logits = RouterLogits()
         self.dropout = nn.Dropout(lora_dropout)
         if self.lora_A.device.type != "meta":
             self.reset_experts()
@@ -248,14 +217,6 @@ class ExpertLinear(BaseLinear, ExpertMixture):
         return f"{super().extra_repr()}, {self.describe_experts()}"
 
 
-def top_k_gates(router_logits: Tensor, num_experts_per_tok: int, dim: int = -1) -> Tensor:
-    """Softmax over each token's `num_experts_per_tok` largest logits, zero elsewhere; the experts lie along `dim`."""
-    top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=dim, sorted=False)
-    # A GPU's autocast gives a softmax in float32.
-    weights = top_logits.softmax(dim=dim).to(router_logits.dtype)
-    return torch.zeros_like(router_logits).scatter_(dim, top_experts, weights)
-
-
 def matching_linear_names(model: nn.Module, patterns: str | list[str]) -> list[str]:
     """Names of the linear layers of `model` that `patterns` select, as PEFT selects `target_modules`.
 
@@ -330,92 +291,3 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertMixture]]:
 def is_expert_parameter(name: str) -> bool:
     """Whether a tensor of this name, as in a state dict, is no base model's but of experts, a router or the gate."""
     return name.startswith(f"{DOMAIN_GATE}.") or name.endswith(tuple(f".{tensor}" for tensor in EXPERT_TENSORS))
-
-
-_runs_hooks: ContextVar[bool] = ContextVar("runs_hooks", default=False)
-
-
-@contextmanager
-def open_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """While the context is open, hooks run; then they are removed.
-
-    Compiled functions run uncompiled meanwhile, since compiled code does not run hooks that were registered after it.
-    """
-    handles = list(handles)
-    token = _runs_hooks.set(True)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        _runs_hooks.reset(token)
-        for handle in handles:
-            handle.remove()
-
-
-def recomputable(function: Callable) -> Callable:
-    """`function` for gradient checkpointing: if its compiled parts run uncompiled now, they do in later calls too."""
-    return torch.compiler.set_stance("force_eager")(function) if _runs_hooks.get() else function
-
-
-class RouterCall(NamedTuple):
-    """What a router put out in one call: logits (rows, ..., experts), and what the rows were."""
-
-    logits: Tensor
-    rows: BatchRows
-
-
-@contextmanager
-def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[RouterCall]]]:
-    """Collects, while the context is open, what each router of `model` puts out; see [`open_hooks`].
-
-    Yields:
-        module name -> its calls, in order.
-    """
-    records: dict[str, list[RouterCall]] = {name: [] for name, _ in expert_modules(model)}
-
-    def record(name: str) -> Callable:
-        return lambda _, __, logits: records[name].append(RouterCall(logits, batch_rows()))
-
-    hooks = (module.router_logits.register_forward_hook(record(name)) for name, module in expert_modules(model))
-    with open_hooks(hooks):
-        yield records
-
-
-@contextmanager
-def route_all_to(model: nn.Module, expert: int) -> Iterator[None]:
-    """While the context is open, each token of each layer goes to one expert alone, with a gate of 1."""
-
-    def force(_, __, logits: Tensor) -> Tensor:
-        # float16 holds it, and beside 0 its softmax is 0.
-        forced = torch.full_like(logits, -1e4)
-        forced[..., expert] = 0
-        return forced
-
-    with open_hooks(module.router_logits.register_forward_hook(force) for _, module in expert_modules(model)):
-        yield
-
-
-def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int | Mapping[str, int]) -> Tensor:
-    """The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) in Mixtral's form for top k.
-
-    For each layer `experts * sum_e f_e P_e`, where `f_e` is the share of tokens that choose expert e and `P_e` the mean
-    of its probability over all experts; averaged over the layers, whose experts are not each other's. It is
-    `num_experts_per_tok` when tokens are spread evenly, and grows to the number of experts as they gather on few.
-
-    Args:
-        router_logits: name of each layer -> (tokens, experts).
-        num_experts_per_tok: of all layers, or the name of each -> its own.
-
-    Returns:
-        A scalar; gradients flow through `P_e`.
-    """
-    if not router_logits:
-        raise InputError("`router_logits` is empty: no layer with experts was run.")
-    losses = []
-    for name, logits in router_logits.items():
-        logits = logits.float()
-        k = num_experts_per_tok if isinstance(num_experts_per_tok, int) else num_experts_per_tok[name]
-        chosen = logits.topk(k, dim=-1).indices
-        frequency = torch.zeros_like(logits).scatter(-1, chosen, 1.0).mean(dim=0)
-        losses.append(logits.shape[-1] * (frequency * logits.softmax(dim=-1).mean(dim=0)).sum())
-    return torch.stack(losses).mean()

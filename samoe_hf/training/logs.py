@@ -9,7 +9,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from samoe_hf.model.clip import router_logits_by_clip
-from samoe_hf.model.expert_layer import ExpertMixture, record_router_logits
+from samoe_hf.model.expert_layer import ExpertMixture
+from samoe_hf.model.expert_router import record_router_logits
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 

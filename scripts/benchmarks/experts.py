@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from measure import Measurement, at_least, benchmark_parser, measure, prepare, to_markdown, write_results
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, top_k_gates
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
+from samoe_hf.model.expert_router import top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 

@@ -27,7 +27,8 @@ from samoe_hf.continual.fit_gate import first_visible
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
-from samoe_hf.model.expert_layer import expert_modules, open_hooks, route_all_to
+from samoe_hf.model.expert_layer import expert_modules
+from samoe_hf.model.expert_router import open_hooks, route_all_to
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.model.weights_io import new_folder

@@ -15,7 +15,7 @@ from samoe_hf.analysis.routing import observe_routers, routing_maps
 from samoe_hf.analysis.usage import expert_usage
 from samoe_hf.data import Video, read_video
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.model.expert_layer import top_k_gates
+from samoe_hf.model.expert_router import top_k_gates
 from samoe_hf.model.processing_samoe import build_processor
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"

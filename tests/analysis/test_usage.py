@@ -23,7 +23,8 @@ from samoe_hf.analysis.usage import (
 )
 from samoe_hf.data import SyntheticVideos, Video, to_datasets
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.model.expert_layer import ExpertLinear, top_k_gates
+from samoe_hf.model.expert_layer import ExpertLinear
+from samoe_hf.model.expert_router import top_k_gates
 from samoe_hf.model.processing_samoe import build_processor
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"

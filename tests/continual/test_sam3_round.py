@@ -17,7 +17,8 @@ from samoe_hf.cli import main
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.inference import evaluation_mode
-from samoe_hf.model.expert_layer import is_expert_parameter, route_all_to
+from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.loras import add_expert, export_expert
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from samoe_hf import SamoeModel
 from samoe_hf.model.clip import router_logits_by_clip
-from samoe_hf.model.expert_layer import record_router_logits
+from samoe_hf.model.expert_router import record_router_logits
 from samoe_hf.model.prompt_recipe import PromptRecipe
 
 

@@ -19,7 +19,8 @@ from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS
 from samoe_hf.model.domain_experts import domain_modules, use_domain
-from samoe_hf.model.expert_layer import is_expert_parameter, record_router_logits
+from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.model.expert_router import record_router_logits
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.original.checkpoint import save_original
 from samoe_hf.surgery.domains import add_domain, copy_domain_experts, merge_domains, remove_domain, rename_domain

@@ -11,7 +11,8 @@ from transformers import AutoModel, Sam2VideoConfig, Sam2VideoModel
 from helpers.reference import ROOT, load_reference, track_reference
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.expert_layer import ExpertLinear, is_expert_parameter, load_balancing_loss, record_router_logits
+from samoe_hf.model.expert_layer import ExpertLinear, is_expert_parameter
+from samoe_hf.model.expert_router import load_balancing_loss, record_router_logits
 from samoe_hf.model.processing_samoe import build_processor
 
 CONFIGS = ROOT / "configs"

@@ -13,7 +13,8 @@ from helpers.results import mean_j
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos
-from samoe_hf.model.expert_layer import expert_modules, route_all_to
+from samoe_hf.model.expert_layer import expert_modules
+from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.loras import read_lora
 from samoe_hf.training.arguments import ModelArguments

@@ -9,7 +9,8 @@ from torch import nn
 
 from helpers.reference import attend, load_reference, memory_attention_inputs, run_memory_attention, track_reference
 from samoe_hf import SamoeModel
-from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules, record_router_logits, route_all_to
+from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules
+from samoe_hf.model.expert_router import record_router_logits, route_all_to
 from samoe_hf.model.expert_sleep import ASLEEP, frozen_experts
 from samoe_hf.surgery.experts import (
     freeze_experts,

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from helpers.reference import attend, track_reference
-from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules, route_all_to
+from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules
+from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.expert_sleep import ASLEEP
 from samoe_hf.surgery.loras import add_expert, export_expert, read_lora
 
