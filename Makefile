@@ -8,7 +8,7 @@ TORCH_BACKEND := $(if $(TORCH),--torch-backend=$(TORCH))
 # One thread for each of pytest's processes; more would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint types docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -25,12 +25,19 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
+types: $(VENV)/.installed
+	$(BIN)/basedpyright
+
+# The guides and the API reference, in site/.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache *.egg-info
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -50,4 +57,8 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "Installing the sam2 package, which the slow tests compare with"
 	SAM2_BUILD_CUDA=0 $(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) --no-build-isolation \
 	    -e '.[dev,app,bench]' setuptools
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) -e '.[dev,app,docs]'
 	touch $@
