@@ -18,8 +18,19 @@ from helpers.hub_server import TOKEN, HubServer, Repository
 from helpers.reference import ROOT, load_reference
 from helpers.sam3 import save_combined
 
-GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ON_THE_HUB = {
+    "facebook/sam2.1-hiera-base-plus": "sam2",
+    "facebook/sam3": "sam3",
+    "someone/night-lora": "someones-lora",
+}
+ENTER = """
+import sys
+sys.path.insert(0, tests)
+from helpers.docs_world import enter
+globals().update(enter(folder, guide))
+"""
 # What is not run: the beginning of a line of a shell block -> why.
 NOT_RUN = {
     "make ": "sets up an environment; the continuous integration runs it",
@@ -39,60 +50,22 @@ BEFORE = {
     # The run that is resumed there.
     "training.md": [shlex.join(["samoe", "train", "finetune_mose", *FEWER["train"], "--save_strategy", "epoch"])],
 }
-SETUP = """
-import copy, os, shlex, sys
-import datasets
-import numpy as np
-sys.path.insert(0, tests)
-os.chdir(folder)
-from helpers.docs_world import clip_inputs
-from samoe_hf import SamoeModel, SamoeConfig, VideoSession, SamoeTrainer, load_videos
-from samoe_hf.cli import main
-from samoe_hf.data import read_video
-from samoe_hf.model.processing_samoe import load_processor
-
-def samoe(line):
-    try:
-        main(shlex.split(line)[1:])
-    except SystemExit as stopped:
-        if stopped.code:
-            raise RuntimeError(f"{line}: {stopped.code}") from None
-
-# The test server has no data sets: they are pushed to a folder of the same name, and loaded from there.
-datasets.Dataset.push_to_hub = lambda dataset, repo_id: dataset.save_to_disk(repo_id)
-loaded = SamoeModel.from_pretrained("facebook/sam2.1-hiera-base-plus")
-loaded.wake_experts()
-def reset():
-    return copy.deepcopy(loaded)
-model, other = reset(), reset()
-if guide == "domains.md":
-    rename_domain(other, None, "others")
-processor = load_processor("MODEL", model)
-videos = load_videos("davis", "DAVIS")
-video = videos[0]
-frames = list(read_video("dog.mp4"))
-globals().update(clip_inputs(model))
-"""
 
 
 def statements(guide: Path) -> list[str]:
     """Python of all that is run of a guide, in order; a command is a call of `samoe`."""
     parts = [f"samoe({line!r})" for line in BEFORE.get(guide.name, [])]
     for language, content in BLOCK.findall(guide.read_text()):
-        if language == "python":
-            parts += python_parts(content, guide.name)
+        if language == "python" and guide.name in FRESH:
+            parts += [f"model = reset()\n{ast.unparse(statement)}" for statement in ast.parse(content).body]
+        elif language == "python":
+            parts.append(content)
         elif language in ("", "sh", "bash"):
             parts += [f"samoe({line!r})" for line in commands(content)]
     names = {'"me/': '"tester/', " me/": " tester/", '"base_plus.pt"': '"MODEL"'}
     for name, stand_in in names.items():
         parts = [part.replace(name, stand_in) for part in parts]
     return parts
-
-
-def python_parts(content: str, guide: str) -> list[str]:
-    if guide not in FRESH:
-        return [content]
-    return [f"model = reset()\n{ast.unparse(statement)}" for statement in ast.parse(content).body]
 
 
 def commands(content: str) -> list[str]:
@@ -117,37 +90,23 @@ def commands(content: str) -> list[str]:
 def world(tmp_path_factory):
     """A folder with all that is named, and a process that reads and writes the test server's Hub."""
     folder = tmp_path_factory.mktemp("docs") / "world"
-    model = load_reference("nano").model
-    make_world(folder, model)
+    make_world(folder, load_reference("nano").model)
+    save_combined(folder / "sam3")
     with HubServer() as server:
+        for name, source in ON_THE_HUB.items():
+            repository = server.repositories[name] = Repository()
+            repository.commit({path.name: path.read_bytes() for path in (folder / source).iterdir()})
         client = Client(server.url, folder.parent / "home", TOKEN)
-        client.run(PUSH, folder=folder)
-        server.repositories["facebook/sam2.1-hiera-base-plus"] = server.repositories["tester/base"]
-        save_combined(folder.parent / "sam3")
-        sam3 = server.repositories["facebook/sam3"] = Repository()
-        sam3.commit({path.name: path.read_bytes() for path in (folder.parent / "sam3").iterdir()})
-        server.repositories["someone/night-lora"] = server.repositories["tester/night-lora"]
         yield folder, client
         client.close()
 
 
-PUSH = """
-from huggingface_hub import HfApi
-for name, source in (("base", "sam2"), ("night-lora", "someones-lora")):
-    HfApi().create_repo(f"tester/{name}")
-    HfApi().upload_folder(repo_id=f"tester/{name}", folder_path=f"{folder}/{source}")
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+@pytest.mark.parametrize("guide", [guide for guide in GUIDES if statements(guide)], ids=lambda path: path.name)
 def test_everything_in_it_runs(guide, world, tmp_path):
     folder, client = world
     shutil.copytree(folder, tmp_path / "here")
-    parts = statements(guide)
-    if not parts:
-        return
-    code = "\n".join([SETUP, *parts, "result = None"])
+    code = "\n".join([ENTER, *statements(guide), "result = None"])
     client.run(code, folder=tmp_path / "here", tests=ROOT / "tests", guide=guide.name)
 
 

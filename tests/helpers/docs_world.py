@@ -1,7 +1,11 @@
 """A folder with everything that README and guides name, small: models, data sets, videos, runs, and a Hub."""
 
+import copy
+import os
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,13 +16,15 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 from helpers import layouts
 from helpers.own_videos import save, save_ids
 from helpers.reference import ROOT, reference_folder
-from samoe_hf import SamoeModel
-from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
+from samoe_hf import SamoeConfig, SamoeModel, SamoeTrainer, VideoSession, load_videos
+from samoe_hf.cli import main
+from samoe_hf.data import SyntheticVideos, Video, read_video, write_video
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.processing_samoe import build_processor, load_processor
+from samoe_hf.surgery.domains import rename_domain
 from samoe_hf.surgery.loras import export_expert
 
-SIZE = (600, 800)
+NUM_FRAMES, SIZE = 8, (600, 800)
 RUN = """
 model_name_or_path: BASE
 train_data:
@@ -65,51 +71,46 @@ def _make_models(folder: Path, model: SamoeModel) -> None:
 
 
 def _make_data(folder: Path) -> None:
-    videos = list(SyntheticVideos(4, 8, SIZE, max_objects=2, seed=3))
+    first, second, *_ = videos = list(SyntheticVideos(2, NUM_FRAMES, SIZE, max_objects=2, seed=3))
     for name in ("dog.mp4", "heart.mp4"):
-        write_video(folder / name, videos[0].frames, fps=8)
-    for root in (folder / "DAVIS", folder / "data" / "DAVIS"):
-        _make_davis(root, dict(zip(("bear", "camel"), videos, strict=False)))
-    for root in (
-        folder / "CT",
-        folder / "data" / "CT",
-        folder / "data/ct_lesions/train",
-        folder / "data/ct_lesions/val",
-    ):
-        layouts.make_npz(root)
+        write_video(folder / name, first.frames, fps=8)
+    for name in ("CT", "data/CT", "data/ct_lesions/train", "data/ct_lesions/val"):
+        layouts.make_npz(folder / name)
     layouts.make_nifti(folder / "Task06_Lung")
     layouts.make_sa_v_val(folder / "SA-V")
-    for t in range(8):
-        for number in range(1, 6):
-            sequence = folder / f"data/OCID-dataset/ARID20/seq{number:02d}"
-            save(sequence / f"rgb/{t}.png", videos[0].frames[t])
-            save_ids(sequence / f"label/{t}.png", videos[0], 0)
-        save(folder / f"data/MOSE/train/JPEGImages/dog/{t:05d}.jpg", videos[0].frames[t])
-        save_ids(folder / f"data/MOSE/train/Annotations/dog/{t:05d}.png", videos[0], t)
-    for split, video in zip(("train", "val"), videos, strict=False):
-        for t in range(8):
-            save(folder / f"my_videos/{split}/dog/frames/{t:05d}.jpg", video.frames[t])
-            save_ids(folder / f"my_videos/{split}/dog/masks/{t:05d}.png", video, t)
-            save(folder / f"my_videos/rig/camera/left/{t}.jpg", video.frames[t])
-            for i, mask in enumerate(video.masks(t)):
-                save(folder / f"my_videos/rig/outlines/{i}/{t}.png", np.where(mask, 255, 0).astype(np.uint8))
-    _make_columns(folder / "someone" / "surgery", videos[0])
-    _make_clips(folder, videos[1])
-    for t in range(8):
-        for name in ("bear", "camel"):
-            (folder / "MASKS" / name).mkdir(parents=True, exist_ok=True)
-            write_palette_png(folder / "MASKS" / name / f"{t:05d}.png", np.eye(*SIZE, dtype=np.uint8))
-
-
-def _make_clips(folder: Path, video: Video) -> None:
-    """Videos without masks, and the prompts that a guide shows."""
-    (folder / "clips" / "day").mkdir(parents=True)
-    write_video(folder / "clips/day/0001.mp4", video.frames, fps=8)
-    for t in range(8):
-        save(folder / f"clips/night/a/{t}.jpg", video.frames[t])
-    save(folder / "drawn/a_5.png", np.where(video.masks(5)[0], 255, 0).astype(np.uint8))
+    for root in (folder / "DAVIS", folder / "data/DAVIS"):
+        for name, video in zip(("bear", "camel"), videos, strict=True):
+            _save(video, root / "JPEGImages/480p" / name, root / "Annotations/480p" / name)
+        for split in ("2016/train", "2016/val", "2017/train", "2017/val"):
+            path = root / f"ImageSets/{split}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("bear\ncamel")
+    _save(first, folder / "data/MOSE/train/JPEGImages/dog", folder / "data/MOSE/train/Annotations/dog")
+    for number in range(1, 6):
+        sequence = folder / f"data/OCID-dataset/ARID20/seq{number:02d}"
+        _save(first, sequence / "rgb", sequence / "label", ".png")
+    for split, video in zip(("train", "val"), videos, strict=True):
+        _save(video, folder / f"my_videos/{split}/dog/frames", folder / f"my_videos/{split}/dog/masks")
+    for name in ("bear", "camel"):
+        _save(first, folder / "unused", folder / "MASKS" / name)
+    for t in range(NUM_FRAMES):
+        save(folder / f"my_videos/rig/camera/left/{t}.jpg", second.frames[t])
+        for i, mask in enumerate(second.masks(t)):
+            save(folder / f"my_videos/rig/outlines/{i}/{t}.png", np.where(mask, 255, 0).astype(np.uint8))
+    _make_columns(folder / "someone/surgery", first)
+    # Videos without masks, and the prompts that a guide shows.
+    (folder / "clips/day").mkdir(parents=True)
+    write_video(folder / "clips/day/0001.mp4", second.frames, fps=8)
+    _save(second, folder / "clips/night/a", folder / "unused")
+    save(folder / "drawn/a_5.png", np.where(second.masks(5)[0], 255, 0).astype(np.uint8))
     guide = (ROOT / "docs" / "labelling.md").read_text()
     (folder / "prompts.json").write_text(guide.split("```json\n")[1].split("```")[0])
+
+
+def _save(video: Video, frames: Path, masks: Path, suffix: str = ".jpg") -> None:
+    for t, frame in enumerate(video.frames):
+        save(frames / f"{t:05d}{suffix}", frame)
+        save_ids(masks / f"{t:05d}.png", video, t)
 
 
 def _make_columns(folder: Path, video: Video) -> None:
@@ -122,21 +123,48 @@ def _make_columns(folder: Path, video: Video) -> None:
     datasets.Dataset.from_dict(row, features=features).save_to_disk(folder)
 
 
-def _make_davis(root: Path, videos: dict) -> None:
-    for name, video in videos.items():
-        for t in range(len(video)):
-            save(root / f"JPEGImages/480p/{name}/{t:05d}.jpg", video.frames[t])
-            save_ids(root / f"Annotations/480p/{name}/{t:05d}.png", video, t)
-    for year in ("2016", "2017"):
-        for split in ("train", "val"):
-            path = root / "ImageSets" / year / f"{split}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(videos))
+def enter(folder: str, guide: str) -> dict[str, Any]:
+    """Goes into a folder that [`make_world`] filled, and gives what the snippets of a guide name without defining it.
 
-
-def clip_inputs(model: SamoeModel) -> dict[str, torch.Tensor]:
-    """Arguments of a forward pass: one clip of two frames with one object."""
+    It changes its process: the working folder, and where datasets are pushed. The test server has no datasets, so they
+    are saved to a folder of the same name, and loaded from there.
+    """
+    os.chdir(folder)
+    datasets.Dataset.push_to_hub = lambda dataset, repo_id: dataset.save_to_disk(repo_id)
+    loaded = SamoeModel.from_pretrained("facebook/sam2.1-hiera-base-plus")
+    loaded.wake_experts()
+    model, other = copy.deepcopy(loaded), copy.deepcopy(loaded)
+    if guide == "domains.md":
+        rename_domain(other, None, "others")
     side = model.config.image_size
     labels = torch.zeros(1, 1, 2, side, side, dtype=torch.bool)
     labels[..., 20:60, 20:60] = True
-    return {"pixel_values": torch.rand(1, 2, 3, side, side), "labels": labels, "object_mask": torch.ones(1, 1).bool()}
+    videos = load_videos("davis", "DAVIS")
+    return {
+        "np": np,
+        "SamoeModel": SamoeModel,
+        "SamoeConfig": SamoeConfig,
+        "SamoeTrainer": SamoeTrainer,
+        "VideoSession": VideoSession,
+        "load_videos": load_videos,
+        "samoe": samoe,
+        "reset": lambda: copy.deepcopy(loaded),
+        "model": model,
+        "other": other,
+        "processor": load_processor("MODEL", model),
+        "videos": videos,
+        "video": videos[0],
+        "frames": list(read_video("dog.mp4")),
+        "pixel_values": torch.rand(1, 2, 3, side, side),
+        "labels": labels,
+        "object_mask": torch.ones(1, 1).bool(),
+    }
+
+
+def samoe(line: str) -> None:
+    """Runs a command in this process."""
+    try:
+        main(shlex.split(line)[1:])
+    except SystemExit as stopped:
+        if stopped.code:
+            raise RuntimeError(f"{line}: {stopped.code}") from None
