@@ -37,9 +37,8 @@ def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[BatchRow
     Compiled parts of the model run uncompiled meanwhile.
 
     Args:
-        observe: is called with the module's name, the frame and object of each row, and router logits
-            (rows, tokens, experts), whenever the module runs in tracking. Where it runs once for all objects, there is
-            one row, with None as its object.
+        observe: is called with the module's name, what each row belongs to, and router logits (rows, tokens, experts),
+            whenever the module runs. Where it runs once for all objects, there is one row, with None as its object.
     """
 
     def hook(name: str) -> Callable:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
@@ -22,7 +21,6 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from samoe_hf.data.hub_datasets import videos_from_dataset
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
@@ -49,6 +47,10 @@ class Source(NamedTuple):
     domain: str
     video_id: str
     object_id: int | None
+
+
+By = Literal["module", "domain", "object"]
+KEYS = {"module": (), "domain": ("domain",), "object": Source._fields}
 
 
 @dataclass
@@ -163,21 +165,15 @@ class ExpertUsage:
         """Names of the videos' domains, in the order in which they came."""
         return list(dict.fromkeys(source.domain for sources in self.sums.values() for source in sources))
 
-    def total(self, module: str, domain: str | None = None) -> RouterSums | None:
-        """Sums over all tokens of a module, or those of a domain; None where it has none."""
-        parts = [sums for source, sums in self.sums[module].items() if domain in (None, source.domain)]
-        return functools.reduce(operator.add, parts) if parts else None
+    def totals(self, module: str, by: By = "module") -> dict[tuple, RouterSums]:
+        """Sums over all tokens of a module under the key (), of each domain under (domain,), or of each [`Source`]."""
+        groups: dict[tuple, RouterSums] = {}
+        for source, sums in self.sums[module].items():
+            key = source[: len(KEYS[by])]
+            groups[key] = groups[key] + sums if key in groups else sums
+        return groups
 
-    def domain_usage(self, module: str) -> dict[str, np.ndarray]:
-        """Mean gates (experts,) in each domain that the module ran in."""
-        totals = {domain: self.total(module, domain) for domain in self.domains}
-        return {domain: total.mean_gates for domain, total in totals.items() if total is not None}
-
-    def coactivation(self, module: str) -> np.ndarray:
-        """Share of all tokens of a module that choose both experts (experts, experts)."""
-        return functools.reduce(operator.add, self.sums[module].values()).coactivation
-
-    def to_pandas(self, by: str = "domain") -> pd.DataFrame:
+    def to_pandas(self, by: By = "domain") -> pd.DataFrame:
         """Usage as a table with one row for each expert of each module.
 
         Args:
@@ -188,23 +184,18 @@ class ExpertUsage:
             `video_id` and `object_id` (by object; no id where the module runs once for all objects), `expert`,
             `tokens`, `mean_gate` and `selection_frequency`.
         """
-        columns = {"module": [], "domain": ["domain"], "object": list(Source._fields)}.get(by)
-        if columns is None:
+        if by not in KEYS:
             raise InputError(f"`by` must be 'module', 'domain' or 'object', got {by!r}.")
         rows = []
-        for module, sources in self.sums.items():
-            groups: dict[tuple, RouterSums] = {}
-            for source, sums in sources.items():
-                key = source[: len(columns)]
-                groups[key] = groups[key] + sums if key in groups else sums
-            for key, sums in groups.items():
-                place = {"module": module, "projection": module.rpartition(".")[2]}
-                place |= dict(zip(columns, key, strict=True))
+        for module in self.modules:
+            place = {"module": module, "projection": module.rpartition(".")[2]}
+            for key, sums in self.totals(module, by).items():
+                source = dict(zip(KEYS[by], key, strict=True))
                 for expert, (gate, chosen) in enumerate(zip(sums.mean_gates, sums.frequency, strict=True)):
                     figures = {"tokens": sums.tokens, "mean_gate": gate, "selection_frequency": chosen}
-                    rows.append({**place, "expert": expert, **figures})
+                    rows.append({**place, **source, "expert": expert, **figures})
         table = pd.DataFrame(rows)
-        return table.astype({"object_id": "Int64"}) if "object_id" in columns else table
+        return table.astype({"object_id": "Int64"}) if by == "object" else table
 
     def statistics(self, domain: str | None = None, dead_share: float = DEAD_SHARE) -> pd.DataFrame:
         """Figures of each module, over all tokens or those of a domain.
@@ -228,10 +219,11 @@ class ExpertUsage:
             raise InputError(f"`dead_share` must be from 0 to 1, got {dead_share!r}.")
         rows = {}
         for module in self.modules:
-            total = self.total(module, domain)
-            if total is None:
+            totals = self.totals(module, "domain")
+            totals = totals if domain is None else {key: sums for key, sums in totals.items() if key == (domain,)}
+            if not totals:
                 continue
-            usage = self.domain_usage(module) if domain is None else {domain: total.mean_gates}
+            total = functools.reduce(operator.add, totals.values())
             frequency = total.frequency
             similarity = pd.Series(self.similarity[module][~np.eye(len(frequency), dtype=bool)])
             rows[module] = {
@@ -240,7 +232,7 @@ class ExpertUsage:
                 "router_entropy": total.router_entropy,
                 "load_cv": float(frequency.std() / frequency.mean()),
                 "load_max": float(frequency.max() / frequency.mean()),
-                "domain_information": mutual_information(np.stack(list(usage.values()))),
+                "domain_information": mutual_information(np.stack([sums.mean_gates for sums in totals.values()])),
                 "mean_similarity": float(similarity.mean()),  # without NaN
                 "dead_experts": np.flatnonzero((frequency < dead_share) | (frequency == 0)).tolist(),
             }
@@ -257,24 +249,48 @@ class ExpertUsage:
                 - "coactivation": share of the tokens that choose both of two experts;
                 - "similarity": cosine similarity of the updates B A of two experts.
         """
+        if kind not in PLOTS:
+            raise InputError(f"`kind` must be one of {', '.join(PLOTS)}, got {kind!r}.")
         names = {module: short_name(module) for module in self.modules}
-        match kind:
-            case "usage_bars" | "usage_heat_maps" | "domains":
-                usage = {names[module]: self.domain_usage(module) for module in self.modules}
-                if kind == "domains":
-                    return plots.plot_domains(usage, self.statistics()["domain_information"].to_numpy())
-                return plots.plot_usage_bars(usage) if kind == "usage_bars" else plots.plot_usage_heat_maps(usage)
-            case "objects":
-                layers = image_modules(self.modules)
-                module = next((m for m in self.modules if layers and module_layer(m) == layers[-1]), self.modules[-1])
-                names_of_objects = [" ".join(str(x) for x in s if x is not None) for s in self.sums[module]]
-                gates = [sums.mean_gates for sums in self.sums[module].values()]
-                return plots.plot_objects(names_of_objects, gates, names[module], MAX_OBJECTS)
-            case "coactivation":
-                return plots.plot_coactivation({n: self.coactivation(m) for m, n in names.items()})
-            case "similarity":
-                return plots.plot_similarity({n: self.similarity[m] for m, n in names.items()})
-        raise InputError(f"`kind` must be one of {', '.join(PLOTS)}, got {kind!r}.")
+        if kind == "objects":
+            layers = image_modules(self.modules)
+            module = next((m for m in self.modules if layers and module_layer(m) == layers[-1]), self.modules[-1])
+            objects = [" ".join(str(part) for part in source if part is not None) for source in self.sums[module]]
+            gates = np.stack([sums.mean_gates for sums in self.sums[module].values()][:MAX_OBJECTS])
+            title = f"Weight of each expert by object\n(domain, video, object) in {names[module]}"
+            title += f"; {len(objects) - MAX_OBJECTS} more not shown" if len(objects) > MAX_OBJECTS else ""
+            return plots.plot_heat_maps({"": gates}, objects[:MAX_OBJECTS], _weight_label(gates), title)
+        if kind == "coactivation":
+            title = "Experts that are chosen together (the diagonal is left out)"
+            chosen = {names[module]: self.totals(module)[()].coactivation for module in self.modules}
+            chosen = {name: np.where(np.eye(len(matrix)) == 1, np.nan, matrix) for name, matrix in chosen.items()}
+            return plots.plot_matrices(chosen, "share of tokens that choose both", title)
+        if kind == "similarity":
+            title = "Similarity of what experts add to their layer (grey: an expert without effect)"
+            similarity = {names[module]: self.similarity[module] for module in self.modules}
+            return plots.plot_matrices(similarity, "cosine similarity of B A", title, diverging=True)
+        title = "Weight that routers give to each expert"
+        usage = {
+            names[module]: {domain: sums.mean_gates for (domain,), sums in self.totals(module, "domain").items()}
+            for module in self.modules
+        }
+        if kind == "usage_bars":
+            return plots.plot_bars(usage, "mean gate weight", f"{title}, by domain")
+        tables = plots.tables_by_domain(usage)
+        stacked = np.stack(list(tables.values()))
+        if kind == "usage_heat_maps":
+            return plots.plot_heat_maps(tables, list(usage), _weight_label(stacked), title)
+        # Not `nanmean`, which warns of experts that a layer does not have.
+        mean = np.ma.masked_invalid(stacked).mean(axis=0).filled(np.nan)
+        information = self.statistics()["domain_information"].to_numpy()
+        return plots.plot_heat_maps(
+            {domain: table - mean for domain, table in tables.items()},
+            list(usage),
+            "mean gate weight minus its mean over domains",
+            "Experts that a domain uses more, or less, than the others do",
+            diverging=True,
+            bars=("domain information\n(bits)", information, np.log2(max(2, len(tables)))),
+        )
 
     def save(self, folder: str | Path, dead_share: float = DEAD_SHARE) -> list[Path]:
         """Writes tables, figures and pictures into a folder, which is made if it does not exist; all of them or none.
@@ -295,7 +311,7 @@ class ExpertUsage:
             "dead_share": dead_share,
             "modules": _to_json(self.statistics(None, dead_share)),
             "modules_by_domain": {domain: _to_json(self.statistics(domain, dead_share)) for domain in self.domains},
-            "coactivation": {module: self.coactivation(module).tolist() for module in self.modules},
+            "coactivation": {module: self.totals(module)[()].coactivation.tolist() for module in self.modules},
             "similarity": {m: _to_json(pd.DataFrame(self.similarity[m]), "values") for m in self.modules},
         }
         tables = {"usage.csv": self.to_pandas(), "usage_by_object.csv": self.to_pandas("object")}
@@ -311,6 +327,10 @@ class ExpertUsage:
 PLOTS = ("usage_bars", "usage_heat_maps", "objects", "coactivation", "similarity", "domains")
 
 
+def _weight_label(gates: np.ndarray) -> str:
+    return f"mean gate weight (even use: {1 / gates.shape[-1]:.2f})"
+
+
 def _to_json(table: pd.DataFrame, orient: Literal["index", "values"] = "index") -> Any:
     """A table as JSON has it, with None for NaN."""
     text = table.to_json(orient=orient, double_precision=15)
@@ -320,7 +340,7 @@ def _to_json(table: pd.DataFrame, orient: Literal["index", "values"] = "index") 
 
 def expert_usage(
     model: SamoeModel,
-    dataset: Iterable[Video] | datasets.Dataset | datasets.IterableDataset,
+    videos: Iterable[Video],
     processor: VideoProcessor | None = None,
     show_progress_bar: bool = True,
 ) -> ExpertUsage:
@@ -331,18 +351,14 @@ def expert_usage(
 
     Args:
         model: is left as it was.
-        dataset: videos, such as a list or what `samoe_hf.data.load_videos` opens, or a dataset made by `to_datasets`.
+        videos: such as a list, or what `samoe_hf.data.load_videos` opens.
         processor: that of the model; by default the one that fits its configuration.
 
     Raises:
-        ValueError: for a dataset that holds anything but videos, or where no router ran.
+        ValueError: if something else than a video is among them, or no router ran.
     """
     processor = processor or build_processor(model.config)
     modules = dict(expert_modules(model))
-    if isinstance(dataset, Video):
-        raise InputError("`dataset` must be several videos, got one; put it into a list.")
-    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        dataset = videos_from_dataset(dataset)
     sums: dict[str, dict[Source, RouterSums]] = {name: {} for name in modules}
     counted_frames: set[tuple[str, int]] = set()  # of one video, by modules that run once for all objects
 
@@ -357,16 +373,16 @@ def expert_usage(
             sums[name][source] = sums[name][source] + part if source in sums[name] else part
 
     with observe_routers(model, add):
-        for video in tqdm(dataset, desc="experts", disable=not show_progress_bar):
+        for video in tqdm(videos, desc="experts", disable=not show_progress_bar):
             if not isinstance(video, Video):
-                raise InputError(f"`dataset` must hold samoe_hf.data.Video, got a {type(video).__name__}.")
+                raise InputError(f"`videos` must hold samoe_hf.data.Video, got a {type(video).__name__}.")
             counted_frames.clear()
             for _ in SimulatedUser(model, processor, video, PromptStrategy("mask")).track():
                 pass
     sums = {name: sources for name, sources in sums.items() if sources}
     if not sums:
         raise InputError(
-            "No router ran: the model has no experts, or the videos of `dataset` have no objects, no frames after the "
+            "No router ran: the model has no experts, or the `videos` have no objects, no frames after the "
             "prompted ones, or belong to no domain of the model."
         )
     return ExpertUsage(sums, {name: expert_similarity(modules[name]) for name in sums})

@@ -1,13 +1,11 @@
-"""Geometry of masks: overlaps and boundaries of label maps, surfaces of volumes, and points that lie near others.
-
-Points are numbers ("keys"), each the sum of its coordinates times strides that keep rows and masks apart.
-"""
+"""Geometry of masks: overlaps and boundaries of label maps, surfaces of volumes, and points that lie near others."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.spatial import KDTree
 
 
 def bounding_box(occupied: np.ndarray, margin: int) -> tuple[slice, ...] | None:
@@ -40,18 +38,15 @@ def _block_edges(labels: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _boundary_keys(labels: np.ndarray, edges: np.ndarray, origin: int, strides: Sequence[int]) -> np.ndarray:
-    """Sorted keys of the boundary pixels of all labels, as DAVIS' `seg2bmap` draws them.
-
-    A key is `origin` plus (label - 1, y, x) times `strides`.
-    """
+def _boundary_points(labels: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Boundary pixels of all labels as DAVIS' `seg2bmap` draws them, (P, 3): label - 1, y and x."""
     y, x = np.divmod(np.flatnonzero(edges), labels.shape[1])
     lower, right = np.minimum(y + 1, labels.shape[0] - 1), np.minimum(x + 1, labels.shape[1] - 1)
     # A label has its boundary in every such block that it takes part in, once however many corners it has.
     corners = np.sort([labels[y, x], labels[y, right], labels[lower, x], labels[lower, right]], axis=0)
     new = np.diff(corners, axis=0, prepend=np.zeros_like(corners[:1])) != 0
-    keys = origin + (corners.astype(np.int64) - 1) * strides[0] + y * strides[1] + x * strides[2]
-    return np.sort(keys[new])
+    pixel = np.nonzero(new)[1]
+    return np.stack([corners[new].astype(np.intp) - 1, y[pixel], x[pixel]], axis=1)
 
 
 def _band(labels: np.ndarray, edges: np.ndarray, width: int) -> np.ndarray:
@@ -69,72 +64,54 @@ def _band(labels: np.ndarray, edges: np.ndarray, width: int) -> np.ndarray:
 
 
 def compare_labels(
-    prediction: np.ndarray, target: np.ndarray, num_labels: int, band_width: int, origin: int, strides: Sequence[int]
+    prediction: np.ndarray, target: np.ndarray, num_labels: int, band_width: int
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Compares two maps (H, W) of the labels 0..K.
 
     Returns:
-        Overlaps of the regions, and of the bands inside their boundaries (2, 3, K); and the boundary keys of prediction
-        and target.
+        Overlaps of the regions, and of the bands inside their boundaries (2, 3, K); and the boundary points of
+        prediction and target, (P, 3) each: label - 1, y and x.
     """
     edges = _block_edges(prediction), _block_edges(target)
     bands = _band(prediction, edges[0], band_width), _band(target, edges[1], band_width)
-    keys = (
-        _boundary_keys(prediction, edges[0], origin, strides),
-        _boundary_keys(target, edges[1], origin, strides),
-    )
-    overlaps = [_overlaps(prediction, target, num_labels), _overlaps(bands[0], bands[1], num_labels)]
-    return np.stack(overlaps), keys
+    overlaps = np.stack([_overlaps(prediction, target, num_labels), _overlaps(*bands, num_labels)])
+    return overlaps, (_boundary_points(prediction, edges[0]), _boundary_points(target, edges[1]))
 
 
-def ball_runs(radius: float, spacing: Sequence[float], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Offsets of keys within `radius` as runs along the last axis, (shift, half length), the nearest runs first."""
-    slack = 1 + 1e-9  # a distance equal to the radius is within it, whatever the rounding
-    reaches = [math.floor(radius * slack / step) for step in spacing[:-1]]
-    runs = []
-    for offset in itertools.product(*(range(-reach, reach + 1) for reach in reaches)):
-        squared = sum((o * step) ** 2 for o, step in zip(offset, spacing, strict=False))
-        if squared <= (radius * slack) ** 2:
-            half = math.floor(math.sqrt((radius * slack) ** 2 - squared) / spacing[-1])
-            runs.append((squared, sum(o * stride for o, stride in zip(offset, strides, strict=False)), half))
-    return [(shift, half) for _, shift, half in sorted(runs)]
+def f_measure(prediction: np.ndarray, target: np.ndarray, radius: int, num_masks: int) -> np.ndarray:
+    """F of every mask (num_masks,) from the boundary points of all, (P, 3): number of the mask, y and x."""
+    # A point as one number, with gaps that keep the ends of rows from the next row's start, and masks apart.
+    height, width = (1 + radius + max(prediction[:, i].max(initial=0), target[:, i].max(initial=0)) for i in (1, 2))
+    keys = [np.sort((points[:, 0] * height + points[:, 1]) * width + points[:, 2]) for points in (prediction, target)]
+
+    def share_matched(keys: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        owner = keys // (height * width)
+        count = np.bincount(owner, minlength=num_masks)
+        matched = np.bincount(owner[_near(keys, others, radius, width)], minlength=num_masks)
+        return matched / np.maximum(count, 1), count == 0
+
+    precision, no_prediction = share_matched(*keys)
+    recall, no_target = share_matched(*keys[::-1])
+    total = precision + recall
+    return np.where(no_prediction & no_target, 1.0, 2 * precision * recall / np.where(total > 0, total, 1))
 
 
-def near_points(keys: np.ndarray, others: np.ndarray, runs: list[tuple[int, int]]) -> np.ndarray:
-    """Which keys have one of `others` (sorted) within the ball, bool.
+def _near(keys: np.ndarray, others: np.ndarray, radius: int, width: int) -> np.ndarray:
+    """Which points have one of `others` within a disk, bool; points are numbers `y * width + x`, `others` ascending.
 
-    This is what dilating the others by the ball and looking up the keys would give, but it touches boundary points
-    alone, and most of them find a partner in the first runs.
-
-    Args:
-        runs: of the ball, see [`ball_runs`].
+    Of the disk's rows the nearest come first, in which most points find a partner.
     """
     near = np.zeros(len(keys), dtype=bool)
     left = np.arange(len(keys) if len(others) else 0)
-    for shift, half in runs:
-        if not left.size:
-            break
-        low = keys[left] + (shift - half)
-        gap = others.take(np.searchsorted(others, low), mode="clip") - low
-        hit = (gap >= 0) & (gap <= 2 * half)
+    for row in sorted(range(-radius, radius + 1), key=abs):
+        half = math.isqrt(radius**2 - row**2)
+        start = keys[left] + row * width - half
+        following = np.searchsorted(others, start)
+        found = others.take(following, mode="clip") - start
+        hit = (found >= 0) & (found <= 2 * half)
         near[left[hit]] = True
         left = left[~hit]
     return near
-
-
-def f_measure(prediction: np.ndarray, target: np.ndarray, runs: list, mask_stride: int, num_masks: int) -> np.ndarray:
-    """F of every mask (num_masks,) from the boundary keys of all."""
-
-    def share_matched(keys: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        owner = keys // mask_stride
-        count = np.bincount(owner, minlength=num_masks)
-        matched = np.bincount(owner[near_points(keys, others, runs)], minlength=num_masks)
-        return matched / np.maximum(count, 1), count == 0
-
-    precision, no_prediction = share_matched(prediction, target)
-    recall, no_target = share_matched(target, prediction)
-    total = precision + recall
-    return np.where(no_prediction & no_target, 1.0, 2 * precision * recall / np.where(total > 0, total, 1))
 
 
 def surface_points(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -158,13 +135,11 @@ def volume_surface_dice(
     prediction: np.ndarray, target: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> float:
     """Surface Dice of one object's masks (D, H, W) that have any voxels, see [`metrics.surface_dice`]."""
-    rows, columns = (
-        size + 2 + math.ceil(tolerance / step) for size, step in zip(target.shape[1:], spacing[1:], strict=True)
-    )
-    strides = (rows * columns, columns, 1)
-    runs = ball_runs(tolerance, spacing, strides)
     surfaces = [surface_points(mask, spacing) for mask in (prediction, target)]
-    keys = [points @ np.array(strides) for points, _ in surfaces]
-    near = [near_points(keys[0], keys[1], runs), near_points(keys[1], keys[0], runs)]
-    areas = [area for _, area in surfaces]
-    return float(sum(area[n].sum() for area, n in zip(areas, near, strict=True)) / sum(area.sum() for area in areas))
+    bound = tolerance * (1 + 1e-9) + 1e-12  # a distance equal to the tolerance is within it, whatever the rounding
+    near = 0.0
+    for (points, area), (others, _) in itertools.permutations(surfaces):
+        if len(others):
+            distance, _ = KDTree(others * spacing).query(points * spacing, distance_upper_bound=bound)
+            near += area[np.isfinite(distance)].sum()
+    return float(near / sum(area.sum() for _, area in surfaces))

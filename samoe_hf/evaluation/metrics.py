@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from samoe_hf.data.layouts import Protocol
 from samoe_hf.errors import InputError
 
-from .geometry import ball_runs, bounding_box, compare_labels, f_measure, volume_surface_dice
+from .geometry import bounding_box, compare_labels, f_measure, volume_surface_dice
 
 F_DISTANCE = 0.008  # of the image diagonal: how far apart boundaries may lie (DAVIS)
 BOUNDARY_IOU_DISTANCE = 0.02  # of the image diagonal: width of the band inside a mask (Cheng et al., 2021)
@@ -173,24 +173,19 @@ def score_video(
     num_labels = 1 if target.ndim == 4 else len(ids)
     radius = math.ceil(F_DISTANCE * math.hypot(height, width))
     band_width = max(1, round(BOUNDARY_IOU_DISTANCE * math.hypot(height, width)))
-    # Gaps of `radius` in the keys keep row ends from being near the next row's start, and masks apart.
-    strides = ((height + radius) * (width + radius), width + radius, 1)
 
     overlaps = np.zeros((2, 3, math.prod(table)), dtype=np.int64)
-    keys = [(np.zeros(0, dtype=np.int64),) * 2]
+    points = [(np.zeros((0, 3), dtype=np.intp),) * 2]
     for index, pair in enumerate(zip(_label_maps(prediction, ids), _label_maps(target, ids), strict=True)):
         box = bounding_box(pair[0] | pair[1], margin=1)  # the margin holds the boundary above and left of a mask
         if box is not None:
-            first = index * num_labels
-            origin = first * strides[0] + box[0].start * strides[1] + box[1].start
-            overlaps[..., first : first + num_labels], new = compare_labels(
-                pair[0][box], pair[1][box], num_labels, band_width, origin, strides
-            )
-            keys.append(new)
+            first = np.array((index * num_labels, 0, 0))
+            found, (predicted, annotated) = compare_labels(pair[0][box], pair[1][box], num_labels, band_width)
+            overlaps[..., first[0] : first[0] + num_labels] = found
+            points.append((predicted + first, annotated + first))
 
-    predicted, annotated = (np.concatenate(side) for side in zip(*keys, strict=True))
-    runs = ball_runs(radius, (1, 1), strides[1:])
-    f = f_measure(predicted, annotated, runs, strides[0], math.prod(table)).reshape(table)
+    predicted, annotated = (np.concatenate(side) for side in zip(*points, strict=True))
+    f = f_measure(predicted, annotated, radius, math.prod(table)).reshape(table)
     region, band = overlaps.reshape(2, 3, *table)
     boundary_iou = _ratio(band[0], band[1] + band[2] - band[0])
     return VideoScores(ids, region[0], region[1], region[2], f, boundary_iou, logits)

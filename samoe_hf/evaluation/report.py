@@ -29,9 +29,9 @@ PROMPTS = {
 NO_NUMBER = "–"
 
 
-def format_number(value: float | None, digits: int = 3) -> str:
-    """A figure for a table; a dash for what is not a number."""
-    return NO_NUMBER if value is None or value != value else f"{round(value, digits) + 0.0:.{digits}f}"
+def format_number(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """A figure for a table, with a `sign` of "+" also above 0; a dash for what is not a number."""
+    return NO_NUMBER if value is None or value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def format_table(
@@ -73,7 +73,7 @@ def comparison_table(comparison: Mapping[str, Any], markdown: bool = False) -> s
     """The differences of two models with their intervals."""
     rows = []
     for name, entry in comparison["metrics"].items():
-        difference, low, high = (_signed(entry[key]) for key in ("difference", "low", "high"))
+        difference, low, high = (format_number(entry[key], sign="+") for key in ("difference", "low", "high"))
         rows.append([METRICS[name].title, difference, low if low == NO_NUMBER else f"{low} … {high}"])
     return format_table(["metric", "difference", "95 % interval"], rows, markdown)
 
@@ -92,10 +92,6 @@ def _with_std(about: Mapping[str, Any], name: str) -> str:
     value = format_number(about["summary"].get(name))
     std = (about["std"] or {}).get(name)
     return value if value == NO_NUMBER or std is None else f"{value} ± {format_number(std)}"
-
-
-def _signed(value: float | None) -> str:
-    return NO_NUMBER if value is None else f"{round(value, 3) + 0.0:+.3f}"
 
 
 def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> Path:
@@ -248,7 +244,15 @@ def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in sorted(objects, key=lambda row: -1 if row["J&F_mean"] is None else -row["J&F_mean"])
     ]
-    heading = ["video", "domain", "object", "first frame", "frames counted", "size", *_titles(names)]
+    heading = [
+        "video",
+        "domain",
+        "object",
+        "first frame",
+        "frames counted",
+        "size",
+        *(METRICS[name].title for name in names),
+    ]
     return format_table(heading, rows, markdown=True) + "\n\nSize: the true mask's mean share of the image."
 
 

@@ -187,37 +187,26 @@ class Evaluation:
         """
         model = SamoeModel.from_pretrained(source, **options)
         model.to(state.device)
-        processor = load_processor(source, model)
-        about = describe_model(model, source)
+        processor, about = load_processor(source, model), describe_model(model, source)
         identity = {
             "model": about,
             "config": model.config.to_diff_dict(),
             "processor": json.loads(processor.video_processor.to_json_string()),
             "prompt": str(self.prompt),
         }
-        run = self._start(label, identity, state, overwrite)
+        run = self._folder(label, identity)
 
         def evaluate(video: Video, seed: int | None) -> VideoResult:
-            files = run.masks(video, seed, self.layout)
+            files, tolerance = run.masks(video, seed, self.layout), self.surface_tolerance
+            own_seed = FIRST_SEED if seed is None else seed
             return evaluate_video(
-                model,
-                processor,
-                video,
-                self.prompt,
-                FIRST_SEED if seed is None else seed,
-                overlapping=files.overlapping,
-                surface_tolerance=self.surface_tolerance,
-                write=files.write,
+                model, processor, video, self.prompt, own_seed, files.overlapping, tolerance, files.write
             )
-
-        self._evaluate_rest(run, label, self.seeds, evaluate, state)
-        if not state.is_main_process:
-            return None
 
         def shown(video: Video) -> tuple[MaskFiles, Sequence[int]]:
             return run.masks(video, self.seeds[0], self.layout), range(len(video))
 
-        return self._entry(run, label, about, self.seeds, shown)
+        return self._run(run, about, self.seeds, evaluate, shown, state, overwrite)
 
     def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
         """Scores masks that were written before, always anew.
@@ -235,7 +224,6 @@ class Evaluation:
         source = folder.resolve()
         if source.is_relative_to((self.output / "runs" / label).resolve()):
             raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
-        run = self._start(label, {"predictions": str(source)}, state, overwrite=True)
 
         def find_files(video: Video) -> MaskFiles:
             return MaskFiles(folder / video.domain if (folder / video.domain).is_dir() else folder, self.layout)
@@ -243,10 +231,11 @@ class Evaluation:
         def evaluate(video: Video, _: int | None) -> VideoResult:
             return evaluate_masks(video, find_files(video), self.surface_tolerance)
 
-        self._evaluate_rest(run, label, [None], evaluate, state)
-        if not state.is_main_process:
-            return None
-        return self._entry(run, label, {"source": str(source)}, [None], lambda v: (find_files(v), v.annotated_frames))
+        def shown(video: Video) -> tuple[MaskFiles, Sequence[int]]:
+            return find_files(video), video.annotated_frames
+
+        run, about = self._folder(label, {"predictions": str(source)}), {"source": str(source)}
+        return self._run(run, about, [None], evaluate, shown, state, overwrite=True)
 
     def results(self, models: Sequence[Mapping[str, Any]], state: PartialState) -> dict[str, Any]:
         """What `results.json` holds of these entries; all but the first are compared with the first.
@@ -280,26 +269,35 @@ class Evaluation:
         }
         return json.loads(to_json(results))
 
-    def _start(self, label: str, identity: dict[str, Any], state: PartialState, overwrite: bool) -> EvaluationRun:
+    def _folder(self, label: str, identity: dict[str, Any]) -> EvaluationRun:
         common = {"dataset": self.dataset, "layout": self.layout, "surface_tolerance": self.surface_tolerance}
-        run = EvaluationRun(self.output / "runs" / label, identity | common)
+        return EvaluationRun(self.output / "runs" / label, identity | common)
+
+    def _run(
+        self,
+        run: EvaluationRun,
+        about: Mapping[str, Any],
+        seeds: Sequence[int | None],
+        evaluate: Callable[[Video, int | None], VideoResult],
+        shown: Callable[[Video], tuple[MaskFiles, Sequence[int]]],
+        state: PartialState,
+        overwrite: bool,
+    ) -> dict[str, Any] | None:
+        """Evaluates this process' share of the videos without a result, and waits for the other processes.
+
+        Args:
+            shown: gives a video's masks, and the frames to draw.
+
+        Returns:
+            The entry of the finished runs in the results, with pictures of the best and worst objects of the first;
+            None in processes other than the main one.
+        """
         if state.is_main_process:
             run.start(overwrite)
         state.wait_for_everyone()
-        return run
-
-    def _evaluate_rest(
-        self,
-        run: EvaluationRun,
-        label: str,
-        seeds: Sequence[int | None],
-        evaluate: Callable[[Video, int | None], VideoResult],
-        state: PartialState,
-    ) -> None:
-        """Evaluates the unfinished videos of this process' share, and waits for the other processes."""
         own = [self.videos[i] for i in range(state.process_index, len(self.videos), state.num_processes)]
         unfinished = [(video, seed) for seed in seeds for video in run.unfinished(own, seed)]
-        total = len(own) * len(seeds)
+        total, label = len(own) * len(seeds), run.folder.name
         if len(unfinished) < total and state.is_main_process:
             print(f"{label}: {total - len(unfinished)} of {total} results are there already")
         num_frames = sum(len(video) for video, _ in unfinished)
@@ -310,20 +308,8 @@ class Evaluation:
                 evaluate(video, seed).save(run.scores_path(video, seed))
                 progress.update(len(video))
         state.wait_for_everyone()
-
-    def _entry(
-        self,
-        run: EvaluationRun,
-        label: str,
-        about: Mapping[str, Any],
-        seeds: Sequence[int | None],
-        shown: Callable[[Video], tuple[MaskFiles, Sequence[int]]],
-    ) -> dict[str, Any]:
-        """The entry of finished runs in the results, and pictures of the best and worst objects of the first.
-
-        Args:
-            shown: gives a video's masks, and the frames to draw.
-        """
+        if not state.is_main_process:
+            return None
         runs = {seed: run.load(self.videos, seed) for seed in seeds}
         first = {result.key: (video, result) for video, result in zip(self.videos, runs[seeds[0]], strict=True)}
         highlights = choose_highlights(combine_runs({None: runs[seeds[0]]}, self.protocol)["objects"])

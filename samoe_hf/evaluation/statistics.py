@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from samoe_hf.errors import InputError
 
@@ -141,20 +142,19 @@ def _speed(results: Sequence[VideoResult]) -> dict[str, float]:
 
 def _over_time(results: Sequence[VideoResult], num_runs: int) -> dict[str, list[float]]:
     """J by the number of frames since the object's first: mean and quartiles over objects, and how many there are."""
-    frames, js = [np.zeros(0, dtype=int)], [np.zeros(0)]
-    for result in results:
-        for column, first in enumerate((result.scores.target_area > 0).argmax(axis=0)):
-            frames.append(np.array(result.frames[first + 1 :], dtype=int) - result.frames[first])
-            js.append(result.scores.j[first + 1 :, column])
-    order = np.argsort(after := np.concatenate(frames), kind="stable")
-    unique, starts = np.unique(after[order], return_index=True)
-    groups = np.split(np.concatenate(js)[order], starts[1:]) if unique.size else []
+    table = [
+        (frame - result.frames[first], result.scores.j[row, column])
+        for result in results
+        for column, first in enumerate((result.scores.target_area > 0).argmax(axis=0))
+        for row, frame in enumerate(result.frames[first + 1 :], first + 1)
+    ]
+    by_frame = pd.DataFrame(table, columns=["frame", "j"], dtype=float).groupby("frame").j
     return {
-        "frames": unique.tolist(),
-        "mean": [float(group.mean()) for group in groups],
-        "lower_quartile": [float(np.quantile(group, 0.25)) for group in groups],
-        "upper_quartile": [float(np.quantile(group, 0.75)) for group in groups],
-        "objects": [float(group.size // num_runs) for group in groups],
+        "frames": [int(frame) for frame in by_frame.groups],
+        "mean": by_frame.mean().tolist(),
+        "lower_quartile": by_frame.quantile(0.25).tolist(),
+        "upper_quartile": by_frame.quantile(0.75).tolist(),
+        "objects": [float(count // num_runs) for count in by_frame.size()],
     }
 
 

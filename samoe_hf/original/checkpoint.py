@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Sam2VideoModel
 
 from samoe_hf.errors import InputError
+from samoe_hf.model.base import SAM2, base_of
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.expert_layer import matching_linear_names
@@ -28,7 +29,6 @@ from .config import (
     DEFAULT_CONFIG,
     META_TRUNKS,
     build_config,
-    check_base,
     complete_settings,
     get_setting,
     meta_settings,
@@ -185,8 +185,7 @@ def _build(config: SamoeConfig, with_experts: bool, source: str) -> Sam2VideoMod
 def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
     """Raises a `ValueError` unless these are exactly the original's tensors of a model of this configuration."""
     model = state_dict_to_original(_build(config, has_experts, source).state_dict())
-    expected = {without_base_layer(name): tensor for name, tensor in model.items()}
-    found = {without_base_layer(name): tensor for name, tensor in tensors.items()}
+    expected, found = ({without_base_layer(n): t for n, t in named.items()} for named in (model, tensors))
     problems = find_mismatches(found, expected)
     problems["of another shape"] = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
@@ -221,7 +220,11 @@ def save_original(
         ValueError: if the base is not SAM 2, the original has no place for some of the experts, among them those of
             domains, or the tensors do not fit the configuration.
     """
-    check_base(config)
+    if base_of(config) is not SAM2:
+        raise InputError(
+            f"The model's base is {base_of(config).title}, whose image encoder `sam2` and SAM2-MoE do not have; "
+            "expected a model on SAM 2."
+        )
     if config.domains is not None:
         raise InputError(
             "SAM2-MoE has one mixture of experts for all videos, and no gate that chooses a domain's: a model with "

@@ -16,7 +16,6 @@ import yaml
 from yaml.composer import ComposerError
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.base import SAM2, base_of
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.weights_io import write_text
 
@@ -284,7 +283,16 @@ def projections_of(attentions: Iterable[str]) -> str:
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """All settings in the original's YAML: place in SamoeConfig -> value. Those of experts only if it has experts."""
+    """All settings in the original's YAML: place in SamoeConfig -> value. Those of experts only if it has experts.
+
+    It is read as data, and what `_target_` names is never used. Dynamic multimask via stability and binarized masks of
+    clicked frames, which the original switches on when it builds its video predictor, are on unless the YAML says
+    otherwise.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InputError: if it is not YAML, of another architecture, or has a setting that SamoeModel cannot express.
+    """
     document = _read_document(path)
     found: dict[str, tuple[Any, str]] = {}
     try:
@@ -298,19 +306,6 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     return settings
-
-
-def config_from_yaml(path: str | os.PathLike) -> SamoeConfig:
-    """Configuration that the original's YAML describes; it is read as data, and what `_target_` names is never used.
-
-    Dynamic multimask via stability and binarized masks of clicked frames, which the original switches on when it
-    builds its video predictor, are on unless the YAML says otherwise.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not YAML, of another architecture, or has a setting that SamoeModel cannot express.
-    """
-    return build_config(read_settings(path))
 
 
 def _write_section(section: Section, config: SamoeConfig, targets: Mapping[str, str], name: str) -> dict[str, Any]:
@@ -333,22 +328,8 @@ def _write_section(section: Section, config: SamoeConfig, targets: Mapping[str, 
     return result
 
 
-def check_base(config: SamoeConfig) -> None:
-    """Raises a `ValueError` for a model whose base the original has not."""
-    if base_of(config) is not SAM2:
-        raise InputError(
-            f"The model's base is {base_of(config).title}, whose image encoder `sam2` and SAM2-MoE do not have; "
-            "expected a model on SAM 2."
-        )
-
-
 def write_yaml(config: SamoeConfig, attentions: Iterable[str], path: Path) -> None:
-    """Writes the original's YAML, with experts in the named attentions.
-
-    Raises:
-        ValueError: for another base than SAM 2.
-    """
-    check_base(config)
+    """Writes the original's YAML of a model on SAM 2, with experts in the named attentions."""
     targets = {ATTENTIONS[name]: MOE_ATTENTION for name in attentions}
     targets["model"] = PREDICTOR if config.fill_hole_area else BASE
     document = {"model": _write_section(ORIGINAL, config, targets, "model")}

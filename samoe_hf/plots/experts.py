@@ -29,59 +29,7 @@ PANEL_HEIGHT = 264  # least height of a frame in a strip, in pixels
 Usage = Mapping[str, Mapping[str, np.ndarray]]
 
 
-def plot_usage_bars(usage: Usage) -> Figure:
-    """Bars: mean gate weight of each expert, a panel for each layer, domains beside each other."""
-    return plot_bars(usage, "mean gate weight", "Weight that routers give to each expert, by domain")
-
-
-def plot_usage_heat_maps(usage: Usage) -> Figure:
-    """Heat maps, layers x experts: mean gate weight, domains beside each other."""
-    tables = _tables_by_domain(usage)
-    return plot_heat_maps(tables, list(usage), _weight_label(tables), "Weight that routers give to each expert")
-
-
-def plot_domains(usage: Usage, information: np.ndarray) -> Figure:
-    """Heat maps, layers x experts: by how much a domain's weights differ from the mean over all domains.
-
-    Args:
-        information: mutual information of domain and expert in bits (layers,), drawn at the right.
-    """
-    tables = _tables_by_domain(usage)
-    # Not `nanmean`, which warns of experts that a layer does not have.
-    stacked = np.ma.masked_invalid(np.stack(list(tables.values())))
-    mean = stacked.mean(axis=0).filled(np.nan)
-    return plot_heat_maps(
-        {domain: table - mean for domain, table in tables.items()},
-        list(usage),
-        "mean gate weight minus its mean over domains",
-        "Experts that a domain uses more, or less, than the others do",
-        diverging=True,
-        bars=("domain information\n(bits)", information, np.log2(max(2, len(tables)))),
-    )
-
-
-def plot_objects(names: Sequence[str], gates: Sequence[np.ndarray], layer: str, max_objects: int) -> Figure:
-    """Heat map, objects x experts: mean gate weights (experts,) of the first `max_objects` objects in a layer."""
-    title = f"Weight of each expert by object\n(domain, video, object) in {layer}"
-    title += f"; {len(names) - max_objects} more not shown" if len(names) > max_objects else ""
-    tables = {"": np.stack(gates[:max_objects])}
-    return plot_heat_maps(tables, names[:max_objects], _weight_label(tables), title)
-
-
-def plot_coactivation(matrices: Mapping[str, np.ndarray]) -> Figure:
-    """Matrices by layer (experts, experts): share of the tokens that choose both."""
-    without_diagonal = {layer: np.where(np.eye(len(matrix)) == 1, np.nan, matrix) for layer, matrix in matrices.items()}
-    title = "Experts that are chosen together (the diagonal is left out)"
-    return plot_matrices(without_diagonal, "share of tokens that choose both", title)
-
-
-def plot_similarity(matrices: Mapping[str, np.ndarray]) -> Figure:
-    """Matrices by layer (experts, experts): cosine similarity of the updates B A."""
-    title = "Similarity of what experts add to their layer (grey: an expert without effect)"
-    return plot_matrices(matrices, "cosine similarity of B A", title, diverging=True)
-
-
-def _tables_by_domain(usage: Usage) -> dict[str, np.ndarray]:
+def tables_by_domain(usage: Usage) -> dict[str, np.ndarray]:
     """Domain -> mean gates (layers, experts), NaN where a layer did not run or has fewer experts."""
     num_experts = max(len(gates) for layer in usage.values() for gates in layer.values())
     tables = {domain: np.full((len(usage), num_experts), np.nan) for layer in usage.values() for domain in layer}
@@ -89,10 +37,6 @@ def _tables_by_domain(usage: Usage) -> dict[str, np.ndarray]:
         for domain, gates in layer.items():
             tables[domain][row, : len(gates)] = gates
     return tables
-
-
-def _weight_label(tables: Mapping[str, np.ndarray]) -> str:
-    return f"mean gate weight (even use: {1 / next(iter(tables.values())).shape[1]:.2f})"
 
 
 @plain_text

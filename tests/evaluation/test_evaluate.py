@@ -46,17 +46,11 @@ def test_frames_are_scored_one_by_one_as_the_video_is_as_a_whole():
     assert 0 < result.scores.surface_dice.min() < result.scores.surface_dice.max() < 1
     assert written == [(video, t, predicted[t].sum()) for t in range(5)]
     assert result.frames == [0, 1, 2, 3, 4] and result.image_area == 24 * 32 and result.num_frames == 5
-
-
-def test_only_annotated_frames_are_scored():
-    full = random_video()
-    masks = np.stack([full.masks(t) for t in (0, 2, 3)])
-    video = Video("sparse", full.frames, MaskArrays(masks, [2, 300], frames=[0, 2, 3]))
-    predictions = perturbed(full)
-    result = score_predictions(video, predictions)
+    masks = target[[0, 2, 3]]
+    sparse = Video("sparse", video.frames, MaskArrays(masks, [2, 300], frames=[0, 2, 3]))
+    result = score_predictions(sparse, predictions)
     assert result.frames == [0, 2, 3] and result.scores.surface_dice is None
-    expected = score_video(np.stack([predictions[t].masks for t in (0, 2, 3)]), masks)
-    np.testing.assert_array_equal(result.scores.j, expected.j)
+    np.testing.assert_array_equal(result.scores.j, score_video(predicted[[0, 2, 3]], masks).j)
 
 
 def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
@@ -86,26 +80,19 @@ def test_equal_ids_in_two_domains_are_two_videos(nano, processor):
         results_by_key([results["a/v"], results["a/v"]])
 
 
-def test_videos_of_one_frame_or_without_objects_are_scored(nano, processor):
+def test_videos_of_one_frame_or_without_objects_are_scored_and_others_refused(nano, processor):
     one = SyntheticVideos(1, 1, (96, 128), seed=3)[0]
-    result = evaluate_video(nano.model, processor, one, "clicks:2@3:offline")
-    assert result.scores.j.shape == (1, len(one.object_ids))
-    frames = np.zeros((2, 32, 32, 3), np.uint8)
-    none = Video("empty", ArrayFrames(frames), MaskArrays(np.zeros((2, 0, 32, 32), bool), []), spacing=(1, 1, 2))
-    result = evaluate_video(nano.model, processor, none)
-    assert result.scores.j.shape == (2, 0) and result.scores.surface_dice.shape == (0,)
-    without = Video("bare", ArrayFrames(frames), MaskArrays(np.zeros((0, 1, 32, 32), bool), [1], frames=[]))
-    with pytest.raises(ValueError, match="bare: no frame is annotated"):
-        evaluate_video(nano.model, processor, without)
-
-
-def test_evaluating_leaves_the_mode_of_the_model_also_after_an_error(nano, processor, video):
-    unannotated = Video("bare", video.frames, MaskArrays(np.zeros((0, 1, 96, 128), bool), [1], frames=[]))
+    assert evaluate_video(nano.model, processor, one, "clicks:2@3:offline").scores.j.shape == (1, len(one.object_ids))
+    frames = ArrayFrames(np.zeros((2, 32, 32, 3), np.uint8))
+    none = Video("empty", frames, MaskArrays(np.zeros((2, 0, 32, 32), bool), []), spacing=(1, 1, 2))
+    scores = evaluate_video(nano.model, processor, none).scores
+    assert scores.j.shape == (2, 0) and scores.surface_dice.shape == (0,)
+    bare = Video("bare", frames, MaskArrays(np.zeros((0, 1, 32, 32), bool), [1], frames=[]))
     nano.model.train()
     nano.model.vision_encoder.eval()
     try:
         with pytest.raises(ValueError, match="bare: no frame is annotated"):
-            evaluate_videos(nano.model, processor, [unannotated], show_progress_bar=False)
+            evaluate_videos(nano.model, processor, [bare], show_progress_bar=False)
         assert nano.model.training and not nano.model.vision_encoder.training
     finally:
         nano.model.eval()
@@ -113,21 +100,15 @@ def test_evaluating_leaves_the_mode_of_the_model_also_after_an_error(nano, proce
 
 def test_results_are_read_as_they_were_written(tmp_path):
     video = random_video(spacing=(0.5, 0.75, 5.0), domain="ct")
-    result = score_predictions(video, perturbed(video))
-    result.prompts = [
-        {"object_id": 2, "frame_idx": 0, "points": [(3.0, 4.0)], "labels": [1], "box": None, "mask": False}
-    ]
-    path = tmp_path / "a" / "b.npz"
-    result.save(path)
-    assert [file.name for file in path.parent.iterdir()] == ["b.npz"]
-    read = VideoResult.load(path)
+    given = {"object_id": 2, "frame_idx": 0, "points": [[3.0, 4.0]], "labels": [1], "box": None, "mask": False}
+    result = replace(score_predictions(video, perturbed(video)), prompts=[given], seconds=math.nan)
+    result.save(tmp_path / "a" / "b.npz")
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.npz"]
+    read = VideoResult.load(tmp_path / "a" / "b.npz")
     assert_same_scores(read.scores, result.scores)
     np.testing.assert_array_equal(read.scores.surface_dice, result.scores.surface_dice)
-    assert read.key == "ct/video 0" and read.frames == result.frames and read.seconds == result.seconds
-    assert read.prompts[0]["points"] == [[3.0, 4.0]]
-    result.seconds = math.nan
-    result.save(path)
-    assert math.isnan(VideoResult.load(path).seconds)
+    assert read.key == "ct/video 0" and read.frames == result.frames and read.prompts == [given]
+    assert math.isnan(read.seconds)
 
 
 # --- Masks that were written before

@@ -19,10 +19,6 @@ DAVIS_FIGURES = SHARED / "reference" / "metrics"
 NAMES = ("j", "f", "dice", "boundary_iou")
 
 
-def masks_from_ids(id_maps, object_ids):
-    return id_maps[:, None] == np.reshape(object_ids, (1, -1, 1, 1))
-
-
 # --- Straightforward scores of one pair of masks, on whole frames
 
 
@@ -45,26 +41,6 @@ def boundary(mask):
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
 
-def simple_f(prediction, target):
-    offsets = disk(math.ceil(0.008 * math.hypot(*target.shape)))
-    prediction, target = boundary(prediction), boundary(target)
-    if not prediction.any() or not target.any():
-        return float(prediction.any() == target.any())
-    precision = (prediction & dilate(target, offsets)).sum() / prediction.sum()
-    recall = (target & dilate(prediction, offsets)).sum() / target.sum()
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def simple_iou(prediction, target):
-    union = (prediction | target).sum()
-    return (prediction & target).sum() / union if union else 1.0
-
-
-def simple_dice(prediction, target):
-    total = prediction.sum() + target.sum()
-    return 2 * (prediction & target).sum() / total if total else 1.0
-
-
 def band(mask):
     width = max(1, round(0.02 * math.hypot(*mask.shape)))
     square = list(itertools.product(range(-width, width + 1), repeat=2))
@@ -72,18 +48,29 @@ def band(mask):
     return mask & dilate(outside, square)[width:-width, width:-width]
 
 
-def simple_boundary_iou(prediction, target):
-    return simple_iou(band(prediction), band(target))
+def simple_scores(prediction, target):
+    """J, F, Dice and boundary IoU of one pair of masks."""
+    both, union, total = (prediction & target).sum(), (prediction | target).sum(), prediction.sum() + target.sum()
+    bands = band(prediction), band(target)
+    band_union = (bands[0] | bands[1]).sum()
+    offsets, edges = disk(math.ceil(0.008 * math.hypot(*target.shape))), (boundary(prediction), boundary(target))
+    if edges[0].any() and edges[1].any():
+        precision = (edges[0] & dilate(edges[1], offsets)).sum() / edges[0].sum()
+        recall = (edges[1] & dilate(edges[0], offsets)).sum() / edges[1].sum()
+        f = 2 * precision * recall / max(precision + recall, 1e-12)
+    else:
+        f = float(edges[0].any() == edges[1].any())
+    shares = (both, union), (2 * both, total), ((bands[0] & bands[1]).sum(), band_union)
+    j, dice, boundary_iou = (part / whole if whole else 1.0 for part, whole in shares)
+    return j, f, dice, boundary_iou
 
 
-SIMPLE = {"j": simple_iou, "f": simple_f, "dice": simple_dice, "boundary_iou": simple_boundary_iou}
-
-
-def loop(name, prediction, target):
-    """A score of masks (T, N, H, W), one pair at a time."""
-    return np.array(
-        [[SIMPLE[name](p, t) for p, t in zip(*frame, strict=True)] for frame in zip(prediction, target, strict=True)]
-    )
+def assert_scores_of_pairs(scores, prediction, target):
+    """Compares with the scores of masks (T, N, H, W), one pair at a time."""
+    pairs = zip(prediction.reshape(-1, *target.shape[2:]), target.reshape(-1, *target.shape[2:]), strict=True)
+    expected = np.array([simple_scores(*pair) for pair in pairs]).T.reshape(4, *target.shape[:2])
+    for name, values in zip(NAMES, expected, strict=True):
+        np.testing.assert_allclose(getattr(scores, name), values, rtol=0, atol=1e-12, err_msg=name)
 
 
 # --- Videos to score
@@ -146,9 +133,8 @@ def test_id_maps_agree_with_loop(shape):
     prediction[2:] = target[2:]
     prediction[2:, 1::7] = 0  # thin cuts: many boundaries that differ a little
     scores = metrics.score_video(prediction, target, object_ids=(1, 2, 3, 4))
-    masks = [masks_from_ids(video, scores.object_ids) for video in (prediction, target)]
-    for name in NAMES:
-        np.testing.assert_allclose(getattr(scores, name), loop(name, *masks), rtol=0, atol=1e-12, err_msg=name)
+    masks = (video[:, None] == np.reshape(scores.object_ids, (1, -1, 1, 1)) for video in (prediction, target))
+    assert_scores_of_pairs(scores, *masks)
 
 
 def test_overlapping_masks_agree_with_loop():
@@ -159,16 +145,7 @@ def test_overlapping_masks_agree_with_loop():
     prediction, target = np.concatenate([noise, blobs, np.ones((2, 3, 1, 40, 50), dtype=bool)], axis=2)
     scores = metrics.score_video(torch.from_numpy(prediction), torch.from_numpy(target))
     assert scores.object_ids == (1, 2, 3, 4, 5)
-    for name in NAMES:
-        np.testing.assert_allclose(getattr(scores, name), loop(name, prediction, target), rtol=0, atol=1e-12)
-
-
-def test_id_maps_and_masks_agree():
-    prediction, target = (ellipses(5, 3, 40, 60, seed=seed) for seed in (0, 1))
-    by_id = metrics.score_video(torch.from_numpy(prediction), target.astype(np.int64), object_ids=(3, 1))
-    by_mask = metrics.score_video(*(masks_from_ids(video, (3, 1)) for video in (prediction, target)), (3, 1))
-    for name in NAMES:
-        np.testing.assert_array_equal(getattr(by_id, name), getattr(by_mask, name))
+    assert_scores_of_pairs(scores, prediction, target)
 
 
 @pytest.mark.slow
@@ -185,29 +162,25 @@ def test_speed():
 # --- Edge cases of one video
 
 
-def test_empty_masks():
-    prediction, target = squares(None, HERE, None), squares(None, None, HERE)
-    scores = metrics.score_video(prediction, target)
+def test_masks_on_one_side_score_0_and_on_neither_1():
+    scores = metrics.score_video(squares(None, HERE, None), squares(None, None, HERE))
     for name in (*NAMES, "jf"):
         assert getattr(scores, name).ravel().tolist() == [1, 0, 0], name
+    none = metrics.score_video(squares(None, None, None), squares(None, None, None))
+    assert none.object_ids == () and none.j.shape == (3, 0)
+    summary = metrics.summarize({"empty": none})
+    assert summary["num_objects"] == 0
+    assert all(math.isnan(summary[name]) for name in ("J_mean", "PQ", "AP", "pixel_iou"))
 
 
-def test_no_object_at_all():
-    empty = squares(None, None, None)
-    scores = metrics.score_video(empty, empty)
-    assert scores.object_ids == () and scores.j.shape == (3, 0)
-    summary = metrics.summarize({"empty": scores})
-    assert summary["num_objects"] == 0 and all(
-        math.isnan(summary[name]) for name in ("J_mean", "PQ", "AP", "pixel_iou")
-    )
-
-
-def test_object_vanishes_and_returns():
-    target = squares(HERE, HERE, None, None, HERE, HERE)
-    prediction = squares(HERE, HERE, None, FAR, None, HERE)
-    scores = metrics.score_video(prediction, target)
-    for name in NAMES:
-        assert getattr(scores, name).ravel().tolist() == [1, 1, 1, 0, 0, 1], name
+@pytest.mark.parametrize("protocol", ["davis", "sav"])
+def test_videos_of_two_frames_do_not_count(protocol):
+    short = metrics.score_video(squares(HERE, HERE), squares(HERE, HERE))
+    long = metrics.score_video(squares(HERE, HERE, HERE), squares(FAR, FAR, FAR))
+    summary = metrics.summarize({"short": short, "long": long}, protocol)
+    assert summary["num_videos"] == 1 and summary["J_mean"] == 0
+    assert math.isnan(metrics.score_objects({"short": short}, protocol)[0]["J_decay"])
+    assert metrics.summarize({"short": short}, "all")["J&F_mean"] == 1
 
 
 def test_ids_that_skip():
@@ -223,20 +196,6 @@ def test_ids_that_skip():
     assert metrics.score_video(*many).object_ids == (900, 60000)
     negative = np.where(target == 3, 3, -1)  # background, as 0 is
     assert metrics.score_video(negative, negative).object_ids == (3,)
-
-
-@pytest.mark.parametrize("num_frames", [1, 2])
-def test_videos_without_a_counted_frame(num_frames):
-    video = squares(*[HERE] * num_frames)
-    scores = metrics.score_video(video, video)
-    assert scores.j.shape == (num_frames, 1) and scores.f.min() == 1
-    for protocol in ("davis", "sav"):
-        summary = metrics.summarize(
-            {"short": scores, "long": metrics.score_video(squares(*[HERE] * 3), squares(*[FAR] * 3))}, protocol
-        )
-        assert summary["num_videos"] == 1 and summary["J_mean"] == 0
-        assert math.isnan(metrics.score_objects({"short": scores}, protocol)[0]["J_decay"])
-    assert metrics.summarize({"short": scores}, "all")["J&F_mean"] == 1
 
 
 @pytest.mark.parametrize(
@@ -299,11 +258,8 @@ def test_protocols(protocol):
     counted = metrics.counted_frames(scores, protocol)
     assert np.flatnonzero(counted[:, 0]).tolist() == PROTOCOL_FRAMES[protocol]
     assert counted[:, 1].any() == (protocol in ("davis", "all"))
-
-
-def test_unknown_protocol_is_refused():
     with pytest.raises(ValueError, match="'mose'; known are davis, sav, youtube_vos, all"):
-        metrics.counted_frames(video_scores([1.0]), "mose")
+        metrics.counted_frames(scores, "mose")
 
 
 def test_occlusion_accuracy():

@@ -56,16 +56,18 @@ def test_another_evaluation_in_the_same_folder_is_refused_by_what_differs(tmp_pa
     with pytest.raises(ValueError, match=r"`prompt` is 'mask', not 'box'.*--overwrite"):
         other.start()
     assert json.loads((tmp_path / "run.json").read_text()) == identity and not run.unfinished([video], None)
+    for damaged in ("{", "[1]", "3"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"run\.json does not say what was done.*--overwrite"):
+            other.start()
     other.start(overwrite=True)
     assert other.unfinished([video], None) == [video] and not (tmp_path / "masks").exists()
-
-
-def test_folders_of_other_things_are_left_alone(tmp_path):
+    (tmp_path / "run.json").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="is not empty, and not the folder of an evaluation"):
-            EvaluationRun(tmp_path, {}).start(overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+            other.start(overwrite)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize("video_id, domain", [("../../../x", "a"), ("/x", "a"), ("x", ".."), ("..", "a")])
@@ -110,39 +112,26 @@ def test_results_that_are_damaged_or_of_another_video_are_named(tmp_path):
     first.write_bytes(second.read_bytes())
     with pytest.raises(ValueError, match=r"video 0\.npz holds the result of a/video 1, not of a/video 0"):
         run.load(videos, None)
-    for damaged in (content[:100], b"", b"PK", content[:-300] + bytes(300)):
+    np.savez(first, described=json.dumps({"video_id": "video 0"}), object_ids=[1])
+    for damaged in (first.read_bytes(), content[:100], b"", b"PK", content[:-300] + bytes(300)):
         first.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"video 0\.npz holds no result of this version"):
             run.load(videos, None)
-    np.savez(first, described=json.dumps({"video_id": "video 0"}), object_ids=[1])
-    with pytest.raises(ValueError, match=r"video 0\.npz holds no result of this version"):
-        run.load(videos, None)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "3"])
-def test_a_damaged_description_of_a_run_is_named(tmp_path, text):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json does not say what was done.*--overwrite"):
-        EvaluationRun(tmp_path, {"prompt": "mask"}).start()
-    EvaluationRun(tmp_path, {"prompt": "mask"}).start(overwrite=True)
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_tracked(tmp_path):
     video, prompt = random_video(0, domain="a"), PromptStrategy("mask")
     bare = Video("bare", video.frames, MaskArrays(np.zeros((0, 1, 24, 32), bool), [1], frames=[]))
-    for arguments, message in [
-        (([], {}, tmp_path, prompt), "no videos"),
-        (([video, bare], {}, tmp_path, prompt), "bare: no frame is annotated"),
+    groups = r"`groups` has none for the objects \[\('video 0', 300\)\]"
+    for videos, options, message in [
+        ([], {}, "no videos"),
+        ([video, bare], {}, "bare: no frame is annotated"),
+        ([video, random_video(0, domain="b"), video], {}, "Two videos are called a/video 0"),
+        ([video], {"groups": {("video 0", 2): "seen"}}, groups),
+        *(([video], {"surface_tolerance": x}, "must be a length in mm") for x in (-1, math.nan, math.inf)),
     ]:
         with pytest.raises(ValueError, match=message):
-            Evaluation(*arguments)
-    with pytest.raises(ValueError, match="Two videos are called a/video 0"):
-        Evaluation([video, random_video(0, domain="b"), video], {}, tmp_path, prompt)
-    with pytest.raises(ValueError, match=r"`groups` has none for the objects \[\('video 0', 300\)\]"):
-        Evaluation([video], {}, tmp_path, prompt, groups={("video 0", 2): "seen"})
-    for tolerance in (-1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="`surface_tolerance` must be a length in mm"):
-            Evaluation([video], {}, tmp_path, prompt, surface_tolerance=tolerance)
+            Evaluation(videos, {}, tmp_path, prompt, **options)
 
 
 def test_masks_that_lie_where_their_results_go_are_not_overwritten(tmp_path):

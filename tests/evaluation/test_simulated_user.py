@@ -56,27 +56,10 @@ def test_clicks_are_on_the_point_farthest_from_the_border_of_the_largest_error()
         assert label == (depth[0][0] > depth[1][0]) and point in depth[1 - label][1]
         labels.add(label)
     assert labels == {0, 1}
-
-
-def test_clicks_reckon_with_the_borders_of_the_image():
     mask = np.zeros((20, 30), dtype=bool)
     mask[:, :11] = True  # the left third, which goes on beyond the image for all one can see
     assert click_on_error(mask, np.zeros_like(mask)) == ((5.0, 5.0), 1)
     assert click_on_error(np.zeros_like(mask), mask) == ((5.0, 5.0), 0)
-    assert click_on_error(mask, mask) is None
-
-
-def test_points_are_drawn_evenly_and_without_repetition():
-    mask = np.zeros((6, 9), dtype=bool)
-    mask[2:4, 3:8] = True
-    counts = np.zeros(mask.shape)
-    for seed in range(200):
-        points = sample_points(mask, 4, np.random.default_rng(seed))
-        assert len(set(points)) == 4
-        for x, y in points:
-            counts[int(y), int(x)] += 1
-    assert not counts[~mask].any() and (abs(counts[mask] - 80) < 35).all()
-    assert len(sample_points(mask, 50, np.random.default_rng(0))) == 10
 
 
 class ScriptedModel:
@@ -152,14 +135,12 @@ def test_objects_are_prompted_on_the_first_frame_that_shows_them(prompt):
 
 
 def test_drawn_points_depend_on_the_seed_and_the_object_alone():
-    video, later = squares(4), squares(6)
+    def points(video, seed):
+        return {given.object_id: given.points for given in track(video, "point:3", truth(video), seed)[0].given}
 
-    def points(video, prompt, seed):
-        return {given.object_id: given.points for given in track(video, prompt, truth(video), seed)[0].given}
-
-    assert points(video, "point:3", 42) == points(later, "point:3", 42)
-    assert points(video, "point:3", 42) != points(video, "point:3", 1042)
-    assert len(points(video, "point:3", 42)[7]) == 3
+    first = points(squares(4), 42)
+    assert len(set(first[7])) == 3 and first == points(squares(6), 42) != points(squares(4), 1042)
+    assert len(sample_points(squares(4).masks(0, [3])[0], 500, np.random.default_rng(0))) == 16 * 16
 
 
 def test_clicks_follow_the_error_until_nothing_is_wrong():
@@ -219,13 +200,25 @@ def test_offline_the_user_corrects_the_worst_frame_of_each_pass():
     assert not frames[1].masks[1].any()  # object 7 stays unknown before its first frame in every pass
 
 
-def test_a_pixel_belongs_to_one_object_unless_objects_may_overlap():
-    video = squares(3)
-    everything = np.ones((32, 48), dtype=bool)
-    _, frames = track(video, "mask", lambda t, i, given: everything)
-    assert frames[2].masks.sum() == everything.size
-    _, frames = track(video, "mask", lambda t, i, given: everything, overlapping=True)
-    assert frames[2].masks.all()
+def test_objects_that_need_no_more_clicks_are_left_alone():
+    """Another call on the frame would track it anew, without the click."""
+    video, clicks = squares(4), {3: 2, 7: 1}
+    user, frames = track(
+        video, "clicks:3@2", lambda t, i, given: video.masks(t, [i])[0] & (t != 3 or len(given) >= clicks[i])
+    )
+    assert frames[3].masks.any(axis=(1, 2)).all()
+    assert [given.object_id for given in user.given if given.frame_idx == 3] == [3, 7, 3]
+    assert user.model.calls.count(3) == 2 + 2 + 1
+
+
+def test_a_pixel_belongs_to_one_object_unless_objects_may_overlap_and_logits_are_numbers():
+    video, everything = squares(3), np.ones((32, 48), dtype=bool)
+    for overlapping, share in ((False, 1), (True, 2)):
+        _, frames = track(video, "mask", lambda *_: everything, overlapping=overlapping)
+        assert frames[2].masks.sum() == share * everything.size
+    # A mask would be empty where its logits are NaN, and its score 0.
+    with pytest.raises(ValueError, match=r"the model predicts NaN on frame 1, in torch\.float32"):
+        track(video, "mask", lambda frame_idx, *_: everything * (np.nan if frame_idx else 1.0))
 
 
 def test_clicks_reach_the_model_all_together_with_its_mask(nano):
@@ -248,27 +241,3 @@ def test_clicks_reach_the_model_all_together_with_its_mask(nano):
             assert points["point_labels"].flatten().tolist() == [prompt.labels[0] for prompt in clicks]
             expected = torch.tensor([prompt.points[0] for prompt in clicks]) * nano.model.config.image_size
             torch.testing.assert_close(points["point_coords"][0, 0], expected / torch.tensor([128.0, 96.0]))
-
-
-def test_objects_that_need_no_more_clicks_are_left_alone():
-    """Another call on the frame would track it anew, without the click."""
-    video = squares(4)
-
-    def predict(frame_idx, object_id, given):
-        clicks = {3: 2, 7: 1}[object_id] if frame_idx == 3 else 0
-        return video.masks(frame_idx, [object_id])[0] & (len(given) >= clicks)
-
-    user = SimulatedUser(ScriptedModel(predict), ScriptedProcessor(), video, PromptStrategy.parse("clicks:3@2"), 0)
-    frames = list(user.track())
-    assert frames[3].masks.any(axis=(1, 2)).all()
-    assert [given.object_id for given in user.given if given.frame_idx == 3] == [3, 7, 3]
-    assert user.model.calls.count(3) == 2 + 2 + 1
-
-
-def test_predictions_that_are_not_numbers_are_an_error():
-    """A mask would be empty where its logits are NaN, and its score 0."""
-    video = squares(3)
-    model = ScriptedModel(lambda frame_idx, *_: np.full((32, 48), np.nan if frame_idx else 1.0))
-    user = SimulatedUser(model, ScriptedProcessor(), video, PromptStrategy("mask"))
-    with pytest.raises(ValueError, match=r"the model predicts NaN on frame 1, in torch\.float32"):
-        list(user.track())

@@ -9,15 +9,10 @@ from helpers.pictures import overlapping_texts, rgb
 from samoe_hf.plots.experts import (
     DISTINCT_COLORS,
     plot_bars,
-    plot_coactivation,
-    plot_domains,
     plot_heat_maps,
     plot_matrices,
-    plot_objects,
     plot_routing,
-    plot_similarity,
-    plot_usage_bars,
-    plot_usage_heat_maps,
+    tables_by_domain,
 )
 
 
@@ -43,6 +38,23 @@ def test_labels_of_the_pictures_do_not_overlap(layers, experts, domains):
         assert overlapping_texts(figure) == []
 
 
+def test_names_are_drawn_as_they_are(tmp_path):
+    """Neither `$` nor an underscore means anything in the name of a domain, video or layer."""
+    odd = r"_a$\b^{$c"
+    usage = {odd: {odd: np.array([0.2, 0.8]), "b": np.array([1.0])}, "l": {odd: np.array([0.5, 0.5])}}
+    tables = tables_by_domain(usage)
+    np.testing.assert_array_equal(tables["b"], [[1, np.nan], [np.nan, np.nan]])
+    figures = [
+        plot_bars(usage, "weight", "title"),
+        plot_heat_maps(tables, list(usage), "weight", "title"),
+        plot_matrices({odd: np.eye(2)}, "share", "title"),
+    ]
+    for number, figure in enumerate(figures):
+        assert any(text.get_text() == odd and not text.get_parse_math() for text in figure.findobj(Text)), number
+    frames, masks = np.zeros((2, 40, 40, 3), dtype=np.uint8), np.zeros((2, 40, 40), dtype=bool)
+    plot_routing(frames, masks, np.zeros((2, 4, 4), dtype=int), 2, tmp_path / "strip.png", odd)
+
+
 def test_more_experts_than_colours(tmp_path):
     """The nine that are chosen most have colours; the rest is called other experts."""
     frames, masks = np.zeros((2, 40, 40, 3), dtype=np.uint8), np.zeros((2, 40, 40), dtype=bool)
@@ -52,28 +64,3 @@ def test_more_experts_than_colours(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "strip.png").convert("RGB")).reshape(-1, 3).astype(int)
     for number in range(len(DISTINCT_COLORS)):
         assert (np.abs(picture - 0.7 * rgb(number)).max(axis=1) < 3).sum() > 50, number
-
-
-def test_names_are_drawn_as_they_are(tmp_path):
-    """Neither `$` nor an underscore means anything in the name of a domain, video or layer."""
-    odd = r"_a$\b^{$c"
-    usage = {odd: {odd: np.array([0.2, 0.8]), "b": np.array([1.0, 0.0])}, "l": {odd: np.array([0.5, 0.5])}}
-    figures = [
-        plot_usage_bars(usage),
-        plot_usage_heat_maps(usage),
-        plot_domains(usage, np.array([1.0, 0.0])),
-        plot_objects([odd, odd], [np.array([0.2, 0.8])] * 2, odd, 1),
-        plot_coactivation({odd: np.eye(2)}),
-        plot_similarity({odd: np.eye(2)}),
-    ]
-    for number, figure in enumerate(figures):
-        assert any(text.get_text() == odd and not text.get_parse_math() for text in figure.findobj(Text)), number
-    frames, masks = np.zeros((2, 40, 40, 3), dtype=np.uint8), np.zeros((2, 40, 40), dtype=bool)
-    plot_routing(frames, masks, np.zeros((2, 4, 4), dtype=int), 2, tmp_path / "strip.png", odd)
-
-
-def test_layers_with_fewer_experts_leave_their_cells_empty():
-    usage = {"a": {"d": np.array([0.2, 0.3, 0.5])}, "b": {"d": np.array([1.0]), "e": np.array([1.0])}}
-    tables = [axes.images[0].get_array() for axes in plot_usage_heat_maps(usage).axes[:2]]
-    np.testing.assert_array_equal(np.ma.getmaskarray(np.ma.masked_invalid(tables[0])), [[0, 0, 0], [0, 1, 1]])
-    np.testing.assert_array_equal(np.ma.getmaskarray(np.ma.masked_invalid(tables[1])), [[1, 1, 1], [0, 1, 1]])
