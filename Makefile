@@ -40,8 +40,8 @@ clean:
 	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache *.egg-info
 
 $(VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { echo "Python 3.10 or later is needed: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or later is needed: make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV): PyTorch, transformers, this package and its tools. It takes some minutes, most of them"
 	@echo "for downloads, and 6 GB, of which 4 GB are CUDA's (not with TORCH=cpu). It is done once."
 	@echo "1. A virtual environment, and uv, which installs packages"

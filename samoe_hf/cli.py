@@ -50,8 +50,9 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     command = import_module(f"samoe_hf.commands.{name}")
     try:
         parsed = command.parse_arguments(arguments)
-        # Of torchao, which transformers imports.
-        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+        # torchao and bitsandbytes, which transformers and PEFT import, warn of what nobody asked for.
+        for name in ("torch.utils._pytree", "bitsandbytes"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         from transformers.utils.logging import disable_progress_bar  # not needed for a help text, and slow
 
         disable_progress_bar()  # of loading and saving, beside the command's own

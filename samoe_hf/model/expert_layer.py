@@ -160,24 +160,15 @@ class BaseLinear(nn.Linear):
 
 
 class QuantizedProduct:
-    """Calls a library's quantized layer in the one way that all libraries can do: by rows, outside inference mode.
-
-    Of inputs with more dimensions bitsandbytes' 8 bits scale the wrong ones on a CPU, and quanto's 4 bits know no
-    inference mode.
-    """
+    """Calls a library's quantized layer by rows: of inputs with more dimensions, bitsandbytes' 8 bits scale the wrong
+    ones on a CPU."""
 
     def __init__(self, layer: nn.Linear):
         self.layer = layer
 
     def __call__(self, hidden_states: Tensor, training: bool) -> Tensor:
         self.layer.training = training
-        rows = hidden_states.flatten(0, -2)
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                output = self.layer(rows)
-        else:
-            output = self.layer(rows)
-        return output.unflatten(0, hidden_states.shape[:-1])
+        return self.layer(hidden_states.flatten(0, -2)).unflatten(0, hidden_states.shape[:-1])
 
 
 class ExpertLinear(BaseLinear, ExpertMixture):

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BitsAndBytesConfig, QuantoConfig, Sam2VideoModel, TorchAoConfig
+from transformers import BitsAndBytesConfig, Sam2VideoModel, TorchAoConfig
 
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data import SyntheticVideos
@@ -29,10 +29,6 @@ def bitsandbytes(bits, **options):
     return BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **options)
 
 
-def quanto(bits, **options):
-    return QuantoConfig(weights=f"int{bits}", **options)
-
-
 def torchao(bits, **options):
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
@@ -41,7 +37,7 @@ def torchao(bits, **options):
     return TorchAoConfig(Int8WeightOnlyConfig() if bits == 8 else four, **options)
 
 
-LIBRARIES = {"bitsandbytes": bitsandbytes, "optimum": quanto, "torchao": torchao}
+LIBRARIES = {"bitsandbytes": bitsandbytes, "torchao": torchao}
 
 
 @pytest.fixture(params=[(name, bits) for name in LIBRARIES for bits in (8, 4)], ids=lambda p: f"{p[0]}-{p[1]}")
