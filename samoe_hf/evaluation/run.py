@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ class Evaluation:
             raise InputError(f"Labels of models must differ, got {', '.join(labels)}.")
         device = torch.device(str(state.device))
         results = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {
                 "samoe_hf": __version__,
                 "torch": torch.__version__,
