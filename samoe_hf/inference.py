@@ -67,31 +67,23 @@ class VideoPrompt:
         """
         subject = f"object {self.object_id} on frame {self.frame_idx}"
         if not 0 <= self.frame_idx < num_frames:
-            raise InputError(
-                f"Object {self.object_id} is prompted on frame {self.frame_idx}, but the video has the frames 0 to "
-                f"{num_frames - 1}."
-            )
+            raise InputError(f"A prompt is of {subject}, but the video has the frames 0 to {num_frames - 1}.")
         if self.mask is not None:
             if len(self.points) or self.box is not None:
-                raise InputError(f"Object {self.object_id} has a mask and points or a box on frame {self.frame_idx}.")
+                raise InputError(f"A mask and points or a box are given of {subject}.")
             if self.mask.shape != size:
-                raise InputError(
-                    f"The mask of {subject} has the size {self.mask.shape}, but the video has {tuple(size)}."
-                )
+                raise InputError(f"The mask of {subject} has the size {self.mask.shape}, but the video has {size}.")
         elif not len(self.points) and self.box is None:
             raise InputError(f"Neither points nor a box nor a mask is given of {subject}.")
         if len(self.points) != len(self.labels) or not set(self.labels) <= {0, 1}:
             raise InputError(
                 f"Each point of {subject} needs a label, 0 or 1, got {len(self.points)} points and {list(self.labels)}."
             )
-        self._check_positions(subject, *size)
-
-    def _check_positions(self, subject: str, height: int, width: int) -> None:
+        height, width = size
+        outside = f"lies outside of the video of {width} x {height} pixels"
         for x, y in self.points:
             if not (0 <= x < width and 0 <= y < height):  # true for NaN
-                raise InputError(
-                    f"The point ({x}, {y}) of {subject} lies outside of the video of {width} x {height} pixels."
-                )
+                raise InputError(f"The point ({x}, {y}) of {subject} {outside}.")
         if self.box is not None:
             x0, y0, x1, y1 = self.box
             if not (-math.inf < x0 <= x1 < math.inf and -math.inf < y0 <= y1 < math.inf):
@@ -99,9 +91,7 @@ class VideoPrompt:
                     f"The box {self.box} of {subject} must be (x0, y0, x1, y1), finite, x0 <= x1 and y0 <= y1."
                 )
             if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
-                raise InputError(
-                    f"The box {self.box} of {subject} lies outside of the video of {width} x {height} pixels."
-                )
+                raise InputError(f"The box {self.box} of {subject} {outside}.")
 
 
 def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[int, int]) -> None:

@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from samoe_hf.data.annotations import LabelImages, NoMasks, ObjectImages
 from samoe_hf.data.layouts import MaskFormat
+from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import check_inside, read_label_png, read_video
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
 from samoe_hf.evaluation.simulated_user import prompt_from_mask
 from samoe_hf.inference import VideoPrompt, evaluation_mode, masks_of, track_video
@@ -31,7 +32,6 @@ from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import write_text
 
 FirstFramePrompt = Literal["mask", "box"]
-PROMPT_KEYS = ("video", "object", "frame", "points", "labels", "box", "mask")
 # Where masks of a video are written until all of them are there.
 UNFINISHED = ".unfinished"
 
@@ -59,15 +59,23 @@ class PromptedVideo(NamedTuple):
         return hashlib.sha256(self.about.encode()).hexdigest()[:16]
 
 
-class FilePrompt(NamedTuple):
-    """A [`~samoe_hf.inference.VideoPrompt`] whose mask is still a file."""
+@dataclass(frozen=True)
+class FilePrompt:
+    """An entry of a file of prompts: a [`~samoe_hf.inference.VideoPrompt`] of a video, whose mask is still a file."""
 
-    object_id: int
-    frame_idx: int
-    points: list[tuple[float, float]]
-    labels: list[int]
-    box: tuple[float, float, float, float] | None
-    mask: Path | None
+    video: str
+    object: int = 1
+    frame: int = 0
+    points: list[tuple[float, float]] = field(default_factory=list)
+    labels: list[Literal[0, 1]] | None = None
+    box: tuple[float, float, float, float] | None = None
+    mask: str | None = None
+
+    def read(self, folder: Path) -> VideoPrompt:
+        """The prompt, with its mask; `folder` is that of the file of prompts."""
+        mask = None if self.mask is None else read_label_png(folder / self.mask) > 0
+        labels = [1] * len(self.points) if self.labels is None else self.labels
+        return VideoPrompt(self.object, self.frame, self.points, labels, self.box, mask)
 
 
 # --- What to track
@@ -129,23 +137,21 @@ def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
     if missing := sorted(prompts.keys() - videos.keys()):
         known = ", ".join([*list(videos)[:5], "…"][: len(videos)])
         raise InputError(f"{path}: `video` {missing[0]!r} is not in {root}, which has {known}.")
-    domain = Path(root).resolve().name or "videos"
+    domain, folder = Path(root).resolve().name or "videos", Path(path).parent
     return [
         PromptedVideo(
-            domain, name, partial(_open, domain, name, videos[name], own), partial(_with_masks, own), repr(own)
+            domain,
+            name,
+            partial(_open, domain, name, videos[name], {prompt.object for prompt in own}),
+            lambda _, own=own: [prompt.read(folder) for prompt in own],
+            repr(own),
         )
         for name, own in prompts.items()
     ]
 
 
-def _open(domain: str, video_id: str, path: Path, prompts: Sequence[FilePrompt]) -> Video:
-    return Video(video_id, read_video(path), NoMasks({prompt.object_id for prompt in prompts}), domain)
-
-
-def _with_masks(prompts: Sequence[FilePrompt], _: Video) -> list[VideoPrompt]:
-    """The prompts, whose masks are read from their files."""
-    masks = [None if prompt.mask is None else read_label_png(prompt.mask) > 0 for prompt in prompts]
-    return [VideoPrompt(*prompt[:-1], mask) for prompt, mask in zip(prompts, masks, strict=True)]
+def _open(domain: str, video_id: str, path: Path, object_ids: set[int]) -> Video:
+    return Video(video_id, read_video(path), NoMasks(object_ids), domain)
 
 
 def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
@@ -164,65 +170,25 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
         entries = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path} must hold a list of prompts, with at least one.")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path} must hold a list of prompts, each in braces, with at least one.")
     prompts: dict[str, list[FilePrompt]] = {}
     for number, entry in enumerate(entries, start=1):
+        owner = f"{path}: prompts, such as number {number},"
         try:
-            video, prompt = _parse_prompt(entry, path.parent)
-            own = prompts.setdefault(video, [])
-            if any(one[:2] == prompt[:2] for one in own):
-                raise InputError(f"object {prompt.object_id} of {video!r} has two on frame {prompt.frame_idx}.")
-        except (InputError, OverflowError) as error:  # of integers that no float can hold
-            raise InputError(f"{path}, prompt {number}: {error}") from error
+            check_options(FilePrompt, entry, owner)
+        except OverflowError as error:  # of integers that no float can hold
+            raise InputError(f"{owner} must have numbers that are positions: {error}") from error
+        prompt = FilePrompt(**entry)
+        if prompt.object < 1 or prompt.frame < 0:
+            raise InputError(f"{owner} must have an `object` from 1 and a `frame` from 0 on.")
+        if prompt.mask is not None:
+            check_inside(prompt.mask, owner)
+        own = prompts.setdefault(prompt.video, [])
+        if any((one.object, one.frame) == (prompt.object, prompt.frame) for one in own):
+            raise InputError(f"{owner} must be one for an object of {prompt.video!r} on a frame.")
         own.append(prompt)
     return prompts
-
-
-def _parse_prompt(entry: Any, folder: Path) -> tuple[str, FilePrompt]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("video"), str):
-        raise InputError(f"expected an object with `video`, a name, got {entry!r}.")
-    if unknown := sorted(set(entry) - set(PROMPT_KEYS)):
-        raise InputError(f"unknown key {unknown[0]!r}; known are {', '.join(PROMPT_KEYS)}.")
-    points = [_numbers("points", point, 2) for point in _list("points", entry.get("points", []))]
-    labels = _list("labels", entry.get("labels", [1] * len(points)))
-    if any(label not in (0, 1) for label in labels):
-        raise InputError(f"`labels` must be 0 or 1, got {labels!r}.")
-    box, mask = entry.get("box"), entry.get("mask")
-    if mask is not None:
-        check_inside(mask, "`mask`")
-    return entry["video"], FilePrompt(
-        _integer("object", entry.get("object", 1), 1),
-        _integer("frame", entry.get("frame", 0), 0),
-        [(x, y) for x, y in points],
-        labels,
-        None if box is None else _box(box),
-        None if mask is None else folder / mask,
-    )
-
-
-def _box(value: Any) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = _numbers("box", value, 4)
-    return x0, y0, x1, y1
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-    return value
-
-
-def _list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise InputError(f"`{name}` must be a list, got {value!r}.")
-    return value
-
-
-def _numbers(name: str, value: Any, count: int) -> list[float]:
-    numbers = [float(x) for x in _list(name, value) if isinstance(x, int | float) and not isinstance(x, bool)]
-    if len(numbers) != count or len(value) != count:
-        raise InputError(f"`{name}` must hold {count} numbers each, got {value!r}.")
-    return numbers
 
 
 # --- Tracking
@@ -279,8 +245,10 @@ class LabelRun(RunFolder):
 
     def label(self, model: SamoeModel, processor: VideoProcessor, prompted: PromptedVideo) -> None:
         """Tracks a video and writes its masks, all or none, and whose experts it got, of a model with domains."""
-        start, video = time.perf_counter(), prompted.open()
-        prompts, tracked = prompted.prompts(video), None
+        start, tracked = time.perf_counter(), None
+        with input_errors(prompted.video_id):
+            video = prompted.open()
+            prompts = prompted.prompts(video)
         files = MaskFiles(self.folder / UNFINISHED / uuid.uuid4().hex, self.layout)
         try:
             with evaluation_mode(model):

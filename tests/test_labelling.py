@@ -4,19 +4,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset
 from PIL import Image
 
+from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
 from samoe_hf.data import load_videos, write_video
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.data.video_io import read_label_png, write_palette_png
+from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode, track_video
 from samoe_hf.labelling import read_prompts, video_paths
@@ -80,11 +81,6 @@ def test_videos_are_labelled_from_their_first_masks(model_folder, data, tmp_path
     assert len(summary["videos"]) == NUM_VIDEOS and summary["videos_per_hour"] > 0
     printed = capsys.readouterr().out
     assert "videos an hour with 1 process on cpu" in printed and "Written: masks in" in printed
-    # What was written is a dataset of the same kind.
-    (tmp_path / "again").mkdir()
-    os.symlink(masks, tmp_path / "again" / "masks")
-    os.symlink(data / "frames", tmp_path / "again" / "frames")
-    assert len(load_videos(tmp_path / "again")[0].annotated_frames) == NUM_FRAMES
 
 
 def write_prompts(path, entries):
@@ -93,74 +89,65 @@ def write_prompts(path, entries):
     return path
 
 
+@pytest.fixture
+def clips(tmp_path):
+    """A folder with the video file `day/one` and the folders of two frames `b` and `b/a`, and a link to itself."""
+    folder = tmp_path / "clips"
+    frames = list(SyntheticVideos(1, 2, (64, 80), seed=3)[0].frames)
+    for name in ("b", "b/a", "day"):
+        (folder / name).mkdir(parents=True)
+    write_video(folder / "day" / "one.mp4", frames)
+    for name in ("b", "b/a"):
+        for t, frame in enumerate(frames):
+            Image.fromarray(frame).save(folder / name / f"{t}.png")
+    (folder / "b" / "loop").symlink_to(folder)
+    assert video_paths(folder).keys() == {"b", "b/a", "day/one"}
+    return folder
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_prompts_come_from_a_file(model_folder, tmp_path, suffix):
-    clips = tmp_path / "clips"
-    video = SyntheticVideos(1, 5, (64, 80), max_objects=2, seed=3)[0]
-    (clips / "day").mkdir(parents=True)
-    write_video(clips / "day" / "one.mp4", list(video.frames))
-    for t in range(len(video)):
-        (clips / "two").mkdir(exist_ok=True)
-        Image.fromarray(video.frames[t]).save(clips / "two" / f"{t}.jpg")
-    write_palette_png(tmp_path / "first.png", (video.masks(2)[0]).astype(np.uint8))
-    prompts = write_prompts(
-        tmp_path / f"prompts{suffix}",
-        [
-            {"video": "day/one", "points": [[40, 30], [10, 10]], "labels": [1, 0]},
-            {"video": "two", "object": 3, "box": [10, 10, 60, 50]},
-            {"video": "two", "object": 5, "frame": 2, "mask": "first.png"},
-        ],
+def test_prompts_come_from_a_file(model_folder, clips, tmp_path, suffix):
+    """A video may lie within another's folder; objects may overlap in the layout of SA-V."""
+    mask = np.zeros((64, 80), np.uint8)
+    mask[20:40, 20:40] = 200
+    Image.fromarray(mask).save(tmp_path / "first.png")
+    entries = [
+        {"video": "day/one", "points": [[40, 30], [10, 10]], "labels": [1, 0]},
+        {"video": "b", "object": 3, "box": [10, 10, 60, 50]},
+        {"video": "b", "object": 5, "frame": 1, "mask": "first.png"},
+        {"video": "b/a", "object": 2, "box": [5, 5, 60.5, 60]},
+    ]
+    prompts = write_prompts(tmp_path / f"prompts{suffix}", entries)
+    words = ["--dataset", clips, "--prompts", prompts, "--output"]
+    label(model_folder, *words, tmp_path / "out", "--layout", "davis")
+    masks = tmp_path / "out" / "masks" / "clips"
+    ids = {name: set(np.unique(found)) for name, found in read_masks(masks).items()}
+    assert ids.keys() == {
+        f"{video}.png" for video in ("b/0", "b/1", "b/a/0", "b/a/1", "day/one/00000", "day/one/00001")
+    }
+    assert 5 in ids["b/1.png"] and all(
+        found <= {0, *((2,) if name.startswith("b/a") else (3, 5) if name[0] == "b" else (1,))}
+        for name, found in ids.items()
     )
-    label(model_folder, "--dataset", clips, "--prompts", prompts, "--output", tmp_path / "out")
-    found = read_masks(tmp_path / "out" / "masks" / "clips" / "Annotations")
-    assert len(found) == 10 and all(set(np.unique(ids)) <= {0, 1} for n, ids in found.items() if n.startswith("day"))
-    two = [ids for name, ids in found.items() if name.startswith("two")]
-    assert len(two) == 5 and set(np.unique(two[2])) <= {0, 3, 5} and 5 in two[2]
-    # Objects may overlap in the layout of SA-V.
-    words = ["--dataset", clips, "--prompts", prompts, "--layout", "sa_v", "--output", tmp_path / "sa_v"]
-    label(model_folder, *words)
-    assert {path.name for path in (tmp_path / "sa_v/masks/clips/two").iterdir()} == {"002", "004"}
+    label(model_folder, *words, tmp_path / "sa_v", "--layout", "sa_v")
+    assert {"002", "004"} <= {path.name for path in (tmp_path / "sa_v/masks/clips/b").iterdir()}
 
 
-def test_videos_may_be_added_and_prompts_mended(model_folder, tmp_path):
-    frames = SyntheticVideos(1, 2, (64, 80), seed=3)[0].frames
-    for folder in "ab":
-        for t in range(2):
-            (tmp_path / "clips" / folder).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(frames[t]).save(tmp_path / "clips" / folder / f"{t}.png")
-    (tmp_path / "clips" / "a" / "loop").symlink_to(tmp_path / "clips")
-    assert video_paths(tmp_path / "clips").keys() == {"a", "b"}
-    a, outside, b = ({"video": name, "box": [5, 5, x, 60]} for name, x in (("a", 60), ("b", 50), ("b", 40)))
+def test_videos_may_be_added_and_prompts_mended(model_folder, clips, tmp_path):
+    a, outside, b = ({"video": name, "box": [5, 5, x, 60]} for name, x in (("b/a", 60), ("b", 50), ("b", 40)))
     outside["box"] = [500, 5, 600, 60]
-    words = ["--dataset", tmp_path / "clips", "--prompts", tmp_path / "p.json", "--output", tmp_path / "out"]
+    words = ["--dataset", clips, "--prompts", tmp_path / "p.json", "--output", tmp_path / "out"]
     write_prompts(tmp_path / "p.json", [a, outside])
     with pytest.raises(SystemExit, match=r"b: The box .* lies outside"):
         label(model_folder, *words)
-    finished = tmp_path / "out" / "finished" / "clips" / "a.json"
+    finished = tmp_path / "out" / "finished" / "clips" / "b" / "a.json"
     before = finished.stat().st_mtime_ns
     write_prompts(tmp_path / "p.json", [a, b])
     label(model_folder, *words)
     assert finished.stat().st_mtime_ns == before and len(read_masks(tmp_path / "out")) == 4
     write_prompts(tmp_path / "p.json", [{**a, "box": [5, 5, 50, 60]}, b])
-    with pytest.raises(SystemExit, match="has clips/a from other prompts"):
+    with pytest.raises(SystemExit, match="has clips/b/a from other prompts"):
         label(model_folder, *words)
-
-
-def test_a_video_may_lie_within_anothers_folder(model_folder, tmp_path):
-    frames = SyntheticVideos(1, 2, (64, 80), seed=3)[0].frames
-    for folder in ("b/a", "b"):
-        for t in range(2):
-            (tmp_path / "clips" / folder).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(frames[t]).save(tmp_path / "clips" / folder / f"{t}.png")
-    prompts = [{"video": name, "object": i, "box": [5, 5, 60, 60]} for i, name in ((1, "b/a"), (2, "b"))]
-    write_prompts(tmp_path / "p.json", prompts)
-    words = ["--dataset", tmp_path / "clips", "--prompts", tmp_path / "p.json", "--output", tmp_path / "out"]
-    label(model_folder, *words, "--layout", "davis")
-    masks = read_masks(tmp_path / "out" / "masks" / "clips")
-    assert masks.keys() == {"b/0.png", "b/1.png", "b/a/0.png", "b/a/1.png"}
-    assert {name: int(ids.max()) for name, ids in masks.items() if ids.any()}.items() <= {
-        "b/0.png": 2, "b/1.png": 2, "b/a/0.png": 1, "b/a/1.png": 1,
-    }.items()  # fmt: skip
 
 
 def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_path, capsys, monkeypatch):
@@ -201,14 +188,11 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
 
 
 def test_labels_are_pushed_as_a_dataset(model_folder, data, tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, name: self.save_to_disk(str(tmp_path / name)))
+    monkeypatch.setattr(Dataset, "push_to_hub", lambda self, name: self.save_to_disk(str(tmp_path / name)))
     label(model_folder, "--dataset", data, "--output", tmp_path / "out", "--push-to-hub", "labels")
-    rows = load_from_disk(str(tmp_path / "labels"))
-    assert len(rows) == NUM_VIDEOS and rows[0]["annotated_frames"] == [*range(NUM_FRAMES)]
-    masks = read_masks(tmp_path / "out" / "masks")
-    for video in load_videos("dataset", str(tmp_path / "labels")):
+    videos, masks = load_videos("dataset", str(tmp_path / "labels")), read_masks(tmp_path / "out" / "masks")
+    assert len(videos) == NUM_VIDEOS
+    for video in videos:
         for t in range(NUM_FRAMES):
             assert np.array_equal(video.id_map(t), masks[f"clips/Annotations/{video.video_id}/{t:03d}.png"])
 
@@ -219,57 +203,45 @@ def test_labels_are_pushed_as_a_dataset(model_folder, data, tmp_path, monkeypatc
         ("{", "is not JSON"),
         ("[]", "at least one"),
         ('{"video": "a"}', "must hold a list"),
-        ('[{"object": 1}]', "prompt 1: expected an object with `video`"),
-        ('[{"video": "a", "boxes": [1]}]', "prompt 1: unknown key 'boxes'"),
-        ('[{"video": "a", "points": [[1]]}]', "prompt 1: `points` must hold 2 numbers"),
-        ('[{"video": "a", "box": [1, 2, 3, "4"]}]', "prompt 1: `box` must hold 4 numbers"),
+        ('[{"object": 1}]', "number 1, need the option 'video'"),
+        ('[{"video": "a", "boxes": [1]}]', "no option 'boxes'; did you mean 'box'"),
+        ('[{"video": "a", "points": [[1]]}]', "`points` must be a list of"),
+        ('[{"video": "a", "box": [1, 2, 3, "4"]}]', "`box` must be"),
         (
             '[{"video": "a", "points": [[1, 2]]}, {"video": "a", "object": "1"}]',
-            "prompt 2: `object` must be an integer",
+            "number 2,: `object` must be an integer",
         ),
-        ('[{"video": "a", "object": 0}]', "prompt 1: `object` must be an integer of at least 1"),
-        ('[{"video": "a", "points": [[1, 2]], "labels": [[1]]}]', "prompt 1: `labels` must be 0 or 1"),
-        ('[{"video": "a", "box": [1, 2, 3, 1%s]}]' % ("0" * 400), "prompt 1: int too large"),
-        (
-            '[{"video": "a", "box": [1, 2, 3, 4]}, {"video": "a", "points": [[1, 2]]}]',
-            "prompt 2: object 1 of 'a' has two",
-        ),
-        ('[{"video": "a", "mask": "../secret.png"}]', "prompt 1: .*no path within a folder"),
-        ('[{"video": "a", "mask": "/etc/passwd"}]', "prompt 1: .*no path within a folder"),
+        ('[{"video": "a", "object": 0}]', "an `object` from 1"),
+        ('[{"video": "a", "points": [[1, 2]], "labels": [[1]]}]', "`labels` must be"),
+        ('[{"video": "a", "box": [1, 2, 3, 1%s]}]' % ("0" * 400), "int too large"),
+        ('[{"video": "a", "box": [1, 2, 3, 4]}, {"video": "a"}]', "number 2, must be one for an object of 'a'"),
+        ('[{"video": "a", "mask": "../secret.png"}]', "no path within a folder"),
+        ('[{"video": "a", "mask": "/etc/passwd"}]', "no path within a folder"),
     ],
 )
 def test_files_of_prompts_that_are_wrong_are_refused(tmp_path, content, message):
     (tmp_path / "prompts.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         read_prompts(tmp_path / "prompts.json")
 
 
-def test_wrong_prompts_are_told_before_anything_is_written(model_folder, data, tmp_path):
-    prompts = write_prompts(tmp_path / "p.json", [{"video": "frames/nobody", "points": [[1, 1]]}])
-    words = ["--dataset", data, "--prompts", prompts, "--output", tmp_path / "out"]
-    with pytest.raises(SystemExit, match="`video` 'frames/nobody' is not in"):
-        label(model_folder, *words)
-    assert not (tmp_path / "out").exists()
-    name = next(iter(video_paths(data)))
-    write_prompts(prompts, [{"video": name, "points": [[1000, 1]]}])
-    with pytest.raises(SystemExit, match=rf"{name}: The point \(1000.0, 1.0\) of object 1 on frame 0 lies outside"):
-        label(model_folder, *words)
-    assert not list((tmp_path / "out").rglob("*.png"))
-    with pytest.raises(SystemExit):
-        label(model_folder, "--dataset", "davis", "--root", data, "--prompts", prompts, "--output", tmp_path / "b")
+def test_wrong_prompts_are_told_before_anything_is_written(model_folder, clips, tmp_path):
+    prompts = write_prompts(tmp_path / "p.json", [{"video": "nobody", "points": [[1, 1]]}])
+    words = ["--prompts", prompts, "--output", tmp_path / "out", "--dataset"]
+    with pytest.raises(SystemExit, match="`video` 'nobody' is not in"):
+        label(model_folder, *words, clips)
     with pytest.raises(SystemExit, match="neither video files nor folders of images"):
         (tmp_path / "empty").mkdir()
-        label(model_folder, "--dataset", tmp_path / "empty", "--prompts", prompts, "--output", tmp_path / "b")
+        label(model_folder, *words, tmp_path / "empty")
+    assert not (tmp_path / "out").exists()
 
 
 def start(model_folder, data, output):
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *(str(ROOT / "scripts" / "track.py"), str(model_folder)),
-        *("--dataset", str(data), "--output", str(output), "--device", "cpu"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    words = ["label", model_folder, "--dataset", data, "--output", output, "--device", "cpu"]
+    command = [*LAUNCH, "-m", "samoe_hf", *map(str, words)]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.slow

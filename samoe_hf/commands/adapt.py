@@ -15,13 +15,12 @@ import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from samoe_hf.data.configs import names_config
-from samoe_hf.errors import InputError, input_errors
+from samoe_hf.errors import InputError
 
 from . import train
-from .options import command_parser
+from .options import add_output_option, command_parser
 
 # Keys of a run that have other words here.
 OPTIONS_OF_KEYS = {
@@ -39,8 +38,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("adapt", __doc__)
     parser.epilog = describe_run_options()
     parser.add_argument("--help-all", action="store_true", help=train.HELP_ALL)
-    model = parser.add_argument_group("model")
-    model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
+    parser.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     videos = parser.add_argument_group("videos")
     videos.add_argument(
         "--dataset",
@@ -56,8 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default="auto",
         help="start from the experts of a domain; auto: those that track the training videos best (%(default)s)",
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the new model")
+    add_output_option(parser, "folder for the new model")
     if "--help-all" in arguments:
         parser.print_help()
         train.print_all_keys("The options of the run:")
@@ -81,19 +78,13 @@ def describe_run_options() -> str:
     return "\n".join([*lines, others])
 
 
-def run_of(dataset: str) -> list[str]:
-    """The arguments of a run: its YAML, or for a folder of videos the package's run for that."""
-    is_folder = os.path.exists(dataset) and not names_config(dataset)
-    return ["adapt", "--train_data", dataset] if is_folder else [dataset]
-
-
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual.adapt import RESULTS_FILE, adapt
 
     like = None if parsed.like == "none" else parsed.like
-    arguments = [*run_of(parsed.dataset), *parsed.overrides]
-    with input_errors():
-        result = adapt(parsed.model, parsed.domain, arguments, parsed.output, like)
+    is_folder = os.path.exists(parsed.dataset) and not names_config(parsed.dataset)
+    of_dataset = ["adapt", "--train_data", parsed.dataset] if is_folder else [parsed.dataset]
+    result = adapt(parsed.model, parsed.domain, [*of_dataset, *parsed.overrides], parsed.output, like)
     if result.after:
         print(result.table())
     if result.started_from is not None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_config_option, add_device_option, command_parser
+from .options import add_device_option, add_original_options, add_output_option, command_parser, videos_of_run
 
 if TYPE_CHECKING:
     from samoe_hf.data.schema import Video
@@ -34,7 +34,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "base", metavar="BASE", help="the model that the LoRAs were trained on: folder, Hub id or original .pt"
     )
     model.add_argument("loras", nargs="+", metavar="[NAME=]LORA", help="folder or Hub id of a PEFT adapter")
-    add_config_option(model)
+    add_original_options(model, experts=False)
     videos = parser.add_argument_group("videos")
     videos.add_argument(
         "--dataset",
@@ -43,30 +43,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FOLDER|RUN.yaml|{kind: ...}",
         help="those of a run's `train_data`, or of one dataset; once for all LoRAs, or once for each",
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the model; new or empty")
+    add_output_option(parser, "folder for the model; new or empty")
     add_device_option(parser)
     return parser.parse_args(arguments)
 
 
+@input_errors()
 def load_domains(dataset: str) -> dict[str, list[Video]]:
     """Domain -> its videos, of a run's `train_data` or of one dataset."""
     from samoe_hf.data.configs import names_config
-    from samoe_hf.data.registry import dataset_entries, parse_yaml, read_yaml, videos_from_entry
+    from samoe_hf.data.registry import parse_yaml, videos_from_entry
 
     if names_config(dataset):
-        sources = dataset_entries(read_yaml(dataset), "train_data", dataset)
-    elif os.path.exists(dataset):
-        sources = [dataset]
+        parts = videos_of_run(dataset, "train_data")
     else:
-        source = parse_yaml(dataset, "`--dataset`")
-        if not isinstance(source, dict):
-            raise InputError(f"`--dataset` must be a folder, a run's YAML file or {{kind: ...}}, got {dataset!r}.")
-        sources = [source]
+        source = dataset if os.path.exists(dataset) else parse_yaml(dataset, "`--dataset`")
+        parts = [videos_from_entry(source, "`--dataset`")]
     domains: dict[str, list[Video]] = {}
-    for index, source in enumerate(sources):
-        entry = {k: v for k, v in source.items() if k != "weight"} if isinstance(source, dict) else source
-        videos = videos_from_entry(entry, f"train_data[{index}]")
+    for videos in parts:
         domains.setdefault(videos[0].domain, []).extend(videos)
     if not domains:
         raise InputError(f"`--dataset` {dataset} names no dataset in its `train_data`.")
@@ -103,8 +97,8 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.model.processing_samoe import load_processor
     from samoe_hf.model.weights_io import new_folder
 
+    loras, videos = match_domains(parsed.loras, parsed.dataset)
     with input_errors(), new_folder(parsed.output) as folder:
-        loras, videos = match_domains(parsed.loras, parsed.dataset)
         options = {} if parsed.config is None else {"original_config": parsed.config}
         model = assemble(parsed.base, loras, videos, device=parsed.device, **options)
         model.save_pretrained(folder, processor=load_processor(parsed.base, model))

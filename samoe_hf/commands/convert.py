@@ -10,14 +10,13 @@ With `--push-to-hub` the model is uploaded as well, from a folder that an earlie
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_original_options, command_parser, load_model
+from .options import add_model_option, add_output_option, command_parser, load_model
 
 if TYPE_CHECKING:
     from samoe_hf.model.modeling_samoe import SamoeModel
@@ -25,13 +24,8 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("convert", __doc__)
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="an original .pt; or a folder or Hub id of SAMoE, SAM 2 video or SAM 3"
-    )
-    add_original_options(model)
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; new or empty")
+    add_model_option(parser)
+    output = add_output_option(parser, "folder to write; new or empty")
     output.add_argument("--to", choices=("transformers", "original"), default="transformers", help="what to write")
     output.add_argument("--push-to-hub", metavar="ID", help="upload the model to this repository of the Hub")
     parsed = parser.parse_args(arguments)
@@ -40,43 +34,34 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-def load(parsed: argparse.Namespace) -> SamoeModel:
-    import torch
-
-    may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", parsed.checkpoint) is not None
-    if not Path(parsed.checkpoint).exists() and (parsed.checkpoint.endswith(".pt") or not may_be_hub_id):
-        raise InputError(f"{parsed.checkpoint}: no such file or folder.")
-    torch.manual_seed(0)  # experts that the checkpoint lacks are the same at every conversion
-    return load_model(parsed.checkpoint, torch.device("cpu"), parsed.experts, parsed.config)[0]
-
-
-def check_same(folder: Path, model: SamoeModel) -> None:
-    """Raises an `InputError` unless a folder holds a model of the same tensors."""
-    import torch
-
+def holds_model(folder: Path, model: SamoeModel) -> bool:
+    """Whether a folder holds a model of the same tensors."""
+    from samoe_hf.model.modeling_samoe import SamoeModel
     from samoe_hf.model.weights_io import hash_tensors
 
     try:
-        saved, _ = load_model(str(folder), torch.device("cpu"))
-        same = hash_tensors(sorted(saved.state_dict().items())) == hash_tensors(sorted(model.state_dict().items()))
-    except InputError:
-        same = False
-    if not same:
-        raise InputError(f"{folder} is not empty, and holds something else than this model; give another output.")
+        saved = SamoeModel.from_pretrained(folder)
+    except (OSError, ValueError):
+        return False
+    return hash_tensors(sorted(saved.state_dict().items())) == hash_tensors(sorted(model.state_dict().items()))
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Writes the output folder whole or not at all, and uploads the model if asked to."""
+    import torch
+
     from samoe_hf.model.processing_samoe import build_processor
     from samoe_hf.model.weights_io import new_folder
     from samoe_hf.original.checkpoint import save_original
 
+    torch.manual_seed(0)  # experts that the checkpoint lacks are the same at every conversion
     if parsed.push_to_hub and parsed.output.is_dir() and any(parsed.output.iterdir()):
-        model = load(parsed)
-        check_same(parsed.output, model)
+        model, _ = load_model(parsed, torch.device("cpu"))
+        if not holds_model(parsed.output, model):
+            raise InputError(f"{parsed.output} holds something else than this model; give another output.")
     else:
         with input_errors(), new_folder(parsed.output) as folder:
-            model = load(parsed)
+            model, _ = load_model(parsed, torch.device("cpu"))
             if parsed.to == "original":
                 save_original(model.config, model.state_dict(), folder)
             else:

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samoe_hf.errors import InputError, input_errors
+from samoe_hf.errors import InputError
 
-from .options import add_dataset_options, command_parser, open_dataset
+from .options import add_dataset_options, add_output_option, command_parser, open_dataset
 
 if TYPE_CHECKING:
     from samoe_hf.data.check import VideoReport
@@ -31,10 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     action = parser.add_argument_group("action")
     action.add_argument("action", choices=["check"], help="check: list videos and what is likely a mistake")
     add_dataset_options(parser, positional=True)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", type=Path, default=Path("outputs/data-check"), metavar="DIR", help=f"for {SHEET} (%(default)s)"
-    )
+    add_output_option(parser, f"for {SHEET} (%(default)s)", "outputs/data-check")
     return parser.parse_args(arguments)
 
 
@@ -86,7 +83,7 @@ def run(parsed: argparse.Namespace) -> None:
     doubtful = sum(bool(report.warnings) for report in reports)
     print(f"{len(reports)} videos, {sum(len(r.object_ids) for r in reports)} objects; {doubtful} videos with warnings")
     if usable:
-        with input_errors(), whole_file(parsed.output / SHEET) as path:
+        with whole_file(parsed.output / SHEET) as path:
             draw_sheet([usable[i] for i in evenly(len(usable), MAX_ROWS)], path)
         print(f"Written: {parsed.output / SHEET}")
     broken = sum(report.error is not None for report in reports)

@@ -29,6 +29,7 @@ from .options import (
     add_dataset_options,
     add_device_option,
     add_original_options,
+    add_output_option,
     command_parser,
     open_dataset,
     start_processes,
@@ -41,7 +42,13 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("evaluate", __doc__)
-    add_model_options(parser.add_argument_group("models"))
+    models = parser.add_argument_group("models")
+    models.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3 or an original .pt")
+    models.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
+    models.add_argument(
+        "--predictions", action="append", default=[], type=Path, metavar="DIR", help="score these masks as well"
+    )
+    add_original_options(models)
     add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
@@ -56,8 +63,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar=("META", "TRAIN_META"),
         help="YouTube-VOS' meta.json of the split and of training",
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and masks")
+    output = add_output_option(parser, "folder for results and masks")
     output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
     add_device_option(parser, shared=True)
@@ -66,16 +72,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if not parsed.models and not parsed.predictions:
         parser.error("at least one MODEL or --predictions is needed")
     return parsed
-
-
-def add_model_options(group: argparse._ArgumentGroup) -> None:
-    """Adds what is scored: models, and masks that were written before."""
-    group.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
-    group.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
-    group.add_argument(
-        "--predictions", action="append", default=[], type=Path, metavar="DIR", help="score these masks as well"
-    )
-    add_original_options(group)
 
 
 def label_sources(sources: Sequence[str | Path]) -> list[str]:
@@ -131,18 +127,18 @@ def run(parsed: argparse.Namespace) -> None:
     has_original = any(map(is_original_checkpoint, parsed.models))
     sources = [*parsed.models, *parsed.predictions]
     entries = []
-    with input_errors():
-        for source, label in zip(sources, label_sources(sources), strict=True):
-            if isinstance(source, Path):
+    for source, label in zip(sources, label_sources(sources), strict=True):
+        if isinstance(source, Path):
+            with input_errors():  # these masks are the data
                 entries.append(evaluation.run_masks(source, label, state))
-            else:
-                own = options if is_original_checkpoint(source) or not has_original else {}
-                entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
-        if not state.is_main_process:
-            return
-        results = evaluation.results(entries, state)
-        write_text(parsed.output / "results.json", to_json(results))
-        report = write_evaluation_report(results, parsed.output)
+        else:
+            own = options if is_original_checkpoint(source) or not has_original else {}
+            entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
+    if not state.is_main_process:
+        return
+    results = evaluation.results(entries, state)
+    write_text(parsed.output / "results.json", to_json(results))
+    report = write_evaluation_report(results, parsed.output)
     print(f"\n{summary_table(results)}")
     for comparison in results["comparisons"]:
         print(f"\n{comparison['model']} less {comparison['baseline']}\n{comparison_table(comparison)}")

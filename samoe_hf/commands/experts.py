@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samoe_hf.errors import InputError, input_errors
+from samoe_hf.errors import InputError
 
 from .options import (
     add_dataset_options,
     add_device_option,
-    add_original_options,
+    add_model_option,
+    add_output_option,
     command_parser,
     load_model,
     open_dataset,
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("experts", __doc__)
-    model = parser.add_argument_group("model")
-    model.add_argument("model", metavar="MODEL", help="a SamoeModel or an original .pt")
-    add_original_options(model)
+    add_model_option(parser)
     add_dataset_options(parser)
     routing = parser.add_argument_group("routing")
     routing.add_argument(
@@ -48,10 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--dead-share", type=float, default=0.001, metavar="SHARE",
         help="experts that a smaller share of the tokens choose are dead (%(default)s)",
     )  # fmt: skip
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", type=Path, default=Path("outputs/experts"), metavar="DIR", help="folder (%(default)s)"
-    )
+    add_output_option(parser, "folder (%(default)s)", "outputs/experts")
     add_device_option(parser)
     return parser.parse_args(arguments)
 
@@ -110,18 +105,17 @@ def run(parsed: argparse.Namespace) -> None:
 
     videos = open_dataset(parsed).videos(parsed.video)
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
-    model, processor = load_model(parsed.model, parsed.device, parsed.experts, parsed.config)
+    model, processor = load_model(parsed, parsed.device)
     module = routing_module(model, parsed.routing_module)
     usage = expert_usage(model, videos, processor)
     print_usage(usage, parsed.dead_share)
-    with input_errors():
-        files = usage.save(parsed.output, parsed.dead_share)
-        if module is None:
-            print("No routing maps: no layer with experts has image positions for tokens.")
-        else:
-            chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
-            names = unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
-            for video, name in zip(chosen, names, strict=True):
-                maps = routing_maps(model, video, processor, module)
-                files += maps.save(parsed.output / name, parsed.routing_object)
+    files = usage.save(parsed.output, parsed.dead_share)
+    if module is None:
+        print("No routing maps: no layer with experts has image positions for tokens.")
+    else:
+        chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
+        names = unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
+        for video, name in zip(chosen, names, strict=True):
+            maps = routing_maps(model, video, processor, module)
+            files += maps.save(parsed.output / name, parsed.routing_object)
     print(f"Written: {', '.join(file.name for file in files)} in {parsed.output}")

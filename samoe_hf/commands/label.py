@@ -29,7 +29,8 @@ from .options import (
     ChosenDataset,
     add_dataset_options,
     add_device_option,
-    add_original_options,
+    add_model_option,
+    add_output_option,
     command_parser,
     load_model,
     open_dataset,
@@ -39,15 +40,12 @@ from .options import (
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("label", __doc__)
-    model = parser.add_argument_group("model")
-    model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
-    add_original_options(model)
+    add_model_option(parser)
     add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", choices=("mask", "box"), default="mask", help="(%(default)s)")
     prompts.add_argument("--prompts", type=Path, metavar="FILE.json", help="prompts of a folder of videos")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    output = add_output_option(parser, "folder for the masks")
     output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace other labels there")
     output.add_argument("--push-to-hub", metavar="ID", help="upload videos and masks as this dataset of the Hub")
@@ -73,18 +71,19 @@ def run(parsed: argparse.Namespace) -> None:
             videos = from_prompt_file(parsed.prompts, parsed.dataset)
     if not videos:
         raise InputError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
-    model, processor = load_model(parsed.model, device, parsed.experts, parsed.config)
+    model, processor = load_model(parsed, device)
     identity = {"model": describe_model(model, parsed.model), "dataset": dataset.describe(parsed)}
     labels = LabelRun(parsed.output, identity, parsed.layout or layout_of(dataset.kind).masks)
-    with input_errors():
-        if state.is_main_process:
-            labels.start(parsed.overwrite)
-        state.wait_for_everyone()
-        summary = label_videos(model, processor, videos, labels, state)
-        if summary is None:
-            return
-        if parsed.push_to_hub:
-            to_datasets(labelled_videos(labels, videos)).push_to_hub(parsed.push_to_hub)
+    if state.is_main_process:
+        labels.start(parsed.overwrite)
+    state.wait_for_everyone()
+    summary = label_videos(model, processor, videos, labels, state)
+    if summary is None:
+        return
+    if parsed.push_to_hub:
+        dataset = to_datasets(labelled_videos(labels, videos))
+        with input_errors():
+            dataset.push_to_hub(parsed.push_to_hub)
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
     print(f"Written: masks in {labels.folder / 'masks'}, {labels.folder / 'labels.json'}{pushed}")

@@ -59,20 +59,30 @@ def add_device_option(parser: argparse.ArgumentParser, shared: bool = False) -> 
     machine.add_argument("--device", type=usable_device, default=None if shared else "best", help=help_text)
 
 
-def add_original_options(group: argparse._ArgumentGroup) -> None:
-    """Adds the options that go with an original checkpoint; [`load_model`] takes their values."""
-    group.add_argument("--experts", type=Path, metavar="FILE.pt", help="with an original .pt: the file of its experts")
-    add_config_option(group)
+def add_model_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the model and the options that go with an original checkpoint, in a group; [`load_model`] loads it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
+    add_original_options(group)
+    return group
 
 
-def add_config_option(group: argparse._ArgumentGroup) -> None:
-    """Adds `--config`, the YAML of an original checkpoint."""
-    group.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE.yaml",
-        help="with an original .pt: its YAML, needed for sizes other than Meta's",
-    )
+def add_original_options(group: argparse._ArgumentGroup, experts: bool = True) -> None:
+    """Adds the options that go with an original checkpoint: `--config` and `--experts`."""
+    if experts:
+        group.add_argument("--experts", type=Path, metavar="FILE.pt", help="with an original .pt: its experts' file")
+    config_help = "with an original .pt: its YAML, needed for sizes other than Meta's"
+    group.add_argument("--config", type=Path, metavar="FILE.yaml", help=config_help)
+
+
+def add_output_option(
+    parser: argparse.ArgumentParser, help: str, default: str | None = None
+) -> argparse._ArgumentGroup:
+    """Adds `--output`, a folder, in a group of its own; it must be given if there is no default."""
+    group = parser.add_argument_group("output")
+    default_path = None if default is None else Path(default)
+    group.add_argument("--output", type=Path, required=default is None, default=default_path, metavar="DIR", help=help)
+    return group
 
 
 def usable_device(name: str) -> torch.device:
@@ -90,14 +100,8 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def load_model(
-    source: str, device: torch.device, experts: Path | None = None, config: Path | None = None
-) -> tuple[SamoeModel, VideoProcessor]:
-    """The model that a command line names, and its processor.
-
-    Args:
-        source: what `SamoeModel.from_pretrained` takes.
-        experts, config: `--experts` and `--config`, which go with an original checkpoint.
+def load_model(parsed: argparse.Namespace, device: torch.device) -> tuple[SamoeModel, VideoProcessor]:
+    """The model that the options of [`add_model_option`] name, and its processor.
 
     Raises:
         InputError: if there is no such model, or it cannot be loaded.
@@ -106,10 +110,11 @@ def load_model(
     from samoe_hf.model.processing_samoe import load_processor
     from samoe_hf.model.weights_trained import is_original_checkpoint
 
-    if (experts or config) and not is_original_checkpoint(source):
+    source, options = parsed.model, {"experts": parsed.experts, "original_config": parsed.config}
+    if any(options.values()) and not is_original_checkpoint(source):
         raise InputError(f"`--experts` and `--config` go with an original checkpoint, but {source!r} is not a file.")
     with input_errors(source):
-        model = SamoeModel.from_pretrained(source, experts=experts, original_config=config)
+        model = SamoeModel.from_pretrained(source, **options)
         processor = load_processor(source, model)
     return model.to(device), processor
 
@@ -186,6 +191,17 @@ def add_dataset_options(parser: argparse.ArgumentParser, positional: bool = Fals
     group.add_argument("--video", action="append", metavar="ID", help="only this video; may be repeated")
 
 
+@input_errors()
+def videos_of_run(path: str, key: str) -> list[Sequence[Video]]:
+    """The datasets of a run's `train_data` or `eval_data`."""
+    from samoe_hf.data.registry import dataset_entries, read_yaml, videos_from_entry
+
+    entries = dataset_entries(read_yaml(path), key, path)
+    without_weights = [{k: v for k, v in e.items() if k != "weight"} if isinstance(e, dict) else e for e in entries]
+    return [videos_from_entry(entry, f"{key}[{index}]") for index, entry in enumerate(without_weights)]
+
+
+@input_errors()
 def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
     """What the options of [`add_dataset_options`] name.
 
@@ -193,38 +209,26 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
         InputError: for an unknown kind or option, a root that is not there, or options that do not go together.
     """
     from samoe_hf.data.configs import names_config
-    from samoe_hf.data.registry import (
-        dataset_entries,
-        load_videos,
-        name_kind,
-        parse_yaml,
-        read_yaml,
-        videos_from_entry,
-    )
+    from samoe_hf.data.registry import load_videos, name_kind, parse_yaml
 
     kind, root = parsed.dataset, parsed.root
     if names_config(kind):
         for name in ("root", "split", "domain", "option"):
             if getattr(parsed, name):
                 raise InputError(f"`--{name}` does not go with a run's YAML ({kind}).")
-        with input_errors():
-            entries = dataset_entries(read_yaml(kind), "eval_data", kind)
-            parts = [videos_from_entry(entry, f"eval_data[{index}]") for index, entry in enumerate(entries)]
-        return ChosenDataset(kind, None, parts)
+        return ChosenDataset(kind, None, videos_of_run(kind, "eval_data"))
     options = {}
     for text in parsed.option:
         name, equals_sign, value = text.partition("=")
         if not equals_sign:
             raise InputError(f"`--option` must be NAME=VALUE, got {text!r}.")
         options[name] = parse_yaml(value, f"`--option {name}`")
-    with input_errors():
-        if kind not in LAYOUTS and root is None:
-            kind, root, found = name_kind(kind, None, parsed.split)
-            options = found | options
-        videos = load_videos(kind, root, parsed.split, parsed.domain, **options)
-        return ChosenDataset(
-            kind, None if root is None else Path(root), [videos if isinstance(videos, Sequence) else list(videos)]
-        )
+    if kind not in LAYOUTS and root is None:
+        kind, root, found = name_kind(kind, None, parsed.split)
+        options = found | options
+    videos = load_videos(kind, root, parsed.split, parsed.domain, **options)
+    videos = videos if isinstance(videos, Sequence) else list(videos)
+    return ChosenDataset(kind, None if root is None else Path(root), [videos])
 
 
 def unique_names(names: Iterable[str]) -> list[str]:

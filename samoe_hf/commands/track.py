@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_device_option, add_original_options, command_parser, load_model
+from .options import add_device_option, add_model_option, command_parser, load_model
 
 if TYPE_CHECKING:
     from samoe_hf.data.video_io import FrameSequence
-    from samoe_hf.inference import TrackedFrame, VideoPrompt
+    from samoe_hf.inference import VideoPrompt
 
 MAX_OBJECT_ID = 255  # of a palette PNG
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers for H.264
@@ -33,12 +33,9 @@ DEFAULT_FPS = 24  # of folders of frames
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("track", __doc__)
-    model = parser.add_argument_group("model")
-    model.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
-    model.add_argument(
+    add_model_option(parser).add_argument(
         "--domain", default="auto", metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
     )
-    add_original_options(model)
     video = parser.add_argument_group("video")
     video.add_argument("video", type=Path, metavar="VIDEO", help="a video file or a folder of frames")
     prompts = parser.add_argument_group("prompts")
@@ -135,25 +132,16 @@ def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence,
     for name, path in {"output": output, "masks": masks}.items():
         if path.exists() and path.samefile(video):
             raise InputError(f"`--{name}` must not be the video itself, got {path}.")
-    others = [path.name for path in masks.iterdir() if path.suffix != ".png"] if masks.is_dir() else []
-    if overwrite and others:
-        raise InputError(f"{masks} holds {others[0]}, which is no mask; give another `--masks`.")
+    if masks.exists() and not (masks.is_dir() and all(overwrite and file.suffix == ".png" for file in masks.iterdir())):
+        raise InputError(f"{masks} must be a new folder, or with `--overwrite` one of masks alone.")
     name, count = Counter(frames.names).most_common(1)[0]
     if count > 1:
         raise InputError(f"Masks are named after frames, but two frames are called {name}.")
 
 
-def describe_domain(tracked: TrackedFrame) -> str:
-    """Whose experts a video got, and how sure the gate was of that."""
-    whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
-    if tracked.domain_confidence is None:
-        return f"Experts: {whose}, as given by --domain"
-    return f"Experts: {whose}, by the gate with confidence {tracked.domain_confidence:.2f}; --domain overrules it"
-
-
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.data.video_io import read_label_png, read_video, write_palette_png, write_video
-    from samoe_hf.inference import check_prompts, track_video
+    from samoe_hf.inference import track_video
     from samoe_hf.model.weights_io import new_folder, whole_file
     from samoe_hf.plots.masks import overlay_masks
 
@@ -161,12 +149,10 @@ def run(parsed: argparse.Namespace) -> None:
     with input_errors():
         prompts = read_prompts(parsed)
         frames = read_video(parsed.video)
-        check_prompts(prompts, len(frames), frames.size)
-        check_outputs(parsed.output, target, parsed.video, frames, parsed.overwrite)
-    tracked = None
-    with input_errors(), new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
-        model, processor = load_model(parsed.model, parsed.device, parsed.experts, parsed.config)
-        domain = None if parsed.domain == "none" else parsed.domain
+    check_outputs(parsed.output, target, parsed.video, frames, parsed.overwrite)
+    model, processor = load_model(parsed, parsed.device)
+    domain, tracked = None if parsed.domain == "none" else parsed.domain, None
+    with new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
         paths = [masks / f"{name}.png" for name in frames.names]
         for tracked in track_video(model, processor, frames, prompts, show_progress_bar=True, domain=domain):
             write_palette_png(paths[tracked.frame_idx], tracked.id_map())
@@ -174,5 +160,7 @@ def run(parsed: argparse.Namespace) -> None:
         overlays = (overlay_masks(frame, read_label_png(path)) for frame, path in zip(frames, paths, strict=True))
         write_video(overlay, overlays, fps=frames.fps or DEFAULT_FPS)
     if model.config.domains is not None and tracked is not None:
-        print(describe_domain(tracked))
+        whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
+        sure, how = tracked.domain_confidence, "as given by --domain"
+        print(f"Experts: {whose}, {how if sure is None else f'by the gate with confidence {sure:.2f}'}")
     print(f"Tracked {len(prompts)} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")

@@ -22,7 +22,7 @@ from samoe_hf import __version__
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, input_errors
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.model.weights_io import hash_tensors
@@ -185,9 +185,11 @@ class Evaluation:
         Returns:
             The model's entry in the results; None in processes other than the main one.
         """
-        model = SamoeModel.from_pretrained(source, **options)
+        with input_errors(source):
+            model = SamoeModel.from_pretrained(source, **options)
+            processor = load_processor(source, model)
         model.to(state.device)
-        processor, about = load_processor(source, model), describe_model(model, source)
+        about = describe_model(model, source)
         identity = {
             "model": about,
             "config": model.config.to_diff_dict(),
@@ -216,11 +218,11 @@ class Evaluation:
             label, state: see [`run_model`](Evaluation.run_model), and also for what is returned.
 
         Raises:
-            FileNotFoundError: if the folder or predictions are missing; names them.
-            ValueError: if the folder is where the results are to be written.
+            InputError: if the folder is missing, or where the results are to be written.
+            FileNotFoundError: if predictions are missing; names them.
         """
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder of predictions")
+            raise InputError(f"{folder}: no such folder of predictions")
         source = folder.resolve()
         if source.is_relative_to((self.output / "runs" / label).resolve()):
             raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")

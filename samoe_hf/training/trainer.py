@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 
 from samoe_hf.data import ClipCollator
 from samoe_hf.data.clip_datasets import as_clips, as_videos
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, write_model_card
@@ -373,6 +373,7 @@ def prepare_model(model: SamoeModel, args: SamoeTrainingArguments, loss: Segment
         model.compile_for_tracking()
 
 
+@input_errors()
 def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     """The trainer of a run, with its model and data; `arguments` as in [`parse_run`]."""
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)

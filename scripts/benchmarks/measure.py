@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import samoe_hf
@@ -85,6 +86,16 @@ def synchronize(device: torch.device) -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """As users run a model in `dtype`: float32 as it is."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model, in which nothing is dropped any more, so that it computes what others compute."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_p"):
+            module.dropout_p = 0.0
+    return model
 
 
 def measure(

@@ -28,8 +28,8 @@ from measure import (
     peak_bytes,
     prepare,
     trace_events,
+    without_dropout,
 )
-from meta_order import without_dropout
 from peers import TransformersTracker
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.configuration_samoe import SamoeConfig

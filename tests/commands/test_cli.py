@@ -142,7 +142,7 @@ def test_what_a_user_can_mend_becomes_an_error_of_ours_where_it_is_met():
         (["experts", "no id", *SYNTHETIC], "no id"),
         (["experts", "gone.pt", *SYNTHETIC], "gone.pt: no such file"),
         (["experts", "m", *SYNTHETIC, "--config", "c.yaml"], "`--config` go with an original checkpoint"),
-        (["convert", "a/b/c", "--output", "o"], "a/b/c: no such file or folder"),
+        (["convert", "a/b/c", "--output", "o"], "Repo id must be in the form"),
     ],
 )
 def test_names_of_nothing_are_told_in_a_line_and_nothing_is_written(arguments, message, tmp_path, monkeypatch):

@@ -54,19 +54,6 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(tmp_path, capsys)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "truncated.pt"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "the following arguments are required: --output"),
-        (["--to", "original", "--output", "o", "--push-to-hub", "x"], "does not go"),
-    ],
-)
-def test_mistaken_options_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        convert(CHECKPOINT, *arguments)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("target", ["transformers", "original"])
 def test_a_full_disk_is_an_error_of_one_line(model_folder, tmp_path, target):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

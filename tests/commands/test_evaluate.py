@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import time
 from functools import partial
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.processes import LAUNCH
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.cli import main
@@ -91,8 +91,12 @@ def test_drawn_points_of_several_seeds(run, model_folder, davis, tmp_path):
     model = results["models"][0]
     assert results["seeds"] == [42, 1042] and [r["seed"] for r in model["runs"]] == [42, 1042]
     assert (tmp_path / "runs" / model["label"] / "seed_1042" / "masks" / "davis" / "v0" / "00000.png").is_file()
-    assert "2 of 3 results are there already" in run(*arguments, "--seeds", 3)
-    assert read(tmp_path)["models"][0]["runs"][:2] == model["runs"]
+    assert "2 of 3 results are there already" in run(*arguments, "--seeds", 3, "--protocol", "all")
+    assert read(tmp_path)["models"][0]["runs"][0]["seed"] == 42
+    message = run(*arguments, "--prompt", "box", fails=True)
+    assert "`prompt` is 'point:2', not 'box'" in message and read(tmp_path)["prompt"] == "point:2"
+    run(*arguments, "--prompt", "box", "--overwrite")
+    assert read(tmp_path)["prompt"] == "box"
 
 
 @pytest.mark.slow
@@ -114,17 +118,6 @@ def test_models_side_by_side(run, model_folder, davis, tmp_path):
     # The positional model is the same as one given by its option, and what it did is kept.
     assert run(model_folder, "--model", other, *data).count("2 of 2 results are there already") == 2
     assert without_times(read(output)) == without_times(results)
-
-
-def test_what_differs_from_the_results_that_are_there_is_named(run, model_folder, davis, tmp_path):
-    arguments = [model_folder, *davis, "--video", "v0", "--output", tmp_path]
-    run(*arguments)
-    before = read(tmp_path)
-    message = run(*arguments, "--prompt", "box", fails=True)
-    assert "`prompt` is 'mask', not 'box'" in message and read(tmp_path) == before
-    assert "1 of 1 results are there already" in run(*arguments, "--protocol", "all")  # changes nothing of the masks
-    run(*arguments, "--prompt", "box", "--overwrite")
-    assert read(tmp_path)["prompt"] == "box"
 
 
 @pytest.mark.slow
@@ -157,8 +150,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(run, model_f
 def test_processes_share_the_videos(run, model_folder, davis, tmp_path):
     arguments = [str(word) for word in (model_folder, *davis, "--prompt", "point", "--output")]
     # As `accelerate launch` does for GPUs; on a CPU it starts one process only.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "samoe_hf", "evaluate"]
-    command += [*arguments, str(tmp_path / "two")]
+    command = [*LAUNCH, "-m", "samoe_hf", "evaluate", *arguments, str(tmp_path / "two")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Written: ") == 1
@@ -192,12 +184,6 @@ def test_mistakes_are_told_in_a_line(run, davis, tmp_path, arguments, message):
     given = [] if "--predictions" in arguments else ["nowhere"]
     assert message in run(*given, *davis, "--output", tmp_path / "out", *arguments, fails=True)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_model_or_predictions_are_needed(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "--dataset", "davis", "--output", "o"])
-    assert "at least one MODEL or --predictions is needed" in capsys.readouterr().err
 
 
 def test_labels_of_models_differ_whatever_they_are_called():

@@ -46,19 +46,24 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
         chosen_videos(run)
 
 
-@pytest.mark.parametrize("device", ["nope", "cuda:99", "meta", "cpu:x"])
-def test_devices_that_cannot_be_used_are_refused_at_once(device, capsys):
-    for command in (["track", "m", "v", "--output", "o"], ["assemble", "m", "l", "--dataset", "d", "--output", "o"]):
-        with pytest.raises(SystemExit) as caught:
-            main([*command, "--device", device])
-        assert caught.value.code == 2
-        assert f"argument --device: {device!r} is no device that can be used here" in capsys.readouterr().err
-
-
-def test_an_unknown_option_is_answered_with_the_nearest(capsys):
-    with pytest.raises(SystemExit):
-        main(["convert", "m", "--output", "o", "--push-to-hug", "x"])
-    assert "did you mean '--push-to-hub'?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        *(
+            (f"track m v --output o --device {one}", f"{one!r} is no device that")
+            for one in ("nope", "cuda:99", "meta")
+        ),
+        ("convert m --output o --push-to-hug x", "did you mean '--push-to-hub'?"),
+        ("convert m", "the following arguments are required: --output"),
+        ("convert m --to original --output o --push-to-hub x", "does not go with --to original"),
+        ("evaluate --dataset davis --output o", "at least one MODEL or --predictions is needed"),
+        ("label m --dataset davis --prompts p.json --output o", "`--prompts` goes with a folder of videos"),
+    ],
+)
+def test_mistaken_options_are_named_at_once(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["track", "evaluate", "experts", "convert"])
@@ -90,8 +95,3 @@ def test_what_goes_with_an_original_checkpoint_is_told(tmp_path, monkeypatch, mo
     with pytest.raises(SystemExit, match="`ignore_mismatched_sizes=True` gives the model new experts"):
         main(["train", "smoke", *run])
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
-
-
-def test_names_that_file_systems_take_for_one_are_told_apart():
-    names = options.unique_names(["routing_a_b_c", "routing_a_b_c", "routing_A_b_c", "routing_a_b c"])
-    assert len({name.casefold() for name in names}) == 4

@@ -47,11 +47,9 @@ def test_it_writes_a_model_whose_experts_alone_have_changed(samoe, smoke_config,
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("learning_rat: 1.0", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ("trainable: [expert]", "'expert'"),
         ("model_config: model_nano", "Exactly one of `model_name_or_path` and `model_config`"),
         ("box_probability: 1.5", "`box_probability` must be from 0 to 1, got 1.5"),
-        ("learning_rates: {experts: fast}", "Rates of `learning_rates` must be numbers from 0 on"),
         ("train_data: []", "`train_data` must name at least one dataset"),
         ("train_data: [{kind: davi}]", "'davi'"),
         (": [", "is not YAML"),

@@ -1,15 +1,13 @@
 """One command adds a domain: new experts are trained, the gate learns it, and nothing else changes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from helpers.processes import run_two
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
@@ -186,11 +184,7 @@ def test_two_processes_change_no_other_domain(base, tmp_path, mode):
         for _, experts in domain_modules(model, name):
             torch.nn.init.normal_(experts.lora_B, std=0.1)
     model.save_pretrained(tmp_path / "model")
-    program = ROOT / "tests" / "programs" / "train_domain.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, program, mode, tmp_path / "model", tmp_path / "trained.pt"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    run_two("train_domain.py", mode, tmp_path / "model", tmp_path / "trained.pt")
     before, after = model.state_dict(), torch.load(tmp_path / "trained.pt", weights_only=True)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed and all(".domain_b." in name for name in changed)
@@ -198,12 +192,16 @@ def test_two_processes_change_no_other_domain(base, tmp_path, mode):
 
 def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
     run = str(write_run(tmp_path, "blobs"))
+    words = [str(base), "--domain", "x", "--dataset", run, "--output"]
+    for named, other in (("--output_dir", "--output"), ("--model-name-or-path", "MODEL"), ("--domain_like", "--like")):
+        with pytest.raises(ValueError, match=f"`{named}` is given by `{other}` here"):
+            run_command([*words, str(tmp_path / "out"), f"{named}=y"])
     with pytest.raises(ValueError, match="A domain's name must be"):
         adapt(base, "not a name", [run], tmp_path / "out")
     with pytest.raises(ValueError, match="`trainable` must be experts"):
         adapt(base, "x", [run, "--trainable", "all"], tmp_path / "out")
     with pytest.raises(ValueError, match=r"`output_dir` .* holds the base model"):
-        run_command([str(base), "--domain", "x", "--dataset", run, "--output", str(base)])
+        run_command([*words, str(base)])
     assert not (tmp_path / "out").exists()
 
 
@@ -230,13 +228,3 @@ def test_of_few_videos_more_frames_are_read(first, monkeypatch):
     for num_videos in (2, 20, 100):
         fit_gate(model, None, "soft", [video] * num_videos, show_progress_bar=False)
     assert [max(numbers[:2]), max(numbers[2:22]), max(numbers[22:])] == [32, 12, 4]
-
-
-@pytest.mark.parametrize("option", ["--output_dir", "--model-name-or-path", "--domain_like=x"])
-def test_keys_of_a_run_that_the_command_has_in_other_words_are_refused(option, tmp_path):
-    named = option.partition("=")[0]
-    other = {"--output_dir": "--output", "--model-name-or-path": "MODEL", "--domain_like": "--like"}[named]
-    given = ["MODEL", "--domain", "x", "--dataset", "smoke", "--output", str(tmp_path / "out"), option, "y"]
-    with pytest.raises(ValueError, match=f"`{named}` is given by `{other}` here"):
-        run_command(given)
-    assert not (tmp_path / "out").exists()

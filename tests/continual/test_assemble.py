@@ -64,7 +64,7 @@ def test_datasets_are_given_once_or_for_each_lora(tmp_path):
     ("loras", "dataset", "message"),
     [
         (["night=x"], "run.yaml", "'night' is none of the dataset's domains"),
-        (["x"], "nothing", "must be a folder, a run's YAML file or"),
+        (["x"], "nothing", "`--dataset` must be a folder or the arguments of"),
         (["a/x", "b/x"], "run.yaml", "Two LoRAs have the name 'x'"),
     ],
 )

@@ -22,30 +22,20 @@ def run(tmp_path):
     "line, message",
     [
         ("per_device_train_batch_size: 0", "`per_device_train_batch_size` must be at least 1, got 0"),
-        ("per_device_eval_batch_size: -1", "`per_device_eval_batch_size` must be at least 1"),
-        ("gradient_accumulation_steps: 0", "`gradient_accumulation_steps` must be at least 1"),
         ("learning_rate: -1.0e-4", "`learning_rate` must be at least 0"),
         ("learning_rate: .nan", "`learning_rate` must be a finite number, not nan"),
-        ("weight_decay: .inf", "`weight_decay` must be a finite number, not inf"),
-        ("max_grad_norm: -1", "`max_grad_norm` must be at least 0"),
         ("num_train_epochs: 0", "`num_train_epochs` must be above 0"),
         ("num_frames: 0", "`num_frames` must be at least 1"),
         ("num_frames: 2.5", "`num_frames` must be an integer, not 2.5"),
         ("max_objects: true", "`max_objects` must be an integer, not True"),
-        ("clips_per_video: -3", "`clips_per_video` must be at least 1"),
-        ("encoder_batch_size: 0", "`encoder_batch_size` must be at least 1"),
-        ("dice_weight: .nan", "`dice_weight` must be a finite number, not nan"),
         ("dice_weight: -1", "`dice_weight` must be a number from 0 on"),
         ("save_only_trained: 3", "`save_only_trained` must be bool, not 3"),
-        ("learning_rates: {experts: -1.0}", "must be numbers from 0 on, got {'experts': -1.0}"),
         ("learning_rates: {experts: fast}", "must be numbers from 0 on, got {'experts': 'fast'}"),
-        ("learning_rates: {experts: .nan}", "must be numbers from 0 on"),
         ("learning_rates: {decoder: 1.0}", "must map sets of `trainable` (experts) to rates, got {'decoder': 1.0}"),
         ("learning_rates: experts=1", "must map sets of `trainable` (experts) to rates, got 'experts=1'"),
         ("eval_data: 5", "`eval_data` must be"),
         ("gradient_checkpointing_kwargs: {use_reentrant: true}", "neither `use_reentrant` nor `offload`"),
         ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean 'learning_rate'?"),
-        ("xyzzy: 1", "has an unknown key 'xyzzy'"),
     ],
 )
 def test_bad_values_are_refused_by_name(run, line, message):
@@ -59,8 +49,6 @@ def test_bad_values_are_refused_by_name(run, line, message):
     [
         (["--learning_rate", "nan"], "`learning_rate` must be at least 0, got nan"),
         (["--learning_rat", "1"], "There is no option --learning_rat; did you mean '--learning_rate'?"),
-        (["--num-train-epoch=4"], "There is no option --num-train-epoch; did you mean '--num-train-epochs'?"),
-        (["--xyzzy"], "There is no option --xyzzy"),
     ],
 )
 def test_bad_options_of_train_and_adapt(run, tmp_path, options, message):
@@ -80,10 +68,6 @@ def test_numbers_may_be_written_as_text(run):
     assert (arguments.learning_rate, arguments.learning_rates) == (1e-2, {"experts": 1e-3})
 
 
-def test_one_set_of_parameters_needs_no_list(run):
-    assert parse_run([run("trainable: experts")])[-1].trainable == ["experts"]
-
-
 def test_options_that_are_there_pass(run):
     options = [
         "--learning-rate",
@@ -94,8 +78,10 @@ def test_options_that_are_there_pass(run):
         "2.5",
         "--max_objects=1",
     ]
-    _, data, _, loss, arguments = parse_run([run("learning_rate: 1.0", "max_objects: 2"), *options])
+    lines = ("learning_rate: 1.0", "max_objects: 2", "trainable: experts")
+    _, data, _, loss, arguments = parse_run([run(*lines), *options])
     assert (arguments.learning_rate, arguments.seed, arguments.save_only_trained) == (1e-3, 3, False)
+    assert arguments.trainable == ["experts"]
     assert (loss.dice_weight, data.max_objects) == (2.5, 1)
 
 

@@ -30,21 +30,20 @@ def args(tmp_path):
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json")
 
 
-@pytest.mark.parametrize("how", ["missing", "cut short"])
 @pytest.mark.parametrize("name", FILES)
-def test_last_is_the_newest_whole_checkpoint(args, tmp_path, name, how, caplog):
+def test_last_is_the_newest_whole_checkpoint(args, tmp_path, name, caplog):
     """Checkpoint 10 is newer than 9, though not in the order of names."""
     whole, newest = write_checkpoint(tmp_path / "out", 9), write_checkpoint(tmp_path / "out", 10)
     assert resolve_checkpoint("last", args) == str(newest) == resolve_checkpoint(True, args)
-    if how == "missing":
-        (newest / name).unlink()
-    else:
-        content = (newest / name).read_bytes()
+    content = (newest / name).read_bytes()
+    for damage in ("damaged", "missing"):
         (newest / name).write_bytes(content[: len(content) // 2])
-    assert resolve_checkpoint("last", args) == str(whole)
-    assert f"{newest}: {name} is" in caplog.text
-    with pytest.raises(ValueError, match=f"checkpoint-10: {name} is"):
-        resolve_checkpoint(str(newest), args)
+        if damage == "missing":
+            (newest / name).unlink()
+        assert resolve_checkpoint("last", args) == str(whole)
+        assert f"{newest}: {name} is {damage}" in caplog.text
+        with pytest.raises(ValueError, match=f"checkpoint-10: {name} is {damage}"):
+            resolve_checkpoint(str(newest), args)
     shutil.rmtree(whole)
     with pytest.raises(ValueError, match=f"no whole checkpoint .*{name} is"):
         resolve_checkpoint("last", args)
@@ -69,15 +68,10 @@ def test_a_folder_with_another_run_is_refused_unless_it_is_asked_for(args, tmp_p
 
 
 def test_a_run_does_not_overwrite_its_base_model(tmp_path, model_folder):
-    own = tmp_path / "own"
+    own, run = tmp_path / "own", tmp_path / "run.yaml"
     shutil.copytree(model_folder, own)
-    before = {path.name: path.read_bytes() for path in own.iterdir()}
-    run = tmp_path / "run.yaml"
-    run.write_text(f"train_data: [{{kind: synthetic}}]\nmodel_name_or_path: {own}\noutput_dir: {own}\n")
+    run.write_text(f"train_data: [{{kind: synthetic}}]\nmodel_name_or_path: {own}\noverwrite_output_dir: true\n")
     (tmp_path / "link").symlink_to(own)
-    for more in ([], ["--overwrite_output_dir", "true"], ["--output_dir", str(tmp_path / "link")]):
+    for output in (own, tmp_path / "link", tmp_path):
         with pytest.raises(ValueError, match="holds the base model"):
-            build_trainer([str(run), *more])
-    with pytest.raises(ValueError, match="holds the base model"):
-        build_trainer([str(run), "--output_dir", str(tmp_path), "--overwrite_output_dir", "true"])
-    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+            build_trainer([str(run), "--output_dir", str(output)])

@@ -1,9 +1,6 @@
 """Datasets of one's own, of each form, through SamoeTrainer and plain Trainer."""
 
 import json
-import os
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -11,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoProcessor
 
-from helpers.reference import ROOT
+from helpers.processes import run_two
 from samoe_hf import SamoeModel
-from samoe_hf.data import ClipCollator, ClipDataset, ClipStream, SyntheticVideos
+from samoe_hf.data import ClipDataset, ClipStream, SyntheticVideos
 from samoe_hf.model.prompt_recipe import PROMPT_RECIPES
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
@@ -23,9 +20,8 @@ from samoe_hf.training.trainer import SamoeTrainer
 VIDEOS = SyntheticVideos(4, 4, (48, 64))
 
 
-def frames_of(video, channels_first=False):
-    frames = np.stack(list(video.frames))
-    return np.moveaxis(frames, 3, 1) if channels_first else frames
+def frames_of(video):
+    return np.stack(list(video.frames))
 
 
 def masks_of(video):
@@ -33,8 +29,7 @@ def masks_of(video):
 
 
 def ids_of(video):
-    masks = masks_of(video)
-    return (masks * np.arange(1, masks.shape[1] + 1)[:, None, None]).max(axis=1).astype(np.uint8)
+    return np.stack([video.id_map(t) for t in range(len(video))])
 
 
 class FloatsAndMasks(Dataset):
@@ -43,7 +38,7 @@ class FloatsAndMasks(Dataset):
 
     def __getitem__(self, index):
         video = VIDEOS[index]
-        frames = torch.from_numpy(frames_of(video, channels_first=True).copy()) / 255
+        frames = torch.from_numpy(frames_of(video)).permute(0, 3, 1, 2) / 255
         return {"frames": frames, "masks": torch.from_numpy(masks_of(video)).float()}
 
 
@@ -60,11 +55,6 @@ class Stream(IterableDataset):
         return iter(ArraysAndIds()[i] for i in range(len(VIDEOS)))
 
 
-class PlainIterable:
-    def __iter__(self):
-        return iter(Stream())
-
-
 def image_lists():
     def images(arrays):
         return [Image.fromarray(array) for array in arrays]
@@ -79,46 +69,31 @@ def image_lists():
 FORMS = {
     "floats": FloatsAndMasks,
     "ids": ArraysAndIds,
-    "list": lambda: [ArraysAndIds()[i] for i in range(4)],
     "images": image_lists,
     "stream": Stream,
-    "iterable": PlainIterable,
     "image stream": lambda: image_lists().to_iterable_dataset(),
 }
 
 
-def settings(folder, kind=SamoeTrainingArguments, max_steps=2, **options):
-    return kind(output_dir=folder, max_steps=max_steps, per_device_train_batch_size=1, report_to="none",
-                disable_tqdm=True, save_strategy="no", use_cpu=True, **options)  # fmt: skip
-
-
-def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, **options):
+def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, seed=42):
     model, processor = SamoeModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
-    arguments = settings(folder, learning_rate=1e-3, **options)
+    arguments = SamoeTrainingArguments(
+        folder, max_steps=1, per_device_train_batch_size=1, report_to="none", disable_tqdm=True, save_strategy="no",
+        use_cpu=True, learning_rate=1e-3, seed=seed,
+    )  # fmt: skip
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     return SamoeTrainer(model, arguments, PROMPT_RECIPES["mask"], processing_class=processor, **data)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_samoe_trainer_draws_clips_itself(form, model_folder, tmp_path):
-    trainer = samoe_trainer(model_folder, tmp_path, FORMS[form](), seed=7, max_steps=1)
+    trainer = samoe_trainer(model_folder, tmp_path, FORMS[form](), seed=7)
     clips = trainer.train_dataset
     assert isinstance(clips, ClipDataset | ClipStream) and clips.seed == 7
     assert clips.sampler.processor is trainer.processor
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trainer.train().training_loss > 0
     assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
-
-
-@pytest.mark.parametrize("form", ["floats", "image stream"])
-def test_plain_trainer_trains(form, model_folder, tmp_path):
-    data, processor = FORMS[form](), AutoProcessor.from_pretrained(model_folder)
-    draw = ClipStream if form == "image stream" else ClipDataset
-    clips = draw(data, processor, num_frames=3)
-    model = SamoeModel.from_pretrained(model_folder).train()
-    arguments = settings(tmp_path, TrainingArguments)
-    trainer = Trainer(model, arguments, train_dataset=clips, data_collator=ClipCollator())
-    assert trainer.train().training_loss > 0
 
 
 def test_every_form_of_a_video_gives_the_same_clips(model_folder, tmp_path):
@@ -132,6 +107,8 @@ def test_every_form_of_a_video_gives_the_same_clips(model_folder, tmp_path):
 
 
 def test_evaluation_tracks_items_as_it_tracks_their_videos(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="`eval_dataset` must be given"):
+        samoe_trainer(model_folder, tmp_path, FloatsAndMasks()).evaluate()
     trainer = samoe_trainer(model_folder, tmp_path, FloatsAndMasks(), eval_dataset=FloatsAndMasks())
     expected = trainer.evaluate(list(VIDEOS))
     for data in (None, FORMS["floats"](), [FloatsAndMasks()[i] for i in range(4)]):
@@ -161,24 +138,10 @@ def test_what_is_no_dataset_of_videos_is_refused(data, message, model_folder, tm
         samoe_trainer(model_folder, tmp_path, data)
 
 
-def test_evaluation_without_videos_is_refused(model_folder, tmp_path):
-    with pytest.raises(ValueError, match="`eval_dataset` must be given"):
-        samoe_trainer(model_folder, tmp_path, FloatsAndMasks()).evaluate()
-
-
 @pytest.mark.slow
 def test_processes_share_out_a_stream_whose_clips_differ_in_objects(model_folder, tmp_path):
-    output = tmp_path / "out"
-    output.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*launch, ROOT / "tests" / "programs" / "stream_clips.py", model_folder, output],
-        check=True,
-        env=environment,
-        cwd=ROOT,
-    )
-    seen = [json.loads((output / str(rank)).read_text()) for rank in range(2)]
+    run_two("stream_clips.py", model_folder, tmp_path)
+    seen = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     # The first batches of both; a loader reads one ahead.
     assert [clip[0] for clips in seen for clip in clips[:2]] == ["0", "2", "1", "3"]
     assert len({count for clips in seen for _, count in clips}) > 1
