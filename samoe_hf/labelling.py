@@ -256,7 +256,12 @@ class LabelRun(RunFolder):
                     rows = [tracked.object_ids.index(object_id) for object_id in video.object_ids]
                     masks = masks_of(tracked.logits[rows].float().cpu().numpy(), files.overlapping)
                     files.write(video, tracked.frame_idx, masks)
-            _move_into(files.video_folder(video), self.masks(video.domain).video_folder(video))
+            written, place = (one.video_folder(video) for one in (files, self.masks(video.domain)))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists():  # another video's folder lies within, or a process was killed after this
+                shutil.copytree(written, place, copy_function=os.replace, dirs_exist_ok=True)
+            else:
+                written.rename(place)
         except InputError as error:
             raise InputError(f"{video.video_id}: {error}") from error
         finally:
@@ -270,19 +275,6 @@ class LabelRun(RunFolder):
         if tracked is not None and model.config.domains is not None:
             entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
         write_text(self.finished_path(prompted), json.dumps(entry))
-
-
-def _move_into(source: Path, target: Path) -> None:
-    """Moves a folder to its place, at once if it is not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        source.rename(target)
-        return
-    # A process was killed between this and the next step, or another video's folder lies within.
-    for path in [path for path in source.rglob("*") if path.is_file()]:
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
 
 
 def label_videos(

@@ -102,6 +102,7 @@ def run(parsed: argparse.Namespace) -> None:
         options = {} if parsed.config is None else {"original_config": parsed.config}
         model = assemble(parsed.base, loras, videos, device=parsed.device, **options)
         model.save_pretrained(folder, processor=load_processor(parsed.base, model))
+    assert model.domain_gate is not None
     print("Domains, and videos that the gate knows them by:")
     for name, count in zip(model.config.domain_names, model.domain_gate.counts.tolist(), strict=True):
         print(f"  {name:20s} {count}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from samoe_hf.data.clip_datasets import MixedDataset
 from samoe_hf.data.schema import JoinedVideos
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_io import write_text
 from samoe_hf.surgery.domains import copy_domain_experts
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
@@ -97,7 +96,7 @@ def adapt(
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     clips, learner = trainer.train_dataset, trainer.model
-    assert isinstance(clips, MixedDataset) and isinstance(learner, SamoeModel)
+    assert isinstance(clips, MixedDataset)
     videos = JoinedVideos(dataset.videos for dataset in clips.datasets.values())
     result.gate_videos = fit_gate(learner, trainer.processor, domain, videos, shows_progress)
     if like == AUTO:
@@ -120,9 +119,9 @@ def _scores(trainer: SamoeTrainer) -> dict[str, float]:
 def _count_routed(trainer: SamoeTrainer) -> dict[str, dict[str, int]]:
     """By the domain that the data names: whose experts the evaluation videos get -> how many."""
     counts: dict[str, Counter[str]] = {}
-    videos, model = trainer.eval_dataset or [], trainer.model
-    assert isinstance(videos, list) and isinstance(model, SamoeModel)
-    for video, decision in zip(videos, decide_videos(model, trainer.processor, videos), strict=True):
+    videos = trainer.eval_dataset or []
+    assert isinstance(videos, list)
+    for video, decision in zip(videos, decide_videos(trainer.model, trainer.processor, videos), strict=True):
         if decision is not None:
             counts.setdefault(video.domain, Counter())[decision.domain or "base"] += 1
     return {name: dict(count) for name, count in counts.items()}

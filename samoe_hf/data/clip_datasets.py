@@ -17,11 +17,10 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from transformers import ProcessorMixin
 
 from samoe_hf.errors import InputError
 
-from .clips import Clip, ClipSampler
+from .clips import Clip, ClipSampler, FrameProcessor
 from .hub_datasets import videos_from_dataset
 from .items import ItemStream, is_iterable_dataset, videos_from_items
 from .options import check_types
@@ -106,7 +105,7 @@ class ClipDataset(EpochDataset, Dataset):
     def __init__(
         self,
         videos: Sequence[Video | Mapping[str, Any]] | Dataset,
-        processor: ProcessorMixin,
+        processor: FrameProcessor,
         *,
         seed: int = 0,
         clips_per_video: int = 1,
@@ -239,7 +238,7 @@ class ClipStream(EpochDataset, IterableDataset):
     def __init__(
         self,
         videos: Iterable[Video | Mapping[str, Any]],
-        processor: ProcessorMixin,
+        processor: FrameProcessor,
         *,
         seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
@@ -273,7 +272,7 @@ class ClipStream(EpochDataset, IterableDataset):
                 yield clip
 
 
-def as_clips(data: Any, processor: ProcessorMixin, seed: int) -> Any:
+def as_clips(data: Any, processor: FrameProcessor, seed: int) -> Any:
     """A dataset of clips: the given one if it holds clips, else clips of 8 frames drawn of the videos that it holds.
 
     Args:

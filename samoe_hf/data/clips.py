@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
-from transformers import ProcessorMixin
 
 from samoe_hf.errors import InputError
 
@@ -23,6 +22,12 @@ from .video_io import SampleError
 
 ClipTransform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[tv_tensors.Image, tv_tensors.Mask]]
 Clip = dict[str, Any]
+
+
+class FrameProcessor(Protocol):
+    """What of a processor prepares frames."""
+
+    video_processor: Any
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class ClipSampler:
             (T, 3, H, W) uint8 and masks (N, T, H, W) uint8 that draws from torch's global generator.
     """
 
-    processor: ProcessorMixin = field(repr=False)
+    processor: FrameProcessor = field(repr=False)
     num_frames: int = 8
     stride: int = 1
     max_objects: int = 3

@@ -4,21 +4,24 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
-from transformers import HfArgumentParser, ProcessorMixin, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from samoe_hf.data import ClipDataset, MixedDataset
 from samoe_hf.data.options import check_types
-from samoe_hf.data.registry import parse_yaml, read_yaml, videos_from_entry
+from samoe_hf.data.registry import dataset_entries, parse_yaml, read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.errors import InputError, did_you_mean
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.surgery.domains import add_domain, find_domain
 
@@ -27,11 +30,11 @@ from .keys import DataKeys, ModelKeys, TrainingKeys
 DATASETS = ("train_data", "eval_data")
 
 # Where the model comes from: one of them.
-MODEL_KEYS = ("model_name_or_path", "model_config")
+MODEL_KEYS = {"model_name_or_path", "model_config"}
 
 
 def check_at_least(arguments: Any, **limits: float) -> None:
-    """Raises a `ValueError` for a field that is below its limit or no finite number; None is left alone."""
+    """Raises an `InputError` for a field that is below its limit or no finite number; None is left alone."""
     for name, limit in limits.items():
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value >= limit):
@@ -94,25 +97,19 @@ class DataArguments(DataKeys):
     def __post_init__(self) -> None:
         check_at_least(self, num_frames=1, stride=1, max_objects=1, clips_per_video=1)
         for name in DATASETS:
-            value = getattr(self, name)
-            if isinstance(value, str | Mapping):
-                setattr(self, name, [value])
-            elif not isinstance(value, list):
-                raise InputError(f"`{name}` must be a folder or a list of datasets, got {value!r}.")
+            setattr(self, name, dataset_entries({name: getattr(self, name)}, name, "a run"))
 
-    def train_dataset(self, processor: ProcessorMixin, seed: int) -> MixedDataset:
+    def train_dataset(self, processor: VideoProcessor, seed: int) -> MixedDataset:
         """All training clips, prepared by `processor`, each dataset by its domain's name."""
         if not self.train_data:
             raise InputError("`train_data` must name at least one dataset.")
         clips, weights = {}, {}
         transforms = None if self.augmentation is None else transforms_from_options(self.augmentation)
         for index, entry in enumerate(self.train_data):
-            source, weight = entry, None
-            if isinstance(entry, Mapping):
-                source = {name: value for name, value in entry.items() if name != "weight"}
-                weight = entry.get("weight")
-            videos = videos_from_entry(source, f"train_data[{index}]")
-            domain = (source.get("domain") if isinstance(source, Mapping) else None) or videos[0].domain
+            options = dict(entry) if isinstance(entry, Mapping) else {}
+            weight = options.pop("weight", None)
+            videos = videos_from_entry(options or entry, f"train_data[{index}]")
+            domain = options.get("domain") or videos[0].domain
             if domain in clips:
                 raise InputError(
                     f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
@@ -157,9 +154,11 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch warns
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
+        accelerator = self.accelerator_config
+        assert isinstance(accelerator, AcceleratorConfig)
+        if accelerator.dispatch_batches is None:
             # Else, of a stream, one process reads the batches of all and joins them, whose objects differ in number.
-            self.accelerator_config.dispatch_batches = False
+            accelerator.dispatch_batches = False
         check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
         check_at_least(self, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_steps=0, adam_epsilon=0, seed=0)
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
@@ -173,13 +172,14 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
             if options.get("use_reentrant") or options.get("offload"):
                 raise InputError(f"`{name}` must have neither `use_reentrant` nor `offload`, got {options}.")
 
+    @property
+    def folder(self) -> Path:
+        """`output_dir`."""
+        return Path(self.output_dir or ".")
+
 
 def parse_size(text: str) -> int:
-    """Bytes of a size of device memory, such as "16GB" or "24GiB".
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Bytes of a size of device memory, such as "16GB" or "24GiB"."""
     try:
         size = convert_file_size_to_int(text.upper())
     except (ValueError, OverflowError):
@@ -206,7 +206,7 @@ def _check_rates(rates: Any, trainable: Sequence[str]) -> dict[str, float]:
 
 def run_parser(**kwargs: Any) -> HfArgumentParser:
     """A parser with all keys of a run as options, in groups; `kwargs` of [`~transformers.HfArgumentParser`]."""
-    kinds = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
+    kinds: Any = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
     # All options in the usage would hide the message behind them.
     usage = {"prog": "samoe train", "usage": "samoe train RUN.yaml|NAME [--KEY VALUE ...]"}
     parser = HfArgumentParser(kinds, **usage | kwargs)
@@ -230,8 +230,7 @@ def parse_run(
     `CONFIG` is a YAML, or the name of one that comes with the package.
 
     Raises:
-        ValueError: for a key in the YAML or an option that is not known, naming the nearest that is; or a value of
-            another type.
+        InputError: for a key or an option that is not known, naming the nearest that is; or a value of another type.
         FileNotFoundError: if there is no such YAML.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
@@ -240,19 +239,17 @@ def parse_run(
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
     options = {option for action in parser._actions for option in action.option_strings}
     given = [text.partition("=")[0] for text in overrides if text.startswith("--")]
-    for key in run:
-        if key not in known:
-            raise InputError(f"{config} has an unknown key {key!r}{did_you_mean(key, known)}")
-    for option in given:
-        if option not in options:
-            raise InputError(f"There is no option {option}{did_you_mean(option, options)}")
-    given_keys = {option.removeprefix("--").replace("-", "_") for option in given}
-    for key, other in (MODEL_KEYS, MODEL_KEYS[::-1]):
-        if key in given_keys and other not in given_keys:
-            run.pop(other, None)
+    for key in run.keys() - known:
+        raise InputError(f"{config} has an unknown key {key!r}{did_you_mean(key, known)}")
+    for option in set(given) - options:
+        raise InputError(f"There is no option {option}{did_you_mean(option, options)}")
+    # A model that is given as an option takes the place of the run's, of either kind.
+    if models := {option.removeprefix("--").replace("-", "_") for option in given} & MODEL_KEYS:
+        run = {key: value for key, value in run.items() if key not in MODEL_KEYS - models}
     # Text is left to the parser, which converts it as on the command line.
     typed = {key: run[key] for key in run.keys() - set(DATASETS) if not isinstance(run[key], str | None)}
     for kind in parser.dataclass_types:
         check_types(kind, typed, str(config))
     parser.set_defaults(**run)
-    return parser.parse_args_into_dataclasses(args=overrides)
+    parsed: Any = parser.parse_args_into_dataclasses(args=overrides)
+    return parsed

@@ -68,11 +68,11 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingAr
         resume_from_checkpoint: a folder; or "last" or True, for the newest whole checkpoint of `args.output_dir`.
 
     Raises:
-        ValueError: if there is none, or the folder is no whole checkpoint; says what is missing.
+        InputError: if there is none, or the folder is no whole checkpoint; says what is missing.
     """
     is_last = resume_from_checkpoint in ("last", True)
     problems = []
-    for checkpoint in list_checkpoints(args.output_dir) if is_last else [Path(str(resume_from_checkpoint))]:
+    for checkpoint in list_checkpoints(args.folder) if is_last else [Path(str(resume_from_checkpoint))]:
         if not (found := checkpoint_problems(checkpoint, args)):
             for problem in problems:
                 logger.warning("Not resumed from %s.", problem)
@@ -93,10 +93,10 @@ def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
         source: the folder, file or Hub id of the base model.
 
     Raises:
-        ValueError: if the base model lies in `args.output_dir`; or if a model or checkpoints are there and the run
+        InputError: if the base model lies in `args.output_dir`; or if a model or checkpoints are there and the run
             neither resumes nor has `overwrite_output_dir`.
     """
-    output = Path(args.output_dir or ".").resolve()
+    output = args.folder.resolve()
     base = None if source is None or not Path(source).is_dir() else Path(source).resolve()
     if base is not None and (base == output or output in base.parents):
         raise InputError(

@@ -51,7 +51,7 @@ class FeatureCache:
         """Features of frames (rows, 3, S, S). Those that are not in the cache yet are encoded and written.
 
         Raises:
-            ValueError: if the image encoder is being trained, or is random (dropout), or its weights are sharded.
+            InputError: if the image encoder is being trained, or is random (dropout), or its weights are sharded.
         """
         folder = self.folder / self._encoder_fingerprint(model)
         paths = [_path(folder, frame) for frame in pixel_values]

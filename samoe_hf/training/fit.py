@@ -5,7 +5,6 @@ The constants were fitted to steps whose tensors were counted; docs/small_gpus.m
 
 import copy
 import shutil
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -89,7 +88,7 @@ def fit_arguments(
         dataset: a [`~samoe_hf.data.ClipDataset`], a stream of clips or a mixture of several.
 
     Raises:
-        ValueError: if the dataset does not tell how large its clips are, or nothing fits.
+        InputError: if the dataset does not tell how large its clips are, or nothing fits.
     """
     args, memory = copy.copy(args), parse_size(str(args.fit))
     parts = list(getattr(dataset, "datasets", {"": dataset}).values())
@@ -122,7 +121,7 @@ def fit_arguments(
         if args.encoder_batch_size is None and at_once < clips * frames:
             args.encoder_batch_size = at_once
         if args.feature_cache is None and _can_be_cached(model, args, parts, FEATURES * scale * pixels):
-            args.feature_cache = str(Path(args.output_dir, "features"))
+            args.feature_cache = str(args.folder / "features")
     if args.process_index == 0:
         names = "per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, encoder_batch_size"
         chosen = [f"{name} {getattr(args, name)}" for name in [*names.split(", "), "feature_cache"]]
@@ -135,6 +134,6 @@ def _can_be_cached(model: SamoeModel, args: SamoeTrainingArguments, datasets: li
     is_random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.vision_encoder.modules())
     if is_random or any(one.sampler.transforms for one in datasets) or any(isinstance(o, ClipStream) for o in datasets):
         return False
-    output = Path(args.output_dir).absolute()
+    output = args.folder.absolute()
     free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free
     return 2 * frame_bytes * sum(len(video.frames) for one in datasets for video in one.videos) <= free

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import ProcessorMixin, Trainer, TrainerCallback, enable_full_determinism, set_seed
+from transformers import Trainer, TrainerCallback, enable_full_determinism, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, speed_metrics
 
 from samoe_hf.data import ClipCollator
@@ -29,7 +29,7 @@ from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_ad
 from samoe_hf.model.base_model import ClipSettings
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import build_processor, load_processor
+from samoe_hf.model.processing_samoe import VideoProcessor, build_processor, load_processor
 from samoe_hf.model.prompt_recipe import PromptRecipe
 
 from .arguments import SamoeTrainingArguments, parse_run
@@ -63,6 +63,7 @@ class SamoeTrainer(Trainer):
     """
 
     args: SamoeTrainingArguments
+    model: SamoeModel
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class SamoeTrainer(Trainer):
         args: SamoeTrainingArguments,
         recipe: PromptRecipe | None = None,
         segmentation_loss: SegmentationLoss | None = None,
-        processing_class: ProcessorMixin | None = None,
+        processing_class: VideoProcessor | None = None,
         domain: str | None = None,
         train_dataset: Any = None,
         **kwargs,
@@ -86,7 +87,16 @@ class SamoeTrainer(Trainer):
         model.set_trainable(*self.learning_rates)
         if args.fit is not None:
             args = fit_arguments(model, args, self.recipe, train_dataset)
-        prepare_model(model, args, segmentation_loss)
+        if model.origin.quantized and not (args.save_only_trained and model.origin.source):
+            raise InputError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
+        model.clip_settings = ClipSettings(
+            segmentation_loss or model.clip_settings.loss,
+            None if args.feature_cache is None else FeatureCache(args.feature_cache),
+            args.encoder_batch_size,
+            model.clip_settings.checkpoint_every_n_frames,
+        )
+        if args.compile_parts:
+            model.compile_for_tracking()
         # Trainer is not given the processor, since it aligns special tokens of each processor's tokenizer.
         super().__init__(model, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
         if self.is_fsdp_enabled:
@@ -102,12 +112,12 @@ class SamoeTrainer(Trainer):
             resume_from_checkpoint: a whole checkpoint; "last" or True for the newest whole one in `output_dir`.
 
         Raises:
-            ValueError: if there is no whole checkpoint to go on from; or if nothing is to be resumed, but `output_dir`
+            InputError: if there is no whole checkpoint to go on from; or if nothing is to be resumed, but `output_dir`
                 has checkpoints of another run, and not `overwrite_output_dir`.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
-        elif others := list_checkpoints(self.args.output_dir):
+        elif others := list_checkpoints(self.args.folder):
             if not self.args.overwrite_output_dir:
                 raise InputError(ANOTHER_RUN.format(self.args.output_dir))
             if self.is_world_process_zero():
@@ -130,7 +140,8 @@ class SamoeTrainer(Trainer):
         # In the data, `domain` is what a clip is of; for the model, whose experts are run.
         inputs = {**inputs, "prompts": self.recipe, "domain": self.domain}
         with logs:
-            loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+            result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, output = result
         if model.training:
             if not loss.requires_grad:
                 raise InputError(
@@ -176,7 +187,6 @@ class SamoeTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, in which each set of parameters has its rate."""
         model = model or self.model
-        assert model is not None
         if self.optimizer is None:
             decaying = set(self.get_decay_parameter_names(model))
             sets = {
@@ -186,7 +196,7 @@ class SamoeTrainer(Trainer):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups[sets[name.removeprefix("module.")], name in decaying].append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decays = {True: self.args.weight_decay, False: 0.0}
             groups = [
                 {"params": found, "lr": self.learning_rates[chosen], "weight_decay": decays[decayed], "set": chosen}
@@ -205,16 +215,14 @@ class SamoeTrainer(Trainer):
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         if videos is None:
             raise InputError("`eval_dataset` must be given, the videos to track.")
-        videos, start_time = as_videos(videos), time.time()
-        videos = videos if isinstance(videos, Sequence) else list(videos)
-        indices, model = list(range(len(videos))), self.accelerator.unwrap_model(self.model)
+        opened, start_time = as_videos(videos), time.time()
+        videos: Any = opened if isinstance(opened, Sequence) else list(opened)
+        model, state = self.accelerator.unwrap_model(self.model), PartialState()
         show = self.is_local_process_zero() and not self.args.disable_tqdm
         # Processes that each hold a shard of the weights must take every step together.
-        split = nullcontext(indices) if self.is_fsdp_enabled else PartialState().split_between_processes(indices)
-        with split as own:
-            found = evaluate_videos(
-                model, self.processor, Subset(videos, own), show_progress_bar=show, domain=self.eval_domain
-            )
+        first, step = (0, 1) if self.is_fsdp_enabled else (state.process_index, state.num_processes)
+        own: Any = Subset(videos, range(first, len(videos), step))
+        found = evaluate_videos(model, self.processor, own, show_progress_bar=show, domain=self.eval_domain)
         results = list(found.values())
         results = list(results_by_key(results if self.is_fsdp_enabled else gather_object(results)).values())
         groups = {f"{name}_": [r for r in results if r.domain == name] for name in sorted({r.domain for r in results})}
@@ -230,7 +238,7 @@ class SamoeTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
+            folder = output_dir or self.args.folder
             self.accelerator.unwrap_model(self.model).save_pretrained(
                 folder, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
             )
@@ -240,11 +248,7 @@ class SamoeTrainer(Trainer):
         return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).origin.source is not None
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """Makes the repository, before anything is pushed.
-
-        Raises:
-            ValueError: if what is saved refers to a base model that only this machine has.
-        """
+        """Makes the repository, before anything is pushed; what is saved must not refer to a base of this machine."""
         if self._saves_only_trained():
             check_base_is_public(self.accelerator.unwrap_model(self.model))
         super().init_hf_repo(*args, **kwargs)
@@ -253,10 +257,10 @@ class SamoeTrainer(Trainer):
         # Trainer copies the checkpoint's configuration and weights to what it uploads; the model needs these as well.
         if self.is_world_process_zero():
             for code in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(code, self.args.output_dir)
-            self.processor.save_pretrained(self.args.output_dir)
+                shutil.copy(code, self.args.folder)
+            self.processor.save_pretrained(self.args.folder)
             for name in adapter_names(self.accelerator.unwrap_model(self.model)):
-                shutil.copytree(Path(checkpoint_folder, name), Path(self.args.output_dir, name), dirs_exist_ok=True)
+                shutil.copytree(Path(checkpoint_folder, name), self.args.folder / name, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -286,9 +290,9 @@ class SamoeTrainer(Trainer):
             language=language,
             tags=tags,
         )
-        model, name = self.accelerator.unwrap_model(self.model), model_name or Path(self.args.output_dir).name
+        model, name = self.accelerator.unwrap_model(self.model), model_name or self.args.folder.name
         write_model_card(
-            model, self.args.output_dir, self.hub_model_id or name, content, experts_only=self._saves_only_trained()
+            model, self.args.folder, self.hub_model_id or name, content, experts_only=self._saves_only_trained()
         )
 
     def _issue_warnings_after_load(self, load_result) -> None:
@@ -306,6 +310,7 @@ class SamoeTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
         self._load_adapters(self.state.best_model_checkpoint)
 
     def _load_adapters(self, checkpoint: str) -> None:
@@ -324,8 +329,9 @@ class RunCallback(TrainerCallback):
         self.trainer._last_logged_step = state.global_step
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+        clips: Any = self.trainer.train_dataset
+        if hasattr(clips, "set_epoch"):
+            clips.set_epoch(int(state.epoch or 0))
 
 
 def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | None) -> dict[str, float]:
@@ -334,7 +340,7 @@ def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | 
     For a domain the only set is its experts. Adapters of PEFT that were not frozen are trained as well.
 
     Raises:
-        ValueError: if the model has no such domain, or domains of which none is given; if other than its experts are
+        InputError: if the model has no such domain, or domains of which none is given; if other than its experts are
             to be trained; or if a set has no parameters.
     """
     rates = {chosen: args.learning_rates.get(chosen, args.learning_rate) for chosen in args.trainable}
@@ -353,24 +359,6 @@ def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | 
     if any(p.requires_grad and is_adapter_parameter(n) and n not in chosen for n, p in model.named_parameters()):
         rates["adapters"] = args.learning_rate
     return rates
-
-
-def prepare_model(model: SamoeModel, args: SamoeTrainingArguments, loss: SegmentationLoss | None) -> None:
-    """Gives a model what its forward pass over clips takes from a run: the loss, and how frames are encoded.
-
-    Raises:
-        ValueError: if checkpoints would have to hold a quantized base.
-    """
-    if model.origin.quantized and not (args.save_only_trained and model.origin.source):
-        raise InputError("`save_only_trained` must be true for a quantized base, which is not saved itself.")
-    model.clip_settings = ClipSettings(
-        loss or model.clip_settings.loss,
-        None if args.feature_cache is None else FeatureCache(args.feature_cache),
-        args.encoder_batch_size,
-        model.clip_settings.checkpoint_every_n_frames,
-    )
-    if args.compile_parts:
-        model.compile_for_tracking()
 
 
 @input_errors()

@@ -9,7 +9,6 @@ import yaml
 
 import run_study
 from helpers.reference import ROOT
-from samoe_hf import SamoeModel
 from samoe_hf.continual.start import reduced
 from samoe_hf.data import SyntheticVideos, Video
 from study import Study
@@ -54,21 +53,13 @@ def test_quick_is_laid_over_the_plan():
         ({"orders": [["blobs", "night"]]}, "`orders` has 'night', which is none of `domains`"),
         ({"orders": [["blobs"], ["stripes"]]}, "must hold the same domains"),
         ({"domains": [{"name": "a-b", "train_data": [], "eval_data": [], "steps": 1}]}, "`name` must be without"),
-        ({"domains": [{"name": "base", "train_data": [], "eval_data": [], "steps": 1}]}, "A domain's name must"),
-        ({"seeds": []}, "at least one each"),
         ({"lora_rank": 5}, "`lora_rank` must be a multiple of `experts_per_domain`"),
         ({"learning_rte": 1.0}, "no option 'learning_rte'; did you mean 'learning_rate'"),
-        ({"eval_videos": "many"}, "`eval_videos` must be an integer"),
     ],
 )
 def test_a_wrong_plan_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read_plan(tiny_config(tmp_path, **changes), quick=True)
-
-
-def test_a_root_of_an_unknown_domain_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`--root` names 'night'"):
-        read_plan(CONFIG, {"night": str(tmp_path)})
 
 
 # --- Videos
@@ -87,10 +78,8 @@ def test_videos_are_cropped_around_their_objects_and_resized():
 
 
 def test_volumes_are_halved_at_their_largest_mask():
-    frames, masks = (
-        np.arange(7, dtype=np.uint8)[:, None, None] * np.ones((7, 20, 20), np.uint8),
-        np.zeros((7, 1, 20, 20), bool),
-    )
+    frames = np.arange(7, dtype=np.uint8)[:, None, None] * np.ones((7, 20, 20), np.uint8)
+    masks = np.zeros((7, 1, 20, 20), bool)
     for t, side in {1: 3, 2: 6, 3: 9, 4: 4}.items():
         masks[t, 0, :side, :side] = True
     onward, back = halves(Video.from_arrays("lesion", frames, masks, domain="ct"))
@@ -121,16 +110,8 @@ def entries(final_blobs, method="full"):
         {"shapes": 0.6, "blobs": final_blobs, "stripes": 0.5},
     ]
     return [
-        {
-            "method": method,
-            "order": "blobs-stripes",
-            "seed": 0,
-            "stage": stage,
-            "domain": name,
-            "J": x,
-            "F": x,
-            "J&F": x,
-        }
+        {"method": method, "order": "blobs-stripes", "seed": 0, "stage": stage, "domain": name}
+        | dict.fromkeys(("J", "F", "J&F"), x)
         for stage, scores in enumerate(stages)
         for name, x in scores.items()
     ]
@@ -245,35 +226,13 @@ def test_results_with_files_elsewhere_are_refused(tmp_path, plan, name):
     assert not [path for path in tmp_path.rglob("*.json") if path.name in ("evil.json", "base.json")]
 
 
-@pytest.mark.parametrize("text", ['{"models": []}', "[]", '{"study": {}', '{"study": {}, "units": 5}'])
+@pytest.mark.parametrize("text", ['{"models": []}', '{"study": {}', '{"study": {}, "units": 5}'])
 def test_results_of_something_else_are_refused(tmp_path, plan, text):
     """An evaluation writes a file of the same name."""
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=r"results.json is (not that of a study|no JSON)"):
         Study(plan, tmp_path, show_progress_bar=False)
     assert (tmp_path / "results.json").read_text() == text
-
-
-@pytest.mark.slow
-def test_look_alikes_start_from_each_other(finished, monkeypatch):
-    plan, folder = finished
-    study = Study(plan, folder, show_progress_bar=False)
-    starts = {"echoes": "blobs"}
-    monkeypatch.setattr(study, "_find_start", lambda seed, name, learned: starts.get(name))
-    scores = study._score_domains(0, ["blobs", "echoes"])
-    assert scores["started_from"] == {"echoes": "blobs"}
-    assert (folder / "seed_0" / "own_lora" / "echoes_like_blobs" / "lora").is_dir()
-
-
-@pytest.mark.slow
-def test_domains_change_nothing_of_the_base_and_of_each_other(finished):
-    plan, folder = finished
-    study = Study(plan, folder, show_progress_bar=False)
-    base = SamoeModel.from_pretrained(study.base_folder(0)).state_dict()
-    one, two = (study.domains_model(0, names).state_dict() for names in (["blobs"], ["blobs", "echoes"]))
-    assert all((base[name] == one[name]).all() for name in base if name in one)
-    experts = [name for name in one if "domain_blobs" in name]
-    assert experts and all((one[name] == two[name]).all() for name in experts)
 
 
 @pytest.mark.slow
@@ -296,16 +255,11 @@ def test_a_study_goes_on_wherever_the_file_of_its_model_lies(tmp_path, plan):
         Study(plan, tmp_path / "out", show_progress_bar=False)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path, plan):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="is not empty, and not the folder of a study"):
-        Study(plan, tmp_path / "out", show_progress_bar=False)
-
-
-def test_reports_of_nothing_are_written(tmp_path, plan):
+def test_a_folder_of_something_else_is_refused_and_a_report_of_nothing_is_written(tmp_path, plan):
     results = write_report(plan, tmp_path / "out")
     assert results["entries"] == [] and "not finished yet" in report_text(results, plan, ["shapes"])
+    with pytest.raises(ValueError, match="is not empty, and not the folder of a study"):
+        Study(plan, tmp_path, show_progress_bar=False)
 
 
 def run(*arguments):
@@ -317,6 +271,7 @@ def run(*arguments):
     [
         (["--root", "davis"], "`--root` must be DOMAIN=DIR, got 'davis'"),
         (["--root", "davis=nowhere"], "names no folder"),
+        (["--root", f"night={ROOT}"], "`--root` names 'night'"),
         (["--seeds", "7"], "`--seeds` has 7, which is none of the study's"),
         (["--orders", "2"], "`--orders` has 2, but the study has 2 orders"),
     ],

@@ -33,7 +33,7 @@ def run(tmp_path):
         ("learning_rates: {experts: fast}", "must be numbers from 0 on, got {'experts': 'fast'}"),
         ("learning_rates: {decoder: 1.0}", "must map sets of `trainable` (experts) to rates, got {'decoder': 1.0}"),
         ("learning_rates: experts=1", "must map sets of `trainable` (experts) to rates, got 'experts=1'"),
-        ("eval_data: 5", "`eval_data` must be"),
+        ("eval_data: 5", "`eval_data` of a run must be a folder or a list"),
         ("gradient_checkpointing_kwargs: {use_reentrant: true}", "neither `use_reentrant` nor `offload`"),
         ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     ],

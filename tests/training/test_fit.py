@@ -73,16 +73,17 @@ def test_sizes_that_are_none(text, tmp_path):
 @pytest.fixture
 def run(tmp_path):
     def write(*lines: str) -> str:
-        data = "train_data: [{kind: synthetic, num_videos: 8, num_frames: 2, image_size: [64, 64]}]"
-        common = [
-            data,
-            "model_config: model_nano",
-            f"output_dir: {tmp_path / 'out'}",
-            "num_frames: 2",
-            "max_objects: 1",
-        ]
+        common = f"""
+train_data: [{{kind: synthetic, num_videos: 8, num_frames: 2, image_size: [64, 64]}}]
+model_config: model_nano
+output_dir: {tmp_path / "out"}
+num_frames: 2
+max_objects: 1
+report_to: none
+use_cpu: true
+"""
         path = tmp_path / "run.yaml"
-        path.write_text("\n".join([*common, "report_to: none", "use_cpu: true", *lines]))
+        path.write_text("\n".join([common, *lines]))
         return str(path)
 
     return write
