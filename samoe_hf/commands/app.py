@@ -63,13 +63,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(parsed: argparse.Namespace) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    with input_errors():
-        if parsed.space is not None:
-            make_space(parsed)
-        else:
-            serve_page(parsed)
+    if parsed.space is not None:
+        make_space(parsed)
+    else:
+        serve_page(parsed)
 
 
+@input_errors()
 def make_space(parsed: argparse.Namespace) -> None:
     """Writes a Space, and uploads it if asked to."""
     from samoe_hf.app.space import push_space, write_space
@@ -93,8 +93,9 @@ def serve_page(parsed: argparse.Namespace) -> None:
 
     source = parsed.model or click_base()
     name = Path(source).name if parsed.model else "small model"
-    loaded = [load_model(source, parsed.device, name, experts=parsed.experts, original_config=parsed.config)]
-    loaded += [load_model(other, parsed.device) for other in parsed.compare]
+    with input_errors():
+        loaded = [load_model(source, parsed.device, name, experts=parsed.experts, original_config=parsed.config)]
+        loaded += [load_model(other, parsed.device) for other in parsed.compare]
     limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)
     data = parsed.data
     models = parsed.models or (data and data.with_name(f"{data.name}_models"))

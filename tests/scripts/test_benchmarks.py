@@ -124,7 +124,7 @@ def test_less_than_the_least_is_told_at_once(capsys):
 
 def test_memory_of_tracking_is_that_of_its_tensors():
     """Per object, a session keeps its memories, pointers and masks, and nothing of the image."""
-    config = SamoeConfig(**read_yaml("model_nano"))
+    config = SamoeConfig(**read_yaml("model_micro"))
     rows = dict(tracking_memory(config, 3, CPU, torch.float32))
     model = SamoeModel(config)
     fine, middle, coarse = (height * width for height, width in model.backbone_feature_sizes)

@@ -29,7 +29,7 @@ def masks_of(video):
 
 
 def ids_of(video):
-    return np.stack([video.id_map(t) for t in range(len(video))])
+    return np.stack([video.id_map(t) for t in range(len(video))]).astype(np.uint8)
 
 
 class FloatsAndMasks(Dataset):

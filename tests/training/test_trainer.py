@@ -261,7 +261,8 @@ def test_trainers_own_evaluation_shows_which_objects_are_absent(model_folder, cl
 def test_an_epochs_log_has_the_routing(run_config):
     trainer = make_trainer(
         run_config, "--logging_strategy", "epoch", "--save_strategy", "no", "--max_steps", "-1",
-        "--num_train_epochs", "1", "--per_device_train_batch_size", "6", "--point_probability", "0",
+        "--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--point_probability", "0",
+        "--train_data", "{kind: synthetic, num_videos: 4, num_frames: 3, image_size: [64, 64]}",
     )  # fmt: skip
     trainer.train()
     (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
