@@ -23,15 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    cached_file,
-    requires_backends,
-)
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file, requires_backends
 
-from .base_model import build_on_meta
+from .base_model import SamoePreTrainedModel, build_on_meta
 from .domain_experts import DomainLinear
 from .errors import InputError
 from .expert_layer import ExpertLinear
@@ -87,21 +81,18 @@ def without_adapters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_wrapped_names(model: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
     """A `load_state_dict` pre-hook, so that tensors under their names without adapters find their modules."""
-    for name in (n.replace(".parametrizations.", ".").removesuffix(".original") for n in _tensor_names(model)):
+    for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()):
+        name = name.replace(".parametrizations.", ".").removesuffix(".original")
         if (plain := base_name(name)) != name and plain in state_dict:
             state_dict[name] = state_dict.pop(plain)
 
 
-def _tensor_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())]
-
-
-def adapter_names(model: PreTrainedModel) -> list[str]:
+def adapter_names(model: SamoePreTrainedModel) -> list[str]:
     """Names of the model's adapters."""
     return list(getattr(model, "peft_config", {}))
 
 
-def active_adapters(model: PreTrainedModel) -> dict[str, bool] | None:
+def active_adapters(model: SamoePreTrainedModel) -> dict[str, bool] | None:
     """Name of each adapter -> whether it is used; None if there is none."""
     names = adapter_names(model)
     active = model.active_adapters() if names else []
@@ -125,8 +116,12 @@ def adapter_state(module: nn.Module) -> str:
     return str(layers) if "peft" in sys.modules else ""
 
 
-def check_adapter(config: "PeftConfig", name: str) -> None:
-    """Raises a `ValueError` for an adapter that cannot be saved with the model."""
+def suitable_adapter(model: SamoePreTrainedModel, config: "PeftConfig", name: str) -> "LoraConfig":
+    """A copy of an adapter's configuration that leaves out what lies within layers with experts.
+
+    Raises:
+        ValueError: if such an adapter cannot be saved with the model.
+    """
     check_adapter_name(name)
     if not isinstance(config, _peft().LoraConfig):
         raise InputError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
@@ -136,6 +131,14 @@ def check_adapter(config: "PeftConfig", name: str) -> None:
     if odd:
         settings = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in odd)
         raise InputError(f"`adapter_config` must leave the base model's tensors as they are, got {settings}.")
+    config = copy.deepcopy(config)
+    targets = config.target_modules
+    if config.exclude_modules is None and isinstance(targets, str):
+        layers = ((name, model.get_submodule(name)) for name in model.expert_module_names)
+        inner = (f"{name}.{part}" for name, layer in layers for part, _ in layer.named_modules() if part)
+        if targets == "all-linear" or any(re.fullmatch(targets, name) for name in inner):
+            config.exclude_modules = rf".*\.({'|'.join(PARTS_OF_EXPERT_LAYERS)})"
+    return config
 
 
 def check_adapter_name(name: str) -> None:
@@ -147,18 +150,8 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def keep_out_of_routers(model: PreTrainedModel, config: "LoraConfig") -> None:
-    """Excludes what lies within layers with experts where an expression in `target_modules` matches it."""
-    targets = config.target_modules
-    if config.exclude_modules is None and isinstance(targets, str):
-        layers = ((name, model.get_submodule(name)) for name in model.expert_module_names)
-        inner = (f"{name}.{part}" for name, layer in layers for part, _ in layer.named_modules() if part)
-        if targets == "all-linear" or any(re.fullmatch(targets, name) for name in inner):
-            config.exclude_modules = rf".*\.({'|'.join(PARTS_OF_EXPERT_LAYERS)})"
-
-
 @contextmanager
-def adapters_aside(model: PreTrainedModel) -> Iterator[None]:
+def adapters_aside(model: SamoePreTrainedModel) -> Iterator[None]:
     """While the context is open, transformers' `save_pretrained` writes the model, and not its adapters alone."""
     has_adapters, model._hf_peft_config_loaded = model._hf_peft_config_loaded, False
     try:
@@ -167,7 +160,7 @@ def adapters_aside(model: PreTrainedModel) -> Iterator[None]:
         model._hf_peft_config_loaded = has_adapters
 
 
-def save_adapters(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+def save_adapters(model: SamoePreTrainedModel, directory: str | os.PathLike) -> None:
     """Writes each adapter of a model to a folder of its name in `directory`, as PEFT does."""
     for name in adapter_names(model):
         folder = Path(directory, name)
@@ -180,7 +173,7 @@ def save_adapters(model: PreTrainedModel, directory: str | os.PathLike) -> None:
 
 
 def load_adapters(
-    model: PreTrainedModel, source: str | os.PathLike, active: Mapping[str, bool] | None, hub: Mapping[str, Any]
+    model: SamoePreTrainedModel, source: str | os.PathLike, active: Mapping[str, bool] | None, hub: Mapping[str, Any]
 ) -> None:
     """Loads the adapters that lie beside a model, frozen.
 
@@ -197,35 +190,19 @@ def load_adapters(
         subfolder = "/".join(filter(None, [hub.get("subfolder"), name]))
         load_adapter(model, source, name, {**hub, "subfolder": subfolder})
     model.set_adapter([name for name in active if active[name]])
-    for name, parameter in model.named_parameters():
-        if is_adapter_parameter(name):
-            parameter.requires_grad_(False)
+    for name in active:
+        train_adapter(model, name, False)
 
 
-def load_named_adapter(
-    model: PreTrainedModel,
-    source: str | os.PathLike | None,
-    name: str,
-    config: "PeftConfig | dict[str, Any] | None",
-    state_dict: Mapping[str, Tensor] | None,
-    is_trainable: bool,
-    hub: Mapping[str, Any],
-) -> None:
-    """Loads an adapter from a folder or Hub id, or from what it would hold; see [`SamoeModel.load_adapter`]."""
-    if source is not None:
-        load_adapter(model, source, name, hub)
-    elif config is None or state_dict is None:
-        raise InputError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
-    else:
-        config = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
-        put_adapter(model, "`adapter_state_dict`", name, config, state_dict)
+def train_adapter(model: SamoePreTrainedModel, name: str, is_trainable: bool) -> None:
+    """Whether an adapter is trained; others stay as they are."""
     own = re.compile(rf".*\.(lora_\w+|modules_to_save)\.{re.escape(name)}(\..*)?")
     for key, parameter in model.named_parameters():
         if own.fullmatch(key):
             parameter.requires_grad_(is_trainable)
 
 
-def load_adapter(model: PreTrainedModel, source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> None:
+def load_adapter(model: SamoePreTrainedModel, source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> None:
     """Loads one adapter of a PEFT folder or Hub repository; see [`put_adapter`]."""
     config = read_adapter_config(source, hub)
     where = "/".join(filter(None, [str(source), hub.get("subfolder")]))
@@ -233,7 +210,11 @@ def load_adapter(model: PreTrainedModel, source: str | os.PathLike, name: str, h
 
 
 def put_adapter(
-    model: PreTrainedModel, source: Any, name: str, config: "PeftConfig", tensors: Mapping[str, Tensor]
+    model: SamoePreTrainedModel,
+    source: Any,
+    name: str,
+    config: "PeftConfig | dict[str, Any]",
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Puts an adapter into a model under a name, as a new one or in place of the one of that name.
 
@@ -243,6 +224,7 @@ def put_adapter(
     Raises:
         ValueError: if its tensors are not those of its configuration on this model, or not finite.
     """
+    config = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
     is_new = name not in adapter_names(model)
     expected = _shapes_on(model, source, config, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)
@@ -287,6 +269,7 @@ def read_adapter_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "P
 def read_adapter_tensors(source: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a PEFT folder or Hub repository, of safetensors alone."""
     path = cached_file(source, ADAPTER_SAFE_WEIGHTS_NAME, **hub)
+    assert path is not None  # else it raises
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -302,14 +285,12 @@ def _refusing_settings(source: Any) -> Iterator[None]:
         raise InputError(f"The adapter {source} has settings that do not fit the model: {error}") from error
 
 
-def _shapes_on(model: PreTrainedModel, source: Any, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
+def _shapes_on(model: SamoePreTrainedModel, source: Any, config: "PeftConfig", name: str) -> dict[str, tuple[int, ...]]:
     """What tensors a new adapter would have on a model; no memory is allocated, whatever its configuration says."""
     probe = build_on_meta(model.config)
     with _refusing_settings(source):
-        check_adapter(config, name)
-        config = copy.deepcopy(config)
+        config = suitable_adapter(model, config, name)
         config.init_lora_weights = True
-        keep_out_of_routers(model, config)
         with torch.device("meta"):
             _peft().inject_adapter_in_model(config, probe, name)
         check_adapters_on_experts(probe)

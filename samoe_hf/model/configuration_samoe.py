@@ -4,10 +4,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, Sam2VideoConfig, Sam2VideoMaskDecoderConfig
+from transformers import Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
 from .base import MODEL_TYPES, base_of, mask_size, settings_of_base
 from .errors import InputError
@@ -15,16 +15,7 @@ from .errors import InputError
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
 
-# What is set of the experts of a model, or of a domain's.
-EXPERT_SETTINGS = (
-    "num_experts",
-    "num_experts_per_tok",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "expert_modules",
-)
-# What SAM2-MoE and PEFT call them.
+# What SAM2-MoE and PEFT call some of the settings.
 OLD_EXPERT_SETTINGS = {
     "top_k": "num_experts_per_tok",
     "rank": "lora_rank",
@@ -41,17 +32,71 @@ FLOAT_TYPE = re.compile(r"None|(torch\.)?b?float(16|32|64)")
 
 # What a wrong value may raise where a configuration is made of it.
 WRONG_VALUE = (
-    StrictDataclassError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RecursionError,
+    *(StrictDataclassError, ValueError, TypeError),
+    *(AttributeError, LookupError, ArithmeticError, RecursionError),
 )
 
 # No integer in the configuration of a model is larger.
 LARGEST_INTEGER = 2**20
+
+
+class Rule(NamedTuple):
+    """What a setting may be, in words and as a test of its value."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def integer(minimum: int) -> Rule:
+    """Integers from a minimum on."""
+    return Rule(f"an integer of at least {minimum}", lambda x: _is_number(x) and isinstance(x, int) and x >= minimum)
+
+
+def number(allowed: str, holds: Callable[[float], bool]) -> Rule:
+    """Finite numbers for which something holds."""
+    return Rule(f"a number {allowed}", lambda x: _is_number(x) and holds(x))
+
+
+def mapping(kinds: str, kind: Any) -> Rule:
+    """None, or mappings from names to values of a kind."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
+
+    return Rule(f"a mapping from names to {kinds}, or None", lambda value: value is None or holds(value))
+
+
+def _are_modules(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list | tuple) and len(names) > 0 and all(isinstance(x, str) and x for x in names)
+
+
+# What is set of the experts of a model, or of a domain's.
+EXPERT_RULES = {
+    "num_experts": integer(1),
+    "num_experts_per_tok": integer(1),
+    "lora_rank": integer(1),
+    "lora_alpha": number(f"above 0 and at most {LARGEST_INTEGER}", lambda x: 0 < x <= LARGEST_INTEGER),
+    "lora_dropout": number("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "expert_modules": Rule("a regular expression or a non-empty list of module names", _are_modules),
+}
+EXPERT_SETTINGS = tuple(EXPERT_RULES)
+OTHER_RULES = {
+    "router_aux_loss_coef": number("at least 0", lambda x: x >= 0),
+    "output_router_logits": Rule("True or False", lambda value: isinstance(value, bool)),
+    "previous_mask_with_clicks": Rule("True or False", lambda value: isinstance(value, bool)),
+    "fill_hole_area": integer(0),
+    "recent_memory_pooling": integer(1),
+    "older_memory_pooling": integer(1),
+    "memory_attention_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
+    "memory_attention_rope_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
+    "base_model": mapping("texts", str | None),
+    "adapters": mapping("True or False", bool),
+}
 
 
 class SamoeConfig(Sam2VideoConfig):
@@ -99,14 +144,12 @@ class SamoeConfig(Sam2VideoConfig):
         ValueError: for a value out of range, naming the field and what it allows.
     """
 
-    if (
-        TYPE_CHECKING
-    ):  # which transformers annotates with all that a file may hold; bases have configurations of their own
-        image_size: int
-        vision_config: Any
-        prompt_encoder_config: Any
-        mask_decoder_config: Any
-        memory_attention_rope_feat_sizes: list[int]
+    if TYPE_CHECKING:  # transformers annotates them with all that a file may hold; bases have parts of their own
+        image_size: int = 1024  # pyright: ignore[reportIncompatibleVariableOverride]  # checked to be one
+        vision_config: Any = None
+        prompt_encoder_config: Any = None
+        mask_decoder_config: Any = None
+        memory_attention_rope_feat_sizes: Any = None
 
     model_type = "samoe"
     # Trainer gathers what evaluation returns; these are for training logs and for analysis.
@@ -138,20 +181,26 @@ class SamoeConfig(Sam2VideoConfig):
         self.check_experts()
 
     def check_experts(self) -> None:
-        """Raises a `ValueError` that names the first field of the experts' settings with a value out of range."""
+        """Raises a `ValueError` that names the first field with a value out of range."""
         check_expert_settings({name: getattr(self, name) for name in EXPERT_SETTINGS})
-        _check_integer("fill_hole_area", self.fill_hole_area, minimum=0)
-        _check_number("router_aux_loss_coef", self.router_aux_loss_coef, "at least 0", lambda value: value >= 0)
-        for name in ("output_router_logits", "previous_mask_with_clicks"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        for name in ("memory_attention_dropout", "memory_attention_rope_dropout"):
-            _check_number(name, getattr(self, name), "from 0 to 1", lambda value: 0 <= value <= 1)
-        self._check_image_size()
-        self._check_pooling()
-        self._check_types()
-        _check_mapping("base_model", self.base_model, str | None)
-        _check_mapping("adapters", self.adapters, bool)
+        for name, rule in OTHER_RULES.items():
+            _check(name, getattr(self, name), rule)
+        base = base_of(self)
+        _check("vision_config.backbone_config.patch_size", base.stride(self), integer(1))
+        multiple = base.size_multiple(self)
+        is_multiple = Rule(f"a multiple of {multiple}", lambda x: integer(1).holds(x) and x % multiple == 0)
+        _check("image_size", self.image_size, is_multiple)
+        sides = [int(side) for side in self.memory_attention_rope_feat_sizes]
+        for name in ("recent_memory_pooling", "older_memory_pooling"):
+            if any(side % getattr(self, name) for side in sides):
+                raise InputError(
+                    f"`{name}` must divide the sides of a memory's map, {sides}, got {getattr(self, name)}."
+                )
+        parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+        for prefix, part in {"": self, **{f"{name}.": getattr(self, name) for name in parts}}.items():
+            dtype = getattr(part, "dtype", None)
+            if not FLOAT_TYPE.fullmatch(str(dtype)):
+                raise InputError(f"`{prefix}dtype` must be a floating-point type or None, got {dtype!r}.")
         check_domains(self.domains)
 
     @property
@@ -162,28 +211,6 @@ class SamoeConfig(Sam2VideoConfig):
     def expert_settings(self) -> dict[str, Any]:
         """The settings of a mixture of experts in a layer: those in [`EXPERT_SETTINGS`] but `expert_modules`."""
         return {name: getattr(self, name) for name in EXPERT_SETTINGS if name != "expert_modules"}
-
-    def _check_pooling(self) -> None:
-        size = [int(side) for side in self.memory_attention_rope_feat_sizes]
-        for name in ("recent_memory_pooling", "older_memory_pooling"):
-            value = getattr(self, name)
-            _check_integer(name, value, minimum=1)
-            if any(side % value for side in size):
-                raise InputError(f"`{name}` must divide the sides of a memory's map, {size}, got {value}.")
-
-    def _check_image_size(self) -> None:
-        base = base_of(self)
-        _check_integer("vision_config.backbone_config.patch_size", base.stride(self), minimum=1)
-        multiple = base.size_multiple(self)
-        _check_integer("image_size", self.image_size, minimum=multiple)
-        if self.image_size % multiple:
-            raise InputError(f"`image_size` must be a multiple of {multiple}, got {self.image_size}.")
-
-    def _check_types(self) -> None:
-        names = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
-        for prefix, part in {"": self, **{f"{name}.": getattr(self, name) for name in names}}.items():
-            if not FLOAT_TYPE.fullmatch(str(getattr(part, "dtype", None))):
-                raise InputError(f"`{prefix}dtype` must be a floating-point type or None, got {part.dtype!r}.")
 
     def check_feature_sizes(self) -> None:
         """Raises a `ValueError` if features of images, prompts or masks would be of other sizes than the model expects.
@@ -216,22 +243,21 @@ class SamoeConfig(Sam2VideoConfig):
         SAMoE configuration with default experts."""
         with _naming(pretrained_model_name_or_path):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not isinstance(config_dict, dict):
-            raise InputError(
-                f"{pretrained_model_name_or_path}: config.json must hold a mapping, got {type(config_dict).__name__}."
-            )
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, *MODEL_TYPES):
-            raise InputError(
-                f"{pretrained_model_name_or_path} is a model of type {model_type!r}; expected one of "
-                f"{', '.join(map(repr, (cls.model_type, *MODEL_TYPES)))}."
-            )
-        _check_sizes(config_dict, pretrained_model_name_or_path)
-        with _naming(pretrained_model_name_or_path):
+            if not isinstance(config_dict, dict):
+                raise InputError(f"It must hold a mapping, got {type(config_dict).__name__}.")
+            known = (cls.model_type, *MODEL_TYPES)
+            if (model_type := config_dict.get("model_type", cls.model_type)) not in known:
+                names = ", ".join(map(repr, known))
+                raise InputError(f"It is of a model of type {model_type!r}; expected one of {names}.")
+            for name, value in named_integers(config_dict):
+                if abs(value) > LARGEST_INTEGER:  # before anything of that size is made
+                    raise InputError(
+                        f"`{name}` is {value}; nothing in a configuration is larger than {LARGEST_INTEGER}."
+                    )
             return _without_base_type(config_dict), kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SamoeConfig":
         """Makes a configuration of settings, also of a base's own; values given as keyword arguments are checked.
 
         Raises:
@@ -242,8 +268,10 @@ class SamoeConfig(Sam2VideoConfig):
         own = {name: value for name, value in config_dict.items() if name not in OLD_EXPERT_SETTINGS}
         with _naming(kwargs.get("name_or_path")):
             result = super().from_dict(_without_base_type(own), **kwargs)
-        (result[0] if isinstance(result, tuple) else result).check_experts()
-        return result
+        config = result[0] if isinstance(result, tuple) else result
+        assert isinstance(config, SamoeConfig)
+        config.check_experts()
+        return result  # pyright: ignore[reportReturnType]  # transformers asks for a tuple by `return_unused_kwargs`
 
 
 def _without_base_type(config_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,56 +298,32 @@ def check_old_names(given: Mapping[str, Any]) -> None:
 
 
 def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:
-    """Checks the values of [`EXPERT_SETTINGS`].
-
-    Args:
-        owner: put before messages, where the settings are a domain's.
-
-    Raises:
-        ValueError: that names the first one out of range.
-    """
-    try:
-        _check_integer("num_experts", settings["num_experts"], minimum=1)
-        _check_integer("num_experts_per_tok", settings["num_experts_per_tok"], minimum=1)
-        if settings["num_experts_per_tok"] > settings["num_experts"]:
-            raise InputError(
-                f"`num_experts_per_tok` must be at most `num_experts` ({settings['num_experts']}), "
-                f"got {settings['num_experts_per_tok']}."
-            )
-        _check_integer("lora_rank", settings["lora_rank"], minimum=1)
-        _check_number(
-            "lora_alpha",
-            settings["lora_alpha"],
-            f"above 0 and at most {LARGEST_INTEGER}",
-            lambda value: 0 < value <= LARGEST_INTEGER,
+    """Raises a `ValueError` that names the first of [`EXPERT_SETTINGS`] out of range, and the domain that owns them."""
+    for name, rule in EXPERT_RULES.items():
+        _check(name, settings[name], rule, owner)
+    if settings["num_experts_per_tok"] > settings["num_experts"]:
+        raise InputError(
+            f"{owner}`num_experts_per_tok` must be at most `num_experts` ({settings['num_experts']}), "
+            f"got {settings['num_experts_per_tok']}."
         )
-        _check_number("lora_dropout", settings["lora_dropout"], "at least 0 and below 1", lambda value: 0 <= value < 1)
-        patterns = settings["expert_modules"]
-        is_list = isinstance(patterns, list | tuple) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)
-        if not (is_list or (isinstance(patterns, str) and patterns)):
-            raise InputError(
-                f"`expert_modules` must be a regular expression or a non-empty list of module names, got {patterns!r}."
-            )
-    except ValueError as error:
-        raise InputError(f"{owner}{error}") from None
+
+
+def _check(name: str, value: Any, rule: Rule, owner: str = "") -> None:
+    if not rule.holds(value):
+        raise InputError(f"{owner}`{name}` must be {rule.allowed}, got {value!r}.")
 
 
 def check_domains(domains: Any) -> None:
-    """Checks the configuration's `domains`.
-
-    Raises:
-        ValueError: if it is no list of dictionaries with a name and all settings each, a name occurs twice or cannot be
-            one, or a setting is out of range.
-    """
+    """Raises a `ValueError` if these cannot be the `domains` of a configuration."""
     if domains is None:
         return
-    if not isinstance(domains, list | tuple):
-        raise InputError(f"`domains` must be a list of dictionaries or None, got {domains!r}.")
+    fields = ("name", *EXPERT_SETTINGS)
+    is_fit = isinstance(domains, list | tuple) and all(isinstance(x, Mapping) and {*x} == {*fields} for x in domains)
+    if not is_fit:
+        raise InputError(f"`domains` must be a list of dictionaries of {', '.join(fields)}, or None, got {domains!r}.")
     for domain in domains:
-        if not isinstance(domain, Mapping) or domain.keys() != {"name", *EXPERT_SETTINGS}:
-            raise InputError(f"`domains` must hold dictionaries of name, {', '.join(EXPERT_SETTINGS)}, got {domain!r}.")
         check_domain_name(domain["name"])
-        if domain["num_experts"] != 0 or isinstance(domain["num_experts"], bool):
+        if not (domain["num_experts"] == 0 and integer(0).holds(domain["num_experts"])):
             check_expert_settings(domain, f"Domain {domain['name']!r}: ")
     names = [domain["name"] for domain in domains]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -335,32 +339,13 @@ def check_domain_name(name: Any) -> None:
         )
 
 
-def _check_sizes(value: Any, source: Any, name: str = "") -> None:
-    """Raises a `ValueError` for a number that no model has, before anything of that size is made."""
-    if isinstance(value, dict):
+def named_integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """All integers in the content of a configuration, with the name of the field that each is in."""
+    if isinstance(value, Mapping):
         for key, part in value.items():
-            _check_sizes(part, source, key)
-    elif isinstance(value, list):
+            yield from named_integers(part, str(key))
+    elif isinstance(value, list | tuple):
         for part in value:
-            _check_sizes(part, source, name)
-    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        raise InputError(
-            f"{source}: `{name}` is {value}, but nothing in a configuration is larger than {LARGEST_INTEGER}."
-        )
-
-
-def _check_integer(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
-
-
-def _check_mapping(name: str, value: Any, kind: Any) -> None:
-    is_fit = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
-    if value is not None and not is_fit:
-        raise InputError(f"`{name}` must be a mapping from names to {kind}, or None, got {value!r}.")
-
-
-def _check_number(name: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not holds(value):
-        raise InputError(f"`{name}` must be a number {allowed}, got {value!r}.")
+            yield from named_integers(part, name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value

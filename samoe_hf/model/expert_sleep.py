@@ -5,6 +5,7 @@ are frozen, which [`~surgery.experts.freeze_experts`] does by a parametrization,
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,6 @@ def wake_experts(model: nn.Module) -> None:
     Raises:
         ValueError: if the weights are sharded (FSDP), so that there are no whole rows. Wake them before.
     """
-    if not model.may_have_sleeping_experts:
-        return  # looking at the biases would wait for the GPU in each training step
     seed = None
     for layer, (_, module) in enumerate(expert_modules(model)):
         weight, bias = module.router.weight, module.router.bias
@@ -50,9 +49,34 @@ def wake_experts(model: nn.Module) -> None:
             stacked_parameter(module, "router.bias")[expert] = row[-1].to(bias)
 
 
+class FrozenRows(nn.Module):
+    """A parametrization of a stacked tensor: some rows have fixed values, whatever becomes of the parameter's."""
+
+    rows: Tensor
+    values: Tensor
+
+    def __init__(self, rows: Sequence[int], stacked: Tensor):
+        super().__init__()
+        self.register_buffer("rows", torch.tensor(rows, device=stacked.device), persistent=False)
+        self.register_buffer("values", stacked.detach()[self.rows].clone(), persistent=False)
+
+    def forward(self, stacked: Tensor) -> Tensor:
+        return stacked.index_copy(0, self.rows, self.values)
+
+
+def frozen_rows(owner: nn.Module, leaf: str) -> FrozenRows | None:
+    """The frozen rows of a module's tensor, if any."""
+    if not parametrize.is_parametrized(owner, leaf):
+        return None
+    frozen = owner.get_submodule(f"parametrizations.{leaf}.0")
+    assert isinstance(frozen, FrozenRows)
+    return frozen
+
+
 def frozen_experts(module: ExpertMixture) -> list[int]:
     """Indices of a layer's frozen experts."""
-    return module.parametrizations.lora_A[0].rows.tolist() if parametrize.is_parametrized(module, "lora_A") else []
+    frozen = frozen_rows(module, "lora_A")
+    return [] if frozen is None else frozen.rows.tolist()
 
 
 def stacked_owner(module: ExpertMixture, tensor: str) -> tuple[nn.Module, str]:
@@ -70,7 +94,7 @@ def stacked_tensor(module: ExpertMixture, tensor: str) -> Tensor:
 def stacked_parameter(module: ExpertMixture, tensor: str) -> nn.Parameter:
     """The parameter behind a stacked tensor."""
     owner, leaf = stacked_owner(module, tensor)
-    return owner.parametrizations[leaf].original if parametrize.is_parametrized(owner, leaf) else getattr(owner, leaf)
+    return owner.get_parameter(leaf if frozen_rows(owner, leaf) is None else f"parametrizations.{leaf}.original")
 
 
 def _common_seed() -> int:

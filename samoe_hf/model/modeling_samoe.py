@@ -14,17 +14,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import requires_backends
+from transformers.utils import PROCESSOR_NAME, requires_backends
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import (
+    active_adapters,
     adapter_names,
-    check_adapter,
+    adapters_aside,
     check_adapters_on_experts,
-    keep_out_of_routers,
-    load_named_adapter,
+    load_adapter,
+    put_adapter,
+    save_adapters,
+    suitable_adapter,
     to_wrapped_names,
+    train_adapter,
+    without_adapters,
 )
 from .base import InferenceSession
 from .base_model import SamoePreTrainedModel
@@ -33,31 +38,21 @@ from .configuration_samoe import SamoeConfig
 from .domain_choice import AUTO, check_domain
 from .errors import InputError
 from .expert_sleep import wake_experts
-from .loading import load_model, save_model, saves_experts_only, warn_of_new_experts
-from .processing_samoe import VideoProcessor
+from .loading import LoadRequest, load_model
+from .processing_samoe import VideoProcessor, build_processor
 from .prompt_recipe import PromptRecipe
 from .session import clear_prompts, remove_object
 from .summary import ModelSummary, summarize_model
 from .tracking import encoding_ahead, start_propagation, track_frame
 from .trainable import parameter_names, set_trainable
+from .weights_io import updated_folder
+from .weights_trained import check_not_its_base, save_trained
 
 if TYPE_CHECKING:
     try:  # noqa: SIM105  # what remote code imports elsewhere, transformers asks for
         from peft import PeftConfig
     except ImportError:
         pass
-
-# Arguments of `save_pretrained` that are meant for `push_to_hub`.
-PUSH_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "tags",
-)
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -89,6 +84,7 @@ class SamoeModel(SamoePreTrainedModel):
         self.register_load_state_dict_pre_hook(to_wrapped_names)
         self.register_load_state_dict_post_hook(_expect_sleeping_experts)
         self.set_trainable("experts")
+        self._checked_adapters: list[str] = []
 
     # What is trained
 
@@ -188,16 +184,18 @@ class SamoeModel(SamoePreTrainedModel):
         """
         if unknown := sorted(set(options) - ForwardOptions.__annotations__.keys()):
             raise TypeError(f"`forward` has no argument {unknown[0]!r}.")
-        self.check_new_adapters()
+        if (adapters := adapter_names(self)) != self._checked_adapters:
+            check_adapters_on_experts(self)  # those that PEFT has put into the model behind its first
+            self._checked_adapters = adapters
         if isinstance(pixel_values, InferenceSession):
             # Positional arguments in Sam2VideoModel's order: the session, then the frame's index, then the frame.
             inference_session = pixel_values
-            frame_idx = frame_idx if labels is None else labels
+            frame_idx = frame_idx if labels is None else int(labels)
             frame = frame if object_mask is None else object_mask
         if inference_session is not None:
             return self._session_forward(inference_session, frame_idx, frame, reverse, run_mem_encoder, domain)
         given = (input_points, options.get("input_labels"), input_boxes, input_masks)
-        clips = read_clips(pixel_values, labels, object_mask, prompts, given, self.image_size)
+        clips = read_clips(pixel_values, labels, object_mask, prompts, given, self.config.image_size)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if self.training and torch.is_grad_enabled():
@@ -215,13 +213,15 @@ class SamoeModel(SamoePreTrainedModel):
         frame: Tensor | None,
         reverse: bool,
         run_mem_encoder: bool,
-        domain: str | None,
+        domain: Any,
     ) -> Sam2VideoSegmentationOutput:
         if domain != AUTO:
             check_domain(self, domain)
-            session.domain = domain
+            setattr(session, "domain", domain)  # noqa: B010  # transformers' sessions have none of their own
         if frame is not None:
             frame_idx = session.add_new_frame(frame, frame_idx)
+        if frame_idx is None:
+            raise InputError("With a session, `frame_idx` or `frame` must be given.")
         streaming = frame is not None
         (output,) = track_frame(
             self, [session], frame_idx, reverse=reverse, streaming=streaming, run_mem_encoder=run_mem_encoder
@@ -258,7 +258,11 @@ class SamoeModel(SamoePreTrainedModel):
         start_propagation(self, inference_session, start_frame_idx)
         with encoding_ahead(self, inference_session):
             yield from super().propagate_in_video_iterator(
-                inference_session, start_frame_idx, max_frame_num_to_track, reverse, show_progress_bar
+                inference_session,  # pyright: ignore[reportArgumentType]  # sessions of all bases have what it reads
+                start_frame_idx,
+                max_frame_num_to_track,
+                reverse,
+                show_progress_bar,
             )
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
@@ -315,22 +319,19 @@ class SamoeModel(SamoePreTrainedModel):
             FileNotFoundError: if there is no such `.pt` file.
             ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
         """
-        source = pretrained_model_name_or_path
-        model, info = load_model(
-            cls,
+        request = LoadRequest(
             super().from_pretrained,
-            source,
+            pretrained_model_name_or_path,
             config,
             experts,
             original_config,
+            output_loading_info,
             ignore_mismatched_sizes,
             quantization_config,
             kwargs,
         )
-        if output_loading_info:
-            return model, info
-        warn_of_new_experts(source, info)
-        return model
+        model, info = load_model(cls, request)
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(
         self,
@@ -359,17 +360,42 @@ class SamoeModel(SamoePreTrainedModel):
                 holds the base model; if it is False and the base is quantized.
             TypeError: for an argument that is none of these.
         """
-        known = {*PUSH_ARGUMENTS, *inspect.signature(PreTrainedModel.save_pretrained).parameters} - {"self", "kwargs"}
-        if unknown := sorted(set(kwargs) - known):
+        of_saving = inspect.signature(PreTrainedModel.save_pretrained).parameters.keys()
+        of_pushing = inspect.signature(SamoeModel.push_to_hub).parameters.keys() - of_saving
+        if unknown := sorted(kwargs.keys() - of_saving - of_pushing):
             raise TypeError(f"`save_pretrained` has no argument {unknown[0]!r}.")
-        own_only = saves_experts_only(self, experts_only)
-        commit = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
-        save_model(self, super().save_pretrained, save_directory, own_only, state_dict, processor, base_model, kwargs)
+        commit = {name: kwargs.pop(name) for name in [*kwargs] if name in of_pushing or name == "token"}
+        experts_only = self._saves_experts_only(experts_only)
+        if experts_only:
+            check_not_its_base(self, save_directory)
+        is_main_process = kwargs.get("is_main_process", True)
+        self.config.adapters = active_adapters(self)
+        tensors = without_adapters(self.state_dict() if state_dict is None else state_dict)
+        if is_main_process or not experts_only:
+            with updated_folder(save_directory) as folder:
+                own_processor: VideoProcessor | None = processor
+                if experts_only:
+                    save_trained(self, folder, tensors, base_model)
+                    if processor is None and not Path(save_directory, PROCESSOR_NAME).exists():
+                        own_processor = build_processor(self.config)
+                else:
+                    with adapters_aside(self):
+                        super().save_pretrained(folder, state_dict=tensors, **kwargs)
+                if is_main_process:
+                    save_adapters(self, folder)
+                if own_processor is not None:
+                    own_processor.save_pretrained(folder)
         if push_to_hub:
-            repo_id = commit.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, experts_only=own_only, processor=processor, base_model=base_model, **commit)
+            commit.setdefault("repo_id", Path(save_directory).name)
+            self.push_to_hub(experts_only=experts_only, processor=processor, base_model=base_model, **commit)
 
-    def push_to_hub(
+    def _saves_experts_only(self, experts_only: bool | None) -> bool:
+        is_quantized = bool(self.origin.quantized)
+        if experts_only is False and is_quantized:
+            raise InputError("`experts_only` must be True where the base is quantized: only what was trained is saved.")
+        return is_quantized if experts_only is None else experts_only
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleVariableOverride]  # transformers wraps its own
         self,
         repo_id: str,
         *,
@@ -405,59 +431,43 @@ class SamoeModel(SamoePreTrainedModel):
             from samoe_hf.hub.repository import push
         except ImportError as error:
             raise ImportError("`push_to_hub` of a SamoeModel needs the package samoe_hf.") from error
-        experts_only = saves_experts_only(self, experts_only)
-        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
         return push(
             self,
             repo_id,
-            experts_only=experts_only,
+            experts_only=self._saves_experts_only(experts_only),
             base_model=base_model,
             processor=processor,
             card=card,
             tags=tags,
             max_shard_size=max_shard_size,
-            commit=commit,
+            commit={
+                "commit_message": commit_message,
+                "commit_description": commit_description,
+                "create_pr": create_pr,
+            },
             private=private,
             token=token,
             revision=revision,
         )
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """From now on this package's code is saved with models, for `AutoModel.from_pretrained(…,
         trust_remote_code=True)` where the package is not installed."""
         super().register_for_auto_class(auto_class)
-        cls.config_class.register_for_auto_class()
+        SamoeConfig.register_for_auto_class()
 
     # Adapters of PEFT
 
-    @property
-    def peft_config(self) -> dict[str, "PeftConfig"]:
-        """Name of each adapter -> its configuration, as PEFT keeps it. There is none without adapters.
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module's. PEFT sets `peft_config` when it has put an adapter into the model.
 
         Raises:
-            ValueError: when it is set, as PEFT does when it has put an adapter into the model, if that adapter would
-                drop the experts of a layer.
+            ValueError: if that adapter would drop the experts of a layer.
         """
-        if "_peft_config" not in self.__dict__:
-            raise AttributeError("This model has no adapters, so it has no `peft_config`.")
-        return self.__dict__["_peft_config"]
-
-    @peft_config.setter
-    def peft_config(self, value: dict[str, "PeftConfig"]) -> None:
-        check_adapters_on_experts(self)
-        self.__dict__["_peft_config"] = value
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        del self.__dict__["_peft_config"]
-
-    def check_new_adapters(self) -> None:
-        """Looks once at adapters that PEFT has put into the model behind its first; see `peft_config`."""
-        names = adapter_names(self)
-        if names != self.__dict__.get("_checked_adapters", []):
+        if name == "peft_config":
             check_adapters_on_experts(self)
-            self.__dict__["_checked_adapters"] = names
+        super().__setattr__(name, value)
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:
         """Adds a LoRA of PEFT, trainable and active. Experts and whatever else is trainable stay so.
@@ -466,8 +476,7 @@ class SamoeModel(SamoePreTrainedModel):
             ValueError: if it is no LoRA or changes the base's tensors, there is one of that name, or no layer matches.
         """
         requires_backends(self, "peft")
-        check_adapter(adapter_config, adapter_name or "default")
-        keep_out_of_routers(self, adapter_config)
+        adapter_config = suitable_adapter(self, adapter_config, adapter_name or "default")
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             super().add_adapter(adapter_config, adapter_name)
@@ -513,7 +522,13 @@ class SamoeModel(SamoePreTrainedModel):
             raise InputError(f"`hotswap` is {hotswap}, but the model {state} of the name {name!r}.")
         hub |= {"local_files_only": True} if local_files_only else {}
         hub |= adapter_kwargs or {}
-        load_named_adapter(self, peft_model_id, name, peft_config, adapter_state_dict, is_trainable, hub)
+        if peft_model_id is not None:
+            load_adapter(self, peft_model_id, name, hub)
+        elif peft_config is None or adapter_state_dict is None:
+            raise InputError("Either `peft_model_id`, or `peft_config` and `adapter_state_dict` must be given.")
+        else:
+            put_adapter(self, "`adapter_state_dict`", name, peft_config, adapter_state_dict)
+        train_adapter(self, name, is_trainable)
 
 
 def _expect_sleeping_experts(model: SamoePreTrainedModel, _: Any) -> None:

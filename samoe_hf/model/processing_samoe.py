@@ -2,37 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from transformers import (
-    AutoProcessor,
-    Sam2VideoModel,
-    Sam2VideoVideoProcessor,
-)
+from transformers import AutoProcessor, Sam2VideoProcessor, Sam2VideoVideoProcessor, Sam3TrackerVideoProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from .base import base_of, mask_size
+from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .errors import InputError
 
+# The processors of the bases.
+VideoProcessor = Sam2VideoProcessor | Sam3TrackerVideoProcessor
 # Any of them means that a processor was saved.
 PROCESSOR_FILES = (PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
-
-
-class VideoProcessor(Protocol):
-    """What the processors of SAM 2 and SAM 3 have in common."""
-
-    image_processor: Any
-    video_processor: Any
-    target_size: int
-
-    def init_video_session(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def add_inputs_to_inference_session(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def post_process_masks(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def build_processor(config: SamoeConfig) -> VideoProcessor:
@@ -43,18 +26,20 @@ def build_processor(config: SamoeConfig) -> VideoProcessor:
         For SAM 3 a [`~transformers.Sam3TrackerVideoProcessor`]: bilinear resize to a square, mean and std of 0.5.
     """
     base = base_of(config)
-    settings = {
+    settings: dict[str, Any] = {
         "size": {"height": config.image_size, "width": config.image_size},
         "resample": base.resample,
         "image_mean": list(base.image_mean),
         "image_std": list(base.image_std),
     }
-    masks = {"height": mask_size(config), "width": mask_size(config)}
-    image_processor = base.image_processor_class(**settings, mask_size=masks)
-    return base.processor_class(image_processor=image_processor, video_processor=Sam2VideoVideoProcessor(**settings))
+    masks: dict[str, Any] = {"mask_size": {"height": mask_size(config), "width": mask_size(config)}}
+    image_processor = base.image_processor_class(**settings, **masks)
+    processor = base.processor_class(image_processor, Sam2VideoVideoProcessor(**settings))
+    assert isinstance(processor, VideoProcessor)
+    return processor
 
 
-def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> VideoProcessor:
+def load_processor(source: str | os.PathLike, model: SamoePreTrainedModel) -> VideoProcessor:
     """The processor saved with a model; `build_processor`'s for an original checkpoint, or where none was saved.
 
     Args:
@@ -72,6 +57,7 @@ def load_processor(source: str | os.PathLike, model: Sam2VideoModel) -> VideoPro
     processor = (expected if base.loads_own_processor else AutoProcessor).from_pretrained(source)
     if not isinstance(processor, expected):
         raise InputError(f"{source}: its processor is a {type(processor).__name__}, expected a {expected.__name__}.")
+    assert isinstance(processor, VideoProcessor)
     sizes = [dict(part.size) for part in (processor.image_processor, processor.video_processor)]
     # That of coordinates.
     sizes.append({"height": processor.target_size, "width": processor.target_size})

@@ -19,7 +19,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
-from .configuration_samoe import SamoeConfig
 from .errors import InputError
 from .expert_layer import META, BaseLinear, QuantizedProduct, floating_type, is_expert_parameter, replace_module
 from .weights_io import plain_tensors
@@ -33,14 +32,6 @@ SKIP_FIELDS = ("modules_to_not_convert", "llm_int8_skip_modules")
 WIDTH_MULTIPLE = 32
 # The logger that tells at each call of an 8-bit layer that its inputs are cast.
 BNB_8_BIT = "bitsandbytes.autograd._functions"
-
-
-def check_not_quantized(source: Any, config: SamoeConfig) -> None:
-    """Raises a `ValueError` if a folder or Hub id holds quantized weights."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"{source} holds quantized weights. Load the full model, and give `quantization_config` to quantize it."
-        )
 
 
 def quantize_base(
@@ -63,7 +54,7 @@ def quantize_base(
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1:
         raise InputError(f"`device_map` must put a quantized model on one device, got {device_map!r}.")
-    model.to(devices.pop())
+    nn.Module.to(model, devices.pop())
     quantized = [name for name, module in base.named_modules() if _is_quantized(module)]
     if not quantized:
         raise InputError(f"`quantization_config` quantizes no layer of the model: {quantization_config}.")
@@ -76,7 +67,7 @@ def quantize_base(
         own.take_over(layer.requires_grad_(False))
         if type(layer) is not nn.Linear:  # torchao's are, whose weights are tensors of a class of their own
             # bitsandbytes rearranges 4-bit weights at the first call that needs no gradient, and then gives none.
-            layer.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            vars(layer)["support_avx512bf16_for_cpu"] = False
             own.quantized = (QuantizedProduct(layer),)
     for name in MARKS:
         if hasattr(base, name):
@@ -104,9 +95,8 @@ def _with_skips(model: SamoePreTrainedModel, quantization_config: Any) -> Quanti
 
 def _quantized_base(model: SamoePreTrainedModel, quantization_config: Any, device_map: Any) -> Sam2VideoModel:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_parameter(name)}
-    reports = []
-    try:
-        with without_load_report(reports):
+    with without_load_report() as reports:
+        try:
             return Sam2VideoModel.from_pretrained(
                 None,
                 config=copy.deepcopy(model.config),
@@ -115,31 +105,31 @@ def _quantized_base(model: SamoePreTrainedModel, quantization_config: Any, devic
                 quantization_config=quantization_config,
                 device_map=device_map,
             )
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        # Of errors in a library, transformers tells in its report.
-        causes = re.findall(r"^\w*(?:Error|Exception): .+", "\n".join(reports), flags=re.MULTILINE)
-        cause = causes[0] if causes else error
-        raise InputError(f"`quantization_config` cannot be used with this model and device: {cause}") from error
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            # Of errors in a library, transformers tells in its report.
+            causes = re.findall(r"^\w*(?:Error|Exception): .+", "\n".join(reports), flags=re.MULTILINE)
+            cause = causes[0] if causes else error
+            raise InputError(f"`quantization_config` cannot be used with this model and device: {cause}") from error
 
 
 @contextmanager
-def without_load_report(reports: list[str] | None = None) -> Iterator[None]:
-    """Holds back transformers' report of missing tensors. [`~weights_trained.check_weights`] judges more strictly.
+def without_load_report() -> Iterator[list[str]]:
+    """Holds back transformers' report of missing tensors, and yields a list that gets it.
 
-    Args:
-        reports: gets the reports.
+    [`~weights_check.check_weights`] judges more strictly.
     """
     library_logger = logging.getLogger("transformers.modeling_utils")
+    reports: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
         is_report = "LOAD REPORT" in record.getMessage()
-        if is_report and reports is not None:
+        if is_report:
             reports.append(record.getMessage())
         return not is_report
 
     library_logger.addFilter(keep)
     try:
-        yield
+        yield reports
     finally:
         library_logger.removeFilter(keep)
 
@@ -168,8 +158,8 @@ def weight_bytes(model: nn.Module) -> int:
     tensors = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
     for name, module in model.named_modules():
         if isinstance(module, BaseLinear) and module.quantized is not None:
-            held = module.quantized[0].layer.state_dict(keep_vars=True)
-            tensors |= {f"{name}.{key}": tensor for key, tensor in held.items()}
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{key}": tensor for key, tensor in _weights(module).items()}
     return _bytes(tensors)
 
 
@@ -177,12 +167,16 @@ def spared_bytes(model: SamoePreTrainedModel) -> int:
     """By how many bytes the quantized layers of a SamoeModel are smaller than in full."""
     spared = 0
     for layer in map(model.get_submodule, sorted(model.origin.quantized)):
-        layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # within an adapter of PEFT
+        layer = layer if isinstance(layer, BaseLinear) else layer.get_submodule("base_layer")  # of an adapter of PEFT
         assert isinstance(layer, BaseLinear)
-        held = layer.quantized[0].layer.state_dict(keep_vars=True) if layer.quantized else {"weight": layer.weight}
-        own = {name: tensor for name, tensor in held.items() if name != "bias"}
-        spared += layer.in_features * layer.out_features * floating_type(layer).itemsize - _bytes(own)
+        spared += layer.in_features * layer.out_features * floating_type(layer).itemsize - _bytes(_weights(layer))
     return spared
+
+
+def _weights(layer: BaseLinear) -> dict[str, Tensor]:
+    """What a library holds of the weights of a quantized layer."""
+    held = layer.quantized[0].layer.state_dict(keep_vars=True) if layer.quantized else {"weight": layer.weight}
+    return {name: tensor for name, tensor in held.items() if name != "bias"}
 
 
 def _bytes(tensors: Mapping[str, Any]) -> int:

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from torch import nn
-
+from .base_model import SamoePreTrainedModel
 from .domain_experts import module_domain, module_layer
 from .expert_layer import expert_modules
 from .quantization import weight_bytes
@@ -66,13 +65,14 @@ class ModelSummary:
         return "\n".join([*lines, *map(str, self.experts)])
 
 
-def summarize_model(model: nn.Module) -> ModelSummary:
+def summarize_model(model: SamoePreTrainedModel) -> ModelSummary:
     """The summary of a SamoeModel."""
     fields = ("num_experts", "num_experts_per_tok", "lora_rank", "lora_alpha")
-    if model.config.domains is None:
+    experts: dict[str | None, ExpertSummary]
+    if (domains := model.config.domains) is None:
         experts = {None: ExpertSummary(None, *(getattr(model.config, name) for name in fields))}
     else:
-        experts = {one["name"]: ExpertSummary(one["name"], *map(one.get, fields)) for one in model.config.domains}
+        experts = {one["name"]: ExpertSummary(one["name"], *(one[name] for name in fields)) for one in domains}
     for name, module in expert_modules(model):
         summary = experts[module_domain(name)]
         summary.modules.append(module_layer(name))

@@ -13,12 +13,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .base_interface import Base
 from .errors import InputError
 
+# Arguments of `from_pretrained` that say where and how files are fetched.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | None:
+    """The commit of a Hub repository that `revision` stands for; None for a folder.
+
+    Raises:
+        OSError: if there is no such folder or repository, it has no configuration, or it cannot be reached.
+    """
+    path = cached_file(source, CONFIG_NAME, **hub)
+    if path is None:
+        raise OSError(f"{source} has no {CONFIG_NAME}; expected a model of SAMoE or SAM 2 video.")
+    return None if os.path.isdir(source) else extract_commit_hash(path, None)
 
 
 def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> dict[str, Tensor]:
@@ -28,8 +43,7 @@ def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
         OSError: if there are no safetensors.
         ValueError: if a file is damaged or lies elsewhere, or if a PEFT adapter lies beside the model.
     """
-    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
-    if cached_file(source, ADAPTER_CONFIG_NAME, **optional) is not None:
+    if _find(source, ADAPTER_CONFIG_NAME, hub) is not None:
         # From there transformers would take the name of another model, and load that one's weights.
         raise InputError(
             f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
@@ -66,15 +80,17 @@ def read_own_tensors(
     return tensors
 
 
+def _find(source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> str | None:
+    """A file of a folder or repository; None if there is no such file."""
+    return cached_file(source, name, **hub, _raise_exceptions_for_missing_entries=False)
+
+
 def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
-    stem, ending = os.path.splitext(SAFE_WEIGHTS_NAME)
-    name = f"{stem}.{variant}{ending}" if variant else SAFE_WEIGHTS_NAME
-    optional = {**hub, "_raise_exceptions_for_missing_entries": False}
-    if (path := cached_file(source, name, **optional)) is not None:
+    part = f".{variant}." if variant else "."
+    name, index_name = SAFE_WEIGHTS_NAME.replace(".", part), SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{part}json")
+    if (path := _find(source, name, hub)) is not None:
         return [path]
-    index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json") if variant else SAFE_WEIGHTS_INDEX_NAME
-    index = cached_file(source, index_name, **optional)
-    if index is None:
+    if (index := _find(source, index_name, hub)) is None:
         raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
     try:
         content = json.loads(Path(index).read_text())
@@ -86,7 +102,8 @@ def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: st
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise InputError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
-    return [cached_file(source, shard, **hub) for shard in sorted(shards)]
+    paths = [cached_file(source, shard, **hub) for shard in sorted(shards)]
+    return [path for path in paths if path is not None]
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Tensor]:

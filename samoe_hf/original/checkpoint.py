@@ -22,7 +22,7 @@ from samoe_hf.model.base import SAM2, base_of
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.expert_layer import matching_linear_names
-from samoe_hf.model.weights_trained import check_repeats, find_mismatches
+from samoe_hf.model.weights_check import check_repeats, find_mismatches
 
 from .config import (
     ATTENTIONS,

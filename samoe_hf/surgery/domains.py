@@ -8,20 +8,15 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import adapter_names
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, check_domain_name, check_domains
-from samoe_hf.model.domain_experts import (
-    PREFIX,
-    DomainExperts,
-    DomainLinear,
-    add_domain_experts,
-    domain_modules,
-)
+from samoe_hf.model.domain_experts import PREFIX, DomainExperts, DomainLinear, add_domain_experts, domain_modules
 from samoe_hf.model.domain_gate import DomainGate, build_domain_gate
 from samoe_hf.model.expert_layer import (
+    META,
     ExpertLinear,
     expert_modules,
     matching_linear_names,
@@ -31,9 +26,10 @@ from samoe_hf.model.expert_layer import (
 from samoe_hf.model.expert_sleep import frozen_experts
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_trained import base_fingerprint
+from samoe_hf.surgery.experts import check_settings, remove_experts
 
 
-def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **settings) -> None:
+def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **settings: Any) -> None:
     """Gives the model a new domain behind the others, with experts that have no effect yet.
 
     The gate does not know it until it has seen some of its videos, see [`fit_domain`]. Experts that belong to no
@@ -58,12 +54,10 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
                 f"The model has experts that belong to no domain, such as those of {with_effect[0]!r}. "
                 "`rename_domain(None, NAME)` makes a domain of them."
             )
-        for layer, module in list(expert_modules(model)):
-            replace_module(model, layer, to_plain_linear(module))
-        model.config.domains = []
-        model.domain_gate = build_domain_gate(model.config)
+        remove_experts(model)
+        _begin_domains(model)
     add_domain_experts(model, **domain)
-    _set_domains(model, [*model.config.domains, domain])
+    _set_domains(model, [*_domains(model), domain])
     _gate(model).append_unknown()
     if like is not None:
         _copy_experts(model, like, model, name)
@@ -71,13 +65,10 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
 
 def _describe_domain(model: SamoeModel, name: str, like: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The new domain for the configuration, checked."""
-    check_domain_name(name)
-    if name in model.config.domain_names:
-        raise InputError(f"`name` {name!r} is the name of a domain that the model has.")
-    if unknown := sorted(set(settings) - set(EXPERT_SETTINGS)):
-        raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
+    _check_new_name(model, name, "name")
+    check_settings(settings)
     if like is None:
-        own = {setting: copy.deepcopy(getattr(model.config, setting)) for setting in EXPERT_SETTINGS}
+        own = _own_settings(model)
     elif settings:
         raise InputError(f"`like` {like!r} says what the new domain's experts are; got `{min(settings)}` as well.")
     else:
@@ -98,11 +89,12 @@ def remove_domain(model: SamoeModel, name: str) -> None:
     index = _domain_index(model, name)
     for layer, _ in list(domain_modules(model, name)):
         module = model.get_submodule(layer)
+        assert isinstance(module, DomainLinear)
         delattr(module, PREFIX + name)
         if not any(child.startswith(PREFIX) for child, _ in module.named_children()):
             replace_module(model, layer, to_plain_linear(module))
     _gate(model).remove(index)
-    _set_domains(model, [*model.config.domains[:index], *model.config.domains[index + 1 :]])
+    _set_domains(model, [domain for domain in _domains(model) if domain["name"] != name])
 
 
 def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
@@ -114,20 +106,17 @@ def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
     Raises:
         ValueError: if there is no such domain, or the new name is taken or cannot be one.
     """
-    check_domain_name(new_name)
-    if new_name in model.config.domain_names:
-        raise InputError(f"`new_name` {new_name!r} is the name of a domain that the model has.")
+    _check_new_name(model, new_name, "new_name")
     if name is None:
         _make_domain(model, new_name)
         return
-    index = _domain_index(model, name)
+    find_domain(model, name)
     for layer, experts in list(domain_modules(model, name)):
         module = model.get_submodule(layer)
         delattr(module, PREFIX + name)
         module.add_module(PREFIX + new_name, experts)
-    domains = list(model.config.domains)
-    domains[index] = {**domains[index], "name": new_name}
-    _set_domains(model, domains)
+    renamed = [{**one, "name": new_name} if one["name"] == name else one for one in _domains(model)]
+    _set_domains(model, renamed)
 
 
 def _make_domain(model: SamoeModel, name: str) -> None:
@@ -138,13 +127,15 @@ def _make_domain(model: SamoeModel, name: str) -> None:
     if any(frozen_experts(module) for _, module in expert_modules(model)):
         raise InputError("Some experts are frozen; `freeze_experts([])` lets them become a domain's.")
     for layer, module in list(expert_modules(model)):
+        assert isinstance(module, ExpertLinear)
+        # The experts by themselves, whose parameters are shared.
+        experts = DomainExperts(module.in_features, module.out_features, **model.config.expert_settings(), device=META)
+        experts.lora_A, experts.lora_B, experts.router = module.lora_A, module.lora_B, module.router
         with_domains = DomainLinear.from_linear(module)
-        with_domains.add_module(PREFIX + name, _detached_experts(module, model.config.expert_settings()))
+        with_domains.add_module(PREFIX + name, experts)
         replace_module(model, layer, with_domains)
-    model.config.domains = []
-    model.domain_gate = build_domain_gate(model.config)
-    settings = {setting: copy.deepcopy(getattr(model.config, setting)) for setting in EXPERT_SETTINGS}
-    _set_domains(model, [{"name": name, **settings}])
+    _begin_domains(model)
+    _set_domains(model, [{"name": name, **_own_settings(model)}])
     _gate(model).append_unknown()
 
 
@@ -169,10 +160,10 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
     _check_no_adapters(model)
     if base_fingerprint(model, set()) != base_fingerprint(other, set()):
         raise InputError("The models have different bases, whose experts do not fit each other.")
-    for domain in other.config.domains:
+    for domain in _domains(other):
         add_domain_experts(model, **domain)
         _copy_experts(other, domain["name"], model, domain["name"])
-    _set_domains(model, [*model.config.domains, *copy.deepcopy(other.config.domains)])
+    _set_domains(model, [*_domains(model), *copy.deepcopy(_domains(other))])
     _gate(model).merge(_gate(other))
     return other.config.domain_names
 
@@ -203,12 +194,21 @@ def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -
     _gate(model).fit(_domain_index(model, name), features, videos)
 
 
+def _own_settings(model: SamoeModel) -> dict[str, Any]:
+    return {setting: copy.deepcopy(getattr(model.config, setting)) for setting in EXPERT_SETTINGS}
+
+
+def _begin_domains(model: SamoeModel) -> None:
+    model.config.domains = []
+    model.domain_gate = build_domain_gate(model.config)
+
+
 def _set_domains(model: SamoeModel, domains: list[dict[str, Any]]) -> None:
     model.config.domains = domains
     model.expert_module_names = [name for name, module in model.named_modules() if isinstance(module, DomainLinear)]
 
 
-def _copy_experts(source: nn.Module, source_domain: str, target: nn.Module, target_domain: str) -> None:
+def _copy_experts(source: SamoeModel, source_domain: str, target: SamoeModel, target_domain: str) -> None:
     """Gives a domain's experts the values of those of a domain of the same or another model."""
     # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
     sources = {layer.removesuffix(".base_layer"): experts for layer, experts in domain_modules(source, source_domain)}
@@ -222,7 +222,11 @@ def find_domain(model: SamoeModel, name: str) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such domain.
     """
-    return model.config.domains[_domain_index(model, name)]
+    return _domains(model)[_domain_index(model, name)]
+
+
+def _domains(model: SamoeModel) -> list[dict[str, Any]]:
+    return model.config.domains or []
 
 
 def _gate(model: SamoeModel) -> DomainGate:
@@ -238,11 +242,10 @@ def _domain_index(model: SamoeModel, name: str) -> int:
     return names.index(name)
 
 
-def _detached_experts(module: ExpertLinear, settings: dict[str, Any]) -> DomainExperts:
-    """The experts of a layer by themselves, whose parameters are shared."""
-    experts = DomainExperts(module.in_features, module.out_features, **settings, device="meta")
-    experts.lora_A, experts.lora_B, experts.router = module.lora_A, module.lora_B, module.router
-    return experts.train(module.training)
+def _check_new_name(model: SamoeModel, name: str, argument: str) -> None:
+    check_domain_name(name)
+    if name in model.config.domain_names:
+        raise InputError(f"`{argument}` {name!r} is the name of a domain that the model has.")
 
 
 def _check_no_adapters(model: SamoeModel) -> None:

@@ -10,16 +10,18 @@ New experts are asleep: the weight of their router row is 0 and its bias is [`AS
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, integer
 from samoe_hf.model.domain_experts import check_has_no_domains
 from samoe_hf.model.expert_layer import (
     EXPERT_TENSORS,
+    ExpertLinear,
     ExpertMixture,
     add_experts,
     expert_modules,
@@ -27,7 +29,15 @@ from samoe_hf.model.expert_layer import (
     replace_module,
     to_plain_linear,
 )
-from samoe_hf.model.expert_sleep import ASLEEP, frozen_experts, stacked_owner, stacked_parameter, stacked_tensor
+from samoe_hf.model.expert_sleep import (
+    ASLEEP,
+    FrozenRows,
+    frozen_experts,
+    frozen_rows,
+    stacked_owner,
+    stacked_parameter,
+    stacked_tensor,
+)
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 # By layer: (experts,) tensors that tell how much each expert is used, such as its mean gate weight.
@@ -60,24 +70,24 @@ def prune_experts(
         raise InputError("Exactly one of `keep`, `drop` and `usage` must be given.")
     if (usage is None) != (num_experts is None):
         raise InputError("`num_experts`, the number of experts that stay, must be given with `usage`, and only then.")
-    if usage is not None:
+    names = [name for name, _ in expert_modules(model)]
+    if usage is not None and num_experts is not None:
         _check_usage(model, usage)
-        if isinstance(num_experts, bool) or not isinstance(num_experts, int):
-            raise InputError(f"`num_experts` must be an integer, got {num_experts!r}.")
-        _check_num_left(model, num_experts)
-        kept = {name: sorted(usage[name].topk(num_experts).indices.tolist()) for name, _ in expert_modules(model)}
+        count = num_experts
+        _check_num_left(model, count)
+        kept = {name: sorted(usage[name].topk(count).indices.tolist()) for name in names}
     else:
-        if drop is not None:
-            dropped = check_experts(model, drop, "drop")
-            keep = [expert for expert in range(model.config.num_experts) if expert not in dropped]
-        _check_num_left(model, len(check_experts(model, keep, "keep")))
-        num_experts = len(keep)
-        kept = {name: sorted(keep) for name, _ in expert_modules(model)}
+        dropped = [] if drop is None else check_experts(model, drop, "drop")
+        others = [expert for expert in range(model.config.num_experts) if expert not in dropped]
+        staying = sorted(others if keep is None else check_experts(model, keep, "keep"))
+        count = len(staying)
+        _check_num_left(model, count)
+        kept = dict.fromkeys(names, staying)
     for name, module in expert_modules(model):
         rows = torch.tensor(kept[name], device=module.lora_A.device)
         frozen = [kept[name].index(expert) for expert in frozen_experts(module) if expert in kept[name]]
         replace_tensors(module, {tensor: stacked_tensor(module, tensor)[rows] for tensor in EXPERT_TENSORS}, frozen)
-    model.config.num_experts = num_experts
+    model.config.num_experts = count
 
 
 @torch.no_grad()
@@ -119,11 +129,9 @@ def merge_experts(model: SamoeModel, experts: Sequence[int], *, usage: Usage | N
         values = _merged_tensors(module, experts, shares, goes_to_all)
         frozen = [kept.index(expert) for expert in frozen_experts(module)]
         replace_tensors(module, {tensor: value[kept] for tensor, value in values.items()}, frozen)
+        module.num_experts_per_tok = min(module.num_experts_per_tok, num_experts)
     model.config.num_experts = num_experts
-    if goes_to_all:
-        model.config.num_experts_per_tok = num_experts
-        for _, module in expert_modules(model):
-            module.num_experts_per_tok = num_experts
+    model.config.num_experts_per_tok = min(model.config.num_experts_per_tok, num_experts)
     return experts[0]
 
 
@@ -148,7 +156,7 @@ def reset_expert(model: SamoeModel, expert: int) -> None:
             stacked_parameter(module, tensor).copy_(value)
 
 
-def replace_experts(model: SamoeModel, **settings) -> None:
+def replace_experts(model: SamoeModel, **settings: Any) -> None:
     """Takes all experts away and gives the model new ones, without effect, by other settings.
 
     Args:
@@ -159,20 +167,31 @@ def replace_experts(model: SamoeModel, **settings) -> None:
         ValueError: for a value out of range, or modules that the model does not have.
     """
     check_has_no_domains(model.config)
+    check_settings(settings)
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
-        if name not in EXPERT_SETTINGS:
-            raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {name!r}.")
         setattr(config, name, value)
     config.check_experts()
     matching_linear_names(model, config.expert_modules)
-    for name, module in list(expert_modules(model)):
-        replace_module(model, name, to_plain_linear(module))
+    remove_experts(model)
     model.expert_module_names = add_experts(model, config.expert_modules, **config.expert_settings())
-    for name in settings:
-        setattr(model.config, name, settings[name])
+    for name, value in settings.items():
+        setattr(model.config, name, value)
     model.train(model.training)
     model.set_trainable("experts")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for a name that is no setting of experts."""
+    if unknown := sorted(settings.keys() - EXPERT_SETTINGS):
+        raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
+
+
+def remove_experts(model: SamoeModel) -> None:
+    """Takes all experts that belong to no domain away."""
+    for name, module in list(expert_modules(model)):
+        assert isinstance(module, ExpertLinear)
+        replace_module(model, name, to_plain_linear(module))
 
 
 def grow_experts(model: SamoeModel, num_new: int) -> list[int]:
@@ -182,8 +201,8 @@ def grow_experts(model: SamoeModel, num_new: int) -> list[int]:
         Their indices.
     """
     check_has_no_domains(model.config)
-    if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
-        raise InputError(f"`num_new` must be an integer of at least 1, got {num_new!r}.")
+    if not integer(1).holds(num_new):
+        raise InputError(f"`num_new` must be {integer(1).allowed}, got {num_new!r}.")
     return append_experts(model, {name: new_experts(module, num_new) for name, module in expert_modules(model)})
 
 
@@ -213,13 +232,17 @@ def check_experts(model: SamoeModel, experts: Sequence[int], name: str = "expert
     Raises:
         ValueError: if one is no expert of the model, or occurs twice.
     """
-    count = model.config.num_experts
-    for expert in experts:
-        if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < count:
-            raise InputError(f"`{name}` must be integers from 0 to {count - 1}, got {expert!r}.")
+    check_indices(experts, model.config.num_experts, name)
     if len(set(experts)) < len(experts):
         raise InputError(f"`{name}` must be different experts, got {list(experts)}.")
     return list(experts)
+
+
+def check_indices(experts: Sequence[int], count: int, name: str) -> None:
+    """Raises a `ValueError` if one is no index of so many experts."""
+    for expert in experts:
+        if not (integer(0).holds(expert) and expert < count):
+            raise InputError(f"`{name}` must be integers from 0 to {count - 1}, got {expert!r}.")
 
 
 @torch.no_grad()
@@ -235,8 +258,10 @@ def new_experts(module: ExpertMixture, num_new: int) -> tuple[Tensor, Tensor]:
 def append_experts(model: SamoeModel, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> list[int]:
     """Adds given experts, asleep: name of each layer -> A (new, rank, in) and B (new, out, rank); returns indices."""
     before = model.config.num_experts
+    after = before
     for name, module in expert_modules(model):
         A, B = tensors[name]
+        after = before + len(A)
         new = {
             "lora_A": A,
             "lora_B": B,
@@ -245,9 +270,9 @@ def append_experts(model: SamoeModel, tensors: Mapping[str, tuple[Tensor, Tensor
         }
         values = {tensor: torch.cat([stacked_tensor(module, tensor), new[tensor]]) for tensor in EXPERT_TENSORS}
         replace_tensors(module, values, frozen_experts(module))
-    model.config.num_experts = before + len(A)
+    model.config.num_experts = after
     model.may_have_sleeping_experts = True
-    return list(range(before, before + len(A)))
+    return list(range(before, after))
 
 
 def replace_tensors(module: ExpertMixture, values: Mapping[str, Tensor], frozen: Sequence[int]) -> None:
@@ -261,62 +286,45 @@ def replace_tensors(module: ExpertMixture, values: Mapping[str, Tensor], frozen:
     _freeze_rows(module, frozen)
 
 
-class FrozenRows(nn.Module):
-    """A parametrization of a stacked tensor: some rows have fixed values, whatever becomes of the parameter's."""
-
-    def __init__(self, rows: Sequence[int], stacked: Tensor):
-        super().__init__()
-        self.register_buffer("rows", torch.tensor(rows, device=stacked.device), persistent=False)
-        self.register_buffer("values", stacked.detach()[self.rows].clone(), persistent=False)
-
-    def forward(self, stacked: Tensor) -> Tensor:
-        return stacked.index_copy(0, self.rows, self.values)
-
-
 def _freeze_rows(module: ExpertMixture, experts: Sequence[int]) -> None:
     for tensor in EXPERT_TENSORS:
         owner, leaf = stacked_owner(module, tensor)
-        if parametrize.is_parametrized(owner, leaf):
-            parameter = owner.parametrizations[leaf].original
-            requires_grad = parameter.requires_grad
+        if frozen_rows(owner, leaf) is not None:
+            requires_grad = stacked_parameter(module, tensor).requires_grad
             # The very same parameter, so that optimizers go on, with the values that it stood for.
             parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
             getattr(owner, leaf).requires_grad_(requires_grad)
         if experts:
             parametrize.register_parametrization(owner, leaf, FrozenRows(sorted(experts), getattr(owner, leaf)))
-            _keep_names(owner)
-
-
-def _keep_names(owner: nn.Module) -> None:
-    """Lets a module with frozen rows save and load its tensors under their plain names."""
-    if getattr(owner, "_has_plain_names", False):
-        return
-    owner._has_plain_names = True
-    owner.register_state_dict_post_hook(_to_plain_names)
-    owner.register_load_state_dict_pre_hook(_from_plain_names)
+            if not vars(owner).get("has_plain_names"):  # in files
+                vars(owner)["has_plain_names"] = True
+                owner.register_state_dict_post_hook(_to_plain_names)
+                owner.register_load_state_dict_pre_hook(_from_plain_names)
 
 
 def _to_plain_names(owner: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: dict) -> None:
-    for leaf in getattr(owner, "parametrizations", {}):
+    for leaf in EXPERT_TENSORS:
+        leaf = leaf.rpartition(".")[2]
         parameter = state_dict.pop(f"{prefix}parametrizations.{leaf}.original", None)
-        if parameter is not None:
-            state_dict[prefix + leaf] = owner.parametrizations[leaf][0](parameter)
+        if parameter is not None and (frozen := frozen_rows(owner, leaf)) is not None:
+            state_dict[prefix + leaf] = frozen(parameter)
 
 
 def _from_plain_names(owner: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    for leaf in getattr(owner, "parametrizations", {}):
-        if (value := state_dict.pop(prefix + leaf, None)) is not None:
+    for leaf in EXPERT_TENSORS:
+        leaf = leaf.rpartition(".")[2]
+        if (frozen := frozen_rows(owner, leaf)) is not None and prefix + leaf in state_dict:
+            value = state_dict.pop(prefix + leaf)
             state_dict[f"{prefix}parametrizations.{leaf}.original"] = value
-            frozen = owner.parametrizations[leaf][0]
             if value.dim() and len(value) > int(frozen.rows.max()):
                 frozen.values.copy_(value[frozen.rows.to(value.device)])
 
 
 def _check_num_left(model: SamoeModel, num_experts: int) -> None:
     least, most = model.config.num_experts_per_tok, model.config.num_experts
-    if not least <= num_experts <= most:
+    if not (integer(least).holds(num_experts) and num_experts <= most):
         raise InputError(
-            f"{num_experts} experts cannot stay: from `num_experts_per_tok` ({least}) to all ({most}) can."
+            f"{num_experts!r} experts cannot stay: from `num_experts_per_tok` ({least}) to all ({most}) can."
         )
 
 

@@ -8,11 +8,11 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available, requires_backends
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, requires_backends
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
@@ -21,11 +21,10 @@ from samoe_hf.model.expert_layer import ExpertMixture, expert_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_io import new_folder
 from samoe_hf.surgery.domains import add_domain, find_domain, remove_domain
-from samoe_hf.surgery.experts import append_experts, check_experts, new_experts
+from samoe_hf.surgery.experts import append_experts, check_indices, new_experts
 
-if is_peft_available():
+if TYPE_CHECKING:
     from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
 
 # Settings of LoraConfig that add something an expert has no place for, or change what its matrices mean.
 UNSUPPORTED = (
@@ -62,8 +61,14 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
         FileExistsError: if `directory` is there and not empty.
     """
     requires_backends(model, "peft")
-    settings = _experts_to_export(model, expert, domain)
-    modules = expert_modules(model) if domain is None else domain_modules(model, domain)
+    from peft import LoraConfig
+
+    if domain is None:
+        check_has_no_domains(model.config)
+        settings, modules = model.config.to_dict(), expert_modules(model)
+    else:
+        settings, modules = find_domain(model, domain), domain_modules(model, domain)
+    check_indices([expert], settings["num_experts"], "expert")
     tensors, names = {}, []
     for name, module in modules:
         # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
@@ -71,33 +76,19 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
         for leaf in ("lora_A", "lora_B"):
             tensor = getattr(module, leaf)[expert].detach()
             tensors[f"{PREFIX}{names[-1]}.{leaf}.weight"] = tensor.cpu().clone()
-    alpha = settings["lora_alpha"]
+    alpha, source = settings["lora_alpha"], model.origin.source or {}
     config = LoraConfig(
         r=settings["lora_rank"],
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=settings["lora_dropout"],
         target_modules=names,
-        base_model_name_or_path=(model.origin.source or {}).get("name_or_path"),
-        revision=(model.origin.source or {}).get("revision"),
+        base_model_name_or_path=source.get("name_or_path"),
+        revision=source.get("revision"),
         inference_mode=True,
     )
     with new_folder(directory) as folder:
-        config.save_pretrained(folder)
+        config.save_pretrained(str(folder))
         save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-
-
-def _experts_to_export(model: SamoeModel, expert: int, domain: str | None) -> dict[str, Any]:
-    """Settings of the mixture that an expert belongs to, if there is one."""
-    if domain is None:
-        check_has_no_domains(model.config)
-        check_experts(model, [expert], "expert")
-        return model.config.expert_settings()
-    settings = find_domain(model, domain)
-    if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < settings["num_experts"]:
-        raise InputError(
-            f"`expert` must be one of the {settings['num_experts']} experts of domain {domain!r}, got {expert!r}."
-        )
-    return settings
 
 
 def add_lora_domain(model: SamoeModel, name: str, source: str | os.PathLike, **hub) -> None:
@@ -205,15 +196,12 @@ def read_lora(source: str | os.PathLike, **hub) -> Lora:
     tensors = read_adapter_tensors(source, hub)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, leaf = key.removeprefix(PREFIX).removesuffix(".weight"), None
-        for leaf in ("lora_A", "lora_B"):
-            if key.endswith(f".{leaf}.weight") and tensor.dim() == 2:
-                pairs.setdefault(name.removesuffix(f".{leaf}"), {})[leaf] = tensor
-                break
-        else:
+        found = re.fullmatch(r"(.*)\.(lora_[AB])\.weight", key.removeprefix(PREFIX))
+        if found is None or tensor.dim() != 2:
             raise InputError(
                 f"{source} has {key!r} {tuple(tensor.shape)}, which is no matrix of a LoRA on a linear layer."
             )
+        pairs.setdefault(found[1], {})[found[2]] = tensor
     layers = {}
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
@@ -231,6 +219,8 @@ def read_lora(source: str | os.PathLike, **hub) -> Lora:
 
 
 def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConfig":
+    from peft import LoraConfig
+
     config = read_adapter_config(source, hub)
     if not isinstance(config, LoraConfig):
         raise InputError(f"{source} is an adapter of type {config.peft_type}; an expert can only be a LoRA.")
@@ -246,9 +236,12 @@ def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConf
 
 def _rank_and_scale(source: str | os.PathLike, config: "LoraConfig", name: str) -> tuple[int, float]:
     """Rank and scale of the LoRA on a layer, as PEFT finds them."""
+    from peft.utils.other import get_pattern_key
+
     try:
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
         return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
     except (ValueError, TypeError, AttributeError, ArithmeticError, re.error) as error:
         raise InputError(f"{source} says no rank and scale of {name!r}: {error}") from error

@@ -359,10 +359,10 @@ def test_a_file_that_contradicts_its_domains_is_refused(tmp_path):
     path = tmp_path / "trained" / "config.json"
     text = path.read_text()
     path.write_text(text.replace('"name": "a"', '"name": "z"'))
-    with pytest.raises(ValueError, match="contradicts itself"):
+    with pytest.raises(ValueError, match="trained builds on .*base, which it does not fit"):
         SamoeModel.from_pretrained(tmp_path / "trained")
     path.write_text(text.replace('"num_experts": 4', '"num_experts": 5'))
-    with pytest.raises(ValueError, match="contradicts itself"):
+    with pytest.raises(ValueError, match="trained builds on .*base, which it does not fit"):
         SamoeModel.from_pretrained(tmp_path / "trained")
 
 
@@ -511,7 +511,7 @@ def test_a_lora_of_peft_becomes_a_domain_and_back(batch, tmp_path):
     other = new_model()
     add_lora_domain(other, "mine", tmp_path / "lora")
     torch.testing.assert_close(masks(other, batch, "mine"), masks(model, batch, "one"), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="one of the 1 experts of domain 'one'"):
+    with pytest.raises(ValueError, match="`expert` must be integers from 0 to 0"):
         export_expert(model, 1, tmp_path / "more", domain="one")
     with pytest.raises(ValueError, match="belong to domains"):
         export_expert(model, 0, tmp_path / "more")
