@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -31,9 +31,8 @@ from .errors import InputError
 from .expert_layer import ExpertLinear
 
 if TYPE_CHECKING:
-    try:  # what remote code imports elsewhere, transformers asks for
+    try:  # noqa: SIM105  # what remote code imports elsewhere, transformers asks for
         from peft import LoraConfig, PeftConfig
-        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         pass
 
@@ -99,7 +98,7 @@ def active_adapters(model: SamoePreTrainedModel) -> dict[str, bool] | None:
     return {name: name in active for name in names} or None
 
 
-def tuner_layers(model: nn.Module) -> Iterator[tuple[str, "BaseTunerLayer"]]:
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers of PEFT's adapters in a model. PEFT is not imported where nobody has done so, since it is slow."""
     if "peft" in sys.modules:
         tuner_layer = _peft("peft.tuners.tuners_utils").BaseTunerLayer
@@ -116,6 +115,11 @@ def adapter_state(module: nn.Module) -> str:
     return str(layers) if "peft" in sys.modules else ""
 
 
+def is_lora(config: "PeftConfig") -> "TypeGuard[LoraConfig]":
+    """Whether an adapter is a LoRA."""
+    return isinstance(config, _peft().LoraConfig)
+
+
 def suitable_adapter(model: SamoePreTrainedModel, config: "PeftConfig", name: str) -> "LoraConfig":
     """A copy of an adapter's configuration that leaves out what lies within layers with experts.
 
@@ -123,7 +127,7 @@ def suitable_adapter(model: SamoePreTrainedModel, config: "PeftConfig", name: st
         ValueError: if such an adapter cannot be saved with the model.
     """
     check_adapter_name(name)
-    if not isinstance(config, _peft().LoraConfig):
+    if not is_lora(config):
         raise InputError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
     odd = [setting for setting in ("layer_replication", "megatron_config") if getattr(config, setting, None)]
     odd += [] if config.bias == "none" else ["bias"]
@@ -224,9 +228,9 @@ def put_adapter(
     Raises:
         ValueError: if its tensors are not those of its configuration on this model, or not finite.
     """
-    config = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
+    settings: "PeftConfig" = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
     is_new = name not in adapter_names(model)
-    expected = _shapes_on(model, source, config, name) if is_new else _shapes(_tensors(model, name))
+    expected = _shapes_on(model, source, settings, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)
     if found != expected:
         odd = min(key for key in {*found, *expected} if found.get(key) != expected.get(key))
@@ -238,7 +242,7 @@ def put_adapter(
         raise InputError(f"The adapter {source} has NaN or infinite values in {min(infinite)!r}.")
     if is_new:
         with _refusing_settings(source):
-            model.add_adapter(config, name)
+            model.add_adapter(settings, name)
     _peft().set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
 
 

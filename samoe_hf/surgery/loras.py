@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, requires_backends
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.adapters import PLAIN_INITIALIZATIONS, PREFIX, read_adapter_config, read_adapter_tensors
+from samoe_hf.model.adapters import PLAIN_INITIALIZATIONS, PREFIX, is_lora, read_adapter_config, read_adapter_tensors
 from samoe_hf.model.domain_experts import check_has_no_domains, domain_modules
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -219,10 +219,8 @@ def read_lora(source: str | os.PathLike, **hub) -> Lora:
 
 
 def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConfig":
-    from peft import LoraConfig
-
     config = read_adapter_config(source, hub)
-    if not isinstance(config, LoraConfig):
+    if not is_lora(config):
         raise InputError(f"{source} is an adapter of type {config.peft_type}; an expert can only be a LoRA.")
     given = [f"{name}={value!r}" for name in UNSUPPORTED if (value := getattr(config, name, None))]
     if config.bias != "none":
