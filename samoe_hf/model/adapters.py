@@ -228,7 +228,7 @@ def put_adapter(
     Raises:
         ValueError: if its tensors are not those of its configuration on this model, or not finite.
     """
-    settings: "PeftConfig" = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
+    settings = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
     is_new = name not in adapter_names(model)
     expected = _shapes_on(model, source, settings, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)

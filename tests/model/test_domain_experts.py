@@ -359,10 +359,10 @@ def test_a_file_that_contradicts_its_domains_is_refused(tmp_path):
     path = tmp_path / "trained" / "config.json"
     text = path.read_text()
     path.write_text(text.replace('"name": "a"', '"name": "z"'))
-    with pytest.raises(ValueError, match="trained builds on .*base, which it does not fit"):
+    with pytest.raises(ValueError, match=r"trained builds on .*base, which it does not fit"):
         SamoeModel.from_pretrained(tmp_path / "trained")
     path.write_text(text.replace('"num_experts": 4', '"num_experts": 5'))
-    with pytest.raises(ValueError, match="trained builds on .*base, which it does not fit"):
+    with pytest.raises(ValueError, match=r"trained builds on .*base, which it does not fit"):
         SamoeModel.from_pretrained(tmp_path / "trained")
 
 
