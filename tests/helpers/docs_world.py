@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
+import samoe_hf
 from helpers import layouts
 from helpers.own_videos import save, save_ids
 from helpers.reference import ROOT, reference_folder
-from samoe_hf import SamoeConfig, SamoeModel, SamoeTrainer, VideoSession, load_videos
+from samoe_hf import SamoeModel, load_videos
 from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, Video, read_video, write_video
 from samoe_hf.model.expert_layer import is_expert_parameter
@@ -141,12 +142,8 @@ def enter(folder: str, guide: str) -> dict[str, Any]:
     labels[..., 20:60, 20:60] = True
     videos = load_videos("davis", "DAVIS")
     return {
+        **{name: getattr(samoe_hf, name) for name in samoe_hf.__all__},
         "np": np,
-        "SamoeModel": SamoeModel,
-        "SamoeConfig": SamoeConfig,
-        "SamoeTrainer": SamoeTrainer,
-        "VideoSession": VideoSession,
-        "load_videos": load_videos,
         "samoe": samoe,
         "reset": lambda: copy.deepcopy(loaded),
         "model": model,
