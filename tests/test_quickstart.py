@@ -32,4 +32,4 @@ def test_it_learns_a_domain_and_pushes_it(tmp_path, monkeypatch):
         assert "model.safetensors" in server.repositories["tester/samoe-quickstart"].files
     scores = json.loads((tmp_path / "outputs/quickstart/model/adaptation.json").read_text())
     assert scores["after"]["eval_J&F"] > scores["before"]["eval_J&F"] + 0.1
-    assert scores["routed"] == {"files": {"stripes": 4}}
+    assert scores["routed"] == {"val": {"stripes": 4}}
