@@ -14,9 +14,9 @@ from samoe_hf.errors import InputError
 from samoe_hf.model.batch_rows import BatchRow
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.expert_layer import expert_modules
-from samoe_hf.model.tracking import SamoeTrackingOutput
 from samoe_hf.plots.experts import plot_bars, routing_video
 
+from .models import DEVICE_LOCK
 from .session import NOTHING_PROMPTED, TrackingSession, copied
 
 
@@ -34,7 +34,6 @@ class ExpertsView:
     """What the routers did on a frame. `layers`: name for people -> what is known of it, the most telling one first."""
 
     frame: int
-    domain: str | None
     layers: dict[str, LayerView]
 
     def draw_map(self, session: TrackingSession, layer: str, object_id: int | None) -> np.ndarray:
@@ -71,28 +70,23 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
     modules = dict(expert_modules(model))
 
     def keep(name: str, rows: Sequence[BatchRow], logits: Tensor) -> None:
-        if rows[0].frame_idx == frame:
-            layer, module = module_layer(name), modules[name]
-            view = layers.setdefault(layer, LayerView(module.num_experts))
-            sums = RouterSums.from_logits(logits, min(module.num_experts_per_tok, module.num_experts))
-            side = math.isqrt(logits.shape[1])
-            has_map = bool(image_modules([layer])) and side * side == logits.shape[1]
-            experts = logits.argmax(dim=-1).cpu().numpy().astype(np.int16)
-            for row, one, chosen in zip(rows, sums, experts, strict=True):
-                view.gates[row.object_id] = one.mean_gates
-                if has_map:
-                    view.maps[row.object_id] = chosen.reshape(side, side)
+        # What prompts gave becomes memories before the frame is tracked, on frames of their own.
+        if rows[0].frame_idx != frame:
+            return
+        layer, module, side = module_layer(name), modules[name], math.isqrt(logits.shape[1])
+        view = layers.setdefault(layer, LayerView(module.num_experts))
+        sums = RouterSums.from_logits(logits, min(module.num_experts_per_tok, module.num_experts))
+        view.gates |= {row.object_id: one.mean_gates for row, one in zip(rows, sums, strict=True)}
+        if image_modules([layer]) and side * side == logits.shape[1]:
+            experts = logits.argmax(dim=-1).cpu().numpy().astype(np.int16).reshape(len(rows), side, side)
+            view.maps |= {row.object_id: chosen for row, chosen in zip(rows, experts, strict=True)}
 
-    with session.exclusive() as tracking, session.device_lock, observe_routers(model, keep):
-        # What prompts gave becomes memories, as before any tracking; then the frame reads them.
-        outputs = model.propagate_in_video_iterator(copied(tracking), start_frame_idx=frame, max_frame_num_to_track=0)
-        output = next(outputs)
-        assert isinstance(output, SamoeTrackingOutput)
+    with session.exclusive() as tracking, DEVICE_LOCK, observe_routers(model, keep):
+        next(model.propagate_in_video_iterator(copied(tracking), start_frame_idx=frame, max_frame_num_to_track=0))
     if not layers:
         raise InputError(
             "No expert runs on this frame: experts read memories, and the frame that an object is prompted on has none "
             "yet, or the video got no domain's experts. Go to a frame that was tracked."
         )
-    maps_first = image_modules(layers)[::-1]
-    order = [*maps_first, *(name for name in layers if name not in maps_first)]
-    return ExpertsView(frame, output.domain, {short_name(name): layers[name] for name in order})
+    first = image_modules(layers)[::-1]
+    return ExpertsView(frame, {short_name(name): layers[name] for name in dict.fromkeys([*first, *layers])})

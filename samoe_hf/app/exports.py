@@ -62,34 +62,32 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
     """
     target = folder / f"{session.video.name}_coco.json"
     height, width = session.video.frames.size
-    names = enumerate(session.video.frames.names)
+    images, annotations = [], []
     with _new_file(session, target) as path:
+        for frame, name in enumerate(session.video.frames.names):
+            images.append(
+                {"id": frame, "file_name": f"{name}.png", "frame_index": frame, "height": height, "width": width}
+            )
+            id_map = session.id_map(frame)
+            for object_id in np.unique(id_map[id_map > 0]).tolist():
+                encoded: Any = coco_mask.encode(np.asfortranarray(id_map == object_id, dtype=np.uint8))
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": frame,
+                        "category_id": 1,
+                        "track_id": object_id,
+                        "iscrowd": 0,
+                        "area": int(coco_mask.area(encoded)),
+                        "bbox": coco_mask.toBbox(encoded).tolist(),
+                        "segmentation": {"size": [height, width], "counts": encoded["counts"].decode()},
+                    }
+                )
         document = {
             "info": {"description": f"Masks of {session.video.name}, tracked with {session.loaded.name}"},
-            "images": [
-                {"id": i, "file_name": f"{name}.png", "frame_index": i, "height": height, "width": width}
-                for i, name in names
-            ],
+            "images": images,
             "categories": [{"id": 1, "name": "object"}],
-            "annotations": [{"id": number, **one} for number, one in enumerate(_annotations(session), 1)],
+            "annotations": annotations,
         }
         path.write_text(json.dumps(document))
     return target
-
-
-def _annotations(session: TrackingSession) -> Iterator[dict[str, Any]]:
-    for frame in sorted(session.masks.frames):
-        id_map = session.id_map(frame)
-        for object_id in session.objects:
-            mask = id_map == object_id
-            if mask.any():
-                encoded: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-                yield {
-                    "image_id": frame,
-                    "category_id": 1,
-                    "track_id": object_id,
-                    "iscrowd": 0,
-                    "area": int(coco_mask.area(encoded)),
-                    "bbox": [float(value) for value in coco_mask.toBbox(encoded)],
-                    "segmentation": {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()},
-                }

@@ -7,12 +7,11 @@ import gradio as gr
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
 
-from .collecting import collect_video, collected
 from .comparison import Comparison, Side
-from .learning import MAX_STEPS, Learner
+from .learning import MAX_STEPS, Learner, collect_video, collected, draw_curves
 from .look_page import SideBySide
 from .models import load_model
-from .page_parts import App, Part, Shown, figure_picture, integer, picture, shown_picture
+from .page_parts import App, Part, Shown, button, figure_picture, integer, picture, shown_picture
 from .people import Person
 from .track_page import TrackPart
 
@@ -39,33 +38,31 @@ class LearnPart(Part):
         with gr.Column(visible=app.learner is not None):
             gr.Markdown("**1. Collect.** Correct the masks in *Track*, then add the video. It stays on the server.")
             with gr.Row():
-                collect = gr.Button("Add this video to the data set", elem_id="collect", size="md")
+                collect = button("Add this video to the data set", "collect")
                 self.count = gr.Markdown(self._count(), elem_id="count")
             gr.Markdown("**2. Learn.** New experts are trained on the collected videos; all else stays as it is.")
             with gr.Row():
                 domain = gr.Textbox("mine", label="Name of the domain", elem_id="learn-domain", max_lines=1)
                 steps = gr.Number(DEFAULT_STEPS, label="Steps of training", precision=0, elem_id="steps")
             with gr.Row():
-                self.start = gr.Button("Learn", variant="primary", elem_id="learn", size="md", scale=2, min_width=90)
-                self.stop = gr.Button(
-                    "Stop", variant="stop", elem_id="stop-learning", size="md", min_width=60, interactive=False
-                )
-                self.resume = gr.Button("Resume", elem_id="resume", size="md", min_width=60, interactive=False)
+                self.start = button("Learn", "learn", "primary", scale=2)
+                self.stop = button("Stop", "stop-learning", "stop", interactive=False)
+                self.resume = button("Resume", "resume", interactive=False)
             self.state = gr.Markdown("", elem_id="learn-state")
             self.curve = picture("Loss, and J&F on the collected videos", "curve", visible=False)
             gr.Markdown("**3. Track again.** The same first clicks, before and after, without your corrections.")
-            self.again = gr.Button("Track again, before and after", elem_id="again", size="md", interactive=False)
+            self.again = button("Track again, before and after", "again", interactive=False)
             self.result = SideBySide(app, secret, "Before and after", "again")
             self.timer = gr.Timer(2, active=False)
         self.shown = {self.state, self.curve, self.start, self.stop, self.resume, self.again, self.timer, self.count}
 
-        self.on(collect.click, self.add_video, [], {self.count}, limit=1)
+        self.on(collect.click, self.add_video, [], {self.count}, concurrency_limit=1)
         self.on(self.start.click, self.begin, [domain, steps], self.shown)
         self.on(self.stop.click, self.end, [], self.shown, queue=False)
         self.on(self.resume.click, self.go_on, [], self.shown)
-        self.on(self.timer.tick, self.refresh, [], self.shown, progress="hidden")
+        self.on(self.timer.tick, self.refresh, [], self.shown, show_progress="hidden")
         outputs, line = self.result.shown | track.shown, self.result.progress
-        self.on(self.again.click, self.track_again, [], outputs, device=True, progress="minimal", progress_on=line)
+        self.on_device(self.again.click, self.track_again, [], outputs, line)
 
     @property
     def learner(self) -> Learner:
@@ -76,9 +73,7 @@ class LearnPart(Part):
 
     def _count(self) -> str:
         number = len(collected(self.app.learner.data)) if self.app.learner else 0
-        return {0: "No video is collected yet.", 1: "1 video is collected."}.get(
-            number, f"{number} videos are collected."
-        )
+        return f"Videos that are collected: {number}"
 
     def add_video(self, person: Person) -> Shown:
         """The corrected video is added to the data set."""
@@ -112,8 +107,8 @@ class LearnPart(Part):
             if scores := learning.scores():
                 before, after = (100 * score for score in scores)
                 text += f" J&F on the collected videos: {before:.0f} before, {after:.0f} after."
-            curve = learning.curve()
-            drawn = figure_picture(curve.draw()) if curve.loss or curve.score else None
+            curves = learning.curves()
+            drawn = figure_picture(draw_curves(curves)) if any(curves.values()) else None
         return {
             self.state: text,
             self.curve: shown_picture(drawn),
@@ -132,7 +127,7 @@ class LearnPart(Part):
             raise InputError("Learning is not done yet.")
         name, before = learning.output.name, learning.loaded
         if name not in self.app.models:
-            self.app.models[name] = load_model(learning.output, before.model.device, name)
+            self.app.models[name] = load_model(str(learning.output), before.model.device, name)
         after = self.app.models[name]
         known = session.domain in (None, AUTO, *before.domains)
         left = Side("before", before, session.domain if known else AUTO)

@@ -1,4 +1,7 @@
-"""Learning from collected videos: `samoe adapt` in a process of its own, which can be watched, stopped and resumed."""
+"""Corrected videos become a folder of data, and `samoe adapt` learns from it in a process of its own.
+
+The process can be watched, stopped and resumed.
+"""
 
 import copy
 import json
@@ -6,17 +9,20 @@ import os
 import subprocess
 import sys
 import threading
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from transformers.trainer import TRAINER_STATE_NAME
 
 from samoe_hf.continual.adapt import RESULTS_FILE, SMALL_MODEL_EXPERTS
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.data.video_io import write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import check_domain_name
 from samoe_hf.model.expert_layer import expert_modules
@@ -24,11 +30,14 @@ from samoe_hf.model.weights_io import new_folder, write_text
 from samoe_hf.surgery.domains import rename_domain
 from samoe_hf.training.checkpoints import list_checkpoints
 
-from .collecting import collected
 from .models import LoadedModel
+from .session import TrackingSession
 from .uploads import hide_paths
 
 State = Literal["new", "running", "stopped", "failed", "done"]
+MAX_COLLECTED_FRAMES, LEAST_FRAMES = 300, 2
+# Small frames are kept as they are, since little is lost in them; larger ones as JPEGs.
+LOSSLESS_PIXELS, QUALITY = 512 * 512, 95
 FORMER_EXPERTS = "former"  # the domain of experts that belonged to none
 MAX_STEPS = 20_000
 POINTS = 12  # of the curve
@@ -38,23 +47,39 @@ SMALL_MODEL = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **SMALL_
 OF_NEW_EXPERTS = ("expert_modules", "num_experts", "lora_")  # beginnings of keys that a known domain has already
 
 
-class Curve(NamedTuple):
-    """What a run has logged so far: (step, value) of the loss, and of J&F from 0 to 1 on the collected videos."""
+def collect_video(session: TrackingSession, data: Path) -> Path:
+    """Adds a session's video with its masks to a folder that `load_videos` reads; nothing that is there is changed.
 
-    loss: list[tuple[int, float]]
-    score: list[tuple[int, float]]
+    Frames without masks are left out; of very many, the first 300 are taken.
 
-    def draw(self) -> Figure:
-        """Loss and J&F over the steps."""
-        figure = Figure(figsize=(7, 3), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for axes, points, name, color in ((left, self.loss, "loss", "#D55E00"), (right, self.score, "J&F", "#0072B2")):
-            axes.plot([step for step, _ in points], [value for _, value in points], "o-", markersize=3, color=color)
-            axes.set(xlabel="step", title=name)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-        right.set_ylim(0, 1)
-        return figure
+    Returns:
+        the new folder of the video, `frames/*` and `masks/*.png`, named after it, with a number if there is one.
+
+    Raises:
+        InputError: if fewer than two frames have masks, or no mask shows an object.
+    """
+    with session.exclusive():
+        frames = sorted(session.masks.frames)[:MAX_COLLECTED_FRAMES]
+        if len(frames) < LEAST_FRAMES:
+            raise InputError("Track the video first: only what was tracked, and corrected, can be learned from.")
+        if not any(session.id_map(frame).any() for frame in frames):
+            raise InputError("The masks of this video are all empty: there is nothing to learn from them.")
+        names = chain([session.video.name], (f"{session.video.name}-{number}" for number in count(2)))
+        target = next(data / name for name in names if not (data / name).exists())
+        suffix = "png" if np.prod(session.video.frames.size) <= LOSSLESS_PIXELS else "jpg"
+        with new_folder(target) as folder:
+            (folder / "frames").mkdir()
+            (folder / "masks").mkdir()
+            for frame in frames:
+                image = Image.fromarray(np.ascontiguousarray(session.frame(frame)))
+                image.save(folder / "frames" / f"{frame:05d}.{suffix}", quality=QUALITY)
+                write_palette_png(folder / "masks" / f"{frame:05d}.png", session.id_map(frame))
+    return target
+
+
+def collected(data: Path) -> list[Path]:
+    """The folders of the videos of a data set, none if it is not there."""
+    return sorted(path.parent for path in data.glob("*/masks") if (path.parent / "frames").is_dir())
 
 
 class Learning:
@@ -64,7 +89,7 @@ class Learning:
         loaded: what is adapted; its `source` is loaded by the other process.
         domain: a new domain, or one of the model, whose training goes on.
         steps: of training.
-        data: the folder of videos, see [`~samoe_hf.app.collecting.collect_video`].
+        data: the folder of videos, see [`collect_video`].
         output: the folder of the new model, which is made.
 
     Raises:
@@ -75,9 +100,11 @@ class Learning:
         if not collected(data):
             raise InputError("No video was collected yet: correct one, and add it to the data set.")
         self.loaded, self.domain, self.steps, self.data, self.output = loaded, domain, steps, data, output
-        self.log = output.with_name(f"{output.name}.log")
         self._process: subprocess.Popen | None = None
         self._was_stopped = False
+
+    def _beside(self, ending: str) -> Path:
+        return self.output.with_name(f"{self.output.name}{ending}")
 
     @property
     def state(self) -> State:
@@ -105,11 +132,10 @@ class Learning:
             again = ["--resume_from_checkpoint", "last"] if resumes else ["--overwrite_output_dir", "true"]
         self._was_stopped = False
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        run = self.output.with_name(f"{self.output.name}.yaml")
-        source = adaptable_source(self.loaded, self.output.with_name(f"{self.output.name}_start"))
-        write_text(run, yaml.safe_dump(self.run(), sort_keys=False))
-        given = ["--domain", self.domain, "--dataset", str(run), "--output", str(self.output)]
-        with self.log.open("w") as log:
+        source = adaptable_source(self.loaded, self._beside("_start"))
+        write_text(self._beside(".yaml"), yaml.safe_dump(self.run(), sort_keys=False))
+        given = ["--domain", self.domain, "--dataset", str(self._beside(".yaml")), "--output", str(self.output)]
+        with self._beside(".log").open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "samoe_hf", "adapt", source, *given, *again],
                 stdin=subprocess.DEVNULL,
@@ -155,16 +181,16 @@ class Learning:
             settings |= {name: v for name, v in SMALL_MODEL.items() if is_new or not name.startswith(OF_NEW_EXPERTS)}
         return settings
 
-    def curve(self) -> Curve:
-        """What was logged until the last checkpoint."""
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """What was logged until the last checkpoint: (step, value) of "loss", and of "J&F" from 0 to 1."""
         for checkpoint in list_checkpoints(self.output) if self.output.is_dir() else []:
             try:
                 history = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]
             except (OSError, ValueError):  # it is being written; the one before is whole
                 continue
-            loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-            return Curve(loss, [(entry["step"], entry["eval_J&F"]) for entry in history if "eval_J&F" in entry])
-        return Curve([], [])
+            keys = {"loss": "loss", "J&F": "eval_J&F"}
+            return {name: [(log["step"], log[key]) for log in history if key in log] for name, key in keys.items()}
+        return {"loss": [], "J&F": []}
 
     def scores(self) -> tuple[float, float] | None:
         """J&F of the collected videos before and after, from 0 to 1, once it is done."""
@@ -175,9 +201,22 @@ class Learning:
 
     def problem(self) -> str:
         """The last line of what a failed run has printed."""
-        lines = self.log.read_text(errors="replace").split("\n") if self.log.is_file() else []
-        text = next((line.strip() for line in reversed(lines) if line.strip()), "the process ended without a word")
+        printed = self._beside(".log").read_text(errors="replace").strip()
+        text = printed.rpartition("\n")[2] or "the process ended without a word"
         return hide_paths(hide_paths(text, self.data.parent), self.output.parent)
+
+
+def draw_curves(curves: dict[str, list[tuple[int, float]]]) -> Figure:
+    """[`Learning.curves`] over the steps, side by side."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    loss, score = figure.subplots(1, 2)
+    for axes, (name, points), color in zip((loss, score), curves.items(), ("#D55E00", "#0072B2"), strict=True):
+        axes.plot([step for step, _ in points], [value for _, value in points], "o-", markersize=3, color=color)
+        axes.set(xlabel="step", title=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    score.set_ylim(0, 1)
+    return figure
 
 
 def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
@@ -198,7 +237,7 @@ def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
 
 
 class Learner:
-    """The one who learns in an app, one run at a time.
+    """Who learns in an app, one run at a time.
 
     Args:
         data: the folder of collected videos.
@@ -233,8 +272,3 @@ class Learner:
         if self.current is None or self.owner != owner:
             raise InputError("You have not started to learn.")
         return self.current
-
-    def close(self) -> None:
-        """Ends what runs."""
-        if self.current is not None:
-            self.current.stop()

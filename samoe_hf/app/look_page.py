@@ -13,9 +13,11 @@ from .experts_view import look_at_experts
 from .models import LoadedModel
 from .page_parts import (
     PREVIEW_SECONDS,
+    QUICK,
     App,
     Part,
     Shown,
+    button,
     figure_picture,
     frame_of,
     one_of,
@@ -43,7 +45,7 @@ class SideBySide(Part):
         self.slider = gr.Slider(0, 1, 0, step=1, label="Frame", visible=False, elem_id=f"{element}-slider")
         self.table = gr.Dataframe(visible=False, interactive=False, elem_id=f"{element}-table")
         self.shown = {self.progress, self.both, self.slider, self.table}
-        self.on(self.slider.input, self.show, [self.slider], {self.both}, progress="hidden", trigger_mode="always_last")
+        self.on(self.slider.input, self.show, [self.slider], {self.both}, trigger_mode="always_last", **QUICK)
 
     def run(self, comparison: Comparison) -> Iterator[Shown]:
         """Runs a comparison and shows how far it is; then what came of it."""
@@ -85,12 +87,11 @@ class LookPart(Part):
             with gr.Row():
                 self.model = gr.Dropdown(list(app.models), value=app.first.name, label="Model")
                 self.domain = gr.Dropdown([], label="Experts of", elem_id="domain", interactive=True)
-                use = gr.Button("Start anew with these", elem_id="use", size="md", min_width=120)
+                use = button("Start anew with these", "use")
             self.whose = gr.Markdown("", elem_id="look-whose")
         with gr.Accordion("Where the experts work", open=True):
             with gr.Row():
-                words = "Look at the frame shown in Track"
-                look = gr.Button(words, variant="primary", elem_id="look", size="md", min_width=120)
+                look = button("Look at the frame shown in Track", "look", "primary")
                 self.layer = gr.Dropdown([], label="Layer", elem_id="layer", interactive=True)
                 self.object = gr.Dropdown([], label="Object", elem_id="look-object", interactive=True)
             with gr.Row():
@@ -102,21 +103,20 @@ class LookPart(Part):
                 self.second = gr.Dropdown([], label="Right", elem_id="second", interactive=True)
             only_first = gr.Checkbox(False, label="Without corrections: each object's first prompt only")
             with gr.Row():
-                words = "Track with both"
-                compare = gr.Button(words, variant="primary", elem_id="compare", scale=2, size="md", min_width=120)
-                stop = gr.Button("Stop", elem_id="stop-compare", size="md", min_width=120)
+                compare = button("Track with both", "compare", "primary", scale=2)
+                stop = button("Stop", "stop-compare")
             self.result = SideBySide(app, secret, "Left and right", "compare")
         self.shown = {self.note, self.model, self.domain, self.whose, self.first, self.second}
         drawn = {self.layer, self.object, self.map, self.usage}
 
         self.on(self.model.input, self.choose_model, [self.model], {self.domain})
-        inputs = [self.model, self.domain, track.slider]
-        self.on(use.click, self.use_experts, inputs, self.shown | track.shown, device=True)
-        self.on(look.click, self.look_at, [track.slider], drawn, device=True)
+        here = [track.slider]
+        self.on_device(use.click, self.use_experts, [self.model, self.domain, *here], self.shown | track.shown)
+        self.on_device(look.click, self.look_at, here, drawn)
         for menu in (self.layer, self.object):
-            self.on(menu.input, self.draw, [self.layer, self.object], drawn, progress="hidden")
-        inputs, outputs, line = [self.first, self.second, only_first], self.result.shown, self.result.progress
-        self.on(compare.click, self.compare, inputs, outputs, device=True, progress="minimal", progress_on=line)
+            self.on(menu.input, self.draw, [self.layer, self.object], drawn, **QUICK)
+        inputs, result = [self.first, self.second, only_first], self.result
+        self.on_device(compare.click, self.compare, inputs, result.shown, result.progress)
         self.on(stop.click, self.stop_comparison, queue=False)
 
     # --- Whose experts

@@ -1,7 +1,10 @@
 """The models that a page can choose from."""
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +14,9 @@ from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
 
 # What is called on the page: the gate's choice, and the base model without any domain's experts.
 GATE, BASE = "the gate decides", "the base model"
+# Is held by whoever runs a model, for a frame at a time and not for a video: all models of a process share its device.
+DEVICE_LOCK = threading.Lock()
+Step = TypeVar("Step")
 
 
 def click_base() -> str:
@@ -43,20 +49,28 @@ class LoadedModel:
 
     @property
     def domain_choices(self) -> dict[str, str | None]:
-        """What a page offers -> the `domain` of a session."""
-        if not self.domains:
-            return {}
-        return {GATE: AUTO, BASE: None} | {name: name for name in self.domains}
+        """What a page offers -> the `domain` of a session; nothing without domains."""
+        return {GATE: AUTO, BASE: None} | {name: name for name in self.domains} if self.domains else {}
 
 
-def load_model(source: str | Path, device: torch.device | str, name: str | None = None, **options) -> LoadedModel:
+def load_model(source: str, device: torch.device | str, name: str | None = None, **options) -> LoadedModel:
     """Loads a model for the app.
 
     Args:
         source: what `SamoeModel.from_pretrained` takes, and `options` with it.
         name: on the page; the last part of `source` by default.
     """
-    model = SamoeModel.from_pretrained(str(source), **options)
+    model = SamoeModel.from_pretrained(source, **options)
     assert isinstance(model, SamoeModel)
     torch.nn.Module.to(model.eval(), device)
-    return LoadedModel(name or Path(source).name, str(source), model, load_processor(str(source), model))
+    return LoadedModel(name or Path(source).name, source, model, load_processor(source, model))
+
+
+def taking_turns(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps of a model, between two of which others may use the device."""
+    while True:
+        with DEVICE_LOCK:
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step

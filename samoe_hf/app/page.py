@@ -1,7 +1,6 @@
 """The page of `samoe app`, put together: who comes, who leaves, and its parts."""
 
 import gradio as gr
-from gradio.themes import Default
 
 from .learn_page import LearnPart
 from .look_page import LookPart
@@ -47,8 +46,8 @@ class Page(Part):
                 look = LookPart(app, self.secret, self.track)
             with gr.Tab("Learn", elem_id="learn-tab") as learn_tab:
                 learn = LearnPart(app, self.secret, self.track)
-        self.on(look_tab.select, look.refresh, [look.first, look.second], look.shown, progress="hidden")
-        self.on(learn_tab.select, learn.refresh, [], learn.shown, progress="hidden")
+        self.on(look_tab.select, look.refresh, [look.first, look.second], look.shown, show_progress="hidden")
+        self.on(learn_tab.select, learn.refresh, [], learn.shown, show_progress="hidden")
         loaded = blocks.load(
             self.enter,
             [self.kept],
@@ -72,31 +71,9 @@ class Page(Part):
 
 
 def build_page(app: App) -> gr.Blocks:
-    """The page of an app, ready to be launched, see [`launch`]."""
+    """The page of an app, ready to be launched."""
     # Uploads and files for download, which Gradio keeps, are removed after a while.
     age = max(60, int(app.limits.idle_seconds))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, age)) as blocks:
         Page(app, blocks)
     return blocks.queue(max_size=app.limits.waiting, default_concurrency_limit=4, api_open=False)
-
-
-def launch(page: gr.Blocks, app: App, host: str, port: int | None, share: bool) -> str:
-    """Serves a page in threads of its own, apart from its server's files; gives its address."""
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        prevent_thread_lock=True,
-        quiet=True,
-        allowed_paths=[],
-        max_file_size=app.limits.upload_bytes,
-        show_error=False,
-        enable_monitoring=False,
-        footer_links=[],
-        ssr_mode=False,
-        mcp_server=False,
-        state_session_capacity=4 * app.limits.sessions,
-        css=CSS,
-        theme=Default(primary_hue="orange", neutral_hue="slate"),
-    )
-    return url

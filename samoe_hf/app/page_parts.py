@@ -5,10 +5,9 @@ Requests can be written by hand. What a page sends is checked here, or in the ha
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,8 @@ from .uploads import Limits, hide_paths
 
 # New values of components, by component.
 Shown = dict[Any, Any]
+# Of events about a frame: they wait for the device themselves, between two frames of what runs there.
+QUICK: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
 # A preview is sent at most so often, in seconds.
 PREVIEW_SECONDS = 0.25
 
@@ -42,8 +43,6 @@ class App:
         folder: of all that the app keeps for its people; no message names it.
         models: by their names; a new page gets the first.
         learner: None where nothing may be learned.
-        device_lock: is held by whoever runs a model, for a frame at a time and not for a video. So a click is answered
-            while another video is tracked.
         url: where the page is served.
     """
 
@@ -52,7 +51,6 @@ class App:
     people: People
     limits: Limits
     learner: Learner | None = None
-    device_lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
 
     @property
@@ -77,39 +75,34 @@ class Part:
         handler: Callable[..., Any],
         inputs: Sequence[Component] = (),
         outputs: Set[Any] = frozenset(),
-        *,
-        quick: bool = False,
-        device: bool = False,
-        limit: int | Literal["default"] = "default",
-        queue: bool = True,
-        progress: Literal["full", "minimal", "hidden"] = "full",
-        progress_on: Component | None = None,
-        trigger_mode: Literal["once", "multiple", "always_last"] | None = None,
+        **options: Any,
     ) -> None:
-        """Connects an event of a component with a handler; what is not described is as in `gradio.on`.
+        """Connects an event of a component with a handler.
 
         Args:
             handler: gets the page's person and the values of `inputs`, and gives new values of `outputs`, or yields
                 them step by step. What a person can mend becomes a message on the page.
-            quick: whether this is about a frame. Eight run at once, and wait for the device themselves, between two
-                frames of what runs there.
-            device: whether the event keeps the device for long. One of these runs at a time; those who wait are told
-                their place.
-            limit: so many of these events run at once.
+            options: of `gradio.on`.
         """
-        gr.on(
-            [trigger],
-            self._for_person(handler),
-            [self.secret, *inputs],
-            outputs or None,
-            api_visibility="private",
-            queue=queue,
-            show_progress="hidden" if quick else progress,
-            show_progress_on=progress_on,
-            trigger_mode=trigger_mode,
-            concurrency_id="device" if device else None,
-            concurrency_limit=1 if device else 8 if quick else limit,
-        )
+        data = [self.secret, *inputs]
+        gr.on([trigger], self._for_person(handler), data, outputs or None, api_visibility="private", **options)
+
+    def on_device(
+        self,
+        trigger: Callable[..., Any],
+        handler: Callable[..., Any],
+        inputs: Sequence[Component],
+        outputs: Set[Any],
+        line: Component | None = None,
+    ) -> None:
+        """As [`on`], of what keeps the device for long: one of these runs at a time.
+
+        Args:
+            line: where those who wait are told their place; by default all outputs.
+        """
+        progress = "minimal" if line is not None else "full"
+        device = {"concurrency_id": "device", "concurrency_limit": 1}
+        self.on(trigger, handler, inputs, outputs, show_progress=progress, show_progress_on=line, **device)
 
     def _for_person(self, handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)
@@ -145,7 +138,7 @@ def integer(value: object, name: str, least: int, most: int) -> int:
 
 
 def frame_of(session: TrackingSession, value: object) -> int:
-    """The number of a frame that a page sent; InputError for anything but a frame of the video."""
+    """The frame that a page sent; InputError for anything but the number of one of the video's."""
     return integer(value, "frame", 0, session.num_frames - 1)
 
 
@@ -174,20 +167,24 @@ def one_of(value: object, choices: Iterable[str], name: str) -> str:
     return value
 
 
-# --- Pictures
+# --- Components
+
+
+def button(
+    words: str,
+    element: str,
+    variant: Literal["primary", "secondary", "stop"] = "secondary",
+    size: Literal["sm", "md"] = "md",
+    **options: Any,
+) -> gr.Button:
+    """A button that is as narrow as a phone needs it."""
+    return gr.Button(words, variant=variant, elem_id=element, size=size, min_width=80, **options)
 
 
 def picture(label: str, element: str, visible: bool = True) -> Picture:
     """A picture that cannot be uploaded to."""
-    return Picture(
-        label=label,
-        elem_id=element,
-        visible=visible,
-        interactive=False,
-        show_label=False,
-        container=False,
-        buttons=[],
-    )
+    plain = {"interactive": False, "show_label": False, "container": False, "buttons": []}
+    return Picture(label=label, elem_id=element, visible=visible, **plain)
 
 
 def shown_picture(value: np.ndarray | None) -> Picture:

@@ -4,10 +4,10 @@ Gradio's own state ends with a page's connection, so that a refresh would lose t
 """
 
 import ctypes
-import ctypes.util
 import gc
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -47,7 +47,6 @@ class Person:
     comparison: Comparison | None = None
     experts: ExpertsView | None = None
     pages: set[str] = field(default_factory=set)
-    _folders: dict[str, Path] = field(default_factory=dict)
 
     def the_session(self) -> TrackingSession:
         """Its video; InputError where there is none yet."""
@@ -66,11 +65,11 @@ class Person:
             raise
 
     def fresh_folder(self, purpose: str) -> Path:
-        """An empty folder; the one that was made for this purpose before is removed."""
-        if purpose in self._folders:
-            shutil.rmtree(self._folders[purpose], ignore_errors=True)
-        self._folders[purpose] = Path(tempfile.mkdtemp(dir=self.folder))
-        return self._folders[purpose]
+        """An empty folder; what was made for this purpose before is removed."""
+        folder = self.folder / purpose
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
 
     def take(self, session: TrackingSession | None) -> None:
         """Puts a new video, or none, in the place of the one before, whose files are removed."""
@@ -81,11 +80,6 @@ class Person:
         if before is not None:
             before.stop()
             shutil.rmtree(before.folder, ignore_errors=True)
-
-    def free(self) -> None:
-        """Lets go of all that it has."""
-        self.take(None)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class People:
@@ -100,6 +94,7 @@ class People:
         self.folder, self.limits, self._clock = folder, limits, clock
         self._people: dict[str, Person] = {}
         self._lock = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
         return len(self._people)
@@ -121,11 +116,8 @@ class People:
         with self._lock:
             person = self._people.get(secret) if isinstance(secret, str) else None
             if person is None:
-                if len(self._people) >= self.limits.sessions:
-                    raise InputError(
-                        f"{len(self._people)} people use this app now, which is the most. Try again later."
-                    )
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if len(self) >= self.limits.sessions:
+                    raise InputError(f"{len(self)} people use this app now, which is the most. Try again later.")
                 person = Person(secrets.token_urlsafe(SECRET_BYTES), Path(tempfile.mkdtemp(dir=self.folder)))
                 self._people[person.secret] = person
             person.pages.add(page)
@@ -133,11 +125,7 @@ class People:
             return person
 
     def __getitem__(self, secret: object) -> Person:
-        """The person of a secret.
-
-        Raises:
-            InputError: there is none, or none any more.
-        """
+        """The person of a secret; InputError where there is none, or none any more."""
         with self._lock:
             person = self._people.get(secret) if isinstance(secret, str) else None
             if person is None:
@@ -158,34 +146,25 @@ class People:
 
     def free_unused(self) -> int:
         """Frees all whose pages are gone, or were not used for long; returns how many."""
-        freed = self._free(lambda person: person.kept_until <= self._clock())
-        if freed:
-            give_back_ram()
-        return freed
-
-    def close(self) -> None:
-        """Frees all."""
-        self._free(lambda person: True)
-
-    def _free(self, is_gone: Callable[[Person], bool]) -> int:
         with self._lock:
-            gone = [person for person in self._people.values() if is_gone(person)]
+            gone = [person for person in self._people.values() if person.kept_until <= self._clock()]
             for person in gone:
                 del self._people[person.secret]
         for person in gone:
-            person.free()
+            person.take(None)
+            shutil.rmtree(person.folder, ignore_errors=True)
+        if gone:
+            give_back_ram()
         return len(gone)
 
 
 def give_back_ram() -> None:
-    """Gives freed RAM back to the machine, where the C library can be told to.
+    """Gives freed RAM back to the machine.
 
-    Linux' keeps it for each of the server's threads, and a video leaves much of it in many.
+    Linux' C library keeps it for each of the server's threads, and a video leaves much of it in many.
     """
     gc.collect()
-    name = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
-    if trim is not None:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
@@ -205,4 +184,5 @@ def freeing_unused(people: People, every_seconds: float = 10) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        people.close()
+        for person in people:
+            person.take(None)

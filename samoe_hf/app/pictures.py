@@ -82,13 +82,6 @@ def _draw_prompt(draw: ImageDraw.ImageDraw, prompt: VideoPrompt, scale: tuple[fl
             draw.line((x, y - 4, x, y + 4), "black", 2)
 
 
-def side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures of one size, next to each other with a gap."""
-    gap = np.full((len(pictures[0]), 8, 3), 255, dtype=np.uint8)
-    parts = [part for picture in pictures for part in (gap, picture)][1:]
-    return np.hstack(parts)
-
-
 def jpeg_url(picture: np.ndarray) -> str:
     """A picture as a `data:` URL: nothing of it is written to the server's disk or can be fetched by another page."""
     stream = BytesIO()

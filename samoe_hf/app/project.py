@@ -5,22 +5,21 @@ of it was checked.
 """
 
 import json
-import threading
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from samoe_hf.data.video_io import IMAGE_SUFFIXES, ImageFrames, SampleError, open_image
+from samoe_hf.data.video_io import SampleError, open_image
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_prompts
 from samoe_hf.model.weights_io import whole_file
 
 from .models import LoadedModel
 from .session import MAX_ID, TrackingSession
-from .uploads import VIDEO_SUFFIXES, Archive, Limits, OpenedVideo, frame_file, open_archive, open_kept, safe_name
+from .uploads import Archive, Limits, open_archive, open_files, safe_name
 
 FORMAT, VERSION = "samoe project", 1
 PROJECT, MASKS = "project.json", "masks"
@@ -35,8 +34,6 @@ def save_project(session: TrackingSession, folder: Path) -> Path:
         "version": VERSION,
         "name": video.name,
         "files": [path.name for path in video.files],
-        "is_video": not isinstance(video.frames, ImageFrames),
-        "model": session.loaded.name,
         "objects": session.objects,
         "last_id": session.last_id,
         "prompts": [
@@ -64,12 +61,10 @@ def save_project(session: TrackingSession, folder: Path) -> Path:
 def is_project(path: Path, limits: Limits) -> bool:
     """Whether a zip says that it is a project; SampleError if it is no zip that can be read."""
     with open_archive(path, limits) as archive:
-        return PROJECT in archive.names
+        return PROJECT in archive.entries
 
 
-def open_project(
-    path: Path, folder: Path, loaded: LoadedModel, device_lock: threading.Lock, limits: Limits
-) -> TrackingSession:
+def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) -> TrackingSession:
     """Opens a project in an empty folder.
 
     Raises:
@@ -77,19 +72,17 @@ def open_project(
             unpacked until then is left in the folder, under names of this app.
     """
     with open_archive(path, limits) as archive:
-        known = _read_document(archive)
-        if len(known.objects) > limits.objects or len(known.files) > limits.frames:
-            raise SampleError(f"The project has more than {limits.objects} objects, or {limits.frames} frames.")
-        if sum(len(one.points) + (one.box is not None) for one in known.prompts) > limits.prompts:
-            raise SampleError(f"The project has more than {limits.prompts} clicks and boxes.")
-        video = _unpack_video(known, archive, folder, limits)
+        known = _read_document(archive, limits)
+        video = open_files(
+            known.name, known.files, lambda name, target: archive.unpack(f"video/{name}", target), folder, limits
+        )
         try:
             if known.prompts:
                 check_prompts(known.prompts, len(video.frames), video.frames.size)
         except InputError as error:
             raise SampleError(f"The project's prompts do not fit its video: {error}") from error
-        session = TrackingSession(folder, video, loaded, device_lock, limits)
-        session.restore_project(known.objects, known.prompts, known.last_id)
+        session = TrackingSession(folder, video, loaded, limits)
+        session.restore(known.objects, known.prompts, known.last_id)
         for frame in known.masks:
             if not 0 <= frame < session.num_frames:
                 raise SampleError(f"The project has a mask of frame {frame}, which its video does not have.")
@@ -103,14 +96,13 @@ class Document:
 
     name: str
     files: list[str]
-    is_video: bool
     objects: list[int]
     last_id: int
     prompts: list[VideoPrompt]
     masks: list[int]
 
 
-def _read_document(archive: Archive) -> Document:
+def _read_document(archive: Archive, limits: Limits) -> Document:
     content = archive.read(PROJECT, MAX_JSON_BYTES)
     try:
         parsed = json.loads(content)
@@ -119,7 +111,6 @@ def _read_document(archive: Archive) -> Document:
         known = Document(
             name=safe_name(str(parsed["name"])[:200]),
             files=[str(name) for name in parsed["files"]],
-            is_video=parsed["is_video"] is True,
             objects=[int(one) for one in parsed["objects"]],
             last_id=int(parsed["last_id"]),
             prompts=[_prompt(entry) for entry in parsed["prompts"]],
@@ -127,11 +118,15 @@ def _read_document(archive: Archive) -> Document:
         )
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise SampleError(f"{PROJECT} is none of this app ({type(error).__name__}: {error})") from error
-    objects = set(known.objects)
-    if len(objects) < len(known.objects) or not all(0 < one <= known.last_id for one in objects):
-        raise SampleError(f"The objects of the project must be different, and from 1 to {known.last_id}.")
-    if known.last_id > MAX_ID or not objects.issuperset(prompt.object_id for prompt in known.prompts):
-        raise SampleError("The project prompts objects that it does not have, or has too large ids.")
+    objects, last_id = set(known.objects), known.last_id
+    if len(objects) < len(known.objects) or last_id > MAX_ID or not all(0 < one <= last_id for one in objects):
+        raise SampleError(f"The objects of the project must be different, and from 1 to {min(last_id, MAX_ID)}.")
+    if not objects.issuperset(prompt.object_id for prompt in known.prompts):
+        raise SampleError("The project prompts objects that it does not have.")
+    if len(objects) > limits.objects or len(known.files) > limits.frames:
+        raise SampleError(f"The project has more than {limits.objects} objects, or {limits.frames} frames.")
+    if sum(len(one.points) + (one.box is not None) for one in known.prompts) > limits.prompts:
+        raise SampleError(f"The project has more than {limits.prompts} clicks and boxes.")
     return known
 
 
@@ -142,18 +137,6 @@ def _prompt(entry: Any) -> VideoPrompt:
         x0, y0, x1, y1 = (float(value) for value in entry["box"])
         prompt.box = (x0, y0, x1, y1)
     return prompt
-
-
-def _unpack_video(known: Document, archive: Archive, folder: Path, limits: Limits) -> OpenedVideo:
-    """Unpacks the video's files under names of our own."""
-    suffixes = VIDEO_SUFFIXES if known.is_video else IMAGE_SUFFIXES
-    if not known.files or (known.is_video and len(known.files) > 1):
-        raise SampleError("`files` of the project must name one video, or its frames.")
-    for number, file in enumerate(known.files):
-        if PurePosixPath(file).suffix.lower() not in suffixes:
-            raise SampleError(f"`files` of the project names {file[:80]!r}, which is no video or image.")
-        archive.unpack(f"video/{file}", frame_file(folder, number, file), limits.upload_bytes)
-    return open_kept(known.name, frame_file(folder, 0, known.files[0]) if known.is_video else folder, limits)
 
 
 def _read_mask(archive: Archive, name: str, size: tuple[int, int]) -> np.ndarray:

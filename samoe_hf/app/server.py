@@ -5,14 +5,16 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+
+from gradio.themes import Default
 
 from samoe_hf.errors import InputError
 
 from .learning import Learner
 from .models import LoadedModel
-from .page import build_page, launch
+from .page import CSS, build_page
 from .page_parts import App
 from .people import People, freeing_unused
 from .uploads import Limits
@@ -31,7 +33,7 @@ def serving(
     port: int | None = None,
     share: bool = False,
 ) -> Iterator[App]:
-    """Serves the page while the context is open; all files of its people are removed in the end.
+    """Serves the page while the context is open, in threads of its own; all files of its people go in the end.
 
     Args:
         loaded: the models, the first of which a new page gets.
@@ -49,29 +51,36 @@ def serving(
         with freeing_unused(people):
             page = build_page(app)
             try:
-                app.url = launch(page, app, host, port, share)
+                _, app.url, _ = page.launch(
+                    server_name=host,
+                    server_port=port,
+                    share=share,
+                    prevent_thread_lock=True,
+                    quiet=True,
+                    allowed_paths=[],
+                    max_file_size=limits.upload_bytes,
+                    show_error=False,
+                    enable_monitoring=False,
+                    footer_links=[],
+                    ssr_mode=False,
+                    mcp_server=False,
+                    state_session_capacity=4 * limits.sessions,
+                    css=CSS,
+                    theme=Default(primary_hue="orange", neutral_hue="slate"),
+                )
                 yield app
             finally:
                 page.close(verbose=False)
-                if learner is not None:
-                    learner.close()
+                if learner is not None and learner.current is not None:
+                    learner.current.stop()
 
 
-def serve(
-    loaded: Sequence[LoadedModel],
-    limits: Limits,
-    data: Path | None = None,
-    models: Path | None = None,
-    *,
-    host: str,
-    port: int,
-    share: bool = False,
-) -> None:
-    """Serves the page, as [`serving`], until the process is interrupted or told to end."""
+def until_stopped(page: AbstractContextManager[App]) -> None:
+    """Keeps a page, see [`serving`], until the process is interrupted or told to end."""
     done = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: done.set())
-    with serving(loaded, limits, data, models, host=host, port=port, share=share):
+    with page:
         done.wait()
 
 

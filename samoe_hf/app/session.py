@@ -5,35 +5,68 @@ Object ids, frames and positions are checked where a request comes in, see `page
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
+from samoe_hf.data.video_io import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import VideoSession
 from samoe_hf.model.tracking import SamoeTrackingOutput
 
-from .masks import MaskStore
-from .models import LoadedModel
+from .models import DEVICE_LOCK, LoadedModel, taking_turns
 from .uploads import Limits, OpenedVideo
 
 Direction = Literal["whole", "forward", "backward"]
 NOTHING_PROMPTED = "Nothing is prompted yet: click on an object, or draw a box around it."
 MAX_UNDO, MAX_ID = 50, 255
-Step = TypeVar("Step")
 
 
-class BusyError(InputError):
-    """The session is doing something else that must end first."""
+class MaskStore:
+    """Maps of ids (H, W) uint8, 0 for background, by frame: palette PNGs in a folder, so that they fill no RAM.
+
+    Args:
+        folder: for the files; made if it is not there.
+        size: (height, width) of all maps.
+
+    Attributes:
+        frames: that have a map.
+    """
+
+    def __init__(self, folder: Path, size: tuple[int, int]):
+        self.folder, self.size = folder, size
+        folder.mkdir(parents=True, exist_ok=True)
+        self.frames: set[int] = set()
+
+    def path(self, frame: int) -> Path:
+        """The file of a frame, there or not."""
+        return self.folder / f"{frame:05d}.png"
+
+    def write(self, frame: int, id_map: np.ndarray) -> None:
+        """Stores a frame's map in place of an earlier one."""
+        write_palette_png(self.path(frame), id_map)
+        self.frames.add(frame)
+
+    def read(self, frame: int, object_ids: Collection[int]) -> np.ndarray:
+        """A frame's map, of these objects only; all background where nothing was stored."""
+        if frame not in self.frames:
+            return np.zeros(self.size, dtype=np.uint8)
+        kept = np.zeros(256, dtype=np.uint8)
+        kept[list(object_ids)] = list(object_ids)
+        return kept[read_label_png(self.path(frame))]
+
+    def remove(self, frame: int) -> None:
+        """Removes a frame's map, if it has one."""
+        self.path(frame).unlink(missing_ok=True)
+        self.frames.discard(frame)
 
 
 class Tracked(NamedTuple):
@@ -45,16 +78,13 @@ class Tracked(NamedTuple):
     total: int
 
 
-@dataclass
-class Undo:
+class Before(NamedTuple):
     """A session as it was before a click, a box or a removal.
 
     Attributes:
-        what: was done.
-        mask: the file of the mask on `frame`, the one frame whose mask may have changed; None where there was none.
+        mask: the file of the mask on `frame`, the one whose mask may have changed; None where there was none.
     """
 
-    what: str
     objects: list[int]
     prompts: dict[tuple[int, int], VideoPrompt]
     tracking: VideoSession
@@ -67,11 +97,10 @@ class Undo:
 class TrackingSession:
     """A video with objects that are prompted, tracked and corrected.
 
-    One thing runs at a time; what is asked for meanwhile is a `BusyError`.
+    One thing runs at a time; what is asked for meanwhile is an `InputError`.
 
     Args:
         folder: of this session alone; masks are written there.
-        device_lock: is held while the model runs, for a frame at a time.
 
     Attributes:
         objects: ids, in the order in which they came.
@@ -80,11 +109,8 @@ class TrackingSession:
         tracked_domain, confidence: whose experts the video got last, and how sure the gate was of that.
     """
 
-    def __init__(
-        self, folder: Path, video: OpenedVideo, loaded: LoadedModel, device_lock: threading.Lock, limits: Limits
-    ):
+    def __init__(self, folder: Path, video: OpenedVideo, loaded: LoadedModel, limits: Limits):
         self.folder, self.video, self.loaded, self.limits = folder, video, loaded, limits
-        self.device_lock = device_lock
         self.domain: str | None = AUTO
         self.objects: list[int] = []
         self.prompts: dict[tuple[int, int], VideoPrompt] = {}
@@ -93,7 +119,7 @@ class TrackingSession:
         self.confidence: float | None = None
         self.last_id = 0
         self._busy, self._stop = threading.Lock(), threading.Event()
-        self._undo: list[Undo] = []
+        self._undo: list[Before] = []
         # The page scrubs while the model reads on: each has a decoder of its own.
         self._shown, self._shown_lock = video.frames_again(), threading.Lock()
         self._tracking = self._new_tracking(loaded, AUTO)
@@ -108,7 +134,7 @@ class TrackingSession:
             dtype=loaded.model.dtype,
         )
         for prompt in self.prompts.values():
-            _add_prompt(loaded.processor, tracking, prompt)
+            _add_prompt(loaded, tracking, prompt)
         return tracking
 
     # --- What is shown
@@ -117,11 +143,6 @@ class TrackingSession:
     def num_frames(self) -> int:
         """How many frames the video has."""
         return len(self.video.frames)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether something runs that must end, or be stopped, before the next."""
-        return self._busy.locked()
 
     @property
     def can_undo(self) -> bool:
@@ -142,10 +163,6 @@ class TrackingSession:
         """The objects' ids on a frame, (H, W) uint8, 0 for background; all 0 where nothing was tracked."""
         return self.masks.read(frame, self.objects)
 
-    def prompts_on(self, frame: int) -> list[VideoPrompt]:
-        """What was given on a frame, by object."""
-        return [prompt for (_, t), prompt in sorted(self.prompts.items()) if t == frame]
-
     # --- Objects and prompts
 
     def add_object(self) -> int:
@@ -164,7 +181,7 @@ class TrackingSession:
     def remove_object(self, object_id: int) -> None:
         """Removes an object with its prompts and masks."""
         with self.exclusive():
-            self._remember(f"removing object {object_id}", frame=0)
+            self._remember(frame=0)
             self.loaded.model.remove_object(self._tracking, object_id)
             self.objects.remove(object_id)
             self.prompts = {key: prompt for key, prompt in self.prompts.items() if key[0] != object_id}
@@ -182,41 +199,42 @@ class TrackingSession:
         Raises:
             InputError: there are as many prompts as the limits allow.
         """
-        prompt = self._prompt(object_id, frame)
-        prompt.points, prompt.labels = [*prompt.points, (x, y)], [*prompt.labels, int(positive)]
-        return self._segment(prompt, f"a click on object {object_id}")
+        return self._segment(object_id, frame, [(x, y)], [int(positive)])
 
     def draw_box(self, object_id: int, frame: int, box: tuple[float, float, float, float]) -> np.ndarray:
         """Sets an object's box on a frame, (x0, y0, x1, y1) in pixels of the video, and segments it; as [`click`]."""
-        prompt = self._prompt(object_id, frame)
-        prompt.box = box
-        return self._segment(prompt, f"a box around object {object_id}")
+        return self._segment(object_id, frame, box=box)
 
-    def _prompt(self, object_id: int, frame: int) -> VideoPrompt:
-        """A copy of what was given of an object on a frame."""
-        return copy.copy(self.prompts.get((object_id, frame), VideoPrompt(object_id, frame)))
-
-    def _segment(self, prompt: VideoPrompt, what: str) -> np.ndarray:
+    def _segment(
+        self,
+        object_id: int,
+        frame: int,
+        points: Sequence[tuple[float, float]] = (),
+        labels: Sequence[int] = (),
+        box: tuple[float, float, float, float] | None = None,
+    ) -> np.ndarray:
         given = sum(len(one.points) + (one.box is not None) for one in self.prompts.values())
         if given >= self.limits.prompts:
             raise InputError(f"{self.limits.prompts} clicks and boxes are the most for a video.")
+        old = self.prompts.get((object_id, frame), VideoPrompt(object_id, frame))
+        prompt = VideoPrompt(object_id, frame, [*old.points, *points], [*old.labels, *labels], box or old.box)
         with self.exclusive():
-            self._remember(what, prompt.frame_idx)
+            self._remember(frame)
             try:
-                _add_prompt(self.loaded.processor, self._tracking, prompt)
-                with self.device_lock:
-                    output = self.loaded.model(inference_session=self._tracking, frame_idx=prompt.frame_idx)
+                _add_prompt(self.loaded, self._tracking, prompt)
+                with DEVICE_LOCK:
+                    output = self.loaded.model(inference_session=self._tracking, frame_idx=frame)
                 _, id_map = self._store(output)
             except BaseException:
                 self._go_back()
                 raise
-            self.prompts[prompt.object_id, prompt.frame_idx] = prompt
+            self.prompts[object_id, frame] = prompt
             return id_map
 
     # --- Undo
 
-    def undo(self) -> str:
-        """Takes back the last click, box or removal since the video was tracked; says what it was.
+    def undo(self) -> None:
+        """Takes back the last click, box or removal since the video was tracked.
 
         Raises:
             InputError: there is none.
@@ -224,20 +242,23 @@ class TrackingSession:
         with self.exclusive():
             if not self._undo:
                 raise InputError("There is nothing to undo since the video was tracked last.")
-            return self._go_back()
+            self._go_back()
 
-    def _remember(self, what: str, frame: int) -> None:
-        whose = self.tracked_domain, self.confidence
-        before = list(self.objects), dict(self.prompts), copied(self._tracking), *whose
-        self._undo.append(Undo(what, *before, frame, self.masks.content_of(frame)))
+    def _remember(self, frame: int) -> None:
+        given = list(self.objects), dict(self.prompts), copied(self._tracking)
+        mask = self.masks.path(frame).read_bytes() if frame in self.masks.frames else None
+        self._undo.append(Before(*given, self.tracked_domain, self.confidence, frame, mask))
         del self._undo[:-MAX_UNDO]
 
-    def _go_back(self) -> str:
+    def _go_back(self) -> None:
         before = self._undo.pop()
         self.objects, self.prompts, self._tracking = before.objects, before.prompts, before.tracking
         self.tracked_domain, self.confidence = before.tracked_domain, before.confidence
-        self.masks.restore(before.frame, before.mask)
-        return before.what
+        if before.mask is None:
+            self.masks.remove(before.frame)
+        else:
+            self.masks.path(before.frame).write_bytes(before.mask)
+            self.masks.frames.add(before.frame)
 
     # --- Tracking
 
@@ -264,7 +285,7 @@ class TrackingSession:
             self._undo.clear()
             for begin, reverse in passes:
                 outputs = model.propagate_in_video_iterator(self._tracking, start_frame_idx=begin, reverse=reverse)
-                for output in taking_turns(outputs, self.device_lock):
+                for output in taking_turns(outputs):
                     done += 1
                     yield Tracked(*self._store(output), done, total)
                     if self._stop.is_set():
@@ -292,30 +313,29 @@ class TrackingSession:
         self.tracked_domain, self.confidence = output.domain, output.domain_confidence
         return output.frame_idx, ids
 
-    # --- Another domain or model
+    # --- Another domain or model, or a project
 
-    def use(self, loaded: LoadedModel | None = None, domain: str | None = AUTO) -> None:
-        """Starts anew with the same prompts: prompted frames are segmented at once, other masks are dropped.
+    def use(self, loaded: LoadedModel, domain: str | None = AUTO) -> None:
+        """Starts anew with a model and the same prompts: prompted frames are segmented at once, other masks dropped.
 
         Args:
-            loaded: by default the model that is used already.
             domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
         """
-        loaded = loaded or self.loaded
         with self.exclusive():
             tracking = self._new_tracking(loaded, domain)
             outputs = []
             for frame in self.prompted_frames:
-                with self.device_lock:
+                with DEVICE_LOCK:
                     outputs.append(loaded.model(inference_session=tracking, frame_idx=frame))
             self._tracking, self.loaded, self.domain = tracking, loaded, domain
             self._undo.clear()
-            self.masks.clear()
+            for frame in list(self.masks.frames):
+                self.masks.remove(frame)
             self.tracked_domain = self.confidence = None
             for output in outputs:
                 self._store(output)
 
-    def restore_project(self, objects: list[int], prompts: list[VideoPrompt], last_id: int) -> None:
+    def restore(self, objects: list[int], prompts: list[VideoPrompt], last_id: int) -> None:
         """Takes over objects and prompts of a project, of a session without any; masks are written to `masks`."""
         self.objects, self.last_id = objects, last_id
         self.prompts = {(prompt.object_id, prompt.frame_idx): prompt for prompt in prompts}
@@ -323,27 +343,17 @@ class TrackingSession:
 
     @contextmanager
     def exclusive(self) -> Iterator[VideoSession]:
-        """Runs alone in this session, whose state it gets; a `BusyError` where something else runs."""
+        """Runs alone in this session, whose state it gets; an `InputError` where something else runs."""
         if not self._busy.acquire(blocking=False):
-            raise BusyError("This video is being worked on. Wait for it, or press Stop.")
+            raise InputError("This video is being worked on. Wait for it, or press Stop.")
         try:
             yield self._tracking
         finally:
             self._busy.release()
 
 
-def _add_prompt(processor: VideoProcessor, tracking: VideoSession, prompt: VideoPrompt) -> None:
-    processor.add_inputs_to_inference_session(tracking, prompt.frame_idx, prompt.object_id, **prompt.inputs())
-
-
-def taking_turns(steps: Iterator[Step], lock: threading.Lock) -> Iterator[Step]:
-    """The same steps, each made while the lock is held. Whoever else waits for it gets it between two steps."""
-    while True:
-        with lock:
-            step = next(steps, None)
-        if step is None:
-            return
-        yield step
+def _add_prompt(loaded: LoadedModel, tracking: VideoSession, prompt: VideoPrompt) -> None:
+    loaded.processor.add_inputs_to_inference_session(tracking, prompt.frame_idx, prompt.object_id, **prompt.inputs())
 
 
 def copied(tracking: VideoSession) -> VideoSession:
@@ -351,19 +361,12 @@ def copied(tracking: VideoSession) -> VideoSession:
 
     Tensors, frames and cached features are shared, since nobody writes into them.
     """
-    shared = [tracking.processed_frames, tracking.cache]
-    state = {name: value for name, value in vars(tracking).items() if all(value is not one for one in shared)}
-    return copy.deepcopy(tracking, {id(one): one for one in (*shared, *_tensors(state))})
+    with _SharedTensors():
+        return copy.deepcopy(tracking, {id(one): one for one in (tracking.processed_frames, tracking.cache)})
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple | set):
-        for part in value:
-            yield from _tensors(part)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+class _SharedTensors(TorchFunctionMode):
+    """Deep copies keep the tensors themselves."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))

@@ -79,9 +79,9 @@ def run_space(model: str | None) -> None:
     Args:
         model: an id of the Hub, the Space's own folder of a model, or None for the small model.
     """
-    from .server import serve
+    from .server import serving, until_stopped
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(model or click_base(), device, None if model else "small model")
     host, port = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
-    serve([loaded], LIMITS, host=host, port=port)
+    until_stopped(serving([loaded], LIMITS, host=host, port=port))

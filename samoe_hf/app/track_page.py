@@ -11,12 +11,12 @@ import numpy as np
 from samoe_hf.data.video_io import IMAGE_SUFFIXES
 
 from .exports import export_coco, export_masks, export_overlay
-from .page_parts import PREVIEW_SECONDS, App, Part, Shown, frame_of, object_of, one_of, picture, point_of
+from .page_parts import PREVIEW_SECONDS, QUICK, App, Part, Shown, button, frame_of, object_of, one_of, picture, point_of
 from .people import Person
 from .pictures import draw_frame
 from .project import is_project, open_project, save_project
 from .session import Direction, TrackingSession
-from .uploads import EXAMPLES, VIDEO_SUFFIXES, open_kept, open_upload, write_example
+from .uploads import EXAMPLES, VIDEO_SUFFIXES, open_example, open_upload
 
 POSITIVE, NEGATIVE, BOX = "+ is the object", "− is not", "Box: two corners"
 EXPORTS: dict[str, Callable[[TrackingSession, Path], Path]] = {
@@ -71,11 +71,6 @@ class TrackPart(Part):
                 self._build_frame()
             with gr.Column(scale=1, min_width=260, visible=False, elem_id="tools") as self.tools:
                 self._build_tools()
-        self.shown = {
-            *(self.hint, self.start, self.stage, self.tools, self.frame, self.slider, self.stop, self.progress),
-            *(self.undo, self.objects, self.remove, self.whose, self.file),
-        }
-        self._connect()
 
     def _build_start(self) -> None:
         with gr.Group(elem_id="start") as self.start:
@@ -96,49 +91,49 @@ class TrackPart(Part):
             with gr.Row(elem_id="click-row"):
                 modes = [POSITIVE, NEGATIVE, BOX]
                 self.mode = gr.Radio(modes, value=POSITIVE, show_label=False, container=False, elem_id="mode", scale=4)
-                self.undo = gr.Button("Undo", interactive=False, elem_id="undo", size="sm", min_width=60)
+                self.undo = button("Undo", "undo", size="sm", interactive=False)
             self.slider = gr.Slider(0, 1, 0, step=1, label="Frame", elem_id="slider")
             with gr.Row(elem_id="track-buttons"):
-                self.back = gr.Button("◀ From here back", elem_id="back", size="md", min_width=120)
-                self.track = gr.Button(
-                    "Track the whole video", variant="primary", elem_id="track", size="md", scale=2, min_width=170
-                )
-                self.onward = gr.Button("From here on ▶", elem_id="onward", size="md", min_width=120)
-                self.stop = gr.Button(
-                    "Stop", variant="stop", interactive=False, elem_id="stop", size="md", min_width=60
-                )
+                self.back = button("◀ From here back", "back")
+                self.track = button("Track the whole video", "track", "primary", scale=2)
+                self.onward = button("From here on ▶", "onward")
+                self.stop = button("Stop", "stop", "stop", interactive=False)
             self.progress = gr.Markdown("", elem_id="progress")
 
     def _build_tools(self) -> None:
         self.objects = gr.Radio([], label="Object", elem_id="objects")
         with gr.Row():
-            self.add = gr.Button("Add object", size="sm", elem_id="add", min_width=80)
-            self.remove = gr.Button("Remove object", size="sm", elem_id="remove", min_width=80, interactive=False)
+            self.add = button("Add object", "add", size="sm")
+            self.remove = button("Remove object", "remove", size="sm", interactive=False)
         self.whose = gr.Markdown("", elem_id="whose")
         with gr.Accordion("Take away", open=False, elem_id="take-away"):
             self.kind = gr.Dropdown(list(EXPORTS), value=next(iter(EXPORTS)), label="What", elem_id="kind")
-            self.export = gr.Button("Make the file", size="sm", elem_id="export")
+            self.export = button("Make the file", "export", size="sm")
             self.file = gr.File(label="Your file", visible=False, interactive=False, elem_id="file")
-        self.another = gr.Button("Another video", size="sm", elem_id="another")
+        self.another = button("Another video", "another", size="sm")
+        self._connect()
 
     def _connect(self) -> None:
+        self.shown = {
+            *(self.hint, self.start, self.stage, self.tools, self.frame, self.slider, self.stop, self.progress),
+            *(self.undo, self.objects, self.remove, self.whose, self.file),
+        }
         shown, here = self.shown, [self.slider]
         self.on(self.upload.upload, self.open_files, [self.upload], shown)
         self.on(self.take_example.click, self.open_example, [self.example], shown)
-        self.on(self.another.click, self.ask_another, [], {self.start, self.upload}, quick=True)
-        self.on(self.slider.input, self.view, here, shown, quick=True, trigger_mode="always_last")
+        self.on(self.another.click, self.ask_another, [], {self.start, self.upload}, **QUICK)
+        self.on(self.slider.input, self.view, here, shown, trigger_mode="always_last", **QUICK)
         inputs = [self.slider, self.objects, self.mode]
-        self.on(self.frame.select, self.click, inputs, shown, quick=True, trigger_mode="multiple")
-        self.on(self.mode.change, self.forget_corner, here, shown, quick=True)
-        self.on(self.undo.click, self.take_back, here, shown, quick=True)
-        self.on(self.add.click, self.add_object, here, shown, quick=True)
-        self.on(self.remove.click, self.remove_object, [self.slider, self.objects], shown, quick=True)
+        self.on(self.frame.select, self.click, inputs, shown, trigger_mode="multiple", **QUICK)
+        self.on(self.mode.change, self.forget_corner, here, shown, **QUICK)
+        self.on(self.undo.click, self.take_back, here, shown, **QUICK)
+        self.on(self.add.click, self.add_object, here, shown, **QUICK)
+        self.on(self.remove.click, self.remove_object, [self.slider, self.objects], shown, **QUICK)
         directions: dict[gr.Button, Direction] = {self.back: "backward", self.track: "whole", self.onward: "forward"}
-        for button, direction in directions.items():
-            run = partial(self.run, direction)
-            self.on(button.click, run, here, shown, device=True, progress="minimal", progress_on=self.progress)
+        for one, direction in directions.items():
+            self.on_device(one.click, partial(self.run, direction), here, shown, self.progress)
         self.on(self.stop.click, self.stop_tracking, queue=False)
-        self.on(self.export.click, self.make_file, [self.kind], {self.file}, limit=2)
+        self.on(self.export.click, self.make_file, [self.kind], {self.file}, concurrency_limit=2)
 
     # --- What is shown
 
@@ -157,11 +152,12 @@ class TrackPart(Part):
             return {self.hint: next_step(None)}
         frame = frame_of(session, shown)
         corner = person.corner[2:] if person.corner and person.corner[1] == frame else None
+        prompts = [prompt for _, prompt in sorted(session.prompts.items()) if prompt.frame_idx == frame]
         id_map = session.id_map(frame) if id_map is None else id_map
         chosen = chosen or (session.objects[-1] if session.objects else None)
         return {
             self.hint: next_step(person),
-            self.frame: draw_frame(session.frame(frame), id_map, session.prompts_on(frame), corner),
+            self.frame: draw_frame(session.frame(frame), id_map, prompts, corner),
             self.undo: gr.Button(interactive=session.can_undo),
             self.objects: gr.Radio([(f"object {i}", i) for i in session.objects], value=chosen),
             self.remove: gr.Button(interactive=bool(session.objects)),
@@ -189,22 +185,19 @@ class TrackPart(Part):
 
     def open_files(self, person: Person, files: list[str] | None) -> Shown:
         """A video, frames, or a project were uploaded."""
-        app, limits = self.app, self.app.limits
-        paths = [Path(file) for file in files or []]
+        model, limits, paths = self.app.first, self.app.limits, [Path(file) for file in files or []]
         with person.opening() as folder:
             if [path.suffix.lower() for path in paths] == [".zip"] and is_project(paths[0], limits):
-                person.take(open_project(paths[0], folder, app.first, app.device_lock, limits))
+                person.take(open_project(paths[0], folder, model, limits))
             else:
-                video = open_upload(paths, folder, limits)
-                person.take(TrackingSession(folder, video, app.first, app.device_lock, limits))
+                person.take(TrackingSession(folder, open_upload(paths, folder, limits), model, limits))
         return self.opened(person)
 
     def open_example(self, person: Person, name: object) -> Shown:
         """An example was asked for."""
-        app, name = self.app, one_of(name, EXAMPLES, "example")
+        name, limits = one_of(name, EXAMPLES, "example"), self.app.limits
         with person.opening() as folder:
-            video = open_kept(name.lower(), write_example(name, folder), app.limits)
-            person.take(TrackingSession(folder, video, app.first, app.device_lock, app.limits))
+            person.take(TrackingSession(folder, open_example(name, folder, limits), self.app.first, limits))
         return self.opened(person)
 
     def ask_another(self, person: Person) -> Shown:

@@ -7,9 +7,10 @@ long video does not fill the RAM.
 import os
 import re
 import shutil
+import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,8 @@ from samoe_hf.data.video_io import (
     FrameSequence,
     ImageFrames,
     SampleError,
+    check_inside,
+    named_errors,
     natural_key,
     open_image,
     read_video,
@@ -33,6 +36,8 @@ DEFAULT_FPS = 12.0  # of frames without a video file
 # Files in a zip, beside one for each frame. Each costs RAM before a byte of it is unpacked.
 MAX_OTHER_FILES = 1000
 PART_BYTES = 2**20
+# What `zipfile` raises for what it cannot read.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
 EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLE_FPS = 24, (192, 256), 12
 # Name on the page -> look and seed of the synthetic video.
 EXAMPLES = {
@@ -74,16 +79,38 @@ class Limits:
 
 
 class Archive:
-    """A zip that came from outside. Made by [`open_archive`].
+    """A zip that came from outside, after a look at its directory; nothing is unpacked. Made by [`open_archive`].
 
     Attributes:
-        names: its files, as paths below the archive, in the archive's order.
+        entries: its files, by their paths below the archive. Folders, hidden files and what macOS adds (`__MACOSX`)
+            are left out.
+
+    Raises:
+        SampleError: a name leads out of it or comes twice, a file is encrypted or a link, or there are too many files
+            or bytes.
     """
 
     def __init__(self, archive: zipfile.ZipFile, limits: Limits):
-        self._archive = archive
-        self._entries = _checked_entries(archive.infolist(), limits)
-        self.names = list(self._entries)
+        self._archive, self._limits = archive, limits
+        self.entries: dict[str, zipfile.ZipInfo] = {}
+        infos, most = archive.infolist(), limits.frames + MAX_OTHER_FILES
+        if len(infos) > most:
+            raise SampleError(f"the zip has {len(infos)} files; {most} are the most")
+        for info in infos:
+            name = info.filename
+            check_inside(name.replace("\\", "/"), "the zip")
+            if info.is_dir() or any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts):
+                continue
+            if info.flag_bits & 1:
+                raise SampleError(f"{name} in the zip is encrypted")
+            if stat.S_ISLNK(info.external_attr >> 16):
+                raise SampleError(f"{name} in the zip is a link")
+            if name in self.entries:
+                raise SampleError(f"{name} is in the zip twice")
+            self.entries[name] = info
+        total = sum(info.file_size for info in self.entries.values())
+        if total > limits.upload_bytes:
+            raise SampleError(f"the zip holds {total} bytes when it is unpacked; {limits.upload_bytes} are the most")
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """A file's bytes.
@@ -93,64 +120,32 @@ class Archive:
         """
         return b"".join(self._parts(name, max_bytes))
 
-    def unpack(self, name: str, target: Path, max_bytes: int) -> None:
+    def unpack(self, name: str, target: Path) -> None:
         """Writes a file of the archive to `target`; errors as in [`read`]."""
         with target.open("wb") as file:
-            file.writelines(self._parts(name, max_bytes))
+            file.writelines(self._parts(name, self._limits.upload_bytes))
 
     def _parts(self, name: str, max_bytes: int) -> Iterator[bytes]:
-        if name not in self._entries:
+        if name not in self.entries:
             raise SampleError(f"the zip has no file {name[:80]}")
         total = 0
-        try:
-            with self._archive.open(self._entries[name]) as file:
-                while part := file.read(PART_BYTES):
-                    total += len(part)  # what the directory says may be a lie
-                    if total > max_bytes:
-                        raise SampleError(f"{name} in the zip is larger than {max_bytes} bytes")
-                    yield part
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-            raise SampleError(f"{name} in the zip cannot be read ({error})") from error
+        with named_errors(name, "cannot be read in the zip", DAMAGED_ZIP), self._archive.open(name) as file:
+            while part := file.read(PART_BYTES):
+                total += len(part)  # what the directory says may be a lie
+                if total > max_bytes:
+                    raise SampleError(f"{name} in the zip is larger than {max_bytes} bytes")
+                yield part
 
 
 @contextmanager
 def open_archive(path: Path, limits: Limits) -> Iterator[Archive]:
-    """Opens a zip after a look at its directory; nothing is unpacked.
-
-    Folders, hidden files and what macOS adds (`__MACOSX`) are left out.
-
-    Raises:
-        SampleError: it is no zip, a name leads out of it or comes twice, a file is encrypted or a link, or there are
-            too many files or bytes.
-    """
+    """Opens a zip; SampleError if it cannot be read, or as [`Archive`] says."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield Archive(archive, limits)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+        archive = zipfile.ZipFile(path)
+    except DAMAGED_ZIP as error:
         raise SampleError(f"this is no zip that can be read ({error})") from error
-
-
-def _checked_entries(infos: list[zipfile.ZipInfo], limits: Limits) -> dict[str, zipfile.ZipInfo]:
-    if len(infos) > limits.frames + MAX_OTHER_FILES:
-        raise SampleError(f"the zip has {len(infos)} files; {limits.frames + MAX_OTHER_FILES} are the most")
-    entries: dict[str, zipfile.ZipInfo] = {}
-    for info in infos:
-        parts = PurePosixPath(info.filename).parts
-        if info.filename.startswith("/") or ".." in parts or "\\" in info.filename or "\0" in info.filename:
-            raise SampleError(f"{info.filename!r} in the zip is no path within it")
-        if info.is_dir() or any(part.startswith((".", "__MACOSX")) for part in parts):
-            continue
-        if info.flag_bits & 1:
-            raise SampleError(f"{info.filename} in the zip is encrypted")
-        if (info.external_attr >> 16) & 0o170000 == 0o120000:
-            raise SampleError(f"{info.filename} in the zip is a link")
-        if info.filename in entries:
-            raise SampleError(f"{info.filename} is in the zip twice")
-        entries[info.filename] = info
-    total = sum(info.file_size for info in entries.values())
-    if total > limits.upload_bytes:
-        raise SampleError(f"the zip holds {total} bytes when it is unpacked; {limits.upload_bytes} are the most")
-    return entries
+    with archive:
+        yield Archive(archive, limits)
 
 
 @dataclass(frozen=True)
@@ -203,24 +198,37 @@ def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVi
     for path in paths:
         if path.stat().st_size > limits.upload_bytes:
             raise SampleError(f"{path.name} has more than {limits.upload_bytes} bytes.")
-    suffixes = {path.suffix.lower() for path in paths}
-    if len(paths) == 1 and suffixes == {".zip"}:
-        with open_archive(paths[0], limits) as archive:
-            for number, name in enumerate(_images_of(archive)):
-                archive.unpack(name, frame_file(folder, number, name), limits.upload_bytes)
-        return open_kept(safe_name(paths[0].name), folder, limits)
-    if suffixes <= set(IMAGE_SUFFIXES):
-        ordered = sorted(paths, key=lambda path: natural_key(path.name))
-        for number, path in enumerate(ordered):
-            _keep(path, frame_file(folder, number, path.name))
-        return open_kept(safe_name(ordered[0].name, "frames"), folder, limits)
-    if len(paths) > 1:
+    ordered = sorted((str(path) for path in paths), key=natural_key)
+    if len(paths) > 1 or paths[0].suffix.lower() != ".zip":
+        return open_files(safe_name(ordered[0]), ordered, _keep, folder, limits)
+    with open_archive(paths[0], limits) as archive:
+        images = [name for name in archive.entries if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+        if not images:
+            raise SampleError(f"The zip holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        if len({PurePosixPath(name).parent for name in images}) > 1:
+            raise SampleError("The zip holds images in several folders; zip the frames of one video.")
+        return open_files(safe_name(ordered[0]), sorted(images, key=natural_key), archive.unpack, folder, limits)
+
+
+def open_files(
+    name: str, files: Sequence[str], put: Callable[[str, Path], None], folder: Path, limits: Limits
+) -> OpenedVideo:
+    """Takes a video file, or images that are frames, into a session's folder under names of our own; opens them.
+
+    Args:
+        put: writes one of the files to a path.
+
+    Raises:
+        SampleError: as [`open_upload`].
+    """
+    suffixes = [PurePosixPath(file).suffix.lower() for file in files]
+    is_video = len(files) == 1 and suffixes[0] in VIDEO_SUFFIXES
+    if not is_video and not set(suffixes) <= set(IMAGE_SUFFIXES):
         raise SampleError("Upload one video, one zip of frames, or images only.")
-    if suffixes - set(VIDEO_SUFFIXES):
-        raise SampleError(f"{paths[0].name} is neither a video, nor a zip, nor an image.")
-    file = folder / f"video{paths[0].suffix.lower()}"
-    _keep(paths[0], file)
-    return open_kept(safe_name(paths[0].name), file, limits)
+    targets = [folder / f"{number:05d}{suffix}" for number, suffix in enumerate(suffixes)]
+    for file, target in zip(files, targets, strict=True):
+        put(file, target)
+    return open_kept(name, targets[0] if is_video else folder, limits)
 
 
 def open_kept(name: str, path: Path, limits: Limits) -> OpenedVideo:
@@ -246,21 +254,7 @@ def open_kept(name: str, path: Path, limits: Limits) -> OpenedVideo:
     return OpenedVideo(name, frames, files or [path])
 
 
-def frame_file(folder: Path, number: int, name: str) -> Path:
-    """The file of a video's frame in the session's folder, whatever it was called."""
-    return folder / f"{number:05d}{PurePosixPath(name).suffix.lower()}"
-
-
-def _images_of(archive: Archive) -> list[str]:
-    names = [name for name in archive.names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
-    if not names:
-        raise SampleError(f"The zip holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    if len({PurePosixPath(name).parent for name in names}) > 1:
-        raise SampleError("The zip holds images in several folders; zip the frames of one video.")
-    return sorted(names, key=natural_key)
-
-
-def _keep(source: Path, target: Path) -> None:
+def _keep(source: str, target: Path) -> None:
     """Takes a file into a session's folder, without a copy where the file system can."""
     try:
         os.link(source, target)
@@ -268,10 +262,10 @@ def _keep(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_example(name: str, folder: Path) -> Path:
-    """Writes one of `EXAMPLES` as a video file into a session's folder."""
+def open_example(name: str, folder: Path, limits: Limits) -> OpenedVideo:
+    """Writes one of `EXAMPLES` as a video file into a session's folder, and opens it."""
     look, seed = EXAMPLES[name]
     video = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=look, seed=seed)[0]
     path = folder / f"{look}.mp4"
     write_video(path, (np.ascontiguousarray(frame) for frame in video.frames), fps=EXAMPLE_FPS)
-    return path
+    return open_kept(look, path, limits)

@@ -83,7 +83,7 @@ def make_space(parsed: argparse.Namespace) -> None:
 def serve_page(parsed: argparse.Namespace) -> None:
     """Serves the page until the process is stopped."""
     try:
-        from samoe_hf.app.server import serve
+        from samoe_hf.app.server import serving, until_stopped
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -100,4 +100,4 @@ def serve_page(parsed: argparse.Namespace) -> None:
     data = parsed.data
     models = parsed.models or (data and data.with_name(f"{data.name}_models"))
     print(f"The page is served at http://{parsed.host}:{parsed.port} until Ctrl+C", file=sys.stderr, flush=True)
-    serve(loaded, limits, data, models, host=parsed.host, port=parsed.port, share=parsed.share)
+    until_stopped(serving(loaded, limits, data, models, host=parsed.host, port=parsed.port, share=parsed.share))

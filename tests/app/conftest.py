@@ -1,6 +1,5 @@
 """A small model, a video, and sessions of the app's core. Slow imports are in functions, as in the folder above."""
 
-import threading
 from itertools import count
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def small_model(nano):
+def small_model(nano, model_folder):
     """A model with woken experts; tests must leave it as it is."""
     from samoe_hf.app.models import LoadedModel
     from samoe_hf.model.processing_samoe import build_processor
 
-    return LoadedModel("nano", "nano", nano.model.eval(), build_processor(nano.model.config))
+    return LoadedModel("nano", str(model_folder), nano.model.eval(), build_processor(nano.model.config))
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +28,12 @@ def make_session(small_model, small_video, tmp_path_factory):
     from samoe_hf.app.session import TrackingSession
     from samoe_hf.app.uploads import Limits, open_kept
 
-    folders, lock = tmp_path_factory.mktemp("sessions"), threading.Lock()
-    numbers = count()
+    folders, numbers = tmp_path_factory.mktemp("sessions"), count()
 
     def make(path: Path = small_video, limits=None, model=small_model) -> TrackingSession:
         limits, folder = limits or Limits(), folders / str(next(numbers))
         folder.mkdir()
-        return TrackingSession(folder, open_kept("small", path, limits), model, lock, limits)
+        return TrackingSession(folder, open_kept("small", path, limits), model, limits)
 
     return make
 
@@ -46,36 +44,29 @@ def session(make_session):
 
 
 @pytest.fixture(scope="session")
-def two_domains(small_model):
-    """A copy of the model with a gate and two domains, of which the second changes what is put out."""
+def two_domains(small_model, tmp_path_factory):
+    """A saved copy of the model with a gate and two domains, of which the second changes what is put out."""
     from helpers.domains import with_second_domain
     from samoe_hf.app.models import LoadedModel
     from samoe_hf.continual.fit_gate import fit_gate
     from samoe_hf.data import SyntheticVideos
 
-    model = with_second_domain(small_model.model)
+    model, folder = with_second_domain(small_model.model), tmp_path_factory.mktemp("domains")
     for domain, look in (("first", "stripes"), ("second", "shapes")):
-        videos = SyntheticVideos(8, 2, (64, 96), domain=look, seed=3)
-        fit_gate(model, small_model.processor, domain, videos, False)
-    return LoadedModel("domains", "domains", model.eval(), small_model.processor)
+        fit_gate(model, small_model.processor, domain, SyntheticVideos(8, 2, (64, 96), domain=look, seed=3), False)
+    model.save_pretrained(folder, processor=small_model.processor)
+    return LoadedModel("domains", str(folder), model.eval(), small_model.processor)
 
 
 @pytest.fixture(scope="session")
 def served(two_domains, small_model, tmp_path_factory):
     """An app that is served to this machine. Its people leave nothing to each other, so tests may share it."""
     pytest.importorskip("gradio", reason="needs the `app` extra")
-    from samoe_hf.app.models import LoadedModel
     from samoe_hf.app.server import serving
     from samoe_hf.app.uploads import Limits
 
-    folder = tmp_path_factory.mktemp("served")
-    # Saved, since what learns is another process.
-    saved = []
-    for one in (two_domains, small_model):
-        one.model.save_pretrained(folder / one.name, processor=one.processor)
-        saved.append(LoadedModel(one.name, str(folder / one.name), one.model, one.processor))
-    limits = Limits(upload_bytes=8 * 2**20, sessions=200)
-    with serving(saved, limits, folder / "data", folder / "models") as running:
+    folder, limits = tmp_path_factory.mktemp("served"), Limits(upload_bytes=8 * 2**20, sessions=200)
+    with serving([two_domains, small_model], limits, folder / "data", folder / "models") as running:
         yield running
 
 
@@ -85,11 +76,9 @@ def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright, of the `dev` extra")
     from helpers.browser import find_chromium
 
-    path = find_chromium()
     with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        yield running.chromium.launch(executable_path=find_chromium(), args=options)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The mask after a click: from the browser's side, beside the model's own time. Prints what docs/app.md says."""
 
-import threading
 import time
 
 import numpy as np
@@ -42,7 +41,7 @@ def load(name: str) -> LoadedModel:
 
 def own_times(loaded, video, positions, folder, monkeypatch) -> list[float]:
     """Milliseconds of the model alone, for the same clicks."""
-    session = TrackingSession(folder, open_kept("video", video, Limits()), loaded, threading.Lock(), Limits())
+    session = TrackingSession(folder, open_kept("video", video, Limits()), loaded, Limits())
     forward, times = loaded.model.forward, []
 
     def timed(*args, **kwargs):

@@ -9,17 +9,8 @@ import yaml
 
 from helpers.app import maps_of, run_all
 from samoe_hf import SamoeModel, load_videos
-from samoe_hf.app.collecting import collect_video, collected
-from samoe_hf.app.learning import Learner, Learning, adaptable_source
-from samoe_hf.app.models import LoadedModel
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.app.learning import Learner, Learning, adaptable_source, collect_video, collected, draw_curves
 from samoe_hf.training.arguments import parse_run
-
-
-@pytest.fixture(scope="session")
-def saved(model_folder) -> LoadedModel:
-    model = SamoeModel.from_pretrained(model_folder).eval()
-    return LoadedModel("nano", str(model_folder), model, load_processor(model_folder, model))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +31,8 @@ def data(corrected, tmp_path):
     return tmp_path / "data"
 
 
-def wait(learning: Learning, until=lambda learning: learning.state != "running", seconds=120) -> None:
-    end = time.monotonic() + seconds
+def wait(learning: Learning, until=lambda learning: learning.state != "running") -> None:
+    end = time.monotonic() + 120
     while not until(learning):
         assert time.monotonic() < end, learning.problem()
         time.sleep(0.2)
@@ -72,65 +63,64 @@ def test_only_frames_with_masks_of_an_object_are_collected(session, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "auto", "none", "Base", "x" * 65, "None ", "é", "x\n"])
-def test_names_that_are_no_domains(saved, data, tmp_path, name):
+@pytest.mark.parametrize("name", ["", "../x", "auto", "x" * 65, "x\n"])
+def test_names_that_are_no_domains(small_model, data, tmp_path, name):
     learner = Learner(data, tmp_path / "models")
     with pytest.raises(ValueError, match="A domain's name must be"):
-        learner.start("me", saved, name, 3)
+        learner.start("me", small_model, name, 3)
     assert learner.current is None and not (tmp_path / "models").exists()
 
 
-def test_without_videos_nothing_is_learned(saved, tmp_path):
+def test_without_videos_nothing_is_learned(small_model, tmp_path):
     with pytest.raises(ValueError, match="No video was collected yet"):
-        Learning(saved, "mine", 3, tmp_path / "data", tmp_path / "out")
+        Learning(small_model, "mine", 3, tmp_path / "data", tmp_path / "out")
 
 
-def test_the_run_is_one_that_samoe_adapt_takes(saved, data, tmp_path):
-    learning = Learning(saved, "mine", 24, data, tmp_path / "out")
+def test_the_run_is_one_that_samoe_adapt_takes(small_model, data, tmp_path):
+    learning = Learning(small_model, "mine", 24, data, tmp_path / "out")
     assert learning.state == "new"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(learning.run()))
-    words = ["--model_name_or_path", saved.source, "--output_dir", str(tmp_path / "x")]
+    words = ["--model_name_or_path", small_model.source, "--output_dir", str(tmp_path / "x")]
     model, data, _, _, arguments = parse_run([str(tmp_path / "run.yaml"), *words])
     assert arguments.max_steps == 24 and arguments.save_steps == 2 and data.num_frames == 4
     assert model.expert_modules == learning.run()["expert_modules"]
     # Its experts have an effect, and belong to no domain.
-    source = adaptable_source(saved, tmp_path / "start")
-    assert source != saved.source and SamoeModel.from_pretrained(source).config.domain_names == ["former"]
+    source = adaptable_source(small_model, tmp_path / "start")
+    assert source != small_model.source and SamoeModel.from_pretrained(source).config.domain_names == ["former"]
 
 
-def test_what_a_run_has_logged_is_drawn(saved, data, tmp_path):
-    learning = Learning(saved, "mine", 24, data, tmp_path / "out")
-    assert not learning.curve().loss and learning.scores() is None
+def test_what_a_run_has_logged_is_drawn(small_model, data, tmp_path):
+    learning = Learning(small_model, "mine", 24, data, tmp_path / "out")
+    assert learning.curves() == {"loss": [], "J&F": []} and learning.scores() is None
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_J&F": 0.5}]
     for step, content in ((2, json.dumps({"log_history": history})), (4, "{")):  # the last one is being written
         (learning.output / f"checkpoint-{step}").mkdir(parents=True)
         (learning.output / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
-    curve = learning.curve()
-    assert curve.loss == [(1, 2.0), (2, 1.0)] and curve.score == [(2, 0.5)] and curve.draw().axes
+    curves = learning.curves()
+    assert curves == {"loss": [(1, 2.0), (2, 1.0)], "J&F": [(2, 0.5)]} and draw_curves(curves).axes
 
 
 @pytest.mark.slow
-def test_a_domain_is_learned_in_another_process(saved, data, tmp_path):
+def test_a_domain_is_learned_in_another_process(small_model, data, tmp_path):
     learner = Learner(data, tmp_path / "models")
-    learning = learner.start("me", saved, "mine", 3)
+    learning = learner.start("me", small_model, "mine", 3)
     with pytest.raises(ValueError, match="one thing at a time"):
-        learner.start("you", saved, "other", 3)
+        learner.start("you", small_model, "other", 3)
     with pytest.raises(ValueError, match="You have not started"):
         learner.of("you")
     with pytest.raises(ValueError, match="runs already"):
         learning.start()
     wait(learning)
     assert learning.state == "done", learning.problem()
-    curve = learning.curve()
-    assert [step for step, _ in curve.loss] == [1, 2, 3] == [step for step, _ in curve.score]
+    assert [[step for step, _ in points] for points in learning.curves().values()] == [[1, 2, 3], [1, 2, 3]]
     assert all(0 <= score <= 1 for score in learning.scores())
     assert SamoeModel.from_pretrained(learning.output).config.domain_names == ["former", "mine"]
     assert learner.of("me") is learning
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_why(saved, data, tmp_path):
-    learning = Learning(saved, "mine", 3, data, tmp_path / "out")
+def test_a_run_that_fails_says_why(small_model, data, tmp_path):
+    learning = Learning(small_model, "mine", 3, data, tmp_path / "out")
     for path in data.glob("*/frames/*"):
         path.write_bytes(b"broken")
     learning.start()
@@ -140,19 +130,19 @@ def test_a_run_that_fails_says_why(saved, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_learning_is_stopped_and_resumed(saved, data, tmp_path):
-    learning = Learning(saved, "mine", 120, data, tmp_path / "out")
+def test_learning_is_stopped_and_resumed(small_model, data, tmp_path):
+    learning = Learning(small_model, "mine", 120, data, tmp_path / "out")
     learning.start()
     learning.stop()  # before its first checkpoint, so that it starts anew
     assert learning.state == "stopped"
     learning.start()
-    wait(learning, lambda learning: len(learning.curve().score) >= 2)
+    wait(learning, lambda learning: len(learning.curves()["J&F"]) >= 2)
     learning.stop()
     assert learning.state == "stopped"
-    reached = learning.curve().score[-1][0]
+    reached = learning.curves()["J&F"][-1][0]
     assert 20 <= reached < 120
     learning.start()
-    wait(learning, lambda learning: len(learning.curve().score) > reached // 10 or learning.state != "running")
+    wait(learning, lambda learning: len(learning.curves()["J&F"]) > reached // 10 or learning.state != "running")
     wait(learning)
     assert learning.state == "done", learning.problem()
-    assert [step for step, _ in learning.curve().score] == list(range(10, 121, 10))
+    assert [step for step, _ in learning.curves()["J&F"]] == list(range(10, 121, 10))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of, track_by_hand
-from samoe_hf.app.session import BusyError
 from samoe_hf.app.uploads import Limits
 from samoe_hf.inference import VideoPrompt, track_video
 
@@ -47,9 +46,8 @@ def test_the_whole_video_is_tracked_as_track_video_does(session):
 def test_a_direction_is_tracked_from_the_shown_frame(session, direction, frames):
     session.click(session.add_object(), 1, 30, 30)
     session.add_object()  # is not prompted, and left out
-    steps = list(session.propagate(direction, 3))
-    assert [step.frame for step in steps] == list(frames)
-    assert [(step.done, step.total) for step in steps] == [(i + 1, len(frames)) for i in range(len(frames))]
+    steps = [(step.frame, step.done, step.total) for step in session.propagate(direction, 3)]
+    assert steps == [(frame, done, len(frames)) for done, frame in enumerate(frames, 1)]
 
 
 @pytest.mark.parametrize("tracked_before", [False, True])
@@ -65,8 +63,8 @@ def test_undo_leads_back_to_the_bit_even_for_what_is_tracked_later(make_session,
     session.draw_box(2, 4, (60, 10, 90, 40))
     session.remove_object(1)
     assert before != state_of(session)
-    assert [session.undo() for _ in range(3)] == ["removing object 1", "a box around object 2", "a click on object 2"]
-    assert session.undo() == "a click on object 1"
+    for _ in range(4):
+        session.undo()
     assert before == state_of(session) and session.can_undo == could_undo == (not tracked_before)
     for one in (session, other):
         run_all(one.propagate("forward", 2))
@@ -81,61 +79,49 @@ def test_what_fails_while_the_model_runs_changes_nothing(session, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="no disk"):
         patch.setattr(session.masks, "write", lambda *_: (_ for _ in ()).throw(ValueError("no disk")))
         session.click(1, 0, 40, 40)
-    assert before == state_of(session) and not session.is_busy
+    assert before == state_of(session)
     session.click(1, 0, 40, 40)
     assert session.prompts[1, 0].points == [(30, 30), (40, 40)]
 
 
-def test_limits_hold_and_ids_are_never_used_again(make_session):
+def test_limits_hold_ids_are_never_used_again_and_a_removed_object_leaves_no_mask(make_session):
     session = make_session(limits=Limits(objects=2, prompts=3))
     with pytest.raises(ValueError, match="Nothing is prompted yet"):
         next(session.propagate())
     assert [session.add_object(), session.add_object()] == [1, 2]
     with pytest.raises(ValueError, match="2 objects are the most"):
         session.add_object()
-    session.remove_object(2)
-    assert session.add_object() == 3
-    for x in (10, 20, 30):
-        session.click(1, 0, x, 30)
+    for object_id, x in ((1, 20), (1, 25), (2, 70)):
+        session.click(object_id, 0, x, 30)
     with pytest.raises(ValueError, match="3 clicks and boxes are the most"):
         session.click(1, 0, 40, 30)
-
-
-def test_a_removed_object_leaves_no_mask_and_the_others_stay(session):
-    session.click(session.add_object(), 0, 20, 30)
-    session.click(session.add_object(), 0, 70, 30)
     run_all(session.propagate())
     before = maps_of(session)
     session.remove_object(1)
     after = maps_of(session)
-    assert set(np.unique(after)) <= {0, 2} and ((after == 2) == (before == 2)).all()
-    run_all(session.propagate())
+    assert not (after == 1).any() and ((after == 2) == (before == 2)).all()
+    assert session.add_object() == 3
 
 
-def test_stop_ends_after_the_frame_and_tracking_goes_on_from_there(session):
+def test_while_it_tracks_nothing_else_is_done_until_it_is_stopped_or_left(session):
     session.click(session.add_object(), 0, 30, 30)
     steps = session.propagate()
     assert next(steps).frame == 0 and next(steps).frame == 1
-    session.stop()
-    assert next(steps, None) is None and not session.is_busy
-    assert session.masks.frames == {0, 1}
-    assert run_all(session.propagate("forward", 1)) == 7
-
-
-def test_while_it_tracks_nothing_else_is_done(session):
-    session.click(session.add_object(), 0, 30, 30)
-    steps = session.propagate()
-    next(steps)
-    for call in (session.add_object, session.undo, session.use, lambda: session.click(1, 0, 40, 40)):
-        with pytest.raises(BusyError, match="press Stop"):
+    again = (lambda: session.use(session.loaded), lambda: session.click(1, 0, 40, 40))
+    for call in (session.add_object, session.undo, *again):
+        with pytest.raises(ValueError, match="press Stop"):
             call()
+    session.stop()
+    assert next(steps, None) is None and session.masks.frames == {0, 1}
+    steps = session.propagate("forward", 1)
+    next(steps)
     steps.close()  # as a page that is gone leaves it
     session.click(1, 0, 40, 40)
+    assert run_all(session.propagate("forward", 1)) == 7
 
 
 def test_another_session_gets_the_device_between_two_frames(make_session):
     first, second = make_session(), make_session()
-    assert first.device_lock is second.device_lock
     first.click(first.add_object(), 0, 30, 30)
     second.add_object()
     steps = first.propagate()
@@ -150,6 +136,6 @@ def test_another_session_gets_the_device_between_two_frames(make_session):
 def test_a_new_start_keeps_the_prompts_and_their_frames_only(session):
     session.click(session.add_object(), 2, 30, 30)
     run_all(session.propagate())
-    session.use()
+    session.use(session.loaded)
     assert session.masks.frames == {2} and list(session.prompts) == [(1, 2)]
     assert run_all(session.propagate()) == 9

@@ -46,7 +46,8 @@ def test_the_files_of_a_space(tmp_path, fake_wheel):
 
 def test_without_a_model_the_small_one_is_served_from_the_package_index(tmp_path, monkeypatch):
     served = []
-    monkeypatch.setattr("samoe_hf.app.server.serve", lambda loaded, limits, **where: served.append((loaded, where)))
+    monkeypatch.setattr("samoe_hf.app.server.serving", lambda loaded, limits, **where: (loaded, where))
+    monkeypatch.setattr("samoe_hf.app.server.until_stopped", served.append)
     write_space(tmp_path / "space")
     assert (tmp_path / "space" / "requirements.txt").read_text().startswith("samoe_hf[app]==")
     runpy.run_path(str(tmp_path / "space" / "app.py"), run_name="__main__")
@@ -56,9 +57,8 @@ def test_without_a_model_the_small_one_is_served_from_the_package_index(tmp_path
 
 def test_a_folder_with_a_model_goes_along(tmp_path, model_folder):
     write_space(tmp_path / "space", str(model_folder))
-    assert (tmp_path / "space" / "model" / "config.json").is_file()
-    assert 'MODEL = "model"' in (tmp_path / "space" / "app.py").read_text()
-    assert "models" not in front_matter(tmp_path / "space")
+    assert (tmp_path / "space" / "model" / "config.json").is_file() and "models" not in front_matter(tmp_path / "space")
+    assert runpy.run_path(str(tmp_path / "space" / "app.py"))["MODEL"] == "model"
 
 
 def test_a_name_cannot_leave_its_quotes(tmp_path):
@@ -106,8 +106,10 @@ def test_a_space_starts_in_a_fresh_environment(tmp_path):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([python, "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=log)
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url, process, tmp_path / "log")
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 180
+        while not answers(url):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.5)
         visitor = Visitor(url)
         assert visitor.load().success
         assert visitor.act("take-example", "click", "Shapes").success
@@ -119,13 +121,8 @@ def test_a_space_starts_in_a_fresh_environment(tmp_path):
         assert process.wait(30) == 0
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    until = time.monotonic() + 180
-    while time.monotonic() < until:
-        assert process.poll() is None, log.read_text()
-        try:
-            if httpx.get(url, trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise AssertionError(log.read_text())
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
