@@ -24,14 +24,13 @@ class Side(NamedTuple):
 
 
 class Comparison:
-    """Two sides on a session's prompts as they are now. What is done to the session later changes nothing here.
+    """Two sides on a session's prompts as they are now; InputError if there are none.
+
+    What is done to the session later changes nothing here.
 
     Args:
         folder: for the masks, an empty one.
         first_prompts_only: whether corrections are left out, so that one sees what each side does by itself.
-
-    Raises:
-        InputError: nothing is prompted.
     """
 
     def __init__(

@@ -37,11 +37,7 @@ class ExpertsView:
     layers: dict[str, LayerView]
 
     def draw_map(self, session: TrackingSession, layer: str, object_id: int | None) -> np.ndarray:
-        """The frame with its mask at the left, with the chosen experts at the right, a legend below: (H, W, 3) uint8.
-
-        Raises:
-            KeyError: an unknown layer or object, or one without a map.
-        """
+        """The frame with its mask at the left, with the chosen experts at the right: (H, W, 3) uint8."""
         view, id_map = self.layers[layer], session.id_map(self.frame)
         mask = id_map > 0 if object_id is None else id_map == object_id
         title = f"Expert of largest weight in {layer}: frame {self.frame}, {_called(object_id)}"
@@ -49,7 +45,7 @@ class ExpertsView:
         return next(routing_video([frame], mask[None], experts[None], view.num_experts, title))
 
     def draw_usage(self, layer: str) -> Figure:
-        """Bars of the mean weight of each expert, by object; KeyError for an unknown layer."""
+        """Bars of the mean weight of each expert, by object."""
         series = {_called(object_id): gates for object_id, gates in self.layers[layer].gates.items()}
         return plot_bars({layer: series}, "mean gate weight", f"Experts by object, frame {self.frame}")
 

@@ -1,4 +1,7 @@
-"""What a person takes away: masks as PNGs or COCO's run-length encodings, and an overlay video."""
+"""What a person takes away: masks as PNGs or COCO's run-length encodings, and an overlay video.
+
+Each export raises an InputError if nothing was tracked.
+"""
 
 import json
 import zipfile
@@ -27,11 +30,7 @@ def _new_file(session: TrackingSession, path: Path) -> Iterator[Path]:
 
 
 def export_masks(session: TrackingSession, folder: Path) -> Path:
-    """Writes the masks of all frames as palette PNGs, in DAVIS' colours, in a zip: `<video>/<frame>.png`.
-
-    Raises:
-        InputError: nothing was tracked.
-    """
+    """Writes the masks of all frames as palette PNGs, in DAVIS' colours, in a zip: `<video>/<frame>.png`."""
     target, scratch = folder / f"{session.video.name}_masks.zip", folder / "mask.png"
     with _new_file(session, target) as path, zipfile.ZipFile(path, "w") as archive:
         for frame, name in enumerate(session.video.frames.names):
@@ -42,7 +41,7 @@ def export_masks(session: TrackingSession, folder: Path) -> Path:
 
 
 def export_overlay(session: TrackingSession, folder: Path) -> Path:
-    """Writes the video with its objects drawn over it, as an mp4 of H.264; InputError if nothing was tracked."""
+    """Writes the video with its objects drawn over it, as an mp4 of H.264."""
     target = folder / f"{session.video.name}_overlay.mp4"
     with _new_file(session, target) as path:
         frames = ((session.frame(frame), session.id_map(frame)) for frame in range(session.num_frames))
@@ -56,9 +55,6 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
 
     An image is a frame, with its index as `id` and `frame_index`; an annotation is an object on a frame that shows it,
     with the object's id as `track_id`.
-
-    Raises:
-        InputError: nothing was tracked.
     """
     target = folder / f"{session.video.name}_coco.json"
     height, width = session.video.frames.size

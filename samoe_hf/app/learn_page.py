@@ -11,7 +11,7 @@ from .comparison import Comparison, Side
 from .learning import MAX_STEPS, Learner, collect_video, collected, draw_curves
 from .look_page import SideBySide
 from .models import load_model
-from .page_parts import App, Part, Shown, button, figure_picture, integer, picture, shown_picture
+from .page_parts import App, Part, Shown, button, integer, picture, shown_picture
 from .people import Person
 from .track_page import TrackPart
 
@@ -108,7 +108,7 @@ class LearnPart(Part):
                 before, after = (100 * score for score in scores)
                 text += f" J&F on the collected videos: {before:.0f} before, {after:.0f} after."
             curves = learning.curves()
-            drawn = figure_picture(draw_curves(curves)) if any(curves.values()) else None
+            drawn = draw_curves(curves) if any(curves.values()) else None
         return {
             self.state: text,
             self.curve: shown_picture(drawn),

@@ -83,7 +83,7 @@ def collected(data: Path) -> list[Path]:
 
 
 class Learning:
-    """A run of `samoe adapt` on a folder of videos.
+    """A run of `samoe adapt` on a folder of videos; InputError if it has none.
 
     Args:
         loaded: what is adapted; its `source` is loaded by the other process.
@@ -91,9 +91,6 @@ class Learning:
         steps: of training.
         data: the folder of videos, see [`collect_video`].
         output: the folder of the new model, which is made.
-
-    Raises:
-        InputError: no videos were collected.
     """
 
     def __init__(self, loaded: LoadedModel, domain: str, steps: int, data: Path, output: Path):
@@ -119,11 +116,7 @@ class Learning:
         return "stopped" if self._was_stopped else "failed"
 
     def start(self) -> None:
-        """Starts the run, or resumes it from its last checkpoint.
-
-        Raises:
-            InputError: it runs, or is done.
-        """
+        """Starts the run, or resumes it from its last checkpoint; InputError if it runs, or is done."""
         if self.state in ("running", "done"):
             raise InputError("Learning runs already." if self.state == "running" else "Learning is done already.")
         again = []
@@ -251,11 +244,7 @@ class Learner:
         self._lock = threading.Lock()
 
     def start(self, owner: str, loaded: LoadedModel, domain: str, steps: int) -> Learning:
-        """Starts a new run for a person.
-
-        Raises:
-            InputError: one runs, `domain` cannot be a domain's name, or as [`Learning`].
-        """
+        """Starts a new run for a person; InputError if one runs, or `domain` cannot be a domain's name."""
         with self._lock:
             if self.current is not None and self.current.state == "running":
                 raise InputError("The app learns already, one thing at a time. Wait until it is done, or stop it.")

@@ -10,20 +10,7 @@ from samoe_hf.model.domain_choice import AUTO
 
 from .comparison import Comparison, Side
 from .experts_view import look_at_experts
-from .models import LoadedModel
-from .page_parts import (
-    PREVIEW_SECONDS,
-    QUICK,
-    App,
-    Part,
-    Shown,
-    button,
-    figure_picture,
-    frame_of,
-    one_of,
-    picture,
-    shown_picture,
-)
+from .page_parts import PREVIEW_SECONDS, QUICK, App, Part, Shown, button, frame_of, one_of, picture, shown_picture
 from .people import Person
 from .track_page import TrackPart, whose_experts
 
@@ -150,18 +137,14 @@ class LookPart(Part):
             self.second: gr.Dropdown(names, value=right),
         }
 
-    def model_of(self, name: object) -> LoadedModel:
-        """The model that a page names."""
-        return self.app.models[one_of(name, self.app.models, "model")]
-
     def choose_model(self, person: Person, name: object) -> Shown:
         """Another model was chosen in the menu: its domains are shown."""
-        choices = list(self.model_of(name).domain_choices)
+        choices = list(self.app.models[one_of(name, self.app.models, "model")].domain_choices)
         return {self.domain: gr.Dropdown(choices, value=choices[0] if choices else None, visible=bool(choices))}
 
     def use_experts(self, person: Person, name: object, choice: object, frame: object) -> Shown:
         """The video starts anew with another model, or another domain's experts."""
-        session, loaded = person.the_session(), self.model_of(name)
+        session, loaded = person.the_session(), self.app.models[one_of(name, self.app.models, "model")]
         frame, choices = frame_of(session, frame), loaded.domain_choices
         session.use(loaded, choices[one_of(choice, choices, "experts")] if choices else AUTO)
         gr.Info("Started anew with the same clicks. Track the video again.")
@@ -188,7 +171,7 @@ class LookPart(Part):
             self.layer: gr.Dropdown(list(view.layers), value=layer),
             self.object: gr.Dropdown([(f"object {i}", i) for i in ids], value=chosen, visible=bool(ids)),
             self.map: shown_picture(view.draw_map(person.the_session(), layer, chosen) if maps else None),
-            self.usage: shown_picture(figure_picture(view.draw_usage(layer))),
+            self.usage: shown_picture(view.draw_usage(layer)),
         }
 
     # --- Two side by side

@@ -187,13 +187,10 @@ def picture(label: str, element: str, visible: bool = True) -> Picture:
     return Picture(label=label, elem_id=element, visible=visible, **plain)
 
 
-def shown_picture(value: np.ndarray | None) -> Picture:
-    """An update that shows a picture (H, W, 3) uint8, or hides it where there is none."""
+def shown_picture(value: np.ndarray | Figure | None) -> Picture:
+    """An update that shows a picture (H, W, 3) uint8 or a figure, or hides it where there is none."""
+    if isinstance(value, Figure):
+        canvas = FigureCanvasAgg(value)
+        canvas.draw()
+        value = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     return Picture(value, visible=value is not None)
-
-
-def figure_picture(figure: Figure) -> np.ndarray:
-    """A figure as a picture (H, W, 3) uint8."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -105,12 +105,11 @@ class People:
     def enter(self, secret: object, page: str) -> Person:
         """The person of a page that was loaded: the one of its secret, such as after a refresh, or else a new one.
 
+        Of more people than the limits allow, it raises an InputError.
+
         Args:
             secret: what the page has kept, of any type; anything but a secret that is known counts as none.
             page: the page's own id, of which one person may have several one after another.
-
-        Raises:
-            InputError: there are as many as the limits allow.
         """
         self.free_unused()
         with self._lock:

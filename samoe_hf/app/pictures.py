@@ -43,12 +43,7 @@ def draw_frame(
         prompts: points and boxes in pixels of the video: a plus is positive, a minus negative.
         corner: the first corner of a box that is being drawn, in pixels of the video.
     """
-    height, width = shown_size(frame.shape[:2])
-    if height == len(frame):
-        picture = overlay_masks(frame, id_map)
-    else:
-        empty = not id_map.any()
-        picture = _scaled(frame, height, width) if empty else overlay_masks(frame, id_map, height)
+    picture = overlay_masks(frame, id_map, shown_size(frame.shape[:2])[0])
     if not prompts and corner is None:
         return picture
     image = Image.fromarray(picture)
@@ -61,10 +56,6 @@ def draw_frame(
             draw.line((x - 12, y, x + 12, y), color, width)
             draw.line((x, y - 12, x, y + 12), color, width)
     return np.asarray(image)
-
-
-def _scaled(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _draw_prompt(draw: ImageDraw.ImageDraw, prompt: VideoPrompt, scale: tuple[float, float]) -> None:

@@ -6,14 +6,13 @@ of it was checked.
 
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from samoe_hf.data.video_io import SampleError, open_image
-from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_prompts
 from samoe_hf.model.weights_io import whole_file
 
@@ -36,16 +35,7 @@ def save_project(session: TrackingSession, folder: Path) -> Path:
         "files": [path.name for path in video.files],
         "objects": session.objects,
         "last_id": session.last_id,
-        "prompts": [
-            {
-                "object": prompt.object_id,
-                "frame": prompt.frame_idx,
-                "points": [list(point) for point in prompt.points],
-                "labels": list(prompt.labels),
-                "box": prompt.box and list(prompt.box),
-            }
-            for _, prompt in sorted(session.prompts.items())
-        ],
+        "prompts": [asdict(prompt) for _, prompt in sorted(session.prompts.items())],
         "masks": sorted(session.masks.frames),
     }
     target = folder / f"{video.name}_project.zip"
@@ -68,71 +58,45 @@ def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) 
     """Opens a project in an empty folder.
 
     Raises:
-        SampleError: a damaged file, or one that is no project, or breaks a limit; says what is wrong. What was
-            unpacked until then is left in the folder, under names of this app.
+        InputError: a damaged file, or one that is no project, or breaks a limit. What was unpacked until then is left
+            in the folder, under names of this app.
     """
     with open_archive(path, limits) as archive:
-        known = _read_document(archive, limits)
-        video = open_files(
-            known.name, known.files, lambda name, target: archive.unpack(f"video/{name}", target), folder, limits
-        )
+        content = archive.read(PROJECT, MAX_JSON_BYTES)
         try:
-            if known.prompts:
-                check_prompts(known.prompts, len(video.frames), video.frames.size)
-        except InputError as error:
-            raise SampleError(f"The project's prompts do not fit its video: {error}") from error
+            parsed = json.loads(content)
+            if (parsed["format"], parsed["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"`format` must be {FORMAT!r} and `version` {VERSION}")
+            name, files = safe_name(str(parsed["name"])[:200]), [str(one) for one in parsed["files"]]
+            objects, last_id = [int(one) for one in parsed["objects"]], int(parsed["last_id"])
+            prompts = [_prompt(entry) for entry in parsed["prompts"]]
+            masks = {int(frame) for frame in parsed["masks"]}
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise SampleError(f"{PROJECT} is none of this app ({type(error).__name__}: {error})") from error
+        known = set(objects)
+        if len(known) < len(objects) or last_id > MAX_ID or not all(0 < one <= last_id for one in objects):
+            raise SampleError(f"The objects of the project must be different, and from 1 to {min(last_id, MAX_ID)}.")
+        if not known.issuperset(prompt.object_id for prompt in prompts):
+            raise SampleError("The project prompts objects that it does not have.")
+        if len(objects) > limits.objects or len(files) > limits.frames:
+            raise SampleError(f"The project has more than {limits.objects} objects, or {limits.frames} frames.")
+        if sum(len(one.points) + (one.box is not None) for one in prompts) > limits.prompts:
+            raise SampleError(f"The project has more than {limits.prompts} clicks and boxes.")
+        video = open_files(name, files, lambda one, target: archive.unpack(f"video/{one}", target), folder, limits)
+        if prompts:
+            check_prompts(prompts, len(video.frames), video.frames.size)
         session = TrackingSession(folder, video, loaded, limits)
-        session.restore(known.objects, known.prompts, known.last_id)
-        for frame in known.masks:
+        session.restore(objects, prompts, last_id)
+        for frame in masks:
             if not 0 <= frame < session.num_frames:
                 raise SampleError(f"The project has a mask of frame {frame}, which its video does not have.")
             session.masks.write(frame, _read_mask(archive, f"{MASKS}/{frame:05d}.png", video.frames.size))
     return session
 
 
-@dataclass
-class Document:
-    """What `project.json` says, once it was checked as far as it can be without the video."""
-
-    name: str
-    files: list[str]
-    objects: list[int]
-    last_id: int
-    prompts: list[VideoPrompt]
-    masks: list[int]
-
-
-def _read_document(archive: Archive, limits: Limits) -> Document:
-    content = archive.read(PROJECT, MAX_JSON_BYTES)
-    try:
-        parsed = json.loads(content)
-        if (parsed["format"], parsed["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"`format` must be {FORMAT!r} and `version` {VERSION}")
-        known = Document(
-            name=safe_name(str(parsed["name"])[:200]),
-            files=[str(name) for name in parsed["files"]],
-            objects=[int(one) for one in parsed["objects"]],
-            last_id=int(parsed["last_id"]),
-            prompts=[_prompt(entry) for entry in parsed["prompts"]],
-            masks=sorted({int(frame) for frame in parsed["masks"]}),
-        )
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise SampleError(f"{PROJECT} is none of this app ({type(error).__name__}: {error})") from error
-    objects, last_id = set(known.objects), known.last_id
-    if len(objects) < len(known.objects) or last_id > MAX_ID or not all(0 < one <= last_id for one in objects):
-        raise SampleError(f"The objects of the project must be different, and from 1 to {min(last_id, MAX_ID)}.")
-    if not objects.issuperset(prompt.object_id for prompt in known.prompts):
-        raise SampleError("The project prompts objects that it does not have.")
-    if len(objects) > limits.objects or len(known.files) > limits.frames:
-        raise SampleError(f"The project has more than {limits.objects} objects, or {limits.frames} frames.")
-    if sum(len(one.points) + (one.box is not None) for one in known.prompts) > limits.prompts:
-        raise SampleError(f"The project has more than {limits.prompts} clicks and boxes.")
-    return known
-
-
 def _prompt(entry: Any) -> VideoPrompt:
-    points = [(float(x), float(y)) for x, y in entry["points"]]
-    prompt = VideoPrompt(int(entry["object"]), int(entry["frame"]), points, [int(one) for one in entry["labels"]])
+    points, labels = [(float(x), float(y)) for x, y in entry["points"]], [int(one) for one in entry["labels"]]
+    prompt = VideoPrompt(int(entry["object_id"]), int(entry["frame_idx"]), points, labels)
     if entry["box"] is not None:
         x0, y0, x1, y1 = (float(value) for value in entry["box"])
         prompt.box = (x0, y0, x1, y1)

@@ -166,11 +166,7 @@ class TrackingSession:
     # --- Objects and prompts
 
     def add_object(self) -> int:
-        """A new object's id: 1, 2, …, never one that was used before.
-
-        Raises:
-            InputError: there are as many as the limits allow.
-        """
+        """A new object's id: 1, 2, …, never one that was used before; InputError for more than the limits allow."""
         with self.exclusive():
             if len(self.objects) >= self.limits.objects or self.last_id >= MAX_ID:
                 raise InputError(f"{len(self.objects)} objects are the most that this app tracks in a video.")
@@ -187,17 +183,14 @@ class TrackingSession:
             self.prompts = {key: prompt for key, prompt in self.prompts.items() if key[0] != object_id}
 
     def click(self, object_id: int, frame: int, x: float, y: float, positive: bool = True) -> np.ndarray:
-        """Adds a point on a frame and segments it. All points and the box of an object on a frame count together.
+        """Adds a point on a frame and segments it; gives the frame's new map of ids, (H, W) uint8.
+
+        All points and the box of an object on a frame count together. More prompts than the limits allow are an
+        InputError.
 
         Args:
             x, y: in pixels of the video.
             positive: whether the object is there, and not something else.
-
-        Returns:
-            the frame's new map of ids, (H, W) uint8.
-
-        Raises:
-            InputError: there are as many prompts as the limits allow.
         """
         return self._segment(object_id, frame, [(x, y)], [int(positive)])
 
@@ -234,11 +227,7 @@ class TrackingSession:
     # --- Undo
 
     def undo(self) -> None:
-        """Takes back the last click, box or removal since the video was tracked.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Takes back the last click, box or removal since the video was tracked; InputError if there is none."""
         with self.exclusive():
             if not self._undo:
                 raise InputError("There is nothing to undo since the video was tracked last.")
@@ -263,14 +252,11 @@ class TrackingSession:
     # --- Tracking
 
     def propagate(self, direction: Direction = "whole", start: int = 0) -> Iterator[Tracked]:
-        """Tracks all prompted objects, frame by frame, until the end or [`stop`]; the masks are stored meanwhile.
+        """Tracks what is prompted, frame by frame, until the end or [`stop`]; InputError if nothing is.
 
         Args:
             direction: "whole" from the first prompted frame onward and then back to the start, as
                 [`~samoe_hf.inference.track_video`] does; "forward" and "backward" from `start`.
-
-        Raises:
-            InputError: nothing was prompted.
         """
         if not self.prompts:
             raise InputError(NOTHING_PROMPTED)

@@ -4,7 +4,6 @@ What comes from outside is looked at before it is unpacked or decoded. Frames ar
 long video does not fill the RAM.
 """
 
-import os
 import re
 import shutil
 import stat
@@ -39,16 +38,8 @@ PART_BYTES = 2**20
 # What `zipfile` raises for what it cannot read.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
 EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLE_FPS = 24, (192, 256), 12
-# Name on the page -> look and seed of the synthetic video.
-EXAMPLES = {
-    "Shapes": ("shapes", 1),
-    "Scenes": ("scenes", 9),
-    "Paper": ("paper", 2),
-    "Night": ("night", 5),
-    "Blobs": ("blobs", 4),
-    "Echoes": ("echoes", 0),
-    "Stripes": ("stripes", 11),
-}
+# Look of a synthetic video, as it is called on the page -> its seed.
+EXAMPLES = {"Shapes": 1, "Scenes": 9, "Paper": 2, "Night": 5, "Blobs": 4, "Echoes": 0, "Stripes": 11}
 
 
 @dataclass(frozen=True)
@@ -113,11 +104,7 @@ class Archive:
             raise SampleError(f"the zip holds {total} bytes when it is unpacked; {limits.upload_bytes} are the most")
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """A file's bytes.
-
-        Raises:
-            SampleError: there is no such file, it is damaged, or holds more bytes than `max_bytes`.
-        """
+        """A file's bytes; SampleError if it is not there, is damaged, or holds more of them than `max_bytes`."""
         return b"".join(self._parts(name, max_bytes))
 
     def unpack(self, name: str, target: Path) -> None:
@@ -200,7 +187,7 @@ def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVi
             raise SampleError(f"{path.name} has more than {limits.upload_bytes} bytes.")
     ordered = sorted((str(path) for path in paths), key=natural_key)
     if len(paths) > 1 or paths[0].suffix.lower() != ".zip":
-        return open_files(safe_name(ordered[0]), ordered, _keep, folder, limits)
+        return open_files(safe_name(ordered[0]), ordered, shutil.copyfile, folder, limits)
     with open_archive(paths[0], limits) as archive:
         images = [name for name in archive.entries if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
         if not images:
@@ -211,15 +198,12 @@ def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVi
 
 
 def open_files(
-    name: str, files: Sequence[str], put: Callable[[str, Path], None], folder: Path, limits: Limits
+    name: str, files: Sequence[str], put: Callable[[str, Path], object], folder: Path, limits: Limits
 ) -> OpenedVideo:
     """Takes a video file, or images that are frames, into a session's folder under names of our own; opens them.
 
     Args:
         put: writes one of the files to a path.
-
-    Raises:
-        SampleError: as [`open_upload`].
     """
     suffixes = [PurePosixPath(file).suffix.lower() for file in files]
     is_video = len(files) == 1 and suffixes[0] in VIDEO_SUFFIXES
@@ -232,11 +216,7 @@ def open_files(
 
 
 def open_kept(name: str, path: Path, limits: Limits) -> OpenedVideo:
-    """Opens a video file, or a folder of frames, that lies in a session's folder already; checks it.
-
-    Raises:
-        SampleError: as [`open_upload`].
-    """
+    """Opens a video file, or a folder of frames, that lies in a session's folder already; checks it as a whole."""
     frames = read_video(path)
     height, width = frames.size
     if len(frames) > limits.frames:
@@ -254,18 +234,10 @@ def open_kept(name: str, path: Path, limits: Limits) -> OpenedVideo:
     return OpenedVideo(name, frames, files or [path])
 
 
-def _keep(source: str, target: Path) -> None:
-    """Takes a file into a session's folder, without a copy where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def open_example(name: str, folder: Path, limits: Limits) -> OpenedVideo:
     """Writes one of `EXAMPLES` as a video file into a session's folder, and opens it."""
-    look, seed = EXAMPLES[name]
-    video = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=look, seed=seed)[0]
+    look = name.lower()
+    video = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=look, seed=EXAMPLES[name])[0]
     path = folder / f"{look}.mp4"
     write_video(path, (np.ascontiguousarray(frame) for frame in video.frames), fps=EXAMPLE_FPS)
     return open_kept(look, path, limits)

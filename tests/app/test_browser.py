@@ -8,7 +8,6 @@ import zipfile
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
 from helpers.app import maps_of, track_by_hand, write_small_video
 from samoe_hf.app.uploads import Limits
@@ -63,7 +62,7 @@ def test_click_undo_box_track_correct_and_take_away_as_the_python_api_does(page,
         VideoPrompt(1, 0, first["points"], [1, 0]),
         VideoPrompt(2, 0, box=boxed["box"]),
         (0, False),
-        VideoPrompt(last["object"], 4, last["points"], [1]),
+        VideoPrompt(last["object_id"], 4, last["points"], [1]),
         (4, False),
     ]
     expected = track_by_hand(two_domains, read_video(small_video), steps)
@@ -116,20 +115,6 @@ def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path
 
 
 @pytest.mark.slow
-def test_a_broken_video_is_refused_in_words_and_one_of_one_frame_is_tracked(page, tmp_path):
-    (tmp_path / "broken.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + b"junk" * 1000)
-    page.upload(tmp_path / "broken.mp4")
-    page.page.wait_for_selector(".toast-body")
-    assert "not a readable video" in page.message() and "/" not in page.message()
-    page.take_example()
-    page.page.click("#another")
-    page.upload(write_small_video(tmp_path / "one.mp4", num_frames=1))
-    page.wait_for_text("slider", "0 to 0")
-    page.click(0.3, 0.5)
-    page.track()
-
-
-@pytest.mark.slow
 def test_a_video_of_4k(page, tmp_path):
     ramp = np.linspace(0, 255, 3840, dtype=np.uint8)
     frames = (np.roll(np.tile(ramp[None, :, None], (2160, 1, 3)), 300 * t, axis=1) for t in range(2))
@@ -139,48 +124,6 @@ def test_a_video_of_4k(page, tmp_path):
     page.track(seconds=120)
     masks = masks_of_zip(page.export("Masks, PNG in a zip", tmp_path), tmp_path / "masks")
     assert masks.shape == (2, 2160, 3840)
-
-
-@pytest.mark.slow
-def test_frames_and_a_project_are_opened(open_page, small_video, tmp_path):
-    page = open_page()
-    files = [tmp_path / f"frame{number}.png" for number in range(8)]
-    for file, frame in zip(files, read_video(small_video), strict=True):
-        Image.fromarray(frame).save(file)
-    page.open(*files)
-    page.click(0.3, 0.5)
-    page.track()
-    other = open_page()
-    other.open(page.export("Project, to go on later", tmp_path))
-    assert other.frame_source() == page.frame_source()
-    other.go_to(3)
-    other.track("onward")
-
-
-@pytest.mark.slow
-def test_the_gate_is_overruled_experts_are_seen_and_two_are_compared(page, small_video):
-    page.open(small_video)
-    page.click(0.3, 0.5)
-    page.track()
-    assert "second, chosen by the gate" in page.text("whose")
-    page.go_to(4)
-    page.tab("Look inside")
-    page.choose("domain", "first")
-    page.page.click("#use")
-    page.wait_for_text("look-whose", "first, as you chose")
-    page.tab("Track")
-    page.track()
-    page.go_to(4)
-    page.tab("Look inside")
-    page.page.click("#look")
-    page.page.wait_for_selector("#map img")
-    page.page.wait_for_selector("#usage img")
-    page.choose("first", "domains: the base model")
-    page.choose("second", "domains: second")
-    page.page.click("#compare")
-    page.page.wait_for_selector("#compare-both img")
-    page.wait_for_text("compare-table", "object 1")
-    assert "Left: domains: the base model. Right: domains: second." in page.text("compare-progress")
 
 
 @pytest.mark.slow

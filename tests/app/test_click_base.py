@@ -16,8 +16,8 @@ from samoe_hf.data import SyntheticVideos
 @pytest.mark.parametrize("name", ["Shapes", "Paper"])
 def test_objects_of_examples_are_found_and_tracked(tmp_path, name):
     """By a click inside of each of its objects, and by a box around it: IoU on the first frame, and over all."""
-    loaded, (look, seed) = load_model(click_base(), "cpu", "small model"), EXAMPLES[name]
-    truth = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=look, seed=seed)[0]
+    loaded = load_model(click_base(), "cpu", "small model")
+    truth = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=name.lower(), seed=EXAMPLES[name])[0]
     ids = np.array(truth.object_ids)[:, None, None]
     for by_box in (False, True):
         session = TrackingSession(tmp_path, open_example(name, tmp_path, Limits()), loaded, Limits())

@@ -15,6 +15,7 @@ from samoe_hf.app.exports import export_coco, export_masks, export_overlay
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.uploads import Limits
 from samoe_hf.data.video_io import SampleError, read_label_png
+from samoe_hf.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,8 @@ WRONG = {
     "objects": [[1, 1], [0], [10**9], ["x"], [None, 2], list(range(1, 200))],
     "last_id": [1, None, 10**9],
     "prompts": [{"a": 1}, [3], None],
-    "prompts/0/object": [9, None, "x"],
-    "prompts/0/frame": [8, -1, 1e300, float("inf"), "x"],
+    "prompts/0/object_id": [9, None, "x"],
+    "prompts/0/frame_idx": [8, -1, 1e300, float("inf"), "x"],
     "prompts/0/points": [[one, [3, 3]] for one in ([1], [1e9, 1], ["x", 1], [10**400, 1])],
     "prompts/0/labels": [[1], [7, 1], 3],
     "prompts/1/box": [[5, 5, 1, 1], [float("nan"), 5, 1, 1], [1], 3],
@@ -125,7 +126,7 @@ def test_projects_with_a_wrong_document_are_refused(project, tmp_path, small_mod
         for key in parents:
             part = part[int(key) if key.isdecimal() else key]
         part[last] = value
-        with pytest.raises(SampleError):
+        with pytest.raises(InputError):
             open_again(changed(project, tmp_path / "wrong.zip", document), tmp_path, small_model)
 
 

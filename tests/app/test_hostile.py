@@ -58,9 +58,10 @@ def test_a_visit_that_looks_inside_compares_collects_and_takes_the_project_along
         return answer.text
 
     act("upload", "upload", [file_data(*visitor.upload("clip.mp4", small_video.read_bytes()))])
-    for place in ([100, 100], [300, 200]):
-        act("frame", "select", 0, 1 if place[0] > 100 else None, "Box: two corners", event_data={"index": place, "value": None})
-    assert "Tracked." in act("track", "click", 0) and "experts" in act("use", "click", "domains", "second", 0)
+    for chosen, place in ((None, [100, 100]), (1, [300, 200])):
+        act("frame", "select", 0, chosen, "Box: two corners", event_data={"index": place, "value": None})
+    assert "Tracked." in act("track", "click", 0) and "chosen by the gate" in act("look-tab", "select", None, None)
+    assert "as you chose" in act("use", "click", "domains", "first", 0)
     act("track", "click", 0)
     looked = act("look", "click", 4)
     assert looked.count("jpeg") == 2 and "layer" in looked
