@@ -5,13 +5,12 @@ does not grow with the length of the videos.
 """
 
 import functools
-import json
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser
+from samoe_hf.evaluation.statistics import to_json
 from samoe_hf.model.batch_rows import BatchRow
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules
@@ -309,16 +309,16 @@ class ExpertUsage:
         report = {
             "domains": {name: {"videos": sum(domain == name for domain, _ in videos)} for name in self.domains},
             "dead_share": dead_share,
-            "modules": _to_json(self.statistics(None, dead_share)),
-            "modules_by_domain": {domain: _to_json(self.statistics(domain, dead_share)) for domain in self.domains},
+            "modules": self.statistics(None, dead_share).to_dict("index"),
+            "modules_by_domain": {d: self.statistics(d, dead_share).to_dict("index") for d in self.domains},
             "coactivation": {module: self.totals(module)[()].coactivation.tolist() for module in self.modules},
-            "similarity": {m: _to_json(pd.DataFrame(self.similarity[m]), "values") for m in self.modules},
+            "similarity": {module: self.similarity[module].tolist() for module in self.modules},
         }
         tables = {"usage.csv": self.to_pandas(), "usage_by_object.csv": self.to_pandas("object")}
         with updated_folder(folder) as temporary:
             for name, table in tables.items():
                 table.to_csv(temporary / name, index=False)
-            (temporary / "statistics.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+            (temporary / "statistics.json").write_text(to_json(report) + "\n")
             for name, figure in figures.items():
                 figure.savefig(temporary / name, dpi=120)
         return [Path(folder) / name for name in (*tables, "statistics.json", *figures)]
@@ -329,13 +329,6 @@ PLOTS = ("usage_bars", "usage_heat_maps", "objects", "coactivation", "similarity
 
 def _weight_label(gates: np.ndarray) -> str:
     return f"mean gate weight (even use: {1 / gates.shape[-1]:.2f})"
-
-
-def _to_json(table: pd.DataFrame, orient: Literal["index", "values"] = "index") -> Any:
-    """A table as JSON has it, with None for NaN."""
-    text = table.to_json(orient=orient, double_precision=15)
-    assert text is not None  # it would be written to a file otherwise
-    return json.loads(text)
 
 
 def expert_usage(

@@ -211,6 +211,9 @@ def test_ids_that_skip():
 def test_wrong_arguments_are_refused(prediction, arguments, message):
     with pytest.raises(ValueError, match=message):
         metrics.score_video(prediction, squares(HERE), **arguments)
+    for spacing, tolerance in (((1, 1), 1), ((1, 0, 1), 1), ((1, 1, 1), -1), ((1, 1, math.nan), 1)):
+        with pytest.raises(ValueError, match="three positive spacings"):
+            metrics.surface_dice(squares(HERE), squares(HERE), spacing, tolerance)
 
 
 # --- Sets of videos
@@ -236,12 +239,9 @@ def test_mean_recall_and_decay():
     for name, score in itertools.product(expected, ("J", "F", "J&F")):
         assert row[f"{score}_{name}"] == pytest.approx(expected[name]), (score, name)
     assert row["num_frames"] == 8
-
-
-def test_decay_of_more_frames_than_eight_bits_count():
-    values = np.concatenate([np.ones(302), np.zeros(100)])
-    (row,) = metrics.score_objects({"video": video_scores(values)}, "all")
-    assert row["J_decay"] == pytest.approx(1 - 1 / 101)  # the last bin begins with the frame before the drop
+    # More frames than eight bits count: the last bin begins with the frame before the drop.
+    (row,) = metrics.score_objects({"video": video_scores([1.0] * 302 + [0.0] * 100)}, "all")
+    assert row["J_decay"] == pytest.approx(1 - 1 / 101)
 
 
 PROTOCOL_FRAMES = {"davis": [1, 2, 3, 4], "sav": [2, 3, 4], "youtube_vos": [4, 5], "all": [0, 1, 2, 3, 4, 5]}
@@ -357,12 +357,3 @@ def test_volumes_without_masks():
         assert metrics.score_video(prediction, target, object_ids=[1]).volume_dice == [expected]
     prediction, target = squares(HERE, None, FAR), squares(HERE, HERE, (14, 23))
     assert metrics.score_video(prediction, target).volume_dice == pytest.approx([2 * (36 + 18) / (72 + 108)])
-
-
-@pytest.mark.parametrize(
-    ("spacing", "tolerance"),
-    [((1, 1), 1), ((1, 0, 1), 1), ((1, 1, 1), -1), ((1, 1, math.nan), 1), ((1, 1, 1), math.nan)],
-)
-def test_wrong_spacing_is_refused(spacing, tolerance):
-    with pytest.raises(ValueError, match="three positive spacings"):
-        metrics.surface_dice(squares(HERE), squares(HERE), spacing, tolerance)

@@ -17,15 +17,9 @@ def test_prompts_are_written_as_they_are_read(text):
     assert str(prompt) == text and prompt.is_random == text.startswith("point")
     assert PromptStrategy.parse("point") == PromptStrategy("point", 1)
     assert str(PromptStrategy.parse("clicks:4@1:offline")) == "clicks:4"
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "masks", "clicks", "clicks:0", "clicks:3@0", "clicks:3@", "point:0", "mask:2", "box@3", "clicks:3:online"],
-)
-def test_other_prompts_are_refused(text):
-    with pytest.raises(ValueError, match=r"`prompt` must be mask, box, point.*got"):
-        PromptStrategy.parse(text)
+    for wrong in ("", "masks", "clicks", "clicks:0", "clicks:3@0", "clicks:3@", "mask:2", "box@3", f"{text}:online"):
+        with pytest.raises(ValueError, match=r"`prompt` must be mask, box, point.*got"):
+            PromptStrategy.parse(wrong)
 
 
 def deepest_point(mask):
