@@ -48,36 +48,22 @@ __all__ = [
     "write_palette_png",
     "write_video",
 ]
-# Each name is imported at its first use: name -> module.
+# Each name is imported at its first use: module -> names.
 _MODULES = {
-    "ClipCollator": "clips",
-    "ClipDataset": "clip_datasets",
-    "ClipSampler": "clips",
-    "ClipStream": "clip_datasets",
-    "FEATURES": "schema",
-    "FrameSequence": "video_io",
-    "MixedDataset": "clip_datasets",
-    "SYNTHETIC_DOMAINS": "synthetic",
-    "SampleError": "video_io",
-    "SyntheticVideos": "synthetic",
-    "Video": "schema",
-    "VideoList": "schema",
-    "load_videos": "registry",
-    "read_label_png": "video_io",
-    "read_video": "video_io",
-    "to_datasets": "schema",
-    "training_transforms": "transforms",
-    "video_from_item": "items",
-    "video_from_row": "schema",
-    "videos_from_dataset": "hub_datasets",
-    "videos_from_items": "items",
-    "voc_palette": "video_io",
-    "write_palette_png": "video_io",
-    "write_video": "video_io",
+    "clip_datasets": "ClipDataset ClipStream MixedDataset",
+    "clips": "ClipCollator ClipSampler",
+    "hub_datasets": "videos_from_dataset",
+    "items": "video_from_item videos_from_items",
+    "registry": "load_videos",
+    "schema": "FEATURES Video VideoList to_datasets video_from_row",
+    "synthetic": "SYNTHETIC_DOMAINS SyntheticVideos",
+    "transforms": "training_transforms",
+    "video_io": "FrameSequence SampleError read_label_png read_video voc_palette write_palette_png write_video",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

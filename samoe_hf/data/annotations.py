@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.mask import decode, frPyObjects, merge
+from pycocotools.mask import frPyObjects, merge
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from samoe_hf.errors import InputError
 
 from .video_io import SampleError, read_label_png
-
-# pycocotools' own types leave out bytes, and numbers that are not lists.
-_decode: Callable[[Any], np.ndarray] = decode
-_from_shapes: Callable[[Any, int, int], Any] = frPyObjects
-_merge: Callable[[Any], Any] = merge
 
 
 class Annotations(ABC):
@@ -104,9 +99,9 @@ class IdVolume(LabelMaps):
             raise SampleError(f"labels must be (T, H, W) integers, not {ids.dtype} {ids.shape}")
         if ids.min(initial=0) < 0:
             raise SampleError(f"labels must be 0 (background) or the ids of objects, not {ids.min()}")
-        self.volume = ids.astype(np.min_scalar_type(ids.max(initial=0)), copy=False)
         self.frames, self.size = list(range(len(ids)) if frames is None else frames), ids.shape[1:]
-        self._rows = dict(zip(self.frames, self.volume, strict=True))
+        ids = ids.astype(np.min_scalar_type(ids.max(initial=0)), copy=False)
+        self._rows = dict(zip(self.frames, ids, strict=True))
 
     def ids(self, frame: int) -> np.ndarray:
         return self._rows[frame]
@@ -166,10 +161,8 @@ def check_not_binary(ids: np.ndarray, source: str, owner: str | Path) -> None:
         SampleError: for a mask with soft edges, whose every shade would become an object.
     """
     white = np.iinfo(ids.dtype).max
-    if not (ids == white).any():
-        return
     hint = "`binary: true` (`year: 2016` for the kind davis) reads every label above 0 as object 1"
-    if ((ids == 0) | (ids == white)).all():
+    if ids.any() and ((ids == 0) | (ids == white)).all():
         warnings.warn(
             f"labels in {owner} hold 0 and {white} alone, so {white} is taken for an object's id; if they are masks "
             f"of one object, {hint}",
@@ -183,7 +176,7 @@ def has_soft_edges(ids: np.ndarray) -> bool:
     """Whether (H, W) unsigned integers are a mask with soft edges, white in its largest value, and not objects' ids."""
     white = np.iinfo(ids.dtype).max
     between = (ids > 0) & (ids < white)
-    if not between.any() or not (ids == white).any():
+    if not (between.any() and (ids == white).any()):
         return False
     # Shades of an edge have darker and lighter neighbours; of an object's pixels, few that touch two others have.
     return bool(((minimum_filter(ids, 3) < ids) & (ids < maximum_filter(ids, 3)))[between].mean() > 0.5)
@@ -222,15 +215,15 @@ class MasksOfObjects(Annotations):
         return [i for i in sorted(self.stored[frame]) if self._read(frame, i).any()]
 
     def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
-        shown = {i: self._read(frame, i) for i in object_ids if i in self.stored[frame]}
-        size = self.size
-        if size is None:
-            size = (next(iter(shown.values())) if shown else self._read(frame, next(iter(self.stored[frame])))).shape
-        for object_id, mask in shown.items():
-            if mask.shape != size:
-                raise SampleError(f"{self.source(frame)}: object {object_id} is {mask.shape}, others are {size}")
-        masks = [shown[i] if i in shown else np.zeros(size, dtype=bool) for i in object_ids]
-        return np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
+        own = self.stored[frame]
+        shown = {i: self._read(frame, i) for i in object_ids if i in own}
+        size = self.size or (next(iter(shown.values())) if shown else self._read(frame, next(iter(own)))).shape
+        masks = np.zeros((len(object_ids), *size), dtype=bool)
+        for row, object_id in zip(masks, object_ids, strict=True):
+            if object_id in shown and shown[object_id].shape != size:
+                raise SampleError(f"{self.source(frame)}: object {object_id} differs in size, others are {size}")
+            row[:] = shown.get(object_id, False)
+        return masks
 
     def source(self, frame: int) -> str:
         return f"{self.name}, frame {frame}"
@@ -276,45 +269,39 @@ class RleMasks(MasksOfObjects):
     def _read(self, frame: int, object_id: int) -> np.ndarray:
         assert self.size is not None
         try:
-            # Checked before, since pycocotools reads and writes beyond its memory where runs do not fit.
-            return _decode(check_rle(self.stored[frame][object_id], self.size)).astype(bool)
+            return decode_rle(self.stored[frame][object_id], self.size)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise SampleError(
                 f"{self.source(frame)}: object {object_id} is no COCO run-length encoded mask ({error!r})"
             ) from error
 
 
-def check_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """A COCO run-length encoding whose size and runs were compared with the size (height, width) of the frame.
+def decode_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """The mask (H, W) bool of a COCO run-length encoding; any error where it does not fit the size (height, width).
 
     Args:
-        rle: `{"size": [H, W], "counts": …}`, with counts compressed (a string) or not (a list).
-
-    Raises:
-        ValueError, TypeError, KeyError, OverflowError: it is none, or does not fit.
+        rle: `{"size": [H, W], "counts": …}`, with counts compressed (a string) or not (a list). pycocotools, which
+            reads and writes beyond its memory where runs do not fit, is not trusted with it.
+        size: of the frame.
     """
-    if list(rle["size"]) != list(size):
-        raise InputError(f"its size is {rle['size']}, not {list(size)}")
-    counts = rle["counts"]
-    if isinstance(counts, str):
-        counts = counts.encode("ascii")
+    counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
     runs = decompress_counts(counts) if isinstance(counts, bytes) else np.array(counts)
-    if runs.ndim != 1 or runs.dtype != np.int64 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
-        raise InputError(f"its runs do not add up to {size[0]} x {size[1]} pixels")
-    encoded = {"size": list(size), "counts": counts}
-    return encoded if isinstance(counts, bytes) else _from_shapes(encoded, *size)
+    area = size[0] * size[1]
+    is_whole = runs.ndim == 1 and runs.dtype == np.int64 and ((runs >= 0) & (runs <= area)).all() and runs.sum() == area
+    if list(rle["size"]) != list(size) or not is_whole:
+        raise InputError(f"its size is {rle['size']}, or its runs do not add up to {size[0]} x {size[1]} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
 
 
 def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     """The run-length encoding of a COCO annotation's `segmentation`: that itself, or a list of polygons.
 
+    An error are polygons of too few points, or so far outside the image or so long that pycocotools would take more
+    memory than the image is worth.
+
     Args:
         segmentation: an encoding, or polygons, each a list x, y, x, y, …
         size: (height, width) of the image.
-
-    Raises:
-        ValueError, TypeError: polygons of too few points, or so far outside the image or so long that pycocotools
-            would take more memory than the image is worth.
     """
     if isinstance(segmentation, Mapping):
         return dict(segmentation)
@@ -330,15 +317,12 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, A
             raise InputError(f"a polygon has points far outside the image of {height} x {width} pixels")
         if np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum() > 4 * (height + width) + height * width:
             raise InputError("a polygon's outline is longer than the image has pixels")
-    return _merge(_from_shapes(segmentation, *size))
+    shapes: Any = segmentation  # pycocotools' types leave out such lists
+    return dict(merge(frPyObjects(shapes, *size)))
 
 
 def decompress_counts(counts: bytes) -> np.ndarray:
-    """The runs of compressed counts, integers of 5 bits a character; each but the first three is a difference.
-
-    Raises:
-        ValueError: characters that do not occur in counts, or an integer without an end.
-    """
+    """The runs of compressed counts, integers of 5 bits a character; each but the first three is a difference."""
     codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((codes & 0x20) == 0)
     if codes.size == 0 or codes.min() < 0 or codes.max() > 63 or ends.size == 0 or ends[-1] != codes.size - 1:

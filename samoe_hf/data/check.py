@@ -16,24 +16,15 @@ LARGE_SHARE = 0.95
 
 @dataclass
 class VideoReport:
-    """What was found in a video.
-
-    Attributes:
-        video_id: its id.
-        num_frames, num_annotated: its frames, and those with masks.
-        size: (height, width) in pixels.
-        object_ids: all objects, ascending.
-        warnings: what is likely a mistake.
-        error: why the video cannot be used, if so.
-    """
+    """What was found in a video."""
 
     video_id: str
     num_frames: int = 0
-    num_annotated: int = 0
-    size: tuple[int, int] = (0, 0)
+    num_annotated: int = 0  # frames with masks
+    size: tuple[int, int] = (0, 0)  # height, width
     object_ids: list[int] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    error: str | None = None
+    warnings: list[str] = field(default_factory=list)  # what is likely a mistake
+    error: str | None = None  # why the video cannot be used, if so
 
 
 def check_video(video_id: str, open_video: Callable[[], Video]) -> tuple[VideoReport, Video | None]:

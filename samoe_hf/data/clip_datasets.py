@@ -114,13 +114,13 @@ class ClipDataset(EpochDataset, Dataset):
     ):
         super().__init__(on_error)
         check_types(ClipDataset, {"seed": seed, "clips_per_video": clips_per_video}, "clips")
+        if seed < 0 or clips_per_video < 1:
+            raise InputError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
         opened = as_videos(videos)
         if not isinstance(opened, Sequence):
             raise InputError("a stream has no length, as ClipDataset needs; give it to ClipStream")
         if len(opened) == 0:
             raise InputError("a dataset without videos")
-        if seed < 0 or clips_per_video < 1:
-            raise InputError(f"seed must be at least 0 and clips_per_video 1, not {seed} and {clips_per_video}")
         self.videos, self.seed, self.clips_per_video = opened, seed, clips_per_video
         self.sampler = ClipSampler(processor, **sampling)
 
@@ -144,13 +144,13 @@ class ClipDataset(EpochDataset, Dataset):
 class MixedDataset(EpochDataset, Dataset):
     """Clips of several datasets in given proportions, each clip with its dataset's domain name.
 
-    In every epoch each dataset gives its share of the clips, to within one clip, in random order. It goes through its
-    videos evenly, and a video that comes again gives another clip. All of it depends on (seed, epoch, index) alone.
+    An epoch has as many clips as the datasets have together. Each gives its share of them, to within one clip, in
+    random order. It goes through its videos evenly, and a video that comes again gives another clip. All of it depends
+    on (seed, epoch, index) alone.
 
     Args:
         datasets: domain name -> dataset, whose own seed and settings count.
         weights: domain name -> share, any positive numbers; in proportion to the datasets' lengths by default.
-        length: clips per epoch, the sum of the datasets' lengths by default.
         seed: of the order.
 
     Raises:
@@ -161,29 +161,26 @@ class MixedDataset(EpochDataset, Dataset):
         self,
         datasets: Mapping[str, ClipDataset],
         weights: Mapping[str, float] | None = None,
-        length: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
-        weights = {name: len(dataset) for name, dataset in datasets.items()} if weights is None else weights
+        lengths = {name: len(dataset) for name, dataset in datasets.items()}
+        weights = lengths if weights is None else weights
         if not datasets or set(weights) != set(datasets):
             raise InputError(f"weights for {sorted(weights)}, but datasets {sorted(datasets)}")
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
                 raise InputError(f"weights must be positive numbers, but that of {name!r} is {weight!r}")
-        check_types(MixedDataset, {"length": length, "seed": seed}, "mixtures")
+        self.length = sum(lengths.values())
         self.datasets, self.seed = dict(datasets), seed
-        self.length = sum(len(dataset) for dataset in datasets.values()) if length is None else length
-        if self.length < 1 or seed < 0:
-            raise InputError(f"length must be at least 1 and seed 0, not {self.length} and {seed}")
         self.counts = _apportion(np.array([float(weights[name]) for name in datasets]), self.length)
-        self._plan: tuple[int, np.ndarray] | None = None
+        self._plan = (-1, np.zeros((0, 2), int))
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Clip:
-        if self._plan is None or self._plan[0] != self.epoch:
+        if self._plan[0] != self.epoch:
             self._plan = (self.epoch, self._make_plan(self.epoch))
         which, number = self._plan[1][range(self.length)[index]].tolist()
         name = list(self.datasets)[which]
@@ -203,13 +200,12 @@ class MixedDataset(EpochDataset, Dataset):
     def _make_plan(self, epoch: int) -> np.ndarray:
         """For every index, which dataset and which of its draws: (length, 2) integers."""
         rng = np.random.default_rng([self.seed, epoch])
-        rows = []
+        rows: list[tuple[int, int]] = []
         for which, (dataset, count) in enumerate(zip(self.datasets.values(), self.counts, strict=True)):
             size = len(dataset)
-            rounds = [start + rng.permutation(size) for start in range(0, count, size)]
-            numbers = np.concatenate([np.zeros(0, np.int64), *rounds])[:count]
-            rows.append(np.stack([np.full(count, which), numbers], axis=1))
-        return rng.permutation(np.concatenate(rows))
+            numbers = [start + i for start in range(0, count, size) for i in rng.permutation(size).tolist()]
+            rows += [(which, number) for number in numbers[:count]]
+        return rng.permutation(np.array(rows))
 
 
 def _apportion(weights: np.ndarray, total: int) -> list[int]:
@@ -245,9 +241,6 @@ class ClipStream(EpochDataset, IterableDataset):
         **sampling: Any,
     ):
         super().__init__(on_error)
-        check_types(ClipStream, {"seed": seed}, "clips")
-        if seed < 0:
-            raise InputError(f"seed must be at least 0, not {seed}")
         opened = as_videos(videos)
         self.videos = opened if isinstance(opened, ItemStream) else ItemStream(opened)
         self.seed = seed
@@ -298,10 +291,8 @@ def _first_item(data: Any) -> Collection[str]:
         return data.column_names
     if isinstance(data, Mapping | str | Video):
         return ()  # as_videos says why it is no dataset
-    if hasattr(data, "__getitem__") and not is_iterable_dataset(data):
-        first = data[0] if not hasattr(data, "__len__") or len(data) else {}
-    else:
-        first = next(iter(data), {})
+    is_map = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_iterable_dataset(data)
+    first = next(iter(data), {}) if not is_map else data[0] if len(data) else {}
     if not isinstance(first, Mapping | Video):
         held = "clips with `pixel_values`, Video, or mappings with `frames` and `masks`"
         raise InputError(f"a dataset must hold {held}, not {type(first).__name__}")

@@ -18,7 +18,7 @@ from samoe_hf.errors import InputError
 
 from .annotations import LabelImages
 from .items import ItemStream, ItemVideos, videos_from_items
-from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, stored_size, video_from_row
+from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, video_from_row
 from .video_io import DAMAGE, SampleError, named_errors, natural_key
 
 # What columns are called, the likeliest first.
@@ -75,8 +75,8 @@ def videos_from_dataset(
 
     Args:
         dataset: with `FEATURES`; or with columns of images. A row is a video, with lists of frames and of label images
-            (None for a frame without annotation); or a frame with its label image. Columns of arrays, and rows that a
-            transform or a generator makes, are read as [`video_from_item`] reads items.
+            (None for a frame without annotation); or a frame with its label image. If `frames` and `masks` are other
+            columns, or a transform or a generator makes the rows, they are read as [`video_from_item`] reads items.
         frames_column: the frames, by default "frames", "images", "frame" or "image".
         masks_column: the label images, by default "masks", "labels", "annotations", "segmentations" or one of these in
             the singular.
@@ -89,34 +89,25 @@ def videos_from_dataset(
     Raises:
         ValueError: columns are missing; names those that are there.
     """
+    features: Mapping[str, Any] = dataset.features or {}
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        features = {}  # a transform makes the rows
     options = {"frames_column": frames_column, "masks_column": masks_column,
                "video_column": video_column, "order_column": order_column}  # fmt: skip
     named = {option: column for option, column in options.items() if column is not None}
-    features: Mapping[str, Any] | None = dataset.features
-    if features is None:  # a stream that does not tell them
-        features = dict.fromkeys(next(iter(dataset), {}))
-    elif isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        features = {}  # a transform makes the rows
     for option, column in named.items():
         if column not in features:
             raise InputError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
     if not named and set(FEATURES) <= set(features):
         return _rows_as_videos(dataset, list(FEATURES), ["frames"], partial(_open_own, domain))
-    if not features:
-        return videos_from_items(dataset)
     columns = _find_columns(features, named, domain, binary)
-    kinds = {_image_kind(features[columns.frames]), _image_kind(features[columns.masks])}
-    if kinds == {"image"}:
+    if columns is not None and _image_kind(features[columns.frames]) == "image":
         return _group_frames(dataset, columns)
-    if kinds == {"images"}:
+    if columns is not None:
         return _rows_as_videos(dataset, columns.all(), [columns.frames, columns.masks], columns.open_row)
-    if columns.domain is not None or columns.binary:
-        raise InputError("`domain` and `binary` go with columns of images; rows of arrays have the key `domain`")
-    keys = {columns.frames: "frames", columns.masks: "masks", columns.video: "video_id"}
-    keys = {column: key for column, key in keys.items() if column is not None and column != key}
-    in_the_way = [key for key in keys.values() if key in (dataset.column_names or ())]
-    dataset = dataset.remove_columns(in_the_way).rename_columns(keys)
-    if kinds == {None} and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+    if domain is not None or binary:
+        raise InputError("`domain` and `binary` go with columns of images; other rows have the key `domain`")
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
         dataset = dataset.with_format("numpy")
     return videos_from_items(dataset)
 
@@ -144,13 +135,9 @@ class ImageColumns:
 
     def open(self, video_id: str, images: list[Any], labels: list[Any], row: Mapping[str, Any]) -> Video:
         """The video of encoded frames and label images; `row` may name its domain."""
-        if not images or not labels or len(images) != len(labels):
+        if not images or not labels or len(images) != len(labels) or None in images:
             counts = f"{len(images or ())} frames in {self.frames!r} and {len(labels or ())} masks in {self.masks!r}"
             raise SampleError(f"{video_id}: {counts}; expected one label image for each frame, or None")
-        if any(image is None for image in images):
-            raise SampleError(f"{video_id}: a frame in {self.frames!r} has no image")
-        size = stored_size(images[0], f"{video_id}, frame 0 of {self.frames!r}")
-        frames = EncodedFrames(video_id, images, [f"{i:05d}" for i in range(len(images))], size)
         annotated = {
             i: encoded_source(label, f"{video_id}, frame {i} of {self.masks!r}")
             for i, label in enumerate(labels)
@@ -158,7 +145,7 @@ class ImageColumns:
         }
         found = None if self.domain_column is None else row[self.domain_column]
         annotations = LabelImages(annotated, self.binary, names=(video_id, self.masks))
-        return Video(video_id, frames, annotations, str(self.domain or found or "dataset"))
+        return Video(video_id, EncodedFrames(video_id, images), annotations, str(self.domain or found or "dataset"))
 
 
 def _image_kind(feature: Any) -> str | None:
@@ -171,20 +158,23 @@ def _image_kind(feature: Any) -> str | None:
 
 def _find_columns(
     features: Mapping[str, Any], named: Mapping[str, str], domain: str | None, binary: bool
-) -> ImageColumns:
-    """The columns that are named, else those of a known name."""
+) -> ImageColumns | None:
+    """The columns that are named, else those of a known name; None where the rows are items."""
 
     def find(option: str, known: Sequence[str], fits: Callable[[Any], bool]) -> str | None:
-        return named.get(option) or next((c for c in known if c in features and fits(features[c])), None)
+        names = [named[option]] if option in named else known
+        return next((name for name in names if name in features and fits(features[name])), None)
 
     def is_name(feature: Any) -> bool:
         return isinstance(feature, datasets.Value | datasets.ClassLabel)
 
-    frames = find("frames_column", FRAMES, lambda f: _image_kind(f) is not None) or find("", FRAMES[:1], lambda _: True)
+    frames = find("frames_column", FRAMES, lambda f: _image_kind(f) is not None)
     kind = None if frames is None else _image_kind(features[frames])
-    masks = find("masks_column", MASKS, lambda f: _image_kind(f) == kind) or find("", MASKS[:1], lambda _: True)
+    masks = find("masks_column", MASKS, lambda f: _image_kind(f) == kind)
     video = find("video_column", VIDEO, is_name)
     if frames is None or masks is None or (video is None and kind == "image"):
+        if not features or (not named and {"frames", "masks"} <= set(features)):
+            return None
         raise InputError(
             f"the dataset lacks the columns {sorted(set(FEATURES) - set(features))} of samoe_hf.data.FEATURES, and its "
             f"columns are not known as frames and masks. {_describe(features)}. Expected: frames (a list of images) "
@@ -201,8 +191,8 @@ def _describe(features: Mapping[str, Any]) -> str:
         name = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
         return {"image": "an image", "images": "a list of images"}.get(_image_kind(feature) or "", str(name))
 
-    columns = (name if feature is None else f"{name} ({kind(feature)})" for name, feature in features.items())
-    return f"It has: {', '.join(columns) or 'none, but what a transform makes'}"
+    columns = (f"{name} ({kind(feature)})" for name, feature in features.items())
+    return f"It has: {', '.join(columns) or 'none, but what a transform or a generator makes'}"
 
 
 def _open_own(domain: str | None, row: dict[str, Any], index: int) -> Video:
@@ -213,10 +203,9 @@ def _open_own(domain: str | None, row: dict[str, Any], index: int) -> Video:
 def _rows_as_videos(
     dataset: AnyDataset, columns: list[str], image_columns: list[str], open_row: Callable[[dict[str, Any], int], Video]
 ) -> ItemVideos | ItemStream:
+    dataset = dataset.select_columns(columns)
     if isinstance(dataset, datasets.Dataset):
-        return ItemVideos(EncodedRows(dataset.select_columns(columns)), open_row)
-    if dataset.features is not None:
-        dataset = dataset.select_columns(columns)
+        return ItemVideos(EncodedRows(dataset), open_row)
     for column in image_columns:
         dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))  # pyright: ignore[reportArgumentType]
     return ItemStream(dataset, open_row)
@@ -234,7 +223,7 @@ def _group_frames(dataset: AnyDataset, columns: ImageColumns) -> VideoList:
     groups: dict[str, list[tuple[Any, int]]] = {}
     name_of = getattr(dataset.features[columns.video], "int2str", str)
     for index, row in enumerate(EncodedRows(dataset.select_columns(index_columns)).read(slice(None))):
-        if any(row[column] is None for column in index_columns):
+        if None in row.values():
             raise SampleError(f"row {index} of the dataset has no {' or '.join(map(repr, index_columns))}")
         place = index if columns.order is None else row[columns.order]
         place = natural_key(place) if isinstance(place, str) else place

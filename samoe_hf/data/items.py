@@ -64,16 +64,16 @@ def video_from_item(item: Any, index: int = 0) -> Video:
         )
     masks, annotated, num_frames = _read_masks(item["masks"], f"{owner}: `masks`")
     frames = _read_frames(item["frames"], masks.shape[-2:], f"{owner}: `frames`")
-    size = frames.shape[1:3]
-    if num_frames != len(frames) or masks.shape[-2:] != size:
+    count, height, width = frames.shape[:3]
+    if num_frames != count or masks.shape[-2:] != (height, width):
         raise SampleError(
-            f"{owner}: `masks` {(num_frames, *masks.shape[1:])} do not fit `frames`, which are {len(frames)} of "
-            f"{size[0]} x {size[1]} pixels; expected {(len(frames), *size)} or ({len(frames)}, N, {size[0]}, {size[1]})"
+            f"{owner}: `masks` {(num_frames, *masks.shape[1:])} do not fit `frames`, which are {count} of "
+            f"{height} x {width} pixels; expected {(count, height, width)} or ({count}, N, {height}, {width})"
         )
     annotations = _annotations(masks, annotated, item.get("object_ids"), owner)
-    video_id, domain = item.get("video_id"), item.get("domain")
-    video_id, domain = f"item_{index}" if video_id is None else video_id, "default" if domain is None else domain
-    return Video(str(video_id), ArrayFrames(frames), annotations, str(domain))
+    names = {"video_id": f"item_{index}", "domain": "default"}
+    names |= {key: str(item[key]) for key in names if item.get(key) is not None}
+    return Video(names["video_id"], ArrayFrames(frames), annotations, names["domain"])
 
 
 def videos_from_items(
@@ -92,14 +92,12 @@ def videos_from_items(
     """
     if isinstance(items, ItemVideos | ItemStream):
         return items
-    kind = type(items).__name__
-    if isinstance(items, Mapping | str | Video):
+    kind, is_map = type(items).__name__, hasattr(items, "__getitem__") and not is_iterable_dataset(items)
+    if isinstance(items, Mapping | str | Video) or not (is_map or hasattr(items, "__iter__")):
         raise InputError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
-    if is_iterable_dataset(items) or not hasattr(items, "__getitem__"):
-        return ItemStream(items, open_item)
-    if not hasattr(items, "__len__"):
+    if is_map and not hasattr(items, "__len__"):
         raise InputError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
-    return ItemVideos(items, open_item)
+    return ItemVideos(items, open_item) if is_map else ItemStream(items, open_item)
 
 
 def is_iterable_dataset(items: Any) -> bool:
@@ -125,15 +123,12 @@ class ItemStream(Iterable[Video]):
 
     def __init__(self, items: Any, open_item: Callable[[Any, int], Video] = video_from_item):
         self.items, self.open_item = items, open_item
-        self.is_sequence = hasattr(items, "__getitem__") and hasattr(items, "__len__")
-        if not hasattr(items, "__iter__") and not self.is_sequence:
-            raise InputError(f"a dataset must be a sequence or an iterable of items, not {type(items).__name__}")
 
     def __iter__(self) -> Iterator[Video]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None or is_iterable_dataset(self.items) else (worker.id, worker.num_workers)
         # Unlike generators and islice, these go on after an item that is no video.
-        if self.is_sequence:
+        if isinstance(self.items, Sequence):
             return map(lambda index: self.open_item(self.items[index], index), range(first, len(self.items), step))
         own = filter(lambda pair: pair[0] % step == first, enumerate(self.items))
         return map(lambda pair: self.open_item(pair[1], pair[0]), own)
@@ -147,43 +142,30 @@ class ItemStream(Iterable[Video]):
 def _read_frames(value: Any, size: tuple[int, ...], owner: str) -> np.ndarray:
     """Frames as (T, H, W, 3) or (T, H, W) uint8; `size` (height, width) of the masks tells channels from columns."""
     array = _to_array(value, owner, rgb=True)
-    if array.ndim not in (3, 4) or 0 in array.shape:
-        raise SampleError(f"{owner} must be (T, C, H, W), (T, H, W, C) or (T, H, W), not {array.shape}")
-    if array.ndim == 4:
-        first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
-        if not (first or last):
-            raise SampleError(f"{owner} must have 3 channels, or 1, not the shape {array.shape}")
-        if first and last:
-            first, last = array.shape[2:] == size, array.shape[1:3] == size
-            if first == last:
-                raise SampleError(
-                    f"{owner} {array.shape} may be (T, C, H, W) or (T, H, W, C); masks {size} do not tell"
-                )
-        array = np.moveaxis(array, 1, 3) if first else array
-        array = array[..., 0] if array.shape[3] == 1 else array
-    if array.dtype.kind == "f":
-        low, high = array.min(), array.max()
-        if not (low >= 0 and high <= 1):
-            raise SampleError(
-                f"{owner} are floats from {low:.4g} to {high:.4g}, expected 0 to 1 (or integers from 0 to 255): give "
-                "frames before normalization, which the processor does"
-            )
-        array = np.rint(np.multiply(array, 255, dtype=np.float32))
-    elif array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+    shape, is_float = array.shape, array.dtype.kind == "f"
+    first, last = (array.ndim == 4 and shape[axis] in (1, 3) for axis in (1, -1))
+    if 0 in shape or not (array.ndim == 3 or first or last):
+        raise SampleError(f"{owner} must be (T, C, H, W), (T, H, W, C) or (T, H, W), C of 3 or 1, not {shape}")
+    if first and last:
+        first, last = shape[2:] == size, shape[1:3] == size
+        if first == last:
+            raise SampleError(f"{owner} {shape} may be (T, C, H, W) or (T, H, W, C); masks {size} do not tell")
+    if array.dtype.kind not in "iuf" or not (array.min() >= 0 and array.max() <= (1 if is_float else 255)):
         raise SampleError(
             f"{owner} are {array.dtype} from {array.min()} to {array.max()}, expected integers from 0 to 255 or floats "
-            "from 0 to 1"
+            "from 0 to 1: give frames before normalization, which the processor does"
         )
+    array = np.rint(np.multiply(array, 255, dtype=np.float32)) if is_float else array
+    array = np.moveaxis(array, 1, 3) if first else array
+    array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
     return np.ascontiguousarray(array, dtype=np.uint8)
 
 
 def _read_masks(value: Any, owner: str) -> tuple[np.ndarray, list[int], int]:
     """Masks of the annotated frames, bool or integers from 0 on; the indices of these; and the number of all frames."""
     array = _to_array(value, owner)
-    annotated = [i for i, p in enumerate(value) if p is not None] if isinstance(value, list | tuple) else None
-    if annotated == []:
-        raise SampleError(f"{owner} has no frame with masks")
-    if array.ndim not in (3, 4):
+    annotated = [i for i, part in enumerate(value) if part is not None] if array.ndim in (3, 4) else []
+    if not annotated:
         raise SampleError(f"{owner} must be (T, H, W) ids or (T, N, H, W) masks, not {array.shape}")
     if array.dtype.kind == "f":
         wrong = ~((np.rint(array) == array) & (np.abs(array) < 2**31))
@@ -194,7 +176,7 @@ def _read_masks(value: Any, owner: str) -> tuple[np.ndarray, list[int], int]:
         array = array.astype(np.int64)
     if array.dtype != bool and array.min(initial=0) < 0:
         raise SampleError(f"{owner} must be 0 for background and above 0 for objects, not {array.min()}")
-    return (array, list(range(len(array))), len(array)) if annotated is None else (array, annotated, len(value))
+    return array, annotated, len(value)
 
 
 def _annotations(masks: np.ndarray, frames: list[int], object_ids: Any, owner: str) -> Annotations:
@@ -239,9 +221,7 @@ def _to_array(value: Any, owner: str, rgb: bool = False) -> np.ndarray:
 
 def _numbers(value: Any, owner: str, rgb: bool) -> np.ndarray:
     if isinstance(value, Image.Image):
-        if rgb and value.mode.startswith(("I", "F")):
-            raise SampleError(f"{owner}: {value.mode} image; frames must have 8 bits per channel")
-        value = value.convert("RGB") if rgb else value
+        value = value.convert("RGB") if rgb and value.mode[0] not in "IF" else value  # those have more than 8 bits
     elif isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()

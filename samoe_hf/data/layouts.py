@@ -63,15 +63,9 @@ class Layout:
         """
         for pattern in self.patterns:
             option, values = _option_values(root, pattern)
-            if not values:
-                continue
-            if self.check is not None and not self.check(root / values[0] if option == "split" else root):
-                continue
-            if option is None:
-                return {}, pattern
-            is_open = ":" not in pattern
-            value = choose_split(values, split) if is_open else values[0]
-            return {option: value}, _fill(pattern, value)
+            if values and (self.check is None or self.check(root / values[0] if option == "split" else root)):
+                value = values[0] if option is None or ":" in pattern else choose_split(values, split)
+                return ({} if option is None else {option: value}), _fill(pattern, value)
         return None
 
 
@@ -81,9 +75,9 @@ def choose_split(names: list[str], split: str | None) -> str:
     Raises:
         ValueError: there is no such split, or none is wanted of several.
     """
+    if split is not None and split not in names:
+        raise InputError(f"no split {split!r}; there are: {', '.join(names) or 'none'}")
     if split is not None:
-        if split not in names:
-            raise InputError(f"no split {split!r}; there are: {', '.join(names)}")
         return split
     training = [name for name in names if name.lower().startswith("tr")]
     if len(names) > 1 and not training:
@@ -149,17 +143,11 @@ LAYOUTS = {
             ("JPEGImages_24fps/ Annotations_6fps/", "{split:sav_val|sav_test}/JPEGImages_24fps/"),
             protocol="sav", masks="sa_v",
         ),
-        Layout(
-            "mose", "readers.read_vos", _VOS, partial(_is_named, "mose"),
-            protocol="davis", masks="youtube_vos", domain="mose",
+        *(
+            Layout(name, "readers.read_vos", _VOS, partial(_is_named, name), "davis", "youtube_vos", domain=name)
+            for name in ("mose", "lvos")
         ),
-        Layout(
-            "lvos", "readers.read_vos", _VOS, partial(_is_named, "lvos"),
-            protocol="davis", masks="youtube_vos", domain="lvos",
-        ),
-        Layout(
-            "youtube_vos", "readers.read_vos", _VOS, _is_youtube_vos, masks="youtube_vos", domain="youtube_vos",
-        ),
+        Layout("youtube_vos", "readers.read_vos", _VOS, _is_youtube_vos, masks="youtube_vos", domain="youtube_vos"),
         Layout("frames", "readers.read_vos", masks="youtube_vos", domain="frames"),
         Layout("nifti", "volumes.read_nifti", ("labels{split} images{split}/ labels{split}/*.nii*",)),
         Layout("npz", "volumes.read_npz", ("*.npz", "{split}/*.npz"), _has_volumes),
@@ -189,12 +177,7 @@ def layout_of(kind: str) -> Layout:
 def recognize(root: Path, split: str | None = None) -> tuple[Layout, dict[str, Any], str]:
     """The layout of a folder, or of a list of pairs, its reader's options, and what it was recognized by.
 
-    Args:
-        root: the folder, or the CSV or JSON file.
-        split: the split that is wanted, if any; otherwise of several the training split.
-
-    Raises:
-        ValueError: there is no such split, or none is wanted of several.
+    Arguments and errors are those of [`Layout.detect`].
     """
     for layout in LAYOUTS.values():
         found = layout.detect(root, split) if root.is_dir() else None

@@ -57,13 +57,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if hint in (bool, str, Path, type(None)):
         return isinstance(value, hint)
-    if origin is not None and issubclass(origin, Collection) and not issubclass(origin, Mapping):
-        if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
-            return False
-        if origin is tuple and Ellipsis not in arguments:
-            return len(value) == len(arguments) and all(map(_fits, value, arguments))
-        return all(_fits(item, arguments[0]) for item in value)
-    return True
+    if origin is None or not issubclass(origin, Collection) or issubclass(origin, Mapping):
+        return True
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
+        return False
+    kinds = arguments if origin is tuple and Ellipsis not in arguments else arguments[:1] * len(value)
+    return len(value) == len(kinds) and all(map(_fits, value, kinds))
 
 
 def _describe(hint: Any) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from samoe_hf.errors import InputError
@@ -98,20 +99,18 @@ def read_files(
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if (frames is None) != (masks is None):
-        given, missing = ("frames", "masks") if masks is None else ("masks", "frames")
-        raise InputError(f"`{given}` goes with `{missing}`; give both")
+        raise InputError("`frames` goes with `masks`; give both")
     if frames is not None and masks is not None:
         found = find_by_patterns(root, frames, masks)
     else:
         found = guess(root)
         count = f"{len(found.sources)} video{'s'[: len(found.sources) != 1]}"
         logger.warning("%s: %s, frames in %s, masks in %s", root, count, found.frames, found.masks)
-    found = _of_split(found, split, root)
     for what, keys in (("masks", found.without_masks), ("frames", found.without_frames)):
         if keys:
             names = ", ".join(key or root.name for key in keys[:MAX_NAMED])
             logger.warning("%s: left out for want of %s: %s", root, what, names)
-    entries = {key or root.stem: source for key, source in found.sources.items()}
+    entries = {key or root.stem: source for key, source in _of_split(found.sources, split, root).items()}
     return VideoList(entries, partial(_open_source, domain or root.resolve().stem, binary))
 
 
@@ -143,8 +142,8 @@ class Folder:
     """A folder's images and videos; its path is relative to the root, in parts."""
 
     parts: tuple[str, ...]
-    images: list[Path] = field(default_factory=list)
-    videos: list[Path] = field(default_factory=list)
+    images: list[Path]
+    videos: list[Path]
 
 
 def read_folders(root: Path) -> list[Folder]:
@@ -157,15 +156,12 @@ def read_folders(root: Path) -> list[Folder]:
         if real in seen:
             continue
         seen.add(real)
-        folder = Folder(Path(path).relative_to(root).parts)
-        for name in sorted((name for name in files if not name.startswith(".")), key=natural_key):
-            suffix = Path(name).suffix.lower()
-            if suffix in IMAGE_SUFFIXES:
-                folder.images.append(Path(path, name))
-            elif suffix in VIDEO_SUFFIXES:
-                folder.videos.append(Path(path, name))
-        if folder.images or folder.videos:
-            folders.append(folder)
+        paths = [Path(path, name) for name in sorted(files, key=natural_key) if not name.startswith(".")]
+        images, videos = (
+            [path for path in paths if path.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
+        )
+        if images or videos:
+            folders.append(Folder(Path(path).relative_to(root).parts, images, videos))
     return folders
 
 
@@ -232,16 +228,13 @@ def _join(
         mask_files[names["video"]].append(MaskFile(path, names.get("object"), names.get("frame")))
     sources = {}
     for key in sorted(paths.keys() & mask_files.keys(), key=natural_key):
-        is_video = paths[key][0].suffix.lower() in VIDEO_SUFFIXES
-        if is_video and len(paths[key]) > 1:
-            raise InputError(
-                f"`frames`: {paths[key][0]} and {paths[key][1]} are both named by {frames!r}, as one video"
-            )
-        sources[key] = Source(paths[key][0] if is_video else paths[key], mask_files[key])
-    without_masks, without_frames = (
-        [k for k in a if k not in b] for a, b in ((paths, mask_files), (mask_files, paths))
-    )
-    return Found(sources, frames, masks, without_masks, without_frames)
+        first, *others = paths[key]
+        is_video = first.suffix.lower() in VIDEO_SUFFIXES
+        if is_video and others:
+            raise InputError(f"`frames`: {first} and {others[0]} are both named by {frames!r}, as one video")
+        sources[key] = Source(first if is_video else paths[key], mask_files[key])
+    left_out = ([key for key in a if key not in b] for a, b in ((paths, mask_files), (mask_files, paths)))
+    return Found(sources, frames, masks, *left_out)
 
 
 # --- Guesses
@@ -303,20 +296,21 @@ def _try(root: Path, images: list[Path], videos: list[Path], frames: str, masks:
     keys = {names["video"] for names in of_frames.values()} & {names["video"] for names in of_masks.values()}
     if not keys or ("<masks>" not in masks and not is_label_image(next(iter(of_masks)))):
         return None
-    shown = [_show(pattern, list(m.values())) for pattern, m in ((frames, of_frames), (masks, of_masks))]
+    shown = {"frames": _show(frames, list(of_frames.values())), "masks": _show(masks, list(of_masks.values()))}
     for role, matched in (("frames", of_frames), ("masks", of_masks)):
-        places: dict[tuple[str, ...], Path] = {}
+        places: dict[str, Path] = {}
         for path, names in matched.items():
-            place = path if "<movie>" in frames and role == "frames" else path.parents["object" in names]
-            before = places.setdefault((names["video"],), place)
-            if before != place and names["video"] in keys:
+            video, is_video = names["video"], path.suffix.lower() in VIDEO_SUFFIXES
+            place = path if is_video else path.parents["object" in names]
+            before = places.setdefault(video, place)
+            if before != place and video in keys:
                 one, other = (p.relative_to(root).as_posix() for p in (before, place))
-                shown[role == "masks"] = one.replace(names["video"], "<video>") + "/*" * (not path.samefile(place))
+                shown[role] = one.replace(video, "<video>") + "/*" * (not is_video)
                 raise InputError(
-                    f"{root}: both {one} and {other} could be the {role} of video {names['video'] or root.name}. Name "
-                    f"them: {{kind: files, root: {root}, frames: {shown[0]}, masks: {shown[1]}}}"
+                    f"{root}: both {one} and {other} could be the {role} of video {video or root.name}. Name them: "
+                    f"{{kind: files, root: {root}, frames: {shown['frames']}, masks: {shown['masks']}}}"
                 )
-    return _join(of_frames, of_masks, shown[0], shown[1])
+    return _join(of_frames, of_masks, shown["frames"], shown["masks"])
 
 
 def _show(pattern: str, matched: list[dict[str, str]]) -> str:
@@ -354,38 +348,27 @@ def is_label_image(path: Path) -> bool:
         return image.format != "JPEG" and (image.mode in ("1", "L", "P") or image.mode.startswith("I"))
 
 
-def _of_split(found: Found, split: str | None, root: Path) -> Found:
-    """The videos of one split, if the first part of each video's name is one; their ids leave it out."""
-    firsts = sorted({key.partition("/")[0] for key in found.sources})
-    if not all(name.lower() in SPLITS for name in firsts) and split is None:
-        return found
-    if split is not None and split not in firsts:
-        known = [name for name in firsts if name.lower() in SPLITS]
-        raise InputError(f"{root}: no split {split!r}; there are: {', '.join(known) or 'none'}")
-    chosen = choose_split(firsts, split)
+def _of_split(sources: dict[str, Source], split: str | None, root: Path) -> dict[str, Source]:
+    """The videos of one split, if the first part of each video's name is one; their names leave it out."""
+    firsts = sorted({key.partition("/")[0] for key in sources})
+    splits = [name for name in firsts if name.lower() in SPLITS]
+    if splits != firsts and split is None:
+        return sources
+    try:
+        chosen = choose_split(firsts if split in firsts else splits, split)
+    except InputError as error:
+        raise InputError(f"{root}: {error}") from error
     if len(firsts) > 1 and split is None:
         logger.warning("%s: the split %s is taken; others are %s", root, chosen, [n for n in firsts if n != chosen])
-
-    def own(key: str) -> str | None:
-        first, _, rest = key.partition("/")
-        return rest if first == chosen else None
-
-    sources = {rest: source for key, source in found.sources.items() if (rest := own(key)) is not None}
-    left_out = ([r for k in keys if (r := own(k)) is not None] for keys in (found.without_masks, found.without_frames))
-    return Found(sources, found.frames, found.masks, *left_out)
+    return {key.partition("/")[2]: source for key, source in sources.items() if key.partition("/")[0] == chosen}
 
 
 def describe_contents(root: Path) -> str:
-    """What a folder holds, in a few words, for messages."""
-    count: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for path, folders, files in os.walk(root, followlinks=False):
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_key)
-        for name in sorted(files, key=natural_key):
-            suffix = Path(name).suffix.lower() or "no suffix"
-            count[suffix] += 1
-            examples.setdefault(suffix, Path(path, name).relative_to(root).as_posix())
-        if count.total() > 100_000:
-            break
-    shown = [f"{number} {suffix} (such as {examples[suffix]})" for suffix, number in count.most_common(MAX_NAMED)]
+    """What a folder holds, in a few words, for messages; of a large one, its first 100,000 files."""
+    files = [path for path in islice(root.rglob("*"), 100_000) if path.is_file()]
+    by_suffix: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        by_suffix[path.suffix.lower() or "no suffix"].append(path.relative_to(root).as_posix())
+    most = sorted(by_suffix.items(), key=lambda item: -len(item[1]))[:MAX_NAMED]
+    shown = [f"{len(names)} {suffix} (such as {min(names, key=natural_key)})" for suffix, names in most]
     return ", ".join(shown) or "no files"

@@ -100,30 +100,29 @@ def object_ids(names: Sequence[str]) -> dict[str, int]:
 def _frames_and_objects(frames: FrameSequence, masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
     """Frame index, and name of the object (None where a frame has one image), of each mask."""
     paths, stems = [mask.path for mask in masks], [mask.path.stem for mask in masks]
-    objects = [mask.object_name for mask in masks]
-    if any(mask.frame_name is not None for mask in masks):
-        names = [mask.path.stem if mask.frame_name is None else mask.frame_name for mask in masks]
-        if set(names) <= set(frames.names):
-            return [(frames.names.index(name), whose) for name, whose in zip(names, objects, strict=True)]
-        matches = match_names(frames, names, paths, names)
-        return [(match.frame, whose) for match, whose in zip(matches, objects, strict=True)]
-    folders = [name for name in objects if name is not None]
-    if not folders:
+    folders = [mask.object_name or "" for mask in masks]
+    if masks[0].frame_name is not None:
+        names, index = [mask.frame_name or "" for mask in masks], {name: i for i, name in enumerate(frames.names)}
+        told = [index[name] for name in names if name in index]
+        if len(told) < len(names):
+            told = [match.frame for match in match_names(frames, names, paths, names)]
+        return [(frame, mask.object_name) for frame, mask in zip(told, masks, strict=True)]
+    if not any(folders):
         matches = match_names(frames, stems, paths)
         is_told = _tells_objects(matches)
         return [(match.frame, match.rest if is_told else None) for match in matches]
     # Folders of objects with an image for each frame, or of frames with one for each object.
-    ways: list[tuple[list[Match], list[str]]] = []
+    ways: list[list[tuple[int, str | None]]] = []
     errors = []
     for names, whose in ((stems, folders), (folders, stems)):
         try:
-            ways.append((match_names(frames, names, paths, whose), whose))
+            matches = match_names(frames, names, paths, whose)
+            ways.append([(match.frame, name) for match, name in zip(matches, whose, strict=True)])
         except SampleError as error:
             errors.append(error)
     if not ways:
         raise errors[0]
-    matches, names = max(ways, key=lambda way: len({match.frame for match in way[0]}))
-    return [(match.frame, name) for match, name in zip(matches, names, strict=True)]
+    return max(ways, key=lambda way: len({frame for frame, _ in way}))
 
 
 def _tells_objects(matches: Sequence[Match]) -> bool:
@@ -150,7 +149,7 @@ def match_names(
     """
     index = {name: i for i, name in enumerate(frames.names)}
     if len(index) < len(frames.names):
-        twice = next(name for name, count in Counter(frames.names).items() if count > 1)
+        twice, _ = Counter(frames.names).most_common(1)[0]
         raise SampleError(f"{paths[0].parent}: the video has several frames of one name, {twice}")
     length = len(frames) if isinstance(frames, ContainerFrames) else None
     if length is None and all(name in index for name in names):
@@ -165,22 +164,16 @@ def match_names(
         match = _containing(index, name) or (Match(numbers[last], "") if last in numbers else None)
         if match is None:
             wanted = f"named {name} or numbered {last}" if last >= 0 and numbers else f"of this name ({name})"
-            known = f"frames are {frames.names[0]} to {frames.names[-1]}"
-            known = known if len(index) > 1 else f"only frame is {frames.names[0]}"
-            raise SampleError(f"{path}: no frame {wanted}; the {known}")
+            raise SampleError(f"{path}: no frame {wanted}; the frames are {frames.names[0]} to {frames.names[-1]}")
         matches.append(match)
     return matches
 
 
-def _numbers(name: str) -> list[re.Match[str]]:
-    return list(re.finditer(r"\d+", name))
-
-
 def _frame_numbers(names: Sequence[str]) -> dict[int, int]:
     """Number -> frame index, by the last of the numbers in the names that tells all of them apart; {} if none does."""
-    found = [_numbers(name) for name in names]
+    found = [re.findall(r"\d+", name) for name in names]
     for position in range(1, min(map(len, found)) + 1):
-        values = {int(numbers[-position].group()): i for i, numbers in enumerate(found)}
+        values = {int(numbers[-position]): i for i, numbers in enumerate(found)}
         if len(values) == len(names):
             return values
     return {}
@@ -194,7 +187,7 @@ def _match_numbers(
     Of several, the one is taken beside which the names are equal, or else the one that is no object's by a word before
     it, that tells the most frames, and that has the most digits.
     """
-    found = [_numbers(name) for name in names]
+    found = [list(re.finditer(r"\d+", name)) for name in names]
     best: tuple[tuple[bool, bool, int, int], list[int], list[Match]] | None = None
     count = min(map(len, found))
     for position in [*range(-1, -count - 1, -1), *range(count)]:

@@ -42,11 +42,7 @@ class MaskFiles:
         return self.layout == "sa_v"
 
     def paths(self, video: Video, frame: int, object_ids: Sequence[int]) -> list[Path]:
-        """The frame's file; in the layout of SA-V one for each object.
-
-        Raises:
-            SampleError: a video or a frame, as a dataset names it, whose file would lie outside the folder.
-        """
+        """The frame's file, which `SampleError` keeps inside the folder; in the layout of SA-V one for each object."""
         folder, name = self.video_folder(video), f"{video.frames.names[frame]}.png"
         check_inside(f"{video.video_id}/{name}", "the video's and the frame's names")
         if self.layout == "sa_v":
@@ -54,11 +50,7 @@ class MaskFiles:
         return [folder / name]
 
     def video_folder(self, video: Video) -> Path:
-        """The folder of a video's files.
-
-        Raises:
-            SampleError: a video whose folder would lie outside of this one.
-        """
+        """The folder of a video's files; `SampleError` where its name leads outside of this one."""
         check_inside(video.video_id, "the video's name")
         return Path(self.folder) / ("Annotations" if self.layout == "youtube_vos" else "") / video.video_id
 
@@ -77,11 +69,11 @@ class MaskFiles:
             return
         if max(ids, default=0) > np.iinfo(np.uint16).max:
             raise InputError(f"{video.video_id}: object {max(ids)}; the layout {self.layout!r} holds ids up to 65535")
-        id_map = np.zeros(masks.shape[1:], dtype=np.uint8 if max(ids, default=0) < 256 else np.uint16)
+        id_map = np.zeros(masks.shape[1:], dtype=np.uint16)
         for object_id, mask in zip(ids, masks, strict=True):
             id_map[mask] = object_id
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        if id_map.dtype == np.uint8:
+        if max(ids, default=0) < 256:
             write_palette_png(paths[0], id_map)
         else:
             Image.fromarray(id_map).save(paths[0])

@@ -109,10 +109,10 @@ def _open_per_object(domain: str, video_id: str, folders: tuple[Path, Path]) -> 
     frames = ImageFrames(image_paths(folders[0]))
     paths = {}
     for name in _folder_names(folders[1]):
-        if not name.isdecimal():
-            raise SampleError(f"{folders[1] / name}: an object's folder must be named by its number")
-        if int(name) + 1 in paths:
-            raise SampleError(f"{folders[1] / name}: another folder has the same number")
+        if not name.isdecimal() or int(name) + 1 in paths:
+            raise SampleError(
+                f"{folders[1] / name}: an object's folder must be named by its number, which no other has"
+            )
         paths[int(name) + 1] = _match_to_frames(frames, image_paths(folders[1] / name))
     return Video(video_id, frames, ObjectImages(paths), domain)
 
@@ -172,27 +172,17 @@ def read_ocid(
             objects, and so does the default.
     """
     root = _check_folder(root)
-    found = {
-        p.parent.relative_to(root).as_posix(): p.parent for p in root.rglob("rgb") if (p.parent / "label").is_dir()
-    }
-    if not found:
+    folders = [path.parent for path in root.rglob("rgb") if (path.parent / "label").is_dir()]
+    if not folders:
         raise FileNotFoundError(f"{root}: no sequences with the folders rgb and label")
-    names = sorted(found, key=natural_key)
-    return VideoList(
-        {name: found[name] for name in _ocid_split(names, split)}, partial(_open_ocid, domain, frozenset(ignore_ids))
-    )
-
-
-def _ocid_split(names: list[str], split: str | None) -> list[str]:
-    if split is None:
-        return names
-    rest = [name for name in names if Path(name).name != "seq13"]
-    random.Random(42).shuffle(rest)
-    border = int(0.8 * len(rest))
-    splits = {"train": rest[:border], "val": rest[border:], "test": [n for n in names if Path(n).name == "seq13"]}
-    if split not in splits:
-        raise InputError(f"OCID has the splits {', '.join(splits)}, not {split!r}")
-    return splits[split]
+    names = sorted((folder.relative_to(root).as_posix() for folder in folders), key=natural_key)
+    if split is not None:
+        rest = [name for name in names if Path(name).name != "seq13"]
+        random.Random(42).shuffle(rest)
+        border = int(0.8 * len(rest))
+        splits = {"train": rest[:border], "val": rest[border:], "test": [n for n in names if Path(n).name == "seq13"]}
+        names = splits[split]
+    return VideoList({name: root / name for name in names}, partial(_open_ocid, domain, frozenset(ignore_ids)))
 
 
 def _open_ocid(domain: str, ignore_ids: frozenset[int], video_id: str, folder: Path) -> Video:
@@ -233,12 +223,12 @@ def read_coco(
             if not annotation.get("iscrowd"):
                 of_image[annotation["image_id"]].append(annotation)
         for image in sorted(data["images"], key=itemgetter("id")):
+            name = image["file_name"]
             if image["id"] in of_image:
-                entry = image, of_image[image["id"]]
-                if entries.setdefault(image["file_name"], entry) is not entry:
-                    raise SampleError(f"two images have the file name {image['file_name']!r}")
-    for name in entries:
-        check_inside(name, path)
+                check_inside(name, path)
+                if name in entries:
+                    raise SampleError(f"two images have the file name {name!r}")
+                entries[name] = image, of_image[image["id"]]
     return VideoList(entries, partial(_open_coco, domain, folder))
 
 
@@ -258,11 +248,12 @@ def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, P
     index = {name: i for i, name in enumerate(frames.names)}
     if len(index) < len(frames):
         raise SampleError(f"{frames.paths[0].parent}: several frames of one name")
-    paths = {path: index.get(path.stem) for path in labels}
-    stray = [path for path, i in paths.items() if i is None]
-    if stray:
-        raise SampleError(f"{stray[0]}: no frame of this name in {frames.paths[0].parent}")
-    return {i: path for path, i in paths.items() if i is not None}
+    paths = {}
+    for path in labels:
+        if path.stem not in index:
+            raise SampleError(f"{path}: no frame of this name in {frames.paths[0].parent}")
+        paths[index[path.stem]] = path
+    return paths
 
 
 def _check_folder(folder: str | Path) -> Path:
@@ -287,7 +278,7 @@ def _read_list(path: Path) -> list[str]:
         raise FileNotFoundError(f"{path}: no list for this split; there are: {known}")
     with named_errors(path, "not a list of names"):
         lines = [Path(line.split()[0]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    names = [line.parent.name if line.suffix else line.name for line in lines]
-    if not names:
-        raise SampleError(f"{path}: this list of videos is empty")
+        names = [line.parent.name if line.suffix else line.name for line in lines]
+        if not names:
+            raise SampleError("this list of videos is empty")
     return list(dict.fromkeys(names))

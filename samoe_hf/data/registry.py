@@ -69,10 +69,6 @@ def name_kind(
         kind: one of `LAYOUTS`, or a folder or list of pairs in place of `root`, or None.
         root: as [`load_videos`] takes it; needed where the kind is None.
         split: the wanted split, if any.
-
-    Raises:
-        ValueError: neither a kind nor a folder.
-        FileNotFoundError: there is no such root.
     """
     if isinstance(kind, str) and kind in LAYOUTS:
         return kind, root, {}
@@ -83,8 +79,7 @@ def name_kind(
     if kind is None and not path.exists():
         raise FileNotFoundError(f"{path}: no such folder")
     if kind is not None and (root is not None or not path.exists()):
-        name = repr(str(kind) if isinstance(kind, Path) else kind)
-        raise InputError(f"unknown kind of dataset {name}, and no folder{did_you_mean(kind, LAYOUTS)}")
+        raise InputError(f"unknown kind of dataset {str(kind)!r}, and no folder{did_you_mean(kind, LAYOUTS)}")
     try:
         layout, options, reason = recognize(path, split)
     except ValueError as error:
@@ -105,13 +100,11 @@ def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Vi
         ValueError: neither a mapping nor a folder, no kind, a stream, or what `load_videos` raises.
         FileNotFoundError: a root is not there.
     """
-    if isinstance(entry, (str, Path)):
-        if not Path(entry).exists():
-            hint = f"; did you mean {{kind: {entry}}}?" if entry in LAYOUTS else ""
-            raise InputError(f"{owner} must be a folder or the arguments of `load_videos`, not {str(entry)!r}{hint}")
+    if isinstance(entry, (str, Path)) and Path(entry).exists():
         entry = {"root": entry}
     if not isinstance(entry, Mapping):
-        raise InputError(f"{owner} must be a folder or the arguments of `load_videos`, not {entry!r}")
+        hint = f"; did you mean {{kind: {entry}}}?" if isinstance(entry, str) and entry in LAYOUTS else ""
+        raise InputError(f"{owner} must be a folder or the arguments of `load_videos`, not {entry!r}{hint}")
     if not {"kind", "root"} & set(entry):
         raise InputError(f"{owner} names no `kind` or `root`, but {', '.join(map(repr, entry))}")
     try:

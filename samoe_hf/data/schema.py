@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from itertools import accumulate
 from typing import Any, overload
@@ -101,17 +100,12 @@ class Video:
 
     @property
     def annotated_frames(self) -> list[int]:
-        """Indices of the annotated frames, ascending."""
+        """Indices of the frames whose masks are known, ascending. On one, an object with an empty mask is absent."""
         return self.annotations.frames
-
-    def is_annotated(self, frame: int) -> bool:
-        """Whether the frame's masks are known. On an annotated frame, an object with an empty mask is absent."""
-        return frame in self.annotations.frames
 
     def visible(self, frame: int) -> list[int]:
         """Ids of the objects with pixels on an annotated frame, ascending."""
-        self._check_annotated(frame)
-        return self.annotations.visible(frame)
+        return self._annotated(frame).visible(frame)
 
     def masks(self, frame: int, object_ids: Sequence[int] | None = None) -> np.ndarray:
         """The objects' masks on an annotated frame.
@@ -126,8 +120,7 @@ class Video:
         Raises:
             SampleError: the frame is not annotated, or its masks differ in size from the frames; names the file.
         """
-        self._check_annotated(frame)
-        masks = self.annotations.masks(frame, self.object_ids if object_ids is None else object_ids)
+        masks = self._annotated(frame).masks(frame, self.object_ids if object_ids is None else object_ids)
         if masks.shape[1:] != tuple(self.size):
             source = self.annotations.source(frame)
             raise SampleError(f"{self.video_id}: masks of size {masks.shape[1:]} for frames of {self.size} ({source})")
@@ -138,9 +131,10 @@ class Video:
         ids = np.array(self.object_ids, dtype=np.int64)
         return (self.masks(frame) * ids[:, None, None]).max(axis=0, initial=0)
 
-    def _check_annotated(self, frame: int) -> None:
-        if not self.is_annotated(frame):
+    def _annotated(self, frame: int) -> Annotations:
+        if frame not in self.annotations.frames:
             raise SampleError(f"{self.video_id}: frame {frame} is not annotated")
+        return self.annotations
 
 
 class VideoSequence(Sequence[Video]):
@@ -210,34 +204,25 @@ def encoded_source(image: Any, name: str) -> bytes | str:
     return source
 
 
-def stored_size(image: Any, name: str) -> tuple[int, int]:
-    """(height, width) of an image as a row holds it, of an encoded one as its header says."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    with open_image(encoded_source(image, name), name) as opened:
-        return opened.height, opened.width
-
-
 class EncodedFrames(FrameSequence):
     """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already.
 
     Args:
         video_id: for messages.
         images: one for each frame.
-        names: their names.
-        size: (height, width), as the row says.
+        names: their names, by default "00000", "00001"…
     """
 
-    def __init__(self, video_id: str, images: list[Any], names: list[str], size: Sequence[int]):
-        self.video_id, self.images, self.names = video_id, images, list(names)
-        self.size = (int(size[0]), int(size[1]))
-        if len(images) != len(names):
-            raise SampleError(f"{video_id}: {len(images)} frames with {len(names)} names")
-        if not all(isinstance(name, str) for name in names):
-            raise SampleError(f"{video_id}: a frame without a name")
-        stored = stored_size(images[0], self._name(0)) if images else self.size
-        if self.size != stored:
-            raise SampleError(f"{video_id}: frames of size {stored}, not {self.size} as the row says")
+    def __init__(self, video_id: str, images: list[Any], names: Sequence[str] | None = None):
+        self.video_id, self.images = video_id, images
+        self.names = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
+        if not images or len(images) != len(self.names) or not all(isinstance(name, str) for name in self.names):
+            raise SampleError(f"{video_id}: {len(images)} frames with the names {self.names[:10]}")
+        if isinstance(images[0], Image.Image):
+            self.size = (images[0].height, images[0].width)
+            return
+        with open_image(encoded_source(images[0], self._name(0)), self._name(0)) as header:
+            self.size = (header.height, header.width)
 
     def _name(self, index: int) -> str:
         return f"{self.video_id}, frame {self.names[index]}"
@@ -255,33 +240,30 @@ class EncodedFrames(FrameSequence):
 
 def video_to_row(video: Video) -> dict[str, Any]:
     """The video as a row with the types of `FEATURES`, its frames encoded."""
-    ids = video.object_ids
+    frames = video.frames
+    files = (path.read_bytes() for path in frames.paths) if isinstance(frames, ImageFrames) else map(_encoded, frames)
     return {
         "video_id": video.video_id,
         "domain": video.domain,
-        "frames": [{"bytes": data, "path": None} for data in _encoded(video.frames)],
-        "frame_names": video.frames.names,
+        "frames": [{"bytes": data, "path": None} for data in files],
+        "frame_names": frames.names,
         "size": list(video.size),
-        "object_ids": ids,
+        "object_ids": video.object_ids,
         "annotated_frames": video.annotated_frames,
-        "masks": [_rle_counts(video.masks(frame, ids)) for frame in video.annotated_frames],
+        "masks": [[_rle_counts(mask) for mask in video.masks(frame)] for frame in video.annotated_frames],
         "spacing": list(video.spacing or ()),
     }
 
 
-def _encoded(frames: FrameSequence) -> Iterator[bytes]:
-    if isinstance(frames, ImageFrames):
-        yield from (path.read_bytes() for path in frames.paths)
-        return
-    for frame in frames:
-        buffer = BytesIO()
-        Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
-        yield buffer.getvalue()
+def _encoded(frame: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
-def _rle_counts(masks: np.ndarray) -> list[str]:
-    encoded: list[Any] = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
-    return [one["counts"].decode("ascii") for one in encoded]
+def _rle_counts(mask: np.ndarray) -> str:
+    encoded: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return encoded["counts"].decode("ascii")
 
 
 def video_from_row(row: dict[str, Any]) -> Video:
@@ -294,7 +276,9 @@ def video_from_row(row: dict[str, Any]) -> Video:
     """
     with named_errors(repr(row.get("video_id")), "not a row with samoe_hf.data.FEATURES"):
         video_id, domain, ids = str(row["video_id"]), str(row["domain"]), row["object_ids"]
-        frames = EncodedFrames(video_id, row["frames"], row["frame_names"], row["size"])
+        frames = EncodedFrames(video_id, row["frames"], row["frame_names"])
+        if frames.size != tuple(row["size"]):
+            raise SampleError(f"{video_id}: frames of size {frames.size}, not {row['size']} as the row says")
         if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):
             raise SampleError(f"{video_id}: a frame that is annotated twice")
         rles = {
@@ -305,33 +289,21 @@ def video_from_row(row: dict[str, Any]) -> Video:
         return Video(video_id, frames, RleMasks(rles, ids, frames.size, video_id), domain, spacing)
 
 
-def to_datasets(
-    videos: Sequence[Video], streaming: bool = False, cache_dir: str | None = None
-) -> datasets.Dataset | datasets.IterableDataset:
-    """Videos as a `datasets.Dataset` with `FEATURES`, or as an `IterableDataset` that encodes while it is read.
+def to_datasets(videos: Sequence[Video], cache_dir: str | None = None) -> datasets.Dataset:
+    """Videos as a `datasets.Dataset` with `FEATURES`.
 
     The dataset is written anew to the cache at each call, since a fingerprint of lazily read files would not notice
     that they have changed.
 
     Args:
         videos: a list or a lazy sequence.
-        streaming: nothing is written; rows are made on the fly, each video a shard of its own.
         cache_dir: where to write, `datasets`' own cache by default.
     """
-    rows = partial(_rows, videos)
-    if streaming:
-        return datasets.IterableDataset.from_generator(
-            rows, features=FEATURES, gen_kwargs={"indices": list(range(len(videos)))}
-        )
     # A row is a whole video; Arrow's offsets end at 2 GB per written batch.
     return datasets.Dataset.from_generator(
-        partial(rows, range(len(videos))),
+        lambda: map(video_to_row, videos),
         features=FEATURES,
         cache_dir=cache_dir,  # pyright: ignore[reportArgumentType] (None is its default)
         writer_batch_size=4,
         fingerprint=uuid4().hex,
     )
-
-
-def _rows(videos: Sequence[Video], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-    return (video_to_row(videos[i]) for i in indices)

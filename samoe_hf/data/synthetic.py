@@ -309,16 +309,13 @@ class SyntheticVideos(VideoSequence):
         domain: str = "shapes",
         seed: int = 0,
     ):
+        self.num_videos, self.num_frames, self.image_size = num_videos, num_frames, image_size
+        self.max_objects, self.domain, self.seed = max_objects, domain, seed
+        check_types(SyntheticVideos, vars(self), "synthetic videos")
         if domain not in _DOMAINS:
             raise InputError(f"unknown synthetic domain {domain!r}; there are {', '.join(SYNTHETIC_DOMAINS)}")
-        numbers = {"num_videos": num_videos, "num_frames": num_frames, "max_objects": max_objects, "seed": seed}
-        check_types(SyntheticVideos, {**numbers, "image_size": image_size}, "synthetic videos")
-        if seed < 0:
-            raise InputError(f"seed must be at least 0, not {seed}")
-        if min(num_videos, num_frames, max_objects, *image_size) < 1:
-            raise InputError("num_videos, num_frames, max_objects and image_size must be at least 1")
-        self.num_videos, self.num_frames, self.image_size = num_videos, num_frames, (image_size[0], image_size[1])
-        self.max_objects, self.domain, self.seed = max_objects, domain, seed
+        if min(num_videos, num_frames, max_objects, seed + 1, *image_size) < 1:
+            raise InputError("num_videos, num_frames, max_objects and image_size must be at least 1, and seed 0")
 
     def __len__(self) -> int:
         return self.num_videos
@@ -330,7 +327,7 @@ class SyntheticVideos(VideoSequence):
 
     def _render(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Frames (T, H, W[, 3]) uint8 and visible masks (T, num_objects, H, W) bool; later objects are nearer."""
-        look, size, num_frames = _DOMAINS[self.domain], self.image_size, self.num_frames
+        look, size, num_frames = _DOMAINS[self.domain], (self.image_size[0], self.image_size[1]), self.num_frames
         is_object = np.ones(rng.integers(1, self.max_objects + 1), dtype=bool)
         if look.max_clutter:
             is_object = rng.permutation(np.pad(is_object, (0, rng.integers(look.max_clutter + 1))))

@@ -97,7 +97,7 @@ def training_transforms(
     Raises:
         ValueError: numbers outside these ranges.
     """
-    angles = (-degrees, degrees) if isinstance(degrees, int | float) else degrees
+    angles: Any = degrees  # torchvision's type leaves out numbers that are not whole
     shift = None if not translate else (translate, translate) if isinstance(translate, int | float) else translate
     sizes = None if not scale else (1 - scale, 1 + scale) if isinstance(scale, int | float) else scale
     area = (crop_scale, 1.0) if isinstance(crop_scale, int | float) else crop_scale
@@ -127,9 +127,7 @@ def training_transforms(
 
 
 def _color_jitter(name: str, strengths: Sequence[float]) -> v2.ColorJitter:
-    if len(strengths) > 4:
-        raise InputError(f"`{name}` must be up to four strengths, not {strengths}")
     try:
         return v2.ColorJitter(*strengths)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"`{name}`: {error}") from error

@@ -17,7 +17,7 @@ from functools import lru_cache
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -100,10 +100,9 @@ class ArrayFrames(FrameSequence):
     """Frames already in memory: (T, H, W) or (T, H, W, 3) uint8; gray values are repeated over the three channels."""
 
     def __init__(self, frames: np.ndarray, fps: float | None = None):
-        if frames.dtype != np.uint8 or not (frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] == 3)):
+        is_video = frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] == 3)
+        if frames.dtype != np.uint8 or not is_video or 0 in frames.shape:
             raise SampleError(f"frames must be uint8 (T, H, W) or (T, H, W, 3), not {frames.dtype} {frames.shape}")
-        if 0 in frames.shape:
-            raise SampleError(f"a video without frames or pixels: {frames.shape}")
         self.array, self.fps = frames, fps
         self.names = [f"{i:05d}" for i in range(len(frames))]
         self.size = frames.shape[1:3]
@@ -127,44 +126,35 @@ class ImageFrames(FrameSequence):
     def _read(self, index: int) -> np.ndarray:
         frame = read_image(self.paths[index])
         if frame.shape[:2] != self.size:
-            raise SampleError(
-                f"{self.paths[index]}: frame of size {frame.shape[:2]}, but the video's first has {self.size}"
-            )
+            raise SampleError(f"{self.paths[index]}: frame of size {frame.shape[:2]}, not {self.size} as the first")
         return frame
 
 
-class ContainerIndex(NamedTuple):
-    """What is known of a video container before its frames are decoded."""
-
-    times: np.ndarray  # of the frames, ascending, in units of the stream's time base
-    key_times: np.ndarray  # of those frames that decoding can start from
-    size: tuple[int, int]  # height and width of an upright frame
-    fps: float | None
-
-
 @lru_cache(maxsize=16384)
-def index_container(path: Path, modified_ns: int, num_bytes: int) -> ContainerIndex:
-    """Demuxes a container once and decodes its first frame; a file that has changed is indexed anew.
+def index_container(path: Path, modified_ns: int, num_bytes: int) -> dict[str, Any]:
+    """What is known of a container before its frames are decoded, by demuxing it once and decoding its first frame.
 
     Args:
         path: the file.
-        modified_ns, num_bytes: its time of modification and its size, by which a change is noticed.
+        modified_ns, num_bytes: its time of modification and its size: a file that has changed is indexed anew.
+
+    Returns:
+        `times` of the frames and `key_times` of those that decoding can start from, ascending, in the stream's units;
+        `size` (height, width) of an upright frame; and `fps`, None where it is not known.
     """
     with named_errors(path, "not a readable video", (FFmpegError, MemoryError)), open_container(path) as container:
         stream = container.streams.video[0]
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        if not packets:
-            raise SampleError(f"{path}: no frames in this video")
         if any(packet.pts is None for packet in packets):
             raise SampleError(f"{path}: packets without time stamps; remux the file, e.g. with ffmpeg to .mp4")
         times = np.sort([packet.pts for packet in packets])
         key_times = np.sort([packet.pts for packet in packets if packet.is_keyframe])
-        container.seek(int(times[0]), stream=stream)
-        first = next((frame for frame in container.decode(stream) if frame.pts == times[0]), None)
+        container.seek(int(times[0]) if packets else 0, stream=stream)
+        first = next((frame for frame in container.decode(stream) if packets and frame.pts == times[0]), None)
         if first is None:
-            raise SampleError(f"{path}: its first frame cannot be decoded; the file is cut off or damaged")
+            raise SampleError(f"{path}: its first frame cannot be decoded; the file is empty, cut off or damaged")
         fps = float(stream.average_rate) if stream.average_rate else None
-        return ContainerIndex(times, key_times, upright(first).shape[:2], fps)
+        return {"times": times, "key_times": key_times, "size": upright(first).shape[:2], "fps": fps}
 
 
 def open_container(path: Path) -> Any:
@@ -201,35 +191,32 @@ class ContainerFrames(FrameSequence):
         self.path = Path(path)
         self._container: Any = None
         status = self.path.stat()
-        self._index = index_container(self.path, status.st_mtime_ns, status.st_size)
-        self.names = [f"{i:05d}" for i in range(len(self._index.times))]
-        self.size, self.fps = self._index.size, self._index.fps
+        index = index_container(self.path, status.st_mtime_ns, status.st_size)
+        self._times, self._key_times, self.size, self.fps = index.values()
+        self.names = [f"{i:05d}" for i in range(len(self._times))]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_container": None, "_decoder": None}
 
     def _prepare(self, index: int) -> None:
         """Leaves `_decoder` at or before the frame, seeking only where decoding on would take longer."""
-        times = self._index.times
+        time = self._times[index]
         # An FFmpeg context shared with a forked parent would share its position in the file.
         if self._container is None or self._owner != os.getpid():
             self._container, self._owner = open_container(self.path), os.getpid()
-        elif self._decoded == index - 1:
-            return
-        else:
-            keys = self._index.key_times
-            last_key = keys[: np.searchsorted(keys, times[index], side="right")][-1:]
-            if self._decoded < index and (last_key <= times[self._decoded]).all():
+        elif self._decoded < index:
+            last_key = self._key_times[: np.searchsorted(self._key_times, time, side="right")][-1:]
+            if self._decoded == index - 1 or (last_key <= self._times[self._decoded]).all():
                 return
         stream = self._container.streams.video[0]
-        self._container.seek(int(times[index]), stream=stream)
+        self._container.seek(int(time), stream=stream)
         self._decoder = self._container.decode(stream)
 
     def _read(self, index: int) -> np.ndarray:
         try:
             self._prepare(index)
             for frame in self._decoder:
-                if frame.pts == self._index.times[index]:
+                if frame.pts == self._times[index]:
                     self._decoded = index
                     pixels = upright(frame)
                     if pixels.shape[:2] != self.size:
@@ -285,8 +272,7 @@ def read_video(path: str | Path) -> FrameSequence:
 
     Raises:
         FileNotFoundError: the path does not exist.
-        SampleError (a ValueError): an empty folder or a file that is no video; on access, also a frame that is
-            damaged or whose size differs from the first one's.
+        SampleError: an empty folder, or no video; on access, also a frame that is damaged or differs in size.
     """
     path = Path(path)
     if path.is_dir():
@@ -392,18 +378,16 @@ def _ids_of_colors(colors: np.ndarray, name: str) -> np.ndarray:
     """Ids (H, W) of an RGB image (H, W, 3) of grays, or of DAVIS' colours."""
     if (colors[..., :1] == colors[..., 1:]).all():
         return colors[..., 0].copy()
-    packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    known = voc_palette().astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    order = np.argsort(known)
-    places = np.searchsorted(known[order], packed).clip(max=255)
-    ids = order[places]
-    if (known[ids] != packed).any():
-        some = [f"#{color:06x}" for color in np.unique(packed)[:6]]
+    packed, known = (rgb.astype(int) @ np.array([1 << 16, 1 << 8, 1]) for rgb in (colors, voc_palette()))
+    present, places = np.unique(packed, return_inverse=True)
+    ids_of = {color: i for i, color in enumerate(known.tolist())}
+    if not ids_of.keys() >= set(present.tolist()):
         raise SampleError(
-            f"{name}: an RGB image of {len(np.unique(packed))} colours, such as {', '.join(some)}; labels must be a "
-            "palette, gray or 16-bit image of ids, 0 for background, or have DAVIS' colours"
+            f"{name}: an RGB image of {len(present)} colours, such as "
+            f"{', '.join(f'#{color:06x}' for color in present[:6])}; labels must be a palette, gray or 16-bit image of "
+            "ids, 0 for background, or have DAVIS' colours"
         )
-    return ids.astype(np.uint8)
+    return np.array([ids_of[color] for color in present.tolist()], np.uint8)[places].reshape(packed.shape)
 
 
 def voc_palette() -> np.ndarray:
@@ -419,12 +403,10 @@ def write_palette_png(path: str | Path, ids: np.ndarray) -> None:
     Raises:
         ValueError: ids outside 0..255, which a palette cannot hold, or another shape or dtype.
     """
-    if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) or ids.dtype == bool):
+    if ids.ndim != 2 or ids.dtype.kind not in "iub":
         raise InputError(f"{path}: ids must be (H, W) integers, not {ids.dtype} {ids.shape}")
-    if ids.size and (ids.min() < 0 or ids.max() > 255):
-        raise InputError(
-            f"{path}: ids {ids.min()} to {ids.max()}; a palette PNG holds 0 to 255, so renumber the objects"
-        )
+    if ids.min(initial=0) < 0 or ids.max(initial=0) > 255:
+        raise InputError(f"{path}: ids {ids.min()} to {ids.max()}; a palette holds 0 to 255, so renumber the objects")
     image = Image.fromarray(ids.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
     image.save(path)

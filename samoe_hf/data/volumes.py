@@ -44,8 +44,7 @@ def read_npz(
             percentiles.
     """
     check_window(window)
-    folder = Path(root) / split if split else Path(root)
-    return VideoList(_files(folder, ".npz"), partial(_open_npz, domain, window))
+    return VideoList(_files(Path(root, split or ""), ".npz"), partial(_open_npz, domain, window))
 
 
 def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> Video:
@@ -60,25 +59,18 @@ def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> 
 
 
 def _check_headers(archive: zipfile.ZipFile) -> None:
-    """Checks the shapes and types that the arrays of a file declare, before memory is allocated for them.
-
-    Raises:
-        SampleError: they do not fit together, or are too large.
-        Exception: what `zipfile` and numpy raise for damaged files.
-    """
-    shapes = {}
-    for name in ("imgs", "gts", "spacing"):
-        if f"{name}.npy" not in archive.namelist() and name == "spacing":
-            continue
-        with archive.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shapes[name], _, dtype = read_header[version](file)
-        _check_shape(shapes[name], dtype, name)
-        if archive.getinfo(f"{name}.npy").file_size < math.prod(shapes[name]) * dtype.itemsize:
-            raise SampleError(f"{name} is cut off: less data than for its shape {shapes[name]}")
+    """Checks the shapes and types that the arrays of a file declare, before memory is allocated for them."""
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shapes: dict[str, tuple[int, ...]] = {"spacing": (3,)}
+    for name in ("imgs.npy", "gts.npy", *{"spacing.npy"} & set(archive.namelist())):
+        with archive.open(name) as file:
+            shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
+        _check_shape(shape, dtype, name)
+        if archive.getinfo(name).file_size < math.prod(shape) * dtype.itemsize:
+            raise SampleError(f"{name} is cut off: less data than for its shape {shape}")
+        shapes[name.removesuffix(".npy")] = shape
     _check_same_size(shapes["imgs"], shapes["gts"])
-    if shapes.get("spacing", (3,)) != (3,):
+    if shapes["spacing"] != (3,):
         raise SampleError(f"spacing must be three numbers, not {shapes['spacing']}")
 
 
@@ -112,11 +104,11 @@ def read_nifti(root: str | Path, split: str = "Tr", domain: str = "nifti", windo
 
 
 def _open_nifti(domain: str, window: Window | None, images: Path, video_id: str, label_path: Path) -> Video:
-    suffix = label_path.name.removeprefix(video_id)
-    candidates = [images / f"{video_id}{suffix}", images / f"{video_id}_0000{suffix}"]
-    path = next((p for p in candidates if p.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{candidates[0]}: no such image for {label_path}")
+    path = images / label_path.name
+    if not path.is_file():
+        path = images / f"{video_id}_0000{label_path.name.removeprefix(video_id)}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{images / label_path.name}: no such image for {label_path}")
     scan, labels = _load_nifti(path), _load_nifti(label_path)
     if sorted(scan.shape) != sorted(labels.shape):  # their axes may be in another order
         raise SampleError(f"{path}: images {scan.shape} and labels {labels.shape} differ in size ({label_path})")
@@ -168,17 +160,13 @@ def to_uint8(volume: np.ndarray, window: Window | None = None) -> np.ndarray:
     """
     if volume.dtype == np.uint8 and window is None:
         return volume
-    low, high = _percentiles(volume) if window is None else window
+    finite = volume[np.isfinite(volume)] if window is None else volume
+    if finite.size == 0:
+        raise SampleError("no finite intensities")
+    low, high = np.percentile(finite, (0.5, 99.5)) if window is None else window
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = (volume.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
     return np.rint(np.nan_to_num(scaled, copy=False).clip(0, 255)).astype(np.uint8)
-
-
-def _percentiles(volume: np.ndarray) -> np.ndarray:
-    finite = volume[np.isfinite(volume)] if volume.dtype.kind == "f" else volume
-    if finite.size == 0:
-        raise SampleError("no finite intensities")
-    return np.percentile(finite, (0.5, 99.5))
 
 
 def _files(folder: Path, *suffixes: str) -> dict[str, Path]:
