@@ -110,9 +110,7 @@ def _open_per_object(domain: str, video_id: str, folders: tuple[Path, Path]) -> 
     paths = {}
     for name in _folder_names(folders[1]):
         if not name.isdecimal() or int(name) + 1 in paths:
-            raise SampleError(
-                f"{folders[1] / name}: an object's folder must be named by its number, which no other has"
-            )
+            raise SampleError(f"{folders[1] / name}: an object's folder must be named by a number of its own")
         paths[int(name) + 1] = _match_to_frames(frames, image_paths(folders[1] / name))
     return Video(video_id, frames, ObjectImages(paths), domain)
 

@@ -5,7 +5,6 @@ import pytest
 from helpers.reference import ROOT
 from samoe_hf.data.configs import find_config, names_config, shipped_configs
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.training.arguments import parse_run
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +41,3 @@ def test_what_is_not_there_is_answered_with_names(name, nearest):
         find_config(name)
     message = str(caught.value)
     assert message.startswith(f"{name} is no file") and nearest in message
-
-
-def test_a_run_by_its_name_with_a_model_by_its_name():
-    model, data, *_ = parse_run(["smoke", "--output_dir", "out"])
-    assert model.model_config == "model_nano" and len(data.train_data) == 2
-    assert model.load().config.image_size == 128

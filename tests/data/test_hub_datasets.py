@@ -55,9 +55,7 @@ def assert_exact(videos, names, domain="dataset"):
 TEXT, NUMBER = datasets.Value("string"), datasets.Value("int64")
 
 
-@pytest.mark.parametrize(
-    "names", [("frames", "masks"), ("images", "annotations"), ("images", "labels"), ("frames", "segmentation")]
-)
+@pytest.mark.parametrize("names", [("frames", "masks"), ("images", "annotations"), ("frames", "segmentation")])
 def test_lists_of_images_are_known_by_their_columns_names(names):
     dataset = video_rows(*names)
     for one in (dataset, dataset.to_iterable_dataset()):
@@ -114,18 +112,16 @@ def test_masks_of_one_object_are_read_as_binary(recwarn):
 
 
 def test_columns_of_arrays_and_rows_of_a_transform_are_items():
-    arrays = datasets.Dataset.from_dict({"rgb": FRAMES.tolist(), "masks": IDS.astype(int).tolist()})
-    assert_exact(videos_from_dataset(arrays, frames_column="rgb"), ["item_0", "item_1"], "default")
+    arrays = datasets.Dataset.from_dict({"frames": FRAMES.tolist(), "masks": IDS.astype(int).tolist()})
     made = video_rows().with_transform(lambda rows: {"frames": rows["frames"], "masks": rows["masks"]})
-    assert_exact(videos_from_dataset(made), ["item_0", "item_1"], "default")
-
-    def generate():
-        for frames, ids in zip(FRAMES, IDS, strict=True):
-            yield {"frames": images(frames), "ids": images(ids)}
-
-    stream = datasets.IterableDataset.from_generator(generate)
+    stream = datasets.IterableDataset.from_generator(
+        lambda: ({"frames": images(frames), "masks": images(ids)} for frames, ids in zip(FRAMES, IDS, strict=True))
+    )
     assert stream.features is None
-    assert_exact(videos_from_dataset(stream, masks_column="ids"), ["item_0", "item_1"], "default")
+    for dataset in (arrays, made, stream):
+        assert_exact(videos_from_dataset(dataset), ["item_0", "item_1"], "default")
+        with pytest.raises(ValueError, match="`domain` and `binary` go with columns of images"):
+            videos_from_dataset(dataset, binary=True)
 
 
 # --- What cannot be used
@@ -163,7 +159,6 @@ def jpeg(tmp_path):
     "masks, frames, message",
     [
         (lambda _: images(IDS[0, :3]), FRAMES[0], "v: 4 frames in 'frames' and 3 masks in 'masks'"),
-        (lambda _: [], FRAMES[0, :0], "v: 0 frames"),
         (lambda _: images(FRAMES[0]), FRAMES[0], "v, frame 0 of 'masks': an RGB image of [0-9]* colours"),
         (lambda _: images(IDS[0, :, 1:]), FRAMES[0], r"v: masks of size \(15, 20\) for frames of \(16, 20\)"),
         (lambda folder: [jpeg(folder)] * 4, FRAMES[0], "v, frame 0 of 'masks': JPEG image"),

@@ -77,14 +77,11 @@ def test_a_rotated_recording_is_turned_upright(tmp_path, gradient):
     assert frame[-16:, :16].mean() > frame.mean() + 20, "a quarter turn to the left brings the upper left corner down"
 
 
-def test_odd_sizes_are_extended_by_repeating_the_border(tmp_path, gradient):
+def test_odd_sizes_are_extended_by_repeating_the_border_and_other_frames_refused(tmp_path, gradient):
     write_video(tmp_path / "odd.mp4", (frame[:47, :33] for frame in gradient[:3]))
     frames = read_video(tmp_path / "odd.mp4")
     assert frames.size == (48, 34)
     assert np.abs(frames[1][:47, :33].astype(int) - gradient[1, :47, :33]).mean() < 3
-
-
-def test_writing_refuses_what_is_no_video(tmp_path, gradient):
     with pytest.raises(ValueError, match="no frames"):
         write_video(tmp_path / "x.mp4", [])
     with pytest.raises(ValueError, match=r"frame 1 is uint8 \(20, 20, 3\)"):
@@ -119,31 +116,30 @@ def test_corrupt_and_misfitting_frames_are_named(tmp_path, gradient):
 
 
 def test_palette_images_keep_ids_and_have_the_colours_of_davis(tmp_path):
-    ids = np.arange(256).reshape(16, 16)
-    write_palette_png(tmp_path / "ids.png", ids)
-    assert np.array_equal(read_label_png(tmp_path / "ids.png"), ids)
-    with Image.open(tmp_path / "ids.png") as image:
-        assert image.mode == "P"
-        assert image.convert("RGB").getpixel((1, 0)) == (128, 0, 0)
+    path, ids = tmp_path / "ids.png", np.arange(256).reshape(16, 16)
+    write_palette_png(path, ids)
+    assert np.array_equal(read_label_png(path), ids)
+    with Image.open(path) as image:
+        assert image.mode == "P" and image.convert("RGB").getpixel((1, 0)) == (128, 0, 0)
     assert voc_palette()[[0, 2, 3, 255]].tolist() == [[0, 0, 0], [0, 128, 0], [128, 128, 0], [224, 224, 192]]
-
-
-def test_ids_beyond_a_palette_are_refused_when_written_and_read_from_16_bits(tmp_path):
     with pytest.raises(ValueError, match=r"ids\.png: ids 0 to 256.*renumber"):
-        write_palette_png(tmp_path / "ids.png", np.array([[0, 256]]))
+        write_palette_png(path, np.array([[0, 256]]))
     with pytest.raises(ValueError, match="integers"):
-        write_palette_png(tmp_path / "ids.png", np.zeros((2, 2)))
-    Image.fromarray(np.array([[0, 700]], np.uint16)).save(tmp_path / "wide.png")
-    assert read_label_png(tmp_path / "wide.png").tolist() == [[0, 700]]
+        write_palette_png(path, np.zeros((2, 2)))
 
 
-def test_binary_labels_stay_as_stored_and_colours_are_refused(tmp_path):
-    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "binary.png")
-    assert read_label_png(tmp_path / "binary.png").tolist() == [[0, 255]]
-    Image.new("RGB", (2, 2), (7, 7, 7)).save(tmp_path / "gray.png")
-    assert read_label_png(tmp_path / "gray.png").tolist() == [[7, 7], [7, 7]]
-    Image.fromarray(voc_palette()[[[0, 200], [255, 1]]]).save(tmp_path / "davis.png")
-    assert read_label_png(tmp_path / "davis.png").tolist() == [[0, 200], [255, 1]]
+@pytest.mark.parametrize(
+    "pixels, ids",
+    [
+        (np.array([[0, 700]], np.uint16), [[0, 700]]),
+        (np.array([[0, 255]], np.uint8), [[0, 255]]),
+        (np.full((2, 2, 3), 7, np.uint8), [[7, 7], [7, 7]]),
+        (voc_palette()[[[0, 200], [255, 1]]], [[0, 200], [255, 1]]),
+    ],
+)
+def test_labels_are_read_as_stored(pixels, ids, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "ids.png")
+    assert read_label_png(tmp_path / "ids.png").tolist() == ids
     Image.new("RGB", (2, 2), (7, 8, 9)).save(tmp_path / "colours.png")
     with pytest.raises(SampleError, match=r"colours\.png: an RGB image of 1 colours, such as #070809"):
         read_label_png(tmp_path / "colours.png")

@@ -64,11 +64,10 @@ def _repacked(whole: bytes) -> Iterator[tuple[str, bytes]]:
     largest = max(files, key=lambda name: len(files[name]))
     smallest_data = min((name for name in files if "/data/" in name), key=lambda name: len(files[name]))
     prefix = largest.split("/")[0]
-    yield "without_pickle", _zip({name: data for name, data in files.items() if not name.endswith("data.pkl")})
-    yield "without_tensor", _zip({name: data for name, data in files.items() if name != largest})
+    for missing in (f"{prefix}/data.pkl", largest):
+        yield f"without_{Path(missing).name}", _zip({name: data for name, data in files.items() if name != missing})
     yield "short_tensor", _zip(files | {largest: files[largest][:100]})
-    yield "empty_tensor", _zip(files | {largest: b""})
-    for name in (smallest_data, f"{prefix}/data.pkl", f"{prefix}/byteorder"):
+    for name in (smallest_data, f"{prefix}/data.pkl"):
         yield f"bomb_{Path(name).name}", _zip(files | {name: b""}, bomb=name)
     for name in (f"{prefix}/data.pkl", f"{prefix}/byteorder", f"{prefix}/version"):
         yield f"no_{Path(name).name}", _zip(files | {name: b"\xff\x00garbage"})
@@ -113,6 +112,10 @@ def _zip(files: dict[str, bytes], bomb: str | None = None) -> bytes:
 
 def _pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
     write = Call(exec, f"open({str(canary)!r}, 'w').close()")
+    nested, itself = [], [1]
+    itself.append(itself)
+    for _ in range(5000):
+        nested = [nested]
     yield "bare_pickle", pickle.dumps({"model": write}, protocol=2)
     for name, content in (
         ("exec", {"model": write}),
@@ -121,8 +124,8 @@ def _pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
         ("eval", {"model": Call(eval, f"open({str(canary)!r}, 'w')")}),
         ("getattr", {"model": Call(getattr, "text", "upper")}),
         ("bytearray", {"model": Call(bytearray, 62 * 10**9)}),
-        ("nested", {"model": _nested(5000)}),
-        ("itself", {"model": _itself()}),
+        ("nested", {"model": nested}),
+        ("itself", {"model": itself}),
     ):
         for zipped in (True, False):
             buffer = io.BytesIO()
@@ -135,19 +138,6 @@ def _pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
     buffer = io.BytesIO()
     torch.save({"model": {"no_mem_embed": huge}}, buffer)
     yield "expanded", buffer.getvalue()
-
-
-def _nested(depth: int) -> list:
-    value: list = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def _itself() -> list:
-    value: list = [1]
-    value.append(value)
-    return value
 
 
 def _contents(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, object]]:
@@ -167,16 +157,11 @@ def _contents(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, object]]:
     ):  # fmt: skip
         yield label, {"model": tensors | {name: changed}}
     yield "missing", {"model": {key: tensor for key, tensor in tensors.items() if key != name}}
-    keys = {
-        "newline": "a\nb",
-        "long_name": "a" * 1_000_000,
-        "other_expert": "x.experts.0.lora_up.weight",
-        "many_experts": f"x.experts.{10**18}.lora_down.weight",
-        "digits": f"x.experts.{'9' * 5000}.lora_up.weight",
-        "path": "../../etc/passwd",
-        "empty_name": "",
-    }
-    for label, key in keys.items():
+    for label, key in {
+        "newline": "a\nb", "long_name": "a" * 1_000_000, "other_expert": "x.experts.0.lora_up.weight",
+        "many_experts": f"x.experts.{10**18}.lora_down.weight", "digits": f"x.experts.{'9' * 5000}.lora_up.weight",
+        "path": "../../etc/passwd", "empty_name": "",
+    }.items():  # fmt: skip
         yield label, {"model": tensors | {key: torch.zeros(1, 1)}}
 
 

@@ -42,7 +42,7 @@ def write_objects(root: Path, frame: str, mask: str) -> Path:
         for t in range(NUM_FRAMES):
             save(root / frame.format(v=name, t=t), video.frames[t])
             for object_id, binary in zip(video.object_ids, video.masks(t), strict=True):
-                save(root / mask.format(v=name, t=t, o=object_id), np.where(binary, 255, 0).astype(np.uint8))
+                save(root / mask.format(v=name, t=t, o=object_id), binary * np.uint8(255))
     return root
 
 
