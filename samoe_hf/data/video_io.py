@@ -85,12 +85,8 @@ class FrameSequence(Sequence, ABC):
         return len(self.names)
 
     def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self._read(i) for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"frame {index} of a video with {len(self)} frames")
-        return self._read(position)
+        chosen = range(len(self))[index]
+        return self._read(chosen) if isinstance(chosen, int) else [self._read(i) for i in chosen]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self._read(i) for i in range(len(self)))
@@ -158,12 +154,7 @@ def index_container(path: Path, modified_ns: int, num_bytes: int) -> dict[str, A
 
 
 def open_container(path: Path) -> Any:
-    """Opens a container, of which FFmpeg reads this file alone, and no frames of more pixels than Pillow reads.
-
-    Raises:
-        SampleError: it has no video stream.
-        FFmpegError: it is no container.
-    """
+    """Opens a container, of which FFmpeg reads this file alone, and no frames of more pixels than Pillow reads."""
     options = {"format_whitelist": CONTAINER_FORMATS, "protocol_whitelist": "file"}
     container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     stream = next(iter(container.streams.video), None)
@@ -230,15 +221,7 @@ class ContainerFrames(FrameSequence):
 
 
 def check_inside(name: str, source: str | Path) -> None:
-    """Checks that a name that a file holds stays within the folder that it is joined to.
-
-    Args:
-        name: a relative path.
-        source: what holds it, for messages.
-
-    Raises:
-        SampleError: an absolute path, one that leads upwards, or none.
-    """
+    """Raises `SampleError` for a name, held by `source`, that leads out of the folder that it is joined to."""
     parts = Path(name).parts if isinstance(name, str) else ()
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise SampleError(f"{source}: {name!r} is no path within a folder")

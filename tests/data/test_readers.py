@@ -121,6 +121,14 @@ def test_real_davis():
     assert dog.frames[49].shape == (480, 854, 3) and 0.05 < dog.masks(49).mean() < 0.3
 
 
+def test_real_ct_volumes():
+    videos = load_videos("npz", real_data("ct_lesions"), domain="ct")
+    video = videos[0]
+    assert len(videos) == 4 and video.object_ids == [1] and video.size == (512, 512)
+    assert video.spacing == pytest.approx((0.31445, 0.31445, 5.0), abs=1e-4)
+    assert [t for t in range(len(video)) if video.visible(t)] == list(range(5, 12))
+
+
 def test_sa_v_validation_has_a_folder_per_object(tmp_path):
     make_sa_v_val(tmp_path / "sav_val")
     for path in (tmp_path, tmp_path / "sav_val"):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from helpers.layouts import SIZE, make_nifti, make_npz, save_nifti
-from helpers.reference import ROOT
 from samoe_hf.data import SampleError, load_videos
 
 
@@ -32,23 +31,6 @@ def test_a_window_maps_intensities_to_gray(tmp_path):
     by_percentiles = load_videos("npz", tmp_path)[0]
     assert [int(frame[0, 0, 0]) for frame in by_percentiles.frames] == [0, 64, 128, 191, 255]
     assert windowed.spacing is None
-
-
-SHARED = ROOT.parent / "shared" / "data"
-
-
-def real_data(name):
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"needs ../shared/data/{name}, which is not part of the repository")
-    return SHARED / name
-
-
-def test_real_ct_volumes():
-    videos = load_videos("npz", real_data("ct_lesions"), domain="ct")
-    video = videos[0]
-    assert len(videos) == 4 and video.object_ids == [1] and video.size == (512, 512)
-    assert video.spacing == pytest.approx((0.31445, 0.31445, 5.0), abs=1e-4)
-    assert [t for t in range(len(video)) if video.visible(t)] == list(range(5, 12))
 
 
 @pytest.mark.parametrize("image_name", ["case.nii.gz", "case_0000.nii.gz"])
