@@ -169,11 +169,7 @@ def read_folders(root: Path) -> list[Folder]:
 
 
 def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
-    """The videos whose frames and masks are where two patterns say.
-
-    Raises:
-        ValueError: a pattern that leads out of the root or has unknown names, or one that no file is named by.
-    """
+    """The videos whose frames and masks are where two patterns say."""
     for option, pattern in (("frames", frames), ("masks", masks)):
         unknown = set(re.findall(r"<.*?>", pattern)) - set(TOKENS)
         if not pattern or unknown or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
@@ -243,8 +239,7 @@ def _join(
 def guess(root: Path) -> Found:
     """The videos of a folder, or of a list of pairs, by the first of `PATTERNS` that fits.
 
-    Raises:
-        ValueError: none fits; or two folders could be the frames, or the masks, of one video.
+    It is an error if none fits, or if two folders could be the frames, or the masks, of one video.
     """
     if root.is_file():
         if root.suffix.lower() in LIST_SUFFIXES:
@@ -258,15 +253,15 @@ def guess(root: Path) -> Found:
             found = _try(root, images, videos, frames, of_masks)
             if found is not None:
                 return _by_prefix(found)
-    reasons = []
+    reason = ""
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in LIST_SUFFIXES):
         try:
             return _by_list(path)
         except SampleError as error:
-            reasons.append(f"{error}. ")
+            reason = f"{error}. "
     raise InputError(
         f"{root}: no layout of videos and masks is recognized. Found: {describe_contents(root)}. "
-        f"{''.join(reasons[:2])}Expected: {EXPECTED}. If it is another, name it: "
+        f"{reason}Expected: {EXPECTED}. If it is another, name it: "
         f"{{kind: files, root: {root}, frames: <video>/FRAMES/*, masks: <video>/MASKS/*}}"
     )
 

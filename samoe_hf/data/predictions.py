@@ -101,11 +101,7 @@ class MaskFiles:
         return id_map[None] == np.asarray(ids, dtype=np.int64)[:, None, None]
 
     def check(self, video: Video, frames: Sequence[int]) -> None:
-        """Checks that each of the frames has a prediction.
-
-        Raises:
-            FileNotFoundError: some have none; names them.
-        """
+        """Raises `FileNotFoundError`, with their names, where some of the frames have no prediction."""
         paths = [path for frame in frames for path in self.paths(video, frame, video.object_ids)]
         missing = [str(path.relative_to(self.folder)) for path in paths if not path.is_file()]
         if missing:

@@ -90,15 +90,11 @@ def name_kind(
 
 
 def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Video]:
-    """The videos of an entry of a run's `train_data` or `eval_data`.
+    """The videos of an entry of a run's `train_data` or `eval_data`; errors are those of [`load_videos`].
 
     Args:
         entry: the arguments of [`load_videos`], or a folder.
         owner: what to call it in messages, such as "train_data[0]".
-
-    Raises:
-        ValueError: neither a mapping nor a folder, no kind, a stream, or what `load_videos` raises.
-        FileNotFoundError: a root is not there.
     """
     if isinstance(entry, (str, Path)) and Path(entry).exists():
         entry = {"root": entry}
@@ -117,11 +113,7 @@ def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Vi
 
 
 def dataset_entries(run: Mapping[str, Any], key: str, owner: str) -> list[Any]:
-    """The entries of a run's `train_data` or `eval_data`, which may be one alone.
-
-    Raises:
-        ValueError: it is neither a folder, nor a mapping, nor a list.
-    """
+    """The entries of a run's `train_data` or `eval_data`, which may be one alone."""
     entries = run.get(key) or []
     if isinstance(entries, (str, Mapping)):
         return [entries]

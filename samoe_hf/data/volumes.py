@@ -154,9 +154,6 @@ def to_uint8(volume: np.ndarray, window: Window | None = None) -> np.ndarray:
     Args:
         volume: any shape and real dtype; uint8 without a window is returned as it is.
         window: intensities that become 0 and 255; by default the 0.5 and 99.5 percentiles. NaN becomes 0.
-
-    Raises:
-        SampleError: no finite intensities, of which percentiles could be taken.
     """
     if volume.dtype == np.uint8 and window is None:
         return volume
