@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +93,16 @@ class VideoPrompt:
             if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
                 raise InputError(f"The box {self.box} of {subject} {outside}.")
 
+    def add_to(self, session: VideoSession, processor: VideoProcessor, **options: Any) -> None:
+        """Adds the prompt to a session; `options` are of the processor, such as `clear_old_inputs`."""
+        processor.add_inputs_to_inference_session(
+            session,  # pyright: ignore[reportArgumentType]  # either base's processor takes any session
+            self.frame_idx,
+            self.object_id,
+            **self.inputs(),
+            **options,
+        )
+
 
 def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[int, int]) -> None:
     """Checks prompts against each other and against a video, see [`VideoPrompt.check`].
@@ -178,7 +188,7 @@ def track_video(
     size = (height, width)
     check_prompts(prompts, len(frames), size)
     for prompt in prompts:
-        processor.add_inputs_to_inference_session(session, prompt.frame_idx, prompt.object_id, **prompt.inputs())
+        prompt.add_to(session, processor)
     first = min(prompt.frame_idx for prompt in prompts)
     for reverse in (False, True) if first > 0 else (False,):
         for output in model.propagate_in_video_iterator(

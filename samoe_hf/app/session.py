@@ -134,7 +134,7 @@ class TrackingSession:
             dtype=loaded.model.dtype,
         )
         for prompt in self.prompts.values():
-            _add_prompt(loaded, tracking, prompt)
+            prompt.add_to(tracking, loaded)
         return tracking
 
     # --- What is shown
@@ -214,7 +214,7 @@ class TrackingSession:
         with self.exclusive():
             self._remember(frame)
             try:
-                _add_prompt(self.loaded, self._tracking, prompt)
+                prompt.add_to(self._tracking, self.loaded)
                 with DEVICE_LOCK:
                     output = self.loaded.model(inference_session=self._tracking, frame_idx=frame)
                 _, id_map = self._store(output)
@@ -336,10 +336,6 @@ class TrackingSession:
             yield self._tracking
         finally:
             self._busy.release()
-
-
-def _add_prompt(loaded: LoadedModel, tracking: VideoSession, prompt: VideoPrompt) -> None:
-    loaded.processor.add_inputs_to_inference_session(tracking, prompt.frame_idx, prompt.object_id, **prompt.inputs())
 
 
 def copied(tracking: VideoSession) -> VideoSession:

@@ -204,9 +204,7 @@ class SimulatedUser:
             frames.append(prompt.frame_idx)
         if frames[0] not in self._sessions:
             self._sessions[frames[0]] = self._new_session()
-        self.processor.add_inputs_to_inference_session(
-            self._sessions[frames[0]], prompt.frame_idx, prompt.object_id, **prompt.inputs(), **options
-        )
+        prompt.add_to(self._sessions[frames[0]], self.processor, **options)
         self.given.append(prompt)
 
     def _new_session(self) -> VideoSession:
