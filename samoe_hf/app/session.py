@@ -134,7 +134,7 @@ class TrackingSession:
             dtype=loaded.model.dtype,
         )
         for prompt in self.prompts.values():
-            prompt.add_to(tracking, loaded)
+            prompt.add_to(tracking, loaded.processor)
         return tracking
 
     # --- What is shown
@@ -214,7 +214,7 @@ class TrackingSession:
         with self.exclusive():
             self._remember(frame)
             try:
-                prompt.add_to(self._tracking, self.loaded)
+                prompt.add_to(self._tracking, self.loaded.processor)
                 with DEVICE_LOCK:
                     output = self.loaded.model(inference_session=self._tracking, frame_idx=frame)
                 _, id_map = self._store(output)
