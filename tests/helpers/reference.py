@@ -1,6 +1,7 @@
 """The reference models and data: `nano` comes with the tests, the rest lies beside the repository."""
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,3 +99,15 @@ def run_memory_attention(attention, image, memory, position, memory_position, nu
     num_maps = (memory.shape[1] - num_pointer_tokens) // image.shape[1]
     rotation = attention.rotary_emb.rotations(attention.position_ids, None, (1,) * num_maps, num_pointer_tokens)
     return attention(image, position, memory, memory_position, rotation)
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Changes `config.json`; names with double underscores reach into parts of it."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        *parts, last = name.split("__")
+        target = config
+        for part in parts:
+            target = target[part]
+        target[last] = value
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,12 +1,15 @@
 """Damaged and hostile folders of models are loaded to a model that works, or refused with an error that names them."""
 
+import ast
 import json
 import multiprocessing
+import pickle
 import random
 import resource
 import shutil
 import signal
 import struct
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -16,9 +19,13 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from helpers.hostile_files import BYTES, GIGABYTE, SECONDS, damage_json
+from helpers.reference import ROOT, change_config
 from samoe_hf import SamoeModel
+from samoe_hf.model.expert_layer import is_expert_parameter
 
 
 def damage_safetensors(data: bytes, rng: random.Random) -> bytes:
@@ -114,3 +121,162 @@ def test_damaged_folders_are_loaded_or_refused_by_name(template, model_folder, t
     assert not wrong, f"{len(wrong)} of {count}\n" + "\n".join(wrong[:8])
     outcomes = Counter(result["outcome"] for _, result in results)
     assert len(results) == count and outcomes["refused"] > 0.3 * count
+
+
+@pytest.fixture
+def forbid_building(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("memory for the tensors would be allocated here")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_experts": 10**9},
+        {"num_experts": 10**6},
+        {"num_experts": 5},
+        {"lora_rank": 10**7},
+        {"lora_rank": 8},
+        {"memory_attention_hidden_size": 10**8},
+        {"memory_encoder_output_channels": 128},
+        {"mask_decoder_config__mlp_dim": 10**6},
+        {"mask_decoder_config__num_hidden_layers": 10**6},
+        {"mask_decoder_config__num_multimask_outputs": 10**6},
+        {"memory_attention_num_layers": 10**5},
+        {"memory_attention_num_layers": 3},
+        {"memory_fuser_num_layers": 10**9},
+        {"memory_attention_rope_feat_sizes": [10**6, 10**6]},
+        {"vision_config__backbone_config__blocks_per_stage": [10**6, 1, 1, 1]},
+        {"vision_config__backbone_config__hidden_size": 10**8},
+        {"vision_config__backbone_config__hidden_size": -16},
+        {"vision_config__backbone_config__embed_dim_per_stage": [10**400, 2, 3, 4]},
+        {"vision_config__backbone_config__window_positional_embedding_background_size": [10**6, 10**6]},
+        {"mask_downsampler_total_stride": 10**6},
+        {"num_maskmem": 10**9},
+        {"num_labels": 10**9},
+        {"expert_modules": ".*"},
+    ],
+    ids=lambda changes: "-".join(f"{name.split('__')[-1]}" for name in changes),
+)
+def test_configurations_that_lie_are_refused_before_anything_is_allocated(
+    model_folder, tmp_path, forbid_building, changes
+):
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    change_config(folder, **changes)
+    start = time.time()
+    with pytest.raises(ValueError):
+        SamoeModel.from_pretrained(folder)
+    assert time.time() - start < 10
+
+
+def test_experts_out_of_proportion_are_refused(model_folder, tmp_path, forbid_building):
+    """A SAM 2 model, without experts, whose configuration asks for many."""
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not is_expert_parameter(n)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, num_experts=10**5)
+    with pytest.raises(ValueError, match=r"`num_experts` \(100000\)"):
+        SamoeModel.from_pretrained(folder)
+
+
+def test_experts_that_contradict_their_configuration_are_refused(experts_folder, forbid_building):
+    change_config(experts_folder, num_experts=10**6)
+    with pytest.raises(ValueError, match=r"experts builds on \S*nano\S*, but contradicts itself"):
+        SamoeModel.from_pretrained(experts_folder)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "model.bin", 5])
+def test_shards_outside_of_the_folder_are_refused(model_folder, tmp_path, shard):
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    shutil.move(folder / "model.safetensors", tmp_path / "secret.safetensors")
+    names = load_file(tmp_path / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": {name: shard for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="no safetensors file of its folder"):
+        SamoeModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"PK\x03\x04nonsense", "half"])
+@pytest.mark.parametrize("kind", ["whole", "experts"])
+def test_damaged_weights_are_named(model_folder, experts_folder, tmp_path, content, kind):
+    folder = shutil.copytree(model_folder if kind == "whole" else experts_folder, tmp_path / "folder")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(ValueError, match=r"folder.model\.safetensors is truncated, damaged"):
+        SamoeModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["../mine", "/etc", "_mine", "a/b", "checkpoint-1", ""])
+def test_names_of_adapters_that_climb_are_refused(model_folder, tmp_path, name):
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    change_config(folder, adapters={name: True})
+    with pytest.raises(ValueError, match=f"as a folder's name, .*got '{name}'"):
+        SamoeModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"0.attn.qkv": 10**9}}, {"target_modules": ".*"}])
+def test_adapters_that_lie_are_refused_before_anything_is_allocated(model_folder, tmp_path, changes):
+    model = SamoeModel.from_pretrained(model_folder)
+    model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), "mine")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    (tmp_path / "mine" / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError):
+        SamoeModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../base", "../../etc"])
+def test_a_relative_base_is_refused_in_a_folder_too(experts_folder, path):
+    change_config(experts_folder, base_model__name_or_path=path)
+    with pytest.raises(ValueError, match="expected a Hub id with a commit or an absolute path"):
+        SamoeModel.from_pretrained(experts_folder)
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "pytorch_model.bin", "training_args.bin", "model.safetensors"])
+def test_no_pickle_is_executed(model_folder, tmp_path, name):
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    attack = tmp_path / "executed"
+    for kind in ("torch", "pickle"):
+        if kind == "torch":
+            torch.save({"model": Touch(attack)}, folder / name)
+        else:
+            (folder / name).write_bytes(pickle.dumps({"model": Touch(attack)}))
+        if name == "training_args.bin":
+            SamoeModel.from_pretrained(folder)
+        else:
+            if name == "pytorch_model.bin":
+                (folder / "model.safetensors").unlink(missing_ok=True)
+            with pytest.raises((ValueError, OSError)):
+                SamoeModel.from_pretrained(folder / name if name.endswith(".pt") else folder)
+        assert not attack.exists()
+    pickle.loads(pickle.dumps(Touch(attack)))
+    assert attack.exists(), "the attack itself works"
+
+
+def test_the_package_opens_no_pickle_unsafely():
+    for file in [*(ROOT / "samoe_hf").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            called = f"{getattr(node.func.value, 'id', '')}.{node.func.attr}"
+            if called == "torch.load":
+                arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert arguments.get("weights_only") == "True", f"{file}:{node.lineno}"
+            assert called not in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"), (
+                f"{file}:{node.lineno}"
+            )
+            if called == "np.load":
+                allowed = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "allow_pickle"]
+                assert set(allowed) <= {"False"}, f"{file}:{node.lineno}"

@@ -1,0 +1,150 @@
+"""Folders with only what was trained: their base, their weights, and that they are written whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+
+from helpers.reference import ROOT, change_config
+from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.data.registry import read_yaml
+from samoe_hf.model.expert_layer import is_expert_parameter
+
+
+def test_a_folder_of_experts_has_a_processor(experts_folder, nano):
+    assert AutoProcessor.from_pretrained(experts_folder).video_processor.size["height"] == 128
+    settings = json.loads((experts_folder / "processor_config.json").read_text())
+    settings["video_processor"]["do_rescale"] = False
+    (experts_folder / "processor_config.json").write_text(json.dumps(settings))
+    nano.model.save_pretrained(experts_folder, experts_only=True)
+    assert not AutoProcessor.from_pretrained(experts_folder).video_processor.do_rescale, "the user's own stays"
+
+
+def test_tensors_trained_earlier_are_kept(model_folder, tmp_path):
+    model = SamoeModel.from_pretrained(model_folder)
+    model.set_trainable("experts", "decoder")
+    with torch.no_grad():
+        model.mask_decoder.iou_token.weight += 1
+    model.save_pretrained(tmp_path / "one", experts_only=True)
+    loaded = SamoeModel.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two", experts_only=True)
+    again = SamoeModel.from_pretrained(tmp_path / "two")
+    assert torch.equal(again.mask_decoder.iou_token.weight, model.mask_decoder.iou_token.weight)
+
+
+@pytest.mark.parametrize("value", [1e-6, 1.0])
+def test_another_base_is_refused_with_both_names(experts_folder, model_folder, tmp_path, value):
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["memory_attention.layer_norm.bias"][0] += value
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    change_config(experts_folder, base_model__name_or_path=str(other))
+    with pytest.raises(ValueError, match=r"experts builds on \S*other, but .*fingerprint"):
+        SamoeModel.from_pretrained(experts_folder)
+    model = SamoeModel.from_pretrained(model_folder)
+    with pytest.raises(ValueError, match=r"other is not the base .*nano"):
+        model.save_pretrained(tmp_path / "new", experts_only=True, base_model=str(other))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_base_of_another_size_or_none_is_refused_with_both_names(experts_folder, tmp_path):
+    config = SamoeConfig(**{**read_yaml(ROOT / "configs" / "model_nano.yaml"), "memory_attention_num_layers": 3})
+    SamoeModel(config).save_pretrained(tmp_path / "deeper")
+    for base in ("deeper", "nowhere.pt"):
+        change_config(experts_folder, base_model__name_or_path=str(tmp_path / base))
+        with pytest.raises(ValueError, match=rf"experts builds on \S*{base}"):
+            SamoeModel.from_pretrained(experts_folder)
+
+
+@pytest.mark.parametrize(
+    "saved, dtype",
+    [
+        (torch.float32, "float16"),
+        (torch.bfloat16, torch.float32),
+        pytest.param(torch.float32, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float16, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, tmp_path, saved, dtype):
+    model = SamoeModel.from_pretrained(model_folder, dtype=saved)
+    model.save_pretrained(tmp_path / "experts", experts_only=True)
+    model.save_pretrained(tmp_path / "whole")
+    assert SamoeModel.from_pretrained(tmp_path / "experts").dtype == saved
+    loaded = SamoeModel.from_pretrained(tmp_path / "experts", dtype=dtype)
+    expected = SamoeModel.from_pretrained(tmp_path / "whole", dtype=dtype)
+    for (name, one), (_, two) in zip(
+        [*loaded.named_parameters(), *loaded.named_buffers()],
+        [*expected.named_parameters(), *expected.named_buffers()],
+        strict=True,
+    ):
+        assert one.dtype == two.dtype and torch.equal(one, two), name
+
+
+def test_settings_can_be_given_and_layers_added(experts_folder, nano):
+    more = [*nano.model.expert_module_names, "mask_decoder.iou_prediction_head.proj_in"]
+    model = SamoeModel.from_pretrained(experts_folder, fill_hole_area=8, expert_modules=more)
+    assert model.config.fill_hole_area == 8 and len(model.expert_module_names) == 17
+    tensors = load_file(experts_folder / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match="`num_experts_per_tok`"):
+        SamoeModel.from_pretrained(experts_folder, num_experts_per_tok=99)
+
+
+def test_experts_give_place_to_others_only_if_asked(model_folder, nano, tmp_path):
+    for settings in ({"num_experts": 6}, {"lora_rank": 2}, {"num_experts": 6, "expert_modules": ["q_proj"]}):
+        with pytest.raises(ValueError, match=r"`ignore_mismatched_sizes=True` gives the model new experts"):
+            SamoeModel.from_pretrained(model_folder, **settings)
+        model = SamoeModel.from_pretrained(model_folder, ignore_mismatched_sizes=True, **settings)
+        module = model.get_submodule(model.expert_module_names[0])
+        assert module.num_experts == settings.get("num_experts", 4) and not module.lora_B.any()
+        assert module.lora_A.abs().max() > 0
+        plain = {name: t for name, t in nano.model.state_dict().items() if not is_expert_parameter(name)}
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.items())
+    folder = shutil.copytree(model_folder, tmp_path / "folder")
+    change_config(folder, mask_decoder_config__mlp_dim=64)
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        SamoeModel.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert "new experts" not in str(error.value)
+
+
+def test_older_weights_do_not_stay_beside_new_ones(model_folder, tmp_path):
+    model = SamoeModel.from_pretrained(model_folder)
+    model.save_pretrained(tmp_path, max_shard_size="4MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path, experts_only=True)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"model.safetensors", "config.json", "processor_config.json", "notes.txt"}
+    model.save_pretrained(tmp_path)
+    assert SamoeModel.from_pretrained(tmp_path).origin.source["name_or_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("experts_only", [False, True])
+@pytest.mark.parametrize("failing", [SamoeConfig, LoraConfig])
+def test_a_save_that_fails_changes_nothing(model_folder, tmp_path, monkeypatch, experts_only, failing):
+    model = SamoeModel.from_pretrained(model_folder)
+    model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), "mine")
+    model.save_pretrained(tmp_path / "old")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    before = {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()}
+    assert tmp_path / "old" / "mine" / "adapter_model.safetensors" in before
+
+    def write_some(config, directory, **_):
+        (Path(directory) / "config.json").write_text("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(failing, "save_pretrained", write_some)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            model.save_pretrained(tmp_path / name, experts_only=experts_only)
+    assert {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()} == before
+    assert not (tmp_path / "new").exists()
