@@ -1,5 +1,6 @@
 """Fixtures that several folders share. Slow imports are in functions, since the controller of xdist needs none."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,22 @@ def nano() -> SimpleNamespace:
     return load_reference("nano")
 
 
+@pytest.fixture
+def model(nano):
+    """A copy of the reference model (4 experts, 2 of them for each token), free to be changed."""
+    return copy.deepcopy(nano.model)
+
+
+@pytest.fixture(scope="session")
+def base_folder(nano, tmp_path_factory) -> Path:
+    """The reference without experts, saved as transformers' own model."""
+    from peers import base_of
+
+    folder = tmp_path_factory.mktemp("base")
+    base_of(nano.model).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(nano, tmp_path_factory) -> Path:
     """A saved SamoeModel and its processor; tests must leave the folder as it is."""
@@ -49,3 +66,34 @@ def clip(nano):
     """A clip of three frames (1, 3, 3, S, S) and its objects' masks (1, N, 3, S, S)."""
     frames = nano.load("train_step")
     return frames["pixel_values"][None, :3], frames["masks"].bool().transpose(0, 1)[None, :, :3]
+
+
+@pytest.fixture(scope="session")
+def domain_videos():
+    """Videos of three looks."""
+    from samoe_hf.data.synthetic import SyntheticVideos
+
+    return {name: SyntheticVideos(24, 3, domain=name, seed=5) for name in ("shapes", "blobs", "stripes")}
+
+
+@pytest.fixture(scope="session")
+def gated(domain_videos):
+    """A model whose gate knows blobs and stripes as domains a and b; tests must leave it as it is."""
+    from helpers.domains import with_two_domains
+    from samoe_hf.continual.fit_gate import fit_gate
+    from samoe_hf.model.processing_samoe import build_processor
+
+    model = with_two_domains()
+    for name, kind in (("a", "blobs"), ("b", "stripes")):
+        fit_gate(model, build_processor(model.config), name, domain_videos[kind], show_progress_bar=False)
+    return model
+
+
+@pytest.fixture(scope="session")
+def two_clips():
+    """Random frames (2, 3, 3, 128, 128) and labels of two squares."""
+    import torch
+
+    labels = torch.zeros(2, 2, 3, 128, 128, dtype=torch.bool)
+    labels[:, 0, :, 10:50, 10:50] = labels[:, 1, :, 60:100, 60:110] = True
+    return torch.randn(2, 3, 3, 128, 128, generator=torch.Generator().manual_seed(0)), labels

@@ -70,6 +70,11 @@ class Client:
             raise ClientError(**answer)
         return answer["result"]
 
+    def call(self, step: str, **values):
+        """Calls a function of `programs/hub_steps.py`."""
+        arguments = ", ".join(f"{name}={name}" for name in values)
+        return self.run(f"import hub_steps\nresult = hub_steps.{step}({arguments})", **values)
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=60)
@@ -79,6 +84,7 @@ class Client:
 def _serve(without: list[str]) -> None:
     for package in without:
         sys.modules[package] = None
+    sys.path.insert(0, str(ROOT / "tests" / "programs"))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

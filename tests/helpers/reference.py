@@ -111,3 +111,11 @@ def change_config(folder: Path, **changes) -> None:
             target = target[part]
         target[last] = value
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def assert_same_tensors(model, expected):
+    """Both models have the same tensors, of the same types, to the bit."""
+    found, expected = model.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys()
+    different = [n for n, x in expected.items() if found[n].dtype != x.dtype or not torch.equal(found[n], x)]
+    assert not different

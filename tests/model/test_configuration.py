@@ -1,9 +1,14 @@
 """SamoeConfig: its defaults, its checks, and what it takes from a SAM 2 configuration."""
 
+import json
+
 import pytest
 from transformers import AutoConfig, Sam2VideoConfig
 
-from samoe_hf import SamoeConfig
+from helpers.reference import change_config
+from samoe_hf import SamoeConfig, SamoeModel
+
+NAN, INF = float("nan"), float("inf")
 
 
 def test_defaults_are_the_originals():
@@ -20,19 +25,31 @@ def test_defaults_are_the_originals():
         ("num_experts", 2.5),
         ("num_experts", "4"),
         ("num_experts", True),
-        ("num_experts_per_tok", 0),
         ("num_experts_per_tok", 11),
         ("lora_rank", 0),
         ("lora_alpha", 0),
-        ("lora_alpha", float("nan")),
+        ("lora_alpha", NAN),
+        ("lora_alpha", INF),
+        ("lora_alpha", 1e308),
         ("lora_dropout", 1.0),
         ("lora_dropout", -0.1),
         ("router_aux_loss_coef", -1),
+        ("router_aux_loss_coef", INF),
         ("output_router_logits", "yes"),
         ("expert_modules", []),
-        ("expert_modules", ""),
         ("expert_modules", [3]),
         ("fill_hole_area", -1),
+        ("memory_attention_dropout", NAN),
+        ("base_model", "facebook/sam2"),
+        ("base_model", {"name_or_path": 5}),
+        ("adapters", ["one"]),
+        ("adapters", {"one": "yes"}),
+        ("dtype", True),
+        ("image_size", 0),
+        ("image_size", 127),
+        ("domains", 5),
+        ("domains", ["a"]),
+        ("domains", [{"name": "a"}]),
     ],
 )
 def test_bad_values_are_refused_by_name(field, value, tmp_path):
@@ -41,6 +58,20 @@ def test_bad_values_are_refused_by_name(field, value, tmp_path):
     SamoeConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"`{field}`"):
         SamoeConfig.from_pretrained(tmp_path, **{field: value})
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match=f"{tmp_path}: config.json has a wrong value. `{field}`"):
+        SamoeConfig.from_pretrained(tmp_path)
+
+
+def test_all_ways_of_loading_name_the_folder(tmp_path):
+    SamoeConfig().save_pretrained(tmp_path)
+    for load in (SamoeModel.from_pretrained, SamoeConfig.from_pretrained):  # unless the value is the caller's
+        with pytest.raises(ValueError, match=r"^`lora_rank` must be"):
+            load(tmp_path, lora_rank=0)
+    change_config(tmp_path, lora_rank=1.5)
+    for load in (SamoeModel.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.raises(ValueError, match=f"{tmp_path}: config.json has a wrong value. `lora_rank`"):
+            load(tmp_path)
 
 
 def test_round_trip_and_auto_config(tmp_path):
@@ -63,3 +94,33 @@ def test_another_kind_of_model_is_refused(tmp_path):
     AutoConfig.for_model("bert").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'bert'"):
         SamoeConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "old, name", [("top_k", "num_experts_per_tok"), ("alpha", "lora_alpha"), ("rank", "lora_rank")]
+)
+def test_names_of_sam2_moe_and_peft_are_answered_with_what_they_are_called_here(old, name):
+    for call in (SamoeConfig, lambda **settings: SamoeModel.from_pretrained("a", **settings)):
+        with pytest.raises(ValueError, match=f"`{old}` is called `{name}` here"):
+            call(**{old: 1})
+
+
+def test_arguments_of_sam2_moe_are_answered_too():
+    for arguments, message in (
+        ({"ckpt_path": "a.pt"}, "`ckpt_path` is called `pretrained_model_name_or_path` here"),
+        ({"pretrained_model_name_or_path": "a.pt", "config_file": "a.yaml"}, "`config_file` is called"),
+        ({}, "`pretrained_model_name_or_path` must be given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SamoeModel.from_pretrained(**arguments)
+
+
+def test_a_configuration_with_keys_of_others_loads(tmp_path):
+    SamoeConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "top_k": 50, "somebody": "else"}))
+    config = SamoeConfig.from_pretrained(tmp_path)
+    assert (config.somebody, config.num_experts_per_tok) == ("else", 2)
+    with pytest.raises(ValueError, match="`top_k` is called"):
+        SamoeConfig.from_pretrained(tmp_path, top_k=3)
+    config.save_pretrained(tmp_path / "again")

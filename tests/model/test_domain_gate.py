@@ -43,56 +43,22 @@ def held_out(seed, **sizes):
     return domain(seed + 100, center_seed=seed, **sizes)[0]
 
 
-def test_separated_domains_are_recognized_on_further_videos():
-    known = gate(domain(0), domain(1), domain(2))
-    for index in range(3):
-        decision = known.decide(held_out(index, num_videos=200))
-        assert (decision.domain == index).float().mean() >= 0.97
-        assert set(decision.domain.unique().tolist()) <= {index, NO_DOMAIN}
-        accepted = decision.domain == index
-        assert (decision.distances[accepted, index] <= 1).all() and (decision.confidence[accepted] >= 0.5).all()
-        assert decision.distances.shape == (600, 3) and (decision.confidence <= 1).all()
-
-
-@pytest.mark.parametrize("num_videos", [1, 2, 6, 40])
-def test_domains_that_were_never_seen_are_refused(num_videos):
-    known = gate(domain(0, num_videos), domain(1, num_videos), domain(2, num_videos))
-    decision = known.decide(held_out(3))
-    assert (decision.domain == NO_DOMAIN).all() and (decision.distances > 1).all() and (decision.confidence > 0.5).all()
-
-
-@pytest.mark.parametrize(("num_videos", "share"), [(6, 0.75), (12, 0.9), (40, 0.97)])
+@pytest.mark.parametrize(("num_videos", "share"), [(1, 0), (6, 0.75), (40, 0.97)])
 @pytest.mark.parametrize("num_features", [24, 128])
-def test_more_videos_let_more_of_the_further_ones_in_and_none_into_another_domain(num_features, num_videos, share):
-    domains = [domain(k, num_videos, num_features=num_features) for k in range(6)]
-    known = gate(*domains, num_features=num_features)
+def test_further_videos_go_to_their_domain_or_to_none_and_those_of_no_domain_to_none(num_features, num_videos, share):
+    """The more videos a domain was fitted to, the more further ones it takes."""
+    known = gate(*(domain(k, num_videos, num_features=num_features) for k in range(6)), num_features=num_features)
     right = 0.0
     for index in range(6):
         decision = known.decide(held_out(index, num_features=num_features))
-        right += (decision.domain == index).float().mean().item() / 6
+        accepted = decision.domain == index
+        right += accepted.float().mean().item() / 6
         assert set(decision.domain.unique().tolist()) <= {index, NO_DOMAIN}
+        assert (decision.distances[accepted, index] <= 1).all() and (decision.confidence[accepted] >= 0.5).all()
+        assert decision.distances.shape == (120, 6) and (decision.confidence <= 1).all()
     assert right >= share
-
-
-def test_few_videos_give_no_wider_threshold_than_the_expected_distance_allows():
-    wide = domain(0, 2)
-    wide[0][:3] += 50
-    assert gate(wide).thresholds.item() <= 4
-
-
-def test_few_videos_whose_distances_differ_leave_more_room_than_the_farthest_of_them():
-    wider = []
-    for seed in range(20):
-        features, videos = torch.randn(7, 4, generator=torch.Generator().manual_seed(seed)), torch.arange(7)
-        farthest = 0.0
-        for v in range(7):
-            rest = gate((features[videos != v], videos[videos != v]), num_features=4)
-            distance = rest.decide(features[v : v + 1]).distances.item()
-            farthest = max(farthest, distance**2 * rest.thresholds.item())
-        threshold = gate((features, videos), num_features=4).thresholds.item()
-        assert threshold == 4 or threshold >= farthest * (1 + 7**-0.5) * (1 - 1e-5)
-        wider.append(threshold > 1.1 * farthest * (1 + 7**-0.5))
-    assert any(wider)
+    decision = known.decide(held_out(6, num_features=num_features))
+    assert (decision.domain == NO_DOMAIN).all() and (decision.distances > 1).all() and (decision.confidence > 0.5).all()
 
 
 def test_what_is_unlike_a_domain_in_one_kind_of_features_is_refused():
@@ -129,28 +95,12 @@ def test_the_contrast_of_a_picture_tells_its_scale_and_colour():
     assert_close(pooled, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [16, 20, 33])
-def test_pictures_of_any_size_have_finite_contrasts(size):
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    assert pooled_features(SimpleNamespace(fine=torch.zeros(2, 4, 4, 4)), pixels).isfinite().all()
-
-
-def test_a_single_video_is_recognized_by_its_own_frames():
-    frames, videos = domain(0, num_videos=1, num_frames=12)
-    known = gate((frames, videos), domain(1))
-    assert known.counts.tolist() == [1, 40]
-    assert (known.decide(frames).domain == 0).all()
-    assert (known.decide(held_out(2)).domain == NO_DOMAIN).all()
-
-
-@pytest.mark.parametrize("num_frames", [1, 5])
-@pytest.mark.parametrize("num_videos", [1, 4])
-def test_constant_features_are_recognized_and_nothing_else(num_videos, num_frames):
-    frames = torch.full((num_videos * num_frames, FEATURES), 3.0)
+@pytest.mark.parametrize("value", [0.0, 3.0])
+@pytest.mark.parametrize(("num_videos", "num_frames"), [(1, 1), (1, 5), (4, 5)])
+def test_constant_features_are_recognized_and_nothing_else(num_videos, num_frames, value):
+    frames = torch.full((num_videos * num_frames, FEATURES), value)
     known = gate((frames, torch.arange(num_videos).repeat_interleave(num_frames)), domain(1))
     assert known.decide(torch.cat([frames[:1], frames[:1] + 0.5])).domain.tolist() == [0, NO_DOMAIN]
-    zeros = gate((0 * frames, torch.arange(num_videos).repeat_interleave(num_frames)))
-    assert zeros.decide(torch.stack([0 * frames[0], frames[0]])).domain.tolist() == [0, NO_DOMAIN]
 
 
 def test_the_nearest_by_likelihood_decides_where_a_wide_domain_includes_a_narrow_one():
@@ -190,35 +140,25 @@ def test_the_order_of_domains_and_frames_does_not_matter():
             assert_close(buffer, gate((frames, videos)).get_buffer(name))
 
 
-def test_merging_is_adding_one_after_the_other():
-    merged = gate(domain(0))
-    other = gate(domain(1), domain(2))
-    merged.merge(other)
-    assert same_buffers(merged, gate(domain(0), domain(1), domain(2)))
-    assert len(merged) == 3 and len(other) == 2
-
-
-def test_removing_undoes_adding():
-    known = gate(domain(0), domain(1), domain(2))
-    known.remove(1)
-    assert same_buffers(known, gate(domain(0), domain(2)))
-    assert (known.decide(held_out(1)).domain == NO_DOMAIN).all()
-
-
-def test_a_domain_is_fitted_in_its_row():
+def test_rows_are_fitted_merged_removed_and_forgotten(tmp_path):
     known = DomainGate(FEATURES, num_domains=2)
     assert (known.decide(held_out(1)).domain == NO_DOMAIN).all() and len(known) == 2
     known.fit(1, *domain(1))
     assert (known.decide(held_out(1, num_videos=20)).domain == 1).float().mean() >= 0.9
     assert known.decide(held_out(1)).distances[:, 0].isinf().all()
-    known.fit(0, *domain(0))
+    frames, videos = domain(0)
+    known.fit(0, frames, [f"video {int(i)}" for i in videos])
     assert same_buffers(known, gate(domain(0), domain(1)))
-
-
-def test_it_forgets():
-    known = gate(domain(0), domain(1))
+    known.merge(gate(domain(2), domain(3)))
+    assert same_buffers(known, gate(domain(0), domain(1), domain(2), domain(3)))
+    known.remove(1)
+    assert same_buffers(known, gate(domain(0), domain(2), domain(3)))
+    save_file(known.state_dict(), tmp_path / "gate.safetensors")
+    loaded = DomainGate(FEATURES, num_domains=3)
+    loaded.load_state_dict(load_file(tmp_path / "gate.safetensors"))
+    assert all(map(torch.equal, loaded.decide(held_out(0)), known.decide(held_out(0))))
     known.reset_parameters()
-    assert same_buffers(known, DomainGate(FEATURES, num_domains=2))
+    assert same_buffers(known, DomainGate(FEATURES, num_domains=3))
 
 
 def test_an_empty_gate_knows_no_domain():
@@ -226,15 +166,6 @@ def test_an_empty_gate_knows_no_domain():
     assert (decision.domain == NO_DOMAIN).all() and decision.distances.shape == (120, 0)
     assert (decision.confidence == 1).all() and decision.domain.dtype == torch.long
     assert len(gate(domain(0)).decide(torch.zeros(0, FEATURES)).domain) == 0
-
-
-def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
-    known = gate(domain(0), domain(1))
-    save_file(known.state_dict(), tmp_path / "gate.safetensors")
-    loaded = DomainGate(FEATURES, num_domains=2)
-    loaded.load_state_dict(load_file(tmp_path / "gate.safetensors"))
-    assert same_buffers(loaded, known)
-    assert all(map(torch.equal, loaded.decide(held_out(0)), known.decide(held_out(0))))
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
@@ -250,27 +181,10 @@ def test_casts_of_the_model_leave_what_is_known_as_it_is(cast):
     assert empty.to_empty(device="cpu").means.dtype == torch.float32
 
 
-def test_types_do_not_follow_the_default_type():
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        known = gate((domain(0)[0].float(), domain(0)[1]))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert {b.dtype for b in known.buffers()} == {torch.float32, torch.int64}
-
-
-def test_videos_are_named_by_numbers_or_names():
-    frames, videos = domain(0, num_videos=5)
-    names = [f"video {int(i)}" for i in videos]
-    assert same_buffers(gate((frames, names)), gate((frames, videos)))
-
-
 def test_nothing_of_the_frames_is_stored_but_statistics_of_some_kilobytes():
     known = gate(*(domain(k, 4, num_features=512) for k in range(3)), num_features=512)
     size = sum(b.numel() * b.element_size() for b in known.buffers())
     assert size < 112 * 1024  # 36 KiB a domain
-    few = gate(*(domain(k, 2, num_features=512) for k in range(3)), num_features=512)
-    assert sum(b.numel() * b.element_size() for b in few.buffers()) == size
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -289,18 +203,12 @@ def test_values_that_are_not_finite_are_refused(value):
     ("call", "message"),
     [
         (lambda g: g.decide(torch.zeros(2, 7)), r"\(rows, 24\), not \(2, 7\)"),
-        (lambda g: g.decide(torch.zeros(FEATURES)), r"\(rows, 24\), not \(24,\)"),
         (lambda g: g.add(torch.zeros(3, FEATURES), [0, 1]), "each of the 3 frames.* not 2"),
         (lambda g: g.add(torch.zeros(0, FEATURES), []), "at least one"),
-        (lambda g: g.add(torch.zeros(3, 5), [0, 1, 2]), "not "),
         (lambda g: g.merge(DomainGate(7)), "7 features, and this one 24"),
         (lambda g: g.remove(1), "one of 1 domains, not 1"),
-        (lambda g: g.remove(-1), "one of 1 domains, not -1"),
         (lambda g: g.fit(3, *domain(0)), "one of 1 domains, not 3"),
         (lambda g: DomainGate(0), "not 0 and 0"),
-        (lambda g: DomainGate(4, -1), "not 4 and -1"),
-        (lambda g: DomainGate((4, 0)), "at least 1"),
-        (lambda g: DomainGate(()), "at least 1"),
         (lambda g: DomainGate((4, 4, 4)), "at most 2 kinds, not 3"),
         (lambda g: g.merge(DomainGate((20, 4))), "20 [+] 4 features, and this one 24"),
     ],

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -123,6 +124,15 @@ def test_damaged_folders_are_loaded_or_refused_by_name(template, model_folder, t
     assert len(results) == count and outcomes["refused"] > 0.3 * count
 
 
+# Configurations
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    """A model's folder, free to be changed."""
+    return shutil.copytree(model_folder, tmp_path / "folder")
+
+
 @pytest.fixture
 def forbid_building(monkeypatch):
     def refuse(*_, **__):
@@ -131,49 +141,71 @@ def forbid_building(monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_experts": 10**9},
-        {"num_experts": 10**6},
-        {"num_experts": 5},
-        {"lora_rank": 10**7},
-        {"lora_rank": 8},
-        {"memory_attention_hidden_size": 10**8},
-        {"memory_encoder_output_channels": 128},
-        {"mask_decoder_config__mlp_dim": 10**6},
-        {"mask_decoder_config__num_hidden_layers": 10**6},
-        {"mask_decoder_config__num_multimask_outputs": 10**6},
-        {"memory_attention_num_layers": 10**5},
-        {"memory_attention_num_layers": 3},
-        {"memory_fuser_num_layers": 10**9},
-        {"memory_attention_rope_feat_sizes": [10**6, 10**6]},
-        {"vision_config__backbone_config__blocks_per_stage": [10**6, 1, 1, 1]},
-        {"vision_config__backbone_config__hidden_size": 10**8},
-        {"vision_config__backbone_config__hidden_size": -16},
-        {"vision_config__backbone_config__embed_dim_per_stage": [10**400, 2, 3, 4]},
-        {"vision_config__backbone_config__window_positional_embedding_background_size": [10**6, 10**6]},
-        {"mask_downsampler_total_stride": 10**6},
-        {"num_maskmem": 10**9},
-        {"num_labels": 10**9},
-        {"expert_modules": ".*"},
-    ],
-    ids=lambda changes: "-".join(f"{name.split('__')[-1]}" for name in changes),
-)
-def test_configurations_that_lie_are_refused_before_anything_is_allocated(
-    model_folder, tmp_path, forbid_building, changes
-):
-    folder = shutil.copytree(model_folder, tmp_path / "folder")
+def refused(folder, message=""):
+    """Loading must fail with an error that names the folder."""
+    with pytest.raises(ValueError, match=f"(?s){re.escape(str(folder))}.*{message}"):
+        SamoeModel.from_pretrained(folder)
+
+
+LIES = [
+    {"num_experts": 10**9},
+    {"num_experts": 5},
+    {"lora_rank": 10**7},
+    {"memory_attention_hidden_size": 10**8},
+    {"memory_encoder_output_channels": 128},
+    {"mask_decoder_config__mlp_dim": 10**6},
+    {"mask_decoder_config__num_hidden_layers": 10**6},
+    {"mask_decoder_config__num_multimask_outputs": 10**6},
+    {"memory_attention_num_layers": 10**5},
+    {"memory_attention_num_layers": 3},
+    {"memory_fuser_num_layers": 10**9},
+    {"memory_attention_rope_feat_sizes": [10**6, 10**6]},
+    {"vision_config__backbone_config__blocks_per_stage": [10**6, 1, 1, 1]},
+    {"vision_config__backbone_config__hidden_size": 10**8},
+    {"vision_config__backbone_config__hidden_size": -16},
+    {"vision_config__backbone_config__embed_dim_per_stage": [10**400, 2, 3, 4]},
+    {"vision_config__backbone_config__window_positional_embedding_background_size": [10**6, 10**6]},
+    {"mask_downsampler_total_stride": 10**6},
+    {"num_maskmem": 10**9},
+    {"num_labels": 10**9},
+    {"expert_modules": ".*"},
+    {"expert_modules": "("},
+    {"memory_attention_rope_theta": None},
+    {"memory_encoder_hidden_size": -1},
+    {"memory_fuser_padding": 10**6},
+    {"mask_downsampler_padding": 0},
+    {"prompt_encoder_config__patch_size": 1},
+    {"prompt_encoder_config__dtype": 1e308},
+    {"vision_config__fpn_stride": 2},
+    {"vision_config__dtype": "int8"},
+    {"vision_config": 5},
+    {"image_size": "128"},
+    {"base_model": {"name_or_path": None}},
+]
+
+
+@pytest.mark.parametrize("changes", LIES, ids=lambda changes: "-".join(name.split("__")[-1] for name in changes))
+def test_configurations_that_lie_are_refused_before_anything_is_allocated(folder, forbid_building, changes):
     change_config(folder, **changes)
     start = time.time()
-    with pytest.raises(ValueError):
-        SamoeModel.from_pretrained(folder)
+    refused(folder)
     assert time.time() - start < 10
 
 
-def test_experts_out_of_proportion_are_refused(model_folder, tmp_path, forbid_building):
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", ""])
+def test_a_configuration_that_is_no_mapping_is_refused(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=r"config\.json|JSON"):
+        SamoeModel.from_pretrained(folder)
+
+
+def test_features_of_other_sizes_than_the_images_ask_for_are_refused(folder, nano):
+    change_config(folder, image_size=2 * nano.model.config.image_size)
+    refused(folder, "`vision_config.backbone_feature_sizes` must be")
+
+
+def test_experts_out_of_proportion_are_refused(folder, forbid_building):
     """A SAM 2 model, without experts, whose configuration asks for many."""
-    folder = shutil.copytree(model_folder, tmp_path / "folder")
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not is_expert_parameter(n)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, num_experts=10**5)
@@ -183,55 +215,107 @@ def test_experts_out_of_proportion_are_refused(model_folder, tmp_path, forbid_bu
 
 def test_experts_that_contradict_their_configuration_are_refused(experts_folder, forbid_building):
     change_config(experts_folder, num_experts=10**6)
-    with pytest.raises(ValueError, match=r"experts builds on \S*nano\S*, but contradicts itself"):
-        SamoeModel.from_pretrained(experts_folder)
+    refused(experts_folder, r"builds on \S*nano\S*, but contradicts itself")
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "model.bin", 5])
-def test_shards_outside_of_the_folder_are_refused(model_folder, tmp_path, shard):
-    folder = shutil.copytree(model_folder, tmp_path / "folder")
-    shutil.move(folder / "model.safetensors", tmp_path / "secret.safetensors")
-    names = load_file(tmp_path / "secret.safetensors")
-    index = {"metadata": {}, "weight_map": {name: shard for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="no safetensors file of its folder"):
-        SamoeModel.from_pretrained(folder)
+@pytest.mark.parametrize("path", ["../base", "../../etc"])
+def test_a_relative_base_is_refused(experts_folder, path):
+    change_config(experts_folder, base_model__name_or_path=path)
+    refused(experts_folder, "expected a Hub id with a commit or an absolute path")
+
+
+# Weights
+
+Q_PROJ = "memory_attention.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("no_memory_embedding", lambda x: x.fill_(float("nan")), "' has NaN or infinite values"),
+        (f"{Q_PROJ}.lora_B", lambda x: x.fill_(float("inf")), "' has NaN or infinite values"),
+        (f"{Q_PROJ}.weight", lambda x: x.fill_(-float("inf")), "' has NaN or infinite values"),
+        (f"{Q_PROJ}.weight", lambda x: x.to(torch.int64), ""),
+        (f"{Q_PROJ}.weight", lambda x: x.bool(), ""),
+        (f"{Q_PROJ}.weight", lambda x: x.double(), "' is of type float64, and others are not"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused_by_name(folder, name, change, message):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, f"{name}{message}")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "missing.*lora_B"])
+def test_tensors_that_do_not_fit_are_refused(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    if change == "unexpected":
+        tensors["memory_attention.extra"] = torch.zeros(1)
+    else:
+        removed = "layer_norm.weight" if change == "missing" else "lora_B"
+        del tensors[next(name for name in tensors if name.endswith(removed))]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, change)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"PK\x03\x04nonsense", "half"])
-@pytest.mark.parametrize("kind", ["whole", "experts"])
-def test_damaged_weights_are_named(model_folder, experts_folder, tmp_path, content, kind):
-    folder = shutil.copytree(model_folder if kind == "whole" else experts_folder, tmp_path / "folder")
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    with pytest.raises(ValueError, match=r"folder.model\.safetensors is truncated, damaged"):
-        SamoeModel.from_pretrained(folder)
+def test_damaged_weights_are_named(folder, experts_folder, content):
+    for damaged in (folder, experts_folder):
+        whole = (damaged / "model.safetensors").read_bytes()
+        (damaged / "model.safetensors").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+        refused(damaged, r"model\.safetensors is truncated, damaged")
+
+
+def test_weights_of_float64_load_as_such(folder):
+    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert SamoeModel.from_pretrained(folder, dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "model.bin", 5])
+def test_shards_outside_of_the_folder_are_refused(folder, tmp_path, shard):
+    shutil.move(folder / "model.safetensors", tmp_path / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(tmp_path / "secret.safetensors"), shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "no safetensors file of its folder")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": ["a"]}', "{", "null"])
+def test_an_index_without_a_map_is_refused(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    refused(folder, r"model\.safetensors\.index\.json has no `weight_map`")
+
+
+@pytest.mark.parametrize("change", [lambda index: index.pop("metadata"), lambda index: index.update(metadata=[])])
+def test_an_index_without_metadata_is_refused(folder, change):
+    SamoeModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="4MB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    refused(folder, r"model\.safetensors\.index\.json .* `metadata`")
+
+
+# Adapters
 
 
 @pytest.mark.parametrize("name", ["../mine", "/etc", "_mine", "a/b", "checkpoint-1", ""])
-def test_names_of_adapters_that_climb_are_refused(model_folder, tmp_path, name):
-    folder = shutil.copytree(model_folder, tmp_path / "folder")
+def test_names_of_adapters_that_climb_are_refused(folder, name):
     change_config(folder, adapters={name: True})
     with pytest.raises(ValueError, match=f"as a folder's name, .*got '{name}'"):
         SamoeModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"0.attn.qkv": 10**9}}, {"target_modules": ".*"}])
-def test_adapters_that_lie_are_refused_before_anything_is_allocated(model_folder, tmp_path, changes):
-    model = SamoeModel.from_pretrained(model_folder)
-    model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), "mine")
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
-    (tmp_path / "mine" / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}, {"target_modules": ".*"}])
+def test_adapters_that_lie_are_refused_before_anything_is_allocated(template, changes):
+    path = template / "one" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError):
-        SamoeModel.from_pretrained(tmp_path)
+        SamoeModel.from_pretrained(template)
 
 
-@pytest.mark.parametrize("path", ["../base", "../../etc"])
-def test_a_relative_base_is_refused_in_a_folder_too(experts_folder, path):
-    change_config(experts_folder, base_model__name_or_path=path)
-    with pytest.raises(ValueError, match="expected a Hub id with a commit or an absolute path"):
-        SamoeModel.from_pretrained(experts_folder)
+# No code
 
 
 class Touch:
@@ -245,8 +329,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "pytorch_model.bin", "training_args.bin", "model.safetensors"])
-def test_no_pickle_is_executed(model_folder, tmp_path, name):
-    folder = shutil.copytree(model_folder, tmp_path / "folder")
+def test_no_pickle_is_executed(folder, tmp_path, name):
     attack = tmp_path / "executed"
     for kind in ("torch", "pickle"):
         if kind == "torch":

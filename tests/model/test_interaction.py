@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from transformers import Sam2VideoInferenceSession
@@ -44,7 +45,8 @@ class AgainstOneByOne(Interaction):
         self.compare([tracker.step(frame_idx, reverse) for tracker in self.trackers])
 
 
-def test_random_sessions_of_several_objects_are_those_of_each_alone(tiny):
+@pytest.mark.parametrize("sequences", [80, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_sessions_of_several_objects_are_those_of_each_alone(tiny, sequences):
     processor = build_processor(tiny.config)
 
     def start_plain():
@@ -63,9 +65,9 @@ def test_random_sessions_of_several_objects_are_those_of_each_alone(tiny):
     machine = AgainstOneByOne
     machine.model, machine.processor = tiny, processor
     machine.starts = (start_plain, start_video_session)
-    run_state_machine_as_test(machine, settings=SETTINGS)
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=sequences))
     print({"sequences": machine.sequences, "steps": machine.steps, "worst": machine.worst})
-    assert machine.sequences >= 300 and machine.steps > 600
+    assert machine.sequences >= sequences and machine.steps > 2 * sequences
 
 
 # --- Edges
@@ -91,11 +93,13 @@ KINDS = pytest.mark.parametrize("kind", ["plain", "video"])
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("session_dtype", [None, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "session_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)],
+)
 def test_corrections_work_in_every_type(tiny, processor, kind, dtype, session_dtype):
     model = copy.deepcopy(tiny).to(dtype)
-    session = start(kind, processor, session_dtype or dtype)
+    session = start(kind, processor, session_dtype)
     processor.add_inputs_to_inference_session(session, 0, 1, **POINT)
     outputs = [model(session, frame_idx=0)]
     processor.add_inputs_to_inference_session(session, 0, 1, **CLICK)
@@ -123,11 +127,9 @@ BAD_PROMPTS = {
     "frame 6": (6, POINT, r"`frame_idx` must be a frame of the session \(5 frames\), got 6"),
     "frame -1": (-1, BOX, r"`frame_idx`.*got -1"),
     "frame 2.5": (2.5, BOX, r"`frame_idx`.*got 2.5"),
-    "mask on frame 9": (9, {"input_masks": np.ones((32, 32), dtype=bool)}, r"`frame_idx`.*got 9"),
     "nan": (0, {"input_points": [[[[NAN, 3]]]], "input_labels": [[[1]]]}, r"`input_points`.*32 x 32.*\(nan, 3\)"),
     "infinity": (0, {"input_boxes": [[[0, 0, INF, 9]]]}, r"`input_boxes`.*\(inf, 9\)"),
     "right of it": (0, {"input_points": [[[[3, 3], [900, 3]]]], "input_labels": [[[1, 0]]]}, r"\(900, 3\)"),
-    "box above it": (0, {"input_boxes": [[[3, -40, 9, -30]]]}, r"`input_boxes`.*\(9, -30\)"),
     "box right of it": (0, {"input_boxes": [[[40, 3, 50, 9]]]}, r"`input_boxes`.*\(40, 3\)"),
     "unknown label": (0, {"input_points": [[[[3, 3]]]], "input_labels": [[[7]]]}, r"`input_labels`.*got 7"),
     "padding alone": (0, {"input_points": [[[[3, 3]]]], "input_labels": [[[-10]]]}, "at least one"),
@@ -202,65 +204,61 @@ def test_sessions_are_used_again(tiny, processor, kind):
 def test_a_session_is_tracked_by_one_model(tiny, processor, kind):
     other = copy.deepcopy(tiny)
     draw_weights(other, with_experts=True, seed=1)
-    expected, session = start(kind, processor), start(kind, processor)
-    for one in (expected, session):
-        processor.add_inputs_to_inference_session(one, 0, 1, **BOX)
+
+    def add(session):
+        processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+        return session
+
+    session = add(start(kind, processor))
     tiny(session, frame_idx=0)
     with pytest.raises(ValueError, match=r"Object 1 .* another model.*reset_tracking_data"):
         other(session, frame_idx=1)
     session.reset_tracking_data()  # image features stay in the cache
-    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
-    found, wanted = other(session, frame_idx=0).pred_masks, other(expected, frame_idx=0).pred_masks
+    found, wanted = (other(add(one), frame_idx=0).pred_masks for one in (session, start(kind, processor)))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-    base = base_of(tiny)
-    plain = start("plain", processor)
-    processor.add_inputs_to_inference_session(plain, 0, 1, **BOX)
-    base(plain, frame_idx=0)
+    plain = add(start("plain", processor))
+    base_of(tiny)(plain, frame_idx=0)
     with pytest.raises(ValueError, match="another model"):
         tiny(plain, frame_idx=0)
 
 
 @KINDS
 def test_a_cached_frame_is_encoded_anew_for_weights_of_another_type(tiny, processor, kind):
+    def mask(model, session):
+        processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
+        return model(session, frame_idx=0).pred_masks
+
     model, session = copy.deepcopy(tiny).float(), start(kind, processor)
-    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
-    model(session, frame_idx=0)
+    mask(model, session)
     session.reset_tracking_data()
-    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
-    expected = tiny(start_with_box(kind, processor), frame_idx=0).pred_masks
-    torch.testing.assert_close(model.double()(session, frame_idx=0).pred_masks, expected, rtol=0, atol=1e-5)
+    expected = mask(tiny, start(kind, processor))
+    torch.testing.assert_close(mask(model.double(), session), expected, rtol=0, atol=1e-5)
 
 
-def start_with_box(kind, processor):
-    session = start(kind, processor)
-    processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
-    return session
-
-
-@KINDS
-def test_two_prompts_for_one_object_and_frame(tiny, processor, kind):
+@pytest.mark.parametrize(
+    ("prompts", "same"),
+    [
+        ([POINT, CLICK], {"input_points": [[[[10, 12], [20, 25]]]], "input_labels": [[[1, 0]]]}),
+        ([POINT, BOX], BOX),
+        ([BOX, POINT], POINT),
+        ([POINT, {"input_masks": np.ones((32, 32), dtype=bool)}, BOX], BOX),
+    ],
+)
+def test_two_prompts_for_one_object_and_frame(tiny, processor, prompts, same):
     """Without a call between, points add up or the last prompt counts, as documented."""
-    at_once = {"input_points": [[[[10, 12], [20, 25]]]], "input_labels": [[[1, 0]]]}
-    for prompts, same in (
-        ([POINT, CLICK], [at_once]),
-        ([POINT, BOX], [BOX]),
-        ([BOX, POINT], [POINT]),
-        ([POINT, {"input_masks": np.ones((32, 32), dtype=bool)}, BOX], [BOX]),
-    ):
-        masks = []
-        for given in (prompts, same):
-            session = start(kind, processor)
-            for prompt in given:
-                processor.add_inputs_to_inference_session(session, 0, 1, **prompt)
-            masks.append(tiny(session, frame_idx=0).pred_masks)
-        torch.testing.assert_close(*masks, rtol=0, atol=0)
+    masks = []
+    for given in (prompts, [same]):
+        session = start("video", processor)
+        for prompt in given:
+            processor.add_inputs_to_inference_session(session, 0, 1, **prompt)
+        masks.append(tiny(session, frame_idx=0).pred_masks)
+    torch.testing.assert_close(*masks, rtol=0, atol=0)
 
 
-@KINDS
-def test_objects_prompted_in_one_call_are_those_of_several(tiny, processor, kind):
+def test_objects_prompted_in_one_call_are_those_of_several(tiny, processor):
     """The processor pads the points of objects that have fewer than others."""
     points, labels = [[[10, 12], [20, 25]], [[5, 7]]], [[1, 0], [1]]
-    together, one_by_one = start(kind, processor), start(kind, processor)
+    together, one_by_one = start("video", processor), start("video", processor)
     processor.add_inputs_to_inference_session(together, 0, [1, 2], input_points=[points], input_labels=[labels])
     for row in (0, 1):
         given = {"input_points": [[points[row]]], "input_labels": [[labels[row]]]}

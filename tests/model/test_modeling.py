@@ -1,18 +1,22 @@
 """SamoeModel: construction, loading, what is trainable, and the forward pass over clips."""
 
 import copy
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Sam2VideoConfig, Sam2VideoModel
+from transformers import Sam2VideoConfig, Sam2VideoInferenceSession, Sam2VideoModel, Trainer, TrainingArguments
+from transformers.utils.generic import find_labels
 
-from helpers.reference import ROOT, load_reference, track_reference
+from helpers.reference import ROOT, assert_same_tensors
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.expert_layer import ExpertLinear, is_expert_parameter
-from samoe_hf.model.expert_router import load_balancing_loss, record_router_logits
+from samoe_hf.model.expert_layer import (
+    ExpertLinear,
+    expert_modules,
+    is_expert_parameter,
+    load_balancing_loss,
+    record_router_logits,
+)
 from samoe_hf.model.processing_samoe import build_processor
 
 CONFIGS = ROOT / "configs"
@@ -29,16 +33,10 @@ def clip(nano):
     return frames["pixel_values"].repeat(2, 1, 1, 1, 1), labels, object_mask
 
 
-@pytest.fixture
-def model(nano):
-    """A copy of the reference model, free to be changed."""
-    return copy.deepcopy(nano.model)
-
-
-@pytest.fixture
-def folder(nano, tmp_path):
-    nano.model.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
+@pytest.fixture(scope="module")
+def small_clip(clip):
+    """Two frames and three objects, without padding."""
+    return clip[0][1:, :2], clip[1][1:, :, :2]
 
 
 def test_base_plus_has_the_originals_numbers_of_parameters(capsys):
@@ -67,42 +65,22 @@ def test_base_tensors_keep_their_names(nano):
     ],
 )
 def test_experts_go_where_they_are_wanted(nano, patterns, count):
-    model = SamoeModel(SamoeConfig(**{**nano.model.config.to_dict(), "expert_modules": patterns}))
+    with torch.device("meta"):
+        model = SamoeModel(SamoeConfig(**{**nano.model.config.to_dict(), "expert_modules": patterns}))
     assert len(model.expert_module_names) == count
     assert all(isinstance(model.get_submodule(name), ExpertLinear) for name in model.expert_module_names)
 
 
-def test_experts_of_the_vision_encoder_learn_from_clips(nano, clip):
-    config = SamoeConfig(**{**nano.model.config.to_dict(), "expert_modules": r"vision_encoder\..*\.attn\.proj"})
-    model = SamoeModel(config).train()
-    pixel_values, labels, object_mask = clip
-    model(pixel_values, labels, object_mask).loss.backward()
-    module = model.get_submodule(model.expert_module_names[0])
-    assert module.lora_B.grad.abs().max() > 0 and module.weight.grad is None
-
-
-def test_patterns_without_a_match_are_refused(nano):
-    with pytest.raises(ValueError, match="`expert_modules` matches no linear layer with 'no_such_layer'"):
-        SamoeModel(SamoeConfig(**{**nano.model.config.to_dict(), "expert_modules": ["no_such_layer"]}))
-
-
-def test_settings_changed_after_construction_are_checked(nano):
+@pytest.mark.parametrize(("name", "value"), [("num_experts_per_tok", 99), ("expert_modules", ["no_such_layer"])])
+def test_settings_changed_after_construction_are_checked(nano, name, value):
     config = SamoeConfig(**nano.model.config.to_dict())
-    config.num_experts_per_tok = 99
-    with pytest.raises(ValueError, match="`num_experts_per_tok`"):
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"`{name}`"):
         SamoeModel(config)
 
 
-def test_saved_and_loaded_it_tracks_the_same_to_the_bit(nano, folder):
-    pixel_values = nano.load("tracking")["pixel_values"]
-    expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
-    for load in (SamoeModel.from_pretrained, AutoModel.from_pretrained):
-        logits, _, _ = track_reference(load(folder), nano.folder, pixel_values)
-        torch.testing.assert_close(logits, expected, atol=0, rtol=0)
-
-
-def test_loaded_models_train_only_experts(folder):
-    model = SamoeModel.from_pretrained(folder)
+def test_loaded_models_train_only_experts(model_folder):
+    model = SamoeModel.from_pretrained(model_folder)
     assert not model.training
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if is_expert_parameter(n)
@@ -129,62 +107,36 @@ def test_trainable_sets(model):
         model.set_trainable("encoder")
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "missing.*lora_B"])
-def test_folders_that_do_not_fit_are_refused(folder, tmp_path, change):
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    tensors = load_file(broken / "model.safetensors")
-    if change == "unexpected":
-        tensors["memory_attention.extra"] = torch.zeros(1)
-    else:
-        removed = "layer_norm.weight" if change == "missing" else "lora_B"
-        del tensors[next(name for name in tensors if name.endswith(removed))]
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=change):
-        SamoeModel.from_pretrained(broken)
-
-
-def test_a_model_can_get_experts_in_more_layers(nano, folder):
-    more = [
-        *nano.model.expert_module_names,
-        "mask_decoder.iou_prediction_head.proj_in",
-        "vision_encoder.backbone.blocks.0.attn.qkv",
-    ]
-    model = SamoeModel.from_pretrained(folder, expert_modules=more)
-    pixel_values = nano.load("tracking")["pixel_values"]
-    expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
-    logits, _, _ = track_reference(model, nano.folder, pixel_values)
+def test_a_model_can_get_experts_in_more_layers(nano, model_folder, small_clip):
+    more = [*nano.model.expert_module_names, "iou_prediction_head.proj_in", "vision_encoder.backbone.blocks.0.attn.qkv"]
+    model = SamoeModel.from_pretrained(model_folder, expert_modules=more)
     assert len(model.expert_module_names) == len(more)
+    with torch.no_grad():
+        expected, found = (one(*small_clip).pred_masks for one in (nano.model, model))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     new = model.vision_encoder.backbone.blocks[0].attn.qkv
     assert new.lora_B.abs().max() == 0 and 0 < new.lora_A.abs().max() <= new.in_features**-0.5
     assert 0 < new.router.weight.abs().max() <= new.in_features**-0.5
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    model.train()(*small_clip).loss.backward()
+    assert new.lora_B.grad.abs().max() > 0 and new.weight.grad is None
 
 
-def test_a_file_that_is_not_there_is_named():
+def test_places_that_do_not_fit_are_named(model_folder, nano):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         SamoeModel.from_pretrained("nowhere.pt")
-
-
-def test_experts_need_an_original_checkpoint(folder, nano):
     with pytest.raises(ValueError, match="`experts` and `original_config`"):
-        SamoeModel.from_pretrained(folder, experts=nano.experts)
+        SamoeModel.from_pretrained(model_folder, experts=nano.experts)
 
 
-def test_settings_can_be_given_when_experts_are_new():
-    reference = load_reference("nano", with_experts=False)
-    model = SamoeModel.from_pretrained(
-        reference.checkpoint,
-        original_config=reference.original_config,
-        num_experts=3,
-        num_experts_per_tok=1,
-        lora_rank=2,
-    )
+def test_settings_can_be_given_when_experts_are_new(nano):
+    settings = {"num_experts": 3, "num_experts_per_tok": 1, "lora_rank": 2}
+    model = SamoeModel.from_pretrained(nano.checkpoint, original_config=nano.original_config, **settings)
     module = model.get_submodule(model.expert_module_names[0])
     assert module.lora_A.shape[:2] == (3, 2) and module.num_experts_per_tok == 1
     assert module.lora_B.abs().max() == 0 and module.lora_A.abs().max() > 0
 
 
-@pytest.mark.parametrize("prompts", ["mask", "point", "box", "mixed"])
+@pytest.mark.parametrize("prompts", ["box", "mixed"])
 def test_a_clip_gives_losses_and_masks(model, clip, prompts):
     pixel_values, labels, object_mask = clip
     output = model.train()(pixel_values, labels, object_mask, prompts=prompts)
@@ -223,38 +175,30 @@ def test_a_clip_in_evaluation_equals_a_session(nano, clip):
     pixel_values, labels, _ = clip
     output = nano.model(pixel_values[1:], labels[1:])
     processor = build_processor(nano.model.config)
-    from transformers import Sam2VideoInferenceSession
-
     session = Sam2VideoInferenceSession(video=pixel_values[1], video_height=128, video_width=128, dtype=torch.float32)
     processor.add_inputs_to_inference_session(session, 0, [1, 2, 3], input_masks=list(labels[1, :, 0]))
     tracked = [frame.pred_masks[:, 0] for frame in nano.model.propagate_in_video_iterator(session)]
     torch.testing.assert_close(output.pred_masks[0], torch.stack(tracked, dim=1), atol=1e-4, rtol=0)
 
 
-def test_given_prompts_track_without_labels(nano, clip):
+@torch.no_grad()
+def test_given_prompts_track_with_and_without_labels(nano, clip):
     pixel_values, labels, _ = clip
-    masks = labels[..., 0, :, :].float()
-    by_mask = nano.model(pixel_values, input_masks=masks)
-    torch.testing.assert_close(by_mask.pred_masks, nano.model(pixel_values, labels).pred_masks)
+    points = {"input_points": torch.full((2, 3, 2, 2), 50.0), "input_labels": torch.ones(2, 3, 2, dtype=torch.long)}
+    boxes = {"input_boxes": torch.tensor([20.0, 20, 90, 70]).expand(2, 3, 4)}
+    by_mask = nano.model(pixel_values, input_masks=labels[..., 0, :, :].float())
     assert by_mask.loss is None and by_mask.loss_dict is None
-    points = torch.full((2, 3, 2, 2), 50.0)
-    by_point = nano.model(pixel_values, input_points=points, input_labels=torch.ones(2, 3, 2, dtype=torch.long))
-    boxes = torch.tensor([20.0, 20, 90, 70]).expand(2, 3, 4)
-    by_box = nano.model(pixel_values, input_boxes=boxes)
-    both = nano.model(
-        pixel_values, input_points=points, input_labels=torch.ones(2, 3, 2, dtype=torch.long), input_boxes=boxes
-    )
-    assert by_point.pred_masks.shape == by_box.pred_masks.shape == both.pred_masks.shape == (2, 3, 4, 32, 32)
-    assert not torch.allclose(by_point.pred_masks, by_box.pred_masks)
-    assert not torch.allclose(both.pred_masks, by_box.pred_masks)
-
-
-def test_given_prompts_may_come_with_labels(nano, clip):
-    pixel_values, labels, _ = clip
-    boxes = torch.tensor([20.0, 20, 90, 70]).expand(2, 3, 4)
-    output = nano.model(pixel_values, labels, input_boxes=boxes)
-    torch.testing.assert_close(output.pred_masks, nano.model(pixel_values, input_boxes=boxes).pred_masks)
-    assert output.loss > 0
+    by_point, by_box, by_both = (nano.model(pixel_values, **x).pred_masks for x in (points, boxes, points | boxes))
+    assert by_point.shape == by_both.shape == (2, 3, 4, 32, 32)
+    assert not torch.allclose(by_point, by_box) and not torch.allclose(by_both, by_box)
+    for output, expected in (
+        (nano.model(pixel_values, labels), by_mask.pred_masks),
+        (nano.model(pixel_values, labels, **boxes), by_box),
+    ):
+        torch.testing.assert_close(output.pred_masks, expected)
+        assert output.loss > 0
+    with pytest.raises(ValueError, match=r"`prompts` must be one of .*'mixed'.* got 'scribble'"):
+        nano.model(*clip, prompts="scribble")
 
 
 def test_router_loss_is_part_of_the_loss(model, clip):
@@ -291,28 +235,6 @@ def test_shapes_that_do_not_agree_are_refused(nano, clip, change, message):
         nano.model(*change(*clip))
 
 
-def test_unknown_prompts_are_refused(nano, clip):
-    with pytest.raises(ValueError, match=r"`prompts` must be one of .*'mixed'.* got 'scribble'"):
-        nano.model(*clip, prompts="scribble")
-
-
-def test_learning_on_one_clip_lowers_the_loss(model, clip):
-    pixel_values, labels, object_mask = clip
-    torch.manual_seed(0)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    base = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    losses = []
-    for _ in range(8):
-        output = model(pixel_values, labels, object_mask)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        losses.append(output.loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
-
-
 @pytest.mark.slow
 def test_routers_are_recorded_in_a_compiled_model_that_recomputes(nano, clip):
     """The recomputation must run what ran before: uncompiled, as hooks need it."""
@@ -331,3 +253,80 @@ def test_routers_are_recorded_in_a_compiled_model_that_recomputes(nano, clip):
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+# Outputs, as other models of transformers give them
+
+
+def test_clips_give_tuples_hidden_states_and_attentions_on_request(nano, small_clip):
+    model = nano.model
+    with torch.no_grad():
+        output = model(*small_clip)
+        as_tuple = model(*small_clip, return_dict=False)
+        more = model(*small_clip, output_hidden_states=True, output_attentions=True)
+    assert output.vision_hidden_states is None and output.vision_attentions is None
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], output.loss)
+    assert len(more.vision_hidden_states) > 1 and all(len(x) == 2 for x in more.vision_hidden_states)
+    torch.testing.assert_close(more.pred_masks, output.pred_masks)
+    config = copy.deepcopy(model.config)
+    try:
+        model.config.output_hidden_states = True
+        with torch.no_grad():
+            assert len(model(*small_clip).vision_hidden_states) == len(more.vision_hidden_states)
+    finally:
+        model.config = config
+    with pytest.raises(TypeError, match="`forward` has no argument 'output_hidden_sates'"):
+        model(*small_clip, output_hidden_sates=True)
+
+
+def test_hidden_states_of_an_encoder_that_runs_in_pieces_are_joined(nano, small_clip):
+    model = copy.copy(nano.model)
+    with torch.no_grad():
+        whole = model(*small_clip, output_hidden_states=True).vision_hidden_states
+        model.clip_settings.encoder_batch_size = 1
+        pieces = model(*small_clip, output_hidden_states=True).vision_hidden_states
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_trainer_takes_labels_alone_for_labels(nano, small_clip, tmp_path):
+    assert find_labels(SamoeModel) == ["labels"]
+    arguments = TrainingArguments(tmp_path, report_to="none", disable_tqdm=True, use_cpu=True)
+    items = [{"pixel_values": small_clip[0][0], "labels": small_clip[1][0]}]
+    metrics = Trainer(copy.deepcopy(nano.model), arguments, eval_dataset=items).evaluate()
+    with torch.no_grad():
+        assert metrics["eval_loss"] == pytest.approx(nano.model(*small_clip).loss.item(), rel=1e-4)
+
+
+def test_initialization_reaches_everything_after_to_empty(nano):
+    config = copy.deepcopy(nano.model.config)
+    config.expert_modules = ["q_proj", "qkv"]
+    with torch.device("meta"):
+        model = SamoeModel(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for _, module in expert_modules(model):
+        assert module.lora_A.std() > 0.01 and not module.lora_B.any() and module.router.weight.std() > 0.01
+        assert module.weight.std() > 0.01
+    same = model.prompt_encoder.shared_embedding.positional_embedding
+    assert torch.equal(same, model.shared_image_embedding.positional_embedding)
+
+
+def test_linear_layers_are_drawn_as_in_pytorch_by_the_seed(nano):
+    def draw(seed):
+        torch.manual_seed(seed)
+        return SamoeModel(nano.model.config)
+
+    model, again, other = draw(0), draw(0), draw(1)
+    assert_same_tensors(again, model)
+    assert not torch.equal(other.no_memory_embedding, model.no_memory_embedding)
+    linear = [m for m in model.modules() if type(m) in (torch.nn.Linear, ExpertLinear) and m.in_features >= 64]
+    assert len(linear) > 10
+    for module in linear:
+        assert module.weight.abs().max() <= module.in_features**-0.5
+        assert module.weight.std() == pytest.approx((3 * module.in_features) ** -0.5, rel=0.1)
+    assert model.no_memory_embedding.std() == pytest.approx(0.02, rel=0.5)

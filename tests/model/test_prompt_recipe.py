@@ -42,19 +42,17 @@ def test_plans_have_the_probabilities_of_the_recipe():
         share(others[t], 1 / 7, sum(others.values()))
 
 
-def test_clips_of_one_frame_get_points_and_corrections():
+def test_short_clips_and_named_recipes():
     torch.manual_seed(0)
     for _ in range(50):
         plan = PromptRecipe().draw(1)
         assert list(plan.kinds) == [0] and plan.kinds[0] in ("point", "box") and plan.corrected == (0,)
+        # One of two frames is left without a prompt, or memory would be read on none.
+        assert len(PromptRecipe(max_initial_frames=2).draw(2).kinds) == 1
+        for kind in ("mask", "point", "box"):
+            plan = PROMPT_RECIPES[kind].draw(5)
+            assert plan.kinds == {0: kind} and plan.corrected == ()
     assert PROMPT_RECIPES["mask"].draw(1).kinds == {0: "mask"}
-
-
-@pytest.mark.parametrize("kind", ["mask", "point", "box"])
-def test_named_recipes_prompt_the_first_frame_alone(kind):
-    for _ in range(20):
-        plan = PROMPT_RECIPES[kind].draw(5)
-        assert plan.kinds == {0: kind} and plan.corrected == ()
 
 
 @pytest.mark.parametrize(
@@ -110,49 +108,25 @@ def test_boxes_are_bounding_boxes_with_bounded_noise():
     assert bounding_boxes(torch.zeros(1, 5, 5, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
 
 
-def test_corrections_follow_the_errors_one_after_the_other(nano, monkeypatch):
-    """Each click sees the prediction that the one before it led to, and refines its mask."""
-    frames = nano.load("train_step")
-    labels = frames["masks"].bool().transpose(0, 1).unsqueeze(0)
+@torch.no_grad()
+def test_corrections_follow_the_errors_one_after_the_other_and_each_counts(nano, clip, monkeypatch):
+    """Each click sees the prediction that the one before it led to, and refines its mask; its loss is added."""
     seen = []
 
     def spy(masks, predictions=None):
         seen.append(predictions)
         return sample_point_from_errors(masks, predictions)
 
-    recipe = PromptRecipe(1.0, 1.0, 1, 1, num_correction_clicks=3, click_from_mask_probability=0.0)
-    monkeypatch.setattr("samoe_hf.model.prompts.sample_point_from_errors", spy)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        nano.model(frames["pixel_values"].unsqueeze(0), labels, prompts=recipe)
+    monkeypatch.setattr("samoe_hf.model.prompt_recipe.sample_point_from_errors", spy)
+
+    def loss(clicks, from_mask):
+        seen.clear()
+        torch.manual_seed(0)
+        recipe = PromptRecipe(1.0, 1.0, 1, 1, clicks, click_from_mask_probability=from_mask)
+        return nano.model(*clip, prompts=recipe).loss_dict["object_score"].item()
+
+    without = loss(0, 0.0)
+    assert loss(3, 0.0) > 1.5 * without
     assert len(seen) == 3 and all(predictions.shape == (2, 128, 128) for predictions in seen)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-
-
-def test_clicks_from_the_mask_ignore_the_prediction(nano):
-    frames = nano.load("train_step")
-    labels = frames["masks"].bool().transpose(0, 1).unsqueeze(0)
-    recipe = PromptRecipe(1.0, 0.0, 1, 1, 4, click_from_mask_probability=1.0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        output = nano.model(frames["pixel_values"].unsqueeze(0), labels, prompts=recipe)
-    assert output.loss > 0
-
-
-def test_the_loss_counts_every_click(nano):
-    """Summed over frames and clicks: a corrected frame adds one term for each click."""
-    frames = nano.load("train_step")
-    labels = frames["masks"].bool().transpose(0, 1).unsqueeze(0)
-    pixel_values = frames["pixel_values"].unsqueeze(0)
-    with torch.no_grad():
-        losses = []
-        for clicks in (0, 5):
-            torch.manual_seed(0)
-            recipe = PromptRecipe(1.0, 1.0, 1, 1, clicks, 0.0)
-            losses.append(nano.model(pixel_values, labels, prompts=recipe).loss_dict["object_score"].item())
-    assert losses[1] > 1.5 * losses[0]
-
-
-def test_clips_of_two_frames_always_train_the_memory():
-    """Some of their frames must be left without a prompt, or memory is read on none."""
-    assert all(len(PromptRecipe(max_initial_frames=2).draw(2).kinds) == 1 for _ in range(50))
+    assert loss(3, 1.0) > 0 and seen == [None] * 3

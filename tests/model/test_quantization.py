@@ -1,7 +1,6 @@
 """A base in 8 or 4 bits under experts as they are: the three libraries, what is trained, saved and loaded."""
 
 import importlib.util
-import logging
 
 import pytest
 import torch
@@ -11,18 +10,13 @@ from torch import nn
 from transformers import BitsAndBytesConfig, Sam2VideoModel, TorchAoConfig
 
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.data import SyntheticVideos
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
-from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.quantization import spared_bytes
 from samoe_hf.model.weights_io import plain_tensors
 from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
 from samoe_hf.training.feature_cache import FeatureCache
-from samoe_hf.training.fit import FRAGMENTS, step_bytes
 
 
 def bitsandbytes(bits, **options):
@@ -40,7 +34,15 @@ def torchao(bits, **options):
 LIBRARIES = {"bitsandbytes": bitsandbytes, "torchao": torchao}
 
 
-@pytest.fixture(params=[(name, bits) for name in LIBRARIES for bits in (8, 4)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[
+        ("bitsandbytes", 4),
+        ("optimum", 8),
+        ("torchao", 8),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (("bitsandbytes", 8), ("optimum", 4), ("torchao", 4))),
+    ],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
 def quantization(request):
     """How to quantize, and the size of its error."""
     library, bits = request.param
@@ -95,50 +97,18 @@ def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, 
     assert 0 < error < 0.2
 
 
-def test_experts_learn_over_it_and_the_base_stays(quantization, model_folder, clip):
-    torch.manual_seed(0)
+def test_experts_learn_over_it_and_are_saved_alone_for_the_full_base(quantization, model_folder, tmp_path, clip):
+    full = SamoeModel.from_pretrained(model_folder)
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
     before = plain_weights(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(6):
-        # Evaluation in between must not change what comes after.
-        with torch.no_grad():
+    for _ in range(2):
+        with torch.no_grad():  # evaluation in between must not change what comes after
             model.eval()(*clip, prompts="mask")
-        loss = model.train()(*clip, prompts="mask").loss
-        loss.backward()
+        model.train()(*clip, prompts="mask").loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    after = plain_weights(model)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = {name for name, tensor in plain_weights(model).items() if not torch.equal(tensor, before[name])}
     assert changed and all(is_expert_parameter(name) for name in changed)
-
-
-def test_it_tracks_as_the_full_base_does(quantization, model_folder):
-    (video,) = SyntheticVideos(1, 4, (128, 128), max_objects=2, seed=3)
-    prompts = [VideoPrompt(o, mask=m) for o, m in zip(video.object_ids, video.masks(0), strict=True)]
-
-    def masks(model):
-        return [
-            frame.logits for frame in track_video(model.eval(), build_processor(model.config), video.frames, prompts)
-        ]
-
-    full = masks(SamoeModel.from_pretrained(model_folder))
-    quantized = masks(SamoeModel.from_pretrained(model_folder, quantization_config=quantization()))
-    assert len(full) == len(quantized) == 4
-    for one, other in zip(quantized[1:], full[1:], strict=True):
-        assert 0 < (one - other).abs().mean() < 0.7 * other.abs().mean()
-
-
-def test_what_was_trained_is_saved_alone_and_loads_onto_the_full_base(quantization, model_folder, tmp_path):
-    full = SamoeModel.from_pretrained(model_folder)
-    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
     model.save_pretrained(tmp_path / "experts")
     assert all(is_expert_parameter(name) for name in load_file(tmp_path / "experts" / "model.safetensors"))
     loaded = SamoeModel.from_pretrained(tmp_path / "experts")
@@ -194,40 +164,21 @@ def test_domains_come_and_go_over_a_quantized_base(quantization, model_folder, t
         assert torch.equal(model(*clip, prompts="mask").pred_masks, base)
 
 
-@pytest.mark.parametrize("wrong", ["int8", 8, {"load_in_8bit": False}, {"bits": 4}])
-def test_a_wrong_configuration_is_told(model_folder, wrong):
-    with pytest.raises(ValueError, match="quant"):
-        SamoeModel.from_pretrained(model_folder, quantization_config=wrong)
-
-
-def test_a_quantized_base_needs_a_place_to_be_read_from_again(nano):
+def test_what_cannot_be_quantized_is_told(nano, model_folder, tmp_path):
+    for wrong in ("int8", {"load_in_8bit": False}):
+        with pytest.raises(ValueError, match="quant"):
+            SamoeModel.from_pretrained(model_folder, quantization_config=wrong)
     weights = {"config": nano.model.config, "state_dict": nano.model.state_dict()}
     with pytest.raises(ValueError, match="needs `pretrained_model_name_or_path`"):
         SamoeModel.from_pretrained(None, **weights, quantization_config=bitsandbytes(8))
-
-
-def test_a_layer_that_a_library_cannot_quantize_is_told(model_folder):
-    """torchao's groups must divide a layer's inputs."""
-    quantization = pytest.importorskip("torchao.quantization")
-    groups = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(96))
+    torchao = pytest.importorskip("torchao.quantization")
+    groups = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(96))
     with pytest.raises(ValueError, match=r"`quantization_config` cannot be used with this model .*divisible by"):
         SamoeModel.from_pretrained(model_folder, quantization_config=TorchAoConfig(groups))
-
-
-def test_a_folder_that_holds_quantized_weights_is_refused(model_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
-    base = Sam2VideoModel.from_pretrained(model_folder, quantization_config=bitsandbytes(8))
-    base.save_pretrained(tmp_path)
+    Sam2VideoModel.from_pretrained(model_folder, quantization_config=bitsandbytes(8)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds quantized weights"):
         SamoeModel.from_pretrained(tmp_path)
-
-
-def test_a_cast_is_not_told_of_at_each_call(model_folder, clip, caplog):
-    pytest.importorskip("bitsandbytes")
-    model = SamoeModel.from_pretrained(model_folder, quantization_config=bitsandbytes(8)).eval()
-    with caplog.at_level(logging.WARNING), torch.no_grad():
-        model(*clip, prompts="mask")
-    assert not caplog.records
 
 
 def test_cached_features_are_of_the_quantized_encoder(quantization, model_folder, clip, tmp_path):
@@ -239,14 +190,6 @@ def test_cached_features_are_of_the_quantized_encoder(quantization, model_folder
         assert not torch.equal(full(*clip, prompts="mask").pred_masks, expected)
         assert torch.equal(model(*clip, prompts="mask").pred_masks, expected)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("quantization", [("bitsandbytes", 4)], indirect=True)
-def test_the_device_memory_of_a_step_is_that_of_quantized_weights(quantization, model_folder):
-    full = SamoeModel.from_pretrained(model_folder)
-    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
-    difference = step_bytes(full, 3, 2, PromptRecipe()) - step_bytes(model, 3, 2, PromptRecipe())
-    assert difference == pytest.approx(FRAGMENTS * spared_bytes(model), rel=0.01)
 
 
 def test_adapters_of_peft_learn_over_it(quantization, model_folder, clip, tmp_path):

@@ -12,10 +12,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from helpers.reference import ROOT, change_config
+from helpers.reference import ROOT, assert_same_tensors, change_config
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.model.weights_io import new_folder, updated_folder, whole_file, write_text
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_of_experts_has_a_processor(experts_folder, nano):
@@ -68,7 +73,6 @@ def test_a_base_of_another_size_or_none_is_refused_with_both_names(experts_folde
     [
         (torch.float32, "float16"),
         (torch.bfloat16, torch.float32),
-        pytest.param(torch.float32, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(torch.float16, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
@@ -77,14 +81,9 @@ def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folde
     model.save_pretrained(tmp_path / "experts", experts_only=True)
     model.save_pretrained(tmp_path / "whole")
     assert SamoeModel.from_pretrained(tmp_path / "experts").dtype == saved
-    loaded = SamoeModel.from_pretrained(tmp_path / "experts", dtype=dtype)
-    expected = SamoeModel.from_pretrained(tmp_path / "whole", dtype=dtype)
-    for (name, one), (_, two) in zip(
-        [*loaded.named_parameters(), *loaded.named_buffers()],
-        [*expected.named_parameters(), *expected.named_buffers()],
-        strict=True,
-    ):
-        assert one.dtype == two.dtype and torch.equal(one, two), name
+    loaded, expected = (SamoeModel.from_pretrained(tmp_path / name, dtype=dtype) for name in ("experts", "whole"))
+    assert_same_tensors(loaded, expected)
+    assert {name: x.dtype for name, x in loaded.named_buffers()} == {n: x.dtype for n, x in expected.named_buffers()}
 
 
 def test_settings_can_be_given_and_layers_added(experts_folder, nano):
@@ -97,16 +96,21 @@ def test_settings_can_be_given_and_layers_added(experts_folder, nano):
         SamoeModel.from_pretrained(experts_folder, num_experts_per_tok=99)
 
 
-def test_experts_give_place_to_others_only_if_asked(model_folder, nano, tmp_path):
-    for settings in ({"num_experts": 6}, {"lora_rank": 2}, {"num_experts": 6, "expert_modules": ["q_proj"]}):
-        with pytest.raises(ValueError, match=r"`ignore_mismatched_sizes=True` gives the model new experts"):
-            SamoeModel.from_pretrained(model_folder, **settings)
-        model = SamoeModel.from_pretrained(model_folder, ignore_mismatched_sizes=True, **settings)
-        module = model.get_submodule(model.expert_module_names[0])
-        assert module.num_experts == settings.get("num_experts", 4) and not module.lora_B.any()
-        assert module.lora_A.abs().max() > 0
-        plain = {name: t for name, t in nano.model.state_dict().items() if not is_expert_parameter(name)}
-        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.items())
+@pytest.mark.parametrize(
+    "settings", [{"num_experts": 6}, {"lora_rank": 2}, {"num_experts": 6, "expert_modules": ["q_proj"]}]
+)
+def test_experts_give_place_to_others_only_if_asked(model_folder, nano, settings):
+    with pytest.raises(ValueError, match=r"`ignore_mismatched_sizes=True` gives the model new experts"):
+        SamoeModel.from_pretrained(model_folder, **settings)
+    model = SamoeModel.from_pretrained(model_folder, ignore_mismatched_sizes=True, **settings)
+    module = model.get_submodule(model.expert_module_names[0])
+    assert module.num_experts == settings.get("num_experts", 4) and not module.lora_B.any()
+    assert module.lora_A.abs().max() > 0
+    plain = {name: t for name, t in nano.model.state_dict().items() if not is_expert_parameter(name)}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.items())
+
+
+def test_a_base_of_another_size_gives_no_place_to_new_experts(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "folder")
     change_config(folder, mask_decoder_config__mlp_dim=64)
     with pytest.raises(ValueError, match="does not fit the model") as error:
@@ -135,7 +139,7 @@ def test_a_save_that_fails_changes_nothing(model_folder, tmp_path, monkeypatch, 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    before = {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()}
+    before = contents(tmp_path / "old")
     assert tmp_path / "old" / "mine" / "adapter_model.safetensors" in before
 
     def write_some(config, directory, **_):
@@ -146,5 +150,62 @@ def test_a_save_that_fails_changes_nothing(model_folder, tmp_path, monkeypatch, 
     for name in ("old", "new"):
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(tmp_path / name, experts_only=experts_only)
-    assert {file: file.read_bytes() for file in (tmp_path / "old").rglob("*") if file.is_file()} == before
+    assert contents(tmp_path / "old") == before
     assert not (tmp_path / "new").exists()
+
+
+def test_what_was_trained_does_not_take_its_bases_place(model_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    model = SamoeModel.from_pretrained(folder)
+    before = contents(folder)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for place in (folder, tmp_path / "link", "model", f"{folder}/../model", f"{folder}{os.sep}"):
+        with pytest.raises(ValueError, match="holds the base model"):
+            model.save_pretrained(place, experts_only=True)
+    assert contents(folder) == before
+    # What was loaded from there may be saved as a whole, and elsewhere.
+    model.save_pretrained(tmp_path / "elsewhere", experts_only=True)
+    again = SamoeModel.from_pretrained(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="holds the base model"):
+        again.save_pretrained(folder, experts_only=True)
+    again.save_pretrained(tmp_path / "elsewhere", experts_only=True)
+    model.save_pretrained(folder)
+    SamoeModel.from_pretrained(folder)
+    inner = shutil.copytree(folder, tmp_path / "outer" / "inner")
+    model = SamoeModel.from_pretrained(inner.parent, subfolder="inner")
+    with pytest.raises(ValueError, match="holds the base model"):
+        model.save_pretrained(inner, experts_only=True)
+
+
+@pytest.mark.parametrize("arguments", [{"expert_only": True}, {"experts_onyl": True}, {"proccessor": None}])
+def test_unknown_arguments_of_saving_are_refused(nano, tmp_path, arguments):
+    with pytest.raises(TypeError, match=f"`save_pretrained` has no argument '{next(iter(arguments))}'"):
+        nano.model.save_pretrained(tmp_path / "out", **arguments)
+    with pytest.raises(TypeError):
+        nano.model.save_pretrained(tmp_path / "out", True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+    write_text(path, "first")
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("open_folder", [new_folder, updated_folder])
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, open_folder):
+    with pytest.raises(RuntimeError), open_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with open_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("whole")
+    assert (tmp_path / "out" / "a").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Sam2VideoConfig, Sam2VideoModel
 
-from helpers.reference import attend, track_reference
-from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules
+from helpers.reference import assert_same_tensors, attend, track_reference
+from peers import base_of
+from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.expert_sleep import ASLEEP
 from samoe_hf.surgery.loras import add_expert, export_expert, read_lora
@@ -19,18 +19,10 @@ from samoe_hf.surgery.loras import add_expert, export_expert, read_lora
 ATTENTION = r"memory_attention\.layers\.\d+\.self_attn\.[qkvo]_proj"
 
 
-@pytest.fixture
-def model(nano):
-    """A copy of the reference model, free to be changed."""
-    return copy.deepcopy(nano.model)
-
-
 @pytest.fixture(scope="module")
 def base(nano):
     """The reference without experts, as transformers' own model."""
-    base = Sam2VideoModel(Sam2VideoConfig(**nano.model.config.to_dict())).eval()
-    base.load_state_dict(nano.model.state_dict(), strict=False)
-    return base
+    return base_of(nano.model)
 
 
 @pytest.fixture
@@ -50,19 +42,16 @@ def lora(base, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("expert", [0, 2])
-def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_path, expert):
-    export_expert(nano.model, expert, tmp_path / "out")
+def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_path):
+    export_expert(nano.model, 2, tmp_path / "out")
     adapted = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out")
-    with route_all_to(nano.model, expert):
+    with route_all_to(nano.model, 2):
         expected = attend(nano.model)
         torch.testing.assert_close(attend(adapted.base_model.model), expected, atol=1e-6, rtol=1e-6)
     assert (attend(base) - expected).abs().max() > 1e-4
     assert (attend(nano.model) - expected).abs().max() > 1e-4
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == set(nano.model.expert_module_names)
     assert config["base_model_name_or_path"] == nano.model.origin.source["name_or_path"]
@@ -109,24 +98,17 @@ def test_a_peft_lora_becomes_an_expert_that_does_what_it_did(model, base, lora):
     assert untouched.lora_B[index].abs().max() == 0 < untouched.lora_A[index].abs().max()
 
 
-def test_a_new_expert_leaves_the_output_as_it_is(nano, model, lora):
-    before = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
-    add_expert(model, lora())
-    after = track_reference(model, nano.folder, nano.load("tracking")["pixel_values"])[0]
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    torch.testing.assert_close(attend(model), attend(nano.model), atol=1e-6, rtol=1e-6)
-    module = model.get_submodule(model.expert_module_names[0])
-    assert module.router.bias[-1] == ASLEEP and module.router.weight[-1].abs().max() == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_sleeping_expert_gets_nothing_in_half_precision(model, lora, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_expert_sleeps_and_leaves_the_output_as_it_is(nano, model, lora, dtype):
     model.to(dtype)
     index = add_expert(model, lora())
     for _, module in expert_modules(model):
         assert {getattr(module, name).dtype for name in ("lora_A", "lora_B")} == {dtype}
         gates = module.gates(module.router(100 * torch.randn(50, module.in_features, dtype=dtype)))
         assert gates[:, index].abs().max() == 0 and gates.isfinite().all()
+        assert module.router.bias[-1] == ASLEEP and module.router.weight[-1].abs().max() == 0
+    if dtype == torch.float32:
+        torch.testing.assert_close(attend(model), attend(nano.model), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -134,25 +116,16 @@ def test_a_sleeping_expert_gets_nothing_in_half_precision(model, lora, dtype):
     [
         ({"r": 5}, "has rank 5 .* experts have 4, which cannot hold it"),
         ({"use_dora": True}, "more than a plain LoRA.*use_dora=True"),
-        ({"bias": "lora_only"}, "more than a plain LoRA.*bias='lora_only'"),
         ({"modules_to_save": ["iou_prediction_head"]}, "more than a plain LoRA.*modules_to_save"),
         ({"target_modules": ["qkv"]}, "5 layers without experts, such as 'vision_encoder"),
     ],
 )
-def test_loras_that_are_no_expert_are_refused(model, lora, settings, message):
+def test_loras_that_are_no_expert_are_refused(nano, model, lora, settings, message):
     folder = lora(**settings)
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         add_expert(model, folder)
     assert model.config.num_experts == 4
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_another_models_lora_is_refused(model, lora):
-    folder = lora()
-    change_tensors(folder, lambda key, tensor: tensor[:, :32] if "lora_A" in key else tensor)
-    with pytest.raises(ValueError, match=r"for another model: .* goes from 32 to 128 features, the layer from 128"):
-        add_expert(model, folder)
+    assert_same_tensors(model, nano.model)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +136,10 @@ def test_another_models_lora_is_refused(model, lora):
         (lambda key, tensor: tensor[:2] if "lora_A" in key else tensor, "says rank 4 of .* but has A"),
         (lambda key, tensor: tensor[None], "no matrix of a LoRA on a linear layer"),
         (lambda key, tensor: None, "has no tensors"),
+        (
+            lambda key, tensor: tensor[:, :32] if "lora_A" in key else tensor,
+            "for another model: .* goes from 32 to 128 features, the layer from 128",
+        ),
     ],
 )
 def test_damaged_loras_are_refused(model, lora, change, message):
@@ -176,9 +153,7 @@ def test_damaged_loras_are_refused(model, lora, change, message):
     "setting, value",
     [
         ("r", "x"),
-        ("r", None),
         ("r", 0),
-        ("lora_alpha", "x"),
         ("lora_alpha", None),
         ("lora_alpha", []),
         ("rank_pattern", 5),
@@ -235,9 +210,3 @@ def change_tensors(folder, change):
     path = folder / "adapter_model.safetensors"
     changed = {key: change(key, tensor) for key, tensor in load_file(path).items()}
     save_file({key: tensor.contiguous() for key, tensor in changed.items() if tensor is not None}, path)
-
-
-def test_expert_tensors_are_all_known(nano):
-    module = nano.model.get_submodule(nano.model.expert_module_names[0])
-    own = {name for name, _ in module.named_parameters()} - {"weight", "bias"}
-    assert own == set(EXPERT_TENSORS)

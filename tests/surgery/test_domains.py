@@ -1,0 +1,178 @@
+"""Domains are added, removed, renamed and merged: what others do stays as it was."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers.domains import ENCODER_AND_MEMORY, add_learned_domain, clip_masks, new_model, with_two_domains
+from samoe_hf.continual.fit_gate import decide_videos, fit_gate
+from samoe_hf.evaluation.evaluate import segment_video
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.original.checkpoint import save_original
+from samoe_hf.surgery.domains import add_domain, copy_domain_experts, merge_domains, remove_domain, rename_domain
+from samoe_hf.surgery.experts import (
+    freeze_experts,
+    grow_experts,
+    merge_experts,
+    prune_experts,
+    replace_experts,
+    reset_expert,
+)
+from samoe_hf.surgery.loras import add_expert, add_lora_domain, export_expert
+
+
+@pytest.fixture
+def model(gated):
+    """Free to be changed."""
+    return copy.deepcopy(gated)
+
+
+@pytest.fixture(scope="module")
+def processor(gated):
+    return build_processor(gated.config)
+
+
+def assert_same_masks(model, expected, batch, *domains):
+    assert all(torch.equal(clip_masks(model, batch, name), clip_masks(expected, batch, name)) for name in domains)
+
+
+def test_adding_a_domain_changes_nothing_of_the_others(gated, model, domain_videos, processor):
+    video = domain_videos["blobs"][20]
+    expected, _ = segment_video(model, processor, video)
+    add_learned_domain(model, "c", 3, expert_modules=["qkv", "proj_in", "q_proj", "k_proj", "linear1", "linear2"])
+    fit_gate(model, processor, "c", [domain_videos["shapes"][i] for i in range(8)], show_progress_bar=False)
+    after = model.state_dict()
+    for name, tensor in gated.state_dict().items():
+        kept = after[name][: len(tensor)] if name.startswith("domain_gate.") else after[name]
+        assert torch.equal(kept, tensor), name
+    assert (segment_video(model, processor, video)[0] == expected).all()
+    assert model.config.domain_names == ["a", "b", "c"]
+
+
+def test_domains_are_removed_and_renamed(gated, model, two_clips, processor, domain_videos):
+    remove_domain(model, "a")
+    rename_domain(model, "b", "type")  # a name that modules have an attribute of
+    assert torch.equal(clip_masks(model, two_clips, "type"), clip_masks(gated, two_clips, "b"))
+    assert model.config.domain_names == ["type"]
+    assert not any("domain_a" in name or "domain_b" in name for name in model.state_dict())
+    assert next(decide_videos(model, processor, [domain_videos["stripes"][23]])).domain == "type"
+    remove_domain(model, "type")
+    plain = {name for name in new_model().state_dict() if "lora_" not in name and "router" not in name}
+    assert {name for name in model.state_dict() if not name.startswith("domain_gate")} == plain
+    for change in (lambda name: remove_domain(model, name), lambda name: rename_domain(model, name, "x")):
+        with pytest.raises(ValueError, match="The model has no domain 'a'; there are none"):
+            change("a")
+
+
+def test_two_peoples_domains_are_put_side_by_side(gated, model, two_clips, processor, domain_videos):
+    mine, yours = model, copy.deepcopy(gated)
+    remove_domain(mine, "b")
+    remove_domain(yours, "a")
+    assert merge_domains(mine, yours) == ["b"]
+    assert_same_masks(mine, gated, two_clips, "a", "b", None)
+    videos = [domain_videos[kind][23] for kind in ("blobs", "stripes")]
+    assert [decision.domain for decision in decide_videos(mine, processor, videos)] == ["a", "b"]
+    with pytest.raises(ValueError, match="Both models have a domain 'b'"):
+        merge_domains(mine, yours)
+    rename_domain(yours, "b", "c")
+    yours.mask_decoder.iou_token.weight.data += 1
+    with pytest.raises(ValueError, match="different bases"):
+        merge_domains(mine, yours)
+    assert mine.config.domain_names == ["a", "b"]
+
+
+def test_experts_of_no_domain_become_a_domain(two_clips):
+    model = new_model()
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected, tensors = clip_masks(model, two_clips, None), len(model.state_dict())
+    with pytest.raises(ValueError, match=r"`rename_domain\(None, NAME\)` makes a domain of them"):
+        add_domain(model, "new")
+    rename_domain(model, None, "old")
+    assert torch.equal(clip_masks(model, two_clips, "old"), expected)
+    assert_same_masks(model, new_model(), two_clips, None)
+    assert len(model.state_dict()) == tensors + 5
+    add_domain(model, "new", like="old")
+    assert torch.equal(clip_masks(model, two_clips, "new"), expected)
+
+
+def test_a_new_domain_starts_from_experts_of_the_same_kind_alone(model, two_clips):
+    add_domain(model, "like_a", like="a")
+    settings = {name: value for name, value in model.config.domains[0].items() if name != "name"}
+    add_domain(model, "new", **settings)
+    add_domain(model, "smaller", **{**settings, "lora_rank": 1})
+    assert not torch.equal(clip_masks(model, two_clips, "new"), clip_masks(model, two_clips, "a"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not copy_domain_experts(model, "a", "smaller") and not copy_domain_experts(model, "a", "like_a")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert copy_domain_experts(model, "a", "new") and not copy_domain_experts(model, "new", "new")
+    assert torch.equal(clip_masks(model, two_clips, "new"), clip_masks(model, two_clips, "a"))
+    with pytest.raises(ValueError, match="The model has no domain 'z'"):
+        copy_domain_experts(model, "z", "new")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("a", {}, "is the name of a domain that the model has"),
+        ("auto", {}, "be none of auto, none, base"),
+        ("x.y", {}, "must be of letters, digits, _ and -"),
+        (5, {}, "must be of letters"),
+        ("c", {"num_experts": 2, "num_experts_per_tok": 3}, r"Domain 'c': `num_experts_per_tok` must be at most"),
+        ("c", {"num_experts": -1}, "`num_experts` must be an integer of at least 1"),
+        ("c", {"expert_modules": ["nothing"]}, "matches no linear layer"),
+        ("c", {"rank": 2}, "`settings` must be among"),
+        ("c", {"like": "z"}, "The model has no domain 'z'"),
+        ("c", {"like": "a", "lora_rank": 2}, "`like` 'a' says what"),
+    ],
+)
+def test_domains_that_cannot_be_are_refused_and_nothing_changes(gated, name, settings, message):
+    before = set(gated.state_dict())
+    with pytest.raises(ValueError, match=message):
+        add_domain(gated, name, **settings)
+    assert set(gated.state_dict()) == before and gated.config.domain_names == ["a", "b"]
+
+
+def test_a_domain_may_have_no_experts(two_clips):
+    model = new_model()
+    add_domain(model, "plain", num_experts=0)
+    assert torch.equal(clip_masks(model, two_clips, "plain"), clip_masks(new_model(), two_clips, None))
+    assert model.expert_module_names == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: prune_experts(model, keep=[0]),
+        lambda model: merge_experts(model, [0, 1]),
+        lambda model: grow_experts(model, 1),
+        lambda model: reset_expert(model, 0),
+        lambda model: freeze_experts(model, [0]),
+        lambda model: replace_experts(model, lora_rank=2),
+        lambda model: add_expert(model, "x/y"),
+        lambda model: export_expert(model, 0, "x/y"),
+    ],
+)
+def test_surgery_on_single_experts_is_for_models_without_domains(gated, change):
+    with pytest.raises(ValueError, match="belong to domains"):
+        change(gated)
+
+
+def test_a_lora_of_peft_becomes_a_domain_and_back(two_clips, tmp_path):
+    model, other = with_two_domains(), new_model()
+    options = {"num_experts": 1, "num_experts_per_tok": 1, "lora_rank": 2, "expert_modules": ENCODER_AND_MEMORY}
+    add_learned_domain(model, "one", 0, **options)
+    export_expert(model, 0, tmp_path / "lora", domain="one")
+    add_lora_domain(other, "mine", tmp_path / "lora")
+    expected = clip_masks(model, two_clips, "one")
+    torch.testing.assert_close(clip_masks(other, two_clips, "mine"), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="one of the 1 experts of domain 'one'"):
+        export_expert(model, 1, tmp_path / "more", domain="one")
+
+
+def test_the_original_has_no_place_for_domains(gated, tmp_path):
+    with pytest.raises(ValueError, match=r"a model with domains \(a, b\) cannot be written"):
+        save_original(gated.config, gated.state_dict(), tmp_path / "original")
+    assert not list(tmp_path.iterdir())
