@@ -71,15 +71,6 @@ def test_what_is_unlike_a_domain_in_one_kind_of_features_is_refused():
     assert known.thresholds.shape == (1, 2)
 
 
-def test_each_kind_of_features_is_described_as_it_would_be_alone():
-    (first, videos), (second, _) = domain(0), domain(1, num_features=8)
-    both = gate((torch.cat([first, second], 1), videos), num_features=(FEATURES, 8))
-    for name, rows in (("means", slice(FEATURES)), ("noises", slice(FEATURES)), ("factors", slice(FEATURES))):
-        assert torch.equal(both.get_buffer(name)[..., rows], gate((first, videos)).get_buffer(name))
-    assert torch.equal(both.thresholds[:, :1], gate((first, videos)).thresholds)
-    assert_close(both.means[:, FEATURES:], gate((second, videos), num_features=8).means)
-
-
 def test_the_contrast_of_a_picture_tells_its_scale_and_colour():
     size, features = 64, 15
     checks = (torch.arange(size)[:, None] + torch.arange(size)) % 2 * 2 - 1.0
@@ -126,18 +117,6 @@ def test_an_added_domain_leaves_all_others_as_they_were():
     assert all(torch.equal(known.state_dict()[k][:2], v) for k, v in state.items())
     assert torch.equal(after.domain, before.domain)
     assert torch.equal(after.distances[:, :2], before.distances)
-
-
-def test_the_order_of_domains_and_frames_does_not_matter():
-    one, other = gate(domain(0), domain(1), domain(2)), gate(domain(2), domain(0), domain(1))
-    rows = torch.cat([held_out(k, num_videos=20) for k in range(4)])
-    names = torch.tensor([2, 0, 1, NO_DOMAIN])
-    assert torch.equal(names[other.decide(rows).domain], one.decide(rows).domain)
-    frames, videos = domain(0, num_videos=70)
-    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
-    for name, buffer in gate((frames[order], videos[order])).named_buffers():
-        if name != "factors":  # their signs are free
-            assert_close(buffer, gate((frames, videos)).get_buffer(name))
 
 
 def test_rows_are_fitted_merged_removed_and_forgotten(tmp_path):

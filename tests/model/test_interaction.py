@@ -162,24 +162,6 @@ def test_points_a_little_outside_of_the_frame_and_boxes_across_its_border_are_ta
 
 
 @KINDS
-def test_frames_and_objects_of_numpy(tiny, processor, kind):
-    results = []
-    for integer in (int, np.int64):
-        session = start(kind, processor)
-        for object_id in (0, -3):
-            processor.add_inputs_to_inference_session(session, integer(1), [integer(object_id)], **POINT)
-        outputs = [tiny(session, frame_idx=integer(1))]
-        outputs += tiny.propagate_in_video_iterator(session, integer(1), reverse=True)
-        tiny.clear_prompts(session, integer(1), integer(0))
-        tiny.remove_object(session, integer(0), strict=True)
-        outputs += tiny.propagate_in_video_iterator(session)
-        assert outputs[-1].object_ids == [-3]
-        results.append([output.pred_masks for output in outputs])
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-@KINDS
 def test_sessions_are_used_again(tiny, processor, kind):
     """After a reset, and after the last object was removed."""
     session, results = start(kind, processor), []
@@ -265,16 +247,3 @@ def test_objects_prompted_in_one_call_are_those_of_several(tiny, processor):
         processor.add_inputs_to_inference_session(one_by_one, 0, row + 1, **given)
     expected = tiny(one_by_one, frame_idx=0).pred_masks
     torch.testing.assert_close(tiny(together, frame_idx=0).pred_masks, expected, rtol=0, atol=0)
-
-
-@KINDS
-def test_tracking_by_single_calls_keeps_what_was_shown(tiny, processor, kind):
-    """Objects join on consecutive frames; the first is tracked through all of them."""
-    together, alone = start(kind, processor), start(kind, processor)
-    processor.add_inputs_to_inference_session(alone, 0, 1, **POINT)
-    for t in range(NUM_FRAMES):
-        if t in (0, 2, 3):
-            processor.add_inputs_to_inference_session(together, t, t + 1, **POINT)
-        masks = tiny(together, frame_idx=t).pred_masks[:1]
-        torch.testing.assert_close(masks, tiny(alone, frame_idx=t).pred_masks, rtol=0, atol=1e-12)
-    assert together.frames_tracked_per_obj[0].keys() == {1, 2, 3, 4}

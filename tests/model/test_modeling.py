@@ -10,13 +10,8 @@ from transformers.utils.generic import find_labels
 from helpers.reference import ROOT, assert_same_tensors
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.expert_layer import (
-    ExpertLinear,
-    expert_modules,
-    is_expert_parameter,
-    load_balancing_loss,
-    record_router_logits,
-)
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
+from samoe_hf.model.expert_router import load_balancing_loss, record_router_logits
 from samoe_hf.model.processing_samoe import build_processor
 
 CONFIGS = ROOT / "configs"
@@ -160,14 +155,6 @@ def test_padded_objects_do_not_count(model, clip):
     torch.testing.assert_close(padded.loss, (2 * first.loss + 3 * second.loss) / 5, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded.pred_masks[0, :2], first.pred_masks[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(padded.pred_masks[1], second.pred_masks[0], atol=1e-4, rtol=0)
-
-
-def test_image_features_are_computed_once_for_all_objects(model, clip, monkeypatch):
-    calls = []
-    encode = model.vision_encoder.forward
-    monkeypatch.setattr(model.vision_encoder, "forward", lambda x, **k: calls.append(len(x)) or encode(x, **k))
-    model(*clip)
-    assert sum(calls) == 2 * 4
 
 
 def test_a_clip_in_evaluation_equals_a_session(nano, clip):

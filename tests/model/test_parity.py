@@ -67,14 +67,6 @@ def test_video_resolution_masks_equal_the_original():
     assert (masks[:, 0] - expected["with_experts.video_res_logits.frame5"]).abs().mean() < 1e-4
 
 
-@pytest.mark.parametrize("obj_id", [1, 2, 3])
-def test_an_object_alone_is_tracked_as_among_others(nano, obj_id):
-    pixel_values = nano.load("tracking")["pixel_values"]
-    together, _, _ = track_reference(nano.model, nano.folder, pixel_values)
-    alone, _, _ = track_reference(nano.model, nano.folder, pixel_values, obj_ids=(obj_id,))
-    torch.testing.assert_close(alone[0], together[obj_id - 1], atol=1e-4, rtol=0)
-
-
 def test_from_frames_through_the_processor(reference, tmp_path):
     """From JPEG files through the saved processor, as users start; its resize differs from PIL's by rounding."""
     build_processor(reference.model.config).save_pretrained(tmp_path)

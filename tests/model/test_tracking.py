@@ -135,31 +135,6 @@ def test_the_first_prompted_frame_keeps_its_mask_after_a_click_on_the_tracked_vi
         torch.testing.assert_close(masks, before[frame_idx], atol=1e-4, rtol=0)
 
 
-def test_corrections_do_not_see_each_other_before_propagation(nano, processor, video):
-    def correct(*frames):
-        session = start(processor, video, (1, 0, POINT_1))
-        propagate(nano.model, session)
-        for frame_idx in frames:
-            processor.add_inputs_to_inference_session(session, frame_idx, 1, **CORRECTION)
-            output = nano.model(session, frame_idx=frame_idx)
-        return output.pred_masks
-
-    torch.testing.assert_close(correct(2, 4), correct(4), atol=1e-5, rtol=0)
-
-
-def test_prompting_an_object_does_not_track_the_others(nano, processor, video):
-    expected = nano.model(start(processor, video, (2, 4, BOX)), frame_idx=4).pred_masks[0]
-    session = start(processor, video, (1, 0, POINT_1), (2, 0, POINT_2))
-    nano.model(session, frame_idx=0)
-    processor.add_inputs_to_inference_session(session, 4, 1, **CORRECTION)
-    shown = nano.model(session, frame_idx=4).pred_masks[1]
-    assert session.frames_tracked_per_obj == {0: {}, 1: {}}
-    processor.add_inputs_to_inference_session(session, 4, 2, **BOX)
-    prompted = nano.model(session, frame_idx=4).pred_masks[1]
-    torch.testing.assert_close(prompted, expected, atol=1e-5, rtol=0)
-    assert (prompted - shown).abs().mean() > 1e-3
-
-
 def test_cleared_prompts_count_no_more(nano, processor, video):
     """Cleared by the model, or by transformers' session, which the model notices later."""
     expected = propagate(nano.model, start(processor, video, (1, 0, POINT_1)))
@@ -196,21 +171,6 @@ def test_clicks_refine_the_previous_mask_if_wanted(nano, processor, video):
         nano.model.config.previous_mask_with_clicks = True
 
 
-def test_removal_leaves_the_others_alone(nano, processor, video):
-    prompts = [(1, 0, POINT_1), (2, 0, BOX), (7, 1, POINT_2)]
-    expected = masks(nano.model.propagate_in_video_iterator(start(processor, video, *prompts)))
-    session = start(processor, video, *prompts)
-    nano.model.remove_object(session, 99)
-    with pytest.raises(ValueError, match=r"`obj_id`.*\[1, 2, 7\], got 99"):
-        nano.model.remove_object(session, 99, strict=True)
-    for t in range(3):
-        nano.model(session, frame_idx=t)
-    nano.model.remove_object(session, 1)
-    outputs = [nano.model(session, frame_idx=t) for t in range(3, 6)]
-    assert outputs[0].object_ids == session.obj_ids == [2, 7]
-    torch.testing.assert_close(masks(outputs), expected[3:, 1:], atol=1e-4, rtol=0)
-
-
 def test_what_cannot_be_tracked_is_refused(nano, processor, video):
     empty = processor.init_video_session(video=video)
     with pytest.raises(ValueError, match="No objects"):
@@ -225,6 +185,9 @@ def test_what_cannot_be_tracked_is_refused(nano, processor, video):
         nano.model(unprompted, frame_idx=1)
     with pytest.raises(ValueError, match="Object 4 was never prompted"):
         propagate(nano.model, unprompted)
+    nano.model.remove_object(unprompted, 99)
+    with pytest.raises(ValueError, match=r"`obj_id`.*\[1, 4\], got 99"):
+        nano.model.remove_object(unprompted, 99, strict=True)
     with pytest.raises(ValueError, match=r"`frame_idx`.*6 frames.*got 9"):
         propagate(nano.model, start(processor, video, (1, 0, POINT_1)), 9)
 
