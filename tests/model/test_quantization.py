@@ -37,9 +37,8 @@ LIBRARIES = {"bitsandbytes": bitsandbytes, "torchao": torchao}
 @pytest.fixture(
     params=[
         ("bitsandbytes", 4),
-        ("optimum", 8),
         ("torchao", 8),
-        *(pytest.param(x, marks=pytest.mark.slow) for x in (("bitsandbytes", 8), ("optimum", 4), ("torchao", 4))),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (("bitsandbytes", 8), ("torchao", 4))),
     ],
     ids=lambda p: f"{p[0]}-{p[1]}",
 )
