@@ -8,7 +8,7 @@ TORCH_BACKEND := $(if $(TORCH),--torch-backend=$(TORCH))
 # One thread for each of pytest's processes; more would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint types docs format clean
+.PHONY: demo test test-slow lint docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -24,9 +24,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-
-types: $(VENV)/.installed
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --level error
 
 # The guides and the API reference, in site/.
 docs: $(VENV)/.installed-docs

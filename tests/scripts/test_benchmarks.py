@@ -1,5 +1,6 @@
 """Benchmarks: what is compared is the same work, what is measured is what is reported."""
 
+import copy
 import json
 
 import pytest
@@ -10,14 +11,15 @@ import memory
 import tracking
 import training
 from experts import dense_forward
-from measure import Measurement, measure, peak_bytes, to_markdown
+from measure import Measurement, measure, peak_bytes, to_markdown, without_dropout
 from memory import tracking_memory, training_memory
+from meta_order import PEERS, TransformersClip, benchmark_order
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.model.expert_layer import ExpertLinear
+from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from tracking import check_equal
-from training import benchmark_training
+from training import benchmark_training, example_clip
 
 CPU = torch.device("cpu")
 
@@ -114,6 +116,54 @@ def test_the_programs_write_tables_plots_and_times(tmp_path, capsys):
         (f"micro, {count}", name) for count in ("1 object", "2 objects") for name in ("samoe_hf", "transformers")
     ]
     assert "torch" in capsys.readouterr().out
+
+
+def test_the_trial_of_metas_order_of_work_computes_the_same(nano):
+    """Its loss and gradients are those of our model without experts, which a test compares with the original's."""
+    model = copy.deepcopy(nano.model).train()
+    without_dropout(model)
+    for _, module in expert_modules(model):
+        torch.nn.init.zeros_(module.lora_B)
+    model.set_trainable("all")
+    clip = example_clip(model.config.image_size, 3, 2, CPU)
+    peer = TransformersClip(model)
+    peer.model.requires_grad_(True)
+    ours, theirs = model(**clip, prompts="mask").loss, peer(clip["pixel_values"], clip["labels"])
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    for loss in (ours, theirs):
+        loss.backward()
+    compared = 0
+    for name, parameter in peer.model.named_parameters():
+        own = model.get_parameter(name).grad
+        if parameter.grad is not None:
+            assert (own - parameter.grad).norm() <= 1e-3 * own.norm() + 1e-5, name
+            compared += 1
+    assert compared > 200
+
+
+def test_training_is_timed_beside_metas_order():
+    measurements = benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
+    contenders = {(m.case, m.contender) for m in measurements}
+    assert ("everything trained", "Meta's order, transformers") in contenders and len(measurements) == 6
+    assert ("encoder frozen", "samoe_hf, experts, cached features") in contenders
+    assert all(len(m.seconds) == 1 and m.median > 0 for m in measurements)
+
+
+@pytest.mark.slow
+def test_the_trial_by_sam2s_modules_has_the_same_loss():
+    pytest.importorskip("sam2")
+    measurements = benchmark_order(SamoeConfig(**read_yaml("model_micro")), ["transformers", "sam2"], 4, 3, 1, CPU)
+    assert {"Meta's order, transformers", "Meta's order, sam2"} < {m.contender for m in measurements}
+
+
+def test_a_peer_with_another_loss_is_not_timed(monkeypatch):
+    class Other(TransformersClip):
+        def __call__(self, pixel_values, labels):
+            return 1.001 * super().__call__(pixel_values, labels)
+
+    monkeypatch.setitem(PEERS, "transformers", Other)
+    with pytest.raises(AssertionError, match="The losses differ"):
+        benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
 
 
 def test_less_than_the_least_is_told_at_once(capsys):
