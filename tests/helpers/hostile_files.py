@@ -1,5 +1,6 @@
 """Small datasets of every kind, damaged at random and read in a process of little memory and time."""
 
+import gc
 import gzip
 import json
 import random
@@ -245,6 +246,7 @@ def read_damaged_files(folder: Path, seed: int, count: int) -> None:
     error.
     """
     warnings.simplefilter("ignore")
+    gc.freeze()  # what the parent process held, some of which cannot be freed in a fork
     templates = {kind: make(folder / kind) for kind, make in MAKERS.items()}
     for options in templates.values():
         read(options)  # unharmed, all can be read; also imports what is imported late
