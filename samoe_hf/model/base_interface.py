@@ -4,6 +4,7 @@ Memory attention, memory encoder, prompt encoder and mask decoder of both are th
 tensors. So the package is written for [`~transformers.Sam2VideoModel`], whose vision encoder may be any base's.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ class VideoConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(ABC):
     """What is particular to a base.
 
     Attributes:
@@ -56,32 +57,32 @@ class Base:
     no_split_modules: tuple[str, ...]
     loads_own_processor: bool = False
 
+    @abstractmethod
     def has(self, config: VideoConfig) -> bool:
         """Whether a model of this configuration has this base."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stride(self, config: VideoConfig) -> int:
         """Pixels of the input per position of the coarsest features."""
-        raise NotImplementedError
 
     def size_multiple(self, config: VideoConfig) -> int:
         """Image sizes are multiples of this."""
         return self.stride(config)
 
-    def complete(self, config: VideoConfig) -> None:
+    def complete(self, config: VideoConfig) -> None:  # noqa: B027  # most bases have nothing to add
         """Adds to a configuration what `Sam2VideoModel` asks for, and this base's configuration does not have."""
 
+    @abstractmethod
     def encoder_sizes(self, config: VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
         """Fields of the encoder's configuration that shapes of weights do not tell: name -> (value, expected).
 
         Args:
             sizes: height and width of each level of features, from fine to coarse.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def use_own_modules(self, vision_encoder: nn.Module) -> None:
         """Puts this package's modules into a vision encoder, in place of those that do work for nobody."""
-        raise NotImplementedError
 
     def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a configuration of one of `model_types` stands for, without its `model_type`."""
