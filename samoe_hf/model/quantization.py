@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
 from .errors import InputError
-from .expert_layer import META, BaseLinear, QuantizedProduct, floating_type, is_expert_parameter, replace_module
+from .expert_layer import META, BaseLinear, QuantizedProduct, is_expert_parameter, replace_module
 from .weights_io import plain_tensors
 
 # What libraries that work on quantized models look for.
@@ -161,16 +161,6 @@ def weight_bytes(model: nn.Module) -> int:
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{key}": tensor for key, tensor in _weights(module).items()}
     return _bytes(tensors)
-
-
-def spared_bytes(model: SamoePreTrainedModel) -> int:
-    """By how many bytes the quantized layers of a SamoeModel are smaller than in full."""
-    spared = 0
-    for layer in map(model.get_submodule, sorted(model.origin.quantized)):
-        layer = layer if isinstance(layer, BaseLinear) else layer.get_submodule("base_layer")  # of an adapter of PEFT
-        assert isinstance(layer, BaseLinear)
-        spared += layer.in_features * layer.out_features * floating_type(layer).itemsize - _bytes(_weights(layer))
-    return spared
 
 
 def _weights(layer: BaseLinear) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
-from samoe_hf.model.quantization import spared_bytes
 from samoe_hf.model.weights_io import plain_tensors
 from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
 from samoe_hf.training.feature_cache import FeatureCache
@@ -88,7 +87,7 @@ def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, 
     assert all(p.requires_grad == is_expert_parameter(name) for name, p in model.named_parameters())
     spared = full.summary().bytes - model.summary().bytes
     wide_bytes = sum(full.get_submodule(name).weight.nbytes for name in model.origin.quantized)
-    assert spared == spared_bytes(model) and 0.6 * wide_bytes < spared < wide_bytes
+    assert 0.6 * wide_bytes < spared < wide_bytes
     assert model.summary().total == full.summary().total
     with torch.no_grad():
         quantized, expected = (m.eval()(*clip, prompts="mask").pred_masks for m in (model, full))
@@ -193,9 +192,7 @@ def test_cached_features_are_of_the_quantized_encoder(quantization, model_folder
 
 def test_adapters_of_peft_learn_over_it(quantization, model_folder, clip, tmp_path):
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization()).train()
-    spared = spared_bytes(model)
     model.add_adapter(LoraConfig(r=2, target_modules=r"memory_attention.*(q|v)_proj"))
-    assert spared_bytes(model) == spared
     with pytest.raises(ValueError, match="is quantized"):
         model.set_trainable("memory")
     model.set_trainable("adapters")
