@@ -17,12 +17,14 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from samoe_hf.data.annotations import LabelImages, NoMasks, ObjectImages
+from samoe_hf.data.frames import check_inside
+from samoe_hf.data.images import read_label_png
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
-from samoe_hf.data.video_io import check_inside, read_label_png, read_video
+from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
 from samoe_hf.evaluation.simulated_user import prompt_from_mask

@@ -15,8 +15,8 @@ from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
 from samoe_hf.data import load_videos, write_video
+from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.data.synthetic import SyntheticVideos
-from samoe_hf.data.video_io import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode, track_video

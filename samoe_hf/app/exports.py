@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from samoe_hf.data.video_io import write_palette_png, write_video
+from samoe_hf.data.images import write_palette_png
+from samoe_hf.data.video_io import write_video
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.masks import overlay_masks

@@ -21,8 +21,8 @@ from PIL import Image
 from transformers.trainer import TRAINER_STATE_NAME
 
 from samoe_hf.continual.adapt import RESULTS_FILE, SMALL_MODEL_EXPERTS
+from samoe_hf.data.images import write_palette_png
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.data.video_io import write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import check_domain_name
 from samoe_hf.model.expert_layer import expert_modules

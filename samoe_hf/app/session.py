@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 
-from samoe_hf.data.video_io import read_label_png, write_palette_png
+from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_choice import AUTO

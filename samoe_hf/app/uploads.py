@@ -16,19 +16,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from samoe_hf.data.frames import FrameSequence, SampleError, check_inside, named_errors, natural_key
+from samoe_hf.data.images import IMAGE_SUFFIXES, ImageFrames, open_image
 from samoe_hf.data.synthetic import SyntheticVideos
-from samoe_hf.data.video_io import (
-    IMAGE_SUFFIXES,
-    FrameSequence,
-    ImageFrames,
-    SampleError,
-    check_inside,
-    named_errors,
-    natural_key,
-    open_image,
-    read_video,
-    write_video,
-)
+from samoe_hf.data.video_io import read_video, write_video
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif")
 DEFAULT_FPS = 12.0  # of frames without a video file

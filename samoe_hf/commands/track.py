@@ -23,7 +23,7 @@ from samoe_hf.errors import InputError, input_errors
 from .options import add_device_option, add_model_option, command_parser, load_model
 
 if TYPE_CHECKING:
-    from samoe_hf.data.video_io import FrameSequence
+    from samoe_hf.data.frames import FrameSequence
     from samoe_hf.inference import VideoPrompt
 
 MAX_OBJECT_ID = 255  # of a palette PNG
@@ -75,7 +75,7 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
     """What the options give of each object on each frame, as one prompt."""
     import numpy as np
 
-    from samoe_hf.data.video_io import read_label_png
+    from samoe_hf.data.images import read_label_png
     from samoe_hf.inference import VideoPrompt
 
     prompts: dict[tuple[int, int], VideoPrompt] = {}
@@ -140,7 +140,8 @@ def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence,
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from samoe_hf.data.video_io import read_label_png, read_video, write_palette_png, write_video
+    from samoe_hf.data.images import read_label_png, write_palette_png
+    from samoe_hf.data.video_io import read_video, write_video
     from samoe_hf.inference import track_video
     from samoe_hf.model.weights_io import new_folder, whole_file
     from samoe_hf.plots.masks import overlay_masks

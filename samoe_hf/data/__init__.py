@@ -6,21 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .clip_datasets import ClipDataset, ClipStream, MixedDataset
     from .clips import ClipCollator, ClipSampler
+    from .frames import FrameSequence, SampleError
     from .hub_datasets import videos_from_dataset
+    from .images import read_label_png, voc_palette, write_palette_png
     from .items import video_from_item, videos_from_items
     from .registry import load_videos
     from .schema import FEATURES, Video, VideoList, to_datasets, video_from_row
     from .synthetic import SYNTHETIC_DOMAINS, SyntheticVideos
     from .transforms import training_transforms
-    from .video_io import (
-        FrameSequence,
-        SampleError,
-        read_label_png,
-        read_video,
-        voc_palette,
-        write_palette_png,
-        write_video,
-    )
+    from .video_io import read_video, write_video
 
 __all__ = [
     "FEATURES",
@@ -52,13 +46,15 @@ __all__ = [
 _MODULES = {
     "clip_datasets": "ClipDataset ClipStream MixedDataset",
     "clips": "ClipCollator ClipSampler",
+    "frames": "FrameSequence SampleError",
     "hub_datasets": "videos_from_dataset",
+    "images": "read_label_png voc_palette write_palette_png",
     "items": "video_from_item videos_from_items",
     "registry": "load_videos",
     "schema": "FEATURES Video VideoList to_datasets video_from_row",
     "synthetic": "SYNTHETIC_DOMAINS SyntheticVideos",
     "transforms": "training_transforms",
-    "video_io": "FrameSequence SampleError read_label_png read_video voc_palette write_palette_png write_video",
+    "video_io": "read_video write_video",
 }
 
 

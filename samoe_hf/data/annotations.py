@@ -18,7 +18,8 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from samoe_hf.errors import InputError
 
-from .video_io import SampleError, read_label_png
+from .frames import SampleError
+from .images import read_label_png
 
 
 class Annotations(ABC):

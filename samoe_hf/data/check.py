@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from .frames import SampleError
 from .schema import Video
-from .video_io import SampleError
 
 ONE_MASK = 255  # by which a gray image stores one object
 LARGE_SHARE = 0.95

@@ -21,11 +21,11 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from samoe_hf.errors import InputError
 
 from .clips import Clip, ClipSampler, FrameProcessor
+from .frames import SampleError
 from .hub_datasets import videos_from_dataset
 from .items import ItemStream, is_iterable_dataset, videos_from_items
 from .options import check_types
 from .schema import Video
-from .video_io import SampleError
 
 logger = logging.getLogger(__name__)
 

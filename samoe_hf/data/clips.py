@@ -16,9 +16,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 from samoe_hf.errors import InputError
 
+from .frames import SampleError
 from .options import check_types
 from .schema import Video
-from .video_io import SampleError
 
 ClipTransform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[tv_tensors.Image, tv_tensors.Mask]]
 Clip = dict[str, Any]

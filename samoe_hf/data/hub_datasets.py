@@ -17,9 +17,9 @@ import datasets
 from samoe_hf.errors import InputError
 
 from .annotations import LabelImages
+from .frames import DAMAGE, SampleError, named_errors, natural_key
 from .items import ItemStream, ItemVideos, videos_from_items
 from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, video_from_row
-from .video_io import DAMAGE, SampleError, named_errors, natural_key
 
 # What columns are called, the likeliest first.
 FRAMES = ("frames", "images", "frame", "image")

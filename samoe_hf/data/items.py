@@ -20,8 +20,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from samoe_hf.errors import InputError
 
 from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
+from .frames import ArrayFrames, SampleError
 from .schema import Video, VideoSequence
-from .video_io import ArrayFrames, SampleError
 
 FORM = '{"frames": (T, C, H, W) or (T, H, W, C), "masks": (T, H, W) ids or (T, N, H, W)}'
 

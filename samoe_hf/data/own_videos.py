@@ -14,11 +14,13 @@ from pathlib import Path
 
 from samoe_hf.errors import InputError
 
+from .frames import SampleError, natural_key
+from .images import IMAGE_SUFFIXES, ImageFrames, open_image
 from .layouts import choose_split
 from .pair_lists import LIST_SUFFIXES, read_pairs
 from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, pair_masks, split_by_prefix
 from .schema import Video, VideoList
-from .video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ImageFrames, SampleError, natural_key, open_image, read_video
+from .video_io import VIDEO_SUFFIXES, read_video
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from .frames import SampleError, check_inside, named_errors
 from .pairing import FRAME_WORDS, MaskFile, Source
-from .video_io import VIDEO_SUFFIXES, SampleError, check_inside, named_errors
+from .video_io import VIDEO_SUFFIXES
 
 LIST_SUFFIXES = (".csv", ".json", ".jsonl")
 # What a column may be called, the usual name first.

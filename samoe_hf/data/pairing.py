@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .annotations import Annotations, LabelImages, ObjectImages
-from .video_io import ContainerFrames, FrameSequence, SampleError, natural_key
+from .frames import FrameSequence, SampleError, natural_key
+from .video_io import ContainerFrames
 
 FRAME_WORDS = r"(?i:frames?|images?|imgs?|jpegimages|pictures?|rgb|colou?r|inputs?|raw|videos?)"
 MASK_WORDS = (

@@ -12,9 +12,10 @@ from PIL import Image
 
 from samoe_hf.errors import InputError
 
+from .frames import SampleError, check_inside
+from .images import read_label_png, write_palette_png
 from .layouts import MaskFormat
 from .schema import Video
-from .video_io import SampleError, check_inside, read_label_png, write_palette_png
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,10 @@ from samoe_hf.errors import InputError
 
 from .annotations import LabelImages, ObjectImages, RleMasks, segmentation_to_rle
 from .clips import warn_one_frame
+from .frames import SampleError, check_inside, named_errors, natural_key
+from .images import ImageFrames, image_paths, read_label_png
 from .schema import Video, VideoList
-from .video_io import (
-    ImageFrames,
-    SampleError,
-    check_inside,
-    image_paths,
-    named_errors,
-    natural_key,
-    read_label_png,
-    read_video,
-)
+from .video_io import read_video
 
 
 def read_davis(

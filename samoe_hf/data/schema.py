@@ -25,7 +25,8 @@ from pycocotools import mask as coco_mask
 from samoe_hf.errors import InputError
 
 from .annotations import Annotations, MaskArrays, RleMasks
-from .video_io import ArrayFrames, FrameSequence, ImageFrames, SampleError, named_errors, open_image, read_image
+from .frames import ArrayFrames, FrameSequence, SampleError, named_errors
+from .images import ImageFrames, open_image, read_image
 
 FEATURES = datasets.Features(
     {

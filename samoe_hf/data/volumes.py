@@ -21,8 +21,8 @@ from nibabel.wrapstruct import WrapStructError
 from samoe_hf.errors import InputError
 
 from .annotations import IdVolume
+from .frames import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key
 from .schema import Video, VideoList
-from .video_io import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key
 
 Window = tuple[float, float]
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048

@@ -11,7 +11,8 @@ import pytest
 
 from helpers.app import maps_of, track_by_hand, write_small_video
 from samoe_hf.app.uploads import Limits
-from samoe_hf.data.video_io import read_label_png, read_video, write_video
+from samoe_hf.data.images import read_label_png
+from samoe_hf.data.video_io import read_video, write_video
 from samoe_hf.inference import VideoPrompt
 
 pytest.importorskip("gradio", reason="needs the `app` extra")

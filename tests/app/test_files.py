@@ -14,7 +14,8 @@ from helpers.app import maps_of, run_all
 from samoe_hf.app.exports import export_coco, export_masks, export_overlay
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.uploads import Limits
-from samoe_hf.data.video_io import SampleError, read_label_png
+from samoe_hf.data.frames import SampleError
+from samoe_hf.data.images import read_label_png
 from samoe_hf.errors import InputError
 
 

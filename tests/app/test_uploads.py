@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from samoe_hf.app.uploads import EXAMPLES, Limits, hide_paths, open_upload, safe_name
+from samoe_hf.data.frames import SampleError
 from samoe_hf.data.synthetic import SYNTHETIC_DOMAINS
-from samoe_hf.data.video_io import SampleError
 
 LIMITS = Limits()
 

@@ -5,7 +5,7 @@ import pytest
 
 from helpers.own_videos import SIZE, save, save_ids, truth, write
 from samoe_hf.cli import main
-from samoe_hf.data.video_io import read_image
+from samoe_hf.data.images import read_image
 
 
 def check(folder, *options):

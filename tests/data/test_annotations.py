@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from helpers.layouts import SIZE, label_map, make_frames, make_sa_v, save_image
 from samoe_hf.data import SampleError, Video, load_videos, video_from_row
 from samoe_hf.data.annotations import MaskArrays, ObjectImages
-from samoe_hf.data.video_io import ArrayFrames
+from samoe_hf.data.frames import ArrayFrames
 
 
 def make_masks(num_frames=3, num_objects=2, size=(8, 10)):

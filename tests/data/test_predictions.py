@@ -6,9 +6,9 @@ from PIL import Image
 
 from samoe_hf.data import SampleError, Video, voc_palette
 from samoe_hf.data.annotations import MaskArrays
+from samoe_hf.data.frames import ArrayFrames
 from samoe_hf.data.layouts import layout_of
 from samoe_hf.data.predictions import MaskFiles
-from samoe_hf.data.video_io import ArrayFrames
 
 
 def make_video(object_ids, masks=None, **options):

@@ -21,8 +21,8 @@ from samoe_hf.data import (
     videos_from_dataset,
 )
 from samoe_hf.data.annotations import MaskArrays
+from samoe_hf.data.frames import ArrayFrames
 from samoe_hf.data.schema import video_to_row
-from samoe_hf.data.video_io import ArrayFrames
 
 
 def assert_same(a, b):

@@ -9,8 +9,8 @@ import pytest
 from helpers.results import assert_same_scores, perturbed, random_video
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png
 from samoe_hf.data.annotations import MaskArrays
+from samoe_hf.data.frames import ArrayFrames, SampleError
 from samoe_hf.data.predictions import MaskFiles
-from samoe_hf.data.video_io import ArrayFrames, SampleError
 from samoe_hf.evaluation.evaluate import (
     VideoResult,
     evaluate_masks,

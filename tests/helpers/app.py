@@ -10,7 +10,7 @@ from samoe_hf import VideoSession
 from samoe_hf.app.models import LoadedModel
 from samoe_hf.app.session import TrackingSession
 from samoe_hf.data import SyntheticVideos, write_video
-from samoe_hf.data.video_io import FrameSequence
+from samoe_hf.data.frames import FrameSequence
 from samoe_hf.inference import TrackedFrame, VideoPrompt
 
 SIZE, NUM_FRAMES = (64, 96), 8

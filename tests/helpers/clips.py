@@ -10,7 +10,7 @@ from samoe_hf.data import (
     Video,
 )
 from samoe_hf.data.annotations import MaskArrays
-from samoe_hf.data.video_io import ArrayFrames
+from samoe_hf.data.frames import ArrayFrames
 
 
 def square(side, **settings):

@@ -1,0 +1,101 @@
+"""Frames as every reader hands them out, `FrameSequence`: a lazily decoded sequence of (H, W, 3) uint8 RGB arrays."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samoe_hf.errors import InputError
+
+# What libraries raise for damaged files.
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError)
+DAMAGE += (RecursionError, struct.error, zlib.error)
+
+
+class SampleError(InputError):
+    """A file or a sample of a dataset cannot be used; the message names it."""
+
+
+@contextmanager
+def named_errors(name: str | Path, problem: str, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+    """Makes what is raised for a damaged file a `SampleError` that names it; a file that is not there stays such.
+
+    Args:
+        name: the file, or what else is read.
+        problem: what to say of it, such as "not a readable image".
+        damage: what libraries raise.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except SampleError as error:
+        if str(name) in str(error):
+            raise
+        raise SampleError(f"{name}: {error}") from error
+    except damage as error:
+        raise SampleError(f"{name}: {problem} ({error!r})") from error
+
+
+class FrameSequence(Sequence, ABC):
+    """A video's frames, decoded on access: (H, W, 3) uint8 RGB arrays, all of one size.
+
+    Attributes:
+        names: one name per frame: file stems, or "00000", "00001"… where frames have no files.
+        size: (height, width) in pixels.
+        fps: frames per second where the source tells it, else None.
+    """
+
+    names: list[str]
+    size: tuple[int, int]
+    fps: float | None = None
+
+    @abstractmethod
+    def _read(self, index: int) -> np.ndarray:
+        """Decodes the frame at a non-negative index."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        chosen = range(len(self))[index]
+        return self._read(chosen) if isinstance(chosen, int) else [self._read(i) for i in chosen]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self._read(i) for i in range(len(self)))
+
+
+class ArrayFrames(FrameSequence):
+    """Frames already in memory: (T, H, W) or (T, H, W, 3) uint8; gray values are repeated over the three channels."""
+
+    def __init__(self, frames: np.ndarray, fps: float | None = None):
+        is_video = frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] == 3)
+        if frames.dtype != np.uint8 or not is_video or 0 in frames.shape:
+            raise SampleError(f"frames must be uint8 (T, H, W) or (T, H, W, 3), not {frames.dtype} {frames.shape}")
+        self.array, self.fps = frames, fps
+        self.names = [f"{i:05d}" for i in range(len(frames))]
+        self.size = frames.shape[1:3]
+
+    def _read(self, index: int) -> np.ndarray:
+        frame = self.array[index]
+        return np.repeat(frame[..., None], 3, axis=-1) if frame.ndim == 2 else frame
+
+
+def check_inside(name: str, source: str | Path) -> None:
+    """Raises `SampleError` for a name, held by `source`, that leads out of the folder that it is joined to."""
+    parts = Path(name).parts if isinstance(name, str) else ()
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise SampleError(f"{source}: {name!r} is no path within a folder")
+
+
+def natural_key(name: str) -> list[tuple[int, int | str]]:
+    """Sort key under which "frame10" follows "frame9"."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
