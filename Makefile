@@ -8,7 +8,9 @@ TORCH_BACKEND := $(if $(TORCH),--torch-backend=$(TORCH))
 # One thread for each of pytest's processes; more would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint docs format clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-slow test-oldest lint docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -19,6 +21,12 @@ test: $(VENV)/.installed lint
 # Full-size parity with the sam2 package, end-to-end runs: needs about an hour on 2 cores.
 test-slow: $(VENV)/.installed-bench
 	$(PYTEST) -m slow
+
+# The model's and the training's tests with the lowest versions that pyproject.toml allows.
+test-oldest: $(OLDEST)/.installed
+	$(BIN)/uv pip list --python $(OLDEST)/bin/python | \
+	    grep -E '^(accelerate|av|bitsandbytes|datasets|gradio|huggingface|numpy|peft|pillow|torch|transformers)'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/model tests/training
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,7 +43,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) outputs site .pytest_cache .ruff_cache *.egg-info
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -55,6 +63,11 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "Installing the sam2 package, which the slow tests compare with"
 	SAM2_BUILD_CUDA=0 $(BIN)/uv pip install --python $(BIN)/python $(TORCH_BACKEND) --no-build-isolation \
 	    -e '.[dev,app,bench]' setuptools
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(BIN)/uv pip install --python $(OLDEST)/bin/python $(TORCH_BACKEND) --resolution lowest-direct -e '.[dev,app]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
