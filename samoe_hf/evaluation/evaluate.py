@@ -67,9 +67,7 @@ class VideoResult:
     """Scores of one video's annotated frames, and how they came about.
 
     Attributes:
-        video_id, domain: of the video.
-        scores: over the annotated frames.
-        frames: their indices in the video.
+        frames: indices of the annotated frames in the video.
         num_frames: all frames of the video.
         image_area: pixels of a frame.
         seconds: of prompting and tracking, with the decoding of frames; NaN for masks that were read from files.
@@ -99,11 +97,7 @@ class VideoResult:
 
     @classmethod
     def load(cls, path: Path) -> VideoResult:
-        """Reads what [`save`](VideoResult.save) wrote.
-
-        Raises:
-            ValueError: for a damaged file, or one of another version; names it.
-        """
+        """Reads what [`save`](VideoResult.save) wrote; an `InputError` names a damaged file."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
@@ -120,13 +114,7 @@ def score_predictions(
     surface_tolerance: float = SURFACE_TOLERANCE,
     write: MaskWriter | None = None,
 ) -> VideoResult:
-    """Scores a video's predicted frames one by one, as they come.
-
-    Args:
-        predictions: at least those of the annotated frames, in order.
-        surface_tolerance: in mm, for volumes.
-        write: takes the masks, such as [`MaskFiles.write`].
-    """
+    """Scores a video's predicted frames one by one, as they come; `write` gets the masks of all."""
     ids, annotated = video.object_ids, set(video.annotated_frames)
     parts, packed, seconds, start = [], [], 0.0, time.perf_counter()
     for frame_idx, masks, scores in predictions:
@@ -161,16 +149,12 @@ def evaluate_video(
     write: MaskWriter | None = None,
     domain: str | None = AUTO,
 ) -> VideoResult:
-    """Tracks a video's objects and scores them on its annotated frames.
+    """Tracks a video's objects and scores them on its annotated frames; see [`evaluate_videos`].
 
     Args:
-        prompt, seed, domain: see [`segment_video`].
-        overlapping: whether a pixel may belong to several objects; else it belongs to that of the largest logit, as in
-            the maps of ids that most benchmarks take.
-        surface_tolerance, write: see [`score_predictions`].
-
-    Raises:
-        ValueError: if no frame of the video is annotated.
+        overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
+        surface_tolerance: in mm, for volumes.
+        write: takes the masks of each frame, such as [`MaskFiles.write`].
     """
     check_annotated(video)
     user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
@@ -179,12 +163,7 @@ def evaluate_video(
 
 
 def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
-    """Scores masks that were written before, by whatever method.
-
-    Raises:
-        FileNotFoundError: if annotated frames have no prediction; names them.
-        SampleError: a damaged file, or one of another size than the video.
-    """
+    """Scores masks that were written before, by whatever method; see [`MaskFiles`] for what is wrong with them."""
     check_annotated(video)
     files.check(video, video.annotated_frames)
     frames = (PredictedFrame(frame, files.read(video, frame), None) for frame in video.annotated_frames)
@@ -192,17 +171,13 @@ def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SU
 
 
 def check_annotated(video: Video) -> None:
-    """ValueError for a video without annotated frames."""
+    """Refuses a video without annotated frames."""
     if not video.annotated_frames:
         raise InputError(f"{video.video_id}: no frame is annotated, so there is nothing to score.")
 
 
 def results_by_key(results: Iterable[VideoResult]) -> dict[str, VideoResult]:
-    """Results by [`VideoResult.key`], in their order.
-
-    Raises:
-        ValueError: if two videos have the same domain and id.
-    """
+    """Results by [`VideoResult.key`], in their order; no two may have the same."""
     by_key: dict[str, VideoResult] = {}
     for result in results:
         if result.key in by_key:
@@ -220,9 +195,9 @@ def evaluate_videos(
     seed: int = 42,
     domain: str | None = AUTO,
 ) -> dict[str, VideoResult]:
-    """Scores a model on videos, see [`evaluate_video`]: [`VideoResult.key`] -> result.
+    """Tracks videos with a model, and scores their annotated frames: [`VideoResult.key`] -> result.
 
-    Only annotated frames are scored. Where objects overlap, a pixel belongs to that of the largest logit.
+    Where objects overlap, a pixel belongs to that of the largest logit.
 
     Args:
         prompt, seed, domain: see [`segment_video`].

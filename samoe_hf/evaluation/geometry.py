@@ -66,12 +66,8 @@ def _band(labels: np.ndarray, edges: np.ndarray, width: int) -> np.ndarray:
 def compare_labels(
     prediction: np.ndarray, target: np.ndarray, num_labels: int, band_width: int
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Compares two maps (H, W) of the labels 0..K.
-
-    Returns:
-        Overlaps of the regions, and of the bands inside their boundaries (2, 3, K); and the boundary points of
-        prediction and target, (P, 3) each: label - 1, y and x.
-    """
+    """Overlaps of two maps' (H, W) labels 1..K, and of the bands inside their boundaries, (2, 3, K); and the boundary
+    points of both, (P, 3) each: label - 1, y and x."""
     edges = _block_edges(prediction), _block_edges(target)
     bands = _band(prediction, edges[0], band_width), _band(target, edges[1], band_width)
     overlaps = np.stack([_overlaps(prediction, target, num_labels), _overlaps(*bands, num_labels)])

@@ -27,8 +27,6 @@ from .geometry import bounding_box, compare_labels, f_measure, volume_surface_di
 
 F_DISTANCE = 0.008  # of the image diagonal: how far apart boundaries may lie (DAVIS)
 BOUNDARY_IOU_DISTANCE = 0.02  # of the image diagonal: width of the band inside a mask (Cheng et al., 2021)
-MATCH_IOU = 0.5
-AP_THRESHOLDS = np.arange(10, 20) / 20
 DECAY_BINS = 4
 
 MaskArray = np.ndarray | torch.Tensor  # id maps (T, H, W) or masks (T, N, H, W)
@@ -282,8 +280,7 @@ class Metric(NamedTuple):
         title: heading of its column in tables.
         meaning: what it is, for readers of a report. `{tolerance}` stands for the tolerance of surfaces in mm.
         table: the attribute of [`VideoScores`] that it is computed from: values of frames and objects (T, N), or (N,)
-            where it is `of_volume`. It is computed for each object, and then averaged over objects. Figures of all
-            masks at once, see [`summarize`], have no table.
+            where it is `of_volume`. It is computed for each object, and then averaged over objects.
         average: over an object's frames that count.
         of_volume: whether only volumes have it.
         is_main: whether short tables show it, and models are compared by it.
@@ -291,7 +288,7 @@ class Metric(NamedTuple):
 
     title: str
     meaning: str
-    table: str = ""
+    table: str
     average: Callable[[np.ndarray], float] = _mean
     of_volume: bool = False
     is_main: bool = False
@@ -313,17 +310,6 @@ METRICS = {
     "dice": Metric("Dice", "twice the intersection over the sum of both areas, per frame", "dice", is_main=True),
     "boundary_iou": Metric("boundary IoU", "IoU of the bands inside both boundaries, 2 % of the diagonal wide",
                            "boundary_iou", is_main=True),
-    "pixel_iou": Metric("pixel IoU", "intersection over union of the pixels of all objects and frames together"),
-    "precision": Metric("precision", "share of predicted masks with an IoU above 0.5"),
-    "recall": Metric("recall", "share of true masks with an IoU above 0.5"),
-    "F1": Metric("F1", "harmonic mean of precision and recall"),
-    "PQ": Metric("PQ", "panoptic quality, SQ × RQ"),
-    "SQ": Metric("SQ", "mean IoU of the masks with an IoU above 0.5"),
-    "RQ": Metric("RQ", "recognition quality, equal to F1"),
-    "AP": Metric("AP", "share of masks with an IoU above a threshold, averaged over 0.50, 0.55, … 0.95"),
-    "AP50": Metric("AP@0.5", "that share at 0.5"),
-    "AP75": Metric("AP@0.75", "that share at 0.75"),
-    "AP90": Metric("AP@0.9", "that share at 0.9"),
     "occlusion_accuracy": Metric("occlusion accuracy", "share of frames on which the object score says rightly whether "
                                  "the object is to be seen", "occlusion_correct"),
     "dice_3d": Metric("3-D Dice", "Dice of a whole volume, all annotated slices at once, the prompted one among them",
@@ -335,56 +321,25 @@ MAIN_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_main)
 
 
 def score_objects(videos: Mapping[str, VideoScores], protocol: Protocol = "davis") -> list[dict[str, Any]]:
-    """The metrics of every object over the frames that count.
+    """A row for every object: `video` (its name), `object_id`, `num_frames` that count, and the [`METRICS`] over these.
 
-    Args:
-        videos: scores by video name.
-        protocol: which frames count, see `counted_frames`.
-
-    Returns:
-        One row per object: `video`, `object_id`, `num_frames` and the [`METRICS`] that have a table. Those of volumes
-        are left out for other videos.
+    Metrics of volumes are left out for other videos. Arguments are those of [`summarize`].
     """
     rows = []
     for video, scores in videos.items():
         counted = counted_frames(scores, protocol)
-        metrics = {n: m for n, m in METRICS.items() if m.table and (not m.of_volume or scores.surface_dice is not None)}
-        tables = {name: getattr(scores, metric.table) for name, metric in metrics.items()}
-        for column, object_id in enumerate(scores.object_ids):
-            frames = counted[:, column]
-            row = {"video": video, "object_id": object_id, "num_frames": int(frames.sum())}
-            for name, metric in metrics.items():
-                table = tables[name]
-                row[name] = float(table[column]) if metric.of_volume else metric.average(table[frames, column])
-            rows.append(row)
+        metrics = {n: m for n, m in METRICS.items() if not m.of_volume or scores.surface_dice is not None}
+        of_video = [
+            {"video": video, "object_id": object_id, "num_frames": int(frames.sum())}
+            for object_id, frames in zip(scores.object_ids, counted.T, strict=True)
+        ]
+        for name, metric in metrics.items():
+            table = getattr(scores, metric.table)
+            for column, row in enumerate(of_video):
+                values = table[column] if metric.of_volume else table[counted[:, column], column]
+                row[name] = float(values) if metric.of_volume else metric.average(values)
+        rows += of_video
     return rows
-
-
-def detection_scores(iou: ArrayLike, in_prediction: ArrayLike, in_target: ArrayLike) -> dict[str, float]:
-    """Masks counted as detections: a pair with an IoU above 0.5 is a true positive.
-
-    Args:
-        iou: of every pair of masks, any shape.
-        in_prediction, in_target: whether the pair's masks have any pixels, bool, same shape.
-
-    Returns:
-        TP, FP, FN (a pair that does not match is both FP and FN, unless a mask is empty), precision, recall and F1; PQ,
-        SQ and RQ (Kirillov et al., 2019), pooled over all pairs; AP50, AP75, AP90 and AP (mean over 0.50:0.05:0.95),
-        each the share of the pairs with an IoU above the threshold, not counting pairs of empty masks.
-    """
-    iou, in_prediction, in_target = (np.asarray(x) for x in (iou, in_prediction, in_target))
-    match, either = in_prediction & in_target & (iou > MATCH_IOU), in_prediction | in_target
-    tp, fp, fn = (int(x.sum()) for x in (match, in_prediction & ~match, in_target & ~match))
-    empty = math.nan if not either.size else float(not either.any())
-
-    def share(part: float, whole: float) -> float:
-        return float(part / whole) if whole else empty
-
-    average = [share((iou[either] > threshold).sum(), either.sum()) for threshold in AP_THRESHOLDS]
-    sq, f1 = share(iou[match].sum(), tp), share(2 * tp, 2 * tp + fp + fn)
-    scores = {"TP": tp, "FP": fp, "FN": fn, "precision": share(tp, tp + fp), "recall": share(tp, tp + fn), "F1": f1}
-    scores |= {"PQ": sq * f1, "SQ": sq, "RQ": f1}
-    return scores | {"AP": _mean(average), "AP50": average[0], "AP75": average[5], "AP90": average[8]}
 
 
 def summarize(
@@ -401,30 +356,23 @@ def summarize(
 
     Returns:
         `num_videos`, `num_objects` and `num_frames` (summed over objects) that count; the columns of `score_objects`
-        averaged over objects, as DAVIS does; `pixel_iou` and the `detection_scores` pooled over objects and frames.
-        With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and `overall`, the mean of their J&F.
+        averaged over objects, as DAVIS does. With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and
+        `overall`, the mean of their J&F.
 
     Raises:
         ValueError: if an object has no group (names it).
     """
     every = score_objects(videos, protocol)
     rows = [row for row in every if row["num_frames"]]
-    counted = [(scores, counted_frames(scores, protocol)) for scores in videos.values()]
-    iou, union, intersection, predicted, annotated = (
-        np.concatenate([np.zeros(0), *(getattr(scores, name)[frames] for scores, frames in counted)])
-        for name in ("j", "union", "intersection", "prediction_area", "target_area")
-    )
     summary: dict[str, Any] = {
         "num_videos": len({row["video"] for row in rows}),
         "num_objects": len(rows),
         "num_frames": sum(row["num_frames"] for row in rows),
-        "pixel_iou": float(_ratio(intersection.sum(), union.sum())) if rows else math.nan,
-        **detection_scores(iou, predicted > 0, annotated > 0),
     }
     for name, metric in METRICS.items():
         # A volume is scored as a whole, whichever of its slices count.
         values = [row[name] for row in (every if metric.of_volume else rows) if name in row]
-        if metric.table and (values or not metric.of_volume):
+        if values or not metric.of_volume:
             summary[name] = _mean(values)
     return summary if groups is None else summary | _group(rows, groups)
 

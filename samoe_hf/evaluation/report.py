@@ -37,11 +37,7 @@ def format_number(value: float | None, digits: int = 3, sign: str = "") -> str:
 def format_table(
     heading: Sequence[str], rows: Iterable[Sequence[object]], markdown: bool = False, left: Collection[int] = (0,)
 ) -> str:
-    """A table as text or Markdown.
-
-    Args:
-        left: numbers of the columns that are aligned to the left; the others are to the right.
-    """
+    """A table as text or Markdown; the columns `left` are aligned to the left."""
     lines = [list(heading), *(list(map(str, row)) for row in rows)]
     columns = range(len(heading))
     if markdown:
@@ -58,7 +54,7 @@ def format_table(
 def summary_table(results: Mapping[str, Any], markdown: bool = False) -> str:
     """Models and their domains, by the main metrics."""
     models, rows = results["models"], []
-    names = _present((model["summary"] for model in models), MAIN_METRICS)
+    names = _present([model["summary"] for model in models], MAIN_METRICS)
     for model in models:
         prefix = f"{model['label']}: " if len(models) > 1 else ""
         parts = [(f"{prefix}{domain}", about) for domain, about in model["domains"].items()]
@@ -78,9 +74,8 @@ def comparison_table(comparison: Mapping[str, Any], markdown: bool = False) -> s
     return format_table(["metric", "difference", "95 % interval"], rows, markdown)
 
 
-def _present(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+def _present(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
     """The metrics of which any of the rows has a number."""
-    rows = list(rows)
     return [name for name in names if any(row.get(name) is not None for row in rows)]
 
 
@@ -95,15 +90,7 @@ def _with_std(about: Mapping[str, Any], name: str) -> str:
 
 
 def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> Path:
-    """Writes `report.md` and its plots beside a `results.json`.
-
-    Args:
-        results: as read from the file, so without NaN.
-        folder: where the pictures of its highlights are too.
-
-    Returns:
-        The report's path.
-    """
+    """Writes `report.md` and its plots beside a `results.json`, whose content is given, and returns its path."""
     folder, models = Path(folder), results["models"]
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     plot_over_time(models, folder / "pictures" / "j_over_time.png")
@@ -175,8 +162,10 @@ def _described(results: Mapping[str, Any]) -> str:
 
 
 def _explanations(results: Mapping[str, Any]) -> str:
-    notes = ["Means over objects, from 0 to 1, higher is better; every metric is explained below."]
-    notes.append("A frame on which an object is neither to be seen nor predicted counts as 1 (DAVIS).")
+    notes = [
+        "Means over objects, from 0 to 1, higher is better; every metric is explained below. A frame on which an "
+        "object is neither to be seen nor predicted counts as 1 (DAVIS)."
+    ]
     if any(model.get("std") for model in results["models"]):
         notes.append("After ±: the standard deviation over the seeds (n − 1).")
     total = sum(video["num_objects"] for video in results["models"][0]["videos"])
@@ -190,7 +179,7 @@ def _all_metrics(results: Mapping[str, Any]) -> str:
     models, tolerance = results["models"], results.get("surface_tolerance") or 0
     rows = [
         [METRICS[name].title, *(_with_std(m, name) for m in models), METRICS[name].meaning.format(tolerance=tolerance)]
-        for name in _present((model["summary"] for model in models), METRICS)
+        for name in _present([model["summary"] for model in models], METRICS)
     ]
     heading = ["metric", *(model["label"] for model in models), "what it is"]
     return format_table(heading, rows, markdown=True, left=(0, len(heading) - 1))
@@ -217,54 +206,43 @@ def _highlights(model: Mapping[str, Any]) -> list[str]:
     return parts or ["No object has a frame that counts."]
 
 
-def _video_table(videos: Sequence[Mapping[str, Any]]) -> str:
-    names = _present(videos, MAIN_METRICS)
-    rows = [
-        [
-            *(video[key] for key in ("video", "domain", "num_frames", "num_objects")),
-            f"{video['num_prompts']:g}",
-            *(format_number(video.get(name)) for name in names),
-            format_number(video["fps"], 1),
-        ]
-        for video in videos
+def _row_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], metrics: Sequence[str]) -> str:
+    """A table of rows and their metrics; `columns`: heading -> how a row is written in it."""
+    names = _present(rows, metrics)
+    written = [
+        [*(text.format_map(row) for text in columns.values()), *(format_number(row.get(name)) for name in names)]
+        for row in rows
     ]
-    heading = ["video", "domain", "frames", "objects", "prompts", *_titles(names), "frames/s"]
-    return format_table(heading, rows, markdown=True)
+    return format_table([*columns, *_titles(names)], written, markdown=True)
+
+
+def _video_table(videos: Sequence[Mapping[str, Any]]) -> str:
+    columns = {"video": "{video}", "domain": "{domain}", "frames": "{num_frames}", "objects": "{num_objects}"}
+    columns |= {"prompts": "{num_prompts:g}", "frames/s": "{speed}"}
+    return _row_table([{**row, "speed": format_number(row["fps"], 1)} for row in videos], columns, MAIN_METRICS)
 
 
 def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:
-    names = _present(objects, (*MAIN_METRICS, "J_recall", "J_decay"))
+    columns = {"video": "{video}", "domain": "{domain}", "object": "{object_id}", "first frame": "{first}"}
+    columns |= {"frames counted": "{num_frames}", "size": "{size:.2g} %"}
     rows = [
-        [
-            *(row[key] for key in ("video", "domain", "object_id")),
-            NO_NUMBER if row["first_frame"] is None else row["first_frame"],
-            row["num_frames"],
-            f"{100 * row['relative_area']:.2g} %",
-            *(format_number(row.get(name)) for name in names),
-        ]
+        {
+            **row,
+            "first": NO_NUMBER if row["first_frame"] is None else row["first_frame"],
+            "size": 100 * row["relative_area"],
+        }
         for row in sorted(objects, key=lambda row: -1 if row["J&F_mean"] is None else -row["J&F_mean"])
     ]
-    heading = [
-        "video",
-        "domain",
-        "object",
-        "first frame",
-        "frames counted",
-        "size",
-        *(METRICS[name].title for name in names),
-    ]
-    return format_table(heading, rows, markdown=True) + "\n\nSize: the true mask's mean share of the image."
+    table = _row_table(rows, columns, (*MAIN_METRICS, "J_recall", "J_decay"))
+    return f"{table}\n\nSize: the true mask's mean share of the image."
 
 
 def eval_results(results: Mapping[str, Any], label: str | None = None) -> list[EvalResult]:
     """A model's figures by domain, for `huggingface_hub.ModelCardData(eval_results=...)`.
 
     Args:
-        results: a parsed `results.json`, see `results.read_results`.
+        results: what `statistics.read_results` gives.
         label: of the model; the first by default.
-
-    Raises:
-        ValueError: if there is no model of that label.
     """
     models = {model["label"]: model for model in results["models"]}
     label = next(iter(models)) if label is None else label

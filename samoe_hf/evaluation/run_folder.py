@@ -1,4 +1,4 @@
-"""Folders that are filled step by step, by runs that can be stopped and go on."""
+"""A folder that is filled step by step, by a run that can be stopped and go on."""
 
 import json
 import os
@@ -12,13 +12,9 @@ from samoe_hf.model.weights_io import write_text
 
 
 class RunFolder(ABC):
-    """A folder that is filled step by step; a stopped run goes on, as long as all that it depends on is the same.
+    """A folder in which a stopped run goes on, as long as all that it depends on, its identity, is the same.
 
-    `run.json` says what that is.
-
-    Args:
-        folder: made if it is not there.
-        identity: what the content depends on, as JSON holds it.
+    `run.json` holds the identity.
     """
 
     kind = "a run"
@@ -27,14 +23,7 @@ class RunFolder(ABC):
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
 
     def start(self, overwrite: bool = False) -> None:
-        """Makes the folder, or checks that it holds the same run.
-
-        Args:
-            overwrite: whether to take the place of another run.
-
-        Raises:
-            ValueError: if it holds another run (names what differs), or something else.
-        """
+        """Makes the folder, or checks that it holds the same run; with `overwrite`, another run gives way."""
         path = self.folder / "run.json"
         if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
             raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
@@ -64,11 +53,7 @@ class RunFolder(ABC):
 
     @staticmethod
     def inside(folder: Path, name: str) -> Path:
-        """A path within a folder.
-
-        Raises:
-            ValueError: for a name, made of a video's domain and id, that leads out of the folder.
-        """
+        """A path within a folder; refuses a name, made of a video's domain and id, that leads out of it."""
         path = Path(os.path.normpath(folder / name))
         if not path.is_relative_to(folder) or path == folder:
             raise InputError(f"the domain and id of a video must name a file within a folder, got {name!r}")

@@ -39,13 +39,7 @@ class PromptStrategy:
     - "clicks:N@M:offline": in M passes: each but the first begins with N clicks on the frame of the lowest IoU.
 
     The interactive ones follow SAM 2's evaluation (arXiv:2408.00714, section 6.1 and appendix F.1), for each object on
-    its own; N is 3 and M up to 8 there.
-
-    Args:
-        kind: "mask", "box", "point" or "clicks".
-        count: points or clicks on each frame.
-        num_frames: frames of each object that clicks are given on, the first among them.
-        offline: whether these frames are chosen after a pass over the whole video.
+    its own; `count` N is 3 and `num_frames` M up to 8 there.
     """
 
     kind: str
@@ -55,11 +49,7 @@ class PromptStrategy:
 
     @classmethod
     def parse(cls, text: str | PromptStrategy) -> PromptStrategy:
-        """Reads a strategy's text.
-
-        Raises:
-            ValueError: if it is none of the above, or a number is 0.
-        """
+        """Reads a strategy's text; an `InputError` says what there is."""
         if isinstance(text, PromptStrategy):
             return text
         if (match := _SYNTAX.fullmatch(text)) is None:
@@ -86,13 +76,8 @@ class PromptStrategy:
 def click_on_error(target: np.ndarray, prediction: np.ndarray) -> tuple[tuple[float, float], int] | None:
     """The click of a user who sees a prediction: in the middle of what is missed or of what is too much.
 
-    The point farthest from the border of its error region, as in `sam2`'s `sample_one_point_from_error_center`.
-
-    Args:
-        target, prediction: masks (H, W) bool.
-
-    Returns:
-        point (x, y), and label 1 on a missed region or 0 on the background; None where nothing is wrong.
+    The point (x, y) farthest from the border of its error region, as in `sam2`'s `sample_one_point_from_error_center`,
+    and label 1 on a missed region or 0 on the background; None where nothing is wrong. Masks are (H, W) bool.
     """
     # Distance to the nearest pixel outside of the region, or of the image.
     missed, added = (
@@ -133,14 +118,9 @@ def prompt_from_mask(kind: str, object_id: int, frame_idx: int, mask: np.ndarray
 
 
 class SimulatedUser:
-    """A model, a video, and a user who prompts and corrects the model.
+    """A model, a video, and a user who prompts and corrects the model; `given` has all prompts so far, in order.
 
-    Attributes:
-        given: all prompts so far, in order.
-
-    Args:
-        seed: of the points that are drawn; each object's depend on it, the video's id and the object's id alone.
-        domain: of a model with domains, whose experts are run; see [`~samoe_hf.model.session.VideoSession`].
+    Points that are drawn depend on the seed, the video's id and the object's id alone.
     """
 
     def __init__(
@@ -162,11 +142,7 @@ class SimulatedUser:
         self._frames: dict[int, list[int]] = {}  # object id -> frames on which it was prompted
 
     def track(self, overlapping: bool = False) -> Iterator[PredictedFrame]:
-        """Prompts, tracks and corrects; yields each frame once, in order, when its masks are final.
-
-        Args:
-            overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
-        """
+        """Prompts, tracks and corrects; yields each frame once, in order, when its masks are final."""
         for _ in range(self.strategy.num_frames - 1 if self.strategy.offline else 0):
             self._correct_worst_frames()
         for frame_idx in range(len(self.video)):

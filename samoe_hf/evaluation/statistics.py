@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,7 @@ NUM_HIGHLIGHTS = 2  # best and worst objects that are shown
 
 
 def seen_and_unseen(meta: Mapping[str, Any], train_meta: Mapping[str, Any]) -> dict[tuple[str, int], str]:
-    """YouTube-VOS' groups: whether an object's category is one of the training split.
-
-    Args:
-        meta, train_meta: contents of the `meta.json` of the evaluated and of the training split.
-
-    Returns:
-        (video id, object id) -> "seen" or "unseen".
-
-    Raises:
-        ValueError: if one is not such a file.
-    """
+    """YouTube-VOS' groups, of its two `meta.json`: (video id, object id) -> "seen", in training, or "unseen"."""
     try:
         categories = {o["category"] for video in train_meta["videos"].values() for o in video["objects"].values()}
         return {
@@ -54,16 +44,12 @@ def combine_runs(
 
     Args:
         runs: seed -> results of the same videos; a single one under None where nothing depends on a seed.
-        protocol: which frames count, see `counted_frames`.
         groups: group of every (video id, object id).
 
     Returns:
         `summary` (see `metrics.summarize`; means over the runs), `std` (sample standard deviation over the runs, None
         for one), `runs` (seed and summary of each), `domains` (summary and std of each), `videos`, `objects`,
         `over_time`, `by_size`, and `speed`.
-
-    Raises:
-        ValueError: if an object has no group (names it).
     """
     first, every = next(iter(runs.values())), [result for run in runs.values() for result in run]
     objects = [_mean(rows) for rows in zip(*(_object_rows(run, protocol) for run in runs.values()), strict=True)]
@@ -93,21 +79,20 @@ def _summary(
 
 
 def _mean_and_std(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"summary": _mean(summaries), "std": _std(summaries) if len(summaries) > 1 else None}
+    std = _combine(summaries, lambda values: np.std(values, ddof=1)) if len(summaries) > 1 else None
+    return {"summary": _mean(summaries), "std": std}
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """The mean of figures, or of mappings entry by entry; what is the same in all stays as it is."""
-    if isinstance(values[0], Mapping):
-        return {name: _mean([value[name] for value in values]) for name in values[0]}
-    return values[0] if all(value == values[0] for value in values) else float(np.mean(values))
+    """The mean of figures; what is the same in all stays as it is."""
+    return _combine(values, lambda some: some[0] if all(value == some[0] for value in some) else float(np.mean(some)))
 
 
-def _std(values: Sequence[Any]) -> Any:
-    """The sample standard deviation of figures, or of mappings entry by entry."""
+def _combine(values: Sequence[Any], function: Callable[[Sequence[Any]], Any]) -> Any:
+    """One figure of several, or of mappings entry by entry."""
     if isinstance(values[0], Mapping):
-        return {name: _std([value[name] for value in values]) for name in values[0]}
-    return float(np.std(values, ddof=1))
+        return {name: _combine([value[name] for value in values], function) for name in values[0]}
+    return function(values)
 
 
 def _object_rows(results: Sequence[VideoResult], protocol: Protocol) -> list[dict[str, Any]]:
@@ -179,10 +164,8 @@ def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dic
     """The difference of two models' means over objects, with a 95 % interval of a paired bootstrap over videos.
 
     Videos are drawn with replacement, the same ones for both models, and stand for all their objects; the interval is
-    that of the 2.5 and 97.5 percentiles of 10 000 draws (seed 0). With a single video there is none.
-
-    Args:
-        model, baseline: what [`combine_runs`] gives of the same videos, with their labels.
+    that of the 2.5 and 97.5 percentiles of 10 000 draws (seed 0). With a single video there is none. Both are what
+    [`combine_runs`] gives of the same videos, with their labels.
     """
     pairs = zip(model["objects"], baseline["objects"], strict=True)
     counted = [(a, b) for a, b in pairs if a["num_frames"] and b["num_frames"]]
@@ -235,11 +218,7 @@ def to_json(results: Any) -> str:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Reads a `results.json`, or that of a folder.
-
-    Raises:
-        ValueError: if it is none.
-    """
+    """Reads a `results.json`, or that of a folder."""
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     try:
         results = json.loads(path.read_text())

@@ -1,7 +1,4 @@
-"""The pictures of a report: plots of its figures, and an object's predicted against its true mask.
-
-Colours are those of Okabe and Ito, which everyone can tell apart.
-"""
+"""The pictures of a report: plots of its figures, and an object's predicted against its true mask."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ from samoe_hf.data.video_io import write_video
 
 from .masks import fill_hatched, hatching, plain_text
 
+# Those of Okabe and Ito, which everyone can tell apart.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 FOUND, MISSED, ADDED = (0, 114, 178), (240, 228, 66), (213, 94, 0)
@@ -33,9 +31,7 @@ STRIP_FRAMES = 6
 def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws J by the number of frames since each object's first, and how many objects are left.
 
-    Args:
-        models: `label` and `over_time` of each, as in `results.json`.
-        path: of the picture, such as a `.png`.
+    `models` have `label` and `over_time`, as in `results.json`.
     """
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -64,12 +60,7 @@ def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> Non
 
 @plain_text
 def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draws mean J by the object's size, and how many masks each bin holds.
-
-    Args:
-        models: `label` and `by_size` of each, as in `results.json`.
-        path: of the picture, such as a `.png`.
-    """
+    """Draws mean J by the object's size, and how many masks each bin holds; `models` have `label` and `by_size`."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(models)
@@ -80,7 +71,8 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         texts = ["" if np.isnan(height) else f"{height:.2f}" for height in heights]
         axes.bar_label(bars, texts, fontsize=7 if len(models) > 1 else 8, padding=1)
     sizes = models[0]["by_size"]
-    axes.set_xticks(range(len(sizes)), [f"{_range(s)}\nn = {s['masks']}" for s in sizes], fontsize=8)
+    ranges = [f"{100 * size['from']:g}–{100 * size['to']:g} %\nn = {size['masks']}" for size in sizes]
+    axes.set_xticks(range(len(sizes)), ranges, fontsize=8)
     axes.set(
         xlim=(-0.6, len(sizes) - 0.4),
         ylim=(0, 1.08),
@@ -95,23 +87,11 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _range(size: Mapping[str, float]) -> str:
-    low, high = (f"{100 * size[name]:g}" for name in ("from", "to"))
-    if size["from"] == 0:
-        return f"< {high} %"
-    return f"> {low} %" if size["to"] == 1 else f"{low}–{high} %"
-
-
 def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray | None, width: int) -> Image.Image:
     """Draws over a gray frame what of an object was found, missed and added, and the true outline in white on black.
 
-    What was found is tinted; what was missed and what is too much are hatched in two directions.
-
-    Args:
-        frame: (H, W, 3) uint8.
-        prediction: (H, W) bool.
-        target: (H, W) bool; None where it is not known, and then all of the prediction counts as found.
-        width: of the picture in pixels.
+    What was found is tinted; what was missed and what is too much are hatched in two directions. Without a target, all
+    of the prediction counts as found. The frame is (H, W, 3) uint8, masks are (H, W) bool, the width is in pixels.
     """
     size = (width, round(width * frame.shape[0] / frame.shape[1]))
     gray = Image.fromarray(frame).convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -186,10 +166,8 @@ def draw_object(
 
     Args:
         read: frame -> predicted mask (H, W) bool.
-        frames: those to show, ascending, such as all with a prediction.
         j: the object's IoU on each annotated frame of the video.
         strip: annotated frames, of which the `.png` shows up to six, evenly spread.
-        title: what is seen, a line.
         path: of both files, without suffix.
     """
     path = Path(path)

@@ -23,7 +23,7 @@ from .masks import outline, overlay_masks, plain_text, resized
 DISTINCT_COLORS = (
     "#332288", "#DDCC77", "#44AA99", "#CC6677", "#88CCEE", "#117733", "#AA4499", "#999933", "#882255", "#DDDDDD"
 )  # fmt: skip
-PANEL_HEIGHT = 264  # least height of a frame in a strip, in pixels
+PANEL_HEIGHT = 264  # of a frame in a strip, in pixels
 
 
 Usage = Mapping[str, Mapping[str, np.ndarray]]
@@ -41,11 +41,7 @@ def tables_by_domain(usage: Usage) -> dict[str, np.ndarray]:
 
 @plain_text
 def plot_bars(panels: Usage, ylabel: str, title: str) -> Figure:
-    """Draws a panel of bars for each layer, four in a row.
-
-    Args:
-        panels: layer -> series, such as a domain -> value of each expert (experts,).
-    """
+    """Draws a panel of bars for each layer, four in a row."""
     series = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     figure, grid = _panels(len(panels), width=3.2, height=1.6, sharey=True)
     top = max(values.max() for panel in panels.values() for values in panel.values())
@@ -80,12 +76,7 @@ def plot_heat_maps(
 ) -> Figure:
     """Draws tables (rows, experts) beside each other, on one scale of colours; NaN is white, or grey if `diverging`.
 
-    Args:
-        tables: title of each -> values.
-        rows: their names.
-        label: of the scale.
-        diverging: whether colours tell above from below 0.
-        bars: another value for each row, drawn as bars at the right: its name, values (rows,), largest possible value.
+    `bars` is another value for each row, drawn at the right: its name, values (rows,), and the largest possible value.
     """
     experts = next(iter(tables.values())).shape[1]
     count = len(tables) + (bars is not None)
@@ -136,47 +127,25 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, di
     return figure
 
 
-@plain_text
 def plot_routing(
-    frames: Sequence[np.ndarray],
-    masks: np.ndarray,
-    maps: np.ndarray,
-    num_experts: int,
-    path: str | Path,
-    title: str,
-    max_columns: int = 6,
+    frames: Sequence[np.ndarray], masks: np.ndarray, maps: np.ndarray, num_experts: int, path: str | Path, title: str
 ) -> None:
-    """Draws a strip of frames: a mask above, and below it which expert each position of the image chose.
+    """Draws up to six frames: a mask above, and below it which expert each position of the image chose.
 
     Args:
         frames: (H, W, 3) uint8.
         masks: (T, H, W) bool.
         maps: (T, h, w), experts, or -1 throughout a frame that has none; only frames with a map are drawn. With more
             experts than colours, those chosen most in this video get them, and the rest is grey.
-        path: of the picture, such as a `.png`.
     """
     mapped = np.flatnonzero((maps >= 0).any(axis=(1, 2)))
-    columns = mapped[np.unique(np.linspace(0, len(mapped) - 1, max_columns).round().astype(int))]
+    drawn = mapped[np.unique(np.linspace(0, len(mapped) - 1, 6).round().astype(int))].tolist()
     shown = _shown_experts(maps, num_experts)
-    height, width = frames[0].shape[:2]
-    panel = 2.2
-    handles = _expert_legend(maps, shown)
-    size = (max(panel * len(columns) + 0.4, 8.0), 2 * panel * height / width + 0.8 + 0.25 * -(-len(handles) // 6))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(2, len(columns), squeeze=False)
-    for (above, below), t in zip(grid.T, columns, strict=True):
-        frame, mask = resized(frames[t], masks[t], max(height, PANEL_HEIGHT))  # so that lines are fine
-        above.imshow(overlay_masks(frame, mask.astype(np.uint8), show_ids=False))
-        below.imshow(_overlay_experts(frame, mask, maps[t], shown))
-        above.set_title(f"frame {t}", fontsize=9)
-        for axes in (above, below):
-            axes.set_xticks([])
-            axes.set_yticks([])
-    grid[0, 0].set_ylabel("tracked mask", fontsize=9)
-    grid[1, 0].set_ylabel("chosen expert", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
-    figure.savefig(path, dpi=120)
+    columns = [np.vstack(_pictures(frames[t], masks[t], maps[t], shown, PANEL_HEIGHT)) for t in drawn]
+    picture = np.hstack([np.pad(column, ((0, 0), (0, 6), (0, 0)), constant_values=255) for column in columns])
+    title = f"{title}; frames {', '.join(map(str, drawn))}"
+    legend = _legend_image(_expert_legend(maps, shown), title, picture.shape[1])
+    Image.fromarray(np.vstack([picture, legend])).save(path)
 
 
 def routing_video(
@@ -184,19 +153,23 @@ def routing_video(
 ) -> Iterator[np.ndarray]:
     """Frames (H', W', 3) uint8 of a video: the mask at the left, the chosen experts at the right, a legend below.
 
-    Args:
-        frames, masks, maps: as in [`plot_routing`]; frames without a map are grey at the right.
-        height: of the frames as they are shown, in pixels.
+    Arguments are those of [`plot_routing`]; frames without a map are grey at the right.
     """
     shown = _shown_experts(maps, num_experts)
     legend = None
-    for t in range(len(frames)):
-        frame, mask = resized(frames[t], masks[t], height)
-        tracked = overlay_masks(frame, mask.astype(np.uint8), show_ids=False)
-        both = [tracked, _overlay_experts(frame, mask, maps[t], shown)]
+    for frame, mask, experts in zip(frames, masks, maps, strict=True):
+        picture = np.hstack(_pictures(frame, mask, experts, shown, height))
         if legend is None:
-            legend = _legend_image(_expert_legend(maps, shown), title, 2 * frame.shape[1])
-        yield np.vstack([np.hstack(both), legend])
+            legend = _legend_image(_expert_legend(maps, shown), title, picture.shape[1])
+        yield np.vstack([picture, legend])
+
+
+def _pictures(
+    frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, shown: Sequence[int], height: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A frame with its mask, and with the experts, at a height in pixels."""
+    frame, mask = resized(frame, mask, height)
+    return overlay_masks(frame, mask.astype(np.uint8), show_ids=False), _overlay_experts(frame, mask, experts, shown)
 
 
 def _shown_experts(maps: np.ndarray, num_experts: int) -> list[int]:
