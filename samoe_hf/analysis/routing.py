@@ -34,11 +34,8 @@ IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.blocks\.\d+\.mlp\..*")
 def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[BatchRow], Tensor], None]) -> Iterator[None]:
     """While the context is open, the model is in evaluation mode and `observe` gets what each router puts out.
 
-    Compiled parts of the model run uncompiled meanwhile.
-
-    Args:
-        observe: is called with the module's name, what each row belongs to, and router logits (rows, tokens, experts),
-            whenever the module runs. Where it runs once for all objects, there is one row, with None as its object.
+    It is called with the module's name, what each row belongs to, and router logits (rows, tokens, experts). Where a
+    module runs once for all objects, there is one row, with None as its object. Compiled parts run uncompiled.
     """
 
     def hook(name: str) -> Callable:
@@ -59,8 +56,7 @@ def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[BatchRow
 def image_modules(modules: Iterable[str]) -> list[str]:
     """The layers among modules with experts whose tokens are image positions; the last is the best one to look at.
 
-    Of the memory attention these are `self_attn.*_proj`, `cross_attn_image.q_proj` and `o_proj`, of the vision encoder
-    the MLPs. The last cross attention's queries, which ask the memory for each position, are put last.
+    That is the last cross attention's queries, which ask the memory for each position.
     """
     layers = dict.fromkeys(map(module_layer, modules))
     found = [name for name in layers if IMAGE_PROJECTIONS.fullmatch(name) or IMAGE_LAYERS.fullmatch(name)]
@@ -76,11 +72,7 @@ def short_name(module: str) -> str:
 
 
 def routing_module(model: SamoeModel, module: str | None = None) -> str | None:
-    """The module to draw maps of: the given one, or else the last of [`image_modules`], or None if there is none.
-
-    Raises:
-        ValueError: if the given one is not among [`image_modules`].
-    """
+    """The module to draw maps of: the given one of [`image_modules`], or else their last, or None if there is none."""
     allowed = image_modules(name for name, _ in expert_modules(model))
     if module is not None and module not in allowed:
         raise InputError(
@@ -94,8 +86,6 @@ class RoutingMaps:
     """Which expert has the largest gate at each image position of a video.
 
     Attributes:
-        video, module: what was observed.
-        num_experts: of the module.
         object_ids: of the objects, or [None] where the layer runs once for all of them.
         experts: (T, objects, h, w) int16, -1 on frames where the router did not run: before an object is seen and on
             the frame that it is prompted on.
@@ -110,14 +100,9 @@ class RoutingMaps:
     masks: np.ndarray
 
     def save(self, path: str | Path, object_id: int | None = None) -> list[Path]:
-        """Draws the maps of an object over the frames.
+        """Draws the maps of an object, by default the first: a strip of frames as `.png`, the whole video as `.mp4`.
 
-        Args:
-            path: without suffix; a strip of frames is written as `.png`, the whole video as `.mp4`, or neither.
-            object_id: by default the first.
-
-        Returns:
-            Both files.
+        Returns both files; `path` has no suffix.
         """
         ids = self.object_ids
         if object_id is not None and ids != [None] and object_id not in ids:
@@ -142,7 +127,6 @@ def routing_maps(
     """Tracks a video as [`expert_usage`] does and keeps the expert of each image position.
 
     Args:
-        model: is left as it was.
         module: one of [`image_modules`], by default the last: the last cross attention's `q_proj`, where there is one.
 
     Raises:

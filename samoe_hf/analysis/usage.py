@@ -1,8 +1,4 @@
-"""How much each expert of a model is used: by layer, domain and object, as sums over tokens, tables and figures.
-
-The routers are observed while videos are tracked, see [`observe_routers`]. Only sums over tokens are kept, so that RAM
-does not grow with the length of the videos.
-"""
+"""How much each expert of a model is used: by layer, domain and object, as sums over tokens, tables and figures."""
 
 import functools
 import math
@@ -107,21 +103,14 @@ class RouterSums:
 
 
 def normalized_entropy(weights: np.ndarray) -> float:
-    """Entropy of non-negative weights (experts,) that need not add up to 1: from 0, one has all, to 1, all are equal.
-
-    The entropy of a single expert is 0.
-    """
+    """Entropy of non-negative weights (experts,): from 0, one has all, to 1, all are equal; of a single expert 0."""
     return float(stats.entropy(weights)) / math.log(max(len(weights), 2))
 
 
 def mutual_information(usage: np.ndarray) -> float:
-    """Mutual information of domain and expert in bits, all domains having equal weight.
+    """Mutual information of domain and expert in bits, of each domain's mean gates (domains, experts).
 
-    Args:
-        usage: (domains, experts), each domain's mean gates, rows that add up to 1.
-
-    Returns:
-        0 when all domains use the experts alike (or there is one domain), and log2(domains) when no expert serves two.
+    It is 0 when all domains use the experts alike (or there is one), and log2(domains) when no expert serves two.
     """
     bits = stats.entropy(usage.mean(axis=0), base=2) - stats.entropy(usage, base=2, axis=1).mean()
     return max(0.0, float(bits))
@@ -174,10 +163,7 @@ class ExpertUsage:
         return groups
 
     def to_pandas(self, by: By = "domain") -> pd.DataFrame:
-        """Usage as a table with one row for each expert of each module.
-
-        Args:
-            by: "module" for all tokens together, "domain" or "object" for each domain or object apart.
+        """Usage as a table with one row for each expert of each module, in all, or of each "domain" or "object" apart.
 
         Returns:
             Columns `module`, `projection` (the last part of the module's name), `domain` (by domain and object),
@@ -293,16 +279,10 @@ class ExpertUsage:
         )
 
     def save(self, folder: str | Path, dead_share: float = DEAD_SHARE) -> list[Path]:
-        """Writes tables, figures and pictures into a folder, which is made if it does not exist; all of them or none.
+        """Writes `usage.csv` and `usage_by_object.csv` ([`to_pandas`]), `statistics.json` ([`statistics`] of all and of
+        each domain, co-activation and similarity) and a PNG of each [`plot`] into a folder, all or none; returns them.
 
-        Args:
-            folder: where to write `usage.csv` and `usage_by_object.csv` ([`to_pandas`]), `statistics.json`
-                ([`statistics`] of all and of each domain, co-activation and similarity) and a PNG of each [`plot`];
-                `domains.png` only for more than one domain.
-            dead_share: see [`statistics`].
-
-        Returns:
-            The files.
+        `domains.png` is only made of more than one domain.
         """
         figures = {f"{kind}.png": self.plot(kind) for kind in PLOTS if kind != "domains" or len(self.domains) > 1}
         videos = {source[:2] for sources in self.sums.values() for source in sources}
@@ -342,13 +322,10 @@ def expert_usage(
     Each object is prompted with its mask on the first frame that shows it. Layers of the memory attention do not run on
     that frame, since nothing is remembered yet. Layers that run once for all objects count once for each frame.
 
-    Args:
-        model: is left as it was.
-        videos: such as a list, or what `samoe_hf.data.load_videos` opens.
-        processor: that of the model; by default the one that fits its configuration.
+    Only sums over tokens are kept. The processor is by default the one that fits the model's configuration.
 
     Raises:
-        ValueError: if something else than a video is among them, or no router ran.
+        InputError: if something else than a video is among them, or no router ran.
     """
     processor = processor or build_processor(model.config)
     modules = dict(expert_modules(model))

@@ -74,7 +74,7 @@ def load_original(
 
     Raises:
         FileNotFoundError: if a file does not exist.
-        ValueError: if a file is damaged, of an unknown form or size, or has tensors that do not fit.
+        InputError: if a file is damaged, of an unknown form or size, or has tensors that do not fit.
     """
     tensors, source = _read_tensors(checkpoint), str(checkpoint)
     if all(map(is_expert_name, tensors)):
@@ -143,16 +143,8 @@ def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
 
 
 def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings of the experts as their tensors show them.
-
-    Args:
-        tensors: under the original's names, with experts.
-        settings: of the model. If they come from a YAML with experts, these keep their number and rank.
-
-    Returns:
-        `expert_modules`, if other modules than announced have experts; and without such a YAML, the experts' number,
-        rank and choices for each token.
-    """
+    """What the experts' tensors tell beside the model's settings: `expert_modules`, if others than announced have some;
+    and unless the settings are of a YAML with experts, their number, rank and choices for each token."""
     matches = [match for name in tensors if (match := EXPERT_TENSOR.fullmatch(name))]
     model = _build(build_config(settings), False, source)
     in_file, from_yaml = {find_our_name(match["module"]) for match in matches}, "expert_modules" in settings
@@ -183,7 +175,7 @@ def _build(config: SamoeConfig, with_experts: bool, source: str) -> Sam2VideoMod
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_experts: bool, source: str) -> None:
-    """Raises a `ValueError` unless these are exactly the original's tensors of a model of this configuration."""
+    """Refuses tensors that are not exactly the original's of a model of this configuration."""
     model = state_dict_to_original(_build(config, has_experts, source).state_dict())
     expected, found = ({without_base_layer(n): t for n, t in named.items()} for named in (model, tensors))
     problems = find_mismatches(found, expected)
@@ -205,19 +197,14 @@ def _listed(names: list[str], most: int = 5) -> str:
 def save_original(
     config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike
 ) -> dict[str, Path]:
-    """Writes files that the original loads.
-
-    Args:
-        config: the model's configuration.
-        state_dict: its tensors, `model.state_dict()`.
-        directory: where to write; made if need be.
+    """Writes files that the original loads, of a model's configuration and `state_dict()`.
 
     Returns:
         kind -> file: "full" (`{"model": …}` with experts), "base" (the same without them), "experts"
         (`{"model_state_dict": …, "config": …}`, as the original's trainers save them), "config" (the YAML).
 
     Raises:
-        ValueError: if the base is not SAM 2, the original has no place for some of the experts, among them those of
+        InputError: if the base is not SAM 2, the original has no place for some of the experts, among them those of
             domains, or the tensors do not fit the configuration.
     """
     if base_of(config) is not SAM2:
@@ -236,14 +223,13 @@ def save_original(
     written_config = build_config(complete_settings(settings_of(config, with_experts=True)))
     _check_tensors(tensors, written_config, True, "the model")
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    directory, stem = Path(directory), _original_stem(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {
-        "full": directory / f"{stem}_moe.pt",
-        "base": directory / f"{stem}.pt",
-        "experts": directory / f"{stem}_moe_experts.pt",
-        "config": directory / f"{stem}_moe.yaml",
-    }
+    # Meta's name for a checkpoint of this family and size.
+    trunk = get_setting(config, f"{TRUNK}hidden_size"), sum(get_setting(config, f"{TRUNK}blocks_per_stage"))
+    size, *_ = META_TRUNKS.get(trunk, ("custom",))
+    stem = f"{'sam2.1' if config.enable_occlusion_spatial_embedding else 'sam2'}_hiera_{size}"
+    names = {"full": "_moe.pt", "base": ".pt", "experts": "_moe_experts.pt", "config": "_moe.yaml"}
+    files = {kind: Path(directory, stem + name) for kind, name in names.items()}
+    Path(directory).mkdir(parents=True, exist_ok=True)
     experts = {name: tensor for name, tensor in tensors.items() if is_expert_name(name)}
     base = {without_base_layer(name): tensor for name, tensor in tensors.items() if name not in experts}
     _save({"model": tensors}, files["full"])
@@ -274,11 +260,3 @@ def _attentions_with_experts(config: SamoeConfig, state_dict: Mapping[str, Tenso
             f"the model has them also in {_listed(others)}."
         )
     return attentions
-
-
-def _original_stem(config: SamoeConfig) -> str:
-    """Meta's name for a checkpoint of this family and size."""
-    family = "sam2.1" if config.enable_occlusion_spatial_embedding else "sam2"
-    trunk = get_setting(config, f"{TRUNK}hidden_size"), sum(get_setting(config, f"{TRUNK}blocks_per_stage"))
-    size, *_ = META_TRUNKS.get(trunk, ("custom",))
-    return f"{family}_hiera_{size}"

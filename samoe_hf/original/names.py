@@ -46,12 +46,9 @@ _RENAMES = {
     "memory_attention.layers.*.*.out_proj": "memory_attention.layers.*.*.o_proj",
     # The original counts convolutions, norms and activations.
     **{
-        f"memory_encoder.mask_downsampler.encoder.{3 * i}": f"memory_encoder.mask_downsampler.layers.{i}.conv"
+        f"memory_encoder.mask_downsampler.encoder.{3 * i + k}": f"memory_encoder.mask_downsampler.layers.{i}.{layer}"
         for i in range(4)
-    },
-    **{
-        f"memory_encoder.mask_downsampler.encoder.{3 * i + 1}": f"memory_encoder.mask_downsampler.layers.{i}.layer_norm"
-        for i in range(4)
+        for k, layer in enumerate(("conv", "layer_norm"))
     },
     "memory_encoder.mask_downsampler.encoder.12": "memory_encoder.mask_downsampler.final_conv",
     "memory_encoder.pix_feat_proj": "memory_encoder.feature_projection",
@@ -129,11 +126,7 @@ def _from_original_name(name: str) -> tuple[str, int | None]:
 
 
 def state_dict_from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the original's names -> the same under this package's names, experts stacked, values unchanged.
-
-    Raises:
-        ValueError: for a name that SAM 2 and SAM2-MoE do not have, or an expert missing from a stack.
-    """
+    """Tensors under the original's names -> the same under this package's names, experts stacked, values unchanged."""
     result: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for original_name, tensor in state_dict.items():
@@ -157,10 +150,6 @@ def state_dict_to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
     """The inverse of [`state_dict_from_original`].
 
     The base tensors of a module with experts are named as in full MoE checkpoints (`….q_proj.base_layer.weight`).
-
-    Raises:
-        ValueError: for a name that SAM 2 and SAM2-MoE do not have, or if the model's two copies of the positional
-            embedding, which is one tensor in the original, differ.
     """
     result: dict[str, Tensor] = {}
     with_experts = {name.removesuffix(".lora_A") for name in state_dict if name.endswith(".lora_A")}
@@ -176,17 +165,12 @@ def state_dict_to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
             prefix = "sam_prompt_encoder.point_embeddings"
             result |= {f"{prefix}.{i}.weight": part.clone() for i, part in enumerate(tensor.split(1))}
         elif name == _POSITIONAL_EMBEDDING_COPY:
-            _check_copy(tensor, state_dict.get(_POSITIONAL_EMBEDDING))
+            original = state_dict.get(_POSITIONAL_EMBEDDING)
+            if original is None or not (tensor.is_meta or torch.equal(tensor, original)):
+                raise InputError(f"{_POSITIONAL_EMBEDDING} and {name} differ; the original has one tensor for both.")
         else:
             original_name = _rename(name, _TO_ORIGINAL)
             if module in with_experts:
                 original_name = f"{original_name.removesuffix(leaf)}base_layer.{leaf}"
             result[original_name] = tensor
     return result
-
-
-def _check_copy(tensor: Tensor, original: Tensor | None) -> None:
-    if original is None or not (tensor.is_meta or torch.equal(tensor, original)):
-        raise InputError(
-            f"{_POSITIONAL_EMBEDDING} and {_POSITIONAL_EMBEDDING_COPY} differ; the original has one tensor for both."
-        )

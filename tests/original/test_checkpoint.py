@@ -18,7 +18,7 @@ from helpers.reference import reference_folder
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.original import settings
+from samoe_hf.original import config as settings
 from samoe_hf.original.checkpoint import load_original, save_original
 from samoe_hf.original.config import build_config, read_settings
 from samoe_hf.original.names import state_dict_from_original, state_dict_to_original
