@@ -7,7 +7,6 @@ loader; nothing that they name is imported or called. See `names` and `config` f
 import logging
 import os
 import pickle
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from .config import (
     ATTENTIONS,
     DEFAULT_CONFIG,
     META_TRUNKS,
+    TRUNK,
     build_config,
     complete_settings,
     get_setting,
@@ -45,13 +45,10 @@ from .names import (
     state_dict_to_original,
     without_base_layer,
 )
-from .settings import TRUNK
 
 logger = logging.getLogger(__name__)
 
 _FORMS = ("model", "model_state_dict", "moe_state_dict")
-_ONLY_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
-_BLOCK = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.norm1\.weight")
 
 
 def load_original(
@@ -86,7 +83,7 @@ def load_original(
         tensors |= expert_tensors
         source += f" with {experts}"
     if original_config is None:
-        settings = _meta_settings(tensors, source)
+        settings = meta_settings(tensors, source)
     else:
         settings = read_settings(original_config)
         source += f" and {original_config}"
@@ -125,21 +122,6 @@ def _is_plain(name: Any, tensor: Any) -> bool:
     """Whether this is a name and a tensor with a value of its own for each entry, not a meta or sparse tensor."""
     is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
     return is_tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
-
-
-def _meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Settings of the one of Meta's eight models that `tensors` belong to."""
-    patches = tensors.get("image_encoder.trunk.patch_embed.proj.weight")
-    if patches is None or patches.dim() != 4:
-        raise InputError(f"{source} has no image encoder of SAM 2; expected a whole checkpoint of SAM 2 or SAM2-MoE.")
-    channels, blocks = patches.shape[0], sum(_BLOCK.fullmatch(name) is not None for name in tensors)
-    if (channels, blocks) not in META_TRUNKS:
-        sizes = ", ".join(f"{name} {width}/{depth}" for (width, depth), (name, *_) in META_TRUNKS.items())
-        raise InputError(
-            f"{source}: a trunk with {channels} channels and {blocks} blocks is none of Meta's ({sizes}); give the "
-            "model's YAML as `original_config` (`--config` of a command)."
-        )
-    return meta_settings(channels, blocks, is_2_1=any(name in tensors for name in _ONLY_IN_2_1))
 
 
 def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from torch import Tensor
 from yaml.composer import ComposerError
 
 from samoe_hf.errors import InputError
@@ -246,6 +247,8 @@ _RANGES = (
     (r".*(sigmoid|stability|init_value|lora_alpha|dropout).*", -1e9, 1e9),
     (r".*", 1, 65_536),
 )
+_ONLY_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight", "obj_ptr_tpos_proj.bias")
+_BLOCK = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.norm1\.weight")
 # Trunks of Meta's models by their channels and blocks: name, heads, stages, global attention, background size, windows.
 META_TRUNKS = {
     (96, 12): ("tiny", 1, [1, 2, 7, 2], [5, 7, 9], [7, 7], [8, 4, 14, 7]),
@@ -456,9 +459,20 @@ def build_config(settings: Mapping[str, Any]) -> SamoeConfig:
     return SamoeConfig(**nested)
 
 
-def meta_settings(channels: int, blocks: int, is_2_1: bool) -> dict[str, Any]:
-    """Settings of one of Meta's eight models, known by the channels and blocks of its trunk and its family."""
+def meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Settings of the one of Meta's eight models that tensors of the original belong to."""
+    patches = tensors.get("image_encoder.trunk.patch_embed.proj.weight")
+    if patches is None or patches.dim() != 4:
+        raise InputError(f"{source} has no image encoder of SAM 2; expected a whole checkpoint of SAM 2 or SAM2-MoE.")
+    channels, blocks = patches.shape[0], sum(_BLOCK.fullmatch(name) is not None for name in tensors)
+    if (channels, blocks) not in META_TRUNKS:
+        sizes = ", ".join(f"{name} {width}/{depth}" for (width, depth), (name, *_) in META_TRUNKS.items())
+        raise InputError(
+            f"{source}: a trunk with {channels} channels and {blocks} blocks is none of Meta's ({sizes}); give the "
+            "model's YAML as `original_config` (`--config` of a command)."
+        )
     _, heads, stages, global_blocks, background, windows = META_TRUNKS[channels, blocks]
+    is_2_1 = any(name in tensors for name in _ONLY_IN_2_1)
     # In all else SamoeConfig's defaults are Meta's.
     return complete_settings(
         settings_of(DEFAULT_CONFIG, with_experts=False)
