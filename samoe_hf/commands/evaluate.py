@@ -25,31 +25,22 @@ from typing import TYPE_CHECKING, Any, get_args
 from samoe_hf.data.layouts import MaskFormat, Protocol, layout_of
 from samoe_hf.errors import InputError, input_errors
 
-from .options import (
-    add_dataset_options,
-    add_device_option,
-    add_original_options,
-    add_output_option,
-    command_parser,
-    open_dataset,
-    start_processes,
-    unique_names,
-)
+from . import options
 
 if TYPE_CHECKING:
     from samoe_hf.evaluation.run import Evaluation
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = command_parser("evaluate", __doc__)
+    parser = options.command_parser("evaluate", __doc__)
     models = parser.add_argument_group("models")
     models.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3 or an original .pt")
     models.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
     models.add_argument(
         "--predictions", action="append", default=[], type=Path, metavar="DIR", help="score these masks as well"
     )
-    add_original_options(models)
-    add_dataset_options(parser)
+    options.add_original_options(models)
+    options.add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
     prompts.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")
@@ -63,10 +54,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar=("META", "TRAIN_META"),
         help="YouTube-VOS' meta.json of the split and of training",
     )
-    output = add_output_option(parser, "folder for results and masks")
+    output = options.add_output_option(parser, "folder for results and masks")
     output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
-    add_device_option(parser, shared=True)
+    options.add_device_option(parser, shared=True)
     parsed = parser.parse_args(arguments)
     parsed.models = [*([parsed.model] if parsed.model else []), *parsed.models]
     if not parsed.models and not parsed.predictions:
@@ -80,7 +71,7 @@ def label_sources(sources: Sequence[str | Path]) -> list[str]:
     for path in map(Path, sources):
         stem = path.stem if path.suffix in (".pt", ".pth") else path.resolve().name if path.exists() else path.name
         names.append(stem or "model")
-    return unique_names(names)
+    return options.unique_names(names)
 
 
 def read_meta(path: Path) -> Any:
@@ -98,7 +89,7 @@ def build_evaluation(parsed: argparse.Namespace) -> Evaluation:
 
     prompt = PromptStrategy.parse(parsed.prompt)
     groups = seen_and_unseen(*map(read_meta, parsed.seen_unseen)) if parsed.seen_unseen else None
-    dataset = open_dataset(parsed)
+    dataset = options.open_dataset(parsed)
     return Evaluation(
         dataset.videos(parsed.video),
         dataset.describe(parsed),
@@ -118,12 +109,12 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.model.weights_io import write_text
     from samoe_hf.model.weights_trained import is_original_checkpoint
 
-    state, _ = start_processes(parsed.device)
+    state, _ = options.start_processes(parsed.device)
     evaluation = build_evaluation(parsed)
     if parsed.seeds > len(evaluation.seeds) and state.is_main_process:
         print(f"The prompt {evaluation.prompt} draws nothing at random: one run instead of {parsed.seeds}.")
 
-    options = {"experts": parsed.experts, "original_config": parsed.config}
+    of_original = {"experts": parsed.experts, "original_config": parsed.config}
     has_original = any(map(is_original_checkpoint, parsed.models))
     sources = [*parsed.models, *parsed.predictions]
     entries = []
@@ -132,7 +123,7 @@ def run(parsed: argparse.Namespace) -> None:
             with input_errors():  # these masks are the data
                 entries.append(evaluation.run_masks(source, label, state))
         else:
-            own = options if is_original_checkpoint(source) or not has_original else {}
+            own = of_original if is_original_checkpoint(source) or not has_original else {}
             entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
     if not state.is_main_process:
         return

@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING
 
 from samoe_hf.errors import InputError
 
-from .options import (
-    add_dataset_options,
-    add_device_option,
-    add_model_option,
-    add_output_option,
-    command_parser,
-    load_model,
-    open_dataset,
-    unique_names,
-)
+from . import options
 
 if TYPE_CHECKING:
     from samoe_hf.analysis.usage import ExpertUsage
@@ -32,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = command_parser("experts", __doc__)
-    add_model_option(parser)
-    add_dataset_options(parser)
+    parser = options.command_parser("experts", __doc__)
+    options.add_model_option(parser)
+    options.add_dataset_options(parser)
     routing = parser.add_argument_group("routing")
     routing.add_argument(
         "--routing-video", action="append", default=[], metavar="N|ID",
@@ -46,8 +37,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--dead-share", type=float, default=0.001, metavar="SHARE",
         help="experts that a smaller share of the tokens choose are dead (%(default)s)",
     )  # fmt: skip
-    add_output_option(parser, "folder (%(default)s)", "outputs/experts")
-    add_device_option(parser)
+    options.add_output_option(parser, "folder (%(default)s)", "outputs/experts")
+    options.add_device_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -103,9 +94,9 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.analysis.routing import routing_maps, routing_module
     from samoe_hf.analysis.usage import expert_usage
 
-    videos = open_dataset(parsed).videos(parsed.video)
+    videos = options.open_dataset(parsed).videos(parsed.video)
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
-    model, processor = load_model(parsed, parsed.device)
+    model, processor = options.load_model(parsed, parsed.device)
     module = routing_module(model, parsed.routing_module)
     usage = expert_usage(model, videos, processor)
     print_usage(usage, parsed.dead_share)
@@ -114,7 +105,7 @@ def run(parsed: argparse.Namespace) -> None:
         print("No routing maps: no layer with experts has image positions for tokens.")
     else:
         chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
-        names = unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
+        names = options.unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
         for video, name in zip(chosen, names, strict=True):
             maps = routing_maps(model, video, processor, module)
             files += maps.save(parsed.output / name, parsed.routing_object)

@@ -38,29 +38,23 @@ class CommandParser(argparse.ArgumentParser):
 
 def command_parser(name: str, description: str | None) -> CommandParser:
     """A parser for `samoe NAME`, which shows the description as it is."""
-    parser = CommandParser(
-        prog=f"samoe {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog=f"samoe {name}", description=description, formatter_class=formatter)
     # `samoe_hf.cli` looks for it.
-    parser.add_argument(
-        "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
-    )
+    show = {"action": "store_true", "default": argparse.SUPPRESS, "help": "show where an error comes from"}
+    parser.add_argument("--traceback", **show)
     return parser
 
 
 def add_device_option(parser: argparse.ArgumentParser, shared: bool = False) -> None:
-    """Adds `--device`, by default a GPU if there is one, in a group for the machine.
-
-    Args:
-        shared: whether processes share the work, so that by default each has its own; see [`start_processes`].
-    """
+    """Adds `--device`, by default a GPU if there is one, or `shared`, that of each process ([`start_processes`])."""
     machine = parser.add_argument_group("machine")
     help_text = "such as cuda:1 or cpu; by default a GPU if there is one"
     machine.add_argument("--device", type=usable_device, default=None if shared else "best", help=help_text)
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the model and the options that go with an original checkpoint, in a group; [`load_model`] loads it."""
+    """Adds the model and the options that go with an original checkpoint, for [`load_model`]."""
     group = parser.add_argument_group("model")
     group.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     add_original_options(group)
@@ -78,7 +72,7 @@ def add_original_options(group: argparse._ArgumentGroup, experts: bool = True) -
 def add_output_option(
     parser: argparse.ArgumentParser, help: str, default: str | None = None
 ) -> argparse._ArgumentGroup:
-    """Adds `--output`, a folder, in a group of its own; it must be given if there is no default."""
+    """Adds `--output`, a folder that must be given if there is no default, and returns its group."""
     group = parser.add_argument_group("output")
     default_path = None if default is None else Path(default)
     group.add_argument("--output", type=Path, required=default is None, default=default_path, metavar="DIR", help=help)
@@ -101,11 +95,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def load_model(parsed: argparse.Namespace, device: torch.device) -> tuple[SamoeModel, VideoProcessor]:
-    """The model that the options of [`add_model_option`] name, and its processor.
-
-    Raises:
-        InputError: if there is no such model, or it cannot be loaded.
-    """
+    """The model that the options of [`add_model_option`] name, and its processor."""
     from samoe_hf.model.modeling_samoe import SamoeModel
     from samoe_hf.model.processing_samoe import load_processor
     from samoe_hf.model.weights_trained import is_original_checkpoint
@@ -120,11 +110,7 @@ def load_model(parsed: argparse.Namespace, device: torch.device) -> tuple[SamoeM
 
 
 def start_processes(device: torch.device | None) -> tuple[PartialState, torch.device]:
-    """The processes that share the work, of `accelerate launch` or `torchrun`, or this one alone; and its device.
-
-    Args:
-        device: that was asked for; by default the best there is.
-    """
+    """The processes that share the work, of `accelerate launch` or `torchrun`, or this one alone; and its device."""
     import torch
     from accelerate import PartialState
 
@@ -147,11 +133,7 @@ class ChosenDataset(NamedTuple):
     parts: list[Sequence[Video]]
 
     def videos(self, video_ids: Sequence[str] | None) -> list[Video]:
-        """The videos, or those of the given ids, each opened but not decoded.
-
-        Raises:
-            InputError: if there are none, or one is unknown.
-        """
+        """The videos, or those of the given ids, each opened but not decoded."""
         with input_errors():
             videos = [video for part in self.parts for video in part]
         if unknown := set(video_ids or ()) - {video.video_id for video in videos}:
@@ -169,11 +151,7 @@ class ChosenDataset(NamedTuple):
 
 
 def add_dataset_options(parser: argparse.ArgumentParser, positional: bool = False) -> None:
-    """Adds the options that name videos; [`open_dataset`] opens them.
-
-    Args:
-        positional: whether the dataset comes without `--dataset` before it.
-    """
+    """Adds the options that name videos, for [`open_dataset`]; `positional`, without `--dataset` before them."""
     group = parser.add_argument_group("videos")
     dataset = group.add_argument(
         "dataset" if positional else "--dataset",
@@ -203,11 +181,7 @@ def videos_of_run(path: str, key: str) -> list[Sequence[Video]]:
 
 @input_errors()
 def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
-    """What the options of [`add_dataset_options`] name.
-
-    Raises:
-        InputError: for an unknown kind or option, a root that is not there, or options that do not go together.
-    """
+    """What the options of [`add_dataset_options`] name."""
     from samoe_hf.data.configs import names_config
     from samoe_hf.data.registry import load_videos, name_kind, parse_yaml
 

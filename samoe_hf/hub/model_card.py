@@ -1,6 +1,7 @@
 """Model cards: what a model knows of itself and what its maker adds, in the template `model_card.md`."""
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from samoe_hf.model.expert_layer import is_expert_parameter
 # Beside this file in the source tree and in an installed package; the repository's `model_card.md` is a link to it.
 TEMPLATE = Path(__file__).with_name("model_card.md")
 USAGE_PICTURE = "expert_usage"
+TRAINING_SETTINGS = (
+    "trainable, learning_rate, learning_rates, lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, "
+    "per_device_train_batch_size, gradient_accumulation_steps, world_size, optim, bf16, fp16, seed"
+)
 # What holds for every model of this kind; nothing is claimed of how good one is.
 LIMITS = (
     "It tracks what it is shown by points, boxes or masks; it does not find or name objects by itself.",
@@ -29,13 +34,11 @@ class CardContent:
     """What a maker can say in a card beside what the model knows; what is not given is not stated.
 
     Args:
-        eval_results: for the table of results and the metadata (`model-index`).
         usage_picture: an image file of how often each expert is used; the card expects it beside itself.
         training: setting -> value, for the table.
         domains: what was trained on, in words.
         datasets: the same as ids of data sets on the Hub, for the metadata.
         license: an identifier of the Hub such as "apache-2.0".
-        language, tags: for the metadata.
         limits: further ones than hold for every model.
     """
 
@@ -62,12 +65,8 @@ def build_model_card(
 
     Args:
         model_id: its repository, or a name.
-        content: what its maker adds.
         base: what it was loaded from, as `model.origin.source`, which is the default.
         experts_only: whether the repository holds only what was trained.
-
-    Returns:
-        The card; `card.save(path)` writes it.
     """
     content, base, kind = content or CardContent(), base or model.origin.source or {}, base_of(model.config)
     name = base.get("name_or_path")
@@ -134,13 +133,29 @@ def write_model_card(
     content: CardContent | None = None,
     **kwargs: Any,
 ) -> None:
-    """Writes `README.md` and the picture beside it; arguments as in [`build_model_card`].
-
-    Raises:
-        FileNotFoundError: if there is no such picture.
-    """
+    """Writes `README.md` and the picture beside it; arguments as in [`build_model_card`]."""
     content = content or CardContent()
     card = build_model_card(model, model_id, content, **kwargs)
     if name := _picture_name(content):
         shutil.copyfile(str(content.usage_picture), Path(directory, name))
     card.save(Path(directory, "README.md"))
+
+
+def evaluation_results(log_history: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    """J, F and J&F of the last evaluation in a Trainer's log history, in all and by domain."""
+    last = next((entry for entry in reversed(log_history) if "eval_J&F" in entry), {})
+    matches = [(re.fullmatch(r"eval_(?:(.+)_)?(J&F|J|F)", key), value) for key, value in last.items()]
+    return [score_entry(match[2], value, match[1]) for match, value in matches if match]
+
+
+def score_entry(metric: str, value: float, domain: str | None = None) -> EvalResult:
+    """A score of tracking from masks, 0 to 1, for the table of a model card; of all domains by default."""
+    return EvalResult(
+        task_type="mask-generation",
+        task_name="Video object segmentation, from the mask of the first frame",
+        dataset_type=domain or "all",
+        dataset_name=domain or "all domains",
+        metric_type=metric,
+        metric_name=metric,
+        metric_value=round(value, 4),
+    )

@@ -42,9 +42,8 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
             the configuration's, or those of `like`.
 
     Raises:
-        ValueError: if the name is taken or cannot be one, a setting is out of range, modules do not exist, the
-            model has adapters of PEFT, or experts of no domain that have an effect; `rename_domain(None, NAME)`
-            makes a domain of those.
+        InputError: if the name is taken or cannot be one, a setting is out of range, modules do not exist, the
+            model has adapters of PEFT, or experts of no domain that have an effect.
     """
     _check_no_adapters(model)
     domain = _describe_domain(model, name, like, settings)
@@ -81,11 +80,7 @@ def _describe_domain(model: SamoeModel, name: str, like: str | None, settings: d
 
 
 def remove_domain(model: SamoeModel, name: str) -> None:
-    """Takes a domain's experts away, and what the gate knows of it.
-
-    Raises:
-        ValueError: if there is no such domain.
-    """
+    """Takes a domain's experts away, and what the gate knows of it."""
     index = _domain_index(model, name)
     for layer, _ in list(domain_modules(model, name)):
         module = model.get_submodule(layer)
@@ -98,14 +93,7 @@ def remove_domain(model: SamoeModel, name: str) -> None:
 
 
 def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
-    """Gives a domain another name.
-
-    Args:
-        name: the domain's; None for the experts of a model without domains, which become those of a domain.
-
-    Raises:
-        ValueError: if there is no such domain, or the new name is taken or cannot be one.
-    """
+    """Gives a domain another name; with None for `name`, the experts of a model without domains become a domain's."""
     _check_new_name(model, new_name, "new_name")
     if name is None:
         _make_domain(model, new_name)
@@ -141,16 +129,10 @@ def _make_domain(model: SamoeModel, name: str) -> None:
 
 @torch.no_grad()
 def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
-    """Adds the domains of another model on the same base, with what its gate knows.
-
-    Args:
-        other: a SamoeModel, which is left as it was.
-
-    Returns:
-        their names.
+    """Adds the domains of another model on the same base, with what its gate knows, and returns their names.
 
     Raises:
-        ValueError: if either has no domains, both have one of the same name, or their bases differ.
+        InputError: if either has no domains, both have one of the same name, or their bases differ.
     """
     if model.config.domains is None or other.config.domains is None:
         which = "This" if model.config.domains is None else "The other"
@@ -169,11 +151,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
 
 
 def copy_domain_experts(model: SamoeModel, source: str, target: str) -> bool:
-    """Copies experts to a domain whose own have no effect yet, if number, rank and place are the same.
-
-    Returns:
-        whether they were copied.
-    """
+    """Copies experts to a domain whose own have no effect yet, if number, rank and place are the same; says whether."""
     kinds = [{**find_domain(model, name), "name": None} for name in (source, target)]
     is_new = not any(experts.lora_B.any() for _, experts in domain_modules(model, target))
     if copied := source != target and is_new and kinds[0] == kinds[1]:
@@ -185,11 +163,8 @@ def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -
     """Lets the gate know a domain, in place of what it knew of it.
 
     Args:
-        features: (frames, features), what [`~domains.pooled_features`] gives for frames of the domain.
+        features: (frames, features), what [`~domain_gate.pooled_features`] gives for frames of the domain.
         videos: (frames,) integers, which video each frame is of.
-
-    Raises:
-        ValueError: if there is no such domain, or shapes or values cannot be.
     """
     _gate(model).fit(_domain_index(model, name), features, videos)
 
@@ -217,11 +192,7 @@ def _copy_experts(source: SamoeModel, source_domain: str, target: SamoeModel, ta
 
 
 def find_domain(model: SamoeModel, name: str) -> dict[str, Any]:
-    """A domain of a model, as the configuration describes it.
-
-    Raises:
-        ValueError: if there is no such domain.
-    """
+    """A domain of a model, as the configuration describes it."""
     return _domains(model)[_domain_index(model, name)]
 
 

@@ -1,10 +1,8 @@
 """Surgery on a model's experts: add, remove, merge, renew and freeze them.
 
 Each function changes all layers with experts alike, and checks everything before it changes anything. Stacked tensors
-become new parameters, so optimizers must be made afterwards; freezing alone keeps them.
-
-New experts are asleep: the weight of their router row is 0 and its bias is [`ASLEEP`], so that no token chooses them.
-[`~expert_sleep.wake_experts`], which the first training step calls, lets them compete.
+become new parameters, so optimizers must be made afterwards; freezing alone keeps them. New experts are asleep: no
+token chooses them until the first training step calls [`~expert_sleep.wake_experts`].
 """
 
 import copy
@@ -40,6 +38,7 @@ from samoe_hf.model.expert_sleep import (
 )
 from samoe_hf.model.modeling_samoe import SamoeModel
 
+LEAVES = [tensor.rpartition(".")[2] for tensor in EXPERT_TENSORS]
 # By layer: (experts,) tensors that tell how much each expert is used, such as its mean gate weight.
 Usage = Mapping[str, Tensor]
 
@@ -63,29 +62,26 @@ def prune_experts(
         num_experts: with `usage`, how many stay.
 
     Raises:
-        ValueError: for indices or names that are not the model's, or if fewer than `num_experts_per_tok` stay.
+        InputError: for indices or names that are not the model's, or if fewer than `num_experts_per_tok` stay.
     """
     check_has_no_domains(model.config)
     if sum(given is not None for given in (keep, drop, usage)) != 1:
         raise InputError("Exactly one of `keep`, `drop` and `usage` must be given.")
     if (usage is None) != (num_experts is None):
         raise InputError("`num_experts`, the number of experts that stay, must be given with `usage`, and only then.")
-    names = [name for name, _ in expert_modules(model)]
-    if usage is not None and num_experts is not None:
+    total, staying = model.config.num_experts, []
+    if usage is not None:
         _check_usage(model, usage)
-        count = num_experts
-        _check_num_left(model, count)
-        kept = {name: sorted(usage[name].topk(count).indices.tolist()) for name in names}
     else:
-        dropped = [] if drop is None else check_experts(model, drop, "drop")
-        others = [expert for expert in range(model.config.num_experts) if expert not in dropped]
-        staying = sorted(others if keep is None else check_experts(model, keep, "keep"))
-        count = len(staying)
-        _check_num_left(model, count)
-        kept = dict.fromkeys(names, staying)
+        dropped = [] if drop is None else check_experts(drop, total, "drop")
+        others = [expert for expert in range(total) if expert not in dropped]
+        staying = sorted(others if keep is None else check_experts(keep, total, "keep"))
+    count = len(staying) if num_experts is None else num_experts
+    _check_num_left(model, count)
     for name, module in expert_modules(model):
-        rows = torch.tensor(kept[name], device=module.lora_A.device)
-        frozen = [kept[name].index(expert) for expert in frozen_experts(module) if expert in kept[name]]
+        kept = staying if usage is None else sorted(usage[name].topk(count).indices.tolist())
+        rows = torch.tensor(kept, device=module.lora_A.device)
+        frozen = [kept.index(expert) for expert in frozen_experts(module) if expert in kept]
         replace_tensors(module, {tensor: stacked_tensor(module, tensor)[rows] for tensor in EXPERT_TENSORS}, frozen)
     model.config.num_experts = count
 
@@ -108,11 +104,11 @@ def merge_experts(model: SamoeModel, experts: Sequence[int], *, usage: Usage | N
         The index of the merged expert.
 
     Raises:
-        ValueError: for indices or names that are not the model's, for frozen experts, or if fewer experts than
+        InputError: for indices or names that are not the model's, for frozen experts, or if fewer experts than
             `num_experts_per_tok` would be left.
     """
     check_has_no_domains(model.config)
-    experts = sorted(check_experts(model, experts))
+    experts = sorted(check_experts(experts, model.config.num_experts))
     if len(experts) < 2:
         raise InputError(f"`experts` must be at least two experts to merge, got {experts}.")
     if usage is not None:
@@ -137,13 +133,12 @@ def merge_experts(model: SamoeModel, experts: Sequence[int], *, usage: Usage | N
 
 @torch.no_grad()
 def reset_expert(model: SamoeModel, expert: int) -> None:
-    """Makes an expert a new one: A and its router row are drawn anew, B is zero. Its tokens get the base's output.
+    """Makes an expert that is not frozen a new one: A and its router row are drawn anew, B is zero.
 
-    Raises:
-        ValueError: if the model has no such expert, or it is frozen.
+    Its tokens get the base's output.
     """
     check_has_no_domains(model.config)
-    check_experts(model, [expert], "expert")
+    check_experts([expert], model.config.num_experts, "expert")
     _check_not_frozen(model, [expert], "expert")
     for _, module in expert_modules(model):
         values = {tensor: stacked_tensor(module, tensor).detach().clone() for tensor in EXPERT_TENSORS}
@@ -162,9 +157,6 @@ def replace_experts(model: SamoeModel, **settings: Any) -> None:
     Args:
         settings: any of the configuration's `expert_modules`, `num_experts`, `num_experts_per_tok`, `lora_rank`,
             `lora_alpha` and `lora_dropout`; the others stay as they are.
-
-    Raises:
-        ValueError: for a value out of range, or modules that the model does not have.
     """
     check_has_no_domains(model.config)
     check_settings(settings)
@@ -182,7 +174,7 @@ def replace_experts(model: SamoeModel, **settings: Any) -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` for a name that is no setting of experts."""
+    """Refuses a name that is no setting of experts."""
     if unknown := sorted(settings.keys() - EXPERT_SETTINGS):
         raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
 
@@ -195,11 +187,7 @@ def remove_experts(model: SamoeModel) -> None:
 
 
 def grow_experts(model: SamoeModel, num_new: int) -> list[int]:
-    """Adds new experts without effect behind the others. They are asleep until the first training step.
-
-    Returns:
-        Their indices.
-    """
+    """Adds new experts without effect behind the others, asleep until the first training step: their indices."""
     check_has_no_domains(model.config)
     if not integer(1).holds(num_new):
         raise InputError(f"`num_new` must be {integer(1).allowed}, got {num_new!r}.")
@@ -215,34 +203,22 @@ def freeze_experts(model: SamoeModel, experts: Sequence[int]) -> None:
 
     Args:
         experts: their indices; an empty list lets all be trained.
-
-    Raises:
-        ValueError: if the model has no such expert.
     """
     check_has_no_domains(model.config)
-    experts = check_experts(model, experts)
+    experts = check_experts(experts, model.config.num_experts)
     for _, module in expert_modules(model):
         _freeze_rows(module, experts)
     model.may_have_sleeping_experts = True
 
 
-def check_experts(model: SamoeModel, experts: Sequence[int], name: str = "experts") -> list[int]:
-    """The indices as a list.
-
-    Raises:
-        ValueError: if one is no expert of the model, or occurs twice.
-    """
-    check_indices(experts, model.config.num_experts, name)
-    if len(set(experts)) < len(experts):
-        raise InputError(f"`{name}` must be different experts, got {list(experts)}.")
-    return list(experts)
-
-
-def check_indices(experts: Sequence[int], count: int, name: str) -> None:
-    """Raises a `ValueError` if one is no index of so many experts."""
+def check_experts(experts: Sequence[int], count: int, name: str = "experts") -> list[int]:
+    """The indices as a list; refuses what is no index of so many experts, or occurs twice."""
     for expert in experts:
         if not (integer(0).holds(expert) and expert < count):
             raise InputError(f"`{name}` must be integers from 0 to {count - 1}, got {expert!r}.")
+    if len(set(experts)) < len(experts):
+        raise InputError(f"`{name}` must be different experts, got {list(experts)}.")
+    return list(experts)
 
 
 @torch.no_grad()
@@ -303,16 +279,14 @@ def _freeze_rows(module: ExpertMixture, experts: Sequence[int]) -> None:
 
 
 def _to_plain_names(owner: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: dict) -> None:
-    for leaf in EXPERT_TENSORS:
-        leaf = leaf.rpartition(".")[2]
+    for leaf in LEAVES:
         parameter = state_dict.pop(f"{prefix}parametrizations.{leaf}.original", None)
         if parameter is not None and (frozen := frozen_rows(owner, leaf)) is not None:
             state_dict[prefix + leaf] = frozen(parameter)
 
 
 def _from_plain_names(owner: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    for leaf in EXPERT_TENSORS:
-        leaf = leaf.rpartition(".")[2]
+    for leaf in LEAVES:
         if (frozen := frozen_rows(owner, leaf)) is not None and prefix + leaf in state_dict:
             value = state_dict.pop(prefix + leaf)
             state_dict[f"{prefix}parametrizations.{leaf}.original"] = value

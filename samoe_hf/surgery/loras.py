@@ -21,7 +21,7 @@ from samoe_hf.model.expert_layer import ExpertMixture, expert_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_io import new_folder
 from samoe_hf.surgery.domains import add_domain, find_domain, remove_domain
-from samoe_hf.surgery.experts import append_experts, check_indices, new_experts
+from samoe_hf.surgery.experts import append_experts, check_experts, new_experts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -52,13 +52,8 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
     It does what this model does if each token goes to that expert alone. The router stays behind.
 
     Args:
-        expert: its index.
-        directory: where to write; made if need be.
+        directory: where to write; new or empty.
         domain: of a model with domains, the one that the expert belongs to.
-
-    Raises:
-        ValueError: if the model has no such expert or domain.
-        FileExistsError: if `directory` is there and not empty.
     """
     requires_backends(model, "peft")
     from peft import LoraConfig
@@ -68,7 +63,7 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
         settings, modules = model.config.to_dict(), expert_modules(model)
     else:
         settings, modules = find_domain(model, domain), domain_modules(model, domain)
-    check_indices([expert], settings["num_experts"], "expert")
+    check_experts([expert], settings["num_experts"], "expert")
     tensors, names = {}, []
     for name, module in modules:
         # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
@@ -92,15 +87,9 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
 
 
 def add_lora_domain(model: SamoeModel, name: str, source: str | os.PathLike, **hub) -> None:
-    """Adds a LoRA of PEFT as a domain of one expert, whose output is the LoRA's. See [`~surgery.domains.add_domain`].
+    """Adds a LoRA of PEFT as a domain of one expert, whose output is the LoRA's.
 
-    Args:
-        name: of the new domain.
-        source, hub: as in [`add_expert`].
-
-    Raises:
-        ValueError: if it is no plain LoRA, is for another model, or the domain cannot be added.
-        OSError: if there is no such adapter.
+    See [`add_expert`] for `source` and `hub`, and [`~surgery.domains.add_domain`] for the domain.
     """
     lora = read_lora(source, **hub)
     rank = max(len(A) for A, _, _ in lora.layers.values())
@@ -144,7 +133,7 @@ def add_expert(model: SamoeModel, source: str | os.PathLike, **hub) -> int:
         The new expert's index.
 
     Raises:
-        ValueError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
+        InputError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
         OSError: if there is no such adapter.
     """
     check_has_no_domains(model.config)
@@ -152,8 +141,7 @@ def add_expert(model: SamoeModel, source: str | os.PathLike, **hub) -> int:
 
 
 def expert_tensors(model: SamoeModel, lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
-    """A LoRA as an expert: name of each layer with experts -> A (1, rank, in), B (1, out, rank). See
-    [`add_expert`]."""
+    """A LoRA as an expert: name of each layer with experts -> A (1, rank, in), B (1, out, rank)."""
     modules = dict(expert_modules(model))
     known = {name.removesuffix(".base_layer") for name in modules}
     if others := sorted(set(lora.layers) - known):
@@ -190,7 +178,7 @@ def _as_expert(name: str, module: ExpertMixture, lora: Lora) -> tuple[Tensor, Te
 
 
 def read_lora(source: str | os.PathLike, **hub) -> Lora:
-    """Reads a LoRA of PEFT; see [`add_expert`]."""
+    """Reads a LoRA of PEFT."""
     requires_backends(read_lora, "peft")
     config = _read_config(source, hub)
     tensors = read_adapter_tensors(source, hub)

@@ -34,9 +34,8 @@ def checkpoint_problems(checkpoint: str | Path, args: SamoeTrainingArguments) ->
     folder = Path(checkpoint)
     if not folder.is_dir():
         return ["is no folder"]
-    processes = args.world_size
     needed = [CONFIG_NAME, TRAINER_STATE_NAME, SCHEDULER_NAME]
-    needed += [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    needed += [f"rng_state_{rank}.pth" for rank in range(args.world_size)] if args.world_size > 1 else ["rng_state.pth"]
     if not (args.fsdp or args.deepspeed):  # whose sharded optimizers have formats of their own
         needed.append(OPTIMIZER_NAME)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -62,14 +61,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingArguments) -> str:
-    """The checkpoint to go on from.
-
-    Args:
-        resume_from_checkpoint: a folder; or "last" or True, for the newest whole checkpoint of `args.output_dir`.
-
-    Raises:
-        InputError: if there is none, or the folder is no whole checkpoint; says what is missing.
-    """
+    """The checkpoint to go on from: the given folder; or for "last" or True, the newest whole one of `output_dir`."""
     is_last = resume_from_checkpoint in ("last", True)
     problems = []
     for checkpoint in list_checkpoints(args.folder) if is_last else [Path(str(resume_from_checkpoint))]:
@@ -87,15 +79,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingAr
 
 
 def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
-    """Refuses to write where a run would destroy another run's result or its own base model.
-
-    Args:
-        source: the folder, file or Hub id of the base model.
-
-    Raises:
-        InputError: if the base model lies in `args.output_dir`; or if a model or checkpoints are there and the run
-            neither resumes nor has `overwrite_output_dir`.
-    """
+    """Refuses to write where a run would destroy another run's result or its own base model, the `source`."""
     output = args.folder.resolve()
     base = None if source is None or not Path(source).is_dir() else Path(source).resolve()
     if base is not None and (base == output or output in base.parents):

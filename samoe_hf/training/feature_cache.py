@@ -1,9 +1,4 @@
-"""A cache on disk for the features of a frozen image encoder, which is most of a training step's work.
-
-A frame's file is found by the frame's pixels, in a folder that is named after the encoder's weights. So a cache can be
-shared by runs, and nothing in it can ever be taken for what it is not; frames that are augmented at random never come
-again, and gain nothing.
-"""
+"""A cache on disk for the features of a frozen image encoder, which is most of a training step's work."""
 
 import hashlib
 import os
@@ -31,11 +26,9 @@ LEVELS = ("fine", "middle", "coarse")
 class FeatureCache:
     """Image features of frames, one safetensors file per frame.
 
-    A file holds the three levels of [`~image_features.ImageFeatures`] in the type they were computed in: 8 MB per
-    frame of 1024 x 1024 in bfloat16, 17 MB in float32.
-
-    Args:
-        folder: where the files are; it is made when the first frame is written.
+    A frame's file is found by the frame's pixels, in a folder that is named after the encoder's weights. So a cache can
+    be shared by runs, and nothing in it can ever be taken for what it is not. A file holds the three levels of
+    [`~image_features.ImageFeatures`] in the type they were computed in: 8 MB per frame of 1024 x 1024 in bfloat16.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -68,11 +61,7 @@ class FeatureCache:
         return with_positions(model, *levels)
 
     def _encoder_fingerprint(self, model: SamoePreTrainedModel) -> str:
-        """A name for the encoder's weights and structure.
-
-        Weights are hashed only if they differ from a copy of those that were hashed last, which also tells of writes
-        through `.data`. To compare them takes far less time than to encode a frame.
-        """
+        """A name for the encoder's weights and structure; hashed only if they differ from a copy of the last ones."""
         tensors = dict(encoder_tensors(model))
         trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
         if trained:

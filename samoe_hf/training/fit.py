@@ -39,14 +39,7 @@ def step_bytes(
     checkpointing: bool = False,
     float32: bool = False,
 ) -> int:
-    """All that a GPU holds in a training step: tensors, fragments and its context.
-
-    Args:
-        model: with what is trained set.
-        num_frames, num_objects: the most of a clip.
-        checkpointing: whether frames are recomputed.
-        float32: whether the step runs without 16-bit autocast.
-    """
+    """All bytes that a GPU holds in a training step: tensors, fragments and its context."""
     config = model.config
     trained = {plain_name(name): p.nbytes for name, p in model.named_parameters() if p.requires_grad}
     # Where only what reads memory is trained, nothing is kept of the first frame and its clicks.
@@ -82,14 +75,7 @@ def _encoder_size(model: SamoeModel) -> int:
 def fit_arguments(
     model: SamoeModel, args: SamoeTrainingArguments, recipe: PromptRecipe, dataset: Any
 ) -> SamoeTrainingArguments:
-    """A copy of a run's arguments, with the settings that cost the least time of those that fit; prints them.
-
-    Args:
-        dataset: a [`~samoe_hf.data.ClipDataset`], a stream of clips or a mixture of several.
-
-    Raises:
-        InputError: if the dataset does not tell how large its clips are, or nothing fits.
-    """
+    """A copy of a run's arguments, with the settings that cost the least time of those that fit; prints them."""
     args, memory = copy.copy(args), parse_size(str(args.fit))
     parts = list(getattr(dataset, "datasets", {"": dataset}).values())
     samplers = [getattr(part, "sampler", None) for part in parts]

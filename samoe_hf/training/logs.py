@@ -29,13 +29,9 @@ class TrainingLogs:
 
     @contextmanager
     def recorded_routing(self, model: SamoeModel, object_mask: Tensor, domains: Sequence[str]) -> Iterator[None]:
-        """While the context is open, the model runs on clips, whose routing is added.
+        """Adds the routers' entropy (1 for equal probabilities) and the experts' weights of each clip that runs within.
 
-        Of each clip the routers' entropy (1 for equal probabilities) and the experts' weights are added.
-
-        Args:
-            object_mask: (B, N) bool, False for padded objects.
-            domains: the domain that each clip is of, under which its routing is logged.
+        `object_mask` (B, N) is False for padded objects; each clip is logged under its domain.
         """
         with record_router_logits(model) as calls:
             yield
@@ -54,14 +50,10 @@ class TrainingLogs:
         self._routing[name] = total + value, count + 1
 
     def collect(self, num_steps: int) -> dict[str, float]:
-        """Empties the logs; each process must call it.
+        """Empties the logs; each process must call it, with the number of optimizer steps since the last call.
 
-        Args:
-            num_steps: optimizer steps since the last call.
-
-        Returns:
-            `loss_PART`, summed over micro-batches and averaged over steps and processes; `router_entropy/DOMAIN` and
-            `expert_usage/DOMAIN/EXPERT`, averaged over layers and clips.
+        Returns `loss_PART`, summed over micro-batches and averaged over steps and processes; `router_entropy/DOMAIN`
+        and `expert_usage/DOMAIN/EXPERT`, averaged over layers and clips.
         """
         losses = {name: float(total) / max(num_steps, 1) for name, total in self._losses.items()}
         gathered = gather_object([(losses, self._routing)])

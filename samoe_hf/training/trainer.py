@@ -23,7 +23,7 @@ from samoe_hf.data.clip_datasets import as_clips, as_videos
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
-from samoe_hf.hub.model_card import CardContent, write_model_card
+from samoe_hf.hub.model_card import TRAINING_SETTINGS, CardContent, evaluation_results, write_model_card
 from samoe_hf.hub.repository import check_base_is_public
 from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
 from samoe_hf.model.base_model import ClipSettings
@@ -33,7 +33,6 @@ from samoe_hf.model.processing_samoe import VideoProcessor, build_processor, loa
 from samoe_hf.model.prompt_recipe import PromptRecipe
 
 from .arguments import SamoeTrainingArguments, parse_run
-from .card import card_settings, evaluation_results
 from .checkpoints import ANOTHER_RUN, check_output_dir, list_checkpoints, resolve_checkpoint
 from .feature_cache import FeatureCache
 from .fit import fit_arguments
@@ -280,10 +279,11 @@ class SamoeTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
+        settings = {name: getattr(self.args, name) for name in TRAINING_SETTINGS.split(", ")}
         content = CardContent(
             eval_results=evaluation_results(self.state.log_history),
             usage_picture=usage_picture,
-            training=card_settings(self.args) | {"steps": self.state.global_step},
+            training=settings | {"steps": self.state.global_step},
             domains=list(getattr(self.train_dataset, "datasets", [])),
             datasets=dataset,
             license=license,

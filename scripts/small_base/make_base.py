@@ -18,11 +18,10 @@ from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.evaluation.metrics import summarize
-from samoe_hf.hub.model_card import CardContent, write_model_card
+from samoe_hf.hub.model_card import CardContent, score_entry, write_model_card
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.weights_io import new_folder
-from samoe_hf.training.card import score_entry
 
 NAME = "samoe-small-base"
 NUM_VIDEOS, NUM_FRAMES, SEED = 32, 8, 3  # of each look; neither run has seen this seed
