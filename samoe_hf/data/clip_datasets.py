@@ -34,9 +34,6 @@ class EpochDataset:
     """A dataset with an epoch, which raises or skips samples that cannot be used.
 
     Epoch and counts are in shared memory, so that persistent data loader workers see an epoch change.
-
-    Args:
-        on_error: "raise", or "skip", which logs and counts them.
     """
 
     def __init__(self, on_error: Literal["raise", "skip"] = "raise"):
@@ -74,11 +71,7 @@ class EpochDataset:
 
 
 def as_videos(data: Any) -> Sequence[Video] | Iterable[Video]:
-    """Videos of what holds them in any form: see `videos_from_dataset` and [`videos_from_items`].
-
-    Args:
-        data: videos, a dataset whose items are mappings with frames and masks, or a dataset of `datasets`.
-    """
+    """Videos of what holds them in any form: see `videos_from_dataset` and [`videos_from_items`]."""
     if isinstance(data, datasets.Dataset | datasets.IterableDataset):
         return videos_from_dataset(data)
     return videos_from_items(data)
@@ -154,15 +147,10 @@ class MixedDataset(EpochDataset, Dataset):
         seed: of the order.
 
     Raises:
-        ValueError: no datasets, weights for other names than theirs, weights that are not positive.
+        InputError: no datasets, weights for other names than theirs, weights that are not positive.
     """
 
-    def __init__(
-        self,
-        datasets: Mapping[str, ClipDataset],
-        weights: Mapping[str, float] | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, datasets: Mapping[str, ClipDataset], weights: Mapping[str, float] | None = None, seed: int = 0):
         super().__init__()
         lengths = {name: len(dataset) for name, dataset in datasets.items()}
         weights = lengths if weights is None else weights
@@ -187,14 +175,12 @@ class MixedDataset(EpochDataset, Dataset):
         return self.datasets[name].draw(number) | {"domain": name}
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes every index give another clip; to be called before the data loader is iterated."""
         super().set_epoch(epoch)
         for dataset in self.datasets.values():
             dataset.set_epoch(epoch)
 
     @property
     def num_skipped(self) -> int:
-        """Samples left out so far, in all datasets and workers."""
         return sum(dataset.num_skipped for dataset in self.datasets.values())
 
     def _make_plan(self, epoch: int) -> np.ndarray:
@@ -225,10 +211,7 @@ class ClipStream(EpochDataset, IterableDataset):
     Args:
         videos: an iterable of `Video`, such as `videos_from_dataset` makes of a `datasets.IterableDataset`; or of
             mappings with `frames` and `masks`, see [`video_from_item`].
-        processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
-        seed: with the epoch and the video's id, decides a clip.
-        on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and left out.
-        sampling: the further arguments of `ClipSampler`.
+        processor, seed, on_error, sampling: as in [`ClipDataset`], but what is skipped is left out.
     """
 
     def __init__(
@@ -247,7 +230,7 @@ class ClipStream(EpochDataset, IterableDataset):
         self.sampler = ClipSampler(processor, **sampling)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes every video give another clip, and a shuffled stream another order."""
+        """Gives a shuffled stream another order, too."""
         super().set_epoch(epoch)
         self.videos.set_epoch(epoch)
 
@@ -266,15 +249,7 @@ class ClipStream(EpochDataset, IterableDataset):
 
 
 def as_clips(data: Any, processor: FrameProcessor, seed: int) -> Any:
-    """A dataset of clips: the given one if it holds clips, else clips of 8 frames drawn of the videos that it holds.
-
-    Args:
-        data: clips, or what [`as_videos`] takes.
-        processor, seed: of the clips that are drawn.
-
-    Raises:
-        ValueError: it holds neither; or it is an iterator, which can be gone through only once.
-    """
+    """A dataset of clips: the given one if it holds clips, else clips of 8 frames drawn of the videos that it holds."""
     if isinstance(data, Iterator):
         raise InputError("a dataset must not be an iterator, which ends after one epoch; give what it iterates over")
     if isinstance(data, ClipDataset | MixedDataset | ClipStream) or "pixel_values" in _first_item(data):

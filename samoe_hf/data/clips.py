@@ -65,11 +65,7 @@ class ClipSampler:
             warn_one_frame("clips with num_frames=1")
 
     def __call__(self, video: Video, seed: Sequence[int]) -> Clip:
-        """Draws a clip.
-
-        Args:
-            video: where from.
-            seed: non-negative integers that decide everything random.
+        """Draws a clip; `seed`, non-negative integers, decides everything random.
 
         Returns:
             `pixel_values` (T, 3, S, S) float32 as the processor makes them, `labels` (N, T, S, S) bool with

@@ -14,14 +14,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of a configuration.
-
-    Args:
-        name: a file, which comes first; or one of the package's configurations, such as "smoke" or "smoke.yaml".
-
-    Raises:
-        FileNotFoundError: if there is neither; names the nearest configuration of the package, or all of them.
-    """
+    """The file of a configuration: an own one, or one of the package's by its name, such as "smoke" or "smoke.yaml"."""
     if Path(name).is_file():
         return Path(name)
     shipped = shipped_configs()

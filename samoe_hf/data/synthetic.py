@@ -1,8 +1,7 @@
 """Synthetic videos of moving objects that occlude each other, in several domains, two of which look alike.
 
-"scenes", "night" and "paper" are varied within themselves: they are what the small base model has learned.
-
-They need no download and cost a few milliseconds, so that training and tracking can be tried and tested anywhere.
+They need no download and cost a few milliseconds. "scenes", "night" and "paper" are varied within themselves: they are
+what the small base model has learned.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ from .options import check_types
 from .schema import Video, VideoSequence
 
 _float32 = partial(np.asarray, dtype=np.float32)
+_Rng = np.random.Generator
+_Size = tuple[int, int]  # height and width
+_Painter = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
 
 
 @dataclass
@@ -33,7 +35,7 @@ class _Body:
     normals: np.ndarray  # (sides, 2) of a polygon around the unit circle, or (0, 2) for an ellipse
     aspect: float  # length over width, at least 1
 
-    def local_grid(self, frame: int, size: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    def local_grid(self, frame: int, size: _Size) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
         """The part of the frame around the body, and its pixels' coordinates in units of the body's radius."""
         reach = 1.5 * self.aspect * self.radii[frame]
         low = np.clip(self.centers[frame] - reach, 0, (size[1], size[0])).astype(int)
@@ -60,7 +62,7 @@ def _bounce(start: np.ndarray, velocity: np.ndarray, low: np.ndarray, high: np.n
     return low + span - np.abs(travelled - span)
 
 
-def _start_positions(rng: np.random.Generator, radii: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _start_positions(rng: _Rng, radii: np.ndarray, size: _Size) -> np.ndarray:
     """Starting centers (num_objects, 2) inside the frame, as far apart as a few tries get, so that all are seen."""
     extent = np.array([size[1], size[0]])
     centers: list[np.ndarray] = []
@@ -71,9 +73,7 @@ def _start_positions(rng: np.random.Generator, radii: np.ndarray, size: tuple[in
     return np.array(centers)
 
 
-def _bodies(
-    rng: np.random.Generator, num_bodies: int, num_frames: int, size: tuple[int, int], sizes: tuple[float, float]
-) -> list[_Body]:
+def _bodies(rng: _Rng, num_bodies: int, num_frames: int, size: _Size, sizes: tuple[float, float]) -> list[_Body]:
     extent, side, time = np.array([size[1], size[0]]), min(size), np.arange(num_frames)
     radii = side * rng.uniform(*sizes, num_bodies)
     bodies = []
@@ -93,7 +93,7 @@ def _bodies(
     return bodies
 
 
-def _smooth_noise(rng: np.random.Generator, size: tuple[int, int], cell: int, channels: int) -> np.ndarray:
+def _smooth_noise(rng: _Rng, size: _Size, cell: int, channels: int) -> np.ndarray:
     """Noise in 0..1 with features of about `cell` pixels, (H, W, channels) float32."""
     rows, columns = (np.arange(n, dtype=np.float32) / cell for n in size)
     grid = rng.random((int(rows[-1]) + 2, int(columns[-1]) + 2, channels), dtype=np.float32)
@@ -107,176 +107,163 @@ def _sharp(depth: np.ndarray) -> np.ndarray:
     return (depth > 0).astype(np.float32)[..., None]
 
 
+@dataclass(frozen=True)
 class _Look:
-    """What all looks have, unless they say otherwise."""
+    """What videos of a domain look like.
 
-    sizes = (0.09, 0.16)  # of bodies: radius as a share of the frame's shorter side
-    max_clutter = 0  # bodies among the objects that are none
+    Attributes:
+        background: (H, W, 1 or 3) float32 in 0..1.
+        painter: of each object, which turns the object's own coordinates and depth into colour and opacity, so that its
+            texture moves with it.
+        finish: what comes over finished frames.
+        sizes: of bodies: radius as a share of the frame's shorter side.
+        max_clutter: bodies among the objects that are none.
+    """
 
-
-class _Shapes(_Look):
-    """Brightly coloured, textured polygons and ellipses over a cloudy background."""
-
-    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        return 0.25 + 0.4 * _smooth_noise(rng, size, max(2, min(size) // 8), 3)
-
-    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
-        colour = _float32(0.15 + 0.7 * rng.permutation([0.0, rng.uniform(0, 1), 1.0]))
-        fu, fv = rng.uniform(3, 9, 2).astype(np.float32)
-        return lambda u, v, depth: (colour + 0.2 * (np.sin(fu * u) * np.sin(fv * v))[..., None], _sharp(depth))
-
-    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        return frames + 0.02 * rng.standard_normal((*frames.shape[:3], 1), dtype=np.float32)
+    background: Callable[[_Rng, _Size], np.ndarray]
+    painter: Callable[[_Rng, int], _Painter]
+    finish: Callable[[_Rng, np.ndarray], np.ndarray]
+    sizes: tuple[float, float] = (0.09, 0.16)
+    max_clutter: int = 0
 
 
-class _Blobs(_Look):
-    """Soft gray blobs of low contrast in multiplicative speckle, like ultrasound."""
-
-    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        return 0.3 + 0.1 * _smooth_noise(rng, size, max(2, min(size) // 4), 1)
-
-    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
-        gray = np.float32(rng.uniform(0.08, 0.16) if rng.random() < 0.5 else rng.uniform(0.55, 0.7))
-        return lambda u, v, depth: (gray, np.clip(0.5 + 4 * depth, 0, 1)[..., None])  # half covered on the outline
-
-    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        return frames * (1 + 0.3 * rng.standard_normal(frames.shape, dtype=np.float32))
+def _noisy(rng: _Rng, frames: np.ndarray, strength: float, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    return frames + np.float32(strength) * rng.standard_normal(shape or frames.shape, dtype=np.float32)
 
 
-class _Echoes(_Blobs):
-    """The same blobs as another device shows them: brighter to the left than to the right, in weaker speckle."""
-
-    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        falloff = np.linspace(1.25, 0.85, frames.shape[2], dtype=np.float32)[:, None]
-        return frames * falloff * (1 + 0.22 * rng.standard_normal(frames.shape, dtype=np.float32))
+def _gray_noise(strength: float) -> Callable[[_Rng, np.ndarray], np.ndarray]:
+    return lambda rng, frames: _noisy(rng, frames, strength, (*frames.shape[:3], 1))
 
 
-class _Stripes(_Look):
-    """Objects and background in the same two tones, told apart by the direction and width of their stripes alone."""
-
-    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        y, x = np.mgrid[: size[0], : size[1]].astype(np.float32) * np.float32(40 / min(size))
-        return self._tones(x + y + np.float32(rng.uniform(0, 6)))
-
-    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
-        frequency = np.float32(rng.uniform(4, 8))
-        return lambda u, v, depth: (self._tones(frequency * (np.hypot(u, v) if order % 2 else u)), _sharp(depth))
-
-    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        return frames
-
-    @staticmethod
-    def _tones(phase: np.ndarray) -> np.ndarray:
-        return np.where(np.sin(phase)[..., None] > 0, _float32([0.85, 0.75, 0.5]), _float32([0.15, 0.2, 0.35]))
+def _cloudy(rng: _Rng, size: _Size) -> np.ndarray:
+    return 0.25 + 0.4 * _smooth_noise(rng, size, max(2, min(size) // 8), 3)
 
 
-def _colour(rng: np.random.Generator) -> np.ndarray:
+def _textured(rng: _Rng, order: int) -> _Painter:
+    colour = _float32(0.15 + 0.7 * rng.permutation([0.0, rng.uniform(0, 1), 1.0]))
+    fu, fv = rng.uniform(3, 9, 2).astype(np.float32)
+    return lambda u, v, depth: (colour + 0.2 * (np.sin(fu * u) * np.sin(fv * v))[..., None], _sharp(depth))
+
+
+def _tissue(rng: _Rng, size: _Size) -> np.ndarray:
+    return 0.3 + 0.1 * _smooth_noise(rng, size, max(2, min(size) // 4), 1)
+
+
+def _blob(rng: _Rng, order: int) -> _Painter:
+    gray = np.float32(rng.uniform(0.08, 0.16) if rng.random() < 0.5 else rng.uniform(0.55, 0.7))
+    return lambda u, v, depth: (gray, np.clip(0.5 + 4 * depth, 0, 1)[..., None])  # half covered on the outline
+
+
+def _speckle(rng: _Rng, frames: np.ndarray, strength: float = 0.3) -> np.ndarray:
+    return frames * (1 + strength * rng.standard_normal(frames.shape, dtype=np.float32))
+
+
+def _weak_speckle(rng: _Rng, frames: np.ndarray) -> np.ndarray:
+    falloff = np.linspace(1.25, 0.85, frames.shape[2], dtype=np.float32)[:, None]
+    return _speckle(rng, frames * falloff, 0.22)
+
+
+def _tones(phase: np.ndarray) -> np.ndarray:
+    return np.where(np.sin(phase)[..., None] > 0, _float32([0.85, 0.75, 0.5]), _float32([0.15, 0.2, 0.35]))
+
+
+def _diagonal_stripes(rng: _Rng, size: _Size) -> np.ndarray:
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32) * np.float32(40 / min(size))
+    return _tones(x + y + np.float32(rng.uniform(0, 6)))
+
+
+def _striped(rng: _Rng, order: int) -> _Painter:
+    frequency = np.float32(rng.uniform(4, 8))
+    return lambda u, v, depth: (_tones(frequency * (np.hypot(u, v) if order % 2 else u)), _sharp(depth))
+
+
+def _colour(rng: _Rng) -> np.ndarray:
     """Any colour (3,), a third of the time a gray."""
     return _float32(np.full(3, rng.random()) if rng.random() < 1 / 3 else rng.random(3))
 
 
-class _Scenes(_Look):
-    """Objects of any size, colour and texture over any ground, in changing light, with others that are not tracked."""
-
-    sizes = (0.07, 0.2)
-    max_clutter = 2
-
-    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        first, second = _colour(rng), _colour(rng)
-        coarse = _smooth_noise(rng, size, max(2, int(min(size) / rng.uniform(1, 12))), 1)
-        kind = rng.integers(4)
-        if kind == 0:  # a plain wall
-            coarse = 0.2 * coarse
-        elif kind == 1:  # patches with edges
-            coarse = np.clip(0.5 + 12 * (coarse - 0.5), 0, 1)
-        elif kind == 2:  # tiles
-            tile = max(2, int(min(size) * rng.uniform(0.08, 0.3)))
-            y, x = np.mgrid[: size[0], : size[1]] // tile
-            coarse = 0.6 * ((x + y) % 2)[..., None].astype(np.float32) + 0.4 * coarse
-        return first * (1 - coarse) + second * coarse + 0.15 * (_smooth_noise(rng, size, 2, 1) - 0.5)
-
-    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
-        colour, contrast, softness = _colour(rng), np.float32(rng.uniform(0, 0.4)), np.float32(rng.uniform(4, 30))
-        directions, phases = _float32(rng.normal(0, 3, (3, 2))), _float32(rng.uniform(0, 6, 3))
-        rim = np.float32(rng.uniform(0, 0.5))
-
-        def paint(u: np.ndarray, v: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            waves = sum(
-                (np.sin(a * u + b * v + p) for (a, b), p in zip(directions, phases, strict=True)), np.zeros_like(depth)
-            )
-            shade = 1 - rim * (1 - np.clip(2 * depth, 0, 1))
-            opacity = np.clip(0.5 + softness * depth, 0, 1)
-            return (colour + contrast / 3 * waves[..., None]) * shade[..., None], opacity[..., None]
-
-        return paint
-
-    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        num_frames, width = frames.shape[0], frames.shape[2]
-        drift = 1 + 0.15 * np.sin(rng.uniform(0, 6) + rng.uniform(0, 0.5) * np.arange(num_frames))
-        left, right = rng.uniform(0.6, 1.2, 2)
-        side = np.linspace(left, right, width)
-        light = drift[:, None, None, None] * side[:, None] * rng.uniform(0.8, 1.1, 3)
-        return self._noisy(rng, frames * light.astype(np.float32), rng.uniform(0, 0.06))
-
-    @staticmethod
-    def _noisy(rng: np.random.Generator, frames: np.ndarray, strength: float) -> np.ndarray:
-        return frames + np.float32(strength) * rng.standard_normal(frames.shape, dtype=np.float32)
+def _ground(rng: _Rng, size: _Size) -> np.ndarray:
+    first, second = _colour(rng), _colour(rng)
+    coarse = _smooth_noise(rng, size, max(2, int(min(size) / rng.uniform(1, 12))), 1)
+    kind = rng.integers(4)
+    if kind == 0:  # a plain wall
+        coarse = 0.2 * coarse
+    elif kind == 1:  # patches with edges
+        coarse = np.clip(0.5 + 12 * (coarse - 0.5), 0, 1)
+    elif kind == 2:  # tiles
+        tile = max(2, int(min(size) * rng.uniform(0.08, 0.3)))
+        y, x = np.mgrid[: size[0], : size[1]] // tile
+        coarse = 0.6 * ((x + y) % 2)[..., None].astype(np.float32) + 0.4 * coarse
+    return first * (1 - coarse) + second * coarse + 0.15 * (_smooth_noise(rng, size, 2, 1) - 0.5)
 
 
-class _Night(_Scenes):
-    """The same in the dark: a cone of light that moves over the scene, and the noise of a camera at its limit."""
+def _wavy(rng: _Rng, order: int) -> _Painter:
+    colour, contrast, softness = _colour(rng), np.float32(rng.uniform(0, 0.4)), np.float32(rng.uniform(4, 30))
+    directions, phases = _float32(rng.normal(0, 3, (3, 2))), _float32(rng.uniform(0, 6, 3))
+    rim = np.float32(rng.uniform(0, 0.5))
 
-    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        num_frames, height, width, _ = frames.shape
-        start, velocity = rng.uniform(0.3, 0.7, 2), rng.uniform(-0.02, 0.02, 2)
-        center = start + velocity * np.arange(num_frames)[:, None]
-        y = np.arange(height)[:, None] / height - center[:, 0, None, None]
-        x = np.arange(width) / width - center[:, 1, None, None]
-        light = rng.uniform(0.2, 0.4) + 0.6 * np.exp(-(x**2 + y**2) / rng.uniform(0.05, 0.2))
-        blue = _float32([0.75, 0.85, 1.0])
-        return self._noisy(rng, frames * light[..., None].astype(np.float32) * blue, rng.uniform(0.02, 0.08))
+    def paint(u: np.ndarray, v: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        waves = sum(
+            (np.sin(a * u + b * v + p) for (a, b), p in zip(directions, phases, strict=True)), np.zeros_like(depth)
+        )
+        shade = 1 - rim * (1 - np.clip(2 * depth, 0, 1))
+        opacity = np.clip(0.5 + softness * depth, 0, 1)
+        return (colour + contrast / 3 * waves[..., None]) * shade[..., None], opacity[..., None]
 
-
-class _Paper(_Look):
-    """Drawings: pale objects with a dark line around them, and the same lines as hatching inside, on paper."""
-
-    sizes = (0.07, 0.2)
-    max_clutter = 1
-
-    def background(self, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-        paper = _float32([1.0, 0.97, 0.9]) * np.float32(rng.uniform(0.75, 1))
-        return paper - 0.12 * _smooth_noise(rng, size, max(2, min(size) // 6), 1) * np.ones(3, np.float32)
-
-    def painter(self, rng: np.random.Generator, order: int) -> _Painter:
-        fill, ink = _float32(1 - 0.45 * rng.random(3)), _float32(0.3 * rng.random(3))
-        width, gap = np.float32(rng.uniform(0.08, 0.2)), np.float32(rng.uniform(5, 10))
-        hatched = rng.random() < 0.5
-
-        def paint(u: np.ndarray, v: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            is_ink = depth < width
-            if hatched:
-                is_ink = is_ink | (np.sin(gap * (u + v)) > 0.8)
-            return np.where(is_ink[..., None], ink, fill), _sharp(depth)
-
-        return paint
-
-    def finish(self, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-        return frames + 0.03 * rng.standard_normal((*frames.shape[:3], 1), dtype=np.float32)
+    return paint
 
 
-# A domain gives the background, (H, W, 1 or 3) float32 in 0..1; a painter for each object, which turns the object's own
-# coordinates and depth into colour and opacity, so that its texture moves with it; and what comes over finished frames.
-_Painter = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
-_DOMAINS = {
-    "shapes": _Shapes(),
-    "blobs": _Blobs(),
-    "echoes": _Echoes(),
-    "stripes": _Stripes(),
-    "scenes": _Scenes(),
-    "night": _Night(),
-    "paper": _Paper(),
+def _changing_light(rng: _Rng, frames: np.ndarray) -> np.ndarray:
+    num_frames, width = frames.shape[0], frames.shape[2]
+    drift = 1 + 0.15 * np.sin(rng.uniform(0, 6) + rng.uniform(0, 0.5) * np.arange(num_frames))
+    left, right = rng.uniform(0.6, 1.2, 2)
+    side = np.linspace(left, right, width)
+    light = drift[:, None, None, None] * side[:, None] * rng.uniform(0.8, 1.1, 3)
+    return _noisy(rng, frames * light.astype(np.float32), rng.uniform(0, 0.06))
+
+
+def _cone_of_light(rng: _Rng, frames: np.ndarray) -> np.ndarray:
+    """A light that moves over the scene, and the noise of a camera at its limit."""
+    num_frames, height, width, _ = frames.shape
+    start, velocity = rng.uniform(0.3, 0.7, 2), rng.uniform(-0.02, 0.02, 2)
+    center = start + velocity * np.arange(num_frames)[:, None]
+    y = np.arange(height)[:, None] / height - center[:, 0, None, None]
+    x = np.arange(width) / width - center[:, 1, None, None]
+    light = rng.uniform(0.2, 0.4) + 0.6 * np.exp(-(x**2 + y**2) / rng.uniform(0.05, 0.2))
+    blue = _float32([0.75, 0.85, 1.0])
+    return _noisy(rng, frames * light[..., None].astype(np.float32) * blue, rng.uniform(0.02, 0.08))
+
+
+def _sheet(rng: _Rng, size: _Size) -> np.ndarray:
+    paper = _float32([1.0, 0.97, 0.9]) * np.float32(rng.uniform(0.75, 1))
+    return paper - 0.12 * _smooth_noise(rng, size, max(2, min(size) // 6), 1) * np.ones(3, np.float32)
+
+
+def _drawn(rng: _Rng, order: int) -> _Painter:
+    """Pale, with a dark line around, and at times the same lines as hatching inside."""
+    fill, ink = _float32(1 - 0.45 * rng.random(3)), _float32(0.3 * rng.random(3))
+    width, gap = np.float32(rng.uniform(0.08, 0.2)), np.float32(rng.uniform(5, 10))
+    hatched = rng.random() < 0.5
+
+    def paint(u: np.ndarray, v: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        is_ink = depth < width
+        if hatched:
+            is_ink = is_ink | (np.sin(gap * (u + v)) > 0.8)
+        return np.where(is_ink[..., None], ink, fill), _sharp(depth)
+
+    return paint
+
+
+_LOOKS = {
+    "shapes": _Look(_cloudy, _textured, _gray_noise(0.02)),
+    "blobs": _Look(_tissue, _blob, _speckle),
+    "echoes": _Look(_tissue, _blob, _weak_speckle),
+    "stripes": _Look(_diagonal_stripes, _striped, lambda rng, frames: frames),
+    "scenes": _Look(_ground, _wavy, _changing_light, (0.07, 0.2), 2),
+    "night": _Look(_ground, _wavy, _cone_of_light, (0.07, 0.2), 2),
+    "paper": _Look(_sheet, _drawn, _gray_noise(0.03), (0.07, 0.2), 1),
 }
-SYNTHETIC_DOMAINS = tuple(_DOMAINS)
+SYNTHETIC_DOMAINS = tuple(_LOOKS)
 
 
 class SyntheticVideos(VideoSequence):
@@ -286,7 +273,6 @@ class SyntheticVideos(VideoSequence):
     visible of it, so masks do not overlap.
 
     Args:
-        num_videos: length of the sequence.
         num_frames: frames per video.
         image_size: (height, width) in pixels.
         max_objects: each video has 1 to this many objects.
@@ -294,10 +280,6 @@ class SyntheticVideos(VideoSequence):
             "echoes" (look alike: the same blobs under other light, in weaker speckle), "stripes" (texture alone
             tells objects from background), "scenes" (any colours, textures, sizes and lights, and bodies that are no
             objects among them), "night" (scenes in the dark) or "paper" (drawings); also the videos' domain name.
-        seed: another seed gives other videos.
-
-    Raises:
-        ValueError: an unknown domain, or a number below 1 or of another type.
     """
 
     def __init__(
@@ -312,7 +294,7 @@ class SyntheticVideos(VideoSequence):
         self.num_videos, self.num_frames, self.image_size = num_videos, num_frames, image_size
         self.max_objects, self.domain, self.seed = max_objects, domain, seed
         check_types(SyntheticVideos, vars(self), "synthetic videos")
-        if domain not in _DOMAINS:
+        if domain not in _LOOKS:
             raise InputError(f"unknown synthetic domain {domain!r}; there are {', '.join(SYNTHETIC_DOMAINS)}")
         if min(num_videos, num_frames, max_objects, seed + 1, *image_size) < 1:
             raise InputError("num_videos, num_frames, max_objects and image_size must be at least 1, and seed 0")
@@ -325,9 +307,9 @@ class SyntheticVideos(VideoSequence):
         frames, masks = self._render(rng)
         return Video.from_arrays(f"{self.domain}_{self.seed}_{position:05d}", frames, masks, domain=self.domain)
 
-    def _render(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _render(self, rng: _Rng) -> tuple[np.ndarray, np.ndarray]:
         """Frames (T, H, W[, 3]) uint8 and visible masks (T, num_objects, H, W) bool; later objects are nearer."""
-        look, size, num_frames = _DOMAINS[self.domain], (self.image_size[0], self.image_size[1]), self.num_frames
+        look, size, num_frames = _LOOKS[self.domain], (self.image_size[0], self.image_size[1]), self.num_frames
         is_object = np.ones(rng.integers(1, self.max_objects + 1), dtype=bool)
         if look.max_clutter:
             is_object = rng.permutation(np.pad(is_object, (0, rng.integers(look.max_clutter + 1))))

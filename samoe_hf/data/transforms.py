@@ -34,12 +34,7 @@ class PerFrame(nn.Module):
 
 
 class KeepVisible(nn.Module):
-    """Applies a geometric transform unless it loses an object's whole mask on the first frame.
-
-    Args:
-        transform: on frames and masks.
-        tries: how often other parameters are drawn before the clip is left as it is.
-    """
+    """Applies a geometric transform, of a few `tries`, unless it loses an object's whole mask on the first frame."""
 
     def __init__(self, transform: nn.Module, tries: int = 1):
         super().__init__()
@@ -54,11 +49,7 @@ class KeepVisible(nn.Module):
 
 
 def transforms_from_options(options: Mapping[str, Any]) -> v2.Compose:
-    """`training_transforms` with the arguments that a run's `augmentation` holds.
-
-    Raises:
-        ValueError: an unknown argument (names the nearest known one), or a value that it does not take.
-    """
+    """`training_transforms` with the arguments that a run's `augmentation` holds."""
     if not isinstance(options, Mapping):
         raise InputError(f"`augmentation` must be arguments of `training_transforms`, not {options!r}")
     check_options(training_transforms, options, "the transforms of `augmentation`")
@@ -93,9 +84,6 @@ def training_transforms(
             brightness, as in `ColorJitter`.
         grayscale: probability of a gray clip.
         frame_jitter: the same as `jitter`, for each frame anew.
-
-    Raises:
-        ValueError: numbers outside these ranges.
     """
     angles: Any = degrees  # torchvision's type leaves out numbers that are not whole
     shift = None if not translate else (translate, translate) if isinstance(translate, int | float) else translate
