@@ -41,8 +41,8 @@ def command_parser(name: str, description: str | None) -> CommandParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = CommandParser(prog=f"samoe {name}", description=description, formatter_class=formatter)
     # `samoe_hf.cli` looks for it.
-    show = {"action": "store_true", "default": argparse.SUPPRESS, "help": "show where an error comes from"}
-    parser.add_argument("--traceback", **show)
+    help_text = "show where an error comes from"
+    parser.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=help_text)
     return parser
 
 

@@ -312,7 +312,7 @@ class SyntheticVideos(VideoSequence):
         look, size, num_frames = _LOOKS[self.domain], (self.image_size[0], self.image_size[1]), self.num_frames
         is_object = np.ones(rng.integers(1, self.max_objects + 1), dtype=bool)
         if look.max_clutter:
-            is_object = rng.permutation(np.pad(is_object, (0, rng.integers(look.max_clutter + 1))))
+            is_object = rng.permutation(np.pad(is_object, (0, int(rng.integers(look.max_clutter + 1)))))
         bodies = _bodies(rng, len(is_object), num_frames, size, look.sizes)
         frames = np.repeat(look.background(rng, size)[None], num_frames, axis=0)
         masks = np.zeros((num_frames, is_object.sum(), *size), dtype=bool)
