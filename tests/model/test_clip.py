@@ -47,8 +47,7 @@ def assert_equal_gradients(a: dict, b: dict, tolerance: float) -> None:
 CLICKS = PromptRecipe(point_probability=1, max_initial_frames=1, max_corrected_frames=2, num_correction_clicks=2)
 
 
-@pytest.mark.parametrize("prompt", ["input_masks", "input_boxes"])
-@pytest.mark.parametrize("num_maskmem", [7, 0])
+@pytest.mark.parametrize(("prompt", "num_maskmem"), [("input_masks", 7), ("input_boxes", 0)])
 def test_videos_in_one_batch_give_what_each_gives_alone(model, num_maskmem, prompt):
     model.eval()
     model.num_maskmem = num_maskmem  # with 0, nothing is read of other frames
@@ -91,20 +90,6 @@ def test_what_is_checkpointed_gets_tensors_whose_devices_keep_their_random_state
     gradients(model, make_batch(), prompts=CLICKS)
     # 3 frames, and the blocks of the image encoder.
     assert len(calls) >= 3 + 5 and all(calls)
-
-
-def test_labels_of_minus_100_are_padded_objects(model):
-    batch = make_batch(num_objects=2)
-    model.eval()
-    expected = model(**{**batch, "labels": batch["labels"][:, :1]})
-    labels = batch["labels"].to(torch.int8)
-    labels[:, 1] = -100
-    padded = model(batch["pixel_values"], labels)
-    by_mask = model(**batch, object_mask=torch.tensor([[True, False]]))
-    for output in (padded, by_mask):  # of other shapes, which add up in another order
-        torch.testing.assert_close(output.loss, expected.loss, rtol=2e-5, atol=0)
-    with pytest.raises(ValueError, match="`labels` must be bool or integers"):
-        model(batch["pixel_values"], batch["labels"].float())
 
 
 def test_the_loss_is_averaged_over_the_number_of_items_that_is_given(model):

@@ -258,7 +258,7 @@ def test_an_adapter_of_peft_goes_around_layers_with_domains(two_clips, tmp_path)
         add_domain(loaded, "c")
 
 
-def test_what_experts_do_is_told_and_drawn_for_each_domain(gated, processor, domain_videos, tmp_path):
+def test_what_experts_do_is_told_and_drawn_for_each_domain(gated, processor, domain_videos):
     """Domains have mixtures of different sizes, and a picture is of the one that a video was given."""
     own = [domain_videos["blobs"][20], domain_videos["stripes"][20]]
     usage = expert_usage(gated, own, processor, show_progress_bar=False)
@@ -266,8 +266,6 @@ def test_what_experts_do_is_told_and_drawn_for_each_domain(gated, processor, dom
         assert {source.domain for source in sources} == {"blobs" if name.endswith(".domain_a") else "stripes"}
     last = [name for name in usage.modules if "layers.1.cross_attn_image.q_proj" in name]
     assert [name.rpartition(".domain_")[2] for name in last] == ["a", "b"]
-    usage.sums = {name: usage.sums[name] for name in last}
-    assert {file.suffix for file in usage.save(tmp_path)} == {".csv", ".json", ".png"}
     for video, domain, num_experts in zip(own, "ab", (3, 4), strict=True):
         maps = routing_maps(gated, video, processor)
         assert maps.module.endswith(f".q_proj.domain_{domain}") and maps.num_experts == num_experts

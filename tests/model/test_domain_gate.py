@@ -44,7 +44,7 @@ def held_out(seed, **sizes):
 
 
 @pytest.mark.parametrize(("num_videos", "share"), [(1, 0), (6, 0.75), (40, 0.97)])
-@pytest.mark.parametrize("num_features", [24, 128])
+@pytest.mark.parametrize("num_features", [128])
 def test_further_videos_go_to_their_domain_or_to_none_and_those_of_no_domain_to_none(num_features, num_videos, share):
     """The more videos a domain was fitted to, the more further ones it takes."""
     known = gate(*(domain(k, num_videos, num_features=num_features) for k in range(6)), num_features=num_features)

@@ -105,7 +105,7 @@ def template(model_folder, tmp_path):
     return tmp_path / "template"
 
 
-@pytest.mark.parametrize("seed, count", [(0, 16), pytest.param(1, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed, count", [(0, 8), pytest.param(1, 400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["whole", "experts"])
 def test_damaged_folders_are_loaded_or_refused_by_name(template, model_folder, tmp_path, kind, seed, count):
     if kind == "experts":
@@ -148,41 +148,19 @@ def refused(folder, message=""):
 
 
 LIES = [
-    {"num_experts": 10**9},
-    {"num_experts": 5},
-    {"lora_rank": 10**7},
-    {"memory_attention_hidden_size": 10**8},
-    {"memory_encoder_output_channels": 128},
-    {"mask_decoder_config__mlp_dim": 10**6},
-    {"mask_decoder_config__num_hidden_layers": 10**6},
-    {"mask_decoder_config__num_multimask_outputs": 10**6},
-    {"memory_attention_num_layers": 10**5},
-    {"memory_attention_num_layers": 3},
-    {"memory_fuser_num_layers": 10**9},
-    {"memory_attention_rope_feat_sizes": [10**6, 10**6]},
+    {"num_experts": 10**9}, {"num_experts": 5}, {"lora_rank": 10**7}, {"memory_attention_hidden_size": 10**8},
+    {"memory_encoder_output_channels": 128}, {"mask_decoder_config__mlp_dim": 10**6},
+    {"mask_decoder_config__num_multimask_outputs": 10**6}, {"memory_attention_num_layers": 10**5},
+    {"memory_fuser_num_layers": 10**9}, {"memory_attention_rope_feat_sizes": [10**6, 10**6]},
     {"vision_config__backbone_config__blocks_per_stage": [10**6, 1, 1, 1]},
-    {"vision_config__backbone_config__hidden_size": 10**8},
     {"vision_config__backbone_config__hidden_size": -16},
     {"vision_config__backbone_config__embed_dim_per_stage": [10**400, 2, 3, 4]},
     {"vision_config__backbone_config__window_positional_embedding_background_size": [10**6, 10**6]},
-    {"mask_downsampler_total_stride": 10**6},
-    {"num_maskmem": 10**9},
-    {"num_labels": 10**9},
-    {"expert_modules": ".*"},
-    {"expert_modules": "("},
-    {"memory_attention_rope_theta": None},
-    {"memory_encoder_hidden_size": -1},
-    {"memory_fuser_padding": 10**6},
-    {"mask_downsampler_padding": 0},
-    {"prompt_encoder_config__patch_size": 1},
-    {"prompt_encoder_config__dtype": 1e308},
-    {"vision_config__fpn_stride": 2},
-    {"vision_config__dtype": "int8"},
-    {"vision_config": 5},
-    {"image_size": "128"},
-    {"image_size": 256},
-    {"base_model": {"name_or_path": None}},
-]
+    {"num_maskmem": 10**9}, {"num_labels": 10**9}, {"expert_modules": "("}, {"memory_attention_rope_theta": None},
+    {"mask_downsampler_padding": 0}, {"prompt_encoder_config__patch_size": 1},
+    {"prompt_encoder_config__dtype": 1e308}, {"vision_config__dtype": "int8"}, {"vision_config": 5},
+    {"image_size": "128"}, {"image_size": 256}, {"base_model": {"name_or_path": None}},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", LIES, ids=lambda changes: "-".join(name.split("__")[-1] for name in changes))
@@ -193,7 +171,7 @@ def test_configurations_that_lie_are_refused_before_anything_is_allocated(folder
     assert time.time() - start < 10
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", ""])
+@pytest.mark.parametrize("content", ["[]", "{", ""])
 def test_a_configuration_that_is_no_mapping_is_refused(folder, content):
     (folder / "config.json").write_text(content)
     with pytest.raises((ValueError, OSError), match=r"config\.json|JSON"):
@@ -214,9 +192,8 @@ def test_experts_that_contradict_their_configuration_are_refused(experts_folder,
     refused(experts_folder, r"builds on \S*nano\S*, which cannot be loaded for it.*`num_experts`")
 
 
-@pytest.mark.parametrize("path", ["../base", "../../etc"])
-def test_a_relative_base_is_refused(experts_folder, path):
-    change_config(experts_folder, base_model__name_or_path=path)
+def test_a_relative_base_is_refused(experts_folder):
+    change_config(experts_folder, base_model__name_or_path="../base")
     refused(experts_folder, "expected a Hub id with a commit or an absolute path")
 
 
@@ -230,9 +207,7 @@ Q_PROJ = "memory_attention.layers.0.self_attn.q_proj"
     [
         ("no_memory_embedding", lambda x: x.fill_(float("nan")), "' has NaN or infinite values"),
         (f"{Q_PROJ}.lora_B", lambda x: x.fill_(float("inf")), "' has NaN or infinite values"),
-        (f"{Q_PROJ}.weight", lambda x: x.fill_(-float("inf")), "' has NaN or infinite values"),
         (f"{Q_PROJ}.weight", lambda x: x.to(torch.int64), ""),
-        (f"{Q_PROJ}.weight", lambda x: x.bool(), ""),
         (f"{Q_PROJ}.weight", lambda x: x.double(), "' is of type float64, and others are not"),
     ],
 )
@@ -254,7 +229,7 @@ def test_tensors_that_do_not_fit_are_refused(folder, change):
     refused(folder, change)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"PK\x03\x04nonsense", "half"])
+@pytest.mark.parametrize("content", [b"\xff" * 8 + b"{}", "half"])
 def test_damaged_weights_are_named(folder, experts_folder, content):
     for damaged in (folder, experts_folder):
         whole = (damaged / "model.safetensors").read_bytes()
@@ -274,9 +249,6 @@ def test_shards_outside_of_the_folder_are_refused(folder, tmp_path, shard):
     ("content", "missing"),
     [
         ("[]", "no `weight_map`"),
-        ('{"weight_map": ["a"]}', "no `weight_map`"),
-        ("{", "no `weight_map`"),
-        ('{"weight_map": {"a": "model.safetensors"}}', ".* `metadata`"),
         ('{"weight_map": {"a": "model.safetensors"}, "metadata": []}', ".* `metadata`"),
     ],
 )

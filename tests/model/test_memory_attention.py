@@ -77,8 +77,9 @@ def test_what_does_not_divide_a_map_is_refused(name, value, message):
         SamoeConfig(**read_yaml("model_nano"), **{name: value})
 
 
-@pytest.mark.parametrize("num_videos", [1, 2])
-@pytest.mark.parametrize("dropped", [None, "self_attn.q_proj", "cross_attn_image.q_proj"])
+@pytest.mark.parametrize(
+    ("dropped", "num_videos"), [(None, 1), (None, 2), ("self_attn.q_proj", 1), ("cross_attn_image.q_proj", 2)]
+)
 def test_in_training_objects_share_what_is_the_same_without_dropout(model_with_effect, dropped, num_videos):
     model, rows = model_with_effect.train(), {}
     for module in model.memory_attention.modules():

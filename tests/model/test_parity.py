@@ -49,6 +49,10 @@ def test_tracking_equals_the_original(name, with_experts):
         assert (pointers - expected[f"{kind}.obj{obj_id}.object_pointer"]).abs().mean() < 1e-4
         scores = torch.stack([frame.object_score_logits[row, 0] for frame in frames])
         torch.testing.assert_close(scores, expected[f"{kind}.obj{obj_id}.object_score_logits"], atol=1e-3, rtol=1e-4)
+    if name == "mini" and with_experts:
+        processor = build_processor(reference.model.config)
+        masks = processor.post_process_masks([frames[5].pred_masks], [[HEIGHT, WIDTH]], binarize=False)[0]
+        assert (masks[:, 0] - expected["with_experts.video_res_logits.frame5"]).abs().mean() < 1e-4
 
 
 def test_experts_matter_in_the_reference(nano):
@@ -56,15 +60,6 @@ def test_experts_matter_in_the_reference(nano):
     expected = nano.load("tracking")
     with_experts, without = (expected[f"{kind}.obj1.low_res_logits"] for kind in ("with_experts", "without_experts"))
     assert (with_experts - without).abs().mean() > 0.01
-
-
-def test_video_resolution_masks_equal_the_original():
-    reference = load_reference("mini")
-    expected = reference.load("tracking")
-    _, frames, _ = track_reference(reference.model, reference.folder, expected["pixel_values"])
-    processor = build_processor(reference.model.config)
-    masks = processor.post_process_masks([frames[5].pred_masks], [[HEIGHT, WIDTH]], binarize=False)[0]
-    assert (masks[:, 0] - expected["with_experts.video_res_logits.frame5"]).abs().mean() < 1e-4
 
 
 def test_from_frames_through_the_processor(reference, tmp_path):
@@ -126,18 +121,23 @@ def train_step(reference, dtype):
     return expected, output, model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_training_losses_equal_the_original(reference, dtype):
-    expected, output, _ = train_step(reference, dtype)
-    names = {"focal": "loss_mask", "dice": "loss_dice", "iou": "loss_iou", "object_score": "loss_class"}
-    for ours, theirs in names.items():
+PARTS = {"focal": "loss_mask", "dice": "loss_dice", "iou": "loss_iou", "object_score": "loss_class"}
+
+
+def assert_same_losses(expected, output):
+    for ours, theirs in PARTS.items():
         torch.testing.assert_close(output.loss_dict[ours].float(), expected[f"loss.{theirs}"][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(output.loss.detach().float(), expected["loss.core_loss"][0], rtol=1e-5, atol=0)
 
 
+def test_training_losses_equal_the_original(reference):
+    assert_same_losses(*train_step(reference, torch.float32)[:2])
+
+
 def test_gradients_equal_the_original(reference):
     """In float64: in float32, rounding in another order flips one token's choice of experts."""
-    expected, _, model = train_step(reference, torch.float64)
+    expected, output, model = train_step(reference, torch.float64)
+    assert_same_losses(expected, output)
     compared = 0
     for name, module in model.named_modules():
         if not isinstance(module, ExpertLinear):
@@ -170,8 +170,7 @@ def test_loss_on_random_predictions_equals_the_original():
         for t in range(2)
     ]
     parts = {name: (frames[0][name] + frames[1][name]) / 3 for name in frames[0]}
-    names = {"focal": "loss_mask", "dice": "loss_dice", "iou": "loss_iou", "object_score": "loss_class"}
-    for ours, theirs in names.items():
+    for ours, theirs in PARTS.items():
         torch.testing.assert_close(parts[ours], expected[f"loss.{theirs}"][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.total(parts), expected["loss.core_loss"][0], rtol=1e-5, atol=0)
 

@@ -44,11 +44,10 @@ def test_tensors_trained_earlier_are_kept(model_folder, tmp_path):
     assert torch.equal(again.mask_decoder.iou_token.weight, model.mask_decoder.iou_token.weight)
 
 
-@pytest.mark.parametrize("value", [1e-6, 1.0])
-def test_another_base_is_refused_with_both_names(experts_folder, model_folder, tmp_path, value):
+def test_another_base_is_refused_with_both_names(experts_folder, model_folder, tmp_path):
     other = shutil.copytree(model_folder, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
-    tensors["memory_attention.layer_norm.bias"][0] += value
+    tensors["memory_attention.layer_norm.bias"][0] += 1e-6
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     change_config(experts_folder, base_model__name_or_path=str(other))
     with pytest.raises(ValueError, match=r"experts builds on \S*other, but .*fingerprint"):
@@ -70,11 +69,7 @@ def test_a_base_of_another_size_or_none_is_refused_with_both_names(experts_folde
 
 @pytest.mark.parametrize(
     "saved, dtype",
-    [
-        (torch.float32, "float16"),
-        (torch.bfloat16, torch.float32),
-        pytest.param(torch.float16, torch.bfloat16, marks=pytest.mark.slow),
-    ],
+    [(torch.bfloat16, torch.float32), pytest.param(torch.float32, "float16", marks=pytest.mark.slow)],
 )
 def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, tmp_path, saved, dtype):
     model = SamoeModel.from_pretrained(model_folder, dtype=saved)
@@ -96,9 +91,7 @@ def test_settings_can_be_given_and_layers_added(experts_folder, nano):
         SamoeModel.from_pretrained(experts_folder, num_experts_per_tok=99)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"num_experts": 6}, {"lora_rank": 2}, {"num_experts": 6, "expert_modules": ["q_proj"]}]
-)
+@pytest.mark.parametrize("settings", [{"lora_rank": 2}, {"num_experts": 6, "expert_modules": ["q_proj"]}])
 def test_experts_give_place_to_others_only_if_asked(model_folder, nano, settings):
     with pytest.raises(ValueError, match=r"`ignore_mismatched_sizes=True` gives the model new experts"):
         SamoeModel.from_pretrained(model_folder, **settings)
@@ -130,8 +123,7 @@ def test_older_weights_do_not_stay_beside_new_ones(model_folder, tmp_path):
     assert SamoeModel.from_pretrained(tmp_path).origin.source["name_or_path"] == str(tmp_path)
 
 
-@pytest.mark.parametrize("experts_only", [False, True])
-@pytest.mark.parametrize("failing", [SamoeConfig, LoraConfig])
+@pytest.mark.parametrize(("experts_only", "failing"), [(False, SamoeConfig), (True, LoraConfig)])
 def test_a_save_that_fails_changes_nothing(model_folder, tmp_path, monkeypatch, experts_only, failing):
     model = SamoeModel.from_pretrained(model_folder)
     model.add_adapter(LoraConfig(r=2, target_modules=["qkv"]), "mine")
@@ -164,24 +156,16 @@ def test_what_was_trained_does_not_take_its_bases_place(model_folder, tmp_path, 
         with pytest.raises(ValueError, match="holds the base model"):
             model.save_pretrained(place, experts_only=True)
     assert contents(folder) == before
-    # What was loaded from there may be saved as a whole, and elsewhere.
-    model.save_pretrained(tmp_path / "elsewhere", experts_only=True)
-    again = SamoeModel.from_pretrained(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="holds the base model"):
-        again.save_pretrained(folder, experts_only=True)
-    again.save_pretrained(tmp_path / "elsewhere", experts_only=True)
-    model.save_pretrained(folder)
-    SamoeModel.from_pretrained(folder)
+    model.save_pretrained(folder)  # what was loaded from there may be saved as a whole
     inner = shutil.copytree(folder, tmp_path / "outer" / "inner")
     model = SamoeModel.from_pretrained(inner.parent, subfolder="inner")
     with pytest.raises(ValueError, match="holds the base model"):
         model.save_pretrained(inner, experts_only=True)
 
 
-@pytest.mark.parametrize("arguments", [{"expert_only": True}, {"experts_onyl": True}, {"proccessor": None}])
-def test_unknown_arguments_of_saving_are_refused(nano, tmp_path, arguments):
-    with pytest.raises(TypeError, match=f"`save_pretrained` has no argument '{next(iter(arguments))}'"):
-        nano.model.save_pretrained(tmp_path / "out", **arguments)
+def test_unknown_arguments_of_saving_are_refused(nano, tmp_path):
+    with pytest.raises(TypeError, match="`save_pretrained` has no argument 'expert_only'"):
+        nano.model.save_pretrained(tmp_path / "out", expert_only=True)
     with pytest.raises(TypeError):
         nano.model.save_pretrained(tmp_path / "out", True)
     assert not (tmp_path / "out").exists()
