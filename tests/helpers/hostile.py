@@ -42,13 +42,11 @@ def hostile_checkpoints(source: Path, canary: Path) -> Iterator[tuple[str, bytes
 
 def _damaged(whole: bytes) -> Iterator[tuple[str, bytes]]:
     size = len(whole)
-    for part in (1, 10, 1000, size // 4, size // 2, size - 1000, size - 10):
+    for part in (0, 10, 1000, size // 2, size - 10):
         yield f"cut_{part}", whole[:part]
-    yield "empty", b""
     yield "zeros", bytes(100_000)
-    yield "text", b"no checkpoint at all"
     yield "headless", whole[100:]
-    for seed in range(25):
+    for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         changed = bytearray(whole)
         # The directory at the end, and the pickle near the beginning, say what is where.
@@ -69,8 +67,7 @@ def _repacked(whole: bytes) -> Iterator[tuple[str, bytes]]:
     yield "short_tensor", _zip(files | {largest: files[largest][:100]})
     for name in (smallest_data, f"{prefix}/data.pkl"):
         yield f"bomb_{Path(name).name}", _zip(files | {name: b""}, bomb=name)
-    for name in (f"{prefix}/data.pkl", f"{prefix}/byteorder", f"{prefix}/version"):
-        yield f"no_{Path(name).name}", _zip(files | {name: b"\xff\x00garbage"})
+    yield "no_pickle", _zip(files | {f"{prefix}/data.pkl": b"\xff\x00garbage"})
     for size in (10**6, 10**10, 2**62):
         yield f"sizes_{size}", _zip(_with_sizes(files, prefix, size))
 
@@ -120,8 +117,6 @@ def _pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
     for name, content in (
         ("exec", {"model": write}),
         ("exec_aside", {"model": {"a": torch.zeros(1)}, "extra": write}),
-        ("exec_as_name", {"model": {write: torch.zeros(1)}}),
-        ("eval", {"model": Call(eval, f"open({str(canary)!r}, 'w')")}),
         ("getattr", {"model": Call(getattr, "text", "upper")}),
         ("bytearray", {"model": Call(bytearray, 62 * 10**9)}),
         ("nested", {"model": nested}),
@@ -143,20 +138,17 @@ def _pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
 def _contents(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, object]]:
     name, first = next(iter(tensors.items()))
     for label, content in (
-        ("nothing", None), ("number", 5), ("list", [1, 2]), ("no_tensors", {"model": {}}),
-        ("numbers", {"model": {"a": 1}}), ("other_form", {"weights": tensors}), ("list_of_tensors", [first]),
-        ("numbers_as_names", {"model": {1: first}}), ("only_one", {"model": {name: first}}),
+        ("nothing", None), ("list_of_tensors", [first]), ("numbers_as_names", {"model": {1: first}}),
     ):  # fmt: skip
         yield label, content
     for label, changed in (
-        ("integers", first.to(torch.int32)), ("booleans", first > 0), ("complex", first.to(torch.complex64)),
+        ("complex", first.to(torch.complex64)),
         ("sparse", first.float().to_sparse()), ("meta", first.to("meta")), ("scalar", torch.zeros(())),
         ("expanded_shape", torch.zeros(()).expand(2**40)), ("no_values", torch.zeros(0)),
-        ("long_shape", torch.zeros([1] * 60)), ("parameter_of_ints", torch.zeros(3, dtype=torch.uint8)),
+        ("long_shape", torch.zeros([1] * 60)),
         ("quantized", torch.quantize_per_tensor(first.float(), 0.1, 0, torch.qint8)),
     ):  # fmt: skip
         yield label, {"model": tensors | {name: changed}}
-    yield "missing", {"model": {key: tensor for key, tensor in tensors.items() if key != name}}
     for label, key in {
         "newline": "a\nb", "long_name": "a" * 1_000_000, "other_expert": "x.experts.0.lora_up.weight",
         "many_experts": f"x.experts.{10**18}.lora_down.weight", "digits": f"x.experts.{'9' * 5000}.lora_up.weight",
@@ -211,29 +203,18 @@ def _repeated(first: str, form: str) -> str:
 def _bad_fields() -> dict[str, list]:
     attention = "memory_attention.layer.self_attention"
     return {
-        "image_size": [0, -128, 127, 2**62, 10**400, 1_000_000, True, float("nan"), "1024"],
-        "num_maskmem": [-1, 0, 10**12],
-        "memory_attention.num_layers": [-1, 0, 10**9, 10**30],
-        "memory_attention.layer.dim_feedforward": [0, -8, 10**15],
-        "memory_attention.layer.dropout": [-1.0, 2.0, float("nan"), float("inf")],
-        f"{attention}.rope_theta": [0.0, -1.0, float("nan"), float("inf")],
-        f"{attention}.feat_sizes": [[], [-8, -8], [10**9, 10**9], [1], [8] * 100_000],
-        f"{attention}.dropout": [-0.5, float("nan")],
-        "image_encoder.trunk.stages": [[-1, 1, 2, 1], [0, 0, 0, 0], [10**9, 1, 1, 1], [1, 1, 1], [2**70, 1, 1, 1]],
-        "image_encoder.trunk.embed_dim": [-16, 0, 10**9],
-        "image_encoder.trunk.num_heads": [0, -1],
-        "image_encoder.trunk.q_pool": [-1, 100],
-        "image_encoder.trunk.window_spec": [[-8, 4, 7, 7], [0, 0, 0, 0], [10**9] * 4],
-        "image_encoder.trunk.window_pos_embed_bkg_spatial_size": [[-7, -7], [10**9, 10**9], [7]],
-        "image_encoder.trunk.global_att_blocks": [[-1], [10**9], list(range(50_000))],
-        "image_encoder.neck.fpn_top_down_levels": [[9], [-1]],
-        "memory_encoder.fuser.num_layers": [-1, 10**8],
-        "memory_encoder.fuser.layer.kernel_size": [0, -1, 10**6],
-        "memory_encoder.mask_downsampler.padding": [-1],
-        "max_obj_ptrs_in_encoder": [-1, 10**12],
-        "max_cond_frames_in_attn": [-2, 0],
-        "multimask_min_pt_num": [-1],
-        "sigmoid_scale_for_mem_enc": [float("nan"), float("inf")],
-        "sam_mask_decoder_extra_args": [{"dynamic_multimask_stability_thresh": float("nan")}, [1], "x"],
-        "_target_": ["os.system", "sam2.modeling.sam2_base.SAM3", 5],
-    }
+        "image_size": [0, 2**62, 10**400, True, float("nan")], "num_maskmem": [-1, 10**12],
+        "memory_attention.num_layers": [10**9, 10**30], "memory_attention.layer.dim_feedforward": [-8, 10**15],
+        "memory_attention.layer.dropout": [2.0, float("nan")], f"{attention}.rope_theta": [-1.0, float("inf")],
+        f"{attention}.feat_sizes": [[], [10**9, 10**9], [8] * 100_000],
+        "image_encoder.trunk.stages": [[0, 0, 0, 0], [10**9, 1, 1, 1], [2**70, 1, 1, 1]],
+        "image_encoder.trunk.embed_dim": [-16, 10**9], "image_encoder.trunk.num_heads": [0],
+        "image_encoder.trunk.q_pool": [100], "image_encoder.trunk.window_spec": [[-8, 4, 7, 7], [10**9] * 4],
+        "image_encoder.trunk.window_pos_embed_bkg_spatial_size": [[10**9, 10**9]],
+        "image_encoder.trunk.global_att_blocks": [[10**9], list(range(50_000))],
+        "image_encoder.neck.fpn_top_down_levels": [[9]], "memory_encoder.fuser.num_layers": [10**8],
+        "memory_encoder.fuser.layer.kernel_size": [0, 10**6], "memory_encoder.mask_downsampler.padding": [-1],
+        "max_obj_ptrs_in_encoder": [10**12], "sigmoid_scale_for_mem_enc": [float("inf")],
+        "sam_mask_decoder_extra_args": [{"dynamic_multimask_stability_thresh": float("nan")}, "x"],
+        "_target_": ["os.system", 5],
+    }  # fmt: skip

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import pickle
 import pydoc
 import sys
 from pathlib import Path
@@ -330,7 +329,6 @@ def without(tensors: dict, beginning: str) -> dict:
 
 def test_tensors_that_do_not_fit_are_named(save, base, experts):
     wide = {f"{Q_PROJ}.experts.0.lora_down.weight": torch.zeros(8, 128)}
-    elsewhere = {"memory_attention.layers.7.linear1.experts.0.lora_up.weight": torch.zeros(8, 4)}
     counted = base["no_mem_embed"].to(torch.int64)
     cases = [
         (without(base, "no_mem_embed"), experts, "missing: no_mem_embed"),
@@ -339,9 +337,7 @@ def test_tensors_that_do_not_fit_are_named(save, base, experts):
         (base | {"no_mem_embed": counted}, experts, "no floating-point type: no_mem_embed"),
         (base | {f"{Q_PROJ}.base_layer.weight": base[f"{Q_PROJ}.weight"]}, experts,
          rf"with and without base_layer: {Q_PROJ}\.weight"),
-        (base, without(experts, f"{Q_PROJ}.gate.gate.bias"), rf"missing: {Q_PROJ}\.gate\.gate\.bias"),
         (base, without(experts, f"{Q_PROJ}.experts.1."), rf"missing: {Q_PROJ}\.experts\.1\.lora_down\.weight"),
-        (base, experts | elsewhere, r"unexpected: memory_attention\.layers\.7\.linear1\.experts\.0\.lora_up\.weight"),
     ]  # fmt: skip
     for base_tensors, expert_tensors, message in cases:
         files = save({"model": base_tensors}), save(expert_tensors, "experts.pt")
@@ -350,26 +346,15 @@ def test_tensors_that_do_not_fit_are_named(save, base, experts):
         assert all(path.name in str(caught.value) for path in (*files, CONFIG))
 
 
-class Evil:
-    def __reduce__(self):
-        return print, ("a pickle ran code",)
-
-
-def test_files_that_are_no_checkpoints_are_named(tmp_path, save, base, capsys):
+def test_files_that_are_no_checkpoints_are_named(tmp_path, save, base):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "truncated.pt").write_bytes(CHECKPOINT.read_bytes()[:100_000])
     (tmp_path / "text.pt").write_text("no checkpoint at all")
-    (tmp_path / "evil_old_form.pt").write_bytes(pickle.dumps({"model": Evil()}, protocol=2))
     cases = [
         (tmp_path / "empty.pt", "is empty"),
         (tmp_path / "truncated.pt", "truncated, damaged"),
         (tmp_path / "text.pt", "damaged, or holds more than tensors and plain data"),
-        (tmp_path / "evil_old_form.pt", "more than tensors and plain data"),
-        (save({"model": Evil()}, "evil.pt"), "more than tensors and plain data"),
-        (save({"model": base, "extra": Evil()}, "evil_extra.pt"), "more than tensors and plain data"),
         (save({"weights": base}, "form.pt"), r"holds a dict with the keys \['weights'\]; expected tensors by name"),
-        (save([1, 2], "list.pt"), "holds list; expected tensors by name"),
-        (save({"model": {}}, "nothing.pt"), "expected tensors by name"),
         (save({"model": {"a": 1}}, "numbers.pt"), "expected tensors by name"),
         (EXPERTS, "holds experts only"),
         (CHECKPOINT, r"16 channels and 5 blocks is none of Meta's .* give the model's YAML as `original_config`"),
@@ -379,7 +364,6 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, save, base, capsys):
         with pytest.raises(ValueError, match=message) as caught:
             load_original(path)
         assert path.name in str(caught.value)
-    assert "a pickle ran code" not in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"sam2.1_hiera_nano\.pt should hold experts only, but has maskmem_tpos_enc"):
         load_original(CHECKPOINT, CHECKPOINT, CONFIG)
     missing = tmp_path / "missing"
@@ -396,30 +380,20 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, save, base, capsys):
 ATTENTION = "memory_attention.layer.self_attention"
 BAD_FIELDS = [
     ("soft_no_obj_ptr", True, "is True; only False is supported"),
-    ("image_encoder.trunk.drop_path_rate", 0.1, "is 0.1; only 0.0 is supported"),
-    ("image_encoder.neck.fpn_interp_model", "bilinear", "is 'bilinear'; only 'nearest' is supported"),
     ("memory_encoder.mask_downsampler.embed_dim", 64, r"is 64, but `model.image_encoder.neck.+` is 128"),
-    ("proj_tpos_enc_in_obj_ptrs", False, "is False, but `model.add_tpos_enc_to_obj_ptrs` is True"),
     (f"{ATTENTION}.rope_theta", "ten", "must be of type float, got 'ten'"),
-    (f"{ATTENTION}.dropout", True, "must be of type float, got True"),
-    ("image_size", "1024", "must be of type int, got '1024'"),
     ("image_size", 8192, "must be from 32 to 4096, got 8192"),
     ("image_encoder.trunk.stages", [1, "a"], "must be a list of integers"),
     ("_target_", "os.system", "_target_` is os.system; expected"),
-    ("image_encoder.trunk._target_", "timm.ViT", "_target_` is timm.ViT; expected"),
     ("image_encoder.trunk", "hiera", "must be a mapping of fields, got 'hiera'"),
     ("image_encoder.trunk.patch_size", 16, "has fields that SAM 2 does not have there: patch_size"),
     (f"{ATTENTION}.num_experts", 3, "cross_attention.num_experts` is 4, but .+self_attention.+ is 3"),
     ("image_encoder.neck.backbone_channel_list", [1, 2, 3, 4], r"is \[1, 2, 3, 4\], but the trunk's channels are"),
     ("image_encoder.trunk.stages", [1, 2, 3], "`stages` and `window_spec` must have four entries each"),
-    ("memory_attention.layer.activation", "glu", "`activation` is 'glu'; only 'relu' and 'gelu'"),
     ("image_size", 100, "`image_size` must be a multiple of 32, got 100"),
-    ("image_encoder.trunk.num_heads", 3, "`num_heads` must divide its `embed_dim` of 16, got 3"),
-    ("memory_encoder", None, r"`model\.memory_encoder\._target_` is None|`model\.memory_encoder` must be"),
     ("memory_attention.num_layers", None, r"`model\.memory_attention\.num_layers` is missing"),
     # It disagrees with the tensors.
     ("image_encoder.trunk.stages", [1, 1, 2, 2], r"missing: image_encoder\.trunk\.blocks\.5\."),
-    ("no_obj_embed_spatial", False, "unexpected: no_obj_embed_spatial"),
     ("memory_encoder.fuser.layer.kernel_size", 5, r"another shape: memory_encoder\.fuser\.layers\.0\.dw"),
 ]
 
@@ -430,21 +404,6 @@ def test_fields_that_cannot_be_used_are_named(tmp_path, field, value, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_original(CHECKPOINT, original_config=path)
     assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [", "is not YAML"),
-        ("a: 1", "has no `model`"),
-        ("model: 1", "`model` must be a mapping"),
-        ("model: !!python/object/apply:print ['YAML ran code']", "is not YAML"),
-    ],
-)
-def test_yaml_of_something_else_is_refused(tmp_path, text, message):
-    (tmp_path / "other.yaml").write_text(text)
-    with pytest.raises(ValueError, match=rf"other\.yaml.* {message}"):
-        config_from_yaml(tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize("name", ["nano", "mini"])

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.reference import assert_same_tensors, attend, track_reference
+from helpers.reference import assert_same_tensors, attend
 from peers import base_of
 from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.expert_router import route_all_to
@@ -55,20 +55,6 @@ def test_peft_loads_an_exported_expert_onto_transformers_model(nano, base, tmp_p
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == set(nano.model.expert_module_names)
     assert config["base_model_name_or_path"] == nano.model.origin.source["name_or_path"]
-
-
-def test_tracking_with_an_exported_expert(nano, base, tmp_path):
-    export_expert(nano.model, 1, tmp_path / "out")
-    pixel_values = nano.load("tracking")["pixel_values"]
-    with route_all_to(nano.model, 1):
-        expected, _, _ = track_reference(nano.model, nano.folder, pixel_values)
-    # A SamoeModel without effect of its own is as good a base as Sam2VideoModel.
-    plain = copy.deepcopy(nano.model)
-    for _, module in expert_modules(plain):
-        nn.init.zeros_(module.lora_B)
-    adapted = PeftModel.from_pretrained(plain, tmp_path / "out")
-    logits, _, _ = track_reference(adapted.base_model.model, nano.folder, pixel_values)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 def test_an_expert_comes_back_bit_for_bit(model, tmp_path):
@@ -150,16 +136,7 @@ def test_damaged_loras_are_refused(model, lora, change, message):
 
 
 @pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("r", "x"),
-        ("r", 0),
-        ("lora_alpha", None),
-        ("lora_alpha", []),
-        ("rank_pattern", 5),
-        ("rank_pattern", {"(": 4}),
-        ("alpha_pattern", [4]),
-    ],
+    "setting, value", [("r", "x"), ("lora_alpha", None), ("rank_pattern", {"(": 4}), ("alpha_pattern", [4])]
 )
 def test_wrong_settings_of_a_lora_are_refused_with_its_folders_name(lora, setting, value):
     path = lora() / "adapter_config.json"
