@@ -1,6 +1,5 @@
 """What routers put out is observed by frame and object, and drawn over the frames."""
 
-import copy
 import itertools
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from transformers import Sam2VideoInferenceSession
 
 from helpers.pictures import rgb
 from samoe_hf.analysis.routing import observe_routers, routing_maps
-from samoe_hf.analysis.usage import expert_usage
 from samoe_hf.data import Video, read_video
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.model.expert_router import top_k_gates
@@ -68,24 +66,6 @@ def test_frames_that_are_encoded_ahead_are_told_apart(everywhere, entering):
         assert (calls[module, t, None].argmax(dim=-1).view(32, 32).numpy() == expected).mean() > 0.99
 
 
-@pytest.mark.slow
-def test_compiled_models_are_observed_and_stay_compiled(nano, entering):
-    expected = expert_usage(nano.model, [entering], show_progress_bar=False).to_pandas("object")
-    model, runs = copy.deepcopy(nano.model), []
-
-    def backend(graph, _):
-        runs.append(graph)
-        return graph.forward
-
-    model.memory_attention.compile(backend=backend, dynamic=True)
-    masks, _ = segment_video(model, build_processor(model.config), entering)
-    count = len(runs)
-    table = expert_usage(model, [entering], show_progress_bar=False).to_pandas("object")
-    np.testing.assert_allclose(table.mean_gate, expected.mean_gate, atol=1e-6)
-    again, _ = segment_video(model, build_processor(model.config), entering)
-    assert 0 < count == len(runs) and (again == masks).all()
-
-
 def test_clips_are_observed_by_clip_frame_and_object(nano):
     frames, seen = nano.load("train_step"), set()
     labels = frames["masks"].bool().transpose(0, 1)[None, :, :3]
@@ -128,11 +108,10 @@ def test_routing_maps_are_laid_out_as_the_image_is(nano):
     assert len(changed) and changed[:, 0].mean() < 3.5 < changed[:, 1].mean()
 
 
-def test_routing_maps_of_the_vision_encoder(everywhere, entering, tmp_path):
+def test_routing_maps_of_the_vision_encoder(everywhere, entering):
     module = next(name for name in everywhere.expert_module_names if name.endswith("blocks.0.mlp.proj_in"))
     maps = routing_maps(everywhere, entering, module=module)
     assert maps.object_ids == [None] and maps.experts.shape == (5, 1, 32, 32) and maps.experts.min() == 0
-    assert all(file.stat().st_size > 1000 for file in maps.save(tmp_path / "maps"))
     for name in everywhere.expert_module_names:
         if ".mlp." not in name:
             with pytest.raises(ValueError, match="tokens are image positions"):

@@ -4,9 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.ndimage import distance_transform_cdt
 
-from samoe_hf.plots.masks import OBJECT_COLORS, object_color, outline, overlay_masks
+from samoe_hf.plots.masks import OBJECT_COLORS, object_color, overlay_masks
 
 # Deuteranopia, from linear RGB to linear RGB (Machado, Oliveira and Fernandes, 2009).
 DEUTERANOPIA = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
@@ -82,11 +81,3 @@ def test_ids_are_written_where_they_fit():
     narrow = np.zeros((60, 60), np.int32)
     narrow[10:50, 20:24] = 1
     assert not written(narrow).any()
-
-
-def test_an_outline_lies_on_both_sides_of_the_edge_and_not_along_the_border():
-    mask = np.zeros((20, 30), bool)
-    mask[5:, 8:20] = True
-    inside, outside = (distance_transform_cdt(side, "chessboard") for side in (np.pad(mask, 1, mode="edge"), ~mask))
-    expected = ((inside[1:-1, 1:-1] > 0) & (inside[1:-1, 1:-1] <= 3)) | ((outside > 0) & (outside <= 3))
-    np.testing.assert_array_equal(outline(mask, 3)[:-3], expected[:-3])

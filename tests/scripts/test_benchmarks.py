@@ -12,14 +12,14 @@ import tracking
 import training
 from experts import dense_forward
 from measure import Measurement, measure, peak_bytes, to_markdown, without_dropout
-from memory import tracking_memory, training_memory
-from meta_order import PEERS, TransformersClip, benchmark_order
+from memory import tracking_memory
+from meta_order import TransformersClip, benchmark_order
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from tracking import check_equal
-from training import benchmark_training, example_clip
+from training import example_clip
 
 CPU = torch.device("cpu")
 
@@ -93,15 +93,6 @@ def test_contenders_that_differ_are_not_timed():
         check_equal({"a": masks, "b": masks + 0.5})
 
 
-def test_a_training_step_and_its_parts_are_timed():
-    config = SamoeConfig(**read_yaml("model_nano"))
-    measurements = benchmark_training(config, 2, 2, 1, CPU, torch.float32)
-    assert [m.contender for m in measurements] == [
-        "samoe_hf", "original's way", "encoder", "forward", "forward and backward"
-    ]  # fmt: skip
-    assert all(len(m.seconds) == 1 for m in measurements)
-
-
 @pytest.mark.slow
 def test_the_programs_write_tables_plots_and_times(tmp_path, capsys):
     common = ["--repeats", "1", "--output", str(tmp_path)]
@@ -141,35 +132,13 @@ def test_the_trial_of_metas_order_of_work_computes_the_same(nano):
     assert compared > 200
 
 
+@pytest.mark.slow
 def test_training_is_timed_beside_metas_order():
     measurements = benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
     contenders = {(m.case, m.contender) for m in measurements}
     assert ("everything trained", "Meta's order, transformers") in contenders and len(measurements) == 6
     assert ("encoder frozen", "samoe_hf, experts, cached features") in contenders
     assert all(len(m.seconds) == 1 and m.median > 0 for m in measurements)
-
-
-@pytest.mark.slow
-def test_the_trial_by_sam2s_modules_has_the_same_loss():
-    pytest.importorskip("sam2")
-    measurements = benchmark_order(SamoeConfig(**read_yaml("model_micro")), ["transformers", "sam2"], 4, 3, 1, CPU)
-    assert {"Meta's order, transformers", "Meta's order, sam2"} < {m.contender for m in measurements}
-
-
-def test_a_peer_with_another_loss_is_not_timed(monkeypatch):
-    class Other(TransformersClip):
-        def __call__(self, pixel_values, labels):
-            return 1.001 * super().__call__(pixel_values, labels)
-
-    monkeypatch.setitem(PEERS, "transformers", Other)
-    with pytest.raises(AssertionError, match="The losses differ"):
-        benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
-
-
-def test_less_than_the_least_is_told_at_once(capsys):
-    with pytest.raises(SystemExit):
-        tracking.main(["--objects", "4", "0"])
-    assert "--objects: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_memory_of_tracking_is_that_of_its_tensors():
@@ -185,12 +154,3 @@ def test_memory_of_tracking_is_that_of_its_tensors():
     of_object = 2 * coarse * model.mem_dim + 4 * width + 4 * fine + 4
     assert rows["memory and mask of an object on a frame"] == pytest.approx(of_object, rel=0.1)
     assert all(rows[f"{part}, at most"] > 0 for part in ("image encoder", "memory attention", "mask decoder"))
-
-
-def test_memory_of_training_is_told_by_part():
-    config = SamoeConfig(**read_yaml("model_nano"))
-    rows = dict(training_memory(config, 2, 1, CPU, torch.float32))
-    trained = sum(p.nbytes for p in SamoeModel(config).parameters() if p.requires_grad)
-    assert rows["gradients and AdamW's moments"] == 3 * trained
-    parts = sum(rows[f"{part}, kept"] for part in ("memory attention", "mask decoder", "memory encoder"))
-    assert 0 < parts < rows["a forward pass, kept"] < rows["all, at most"]

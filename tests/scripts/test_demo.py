@@ -45,12 +45,6 @@ def test_the_demo_does_all_it_says_with_less_to_do(tmp_path, monkeypatch, capsys
     assert (tmp_path / "stripes" / "model.safetensors").is_file() and (tmp_path / "stripes.yaml").is_file()
 
 
-def test_a_domain_is_learned_once(capsys):
-    with pytest.raises(SystemExit):
-        demo.parse_arguments(["--domain", "blobs", "--domain", "blobs"])
-    assert "--domain must name different domains, got blobs, blobs" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_the_demo_learns_and_forgets_nothing(tmp_path, capsys, one_thread):
     demo.main(["--output", str(tmp_path)])

@@ -49,13 +49,6 @@ def test_a_task_is_not_begun_without_time(tasks, tmp_path):
     assert "- one: no time was left" in write_gpu_report(run, tmp_path).read_text()
 
 
-def test_it_needs_a_gpu(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        gpu.main(["--device", "cpu", "--output", str(tmp_path / "new")])
-    assert "--device must be a GPU, such as cuda, got cpu" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 def test_the_report_has_tables_and_a_picture(tmp_path):
     results = {f"track tiny {name}": TRACKED for name in ("samoe_hf 1", "samoe_hf 16", "sam2 compiled 1")}
     results["train large with checkpointing"] = {"seconds": [0.5], "peak_bytes": 6 * 10**9, "reserved_bytes": 7 * 10**9}

@@ -26,7 +26,7 @@ def videos(seed=1):
 @pytest.fixture(scope="module")
 def assembled(folder):
     loras = {domain: folder / domain for domain in DOMAINS}
-    settings = {"num_frames": 16, "experts_per_lora": 2, "show_progress_bar": False}
+    settings = {"num_frames": 8, "experts_per_lora": 2, "show_progress_bar": False}
     return assemble_with_routers(folder / "base", loras, videos(), **settings)
 
 

@@ -10,7 +10,6 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.base import config_of_base
-from samoe_hf.training.arguments import parse_run
 from samoe_hf.training.trainer import build_trainer
 
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "scripts" / "small_base").glob("*.yaml")])
@@ -71,14 +70,6 @@ def test_runs_can_start(path, data, model_folder, tmp_path, monkeypatch):
     assert clip["labels"].any()
     has_evaluation = "\neval_data:" in text
     assert has_evaluation == bool(trainer.eval_dataset)
-
-
-def test_the_moe_settings_of_a_run_reach_the_model(tmp_path):
-    run = tmp_path / "run.yaml"
-    run.write_text(f"model_config: {ROOT / 'configs' / 'model_nano.yaml'}\noutput_dir: {tmp_path}\nnum_experts: 6\n")
-    model_arguments, *_ = parse_run([str(run), "--lora_rank", "2"])
-    config = model_arguments.load().config
-    assert (config.num_experts, config.lora_rank) == (6, 2)
 
 
 @pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)

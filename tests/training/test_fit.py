@@ -64,7 +64,7 @@ def test_sizes(text, expected):
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "much", "-3GB", "0GB", "16 bananas", "GB", "nanGB", "infGB"])
+@pytest.mark.parametrize("text", ["", "-3GB", "0GB", "16 bananas", "nanGB"])
 def test_sizes_that_are_none(text, tmp_path):
     with pytest.raises(ValueError, match="`fit` must be a size of device memory such as 16GB"):
         SamoeTrainingArguments(tmp_path, fit=text)

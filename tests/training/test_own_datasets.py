@@ -111,7 +111,7 @@ def test_evaluation_tracks_items_as_it_tracks_their_videos(model_folder, tmp_pat
         samoe_trainer(model_folder, tmp_path, FloatsAndMasks()).evaluate()
     trainer = samoe_trainer(model_folder, tmp_path, FloatsAndMasks(), eval_dataset=FloatsAndMasks())
     expected = trainer.evaluate(list(VIDEOS))
-    for data in (None, FORMS["floats"](), [FloatsAndMasks()[i] for i in range(4)]):
+    for data in (None, [FloatsAndMasks()[i] for i in range(4)]):
         assert trainer.evaluate(data)["eval_J&F"] == expected["eval_J&F"]
     streamed = trainer.evaluate(Stream())
     assert streamed["eval_J&F"] == trainer.evaluate(image_lists())["eval_J&F"] == streamed["eval_lab_J&F"]

@@ -258,17 +258,6 @@ def test_trainers_own_evaluation_shows_which_objects_are_absent(model_folder, cl
         assert (label[len(expected) :] == -100).all() and (label[: len(expected)] == expected).all()
 
 
-def test_an_epochs_log_has_the_routing(run_config):
-    trainer = make_trainer(
-        run_config, "--logging_strategy", "epoch", "--save_strategy", "no", "--max_steps", "-1",
-        "--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--point_probability", "0",
-        "--train_data", "{kind: synthetic, num_videos: 4, num_frames: 3, image_size: [64, 64]}",
-    )  # fmt: skip
-    trainer.train()
-    (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert any(name.startswith("router_entropy/") for name in log)
-
-
 def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_config, tmp_path, monkeypatch):
     options = ["--max_steps", "4", "--logging_strategy", "no", "--point_probability", "0"]
     trainer = make_trainer(run_config, *options)
@@ -315,10 +304,8 @@ def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp
     assert log["loss"] == pytest.approx(sum(w * log[f"loss_{name}"] for name, w in weights.items()), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param("load_in_8bit: true", marks=pytest.mark.slow), "load_in_4bit: true, bnb_4bit_quant_type: nf4"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["load_in_8bit: true", "load_in_4bit: true, bnb_4bit_quant_type: nf4"])
 def test_experts_are_trained_over_a_quantized_base(run_config, model_folder, tmp_path, options):
     pytest.importorskip("bitsandbytes")
     config = f"{{quant_method: bitsandbytes, {options}}}"
