@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from samoe_hf import __version__
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, is_disk_full
 
 COMMANDS = {
     "track": "track objects through a video",
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(name: str, arguments: Sequence[str]) -> None:
     """Parses the arguments of a command and runs it.
 
-    An [`InputError`] ends the process with exit status 1 and one line, `error: …`, or with its traceback if
-    `--traceback` is among the arguments. Other errors always have their traceback.
+    An [`InputError`], and a full disk, end the process with exit status 1 and one line, `error: …`, or with a traceback
+    if `--traceback` is among the arguments. Other errors always have their traceback.
     """
     command = import_module(f"samoe_hf.commands.{name}")
     try:
@@ -57,10 +57,13 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 
         disable_progress_bar()  # of loading and saving, beside the command's own
         command.run(parsed)
-    except InputError as error:
-        if "--traceback" in arguments:
+    except Exception as error:
+        if "--traceback" in arguments or not (isinstance(error, InputError) or is_disk_full(error)):
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        is_full = not isinstance(error, InputError)
+        advice = " Nothing that was there is lost. Make room, and run the command again." if is_full else ""
+        subject = "the disk is full: " if is_full else ""
+        sys.exit(f"error: {subject}{' '.join(str(error).split())}{advice}")
 
 
 if __name__ == "__main__":

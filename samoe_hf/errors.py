@@ -1,6 +1,7 @@
 """The exception that tells a user what to change, and the name that was probably meant."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,18 @@ def input_errors(subject: str = "") -> Iterator[None]:
         elif not (isinstance(error, OSError | ImportError) or "huggingface_hub.HFValidationError" in kinds):
             raise
         raise InputError(message if subject in message else f"{subject}: {message}") from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, says that a disk or a quota is full."""
+    words = ("No space left on device", "inline_container", "PytorchStreamWriter")  # of torch.save, which says no more
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, OSError | RuntimeError) and any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

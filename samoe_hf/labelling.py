@@ -1,6 +1,5 @@
 """A dataset and prompts -> masks of all its videos. Processes share the videos, and a stopped run can be continued."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from samoe_hf.data.annotations import LabelImages, NoMasks, ObjectImages
+from samoe_hf.data.fingerprints import fingerprint, frames_fingerprint
 from samoe_hf.data.frames import check_inside
-from samoe_hf.data.images import read_label_png
+from samoe_hf.data.images import image_paths, read_label_png
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
@@ -31,7 +32,7 @@ from samoe_hf.evaluation.simulated_user import prompt_from_mask
 from samoe_hf.inference import VideoPrompt, evaluation_mode, masks_of, track_video
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.weights_io import write_text
+from samoe_hf.model.weights_io import sync, write_text
 
 FirstFramePrompt = Literal["mask", "box"]
 # Where masks of a video are written until all of them are there.
@@ -41,14 +42,14 @@ UNFINISHED = ".unfinished"
 class PromptedVideo(NamedTuple):
     """A video by its domain and id, what opens it, and what then gives the prompts of its objects.
 
-    `about` says what of the prompts is known before the video is read.
+    `about` is, or gives, what the prompts and the video's frames are made from, for `fingerprint`.
     """
 
     domain: str
     video_id: str
     open: Callable[[], Video]
     prompts: Callable[[Video], list[VideoPrompt]]
-    about: str
+    about: Any
 
     @property
     def key(self) -> str:
@@ -57,8 +58,9 @@ class PromptedVideo(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of what is known of the prompts."""
-        return hashlib.sha256(self.about.encode()).hexdigest()[:16]
+        """A short hash of the prompts, their masks, and the video's frames, which are read for it."""
+        with input_errors(self.video_id):
+            return fingerprint(self.about() if callable(self.about) else self.about)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,13 @@ def from_first_frames(videos: Sequence[Video], kind: FirstFramePrompt = "mask") 
     Videos without objects are left out.
     """
     return [
-        PromptedVideo(video.domain, video.video_id, lambda video=video: video, partial(_first_prompts, kind), kind)
+        PromptedVideo(
+            video.domain,
+            video.video_id,
+            lambda video=video: video,
+            partial(_first_prompts, kind),
+            lambda video=video: (_first_prompts(kind, video), frames_fingerprint(video.frames)),
+        )
         for video in videos
         if video.object_ids
     ]
@@ -146,10 +154,16 @@ def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
             name,
             partial(_open, domain, name, videos[name], {prompt.object for prompt in own}),
             lambda _, own=own: [prompt.read(folder) for prompt in own],
-            repr(own),
+            partial(_about_files, own, folder, videos[name]),
         )
         for name, own in prompts.items()
     ]
+
+
+def _about_files(prompts: Sequence[FilePrompt], folder: Path, video: Path) -> Any:
+    masks = [folder / prompt.mask for prompt in prompts if prompt.mask is not None]
+    frames = [video] if video.is_file() else image_paths(video)
+    return prompts, masks, [frame.name for frame in frames], frames
 
 
 def _open(domain: str, video_id: str, path: Path, object_ids: set[int]) -> Video:
@@ -213,33 +227,42 @@ class LabelRun(RunFolder):
 
         What killed processes left of unfinished videos is removed.
         """
-        super().start(overwrite)
-        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+        with self.writer:
+            super().start(overwrite)
+            if (self.folder / UNFINISHED).exists():
+                print(f"{self.folder}: removed the masks of videos that a stopped process had not finished.")
+                shutil.rmtree(self.folder / UNFINISHED)
 
     def clear(self) -> None:
-        """Removes the masks of an earlier run."""
-        for name in ("masks", "finished"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        """Removes the masks of an earlier run, and before them what says that they are finished."""
+        (self.folder / "labels.json").unlink(missing_ok=True)
+        for name in ("finished", "masks"):
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
 
     def finished_path(self, video: PromptedVideo) -> Path:
         """The file that says that a video's masks are there; `InputError` for an id that leads out of the folder."""
         return self.inside(self.folder / "finished", f"{video.key}.json")
 
     def is_finished(self, video: PromptedVideo) -> bool:
-        """Whether a video's masks are there.
+        """Whether a video's masks are there, all that were written.
 
         Raises:
-            InputError: if they came of other prompts.
+            InputError: if they came of other prompts, or of other frames.
         """
         path = self.finished_path(video)
         if not path.is_file():
             return False
-        if json.loads(path.read_text())["prompts"] != video.fingerprint:
+        entry = json.loads(path.read_text())
+        if entry["prompts"] != video.fingerprint:
             raise InputError(
-                f"{self.folder} has {video.key} from other prompts. Choose another `--output`, or replace all labels "
-                "with `--overwrite`."
+                f"{self.folder} has {video.key} from other prompts or frames. Choose another `--output`, or replace "
+                "all labels with `--overwrite`."
             )
-        return True
+        found = len(self.masks(video.domain).files(video.video_id))
+        if found != entry.get("masks"):
+            print(f"{video.key} is labelled anew: {found} of {entry.get('masks')} masks are there.")
+        return found == entry.get("masks")
 
     def masks(self, domain: str) -> MaskFiles:
         """The files of the masks of a domain's videos."""
@@ -247,7 +270,7 @@ class LabelRun(RunFolder):
 
     def label(self, model: SamoeModel, processor: VideoProcessor, prompted: PromptedVideo) -> None:
         """Tracks a video and writes its masks, all or none, and whose experts it got, of a model with domains."""
-        start, tracked = time.perf_counter(), None
+        start, tracked, made_from = time.perf_counter(), None, prompted.fingerprint
         with input_errors(prompted.video_id):
             video = prompted.open()
             prompts = prompted.prompts(video)
@@ -258,12 +281,18 @@ class LabelRun(RunFolder):
                     rows = [tracked.object_ids.index(object_id) for object_id in video.object_ids]
                     masks = masks_of(tracked.logits[rows].float().cpu().numpy(), files.overlapping)
                     files.write(video, tracked.frame_idx, masks)
-            written, place = (one.video_folder(video) for one in (files, self.masks(video.domain)))
+            num_masks, target = len(files.files(video.video_id)), self.masks(video.domain)
+            written, place = (one.video_folder(video.video_id) for one in (files, target))
+            sync(written, below=True)
             place.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():  # another video's folder lies within, or a process was killed after this
+            if place.exists():  # another video's folder lies within, or masks that are not finished
+                self.finished_path(prompted).unlink(missing_ok=True)
+                for earlier in target.files(video.video_id):
+                    earlier.unlink()
                 shutil.copytree(written, place, copy_function=os.replace, dirs_exist_ok=True)
             else:
                 written.rename(place)
+            sync(place.parent)
         except InputError as error:
             raise InputError(f"{video.video_id}: {error}") from error
         finally:
@@ -272,7 +301,8 @@ class LabelRun(RunFolder):
             "frames": len(video),
             "objects": len(video.object_ids),
             "seconds": round(time.perf_counter() - start, 3),
-            "prompts": prompted.fingerprint,
+            "prompts": made_from,
+            "masks": num_masks,
         }
         if tracked is not None and model.config.domains is not None:
             entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
@@ -304,19 +334,30 @@ def label_videos(
     keys = [video.key for video in videos]
     if len(set(keys)) < len(keys):
         raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
-    is_finished = list(map(run.is_finished, videos))
+    with run.writer:
+        return _label_videos(model, processor, videos, run, state, show_progress_bar)
+
+
+def _label_videos(
+    model: SamoeModel,
+    processor: VideoProcessor,
+    videos: Sequence[PromptedVideo],
+    run: LabelRun,
+    state: PartialState,
+    show_progress_bar: bool,
+) -> dict[str, Any] | None:
+    run.check_same()
     share = range(state.process_index, len(videos), state.num_processes)
-    own = [videos[index] for index in share if not is_finished[index]]
-    state.wait_for_everyone()  # or a process would see what another has just finished
+    own = [videos[index] for index in share if not run.is_finished(videos[index])]
     start = time.perf_counter()
     with tqdm(own, desc="label", unit="video", disable=not (show_progress_bar and own)) as progress:
         for video in progress:
             progress.set_postfix_str(video.video_id)
             run.label(model, processor, video)
-    state.wait_for_everyone()
+    num_new = sum(gather_object([len(own)]))  # when all are done
     if not state.is_main_process:
         return None
-    seconds, num_new = time.perf_counter() - start, is_finished.count(False)
+    seconds = time.perf_counter() - start
     entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in videos}
     summary = {
         "videos": entries,

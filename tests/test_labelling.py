@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +187,91 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
         label(model_folder, *words, "--layout", "davis")
     label(model_folder, *words, "--prompt", "box", "--overwrite")
     assert not same(read_masks(tmp_path / "out"), read_masks(tmp_path / "undisturbed"))
+
+
+@pytest.fixture
+def one_video(tmp_path):
+    """A folder with a video of 10 frames, whose first one has a mask, and that mask."""
+    video = SyntheticVideos(1, 10, (64, 80), seed=3)[0]
+    (tmp_path / "data" / "v" / "masks").mkdir(parents=True)
+    (tmp_path / "data" / "v" / "frames").mkdir()
+    for t, frame in enumerate(video.frames):
+        Image.fromarray(frame).save(tmp_path / "data" / "v" / "frames" / f"{t}.png")
+    mask = tmp_path / "data" / "v" / "masks" / "0.png"
+    write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
+    return tmp_path / "data", mask
+
+
+def moved(ids):
+    return np.roll(ids, 9, axis=0)
+
+
+def test_labels_of_other_masks_or_frames_are_not_taken_for_the_new_ones(model_folder, one_video, tmp_path):
+    data, mask = one_video
+    prompts = write_prompts(tmp_path / "p.json", [{"video": "v/frames", "mask": "mask.png"}])
+    shutil.copy(mask, tmp_path / "mask.png")
+    first = ["--dataset", data, "--output", tmp_path / "first"]
+    second = ["--dataset", data, "--prompts", prompts, "--output", tmp_path / "second"]
+    frame = data / "v" / "frames" / "7.png"
+    for words, changed in [(first, mask), (second, tmp_path / "mask.png"), (first, frame), (second, frame)]:
+        label(model_folder, *words, "--overwrite")
+        before = changed.read_bytes()
+        Image.fromarray(moved(np.asarray(Image.open(changed)))).save(changed)
+        with pytest.raises(SystemExit, match="from other prompts or frames"):
+            label(model_folder, *words)
+        changed.write_bytes(before)
+        label(model_folder, *words)
+
+
+def test_a_video_is_finished_when_its_masks_are_there(model_folder, one_video, tmp_path, capsys):
+    words = ["--dataset", one_video[0], "--output", tmp_path / "out"]
+    label(model_folder, *words)
+    before = read_masks(tmp_path / "out")
+    lost, stale = ((tmp_path / "out" / "masks").rglob("3.png"), (tmp_path / "out" / "masks").rglob("5.png"))
+    next(lost).unlink()
+    path = next(stale)
+    path.rename(path.with_name("from_another_attempt.png"))
+    label(model_folder, *words)
+    assert "v is labelled anew: 9 of 10 masks are there" in capsys.readouterr().out
+    assert same(before, read_masks(tmp_path / "out"))
+
+
+def test_labels_that_are_being_replaced_are_not_finished(model_folder, one_video, tmp_path, monkeypatch):
+    words = ["--dataset", one_video[0], "--output", tmp_path / "out"]
+    label(model_folder, *words)
+    before, remove = read_masks(tmp_path / "out"), shutil.rmtree
+    for place in ("finished", "masks"):
+
+        def removed_and_killed(path, *more, place=place, **options):
+            remove(path, *more, **options)
+            if Path(path).name == place:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(shutil, "rmtree", removed_and_killed)
+        with pytest.raises(KeyboardInterrupt):
+            label(model_folder, *words, "--prompt", "box", "--overwrite")
+        monkeypatch.undo()
+        label(model_folder, *words)
+        assert same(before, read_masks(tmp_path / "out"))
+
+
+def test_a_second_process_disturbs_no_labels(model_folder, one_video, tmp_path, monkeypatch):
+    from samoe_hf import labelling
+
+    words, refused = ["--dataset", one_video[0], "--output", tmp_path / "out"], []
+
+    def track_twice(model, processor, frames, prompts):
+        for tracked in track_video(model, processor, frames, prompts):
+            if tracked.frame_idx == 8 and not refused:
+                with pytest.raises(SystemExit) as error:
+                    label(model_folder, *words, "--overwrite")
+                refused.append(str(error.value))
+            yield tracked
+
+    monkeypatch.setattr(labelling, "track_video", track_twice)
+    label(model_folder, *words)
+    assert "is being written by another process: `" in refused[0] and f"process {os.getpid()}" in refused[0]
+    assert len(read_masks(tmp_path / "out")) == 10
 
 
 def test_labels_are_pushed_as_a_dataset(model_folder, data, tmp_path, monkeypatch):

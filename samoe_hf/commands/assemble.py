@@ -96,9 +96,10 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual.assemble import assemble
     from samoe_hf.model.processing_samoe import load_processor
     from samoe_hf.model.weights_io import new_folder
+    from samoe_hf.one_writer import OneWriter
 
     loras, videos = match_domains(parsed.loras, parsed.dataset)
-    with input_errors(), new_folder(parsed.output) as folder:
+    with OneWriter(parsed.output, inside=False), input_errors(), new_folder(parsed.output) as folder:
         options = {} if parsed.config is None else {"original_config": parsed.config}
         model = assemble(parsed.base, loras, videos, device=parsed.device, **options)
         model.save_pretrained(folder, processor=load_processor(parsed.base, model))

@@ -52,6 +52,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     from samoe_hf.model.processing_samoe import build_processor
     from samoe_hf.model.weights_io import new_folder
+    from samoe_hf.one_writer import OneWriter
     from samoe_hf.original.checkpoint import save_original
 
     torch.manual_seed(0)  # experts that the checkpoint lacks are the same at every conversion
@@ -60,7 +61,7 @@ def run(parsed: argparse.Namespace) -> None:
         if not holds_model(parsed.output, model):
             raise InputError(f"{parsed.output} holds something else than this model; give another output.")
     else:
-        with input_errors(), new_folder(parsed.output) as folder:
+        with OneWriter(parsed.output, inside=False), input_errors(), new_folder(parsed.output) as folder:
             model, _ = load_model(parsed, torch.device("cpu"))
             if parsed.to == "original":
                 save_original(model.config, model.state_dict(), folder)

@@ -28,6 +28,8 @@ from samoe_hf.errors import InputError, input_errors
 from . import options
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from samoe_hf.evaluation.run import Evaluation
 
 
@@ -104,13 +106,23 @@ def build_evaluation(parsed: argparse.Namespace) -> Evaluation:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.one_writer import OneWriter
+
+    state, _ = options.start_processes(parsed.device)
+    evaluation = build_evaluation(parsed)
+    with OneWriter(parsed.output):
+        evaluate(parsed, evaluation, state)
+
+
+def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialState) -> None:
+    """Evaluates the models and masks, and writes and prints the results."""
     from samoe_hf.evaluation.report import comparison_table, summary_table, write_evaluation_report
     from samoe_hf.evaluation.statistics import to_json
     from samoe_hf.model.weights_io import write_text
     from samoe_hf.model.weights_trained import is_original_checkpoint
 
-    state, _ = options.start_processes(parsed.device)
-    evaluation = build_evaluation(parsed)
+    if parsed.overwrite and state.is_main_process:
+        (parsed.output / "results.json").unlink(missing_ok=True)
     if parsed.seeds > len(evaluation.seeds) and state.is_main_process:
         print(f"The prompt {evaluation.prompt} draws nothing at random: one run instead of {parsed.seeds}.")
 

@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.data.schema import to_datasets
-    from samoe_hf.evaluation.run import describe_model
+    from samoe_hf.evaluation.run import identity_of
     from samoe_hf.labelling import LabelRun, from_first_frames, from_prompt_file, label_videos, labelled_videos
 
     state, device = start_processes(parsed.device)
@@ -72,12 +72,13 @@ def run(parsed: argparse.Namespace) -> None:
     if not videos:
         raise InputError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
     model, processor = load_model(parsed, device)
-    identity = {"model": describe_model(model, parsed.model), "dataset": dataset.describe(parsed)}
+    identity = identity_of(model, processor, parsed.model) | {"dataset": dataset.describe(parsed)}
     labels = LabelRun(parsed.output, identity, parsed.layout or layout_of(dataset.kind).masks)
-    if state.is_main_process:
-        labels.start(parsed.overwrite)
-    state.wait_for_everyone()
-    summary = label_videos(model, processor, videos, labels, state)
+    with labels.writer:
+        if state.is_main_process:
+            labels.start(parsed.overwrite)
+        state.wait_for_everyone()
+        summary = label_videos(model, processor, videos, labels, state)
     if summary is None:
         return
     if parsed.push_to_hub:

@@ -140,20 +140,33 @@ def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence,
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from samoe_hf.data.images import read_label_png, write_palette_png
-    from samoe_hf.data.video_io import read_video, write_video
-    from samoe_hf.inference import track_video
-    from samoe_hf.model.weights_io import new_folder, whole_file
-    from samoe_hf.plots.masks import overlay_masks
+    from samoe_hf.data.video_io import read_video
+    from samoe_hf.one_writer import OneWriter
 
     target = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
     with input_errors():
         prompts = read_prompts(parsed)
         frames = read_video(parsed.video)
-    check_outputs(parsed.output, target, parsed.video, frames, parsed.overwrite)
+    with OneWriter(parsed.output, inside=False) as writer, OneWriter(target, "`--masks`", inside=False):
+        # The overlay is written last: masks without it are those of a process that was killed just before.
+        overwrite = parsed.overwrite or (bool(writer.cleared) and not parsed.output.exists())
+        check_outputs(parsed.output, target, parsed.video, frames, overwrite)
+        track(parsed, prompts, frames, target, overwrite)
+
+
+def track(
+    parsed: argparse.Namespace, prompts: list[VideoPrompt], frames: FrameSequence, target: Path, overwrite: bool
+) -> None:
+    """Tracks the prompts, and writes masks into the folder `target`, and the overlay."""
+    from samoe_hf.data.images import read_label_png, write_palette_png
+    from samoe_hf.data.video_io import write_video
+    from samoe_hf.inference import track_video
+    from samoe_hf.model.weights_io import new_folder, whole_file
+    from samoe_hf.plots.masks import overlay_masks
+
     model, processor = load_model(parsed, parsed.device)
     domain, tracked = None if parsed.domain == "none" else parsed.domain, None
-    with new_folder(target, parsed.overwrite) as masks, whole_file(parsed.output) as overlay:
+    with whole_file(parsed.output) as overlay, new_folder(target, overwrite) as masks:
         paths = [masks / f"{name}.png" for name in frames.names]
         for tracked in track_video(model, processor, frames, prompts, show_progress_bar=True, domain=domain):
             write_palette_png(paths[tracked.frame_idx], tracked.id_map())

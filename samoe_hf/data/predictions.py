@@ -44,16 +44,21 @@ class MaskFiles:
 
     def paths(self, video: Video, frame: int, object_ids: Sequence[int]) -> list[Path]:
         """The frame's file, which `SampleError` keeps inside the folder; in the layout of SA-V one for each object."""
-        folder, name = self.video_folder(video), f"{video.frames.names[frame]}.png"
+        folder, name = self.video_folder(video.video_id), f"{video.frames.names[frame]}.png"
         check_inside(f"{video.video_id}/{name}", "the video's and the frame's names")
         if self.layout == "sa_v":
             return [folder / f"{object_id - 1:03d}" / name for object_id in object_ids]
         return [folder / name]
 
-    def video_folder(self, video: Video) -> Path:
+    def video_folder(self, video_id: str) -> Path:
         """The folder of a video's files; `SampleError` where its name leads outside of this one."""
-        check_inside(video.video_id, "the video's name")
-        return Path(self.folder) / ("Annotations" if self.layout == "youtube_vos" else "") / video.video_id
+        check_inside(video_id, "the video's name")
+        return Path(self.folder) / ("Annotations" if self.layout == "youtube_vos" else "") / video_id
+
+    def files(self, video_id: str) -> list[Path]:
+        """The files of a video that are there, without those of videos in folders below its own."""
+        pattern = "[0-9][0-9][0-9]*/*.png" if self.layout == "sa_v" else "*.png"
+        return sorted(self.video_folder(video_id).glob(pattern))
 
     def write(self, video: Video, frame: int, masks: np.ndarray) -> None:
         """Writes the masks (N, H, W) bool of all objects on a frame.

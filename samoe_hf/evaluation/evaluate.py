@@ -72,6 +72,7 @@ class VideoResult:
         image_area: pixels of a frame.
         seconds: of prompting and tracking, with the decoding of frames; NaN for masks that were read from files.
         prompts: what was given, in order: object_id, frame_idx, points, labels and box of each, and whether a mask.
+        made_from: the fingerprint of the frames and masks that it was computed from.
     """
 
     video_id: str
@@ -82,6 +83,7 @@ class VideoResult:
     image_area: int
     seconds: float = float("nan")
     prompts: list[dict[str, Any]] = field(default_factory=list)
+    made_from: str = ""
 
     @property
     def key(self) -> str:

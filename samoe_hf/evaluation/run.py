@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from samoe_hf import __version__
+from samoe_hf.data.fingerprints import video_fingerprint
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
 from samoe_hf.model.weights_io import hash_tensors
 from samoe_hf.plots.evaluation import draw_object
 
@@ -47,10 +48,11 @@ class EvaluationRun(RunFolder):
     kind = "an evaluation"
 
     def clear(self) -> None:
-        """Removes the results of an earlier run."""
-        for folder in (self.folder, *self.folder.glob("seed_*")):
-            for name in ("scores", "masks"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+        """Removes the results of an earlier run: first the scores, which say that a video is finished."""
+        for name in ("scores", "masks"):
+            for folder in (self.folder, *self.folder.glob("seed_*")):
+                if (folder / name).exists():
+                    shutil.rmtree(folder / name)
 
     def scores_path(self, video: Video, seed: int | None) -> Path:
         """The file of a video's result; ValueError for an id that leads out of the folder."""
@@ -65,9 +67,22 @@ class EvaluationRun(RunFolder):
     def _seed_folder(self, seed: int | None) -> Path:
         return self.folder if seed is None else self.folder / f"seed_{seed}"
 
-    def unfinished(self, videos: Iterable[Video], seed: int | None) -> list[Video]:
-        """The videos without a result."""
-        return [video for video in videos if not self.scores_path(video, seed).is_file()]
+    def unfinished(self, videos: Iterable[Video], seed: int | None, layout: MaskFormat | None = None) -> list[Video]:
+        """The videos without a result that was computed from the frames and masks that they have now.
+
+        Args:
+            layout: of the predicted masks, which must be there as well; None where they are not written.
+        """
+        return [video for video in videos if not self._is_finished(video, seed, layout)]
+
+    def _is_finished(self, video: Video, seed: int | None, layout: MaskFormat | None) -> bool:
+        path = self.scores_path(video, seed)
+        if not path.is_file() or VideoResult.load(path).made_from != video_fingerprint(video):
+            return False
+        if layout is None:
+            return True
+        files = self.masks(video, seed, layout)
+        return all(path.is_file() for t in range(len(video)) for path in files.paths(video, t, video.object_ids))
 
     def load(self, videos: Iterable[Video], seed: int | None) -> list[VideoResult]:
         """The results of all videos, in their order.
@@ -95,6 +110,17 @@ def choose_seeds(prompt: PromptStrategy, count: int) -> list[int | None]:
     if count < 1:
         raise InputError(f"`seeds` must be at least 1, got {count}.")
     return [FIRST_SEED + SEED_STEP * i for i in range(count)] if prompt.is_random else [None]
+
+
+def identity_of(model: SamoeModel, processor: VideoProcessor, source: str) -> dict[str, Any]:
+    """All that what a model says of a video depends on beside the video, as JSON holds it; see [`describe_model`]."""
+    adapters: Any = getattr(model, "peft_config", {})
+    return {
+        "model": describe_model(model, source),
+        "config": model.config.to_diff_dict(),
+        "processor": json.loads(processor.video_processor.to_json_string()),
+        "adapters": {name: json.loads(json.dumps(one.to_dict(), default=sorted)) for name, one in adapters.items()},
+    }
 
 
 def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
@@ -189,18 +215,15 @@ class Evaluation:
             model = SamoeModel.from_pretrained(source, **options)
             processor = load_processor(source, model)
         model.to(state.device)
-        about = describe_model(model, source)
-        identity = {
-            "model": about,
-            "config": model.config.to_diff_dict(),
-            "processor": json.loads(processor.video_processor.to_json_string()),
-            "prompt": str(self.prompt),
-        }
+        identity = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
+        about: Any = identity["model"]
         run = self._folder(label, identity)
 
         def evaluate(video: Video, seed: int | None) -> VideoResult:
             files, tolerance = run.masks(video, seed, self.layout), self.surface_tolerance
             own_seed = FIRST_SEED if seed is None else seed
+            for earlier in files.files(video.video_id):  # of frames of other names
+                earlier.unlink()
             return evaluate_video(
                 model, processor, video, self.prompt, own_seed, files.overlapping, tolerance, files.write
             )
@@ -294,25 +317,11 @@ class Evaluation:
             The entry of the finished runs in the results, with pictures of the best and worst objects of the first;
             None in processes other than the main one.
         """
-        if state.is_main_process:
-            run.start(overwrite)
-        state.wait_for_everyone()
-        own = [self.videos[i] for i in range(state.process_index, len(self.videos), state.num_processes)]
-        unfinished = [(video, seed) for seed in seeds for video in run.unfinished(own, seed)]
-        total, label = len(own) * len(seeds), run.folder.name
-        if len(unfinished) < total and state.is_main_process:
-            print(f"{label}: {total - len(unfinished)} of {total} results are there already")
-        num_frames = sum(len(video) for video, _ in unfinished)
-        is_shown = state.is_local_main_process and num_frames > 0
-        with tqdm(total=num_frames, desc=label, unit="frame", disable=not is_shown) as progress:
-            for video, seed in unfinished:
-                progress.set_postfix_str(video.video_id)
-                evaluate(video, seed).save(run.scores_path(video, seed))
-                progress.update(len(video))
-        state.wait_for_everyone()
-        if not state.is_main_process:
+        label = run.folder.name
+        with run.writer:
+            runs = self._finish(run, seeds, evaluate, state, overwrite)
+        if runs is None:
             return None
-        runs = {seed: run.load(self.videos, seed) for seed in seeds}
         first = {result.key: (video, result) for video, result in zip(self.videos, runs[seeds[0]], strict=True)}
         highlights = choose_highlights(combine_runs({None: runs[seeds[0]]}, self.protocol)["objects"])
         for highlight in highlights:
@@ -320,6 +329,39 @@ class Evaluation:
             highlight |= self._draw(label, highlight, video, result, *shown(video))
         figures = combine_runs(runs, self.protocol, self.groups)
         return {"label": label, **about, "expert_domains": about.get("domains"), **figures, "highlights": highlights}
+
+    def _finish(
+        self,
+        run: EvaluationRun,
+        seeds: Sequence[int | None],
+        evaluate: Callable[[Video, int | None], VideoResult],
+        state: PartialState,
+        overwrite: bool,
+    ) -> dict[int | None, list[VideoResult]] | None:
+        """All results, those that are there and those that were not; None in processes other than the main one."""
+        if state.is_main_process:
+            run.start(overwrite)
+        state.wait_for_everyone()
+        own = [self.videos[i] for i in range(state.process_index, len(self.videos), state.num_processes)]
+        layout = None if "predictions" in run.identity else self.layout
+        unfinished = [(video, seed) for seed in seeds for video in run.unfinished(own, seed, layout)]
+        total, label = len(own) * len(seeds), run.folder.name
+        replaced = sum(run.scores_path(*pair).is_file() for pair in unfinished)
+        if len(unfinished) < total and state.is_main_process:
+            print(f"{label}: {total - len(unfinished)} of {total} results are there already")
+        if replaced and state.is_main_process:
+            print(f"{label}: {replaced} results were of other frames or masks, or have lost theirs; they are replaced.")
+        num_frames = sum(len(video) for video, _ in unfinished)
+        is_shown = state.is_local_main_process and num_frames > 0
+        with tqdm(total=num_frames, desc=label, unit="frame", disable=not is_shown) as progress:
+            for video, seed in unfinished:
+                progress.set_postfix_str(video.video_id)
+                made_from = video_fingerprint(video)
+                run.scores_path(video, seed).unlink(missing_ok=True)
+                replace(evaluate(video, seed), made_from=made_from).save(run.scores_path(video, seed))
+                progress.update(len(video))
+        state.wait_for_everyone()
+        return {seed: run.load(self.videos, seed) for seed in seeds} if state.is_main_process else None
 
     def _draw(
         self,

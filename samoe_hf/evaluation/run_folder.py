@@ -9,6 +9,7 @@ from typing import Any
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import write_text
+from samoe_hf.one_writer import OneWriter
 
 
 class RunFolder(ABC):
@@ -21,23 +22,27 @@ class RunFolder(ABC):
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]):
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
+        self.writer = OneWriter(folder)
 
     def start(self, overwrite: bool = False) -> None:
         """Makes the folder, or checks that it holds the same run; with `overwrite`, another run gives way."""
         path = self.folder / "run.json"
-        if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
-        if path.is_file() and overwrite:
-            self.clear()
-        elif path.is_file():
-            self._check_same(path)
-        write_text(path, json.dumps(self.identity, indent=2))
+        with self.writer:
+            if not path.is_file() and any(file.name not in self.writer.files for file in self.folder.iterdir()):
+                raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
+            if path.is_file() and overwrite:
+                self.clear()
+            elif path.is_file():
+                self.check_same()
+            write_text(path, json.dumps(self.identity, indent=2))
 
     @abstractmethod
     def clear(self) -> None:
-        """Removes what an earlier run has written."""
+        """Removes what an earlier run has written: first what says that something is finished."""
 
-    def _check_same(self, path: Path) -> None:
+    def check_same(self) -> None:
+        """Raises an `InputError`, which names what differs, if the folder holds another run."""
+        path = self.folder / "run.json"
         advice = "Choose another `--output`, or replace the results with `--overwrite`."
         try:
             earlier = dict(json.loads(path.read_text()))

@@ -21,6 +21,7 @@ from .quantization import quantize_base, without_load_report
 from .trainable import set_trainable
 from .weights_check import check_finite, check_weights
 from .weights_files import HUB_ARGUMENTS, own_headers, read_headers, read_own_tensors, resolve_commit
+from .weights_io import unchanged_model
 from .weights_trained import is_original_checkpoint, load_trained
 
 # As loud as transformers is told to be.
@@ -72,6 +73,13 @@ def load_model(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[S
         the model, and what was missing and the like.
     """
     request.check()
+    if request.source is None or not os.path.isdir(request.source):
+        return _load(cls, request)
+    with unchanged_model(os.path.join(request.source, request.arguments.get("subfolder") or "")):
+        return _load(cls, request)
+
+
+def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoePreTrainedModel, dict[str, Any]]:
     source, arguments = request.source, request.arguments
     settings = {n: arguments.pop(n) for n in [*arguments] if n in SamoeConfig.__dataclass_fields__ and n != "dtype"}
     more_experts = request.ignore_mismatched_sizes or "expert_modules" in settings

@@ -1,22 +1,31 @@
 """Files and folders that are written whole or not at all, and a hash of tensors."""
 
+import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import CONFIG_NAME
 
+from .errors import InputError
+
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+# In a folder: a save that is being written, and one that is written, until its files are in their places.
+# Trainer does not upload names that begin with an underscore.
+_UNSAVED, _SAVED, _FILES, _LOCK = "_unsaved_", "_saved", "_files.json", "_lock"
+_HEX = "[0-9a-f]{32}"
 
 
 @contextmanager
@@ -31,7 +40,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,6 +51,23 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file, as a whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text)
+
+
+def sync(path: str | os.PathLike, below: bool = False) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk; with `below` also all that is in the folder."""
+    for folder, folders, files in os.walk(path) if below else ():
+        for name in [*folders, *files]:
+            sync(os.path.join(folder, name))
+    if os.name == "nt":
+        return  # Windows opens no folder, and syncs only what was opened for writing
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+            raise
+    finally:
+        os.close(number)
 
 
 @contextmanager
@@ -55,15 +83,20 @@ def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[P
     target = Path(folder).resolve()
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
         raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
-    temporary, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}") for _ in range(2))
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    old = temporary.with_name(f"{temporary.name}.old")
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        sync(temporary, below=True)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -71,8 +104,8 @@ def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[P
 def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder whose files are moved into `folder` when the block ends.
 
-    If the block raises, `folder` is as it was before. Weights of an earlier save are removed when new ones come. The
-    configuration, which names the other files, is moved last.
+    If the block raises, `folder` is as it was before. Weights of an earlier save are removed when new ones come. All
+    files become valid by one renaming, see [`finish_save`].
 
     Raises:
         OSError: if safetensors cannot be written, which safetensors reports by an exception of its own.
@@ -80,25 +113,111 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
     target = Path(folder)
     is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    # Inside the folder, to be on the same file system. Trainer does not upload names that begin with an underscore.
-    temporary = Path(tempfile.mkdtemp(prefix="_", dir=target))
+    finish_save(target)
+    # Inside the folder, to be on the same file system.
+    temporary = Path(tempfile.mkdtemp(prefix=_UNSAVED, dir=target))
     try:
         yield temporary
-        files = [file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()]
-        names = {str(file) for file in files}
-        if any(map(_WEIGHTS.fullmatch, names)):
-            for old in target.iterdir():
-                if _WEIGHTS.fullmatch(old.name) and old.name not in names:
-                    old.unlink()
-        for file in sorted(files, key=lambda file: str(file) == CONFIG_NAME):
-            (target / file).parent.mkdir(exist_ok=True)
-            os.replace(temporary / file, target / file)
+        files = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
+        if files:
+            (temporary / _FILES).write_text(json.dumps(files))
+            sync(temporary, below=True)
+            temporary.rename(target / _SAVED)
+            finish_save(target)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new and not any(target.iterdir()):
             target.rmdir()
+
+
+def finish_save(folder: str | os.PathLike) -> None:
+    """Moves the files of a save to their places; also of one that was written, and killed before they were there.
+
+    Until all are there, the folder has no configuration, which names the others. So no reader takes a mixture of two
+    saves for a model.
+    """
+    target, saved = Path(folder), Path(folder, _SAVED)
+    if not saved.is_dir():
+        return
+    # Another process may move them as well, and have finished when this one has the lock.
+    with suppress(FileNotFoundError), WeakFileLock(saved / _LOCK):
+        names = json.loads((saved / _FILES).read_text())
+        if (saved / CONFIG_NAME).exists():
+            (target / CONFIG_NAME).unlink(missing_ok=True)
+        if any(map(_WEIGHTS.fullmatch, names)):
+            for old in target.iterdir():
+                if _WEIGHTS.fullmatch(old.name) and old.name not in names:
+                    old.unlink()
+        for name in sorted(names, key=lambda name: name == CONFIG_NAME):
+            if (saved / name).exists():
+                (target / name).parent.mkdir(exist_ok=True)
+                os.replace(saved / name, target / name)
+        sync(target)
+        (saved / _FILES).unlink()
+    shutil.rmtree(saved, ignore_errors=True)
+
+
+@contextmanager
+def unchanged_model(folder: str | os.PathLike) -> Iterator[None]:
+    """Around what loads a model of a folder: raises an `InputError` if it was saved anew meanwhile."""
+    try:
+        finish_save(folder)
+    except OSError as error:
+        raise InputError(f"{folder} holds a save that was stopped, and cannot be written: {error}") from error
+    before = _stamps(folder)
+    yield
+    if _stamps(folder) != before:
+        raise InputError(f"{folder} was saved anew while it was loaded; load it again.")
+
+
+def _stamps(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
+    """What tells a save of a model from another: which files its names stand for."""
+    found = {}
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        if entry.name in (CONFIG_NAME, _SAVED) or _WEIGHTS.fullmatch(entry.name):
+            with suppress(FileNotFoundError):
+                status = os.stat(entry.path)
+                found[entry.name] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def clear_unfinished(target: str | os.PathLike) -> list[str]:
+    """Removes what killed processes left of a file or folder: temporary files and folders, beside it and within it.
+
+    What one had put aside to replace it, it gets back. To be called where no other process writes it.
+
+    Returns:
+        the names of what was removed or put back.
+    """
+    target = Path(os.path.abspath(target))
+    finish_save(target)
+    cleared = []
+    stem, suffix = (re.escape(text) for text in (target.stem, target.suffix))
+    beside = re.compile(rf"\.{re.escape(target.name)}\.{_HEX}(\.old)?|\.{stem}\.{_HEX}{suffix}")
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        if beside.fullmatch(path.name):
+            cleared.append(path.name)
+            if path.suffix == ".old" and not target.exists():
+                path.rename(target)
+            else:
+                _remove(path)
+    within = re.compile(rf"\..+\.{_HEX}(\.\w+)?|{_UNSAVED}.+")
+    for folder, folders, files in os.walk(target):
+        for name in [*folders, *files]:
+            if within.fullmatch(name):
+                cleared.append(name)
+                _remove(Path(folder, name))
+        folders[:] = [name for name in folders if name not in cleared and name != "masks"]
+    return cleared
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:

@@ -55,6 +55,30 @@ def without_times(results):
     return [without_times(value) for value in results] if isinstance(results, list) else results
 
 
+def test_scores_of_other_masks_are_not_taken_for_the_new_ones(run, model_folder, tmp_path):
+    video = SyntheticVideos(1, 4, (64, 64), domain="shapes", seed=1)[0]
+    for t in range(4):
+        for kind, image in (("frames", video.frames[t]), ("masks", (video.id_map(t) == 1).astype(np.uint8))):
+            (tmp_path / "data" / "a" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "data" / "a" / kind / f"{t}.png")
+
+    def evaluate(*more):
+        printed = run(model_folder, "--dataset", tmp_path / "data", "--output", tmp_path / "out", *more)
+        return printed, read(tmp_path / "out")["models"][0]["objects"]
+
+    printed, first = evaluate()
+    printed, again = evaluate()
+    assert "1 of 1 results are there already" in printed and again == first
+    path = tmp_path / "data" / "a" / "masks" / "2.png"
+    path.write_bytes((tmp_path / "data" / "a" / "masks" / "0.png").read_bytes())
+    printed, second = evaluate()
+    assert "1 results were of other frames or masks" in printed and second != first
+    assert second == evaluate("--overwrite")[1]
+    (mask,) = (tmp_path / "out" / "runs").rglob("3.png")
+    mask.unlink()
+    assert evaluate()[1] == second and mask.exists()
+
+
 def test_a_model_on_a_dataset(run, model_folder, davis, tmp_path):
     arguments = [model_folder, *davis, "--split", "val", "--seeds", 3, "--output", tmp_path]
     printed = run(*arguments)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers.results import assert_same_scores, perturbed, random_video
 from samoe_hf import SamoeModel
 from samoe_hf.data import Video
 from samoe_hf.data.annotations import MaskArrays
+from samoe_hf.data.fingerprints import video_fingerprint
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.evaluation.evaluate import score_predictions
 from samoe_hf.evaluation.run import Evaluation, EvaluationRun, choose_seeds, describe_model
@@ -26,7 +28,8 @@ def finish(run, videos, seed=None):
     """Evaluates what is left, and says what that was."""
     left = run.unfinished(videos, seed)
     for video in left:
-        scored(video, 42 if seed is None else seed).save(run.scores_path(video, seed))
+        result = replace(scored(video, 42 if seed is None else seed), made_from=video_fingerprint(video))
+        result.save(run.scores_path(video, seed))
     return [video.video_id for video in left]
 
 

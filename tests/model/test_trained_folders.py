@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from transformers import AutoProcessor
 from helpers.reference import ROOT, assert_same_tensors, change_config
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.model import loading
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.weights_io import new_folder, updated_folder, whole_file, write_text
+from samoe_hf.model.weights_io import clear_unfinished, new_folder, updated_folder, whole_file, write_text
 
 
 def contents(folder):
@@ -144,6 +146,79 @@ def test_a_save_that_fails_changes_nothing(model_folder, tmp_path, monkeypatch, 
             model.save_pretrained(tmp_path / name, experts_only=experts_only)
     assert contents(tmp_path / "old") == before
     assert not (tmp_path / "new").exists()
+
+
+class Killed(BaseException):
+    """Ends a save as a kill does: nothing tidies up after it."""
+
+
+def save_files(folder, text, names):
+    with updated_folder(folder) as temporary:
+        for name in names:
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(text)
+
+
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+
+@pytest.mark.parametrize("step", range(1, 22))
+def test_a_killed_save_leaves_the_old_files_or_the_new_ones(tmp_path, monkeypatch, step):
+    old, new = ["config.json", "model.safetensors"], ["config.json", *SHARDS, "mine/adapter_model.safetensors"]
+    save_files(tmp_path, "old", old)
+    count = 0
+
+    def killed_at_the_step(function):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count >= step:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    for owner, name in [(Path, "rename"), (Path, "unlink"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")]:
+        monkeypatch.setattr(owner, name, killed_at_the_step(getattr(owner, name)))
+    with suppress(Killed):
+        save_files(tmp_path, "new", new)
+    monkeypatch.undo()
+    reached_end = count < step
+    texts = {path.read_text() for path in map(tmp_path.joinpath, [*new, *old]) if path.exists()}
+    assert len(texts) == 1 or not (tmp_path / "config.json").exists(), "no reader sees a mixture"
+    cleared = clear_unfinished(tmp_path)
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found in (dict.fromkeys(old, "old"), dict.fromkeys(new, "new"))
+    assert bool(cleared) == (found["config.json"] == "old") and not (reached_end and cleared)
+
+
+def test_a_model_whose_save_was_killed_loads_as_the_new_one(model_folder, tmp_path, monkeypatch):
+    model = SamoeModel.from_pretrained(model_folder, lora_alpha=8.0)
+    model.save_pretrained(tmp_path)
+    model.config.lora_alpha, move = 64.0, os.replace
+
+    def killed_at_the_configuration(source, target):
+        if Path(target).name == "config.json":
+            raise Killed
+        move(source, target)
+
+    with torch.no_grad():
+        model.get_parameter(f"{model.expert_module_names[0]}.lora_B").fill_(64.0)
+    monkeypatch.setattr(os, "replace", killed_at_the_configuration)
+    with pytest.raises(Killed):
+        model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    found = SamoeModel.from_pretrained(tmp_path)
+    assert found.config.lora_alpha == 64
+    assert (found.get_parameter(f"{found.expert_module_names[0]}.lora_B") == 64).all()
+
+
+def test_a_model_that_is_saved_while_it_is_loaded_is_refused(model_folder, tmp_path, monkeypatch):
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    model, read = SamoeModel.from_pretrained(model_folder), loading.check_finite
+    monkeypatch.setattr(loading, "check_finite", lambda *given: (model.save_pretrained(tmp_path), read(*given)))
+    with pytest.raises(ValueError, match="was saved anew while it was loaded; load it again"):
+        SamoeModel.from_pretrained(tmp_path)
 
 
 def test_what_was_trained_does_not_take_its_bases_place(model_folder, tmp_path, monkeypatch):

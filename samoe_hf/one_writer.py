@@ -1,0 +1,119 @@
+"""One process at a time writes an output; others are told which one does."""
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from samoe_hf.errors import InputError, input_errors
+from samoe_hf.model.weights_io import clear_unfinished, write_text
+
+# Data loader workers of a process that was killed hold its lock until they notice.
+WAIT_FOR_WORKERS = 20
+
+
+class OneWriter:
+    """A context in which this process alone writes a file or folder. The process itself may enter it repeatedly.
+
+    What processes left that were killed while they wrote is removed, and told. Of several processes that
+    `accelerate launch` or `torchrun` started, the first one stands for all.
+
+    Args:
+        target: the output.
+        option: what names it, for messages.
+        inside: whether the lock lies in `target`, a folder that is made if need be; otherwise beside it.
+
+    Raises:
+        InputError: on entering, if another process writes it: says which, where, and since when.
+    """
+
+    def __init__(self, target: str | Path, option: str = "`--output`", inside: bool = True):
+        self.target, self.option = Path(target), option
+        self.cleared: list[str] = []
+        self._depth, self._is_new = 0, False
+        folder, name = (self.target, "") if inside else (self.target.parent, f".{self.target.name}")
+        self._file, self._about = folder / f"{name}.lock", folder / f"{name}.writer.json"
+        self._lock = FileLock(self._file)
+
+    @property
+    def files(self) -> set[str]:
+        """The names of what lies there while it is written."""
+        return {self._file.name, self._about.name}
+
+    def __enter__(self) -> "OneWriter":
+        if self._depth == 0 and _is_first_process():
+            with input_errors():  # a folder that cannot be written
+                self._acquire()
+            self.cleared = clear_unfinished(self.target)
+            if self.cleared:
+                print(f"{self.target}: cleared what a stopped process left there, {len(self.cleared)} names.")
+        self._depth += 1
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file
+                self._about.unlink()
+                self._file.unlink()
+            self._lock.release()
+            if self._is_new and not any(self.target.iterdir()):
+                self.target.rmdir()
+
+    def _acquire(self) -> None:
+        start, self._is_new = time.monotonic(), not self._file.parent.exists() and self._file.parent == self.target
+        while True:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch()
+            number = self._file.stat().st_ino
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                writer = self._writer()
+                if _is_alive(writer) or time.monotonic() > start + WAIT_FOR_WORKERS:
+                    raise InputError(
+                        f"{self.target} is being written by another process: {_describe(writer)}. Wait until it ends, "
+                        f"or choose another {self.option}."
+                    ) from None
+                time.sleep(0.1)
+                continue
+            if self._file.exists() and self._file.stat().st_ino == number:
+                break
+            self._lock.release()  # of a file that the one before had just removed
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "command": command[:300]}
+        write_text(self._about, json.dumps(about))
+
+    def _writer(self) -> dict[str, Any]:
+        """What the other process says of itself; it may just begin, or end."""
+        for _ in range(20):
+            try:
+                return json.loads(self._about.read_text())
+            except (OSError, ValueError):
+                time.sleep(0.05)
+        return {}
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_alive(writer: dict[str, Any]) -> bool:
+    return writer.get("host") != socket.gethostname() or psutil.pid_exists(writer["pid"])
+
+
+def _describe(writer: dict[str, Any]) -> str:
+    if not writer:
+        return "one that does not say which"
+    since = datetime.fromtimestamp(writer["since"]).strftime("%Y-%m-%d %H:%M:%S")
+    return f"`{writer['command']}` (process {writer['pid']} on {writer['host']}, since {since})"

@@ -1,0 +1,117 @@
+"""One process writes an output; the others are told which, and what killed ones left is cleared."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers.processes import ENVIRONMENT
+from samoe_hf.errors import InputError
+from samoe_hf.model.weights_io import clear_unfinished, write_text
+from samoe_hf.one_writer import OneWriter
+
+HOLD = """
+import sys, time
+from samoe_hf.one_writer import OneWriter
+with OneWriter(sys.argv[1], inside=sys.argv[2] == "inside"):
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+WORKER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_a_second_process_is_told_who_writes_until_that_one_is_gone(tmp_path, place):
+    target, words = tmp_path / "out", [sys.executable, "-c", HOLD, tmp_path / "out", place]
+    process = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    writer = OneWriter(target, inside=place == "inside")
+    told = rf"out is being written by another process: `-c .*out {place}` \(process {process.pid} on "
+    with (
+        pytest.raises(InputError, match=told + rf"{socket.gethostname()}, since 20.*choose another `--output`"),
+        writer,
+    ):
+        pass
+    process.kill()
+    process.wait()
+    with writer:
+        pass
+    assert list(tmp_path.iterdir()) == ([target] if place == "inside" else []) and not list(tmp_path.glob("out/*"))
+
+
+def test_the_one_who_writes_may_enter_again(tmp_path):
+    writer, other = OneWriter(tmp_path / "out"), OneWriter(tmp_path / "out")
+    with writer:
+        with writer:
+            assert {path.name for path in writer.target.iterdir()} == writer.files
+        with pytest.raises(InputError, match=f"process {os.getpid()}"), other:
+            pass
+        with pytest.raises(InputError, match="choose another `--masks`"), OneWriter(tmp_path / "out", "`--masks`"):
+            pass
+    with other:
+        pass
+    assert list(tmp_path.iterdir()) == [], "nothing stays of a folder in which nothing was written"
+
+
+def test_of_several_processes_the_first_stands_for_all(tmp_path, monkeypatch):
+    with OneWriter(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with OneWriter(tmp_path):
+            pass
+        assert list(tmp_path.glob(".*"))
+
+
+def test_a_lock_that_workers_of_a_killed_process_hold_is_waited_for(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    about = {"pid": gone.pid, "host": socket.gethostname(), "since": time.time(), "command": shlex.join(["samoe"])}
+    (tmp_path / ".writer.json").write_text(json.dumps(about))
+    start = time.monotonic()
+    with OneWriter(tmp_path):
+        assert time.monotonic() - start > 0.3
+    process.wait()
+
+
+def test_what_killed_processes_left_is_cleared_with_a_sentence(tmp_path, capsys):
+    target, number = tmp_path / "out", "0" * 32
+    (target / "scores").mkdir(parents=True)
+    kept = [
+        target / "model.safetensors",
+        tmp_path / f".other.{number}",
+        target / ".hidden",
+        target / "scores" / "a.npz",
+    ]
+    left = [target / "scores" / f".a.{number}.npz", target / f".run.{number}.json", tmp_path / f".out.{number}"]
+    for path in kept + left:
+        path.write_text("")
+    (target / "_unsaved_x1").mkdir()
+    with OneWriter(target):
+        pass
+    assert f"{target}: cleared what a stopped process left there, 4 names." in capsys.readouterr().out
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
+    with OneWriter(target):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_was_put_aside_is_put_back(tmp_path):
+    aside = tmp_path / f".out.{'1' * 32}.old"
+    for exists in (False, True):
+        aside.mkdir()
+        write_text(aside / "model", "old")
+        assert clear_unfinished(tmp_path / "out") == [aside.name]
+        assert (tmp_path / "out" / "model").read_text() == "old" and not aside.exists(), exists
