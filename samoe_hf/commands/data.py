@@ -61,14 +61,19 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
 
     reports, usable = [], []
     entries = [(videos, i) for videos in open_dataset(parsed).parts for i in range(len(videos))]
-    for videos, i in tqdm(entries, unit="video", leave=False):
-        video_id = videos.video_ids[i] if isinstance(videos, VideoList) else videos[i].video_id
-        if parsed.video and video_id not in parsed.video:
+    bar = tqdm(unit="frame", leave=False)
+    for number, (videos, i) in enumerate(entries, start=1):
+        video_id = videos.video_ids[i] if isinstance(videos, VideoList) else None
+        if parsed.video and video_id is not None and video_id not in parsed.video:
             continue
-        report, video = check_video(video_id, partial(videos.__getitem__, i))
+        bar.set_description(f"video {number} of {len(entries)}")
+        report, video = check_video(video_id or f"video {number}", partial(videos.__getitem__, i), bar.update)
+        if parsed.video and report.video_id not in parsed.video:
+            continue
         reports.append(report)
         if report.error is None and report.object_ids:
             usable.append(video)
+    bar.close()
     if not reports:
         raise InputError(f"{parsed.dataset} has no videos{' of these ids' if parsed.video else ''}.")
     return reports, usable

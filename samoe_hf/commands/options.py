@@ -196,11 +196,15 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
         name, equals_sign, value = text.partition("=")
         if not equals_sign:
             raise InputError(f"`--option` must be NAME=VALUE, got {text!r}.")
-        options[name] = parse_yaml(value, f"`--option {name}`")
+        if name in ("kind", "root", "split", "domain"):
+            raise InputError(f"`--option {text}`: it is `{'--dataset' if name == 'kind' else f'--{name}'}`.")
+        # Braces of a pattern are none of YAML.
+        options[name] = value if name in ("frames", "masks") else parse_yaml(value, f"`--option {name}`")
     if kind not in LAYOUTS and root is None:
         kind, root, found = name_kind(kind, None, parsed.split)
         options = found | options
-    videos = load_videos(kind, root, parsed.split, parsed.domain, **options)
+    options |= {name: getattr(parsed, name) for name in ("split", "domain") if getattr(parsed, name) is not None}
+    videos = load_videos(kind, root, **options)
     videos = videos if isinstance(videos, Sequence) else list(videos)
     return ChosenDataset(kind, None if root is None else Path(root), [videos])
 

@@ -5,9 +5,10 @@ One class per form, all with the interface of `Annotations`; a frame's masks are
 
 from __future__ import annotations
 
-import warnings
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property, lru_cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from samoe_hf.errors import InputError
 
-from .frames import SampleError
+from .frames import SampleError, say_once
 from .images import read_label_png
+
+HINT = "`binary: true` (`year: 2016` for the kind davis) reads every value above 0 as the object"
 
 
 class Annotations(ABC):
@@ -29,10 +32,15 @@ class Annotations(ABC):
         frames: indices of the annotated frames, ascending. A frame that is not among them says nothing about the
             objects; on one that is, an object without pixels is absent.
         size: (height, width) of all masks, where it is known before they are read.
+        notes: sentences about what was guessed, which `samoe data check` prints; some are known when masks are read.
     """
 
     frames: list[int]
     size: tuple[int, int] | None = None
+
+    @cached_property
+    def notes(self) -> list[str]:
+        return []
 
     @property
     @abstractmethod
@@ -46,6 +54,12 @@ class Annotations(ABC):
     @abstractmethod
     def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
         """Masks of the given objects on an annotated frame, (len(object_ids), H, W) bool."""
+
+    def note(self, text: str) -> None:
+        """Says what was guessed: in `notes`, and once in the log."""
+        if text not in self.notes:
+            self.notes.append(text)
+            say_once(text)
 
     def source(self, frame: int) -> str:
         """What to call a frame's annotation in messages."""
@@ -111,34 +125,61 @@ class IdVolume(LabelMaps):
 class LabelImages(LabelMaps):
     """One label image per annotated frame.
 
+    White (255, or 65535 of 16 bits) is no object's id: where all labels of a video are white or 0, they are masks of
+    one object, 1; beside other ids it is the border or the void of datasets, and is left out.
+
     Args:
         images: frame index -> palette, gray or 16-bit label image: its path, or the bytes of its file.
-        binary: every value above 0 is object 1 (DAVIS 2016 stores 255).
+        binary: True if every value above 0 is object 1; False if values are ids, white too.
         object_ids: the only ids that count as objects; all by default.
         names: of images as bytes, the video and the column that they are from.
+        ignore_ids: ids that are no objects; white beside others by default.
     """
 
     def __init__(
         self,
         images: Mapping[int, str | Path | bytes],
-        binary: bool = False,
+        binary: bool | None = None,
+        ignore_ids: Collection[int] | None = None,
         object_ids: Collection[int] | None = None,
         names: tuple[str, str] = ("", ""),
     ):
         self.images, self.names = dict(images), names
         self.frames = sorted(self.images)
-        self.binary, self.counted = binary, None if object_ids is None else sorted(object_ids)
+        self.binary, self.ignore_ids = binary, ignore_ids
+        self.counted = None if object_ids is None else sorted(object_ids)
         self._all_ids = self.counted
 
     def ids(self, frame: int) -> np.ndarray:
-        image = self.images[frame]
-        ids = read_label_png(image, self.source(frame))
+        ids = read_label_png(self.images[frame], self.source(frame))
+        if self.counted is not None:
+            return ids
+        if self.ignore_ids:
+            ids[np.isin(ids, list(self.ignore_ids))] = 0
         if self.binary:
             return (ids > 0).astype(np.uint8)
-        if self.counted is None:
-            owner = f"the column {self.names[1]!r}" if isinstance(image, bytes) else Path(image).parent.parent
-            check_not_binary(ids, self.source(frame), owner)
+        white = 65535 if ids.max(initial=0) > 255 else 255
+        is_white = ids == white
+        if self.binary is False or not is_white.any() or (ids.itemsize > 1 and white < max(self._values)):
+            return ids
+        if has_soft_edges(ids):
+            raise SampleError(f"{self.source(frame)}: a mask with soft edges, whose shades are no objects' ids; {HINT}")
+        if ((ids == 0) | is_white).all() and self._values <= {0, white, *(self.ignore_ids or ())}:
+            return is_white.astype(np.uint8)
+        if self.ignore_ids is None:
+            image, (_, column) = self.images[frame], self.names
+            owner = f"the column {column!r}" if isinstance(image, bytes) else Path(image).parent.parent
+            self.note(f"labels in {owner} hold {white} beside ids: it is left out; `ignore_ids: []` keeps it")
+            ids[is_white] = 0
         return ids
+
+    @cached_property
+    def _values(self) -> frozenset[int]:
+        """All values in the video's label images."""
+        images = [self.images[frame] for frame in self.frames]
+        if any(isinstance(image, bytes) for image in images):
+            return frozenset().union(*map(_values_of, images))
+        return _values_of_files(tuple(map(str, images)), sum(os.stat(path).st_mtime_ns for path in images))
 
     def visible(self, frame: int) -> list[int]:
         return [i for i in super().visible(frame) if self.counted is None or i in self.counted]
@@ -148,29 +189,14 @@ class LabelImages(LabelMaps):
         return f"{video_id}, frame {frame} of {column!r}" if isinstance(image, bytes) else str(image)
 
 
-def check_not_binary(ids: np.ndarray, source: str, owner: str | Path) -> None:
-    """Recognizes the mask of one object, stored with the largest value of its dtype, among label images.
+@lru_cache(maxsize=16384)
+def _values_of_files(paths: tuple[str, ...], modified_ns: int) -> frozenset[int]:
+    """All values in some label images; `modified_ns` tells changed files."""
+    return frozenset().union(*map(_values_of, paths))
 
-    Warns where only that value and 0 occur, since an object may have that id.
 
-    Args:
-        ids: (H, W) unsigned integers.
-        source: the label image, for messages.
-        owner: what all label images are in, for messages.
-
-    Raises:
-        SampleError: for a mask with soft edges, whose every shade would become an object.
-    """
-    white = np.iinfo(ids.dtype).max
-    hint = "`binary: true` (`year: 2016` for the kind davis) reads every label above 0 as object 1"
-    if ids.any() and ((ids == 0) | (ids == white)).all():
-        warnings.warn(
-            f"labels in {owner} hold 0 and {white} alone, so {white} is taken for an object's id; if they are masks "
-            f"of one object, {hint}",
-            stacklevel=2,
-        )
-    elif has_soft_edges(ids):
-        raise SampleError(f"{source}: a mask with soft edges, whose shades are no objects' ids; {hint}")
+def _values_of(image: str | Path | bytes) -> list[int]:
+    return np.unique(read_label_png(image)).tolist()
 
 
 def has_soft_edges(ids: np.ndarray) -> bool:
@@ -231,18 +257,37 @@ class MasksOfObjects(Annotations):
 
 
 class ObjectImages(MasksOfObjects):
-    """One binary image per object and annotated frame (SA-V validation and test).
+    """One image per object and annotated frame, of the object and 0 (SA-V validation and test).
 
     Args:
         paths: object id -> frame index -> mask image. A frame is annotated where any object has an image.
+        binary: True if every value above 0 is the object, of whatever values; else one value may be.
+        ignore_ids: values that are not the object.
     """
 
-    def __init__(self, paths: Mapping[int, Mapping[int, str | Path]]):
+    def __init__(
+        self,
+        paths: Mapping[int, Mapping[int, str | Path]],
+        binary: bool | None = None,
+        ignore_ids: Collection[int] | None = None,
+    ):
         frames = sorted(set().union(*paths.values()))
         super().__init__({t: {i: own[t] for i, own in sorted(paths.items()) if t in own} for t in frames}, paths)
+        self.binary, self.ignore_ids = binary, ignore_ids
 
     def _read(self, frame: int, object_id: int) -> np.ndarray:
-        return read_label_png(self.stored[frame][object_id]) > 0
+        path = self.stored[frame][object_id]
+        values = read_label_png(path)
+        mask = (values > 0) & ~np.isin(values, list(self.ignore_ids or ()))
+        kinds = [] if self.binary else np.unique(values[mask]).tolist()
+        if len(kinds) > 1 and not has_soft_edges(values):
+            shown = ", ".join(map(str, kinds[:5]))
+            raise SampleError(
+                f"{path}: taken for the mask of one object, {object_id}, but holds the values {shown}; if it is "
+                "a label image, give a pattern of masks without {object}; `binary: true` takes all values for the object, "
+                "and `ignore_ids` leaves some out"
+            )
+        return mask
 
     def source(self, frame: int) -> str:
         return str(next(iter(self.stored[frame].values())))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from samoe_hf.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # What libraries raise for damaged files.
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError)
@@ -22,6 +26,12 @@ DAMAGE += (RecursionError, struct.error, zlib.error)
 
 class SampleError(InputError):
     """A file or a sample of a dataset cannot be used; the message names it."""
+
+
+@cache
+def say_once(text: str) -> None:
+    """Logs a sentence as a warning, the first time in this process."""
+    logger.warning("%s", text)
 
 
 @contextmanager
@@ -99,3 +109,18 @@ def check_inside(name: str, source: str | Path) -> None:
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which "frame10" follows "frame9"."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def frame_order(paths: Iterable[Path]) -> list[Path]:
+    """Paths in the order of their frames: natural, or by decimals where the names are such, as seconds are."""
+    ordered = sorted(paths, key=lambda path: natural_key(path.name))
+    found = [re.fullmatch(r"\D*?(\d+(?:\.\d+)?)", path.stem) for path in ordered]
+    decimals = [float(match[1]) for match in found if match]
+    if len(set(decimals)) < len(ordered) or not any("." in path.stem for path in ordered):
+        return ordered
+    by_decimals = [path for _, path in sorted(zip(decimals, ordered, strict=True))]
+    if by_decimals != ordered:
+        say_once(
+            f"{ordered[0].parent}: names such as {ordered[-1].name} are put in the order of decimals, as of seconds"
+        )
+    return by_decimals

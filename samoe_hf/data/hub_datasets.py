@@ -38,7 +38,7 @@ def read_dataset(
     masks_column: str | None = None,
     video_column: str | None = None,
     order_column: str | None = None,
-    binary: bool = False,
+    binary: bool | None = None,
 ) -> Sequence[Video] | Iterable[Video]:
     """A dataset made by `to_datasets`, or one with frames and masks as columns of images.
 
@@ -67,7 +67,7 @@ def videos_from_dataset(
     video_column: str | None = None,
     order_column: str | None = None,
     domain: str | None = None,
-    binary: bool = False,
+    binary: bool | None = None,
 ) -> Sequence[Video] | Iterable[Video]:
     """Videos of a dataset: a sequence, or, of an `IterableDataset`, an iterable with `set_epoch`.
 
@@ -84,7 +84,7 @@ def videos_from_dataset(
         order_column: of rows that are frames, their order in a video, by default "frame_number", "frame_index" or
             alike; else the rows' order.
         domain: the videos' domain, by default the column "domain", else "dataset".
-        binary: every label above 0 is object 1.
+        binary: True if every label above 0 is object 1, False if white is an id, see [`LabelImages`].
 
     Raises:
         ValueError: columns are missing; names those that are there.
@@ -105,7 +105,7 @@ def videos_from_dataset(
         return _group_frames(dataset, columns)
     if columns is not None:
         return _rows_as_videos(dataset, columns.all(), [columns.frames, columns.masks], columns.open_row)
-    if domain is not None or binary:
+    if domain is not None or binary is not None:
         raise InputError("`domain` and `binary` go with columns of images; other rows have the key `domain`")
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
         dataset = dataset.with_format("numpy")
@@ -122,7 +122,7 @@ class ImageColumns:
     order: str | None
     domain_column: str | None
     domain: str | None
-    binary: bool
+    binary: bool | None
 
     def all(self) -> list[str]:
         """The columns that are read for a video."""
@@ -157,7 +157,7 @@ def _image_kind(feature: Any) -> str | None:
 
 
 def _find_columns(
-    features: Mapping[str, Any], named: Mapping[str, str], domain: str | None, binary: bool
+    features: Mapping[str, Any], named: Mapping[str, str], domain: str | None, binary: bool | None
 ) -> ImageColumns | None:
     """The columns that are named, else those of a known name; None where the rows are items."""
 

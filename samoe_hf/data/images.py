@@ -13,7 +13,7 @@ from PIL import Image
 
 from samoe_hf.errors import InputError
 
-from .frames import DAMAGE, FrameSequence, SampleError, named_errors, natural_key
+from .frames import DAMAGE, FrameSequence, SampleError, frame_order, named_errors
 
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 LABEL_FORMATS = ("BMP", "GIF", "PNG", "TIFF")  # which keep every value
@@ -53,7 +53,7 @@ def image_paths(folder: str | Path) -> list[Path]:
     paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise SampleError(f"{folder}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    return sorted(paths, key=lambda path: natural_key(path.name))
+    return frame_order(paths)
 
 
 @contextmanager

@@ -6,15 +6,16 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 from samoe_hf.errors import InputError
 
-from .frames import SampleError, natural_key
+from .frames import SampleError, frame_order, natural_key
 from .images import IMAGE_SUFFIXES, ImageFrames, open_image
 from .layouts import choose_split
 from .pair_lists import LIST_SUFFIXES, read_pairs
@@ -25,45 +26,46 @@ from .video_io import VIDEO_SUFFIXES, read_video
 logger = logging.getLogger(__name__)
 
 # What stands for what in a pattern. Those of the second group are for `PATTERNS` alone.
-TOKENS = {"*": r"[^/]*", "<video>": r".+?", "<object>": r"[^/]+?", "<frame>": r"[^/]+?"}
+TOKENS = {"*": r"[^/]*", "{video}": r".+?", "{object}": r"[^/]+?", "{frame}": r"[^/]+?"}
 GUESSED_TOKENS = {
-    "<frames>": rf"(?<![^\W_]){FRAME_WORDS}(?![^\W_])",
-    "<masks>": rf"(?<![^\W_]){MASK_WORDS}(?![^\W_])",
-    "<folder>": r"[^/]+",
-    "<sep>": r"[ _.-]",
-    "<movie>": rf"(?i:{'|'.join(suffix[1:] for suffix in VIDEO_SUFFIXES)})",
-    "<jpeg>": r"(?i:jpe?g)",
-    "<png>": r"(?i:png|bmp|tiff?)",
+    "{frames}": rf"(?<![^\W_]){FRAME_WORDS}(?![^\W_])",
+    "{masks}": rf"(?<![^\W_]){MASK_WORDS}(?![^\W_])",
+    "{part}": r"[^/]+",
+    "{folder}": r"[^/]+",
+    "{sep}": r"[ _.-]",
+    "{movie}": rf"(?i:{'|'.join(suffix[1:] for suffix in VIDEO_SUFFIXES)})",
+    "{jpeg}": r"(?i:jpe?g)",
+    "{png}": r"(?i:png|bmp|tiff?)",
 }
 # Layouts of frames and masks, the first that fits is taken. `**/` is any number of folders, and part of the video's
-# name. Masks may also be in a folder `<object>` for each object, or each frame. Masks that no word tells must be images
+# name. Masks may also be in a folder for each object, or each frame. Masks that no word tells must be images
 # of ids.
 PATTERNS = (
-    ("**/<frames>/*", "**/<masks>/*"),
-    ("**/<frames>/**/*", "**/<masks>/**/*"),
-    ("**/<frames>/**/<video>.<movie>", "**/<masks>/**/<video>/*"),
-    ("**/<video>.<movie>", "**/<masks>/**/<video>/*"),
-    ("**/<video>.<movie>", "**/<video>/<masks>/*"),
-    ("**/*.<movie>", "**/<masks>/*"),
-    ("**/*", "**/<masks>/*"),
-    ("**/<folder>/*", "**/<masks>/*"),
-    ("<folder>/**/*", "<masks>/**/*"),
-    ("**/<video><sep><frames>/*", "**/<video><sep><masks>/*"),
-    ("**/<frames><sep><video>/*", "**/<masks><sep><video>/*"),
-    ("**/<video><sep><frames>.<movie>", "**/<video><sep><masks>/*"),
-    ("**/<video>.<movie>", "**/<video><sep><masks>/*"),
-    ("**/<video>/*", "**/<video><sep><masks>/*"),
-    ("**/*<frames>*/*", "**/*<masks>*/*"),
-    ("**/*.<movie>", "**/*<masks>*/*"),
-    ("**/*", "**/*<masks>*/*"),
-    ("**/*", "**/*<masks>*"),
-    ("**/<video>.<movie>", "**/<video>/*"),
-    ("**/*.<jpeg>", "**/*.<png>"),
+    ("**/{frames}/*", "**/{masks}/*"),
+    ("**/{frames}/**/*", "**/{masks}/**/*"),
+    ("**/{frames}/**/{video}.{movie}", "**/{masks}/**/{video}/*"),
+    ("**/{video}.{movie}", "**/{masks}/**/{video}/*"),
+    ("**/{video}.{movie}", "**/{video}/{masks}/*"),
+    ("**/*.{movie}", "**/{masks}/*"),
+    ("**/*", "**/{masks}/*"),
+    ("**/{folder}/*", "**/{masks}/*"),
+    ("{folder}/**/*", "{masks}/**/*"),
+    ("**/{video}{sep}{frames}/*", "**/{video}{sep}{masks}/*"),
+    ("**/{frames}{sep}{video}/*", "**/{masks}{sep}{video}/*"),
+    ("**/{video}{sep}{frames}.{movie}", "**/{video}{sep}{masks}/*"),
+    ("**/{video}.{movie}", "**/{video}{sep}{masks}/*"),
+    ("**/{video}/*", "**/{video}{sep}{masks}/*"),
+    ("**/*{frames}*/*", "**/*{masks}*/*"),
+    ("**/*.{movie}", "**/*{masks}*/*"),
+    ("**/*", "**/*{masks}*/*"),
+    ("**/*", "**/*{masks}*"),
+    ("**/{video}.{movie}", "**/{video}/*"),
+    ("**/*.{jpeg}", "**/*.{png}"),
 )
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 EXPECTED = (
-    "<video>/frames/* with <video>/masks/*; frames/<video>/* with masks/<video>/*; videos/<video>.mp4 with "
-    "masks/<video>/*; frames and masks in one folder; a CSV or JSON of pairs; or the layout of a public dataset "
+    "{video}/frames/* with {video}/masks/*; frames/{video}/* with masks/{video}/*; videos/{video}.mp4 with "
+    "masks/{video}/*; frames and masks in one folder; a CSV or JSON of pairs; or the layout of a public dataset "
     "(`frames` may also be called images, JPEGImages, rgb, …, and `masks` labels, Annotations, gt, …)"
 )
 MAX_NAMED = 8
@@ -75,23 +77,29 @@ def read_files(
     domain: str | None = None,
     frames: str | None = None,
     masks: str | None = None,
-    binary: bool = False,
+    binary: bool | None = None,
+    ignore_ids: Collection[int] | None = None,
+    first: Literal[0, 1] | None = None,
 ) -> VideoList:
     """Videos of one's own: frames as images or video files, and masks as images, in folders of any names.
 
-    Masks belong to frames by their names, which may differ in a prefix, a suffix or the padding of a number. A frame
-    has one label image, or one image for each object. Videos without masks are left out.
+    Masks belong to frames by their names, see `samoe_hf.data.pairing`. A frame has one label image, or one image for
+    each object. Videos without masks are left out, and named.
 
     Args:
         root: the folder, or a CSV or JSON file with a row for each frame (`frame`, `mask`, `video`, `object`).
         split: the folder of a split (train, val, …), below or beside those of frames and masks; of several, the
             training split by default.
         domain: name for routing and metrics, by default the folder's.
-        frames: where the frames are, such as `<video>/pictures/*.jpg` or `clips/<video>.mp4`. `**/` before it stands
+        frames: where the frames are, such as `{video}/pictures/*.jpg` or `clips/{video}.mp4`. `**/` before it stands
             for any number of folders.
-        masks: where the masks are, such as `<video>/outlines/*.png` or `masks/<video>/<object>/*.png`; also
-            `<video>/<frame>_<object>.png`.
-        binary: every label above 0 is object 1.
+        masks: where the masks are, such as `{video}/outlines/*.png` or `masks/{video}/{object}/*.png`; also
+            `{video}/{frame}_{object}.png`. A last folder `*` is each object's or each frame's.
+        binary: True if every value above 0 is the object; False if white is an id as others are. By default, masks of
+            black and white are one object.
+        ignore_ids: values that are no objects. By default, white beside other ids.
+        first: the number that masks give the first frame, 0 or 1. By default, masks have the numbers of frames; those
+            of a video file count from 0 if there is a mask 0, and from 1 if there is one for the last frame then.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -108,18 +116,25 @@ def read_files(
         found = guess(root)
         count = f"{len(found.sources)} video{'s'[: len(found.sources) != 1]}"
         logger.warning("%s: %s, frames in %s, masks in %s", root, count, found.frames, found.masks)
-    for what, keys in (("masks", found.without_masks), ("frames", found.without_frames)):
-        if keys:
-            names = ", ".join(key or root.name for key in keys[:MAX_NAMED])
-            logger.warning("%s: left out for want of %s: %s", root, what, names)
-    entries = {key or root.stem: source for key, source in _of_split(found.sources, split, root).items()}
-    return VideoList(entries, partial(_open_source, domain or root.resolve().stem, binary))
+    for reason, names in found.left_out.items():
+        if names:
+            more = f", … ({len(names)})" if len(names) > MAX_NAMED else ""
+            logger.warning(
+                "%s: %s: %s%s", root, reason, ", ".join(name or root.name for name in names[:MAX_NAMED]), more
+            )
+    sources = _of_split(found.sources, split, root)
+    name = root.resolve().stem
+    while name in sources:  # the folder is a video, and one in it has its name
+        name += "_"
+    entries = {key or name: source for key, source in sources.items()}
+    options = {"binary": binary, "ignore_ids": ignore_ids, "first": first}
+    return VideoList(entries, partial(_open_source, domain or root.resolve().stem, options))
 
 
-def _open_source(domain: str, binary: bool, video_id: str, source: Source) -> Video:
+def _open_source(domain: str, options: dict[str, Any], video_id: str, source: Source) -> Video:
     """Opens a video; all its errors name a file."""
     frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames)
-    return Video(video_id, frames, pair_masks(frames, source.masks, binary), domain)
+    return Video(video_id, frames, pair_masks(frames, source.masks, **options), domain)
 
 
 @dataclass
@@ -129,14 +144,13 @@ class Found:
     Attributes:
         sources: name of each video -> its files; the name is "" where the folder is one video.
         frames, masks: the patterns, as `read_files` takes them.
-        without_masks, without_frames: names of videos that were left out, since they have none.
+        left_out: why something was left out -> names of videos or files.
     """
 
     sources: dict[str, Source]
     frames: str
     masks: str
-    without_masks: list[str] = field(default_factory=list)
-    without_frames: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,16 +163,13 @@ class Folder:
 
 
 def read_folders(root: Path) -> list[Folder]:
-    """All folders within a folder that have images or videos, links followed, hidden ones left out."""
+    """All folders within a folder that have images or videos; links are followed, but to a folder that they are in."""
     folders: list[Folder] = []
-    seen = set()
     for path, names, files in os.walk(root, followlinks=True):
+        names[:] = sorted((n for n in names if not n.startswith((".", "__"))), key=natural_key)
         real = os.path.realpath(path)
-        names[:] = [] if real in seen else sorted((n for n in names if not n.startswith((".", "__"))), key=natural_key)
-        if real in seen:
-            continue
-        seen.add(real)
-        paths = [Path(path, name) for name in sorted(files, key=natural_key) if not name.startswith(".")]
+        names[:] = [n for n in names if not f"{real}/".startswith(f"{os.path.realpath(os.path.join(path, n))}/")]
+        paths = frame_order(Path(path, name) for name in files if not name.startswith("."))
         images, videos = (
             [path for path in paths if path.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
         )
@@ -173,9 +184,9 @@ def read_folders(root: Path) -> list[Folder]:
 def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
     """The videos whose frames and masks are where two patterns say."""
     for option, pattern in (("frames", frames), ("masks", masks)):
-        unknown = set(re.findall(r"<.*?>", pattern)) - set(TOKENS)
+        unknown = set(re.findall(r"\{.*?\}|<\w+>", pattern)) - set(TOKENS)
         if not pattern or unknown or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            known = "*, <video>, <object> and <frame>"
+            known = "*, {video}, {frame} and {object}"
             raise InputError(f"`{option}` must be a pattern below {root}, of {known}, got {pattern!r}")
     files = [path for folder in read_folders(root) for path in (*folder.images, *folder.videos)]
     of_masks = match_files(root, files, masks)
@@ -183,7 +194,7 @@ def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
     for option, pattern, matched in (("frames", frames, of_frames), ("masks", masks, of_masks)):
         if not matched:
             raise InputError(f"`{option}`: no image or video below {root} is named by {pattern!r}")
-    found = _join(of_frames, of_masks, frames, masks)
+    found = _join(root, files, of_frames, of_masks, frames, masks)
     if not found.sources:
         some = [next(iter(matched.values()))["video"] for matched in (of_frames, of_masks)]
         raise InputError(f"`frames` and `masks` name no video in common: {some[0]!r} and {some[1]!r} below {root}")
@@ -193,8 +204,9 @@ def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
 def match_files(root: Path, files: list[Path], pattern: str) -> dict[Path, dict[str, str]]:
     """The files whose path below `root` is as a pattern says -> what stands for its names; "video" is always one."""
     expression, tokens, folders = "", TOKENS | GUESSED_TOKENS, 0
-    for part in re.split(r"(<\w+>|\*\*/|\*)", pattern):
-        name = part.strip("<>")
+    pattern = re.sub(r"(^|/)\*(/[^/]*)$", r"\1{part}\2", pattern)
+    for part in re.split(r"(\{\w+\}|\*\*/|\*)", pattern):
+        name = part.strip("{}")
         if part == "**/":
             expression += rf"(?P<folders{folders}>(?:[^/]+/)*?)"
             folders += 1
@@ -203,7 +215,7 @@ def match_files(root: Path, files: list[Path], pattern: str) -> dict[Path, dict[
         elif f"(?P<{name}>" in expression:
             expression += f"(?P={name})"
         else:
-            expression += f"(?P<{name}>{r'[^/]+?' if part == '<video>' and folders else tokens[part]})"
+            expression += f"(?P<{name}>{r'[^/]+?' if part == '{video}' and folders else tokens[part]})"
     compiled, matched = re.compile(expression), {}
     for path in files:
         match = compiled.fullmatch(path.relative_to(root).as_posix())
@@ -215,7 +227,12 @@ def match_files(root: Path, files: list[Path], pattern: str) -> dict[Path, dict[
 
 
 def _join(
-    of_frames: Mapping[Path, Mapping[str, str]], of_masks: Mapping[Path, Mapping[str, str]], frames: str, masks: str
+    root: Path,
+    files: Iterable[Path],
+    of_frames: Mapping[Path, Mapping[str, str]],
+    of_masks: Mapping[Path, Mapping[str, str]],
+    frames: str,
+    masks: str,
 ) -> Found:
     """The videos that have both frames and masks, in natural order."""
     paths: dict[str, list[Path]] = defaultdict(list)
@@ -223,7 +240,7 @@ def _join(
     for path, names in of_frames.items():
         paths[names["video"]].append(path)
     for path, names in of_masks.items():
-        mask_files[names["video"]].append(MaskFile(path, names.get("object"), names.get("frame")))
+        mask_files[names["video"]].append(MaskFile(path, *map(names.get, ("object", "frame", "part"))))
     sources = {}
     for key in sorted(paths.keys() & mask_files.keys(), key=natural_key):
         first, *others = paths[key]
@@ -231,8 +248,14 @@ def _join(
         if is_video and others:
             raise InputError(f"`frames`: {first} and {others[0]} are both named by {frames!r}, as one video")
         sources[key] = Source(first if is_video else paths[key], mask_files[key])
-    left_out = ([key for key in a if key not in b] for a, b in ((paths, mask_files), (mask_files, paths)))
-    return Found(sources, frames, masks, *left_out)
+    left_out = {
+        "left out for want of masks": [key for key in paths if key not in mask_files],
+        "left out for want of frames": [key for key in mask_files if key not in paths],
+        "neither frames nor masks": [
+            path.relative_to(root).as_posix() for path in files if path not in of_frames and path not in of_masks
+        ],
+    }
+    return Found(sources, frames, masks, left_out)
 
 
 # --- Guesses
@@ -250,8 +273,8 @@ def guess(root: Path) -> Found:
     folders = read_folders(root)
     images, videos = ([p for folder in folders for p in getattr(folder, kind)] for kind in ("images", "videos"))
     for frames, masks in (*PATTERNS, *_patterns_by_content(folders)):
-        of_objects = re.sub(r"/\*$", "/<object>/*", masks)
-        for of_masks in dict.fromkeys([masks, of_objects] if "<masks>" in masks else [masks]):
+        of_objects = re.sub(r"/\*$", "/*/*", masks)
+        for of_masks in dict.fromkeys([masks, of_objects] if "{masks}" in masks else [masks]):
             found = _try(root, images, videos, frames, of_masks)
             if found is not None:
                 return _by_prefix(found)
@@ -264,14 +287,14 @@ def guess(root: Path) -> Found:
     raise InputError(
         f"{root}: no layout of videos and masks is recognized. Found: {describe_contents(root)}. "
         f"{reason}Expected: {EXPECTED}. If it is another, name it: "
-        f"{{kind: files, root: {root}, frames: <video>/FRAMES/*, masks: <video>/MASKS/*}}"
+        f'{{kind: files, root: {root}, frames: "{{video}}/FRAMES/*", masks: "{{video}}/MASKS/*"}}'
     )
 
 
 def _by_list(path: Path) -> Found:
     sources, columns = read_pairs(path)
     with_masks = {key: sources[key] for key in sorted(sources, key=natural_key) if sources[key].masks}
-    return Found(with_masks, *columns, [key for key in sources if key not in with_masks])
+    return Found(with_masks, *columns, {"left out for want of masks": [k for k in sources if k not in with_masks]})
 
 
 def _patterns_by_content(folders: list[Folder]) -> Iterator[tuple[str, str]]:
@@ -288,39 +311,39 @@ def _patterns_by_content(folders: list[Folder]) -> Iterator[tuple[str, str]]:
 def _try(root: Path, images: list[Path], videos: list[Path], frames: str, masks: str) -> Found | None:
     """The videos of two of `PATTERNS`, if there are any."""
     of_masks = match_files(root, images, masks)
-    files = videos if "<movie>" in frames else [path for path in images if path not in of_masks]
+    files = videos if "{movie}" in frames else [path for path in images if path not in of_masks]
     of_frames = match_files(root, files, frames) if of_masks else {}
     keys = {names["video"] for names in of_frames.values()} & {names["video"] for names in of_masks.values()}
-    if not keys or ("<masks>" not in masks and not is_label_image(next(iter(of_masks)))):
+    if not keys or ("{masks}" not in masks and not is_label_image(next(iter(of_masks)))):
         return None
     shown = {"frames": _show(frames, list(of_frames.values())), "masks": _show(masks, list(of_masks.values()))}
     for role, matched in (("frames", of_frames), ("masks", of_masks)):
         places: dict[str, Path] = {}
         for path, names in matched.items():
             video, is_video = names["video"], path.suffix.lower() in VIDEO_SUFFIXES
-            place = path if is_video else path.parents["object" in names]
+            place = path if is_video else path.parents["part" in names]
             before = places.setdefault(video, place)
             if before != place and video in keys:
                 one, other = (p.relative_to(root).as_posix() for p in (before, place))
-                shown[role] = one.replace(video, "<video>") + "/*" * (not is_video)
+                shown[role] = one.replace(video, "{video}") + "/*" * (not is_video)
                 raise InputError(
                     f"{root}: both {one} and {other} could be the {role} of video {video or root.name}. Name them: "
-                    f"{{kind: files, root: {root}, frames: {shown['frames']}, masks: {shown['masks']}}}"
+                    f'{{kind: files, root: {root}, frames: "{shown["frames"]}", masks: "{shown["masks"]}"}}'
                 )
-    return _join(of_frames, of_masks, shown["frames"], shown["masks"])
+    return _join(root, [*images, *videos], of_frames, of_masks, shown["frames"], shown["masks"])
 
 
 def _show(pattern: str, matched: list[dict[str, str]]) -> str:
-    """One of `PATTERNS` with the words that the files have; what tells the video becomes `<video>`."""
+    """One of `PATTERNS` with the words that the files have; what tells the video becomes `{video}`."""
     folders = re.findall(r"\*\*/", pattern)
     filled = [i for i in range(len(folders)) if any(names[f"folders{i}"] for names in matched)]
     always = [i for i in filled if all(names[f"folders{i}"] for names in matched)]
     for i in range(len(folders)):
-        is_video = "<video>" not in pattern and filled[-1:] == [i] and i in always
-        pattern = pattern.replace("**/", "<video>/" if is_video else "<folders>" if i in filled else "", 1)
+        is_video = "{video}" not in pattern and filled[-1:] == [i] and i in always
+        pattern = pattern.replace("**/", "{video}/" if is_video else "{folders}" if i in filled else "", 1)
     for token in GUESSED_TOKENS:
-        pattern = pattern.replace(token, matched[0].get(token.strip("<>"), ""))
-    return pattern.replace("<folders>", "**/")
+        pattern = pattern.replace(token, matched[0].get(token.strip("{}"), ""))
+    return pattern.replace("{folders}", "**/")
 
 
 def _by_prefix(found: Found) -> Found:
@@ -328,10 +351,13 @@ def _by_prefix(found: Found) -> Found:
     sources: dict[str, Source] = {}
     for key, source in found.sources.items():
         groups = split_by_prefix(source)
-        sources |= {f"{key}/{name}".lstrip("/"): group for name, group in groups.items()} or {key: source}
+        own = {f"{key}/{name}".lstrip("/"): group for name, group in groups.items()} or {key: source}
+        if twice := own.keys() & (sources.keys() | found.sources.keys() - {key}):
+            raise InputError(f"{next(iter(source.masks)).path.parent}: there are two videos {min(twice)}")
+        sources |= own
         for name, group in list(groups.items())[:1]:
             assert isinstance(group.frames, list)
-            named = re.sub(r"\d.*$", "", f"<video>{group.frames[0].stem.partition(name)[2]}")
+            named = re.sub(r"\d.*$", "", "{video}" + group.frames[0].stem.partition(name)[2])
             found.frames, found.masks = (
                 re.sub(r"(^|/)\*(?!\*)", rf"\1{named}*", pattern) for pattern in (found.frames, found.masks)
             )

@@ -1,18 +1,20 @@
 """Which mask belongs to which frame, and to which object, by the names of the files.
 
-Names may differ but for a prefix, a suffix or the padding of a number (`frame_0001.jpg`, `mask_1.png`), and a frame may
-have one file for each object (`00001_obj2.png`, `2/00001.png`, `00001/2.png`).
+A mask belongs to the frame whose name it has, or holds (`00001_obj2.png`), or whose numbers it has (`mask_1.png` for
+`frame_0001.jpg`): the most exact of these ways that fits all masks of a video. What a name has beside that tells the
+object, as a folder does (`2/00001.png`, `00001/2.png`). Where names can be read in two ways that differ, they are
+refused.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .annotations import Annotations, LabelImages, ObjectImages
 from .frames import FrameSequence, SampleError, natural_key
@@ -21,9 +23,22 @@ from .video_io import ContainerFrames
 FRAME_WORDS = r"(?i:frames?|images?|imgs?|jpegimages|pictures?|rgb|colou?r|inputs?|raw|videos?)"
 MASK_WORDS = (
     r"(?i:masks?|labels?|gt|ground[\W_]?truths?|truth|anns?|annos?|annotations?|segs?|segm|segmentations?"
-    r"|segmentation[\W_]?object)"
+    r"|segmentation[\W_]?object(?:png)?)"
 )
-OBJECT_WORDS = re.compile(r"(?i)(?:^|[^a-z])(?:obj|object|id|inst|instance)s?(?:[^a-z]|$)")
+OBJECT_WORDS = r"(?i:(?<![a-z])(?:obj|object|id|inst|instance)s?(?![a-z]))"
+BEFORE_FRAMES = re.compile(r"(?i)(?<![a-z])(?:frames?|images?|img|f|t)[\W_]*$")
+BEFORE_OBJECTS = re.compile(rf"{OBJECT_WORDS}[\W_]*$")
+# Words at an end of the name of a picture that tools write beside a mask.
+PICTURE_WORDS = r"vi[sz]|visual\w*|colou?r\w*|overlay\w*|blend\w*|previews?|thumb\w*|rgb|heatmap|human"
+CLASS_WORDS = r"semantic\w*|class\w*|categor\w*|label(?:train)?ids?"  # of label images beside those of instances
+INSTANCE_WORDS = r"(?i)(?:^|[\W_])instance"
+# A date and a time, or a number.
+DAY = r"(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])"
+TIME = r"(?:[01]\d|2[0-3])[-_.:hH]?[0-5]\d[-_.:mM]?[0-5]\d[-_.:]?\d*"
+NUMBER = rf"{DAY}[-_.T ]{{1,3}}{TIME}|^\d\d[-_:]\d\d[-_:]\d\d(?:\.\d+)?|\d{{9,}}[-_.]\d+|^\d+\.\d+|\d+"
+ROBOFLOW = re.compile(r"_[A-Za-z]{3,4}\.rf\.\w+?(?=_mask$|$)")
+LABEL_STUDIO = re.compile(r"task-(\d+)-annotation-.*?-tag-(.*)")
+HINT = 'name them: `masks` takes a pattern such as "masks/{video}/{frame}_{object}.png"'
 
 
 class MaskFile(NamedTuple):
@@ -31,14 +46,15 @@ class MaskFile(NamedTuple):
 
     Attributes:
         path: the image.
-        object_name: whose mask it is, where that is told otherwise than by the image's name. Without a `frame_name`
-            it may turn out to be the frame's, and the image's name the object's.
-        frame_name: name of its frame, where that is told otherwise than by the image's name.
+        object_name: whose mask it is, where that is told otherwise than by the image's name.
+        frame_name: name of its frame, or its index, where that is told otherwise than by the image's name.
+        folder: name of its folder, where that may be the object's or the frame's.
     """
 
     path: Path
     object_name: str | None = None
-    frame_name: str | None = None
+    frame_name: str | int | None = None
+    folder: str | None = None
 
 
 @dataclass
@@ -54,197 +70,326 @@ class Source:
     masks: list[MaskFile] = field(default_factory=list)
 
 
-class Match(NamedTuple):
-    """What a name tells: the index of its frame, and the rest of the name."""
+class Told(NamedTuple):
+    """What a mask's name tells: where its frame's name or number begins and ends, and what of it that is."""
 
-    frame: int
-    rest: str
+    text: str
+    start: int
+    end: int
+
+    @property
+    def part(self) -> str:
+        return self.text[self.start : self.end]
+
+    @property
+    def before(self) -> str:
+        return self.text[: self.start]
+
+    @property
+    def rest(self) -> str:
+        return self.before + self.text[self.end :]
 
 
-def pair_masks(frames: FrameSequence, masks: Sequence[MaskFile], binary: bool = False) -> Annotations:
+def pair_masks(
+    frames: FrameSequence,
+    masks: Sequence[MaskFile],
+    binary: bool | None = None,
+    ignore_ids: Collection[int] | None = None,
+    first: Literal[0, 1] | None = None,
+) -> Annotations:
     """The annotations of a video.
 
     Args:
         frames: the video's.
         masks: all its masks: a label image for each frame, or a binary image for each object and frame. Frames may have
             none.
-        binary: every label above 0 is object 1, where a frame has one image.
+        binary, ignore_ids: see [`LabelImages`].
+        first: the number that masks give the first frame; by default, what the frames' names say.
 
     Raises:
-        SampleError: a mask without a frame, or two of one frame (and object); names the file.
+        SampleError: a mask without a frame, two of one frame (and object), or names that can be read in several ways;
+            names the file.
     """
+    masks, notes = _without_pictures(masks)
+    pairs = _Names(frames, first, notes).pair(masks)
     paths: dict[str | None, dict[int, Path]] = {}
-    for mask, (frame, name) in zip(masks, _frames_and_objects(frames, masks), strict=True):
+    for mask, (frame, name) in zip(masks, pairs, strict=True):
         before = paths.setdefault(name, {}).setdefault(frame, mask.path)
         if before is not mask.path:
             whose = "" if name is None else f" of object {name}"
             raise SampleError(f"{mask.path}: frame {frames.names[frame]} has another mask{whose}, {before}")
-    if None not in paths:
-        ids = object_ids([name for name in paths if name is not None])
-        return ObjectImages({ids[name]: of_frame for name, of_frame in paths.items() if name is not None})
-    if len(paths) > 1:
+    ids = object_ids([name for name in paths if name is not None])
+    if not ids:
+        annotations: Annotations = LabelImages(paths[None], binary, ignore_ids)
+    elif None in paths:
         stray = next(iter(paths[None].values()))
-        raise SampleError(f"{stray}: names no object, as other masks of the video do")
-    return LabelImages(paths[None], binary)
+        raise SampleError(f"{stray}: names no object, as other masks of the video do, such as {masks[0].path.name}")
+    else:
+        of_ids = {ids[name]: of_frame for name, of_frame in paths.items() if name is not None}
+        annotations = ObjectImages(of_ids, binary, ignore_ids)
+    for note in notes:
+        annotations.note(note)
+    exact = not ids and all(
+        frames.names[frame] == mask.path.stem for mask, (frame, _) in zip(masks, pairs, strict=True)
+    )
+    for place in () if exact else dict.fromkeys((0, len(masks) - 1)):
+        (frame, name), path = pairs[place], masks[place].path
+        whose = "" if name is None else f"object {ids[name]} of "
+        annotations.notes.append(f"{path.parent.name}/{path.name}: {whose}frame {frame} ({frames.names[frame]})")
+    return annotations
 
 
 def object_ids(names: Sequence[str]) -> dict[str, int]:
-    """Name of each object -> id above 0: the number in it, plus 1 where one is 0; else its place in natural order."""
-    numbers = {name: re.findall(r"\d+", name) for name in names}
-    values = {name: int(found[-1]) for name, found in numbers.items() if found}
-    if len(set(values.values())) < len(names):
-        return {name: place for place, name in enumerate(sorted(names, key=natural_key), 1)}
-    first = 1 if 0 in values.values() else 0
-    return {name: value + first for name, value in values.items()}
-
-
-def _frames_and_objects(frames: FrameSequence, masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
-    """Frame index, and name of the object (None where a frame has one image), of each mask."""
-    paths, stems = [mask.path for mask in masks], [mask.path.stem for mask in masks]
-    folders = [mask.object_name or "" for mask in masks]
-    if masks[0].frame_name is not None:
-        names, index = [mask.frame_name or "" for mask in masks], {name: i for i, name in enumerate(frames.names)}
-        told = [index[name] for name in names if name in index]
-        if len(told) < len(names):
-            told = [match.frame for match in match_names(frames, names, paths, names)]
-        return [(frame, mask.object_name) for frame, mask in zip(told, masks, strict=True)]
-    if not any(folders):
-        matches = match_names(frames, stems, paths)
-        is_told = _tells_objects(matches)
-        return [(match.frame, match.rest if is_told else None) for match in matches]
-    # Folders of objects with an image for each frame, or of frames with one for each object.
-    ways: list[list[tuple[int, str | None]]] = []
-    errors = []
-    for names, whose in ((stems, folders), (folders, stems)):
-        try:
-            matches = match_names(frames, names, paths, whose)
-            ways.append([(match.frame, name) for match, name in zip(matches, whose, strict=True)])
-        except SampleError as error:
-            errors.append(error)
-    if not ways:
-        raise errors[0]
-    return max(ways, key=lambda way: len({frame for frame, _ in way}))
-
-
-def _tells_objects(matches: Sequence[Match]) -> bool:
-    """Whether what names have beside the frame's number tells objects apart."""
-    if len({match.rest for match in matches}) < 2:
-        return False
-    repeated = max(Counter(match.frame for match in matches).values()) > 1
-    return repeated or all(OBJECT_WORDS.search(match.rest) for match in matches)
-
-
-def match_names(
-    frames: FrameSequence, names: Sequence[str], paths: Sequence[Path], objects: Sequence[str] | None = None
-) -> list[Match]:
-    """The frame of each name: that of the same name, of the same number, or the one whose name it contains.
-
-    Args:
-        frames: the video's.
-        names: what tells the frames.
-        paths: the files that they are of, for messages.
-        objects: whose masks they are, where that is told otherwise than by the names.
-
-    Raises:
-        SampleError: a name without a frame.
-    """
-    index = {name: i for i, name in enumerate(frames.names)}
-    if len(index) < len(frames.names):
-        twice, _ = Counter(frames.names).most_common(1)[0]
-        raise SampleError(f"{paths[0].parent}: the video has several frames of one name, {twice}")
-    length = len(frames) if isinstance(frames, ContainerFrames) else None
-    if length is None and all(name in index for name in names):
-        return [Match(index[name], "") for name in names]
-    numbers = _frame_numbers(frames.names)
-    matches = _match_numbers(numbers, names, objects or [""] * len(names), length, paths[0].parent)
-    if matches is not None:
-        return matches
-    matches = []
-    for name, path in zip(names, paths, strict=True):
-        last = int((re.findall(r"\d+", name) or [-1])[-1])
-        match = _containing(index, name) or (Match(numbers[last], "") if last in numbers else None)
-        if match is None:
-            wanted = f"named {name} or numbered {last}" if last >= 0 and numbers else f"of this name ({name})"
-            raise SampleError(f"{path}: no frame {wanted}; the frames are {frames.names[0]} to {frames.names[-1]}")
-        matches.append(match)
-    return matches
-
-
-def _frame_numbers(names: Sequence[str]) -> dict[int, int]:
-    """Number -> frame index, by the last of the numbers in the names that tells all of them apart; {} if none does."""
+    """Name of each object -> id above 0: a number that tells them apart, plus 1 where one is 0; else their order."""
     found = [re.findall(r"\d+", name) for name in names]
-    for position in range(1, min(map(len, found)) + 1):
-        values = {int(numbers[-position]): i for i, numbers in enumerate(found)}
-        if len(values) == len(names):
-            return values
-    return {}
+    for position in range(1, min(map(len, found), default=0) + 1):
+        values = [int(numbers[-position]) for numbers in found]
+        if len(set(values)) == len(names):
+            return {name: value + (0 in values) for name, value in zip(names, values, strict=True)}
+    return {name: place for place, name in enumerate(sorted(names, key=natural_key), 1)}
 
 
-def _match_numbers(
-    numbers: Mapping[int, int], names: Sequence[str], objects: Sequence[str], container_length: int | None, folder: Path
-) -> list[Match] | None:
-    """Matches by the number in each name whose values are all those of frames, if there is one.
-
-    Of several, the one is taken beside which the names are equal, or else the one that is no object's by a word before
-    it, that tells the most frames, and that has the most digits.
-    """
-    found = [list(re.finditer(r"\d+", name)) for name in names]
-    best: tuple[tuple[bool, bool, int, int], list[int], list[Match]] | None = None
-    count = min(map(len, found))
-    for position in [*range(-1, -count - 1, -1), *range(count)]:
-        chosen = [numbers_of[position] for numbers_of in found]
-        values = [int(match.group()) for match in chosen]
-        first = 0 if container_length is None else _first_number(set(values), container_length)
-        if any(value - first not in numbers for value in values):
-            continue
-        rests = [name[: m.start()] + name[m.end() :] for name, m in zip(names, chosen, strict=True)]
-        matches = [Match(numbers[value - first], rest) for value, rest in zip(values, rests, strict=True)]
-        if len(set(zip(matches, objects, strict=True))) < len(matches):
-            continue
-        of_object = any(OBJECT_WORDS.search(number.string[: number.start()]) for number in chosen)
-        digits = max(len(number.group()) for number in chosen)
-        rank = (len(set(rests)) == 1, not of_object, len({match.frame for match in matches}), digits)
-        if best is None or rank > best[0]:
-            best = rank, values, matches
-    if best is None:
-        return None
-    _, values, matches = best
-    if container_length is not None and 0 not in values and max(values) != container_length:
-        warnings.warn(
-            f"{folder}: masks {min(values)} to {max(values)} of a video file with {container_length} frames are taken "
-            f"as counted from {_first_number(set(values), container_length)}",
-            stacklevel=2,
-        )
-    return matches
+def plain_name(stem: str) -> str:
+    """A file's name without what tools add: a second suffix (`00001.jpg.png`), Roboflow's hash."""
+    return re.sub(r"(?i)\.(?:jpe?g|png|bmp|tiff?|webp)$", "", ROBOFLOW.sub("", stem))
 
 
-def _first_number(values: set[int], length: int) -> int:
-    """Whether masks of a video file count its frames from 0, or from 1 as ffmpeg names what it extracts."""
-    return int(0 not in values and (length in values or 1 in values))
+def _without_pictures(masks: Sequence[MaskFile]) -> tuple[Sequence[MaskFile], list[str]]:
+    """The masks without pictures of masks (`00001_vis.png`), where there are others; and a sentence that says so."""
+    words = PICTURE_WORDS
+    if any(re.search(INSTANCE_WORDS, mask.path.stem) for mask in masks):
+        words += f"|{CLASS_WORDS}"
+    picture = re.compile(rf"(?i)(?:{words})(?:[\W_].*)?|(?:.*[\W_])?(?:{words})")
+    kept = [m for m in masks if not picture.fullmatch(m.path.stem) and not picture.fullmatch(m.folder or "")]
+    if not kept or len(kept) == len(masks):
+        return masks, []
+    left = next(mask for mask in masks if mask not in kept)
+    return kept, [f"{len(masks) - len(kept)} files such as {left.path} are taken for pictures of masks and left out"]
 
 
-def _containing(index: Mapping[str, int], stem: str) -> Match | None:
-    """The frame of this name, or with the longest name that a mask's name begins or ends with."""
-    best = None
-    for name in sorted(index, key=len):
-        match = re.fullmatch(rf"{re.escape(name)}((?:[\W_].*)?)|(.*[\W_]){re.escape(name)}", stem)
-        best = Match(index[name], match[1] or match[2] or "") if match else best
-    return best
+class _Names:
+    """The frames of a video by their names and numbers."""
+
+    def __init__(self, frames: FrameSequence, first: int | None, notes: list[str]):
+        self.names = [plain_name(name) for name in frames.names]
+        self.index = {name: i for i, name in enumerate(self.names)}
+        self.length, self.first, self.notes = len(frames), first, notes
+        self.is_file = isinstance(frames, ContainerFrames)
+        self.numbers = {name: _numbers(name) for name in self.names}
+        counted = self.is_file or first is not None
+        self.of_number = {} if counted else self._numbers_of_frames()
+        self.possible = range(self.length + 1) if counted else self.of_number
+
+    def pair(self, masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
+        """The frame's index, and the object's name (None where a frame has one image), of each mask."""
+        if len(self.index) < self.length:
+            twice = Counter(self.names).most_common(1)[0][0]
+            raise SampleError(f"{masks[0].path.parent}: the video has several frames of one name, {twice}")
+        if masks[0].frame_name is not None:
+            names = [plain_name(str(mask.frame_name)) for mask in masks]
+            if isinstance(masks[0].frame_name, int):
+                self.first = 0
+            told = [Told(name, 0, len(name)) for name in names]
+            told = told if all(name.isdecimal() for name in names) else self._choose(masks, [names])
+            return [(f, m.object_name) for f, m in zip(self._frames(told, masks), masks, strict=True)]
+        stems = [plain_name(mask.path.stem) for mask in masks]
+        tasks = [LABEL_STUDIO.fullmatch(stem) for stem in stems]
+        if all(tasks):
+            return self._of_tasks([match.groups() for match in tasks if match], masks)
+        folders = [mask.folder or "" for mask in masks]
+        told = self._choose(masks, [stems, folders] if all(folders) else [stems])
+        frames = self._frames(told, masks)
+        if masks[0].object_name is not None:
+            return [(frame, mask.object_name) for frame, mask in zip(frames, masks, strict=True)]
+        of_stems = [one.text for one in told] == stems
+        rests = [
+            f"{folder}/{one.rest}".strip("/") if of_stems else f"{one.rest}/{stem.replace(one.part, '')}".strip("/")
+            for one, stem, folder in zip(told, stems, folders, strict=True)
+        ]
+        is_told = self._tells_objects(frames, rests, masks, of_stems and folders[0])
+        return [(frame, rest if is_told else None) for frame, rest in zip(frames, rests, strict=True)]
+
+    # --- Which part of a name is the frame's
+
+    def _choose(self, masks: Sequence[MaskFile], parts: Sequence[Sequence[str]]) -> list[Told]:
+        """What each mask tells of its frame, read in the most exact way that fits all masks.
+
+        Args:
+            masks: for messages.
+            parts: the names of all masks, and of their folders if these may be the frames'.
+        """
+        for of_objects, level in product((False, True), self._levels()):
+            ways = [way for texts in parts for way in level(texts)]
+            ways = [way for i, way in enumerate(ways) if way not in ways[:i]]
+            ways = [way for way in ways if of_objects or not any(BEFORE_OBJECTS.search(one.before) for one in way)]
+            ways = [way for way in ways if all(BEFORE_FRAMES.search(one.before) for one in way)] or ways
+            if len(ways) > 1:
+                one, other = (way[-1].part for way in ways[:2])
+                raise SampleError(
+                    f"{masks[-1].path}: both {one!r} and {other!r} may be its frame, and the other its object; {HINT}"
+                )
+            if ways:
+                return ways[0]
+        path, name = masks[0].path, parts[0][0]
+        for mask, text in zip(masks, parts[0], strict=True):
+            if not any(level([text]) for level in self._levels()):
+                path, name = mask.path, text
+                break
+        last = (_numbers(name) or (-1,))[-1]
+        wanted = f"named {name} or numbered {last}" if last >= 0 and self.possible else f"of this name ({name})"
+        raise SampleError(f"{path}: no frame {wanted}; the frames are {self.names[0]} to {self.names[-1]}; {HINT}")
+
+    def _levels(self) -> Iterator[Callable[[Sequence[str]], list[list[Told]]]]:
+        """Ways to read names, the most exact first; each gives the readings that fit all of some names."""
+        if self.first is None:
+            yield self._whole
+            if not self.is_file:
+                yield self._held
+                yield self._all_numbers
+        yield lambda texts: self._number_at(texts, self._is_written)
+        yield lambda texts: self._number_at(texts, lambda number: int(number) in self.possible)
+
+    def _whole(self, texts: Sequence[str]) -> list[list[Told]]:
+        """The frame's name is the whole name."""
+        return [[Told(t, 0, len(t)) for t in texts]] if all(t in self.index for t in texts) else []
+
+    def _held(self, texts: Sequence[str]) -> list[list[Told]]:
+        """The frame's name is at the beginning of each name, at the end, or within, between characters such as `_`."""
+        found: list[list[list[Told]]] = [[], [], []]
+        for text in texts:
+            borders = [i for i in range(len(text) + 1) if re.match(r"[\W_]|$", text[i:])]
+            starts = [0, *(i + 1 for i in borders[:-1])]
+            spans = [(s, e) for s in starts for e in borders if s < e and text[s:e] in self.index]
+            spans.sort(key=lambda span: span[0] - span[1])
+            kinds = ([s for s in spans if s[0] == 0], [s for s in spans if s[1] == len(text)])
+            kinds += ([s for s in spans if s not in kinds[0] and s not in kinds[1]],)
+            for kind, own in zip(found, kinds, strict=True):
+                kind.append([Told(text, *span) for span in own[:1]])
+        return [[one for (one,) in kind] for kind in found if all(kind)]
+
+    def _all_numbers(self, texts: Sequence[str]) -> list[list[Told]]:
+        """The numbers in a name are those of one frame."""
+        names = {numbers: name for name, numbers in self.numbers.items() if numbers}
+        if len(names) < self.length or not all(_numbers(text) in names for text in texts):
+            return []
+        return [[Told(text, *_span_of_numbers(text)) for text in texts]]
+
+    def _number_at(self, texts: Sequence[str], fits: Callable[[str], bool]) -> list[list[Told]]:
+        """A number of each name, the same one from the left or from the right, is a frame's."""
+        found = [[Told(text, *match.span()) for match in re.finditer(r"\d+", text)] for text in texts]
+        count = min(map(len, found))
+        ways = [[told[position] for told in found] for position in (*range(-1, -count - 1, -1), *range(count))]
+        ways = [way for way in ways if all(fits(one.part) for one in way)]
+        # What is before the number, or behind it, is the same in all names.
+        even = [way for way in ways if len({t.before for t in way}) == 1 or len({t.text[t.end :] for t in way}) == 1]
+        return even or ways
+
+    def _is_written(self, number: str) -> bool:
+        """Whether a number is written as a frame's is, with its zeros; of a video file, as frames usually are."""
+        if self.is_file or self.first is not None:
+            return len(number) > 2 and int(number) in self.possible
+        return int(number) in self.of_number and number in re.findall(r"\d+", self.names[self.of_number[int(number)]])
+
+    # --- Which frame it is
+
+    def _numbers_of_frames(self) -> dict[int, int]:
+        """Number -> frame, by the last of the numbers in the names that tells all of them apart; {} if none does."""
+        found = list(self.numbers.values())
+        for position in range(1, min(map(len, found), default=0) + 1):
+            values = {numbers[-position]: i for i, numbers in enumerate(found)}
+            if len(values) == self.length:
+                return values
+        return {}
+
+    def _frames(self, told: Sequence[Told], masks: Sequence[MaskFile]) -> list[int]:
+        """The frames that parts of names tell."""
+        parts = [one.part for one in told]
+        if self.first is None and not self.is_file:
+            by_numbers = {numbers: self.index[name] for name, numbers in self.numbers.items()}
+            if all(part in self.index for part in parts):
+                return [self.index[part] for part in parts]
+            if all(_numbers(part) in by_numbers for part in parts):
+                return [by_numbers[_numbers(part)] for part in parts]
+            if all(part.isdecimal() and int(part) in self.of_number for part in parts):
+                return [self.of_number[int(part)] for part in parts]
+            path = next(m.path for m, p in zip(masks, parts, strict=True) if not self._has(p))
+            raise SampleError(f"{path}: no such frame; the frames are {self.names[0]} to {self.names[-1]}")
+        values = [int(part) for part in parts]
+        first = self.first if self.first is not None else self._first(values, parts, masks)
+        for value, mask in zip(values, masks, strict=True):
+            if not 0 <= value - first < self.length:
+                raise SampleError(
+                    f"{mask.path}: no frame numbered {value}; there are {self.length} frames, counted from {first}"
+                )
+        return [value - first for value in values]
+
+    def _has(self, part: str) -> bool:
+        return part in self.index or (part.isdecimal() and int(part) in self.of_number)
+
+    def _first(self, values: Sequence[int], parts: Sequence[str], masks: Sequence[MaskFile]) -> int:
+        """The number of a video file's first frame: 0 where a mask has it, 1 where one has that behind the last."""
+        if 0 in values or self.length in values:
+            return int(0 not in values)
+        which = f"masks {min(values)} to {max(values)} of a video file of {self.length} frames"
+        if not all(part in self.index for part in parts):
+            raise SampleError(
+                f"{masks[0].path}: {which} may count from 0 or, as ffmpeg does, from 1; say `first: 0` or `first: 1`"
+            )
+        self.notes.append(f"{masks[0].path.parent}: {which} are taken as counted from 0; `first: 1` counts from 1")
+        return 0
+
+    def _of_tasks(self, tasks: list[tuple[str, ...]], masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
+        """Label Studio's masks, which name tasks instead of frames: in order, if there are as many."""
+        numbers = sorted({int(task) for task, _ in tasks})
+        if len(numbers) != self.length:
+            raise SampleError(
+                f"{masks[0].path}: Label Studio's export names {len(numbers)} tasks instead of frames, and there are "
+                f"{self.length} frames; give a CSV file with the columns frame, mask and object"
+            )
+        folder = masks[0].path.parent
+        self.notes.append(f"{folder}: Label Studio's tasks {numbers[0]} to {numbers[-1]} are taken as frames in order")
+        return [(numbers.index(int(task)), name) for task, name in tasks]
+
+    # --- Whose mask it is
+
+    def _tells_objects(
+        self, frames: Sequence[int], rests: Sequence[str], masks: Sequence[MaskFile], folder: str | Literal[False]
+    ) -> bool:
+        """Whether what names have beside the frame tells objects apart; `folder` is the first one's, if beside."""
+        kinds = set(rests)
+        if len(kinds) == 1:
+            return bool(re.search(r"\d", folder or "") or re.search(rf"{OBJECT_WORDS}[\W_]*\d", rests[0]))
+        has_words = all(re.search(OBJECT_WORDS, rest) for rest in rests)
+        if masks[0].folder is not None or has_words or (all(kinds) and max(Counter(frames).values()) > 1):
+            return True
+        one, other = (masks[rests.index(rest)].path for rest in sorted(kinds)[:2])
+        raise SampleError(f"{other}: unlike {one.name}, it names something beside its frame, perhaps an object; {HINT}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))
+
+
+def _span_of_numbers(text: str) -> tuple[int, int]:
+    """Where the first number begins and the last one ends."""
+    found = list(re.finditer(r"\d+", text))
+    return found[0].start(), found[-1].end()
 
 
 def split_by_prefix(source: Source) -> dict[str, Source]:
-    """Videos whose images lie in one folder: name before the last number -> its frames and masks.
+    """Videos whose images lie in one folder: name before the last number or time -> its frames and masks.
 
     Empty where the names are those of one video: one name alone, one that a single image has, or a mask of none.
     """
     groups: dict[str, tuple[list[Path], list[MaskFile]]] = {}
     for path in source.frames if isinstance(source.frames, list) else ():
-        prefix = re.sub(r"\d+\D*$", "", path.stem).strip(" _-.")
+        prefix = re.sub(rf"(?:{NUMBER})\D*$", "", plain_name(path.stem)).strip(" _-.")
         groups.setdefault(prefix, ([], []))[0].append(path)
     if len(groups) < 2 or "" in groups or min(len(images) for images, _ in groups.values()) < 2:
         return {}
     for mask in source.masks:
-        names = [name for name in groups if re.search(rf"(^|[\W_]){re.escape(name)}([\W_\d]|$)", mask.path.stem)]
+        stem = plain_name(mask.path.stem)
+        names = [name for name in groups if re.search(rf"(^|[\W_]){re.escape(name)}([\W_\d]|$)", stem)]
         if not names:
             return {}
         groups[max(names, key=len)][1].append(mask)

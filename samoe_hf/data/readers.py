@@ -51,10 +51,16 @@ def read_davis(
         lists = root / "ImageSets" / resolution  # where DAVIS 2016 itself has its lists
     names = _read_list(lists / f"{split}.txt") if split else _folder_names(frames)
     entries = {name: (frames / name, root / "Annotations" / resolution / name) for name in names}
-    return VideoList(entries, partial(_open_labelled, domain, year == 2016))
+    return VideoList(entries, partial(_open_labelled, domain, year == 2016 or None, None))
 
 
-def read_vos(root: str | Path, split: str | None = None, domain: str = "vos", binary: bool = False) -> VideoList:
+def read_vos(
+    root: str | Path,
+    split: str | None = None,
+    domain: str = "vos",
+    binary: bool | None = None,
+    ignore_ids: Collection[int] | None = None,
+) -> VideoList:
     """YouTube-VOS, MOSE, LVOS, and any `JPEGImages/<video>/*.jpg` with label images `Annotations/<video>/*.png`.
 
     Labels may be missing for some frames; those are unannotated.
@@ -63,7 +69,7 @@ def read_vos(root: str | Path, split: str | None = None, domain: str = "vos", bi
         root: holds `<split>/JPEGImages` and `<split>/Annotations`, or these two directly.
         split: a folder of root, or a list `ImageSets/<split>.txt` of videos.
         domain: name for routing and metrics.
-        binary: every label above 0 is object 1.
+        binary, ignore_ids: see [`LabelImages`].
     """
     root, names = Path(root), None
     if split and (root / split).is_dir():
@@ -72,12 +78,14 @@ def read_vos(root: str | Path, split: str | None = None, domain: str = "vos", bi
         names = _read_list(root / "ImageSets" / f"{split}.txt")
     names = names or _folder_names(root / "JPEGImages")
     entries = {name: (root / "JPEGImages" / name, root / "Annotations" / name) for name in names}
-    return VideoList(entries, partial(_open_labelled, domain, binary))
+    return VideoList(entries, partial(_open_labelled, domain, binary, ignore_ids))
 
 
-def _open_labelled(domain: str, binary: bool, video_id: str, folders: tuple[Path, Path]) -> Video:
+def _open_labelled(
+    domain: str, binary: bool | None, ignore_ids: Collection[int] | None, video_id: str, folders: tuple[Path, Path]
+) -> Video:
     frames = ImageFrames(image_paths(folders[0]))
-    labels = LabelImages(_match_to_frames(frames, image_paths(folders[1])), binary)
+    labels = LabelImages(_match_to_frames(frames, image_paths(folders[1])), binary, ignore_ids)
     return Video(video_id, frames, labels, domain)
 
 
