@@ -283,9 +283,8 @@ class ObjectImages(MasksOfObjects):
         if len(kinds) > 1 and not has_soft_edges(values):
             shown = ", ".join(map(str, kinds[:5]))
             raise SampleError(
-                f"{path}: taken for the mask of one object, {object_id}, but holds the values {shown}; if it is "
-                "a label image, give a pattern of masks without {object}; `binary: true` takes all values for the object, "
-                "and `ignore_ids` leaves some out"
+                f"{path}: read as the mask of one object, {object_id}, but holds the values {shown}; if it is a label "
+                "image, give a pattern of masks without {object}; `binary: true` takes all values for the object"
             )
         return mask
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from os.path import commonprefix
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -177,7 +178,7 @@ class _Names:
         self.is_file = isinstance(frames, ContainerFrames)
         self.numbers = {name: _numbers(name) for name in self.names}
         counted = self.is_file or first is not None
-        self.of_number = {} if counted else self._numbers_of_frames()
+        self.of_number, self.written = ({}, set()) if counted else self._numbers_of_frames()
         self.possible = range(self.length + 1) if counted else self.of_number
 
     def pair(self, masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
@@ -280,6 +281,8 @@ class _Names:
         count = min(map(len, found))
         ways = [[told[position] for told in found] for position in (*range(-1, -count - 1, -1), *range(count))]
         ways = [way for way in ways if all(fits(one.part) for one in way)]
+        common = len(commonprefix([*texts, *self.names]))  # noqa: RUF071 (characters; numbers within are a camera's)
+        ways = [way for way in ways if way[0].end > common] or ways
         # What is before the number, or behind it, is the same in all names.
         even = [way for way in ways if len({t.before for t in way}) == 1 or len({t.text[t.end :] for t in way}) == 1]
         return even or ways
@@ -288,18 +291,18 @@ class _Names:
         """Whether a number is written as a frame's is, with its zeros; of a video file, as frames usually are."""
         if self.is_file or self.first is not None:
             return len(number) > 2 and int(number) in self.possible
-        return int(number) in self.of_number and number in re.findall(r"\d+", self.names[self.of_number[int(number)]])
+        return number in self.written
 
     # --- Which frame it is
 
-    def _numbers_of_frames(self) -> dict[int, int]:
-        """Number -> frame, by the last of the numbers in the names that tells all of them apart; {} if none does."""
-        found = list(self.numbers.values())
-        for position in range(1, min(map(len, found), default=0) + 1):
-            values = {numbers[-position]: i for i, numbers in enumerate(found)}
+    def _numbers_of_frames(self) -> tuple[dict[int, int], set[str]]:
+        """Number -> frame, and as they are written, of the last numbers in the names that tell all of them apart."""
+        found = [re.findall(r"\d+", name) for name in self.names]
+        for position in range(1, min(map(len, found)) + 1):
+            values = {int(numbers[-position]): i for i, numbers in enumerate(found)}
             if len(values) == self.length:
-                return values
-        return {}
+                return values, {numbers[-position] for numbers in found}
+        return {}, set()
 
     def _frames(self, told: Sequence[Told], masks: Sequence[MaskFile]) -> list[int]:
         """The frames that parts of names tell."""

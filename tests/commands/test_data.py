@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.own_videos import SIZE, save, save_ids, truth, write
+from helpers.own_videos import SIZE, save, save_ids, truth, write, write_objects
 from samoe_hf.cli import main
 from samoe_hf.data.images import read_image
 
@@ -37,8 +37,8 @@ def test_likely_mistakes_are_told(tmp_path, capsys):
     check(root)
     text = capsys.readouterr().out
     for warning in (
-        "2 of 4 frames have no mask", "one object, whose id is 255: `binary: true` makes it 1",
-        "an object covers 100 % of a frame", "one frame alone has masks", "objects that one frame alone shows: 255",
+        "2 of 4 frames have no mask", "an object covers 100 % of a frame", "one frame alone has masks",
+        "objects that one frame alone shows: 1",
     ):  # fmt: skip
         assert f"warning: {warning}" in text
     assert "2 videos with warnings" in text
@@ -68,3 +68,33 @@ def test_wrong_options_are_named(tmp_path):
         check(root, "--split", "dev")
     with pytest.raises(SystemExit, match="no folder"):
         check(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "another size"])
+def test_every_frame_is_read(damage, tmp_path, capsys):
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    path = root / "cat/frames/2.jpg"
+    if damage == "another size":
+        save(path, np.zeros((9, 9, 3), np.uint8))
+    else:
+        path.write_bytes(path.read_bytes()[: 400 * (damage == "cut off")])
+    with pytest.raises(SystemExit, match="1 of 2 videos cannot be used"):
+        check(root)
+    assert "cat/frames/2.jpg" in capsys.readouterr().out
+
+
+def test_what_was_guessed_is_printed(tmp_path, capsys):
+    root = write_objects(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t:05d}_obj{o}.png")
+    check(root)
+    assert "read as: masks/00000_obj1.png: object 1 of frame 0 (0)" in capsys.readouterr().out
+
+
+def test_options_of_the_reader_overrule_guesses(tmp_path, capsys):
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    patterns = ("--option", "frames={video}/frames/*", "--option", "masks={video}/masks/{frame}.png")
+    check(root, "--option", "binary=true", *patterns)
+    assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["1", "1"]
+    check(root, "--option", "ignore_ids=[1]")
+    assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["1", "2"]
+    with pytest.raises(SystemExit, match="`--option split=val`: it is `--split`"):
+        check(root, "--option", "split=val")

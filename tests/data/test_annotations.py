@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -61,34 +60,57 @@ def draw_mask(soft):
     return np.asarray(image.resize((SIZE[1], SIZE[0]), Image.Resampling.BILINEAR) if soft else image)
 
 
-def test_a_mask_of_one_object_is_no_map_of_many(tmp_path):
+def test_soft_edges_are_no_objects(tmp_path):
     options = make_frames(tmp_path)
-    path = tmp_path / "Annotations" / "a" / "00000.png"
-    save_image(path, draw_mask(soft=True))
+    save_image(tmp_path / "Annotations" / "a" / "00000.png", draw_mask(soft=True))
     with pytest.raises(SampleError, match=r"a/00000\.png: a mask with soft edges.*`binary: true`"):
         load_videos(**options)[0].visible(0)
     assert load_videos(**options, binary=True)[0].visible(0) == [1]
-    save_image(path, draw_mask(soft=False))
-    with pytest.warns(UserWarning, match=r"Annotations hold 0 and 255 alone.*`binary: true` \(`year: 2016`"):
-        assert load_videos(**options)[0].visible(0) == [255]
 
 
-@pytest.mark.parametrize("case", ["border", "grid", "small"])
-def test_maps_with_an_object_255_are_taken_as_they_are(tmp_path, case):
-    options = make_frames(tmp_path)
-    ids = label_map((1, 2), (2, 12))
-    if case == "border":  # as PASCAL VOC draws around objects
-        ids[3:21, 11] = ids[3:21, 16] = ids[3, 11:17] = ids[20, 11:17] = 255
-    elif case == "grid":
-        ids = np.random.default_rng(0).permutation(256)[:192].astype(np.uint8).reshape(12, 16)
-        ids = np.append(ids.ravel()[:-1], 255).astype(np.uint8).reshape(12, 16).repeat(2, 0).repeat(2, 1)
-    else:
-        ids[:] = np.where(label_map((1, 2)) > 0, 255, 0)
-        ids[0, 30:] = 7
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("options, object_ids", [({}, [1]), ({"binary": False}, None), ({"ignore_ids": [7]}, [1])])
+def test_black_and_white_masks_are_one_object_without_a_word(tmp_path, caplog, recwarn, dtype, options, object_ids):
+    made, white = make_frames(tmp_path), np.iinfo(dtype).max
+    for name in ("00000", "00002"):
+        save_image(tmp_path / "Annotations" / "a" / f"{name}.png", (draw_mask(soft=False) > 0) * dtype(white))
+    video = load_videos(**made, **options)[0]
+    assert video.object_ids == (object_ids or [white]) and np.array_equal(video.masks(0)[0], draw_mask(soft=False) > 0)
+    assert not caplog.messages and not recwarn.list
+
+
+@pytest.mark.parametrize("dtype, white", [(np.uint8, 255), (np.uint16, 255), (np.uint16, 65535)])
+def test_white_beside_ids_is_left_out_and_said_once(tmp_path, caplog, dtype, white):
+    options, ids = make_frames(tmp_path), label_map((1, 2), (2, 12), dtype=dtype)
+    ids[3:21, 11] = ids[3:21, 16] = ids[3, 11:17] = ids[20, 11:17] = white  # as PASCAL VOC draws around objects
+    for name in ("00000", "00002"):
+        save_image(tmp_path / "Annotations" / "a" / f"{name}.png", ids)
+    for _ in range(2):
+        assert load_videos(**options)[0].object_ids == [1, 2]
+    assert [f"hold {white} beside ids: it is left out; `ignore_ids: []` keeps it" in m for m in caplog.messages] == [
+        True
+    ]
+    assert load_videos(**options, ignore_ids=[])[0].object_ids == [1, 2, white]
+    assert load_videos(**options, ignore_ids=[1])[0].object_ids == [2, white]
+    assert load_videos(**options, binary=True, ignore_ids=[white])[0].object_ids == [1]
+
+
+def test_ids_of_16_bits_are_none_of_255(tmp_path):
+    options, ids = make_frames(tmp_path), label_map((255, 2), (300, 12), dtype=np.uint16)
     save_image(tmp_path / "Annotations" / "a" / "00000.png", ids)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert load_videos(**options)[0].visible(0) == [int(i) for i in np.unique(ids) if i]
+    save_image(tmp_path / "Annotations" / "a" / "00002.png", np.where(ids == 255, ids, 0))
+    assert [load_videos(**options)[0].visible(t) for t in (0, 2)] == [[255, 300], [255]]
+
+
+def test_a_label_image_is_no_mask_of_one_object(tmp_path):
+    path = tmp_path / "a.png"
+    save_image(path, label_map((1, 2), (2, 12)))
+    with pytest.raises(SampleError, match=r"a\.png: read as the mask of one object, 3, but holds the values 1, 2"):
+        ObjectImages({3: {0: path}}).visible(0)
+    assert ObjectImages({3: {0: path}}, binary=True).masks(0, [3]).sum() == 2 * 16 * 4
+    assert ObjectImages({3: {0: path}}, ignore_ids=[2]).masks(0, [3]).sum() == 16 * 4
+    save_image(path, draw_mask(soft=True))
+    assert ObjectImages({3: {0: path}}).visible(0) == [3]
 
 
 def test_masks_of_any_form_keep_their_pixels():

@@ -102,12 +102,11 @@ def test_frames_without_masks_are_not_annotated_and_palettes_are_ids():
     assert video.annotated_frames == [0, 3] and video.object_ids == [2, 300 % 256]
 
 
-def test_masks_of_one_object_are_read_as_binary(recwarn):
+def test_masks_of_one_object_are_read_as_binary():
     white = [images((ids > 0).astype(np.uint8) * 255) for ids in IDS]
     dataset = video_rows("frames", "other", masks=(white, IMAGES)).remove_columns("other")
-    assert videos_from_dataset(dataset)[0].object_ids == [255]
-    assert any("the column 'masks' hold 0 and 255 alone" in str(w.message) for w in recwarn)
-    video = videos_from_dataset(dataset, binary=True)[0]
+    assert videos_from_dataset(dataset, binary=False)[0].object_ids == [255]
+    video = videos_from_dataset(dataset)[0]
     assert video.object_ids == [1] and np.array_equal(video.masks(0)[0], IDS[0, 0] > 0)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import layouts
 from helpers.own_videos import LAYOUTS, NUM_FRAMES, SIZE, save, save_ids, truth, write, write_objects, write_videos
-from samoe_hf.data import SampleError, load_videos, write_palette_png
+from samoe_hf.data import SampleError, load_videos, write_palette_png, write_video
 
 
 def check_videos(videos) -> None:
@@ -142,6 +142,86 @@ def test_a_list_may_name_frames_of_a_video_file_and_objects(tmp_path):
     assert video.video_id == "cat" and video.object_ids == [1, 2]
 
 
+# --- Lists
+
+
+def write_list(root, columns, rows):
+    for t in range(12):
+        save(root / "f" / f"{t:05d}.png", np.full((*SIZE, 3), 20 * t, np.uint8))
+        save(root / "m" / f"{t:05d}.png", np.full(SIZE, t + 1, np.uint8))
+    (root / "pairs.csv").write_text("\n".join([columns, *rows]))
+    return root / "pairs.csv"
+
+
+@pytest.mark.parametrize(
+    "columns, row, expected",
+    [
+        ("frame,mask", "f/{t:05d}.png,m/{t:05d}.png", range(12)),
+        ("image,mask,frame_number", "f/{t:05d}.png,m/{t:05d}.png,{back}", range(11, -1, -1)),
+        ("frame_index,video,frame,mask", "{back}.0,v,f/{t:05d}.png,m/{t:05d}.png", range(11, -1, -1)),
+    ],
+)
+def test_frames_of_a_list_are_in_the_order_of_their_numbers_or_names(columns, row, expected, tmp_path, caplog):
+    order = np.random.default_rng(0).permutation(12).tolist()
+    path = write_list(tmp_path, columns, [row.format(t=t, back=11 - t) for t in order])
+    (video,) = load_videos(path)
+    assert [int(name) for name in video.frames.names] == list(expected)
+    assert [video.visible(t) for t in range(12)] == [[t + 1] for t in expected]
+    assert ("rows are put in the order of the names" in caplog.text) == (columns == "frame,mask")
+
+
+def test_names_without_numbers_leave_a_list_as_it_is(tmp_path):
+    for name in "cab":
+        save(tmp_path / f"{name}.png", np.zeros((*SIZE, 3), np.uint8))
+        save(tmp_path / f"m{name}.png", np.ones(SIZE, np.uint8))
+    (tmp_path / "pairs.csv").write_text("frame,mask\nc.png,mc.png\na.png,ma.png\nb.png,mb.png")
+    assert load_videos(tmp_path / "pairs.csv")[0].frames.names == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (["f/00000.png,m/00000.png,x"], r"pairs\.csv, row 1: frame_number must be a number, not 'x'"),
+        (["f/00000.png,m/00000.png,1", "f/00001.png,m/00001.png,1"], "video f has several frames of the number 1"),
+        (
+            ["f/00000.png,m/00000.png,1", "f/00000.png,m/00001.png,2"],
+            r"row 2: .*00000\.png has the number 1 in another",
+        ),
+    ],
+)
+def test_numbers_of_a_list_that_tell_no_order_are_refused(rows, message, tmp_path):
+    with pytest.raises(SampleError, match=message):
+        load_videos(write_list(tmp_path, "frame,mask,frame_number", rows))
+
+
+def test_video_files_of_one_name_in_two_folders_are_two_videos(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_video(tmp_path / name / "clip.mp4", list(truth().values())["ab".index(name)].frames)
+        save_ids(tmp_path / name / "0.png", list(truth().values())["ab".index(name)], 0)
+    (tmp_path / "pairs.csv").write_text("video,frame,mask\na/clip.mp4,0,a/0.png\nb/clip.mp4,0,b/0.png")
+    assert load_videos(tmp_path / "pairs.csv").video_ids == ["a/clip", "b/clip"]
+
+
+# --- Nothing vanishes
+
+
+def test_a_linked_folder_and_a_root_of_the_same_name_are_videos_too(tmp_path):
+    write(tmp_path / "cat", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png", only=1)
+    (tmp_path / "cat" / "again").symlink_to(tmp_path / "cat" / "cat")
+    write(tmp_path / "cat", "frames/{t}.jpg", "masks/{t}.png", only=1)
+    videos = load_videos(tmp_path / "cat")
+    assert sorted(videos.video_ids) == ["again", "cat", "cat_"]
+    assert [len(video.annotated_frames) for video in videos] == [NUM_FRAMES] * 3
+
+
+def test_files_that_are_neither_frames_nor_masks_are_named(tmp_path, caplog):
+    write(tmp_path, "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    save(tmp_path / "bird" / "7.png", np.zeros((*SIZE, 3), np.uint8))
+    load_videos(tmp_path)
+    assert "neither frames nor masks: bird/7.png" in caplog.text
+
+
 # --- What is no layout
 
 
@@ -175,7 +255,7 @@ def broken(root, what):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("empty", r"mine: no layout.* Found: no files\. Expected: <video>/frames"),
+        ("empty", r"mine: no layout.* Found: no files\. Expected: \{video\}/frames"),
         ("no masks", r"mine: no layout.* Found: 8 \.jpg \(such as cat/frames/00000\.jpg\).*kind: files, root: "),
         ("a mask without a frame", r"00009\.png: no frame named 00009 or numbered 9; the frames are 00000 to 00003"),
         ("another size", r"masks of size \(5, 5\).*masks/00001\.png"),
@@ -194,17 +274,17 @@ def test_what_is_wrong_is_named_with_the_remedy(what, message, tmp_path):
             video.masks(t)
 
 
-PATTERN = "<video>/frames/*"
+PATTERN = "{video}/frames/*"
 
 
 @pytest.mark.parametrize(
     "frames, masks, message",
     [
         (PATTERN, None, "`frames` goes with `masks`"),
-        (PATTERN, "<video>/nothing/*", "`masks`: no image or video below .* is named by"),
-        ("<vid>/frames/*", PATTERN, r"`frames` must be a pattern .*got '<vid>"),
-        ("../<video>/*", PATTERN, "`frames` must be a pattern below"),
-        (PATTERN, "cat/<video>/*.png", "name no video in common"),
+        (PATTERN, "{video}/nothing/*", "`masks`: no image or video below .* is named by"),
+        ("<video>/frames/*", PATTERN, r"`frames` must be a pattern .*got '<video"),
+        ("../{video}/*", PATTERN, "`frames` must be a pattern below"),
+        (PATTERN, "cat/{video}/*.png", "name no video in common"),
     ],
 )
 def test_wrong_patterns_are_refused(frames, masks, message, tmp_path):
@@ -236,5 +316,5 @@ def test_links_are_followed_once(tmp_path, caplog):
     (tmp_path / "linked" / "videos").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
     check_videos(load_videos(tmp_path / "linked"))
-    patterns = {"frames": "videos/<video>/frames/*", "masks": "videos/<video>/masks/*"}
+    patterns = {"frames": "videos/{video}/frames/*", "masks": "videos/{video}/masks/*"}
     check_videos(load_videos("files", tmp_path / "linked", **patterns))

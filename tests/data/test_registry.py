@@ -50,7 +50,7 @@ def test_synthetic_videos_and_saved_datasets_are_kinds_too(tmp_path):
         ({"kind": "synthetic", "num_videos": True, "num_frames": 2}, "num_videos"),
         ({"kind": "synthetic", "num_videos": 2, "num_frames": math.nan}, "num_frames"),
         ({"kind": "synthetic", "num_videos": 2, "num_frames": 2, "image_size": [64, 0]}, "image_size"),
-        ({"kind": "frames", "root": ".", "binary": "no"}, "`binary` must be bool, not 'no'"),
+        ({"kind": "frames", "root": ".", "binary": "no"}, "`binary` must be bool or None, not 'no'"),
         ({"kind": "davis", "root": ".", "year": "2016"}, "`year` must be 2016 or 2017 or None, not '2016'"),
         ({"kind": "davis", "root": 5}, "root"),
         ({"kind": "ocid", "root": ".", "ignore_ids": "12"}, "`ignore_ids` must be a list of an integer"),

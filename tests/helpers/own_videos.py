@@ -65,16 +65,16 @@ def write_rows(root: Path, suffix: str) -> Path:
             frame, mask = f"files/{number}x{9 - t}.png", f"files/{number}y{t + 3}.png"
             save(root / frame, video.frames[t])
             save_ids(root / mask, video, t)
-            rows.append({"video": name, "image": frame, "mask": mask})
+            rows.append({"video": name, "image": frame, "mask": mask, "frame_number": t})
     if suffix == ".csv":
-        lines = ["video,image,mask", *(",".join(row.values()) for row in rows)]
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
         (root / "pairs.csv").write_text("\n".join(lines))
     elif suffix == ".jsonl":
         (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     else:
         videos = [
             {"video": name, "frames": [r["image"] for r in rows if r["video"] == name],
-             "masks": [r["mask"] for r in rows if r["video"] == name]}
+             "masks": [r["mask"] for r in rows if r["video"] == name], "frame_number": [*range(NUM_FRAMES)]}
             for name in truth()
         ]  # fmt: skip
         (root / "pairs.json").write_text(json.dumps({"videos": videos}))
