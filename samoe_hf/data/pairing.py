@@ -136,7 +136,7 @@ def pair_masks(
     for place in () if exact else dict.fromkeys((0, len(masks) - 1)):
         (frame, name), path = pairs[place], masks[place].path
         whose = "" if name is None else f"object {ids[name]} of "
-        annotations.notes.append(f"{path.parent.name}/{path.name}: {whose}frame {frame} ({frames.names[frame]})")
+        annotations.notes.append(f"{'/'.join(path.parts[-3:])}: {whose}frame {frame} ({frames.names[frame]})")
     return annotations
 
 

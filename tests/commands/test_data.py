@@ -86,7 +86,7 @@ def test_every_frame_is_read(damage, tmp_path, capsys):
 def test_what_was_guessed_is_printed(tmp_path, capsys):
     root = write_objects(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t:05d}_obj{o}.png")
     check(root)
-    assert "read as: masks/00000_obj1.png: object 1 of frame 0 (0)" in capsys.readouterr().out
+    assert "cat/masks/00000_obj1.png: object 1 of frame 0 (0)" in capsys.readouterr().out
 
 
 def test_options_of_the_reader_overrule_guesses(tmp_path, capsys):

@@ -195,4 +195,7 @@ def test_guesses_are_sentences_of_the_check(tmp_path):
     write_frames(tmp_path)
     write_masks(tmp_path, "{t:05d}/{o}.png")
     report, _ = check_video("v", lambda: load_videos(tmp_path)[0])
-    assert report.notes == ["00000/1.png: object 1 of frame 0 (00000)", "00009/2.png: object 2 of frame 9 (00009)"]
+    assert report.notes == [
+        "masks/00000/1.png: object 1 of frame 0 (00000)",
+        "masks/00009/2.png: object 2 of frame 9 (00009)",
+    ]
