@@ -34,18 +34,15 @@ class PerFrame(nn.Module):
 
 
 class KeepVisible(nn.Module):
-    """Applies a geometric transform, of a few `tries`, unless it loses an object's whole mask on the first frame."""
+    """Applies a geometric transform unless it loses an object's whole mask on the first frame."""
 
-    def __init__(self, transform: nn.Module, tries: int = 1):
+    def __init__(self, transform: nn.Module):
         super().__init__()
-        self.transform, self.tries = transform, tries
+        self.transform = transform
 
     def forward(self, frames: tv_tensors.Image, masks: tv_tensors.Mask) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        for _ in range(self.tries):
-            moved_frames, moved_masks = self.transform(frames, masks)
-            if moved_masks[:, 0].flatten(1).any(dim=1).all():
-                return moved_frames, moved_masks
-        return frames, masks
+        moved_frames, moved_masks = self.transform(frames, masks)
+        return (moved_frames, moved_masks) if moved_masks[:, 0].flatten(1).any(dim=1).all() else (frames, masks)
 
 
 def transforms_from_options(options: Mapping[str, Any]) -> v2.Compose:
@@ -62,8 +59,6 @@ def training_transforms(
     shear: float | Sequence[float] = 20.0,
     translate: float | tuple[float, float] | None = None,
     scale: float | tuple[float, float] | None = None,
-    crop_size: int | None = None,
-    crop_scale: float | tuple[float, float] = (0.5, 1.0),
     jitter: float | Sequence[float] = (0.1, 0.03, 0.03, 0.0),
     grayscale: float = 0.05,
     frame_jitter: float | Sequence[float] = (0.1, 0.05, 0.05, 0.0),
@@ -78,8 +73,6 @@ def training_transforms(
         shear: largest shear along x in degrees either way, or the range (along x, or x and y).
         translate: largest shift as a share of width and height; one number for both.
         scale: range of the change in size; one number s is (1 - s, 1 + s).
-        crop_size: side of a random crop that is resized to a square; none by default.
-        crop_scale: range of that crop's area as a share of the frame's; one number is the smallest, and 1 the largest.
         jitter: strengths of brightness, contrast, saturation and hue, the same for all frames; one number is that of
             brightness, as in `ColorJitter`.
         grayscale: probability of a gray clip.
@@ -88,13 +81,10 @@ def training_transforms(
     angles: Any = degrees  # torchvision's type leaves out numbers that are not whole
     shift = None if not translate else (translate, translate) if isinstance(translate, int | float) else translate
     sizes = None if not scale else (1 - scale, 1 + scale) if isinstance(scale, int | float) else scale
-    area = (crop_scale, 1.0) if isinstance(crop_scale, int | float) else crop_scale
     clip_colors, frame_colors = ((x,) if isinstance(x, int | float) else tuple(x) for x in (jitter, frame_jitter))
-    for name, shares in (("flip", (flip,)), ("grayscale", (grayscale,)), ("crop_scale", area)):
-        if not all(0 <= x <= 1 for x in shares) or (len(shares) > 1 and not 0 < shares[0] <= shares[1]):
-            raise InputError(f"`{name}` must be within 0 to 1, the smaller number first, not {shares}")
-    if crop_size is not None and crop_size < 1:
-        raise InputError(f"`crop_size` must be at least 1, not {crop_size}")
+    for name, share in (("flip", flip), ("grayscale", grayscale)):
+        if not 0 <= share <= 1:
+            raise InputError(f"`{name}` must be within 0 to 1, not {share}")
     steps: list[nn.Module] = []
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
@@ -102,9 +92,6 @@ def training_transforms(
         fill = {tv_tensors.Image: IMAGE_FILL, tv_tensors.Mask: 0}
         affine = v2.RandomAffine(angles, shift, sizes, shear or None, v2.InterpolationMode.BILINEAR, fill=fill)
         steps.append(KeepVisible(affine))
-    if crop_size:
-        crop = v2.RandomResizedCrop(crop_size, area, interpolation=v2.InterpolationMode.BICUBIC)
-        steps.append(KeepVisible(crop, tries=10))
     if any(clip_colors):
         steps.append(_color_jitter("jitter", clip_colors))
     if grayscale:

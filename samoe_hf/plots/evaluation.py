@@ -15,7 +15,7 @@ from scipy.ndimage import binary_dilation
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
 
-from .masks import fill_hatched, hatching, plain_text
+from .masks import captioned, fill_hatched, hatching, plain_text
 
 # Those of Okabe and Ito, which everyone can tell apart.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -120,36 +120,14 @@ def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
-def _captioned(picture: Image.Image, lines: Sequence[str]) -> np.ndarray:
-    """The picture below lines of text and the legend of its colours, (H, W, 3) uint8."""
-    size = max(12, picture.width // 48)
-    step = int(size * 1.45)
-    canvas = Image.new("RGB", (picture.width, picture.height + step * (len(lines) + 1) + 6), "white")
-    canvas.paste(picture, (0, canvas.height - picture.height))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
-    for row, line in enumerate(lines):
-        draw.text((8, 4 + row * step), _fitted(draw, line, font, picture.width - 16), "black", font)
-    x, y = 8, 4 + len(lines) * step
+def _swatches() -> dict[str, np.ndarray]:
+    """Name -> what it looks like, of the legend of [`compare_masks`]."""
+    swatches = {name: np.full((12, 12, 3), 128, dtype=np.uint8) for name, *_ in LEGEND}
     for name, color, direction in LEGEND:
-        swatch = np.full((size, size, 3), 128, dtype=np.uint8)
-        _fill(swatch, np.ones((size, size), dtype=bool), color, direction)
-        canvas.paste(Image.fromarray(swatch), (x, y + 1))
-        draw.rectangle((x, y + 1, x + size, y + 1 + size), outline="black")
-        draw.text((x + size + 5, y), name, "black", font)
-        x += size + 24 + int(draw.textlength(name, font))
-    draw.line((x, y + size // 2, x + size, y + size // 2), "black", 5)
-    draw.line((x, y + size // 2, x + size, y + size // 2), "white", 2)
-    draw.text((x + size + 5, y), "true outline", "black", font)
-    return np.asarray(canvas)
-
-
-def _fitted(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
-    """The text, cut in the middle where it is wider than that."""
-    left, right = text, ""
-    while draw.textlength(left + right, font) > width:
-        half = (len(left) + len(right.removeprefix("…")) - 1) // 2
-        left, right = text[:half], f"…{text[len(text) - half :]}"
-    return left + right
+        _fill(swatches[name], np.ones((12, 12), dtype=bool), color, direction)
+    line = np.zeros((12, 12, 3), dtype=np.uint8)
+    line[5:7] = 255
+    return {**swatches, "true outline": line}
 
 
 def draw_object(
@@ -184,7 +162,7 @@ def draw_object(
 
     def overlays() -> Iterator[np.ndarray]:
         for frame in frames:
-            yield _captioned(picture(frame, width), [title, caption(frame, 3)])
+            yield captioned(np.asarray(picture(frame, width)), [title, caption(frame, 3)], _swatches())
 
     path.parent.mkdir(parents=True, exist_ok=True)
     fps = video.frames.fps or (24 if len(frames) > 48 else 6)
@@ -206,4 +184,4 @@ def _strip(pictures: Sequence[Image.Image], names: Sequence[str], title: str) ->
         x, y = number % columns * (width + 6), number // columns * (height + label + 4)
         draw.text((x + 4, y), name, "black", font)
         grid.paste(picture, (x, y + label))
-    return Image.fromarray(_captioned(grid, [title]))
+    return Image.fromarray(captioned(np.asarray(grid), [title], _swatches()))

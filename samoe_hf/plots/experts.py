@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
 
-from .masks import outline, overlay_masks, plain_text, resized
+from .masks import captioned, outline, overlay_masks, plain_text, resized
 
 # Paul Tol's "muted" colours, which people with any kind of colour vision tell apart.
 DISTINCT_COLORS = (
@@ -144,24 +143,20 @@ def plot_routing(
     columns = [np.vstack(_pictures(frames[t], masks[t], maps[t], shown, PANEL_HEIGHT)) for t in drawn]
     picture = np.hstack([np.pad(column, ((0, 0), (0, 6), (0, 0)), constant_values=255) for column in columns])
     title = f"{title}; frames {', '.join(map(str, drawn))}"
-    legend = _legend_image(_expert_legend(maps, shown), title, picture.shape[1])
-    Image.fromarray(np.vstack([picture, legend])).save(path)
+    Image.fromarray(captioned(picture, [title], _expert_legend(maps, shown))).save(path)
 
 
 def routing_video(
     frames: Sequence[np.ndarray], masks: np.ndarray, maps: np.ndarray, num_experts: int, title: str, height: int = 480
 ) -> Iterator[np.ndarray]:
-    """Frames (H', W', 3) uint8 of a video: the mask at the left, the chosen experts at the right, a legend below.
+    """Frames (H', W', 3) uint8 of a video: the mask at the left, the chosen experts at the right, a legend above.
 
     Arguments are those of [`plot_routing`]; frames without a map are grey at the right.
     """
     shown = _shown_experts(maps, num_experts)
-    legend = None
+    legend = _expert_legend(maps, shown)
     for frame, mask, experts in zip(frames, masks, maps, strict=True):
-        picture = np.hstack(_pictures(frame, mask, experts, shown, height))
-        if legend is None:
-            legend = _legend_image(_expert_legend(maps, shown), title, picture.shape[1])
-        yield np.vstack([picture, legend])
+        yield captioned(np.hstack(_pictures(frame, mask, experts, shown, height)), [title], legend)
 
 
 def _pictures(
@@ -198,30 +193,13 @@ def _overlay_experts(frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, s
     return image
 
 
-def _expert_legend(maps: np.ndarray, shown: Sequence[int]) -> list[Patch]:
+def _expert_legend(maps: np.ndarray, shown: Sequence[int]) -> dict[str, np.ndarray]:
+    """Name and share of each chosen expert -> a picture of its colour."""
     chosen = maps[maps >= 0]
     shares = {f"expert {expert}": (chosen == expert).mean() for expert in shown}
     shares["other experts"] = (~np.isin(chosen, shown)).mean()
-    return [
-        Patch(color=_color(number), label=f"{name} ({share:.1%})")
-        for number, (name, share) in enumerate(shares.items())
-        if share > 0
-    ]
-
-
-@plain_text
-def _legend_image(handles: Sequence[Patch], title: str, width: int) -> np.ndarray:
-    """A title and a legend as an image of the given width in pixels: (H, width, 3) uint8."""
-    columns = max(1, min(len(handles), width // 130))
-    lines = textwrap.wrap(title, max(20, width // 8))
-    height = 16 * len(lines) + 20 * -(-len(handles) // columns) + 16
-    height += height % 2
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    figure.text(0.5, 1 - 4 / height, "\n".join(lines), ha="center", va="top", fontsize=9)
-    figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    colored = {f"{name} ({share:.1%})": (share, _rgb(number)) for number, (name, share) in enumerate(shares.items())}
+    return {name: np.full((1, 1, 3), color) for name, (share, color) in colored.items() if share > 0}
 
 
 def _panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, np.ndarray]:

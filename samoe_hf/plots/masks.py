@@ -1,5 +1,6 @@
 """Pictures of masks: over a frame, and frames side by side."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -158,6 +159,30 @@ def _label(text: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     ImageDraw.Draw(image).text((-left, -top), text, "white", font, stroke_width=stroke, stroke_fill="black")
     rgba = np.asarray(image, dtype=np.float32)
     return rgba[..., :3], rgba[..., 3:] / 255
+
+
+def captioned(picture: np.ndarray, lines: Sequence[str], legend: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A picture below lines of text and a legend, name -> swatch; all are (H, W, 3) uint8."""
+    height, width = picture.shape[:2]
+    size = max(12, width // 48)
+    step, font = int(size * 1.45), ImageFont.load_default(size)
+    texts = [part for line in lines for part in textwrap.wrap(line, 2 * width // size)]
+    places, x, row = [], 8, len(texts)
+    for name in legend:
+        entry = size + 24 + int(font.getlength(name))
+        x, row = (8, row + 1) if x + entry > width else (x, row)
+        places.append((x, 4 + row * step))
+        x += entry
+    canvas = Image.new("RGB", (width, height + step * (row + 1) + 6), "white")
+    canvas.paste(Image.fromarray(picture), (0, canvas.height - height))
+    draw = ImageDraw.Draw(canvas)
+    for number, text in enumerate(texts):
+        draw.text((8, 4 + number * step), text, "black", font)
+    for (x, y), (name, swatch) in zip(places, legend.items(), strict=True):
+        canvas.paste(Image.fromarray(swatch).resize((size, size), Image.Resampling.NEAREST), (x, y + 1))
+        draw.rectangle((x, y + 1, x + size, y + 1 + size), outline="black")
+        draw.text((x + size + 5, y), name, "black", font)
+    return np.asarray(canvas)
 
 
 def outline(mask: np.ndarray, thickness: int) -> np.ndarray:

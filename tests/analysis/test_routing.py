@@ -126,13 +126,13 @@ def test_routing_pictures_show_the_colours_of_the_experts(nano, entering, tmp_pa
     assert png.stat().st_size > 1000
     video = read_video(mp4)
     assert len(video) == 5 and video.size[0] > 480 and video.size[1] == 2 * 640
-    right = video[3][:480, 640:].astype(float)
+    right = video[3][-480:, 640:].astype(float)
     grey = np.repeat(np.array(Image.fromarray(entering.frames[3]).convert("L").resize((640, 480)))[..., None], 3, -1)
     for columns, expert in ((slice(20, 300), 3), (slice(340, 620), 1)):
         expected = (0.3 * grey + 0.7 * rgb(expert))[:, columns].mean(axis=(0, 1))
         np.testing.assert_allclose(right[:, columns].mean(axis=(0, 1)), expected, atol=8)
     # The prompted frame has no map and stays grey.
-    unmapped = video[0][:480, 640:].astype(float)
+    unmapped = video[0][-480:, 640:].astype(float)
     assert np.abs(unmapped - unmapped.mean(axis=-1, keepdims=True)).mean() < 3
     with pytest.raises(ValueError, match=r"`object_id` must be one of \[2, 5, 9\], got 4"):
         maps.save(tmp_path / "other", object_id=4)
