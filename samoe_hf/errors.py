@@ -18,10 +18,7 @@ def input_errors(subject: str = "") -> Iterator[None]:
     """Around what opens files or asks the Hub: what a user can mend becomes an [`InputError`] of the same message.
 
     That is a file that is missing or cannot be read or written, a Hub that is not reached or refuses, and a package
-    that is not installed.
-
-    Args:
-        subject: put before a message that does not name it, such as what is loaded.
+    that is not installed. The subject, such as what is loaded, is put before a message that does not name it.
     """
     try:
         yield

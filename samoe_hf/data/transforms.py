@@ -50,7 +50,10 @@ def transforms_from_options(options: Mapping[str, Any]) -> v2.Compose:
     if not isinstance(options, Mapping):
         raise InputError(f"`augmentation` must be arguments of `training_transforms`, not {options!r}")
     check_options(training_transforms, options, "the transforms of `augmentation`")
-    return training_transforms(**options)
+    try:
+        return training_transforms(**options)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"`augmentation` {dict(options)}: {error}") from error
 
 
 def training_transforms(
@@ -82,9 +85,6 @@ def training_transforms(
     shift = None if not translate else (translate, translate) if isinstance(translate, int | float) else translate
     sizes = None if not scale else (1 - scale, 1 + scale) if isinstance(scale, int | float) else scale
     clip_colors, frame_colors = ((x,) if isinstance(x, int | float) else tuple(x) for x in (jitter, frame_jitter))
-    for name, share in (("flip", flip), ("grayscale", grayscale)):
-        if not 0 <= share <= 1:
-            raise InputError(f"`{name}` must be within 0 to 1, not {share}")
     steps: list[nn.Module] = []
     if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
@@ -93,16 +93,9 @@ def training_transforms(
         affine = v2.RandomAffine(angles, shift, sizes, shear or None, v2.InterpolationMode.BILINEAR, fill=fill)
         steps.append(KeepVisible(affine))
     if any(clip_colors):
-        steps.append(_color_jitter("jitter", clip_colors))
+        steps.append(v2.ColorJitter(*clip_colors))
     if grayscale:
         steps.append(v2.RandomGrayscale(grayscale))
     if any(frame_colors):
-        steps.append(PerFrame(_color_jitter("frame_jitter", frame_colors)))
+        steps.append(PerFrame(v2.ColorJitter(*frame_colors)))
     return v2.Compose(steps or [v2.Identity()])
-
-
-def _color_jitter(name: str, strengths: Sequence[float]) -> v2.ColorJitter:
-    try:
-        return v2.ColorJitter(*strengths)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"`{name}`: {error}") from error

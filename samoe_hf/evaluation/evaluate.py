@@ -199,13 +199,8 @@ def evaluate_videos(
 ) -> dict[str, VideoResult]:
     """Tracks videos with a model, and scores their annotated frames: [`VideoResult.key`] -> result.
 
-    Where objects overlap, a pixel belongs to that of the largest logit.
-
-    Args:
-        prompt, seed, domain: see [`segment_video`].
-
-    Raises:
-        ValueError: if two videos have the same domain and id, or no frame of a video is annotated.
+    Where objects overlap, a pixel belongs to that of the largest logit. For `prompt`, `seed` and `domain` see
+    [`segment_video`]. Each video needs an annotated frame, and a domain and id of its own.
     """
     progress = tqdm(videos, desc="evaluate", disable=not show_progress_bar)
     with evaluation_mode(model):

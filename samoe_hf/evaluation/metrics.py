@@ -1,9 +1,8 @@
 """Scores of predicted against annotated masks: of videos, of sets of videos, and of volumes.
 
-[`METRICS`] lists the figures: to add one is to add an entry there, and what it is computed from to [`VideoScores`].
-Everything here works on arrays and knows neither models nor datasets. A video is given as id maps (T, H, W), where 0 is
-background, or as boolean masks (T, N, H, W), which may overlap; prediction and target in the same form, as arrays or
-tensors. Objects are paired by their id: a mask under another object's id is wrong.
+[`METRICS`] lists the figures. A video is given as id maps (T, H, W), where 0 is background, or as boolean masks
+(T, N, H, W), which may overlap; prediction and target in the same form, as arrays or tensors. Objects are paired by
+their id: a mask under another object's id is wrong.
 
 One rule holds for every score: where neither side has a mask it is 1, where only one side has one it is 0. A mean over
 no frames or objects is NaN.
@@ -210,9 +209,6 @@ def surface_dice(
 
     Returns:
         Surface Dice of every object (N,).
-
-    Raises:
-        ValueError: as `score_video` does, or if the spacing is not three positive numbers or the tolerance negative.
     """
     prediction, target, ids = _check_pair(prediction, target, object_ids)
     if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing) or not 0 <= tolerance < math.inf:
@@ -235,9 +231,6 @@ def counted_frames(scores: VideoScores, protocol: Protocol) -> np.ndarray:
     - "youtube_vos": those after the first that shows the object in the target (Xu et al., 2018; the server's code is
       not public).
     - "all": all.
-
-    Raises:
-        ValueError: if the protocol is none of these.
     """
     if protocol not in get_args(Protocol):
         raise InputError(f"unknown protocol {protocol!r}; known are {', '.join(get_args(Protocol))}")
@@ -358,9 +351,6 @@ def summarize(
         `num_videos`, `num_objects` and `num_frames` (summed over objects) that count; the columns of `score_objects`
         averaged over objects, as DAVIS does. With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and
         `overall`, the mean of their J&F.
-
-    Raises:
-        ValueError: if an object has no group (names it).
     """
     every = score_objects(videos, protocol)
     rows = [row for row in every if row["num_frames"]]

@@ -145,19 +145,18 @@ def _over_time(results: Sequence[VideoResult], num_runs: int) -> dict[str, list[
 
 def _by_size(results: Sequence[VideoResult], num_runs: int, protocol: Protocol) -> list[dict[str, Any]]:
     """J by the object's share of the image, over the frames that count and show it."""
-    areas, js = [np.zeros(0)], [np.zeros(0)]
+    parts = [pd.DataFrame({"area": [], "j": []}, dtype=float)]
     for result in results:
         counted = counted_frames(result.scores, protocol) & (result.scores.target_area > 0)
-        areas.append(result.scores.target_area[counted] / result.image_area)
-        js.append(result.scores.j[counted])
-    bins, all_js = np.digitize(np.concatenate(areas), SIZE_EDGES), np.concatenate(js)
-    edges = [0.0, *SIZE_EDGES, 1.0]
-    sizes = []
-    for number, (low, high) in enumerate(itertools.pairwise(edges)):
-        inside = all_js[bins == number]
-        mean = float(inside.mean()) if inside.size else math.nan
-        sizes.append({"from": low, "to": high, "masks": inside.size // num_runs, "J_mean": mean})
-    return sizes
+        areas = result.scores.target_area[counted] / result.image_area
+        parts.append(pd.DataFrame({"area": areas, "j": result.scores.j[counted]}))
+    table, edges = pd.concat(parts), [0.0, *SIZE_EDGES, 1.0]
+    bins = pd.cut(table.area, [*edges[:-1], math.inf], right=False)
+    by_bin = table.j.groupby(bins, observed=False).agg(["size", "mean"])
+    return [
+        {"from": low, "to": high, "masks": int(count) // num_runs, "J_mean": mean}
+        for (low, high), (count, mean) in zip(itertools.pairwise(edges), by_bin.to_numpy().tolist(), strict=True)
+    ]
 
 
 def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:

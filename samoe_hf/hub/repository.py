@@ -28,7 +28,7 @@ from .model_card import CardContent, write_model_card
 
 
 def check_base_is_public(model: SamoePreTrainedModel) -> None:
-    """Raises a `ValueError` if what was trained refers to files that only this machine has."""
+    """Refuses what was trained on files that only this machine has."""
     name = (model.origin.source or {}).get("name_or_path")
     if name is not None and os.path.isabs(name):
         raise InputError(

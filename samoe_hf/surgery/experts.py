@@ -59,10 +59,7 @@ def prune_experts(
         keep: the experts that stay, in every layer.
         drop: instead of `keep`, the experts that are removed from every layer.
         usage: instead of `keep`, name of each layer with experts -> (experts,). Each layer keeps its most used.
-        num_experts: with `usage`, how many stay.
-
-    Raises:
-        InputError: for indices or names that are not the model's, or if fewer than `num_experts_per_tok` stay.
+        num_experts: with `usage`, how many stay, at least `num_experts_per_tok`.
     """
     check_has_no_domains(model.config)
     if sum(given is not None for given in (keep, drop, usage)) != 1:
@@ -97,15 +94,11 @@ def merge_experts(model: SamoeModel, experts: Sequence[int], *, usage: Usage | N
     `num_experts_per_tok` shrinks with the number of experts.
 
     Args:
-        experts: two or more.
+        experts: two or more, none of them frozen.
         usage: name of each layer with experts -> (experts,), all of at least 0; equal weights if not given.
 
     Returns:
         The index of the merged expert.
-
-    Raises:
-        InputError: for indices or names that are not the model's, for frozen experts, or if fewer experts than
-            `num_experts_per_tok` would be left.
     """
     check_has_no_domains(model.config)
     experts = sorted(check_experts(experts, model.config.num_experts))

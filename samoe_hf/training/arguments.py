@@ -49,8 +49,8 @@ class ModelArguments(ModelKeys):
         """The model in training mode."""
         if (self.model_name_or_path is None) == (self.model_config is None):
             raise InputError("Exactly one of `model_name_or_path` and `model_config` must be given.")
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name in SamoeConfig.__dataclass_fields__}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in SamoeConfig.__dataclass_fields__}
+        settings = {name: value for name, value in given.items() if value is not None}
         if self.domain_like is not None and self.domain is None:
             raise InputError("`domain_like` goes with `domain`, the name of the new domain.")
         of_domain = {}
@@ -100,10 +100,12 @@ class DataArguments(DataKeys):
             setattr(self, name, dataset_entries({name: getattr(self, name)}, name, "a run"))
 
     def train_dataset(self, processor: VideoProcessor, seed: int) -> MixedDataset:
-        """All training clips, prepared by `processor`, each dataset by its domain's name."""
+        """All training clips, each dataset by its domain's name."""
         if not self.train_data:
             raise InputError("`train_data` must name at least one dataset.")
         clips, weights = {}, {}
+        names = "num_frames, stride, max_objects, reverse_probability, clips_per_video, on_error"
+        of_clips = {name: getattr(self, name) for name in names.split(", ")}
         transforms = None if self.augmentation is None else transforms_from_options(self.augmentation)
         for index, entry in enumerate(self.train_data):
             options = dict(entry) if isinstance(entry, Mapping) else {}
@@ -114,18 +116,7 @@ class DataArguments(DataKeys):
                 raise InputError(
                     f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
                 )
-            clips[domain] = ClipDataset(
-                videos,
-                processor,
-                seed=seed,
-                clips_per_video=self.clips_per_video,
-                on_error=self.on_error,
-                num_frames=self.num_frames,
-                stride=self.stride,
-                max_objects=self.max_objects,
-                reverse_probability=self.reverse_probability,
-                transforms=transforms,
-            )
+            clips[domain] = ClipDataset(videos, processor, seed=seed, transforms=transforms, **of_clips)
             weights[domain] = len(clips[domain]) if weight is None else weight
         return MixedDataset(clips, weights, seed=seed)
 
