@@ -17,13 +17,12 @@ Each video's result is kept when it is finished: the same command again goes on 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from samoe_hf.data.layouts import MaskFormat, Protocol, layout_of
-from samoe_hf.errors import InputError, input_errors
+from samoe_hf.errors import input_errors
 
 from . import options
 
@@ -76,21 +75,14 @@ def label_sources(sources: Sequence[str | Path]) -> list[str]:
     return options.unique_names(names)
 
 
-def read_meta(path: Path) -> Any:
-    try:
-        with input_errors():
-            return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"`--seen-unseen` {path} is not JSON: {error}") from error
-
-
 def build_evaluation(parsed: argparse.Namespace) -> Evaluation:
     from samoe_hf.evaluation.run import Evaluation, choose_seeds
     from samoe_hf.evaluation.simulated_user import PromptStrategy
     from samoe_hf.evaluation.statistics import seen_and_unseen
 
     prompt = PromptStrategy.parse(parsed.prompt)
-    groups = seen_and_unseen(*map(read_meta, parsed.seen_unseen)) if parsed.seen_unseen else None
+    with input_errors():
+        groups = seen_and_unseen(*parsed.seen_unseen) if parsed.seen_unseen else None
     dataset = options.open_dataset(parsed)
     return Evaluation(
         dataset.videos(parsed.video),

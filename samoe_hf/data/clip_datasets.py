@@ -161,7 +161,12 @@ class MixedDataset(EpochDataset, Dataset):
                 raise InputError(f"weights must be positive numbers, but that of {name!r} is {weight!r}")
         self.length = sum(lengths.values())
         self.datasets, self.seed = dict(datasets), seed
-        self.counts = _apportion(np.array([float(weights[name]) for name in datasets]), self.length)
+        # Whole numbers in proportion to the weights, whose sum is the length; the largest remainders are rounded up.
+        shares = np.array([float(weights[name]) for name in datasets])
+        exact = shares / shares.sum() * self.length
+        counts = np.floor(exact).astype(int)
+        counts[np.argsort(counts - exact, kind="stable")[: self.length - counts.sum()]] += 1
+        self.counts = counts.tolist()
         self._plan = (-1, np.zeros((0, 2), int))
 
     def __len__(self) -> int:
@@ -192,14 +197,6 @@ class MixedDataset(EpochDataset, Dataset):
             numbers = [start + i for start in range(0, count, size) for i in rng.permutation(size).tolist()]
             rows += [(which, number) for number in numbers[:count]]
         return rng.permutation(np.array(rows))
-
-
-def _apportion(weights: np.ndarray, total: int) -> list[int]:
-    """Whole numbers in proportion to weights, whose sum is total; the largest remainders are rounded up."""
-    exact = weights / weights.sum() * total
-    counts = np.floor(exact).astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
-    return counts.tolist()
 
 
 class ClipStream(EpochDataset, IterableDataset):

@@ -108,7 +108,8 @@ class ClipSampler:
             pixels, labels = self.transforms(pixels, labels)
         prepared = self.processor.video_processor(videos=pixels.as_subclass(torch.Tensor), return_tensors="pt")
         pixel_values = prepared["pixel_values_videos"][0].contiguous()
-        labels = resize_masks(labels, pixel_values.shape[-2:])
+        nearest = {"size": list(pixel_values.shape[-2:]), "interpolation": InterpolationMode.NEAREST}
+        labels = tvf.resize(tv_tensors.Mask(labels), **nearest).as_subclass(torch.Tensor) > 0
         labels = labels[labels[:, 0].any(dim=(-2, -1))]
         if len(labels) == 0:
             return None
@@ -135,12 +136,6 @@ def warn_one_frame(what: str) -> None:
         "give the configuration's `expert_modules` other modules as well, or train on longer clips",
         stacklevel=3,
     )
-
-
-def resize_masks(masks: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resizes (…, H, W) masks to a size (height, width) by the nearest pixel; returns (…, height, width) bool."""
-    masks = tvf.resize(tv_tensors.Mask(masks), list(size), interpolation=InterpolationMode.NEAREST)
-    return masks.as_subclass(torch.Tensor) > 0
 
 
 @dataclass(frozen=True)

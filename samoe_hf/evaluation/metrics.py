@@ -38,14 +38,6 @@ def _to_numpy(array: MaskArray) -> np.ndarray:
     return np.asarray(array)
 
 
-def _ids_in(id_maps: np.ndarray) -> tuple[int, ...]:
-    """The ids above 0 in id maps (T, H, W), ascending."""
-    seen = np.zeros(int(id_maps.max(initial=0)) + 1, dtype=bool)  # far faster than `np.unique` on every pixel
-    for id_map in id_maps:
-        seen[np.maximum(id_map, 0)] = True
-    return tuple(int(i) for i in np.flatnonzero(seen) if i > 0)
-
-
 def _check_pair(
     prediction: MaskArray, target: MaskArray, object_ids: Sequence[int] | None
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
@@ -57,7 +49,10 @@ def _check_pair(
     if prediction.shape != target.shape:
         raise InputError(f"prediction and target differ in shape: {prediction.shape} and {target.shape}")
     if object_ids is None:
-        object_ids = range(1, target.shape[1] + 1) if target.ndim == 4 else _ids_in(target)
+        seen = np.zeros(int(target.max(initial=0)) + 1, dtype=bool)  # far faster than `np.unique` on every pixel
+        for id_map in target if target.ndim == 3 else ():
+            seen[np.maximum(id_map, 0)] = True
+        object_ids = range(1, target.shape[1] + 1) if target.ndim == 4 else (np.flatnonzero(seen[1:]) + 1).tolist()
     ids = tuple(object_ids)
     if len(set(ids)) != len(ids) or min(ids, default=1) < 1 or (target.ndim == 4 and len(ids) != target.shape[1]):
         raise InputError(f"object ids must be distinct, above 0 and one per mask, but are {ids}")

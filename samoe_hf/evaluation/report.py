@@ -27,6 +27,15 @@ PROMPTS = {
     "clicks": "clicks in the middle of the largest error so far",
 }
 NO_NUMBER = "–"
+# Heading -> how a row is written under it.
+VIDEO_COLUMNS = {
+    "video": "{video}", "domain": "{domain}", "frames": "{num_frames}", "objects": "{num_objects}",
+    "prompts": "{num_prompts:g}", "frames/s": "{speed}",
+}  # fmt: skip
+OBJECT_COLUMNS = {
+    "video": "{video}", "domain": "{domain}", "object": "{object_id}", "first frame": "{first}",
+    "frames counted": "{num_frames}", "size": "{size:.2g} %",
+}  # fmt: skip
 
 
 def format_number(value: float | None, digits: int = 3, sign: str = "") -> str:
@@ -121,7 +130,9 @@ def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> P
     for model, of in zip(models, suffixes, strict=True):
         parts += [f"## Best and worst objects{of}", *_highlights(model)]
     for model, of in zip(models, suffixes, strict=True):
-        parts += [f"## Videos{of}", _video_table(model["videos"]), f"## Objects{of}", _object_table(model["objects"])]
+        videos = [{**row, "speed": format_number(row["fps"], 1)} for row in model["videos"]]
+        parts += [f"## Videos{of}", _row_table(videos, VIDEO_COLUMNS, MAIN_METRICS)]
+        parts += [f"## Objects{of}", _object_table(model["objects"])]
     path = folder / "report.md"
     write_text(path, "\n\n".join(parts) + "\n")
     return path
@@ -216,15 +227,7 @@ def _row_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], me
     return format_table([*columns, *_titles(names)], written, markdown=True)
 
 
-def _video_table(videos: Sequence[Mapping[str, Any]]) -> str:
-    columns = {"video": "{video}", "domain": "{domain}", "frames": "{num_frames}", "objects": "{num_objects}"}
-    columns |= {"prompts": "{num_prompts:g}", "frames/s": "{speed}"}
-    return _row_table([{**row, "speed": format_number(row["fps"], 1)} for row in videos], columns, MAIN_METRICS)
-
-
 def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:
-    columns = {"video": "{video}", "domain": "{domain}", "object": "{object_id}", "first frame": "{first}"}
-    columns |= {"frames counted": "{num_frames}", "size": "{size:.2g} %"}
     rows = [
         {
             **row,
@@ -233,7 +236,7 @@ def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:
         }
         for row in sorted(objects, key=lambda row: -1 if row["J&F_mean"] is None else -row["J&F_mean"])
     ]
-    table = _row_table(rows, columns, (*MAIN_METRICS, "J_recall", "J_decay"))
+    table = _row_table(rows, OBJECT_COLUMNS, (*MAIN_METRICS, "J_recall", "J_decay"))
     return f"{table}\n\nSize: the true mask's mean share of the image."
 
 

@@ -22,17 +22,21 @@ BOOTSTRAP_SAMPLES = 10_000
 NUM_HIGHLIGHTS = 2  # best and worst objects that are shown
 
 
-def seen_and_unseen(meta: Mapping[str, Any], train_meta: Mapping[str, Any]) -> dict[tuple[str, int], str]:
+def seen_and_unseen(meta: str | Path, train_meta: str | Path) -> dict[tuple[str, int], str]:
     """YouTube-VOS' groups, of its two `meta.json`: (video id, object id) -> "seen", in training, or "unseen"."""
     try:
-        categories = {o["category"] for video in train_meta["videos"].values() for o in video["objects"].values()}
+        videos, train_videos = (json.loads(Path(path).read_text())["videos"] for path in (meta, train_meta))
+        categories = {o["category"] for video in train_videos.values() for o in video["objects"].values()}
         return {
             (video_id, int(object_id)): "seen" if about["category"] in categories else "unseen"
-            for video_id, video in meta["videos"].items()
+            for video_id, video in videos.items()
             for object_id, about in video["objects"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"not a meta.json of YouTube-VOS, with a category for each object: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        message = (
+            f"{meta} and {train_meta} must be meta.json of YouTube-VOS, with a category for each object: {error!r}"
+        )
+        raise InputError(message) from error
 
 
 def combine_runs(

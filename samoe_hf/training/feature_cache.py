@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -74,20 +74,15 @@ class FeatureCache:
         structure = f"{model.config.vision_config.to_json_string()} {adapter_state(model.vision_encoder)}"
         if encoder_has_experts(model):
             structure += f" {active_domain()}"
-        if structure != self._structure or not _are_equal(tensors, self._weights):
+        kinds, known = ({n: (t.shape, t.dtype, t.device) for n, t in x.items()} for x in (tensors, self._weights))
+        are_equal = kinds == known and all(torch.equal(tensor, self._weights[name]) for name, tensor in tensors.items())
+        if structure != self._structure or not are_equal:
             self._structure = structure
             self._weights = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             named = ((f"{name} {tensor.dtype}", tensor) for name, tensor in tensors.items())
             digest = hashlib.sha256(f"{structure} {hash_tensors(named)}".encode())
             self._fingerprint = digest.hexdigest()[:32]
         return self._fingerprint
-
-
-def _are_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    def describe(tensors: Mapping[str, Tensor]) -> list[tuple]:
-        return [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
-
-    return describe(a) == describe(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _path(folder: Path, frame: Tensor) -> Path:

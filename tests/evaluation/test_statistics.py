@@ -110,9 +110,11 @@ def test_highlights_show_each_object_once(count, best, worst):
         assert chosen[0]["video"] == "0" and chosen[best]["video"] == str(count - 1)
 
 
-def test_categories_of_training_are_seen():
-    train = {"videos": {"x": {"objects": {"1": {"category": "dog"}}}}}
-    meta = {"videos": {"a": {"objects": {"1": {"category": "dog"}, "3": {"category": "snail"}}}}}
+def test_categories_of_training_are_seen(tmp_path):
+    train, meta, other = (tmp_path / name for name in ("train.json", "meta.json", "other.json"))
+    train.write_text(json.dumps({"videos": {"x": {"objects": {"1": {"category": "dog"}}}}}))
+    objects = {"1": {"category": "dog"}, "3": {"category": "snail"}}
+    meta.write_text(json.dumps({"videos": {"a": {"objects": objects}}}))
     groups = seen_and_unseen(meta, train)
     assert groups == {("a", 1): "seen", ("a", 3): "unseen"}
     results = [make_result([[1, 1], [0.5, 0.1]], "a", object_ids=(1, 3))]
@@ -121,8 +123,10 @@ def test_categories_of_training_are_seen():
     assert summary["overall"] == pytest.approx(((0.5 + 0.25) / 2 + (0.1 + 0.01) / 2) / 2)
     with pytest.raises(ValueError, match=r"no group is given for the objects \[\('d/b', 1\)\]"):
         combine_runs({None: [make_result([[1], [0.5]], "b")]}, "youtube_vos", groups)
-    with pytest.raises(ValueError, match=r"not a meta.json of YouTube-VOS"):
-        seen_and_unseen({"videos": []}, train)
+    for content in ('{"videos": []}', "{"):
+        other.write_text(content)
+        with pytest.raises(ValueError, match=r"other.json and .*train.json must be meta.json of YouTube-VOS"):
+            seen_and_unseen(other, train)
 
 
 def test_what_is_no_number_is_null_in_json(tmp_path):
