@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+from jinja2 import Template
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import write_text
@@ -14,28 +15,8 @@ from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
 
 from .metrics import MAIN_METRICS, METRICS
 
-PROTOCOLS = {
-    "davis": "DAVIS: all frames of a video but the first and the last",
-    "sav": "SA-V: without first and last frame, from an object's first appearance on",
-    "youtube_vos": "YouTube-VOS: for each object, the frames after the first that shows it",
-    "all": "all frames, prompted ones too",
-}
-PROMPTS = {
-    "mask": "the object's true mask",
-    "box": "the bounding box of its true mask",
-    "point": "positive points drawn from its true mask",
-    "clicks": "clicks in the middle of the largest error so far",
-}
+TEMPLATE = Path(__file__).with_name("report_template.md")
 NO_NUMBER = "–"
-# Heading -> how a row is written under it.
-VIDEO_COLUMNS = {
-    "video": "{video}", "domain": "{domain}", "frames": "{num_frames}", "objects": "{num_objects}",
-    "prompts": "{num_prompts:g}", "frames/s": "{speed}",
-}  # fmt: skip
-OBJECT_COLUMNS = {
-    "video": "{video}", "domain": "{domain}", "object": "{object_id}", "first frame": "{first}",
-    "frames counted": "{num_frames}", "size": "{size:.2g} %",
-}  # fmt: skip
 
 
 def format_number(value: float | None, digits: int = 3, sign: str = "") -> str:
@@ -104,86 +85,28 @@ def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> P
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     plot_over_time(models, folder / "pictures" / "j_over_time.png")
     plot_by_size(models, folder / "pictures" / "j_by_size.png")
-    parts = ["# Evaluation", _described(results), "## Results", summary_table(results, markdown=True)]
-    parts.append(_explanations(results))
-    for comparison in results["comparisons"]:
-        parts += [
-            f"### {comparison['model']} against {comparison['baseline']}",
-            comparison_table(comparison, markdown=True),
-            f"Differences of means over the same {comparison['num_objects']} objects; above 0 is better. "
-            + (
-                f"The interval is that of a paired bootstrap over the {comparison['num_videos']} videos "
-                f"({results['bootstrap_samples']} draws)."
-                if comparison["num_videos"] > 1
-                else "A single video gives no interval."
-            ),
-        ]
-    parts += ["### All metrics", _all_metrics(results)]
-    if any("groups" in model["summary"] for model in models):
-        parts += ["### Seen and unseen categories", _groups(models)]
-    parts += [
-        "## Over time and by size",
-        "![J by the number of frames since the object's first](pictures/j_over_time.png)",
-        "![J by the size of the object](pictures/j_by_size.png)",
-    ]
-    suffixes = [f" of {model['label']}" if len(models) > 1 else "" for model in models]
-    for model, of in zip(models, suffixes, strict=True):
-        parts += [f"## Best and worst objects{of}", *_highlights(model)]
-    for model, of in zip(models, suffixes, strict=True):
-        videos = [{**row, "speed": format_number(row["fps"], 1)} for row in model["videos"]]
-        parts += [f"## Videos{of}", _row_table(videos, VIDEO_COLUMNS, MAIN_METRICS)]
-        parts += [f"## Objects{of}", _object_table(model["objects"])]
-    path = folder / "report.md"
-    write_text(path, "\n\n".join(parts) + "\n")
-    return path
-
-
-def _described(results: Mapping[str, Any]) -> str:
-    dataset, prompt, seeds = results["dataset"], results["prompt"], results["seeds"]
-    where = " ".join(f"{name} `{dataset[name]}`" for name in ("root", "split", "option") if dataset.get(name))
-    lines = [f"- Data: `{dataset['kind']}`{', ' + where if where else ''}"]
-    if prompt is not None:
-        drawn = (
-            f"{len(seeds)} runs with the seeds {', '.join(map(str, seeds))}" if seeds else "nothing is drawn: one run"
-        )
-        what = f"{PROMPTS[prompt.partition(':')[0]]}, on the first annotated frame that shows it"
-        if "@" in prompt:
-            lowest = "the lowest IoU" if prompt.endswith(":offline") else "an IoU below 0.75"
-            what += f" and on others with {lowest}"
-        lines.append(f"- Prompt: `{prompt}`, {what}; {drawn}")
-    lines.append(f"- Frames that count: {PROTOCOLS[results['protocol']]} (`{results['protocol']}`)")
-    for model in results["models"]:
-        facts = [f"`{model['source']}`"]
-        if model.get("base_model"):
-            facts.append(f"on the base `{model['base_model']['name_or_path']}`")
-        if revision := model.get("commit") or model.get("revision"):
-            facts.append(f"revision `{revision}`")
-        if model.get("num_parameters"):
-            facts.append(f"{model['num_parameters']:,} parameters, fingerprint `{model['fingerprint']}`")
-        if model.get("expert_domains"):
-            facts.append(f"experts for {', '.join(model['expert_domains'])}")
-        elif model.get("num_experts"):
-            facts.append(f"{model['num_experts']} experts of rank {model['lora_rank']} per layer")
-        if model["speed"]["fps"]:
-            facts.append(f"{model['speed']['fps']:.1f} frames per second")
-        lines.append(f"- {'Model' if prompt is not None else 'Masks'} {model['label']}: {', '.join(facts)}")
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines.append(f"- Made {results['created']} on {results['device']}, with {versions}")
-    return "\n".join(lines)
-
-
-def _explanations(results: Mapping[str, Any]) -> str:
-    notes = [
-        "Means over objects, from 0 to 1, higher is better; every metric is explained below. A frame on which an "
-        "object is neither to be seen nor predicted counts as 1 (DAVIS)."
-    ]
-    if any(model.get("std") for model in results["models"]):
-        notes.append("After ±: the standard deviation over the seeds (n − 1).")
-    total = sum(video["num_objects"] for video in results["models"][0]["videos"])
-    counted = int(results["models"][0]["summary"]["num_objects"])
-    if counted < total:
-        notes.append(f"{total - counted} of {total} objects have no frame that counts and are left out.")
-    return " ".join(notes)
+    num_objects = sum(video["num_objects"] for video in models[0]["videos"])
+    shown = {
+        "comparisons": [{**one, "table": comparison_table(one, markdown=True)} for one in results["comparisons"]],
+        "models": [
+            {
+                **model,
+                "suffix": f" of {model['label']}" if len(models) > 1 else "",
+                "videos_table": _video_table(model["videos"]),
+                "objects_table": _object_table(model["objects"]),
+            }
+            for model in models
+        ],
+        "summary_table": summary_table(results, markdown=True),
+        "metrics_table": _all_metrics(results),
+        "groups_table": _groups(models) if any("groups" in model["summary"] for model in models) else "",
+        "has_std": any(model.get("std") for model in models),
+        "num_objects": num_objects,
+        "num_left_out": num_objects - int(models[0]["summary"]["num_objects"]),
+    }
+    template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
+    write_text(folder / "report.md", template.render(**results | shown).strip() + "\n")
+    return folder / "report.md"
 
 
 def _all_metrics(results: Mapping[str, Any]) -> str:
@@ -206,17 +129,6 @@ def _groups(models: Sequence[Mapping[str, Any]]) -> str:
     return format_table(["", "J&F", "J", "F"], rows, markdown=True)
 
 
-def _highlights(model: Mapping[str, Any]) -> list[str]:
-    parts = []
-    for entry in model["highlights"]:
-        name, _, number = entry["rank"].partition("_")
-        what = f"{entry['domain']}, {entry['video']}, object {entry['object_id']}"
-        score = format_number(entry["J&F_mean"])
-        parts.append(f"**{name.capitalize()} {number}**: {what}; J&F {score} ([video]({entry['video_file']}))")
-        parts.append(f"![{name} {number}: {what}]({entry['picture']})")
-    return parts or ["No object has a frame that counts."]
-
-
 def _row_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], metrics: Sequence[str]) -> str:
     """A table of rows and their metrics; `columns`: heading -> how a row is written in it."""
     names = _present(rows, metrics)
@@ -227,17 +139,21 @@ def _row_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], me
     return format_table([*columns, *_titles(names)], written, markdown=True)
 
 
+def _video_table(videos: Sequence[Mapping[str, Any]]) -> str:
+    columns = {"video": "{video}", "domain": "{domain}", "frames": "{num_frames}", "objects": "{num_objects}"}
+    columns |= {"prompts": "{num_prompts:g}", "frames/s": "{speed}"}
+    return _row_table([{**row, "speed": format_number(row["fps"], 1)} for row in videos], columns, MAIN_METRICS)
+
+
 def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:
+    columns = {"video": "{video}", "domain": "{domain}", "object": "{object_id}", "first frame": "{first}"}
+    columns |= {"frames counted": "{num_frames}", "size": "{size:.2g} %"}
     rows = [
-        {
-            **row,
-            "first": NO_NUMBER if row["first_frame"] is None else row["first_frame"],
-            "size": 100 * row["relative_area"],
-        }
+        {**row, "first": NO_NUMBER if row["first_frame"] is None else row["first_frame"]}
+        | {"size": 100 * row["relative_area"]}
         for row in sorted(objects, key=lambda row: -1 if row["J&F_mean"] is None else -row["J&F_mean"])
     ]
-    table = _row_table(rows, OBJECT_COLUMNS, (*MAIN_METRICS, "J_recall", "J_decay"))
-    return f"{table}\n\nSize: the true mask's mean share of the image."
+    return _row_table(rows, columns, (*MAIN_METRICS, "J_recall", "J_decay"))
 
 
 def eval_results(results: Mapping[str, Any], label: str | None = None) -> list[EvalResult]:
