@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from samoe_hf.data.frames import SampleError
-from samoe_hf.data.images import open_image
+from samoe_hf.data.image_files import open_image
 from samoe_hf.inference import VideoPrompt, check_prompts
 from samoe_hf.model.weights_io import whole_file
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
-from samoe_hf.data.images import IMAGE_SUFFIXES
+from samoe_hf.data.image_files import IMAGE_SUFFIXES
 
 from .exports import export_coco, export_masks, export_overlay
 from .page_parts import PREVIEW_SECONDS, QUICK, App, Part, Shown, button, frame_of, object_of, one_of, picture, point_of

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from samoe_hf.data.frames import FrameSequence, SampleError, check_inside, named_errors, natural_key
-from samoe_hf.data.images import IMAGE_SUFFIXES, ImageFrames, open_image
+from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
+from samoe_hf.data.images import ImageFrames
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.data.video_io import read_video, write_video
 
@@ -216,11 +217,9 @@ def open_kept(name: str, path: Path, limits: Limits) -> OpenedVideo:
         raise SampleError(f"{name} has frames of {width} x {height} pixels; {limits.pixels} pixels are the most.")
     files = frames.paths if isinstance(frames, ImageFrames) else []
     for number, file in enumerate(files):
-        with open_image(file, f"frame {number}") as image:  # reads the header alone
-            if (image.height, image.width) != frames.size:
-                raise SampleError(
-                    f"Frame {number} has {image.width} x {image.height} pixels, but the first has {width} x {height}."
-                )
+        own = image_info(file, f"frame {number}").size  # reads the header alone
+        if own != frames.size:
+            raise SampleError(f"Frame {number} has {own[1]} x {own[0]} pixels, but the first has {width} x {height}.")
     frames[0]  # decoded now, so that a damaged video is refused before it is shown
     return OpenedVideo(name, frames, files or [path])
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .frames import ArrayFrames, FrameSequence
+from .images import ImageFrames
 from .schema import Video
 
 # Of a file, its first and last bytes are read: all of a mask's, and those of a recording that tell it from another.
@@ -69,8 +71,9 @@ def frames_fingerprint(frames: FrameSequence, chosen: Sequence[int] | None = Non
     chosen = range(len(frames)) if chosen is None else chosen
     if isinstance(frames, ArrayFrames):
         content: Any = frames.array
-    elif (paths := getattr(frames, "paths", None)) is not None:
-        content = [Path(path) for path in dict.fromkeys(paths[t] for t in chosen if t < len(paths))]
+    elif isinstance(frames, ImageFrames):
+        sources = [frames.sources[t] for t in chosen if t < len(frames)]
+        content = frames.window, [np.asarray(s) if isinstance(s, Image.Image) else s for s in sources]
     elif (path := getattr(frames, "path", None)) is not None:
         content = Path(path)
     else:

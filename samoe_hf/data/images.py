@@ -1,45 +1,136 @@
-"""Reading of image files as frames and as labels, and writing of label images."""
+"""Images as frames and as labels, and writing of label images.
+
+A frame is what a viewer shows: upright as its EXIF orientation says, its transparent pixels on white. A label image is
+what is stored: numbers, whatever gray or colour a viewer would show for them.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from samoe_hf.errors import InputError
 
-from .frames import DAMAGE, FrameSequence, SampleError, frame_order, named_errors
+from .frames import FrameSequence, SampleError, frame_order, named_errors, say_once
+from .image_files import (
+    IMAGE_SUFFIXES,
+    Page,
+    Picture,
+    Source,
+    decode_deep_colors,
+    describe_unread,
+    image_info,
+    open_page,
+)
+from .windows import Window, check_window, find_window, to_uint8
 
-IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
-LABEL_FORMATS = ("BMP", "GIF", "PNG", "TIFF")  # which keep every value
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # among Pillow's others are some that run programs
+LABEL_FORMATS = ("BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP")  # which can keep every value
+SAMPLED_FRAMES = 16  # by which the window of a video is found
 
 
 class ImageFrames(FrameSequence):
-    """Frames in image files, in the given order."""
+    """Frames that are images, or the pages of one file: a TIFF stack, an animated GIF, PNG, WebP or AVIF.
 
-    def __init__(self, paths: Sequence[str | Path]):
-        if not paths:
+    Frames of 8 bits are what a viewer shows. Of gray frames with more bits or floats, the 0.5 and 99.5 percentiles
+    over the video become black and white, which is said once.
+
+    Args:
+        sources: paths, encoded images as bytes, or PIL images, in order; or the path of one file of several pages.
+        window: other intensities that become black and white.
+        names: the frames' names, by default the files' stems, or "00000", "00001"…
+        owner: the video, for messages about images that are no files.
+
+    Raises:
+        SampleError: no frames, or a first one that cannot be read; on access, a frame that cannot be read, differs in
+            size or depth from the first, or has colours of 16 bits and no window.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        window: Window | None = None,
+        names: Sequence[str] | None = None,
+        owner: str = "",
+    ):
+        check_window(window)
+        if not sources:
             raise SampleError("a video without frames")
-        self.paths = [Path(path) for path in paths]
-        self.names = [path.stem for path in self.paths]
-        with open_image(self.paths[0]) as image:
-            self.size = (image.height, image.width)
+        self.sources: list[Source] = [Path(source) if isinstance(source, str) else source for source in sources]
+        self.paths = [source for source in self.sources if isinstance(source, Path)]
+        self.window, self.owner = window, owner
+        numbers = [f"{i:05d}" for i in range(len(sources))]
+        if names is None and len(self.paths) == len(sources):
+            names = [path.stem for path in self.paths]
+            info = image_info(self.sources[0])
+            if len(info.pages) > 1 and len(sources) == 1:
+                self.sources, self.fps = [Page(self.paths[0], page) for page in info.pages], info.fps
+                names = [f"{i:05d}" for i in range(len(info.pages))]
+        self.names = numbers if names is None else list(names)
+        self.size = image_info(self.sources[0], self._name(0)).size
+        self._is_deep: bool | None = None
+        self._found_window: Window | None = None
+
+    def _name(self, index: int) -> str:
+        source = self.sources[index]
+        return str(source) if isinstance(source, Path | Page) else f"{self.owner}, frame {self.names[index]}"
+
+    def _pixels(self, index: int) -> np.ndarray:
+        """A frame's values, see [`read_pixels`]."""
+        pixels = read_pixels(self.sources[index], self._name(index), self.window is not None)
+        if pixels.shape[:2] != self.size:
+            raise SampleError(f"{self._name(index)}: frame of size {pixels.shape[:2]}, not {self.size} as the first")
+        return pixels
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether the frames have more than 8 bits per channel."""
+        if self._is_deep is None:
+            self._is_deep = self._pixels(0).dtype != np.uint8
+        return self._is_deep
 
     def _read(self, index: int) -> np.ndarray:
-        frame = read_image(self.paths[index])
-        if frame.shape[:2] != self.size:
-            raise SampleError(f"{self.paths[index]}: frame of size {frame.shape[:2]}, not {self.size} as the first")
-        return frame
+        pixels = self._pixels(index)
+        if (pixels.dtype != np.uint8) != self.is_deep:
+            bits = "more than 8 bits" if self.is_deep else "8 bits"
+            raise SampleError(f"{self._name(index)}: frame of {pixels.dtype}, but the video's first one has {bits}")
+        if self.is_deep and self.window is None and self._found_window is None:
+            self._found_window = self._find_window()
+        pixels = to_uint8(pixels, self.window or self._found_window)
+        return np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels
+
+    def _find_window(self) -> Window:
+        owner = self.owner or (self.paths[0].parent if len(self.paths) > 1 else self.paths[0])
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_FRAMES)).astype(int)).tolist()
+        with named_errors(owner, "no intensities"):
+            low, high = find_window(np.concatenate([self._pixels(i).ravel() for i in chosen]))
+        say_once(
+            f"{owner}: frames of more than 8 bits; their 0.5 and 99.5 percentiles, {low:.6g} and {high:.6g}, become "
+            "black and white in the whole video; `window` chooses others"
+        )
+        return low, high
+
+    def encoded(self, index: int) -> bytes:
+        """An image file that shows this frame: its own, or a PNG where that does not show it by itself."""
+        source = self.sources[index]
+        if isinstance(source, Path | bytes) and self.window is None and not self.is_deep:
+            return source if isinstance(source, bytes) else source.read_bytes()
+        return encode_png(self._read(index))
+
+
+def encode_png(frame: np.ndarray) -> bytes:
+    """A frame (H, W, 3) uint8 as a PNG."""
+    buffer = BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def image_paths(folder: str | Path) -> list[Path]:
-    """The image files of a folder, by their suffixes, in natural order.
+    """The image files of a folder, by their suffixes, in the order of frames; says which pictures are not read.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -49,79 +140,119 @@ def image_paths(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of images")
     with os.scandir(folder) as entries:
-        paths = [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
-    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        files = [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    paths, unread = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES], describe_unread(files)
     if not paths:
-        raise SampleError(f"{folder}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        others = f"; it holds {unread}" if unread else ""
+        raise SampleError(f"{folder}: no images in this folder ({', '.join(IMAGE_SUFFIXES)}){others}")
+    if unread:
+        say_once(f"{folder} holds {unread}")
     return frame_order(paths)
 
 
-@contextmanager
-def open_image(source: str | Path | bytes, name: str | None = None) -> Iterator[Image.Image]:
-    """Opens an image file or an encoded image; errors while it is open name it and become `SampleError`.
-
-    Images of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are refused before they are decoded.
+def read_pixels(source: Source, name: str | None = None, deep_colors: bool = False) -> np.ndarray:
+    """Reads an image as it is shown: (H, W, 3) uint8 RGB; with more than 8 bits (H, W) of the type that is stored.
 
     Args:
-        source: a path, or the file's bytes.
-        name: what to call it in messages; the path by default.
-    """
-    name = name or str(source)
-    stream = BytesIO(source) if isinstance(source, bytes) else source
-    limit = f"more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS) are not decoded"
-    with (
-        named_errors(name, limit, (Image.DecompressionBombError,)),
-        named_errors(name, "not a readable image", (*DAMAGE, SyntaxError)),  # Pillow's for some damaged PNGs
-        Image.open(stream, formats=IMAGE_FORMATS) as image,
-    ):
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        yield image
-
-
-def read_image(source: str | Path | bytes, name: str | None = None) -> np.ndarray:
-    """Reads an image file, or an encoded image's bytes, as (H, W, 3) uint8 RGB.
+        source: a path, encoded bytes, a page or a PIL image.
+        name: what to call it in messages.
+        deep_colors: colours of 16 bits are read as (H, W, 3) uint16.
 
     Raises:
-        SampleError: a damaged file, or more than 8 bits per channel.
+        SampleError: a damaged file, several pages, or colours of 16 bits that are not asked for.
     """
-    with open_image(source, name) as image:
-        if image.mode.startswith(("I", "F")):
-            raise SampleError(f"{name or source}: {image.mode} image; frames must have 8 bits per channel")
+    with open_page(source, name) as picture:
+        if picture.colors:
+            if not deep_colors or picture.image.getexif().get(0x0112, 1) != 1:
+                raise SampleError(
+                    f"{name or source}: colours of 16 bits per channel; `window` must say which intensities become "
+                    "black and white, such as [0, 65535], or [0, 4095] for 12 bits (upright images alone)"
+                )
+            return decode_deep_colors(source, picture.colors)
+        image = ImageOps.exif_transpose(picture.image)
+        if image.mode[0] in "IF":
+            values = np.asarray(image)
+            if picture.white_is_zero:
+                values = 65535 - values if values.dtype == np.uint16 else -values
+            return values
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return np.asarray(image.convert("RGB"))
 
 
-def read_label_png(source: str | Path | bytes, name: str | None = None) -> np.ndarray:
+def read_label_png(source: Source, name: str | None = None) -> np.ndarray:
     """Reads a label image: palette indices, gray values or 16-bit values as they are stored.
 
-    A binary mask stored as 0 and 255 stays 0 and 255 here. Of an RGB image, grays are the values, and DAVIS' colours
-    stand for ids.
+    A binary mask stored as 0 and 255 stays 0 and 255 here. Gray values of 2 and 4 bits, and those of a TIFF in which
+    white is zero, are the stored numbers, not the shown grays; of 1 bit, white is 1. Of an RGB image, grays are the
+    values, and DAVIS' colours stand for ids. Transparent pixels are background. An EXIF orientation turns labels too.
 
     Args:
-        source: a path, or the file's bytes.
+        source: a path, the file's bytes, a page or a PIL image.
         name: what to call it in messages; the path by default.
 
     Returns:
         (H, W) uint8, or uint16 for 16-bit files.
 
     Raises:
-        SampleError: a damaged file, a format that may change values, ids above 65535, or colours that stand for none.
+        SampleError: a damaged file, a format that may change values, several pages, ids above 65535, or colours that
+            stand for none.
     """
     name = name or str(source)
-    with open_image(source, name) as image:
-        if image.format not in LABEL_FORMATS:
+    with open_page(source, name) as picture:
+        if not _keeps_values(picture.image, source):
             known = ", ".join(LABEL_FORMATS)
-            raise SampleError(f"{name}: {image.format} image; labels must be {known}: other formats may change ids")
-        if image.mode in ("1", "L", "P"):
-            return np.asarray(image).astype(np.uint8)
-        if image.mode in ("RGB", "RGBA"):
-            return _ids_of_colors(np.asarray(image)[..., :3], name)
-        if not image.mode.startswith("I"):
-            raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
-        values = np.asarray(image)
+            raise SampleError(
+                f"{name}: {picture.image.format} image; labels must be {known}, without losses: others may change ids"
+            )
+        if picture.colors:
+            raise SampleError(f"{name}: colours of 16 bits; labels must be a palette, gray or 16-bit gray image")
+        values = _stored_values(picture, name)
     if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise SampleError(f"{name}: labels must be from 0 to 65535, not {values.min()} to {values.max()}")
-    return values.astype(np.uint16)
+    return values if values.dtype == np.uint8 else values.astype(np.uint16)
+
+
+def _stored_values(picture: Picture, name: str) -> np.ndarray:
+    """The values (H, W) of an upright label image as they are stored."""
+    image, maximum = ImageOps.exif_transpose(picture.image), picture.maximum
+    values = np.array(image)
+    if image.mode in ("1", "P"):
+        return values.astype(np.uint8)
+    if image.mode == "L":
+        values = 255 - values if picture.white_is_zero else values
+        return values if maximum == 255 else np.rint(values * (maximum / 255)).astype(np.uint8)
+    if image.mode in ("LA", "PA"):
+        return np.where(_is_hidden(values[..., 1]), 0, values[..., 0])
+    if image.mode == "RGBA":
+        return _ids_of_colors(np.where(_is_hidden(values[..., 3])[..., None], 0, values[..., :3]), name)
+    if image.mode == "RGB":
+        return _ids_of_colors(values, name)
+    if image.mode[0] != "I":
+        raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
+    return np.rint(values * (maximum / 65535)).astype(np.int64) if picture.image.format == "PPM" else values
+
+
+def _is_hidden(alpha: np.ndarray) -> np.ndarray:
+    """Which pixels are transparent; none where all are, since values were then stored without regard to that."""
+    return (alpha == 0) & alpha.any()
+
+
+def _keeps_values(image: Image.Image, source: Source) -> bool:
+    """Whether the image's format, if it has one, keeps every value; a WebP does where none of its parts is lossy."""
+    if image.format != "WEBP" or isinstance(source, Image.Image):
+        return image.format is None or image.format in LABEL_FORMATS
+    data = (
+        source if isinstance(source, bytes) else Path(source.path if isinstance(source, Page) else source).read_bytes()
+    )
+    place = 12
+    while place + 8 <= len(data):
+        kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if kind == b"VP8 ":
+            return False
+        place += 24 if kind == b"ANMF" else 8 + size + size % 2  # what is in a page follows its header
+    return True
 
 
 def _ids_of_colors(colors: np.ndarray, name: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from samoe_hf.errors import InputError
 
 from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
 from .frames import ArrayFrames, SampleError
+from .images import read_label_png, read_pixels
 from .schema import Video, VideoSequence
 
 FORM = '{"frames": (T, C, H, W) or (T, H, W, C), "masks": (T, H, W) ids or (T, N, H, W)}'
@@ -205,7 +206,7 @@ def _annotations(masks: np.ndarray, frames: list[int], object_ids: Any, owner: s
 
 
 def _to_array(value: Any, owner: str, rgb: bool = False) -> np.ndarray:
-    """The numbers of an array, a tensor, or a list of them or of PIL images (RGB, or the values that they store).
+    """The numbers of an array, a tensor, or a list of them or of PIL images (as they are shown, or as labels).
 
     In masks, that are not RGB, what is None is left out.
     """
@@ -221,7 +222,7 @@ def _to_array(value: Any, owner: str, rgb: bool = False) -> np.ndarray:
 
 def _numbers(value: Any, owner: str, rgb: bool) -> np.ndarray:
     if isinstance(value, Image.Image):
-        value = value.convert("RGB") if rgb and value.mode[0] not in "IF" else value  # those have more than 8 bits
+        value = read_pixels(value, owner) if rgb else read_label_png(value, owner)
     elif isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()

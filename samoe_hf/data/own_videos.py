@@ -16,7 +16,8 @@ from typing import Any, Literal
 from samoe_hf.errors import InputError
 
 from .frames import SampleError, frame_order, natural_key
-from .images import IMAGE_SUFFIXES, ImageFrames, open_image
+from .image_files import IMAGE_SUFFIXES, open_image
+from .images import ImageFrames
 from .layouts import choose_split
 from .pair_lists import LIST_SUFFIXES, read_pairs
 from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, pair_masks, split_by_prefix

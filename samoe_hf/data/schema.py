@@ -12,7 +12,6 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import accumulate
 from typing import Any, overload
 from uuid import uuid4
@@ -26,7 +25,8 @@ from samoe_hf.errors import InputError
 
 from .annotations import Annotations, MaskArrays, RleMasks
 from .frames import ArrayFrames, FrameSequence, SampleError, named_errors
-from .images import ImageFrames, open_image, read_image
+from .images import ImageFrames, encode_png
+from .windows import Window
 
 FEATURES = datasets.Features(
     {
@@ -124,7 +124,10 @@ class Video:
         masks = self._annotated(frame).masks(frame, self.object_ids if object_ids is None else object_ids)
         if masks.shape[1:] != tuple(self.size):
             source = self.annotations.source(frame)
-            raise SampleError(f"{self.video_id}: masks of size {masks.shape[1:]} for frames of {self.size} ({source})")
+            turned = masks.shape[:0:-1] == tuple(self.size)
+            hint = "; frames are turned as their EXIF orientation says, are the masks drawn on unturned ones?" * turned
+            sizes = f"masks of size {masks.shape[1:]} for frames of {self.size}"
+            raise SampleError(f"{self.video_id}: {sizes} ({source}){hint}")
         return masks
 
     def id_map(self, frame: int) -> np.ndarray:
@@ -205,48 +208,37 @@ def encoded_source(image: Any, name: str) -> bytes | str:
     return source
 
 
-class EncodedFrames(FrameSequence):
+class EncodedFrames(ImageFrames):
     """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already.
 
     Args:
         video_id: for messages.
         images: one for each frame.
         names: their names, by default "00000", "00001"…
+        window: see [`ImageFrames`].
     """
 
-    def __init__(self, video_id: str, images: list[Any], names: Sequence[str] | None = None):
-        self.video_id, self.images = video_id, images
-        self.names = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
-        if not images or len(images) != len(self.names) or not all(isinstance(name, str) for name in self.names):
-            raise SampleError(f"{video_id}: {len(images)} frames with the names {self.names[:10]}")
-        if isinstance(images[0], Image.Image):
-            self.size = (images[0].height, images[0].width)
-            return
-        with open_image(encoded_source(images[0], self._name(0)), self._name(0)) as header:
-            self.size = (header.height, header.width)
-
-    def _name(self, index: int) -> str:
-        return f"{self.video_id}, frame {self.names[index]}"
-
-    def _read(self, index: int) -> np.ndarray:
-        image = self.images[index]
-        if isinstance(image, Image.Image):
-            frame = np.asarray(image.convert("RGB"))
-        else:
-            frame = read_image(encoded_source(image, self._name(index)), self._name(index))
-        if frame.shape[:2] != self.size:
-            raise SampleError(f"{self._name(index)}: frame of size {frame.shape[:2]}, but the video's is {self.size}")
-        return frame
+    def __init__(
+        self, video_id: str, images: list[Any], names: Sequence[str] | None = None, window: Window | None = None
+    ):
+        names = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
+        if not images or len(images) != len(names) or not all(isinstance(name, str) for name in names):
+            raise SampleError(f"{video_id}: {len(images)} frames with the names {names[:10]}")
+        sources = [
+            image if isinstance(image, Image.Image) else encoded_source(image, f"{video_id}, frame {name}")
+            for image, name in zip(images, names, strict=True)
+        ]
+        super().__init__(sources, window, names, video_id)
 
 
 def video_to_row(video: Video) -> dict[str, Any]:
     """The video as a row with the types of `FEATURES`, its frames encoded."""
     frames = video.frames
-    files = (path.read_bytes() for path in frames.paths) if isinstance(frames, ImageFrames) else map(_encoded, frames)
+    encode = frames.encoded if isinstance(frames, ImageFrames) else lambda i: encode_png(frames[i])
     return {
         "video_id": video.video_id,
         "domain": video.domain,
-        "frames": [{"bytes": data, "path": None} for data in files],
+        "frames": [{"bytes": encode(i), "path": None} for i in range(len(frames))],
         "frame_names": frames.names,
         "size": list(video.size),
         "object_ids": video.object_ids,
@@ -254,12 +246,6 @@ def video_to_row(video: Video) -> dict[str, Any]:
         "masks": [[_rle_counts(mask) for mask in video.masks(frame)] for frame in video.annotated_frames],
         "spacing": list(video.spacing or ()),
     }
-
-
-def _encoded(frame: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def _rle_counts(mask: np.ndarray) -> str:

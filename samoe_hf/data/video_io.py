@@ -18,6 +18,7 @@ from PIL import Image
 from samoe_hf.errors import InputError
 
 from .frames import FrameSequence, SampleError, named_errors
+from .image_files import IMAGE_SUFFIXES
 from .images import ImageFrames, image_paths
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -120,7 +121,7 @@ class ContainerFrames(FrameSequence):
 
 
 def read_video(path: str | Path) -> FrameSequence:
-    """Opens a video file (any container and codec FFmpeg reads) or a folder of images.
+    """Opens a video file (any container and codec FFmpeg reads), an image file of several pages, or a folder of images.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -131,7 +132,7 @@ def read_video(path: str | Path) -> FrameSequence:
         return ImageFrames(image_paths(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such video file or folder of frames")
-    return ContainerFrames(path)
+    return ImageFrames([path]) if path.suffix.lower() in IMAGE_SUFFIXES else ContainerFrames(path)
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = 24) -> None:

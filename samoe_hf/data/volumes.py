@@ -18,13 +18,11 @@ from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from samoe_hf.errors import InputError
-
 from .annotations import IdVolume
 from .frames import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key
 from .schema import Video, VideoList
+from .windows import Window, check_window, to_uint8
 
-Window = tuple[float, float]
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
 # RuntimeError: encrypted, or compressed in another way.
 NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
@@ -140,30 +138,6 @@ def _axial_slices(image: nib.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple
         values = np.asarray(image.dataobj)
         x, y, z = (float(zoom) for zoom in image.header.get_zooms())
     return values[::-1, ::-1].transpose(2, 1, 0), (x, y, z)
-
-
-def check_window(window: Window | None) -> None:
-    """Raises `ValueError` for a window whose first intensity is not below its second."""
-    if window is not None and not window[0] < window[1]:
-        raise InputError(f"`window` must be (black, white), the smaller intensity first, not {tuple(window)}")
-
-
-def to_uint8(volume: np.ndarray, window: Window | None = None) -> np.ndarray:
-    """Intensities as gray values 0…255.
-
-    Args:
-        volume: any shape and real dtype; uint8 without a window is returned as it is.
-        window: intensities that become 0 and 255; by default the 0.5 and 99.5 percentiles. NaN becomes 0.
-    """
-    if volume.dtype == np.uint8 and window is None:
-        return volume
-    finite = volume[np.isfinite(volume)] if window is None else volume
-    if finite.size == 0:
-        raise SampleError("no finite intensities")
-    low, high = np.percentile(finite, (0.5, 99.5)) if window is None else window
-    with np.errstate(invalid="ignore", over="ignore"):
-        scaled = (volume.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
-    return np.rint(np.nan_to_num(scaled, copy=False).clip(0, 255)).astype(np.uint8)
 
 
 def _files(folder: Path, *suffixes: str) -> dict[str, Path]:

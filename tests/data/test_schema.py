@@ -54,7 +54,7 @@ def test_a_dataset_is_lossless_and_lazy_through_disk_and_stream(tmp_path, odd_vi
     streamed = {video.video_id: video for video in videos_from_dataset(stream)}
     for original, video in zip(videos, loaded, strict=True):
         for one in (video, streamed[original.video_id]):
-            assert isinstance(one.frames.images[0]["bytes"], bytes), "frames stay encoded until they are asked for"
+            assert isinstance(one.frames.sources[0], bytes), "frames stay encoded until they are asked for"
             assert_same(one, original)
     assert_same(video_from_row(dataset[0]), odd_video)  # images that `datasets` has decoded
 
