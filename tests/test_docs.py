@@ -154,21 +154,14 @@ def test_what_it_names_is_there(page):
 @pytest.mark.parametrize(
     "text",
     [
-        "[a](nowhere.md#b)",
-        "`samoe_hf/nothing.py`",
-        "`samoe_hf.hub.nothing`",
-        "```\nmake nothing\n```",
-        "```\nsamoe fly\n```",
-        "```\nsamoe track m v --outptu o\n```",
-        "```\nsamoe train smoke --no_key 1\n```",
-        "```yaml\nno_key: 1\n```",
-        "```yaml\ntrain_data: [{kind: davis, no_option: 1}]\n```",
-        "```python\nfrom samoe_hf import Nothing\n```",
-        "```python\nmodel.nothing()\n```",
+        "[a](nowhere.md#b)", "`samoe_hf/nothing.py`", "`samoe_hf.hub.nothing`", "```\nmake nothing\n```",
+        "```\nsamoe fly\n```", "```\nsamoe track m v --outptu o\n```", "```\nsamoe train smoke --no_key 1\n```",
+        "```yaml\nno_key: 1\n```", "```yaml\ntrain_data: [{kind: davis, no_option: 1}]\n```",
+        "```python\nfrom samoe_hf import Nothing\n```", "```python\nmodel.nothing()\n```",
         "```python\nfrom samoe_hf.surgery.experts import prune_experts\nprune_experts(model, [0, 1])\n```",
         "```python\nmodel.save_pretrained('x', 'y')\n```",
     ],
-)
+)  # fmt: skip
 def test_a_fault_is_found(text):
     assert len(faults(text)) == 1
 

@@ -14,7 +14,7 @@ import pytest
 
 from helpers.docs_world import make_world
 from helpers.hub_client import Client
-from helpers.hub_server import TOKEN, HubServer, Repository
+from helpers.hub_server import HubServer, Repository
 from helpers.reference import ROOT, load_reference
 from helpers.sam3 import save_combined
 
@@ -96,7 +96,7 @@ def world(tmp_path_factory):
         for name, source in ON_THE_HUB.items():
             repository = server.repositories[name] = Repository()
             repository.commit({path.name: path.read_bytes() for path in (folder / source).iterdir()})
-        client = Client(server.url, folder.parent / "home", TOKEN)
+        client = Client(server.url, folder.parent / "home")
         yield folder, client
         client.close()
 

@@ -1,21 +1,10 @@
-"""The house's rules that no linter checks: what travels with a repository."""
-
-from pathlib import Path
+"""The house's rules that no linter checks."""
 
 import grimp
 import networkx
 import pytest
-from transformers.dynamic_module_utils import get_relative_import_files
 
 import samoe_hf
-from helpers.reference import ROOT
-
-
-def test_the_remote_code_is_flat():
-    model = ROOT / "samoe_hf" / "model"
-    files = {model / "modeling_samoe.py", model / "configuration_samoe.py"}
-    files |= {Path(file) for file in get_relative_import_files(str(model / "modeling_samoe.py"))}
-    assert {file.parent for file in files} == {model}
 
 
 def test_no_files_import_each_other_in_a_circle():

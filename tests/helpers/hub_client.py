@@ -10,15 +10,12 @@ import sys
 import traceback
 from pathlib import Path
 
+TOKEN = "hf_test"  # the test server's
 ROOT = Path(__file__).parents[2]
 
 
 class ClientError(Exception):
-    """What was raised in the other process; `kind` is the class's name, with those of its bases."""
-
-    def __init__(self, kind: list[str], message: str, trace: str):
-        super().__init__(f"{kind[0]}: {message}\n{trace}")
-        self.kind, self.message = kind, message
+    """What was raised in the other process: its class's name, message and traceback."""
 
 
 class Client:
@@ -27,35 +24,21 @@ class Client:
     Args:
         url: of the server.
         home: folder for its caches, empty for a fresh one.
-        token: of the user, None for a stranger.
         without: packages that cannot be imported there.
     """
 
-    def __init__(self, url: str, home: Path, token: str | None, without: tuple[str, ...] = ()):
+    def __init__(self, url: str, home: Path, without: tuple[str, ...] = ()):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {
-            "HF_ENDPOINT": url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        if token is not None:
-            environment["HF_TOKEN"] = token
+        environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+        environment |= {f"HF_HUB_DISABLE_{what}": "1" for what in ("XET", "PROGRESS_BARS", "TELEMETRY")}
         if not without:
             environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         home.mkdir(parents=True, exist_ok=True)
         self.log = open(home / "stderr.txt", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, __file__, *without],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=environment,
-            cwd=home,
-            text=True,
-        )
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=home, text=True,
+        )  # fmt: skip
 
     def run(self, code: str, **values):
         """Executes `code`, in which `values` have their names, and returns what it assigned to `result`.
@@ -66,14 +49,9 @@ class Client:
         values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         print(json.dumps([code, values]), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
-        if "kind" in answer:
-            raise ClientError(**answer)
+        if "error" in answer:
+            raise ClientError(answer["error"])
         return answer["result"]
-
-    def call(self, step: str, **values):
-        """Calls a function of `programs/hub_steps.py`."""
-        arguments = ", ".join(f"{name}={name}" for name in values)
-        return self.run(f"import hub_steps\nresult = hub_steps.{step}({arguments})", **values)
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -93,8 +71,7 @@ def _serve(without: list[str]) -> None:
             exec(code, values)
             answer = {"result": values.get("result")}
         except BaseException as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            answer = {"kind": kinds, "message": str(error), "trace": traceback.format_exc()}
+            answer = {"error": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
