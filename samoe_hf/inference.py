@@ -168,7 +168,9 @@ def track_video(
     show_progress_bar: bool = False,
     domain: str | None = AUTO,
 ) -> Iterator[TrackedFrame]:
-    """Tracks prompted objects through a whole video: onward from the first prompted frame, then back to the start.
+    """Tracks prompted objects through a whole video, each onward from its first prompt, then back from it to the start.
+
+    Each frame is given once, with all objects: see [`SamoeModel.propagate_from_prompts_iterator`].
 
     Args:
         frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
@@ -189,14 +191,8 @@ def track_video(
     check_prompts(prompts, len(frames), size)
     for prompt in prompts:
         prompt.add_to(session, processor)
-    first = min(prompt.frame_idx for prompt in prompts)
-    for reverse in (False, True) if first > 0 else (False,):
-        for output in model.propagate_in_video_iterator(
-            session, start_frame_idx=first, reverse=reverse, show_progress_bar=show_progress_bar
-        ):
-            assert isinstance(output, SamoeTrackingOutput)
-            assert output.frame_idx is not None and output.object_ids is not None
-            if reverse and output.frame_idx == first:
-                continue
-            logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
-            yield TrackedFrame(output.frame_idx, output.object_ids, logits, output.domain, output.domain_confidence)
+    for output in model.propagate_from_prompts_iterator(session, show_progress_bar):
+        assert isinstance(output, SamoeTrackingOutput)
+        assert output.frame_idx is not None and output.object_ids is not None
+        logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
+        yield TrackedFrame(output.frame_idx, output.object_ids, logits, output.domain, output.domain_confidence)

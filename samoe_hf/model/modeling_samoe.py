@@ -43,7 +43,7 @@ from .processing_samoe import VideoProcessor, build_processor
 from .prompt_recipe import PromptRecipe
 from .session import clear_prompts, remove_object
 from .summary import ModelSummary, summarize_model
-from .tracking import encoding_ahead, start_propagation, track_frame
+from .tracking import encoding_ahead, propagate_from_prompts, start_propagation, track_frame
 from .trainable import parameter_names, set_trainable
 from .weights_io import updated_folder
 from .weights_trained import check_not_its_base, save_trained
@@ -264,6 +264,24 @@ class SamoeModel(SamoePreTrainedModel):
                 reverse,
                 show_progress_bar,
             )
+
+    @torch.inference_mode()
+    def propagate_from_prompts_iterator(
+        self, inference_session: InferenceSession, show_progress_bar: bool = False
+    ) -> Iterator[Sam2VideoSegmentationOutput]:
+        """Tracks each object as if it were alone: onward from its first prompt, then back from it to the start.
+
+        `propagate_in_video_iterator` starts all objects on one frame instead, as `sam2` does. So it would track an
+        object before its first prompt from its own future, and read these guesses later.
+
+        Each frame is given once, when all objects have been tracked on it: the frames from the last of the first
+        prompts on, in order, and then those before it, backward. Low-resolution masks of frames that lie between first
+        prompts are kept until then.
+
+        Raises:
+            ValueError: if there is no object, or a prompt cannot be used.
+        """
+        yield from propagate_from_prompts(self, inference_session, show_progress_bar)
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
 from .base import InferenceSession
@@ -109,8 +110,9 @@ def track_frame(
     for session in sessions:
         _check_session(model, session, call.frame_idx)
         segment_new_prompts(model, session, except_frame=call.frame_idx, streaming=streaming)
-    _segment_objects(model, [task for session in sessions for task in _session_tasks(model, session, call)], call)
-    return [_frame_result(model, session, call) for session in sessions]
+    objects = {id(session): session_objects(session) for session in sessions}
+    _segment_objects(model, [task for own in objects.values() for task in _object_tasks(model, own, call)], call)
+    return [_frame_result(model, session, objects[id(session)], call.frame_idx) for session in sessions]
 
 
 def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> None:
@@ -170,18 +172,64 @@ def start_propagation(model: SamoePreTrainedModel, session: InferenceSession, st
         _commit(tracked_object)
 
 
+def propagate_from_prompts(
+    model: SamoePreTrainedModel, session: InferenceSession, show_progress_bar: bool = False
+) -> Iterator[Sam2VideoSegmentationOutput]:
+    """Tracks each object onward from its first prompt to the end, and then back from it to the start.
+
+    Each frame is given once, when all objects have been tracked on it: first those from the last of the first
+    prompts on, then those before it, backward. Low-resolution masks of frames between first prompts wait until then.
+
+    Raises:
+        ValueError: as [`track_frame`].
+    """
+    end = len(session.processed_frames or ())
+    _check_session(model, session, 0)
+    _check_session(model, session, end - 1)  # a stream has forgotten some
+    start_propagation(model, session, None)
+    objects = session_objects(session)
+    starts = {one.object_id: min(one.state.bank.conditioning) for one in objects}
+    last_start = max(starts.values())
+    passes = [(t, False) for t in range(min(starts.values()), end)] + [(t, True) for t in range(last_start - 1, -1, -1)]
+    waiting: dict[int, Sam2VideoSegmentationOutput] = {}
+    with encoding_ahead(model, session):
+        for frame_idx, reverse in tqdm(passes, desc="propagate in video", disable=not show_progress_bar):
+            own = [one for one in objects if (starts[one.object_id] > frame_idx) == reverse]
+            call = FrameCall(frame_idx, reverse)
+            _segment_objects(model, _object_tasks(model, own, call), call)
+            output = _frame_result(model, session, own, frame_idx)
+            if frame_idx in waiting:
+                output = _joined(session, waiting.pop(frame_idx), output)
+            elif len(own) < len(objects):
+                waiting[frame_idx] = output
+                continue
+            yield output
+
+
+def _joined(
+    session: InferenceSession, first: Sam2VideoSegmentationOutput, second: Sam2VideoSegmentationOutput
+) -> Sam2VideoSegmentationOutput:
+    """The outputs of two parts of a session's objects on a frame as one, in the session's order."""
+    ids = [*(first.object_ids or ()), *(second.object_ids or ())]
+    order = [ids.index(object_id) for object_id in session.obj_ids]
+    for name in ("pred_masks", "object_score_logits"):
+        second[name] = torch.cat([first[name], second[name]])[order]
+    second.object_ids = session.obj_ids.copy()
+    return second
+
+
 def _commit(tracked_object: SessionObject) -> None:
     tracked_object.commit()
     if not tracked_object.state.bank.conditioning:
         raise InputError(f"Object {tracked_object.object_id} was never prompted; please add inputs for it first.")
 
 
-def _session_tasks(
-    model: SamoePreTrainedModel, session: InferenceSession, call: FrameCall
+def _object_tasks(
+    model: SamoePreTrainedModel, objects: Sequence[SessionObject], call: FrameCall
 ) -> list[tuple[SessionObject, FrameTask]]:
-    """What is to be done for each object of a session on a frame; nothing where an output stays as it is."""
+    """What is to be done for objects of a session on a frame; nothing where an output stays as it is."""
     prompted, others = [], []
-    for one in session_objects(session):
+    for one in objects:
         (others if one.new_prompt(call.frame_idx) is None else prompted).append(one)
     tasks = [(one, _prompt_task(model, one, call)) for one in prompted]
     if prompted and not call.streaming:
@@ -196,8 +244,9 @@ def _session_tasks(
             one.mark_as_tracked(call.frame_idx, call.reverse)
         else:
             tasks.append((one, _tracking_task(model, one, call, one.state.bank)))
-    if isinstance(session, VideoSession):
-        session.forget(call.frame_idx)
+    for session in _unique_sessions(objects):
+        if isinstance(session, VideoSession):
+            session.forget(call.frame_idx)
     return tasks
 
 
@@ -327,22 +376,22 @@ def _store_output(
 
 
 def _frame_result(
-    model: SamoePreTrainedModel, session: InferenceSession, call: FrameCall
+    model: SamoePreTrainedModel, session: InferenceSession, objects: Sequence[SessionObject], frame_idx: int
 ) -> Sam2VideoSegmentationOutput:
-    """The latest outputs of all objects of a session on a frame."""
+    """The latest outputs of objects of a session on a frame."""
     session.obj_with_new_inputs = []
     device = session.inference_device
     no_output = {
         "pred_masks": torch.full((1, 1, *model.prompt_encoder.mask_input_size), NO_OBJ_SCORE, device=device),
         "object_score_logits": torch.full((1, 1), NO_OBJ_SCORE, device=device),
     }
-    outputs = [one.output(call.frame_idx, with_shown=True) or no_output for one in session_objects(session)]
+    outputs = [one.output(frame_idx, with_shown=True) or no_output for one in objects]
     decision = session_domain(model, session) or DomainDecision(None)
     return SamoeTrackingOutput(
-        object_ids=session.obj_ids.copy(),
+        object_ids=[one.object_id for one in objects],
         pred_masks=torch.cat([output["pred_masks"].to(device) for output in outputs]),
         object_score_logits=torch.cat([output["object_score_logits"] for output in outputs]),
-        frame_idx=call.frame_idx,
+        frame_idx=frame_idx,
         domain=decision.domain,
         domain_confidence=decision.confidence,
     )
