@@ -20,6 +20,7 @@ CLOSED = (
     "Nothing can be learned here: this app was started without a place for corrected videos. "
     "`samoe app MODEL --data DIR` has one."
 )
+OTHERS = "**Somebody else learns here now.** It can begin when that is done or stopped by who began it."
 WORDS = {
     "new": "",
     "running": "**Learning.** The curve grows with each checkpoint; you can stop and resume.",
@@ -31,8 +32,8 @@ WORDS = {
 class LearnPart(Part):
     """Collect, learn, track again."""
 
-    def __init__(self, app: App, secret: gr.State, track: TrackPart):
-        super().__init__(app, secret)
+    def __init__(self, app: App, key: gr.State, track: TrackPart):
+        super().__init__(app, key)
         self.track = track
         gr.Markdown(CLOSED, visible=app.learner is None)
         with gr.Column(visible=app.learner is not None):
@@ -52,7 +53,7 @@ class LearnPart(Part):
             self.curve = picture("Loss, and J&F on the collected videos", "curve", visible=False)
             gr.Markdown("**3. Track again.** The same first clicks, before and after, without your corrections.")
             self.again = button("Track again, before and after", "again", interactive=False)
-            self.result = SideBySide(app, secret, "Before and after", "again")
+            self.result = SideBySide(app, key, "Before and after", "again")
             self.timer = gr.Timer(2, active=False)
         self.shown = {self.state, self.curve, self.start, self.stop, self.resume, self.again, self.timer, self.count}
 
@@ -83,7 +84,7 @@ class LearnPart(Part):
     def begin(self, person: Person, domain: object, steps: object) -> Shown:
         """Learning starts."""
         loaded = person.session.loaded if person.session else self.app.first
-        self.learner.start(person.secret, loaded, str(domain), integer(steps, "steps", 1, MAX_STEPS))
+        self.learner.start(person.secret, loaded, str(domain)[:100], integer(steps, "steps", 1, MAX_STEPS))
         return self.refresh(person)
 
     def end(self, person: Person) -> Shown:
@@ -93,14 +94,16 @@ class LearnPart(Part):
 
     def go_on(self, person: Person) -> Shown:
         """Learning goes on."""
-        self.learner.of(person.secret).start()
+        self.learner.resume(person.secret)
         return self.refresh(person)
 
     def refresh(self, person: Person) -> Shown:
         """The part is opened, or asks how far learning is."""
         learner = self.app.learner
-        learning = learner.current if learner and learner.owner == person.secret else None
-        state, text, drawn = "new", "", None
+        current = learner.current if learner else None
+        learning = current if learner and learner.owner == person.secret else None
+        is_others = current is not None and learning is None and current.state == "running"
+        state, text, drawn = "new", OTHERS if is_others else "", None
         if learning is not None:
             state = learning.state
             text = f"**It failed:** {learning.problem()}" if state == "failed" else WORDS[state]
@@ -112,11 +115,11 @@ class LearnPart(Part):
         return {
             self.state: text,
             self.curve: shown_picture(drawn),
-            self.start: gr.Button(interactive=state != "running"),
+            self.start: gr.Button(interactive=state != "running" and not is_others),
             self.stop: gr.Button(interactive=state == "running"),
             self.resume: gr.Button(interactive=state in ("stopped", "failed")),
             self.again: gr.Button(interactive=state == "done", variant="primary" if state == "done" else "secondary"),
-            self.timer: gr.Timer(active=state == "running"),
+            self.timer: gr.Timer(active=state == "running" or is_others),
             self.count: self._count(),
         }
 
@@ -125,15 +128,15 @@ class LearnPart(Part):
         learning, session = self.learner.of(person.secret), person.the_session()
         if learning.state != "done":
             raise InputError("Learning is not done yet.")
-        name, before = learning.output.name, learning.loaded
-        if name not in self.app.models:
-            self.app.models[name] = load_model(str(learning.output), before.model.device, name)
-        after = self.app.models[name]
+        before = learning.loaded
+        if learning.learned is None:
+            learning.learned = self.app.add(load_model(str(learning.output), before.model.device))
+        after = learning.learned
         known = session.domain in (None, AUTO, *before.domains)
         left = Side("before", before, session.domain if known else AUTO)
-        sides = left, Side(f"after ({name})", after, learning.domain)
+        sides = left, Side(f"after ({after.name})", after, learning.domain)
         person.comparison = Comparison(session, sides, person.fresh_folder("comparison"), first_prompts_only=True)
         yield from self.result.run(person.comparison)
         session.use(after, learning.domain)
-        words = f"The model is now {name}. Left: before. Right: after."
+        words = f"The model is now {after.name}. Left: before. Right: after."
         yield {self.result.progress: words, **self.track.view(person)}

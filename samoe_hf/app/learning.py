@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from samoe_hf.model.weights_io import new_folder, write_text
 from samoe_hf.surgery.domains import rename_domain
 from samoe_hf.training.checkpoints import list_checkpoints
 
-from .models import LoadedModel
+from .models import LoadedModel, free_name
 from .session import TrackingSession
 from .uploads import hide_paths
 
@@ -64,8 +64,7 @@ def collect_video(session: TrackingSession, data: Path) -> Path:
             raise InputError("Track the video first: only what was tracked, and corrected, can be learned from.")
         if not any(session.id_map(frame).any() for frame in frames):
             raise InputError("The masks of this video are all empty: there is nothing to learn from them.")
-        names = chain([session.video.name], (f"{session.video.name}-{number}" for number in count(2)))
-        target = next(data / name for name in names if not (data / name).exists())
+        target = data / free_name(session.video.name, lambda name: (data / name).exists())
         suffix = "png" if np.prod(session.video.frames.size) <= LOSSLESS_PIXELS else "jpg"
         with new_folder(target) as folder:
             (folder / "frames").mkdir()
@@ -78,8 +77,11 @@ def collect_video(session: TrackingSession, data: Path) -> Path:
 
 
 def collected(data: Path) -> list[Path]:
-    """The folders of the videos of a data set, none if it is not there."""
-    return sorted(path.parent for path in data.glob("*/masks") if (path.parent / "frames").is_dir())
+    """The folders of the videos of a data set, none if it is not there.
+
+    Hidden ones are no videos: they are written, or were when the app was killed.
+    """
+    return sorted(path.parent for path in data.glob("[!.]*/masks") if (path.parent / "frames").is_dir())
 
 
 class Learning:
@@ -91,14 +93,19 @@ class Learning:
         steps: of training.
         data: the folder of videos, see [`collect_video`].
         output: the folder of the new model, which is made.
+
+    Attributes:
+        learned: the new model, once the page has loaded it.
     """
 
     def __init__(self, loaded: LoadedModel, domain: str, steps: int, data: Path, output: Path):
         if not collected(data):
             raise InputError("No video was collected yet: correct one, and add it to the data set.")
         self.loaded, self.domain, self.steps, self.data, self.output = loaded, domain, steps, data, output
+        self.learned: LoadedModel | None = None
         self._process: subprocess.Popen | None = None
-        self._was_stopped = False
+        self._source: str | None = None
+        self._was_stopped, self._starts = False, threading.Lock()
 
     def _beside(self, ending: str) -> Path:
         return self.output.with_name(f"{self.output.name}{ending}")
@@ -117,6 +124,10 @@ class Learning:
 
     def start(self) -> None:
         """Starts the run, or resumes it from its last checkpoint; InputError if it runs, or is done."""
+        with self._starts:
+            self._start()
+
+    def _start(self) -> None:
         if self.state in ("running", "done"):
             raise InputError("Learning runs already." if self.state == "running" else "Learning is done already.")
         again = []
@@ -125,12 +136,13 @@ class Learning:
             again = ["--resume_from_checkpoint", "last"] if resumes else ["--overwrite_output_dir", "true"]
         self._was_stopped = False
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        source = adaptable_source(self.loaded, self._beside("_start"))
+        if self._source is None:
+            self._source = adaptable_source(self.loaded, self._beside("_start"))
         write_text(self._beside(".yaml"), yaml.safe_dump(self.run(), sort_keys=False))
         given = ["--domain", self.domain, "--dataset", str(self._beside(".yaml")), "--output", str(self.output)]
         with self._beside(".log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "samoe_hf", "adapt", source, *given, *again],
+                [sys.executable, "-m", "samoe_hf", "adapt", self._source, *given, *again],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -139,15 +151,16 @@ class Learning:
 
     def stop(self, timeout: float = 20) -> None:
         """Ends the process, if it runs; it can be resumed."""
-        if self._process is None or self.state != "running":
-            return
-        self._was_stopped = True
-        self._process.terminate()
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with self._starts:
+            if self._process is None or self.state != "running":
+                return
+            self._was_stopped = True
+            self._process.terminate()
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def run(self) -> dict[str, Any]:
         """The run that the other process trains, as its YAML says."""
@@ -216,16 +229,15 @@ def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
     """What `samoe adapt` starts from.
 
     Experts with an effect that belong to no domain, as SAM2-MoE was published, become a domain of their own, in a copy
-    of the model in `folder`.
+    of the model, which takes the place of `folder`.
     """
     has_own = any(bool(module.lora_B.any()) for _, module in expert_modules(loaded.model))
     if loaded.domains or not has_own:
         return loaded.source
-    if not folder.exists():
-        model = copy.deepcopy(loaded.model)
-        rename_domain(model, None, FORMER_EXPERTS)
-        with new_folder(folder) as target:
-            model.save_pretrained(target, processor=loaded.processor)
+    model = copy.deepcopy(loaded.model)
+    rename_domain(model, None, FORMER_EXPERTS)
+    with new_folder(folder, overwrite=True) as target:
+        model.save_pretrained(target, processor=loaded.processor)
     return str(folder)
 
 
@@ -249,12 +261,18 @@ class Learner:
             if self.current is not None and self.current.state == "running":
                 raise InputError("The app learns already, one thing at a time. Wait until it is done, or stop it.")
             check_domain_name(domain)
-            folders = (self.models / f"{domain}-{number}" for number in count(1))
-            output = next(folder for folder in folders if not folder.exists())
-            learning = Learning(loaded, domain, steps, self.data, output)
+            # What a run has left beside its folder, such as where it failed, is not the next one's either.
+            taken = {path.name.removesuffix("_start").partition(".")[0] for path in self.models.glob(f"{domain}-*")}
+            name = next(name for n in count(1) if (name := f"{domain}-{n}") not in taken)
+            learning = Learning(loaded, domain, steps, self.data, self.models / name)
             learning.start()
             self.current, self.owner = learning, owner
             return learning
+
+    def resume(self, owner: str) -> None:
+        """Goes on with the run that a person has started; InputError if there is none, or something runs."""
+        with self._lock:
+            self.of(owner).start()
 
     def of(self, owner: str) -> Learning:
         """The run that a person has started; InputError if there is none."""

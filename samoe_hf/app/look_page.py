@@ -25,8 +25,8 @@ class SideBySide(Part):
         element: beginning of the ids of its elements.
     """
 
-    def __init__(self, app: App, secret: gr.State, label: str, element: str):
-        super().__init__(app, secret)
+    def __init__(self, app: App, key: gr.State, label: str, element: str):
+        super().__init__(app, key)
         self.progress = gr.Markdown("", elem_id=f"{element}-progress")
         self.both = picture(label, f"{element}-both", visible=False)
         self.slider = gr.Slider(0, 1, 0, step=1, label="Frame", visible=False, elem_id=f"{element}-slider")
@@ -66,8 +66,8 @@ class SideBySide(Part):
 class LookPart(Part):
     """Domains, experts, comparisons."""
 
-    def __init__(self, app: App, secret: gr.State, track: TrackPart):
-        super().__init__(app, secret)
+    def __init__(self, app: App, key: gr.State, track: TrackPart):
+        super().__init__(app, key)
         self.track = track
         self.note = gr.Markdown(FIRST, elem_id="look-note")
         with gr.Accordion("Whose experts", open=True):
@@ -92,7 +92,7 @@ class LookPart(Part):
             with gr.Row():
                 compare = button("Track with both", "compare", "primary", scale=2)
                 stop = button("Stop", "stop-compare")
-            self.result = SideBySide(app, secret, "Left and right", "compare")
+            self.result = SideBySide(app, key, "Left and right", "compare")
         self.shown = {self.note, self.model, self.domain, self.whose, self.first, self.second}
         drawn = {self.layer, self.object, self.map, self.usage}
 

@@ -1,8 +1,9 @@
 """The models that a page can choose from."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +44,11 @@ class LoadedModel:
     processor: VideoProcessor
 
     @property
+    def is_small(self) -> bool:
+        """Whether it is the small model that comes with the package."""
+        return self.source == click_base()
+
+    @property
     def domains(self) -> list[str]:
         """Names of its domains; none of a model whose experts belong to no domains."""
         return list(self.model.config.domain_names)
@@ -64,6 +70,16 @@ def load_model(source: str, device: torch.device | str, name: str | None = None,
     assert isinstance(model, SamoeModel)
     torch.nn.Module.to(model.eval(), device)
     return LoadedModel(name or Path(source).name, source, model, load_processor(source, model))
+
+
+def small_model(device: torch.device | str) -> LoadedModel:
+    """The small model that comes with the package, ready to track."""
+    return load_model(click_base(), device, "small model")
+
+
+def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
+    """The name, with a number behind it if it is taken."""
+    return next(one for one in chain([name], (f"{name}-{n}" for n in count(2))) if not is_taken(one))
 
 
 def taking_turns(steps: Iterator[Step]) -> Iterator[Step]:

@@ -8,10 +8,17 @@ from .page_parts import App, Part, Shown, messages
 from .track_page import TrackPart
 
 TITLE = "samoe: track, correct, learn"
-# The page keeps its secret for as long as its tab is open, so that a refresh finds everything again. Where the browser
-# allows no storage, a refresh begins anew.
-RECALL = "() => { try { return [sessionStorage.getItem('samoe') || ''] } catch { return [''] } }"
+SMALL = (
+    "This small model knows drawn shapes alone, such as those of the examples *Shapes* and *Paper*. For videos of your "
+    "own, start the page with a real one: `samoe app facebook/sam2.1-hiera-tiny`"
+)
+# The page keeps its secret for as long as its tab is open, so that a refresh finds everything again, and the secret of
+# who began to learn for longer, so that learning can be stopped after the browser was closed. It sends both, with a
+# space between. Where the browser allows no storage, a refresh begins anew.
+RECALL = """() => { try { return [[sessionStorage, localStorage].map((kept) => kept.getItem('samoe') || '').join(' ')] }
+    catch { return [''] } }"""
 KEEP = "(secret) => { try { sessionStorage.setItem('samoe', secret) } catch { } }"
+KEEP_LONG = "(secret) => { try { localStorage.setItem('samoe', secret) } catch { } }"
 CSS = """
 .gradio-container { width: 100%; max-width: 1280px !important; margin: auto; padding: 0 12px !important; }
 .gradio-container main { width: 100%; padding: 8px 0 !important; }
@@ -33,37 +40,46 @@ class Page(Part):
     """All parts of the page, and who comes and leaves; made within `gr.Blocks`."""
 
     def __init__(self, app: App, blocks: gr.Blocks):
-        super().__init__(app, gr.State(""))
+        super().__init__(app, gr.State(("", "")))
         self.kept = gr.Textbox(visible=False)
         names = ", ".join(app.models)
         gr.Markdown(
             f"**samoe** — track objects in videos, correct them, learn from it. Model: {names}", elem_id="title"
         )
+        if app.first.is_small:
+            gr.Markdown(SMALL, elem_id="small")
         with gr.Tabs():
             with gr.Tab("Track"):
-                self.track = TrackPart(app, self.secret)
+                self.track = TrackPart(app, self.key)
             with gr.Tab("Look inside", elem_id="look-tab") as look_tab:
-                look = LookPart(app, self.secret, self.track)
+                look = LookPart(app, self.key, self.track)
             with gr.Tab("Learn", elem_id="learn-tab") as learn_tab:
-                learn = LearnPart(app, self.secret, self.track)
+                learn = LearnPart(app, self.key, self.track)
         self.on(look_tab.select, look.refresh, [look.first, look.second], look.shown, show_progress="hidden")
         self.on(learn_tab.select, learn.refresh, [], learn.shown, show_progress="hidden")
         loaded = blocks.load(
             self.enter,
             [self.kept],
-            [self.secret, self.kept, *self.track.shown],
+            [self.key, self.kept, *self.track.shown],
             js=RECALL,
             show_progress="hidden",
             api_visibility="private",
         )
         loaded.then(None, [self.kept], None, js=KEEP)
+        learn.start.click(None, [self.kept], None, js=KEEP_LONG)
         blocks.unload(self.leave)
 
     def enter(self, kept: object, request: gr.Request) -> Shown:
-        """Gives a page that was loaded its secret, and shows what it had before a refresh."""
+        """Gives a page that was loaded its secret, and shows what it had before a refresh.
+
+        Args:
+            kept: the secret of the tab, and that of who has learned in this browser, who may be in another tab now.
+        """
+        people, page = self.app.people, request.session_hash or ""
+        secret, _, learner = kept.partition(" ") if isinstance(kept, str) else ("", "", "")
         with messages(self.app.folder):
-            person = self.app.people.enter(kept, request.session_hash or "")
-            return {self.secret: person.secret, self.kept: person.secret, **self.track.opened(person)}
+            person = people.enter(secret or (learner if people.is_away(learner) else ""), page)
+            return {self.key: (person.secret, page), self.kept: person.secret, **self.track.opened(person)}
 
     def leave(self, request: gr.Request) -> None:
         """The page is closed, or is being refreshed."""

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from samoe_hf.errors import InputError
 
 from .learning import Learner
-from .models import LoadedModel
+from .models import LoadedModel, free_name
 from .page_picture import Picture
 from .people import People
 from .pictures import shown_size, to_video
@@ -41,7 +41,7 @@ class App:
 
     Attributes:
         folder: of all that the app keeps for its people; no message names it.
-        models: by their names; a new page gets the first.
+        models: by their names; a new page gets the first. [`add`] takes in another.
         learner: None where nothing may be learned.
         url: where the page is served.
     """
@@ -58,16 +58,23 @@ class App:
         """The model that a new page gets."""
         return next(iter(self.models.values()))
 
+    def add(self, loaded: LoadedModel) -> LoadedModel:
+        """Takes in a model, under its name with a number behind it if another one has it."""
+        name = free_name(loaded.name, self.models.__contains__)
+        self.models[name] = replace(loaded, name=name)
+        return self.models[name]
+
 
 class Part:
     """A part of the page: its components, and the handlers of what happens there.
 
     Args:
-        secret: which person a page belongs to; the server's to know, so that a page's own value counts for nothing.
+        key: which person a page belongs to, and which page it is; the server's to know, so that a page's own value
+            counts for nothing.
     """
 
-    def __init__(self, app: App, secret: gr.State):
-        self.app, self.secret = app, secret
+    def __init__(self, app: App, key: gr.State):
+        self.app, self.key = app, key
 
     def on(
         self,
@@ -84,7 +91,7 @@ class Part:
                 them step by step. What a person can mend becomes a message on the page.
             options: of `gradio.on`.
         """
-        data = [self.secret, *inputs]
+        data = [self.key, *inputs]
         gr.on([trigger], self._for_person(handler), data, outputs or None, api_visibility="private", **options)
 
     def on_device(
@@ -106,14 +113,14 @@ class Part:
 
     def _for_person(self, handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)
-        def handle(secret: object, *values: Any) -> Any:
+        def handle(key: tuple[str, str], *values: Any) -> Any:
             with messages(self.app.folder):
-                return handler(self.app.people[secret], *values)
+                return handler(self.app.people[key], *values)
 
         @functools.wraps(handler)
-        def handle_steps(secret: object, *values: Any) -> Iterator[Any]:
+        def handle_steps(key: tuple[str, str], *values: Any) -> Iterator[Any]:
             with messages(self.app.folder):
-                yield from handler(self.app.people[secret], *values)
+                yield from handler(self.app.people[key], *values)
 
         return handle_steps if inspect.isgeneratorfunction(handler) else handle
 

@@ -5,6 +5,7 @@ Gradio's own state ends with a page's connection, so that a refresh would lose t
 
 import ctypes
 import gc
+import hmac
 import secrets
 import shutil
 import sys
@@ -13,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from samoe_hf.errors import InputError
 
@@ -33,20 +35,23 @@ class Person:
     Attributes:
         secret: known to this page alone.
         folder: for its files.
-        kept_until: it is freed then; of `People`'s clock.
+        page: the id of the page that was loaded last.
+        is_open: whether that page was not closed.
+        used: when it was used last, and `kept_until`: it is freed then; both of `People`'s clock.
         session: its video, once there is one.
         corner: of a box of which one corner was clicked: object, frame, x and y in pixels of the video.
-        pages: open ones; several for a moment, while one is loaded anew.
     """
 
     secret: str
     folder: Path
+    page: str = ""
+    is_open: bool = True
+    used: float = 0.0
     kept_until: float = 0.0
     session: TrackingSession | None = None
     corner: tuple[int, int, float, float] | None = None
     comparison: Comparison | None = None
     experts: ExpertsView | None = None
-    pages: set[str] = field(default_factory=set)
 
     def the_session(self) -> TrackingSession:
         """Its video; InputError where there is none yet."""
@@ -81,6 +86,11 @@ class Person:
             before.stop()
             shutil.rmtree(before.folder, ignore_errors=True)
 
+    def free(self) -> None:
+        """Removes all that the person has."""
+        self.take(None)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 class People:
     """All who use the app, by their secrets.
@@ -93,7 +103,7 @@ class People:
     def __init__(self, folder: Path, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self.folder, self.limits, self._clock = folder, limits, clock
         self._people: dict[str, Person] = {}
-        self._lock = threading.Lock()
+        self._lock, self._key = threading.Lock(), secrets.token_bytes(SECRET_BYTES)
         folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
@@ -102,56 +112,87 @@ class People:
     def __iter__(self) -> Iterator[Person]:
         return iter(list(self._people.values()))
 
+    def is_away(self, secret: object) -> bool:
+        """Whether a secret is of these people, and no page is open with it."""
+        if not self._was_given(secret):
+            return False
+        return secret not in self._people or not self._people[secret].is_open
+
+    def _sign(self, name: str) -> str:
+        return f"{name}.{hmac.new(self._key, name.encode(), 'sha256').hexdigest()}"
+
+    def _was_given(self, secret: object) -> TypeGuard[str]:
+        return (
+            isinstance(secret, str)
+            and secret.isascii()
+            and hmac.compare_digest(secret, self._sign(secret.partition(".")[0]))
+        )
+
     def enter(self, secret: object, page: str) -> Person:
         """The person of a page that was loaded: the one of its secret, such as after a refresh, or else a new one.
 
-        Of more people than the limits allow, it raises an InputError.
+        A secret that was given stays good after its person was freed: who comes back with it is a new person under it.
+        Where there are as many people as the limits allow, one without a video makes room if it is idle for as long as
+        a closed page is kept; else it raises an InputError.
 
         Args:
-            secret: what the page has kept, of any type; anything but a secret that is known counts as none.
-            page: the page's own id, of which one person may have several one after another.
+            secret: what the page has kept, of any type; anything but a secret that was given counts as none.
+            page: the page's own id. It takes the place of an earlier page of the person.
         """
         self.free_unused()
         with self._lock:
-            person = self._people.get(secret) if isinstance(secret, str) else None
-            if person is None:
-                if len(self) >= self.limits.sessions:
+            if not self._was_given(secret):
+                secret = self._sign(secrets.token_urlsafe(SECRET_BYTES))
+            if secret not in self._people:
+                latest = self._clock() - self.limits.grace_seconds
+                idle = [person for person in self if person.session is None and person.used <= latest]
+                if len(self) >= self.limits.sessions and not idle:
                     raise InputError(f"{len(self)} people use this app now, which is the most. Try again later.")
-                person = Person(secrets.token_urlsafe(SECRET_BYTES), Path(tempfile.mkdtemp(dir=self.folder)))
-                self._people[person.secret] = person
-            person.pages.add(page)
-            person.kept_until = self._clock() + self.limits.idle_seconds
-            return person
+                if len(self) >= self.limits.sessions:
+                    self._people.pop(min(idle, key=lambda person: person.used).secret).free()
+                self._people[secret] = Person(secret, Path(tempfile.mkdtemp(dir=self.folder)))
+            person = self._people[secret]
+            person.page = page
+            return self._used(person)
 
-    def __getitem__(self, secret: object) -> Person:
-        """The person of a secret; InputError where there is none, or none any more."""
+    def __getitem__(self, key: tuple[str, str]) -> Person:
+        """The person of (secret, page), who does something now.
+
+        Raises:
+            InputError: there is nobody with the secret, or nobody any more, or another page of the person is open.
+        """
+        secret, page = key
         with self._lock:
-            person = self._people.get(secret) if isinstance(secret, str) else None
+            person = self._people.get(secret)
             if person is None:
                 raise InputError("This page was not used for a long time, and what it had was freed. Load it anew.")
-            if person.pages:
-                person.kept_until = self._clock() + self.limits.idle_seconds
-            return person
+            if person.page != page:
+                raise InputError("This video was opened in another tab. Go on there, or load this page anew.")
+            return self._used(person)
+
+    def _used(self, person: Person) -> Person:
+        person.is_open, person.used = True, self._clock()  # an event shows that a lost connection is there again
+        person.kept_until = person.used + self.limits.idle_seconds
+        return person
 
     def leave(self, page: str) -> None:
         """A page was closed or refreshed. Its person is freed if no page of it comes back in time."""
         with self._lock:
             for person in self._people.values():
-                if person.pages == {page}:
+                if person.page == page:
+                    person.is_open = False
                     person.kept_until = min(person.kept_until, self._clock() + self.limits.grace_seconds)
                     if person.session is not None:
                         person.session.stop()
-                person.pages.discard(page)
 
     def free_unused(self) -> int:
         """Frees all whose pages are gone, or were not used for long; returns how many."""
         with self._lock:
-            gone = [person for person in self._people.values() if person.kept_until <= self._clock()]
+            gone = [person for person in self if person.kept_until <= self._clock()]
             for person in gone:
                 del self._people[person.secret]
         for person in gone:
-            person.take(None)
-            shutil.rmtree(person.folder, ignore_errors=True)
+            person.free()
         if gone:
             give_back_ram()
         return len(gone)

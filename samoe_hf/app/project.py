@@ -23,7 +23,7 @@ from .uploads import Archive, Limits, open_archive, open_files, safe_name
 
 FORMAT, VERSION = "samoe project", 1
 PROJECT, MASKS = "project.json", "masks"
-MAX_JSON_BYTES = 4 * 2**20
+FRAME_BYTES, PROMPT_BYTES = 100, 1000  # of the JSON, for each frame and each click
 
 
 def save_project(session: TrackingSession, folder: Path) -> Path:
@@ -63,7 +63,7 @@ def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) 
             in the folder, under names of this app.
     """
     with open_archive(path, limits) as archive:
-        content = archive.read(PROJECT, MAX_JSON_BYTES)
+        content = archive.read(PROJECT, FRAME_BYTES * limits.frames + PROMPT_BYTES * limits.prompts)
         try:
             parsed = json.loads(content)
             if (parsed["format"], parsed["version"]) != (FORMAT, VERSION):
@@ -79,6 +79,8 @@ def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) 
             raise SampleError(f"The objects of the project must be different, and from 1 to {min(last_id, MAX_ID)}.")
         if not known.issuperset(prompt.object_id for prompt in prompts):
             raise SampleError("The project prompts objects that it does not have.")
+        if len(set(files)) < len(files):
+            raise SampleError("The project names a file of its video twice.")
         if len(objects) > limits.objects or len(files) > limits.frames:
             raise SampleError(f"The project has more than {limits.objects} objects, or {limits.frames} frames.")
         if sum(len(one.points) + (one.box is not None) for one in prompts) > limits.prompts:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,17 +11,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from gradio.themes import Default
+from starlette.middleware import Middleware
 
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, input_errors
 
 from .learning import Learner
 from .models import LoadedModel
 from .page import CSS, build_page
 from .page_parts import App
 from .people import People, freeing_unused
+from .requests import BoundedRequests, KnownPages
 from .uploads import Limits
-
-GRADIO_FOLDER = "GRADIO_TEMP_DIR"
 
 
 @contextmanager
@@ -29,9 +31,9 @@ def serving(
     data: Path | None = None,
     models: Path | None = None,
     *,
-    host: str = "127.0.0.1",
+    host: str | None = None,
     port: int | None = None,
-    share: bool = False,
+    share: bool | None = None,
 ) -> Iterator[App]:
     """Serves the page while the context is open, in threads of its own; all files of its people go in the end.
 
@@ -39,31 +41,42 @@ def serving(
         loaded: the models, the first of which a new page gets.
         data: the folder of corrected videos; None where nothing may be learned.
         models: the folder of what is learned; needed with `data`.
-        port: a free one by default.
+        host, port, share: what is not given is as Gradio's environment variables say (`GRADIO_SERVER_NAME`, …), else
+            this machine alone, and the first free port from 7860 on.
+
+    Raises:
+        InputError: the host is none of this machine, or the port is taken.
     """
-    models_by_name = {one.name: one for one in loaded}
-    if len(models_by_name) < len(loaded):
-        raise InputError(f"Each model needs a name of its own, got {', '.join(one.name for one in loaded)}.")
     learner = None if data is None or models is None else Learner(data.resolve(), models.resolve())
-    with tempfile.TemporaryDirectory(prefix="samoe-app-") as name, _gradio_folder(Path(name, "gradio")):
+    host = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    _check_address(host.strip("[]"), port)
+    parent = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="samoe-app-", dir=parent) as name, _environment(Path(name), host):
         people = People(Path(name, "people"), limits)
-        app = App(Path(name), models_by_name, people, limits, learner)
+        app = App(Path(name), {}, people, limits, learner)
+        for one in loaded:
+            app.add(one)
+        bounds = Middleware(BoundedRequests, upload_bytes=limits.upload_bytes, folder=Path(name))
         with freeing_unused(people):
             page = build_page(app)
             try:
-                _, app.url, _ = page.launch(
-                    server_name=host,
-                    server_port=port,
-                    share=share,
-                    prevent_thread_lock=True,
-                    quiet=True,
-                    max_file_size=limits.upload_bytes,
-                    enable_monitoring=False,
-                    ssr_mode=False,
-                    state_session_capacity=4 * limits.sessions,
-                    css=CSS,
-                    theme=Default(primary_hue="orange", neutral_hue="slate"),
-                )
+                with input_errors():
+                    _, app.url, _ = page.launch(
+                        server_name=host,
+                        server_port=port,
+                        share=share,
+                        app_kwargs={"middleware": [bounds]},
+                        prevent_thread_lock=True,
+                        quiet=True,
+                        max_file_size=limits.upload_bytes,
+                        enable_monitoring=False,
+                        ssr_mode=False,
+                        css=CSS,
+                        theme=Default(primary_hue="orange", neutral_hue="slate"),
+                    )
+                page.app.state_holder = KnownPages(people)
+                page.app.state_holder.set_blocks(page)
                 yield app
             finally:
                 page.close(verbose=False)
@@ -72,23 +85,39 @@ def serving(
 
 
 def until_stopped(page: AbstractContextManager[App]) -> None:
-    """Keeps a page, see [`serving`], until the process is interrupted or told to end."""
+    """Keeps a page, see [`serving`], until the process is interrupted or told to end; says where it is served."""
     done = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: done.set())
-    with page:
+    with page as app:
+        print(f"The page is served at {app.url} until Ctrl+C", file=sys.stderr, flush=True)
         done.wait()
 
 
+def _check_address(host: str, port: int | None) -> None:
+    """InputError where the page cannot be served: Gradio would try such a host for minutes."""
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port or 0))
+    except (OSError, OverflowError) as error:
+        place = f"host {host!r}" if port is None else f"host {host!r}, port {port}"
+        help_text = "give a name or address of this machine, and leave out the port for the next free one"
+        raise InputError(f"The page cannot be served at {place} ({error}); {help_text}.") from error
+
+
 @contextmanager
-def _gradio_folder(folder: Path) -> Iterator[None]:
-    """Where Gradio keeps uploads and downloads meanwhile, instead of one folder for all apps of the machine."""
-    before = os.environ.get(GRADIO_FOLDER)
-    os.environ[GRADIO_FOLDER] = str(folder)
+def _environment(folder: Path, host: str) -> Iterator[None]:
+    """Gradio keeps uploads and downloads of this app alone in `folder`, and asks no proxy for its own page."""
+    itself = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", host]))
+    variables = {"GRADIO_TEMP_DIR": str(folder / "gradio"), "NO_PROXY": itself, "no_proxy": itself}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[GRADIO_FOLDER]
-        else:
-            os.environ[GRADIO_FOLDER] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

@@ -4,8 +4,10 @@ Object ids, frames and positions are checked where a request comes in, see `page
 """
 
 import copy
+import shutil
+import tempfile
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,8 +53,28 @@ class MaskStore:
         return self.folder / f"{frame:05d}.png"
 
     def write(self, frame: int, id_map: np.ndarray) -> None:
-        """Stores a frame's map in place of an earlier one."""
-        write_palette_png(self.path(frame), id_map)
+        """Stores a frame's map in place of an earlier one, which stays if that fails."""
+        self._put(frame, lambda path: write_palette_png(path, id_map))
+
+    def restore(self, frame: int, content: bytes | None) -> None:
+        """Puts back the file of a frame's map as it was; None: there was none."""
+        if content is None:
+            self.path(frame).unlink(missing_ok=True)
+            self.frames.discard(frame)
+        elif content != self.content(frame):
+            self._put(frame, lambda path: path.write_bytes(content))
+
+    def content(self, frame: int) -> bytes | None:
+        """The file of a frame's map, if it has one."""
+        return self.path(frame).read_bytes() if frame in self.frames else None
+
+    def _put(self, frame: int, write: Callable[[Path], object]) -> None:
+        temporary = self.folder / "new.png"
+        try:
+            write(temporary)
+            temporary.replace(self.path(frame))
+        finally:
+            temporary.unlink(missing_ok=True)
         self.frames.add(frame)
 
     def read(self, frame: int, object_ids: Collection[int]) -> np.ndarray:
@@ -62,11 +84,6 @@ class MaskStore:
         kept = np.zeros(256, dtype=np.uint8)
         kept[list(object_ids)] = list(object_ids)
         return kept[read_label_png(self.path(frame))]
-
-    def remove(self, frame: int) -> None:
-        """Removes a frame's map, if it has one."""
-        self.path(frame).unlink(missing_ok=True)
-        self.frames.discard(frame)
 
 
 class Tracked(NamedTuple):
@@ -235,19 +252,16 @@ class TrackingSession:
 
     def _remember(self, frame: int) -> None:
         given = list(self.objects), dict(self.prompts), copied(self._tracking)
-        mask = self.masks.path(frame).read_bytes() if frame in self.masks.frames else None
+        mask = self.masks.content(frame)
         self._undo.append(Before(*given, self.tracked_domain, self.confidence, frame, mask))
         del self._undo[:-MAX_UNDO]
 
     def _go_back(self) -> None:
-        before = self._undo.pop()
+        before = self._undo[-1]
+        self.masks.restore(before.frame, before.mask)
         self.objects, self.prompts, self._tracking = before.objects, before.prompts, before.tracking
         self.tracked_domain, self.confidence = before.tracked_domain, before.confidence
-        if before.mask is None:
-            self.masks.remove(before.frame)
-        else:
-            self.masks.path(before.frame).write_bytes(before.mask)
-            self.masks.frames.add(before.frame)
+        self._undo.pop()
 
     # --- Tracking
 
@@ -282,22 +296,27 @@ class TrackingSession:
         self._stop.set()
 
     def _store(self, output: Sam2VideoSegmentationOutput) -> tuple[int, np.ndarray]:
-        """Stores a frame's map, of which each pixel is the object's of the largest positive logit; gives frame and map.
+        """Stores a frame's map; gives frame and map."""
+        assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
+        id_map = self._write(self.masks, output, self.loaded)
+        self.tracked_domain, self.confidence = output.domain, output.domain_confidence
+        return output.frame_idx, id_map
+
+    @staticmethod
+    def _write(masks: MaskStore, output: Sam2VideoSegmentationOutput, loaded: LoadedModel) -> np.ndarray:
+        """Writes a frame's map, of which each pixel is the object's of the largest positive logit.
 
         One object is at the video's size at a time, so that many objects in a large video do not fill the RAM.
         """
-        assert isinstance(output, SamoeTrackingOutput) and output.object_ids and output.frame_idx is not None
-        size, masks = self.video.frames.size, output.pred_masks
-        assert masks is not None
-        best, ids = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.uint8)
-        for object_id, low in zip(output.object_ids, masks.split(1), strict=True):
-            logits = self.loaded.processor.post_process_masks([low], [size], binarize=False)[0][0, 0]
+        assert output.object_ids and output.frame_idx is not None and output.pred_masks is not None
+        best, ids = np.zeros(masks.size, dtype=np.float32), np.zeros(masks.size, dtype=np.uint8)
+        for object_id, low in zip(output.object_ids, output.pred_masks.split(1), strict=True):
+            logits = loaded.processor.post_process_masks([low], [masks.size], binarize=False)[0][0, 0]
             logits = logits.float().cpu().numpy()
             wins = logits > best
             best[wins], ids[wins] = logits[wins], object_id
-        self.masks.write(output.frame_idx, ids)
-        self.tracked_domain, self.confidence = output.domain, output.domain_confidence
-        return output.frame_idx, ids
+        masks.write(output.frame_idx, ids)
+        return ids
 
     # --- Another domain or model, or a project
 
@@ -308,18 +327,21 @@ class TrackingSession:
             domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
         """
         with self.exclusive():
-            tracking = self._new_tracking(loaded, domain)
-            outputs = []
-            for frame in self.prompted_frames:
-                with DEVICE_LOCK:
-                    outputs.append(loaded.model(inference_session=tracking, frame_idx=frame))
-            self._tracking, self.loaded, self.domain = tracking, loaded, domain
+            tracking, output = self._new_tracking(loaded, domain), None
+            masks = MaskStore(Path(tempfile.mkdtemp(dir=self.folder)), self.masks.size)
+            try:
+                for frame in self.prompted_frames:
+                    with DEVICE_LOCK:
+                        output = loaded.model(inference_session=tracking, frame_idx=frame)
+                    self._write(masks, output, loaded)
+            except BaseException:
+                shutil.rmtree(masks.folder)
+                raise
+            shutil.rmtree(self.masks.folder)
+            self._tracking, self.loaded, self.domain, self.masks = tracking, loaded, domain, masks
             self._undo.clear()
-            for frame in list(self.masks.frames):
-                self.masks.remove(frame)
-            self.tracked_domain = self.confidence = None
-            for output in outputs:
-                self._store(output)
+            self.tracked_domain = output and output.domain
+            self.confidence = output and output.domain_confidence
 
     def restore(self, objects: list[int], prompts: list[VideoPrompt], last_id: int) -> None:
         """Takes over objects and prompts of a project, of a session without any; masks are written to `masks`."""

@@ -13,7 +13,7 @@ from samoe_hf import __version__
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import new_folder
 
-from .models import click_base, load_model
+from .models import load_model, small_model
 from .uploads import Limits
 
 MODEL_FOLDER = "model"
@@ -82,6 +82,6 @@ def run_space(model: str | None) -> None:
     from .server import serving, until_stopped
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(model or click_base(), device, None if model else "small model")
+    loaded = load_model(model, device) if model else small_model(device)
     host, port = os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     until_stopped(serving([loaded], LIMITS, host=host, port=port))

@@ -62,8 +62,8 @@ def whose_experts(session: TrackingSession | None) -> str:
 class TrackPart(Part):
     """Upload, prompt, track, correct, take away."""
 
-    def __init__(self, app: App, secret: gr.State):
-        super().__init__(app, secret)
+    def __init__(self, app: App, key: gr.State):
+        super().__init__(app, key)
         self.hint = gr.Markdown(next_step(None), elem_id="hint")
         with gr.Row(elem_id="track-row"):
             with gr.Column(scale=3, min_width=320):

@@ -4,6 +4,8 @@ What comes from outside is looked at before it is unpacked or decoded. Frames ar
 long video does not fill the RAM.
 """
 
+import io
+import os
 import re
 import shutil
 import stat
@@ -24,9 +26,9 @@ from samoe_hf.data.video_io import read_video, write_video
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif")
 DEFAULT_FPS = 12.0  # of frames without a video file
-# Files in a zip, beside one for each frame. Each costs RAM before a byte of it is unpacked.
-MAX_OTHER_FILES = 1000
+MAX_OTHER_FILES = 1000  # in a zip, beside the frames and their masks
 PART_BYTES = 2**20
+DIRECTORY_BYTES = 128  # in a zip's directory for each frame. A file of a project needs half as much
 # What `zipfile` raises for what it cannot read.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
 EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLE_FPS = 24, (192, 256), 12
@@ -39,7 +41,7 @@ class Limits:
     """How much one person may ask of the app.
 
     Attributes:
-        upload_bytes: of one file that is uploaded, and of all files in a zip together when they are unpacked.
+        upload_bytes: of all files of an upload together, and of all in a zip when they are unpacked.
         frames: of a video.
         pixels: of a frame.
         objects: of a video.
@@ -74,9 +76,9 @@ class Archive:
     """
 
     def __init__(self, archive: zipfile.ZipFile, limits: Limits):
-        self._archive, self._limits = archive, limits
+        self._archive, self._left = archive, limits.upload_bytes
         self.entries: dict[str, zipfile.ZipInfo] = {}
-        infos, most = archive.infolist(), limits.frames + MAX_OTHER_FILES
+        infos, most = archive.infolist(), 2 * limits.frames + MAX_OTHER_FILES
         if len(infos) > most:
             raise SampleError(f"the zip has {len(infos)} files; {most} are the most")
         for info in infos:
@@ -102,29 +104,44 @@ class Archive:
     def unpack(self, name: str, target: Path) -> None:
         """Writes a file of the archive to `target`; errors as in [`read`]."""
         with target.open("wb") as file:
-            file.writelines(self._parts(name, self._limits.upload_bytes))
+            file.writelines(self._parts(name, self._left))
 
     def _parts(self, name: str, max_bytes: int) -> Iterator[bytes]:
         if name not in self.entries:
             raise SampleError(f"the zip has no file {name[:80]}")
-        total = 0
+        most = min(max_bytes, self._left)
         with named_errors(name, "cannot be read in the zip", DAMAGED_ZIP), self._archive.open(name) as file:
             while part := file.read(PART_BYTES):
-                total += len(part)  # what the directory says may be a lie
-                if total > max_bytes:
-                    raise SampleError(f"{name} in the zip is larger than {max_bytes} bytes")
+                most -= len(part)  # what the directory says may be a lie, and a file may be asked for again and again
+                self._left -= len(part)
+                if most < 0:
+                    raise SampleError(f"{name} in the zip is larger than it may be")
                 yield part
 
 
 @contextmanager
 def open_archive(path: Path, limits: Limits) -> Iterator[Archive]:
     """Opens a zip; SampleError if it cannot be read, or as [`Archive`] says."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except DAMAGED_ZIP as error:
-        raise SampleError(f"this is no zip that can be read ({error})") from error
-    with archive:
-        yield Archive(archive, limits)
+    with _Parts(path) as file:
+        file.most = max(PART_BYTES, DIRECTORY_BYTES * (limits.frames + MAX_OTHER_FILES))
+        try:
+            archive = zipfile.ZipFile(file)
+        except DAMAGED_ZIP as error:
+            raise SampleError(f"this is no zip that can be read ({error})") from error
+        with archive:
+            yield Archive(archive, limits)
+
+
+class _Parts(io.FileIO):
+    """A zip, which is read in parts. `zipfile` reads the directory at once, and makes far more of it in RAM."""
+
+    most = PART_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        if left > self.most and not 0 <= (size or -1) <= self.most:
+            raise SampleError(f"the directory of the zip has more than {self.most} bytes")
+        return super().read(size)
 
 
 @dataclass(frozen=True)
@@ -174,9 +191,8 @@ def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVi
     """
     if not paths:
         raise SampleError("No file was uploaded.")
-    for path in paths:
-        if path.stat().st_size > limits.upload_bytes:
-            raise SampleError(f"{path.name} has more than {limits.upload_bytes} bytes.")
+    if sum(path.stat().st_size for path in paths) > limits.upload_bytes:
+        raise SampleError(f"What was uploaded has more than {limits.upload_bytes} bytes.")
     ordered = sorted((str(path) for path in paths), key=natural_key)
     if len(paths) > 1 or paths[0].suffix.lower() != ".zip":
         return open_files(safe_name(ordered[0]), ordered, shutil.copyfile, folder, limits)

@@ -1,12 +1,16 @@
 """Open a page that tracks objects in videos, shows the experts, and learns from what was corrected.
 
-    samoe app                                  # the small model that comes with the package
+    samoe app                                  # SAM 2.1's tiny, or the small model that comes with the package
     samoe app MODEL --compare OTHER --data my_videos
     samoe app MODEL --space DIR                # writes a Hugging Face Space that runs it
     samoe app MODEL --space DIR --push me/my-space
 
-It is served to this machine alone, unless `--host` or `--share` opens it to others. Corrected videos are collected in
-the folder `--data`, which `samoe adapt` and `load_videos` read. Without it nothing can be learned on the page.
+Without a MODEL, facebook/sam2.1-hiera-tiny runs if it was downloaded before; on a terminal you are asked whether it
+shall be. The small model needs no download, and knows drawn shapes alone.
+
+It is served to this machine alone, unless `--host` or `--share` opens it to others. What options do not say, Gradio's
+environment variables do, such as GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. Corrected videos are collected in the
+folder `--data`, which `samoe adapt` and `load_videos` read. Without it nothing can be learned on the page.
 """
 
 import argparse
@@ -19,7 +23,8 @@ from samoe_hf.errors import InputError, input_errors
 
 from .options import add_device_option, add_original_options, command_parser
 
-PORT = 7860
+TINY, WEIGHTS = "facebook/sam2.1-hiera-tiny", "model.safetensors"
+CORE_SECONDS = 15  # of one CPU core for a frame, see docs/speed.md
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -29,7 +34,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="by default a small one of the package",
+        help="by default SAM 2.1's tiny if it is there, or the small one of the package",
     )
     model.add_argument(
         "--compare", action="append", default=[], metavar="MODEL", help="another model to compare with; may be repeated"
@@ -39,9 +44,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     learning.add_argument("--data", type=Path, metavar="DIR", help="collect corrected videos here; allows learning")
     learning.add_argument("--models", type=Path, metavar="DIR", help="for what is learned; DATA_models if not given")
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 for all networks (%(default)s)")
-    server.add_argument("--port", type=int, default=PORT, metavar="N", help="(%(default)s)")
-    server.add_argument("--share", action="store_true", help="also open it to the internet, by a link of Gradio's")
+    server.add_argument("--host", metavar="NAME", help="0.0.0.0 for all networks (127.0.0.1)")
+    server.add_argument("--port", type=int, metavar="N", help="(the first free one from 7860 on)")
+    server.add_argument(
+        "--share", action="store_true", default=None, help="also open it to the internet, by a link of Gradio's"
+    )
     server.add_argument("--upload-limit", type=int, default=512, metavar="MB", help="of a file (%(default)s)")
     server.add_argument("--frame-limit", type=int, default=30_000, metavar="N", help="of a video (%(default)s)")
     server.add_argument("--people-limit", type=int, default=32, metavar="N", help="at once (%(default)s)")
@@ -88,16 +95,49 @@ def serve_page(parsed: argparse.Namespace) -> None:
         if error.name != "gradio":
             raise
         raise InputError("`samoe app` needs Gradio: pip install 'samoe_hf[app]'") from error
-    from samoe_hf.app.models import click_base, load_model
+    from samoe_hf.app.models import load_model, small_model
     from samoe_hf.app.uploads import Limits
 
-    source = parsed.model or click_base()
-    name = Path(source).name if parsed.model else "small model"
+    options = {"experts": parsed.experts, "original_config": parsed.config}
+    source = parsed.model or default_model(parsed.device.type == "cpu")
     with input_errors():
-        loaded = [load_model(source, parsed.device, name, experts=parsed.experts, original_config=parsed.config)]
+        loaded = [load_model(source, parsed.device, **options) if source else small_model(parsed.device)]
         loaded += [load_model(other, parsed.device) for other in parsed.compare]
     limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)
     data = parsed.data
     models = parsed.models or (data and data.with_name(f"{data.name}_models"))
-    print(f"The page is served at http://{parsed.host}:{parsed.port} until Ctrl+C", file=sys.stderr, flush=True)
     until_stopped(serving(loaded, limits, data, models, host=parsed.host, port=parsed.port, share=parsed.share))
+
+
+def default_model(on_cpu: bool) -> str | None:
+    """The model that runs where none is named: SAM 2.1's tiny if it was downloaded, or is now; None: the small one.
+
+    Whether it shall be downloaded is asked on a terminal alone.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import enable_progress_bars
+
+    if all(isinstance(try_to_load_from_cache(TINY, name), str) for name in ("config.json", WEIGHTS)):
+        return TINY
+    if constants.HF_HUB_OFFLINE or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    try:
+        with input_errors(TINY):
+            files = HfApi().model_info(TINY, files_metadata=True, timeout=10).siblings or []
+        size = next(file.size for file in files if file.rfilename == WEIGHTS) or 0
+        seconds = max(1, round(CORE_SECONDS / (os.cpu_count() or 1)))
+        speed = f" On this machine's CPU a frame will take some {seconds} seconds." if on_cpu else ""
+        print(
+            f"{TINY} tracks what you click on in any video. It is a download of {size / 1e6:.0f} MB.{speed}\n"
+            "The small model of this package needs none, and knows drawn shapes alone.",
+            file=sys.stderr,
+        )
+        if input("Download it? [y/N] ").strip().lower() not in ("y", "yes"):
+            return None
+        enable_progress_bars()
+        with input_errors(TINY):
+            hf_hub_download(TINY, WEIGHTS)
+        return TINY
+    except (InputError, EOFError) as error:
+        print(f"{error}. The small model of this package runs instead.", file=sys.stderr)
+        return None

@@ -112,7 +112,7 @@ def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path
     time.sleep(2)  # what was running before the refresh lets go of the video
     page.click(0.5, 0.5)
     page.context.close()
-    wait_until(lambda: not person.pages)  # it will be freed in a minute
+    wait_until(lambda: not person.is_open)  # it will be freed in a minute
 
 
 @pytest.mark.slow

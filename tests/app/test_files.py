@@ -103,7 +103,7 @@ def changed(path, target, document=None, files=None, leave_out=()):
 WRONG = {
     "format": ["other"],
     "version": [2],
-    "files": [[], ["../../x.mp4"], ["/etc/passwd"], [3], "video.mp4", None],
+    "files": [["00000.mp4"] * 2, [], ["../../x.mp4"], ["/etc/passwd"], [3], "video.mp4", None],
     "objects": [[1, 1], [0], [10**9], ["x"], [None, 2], list(range(1, 200))],
     "last_id": [1, None, 10**9],
     "prompts": [{"a": 1}, [3], None],
@@ -149,6 +149,20 @@ def test_projects_with_wrong_files_are_refused(project, tmp_path, small_model, f
     with pytest.raises(SampleError):
         open_again(changed(project, tmp_path / "wrong.zip", files=files), tmp_path, small_model)
     assert not (tmp_path / "outside.png").exists() and not (tmp_path.parent / "outside.png").exists()
+
+
+def test_a_project_of_as_many_frames_as_a_video_may_have_can_be_opened(
+    tmp_path, make_session, small_model, monkeypatch
+):
+    monkeypatch.setattr("samoe_hf.app.uploads.MAX_OTHER_FILES", 10)
+    (tmp_path / "frames").mkdir()
+    for i in range(30):
+        Image.new("L", (8, 8)).save(tmp_path / "frames" / f"{i}.png")
+    session = make_session(tmp_path / "frames")
+    for i in range(30):
+        session.masks.write(i, np.zeros((8, 8), np.uint8))
+    opened = open_again(save_project(session, tmp_path), tmp_path, small_model, Limits(frames=30))
+    assert len(opened.masks.frames) == 30
 
 
 def mask_png(path, size, value):

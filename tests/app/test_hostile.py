@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from helpers.app import state_of, write_small_video
 from helpers.app_server import Visitor, file_data
+from samoe_hf.app.uploads import Limits
 
 pytest.importorskip("gradio", reason="needs the `app` extra")
 
@@ -37,7 +39,7 @@ def victim(served, tmp_path_factory):
     (visitor.stored,) = visitor.upload("private.mp4", path.read_bytes())
     assert visitor.act("upload", "upload", [file_data(visitor.stored)]).success
     assert visitor.act("frame", "select", 0, None, POINT, event_data={"index": [100, 100], "value": None}).success
-    visitor.person = next(person for person in served.people if visitor.session_hash in person.pages)
+    visitor.person = next(person for person in served.people if person.page == visitor.session_hash)
     return visitor
 
 
@@ -184,6 +186,49 @@ def test_names_of_uploads_lead_nowhere(attacker, served, small_video, name):
 def test_an_upload_that_is_too_large_is_refused(attacker):
     answer = attacker.client.post("/gradio_api/upload", files={"files": ("x.mp4", bytes(9 * 2**20))})
     assert answer.status_code == 413
+
+
+def test_files_of_one_upload_together_may_not_be_too_large(attacker, served):
+    before = list((served.folder / "gradio").rglob("*"))
+    files = [("files", (f"{i}.png", bytes(3 * 2**20))) for i in range(4)]
+    assert attacker.client.post("/gradio_api/upload", files=files).status_code == 413
+    form = httpx.Request("POST", f"{served.url}gradio_api/upload", files=files)
+    body, headers = form.read(), {"content-type": form.headers["content-type"]}
+    chunks = (body[i : i + 2**20] for i in range(0, len(body), 2**20))  # whose number nobody tells
+    assert attacker.client.post("/gradio_api/upload", content=chunks, headers=headers).status_code == 413
+    assert list((served.folder / "gradio").rglob("*")) == before
+
+
+@pytest.mark.parametrize("route", ["queue/join", "run/predict", "component_server", "cancel"])
+def test_large_events_are_refused_before_they_are_read(attacker, route):
+    headers = {"content-type": "application/json"}
+    for content in (b'"' * (2**20 + 1), (b'"' * 2**17 for _ in range(20))):
+        answer = attacker.client.post(f"/gradio_api/{route}", content=content, headers=headers)
+        assert answer.status_code in (400, 413)
+
+
+def test_an_upload_that_its_disk_has_no_room_for_is_refused(attacker, small_video, monkeypatch):
+    monkeypatch.setattr("samoe_hf.app.requests.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+    answer = attacker.client.post("/gradio_api/upload", files={"files": ("x.mp4", small_video.read_bytes())})
+    assert answer.status_code == 507 and "no room" in answer.text
+
+
+def test_requests_of_strangers_throw_nobody_out(small_model, monkeypatch):
+    from samoe_hf.app.server import serving
+
+    monkeypatch.setattr("samoe_hf.app.requests.STRANGERS", 4)
+    with serving([small_model], Limits(sessions=2)) as running:
+        first, second = Visitor(running.url), Visitor(running.url)
+        for visitor in (first, second):
+            assert visitor.load().success and visitor.act("take-example", "click", "Shapes").success
+        slider = first.endpoint("slider", "input")
+        for _ in range(12):
+            assert not first.send(slider, [None, 0], session_hash=secrets.token_hex(6)).success
+            assert not Visitor(running.url).load().success  # there are two already
+        for visitor in (first, second):
+            assert visitor.act(
+                "frame", "select", 0, None, POINT, event_data={"index": [100, 100], "value": None}
+            ).success
 
 
 def test_no_endpoint_is_open_by_name(attacker):

@@ -1,7 +1,10 @@
 """Corrected videos are collected, and learned from in another process."""
 
 import json
+import threading
 import time
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -85,6 +88,8 @@ def test_the_run_is_one_that_samoe_adapt_takes(small_model, data, tmp_path):
     assert arguments.max_steps == 24 and arguments.save_steps == 2 and data.num_frames == 4
     assert model.expert_modules == learning.run()["expert_modules"]
     # Its experts have an effect, and belong to no domain.
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "model.safetensors").write_text("of another run")
     source = adaptable_source(small_model, tmp_path / "start")
     assert source != small_model.source and SamoeModel.from_pretrained(source).config.domain_names == ["former"]
 
@@ -98,6 +103,84 @@ def test_what_a_run_has_logged_is_drawn(small_model, data, tmp_path):
         (learning.output / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
     curves = learning.curves()
     assert curves == {"loss": [(1, 2.0), (2, 1.0)], "J&F": [(2, 0.5)]} and draw_curves(curves).axes
+
+
+def test_what_is_half_collected_is_no_video(corrected, data, monkeypatch):
+    """Such as where the app was killed, or the disk is full."""
+    (data / ".small-2.0123abcd" / "frames").mkdir(parents=True)
+    (data / ".small-2.0123abcd" / "masks").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("samoe_hf.app.learning.write_palette_png", lambda *_: (_ for _ in ()).throw(OSError("No space")))
+        collect_video(corrected, data)
+    assert [path.name for path in collected(data)] == ["small"] and len(load_videos(data)) == 1
+
+
+class Process:
+    """Stands for `samoe adapt`."""
+
+    started: ClassVar[list[list[str]]]
+
+    def __init__(self, command, **_):
+        Process.started.append(command)
+        self.code = None
+        time.sleep(0.05)
+
+    def poll(self):
+        return self.code
+
+    def wait(self, timeout=None):
+        return self.code
+
+    def terminate(self):
+        self.code = 1
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    monkeypatch.setattr("samoe_hf.app.learning.subprocess.Popen", Process)
+    monkeypatch.setattr(Process, "started", [], raising=False)
+    return Process.started
+
+
+def at_once(*calls) -> list[str]:
+    """Runs all in threads of their own; gives what was refused."""
+    refused = []
+
+    def run(call):
+        try:
+            call()
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return refused
+
+
+def test_of_several_clicks_at_once_one_starts_and_one_resumes(small_model, data, tmp_path, processes):
+    learner = Learner(data, tmp_path / "models")
+    assert len(at_once(*[lambda: learner.start("me", small_model, "mine", 5)] * 3)) == 2 and len(processes) == 1
+    learner.of("me").stop()
+    assert at_once(*[lambda: learner.resume("me")] * 2) == ["Learning runs already."] and len(processes) == 2
+    learner.of("me").stop()
+    again = [lambda: learner.resume("me"), lambda: learner.start("you", small_model, "other", 5)]
+    assert len(at_once(*again)) == 1 and len(processes) == 3
+
+
+def test_what_a_run_left_beside_its_folder_is_not_the_next_ones(small_model, two_domains, data, tmp_path, processes):
+    for loaded in (small_model, two_domains, small_model):
+        learner = Learner(data, tmp_path / "models")  # the app was started anew
+        learner.start("me", loaded, "mine", 5).stop()
+    assert [Path(command[command.index("--output") + 1]).name for command in processes] == [
+        "mine-1",
+        "mine-2",
+        "mine-3",
+    ]
+    sources = [command[command.index("adapt") + 1] for command in processes]
+    assert sources == [str(tmp_path / "models/mine-1_start"), two_domains.source, str(tmp_path / "models/mine-3_start")]
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """A session: prompts, tracking, corrections and what takes them back, beside the same through the package's Python."""
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of, track_by_hand
+from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.uploads import Limits
 from samoe_hf.inference import VideoPrompt, track_video
 
@@ -82,6 +84,51 @@ def test_what_fails_while_the_model_runs_changes_nothing(session, monkeypatch):
     assert before == state_of(session)
     session.click(1, 0, 40, 40)
     assert session.prompts[1, 0].points == [(30, 30), (40, 40)]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From its call on, what is written is cut off."""
+
+    def fill():
+        def cut_off(path, *_):
+            with open(path, "wb") as file:
+                file.write(b"\x89PNG half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("samoe_hf.app.session.write_palette_png", cut_off)
+        monkeypatch.setattr(Path, "write_bytes", cut_off)
+
+    return fill
+
+
+def test_a_full_disk_costs_nothing_that_was_there(session, full_disk, tmp_path, small_model, monkeypatch):
+    session.click(session.add_object(), 0, 30, 30)
+    run_all(session.propagate())
+    session.click(1, 3, 60, 50)
+    before = state_of(session)
+    full_disk()
+    for step in (
+        lambda: run_all(session.propagate("forward", 3)),
+        lambda: session.click(1, 4, 40, 40),
+        lambda: session.use(session.loaded),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            step()
+        assert state_of(session) == before
+    monkeypatch.undo()
+    (tmp_path / "opened").mkdir()
+    assert state_of(open_project(save_project(session, tmp_path), tmp_path / "opened", small_model, Limits())) == before
+
+
+def test_undo_on_a_full_disk_changes_nothing(session, full_disk):
+    for x in (30, 60):
+        session.click(1 if session.objects else session.add_object(), 0, x, 50)
+    before = state_of(session)
+    full_disk()
+    with pytest.raises(OSError, match="No space left"):
+        session.undo()
+    assert state_of(session) == before and session.can_undo
 
 
 def test_limits_hold_ids_are_never_used_again_and_a_removed_object_leaves_no_mask(make_session):

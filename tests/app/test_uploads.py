@@ -1,5 +1,7 @@
 """Uploads: what is taken, and what is refused before it costs anything."""
 
+import struct
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from io import BytesIO
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samoe_hf.app.uploads import EXAMPLES, Limits, hide_paths, open_upload, safe_name
+from samoe_hf.app.uploads import EXAMPLES, Limits, hide_paths, open_archive, open_upload, safe_name
 from samoe_hf.data.frames import SampleError
 from samoe_hf.data.synthetic import SYNTHETIC_DOMAINS
 
@@ -93,6 +95,28 @@ def test_a_zip_whose_directory_lies_about_a_size_is_refused(tmp_path, folder):
     assert sum(file.stat().st_size for file in folder.rglob("*")) <= 10**6
 
 
+def test_a_file_that_is_asked_for_again_and_again_counts_each_time(tmp_path):
+    with open_archive(zipped(tmp_path, {"a.bmp": bytes(900)}), replace(LIMITS, upload_bytes=1000)) as archive:
+        archive.unpack("a.bmp", tmp_path / "1")
+        with pytest.raises(SampleError, match="larger than it may be"):
+            archive.unpack("a.bmp", tmp_path / "2")
+
+
+def test_a_zip_of_a_million_files_is_refused_before_its_directory_is_read(tmp_path):
+    number = 10**6
+    end = struct.pack("<4sHHHHLLH", b"PK\5\6", 0, 0, number & 0xFFFF, number & 0xFFFF, number * 46, 0, 0)
+    entry = b"PK\1\2" + bytes(42)
+    (tmp_path / "many.zip").write_bytes(entry * number + end)
+    tracemalloc.start()
+    with (
+        pytest.raises(SampleError, match="the directory of the zip has more than"),
+        open_archive(tmp_path / "many.zip", LIMITS),
+    ):
+        pass
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", ["x.mp4", "x.zip", "x.png", "x.gif", "x.avi"])
 def test_broken_files_are_refused_without_the_servers_paths(tmp_path, folder, name):
     for content in (b"", b"junk" * 100, b"PK\x03\x04" + b"x" * 50):
@@ -128,6 +152,13 @@ def test_limits_of_videos(small_video, folder, limits, message):
 def test_other_uploads_are_refused(tmp_path, folder, names):
     with pytest.raises(SampleError, match=r"one video, one zip|No file"):
         open_upload(files_of(tmp_path / "in", dict.fromkeys(names, b"x")), folder, LIMITS)
+
+
+def test_files_of_one_upload_count_together(tmp_path, folder):
+    files = files_of(tmp_path / "in", {f"{i}.png": png() for i in range(10)})
+    with pytest.raises(SampleError, match="more than 500 bytes"):
+        open_upload(files, folder, replace(LIMITS, upload_bytes=500))
+    assert files[0].stat().st_size < 100 and not list(folder.iterdir())
 
 
 NAMES = {"../../etc/passwd": "passwd", "C:\\a\\b c.mp4": "b_c", "...": "video", "ä ö": "video", "a" * 99: "a" * 60}

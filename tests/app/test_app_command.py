@@ -1,0 +1,126 @@
+"""`samoe app`: which model runs where none is named, and where the page is served."""
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from samoe_hf.commands.app import TINY, default_model, parse_arguments
+from samoe_hf.errors import InputError
+
+pytest.importorskip("gradio", reason="needs the `app` extra")
+
+
+@pytest.fixture
+def hub(monkeypatch, capsys):
+    """What stands for the Hub, its cache, and somebody at a terminal, who gives an `answer`."""
+    state = SimpleNamespace(cached=[], answer="", asked=[], downloaded=[], error=None)
+
+    def model_info(*_, **__):
+        if state.error is not None:
+            raise state.error
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors", size=156_000_000)])
+
+    def ask(question):
+        state.asked.append(question)
+        if state.answer is None:
+            raise EOFError
+        return state.answer
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda _, name: name if name in state.cached else None
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(model_info=model_info))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: state.downloaded.append(names))
+    monkeypatch.setattr("huggingface_hub.utils.enable_progress_bars", lambda: None)
+    monkeypatch.setattr("builtins.input", ask)
+    for stream in ("stdin", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    return state
+
+
+def test_tiny_runs_where_it_was_downloaded_before(hub):
+    hub.cached = ["config.json", "model.safetensors"]
+    assert default_model(on_cpu=True) == TINY and not hub.asked
+
+
+@pytest.mark.parametrize("answer,runs", [("y", TINY), ("Yes", TINY), ("", None), ("n", None), (None, None)])
+def test_on_a_terminal_one_is_asked_whether_to_download_it(hub, capsys, answer, runs):
+    hub.cached, hub.answer = ["config.json"], answer
+    assert default_model(on_cpu=True) == runs and len(hub.asked) == 1
+    assert bool(hub.downloaded) is (runs is not None)
+    said = capsys.readouterr().err
+    assert "156 MB" in said and "seconds" in said and "drawn shapes alone" in said
+
+
+@pytest.mark.parametrize("where", ["no terminal", "offline", "no network"])
+def test_elsewhere_the_small_model_runs(hub, monkeypatch, capsys, where):
+    hub.answer = "y"
+    if where == "no terminal":
+        monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    elif where == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        hub.error = ConnectionError("no network")
+    assert default_model(on_cpu=False) is None and not hub.asked
+    assert ("no network. The small model" in capsys.readouterr().err) is (where == "no network")
+
+
+def test_a_host_and_a_port_that_cannot_be_served_are_named(small_model):
+    from samoe_hf.app.server import serving
+    from samoe_hf.app.uploads import Limits
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for place in ({"port": port}, {"host": "no.such.host.invalid"}, {"host": "203.0.113.7"}, {"port": 70_000}):
+            with (
+                pytest.raises(InputError, match="The page cannot be served at host"),
+                serving([small_model], Limits(), **place),
+            ):
+                pass
+
+
+def test_a_taken_port_makes_way_for_the_next_one_and_gradios_variables_are_read(small_model, monkeypatch, tmp_path):
+    from gradio import http_server
+
+    from samoe_hf.app.server import serving
+    from samoe_hf.app.uploads import Limits
+
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "localhost")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(http_server, "INITIAL_PORT_VALUE", taken.getsockname()[1])
+        with serving([small_model], Limits()) as app:
+            host, port = app.url.rstrip("/").rpartition("/")[2].split(":")
+            assert host == "localhost" and 0 < int(port) - taken.getsockname()[1] < 100
+            assert app.folder.parent == tmp_path / "uploads"
+    assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "uploads") and "no_proxy" not in os.environ
+
+
+def test_models_of_one_name_are_told_apart(small_model):
+    from samoe_hf.app.server import serving
+    from samoe_hf.app.uploads import Limits
+
+    with serving([small_model, small_model], Limits()) as app:
+        assert list(app.models) == ["nano", "nano-2"] == [one.name for one in app.models.values()]
+
+
+def test_where_the_page_is_served_is_said_when_it_is(small_model, capsys, monkeypatch):
+    from samoe_hf.app.server import serving, until_stopped
+    from samoe_hf.app.uploads import Limits
+
+    monkeypatch.setattr("samoe_hf.app.server.signal.signal", lambda *_: None)
+    monkeypatch.setattr("samoe_hf.app.server.threading.Event.wait", lambda *_: True)
+    with pytest.raises(InputError):
+        until_stopped(serving([small_model], Limits(), host="203.0.113.7"))
+    assert "served at http" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--port", "x"], ["--upload-limit", "0"], ["--models", "m"], ["--push", "a/b"]])
+def test_options_that_do_not_fit_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert words[0] in capsys.readouterr().err
