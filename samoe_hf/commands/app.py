@@ -139,5 +139,6 @@ def default_model(on_cpu: bool) -> str | None:
             hf_hub_download(TINY, WEIGHTS)
         return TINY
     except (InputError, EOFError) as error:
-        print(f"{error}. The small model of this package runs instead.", file=sys.stderr)
+        reason = str(error).rstrip(".") or "There was no answer"
+        print(f"{reason}. The small model of this package runs.", file=sys.stderr)
         return None

@@ -1,5 +1,6 @@
 """`samoe app`: which model runs where none is named, and where the page is served."""
 
+import io
 import os
 import socket
 from types import SimpleNamespace
@@ -12,10 +13,15 @@ from samoe_hf.errors import InputError
 pytest.importorskip("gradio", reason="needs the `app` extra")
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
-def hub(monkeypatch, capsys):
+def hub(monkeypatch):
     """What stands for the Hub, its cache, and somebody at a terminal, who gives an `answer`."""
-    state = SimpleNamespace(cached=[], answer="", asked=[], downloaded=[], error=None)
+    state = SimpleNamespace(cached=[], answer="", asked=[], downloaded=[], error=None, said=Terminal())
 
     def model_info(*_, **__):
         if state.error is not None:
@@ -36,8 +42,7 @@ def hub(monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: state.downloaded.append(names))
     monkeypatch.setattr("huggingface_hub.utils.enable_progress_bars", lambda: None)
     monkeypatch.setattr("builtins.input", ask)
-    for stream in ("stdin", "stderr"):
-        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("samoe_hf.commands.app.sys", SimpleNamespace(stdin=Terminal(), stderr=state.said))
     return state
 
 
@@ -47,25 +52,25 @@ def test_tiny_runs_where_it_was_downloaded_before(hub):
 
 
 @pytest.mark.parametrize("answer,runs", [("y", TINY), ("Yes", TINY), ("", None), ("n", None), (None, None)])
-def test_on_a_terminal_one_is_asked_whether_to_download_it(hub, capsys, answer, runs):
+def test_on_a_terminal_one_is_asked_whether_to_download_it(hub, answer, runs):
     hub.cached, hub.answer = ["config.json"], answer
     assert default_model(on_cpu=True) == runs and len(hub.asked) == 1
     assert bool(hub.downloaded) is (runs is not None)
-    said = capsys.readouterr().err
+    said = hub.said.getvalue()
     assert "156 MB" in said and "seconds" in said and "drawn shapes alone" in said
 
 
 @pytest.mark.parametrize("where", ["no terminal", "offline", "no network"])
-def test_elsewhere_the_small_model_runs(hub, monkeypatch, capsys, where):
+def test_elsewhere_the_small_model_runs(hub, monkeypatch, where):
     hub.answer = "y"
     if where == "no terminal":
-        monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+        monkeypatch.setattr("samoe_hf.commands.app.sys.stdin", io.StringIO())
     elif where == "offline":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     else:
         hub.error = ConnectionError("no network")
     assert default_model(on_cpu=False) is None and not hub.asked
-    assert ("no network. The small model" in capsys.readouterr().err) is (where == "no network")
+    assert ("no network. The small model" in hub.said.getvalue()) is (where == "no network")
 
 
 def test_a_host_and_a_port_that_cannot_be_served_are_named(small_model):
