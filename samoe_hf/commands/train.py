@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 
 from samoe_hf.data.configs import shipped_configs
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, input_errors
 from samoe_hf.model.recipes import LossSettings, PromptSettings
 from samoe_hf.training.keys import DataKeys, ModelKeys, TrainingKeys
 
@@ -71,17 +71,21 @@ def print_all_keys(description: str | None) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.training.checkpoints import check_output_dir
     from samoe_hf.training.trainer import build_trainer
 
     trainer = build_trainer(parsed.run)
     if trainer.is_world_process_zero():
         print(trainer.model.summary())
-    resume = trainer.args.resume_from_checkpoint
-    if trainer.eval_dataset and resume is None:
-        trainer.log_metrics("eval", trainer.evaluate())
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    if trainer.eval_dataset:
-        trainer.log_metrics("eval", trainer.evaluate())
+    with trainer.writer:
+        check_output_dir(trainer.args, None)  # another process may have written there meanwhile
+        resume = trainer.args.resume_from_checkpoint
+        if trainer.eval_dataset and resume is None:
+            trainer.log_metrics("eval", trainer.evaluate())
+        trainer.train(resume_from_checkpoint=resume)
+        with input_errors():
+            trainer.save_model()
+        if trainer.eval_dataset:
+            trainer.log_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
         print(f"Written: the model and its processor in {trainer.args.output_dir}")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from samoe_hf.data.clip_datasets import MixedDataset
 from samoe_hf.data.schema import JoinedVideos
+from samoe_hf.errors import input_errors
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.weights_io import write_text
 from samoe_hf.surgery.domains import copy_domain_experts
+from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 from .fit_gate import decide_videos, fit_gate
@@ -92,6 +94,14 @@ def adapt(
         arguments += ["--domain_like", like]
     trainer = build_trainer(arguments)
     trainer.eval_domain = AUTO
+    with trainer.writer:
+        check_output_dir(trainer.args, None)  # another process may have written there meanwhile
+        if trainer.is_world_process_zero() and trainer.args.overwrite_output_dir:
+            Path(output, RESULTS_FILE).unlink(missing_ok=True)
+        return _adapt(trainer, domain, like, Path(output))
+
+
+def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, output: Path) -> Adaptation:
     resume = trainer.args.resume_from_checkpoint
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
@@ -105,9 +115,10 @@ def adapt(
             result.started_from = start
     trainer.train(resume_from_checkpoint=resume)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        write_text(Path(output, RESULTS_FILE), json.dumps(asdict(result), indent=1) + "\n")
+    with input_errors():
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            write_text(output / RESULTS_FILE, json.dumps(asdict(result), indent=1) + "\n")
     return result
 
 

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import shutil
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from samoe_hf.errors import InputError
 
@@ -23,10 +24,28 @@ ANOTHER_RUN = (
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run in a folder, whole or not, the newest first."""
+    """The checkpoints of a run in a folder, the newest first, without those that were not written to their end."""
+    return [path for path in _checkpoint_folders(output_dir) if (path / TRAINER_STATE_NAME).is_file()]
+
+
+def _checkpoint_folders(output_dir: str | Path) -> list[Path]:
     folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint: first the file that Trainer writes last."""
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def clear_checkpoints(output_dir: str | Path) -> None:
+    """Removes checkpoints that a killed process had not written, or not removed, to their end, and says so."""
+    for checkpoint in _checkpoint_folders(output_dir):
+        if not (checkpoint / TRAINER_STATE_NAME).is_file():
+            print(f"{checkpoint}: removed, since a stopped process had not written it to its end.")
+            remove_checkpoint(checkpoint)
 
 
 def checkpoint_problems(checkpoint: str | Path, args: SamoeTrainingArguments) -> list[str]:
@@ -38,6 +57,9 @@ def checkpoint_problems(checkpoint: str | Path, args: SamoeTrainingArguments) ->
     needed += [f"rng_state_{rank}.pth" for rank in range(args.world_size)] if args.world_size > 1 else ["rng_state.pth"]
     if not (args.fsdp or args.deepspeed):  # whose sharded optimizers have formats of their own
         needed.append(OPTIMIZER_NAME)
+    if _is_readable(folder / CONFIG_NAME):
+        adapters = json.loads((folder / CONFIG_NAME).read_text()).get("adapters") or []
+        needed += [f"{name}/{ADAPTER_SAFE_WEIGHTS_NAME}" for name in adapters]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     needed.append(index.name if index.exists() else SAFE_WEIGHTS_NAME)
     files = dict.fromkeys([*(folder / name for name in needed), *sorted(folder.rglob("*.safetensors"))])
@@ -71,10 +93,11 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingAr
             return str(checkpoint)
         problems.append(f"{checkpoint}: {', '.join(found)}")
     where = f" in {args.output_dir}" if is_last else ""
+    advice = "Give `overwrite_output_dir: true`" if _holds_run(args.folder) else "Leave it out"
     reason = f" ({'; '.join(problems)})" if problems else ""
     raise InputError(
         f"`resume_from_checkpoint` {resume_from_checkpoint} finds no whole checkpoint of as many processes as now"
-        f"{where}{reason}. Leave it out to start from the beginning."
+        f"{where}{reason}. {advice} to start from the beginning."
     )
 
 
@@ -87,6 +110,9 @@ def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
             f"`output_dir` {args.output_dir} holds the base model `model_name_or_path` {source}, which the run would "
             "overwrite; give another output."
         )
-    starts_anew = args.resume_from_checkpoint is None and not args.overwrite_output_dir
-    if starts_anew and ((output / CONFIG_NAME).exists() or list_checkpoints(output)):
+    if args.resume_from_checkpoint is None and not args.overwrite_output_dir and _holds_run(output):
         raise InputError(ANOTHER_RUN.format(args.output_dir))
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).exists() or bool(list_checkpoints(folder))

@@ -1,5 +1,6 @@
 """A Trainer for clips that tracks videos while it evaluates."""
 
+import json
 import math
 import os
 import shutil
@@ -16,11 +17,18 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, enable_full_determinism, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, speed_metrics
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    SaveStrategy,
+    TrainOutput,
+    speed_metrics,
+)
 
 from samoe_hf.data import ClipCollator
 from samoe_hf.data.clip_datasets import as_clips, as_videos
-from samoe_hf.errors import InputError, input_errors
+from samoe_hf.errors import InputError, input_errors, is_disk_full
 from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import TRAINING_SETTINGS, CardContent, evaluation_results, write_model_card
@@ -31,12 +39,23 @@ from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor, load_processor
 from samoe_hf.model.prompt_recipe import PromptRecipe
+from samoe_hf.model.weights_io import sync, whole_file, write_text
+from samoe_hf.one_writer import OneWriter
 
 from .arguments import SamoeTrainingArguments, parse_run
-from .checkpoints import ANOTHER_RUN, check_output_dir, list_checkpoints, resolve_checkpoint
+from .checkpoints import (
+    ANOTHER_RUN,
+    check_output_dir,
+    clear_checkpoints,
+    list_checkpoints,
+    remove_checkpoint,
+    resolve_checkpoint,
+)
 from .feature_cache import FeatureCache
 from .fit import fit_arguments
 from .logs import TrainingLogs
+from .made_from import FILE as RUN_FILE
+from .made_from import check_goes_on, made_from
 
 
 class SamoeTrainer(Trainer):
@@ -101,6 +120,8 @@ class SamoeTrainer(Trainer):
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
         self.training_logs = TrainingLogs()
+        self.writer = OneWriter(args.folder, "`output_dir`")
+        self._made_from: dict[str, Any] | None = None
         self._last_logged_step = 0
         self.add_callback(RunCallback(self))
 
@@ -111,18 +132,38 @@ class SamoeTrainer(Trainer):
             resume_from_checkpoint: a whole checkpoint; "last" or True for the newest whole one in `output_dir`.
 
         Raises:
-            InputError: if there is no whole checkpoint to go on from; or if nothing is to be resumed, but `output_dir`
-                has checkpoints of another run, and not `overwrite_output_dir`.
+            InputError: if there is no whole checkpoint to go on from, or it is of a run that was made from other
+                things; if nothing is to be resumed, but `output_dir` has checkpoints of another run, and not
+                `overwrite_output_dir`; or if another process writes there.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
-        elif others := list_checkpoints(self.args.folder):
-            if not self.args.overwrite_output_dir:
-                raise InputError(ANOTHER_RUN.format(self.args.output_dir))
+        folder, checkpoint = self.args.folder, None
+        with self.writer:
+            if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
+                loss = self.accelerator.unwrap_model(self.model).clip_settings.loss
+                settings = self.learning_rates, self.recipe, loss, self.domain
+                self._made_from = made_from(self.model, self.args, *settings, self.train_dataset)
             if self.is_world_process_zero():
-                for checkpoint in others:
-                    shutil.rmtree(checkpoint)
-        return super().train(resume_from_checkpoint, **kwargs)
+                clear_checkpoints(folder)
+            self.accelerator.wait_for_everyone()
+            if resume_from_checkpoint:
+                checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
+                for sentence in check_goes_on(Path(checkpoint), self._made_from or {}):
+                    if self.is_world_process_zero():
+                        print(sentence)
+            elif others := list_checkpoints(folder):
+                if not self.args.overwrite_output_dir:
+                    raise InputError(ANOTHER_RUN.format(folder))
+                self.accelerator.wait_for_everyone()
+                for other in others if self.is_world_process_zero() else []:
+                    remove_checkpoint(other)
+            return super().train(checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Trainer sees only after a step that it was the last, also after one that a resumed run had taken already.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -178,10 +219,28 @@ class SamoeTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.is_world_process_zero() and folder.exists():
-            # Left by a process that was killed while it wrote.
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            if not is_disk_full(error):
+                raise
+            if self.is_world_process_zero() and folder.exists():
+                remove_checkpoint(folder)
+            before = " with `resume_from_checkpoint: last`" if list_checkpoints(self.args.folder) else ""
+            raise InputError(
+                f"{folder} could not be written, since the disk is full: {error}. What was there is as it was: make "
+                f"room, and run the same again{before}."
+            ) from error
+        if self.is_world_process_zero():
+            for path in (folder / TRAINER_STATE_NAME, folder, folder.parent):
+                sync(path)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last but the file that says that the checkpoint is whole, after which older ones are removed.
+        super()._save_rng_state(output_dir)
+        sync(output_dir, below=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, in which each set of parameters has its rate."""
@@ -241,7 +300,10 @@ class SamoeTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(
                 folder, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
             )
-            torch.save(self.args, Path(folder, "training_args.bin"))
+            with whole_file(Path(folder, TRAINING_ARGS_NAME)) as file:
+                torch.save(self.args, file)
+            if Path(folder) != self.args.folder and self._made_from is not None:
+                write_text(Path(folder, RUN_FILE), json.dumps(self._made_from, indent=1))
 
     def _saves_only_trained(self) -> bool:
         return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).origin.source is not None
