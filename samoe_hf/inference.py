@@ -170,7 +170,8 @@ def track_video(
 ) -> Iterator[TrackedFrame]:
     """Tracks prompted objects through a whole video, each onward from its first prompt, then back from it to the start.
 
-    Each frame is given once, with all objects: see [`SamoeModel.propagate_from_prompts_iterator`].
+    Each frame is given once, with all objects: those from the last of the first prompts on, and then those before it,
+    backward. See [`SamoeModel.propagate_from_prompts_iterator`].
 
     Args:
         frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
@@ -191,8 +192,10 @@ def track_video(
     check_prompts(prompts, len(frames), size)
     for prompt in prompts:
         prompt.add_to(session, processor)
-    for output in model.propagate_from_prompts_iterator(session, show_progress_bar):
+    for output in model.propagate_from_prompts_iterator(session, show_progress_bar=show_progress_bar):
         assert isinstance(output, SamoeTrackingOutput)
         assert output.frame_idx is not None and output.object_ids is not None
+        if len(output.object_ids) < session.get_obj_num():
+            continue  # it comes again with all objects
         logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
         yield TrackedFrame(output.frame_idx, output.object_ids, logits, output.domain, output.domain_confidence)

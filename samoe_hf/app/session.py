@@ -269,27 +269,24 @@ class TrackingSession:
         """Tracks what is prompted, frame by frame, until the end or [`stop`]; InputError if nothing is.
 
         Args:
-            direction: "whole" from the first prompted frame onward and then back to the start, as
-                [`~samoe_hf.inference.track_video`] does; "forward" and "backward" from `start`.
+            direction: "whole" as [`~samoe_hf.inference.track_video`] does, each object onward from its first prompt and
+                back to the start; "forward" and "backward" from `start`.
         """
         if not self.prompts:
             raise InputError(NOTHING_PROMPTED)
-        passes = [(start, direction == "backward")]
+        begin = None if direction == "whole" else start
+        total = start + 1 if direction == "backward" else self.num_frames - start
         if direction == "whole":
-            first = self.prompted_frames[0]
-            passes = [(first, False), (first, True)] if first > 0 else [(first, False)]
-        total = sum(begin + 1 if reverse else self.num_frames - begin for begin, reverse in passes)
-        done, model = 0, self.loaded.model
+            firsts = {object_id: frame for object_id, frame in sorted(self.prompts, reverse=True)}
+            total = self.num_frames - min(firsts.values()) + max(firsts.values())
         with self.exclusive():
             self._stop.clear()
             self._undo.clear()
-            for begin, reverse in passes:
-                outputs = model.propagate_in_video_iterator(self._tracking, start_frame_idx=begin, reverse=reverse)
-                for output in taking_turns(outputs):
-                    done += 1
-                    yield Tracked(*self._store(output), done, total)
-                    if self._stop.is_set():
-                        return
+            outputs = self.loaded.model.propagate_from_prompts_iterator(self._tracking, begin, direction == "backward")
+            for done, output in enumerate(taking_turns(outputs), 1):
+                yield Tracked(*self._store(output), done, total)
+                if self._stop.is_set():
+                    return
 
     def stop(self) -> None:
         """Ends tracking after the frame that is being tracked."""

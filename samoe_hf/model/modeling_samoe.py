@@ -267,21 +267,29 @@ class SamoeModel(SamoePreTrainedModel):
 
     @torch.inference_mode()
     def propagate_from_prompts_iterator(
-        self, inference_session: InferenceSession, show_progress_bar: bool = False
+        self,
+        inference_session: InferenceSession,
+        start_frame_idx: int | None = None,
+        reverse: bool = False,
+        show_progress_bar: bool = False,
     ) -> Iterator[Sam2VideoSegmentationOutput]:
         """Tracks each object as if it were alone: onward from its first prompt, then back from it to the start.
 
         `propagate_in_video_iterator` starts all objects on one frame instead, as `sam2` does. So it would track an
         object before its first prompt from its own future, and read these guesses later.
 
-        Each frame is given once, when all objects have been tracked on it: the frames from the last of the first
-        prompts on, in order, and then those before it, backward. Low-resolution masks of frames that lie between first
-        prompts are kept until then.
+        Args:
+            start_frame_idx: only onward from this frame, or back from it if `reverse`. An object whose first prompt
+                lies farther on is tracked from there. By default the whole video is tracked.
+
+        Returns:
+            the outputs of each frame, with all objects. Of the whole video, a frame between first prompts comes twice:
+            on the way onward with the objects that have begun (`object_ids`), on the way back with all.
 
         Raises:
             ValueError: if there is no object, or a prompt cannot be used.
         """
-        yield from propagate_from_prompts(self, inference_session, show_progress_bar)
+        yield from propagate_from_prompts(self, inference_session, start_frame_idx, reverse, show_progress_bar)
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -173,36 +174,43 @@ def start_propagation(model: SamoePreTrainedModel, session: InferenceSession, st
 
 
 def propagate_from_prompts(
-    model: SamoePreTrainedModel, session: InferenceSession, show_progress_bar: bool = False
+    model: SamoePreTrainedModel,
+    session: InferenceSession,
+    start_frame_idx: int | None = None,
+    reverse: bool = False,
+    show_progress_bar: bool = False,
 ) -> Iterator[Sam2VideoSegmentationOutput]:
-    """Tracks each object onward from its first prompt to the end, and then back from it to the start.
-
-    Each frame is given once, when all objects have been tracked on it: first those from the last of the first
-    prompts on, then those before it, backward. Low-resolution masks of frames between first prompts wait until then.
+    """See [`SamoeModel.propagate_from_prompts_iterator`]. Low-resolution masks of frames between first prompts are
+    kept until all objects have been tracked there.
 
     Raises:
         ValueError: as [`track_frame`].
     """
     end = len(session.processed_frames or ())
-    _check_session(model, session, 0)
-    _check_session(model, session, end - 1)  # a stream has forgotten some
+    for frame_idx in (0, end - 1, start_frame_idx or 0):  # a stream has forgotten some
+        _check_session(model, session, frame_idx)
     start_propagation(model, session, None)
     objects = session_objects(session)
     starts = {one.object_id: min(one.state.bank.conditioning) for one in objects}
-    last_start = max(starts.values())
-    passes = [(t, False) for t in range(min(starts.values()), end)] + [(t, True) for t in range(last_start - 1, -1, -1)]
+    is_whole = start_frame_idx is None
+    if is_whole:
+        passes = [(t, False) for t in range(min(starts.values()), end)]
+        passes += [(t, True) for t in range(max(starts.values()) - 1, -1, -1)]
+    else:
+        passes = [(t, reverse) for t in (range(start_frame_idx, -1, -1) if reverse else range(start_frame_idx, end))]
     waiting: dict[int, Sam2VideoSegmentationOutput] = {}
     with encoding_ahead(model, session):
-        for frame_idx, reverse in tqdm(passes, desc="propagate in video", disable=not show_progress_bar):
-            own = [one for one in objects if (starts[one.object_id] > frame_idx) == reverse]
-            call = FrameCall(frame_idx, reverse)
+        for frame_idx, back in tqdm(passes, desc="propagate in video", disable=not show_progress_bar):
+            ahead = [starts[one.object_id] - frame_idx for one in objects]
+            has_begun = [(distance >= (1 if is_whole else 0)) if back else distance <= 0 for distance in ahead]
+            own = list(compress(objects, has_begun))
+            call = FrameCall(frame_idx, back)
             _segment_objects(model, _object_tasks(model, own, call), call)
-            output = _frame_result(model, session, own, frame_idx)
+            output = _frame_result(model, session, own if is_whole else objects, frame_idx)
             if frame_idx in waiting:
                 output = _joined(session, waiting.pop(frame_idx), output)
-            elif len(own) < len(objects):
+            elif is_whole and len(own) < len(objects):
                 waiting[frame_idx] = output
-                continue
             yield output
 
 

@@ -21,7 +21,7 @@ def tracked(model, frames, prompts, **options):
         processor.add_inputs_to_inference_session(session, frame_idx, object_id, input_masks=mask)
     outputs = list(model.propagate_from_prompts_iterator(session))
     ids = [object_id for object_id, _, _ in prompts]
-    assert all(output.object_ids == list(dict.fromkeys(ids)) for output in outputs)
+    outputs = [output for output in outputs if output.object_ids == list(dict.fromkeys(ids))]
     return {output.frame_idx: output.pred_masks[:, 0] for output in outputs}
 
 
@@ -87,6 +87,24 @@ def test_sam2s_order_tracks_a_late_object_from_its_future(small, late, alone):
     outputs = {o.frame_idx: o.pred_masks[:, 0] for o in small.propagate_in_video_iterator(session, 0)}
     own = alone[1]
     assert max((outputs[t][1] - own[t][0]).abs().mean() for t in range(7, 15)) > 1e-2
+
+
+def test_an_object_joins_a_direction_at_its_first_prompt(small, late):
+    frames, prompts = late
+    processor = build_processor(small.config)
+
+    def run(prompts, *direction):
+        session = VideoSession(frames, processor)
+        for object_id, frame_idx, mask in prompts:
+            processor.add_inputs_to_inference_session(session, frame_idx, object_id, input_masks=mask)
+        return list(small.propagate_from_prompts_iterator(session, *direction))
+
+    for direction, order in (((2,), range(2, 20)), ((10, True), range(10, -1, -1))):
+        together, own = run(prompts, *direction), run(prompts[2:4], *direction)
+        assert [output.frame_idx for output in together] == list(order)
+        for one, other in zip(together, own, strict=True):
+            assert (one.pred_masks[1] - other.pred_masks[0]).abs().mean() < 1e-4
+    assert (run(prompts, 2)[0].pred_masks[1] == -1024).all()  # nothing is told of it before its first prompt
 
 
 def test_a_session_without_objects_or_without_its_first_frames_is_refused(small, late):
