@@ -22,7 +22,7 @@ SIZE = (96, 128)
         ([VideoPrompt(1, points=[(1, 96)], labels=[1])], r"point \(1, 96\) of object 1 on frame 0 lies outside"),
         ([VideoPrompt(1, points=[(float("nan"), 2)], labels=[1])], r"point \(nan, 2\)"),
         ([VideoPrompt(1, box=(1, 2, float("nan"), 4))], "nan, 4.* must be"),
-        ([VideoPrompt(1, box=(5, 2, 3, 4))], "x0 <= x1 and y0 <= y1"),
+        ([VideoPrompt(1, box=(7, 2, 7, 4))], "finite and with an area"),
         ([VideoPrompt(1, box=(128, 2, 140, 4))], "lies outside of the video"),
         ([VideoPrompt(1, mask=np.ones((128, 96), bool))], r"size \(128, 96\), but the video has \(96, 128\)"),
         (
@@ -41,7 +41,7 @@ def test_prompts_at_the_edges_are_fine():
     check_prompts(
         [
             VideoPrompt(1, 4, points=[(0, 0), (127.9, 95.9)], labels=[1, 0], box=(-3, -3, 131, 96)),
-            VideoPrompt(2, 4, box=(7, 7, 7, 7)),
+            VideoPrompt(2, 4, box=(8, 7, 6, 5)),
             VideoPrompt(1, 3, mask=np.zeros(SIZE, bool)),
         ],
         5,

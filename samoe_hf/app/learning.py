@@ -44,7 +44,12 @@ POINTS = 12  # of the curve
 SMALL_IMAGE_SIZE = 256
 # What a small model learns a domain with within minutes on a CPU; others as `adapt.yaml` says.
 SMALL_MODEL = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **SMALL_MODEL_EXPERTS}
-OF_NEW_EXPERTS = ("expert_modules", "num_experts", "lora_")  # beginnings of keys that a known domain has already
+OF_NEW_EXPERTS = (
+    "expert_modules",
+    "exclude_modules",
+    "num_experts",
+    "lora_",
+)  # beginnings of keys that a known domain has already
 
 
 def collect_video(session: TrackingSession, data: Path) -> Path:

@@ -23,7 +23,8 @@ RESULTS_FILE = "adaptation.json"
 
 # Of a domain of the small models that come with the package: beside every linear layer but the decoder's.
 SMALL_MODEL_EXPERTS = {
-    "expert_modules": r"(?!mask_decoder\.|prompt_encoder\.).*",
+    "expert_modules": ["*"],
+    "exclude_modules": ["mask_decoder.*"],
     "num_experts": 2,
     "num_experts_per_tok": 2,
     "lora_rank": 4,

@@ -135,7 +135,7 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
     return {
         "source": source,
         "revision": None if has_base else loaded["revision"],
-        "commit": getattr(config, "_commit_hash", None),
+        "commit": model.origin.commit,
         **({"base_model": {name: loaded[name] for name in ("name_or_path", "revision")}} if has_base else {}),
         "fingerprint": hash_tensors(sorted(model.state_dict().items()))[:16],
         "num_parameters": model.num_parameters(),

@@ -113,7 +113,8 @@ def prompt_from_mask(kind: str, object_id: int, frame_idx: int, mask: np.ndarray
     """The prompt of a "mask" (H, W) bool, or of the "box" around it; of another kind, without anything given yet."""
     prompt = VideoPrompt(object_id, frame_idx, mask=mask if kind == "mask" else None)
     if kind == "box":
-        prompt.box = tuple(bounding_boxes(torch.from_numpy(mask)[None])[0].tolist())
+        x0, y0, x1, y1 = bounding_boxes(torch.from_numpy(mask)[None])[0].tolist()
+        prompt.box = (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))  # also of a line of pixels, which an empty box is not
     return prompt
 
 

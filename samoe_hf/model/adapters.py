@@ -243,7 +243,9 @@ def put_adapter(
     if is_new:
         with _refusing_settings(source):
             model.add_adapter(settings, name)
-    _peft().set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+    # Within the model, names have no prefix, which PEFT looks for those of `modules_to_save` without.
+    own = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    _peft().set_peft_model_state_dict(model, own, adapter_name=name)
 
 
 def check_adapters_on_experts(model: nn.Module) -> None:

@@ -70,12 +70,14 @@ class Origin:
             "original_config"; None for a model that was made here.
         changed: names of tensors beside the experts' that are not the base model's, whether or not they are trainable.
         quantized: names of layers whose weights are quantized.
+        commit: of the Hub repository that the model was loaded from; that of its base is in `source`.
         fingerprints: of the full base model under a quantized one, by the names that were left out.
     """
 
     source: dict[str, str | None] | None = None
     changed: set[str] = field(default_factory=set)
     quantized: frozenset[str] = frozenset()
+    commit: str | None = None
     fingerprints: dict[frozenset[str], str] = field(default_factory=dict)
 
 

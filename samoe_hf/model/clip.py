@@ -152,6 +152,12 @@ def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | N
             f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
             f"got {got}."
         )
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        got = getattr(pixel_values, "dtype", None) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise InputError(f"`pixel_values` must be a torch.Tensor of normalized frames, got {got}.")
+    for name, value in {"labels": labels, "object_mask": object_mask}.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
     videos, frames = shape[:2]
     if labels is None:
         return
@@ -189,7 +195,9 @@ def read_clips(
         num_objects = labels.shape[1]
         given = ClipPrompts.simulate(resolve_recipe(prompts), labels)
     else:
-        prompt, num_objects = prompt_from_inputs(*inputs)
+        prompt, num_objects = prompt_from_inputs(*inputs, len(pixel_values), image_size)
+        if labels is not None and num_objects != labels.shape[1]:
+            raise InputError(f"`labels` are of {labels.shape[1]} objects, but the prompts of {num_objects}.")
         given = ClipPrompts({0: prompt})
     return Clips(pixel_values, given, num_objects, labels, object_mask, range(len(pixel_values)))
 

@@ -1,9 +1,11 @@
 """Configuration of SAMoE: SAM 2 video plus the settings of its experts."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
@@ -13,7 +15,15 @@ from .base import MODEL_TYPES, base_of, mask_size, settings_of_base
 from .errors import InputError
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
-MEMORY_ATTENTION_PROJECTIONS = r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj"
+MEMORY_ATTENTION_PROJECTIONS = [
+    f"memory_attention.layers.*.{attention}.[qkvo]_proj" for attention in ("self_attn", "cross_attn_image")
+]
+# Older folders have regular expressions where patterns are now. Nobody vouches for them, and some never end, so they
+# are not run: simple ones are read as the patterns that they stand for.
+EXPRESSION = re.compile(r"\.|.*[\\()|]", re.DOTALL)
+EXPRESSION_PARTS = {r"\.": ".", r".*": "*", r"\d+": "*"}
+MAX_PATTERNS = 100
+EXPRESSION_TEXT = r"(?:\w|\[\w+\]|\\\.|\.\*|\\d\+)*"
 
 # What SAM2-MoE and PEFT call some of the settings.
 OLD_EXPERT_SETTINGS = {
@@ -72,7 +82,11 @@ def mapping(kinds: str, kind: Any) -> Rule:
 
 def _are_modules(value: Any) -> bool:
     names = [value] if isinstance(value, str) else value
-    return isinstance(names, list | tuple) and len(names) > 0 and all(isinstance(x, str) and x for x in names)
+    is_list = isinstance(names, list | tuple) and len(names) > 0
+    return is_list and all(isinstance(x, str) and x and not EXPRESSION.match(x) for x in names)
+
+
+MODULES = "a non-empty list of names of modules, ends of names, or patterns with *, ? and [ ]"
 
 
 # What is set of the experts of a model, or of a domain's.
@@ -82,7 +96,8 @@ EXPERT_RULES = {
     "lora_rank": integer(1),
     "lora_alpha": number(f"above 0 and at most {LARGEST_INTEGER}", lambda x: 0 < x <= LARGEST_INTEGER),
     "lora_dropout": number("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "expert_modules": Rule("a regular expression or a non-empty list of module names", _are_modules),
+    "expert_modules": Rule(MODULES, _are_modules),
+    "exclude_modules": Rule(f"{MODULES}, or None", lambda value: value is None or _are_modules(value)),
 }
 EXPERT_SETTINGS = tuple(EXPERT_RULES)
 OTHER_RULES = {
@@ -116,12 +131,15 @@ class SamoeConfig(Sam2VideoConfig):
         lora_dropout (`float`, *optional*, defaults to 0.1):
             Dropout probability on the router's input and between the two matrices of an expert, in training.
         expert_modules (`str` or `list[str]`, *optional*, defaults to the projections of the memory attention):
-            Linear layers that get experts, matched as PEFT matches `target_modules`: a string is a regular expression
-            for the whole module name, a list holds names or ends of names.
+            Linear layers that get experts: names of modules, ends of names (from a dot on), or patterns for either, in
+            which `*` stands for any text, `?` for a character and `[qv]` for one of several.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Layers that get none although `expert_modules` includes them, in the same way.
         domains (`list[dict]`, *optional*):
             Domains whose experts are apart, in the order in which they were learned. Each is a dictionary of its `name`
             and its own `num_experts` (0 for a domain on which the base is good as it is), `num_experts_per_tok`,
-            `lora_rank`, `lora_alpha`, `lora_dropout` and `expert_modules`. With None, all experts are for all videos.
+            `lora_rank`, `lora_alpha`, `lora_dropout`, `expert_modules` and `exclude_modules`. With None, all experts
+            are for all videos.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the routers' load-balancing loss; 0 turns it off.
         output_router_logits (`bool`, *optional*, defaults to `False`):
@@ -160,7 +178,8 @@ class SamoeConfig(Sam2VideoConfig):
     lora_rank: int = 4
     lora_alpha: float = 1.0
     lora_dropout: float = 0.1
-    expert_modules: str | list[str] = MEMORY_ATTENTION_PROJECTIONS
+    expert_modules: str | list[str] = field(default_factory=MEMORY_ATTENTION_PROJECTIONS.copy)
+    exclude_modules: str | list[str] | None = None
     domains: list[dict[str, Any]] | None = None
     router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
@@ -178,6 +197,13 @@ class SamoeConfig(Sam2VideoConfig):
             self.mask_decoder_config = Sam2VideoMaskDecoderConfig(**self.mask_decoder_config)
         super().__post_init__(**kwargs)
         base_of(self).complete(self)
+        read_expressions(vars(self))
+        if isinstance(self.domains, list | tuple):
+            self.domains = [dict(domain) if isinstance(domain, Mapping) else domain for domain in self.domains]
+            for domain in self.domains:
+                if isinstance(domain, dict):
+                    domain.setdefault("exclude_modules", None)
+                    read_expressions(domain)
         self.check_experts()
 
     def check_experts(self) -> None:
@@ -209,8 +235,8 @@ class SamoeConfig(Sam2VideoConfig):
         return [domain["name"] for domain in self.domains or ()]
 
     def expert_settings(self) -> dict[str, Any]:
-        """The settings of a mixture of experts in a layer: those in [`EXPERT_SETTINGS`] but `expert_modules`."""
-        return {name: getattr(self, name) for name in EXPERT_SETTINGS if name != "expert_modules"}
+        """The settings of a mixture of experts in a layer: those in [`EXPERT_SETTINGS`] but which layers it is of."""
+        return {name: getattr(self, name) for name in EXPERT_SETTINGS if not name.endswith("_modules")}
 
     def check_feature_sizes(self) -> None:
         """Raises a `ValueError` if features of images, prompts or masks would be of other sizes than the model expects.
@@ -295,6 +321,28 @@ def check_old_names(given: Mapping[str, Any]) -> None:
     for name in given:
         if name in OLD_EXPERT_SETTINGS:
             raise InputError(f"`{name}` is called `{OLD_EXPERT_SETTINGS[name]}` here.")
+
+
+def read_expressions(settings: dict[str, Any]) -> None:
+    """Puts patterns in the place of a simple regular expression of older folders, see [`EXPRESSION`]."""
+    expression = settings.get("expert_modules")
+    if not isinstance(expression, str) or not EXPRESSION.match(expression):
+        return
+    text = rf"{EXPRESSION_TEXT}(?:\|{EXPRESSION_TEXT})*"
+    _, excluded, rest = re.split(rf"^(?:\(\?!({text})\))?", expression, maxsplit=1)
+    texts = re.split(r"\(([\w|]+)\)", rest)  # each second one holds alternatives
+    choices = [text.split("|") if number % 2 else [text] for number, text in enumerate(texts)]
+    is_simple = all(re.fullmatch(EXPRESSION_TEXT, text) for text in texts[::2])
+    if not is_simple or math.prod(map(len, choices)) > MAX_PATTERNS:
+        return
+    settings["expert_modules"] = [_pattern("".join(chosen)) for chosen in itertools.product(*choices)]
+    if excluded:
+        settings["exclude_modules"] = [_pattern(text) + "*" for text in excluded.split("|")]
+
+
+def _pattern(expression: str) -> str:
+    """A pattern for the text that an expression of [`EXPRESSION_PARTS`] and characters stands for."""
+    return re.sub(r"\\\.|\.\*|\\d\+", lambda part: EXPRESSION_PARTS[part[0]], expression)
 
 
 def check_expert_settings(settings: Mapping[str, Any], owner: str = "") -> None:

@@ -105,19 +105,24 @@ def add_configured_experts(model: nn.Module, config: Any) -> list[str]:
         names of the layers that have experts.
     """
     if config.domains is None:
-        return add_experts(model, config.expert_modules, **config.expert_settings())
+        return add_experts(model, config.expert_modules, config.exclude_modules, **config.expert_settings())
     for domain in config.domains:
         add_domain_experts(model, **domain)
     return [name for name, module in model.named_modules() if isinstance(module, DomainLinear)]
 
 
 def add_domain_experts(
-    model: nn.Module, name: str, num_experts: int, expert_modules: str | list[str], **settings
+    model: nn.Module,
+    name: str,
+    num_experts: int,
+    expert_modules: str | list[str],
+    exclude_modules: str | list[str] | None = None,
+    **settings,
 ) -> None:
     """Gives layers of a model experts of a domain; none for `num_experts` 0."""
     if num_experts == 0:
         return
-    for layer in matching_linear_names(model, expert_modules):
+    for layer in matching_linear_names(model, expert_modules, exclude_modules):
         module = model.get_submodule(layer)
         assert isinstance(module, nn.Linear)
         if not isinstance(module, DomainLinear):

@@ -5,6 +5,7 @@ domain is added without the data of others, and no other domain's description ch
 merged. Nothing of single frames is kept.
 """
 
+import hashlib
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -124,38 +125,39 @@ class _Normal(NamedTuple):
 
 
 class DomainGate(nn.Module):
-    """Recognizes domains by pooled features of a frozen encoder. All it knows are buffers, kept in float32.
+    """Recognizes domains by pooled features of a frozen encoder. All it knows are buffers, kept in float32. Its rows
+    are those of domains by name: loading a state dict, whatever its order, brings each row to its domain.
 
     A row is given to the domain under which it is most likely, if it is not farther from it than the domain's own
     videos are when they are left out of its description; otherwise to none. Features may be of several kinds, which
     count as independent: a row must be near enough in each of them.
 
-    The buffers are `counts` (domains,), the number of videos, 0 for a domain that is not known yet and is never chosen;
-    `means` and `noises` (domains, features), and `factors` (domains, RANK, features), see [`_Normal`]; `thresholds`
-    (domains, kinds), squared Mahalanobis distances per feature.
+    a domain that is not known yet and is never chosen; `means` and `noises` (domains, features), and `factors`
+    (domains, RANK, features), see [`_Normal`]; `thresholds` (domains, kinds), squared Mahalanobis distances per feature.
 
     Args:
         num_features: length of the pooled features, or how many there are of each kind, one kind after the other.
-        num_domains: domains that are not known yet, to be loaded or fitted.
+        domains: names of domains that are not known yet, to be loaded or fitted.
     """
 
+    names: Tensor
     counts: Tensor
     means: Tensor
     noises: Tensor
     factors: Tensor
     thresholds: Tensor
 
-    def __init__(self, num_features: int | Sequence[int], num_domains: int = 0):
+    def __init__(self, num_features: int | Sequence[int], domains: Sequence[str] = ()):
         super().__init__()
         self.kinds = (num_features,) if isinstance(num_features, int) else tuple(num_features)
-        if min(self.kinds, default=0) < 1 or num_domains < 0:
-            raise InputError(
-                f"num_features must be at least 1 and num_domains at least 0, not {num_features} and {num_domains}"
-            )
+        if min(self.kinds, default=0) < 1:
+            raise InputError(f"num_features must be at least 1, not {num_features}")
         if len(self.kinds) > len(MAX_THRESHOLDS):
             raise InputError(f"num_features must be of at most {len(MAX_THRESHOLDS)} kinds, not {len(self.kinds)}")
         self.num_features = sum(self.kinds)
+        self.domains, num_domains = list(domains), len(domains)
         shape = (num_domains, self.num_features)
+        self.register_buffer("names", torch.empty(num_domains, dtype=torch.long))
         self.register_buffer("counts", torch.empty(num_domains, dtype=torch.long))
         self.register_buffer("means", torch.empty(shape, dtype=torch.float32))
         self.register_buffer("noises", torch.empty(shape, dtype=torch.float32))
@@ -167,7 +169,10 @@ class DomainGate(nn.Module):
     def reset_parameters(self) -> None:
         """Forgets what is known, but not how many domains there are."""
         for name, buffer in self.named_buffers():
-            nn.init.constant_(buffer, 1 if name == "noises" else 0)
+            if name == "names":
+                buffer.copy_(torch.tensor(self._expected_names(), dtype=torch.long))
+            else:
+                nn.init.constant_(buffer, 1 if name == "noises" else 0)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -198,7 +203,17 @@ class DomainGate(nn.Module):
 
     @torch.no_grad()
     def fit(self, index: int, features: Tensor, videos: Sequence | Tensor) -> None:
-        """Learns one domain, anew if it is known; see [`add`]."""
+        """Learns one domain, anew if it is known. What is known of the others does not change.
+
+        Of a single video, only frames like its own are recognized later, since it does not show how videos differ.
+
+        Args:
+            features: (frames, features) of frames of the domain.
+            videos: (frames,) which video each frame is of: numbers or names.
+
+        Raises:
+            ValueError: no frames, another number of features or of videos, or values that are not finite.
+        """
         self._check_index(index)
         features = self._check(features)
         ids = videos.tolist() if isinstance(videos, Tensor) else list(videos)
@@ -216,29 +231,20 @@ class DomainGate(nn.Module):
             [_threshold(values, videos, limit) for values, limit in zip(kinds, MAX_THRESHOLDS, strict=False)]
         )
 
-    def add(self, features: Tensor, videos: Sequence | Tensor) -> None:
-        """Appends a domain. What is known of the others does not change.
-
-        Of a single video, only frames like its own are recognized later, since it does not show how videos differ.
-
-        Args:
-            features: (frames, features) of frames of the domain.
-            videos: (frames,) which video each frame is of: numbers or names.
-
-        Raises:
-            ValueError: no frames, another number of features or of videos, or values that are not finite.
-        """
-        domain = DomainGate(self.kinds, 1).to(self.means.device)
-        domain.fit(0, features, videos)
-        self.merge(domain)
-
-    def append_unknown(self) -> None:
+    def append_unknown(self, domain: str) -> None:
         """Appends a domain that is not known yet."""
-        self.merge(DomainGate(self.kinds, 1))
+        self.merge(DomainGate(self.kinds, [domain]))
+
+    def rename(self, index: int, domain: str) -> None:
+        """Gives a domain another name."""
+        self._check_index(index)
+        self.domains[index] = domain
+        self.names[index] = _hashed(domain)
 
     def remove(self, index: int) -> None:
         """Forgets a domain; those after it move up by one."""
         self._check_index(index)
+        del self.domains[index]
         for name, buffer in list(self.named_buffers()):
             setattr(self, name, torch.cat([buffer[:index], buffer[index + 1 :]]))
 
@@ -246,8 +252,37 @@ class DomainGate(nn.Module):
         """Appends another gate's domains, which were learned with the same encoder."""
         if other.kinds != self.kinds:
             raise InputError(f"other gate has {_listed(other.kinds)} features, and this one {_listed(self.kinds)}")
+        self.domains += other.domains
         for name, buffer in list(self.named_buffers()):
             setattr(self, name, torch.cat([buffer, other.get_buffer(name).to(buffer.device)]))
+
+    def problem(self) -> str | None:
+        """What is wrong with values that were loaded; None if nothing is."""
+        known = self.counts > 0
+        if self.names.tolist() != self._expected_names():
+            return "are of other domains than the configuration's, or in another order"
+        if (self.counts < 0).any():
+            return "count fewer than 0 videos"
+        if not (self.noises[known] > 0).all() or not (self.thresholds[known] > 0).all():
+            return "have a spread or a threshold that is not above 0, so that distances are not finite"
+        return None
+
+    def _expected_names(self) -> list[int]:
+        return [_hashed(domain) for domain in self.domains]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """As in the base class, each row to the domain of its name."""
+        names, own = state_dict.get(f"{prefix}names"), self._expected_names()
+        if names is not None and names.shape == self.names.shape and names.tolist() != own:
+            found = names.tolist()
+            if sorted(found) == sorted(own):
+                rows = [found.index(name) for name in own]
+                for name, _ in self.named_buffers():
+                    if (buffer := state_dict.get(prefix + name)) is not None and len(buffer) == len(rows):
+                        state_dict[prefix + name] = buffer[rows]
+            else:
+                args[-1].append(f"{prefix[:-1]} is of other domains than this model's, {', '.join(self.domains)}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check(self, features: Tensor) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.num_features:
@@ -269,6 +304,11 @@ class DomainGate(nn.Module):
                 source = buffer if kept[name].is_meta else kept[name]
                 setattr(self, name, source.to(buffer.device, kept[name].dtype))
         return self
+
+
+def _hashed(domain: str) -> int:
+    """A number for a domain's name, since files hold numbers alone. transformers reads it as a float32, exactly."""
+    return int.from_bytes(hashlib.sha256(domain.encode()).digest()[:3], "big")
 
 
 def _listed(kinds: Sequence[int]) -> str:
@@ -312,5 +352,4 @@ def _prediction_bound(values: Tensor) -> Tensor:
 
 def build_domain_gate(config: Any) -> DomainGate | None:
     """A gate with room for the domains of a [`SamoeConfig`]; None if it has none."""
-    domains = config.domains
-    return None if domains is None else DomainGate(num_pooled_features(config), len(domains))
+    return None if config.domains is None else DomainGate(num_pooled_features(config), config.domain_names)

@@ -5,8 +5,8 @@ over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -208,41 +208,57 @@ class ExpertLinear(BaseLinear, ExpertMixture):
         return f"{super().extra_repr()}, {self.describe_experts()}"
 
 
-def matching_linear_names(model: nn.Module, patterns: str | list[str]) -> list[str]:
-    """Names of the linear layers of `model` that `patterns` select, as PEFT selects `target_modules`.
+def matching_linear_names(
+    model: nn.Module, patterns: str | Sequence[str], excluded: str | Sequence[str] | None = None
+) -> list[str]:
+    """Names of the linear layers of `model` that patterns select.
 
     Args:
-        patterns: a regular expression for whole names, or a list of names or ends of names.
+        patterns: names, ends of names, or patterns for either, see [`SamoeConfig`]; each selects a layer.
+        excluded: the same, of layers that are left out.
 
     Raises:
-        ValueError: if the expression, or an entry of the list, selects no linear layer or is no regular expression.
+        InputError: if a pattern selects no linear layer, or none is left.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if isinstance(patterns, str):
-        try:
-            matches = {patterns: [name for name in names if re.fullmatch(patterns, name)]}
-        except re.error as error:
-            raise InputError(f"`expert_modules` is not a regular expression ({error}): {patterns!r}.") from error
-    else:
-        matches = {p: [name for name in names if name == p or name.endswith(f".{p}")] for p in patterns}
-    for pattern, found in matches.items():
-        if not found:
-            raise InputError(
-                f"`expert_modules` matches no linear layer with {pattern!r}. A string is a regular expression for the "
-                f"whole name, a list holds ends of names; names are like {', '.join(map(repr, names[-3:]))}."
-            )
-    selected = set().union(*matches.values())
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    selected = {name for pattern in _listed(patterns) for name in _matches(pattern, names, "expert_modules")}
+    for pattern in _listed(excluded or ()):
+        selected.difference_update(_matches(pattern, modules, "exclude_modules"))
+    if not selected:
+        raise InputError(f"`exclude_modules` leaves none of the layers of `expert_modules`, got {excluded!r}.")
     return [name for name in names if name in selected]
 
 
-def add_experts(model: nn.Module, patterns: str | list[str], **settings) -> list[str]:
-    """Replaces the linear layers that `patterns` select by [`ExpertLinear`] and returns their names.
+def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
+    return [patterns] if isinstance(patterns, str) else patterns
+
+
+def _matches(pattern: str, names: Iterable[str], argument: str) -> list[str]:
+    """The names that match a pattern, or whose ends do."""
+    found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+    if not found:
+        examples = ", ".join(map(repr, [*names][-3:]))
+        raise InputError(
+            f"`{argument}` matches no layer with {pattern!r}. It holds names, ends of names, or patterns with *, ? and "
+            f"[ ]; names are like {examples}."
+        )
+    return found
+
+
+def add_experts(
+    model: nn.Module,
+    expert_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    **settings,
+) -> list[str]:
+    """Replaces the linear layers that patterns select by [`ExpertLinear`] and returns their names.
 
     Args:
-        patterns: see [`matching_linear_names`].
+        expert_modules, exclude_modules: see [`matching_linear_names`].
         settings: keyword arguments of [`ExpertLinear`] from `num_experts` on.
     """
-    names = matching_linear_names(model, patterns)
+    names = matching_linear_names(model, expert_modules, exclude_modules)
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

@@ -18,8 +18,8 @@ from .configuration_samoe import SamoeConfig, check_old_names
 from .errors import InputError
 from .expert_layer import EXPERT_TENSORS, ExpertMixture
 from .quantization import quantize_base, without_load_report
-from .trainable import set_trainable
-from .weights_check import check_finite, check_weights
+from .trainable import train_experts
+from .weights_check import check_values, check_weights
 from .weights_files import HUB_ARGUMENTS, own_headers, read_headers, read_own_tensors, resolve_commit
 from .weights_io import unchanged_model
 from .weights_trained import is_original_checkpoint, load_trained
@@ -82,6 +82,8 @@ def load_model(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[S
 def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoePreTrainedModel, dict[str, Any]]:
     source, arguments = request.source, request.arguments
     settings = {n: arguments.pop(n) for n in [*arguments] if n in SamoeConfig.__dataclass_fields__ and n != "dtype"}
+    if "expert_modules" in settings:
+        settings.setdefault("exclude_modules", None)
     more_experts = request.ignore_mismatched_sizes or "expert_modules" in settings
     device_map = None if request.quantization_config is None else arguments.pop("device_map", None)
     folder = None if is_original_checkpoint(source) else source
@@ -90,7 +92,8 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
         own_config, arguments["state_dict"] = _read_original(request)
         config = own_config if config is None else config
     hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments and folder is not None}
-    if folder is not None and (commit := resolve_commit(folder, hub)) is not None:
+    commit = None if folder is None else resolve_commit(folder, hub)
+    if commit is not None:
         hub["revision"] = arguments["revision"] = commit
     config = _read_config(config if config is not None else source, hub)
     for name, value in settings.items():
@@ -106,6 +109,7 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
         info = {"missing_keys": new, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": set()}
     else:
         model, info, new = _load_whole(request, config, hub, more_experts)
+    model.origin.commit = commit
     if new and not request.output_loading_info:
         message = "%d expert tensors are not in %s: they are new, and have no effect until they are trained."
         logger.warning(message, len(new), source or "the given tensors")
@@ -145,8 +149,8 @@ def _load_whole(
         # Within the vision encoder, transformers leaves them uninitialized.
         assert isinstance(layer, ExpertMixture)
         layer.reset_experts()
-    check_finite(source, model)
-    set_trainable(model, "experts")
+    check_values(source, model)
+    train_experts(model)
     if source is not None:
         # What to load it from again: a Hub id with its commit, local files by their absolute paths.
         original_config = request.original_config

@@ -44,7 +44,7 @@ from .prompt_recipe import PromptRecipe
 from .session import clear_prompts, remove_object
 from .summary import ModelSummary, summarize_model
 from .tracking import encoding_ahead, propagate_from_prompts, start_propagation, track_frame
-from .trainable import parameter_names, set_trainable
+from .trainable import parameter_names, set_trainable, train_experts
 from .weights_io import updated_folder
 from .weights_trained import check_not_its_base, save_trained
 
@@ -83,7 +83,7 @@ class SamoeModel(SamoePreTrainedModel):
         super().__init__(config)
         self.register_load_state_dict_pre_hook(to_wrapped_names)
         self.register_load_state_dict_post_hook(_expect_sleeping_experts)
-        self.set_trainable("experts")
+        train_experts(self)
         self._checked_adapters: list[str] = []
 
     # What is trained
@@ -94,7 +94,8 @@ class SamoeModel(SamoePreTrainedModel):
         Args:
             sets: any of "experts" (all experts and routers), "domain:NAME" (those of one domain), "adapters" (those of
                 PEFT), "memory" (memory attention with its experts, memory encoder and what belongs to them), "decoder"
-                (mask decoder), "all"; or regular expressions for whole names of parameters.
+                (mask decoder), the last two without adapters, "all"; or regular expressions for whole names of
+                parameters.
 
         Raises:
             ValueError: if a set is empty, or a parameter is quantized.

@@ -6,6 +6,7 @@ prompt on a frame that was not tracked yet makes a conditioning frame; a prompt 
 which stays an ordinary one.
 """
 
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from .domain_choice import AUTO, SessionDecision
 from .errors import InputError
 from .memory_bank import FrameMemory, MemoryBank
 from .processing_samoe import VideoProcessor
-from .prompts import SessionPrompt, prompt_problem
+from .prompts import SessionPrompt, order_box, prompt_problem
 
 KEPT_FRAMES = 32
 
@@ -179,7 +180,8 @@ class SessionObject(NamedTuple):
 
 
 def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int, upcoming: bool) -> None:
-    """Refuses a prompt that cannot be used, and removes it, with the object if nothing else is known of it.
+    """Puts the corners of a box in order. Refuses a prompt that cannot be used, and removes it, with the object if
+    nothing else is known of it.
 
     Args:
         image_size: points are in pixels of the model's input, a square of this size.
@@ -193,7 +195,10 @@ def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int,
     is_upcoming = upcoming and isinstance(frame_idx, Integral) and frame_idx > max(frames, default=-1)
     if frame_idx in frames or is_upcoming:
         video_size = (session.video_height or image_size, session.video_width or image_size)
-        problem = prompt_problem(tracked_object.prompt(frame_idx), image_size, video_size)
+        prompt = tracked_object.prompt(frame_idx)
+        if isinstance(prompt, dict):
+            order_box(prompt)
+        problem = prompt_problem(prompt, image_size, video_size)
     else:
         problem = f"`frame_idx` must be a frame of the session ({len(frames)} frames), got {frame_idx}."
     if problem is None:
@@ -216,6 +221,7 @@ def clear_prompts(session: InferenceSession, frame_idx: int, obj_id: int) -> Non
     Raises:
         ValueError: if there is no such object.
     """
+    obj_id = operator.index(obj_id)
     if obj_id not in session._obj_id_to_idx:
         raise InputError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
     SessionObject(session, session._obj_id_to_idx[obj_id]).clear(frame_idx)
@@ -227,6 +233,7 @@ def remove_object(session: InferenceSession, obj_id: int, strict: bool = False) 
     Args:
         strict: whether an unknown `obj_id` is a `ValueError`.
     """
+    obj_id = operator.index(obj_id)
     if obj_id not in session._obj_id_to_idx:
         if strict:
             raise InputError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
@@ -293,6 +300,10 @@ class VideoSession(Sam2VideoInferenceSession):
         if frame_idx is None:
             frame_idx = max(self.processed_frames or [-1]) + 1
         return super().add_new_frame(pixel_values, frame_idx)
+
+    def obj_id_to_idx(self, obj_id: int) -> int:
+        """The row of an object, which is made if need be; its id may be an integer of NumPy or a tensor."""
+        return super().obj_id_to_idx(operator.index(obj_id))
 
     def add_point_inputs(self, obj_idx: int, frame_idx: int, inputs: dict[str, Tensor]) -> None:
         """Adds points or a box of an object. Those that cannot be used are refused, see [`check_prompt`]."""

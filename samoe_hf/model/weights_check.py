@@ -31,7 +31,8 @@ def find_mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     common = [name for name in expected if name in found]
     floating = [name for name in common if expected[name].is_floating_point()]
     return {
-        "missing": [name for name in expected if name not in found],
+        # Gates of older folders lack names: their rows are in the configuration's order.
+        "missing": [name for name in expected if name not in found and name != f"{DOMAIN_GATE}.names"],
         "unexpected": [name for name in found if name not in expected],
         "of another shape": [name for name in common if found[name].shape != expected[name].shape],
         "of no floating-point type": [name for name in floating if not found[name].is_floating_point()],
@@ -109,8 +110,12 @@ def check_weights(
     return new
 
 
-def check_finite(source: Any, model: nn.Module) -> None:
-    """Raises a `ValueError` that names the first tensor with NaN or infinite values."""
+def check_values(source: Any, model: nn.Module) -> None:
+    """Raises a `ValueError` that names the first tensor with NaN or infinite values, or says what is wrong with a
+    gate."""
     for name, tensor in model.state_dict().items():
         if tensor.device.type != "meta" and not tensor.isfinite().all():
             raise InputError(f"{source}: the tensor {name!r} has NaN or infinite values.")
+    gate = getattr(model, DOMAIN_GATE, None)
+    if gate is not None and (problem := gate.problem()) is not None:
+        raise InputError(f"{source}: rows of its {DOMAIN_GATE!r} {problem}.")

@@ -29,7 +29,7 @@ from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .errors import InputError
 from .expert_layer import is_expert_parameter
-from .weights_check import check_finite, describe_mismatches, find_mismatches
+from .weights_check import check_values, describe_mismatches, find_mismatches
 from .weights_files import read_header
 from .weights_io import hash_tensors
 
@@ -193,7 +193,7 @@ def load_trained(
     if _fingerprint(expected, set(found), model.dtype) != digest:
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     model.load_state_dict(load_file(path), strict=False)
-    check_finite(source, model)
+    check_values(source, model)
     model.origin.changed = {name for name in found if not is_expert_parameter(name)}
     dtype = arguments.get("dtype", arguments.get("torch_dtype"))
     if dtype not in (None, "auto"):

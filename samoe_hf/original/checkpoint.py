@@ -130,7 +130,7 @@ def _expert_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any],
     matches = [match for name in tensors if (match := EXPERT_TENSOR.fullmatch(name))]
     model = _build(build_config(settings), False, source)
     in_file, from_yaml = {find_our_name(match["module"]) for match in matches}, "expert_modules" in settings
-    modules = sorted(name for name in matching_linear_names(model, r".*") if name in in_file)
+    modules = sorted(name for name in matching_linear_names(model, "*") if name in in_file)
     announced = matching_linear_names(model, settings.get("expert_modules", MEMORY_ATTENTION_PROJECTIONS))
     result: dict[str, Any] = {"expert_modules": modules} if modules and modules != sorted(announced) else {}
     if from_yaml:

@@ -490,9 +490,9 @@ def meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     )
 
 
-def projections_of(attentions: Iterable[str]) -> str:
+def projections_of(attentions: Iterable[str]) -> list[str]:
     """`expert_modules` for all projections of the named attentions of the memory attention."""
-    return MEMORY_ATTENTION_PROJECTIONS.replace("|".join(ATTENTIONS), "|".join(attentions))
+    return [pattern for pattern in MEMORY_ATTENTION_PROJECTIONS if pattern.split(".")[-2] in attentions]
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from samoe_hf.model.expert_layer import (
 from samoe_hf.model.expert_sleep import frozen_experts
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_trained import base_fingerprint
-from samoe_hf.surgery.experts import check_settings, remove_experts
+from samoe_hf.surgery.experts import complete_settings, remove_experts
 
 
 def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **settings: Any) -> None:
@@ -38,8 +38,8 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
     Args:
         like: a domain whose experts the new ones are copies of.
         settings: of its experts, any of `num_experts` (0 for a domain on which the base is good as it is),
-            `num_experts_per_tok`, `lora_rank`, `lora_alpha`, `lora_dropout` and `expert_modules`; the others are
-            the configuration's, or those of `like`.
+            `num_experts_per_tok`, `lora_rank`, `lora_alpha`, `lora_dropout`, `expert_modules` and `exclude_modules`;
+            the others are the configuration's, or those of `like`, but `expert_modules` alone excludes none.
 
     Raises:
         InputError: if the name is taken or cannot be one, a setting is out of range, modules do not exist, the
@@ -57,7 +57,7 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
         _begin_domains(model)
     add_domain_experts(model, **domain)
     _set_domains(model, [*_domains(model), domain])
-    _gate(model).append_unknown()
+    _gate(model).append_unknown(name)
     if like is not None:
         _copy_experts(model, like, model, name)
 
@@ -65,7 +65,7 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
 def _describe_domain(model: SamoeModel, name: str, like: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The new domain for the configuration, checked."""
     _check_new_name(model, name, "name")
-    check_settings(settings)
+    settings = complete_settings(settings)
     if like is None:
         own = _own_settings(model)
     elif settings:
@@ -75,7 +75,7 @@ def _describe_domain(model: SamoeModel, name: str, like: str | None, settings: d
     domain = {**own, **settings, "name": name}
     check_domains([domain])
     if domain["num_experts"]:
-        matching_linear_names(model, domain["expert_modules"])
+        matching_linear_names(model, domain["expert_modules"], domain["exclude_modules"])
     return domain
 
 
@@ -98,7 +98,7 @@ def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
     if name is None:
         _make_domain(model, new_name)
         return
-    find_domain(model, name)
+    _gate(model).rename(_domain_index(model, name), new_name)
     for layer, experts in list(domain_modules(model, name)):
         module = model.get_submodule(layer)
         delattr(module, PREFIX + name)
@@ -124,7 +124,7 @@ def _make_domain(model: SamoeModel, name: str) -> None:
         replace_module(model, layer, with_domains)
     _begin_domains(model)
     _set_domains(model, [{"name": name, **_own_settings(model)}])
-    _gate(model).append_unknown()
+    _gate(model).append_unknown(name)
 
 
 @torch.no_grad()

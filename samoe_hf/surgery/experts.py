@@ -148,28 +148,31 @@ def replace_experts(model: SamoeModel, **settings: Any) -> None:
     """Takes all experts away and gives the model new ones, without effect, by other settings.
 
     Args:
-        settings: any of the configuration's `expert_modules`, `num_experts`, `num_experts_per_tok`, `lora_rank`,
-            `lora_alpha` and `lora_dropout`; the others stay as they are.
+        settings: any of the configuration's `expert_modules`, `exclude_modules`, `num_experts`, `num_experts_per_tok`,
+            `lora_rank`, `lora_alpha` and `lora_dropout`; the others stay as they are, but `expert_modules` alone
+            excludes none.
     """
     check_has_no_domains(model.config)
-    check_settings(settings)
+    settings = complete_settings(settings)
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)
     config.check_experts()
-    matching_linear_names(model, config.expert_modules)
+    layers = config.expert_modules, config.exclude_modules
+    matching_linear_names(model, *layers)
     remove_experts(model)
-    model.expert_module_names = add_experts(model, config.expert_modules, **config.expert_settings())
+    model.expert_module_names = add_experts(model, *layers, **config.expert_settings())
     for name, value in settings.items():
         setattr(model.config, name, value)
     model.train(model.training)
     model.set_trainable("experts")
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses a name that is no setting of experts."""
+def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, where `expert_modules` alone excludes none. Refuses a name that is no setting of experts."""
     if unknown := sorted(settings.keys() - EXPERT_SETTINGS):
         raise InputError(f"`settings` must be among {', '.join(EXPERT_SETTINGS)}, got {unknown[0]!r}.")
+    return {**({"exclude_modules": None} if "expert_modules" in settings else {}), **settings}
 
 
 def remove_experts(model: SamoeModel) -> None:

@@ -62,6 +62,7 @@ def lora_settings(plan: StudyPlan, num_domains: int = 1) -> dict[str, Any]:
         "lora_alpha": plan.lora_alpha,
         "lora_dropout": 0.0,
         "expert_modules": plan.expert_modules,
+        "exclude_modules": plan.exclude_modules,
     }
 
 
@@ -75,6 +76,7 @@ def expert_settings(plan: StudyPlan, num_domains: int) -> dict[str, Any]:
         "lora_alpha": plan.lora_alpha * rank / plan.lora_rank,
         "lora_dropout": 0.0,
         "expert_modules": plan.expert_modules,
+        "exclude_modules": plan.exclude_modules,
     }
 
 

@@ -66,7 +66,7 @@ class StudyPlan:
         base, domains: what is learned.
         orders: names of domains, in the order in which they are learned.
         seeds: each trains a base of its own.
-        expert_modules: layers with LoRAs or experts, the same for all methods.
+        expert_modules, exclude_modules: layers with LoRAs or experts, the same for all methods.
         lora_rank: of a domain's own LoRA. All methods have as many parameters per domain, if their name does not say
             something else.
         experts_per_domain: where a domain has several experts, so many, of `lora_rank / experts_per_domain` each.
@@ -85,7 +85,8 @@ class StudyPlan:
     domains: list[StudyDomain]
     orders: list[list[str]]
     seeds: list[int]
-    expert_modules: str
+    expert_modules: list[str]
+    exclude_modules: list[str]
     lora_rank: int = 8
     experts_per_domain: int = 2
     lora_alpha: float = 16.0

@@ -13,7 +13,7 @@ from samoe_hf.data import load_videos
 
 RUN = r"""
 model_config: {config}
-expert_modules: memory_attention\.layers\.1\.cross_attn_image\.q_proj
+expert_modules: memory_attention.layers.1.cross_attn_image.q_proj
 num_frames: 2
 max_objects: 1
 num_correction_clicks: 0

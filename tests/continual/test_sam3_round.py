@@ -63,7 +63,7 @@ def trained(base, tmp_path_factory):
         folder,
         model_name_or_path=str(base),
         output_dir=str(output),
-        expert_modules=r"(memory_attention|vision_encoder)\..*[qv]_proj",
+        expert_modules=["memory_attention.*[qv]_proj", "vision_encoder.*[qv]_proj"],
         gradient_checkpointing=True,
     )
     main(["train", run])
@@ -99,7 +99,7 @@ def test_a_trained_model_is_evaluated(trained, tmp_path, capsys):
 
 
 def test_domains_are_added_and_nothing_is_forgotten(base, tmp_path):
-    modules = r"(memory_attention|vision_encoder)\..*[qv]_proj"
+    modules = ["memory_attention.*[qv]_proj", "vision_encoder.*[qv]_proj"]
     first = adapt(base, "soft", [run_file(tmp_path, expert_modules=modules)], tmp_path / "first")
     assert first.gate_videos == 8
     model = SamoeModel.from_pretrained(tmp_path / "first")

@@ -1,5 +1,6 @@
 """Clips: gradient checkpointing, labels of padded objects, and the loss of micro-batches."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree
@@ -125,3 +126,42 @@ def test_router_logits_of_a_clip_are_those_of_its_real_objects(model_folder):
             torch.testing.assert_close(found[clip][name].mean(dim=0), logits.mean(dim=0), rtol=1e-3, atol=1e-4)
     assert found[2] == {}
     torch.testing.assert_close(together.loss_dict["router"], sum(parts) / 4, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": np.zeros((1, 2, 3, 128, 128), np.float32)}, "`pixel_values` must be a torch.Tensor.*ndarray"),
+        ({"pixel_values": torch.zeros(1, 2, 3, 128, 128, dtype=torch.uint8)}, "of normalized frames, got torch.uint8"),
+        ({"labels": np.zeros((1, 1, 2, 128, 128), bool)}, "`labels` must be a torch.Tensor, got ndarray"),
+        (
+            {"input_boxes": np.zeros((1, 1, 4))},
+            r"`input_boxes` must be a torch.Tensor of shape \(1, \*, 4\), got ndarray",
+        ),
+        ({"input_boxes": torch.tensor([[10.0, 10, 60, 60]])}, "`input_boxes` must be of shape"),
+        ({"input_boxes": torch.tensor([[[10.0, 10, 10, 60]]])}, "must have an area"),
+        ({"input_points": torch.ones(1, 1, 2, 2), "input_labels": torch.ones(1, 1, 1)}, "each of the 2 points.*got 1"),
+        (
+            {"input_points": torch.ones(1, 1, 2, 3), "input_labels": torch.ones(1, 1, 2)},
+            "`input_points` must be of shape",
+        ),
+        ({"input_points": torch.ones(1, 1, 1, 2), "input_labels": torch.full((1, 1, 1), 5)}, "got 5"),
+        ({"input_masks": torch.full((1, 1, 128, 128), 0.9)}, "`input_masks` must be bool, or of 0 and 1"),
+        ({"input_masks": torch.full((1, 1, 128, 128), torch.nan)}, "got NaN or infinity"),
+        (
+            {"input_boxes": torch.tensor([[[1.0, 1, 6, 6]] * 2]), "labels": torch.zeros(1, 1, 2, 128, 128).bool()},
+            "`labels` are of 1 objects, but the prompts of 2",
+        ),
+    ],
+)
+def test_a_clip_that_cannot_be_read_gets_a_sentence(nano, changes, message):
+    with pytest.raises(ValueError, match=message):
+        nano.model(**{"pixel_values": torch.zeros(1, 2, 3, 128, 128), **changes})
+
+
+def test_the_corners_of_a_box_come_in_any_order(nano):
+    pixel_values = nano.load("train_step")["pixel_values"][None, :1]
+    boxes = torch.tensor([[[10.0, 20, 60, 90]], [[60.0, 90, 10, 20]], [[60.0, 20, 10, 90]]])
+    with torch.no_grad():
+        masks = [nano.model(pixel_values, input_boxes=box[None]).pred_masks for box in boxes]
+    assert all(torch.equal(one, masks[0]) for one in masks)

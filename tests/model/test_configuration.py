@@ -7,6 +7,7 @@ from transformers import AutoConfig, Sam2VideoConfig
 
 from helpers.reference import change_config
 from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, MEMORY_ATTENTION_PROJECTIONS
 
 NAN, INF = float("nan"), float("inf")
 
@@ -97,3 +98,24 @@ def test_a_configuration_with_keys_of_others_loads(tmp_path):
     with pytest.raises(ValueError, match="`top_k` is called"):
         SamoeConfig.from_pretrained(tmp_path, top_k=3)
     config.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("expression", "patterns", "excluded"),
+    [
+        (
+            r"memory_attention\.layers\.\d+\.(self_attn|cross_attn_image)\.[qkvo]_proj",
+            MEMORY_ATTENTION_PROJECTIONS,
+            None,
+        ),
+        (r"(?!mask_decoder\.|prompt_encoder\.).*", ["*"], ["mask_decoder.*", "prompt_encoder.*"]),
+        (r"memory_attention\.layers\.1\..*_proj", ["memory_attention.layers.1.*_proj"], None),
+    ],
+)
+def test_expressions_of_older_folders_are_read_as_patterns(expression, patterns, excluded):
+    domain = {"name": "a", **{n: x for n, x in SamoeConfig().to_dict().items() if n in EXPERT_SETTINGS}}
+    domain = {**domain, "expert_modules": expression}
+    del domain["exclude_modules"]
+    config = SamoeConfig(expert_modules=expression, domains=[domain])
+    for owner in (vars(config), config.domains[0]):
+        assert owner["expert_modules"] == patterns and owner["exclude_modules"] == excluded

@@ -206,7 +206,7 @@ def test_saved_and_loaded_it_is_the_same(gated, two_clips, tmp_path):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(gated, two_clips, name))
     half = SamoeModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     gate = {name: x for name, x in half.state_dict().items() if name.startswith("domain_gate.")}
-    assert half.dtype == torch.bfloat16 and len(gate) == 5
+    assert half.dtype == torch.bfloat16 and len(gate) == 6
     assert all(torch.equal(tensor, gated.state_dict()[name]) for name, tensor in gate.items())
 
 

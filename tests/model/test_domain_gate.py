@@ -28,8 +28,9 @@ def domain(seed, num_videos=40, num_frames=3, num_features=FEATURES, center_seed
 
 def gate(*domains, num_features=FEATURES):
     result = DomainGate(num_features)
-    for one in domains:
-        result.add(*one)
+    for number, one in enumerate(domains):
+        result.append_unknown(str(number))
+        result.fit(number, *one)
     return result
 
 
@@ -112,7 +113,8 @@ def test_a_longer_video_weighs_no_more_than_a_short_one():
 def test_an_added_domain_leaves_all_others_as_they_were():
     known = gate(domain(0), domain(1))
     before, state = known.decide(held_out(0)), {k: v.clone() for k, v in known.state_dict().items()}
-    known.add(*domain(2))
+    known.append_unknown("2")
+    known.fit(2, *domain(2))
     after = known.decide(held_out(0))
     assert all(torch.equal(known.state_dict()[k][:2], v) for k, v in state.items())
     assert torch.equal(after.domain, before.domain)
@@ -120,7 +122,7 @@ def test_an_added_domain_leaves_all_others_as_they_were():
 
 
 def test_rows_are_fitted_merged_removed_and_forgotten(tmp_path):
-    known = DomainGate(FEATURES, num_domains=2)
+    known = DomainGate(FEATURES, "01")
     assert (known.decide(held_out(1)).domain == NO_DOMAIN).all() and len(known) == 2
     known.fit(1, *domain(1))
     assert (known.decide(held_out(1, num_videos=20)).domain == 1).float().mean() >= 0.9
@@ -128,16 +130,19 @@ def test_rows_are_fitted_merged_removed_and_forgotten(tmp_path):
     frames, videos = domain(0)
     known.fit(0, frames, [f"video {int(i)}" for i in videos])
     assert same_buffers(known, gate(domain(0), domain(1)))
-    known.merge(gate(domain(2), domain(3)))
+    others = gate(domain(2), domain(3))
+    others.rename(0, "2"), others.rename(1, "3")
+    known.merge(others)
     assert same_buffers(known, gate(domain(0), domain(1), domain(2), domain(3)))
     known.remove(1)
-    assert same_buffers(known, gate(domain(0), domain(2), domain(3)))
+    known.rename(1, "1"), known.rename(2, "2")
+    assert same_buffers(known, gate(domain(0), domain(2), domain(3))) and known.domains == ["0", "1", "2"]
     save_file(known.state_dict(), tmp_path / "gate.safetensors")
-    loaded = DomainGate(FEATURES, num_domains=3)
+    loaded = DomainGate(FEATURES, "012")
     loaded.load_state_dict(load_file(tmp_path / "gate.safetensors"))
     assert all(map(torch.equal, loaded.decide(held_out(0)), known.decide(held_out(0))))
     known.reset_parameters()
-    assert same_buffers(known, DomainGate(FEATURES, num_domains=3))
+    assert same_buffers(known, DomainGate(FEATURES, "012"))
 
 
 def test_an_empty_gate_knows_no_domain():
@@ -155,7 +160,7 @@ def test_casts_of_the_model_leave_what_is_known_as_it_is(cast):
     assert model["layer"].weight.dtype != torch.float32
     assert same_buffers(known, gate(domain(0), domain(1)))
     with torch.device("meta"):
-        empty = DomainGate(FEATURES, 2)
+        empty = DomainGate(FEATURES, "01")
     cast(empty)
     assert empty.to_empty(device="cpu").means.dtype == torch.float32
 
@@ -172,7 +177,7 @@ def test_values_that_are_not_finite_are_refused(value):
     frames[7, 3] = value
     known = gate(domain(1))
     before = {k: v.clone() for k, v in known.state_dict().items()}
-    for call in (lambda: known.add(frames, videos), lambda: known.fit(0, frames, videos), lambda: known.decide(frames)):
+    for call in (lambda: known.fit(0, frames, videos), lambda: known.decide(frames)):
         with pytest.raises(ValueError, match="not finite"):
             call()
     assert all(torch.equal(known.state_dict()[k], v) for k, v in before.items())
@@ -182,12 +187,12 @@ def test_values_that_are_not_finite_are_refused(value):
     ("call", "message"),
     [
         (lambda g: g.decide(torch.zeros(2, 7)), r"\(rows, 24\), not \(2, 7\)"),
-        (lambda g: g.add(torch.zeros(3, FEATURES), [0, 1]), "each of the 3 frames.* not 2"),
-        (lambda g: g.add(torch.zeros(0, FEATURES), []), "at least one"),
+        (lambda g: g.fit(0, torch.zeros(3, FEATURES), [0, 1]), "each of the 3 frames.* not 2"),
+        (lambda g: g.fit(0, torch.zeros(0, FEATURES), []), "at least one"),
         (lambda g: g.merge(DomainGate(7)), "7 features, and this one 24"),
         (lambda g: g.remove(1), "one of 1 domains, not 1"),
         (lambda g: g.fit(3, *domain(0)), "one of 1 domains, not 3"),
-        (lambda g: DomainGate(0), "not 0 and 0"),
+        (lambda g: DomainGate(0), "at least 1, not 0"),
         (lambda g: DomainGate((4, 4, 4)), "at most 2 kinds, not 3"),
         (lambda g: g.merge(DomainGate((20, 4))), "20 [+] 4 features, and this one 24"),
     ],
@@ -218,3 +223,20 @@ def test_pooled_features_are_mean_and_deviation_of_the_finest_features_and_contr
     ]
     known = gate(*((x[:20], range(20)) for x in looks), num_features=sizes)
     assert [known.decide(x[20:]).domain.unique().tolist() for x in looks] == [[0], [1]]
+
+
+def test_rows_are_loaded_by_the_names_of_their_domains():
+    known = gate(domain(0), domain(1))
+    other = DomainGate(FEATURES, "10")
+    other.load_state_dict(known.state_dict())
+    assert torch.equal(other.decide(held_out(0)).domain, 1 - known.decide(held_out(0)).domain.clamp(max=1).abs())
+    with pytest.raises(RuntimeError, match="other domains than this model's, 0, 2"):
+        DomainGate(FEATURES, "02").load_state_dict(known.state_dict())
+
+
+@pytest.mark.parametrize(("buffer", "value"), [("noises", 0), ("thresholds", -1), ("counts", -3), ("names", 5)])
+def test_values_that_cannot_work_are_told(buffer, value):
+    known = gate(domain(0))
+    assert known.problem() is None
+    known.get_buffer(buffer).fill_(value)
+    assert known.problem() is not None

@@ -87,14 +87,32 @@ def test_modules_are_matched_as_peft_matches_them():
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    for patterns in (["q_proj"], ["attn.o_proj", "q_proj"], r"attn\..*", r".*q_proj"):
+    for patterns in (["q_proj"], ["attn.o_proj", "q_proj"]):
         names = [name for name, module in tree().named_modules() if isinstance(module, nn.Linear)]
         config = LoraConfig(target_modules=patterns)
         expected = [name for name in names if check_target_module_exists(config, name)]
         assert matching_linear_names(tree(), patterns) == expected != []
 
 
-@pytest.mark.parametrize("patterns", ["q_proj", ["q_proj", "k_proj"], ["proj"], "(", ["q_proj_norm"]])
+@pytest.mark.parametrize(
+    ("patterns", "excluded", "names"),
+    [
+        ("attn.*", None, ["attn.q_proj", "attn.o_proj"]),
+        ("[qx]_proj", None, ["attn.q_proj"]),
+        (["*"], ["q_proj", "q_proj_*"], ["attn.o_proj"]),
+    ],
+)
+def test_patterns_are_of_whole_names_or_their_ends(patterns, excluded, names):
+    assert matching_linear_names(tree(), patterns, excluded) == names
+
+
+@pytest.mark.parametrize("excluded", ["attn.*", ["nowhere"]])
+def test_exclusions_that_leave_nothing_or_match_nothing_are_refused(excluded):
+    with pytest.raises(ValueError, match="exclude_modules"):
+        matching_linear_names(tree(), ["*"], excluded)
+
+
+@pytest.mark.parametrize("patterns", [["q_proj", "k_proj"], ["proj"], "(", ["q_proj_norm"]])
 def test_patterns_that_match_nothing_are_refused(patterns):
     with pytest.raises(ValueError, match="expert_modules"):
         add_experts(tree(), patterns, **SETTINGS)

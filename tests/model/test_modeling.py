@@ -54,8 +54,8 @@ def test_base_tensors_keep_their_names(nano):
     "patterns, count",
     [
         (["q_proj"], 4 + 7 + 0),
-        (r"mask_decoder\.transformer\..*proj", 28),
-        (r"vision_encoder\..*\.attn\.qkv", 5),
+        ("mask_decoder.transformer.*proj", 28),
+        ("vision_encoder.*.attn.qkv", 5),
         (["memory_attention.layers.0.self_attn.q_proj", "qkv"], 6),
     ],
 )

@@ -61,5 +61,5 @@ def test_one_line_is_said_where_something_is_new_and_else_none(model_folder, bas
     assert said_while_loading(model_folder)[1] == ""
     SamoeModel.from_pretrained(base_folder).save_pretrained(tmp_path, experts_only=True)
     assert said_while_loading(tmp_path)[1] == ""
-    more = r"memory_attention\.layers\.\d\.linear1|memory_attention\.layers\.\d\..*_proj"
+    more = ["memory_attention.layers.*.linear1", "memory_attention.layers.*_proj"]
     assert said_while_loading(tmp_path, expert_modules=more)[1].count("\n") == 1
