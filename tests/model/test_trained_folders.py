@@ -215,8 +215,8 @@ def test_a_model_whose_save_was_killed_loads_as_the_new_one(model_folder, tmp_pa
 
 def test_a_model_that_is_saved_while_it_is_loaded_is_refused(model_folder, tmp_path, monkeypatch):
     shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
-    model, read = SamoeModel.from_pretrained(model_folder), loading.check_finite
-    monkeypatch.setattr(loading, "check_finite", lambda *given: (model.save_pretrained(tmp_path), read(*given)))
+    model, read = SamoeModel.from_pretrained(model_folder), loading.check_values
+    monkeypatch.setattr(loading, "check_values", lambda *given: (model.save_pretrained(tmp_path), read(*given)))
     with pytest.raises(ValueError, match="was saved anew while it was loaded; load it again"):
         SamoeModel.from_pretrained(tmp_path)
 
