@@ -132,8 +132,9 @@ class DomainGate(nn.Module):
     videos are when they are left out of its description; otherwise to none. Features may be of several kinds, which
     count as independent: a row must be near enough in each of them.
 
+    The buffers are `names` (domains,), a hash of each domain's name; `counts` (domains,), the number of videos, 0 for
     a domain that is not known yet and is never chosen; `means` and `noises` (domains, features), and `factors`
-    (domains, RANK, features), see [`_Normal`]; `thresholds` (domains, kinds), squared Mahalanobis distances per feature.
+    (domains, RANK, features), see [`_Normal`]; `thresholds` (domains, kinds), squared Mahalanobis distances.
 
     Args:
         num_features: length of the pooled features, or how many there are of each kind, one kind after the other.
