@@ -105,7 +105,7 @@ def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> P
         "num_left_out": num_objects - int(models[0]["summary"]["num_objects"]),
     }
     template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    write_text(folder / "report.md", template.render(**results | shown).strip() + "\n")
+    write_text(folder / "report.md", template.render({**results, **shown}).strip() + "\n")
     return folder / "report.md"
 
 
