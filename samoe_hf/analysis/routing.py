@@ -126,11 +126,7 @@ def routing_maps(
 ) -> RoutingMaps:
     """Tracks a video as [`expert_usage`] does and keeps the expert of each image position.
 
-    Args:
-        module: one of [`image_modules`], by default the last: the last cross attention's `q_proj`, where there is one.
-
-    Raises:
-        InputError: for another module, or if the router never ran.
+    `module` is one of [`image_modules`], by default the last: the last cross attention's `q_proj`, where there is one.
     """
     module = routing_module(model, module)
     if module is None:

@@ -138,8 +138,7 @@ class MixedDataset(EpochDataset, Dataset):
     """Clips of several datasets in given proportions, each clip with its dataset's domain name.
 
     An epoch has as many clips as the datasets have together. Each gives its share of them, to within one clip, in
-    random order. It goes through its videos evenly, and a video that comes again gives another clip. All of it depends
-    on (seed, epoch, index) alone.
+    random order, and goes through its videos evenly.
 
     Args:
         datasets: domain name -> dataset, whose own seed and settings count.

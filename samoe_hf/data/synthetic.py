@@ -22,6 +22,7 @@ from .schema import Video, VideoSequence
 _float32 = partial(np.asarray, dtype=np.float32)
 _Rng = np.random.Generator
 _Size = tuple[int, int]  # height and width
+# Turns an object's own coordinates and depth into colour and opacity, so that its texture moves with it.
 _Painter = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
 
 
@@ -109,22 +110,13 @@ def _sharp(depth: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Look:
-    """What videos of a domain look like.
+    """What videos of a domain look like."""
 
-    Attributes:
-        background: (H, W, 1 or 3) float32 in 0..1.
-        painter: of each object, which turns the object's own coordinates and depth into colour and opacity, so that its
-            texture moves with it.
-        finish: what comes over finished frames.
-        sizes: of bodies: radius as a share of the frame's shorter side.
-        max_clutter: bodies among the objects that are none.
-    """
-
-    background: Callable[[_Rng, _Size], np.ndarray]
-    painter: Callable[[_Rng, int], _Painter]
-    finish: Callable[[_Rng, np.ndarray], np.ndarray]
-    sizes: tuple[float, float] = (0.09, 0.16)
-    max_clutter: int = 0
+    background: Callable[[_Rng, _Size], np.ndarray]  # (H, W, 1 or 3) float32 in 0..1
+    painter: Callable[[_Rng, int], _Painter]  # of each object
+    finish: Callable[[_Rng, np.ndarray], np.ndarray]  # what comes over finished frames
+    sizes: tuple[float, float] = (0.09, 0.16)  # of bodies: radius as a share of the frame's shorter side
+    max_clutter: int = 0  # bodies among the objects that are none
 
 
 def _noisy(rng: _Rng, frames: np.ndarray, strength: float, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -84,41 +84,25 @@ def build_model_card(
         pipeline_tag="mask-generation",
         tags=sorted({"samoe", kind.tag, "video-object-segmentation", *tags}),
     )
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = sorted(name for name in trained | model.origin.changed if not is_expert_parameter(name))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        base={
-            "name": name if is_public or name is None else Path(name).name,
-            "is_public": is_public,
-            "revision": base.get("revision"),
-        },
+        base={"name": Path(name).name if name and not is_public else name, "is_public": is_public},
+        revision=base.get("revision"),
         kind=kind,
+        model=model,
+        config=model.config,
         model_id=model_id,
-        model_name=data.model_name,
         experts_only=experts_only,
-        domains=list(content.domains or []),
+        content=content,
         datasets=datasets,
-        training=content.training,
-        results=data.eval_results or [],
         usage_picture=_picture_name(content),
         limits=[*LIMITS, *content.limits],
-        licence=content.license,
-        **_model_facts(model),
+        num_expert_parameters=sum(p.numel() for n, p in model.named_parameters() if is_expert_parameter(n)),
+        also_trained=f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
     )
-
-
-def _model_facts(model: SamoePreTrainedModel) -> dict[str, Any]:
-    """What the template shows of the model itself."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    others = sorted(name for name in trained | model.origin.changed if not is_expert_parameter(name))
-    return {
-        "config": model.config,
-        "has_code": model._auto_class is not None,
-        "num_layers": len(model.expert_module_names),
-        "num_parameters": model.num_parameters(),
-        "num_expert_parameters": sum(p.numel() for n, p in model.named_parameters() if is_expert_parameter(n)),
-        "also_trained": f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
-    }
 
 
 def _picture_name(content: CardContent) -> str | None:

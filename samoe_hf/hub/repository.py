@@ -52,13 +52,7 @@ def push(
 ) -> CommitInfo:
     """Saves a model in a temporary folder and uploads it in one commit; see `SamoeModel.push_to_hub`.
 
-    Args:
-        card: fields of [`CardContent`]; with None, a card that the repository has stays.
-        commit: arguments of `HfApi.upload_folder`.
-        options: arguments of `SamoeModel.save_pretrained`.
-
-    Raises:
-        OSError: if the Hub refuses or cannot be reached.
+    `commit` has arguments of `HfApi.upload_folder`, `options` those of `SamoeModel.save_pretrained`.
     """
     experts_only, loaded = options["experts_only"], model.origin.source or {}
     if experts_only and options["base_model"] is None:

@@ -1,8 +1,4 @@
-"""Checkpoints of SAM 2 and SAM2-MoE <-> this package's configuration, tensors and processor.
-
-The original's files are read as data: `.pt` files with `torch.load(weights_only=True)`, the Hydra YAML with a safe
-loader; nothing that they name is imported or called. See `names` and `config` for what is in them.
-"""
+"""Checkpoints of SAM 2 and SAM2-MoE <-> this package's configuration and tensors; files are read as data."""
 
 import logging
 import os

@@ -498,13 +498,8 @@ def projections_of(attentions: Iterable[str]) -> list[str]:
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """All settings in the original's YAML: place in SamoeConfig -> value. Those of experts only if it has experts.
 
-    It is read as data, and what `_target_` names is never used. Dynamic multimask via stability and binarized masks of
-    clicked frames, which the original switches on when it builds its video predictor, are on unless the YAML says
-    otherwise.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        InputError: if it is not YAML, of another architecture, or has a setting that SamoeModel cannot express.
+    Dynamic multimask via stability and binarized masks of clicked frames, which the original switches on when it builds
+    its video predictor, are on unless the YAML says otherwise.
     """
     document = _read_document(path)
     found: dict[str, tuple[Any, str]] = {}

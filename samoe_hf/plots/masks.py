@@ -43,13 +43,9 @@ def overlay_masks(
     colour with black beside it; objects of the same colour are hatched in different directions.
 
     Args:
-        frame: (H, W, 3) uint8.
+        frame: (H, W, 3) uint8, as what is returned.
         id_map: (H, W) integers, 0 for background.
         height: of the picture in pixels; the frame's by default.
-        show_ids: whether ids are written where they fit.
-
-    Returns:
-        (H, W, 3) uint8, of that height; the frame itself where there is no object and nothing to resize.
     """
     if height is not None and height != len(frame):
         frame, id_map = resized(frame, id_map, height)

@@ -120,10 +120,9 @@ def add_lora_domain(model: SamoeModel, name: str, source: str | os.PathLike, **h
 def add_expert(model: SamoeModel, source: str | os.PathLike, **hub) -> int:
     """Adds a LoRA of PEFT as a new expert, behind the others.
 
-    A LoRA of lower rank is filled up with B zero, so that its product stays the same. Its scale goes into B where
-    it is not the model's `lora_alpha / lora_rank`. Layers that the LoRA leaves out get an expert without effect.
-    The expert is asleep: no token goes to it until a training step or `wake_experts` gives it a router row.
-    Optimizers must be made after this.
+    A lower rank is filled up with B zero. Its scale goes into B where it is not the model's `lora_alpha / lora_rank`.
+    Layers that the LoRA leaves out get an expert without effect. The expert is asleep: no token goes to it until a
+    training step or `wake_experts` gives it a router row.
 
     Args:
         source: folder or Hub id of the LoRA.

@@ -219,10 +219,6 @@ def parse_run(
     """Parses `CONFIG [--key value]...`: a run, and values that take the place of its.
 
     `CONFIG` is a YAML, or the name of one that comes with the package.
-
-    Raises:
-        InputError: for a key or an option that is not known, naming the nearest that is; or a value of another type.
-        FileNotFoundError: if there is no such YAML.
     """
     config, *overrides = sys.argv[1:] if arguments is None else arguments
     parser = run_parser()
