@@ -56,11 +56,12 @@ def plot_bars(panels: Usage, ylabel: str, title: str) -> Figure:
         axes.set_xticks(range(max(map(len, panel.values()))))
         axes.tick_params(labelsize=7)
         axes.set_ylim(0, 1.05 * top)
-    _label_edges(grid, "expert", ylabel)
+    figure.supxlabel("expert", fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
     even = Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="even use")
     handles = [*(Patch(facecolor=_color(n), hatch=_hatch(n), label=name) for n, name in enumerate(series)), even]
     figure.suptitle(title, fontsize=12)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -120,7 +121,8 @@ def plot_matrices(matrices: Mapping[str, np.ndarray], label: str, title: str, di
         axes.set_xticks(range(len(matrix)))
         axes.set_yticks(range(len(matrix)))
         axes.tick_params(labelsize=7)
-    _label_edges(grid, "expert", "expert")
+    figure.supxlabel("expert", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
     figure.suptitle(title, fontsize=12)
     figure.colorbar(grid[0].images[0], ax=list(grid), label=label, shrink=min(1.0, 6 / figure.get_figheight()))
     return figure
@@ -181,10 +183,8 @@ def _overlay_experts(frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, s
     height, width = frame.shape[:2]
     # Nearest, so that each position of the map is seen as what it is.
     experts = np.asarray(Image.fromarray(experts.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST))
-    colors = np.tile(_rgb(len(shown)), (max(experts.max() + 1, 1), 1))
-    for number, expert in enumerate(shown):
-        if expert < len(colors):
-            colors[expert] = _rgb(number)
+    colors = np.tile(_rgb(len(shown)), (max(experts.max(), *shown) + 1, 1))
+    colors[shown] = [_rgb(number) for number in range(len(shown))]
     blend = (0.3 * grey + 0.7 * colors[np.maximum(experts, 0)]).astype(np.uint8)
     image = np.where(experts[..., None] >= 0, blend, grey)
     line = max(1, min(height, width) // 240)
@@ -218,23 +218,11 @@ def _wrapped(name: str) -> str:
     return textwrap.fill(name.replace(".", ". "), 28).replace(". ", ".")
 
 
-def _label_edges(grid: np.ndarray, xlabel: str, ylabel: str) -> None:
-    """Labels the lowest panel of each column and the first of each row."""
-    columns = min(4, len(grid))
-    for number, axes in enumerate(grid):
-        if number % columns == 0:
-            axes.set_ylabel(ylabel, fontsize=8)
-        if number + columns >= len(grid):
-            axes.set_xlabel(xlabel, fontsize=8)
-
-
 def _scale(values: np.ndarray, diverging: bool) -> dict[str, Any]:
     """Colours for values, with one for NaN that is not among theirs."""
     largest = max(float(np.abs(values[~np.isnan(values)]).max(initial=0.0)), 1e-6)
-    colormap = (
-        colormaps["PuOr"].with_extremes(bad="0.75") if diverging else colormaps["cividis"].with_extremes(bad="white")
-    )
-    return {"cmap": colormap, "vmin": -largest if diverging else 0.0, "vmax": largest}
+    name, bad = ("PuOr", "0.75") if diverging else ("cividis", "white")
+    return {"cmap": colormaps[name].with_extremes(bad=bad), "vmin": -largest if diverging else 0.0, "vmax": largest}
 
 
 def _color(number: int) -> str:
