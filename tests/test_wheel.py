@@ -28,13 +28,9 @@ def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):
     base = {f"samoe_hf/base/{path.name}" for path in Path(small_base()).iterdir()}
     base |= {"samoe_hf/app/space_files/app.py.txt", "samoe_hf/app/space_files/README.md"}
     base |= {f"samoe_hf/app/base/{path.name}" for path in Path(click_base()).iterdir()}
-    assert (
-        code
-        | configs
-        | base
-        | {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md", "samoe_hf/evaluation/report_template.md"}
-        <= names
-    )
+    data = {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md", "samoe_hf/evaluation/report_template.md"}
+    data |= {"samoe_hf/original/architecture.yaml"}
+    assert code | configs | base | data <= names
     assert not any(name.startswith(("tests/", "docs/", "scripts/")) for name in names)
     (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
     assert "samoe = samoe_hf.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
