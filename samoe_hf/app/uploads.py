@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -165,7 +166,7 @@ class OpenedVideo:
 
     def frames_again(self) -> FrameSequence:
         """The frames with a decoder of their own, for another thread."""
-        return self.frames if isinstance(self.frames, ImageFrames) else read_video(self.files[0])
+        return copy(self.frames)
 
 
 def safe_name(name: str, default: str = "video") -> str:
@@ -225,7 +226,7 @@ def open_files(
 
 def open_kept(name: str, path: Path, limits: Limits) -> OpenedVideo:
     """Opens a video file, or a folder of frames, that lies in a session's folder already; checks it as a whole."""
-    frames = read_video(path)
+    frames = read_video(path, limits.frames)
     height, width = frames.size
     if len(frames) > limits.frames:
         raise SampleError(f"{name} has {len(frames)} frames; {limits.frames} are the most.")

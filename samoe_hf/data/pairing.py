@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .annotations import Annotations, LabelImages, ObjectImages
+from .containers import ContainerFrames
 from .frames import FrameSequence, SampleError, natural_key
-from .video_io import ContainerFrames
 
 FRAME_WORDS = r"(?i:frames?|images?|imgs?|jpegimages|pictures?|rgb|colou?r|inputs?|raw|videos?)"
 MASK_WORDS = (

@@ -138,7 +138,7 @@ def test_a_cut_video_is_refused_or_its_frames_say_so(small_video, tmp_path, fold
 @pytest.mark.parametrize(
     "limits,message",
     [
-        (Limits(frames=7), "8 frames; 7 are the most"),
+        (Limits(frames=7), "more than 7 frames; 7 are the most"),
         (Limits(pixels=6000), "96 x 64 pixels; 6000 pixels are the most"),
         (Limits(upload_bytes=100), "more than 100 bytes"),
     ],
