@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .decoder import Decoder, upright_size
 from .frames import SampleError, named_errors
+from .mp4_tables import count_samples
 
 MAX_FRAMES = 2**22  # 39 hours at 30 frames per second
 NO_TIME = np.iinfo(np.int64).min
@@ -36,6 +37,7 @@ EXACT_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 EXACT_CODECS = {"h264", "hevc", "vp9", "av1", "libdav1d", "ffv1"}
 PROGRESSIVE = 1  # of FFmpeg's orders of fields; 0 is unknown, and the rest may have a packet for each field
 SECONDS_TO_REMEMBER = 1.0
+SAMPLES_PER_FRAME = 10  # at most, with those of sound
 MAX_KNOWN = 16384  # in memory
 
 
@@ -88,6 +90,8 @@ def index_container(path: Path, modified_ns: int, num_bytes: int, max_frames: in
     identity = (str(path), modified_ns, num_bytes)
     index = _known.get(identity) or recall(remembered_place(path, modified_ns, num_bytes))
     if index is None:
+        if count_samples(path) > SAMPLES_PER_FRAME * max_frames:
+            raise SampleError(f"{path} has tables for more than {max_frames} frames; {max_frames} are the most")
         with named_errors(path, "not a readable video", (FFmpegError, MemoryError)):
             index = index_by_packets(path, max_frames)
             if index is None:

@@ -318,6 +318,40 @@ def test_more_frames_than_allowed_are_refused_before_they_cost_memory(tmp_path, 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024
 
 
+def full_atom(kind, data):
+    return atom(kind, bytes(4) + data)
+
+
+@pytest.mark.parametrize("kind", ["vide", "soun"])
+def test_a_table_without_end_is_refused_before_it_is_built(tmp_path, kind):
+    count = 10_000_000
+    entry = atom(b"avc1", bytes(7) + b"\1" + bytes(16) + struct.pack(">HH", 64, 48) + bytes(50))
+    tables = full_atom(b"stsd", struct.pack(">I", 1) + entry) + full_atom(b"stts", struct.pack(">III", 1, count, 2))
+    tables += full_atom(b"stsc", struct.pack(">IIII", 1, 1, count, 1))
+    tables += full_atom(b"stsz", struct.pack(">II", 1, count)) + full_atom(b"stco", struct.pack(">II", 1, 8))
+    media = full_atom(b"mdhd", struct.pack(">IIIIHH", 0, 0, 1000, count, 0, 0))
+    media += full_atom(b"hdlr", bytes(4) + kind.encode() + bytes(13)) + atom(b"minf", atom(b"stbl", tables))
+    track = full_atom(b"tkhd", struct.pack(">IIII", 0, 0, 1, 0) + bytes(64)) + atom(b"mdia", media)
+    (tmp_path / "a.mp4").write_bytes(atom(b"ftyp", b"isom\0\0\2\0isom") + atom(b"moov", atom(b"trak", track)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SampleError, match=r"a\.mp4 has tables for more than 30000 frames; 30000 are the most"):
+        read_video(tmp_path / "a.mp4", max_frames=30_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024
+
+
+def test_raw_sound_does_not_count(tmp_path, scene):
+    with av.open(str(tmp_path / "a.mov"), "w") as target:
+        video, sound = target.add_stream("libx264", rate=25), target.add_stream("pcm_s16le", rate=48000)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        for frame in scene:
+            target.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 48000), np.int16), format="s16", layout="stereo")
+        samples.sample_rate = 48000
+        for stream, data in ((video, None), (sound, samples), (sound, None)):
+            target.mux(stream.encode(data))
+    assert len(read_video(tmp_path / "a.mov", max_frames=100)) == 40
+
+
 def test_what_took_long_is_remembered_until_the_file_changes(tmp_path, scene, home, monkeypatch):
     encode(tmp_path / "a.avi", scene, "mpeg4")
     monkeypatch.setattr(container_index, "SECONDS_TO_REMEMBER", 0)
