@@ -19,13 +19,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from samoe_hf.data import video_io
 from samoe_hf.data.frames import FrameSequence, SampleError, check_inside, named_errors, natural_key
 from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
 from samoe_hf.data.images import ImageFrames
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.data.video_io import read_video, write_video
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif")
+VIDEO_SUFFIXES = (*video_io.VIDEO_SUFFIXES, ".gif")
 DEFAULT_FPS = 12.0  # of frames without a video file
 MAX_OTHER_FILES = 1000  # in a zip, beside the frames and their masks
 PART_BYTES = 2**20

@@ -20,7 +20,7 @@ from zlib import crc32
 
 import av
 import numpy as np
-from av.error import FFmpegError
+from av.error import FFmpegError, InvalidDataError
 from av.video.frame import VideoFrame
 from huggingface_hub import constants
 from torch.utils.data import get_worker_info
@@ -32,8 +32,9 @@ from .mp4_tables import count_samples
 
 MAX_FRAMES = 2**22  # 39 hours at 30 frames per second
 NO_TIME = np.iinfo(np.int64).min
-# In these, a packet of these codecs is a frame, and has its time. Elsewhere times are missing, guessed or equal.
-EXACT_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+# In these containers, a packet of these codecs is a frame, and has its time; and in the last too, if each frame stands
+# alone. Elsewhere times are missing, guessed or equal.
+EXACT_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
 EXACT_CODECS = {"h264", "hevc", "vp9", "av1", "libdav1d", "ffv1"}
 PROGRESSIVE = 1  # of FFmpeg's orders of fields; 0 is unknown, and the rest may have a packet for each field
 SECONDS_TO_REMEMBER = 1.0
@@ -117,12 +118,13 @@ def index_by_packets(path: Path, max_frames: int) -> ContainerIndex | None:
     """Of a file whose packets tell its frames; None for every other."""
     with closing(Decoder(path, by_frames=True)) as decoder:
         stream, codec = decoder.stream, decoder.stream.codec_context
-        exact = codec.codec.name in EXACT_CODECS or codec.codec.intra_only
-        if decoder.container.format.name not in EXACT_CONTAINERS or not exact:
+        containers = EXACT_CONTAINERS[: 3 if codec.codec.intra_only else 2 if codec.name in EXACT_CODECS else 0]
+        if decoder.container.format.name not in containers:
             return None
         first: VideoFrame | None = None
-        times, are_keys = array("q"), bytearray()
+        times, are_keys, num_empty = array("q"), bytearray(), 0
         for packet in decoder.packets():
+            num_empty += not packet.size
             if packet.size:
                 if packet.pts is None or packet.is_discard or packet.is_corrupt:
                     return None
@@ -130,19 +132,26 @@ def index_by_packets(path: Path, max_frames: int) -> ContainerIndex | None:
                 are_keys.append(packet.is_keyframe)
                 check_count(path, len(times), max_frames)
             if first is None:
-                first = next(iter(packet.decode()), None)
+                try:
+                    first = next(iter(packet.decode()), None)
+                except InvalidDataError:
+                    return None
         decoded = np.frombuffer(times, np.int64)
         order = np.argsort(decoded, kind="stable")
         ascending = decoded[order]
-        if first is None or codec.field_order > PROGRESSIVE or (np.diff(ascending) <= 0).any():
+        if first is None or num_empty > 1 or codec.field_order > PROGRESSIVE or (np.diff(ascending) <= 0).any():
             return None
         # Frames before the first key frame, as after a cut, are not decoded.
         if order[0] != 0 or not are_keys[0] or first.pts != ascending[0]:
             return None
         keys = np.flatnonzero(np.frombuffer(are_keys, bool)[order])
         problem = ""
-        if stream.frames > len(times):
-            problem = f"the file is cut off: {len(times)} of its {stream.frames} frames are there"
+        told, count = (decoder.container.duration or 0) / 10**6, len(times)
+        shown = float((ascending[-1] - ascending[0]) * stream.time_base) * count / max(count - 1, 1)
+        if stream.frames > count:
+            problem = f"the file is cut off: {count} of its {stream.frames} frames are there"
+        elif count > 1 and told - shown > max(1, 0.1 * told):
+            problem = f"its {count} frames end after {shown:.1f} of {told:.1f} seconds; it may be cut off"
         return ContainerIndex(ascending, keys, np.zeros(0, np.uint32), upright_size(first), rate(stream), problem)
 
 

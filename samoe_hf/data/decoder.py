@@ -22,7 +22,7 @@ from .frames import SampleError
 # FFmpeg also takes text for a video (as a terminal's output) and playlists, which name other files.
 CONTAINER_FORMATS = (
     "3g2,3gp,apng,asf,avi,dv,flv,gif,h263,h264,hevc,ivf,m4a,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,obu,"
-    "ogg,vc1,webm,wtv"
+    "ogg,vc1,webm,wtv,yuv4mpegpipe"
 )
 MAX_LEADING = 1000  # packets before the first frame
 STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image

@@ -1,4 +1,4 @@
-"""How many samples the tables of an MP4 or MOV file tell of, before FFmpeg builds them: 300 bytes may mean gigabytes."""
+"""How many samples an MP4 or MOV file tells of, before FFmpeg builds their tables: 300 bytes may mean gigabytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST = (b"ftyp", b"moov", b"mdat", b"moof", b"styp", b"sidx", b"free", b"skip",
 
 
 def count_samples(path: Path) -> int:
-    """The samples of all tracks of an MP4 or MOV file, 0 for another file; raw sound, which has no table, is left out."""
+    """The samples of all tracks of an MP4 or MOV file, but for raw sound, which has no table; 0 for another file."""
     total = track = 0
     is_sound = is_raw = False
     with path.open("rb") as file:
@@ -25,7 +25,7 @@ def count_samples(path: Path) -> int:
         for kind, head in _boxes(file, 0, end):
             if kind == b"trak":
                 track, is_sound, is_raw = 0, False, False
-            elif kind == b"hdlr":
+            elif kind == b"hdlr" and head[8:12] in (b"soun", b"vide"):
                 is_sound = head[8:12] == b"soun"
             elif kind == b"stts":
                 is_raw = head[4:8] == head[12:16] == b"\0\0\0\1"  # each sample lasts one unit
