@@ -8,22 +8,25 @@ import tokenize
 import zipfile
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import OrientationError
+from nibabel.orientations import OrientationError, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from .annotations import IdVolume
-from .frames import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key
+from .frames import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key, say_once
 from .schema import Video, VideoList
 from .windows import Window, check_window, to_uint8
 
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
+ROUNDING = 0.1  # of a voxel, by which headers of one grid may differ
 # RuntimeError: encrypted, or compressed in another way.
 NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 NIFTI_DAMAGE = (*DAMAGE, ImageFileError, OrientationError, HeaderDataError, WrapStructError)
@@ -84,10 +87,18 @@ def _check_same_size(images: Sequence[int], labels: Sequence[int]) -> None:
         raise SampleError(f"images {tuple(images)} and labels {tuple(labels)} differ in size")
 
 
-def read_nifti(root: str | Path, split: str = "Tr", domain: str = "nifti", window: Window | None = None) -> VideoList:
+def read_nifti(
+    root: str | Path,
+    split: str = "Tr",
+    domain: str = "nifti",
+    window: Window | None = None,
+    by_voxels: bool = False,
+) -> VideoList:
     """NIfTI volumes as the Medical Segmentation Decathlon and nnU-Net lay them out.
 
     Slices are axial, from the feet up, shown as radiologists see them: the front up, the patient's right on the left.
+    Labels lie where their headers say. One whose axes run otherwise than its image's is turned, which is said once. One
+    whose voxels are not those of its image is refused.
 
     Args:
         root: holds `images<split>/*.nii[.gz]` (or `…_0000.nii[.gz]`) and, under the same names, `labels<split>`.
@@ -95,21 +106,31 @@ def read_nifti(root: str | Path, split: str = "Tr", domain: str = "nifti", windo
         domain: name for routing and metrics.
         window: intensities that become black and white, e.g. (-160, 240) Hounsfield units for soft tissue in CT; by
             default the volume's 0.5 and 99.5 percentiles.
+        by_voxels: labels are taken voxel by voxel as they are stored, wherever their headers say that they lie.
     """
     check_window(window)
     labels = _files(Path(root) / f"labels{split}", ".nii", ".nii.gz")
-    return VideoList(labels, partial(_open_nifti, domain, window, Path(root) / f"images{split}"))
+    return VideoList(labels, partial(_open_nifti, domain, window, by_voxels, Path(root) / f"images{split}"))
 
 
-def _open_nifti(domain: str, window: Window | None, images: Path, video_id: str, label_path: Path) -> Video:
+def _open_nifti(
+    domain: str, window: Window | None, by_voxels: bool, images: Path, video_id: str, label_path: Path
+) -> Video:
     path = images / label_path.name
     if not path.is_file():
         path = images / f"{video_id}_0000{label_path.name.removeprefix(video_id)}"
     if not path.is_file():
         raise FileNotFoundError(f"{images / label_path.name}: no such image for {label_path}")
     scan, labels = _load_nifti(path), _load_nifti(label_path)
-    if sorted(scan.shape) != sorted(labels.shape):  # their axes may be in another order
-        raise SampleError(f"{path}: images {scan.shape} and labels {labels.shape} differ in size ({label_path})")
+    if by_voxels or not (_is_placed(scan) and _is_placed(labels)):
+        if scan.shape != labels.shape:
+            raise SampleError(f"{path}: images {scan.shape} and labels {labels.shape} differ in size ({label_path})")
+        if not by_voxels:
+            say_once(f"{label_path.parent}: labels or images do not say where they lie, and are taken voxel by voxel")
+        labels = nib.Nifti1Image(labels.dataobj, scan.affine)
+    else:
+        with named_errors(path, "its orientation cannot be read", NIFTI_DAMAGE):
+            labels = _turn_to(scan, labels, path, label_path)
     volume, spacing = _axial_slices(scan, path)
     ids, _ = _axial_slices(labels, label_path)
     if ids.dtype.kind == "f":
@@ -117,21 +138,53 @@ def _open_nifti(domain: str, window: Window | None, images: Path, video_id: str,
             raise SampleError(f"{label_path}: labels must be whole numbers")
         ids = ids.astype(np.int32)
     with named_errors(path, "not a volume"):
-        _check_same_size(volume.shape, ids.shape)
         return Video(video_id, ArrayFrames(to_uint8(volume, window)), IdVolume(ids), domain, spacing)
 
 
-def _load_nifti(path: Path) -> nib.Nifti1Image:
+def _load_nifti(path: Path) -> Any:
     """Reads a NIfTI file's header alone, and checks it before memory is allocated for the values."""
     with named_errors(path, "not a readable NIfTI file", NIFTI_DAMAGE):
         image: Any = nib.load(path)
-        if len(image.shape) != 3:
-            raise SampleError(f"a volume must have three axes, not {image.shape}")
+        if len(image.shape) < 3 or set(image.shape[3:]) - {1}:
+            raise SampleError(f"a volume must have three axes, not {image.shape}; save one of several as a file")
         _check_shape(image.shape, image.get_data_dtype(), "the volume")
-        return image
+        return image.slicer[(..., *[0] * (len(image.shape) - 3))] if len(image.shape) > 3 else image
 
 
-def _axial_slices(image: nib.Nifti1Image, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+def _is_placed(image: Any) -> bool:
+    """Whether the header says where the volume lies."""
+    return bool(image.header["sform_code"] or image.header["qform_code"])
+
+
+def _turn_to(scan: Any, labels: Any, path: Path, label_path: Path) -> Any:
+    """Labels with their axes turned as those of the scan; `SampleError` unless they then lie on its voxels."""
+    turn = ornt_transform(io_orientation(labels.affine), io_orientation(scan.affine))
+    turned = labels.as_reoriented(turn)
+    ends = np.array([*product(*((0, length - 1) for length in scan.shape))])
+    apart = np.abs(apply_affine(scan.affine, ends) - apply_affine(turned.affine, ends)).max()
+    axes, label_axes = ("".join(nib.aff2axcodes(image.affine)) for image in (scan, labels))
+    is_swapped = turn[:, 0].tolist() != [0, 1, 2]
+    if turned.shape != scan.shape or not apart < ROUNDING * min(scan.header.get_zooms()):
+        problem = f"the label lies elsewhere than its image {path}: {_place(labels)}, not {_place(scan)}"
+    elif is_swapped and labels.shape == scan.shape:  # nothing tells a header that is wrong
+        problem = f"by its header the label's axes run {label_axes}, and those of its image {path} {axes}"
+    else:
+        if label_axes != axes:
+            say_once(f"{label_path}: its axes run {label_axes}, and are turned to those of its image, {axes}")
+        return turned
+    raise SampleError(
+        f"{label_path}: {problem}; resample it to its image's grid, or, if its voxels are those of the image and its "
+        "header is wrong, say `by_voxels: true`"
+    )
+
+
+def _place(image: Any) -> str:
+    numbers = [", ".join(f"{x:.4g}" for x in values) for values in (image.header.get_zooms(), image.affine[:3, 3])]
+    axes = "".join(map(str, nib.aff2axcodes(image.affine)))
+    return f"{image.shape} voxels of ({numbers[0]}) mm from ({numbers[1]}), axes {axes}"
+
+
+def _axial_slices(image: Any, path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     """A NIfTI file's values as (slices, rows, columns), and the size of a voxel along x, y and z in mm."""
     with named_errors(path, "not a readable NIfTI file", NIFTI_DAMAGE):
         image = nib.as_closest_canonical(image)  # axes to the right, to the front, up

@@ -4,6 +4,7 @@ import math
 import struct
 import zipfile
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -47,6 +48,94 @@ def test_nifti_slices_are_axial_and_shown_as_radiologists_see_them(tmp_path, ima
     assert video.spacing == pytest.approx((0.5, 0.7, 2.0))
     assert np.argwhere(video.frames[2][..., 0]).tolist() == [[0, 0]] == np.argwhere(video.masks(2)[0]).tolist()
     assert not video.frames[1].any()
+
+
+GRID, SPOT = (6, 8, 3), np.zeros((6, 8, 3), np.uint8)
+SPOT[4, 6, 2] = 4
+
+
+def flipped(*axes: int) -> np.ndarray:
+    """The affine of a volume of `GRID` that is stored in the other direction along some axes."""
+    affine = np.eye(4)
+    for axis in axes:
+        affine[axis, axis], affine[axis, 3] = -1, GRID[axis] - 1
+    return affine
+
+
+def shifted(*offset: float, spacing: float = 1) -> np.ndarray:
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = offset
+    return affine
+
+
+@pytest.mark.parametrize(
+    "ids, affine",
+    [
+        (SPOT, np.eye(4)),
+        (SPOT, shifted(0.01, 0, 0)),
+        (SPOT[::-1], flipped(0)),
+        (SPOT[::-1, :, ::-1], flipped(0, 2)),
+        (SPOT.transpose(1, 0, 2), np.eye(4)[[1, 0, 2, 3]]),
+        (SPOT[..., None], np.eye(4)),
+    ],
+    ids=["same", "rounded", "flipped", "flipped twice", "axes in another order", "fourth axis of one"],
+)
+def test_a_label_is_turned_to_its_image(tmp_path, ids, affine, caplog):
+    save_nifti(tmp_path / "imagesTr" / "case.nii", SPOT.astype(np.float32), np.eye(4))
+    save_nifti(tmp_path / "labelsTr" / "case.nii", ids, affine)
+    video = load_videos("nifti", tmp_path)[0]
+    shown = [frame[..., 0] > 0 for frame in video.frames]
+    assert np.array_equal(shown, [video.masks(t)[0] for t in range(3)])
+    assert ("are turned to those of its image" in caplog.text) == (ids.shape[:3] != GRID or affine[0, 0] < 0)
+
+
+@pytest.mark.parametrize(
+    "shape, affine",
+    [
+        (GRID, shifted(100, 50, 0)),
+        (GRID, shifted(0.5, 0, 0)),
+        (GRID, np.diag([-1.0, -1, 1, 1])),
+        (GRID, shifted(0, 0, 0, spacing=2)),
+        ((6, 8, 4), np.eye(4)),
+        ((6, 6, 6), np.eye(4)[[1, 0, 2, 3]]),
+    ],
+    ids=[
+        "elsewhere",
+        "half a voxel",
+        "other origin",
+        "other spacing",
+        "other shape",
+        "axes swapped, which may be wrong",
+    ],
+)
+def test_a_label_that_lies_elsewhere_than_its_image_is_refused(tmp_path, shape, affine):
+    grid = (6, 6, 6) if shape == (6, 6, 6) else GRID
+    save_nifti(tmp_path / "imagesTr" / "case.nii", np.ones(grid, np.float32), np.eye(4))
+    save_nifti(tmp_path / "labelsTr" / "case.nii", np.ones(shape, np.uint8), affine)
+    with pytest.raises(SampleError, match=r"labelsTr/case\.nii: .*label.*by_voxels"):
+        load_videos("nifti", tmp_path)[0]
+    if shape == grid:
+        assert load_videos("nifti", tmp_path, by_voxels=True)[0].masks(1).all()
+
+
+def test_labels_that_do_not_say_where_they_lie_are_taken_by_voxels(tmp_path, caplog):
+    save_nifti(tmp_path / "imagesTr" / "case.nii", SPOT.astype(np.float32), flipped(0))
+    label = nib.Nifti1Image(SPOT, None)
+    (tmp_path / "labelsTr").mkdir()
+    nib.save(label, tmp_path / "labelsTr" / "case.nii")
+    video = load_videos("nifti", tmp_path)[0]
+    assert np.array_equal(video.frames[2][..., 0] > 0, video.masks(2)[0]) and "voxel by voxel" in caplog.text
+
+
+def test_a_scale_in_the_header_counts(tmp_path):
+    for name, values in (("imagesTr", SPOT.astype(np.int16)), ("labelsTr", SPOT)):
+        image = nib.Nifti1Image(values, np.eye(4))
+        image.header.set_slope_inter(2, 0)
+        (tmp_path / name).mkdir()
+        image.to_filename(tmp_path / name / "case.nii")
+    video = load_videos("nifti", tmp_path, window=(0, 16))[0]
+    stored = np.asarray(nib.load(tmp_path / "labelsTr" / "case.nii").dataobj)
+    assert video.object_ids == [int(stored.max())]
 
 
 def test_damaged_nifti_files_are_named(tmp_path):
