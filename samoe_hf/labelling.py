@@ -115,7 +115,10 @@ def _first_prompts(kind: FirstFramePrompt, video: Video) -> list[VideoPrompt]:
 
 
 def video_paths(root: str | Path) -> dict[str, Path]:
-    """Video files, and folders with images, of a folder and all below it: path within it without suffix -> path.
+    """Video files, images of several pages, and folders with images, of a folder and all below it.
+
+    Returns:
+        Path within it without suffix -> path.
 
     Raises:
         InputError: if there is no such folder, it holds no video, or two of the same name.
@@ -125,8 +128,8 @@ def video_paths(root: str | Path) -> dict[str, Path]:
         raise InputError(f"{root}: no such folder of videos")
     found: dict[str, Path] = {}
     for folder in read_folders(root):
-        paths = [("/".join((*folder.parts, path.stem)), path) for path in folder.videos]
-        if folder.images and folder.parts:
+        paths = [("/".join((*folder.parts, path.stem)), path) for path in (*folder.videos, *folder.stacks)]
+        if len(folder.images) > len(folder.stacks) and folder.parts:
             paths.append(("/".join(folder.parts), root.joinpath(*folder.parts)))
         for name, path in paths:
             if name in found:

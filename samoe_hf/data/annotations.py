@@ -20,6 +20,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from samoe_hf.errors import InputError
 
 from .frames import SampleError, say_once
+from .image_files import Page
 from .images import read_label_png
 
 HINT = "`binary: true` (`year: 2016` for the kind davis) reads every value above 0 as the object"
@@ -129,7 +130,7 @@ class LabelImages(LabelMaps):
     one object, 1; beside other ids it is the border or the void of datasets, and is left out.
 
     Args:
-        images: frame index -> palette, gray or 16-bit label image: its path, or the bytes of its file.
+        images: frame index -> palette, gray or 16-bit label image: its path, the bytes of its file, or a page.
         binary: True if every value above 0 is object 1; False if values are ids, white too.
         object_ids: the only ids that count as objects; all by default.
         names: of images as bytes, the video and the column that they are from.
@@ -138,7 +139,7 @@ class LabelImages(LabelMaps):
 
     def __init__(
         self,
-        images: Mapping[int, str | Path | bytes],
+        images: Mapping[int, str | Path | bytes | Page],
         binary: bool | None = None,
         ignore_ids: Collection[int] | None = None,
         object_ids: Collection[int] | None = None,
@@ -168,7 +169,8 @@ class LabelImages(LabelMaps):
             return is_white.astype(np.uint8)
         if self.ignore_ids is None:
             image, (_, column) = self.images[frame], self.names
-            owner = f"the column {column!r}" if isinstance(image, bytes) else Path(image).parent.parent
+            path = Path(image.path if isinstance(image, Page) else str(image))
+            owner = f"the column {column!r}" if isinstance(image, bytes) else path.parent.parent
             self.note(f"labels in {owner} hold {white} beside ids: it is left out; `ignore_ids: []` keeps it")
             ids[is_white] = 0
         return ids
@@ -177,9 +179,10 @@ class LabelImages(LabelMaps):
     def _values(self) -> frozenset[int]:
         """All values in the video's label images."""
         images = [self.images[frame] for frame in self.frames]
-        if any(isinstance(image, bytes) for image in images):
+        paths = [str(image) for image in images if isinstance(image, str | Path)]
+        if len(paths) < len(images):
             return frozenset().union(*map(_values_of, images))
-        return _values_of_files(tuple(map(str, images)), sum(os.stat(path).st_mtime_ns for path in images))
+        return _values_of_files(tuple(paths), sum(os.stat(path).st_mtime_ns for path in paths))
 
     def visible(self, frame: int) -> list[int]:
         return [i for i in super().visible(frame) if self.counted is None or i in self.counted]
@@ -195,7 +198,7 @@ def _values_of_files(paths: tuple[str, ...], modified_ns: int) -> frozenset[int]
     return frozenset().union(*map(_values_of, paths))
 
 
-def _values_of(image: str | Path | bytes) -> list[int]:
+def _values_of(image: str | Path | bytes | Page) -> list[int]:
     return np.unique(read_label_png(image)).tolist()
 
 
@@ -267,7 +270,7 @@ class ObjectImages(MasksOfObjects):
 
     def __init__(
         self,
-        paths: Mapping[int, Mapping[int, str | Path]],
+        paths: Mapping[int, Mapping[int, str | Path | Page]],
         binary: bool | None = None,
         ignore_ids: Collection[int] | None = None,
     ):

@@ -9,19 +9,20 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
 from samoe_hf.errors import InputError
 
-from .frames import SampleError, frame_order, natural_key
-from .image_files import IMAGE_SUFFIXES, open_image
+from .frames import SampleError, frame_order, natural_key, say_once
+from .image_files import IMAGE_SUFFIXES, describe_unread, open_image
 from .images import ImageFrames
 from .layouts import choose_split
 from .pair_lists import LIST_SUFFIXES, read_pairs
-from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, pair_masks, split_by_prefix
+from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, split_by_prefix
 from .schema import Video, VideoList
+from .stacks import is_stack, pair_stacks
 from .video_io import VIDEO_SUFFIXES, read_video
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def read_files(
 def _open_source(domain: str, options: dict[str, Any], video_id: str, source: Source) -> Video:
     """Opens a video; all its errors name a file."""
     frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames)
-    return Video(video_id, frames, pair_masks(frames, source.masks, **options), domain)
+    return Video(video_id, frames, pair_stacks(frames, source.masks, **options), domain)
 
 
 @dataclass
@@ -156,11 +157,16 @@ class Found:
 
 @dataclass
 class Folder:
-    """A folder's images and videos; its path is relative to the root, in parts."""
+    """A folder's images and videos; its path is relative to the root, in parts.
+
+    Attributes:
+        stacks: the images that have several pages, if the first one of their suffix has.
+    """
 
     parts: tuple[str, ...]
     images: list[Path]
     videos: list[Path]
+    stacks: list[Path]
 
 
 def read_folders(root: Path) -> list[Folder]:
@@ -174,8 +180,13 @@ def read_folders(root: Path) -> list[Folder]:
         images, videos = (
             [path for path in paths if path.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
         )
+        if unread := describe_unread(paths):
+            say_once(f"{path} holds {unread}")
         if images or videos:
-            folders.append(Folder(Path(path).relative_to(root).parts, images, videos))
+            firsts = {image.suffix: image for image in reversed(images)}
+            paged = [suffix for suffix, image in firsts.items() if is_stack(image)]
+            stacks = [image for image in images if image.suffix in paged and is_stack(image)]
+            folders.append(Folder(Path(path).relative_to(root).parts, images, videos, stacks))
     return folders
 
 
@@ -189,9 +200,15 @@ def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
         if not pattern or unknown or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             known = "*, {video}, {frame} and {object}"
             raise InputError(f"`{option}` must be a pattern below {root}, of {known}, got {pattern!r}")
-    files = [path for folder in read_folders(root) for path in (*folder.images, *folder.videos)]
-    of_masks = match_files(root, files, masks)
-    of_frames = match_files(root, [path for path in files if path not in of_masks], frames)
+    folders = read_folders(root)
+    files = [path for folder in folders for path in (*folder.images, *folder.videos)]
+    stacks = {path for folder in folders for path in folder.stacks}
+    of_masks = match_files(root, files, masks) or match_files(root, files, masks, stacks)
+    others = [path for path in files if path not in of_masks]
+    of_frames = match_files(root, others, frames)
+    videos = {names["video"] for names in of_frames.values()}
+    if not videos or (stacks & of_frames.keys() and len(of_frames) > len(videos)):
+        of_frames = match_files(root, others, frames, stacks) or of_frames
     for option, pattern, matched in (("frames", frames, of_frames), ("masks", masks, of_masks)):
         if not matched:
             raise InputError(f"`{option}`: no image or video below {root} is named by {pattern!r}")
@@ -202,8 +219,13 @@ def find_by_patterns(root: Path, frames: str, masks: str) -> Found:
     return found
 
 
-def match_files(root: Path, files: list[Path], pattern: str) -> dict[Path, dict[str, str]]:
-    """The files whose path below `root` is as a pattern says -> what stands for its names; "video" is always one."""
+def match_files(
+    root: Path, files: list[Path], pattern: str, stacks: Collection[Path] = ()
+) -> dict[Path, dict[str, str]]:
+    """The files whose path below `root` is as a pattern says -> what stands for its names; "video" is always one.
+
+    Those among `stacks` are taken for folders of their pages.
+    """
     expression, tokens, folders = "", TOKENS | GUESSED_TOKENS, 0
     pattern = re.sub(r"(^|/)\*(/[^/]*)$", r"\1{part}\2", pattern)
     for part in re.split(r"(\{\w+\}|\*\*/|\*)", pattern):
@@ -219,7 +241,8 @@ def match_files(root: Path, files: list[Path], pattern: str) -> dict[Path, dict[
             expression += f"(?P<{name}>{r'[^/]+?' if part == '{video}' and folders else tokens[part]})"
     compiled, matched = re.compile(expression), {}
     for path in files:
-        match = compiled.fullmatch(path.relative_to(root).as_posix())
+        place = path.with_suffix("") / "0" if path in stacks else path
+        match = compiled.fullmatch(place.relative_to(root).as_posix())
         if match:
             names = match.groupdict()
             above = "".join(names[f"folders{i}"] for i in range(folders))
@@ -272,11 +295,13 @@ def guess(root: Path) -> Found:
             return _by_list(root)
         raise InputError(f"{root}: a folder is expected, or a list of pairs ({', '.join(LIST_SUFFIXES)})")
     folders = read_folders(root)
-    images, videos = ([p for folder in folders for p in getattr(folder, kind)] for kind in ("images", "videos"))
-    for frames, masks in (*PATTERNS, *_patterns_by_content(folders)):
+    kinds = ("images", "videos", "stacks")
+    images, videos, stacks = ([p for folder in folders for p in getattr(folder, kind)] for kind in kinds)
+    patterns = (*PATTERNS, *_patterns_by_content(folders))
+    for as_folders, (frames, masks) in product([set(stacks), set()] if stacks else [set()], patterns):
         of_objects = re.sub(r"/\*$", "/*/*", masks)
         for of_masks in dict.fromkeys([masks, of_objects] if "{masks}" in masks else [masks]):
-            found = _try(root, images, videos, frames, of_masks)
+            found = _try(root, images, videos, as_folders, frames, of_masks)
             if found is not None:
                 return _by_prefix(found)
     reason = ""
@@ -309,11 +334,13 @@ def _patterns_by_content(folders: list[Folder]) -> Iterator[tuple[str, str]]:
                 yield form.format(*names - of_masks), form.format(*of_masks)
 
 
-def _try(root: Path, images: list[Path], videos: list[Path], frames: str, masks: str) -> Found | None:
-    """The videos of two of `PATTERNS`, if there are any."""
-    of_masks = match_files(root, images, masks)
+def _try(
+    root: Path, images: list[Path], videos: list[Path], stacks: Collection[Path], frames: str, masks: str
+) -> Found | None:
+    """The videos of two of `PATTERNS`, if there are any; `stacks` are taken for folders of pages."""
+    of_masks = match_files(root, images, masks, stacks)
     files = videos if "{movie}" in frames else [path for path in images if path not in of_masks]
-    of_frames = match_files(root, files, frames) if of_masks else {}
+    of_frames = match_files(root, files, frames, stacks) if of_masks else {}
     keys = {names["video"] for names in of_frames.values()} & {names["video"] for names in of_masks.values()}
     if not keys or ("{masks}" not in masks and not is_label_image(next(iter(of_masks)))):
         return None
@@ -322,11 +349,11 @@ def _try(root: Path, images: list[Path], videos: list[Path], frames: str, masks:
         places: dict[str, Path] = {}
         for path, names in matched.items():
             video, is_video = names["video"], path.suffix.lower() in VIDEO_SUFFIXES
-            place = path if is_video else path.parents["part" in names]
+            place = path if is_video else (path / "0" if path in stacks else path).parents["part" in names]
             before = places.setdefault(video, place)
             if before != place and video in keys:
                 one, other = (p.relative_to(root).as_posix() for p in (before, place))
-                shown[role] = one.replace(video, "{video}") + "/*" * (not is_video)
+                shown[role] = one.replace(video, "{video}") + "/*" * (not is_video and path not in stacks)
                 raise InputError(
                     f"{root}: both {one} and {other} could be the {role} of video {video or root.name}. Name them: "
                     f'{{kind: files, root: {root}, frames: "{shown["frames"]}", masks: "{shown["masks"]}"}}'
