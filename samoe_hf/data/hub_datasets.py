@@ -20,6 +20,7 @@ from .annotations import LabelImages
 from .frames import DAMAGE, SampleError, named_errors, natural_key
 from .items import ItemStream, ItemVideos, videos_from_items
 from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, video_from_row
+from .windows import Window, check_window
 
 # What columns are called, the likeliest first.
 FRAMES = ("frames", "images", "frame", "image")
@@ -39,6 +40,7 @@ def read_dataset(
     video_column: str | None = None,
     order_column: str | None = None,
     binary: bool | None = None,
+    window: Window | None = None,
 ) -> Sequence[Video] | Iterable[Video]:
     """A dataset made by `to_datasets`, or one with frames and masks as columns of images.
 
@@ -46,7 +48,7 @@ def read_dataset(
         root: a folder of `save_to_disk`, or anything `datasets.load_dataset` takes, such as a name on the Hub.
         split: of `load_dataset`.
         streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
-        domain, frames_column, masks_column, video_column, order_column, binary: see [`videos_from_dataset`].
+        domain, frames_column, masks_column, video_column, order_column, binary, window: see [`videos_from_dataset`].
     """
     if (Path(root) / "state.json").is_file():
         with named_errors(root, "not a dataset of `save_to_disk`"):
@@ -57,7 +59,8 @@ def read_dataset(
     else:
         dataset = datasets.load_dataset(str(root), split=split, streaming=streaming)
         assert isinstance(dataset, AnyDataset)  # since a split is named
-    return videos_from_dataset(dataset, frames_column, masks_column, video_column, order_column, domain, binary)
+    named = (frames_column, masks_column, video_column, order_column)
+    return videos_from_dataset(dataset, *named, domain, binary, window)
 
 
 def videos_from_dataset(
@@ -68,6 +71,7 @@ def videos_from_dataset(
     order_column: str | None = None,
     domain: str | None = None,
     binary: bool | None = None,
+    window: Window | None = None,
 ) -> Sequence[Video] | Iterable[Video]:
     """Videos of a dataset: a sequence, or, of an `IterableDataset`, an iterable with `set_epoch`.
 
@@ -85,10 +89,13 @@ def videos_from_dataset(
             alike; else the rows' order.
         domain: the videos' domain, by default the column "domain", else "dataset".
         binary: True if every label above 0 is object 1, False if white is an id, see [`LabelImages`].
+        window: intensities that become black and white, of images as frames. By default, images of 8 bits are taken as
+            they are, and of deeper gray images the 0.5 and 99.5 percentiles over a video, which is said.
 
     Raises:
         ValueError: columns are missing; names those that are there.
     """
+    check_window(window)
     features: Mapping[str, Any] = dataset.features or {}
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
         features = {}  # a transform makes the rows
@@ -99,14 +106,14 @@ def videos_from_dataset(
         if column not in features:
             raise InputError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
     if not named and set(FEATURES) <= set(features):
-        return _rows_as_videos(dataset, list(FEATURES), ["frames"], partial(_open_own, domain))
-    columns = _find_columns(features, named, domain, binary)
+        return _rows_as_videos(dataset, list(FEATURES), ["frames"], partial(_open_own, domain, window))
+    columns = _find_columns(features, named, domain, binary, window)
     if columns is not None and _image_kind(features[columns.frames]) == "image":
         return _group_frames(dataset, columns)
     if columns is not None:
         return _rows_as_videos(dataset, columns.all(), [columns.frames, columns.masks], columns.open_row)
-    if domain is not None or binary is not None:
-        raise InputError("`domain` and `binary` go with columns of images; other rows have the key `domain`")
+    if not domain is binary is window is None:
+        raise InputError("`domain`, `binary` and `window` go with columns of images; other rows have the key `domain`")
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
         dataset = dataset.with_format("numpy")
     return videos_from_items(dataset)
@@ -114,7 +121,7 @@ def videos_from_dataset(
 
 @dataclass(frozen=True)
 class ImageColumns:
-    """Which columns hold what; `domain` takes the place of that column, `binary` makes every label above 0 object 1."""
+    """Which columns hold what, and the options of [`videos_from_dataset`]; `domain` takes the place of that column."""
 
     frames: str
     masks: str
@@ -123,6 +130,7 @@ class ImageColumns:
     domain_column: str | None
     domain: str | None
     binary: bool | None
+    window: Window | None
 
     def all(self) -> list[str]:
         """The columns that are read for a video."""
@@ -145,7 +153,8 @@ class ImageColumns:
         }
         found = None if self.domain_column is None else row[self.domain_column]
         annotations = LabelImages(annotated, self.binary, names=(video_id, self.masks))
-        return Video(video_id, EncodedFrames(video_id, images), annotations, str(self.domain or found or "dataset"))
+        frames = EncodedFrames(video_id, images, window=self.window)
+        return Video(video_id, frames, annotations, str(self.domain or found or "dataset"))
 
 
 def _image_kind(feature: Any) -> str | None:
@@ -157,7 +166,11 @@ def _image_kind(feature: Any) -> str | None:
 
 
 def _find_columns(
-    features: Mapping[str, Any], named: Mapping[str, str], domain: str | None, binary: bool | None
+    features: Mapping[str, Any],
+    named: Mapping[str, str],
+    domain: str | None,
+    binary: bool | None,
+    window: Window | None,
 ) -> ImageColumns | None:
     """The columns that are named, else those of a known name; None where the rows are items."""
 
@@ -183,7 +196,7 @@ def _find_columns(
         )
     order = find("order_column", [c for c in ORDER if c != frames], is_name)
     domain_column = "domain" if isinstance(features.get("domain"), datasets.Value) else None
-    return ImageColumns(frames, masks, video, order, domain_column, domain, binary)
+    return ImageColumns(frames, masks, video, order, domain_column, domain, binary, window)
 
 
 def _describe(features: Mapping[str, Any]) -> str:
@@ -195,8 +208,8 @@ def _describe(features: Mapping[str, Any]) -> str:
     return f"It has: {', '.join(columns) or 'none, but what a transform or a generator makes'}"
 
 
-def _open_own(domain: str | None, row: dict[str, Any], index: int) -> Video:
-    video = video_from_row(row)
+def _open_own(domain: str | None, window: Window | None, row: dict[str, Any], index: int) -> Video:
+    video = video_from_row(row, window)
     return video if domain is None else replace(video, domain=domain)
 
 

@@ -87,6 +87,11 @@ class ImageFrames(FrameSequence):
         return pixels
 
     @property
+    def has_pages(self) -> bool:
+        """Whether the frames are pages of one file."""
+        return isinstance(self.sources[0], Page)
+
+    @property
     def is_deep(self) -> bool:
         """Whether the frames have more than 8 bits per channel."""
         if self._is_deep is None:

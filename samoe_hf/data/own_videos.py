@@ -24,6 +24,7 @@ from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, split_by_prefix
 from .schema import Video, VideoList
 from .stacks import is_stack, pair_stacks
 from .video_io import VIDEO_SUFFIXES, read_video
+from .windows import Window, check_window
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def read_files(
     binary: bool | None = None,
     ignore_ids: Collection[int] | None = None,
     first: Literal[0, 1] | None = None,
+    window: Window | None = None,
 ) -> VideoList:
     """Videos of one's own: frames as images or video files, and masks as images, in folders of any names.
 
@@ -102,6 +104,8 @@ def read_files(
         ignore_ids: values that are no objects. By default, white beside other ids.
         first: the number that masks give the first frame, 0 or 1. By default, masks have the numbers of frames; those
             of a video file count from 0 if there is a mask 0, and from 1 if there is one for the last frame then.
+        window: intensities that become black and white, of images as frames. By default, images of 8 bits are taken as
+            they are, and of deeper gray images the 0.5 and 99.5 percentiles over a video, which is said.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -130,12 +134,13 @@ def read_files(
         name += "_"
     entries = {key or name: source for key, source in sources.items()}
     options = {"binary": binary, "ignore_ids": ignore_ids, "first": first}
-    return VideoList(entries, partial(_open_source, domain or root.resolve().stem, options))
+    check_window(window)
+    return VideoList(entries, partial(_open_source, domain or root.resolve().stem, options, window))
 
 
-def _open_source(domain: str, options: dict[str, Any], video_id: str, source: Source) -> Video:
+def _open_source(domain: str, options: dict[str, Any], window: Window | None, video_id: str, source: Source) -> Video:
     """Opens a video; all its errors name a file."""
-    frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames)
+    frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames, window)
     return Video(video_id, frames, pair_stacks(frames, source.masks, **options), domain)
 
 

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 from .annotations import Annotations, LabelImages, ObjectImages
 from .containers import ContainerFrames
 from .frames import FrameSequence, SampleError, natural_key
+from .images import ImageFrames
 
 FRAME_WORDS = r"(?i:frames?|images?|imgs?|jpegimages|pictures?|rgb|colou?r|inputs?|raw|videos?)"
 MASK_WORDS = (
@@ -175,7 +176,7 @@ class _Names:
         self.names = [plain_name(name) for name in frames.names]
         self.index = {name: i for i, name in enumerate(self.names)}
         self.length, self.first, self.notes = len(frames), first, notes
-        self.is_file = isinstance(frames, ContainerFrames)
+        self.is_file = isinstance(frames, ContainerFrames) or (isinstance(frames, ImageFrames) and frames.has_pages)
         self.numbers = {name: _numbers(name) for name in self.names}
         counted = self.is_file or first is not None
         self.of_number, self.written = ({}, set()) if counted else self._numbers_of_frames()

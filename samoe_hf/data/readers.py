@@ -25,6 +25,7 @@ from .frames import SampleError, check_inside, named_errors, natural_key
 from .images import ImageFrames, image_paths, read_label_png
 from .schema import Video, VideoList
 from .video_io import read_video
+from .windows import Window, check_window
 
 
 def read_davis(
@@ -51,7 +52,7 @@ def read_davis(
         lists = root / "ImageSets" / resolution  # where DAVIS 2016 itself has its lists
     names = _read_list(lists / f"{split}.txt") if split else _folder_names(frames)
     entries = {name: (frames / name, root / "Annotations" / resolution / name) for name in names}
-    return VideoList(entries, partial(_open_labelled, domain, year == 2016 or None, None))
+    return VideoList(entries, partial(_open_labelled, domain, year == 2016 or None, None, None))
 
 
 def read_vos(
@@ -60,6 +61,7 @@ def read_vos(
     domain: str = "vos",
     binary: bool | None = None,
     ignore_ids: Collection[int] | None = None,
+    window: Window | None = None,
 ) -> VideoList:
     """YouTube-VOS, MOSE, LVOS, and any `JPEGImages/<video>/*.jpg` with label images `Annotations/<video>/*.png`.
 
@@ -70,7 +72,10 @@ def read_vos(
         split: a folder of root, or a list `ImageSets/<split>.txt` of videos.
         domain: name for routing and metrics.
         binary, ignore_ids: see [`LabelImages`].
+        window: intensities that become black and white, of images as frames. By default, images of 8 bits are taken as
+            they are, and of deeper gray images the 0.5 and 99.5 percentiles over a video, which is said.
     """
+    check_window(window)
     root, names = Path(root), None
     if split and (root / split).is_dir():
         root = root / split
@@ -78,13 +83,18 @@ def read_vos(
         names = _read_list(root / "ImageSets" / f"{split}.txt")
     names = names or _folder_names(root / "JPEGImages")
     entries = {name: (root / "JPEGImages" / name, root / "Annotations" / name) for name in names}
-    return VideoList(entries, partial(_open_labelled, domain, binary, ignore_ids))
+    return VideoList(entries, partial(_open_labelled, domain, binary, ignore_ids, window))
 
 
 def _open_labelled(
-    domain: str, binary: bool | None, ignore_ids: Collection[int] | None, video_id: str, folders: tuple[Path, Path]
+    domain: str,
+    binary: bool | None,
+    ignore_ids: Collection[int] | None,
+    window: Window | None,
+    video_id: str,
+    folders: tuple[Path, Path],
 ) -> Video:
-    frames = ImageFrames(image_paths(folders[0]))
+    frames = ImageFrames(image_paths(folders[0]), window)
     labels = LabelImages(_match_to_frames(frames, image_paths(folders[1])), binary, ignore_ids)
     return Video(video_id, frames, labels, domain)
 
@@ -197,6 +207,7 @@ def read_coco(
     domain: str = "coco",
     images: str | None = None,
     annotations: str | None = None,
+    window: Window | None = None,
 ) -> VideoList:
     """Images with COCO annotations, each a video of one frame; crowds and images without annotations are left out.
 
@@ -208,7 +219,10 @@ def read_coco(
         domain: name for routing and metrics.
         images: the image folder, where it is named differently.
         annotations: the annotation file, where it is named differently.
+        window: intensities that become black and white, of images with more than 8 bits or in floats; by default the
+            0.5 and 99.5 percentiles of each.
     """
+    check_window(window)
     warn_one_frame(f"COCO images in {root}")
     folder = Path(root) / (images or split)
     path = Path(root) / (annotations or f"annotations/instances_{split}.json")
@@ -228,15 +242,17 @@ def read_coco(
                 if name in entries:
                     raise SampleError(f"two images have the file name {name!r}")
                 entries[name] = image, of_image[image["id"]]
-    return VideoList(entries, partial(_open_coco, domain, folder))
+    return VideoList(entries, partial(_open_coco, domain, folder, window))
 
 
-def _open_coco(domain: str, folder: Path, file_name: str, entry: tuple[dict, list[dict]]) -> Video:
+def _open_coco(
+    domain: str, folder: Path, window: Window | None, file_name: str, entry: tuple[dict, list[dict]]
+) -> Video:
     (image, annotations), path = entry, folder / file_name
-    frames = ImageFrames([path])
+    frames = ImageFrames([path], window)
     with named_errors(path, "its COCO annotations cannot be read"):
         if (image["height"], image["width"]) != frames.size:
-            raise SampleError(f"annotated as {image['height']} x {image['width']} pixels, not {frames.size}")
+            raise SampleError(f"annotated as {image['height']} x {image['width']} pixels, but shown as {frames.size}")
         rles = [segmentation_to_rle(annotation["segmentation"], frames.size) for annotation in annotations]
     masks = RleMasks({0: dict(enumerate(rles, 1))}, range(1, len(rles) + 1), frames.size, f"annotations of {path}")
     return Video(file_name, frames, masks, domain)

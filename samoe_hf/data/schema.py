@@ -253,8 +253,8 @@ def _rle_counts(mask: np.ndarray) -> str:
     return encoded["counts"].decode("ascii")
 
 
-def video_from_row(row: dict[str, Any]) -> Video:
-    """The video of a row; frames and masks are decoded on access.
+def video_from_row(row: dict[str, Any], window: Window | None = None) -> Video:
+    """The video of a row; frames and masks are decoded on access. `window` is that of [`ImageFrames`].
 
     Raises:
         SampleError: the row does not fit `FEATURES`, or its parts do not fit together; names the video.
@@ -263,7 +263,7 @@ def video_from_row(row: dict[str, Any]) -> Video:
     """
     with named_errors(repr(row.get("video_id")), "not a row with samoe_hf.data.FEATURES"):
         video_id, domain, ids = str(row["video_id"]), str(row["domain"]), row["object_ids"]
-        frames = EncodedFrames(video_id, row["frames"], row["frame_names"])
+        frames = EncodedFrames(video_id, row["frames"], row["frame_names"], window)
         if frames.size != tuple(row["size"]):
             raise SampleError(f"{video_id}: frames of size {frames.size}, not {row['size']} as the row says")
         if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):

@@ -109,6 +109,19 @@ def test_an_orientation_turns_rows_and_items(tmp_path, picture, ids):
     assert np.array_equal(again.frames[0], shown)
 
 
+def test_rows_of_deep_frames_take_a_window(tmp_path, picture, ids):
+    columns = {"image": datasets.Image(), "mask": datasets.Image(), "video_id": datasets.Value("string")}
+    frame, mask = png(picture.astype(np.uint16) * 16, 16, 2), encode(ids, "PNG")
+    row = {"image": [{"bytes": frame, "path": None}], "mask": [{"bytes": mask, "path": None}], "video_id": ["a"]}
+    dataset = datasets.Dataset.from_dict(row, features=datasets.Features(columns))
+    with pytest.raises(SampleError, match="a, frame 00000: colours of 16 bits"):
+        videos_from_dataset(dataset)[0].frames[0]
+    video = videos_from_dataset(dataset, window=(0, 4080))[0]
+    assert np.array_equal(video.frames[0], picture)
+    again = videos_from_dataset(to_datasets([video], cache_dir=str(tmp_path)))[0]
+    assert np.array_equal(again.frames[0], picture), "as it was shown"
+
+
 def test_masks_of_unturned_frames_are_refused_with_a_hint(tmp_path, picture, ids):
     for folder in ("frames", "masks"):
         (tmp_path / "v" / folder).mkdir(parents=True)

@@ -115,6 +115,29 @@ def test_pages_of_masks_that_tell_no_frame_or_object_are_refused(tmp_path, masks
         load_videos(tmp_path)[0]
 
 
+def test_deep_frames_take_the_window_of_the_options(tmp_path):
+    deep = FRAMES[..., 0].astype(np.uint16) * 16
+    stack(tmp_path / "v/frames/s.tif", deep)
+    images(tmp_path / "v/masks", IDS)
+    (video,) = load_videos(tmp_path, window=[0, 4080])
+    assert all(np.array_equal(shown, frame) for shown, frame in zip(video.frames, FRAMES, strict=True))
+    images(tmp_path / "vos/JPEGImages/v", deep)
+    images(tmp_path / "vos/Annotations/v", IDS)
+    (video,) = load_videos("frames", tmp_path / "vos", window=[0, 4080])
+    assert np.array_equal(video.frames[3], FRAMES[3])
+    with pytest.raises(ValueError, match="`window` must be"):
+        load_videos(tmp_path, window=[5, 0])
+
+
+def test_masks_of_pages_count_as_those_of_a_video_file(tmp_path):
+    stack(tmp_path / "v/frames/s.tif", FRAMES)
+    images(tmp_path / "v/masks", IDS, "m_{:05d}.png")
+    (tmp_path / "v/masks/m_00000.png").rename(tmp_path / "v/masks/m_00006.png")
+    for t in (5, 4, 3, 2, 1):
+        assert (tmp_path / f"v/masks/m_{t:05d}.png").exists()
+    assert load_videos(tmp_path)[0].annotated_frames == list(range(LENGTH)), "from 1, as ffmpeg counts"
+
+
 def test_videos_to_label_may_be_stacks(tmp_path):
     stack(tmp_path / "a.tif", FRAMES)
     images(tmp_path / "b", FRAMES)
