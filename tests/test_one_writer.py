@@ -90,11 +90,8 @@ def test_what_killed_processes_left_is_cleared_with_a_sentence(tmp_path, capsys)
     target, number = tmp_path / "out", "0" * 32
     (target / "scores").mkdir(parents=True)
     kept = [
-        target / "model.safetensors",
-        tmp_path / f".other.{number}",
-        target / ".hidden",
-        target / "scores" / "a.npz",
-    ]
+        target / "model.safetensors", tmp_path / f".other.{number}", target / ".hidden", target / "scores" / "a.npz",
+    ]  # fmt: skip
     left = [target / "scores" / f".a.{number}.npz", target / f".run.{number}.json", tmp_path / f".out.{number}"]
     for path in kept + left:
         path.write_text("")

@@ -45,18 +45,12 @@ def make_results(models=1, seeds=(None,), **options):
             highlight |= {"picture": f"{path}.png", "video_file": f"{path}.mp4"}
         entries.append(entry)
     results = {
-        "created": "2026-01-01T00:00:00+00:00",
-        "versions": {"torch": "2.11"},
-        "device": "cpu",
-        "dataset": {"kind": "davis", "root": "/data", "split": "val", "domain": None, "option": []},
-        "prompt": "mask",
-        "seeds": None if seeds == (None,) else list(seeds),
-        "protocol": "youtube_vos",
-        "surface_tolerance": 2.0,
-        "bootstrap_samples": 10000,
-        "models": entries,
+        "created": "2026-01-01T00:00:00+00:00", "versions": {"torch": "2.11"}, "device": "cpu",
+        "dataset": {"kind": "davis", "root": "/data", "split": "val", "domain": None, "option": []}, "prompt": "mask",
+        "seeds": None if seeds == (None,) else list(seeds), "protocol": "youtube_vos", "surface_tolerance": 2.0,
+        "bootstrap_samples": 10000, "models": entries,
         "comparisons": [compare_models(entry, entries[0]) for entry in entries[1:]],
-    }
+    }  # fmt: skip
     return json.loads(to_json(results | options))
 
 

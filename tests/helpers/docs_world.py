@@ -142,20 +142,12 @@ def enter(folder: str, guide: str) -> dict[str, Any]:
     labels[..., 20:60, 20:60] = True
     videos = load_videos("davis", "DAVIS")
     return {
-        **{name: getattr(samoe_hf, name) for name in samoe_hf.__all__},
-        "np": np,
-        "samoe": samoe,
-        "reset": lambda: copy.deepcopy(loaded),
-        "model": model,
-        "other": other,
-        "processor": load_processor("MODEL", model),
-        "videos": videos,
-        "video": videos[0],
-        "frames": list(read_video("dog.mp4")),
-        "pixel_values": torch.rand(1, 2, 3, side, side),
-        "labels": labels,
+        **{name: getattr(samoe_hf, name) for name in samoe_hf.__all__}, "np": np, "samoe": samoe,
+        "reset": lambda: copy.deepcopy(loaded), "model": model, "other": other,
+        "processor": load_processor("MODEL", model), "videos": videos, "video": videos[0],
+        "frames": list(read_video("dog.mp4")), "pixel_values": torch.rand(1, 2, 3, side, side), "labels": labels,
         "object_mask": torch.ones(1, 1).bool(),
-    }
+    }  # fmt: skip
 
 
 def samoe(line: str) -> None:

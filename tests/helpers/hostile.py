@@ -115,13 +115,10 @@ def _pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
         nested = [nested]
     yield "bare_pickle", pickle.dumps({"model": write}, protocol=2)
     for name, content in (
-        ("exec", {"model": write}),
-        ("exec_aside", {"model": {"a": torch.zeros(1)}, "extra": write}),
-        ("getattr", {"model": Call(getattr, "text", "upper")}),
-        ("bytearray", {"model": Call(bytearray, 62 * 10**9)}),
-        ("nested", {"model": nested}),
-        ("itself", {"model": itself}),
-    ):
+        ("exec", {"model": write}), ("exec_aside", {"model": {"a": torch.zeros(1)}, "extra": write}),
+        ("getattr", {"model": Call(getattr, "text", "upper")}), ("bytearray", {"model": Call(bytearray, 62 * 10**9)}),
+        ("nested", {"model": nested}), ("itself", {"model": itself}),
+    ):  # fmt: skip
         for zipped in (True, False):
             buffer = io.BytesIO()
             try:

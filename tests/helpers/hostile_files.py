@@ -167,18 +167,13 @@ def damage_nifti(data: bytes, rng: random.Random) -> bytes:
 
 
 YAML_TEXTS = [
-    "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\neval_data: [*c, *c]\n",
-    "eval_data: &x [*x]\n",
-    "eval_data: {kind: synthetic}\n",
-    "eval_data: [{knd: davis}]\n",
+    "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\neval_data: [*c, *c]\n", "eval_data: &x [*x]\n",
+    "eval_data: {kind: synthetic}\n", "eval_data: [{knd: davis}]\n",
     "eval_data: [{kind: synthetic, num_videos: 1.0e+12, num_frames: 2}]\n",
     "eval_data: [{kind: synthetic, num_videos: .nan, num_frames: 2}]\n",
-    "eval_data: [{kind: frames, root: !!python/object/apply:os.system ['touch executed']}]\n",
-    "? [1, 2]\n: 3\n",
-    "eval_data: [{1: 2, kind: davis, root: /}]\n",
-    "a: 2001-99-99\n",
-    "a: !!binary x\n",
-]
+    "eval_data: [{kind: frames, root: !!python/object/apply:os.system ['touch executed']}]\n", "? [1, 2]\n: 3\n",
+    "eval_data: [{1: 2, kind: davis, root: /}]\n", "a: 2001-99-99\n", "a: !!binary x\n",
+]  # fmt: skip
 
 
 def damage_yaml(data: bytes, rng: random.Random) -> bytes:

@@ -16,39 +16,26 @@ NUM_FRAMES = 5
 OBJECT_IDS = (0, 7, -3)
 FRAME_IDX, OBJECT_ID, SEED = st.integers(0, NUM_FRAMES - 1), st.sampled_from(OBJECT_IDS), st.integers(0, 99)
 SETTINGS = settings(
-    max_examples=300,
-    stateful_step_count=6,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
+    max_examples=300, stateful_step_count=6, derandomize=True, deadline=None, database=None,
+    report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+)  # fmt: skip
 
 
 def tiny_config(image_size: int = 32, **settings) -> SamoeConfig:
     """About the smallest model that can be built; `sam2` needs the decoder's and the memory fuser's usual widths."""
     sizes = [[image_size // stride] * 2 for stride in (4, 8, 16)]
     backbone = {
-        "model_type": "sam2_hiera_det_model",
-        "hidden_size": 8,
-        "num_attention_heads": 1,
-        "image_size": [image_size, image_size],
-        "blocks_per_stage": [1, 1, 2, 1],
-        "embed_dim_per_stage": [8, 16, 32, 64],
-        "num_attention_heads_per_stage": [1, 2, 4, 8],
-        "global_attention_blocks": [3],
-        "window_positional_embedding_background_size": sizes[2],
-    }
+        "model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1,
+        "image_size": [image_size, image_size], "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "global_attention_blocks": [3], "window_positional_embedding_background_size": sizes[2],
+    }  # fmt: skip
     decoder = settings.pop("mask_decoder_config", {})
     return SamoeConfig(
         image_size=image_size,
         vision_config={
-            "model_type": "sam2_vision_model",
-            "backbone_config": backbone,
-            "backbone_channel_list": [64, 32, 16, 8],
-            "backbone_feature_sizes": sizes,
-            "fpn_hidden_size": 128,
+            "model_type": "sam2_vision_model", "backbone_config": backbone, "backbone_channel_list": [64, 32, 16, 8],
+            "backbone_feature_sizes": sizes, "fpn_hidden_size": 128,
         },
         prompt_encoder_config={"hidden_size": 128, "image_size": image_size},
         mask_decoder_config={"hidden_size": 128, **decoder},
@@ -60,7 +47,7 @@ def tiny_config(image_size: int = 32, **settings) -> SamoeConfig:
         mask_downsampler_embed_dim=128,
         memory_fuser_embed_dim=128,
         **{"memory_fuser_num_layers": 1, "memory_fuser_intermediate_dim": 512, **settings},
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -20,31 +20,22 @@ def sam3_config(num_layers: int = 2, image_size: int = 112, window_size: int = 4
     vision = {
         "model_type": "sam3_vision_model",
         "backbone_config": {
-            "model_type": "sam3_vit_model",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": 2,
-            "image_size": image_size,
-            "window_size": window_size,
-            "global_attn_indexes": [*range(7, num_layers, 8)] or [num_layers - 1],
+            "model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": num_layers, "num_attention_heads": 2, "image_size": image_size,
+            "window_size": window_size, "global_attn_indexes": [*range(7, num_layers, 8)] or [num_layers - 1],
             "pretrain_image_size": 14 * window_size,
         },
         "fpn_hidden_size": 128,
         "backbone_feature_sizes": [[ratio * side] * 2 for ratio in (4, 2, 1)],
-    }
+    }  # fmt: skip
     return Sam3TrackerVideoConfig(
-        image_size=image_size,
-        vision_config=vision,
+        image_size=image_size, vision_config=vision,
         prompt_encoder_config={"hidden_size": 128, "image_size": image_size},
         mask_decoder_config={"hidden_size": 128, "mlp_dim": 64, "iou_head_hidden_dim": 64},
-        memory_attention_hidden_size=128,
-        memory_attention_feed_forward_hidden_size=64,
-        memory_encoder_hidden_size=128,
-        mask_downsampler_embed_dim=128,
-        memory_fuser_embed_dim=128,
+        memory_attention_hidden_size=128, memory_attention_feed_forward_hidden_size=64,
+        memory_encoder_hidden_size=128, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
         **{"memory_attention_num_layers": 2, "memory_fuser_intermediate_dim": 64, **settings},
-    )
+    )  # fmt: skip
 
 
 def sam3_models(config: Sam3TrackerVideoConfig, with_experts: bool = False) -> tuple[SamoeModel, Sam3TrackerVideoModel]:

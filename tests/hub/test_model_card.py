@@ -29,15 +29,10 @@ def full_card(model) -> ModelCard:
     figures = (("MOSE", 0.71), ("OCID", 0.83))
     content = CardContent(
         eval_results=[EvalResult("mask-generation", n, n, "J&F", value, metric_name="J&F") for n, value in figures],
-        usage_picture="pictures/usage.PNG",
-        training={"learning_rate": 1e-4, "steps": 100},
-        domains=["street scenes", "tables"],
-        datasets=["tester/mose"],
-        license="apache-2.0",
-        language="en",
-        tags=["ct"],
-        limits=["Measured on two data sets only."],
-    )
+        usage_picture="pictures/usage.PNG", training={"learning_rate": 1e-4, "steps": 100},
+        domains=["street scenes", "tables"], datasets=["tester/mose"], license="apache-2.0", language="en",
+        tags=["ct"], limits=["Measured on two data sets only."],
+    )  # fmt: skip
     return build_model_card(model, "tester/model", content, experts_only=True)
 
 
@@ -52,18 +47,12 @@ def test_what_is_known_is_told(model, monkeypatch):
     assert [(r["dataset"]["name"], r["metrics"][0]["value"]) for r in results] == [("MOSE", 0.71), ("OCID", 0.83)]
     text = card.text
     for part in (
-        f"at commit `{COMMIT}`",
-        'SamoeModel.from_pretrained("tester/model")',
-        "| experts | 4 of rank 4, alpha 2.0 |",
-        "| parameters of experts and routers | 68,672 |",
-        "tensors, such as `mask_decoder.",
-        "- street scenes\n- tables\n- tester/mose\n",
-        "| learning_rate | 0.0001 |\n| steps | 100 |",
-        "| OCID | J&F | 0.83 |",
-        "(expert_usage.png)",
-        "- Measured on two data sets only.",
+        f"at commit `{COMMIT}`", 'SamoeModel.from_pretrained("tester/model")', "| experts | 4 of rank 4, alpha 2.0 |",
+        "| parameters of experts and routers | 68,672 |", "tensors, such as `mask_decoder.",
+        "- street scenes\n- tables\n- tester/mose\n", "| learning_rate | 0.0001 |\n| steps | 100 |",
+        "| OCID | J&F | 0.83 |", "(expert_usage.png)", "- Measured on two data sets only.",
         "## Licence\n\napache-2.0",
-    ):
+    ):  # fmt: skip
         assert part in text, part
     assert not any(part in text for part in ("trust_remote_code", "Not stated", "{{", "\n\n\n"))
     assert card_errors(str(card)) == []

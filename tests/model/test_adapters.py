@@ -202,21 +202,15 @@ def with_random_adapter(model, config):
 
 ON_EXPERTS = {"target_modules": ["q_proj"]}
 KEEPING = {
-    "lora": LoraConfig(**ON_EXPERTS),
-    "rslora": LoraConfig(**ON_EXPERTS, use_rslora=True),
-    "loha": LoHaConfig(**ON_EXPERTS),
-    "lokr": LoKrConfig(**ON_EXPERTS),
-    "vera": VeraConfig(**ON_EXPERTS),
-}
+    "lora": LoraConfig(**ON_EXPERTS), "rslora": LoraConfig(**ON_EXPERTS, use_rslora=True),
+    "loha": LoHaConfig(**ON_EXPERTS), "lokr": LoKrConfig(**ON_EXPERTS), "vera": VeraConfig(**ON_EXPERTS),
+}  # fmt: skip
 DROPPING = {
-    "dora": LoraConfig(**ON_EXPERTS, use_dora=True),
-    "hra": HRAConfig(**ON_EXPERTS),
-    "shira": ShiraConfig(**ON_EXPERTS),
-    "ia3": IA3Config(**ON_EXPERTS, feedforward_modules=[]),
-    "boft": BOFTConfig(**ON_EXPERTS, boft_block_size=4),
-    "oft": OFTConfig(**ON_EXPERTS, oft_block_size=4),
+    "dora": LoraConfig(**ON_EXPERTS, use_dora=True), "hra": HRAConfig(**ON_EXPERTS),
+    "shira": ShiraConfig(**ON_EXPERTS), "ia3": IA3Config(**ON_EXPERTS, feedforward_modules=[]),
+    "boft": BOFTConfig(**ON_EXPERTS, boft_block_size=4), "oft": OFTConfig(**ON_EXPERTS, oft_block_size=4),
     "road": RoadConfig(**ON_EXPERTS),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KEEPING)

@@ -18,20 +18,11 @@ class Sam2:
         self.predictor, self.frames = predictor, frames
         size = frames.shape[-1]
         self.state = {
-            "images": frames,
-            "num_frames": len(frames),
-            "offload_video_to_cpu": False,
-            "offload_state_to_cpu": False,
-            "video_height": size,
-            "video_width": size,
-            "device": frames.device,
-            "storage_device": frames.device,
-            "cached_features": dict(features),
-            "constants": {},
-            "obj_id_to_idx": {},
-            "obj_idx_to_id": {},
+            "images": frames, "num_frames": len(frames), "offload_video_to_cpu": False, "offload_state_to_cpu": False,
+            "video_height": size, "video_width": size, "device": frames.device, "storage_device": frames.device,
+            "cached_features": dict(features), "constants": {}, "obj_id_to_idx": {}, "obj_idx_to_id": {},
             "obj_ids": [],
-        }
+        }  # fmt: skip
         for name in ("point_inputs", "mask_inputs", "output_dict", "temp_output_dict", "frames_tracked"):
             self.state[f"{name}_per_obj"] = {}
 

@@ -65,14 +65,8 @@ def test_numbers_may_be_written_as_text(run):
 
 def test_options_that_are_there_pass(run):
     options = [
-        "--learning-rate",
-        "1e-3",
-        "--seed=3",
-        "--no_save_only_trained",
-        "--dice_weight",
-        "2.5",
-        "--max_objects=1",
-    ]
+        "--learning-rate", "1e-3", "--seed=3", "--no_save_only_trained", "--dice_weight", "2.5", "--max_objects=1",
+    ]  # fmt: skip
     lines = ("learning_rate: 1.0", "max_objects: 2", "trainable: experts")
     _, data, _, loss, arguments = parse_run([run(*lines), *options])
     assert (arguments.learning_rate, arguments.seed, arguments.save_only_trained) == (1e-3, 3, False)

@@ -67,12 +67,9 @@ def image_lists():
 
 
 FORMS = {
-    "floats": FloatsAndMasks,
-    "ids": ArraysAndIds,
-    "images": image_lists,
-    "stream": Stream,
+    "floats": FloatsAndMasks, "ids": ArraysAndIds, "images": image_lists, "stream": Stream,
     "image stream": lambda: image_lists().to_iterable_dataset(),
-}
+}  # fmt: skip
 
 
 def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, seed=42):
