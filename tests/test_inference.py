@@ -61,11 +61,6 @@ def test_points_and_boxes_may_be_arrays(nano):
     assert all(torch.equal(a, b) for a, b in zip(lists, arrays, strict=True))
 
 
-def test_a_video_without_frames_is_refused(nano):
-    with pytest.raises(ValueError, match="`frames` is empty"):
-        next(track_video(nano.model, build_processor(nano.model.config), [], [VideoPrompt(1, box=(1, 2, 3, 4))]))
-
-
 def test_maps_of_ids_are_no_larger_than_they_need_to_be():
     logits = torch.tensor([[[-1.0, 2.0, 3.0]], [[-2.0, 1.0, 4.0]]])
     for ids, kind in (([3, 7], np.uint8), ([3, 255], np.uint8), ([300, 7], np.uint16), ([7, 70_000], np.uint32)):

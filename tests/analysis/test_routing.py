@@ -57,15 +57,6 @@ def test_objects_in_several_batches_are_told_apart(nano, entering):
     assert (together[QUERY, 3, 9] - together[QUERY, 3, 5]).abs().max() > 0.2
 
 
-def test_frames_that_are_encoded_ahead_are_told_apart(everywhere, entering):
-    module = next(name for name in everywhere.expert_module_names if name.endswith("blocks.0.mlp.proj_in"))
-    prompts = {(0, 1): {"input_masks": entering.masks(0, [2])[0]}}
-    calls = observed(everywhere, entering, prompts, max_vision_features_cache_size=5)
-    experts = routing_maps(everywhere, entering, module=module).experts[:, 0]
-    for t, expected in enumerate(experts):
-        assert (calls[module, t, None].argmax(dim=-1).view(32, 32).numpy() == expected).mean() > 0.99
-
-
 def test_clips_are_observed_by_clip_frame_and_object(nano):
     frames, seen = nano.load("train_step"), set()
     labels = frames["masks"].bool().transpose(0, 1)[None, :, :3]

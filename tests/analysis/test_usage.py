@@ -89,16 +89,6 @@ def test_mutual_information_of_domain_and_expert(usage, information):
     assert mutual_information(np.array(usage, dtype=float)) == pytest.approx(information, abs=1e-12)
 
 
-def test_domains_have_equal_weight_whatever_their_size():
-    usage = usage_of({"large": one_hot([0] * 99), "small": one_hot([1])})
-    assert usage.statistics().loc["layer"].domain_information == pytest.approx(1.0)
-    assert usage.statistics("small").loc["layer"].domain_information == 0.0
-    # Everything else is over all tokens.
-    np.testing.assert_allclose(usage.to_pandas("module").mean_gate, [0.99, 0.01, 0, 0], atol=1e-7)
-    for share, dead in ((0.001, [2, 3]), (0.05, [1, 2, 3]), (0.0, [2, 3])):
-        assert usage.statistics(dead_share=share).loc["layer"].dead_experts == dead
-
-
 def test_statistics_of_even_and_of_gathered_routing():
     even = usage_of({"d": one_hot([0, 1, 2, 3])}).statistics().loc["layer"]
     assert even.usage_entropy == pytest.approx(1) and even.router_entropy == pytest.approx(0, abs=1e-6)
@@ -177,20 +167,6 @@ def test_tokens_are_told_by_object(nano, entering):
     # 64 positions on each frame after the prompted one.
     tokens = {source.object_id: sums.tokens for source, sums in together.sums[QUERY].items()}
     assert tokens == {2: 4 * 64, 5: 2 * 64, 9: 3 * 64}
-
-
-@pytest.mark.parametrize(
-    "videos, message",
-    [
-        ([{"pixel_values": 0}], "must hold samoe_hf.data.Video, got a dict"),
-        ([], "No router ran"),
-        (SyntheticVideos(2, 1, (64, 64)), "No router ran"),
-    ],
-)
-def test_other_videos_are_refused_and_leave_the_model_as_it_was(nano, videos, message):
-    with pytest.raises(ValueError, match=message):
-        expert_usage(nano.model, videos, show_progress_bar=False)
-    assert not nano.model.get_submodule(QUERY).router_logits._forward_hooks
 
 
 def test_experts_in_other_layers(everywhere, entering):

@@ -74,13 +74,6 @@ def test_the_package_itself_is_a_command(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("samoe_hf ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["--fly"]])
-def test_other_commands_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2 and "COMMAND" in capsys.readouterr().err
-
-
 @pytest.fixture
 def command(monkeypatch):
     """Makes a function what every command does."""

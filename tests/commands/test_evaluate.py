@@ -16,7 +16,6 @@ from helpers.processes import LAUNCH
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.cli import main
-from samoe_hf.commands.evaluate import label_sources
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png
 from samoe_hf.evaluation.report import eval_results
 from samoe_hf.model.processing_samoe import build_processor
@@ -205,8 +204,3 @@ def test_mistakes_are_told_in_a_line(run, davis, tmp_path, arguments, message):
     given = [] if "--predictions" in arguments else ["nowhere"]
     assert message in run(*given, *davis, "--output", tmp_path / "out", *arguments, fails=True)
     assert not (tmp_path / "out").exists()
-
-
-def test_labels_of_models_differ_whatever_they_are_called():
-    assert label_sources(["x/a_2", "a", "y/a", "A", "z/a"]) == ["a_2", "a", "a_3", "A_4", "a_5"]
-    assert label_sources(["org/model.pt", "??"]) == ["model", "__"]

@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
-from samoe_hf.inference import TrackedFrame
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +127,6 @@ def test_outputs_are_checked_before_anything_is_loaded(file, tmp_path):
     assert not (tmp_path / "o_masks").exists()
 
 
-def test_frames_of_one_name_are_refused(tmp_path):
-    for name in ("0.png", "0.jpg"):
-        Image.new("RGB", (128, 96)).save(tmp_path / name)
-    assert "two frames are called 0" in refused("m", tmp_path, "--point", "4,5", "--output", tmp_path / "o.mp4")
-
-
 def test_a_frame_that_cannot_be_read_leaves_nothing_behind(model_folder, video, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()
@@ -143,19 +135,6 @@ def test_a_frame_that_cannot_be_read_leaves_nothing_behind(model_folder, video, 
     (frames / "3.png").write_bytes(b"no picture")
     assert "3.png" in refused(model_folder, frames, "--point", "40,30", "--output", tmp_path / "o.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["frames"]
-
-
-def test_masks_are_written_as_frames_come(monkeypatch, model_folder, file, tmp_path):
-    """Nothing is kept of a frame that was tracked, so that memory does not grow with the video."""
-
-    def tracked(model, processor, frames, prompts, **options):
-        for t in range(len(frames)):
-            yield TrackedFrame(t, [1], torch.ones(1, 96, 128))
-            assert len(list(tmp_path.rglob(f"{t:05d}.png"))) == 1
-
-    monkeypatch.setattr("samoe_hf.inference.track_video", tracked)
-    track(model_folder, file, "--point", "40,30", "--output", tmp_path / "o.mp4")
-    assert len(list((tmp_path / "o_masks").iterdir())) == 5
 
 
 def test_an_earlier_run_is_replaced_whole_if_asked_to(monkeypatch, model_folder, file, tmp_path):

@@ -7,7 +7,6 @@ from helpers.loras import ATTENTION, DOMAINS, save_base_and_loras
 from samoe_hf import SamoeModel
 from samoe_hf.cli import main
 from samoe_hf.commands.assemble import match_domains
-from samoe_hf.continual.assemble import assemble
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.model.processing_samoe import build_processor
@@ -40,11 +39,6 @@ def test_each_lora_becomes_a_domain(folder, tmp_path, capsys):
     assert (masks != expected).mean() < 1e-3
     plain, _ = segment_video(SamoeModel.from_pretrained(folder / "base"), processor, video)
     assert (segment_video(model, processor, video, domain="stripes")[0] == plain).all()
-
-
-def test_a_domain_without_videos_is_refused(folder):
-    with pytest.raises(ValueError, match="`videos` has none of the domain 'night'; there are 'shapes'"):
-        assemble(folder / "base", {"night": folder / "shapes"}, {"shapes": []}, show_progress_bar=False)
 
 
 def test_datasets_are_given_once_or_for_each_lora(tmp_path):

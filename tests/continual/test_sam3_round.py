@@ -1,7 +1,5 @@
 """With SAM 3's tracker as base: learned from, saved in part, evaluated, given domains, and exchanged with PEFT."""
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -83,14 +81,6 @@ def test_training_saves_experts_alone_which_load_onto_the_base(base, trained):
     assert not torch.equal(track(model), track(SamoeModel.from_pretrained(base)))
 
 
-def test_a_trained_model_is_evaluated(trained, tmp_path, capsys):
-    data = "[{kind: synthetic, domain: blobs, num_videos: 2, num_frames: 3, seed: 2}]"
-    (tmp_path / "data.yaml").write_text(f"eval_data: {data}")
-    main(["evaluate", str(trained), "--dataset", str(tmp_path / "data.yaml"), "--output", str(tmp_path / "out")])
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results and "J&F" in capsys.readouterr().out
-
-
 def test_domains_are_added_and_nothing_is_forgotten(base, tmp_path):
     modules = ["memory_attention.*[qv]_proj", "vision_encoder.*[qv]_proj"]
     first = adapt(base, "soft", [run_file(tmp_path, expert_modules=modules)], tmp_path / "first")
@@ -123,9 +113,3 @@ def test_an_expert_is_exchanged_with_peft_on_transformers_model(base, trained, t
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     again = SamoeModel.from_pretrained(base, num_experts=2, lora_rank=2, expert_modules=model.config.expert_modules)
     assert add_expert(again, tmp_path / "lora") == 2
-
-
-def test_it_is_not_written_as_an_original_of_sam2(trained, tmp_path):
-    with pytest.raises(SystemExit, match="error: The model's base is SAM 3's tracker"):
-        main(["convert", str(trained), "--to", "original", "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()

@@ -16,7 +16,6 @@ from samoe_hf.evaluation.evaluate import (
     evaluate_masks,
     evaluate_video,
     evaluate_videos,
-    results_by_key,
     score_predictions,
     segment_video,
 )
@@ -69,15 +68,6 @@ def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
 
     results = evaluate_videos(nano.model, processor, [video], show_progress_bar=False)
     assert_same_scores(results[f"shapes/{video.video_id}"].scores, alone)
-
-
-def test_equal_ids_in_two_domains_are_two_videos(nano, processor):
-    a, b = (replace(random_video(seed, num_frames=4, domain=name), video_id="v") for seed, name in ((1, "a"), (2, "b")))
-    results = evaluate_videos(nano.model, processor, [a, b], show_progress_bar=False)
-    assert list(results) == ["a/v", "b/v"]
-    assert_same_scores(results["b/v"].scores, evaluate_video(nano.model, processor, b).scores)
-    with pytest.raises(ValueError, match="Two videos are called a/v; give their datasets different domains"):
-        results_by_key([results["a/v"], results["a/v"]])
 
 
 def test_videos_of_one_frame_or_without_objects_are_scored_and_others_refused(nano, processor):

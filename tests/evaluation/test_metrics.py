@@ -297,13 +297,3 @@ def test_surface_dice_agrees_with_all_distances(tolerance):
     assert metrics.surface_dice(*masks, spacing, tolerance) == pytest.approx([expected])
     ids = prediction * np.uint8(6), target * np.uint8(6)
     assert metrics.surface_dice(*ids, spacing, tolerance) == pytest.approx([expected])
-
-
-def test_volumes_without_masks():
-    empty, one = np.zeros((2, 3, 8, 8), dtype=np.uint8)
-    one[1, 3, 3] = 1
-    for prediction, target, expected in ((empty, empty, 1), (one, empty, 0), (empty, one, 0), (one, one, 1)):
-        assert metrics.surface_dice(prediction, target, (1, 1, 1), 3, object_ids=[1]) == [expected]
-        assert metrics.score_video(prediction, target, object_ids=[1]).volume_dice == [expected]
-    prediction, target = squares(HERE, None, FAR), squares(HERE, HERE, (14, 23))
-    assert metrics.score_video(prediction, target).volume_dice == pytest.approx([2 * (36 + 18) / (72 + 108)])

@@ -15,7 +15,6 @@ from samoe_hf.evaluation.report import (
     comparison_table,
     eval_results,
     format_number,
-    format_table,
     summary_table,
     write_evaluation_report,
 )
@@ -104,25 +103,6 @@ def test_several_models_and_seeds_are_told_apart(tmp_path, without_plots):
     assert compared["difference"] == "-0.050" and compared["95 % interval"] == "-0.050 … -0.050"
     assert "bootstrap over the 2 videos" in text
     assert "## Videos of model_1" in text and "## Best and worst objects of model_0" in text
-
-
-def test_what_has_no_figure_is_reported(tmp_path, without_plots):
-    results = make_results()
-    results["models"][0]["summary"] |= {
-        "groups": {"seen": {"J&F_mean": 0.5, "J_mean": 0.4, "F_mean": 0.6}},
-        "overall": 0.5,
-        "num_objects": 2,
-    }
-    text = write_evaluation_report(results, tmp_path).read_text()
-    assert cells(text, "Seen and unseen categories", "model_0: seen")["F"] == "0.600"
-    assert "1 of 3 objects have no frame that counts" in text
-    figures = combine_runs({None: [make_result([[0.9]], "one")]}, "davis")
-    results["models"] = [json.loads(to_json({"label": "m", "source": "m", **figures, "highlights": []}))]
-    results["prompt"] = None
-    text = write_evaluation_report(results, tmp_path).read_text()
-    assert "No object has a frame that counts." in text and "nan" not in text.lower().replace("masks m", "")
-    table = format_table(["", "J"], [["dog", format_number(-0.0001)], ["a long name", format_number(None)]])
-    assert table.splitlines() == ["                 J", "dog          0.000", "a long name      –"]
 
 
 def test_results_go_into_a_model_card():

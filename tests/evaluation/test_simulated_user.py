@@ -194,17 +194,6 @@ def test_offline_the_user_corrects_the_worst_frame_of_each_pass():
     assert not frames[1].masks[1].any()  # object 7 stays unknown before its first frame in every pass
 
 
-def test_objects_that_need_no_more_clicks_are_left_alone():
-    """Another call on the frame would track it anew, without the click."""
-    video, clicks = squares(4), {3: 2, 7: 1}
-    user, frames = track(
-        video, "clicks:3@2", lambda t, i, given: video.masks(t, [i])[0] & (t != 3 or len(given) >= clicks[i])
-    )
-    assert frames[3].masks.any(axis=(1, 2)).all()
-    assert [given.object_id for given in user.given if given.frame_idx == 3] == [3, 7, 3]
-    assert user.model.calls.count(3) == 2 + 2 + 1
-
-
 def test_a_pixel_belongs_to_one_object_unless_objects_may_overlap_and_logits_are_numbers():
     video, everything = squares(3), np.ones((32, 48), dtype=bool)
     for overlapping, share in ((False, 1), (True, 2)):

@@ -47,15 +47,6 @@ def test_volumes_have_three_dimensional_scores():
     assert "dice_3d" not in combine_runs({None: [flat]}, "youtube_vos")["summary"]
 
 
-def test_objects_without_a_frame_that_counts_are_told_and_left_out():
-    results = [make_result([[0.9, 0.9]], "one"), make_result([[1, 1], [0.4, 1]], "two", target=[[100, 0], [100, 0]])]
-    figures = combine_runs({None: results}, "youtube_vos")
-    assert figures["summary"]["num_objects"] == 1 and figures["summary"]["J_mean"] == pytest.approx(0.4)
-    assert [row["num_frames"] for row in figures["objects"]] == [0, 0, 1, 0]
-    assert math.isnan(figures["videos"][0]["J_mean"])
-    assert figures["objects"][3]["first_frame"] is None and figures["objects"][3]["relative_area"] == 0
-
-
 def test_curves_run_from_each_objects_first_frame_and_sizes_are_shares_of_the_image():
     # The second object appears on frame 8 and the first leaves; every fourth frame is annotated.
     j, target = [[1, 1], [0.8, 1], [0.6, 0.9], [1, 0.4]], [[100, 0], [100, 0], [95, 5000], [0, 5]]

@@ -114,4 +114,3 @@ LAYOUTS = {
     "json": lambda r: write_rows(r, ".json"),
     "jsonl": lambda r: write_rows(r, ".jsonl"),
 }
-LOSSY = (".jpg", ".mp4", ".mkv")

@@ -8,16 +8,12 @@ import shutil
 import pytest
 import torch
 from peft import (
-    BOFTConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
-    OFTConfig,
     PeftModel,
-    RoadConfig,
-    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -139,14 +135,6 @@ def test_a_run_trains_both_and_resumes_to_the_bit(model_folder, tmp_path):
     assert_same_tensors(resumed.model, trainer.model)
 
 
-def test_all_linear_layers_but_routers(model, clip):
-    add(model, target_modules="all-linear")
-    names = [name for name in model.state_dict() if ".lora_A." in name]
-    assert len(names) > 30 and not any("router" in name for name in names)
-    model.gradient_checkpointing_enable()
-    model.train()(*clip).loss.backward()
-
-
 def test_what_is_no_adapter_is_refused_and_the_model_works_on(nano, model):
     names = trainable(model)
     for config, name, message in [
@@ -207,9 +195,6 @@ KEEPING = {
 }  # fmt: skip
 DROPPING = {
     "dora": LoraConfig(**ON_EXPERTS, use_dora=True), "hra": HRAConfig(**ON_EXPERTS),
-    "shira": ShiraConfig(**ON_EXPERTS), "ia3": IA3Config(**ON_EXPERTS, feedforward_modules=[]),
-    "boft": BOFTConfig(**ON_EXPERTS, boft_block_size=4), "oft": OFTConfig(**ON_EXPERTS, oft_block_size=4),
-    "road": RoadConfig(**ON_EXPERTS),
 }  # fmt: skip
 
 

@@ -12,13 +12,6 @@ from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, MEMORY_ATTENTION
 NAN, INF = float("nan"), float("inf")
 
 
-def test_defaults_are_the_originals():
-    config = SamoeConfig()
-    assert config.model_type == "samoe"
-    assert (config.num_experts, config.num_experts_per_tok, config.lora_rank) == (10, 2, 4)
-    assert (config.lora_alpha, config.lora_dropout, config.router_aux_loss_coef) == (1.0, 0.1, 0.0)
-
-
 @pytest.mark.parametrize(
     "field, value",
     [

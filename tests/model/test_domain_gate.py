@@ -87,27 +87,11 @@ def test_the_contrast_of_a_picture_tells_its_scale_and_colour():
     assert_close(pooled, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0])
-@pytest.mark.parametrize(("num_videos", "num_frames"), [(1, 1), (1, 5), (4, 5)])
+@pytest.mark.parametrize(("num_videos", "num_frames", "value"), [(1, 1, 0.0), (4, 5, 3.0)])
 def test_constant_features_are_recognized_and_nothing_else(num_videos, num_frames, value):
     frames = torch.full((num_videos * num_frames, FEATURES), value)
     known = gate((frames, torch.arange(num_videos).repeat_interleave(num_frames)), domain(1))
     assert known.decide(torch.cat([frames[:1], frames[:1] + 0.5])).domain.tolist() == [0, NO_DOMAIN]
-
-
-def test_the_nearest_by_likelihood_decides_where_a_wide_domain_includes_a_narrow_one():
-    torch.manual_seed(0)
-    narrow, wide = torch.randn(60, FEATURES), 10 * torch.randn(60, FEATURES)
-    known = gate((wide, range(60)), (narrow, range(60)))
-    assert (known.decide(torch.randn(100, FEATURES)).domain == 1).float().mean() >= 0.97
-    assert (known.decide(10 * torch.randn(100, FEATURES)).domain == 0).float().mean() >= 0.9
-
-
-def test_a_longer_video_weighs_no_more_than_a_short_one():
-    frames, videos = domain(0, num_videos=10, num_frames=2)
-    longer = torch.cat([frames, frames[:2].repeat(20, 1)]), torch.cat([videos, videos[:2].repeat(20)])
-    assert_close(gate(longer).means, gate((frames, videos)).means)
-    assert_close(gate(longer).noises, gate((frames, videos)).noises)
 
 
 def test_an_added_domain_leaves_all_others_as_they_were():
@@ -145,14 +129,7 @@ def test_rows_are_fitted_merged_removed_and_forgotten(tmp_path):
     assert same_buffers(known, DomainGate(FEATURES, "012"))
 
 
-def test_an_empty_gate_knows_no_domain():
-    decision = DomainGate(FEATURES).decide(held_out(0))
-    assert (decision.domain == NO_DOMAIN).all() and decision.distances.shape == (120, 0)
-    assert (decision.confidence == 1).all() and decision.domain.dtype == torch.long
-    assert len(gate(domain(0)).decide(torch.zeros(0, FEATURES)).domain) == 0
-
-
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.double()])
 def test_casts_of_the_model_leave_what_is_known_as_it_is(cast):
     known = gate(domain(0), domain(1))
     model = torch.nn.ModuleDict({"gate": known, "layer": torch.nn.Linear(2, 2)})
@@ -163,12 +140,6 @@ def test_casts_of_the_model_leave_what_is_known_as_it_is(cast):
         empty = DomainGate(FEATURES, "01")
     cast(empty)
     assert empty.to_empty(device="cpu").means.dtype == torch.float32
-
-
-def test_nothing_of_the_frames_is_stored_but_statistics_of_some_kilobytes():
-    known = gate(*(domain(k, 4, num_features=512) for k in range(3)), num_features=512)
-    size = sum(b.numel() * b.element_size() for b in known.buffers())
-    assert size < 112 * 1024  # 36 KiB a domain
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -190,11 +161,9 @@ def test_values_that_are_not_finite_are_refused(value):
         (lambda g: g.fit(0, torch.zeros(3, FEATURES), [0, 1]), "each of the 3 frames.* not 2"),
         (lambda g: g.fit(0, torch.zeros(0, FEATURES), []), "at least one"),
         (lambda g: g.merge(DomainGate(7)), "7 features, and this one 24"),
-        (lambda g: g.remove(1), "one of 1 domains, not 1"),
         (lambda g: g.fit(3, *domain(0)), "one of 1 domains, not 3"),
         (lambda g: DomainGate(0), "at least 1, not 0"),
         (lambda g: DomainGate((4, 4, 4)), "at most 2 kinds, not 3"),
-        (lambda g: g.merge(DomainGate((20, 4))), "20 [+] 4 features, and this one 24"),
     ],
 )
 def test_wrong_sizes_are_refused(call, message):

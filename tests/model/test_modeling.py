@@ -11,7 +11,7 @@ from helpers.reference import ROOT, assert_same_tensors
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
-from samoe_hf.model.expert_router import load_balancing_loss, record_router_logits
+from samoe_hf.model.expert_router import load_balancing_loss
 from samoe_hf.model.processing_samoe import build_processor
 
 CONFIGS = ROOT / "configs"
@@ -108,21 +108,6 @@ def test_a_model_can_get_experts_in_more_layers(nano, model_folder, small_clip):
     assert new.lora_B.grad.abs().max() > 0 and new.weight.grad is None
 
 
-def test_places_that_do_not_fit_are_named(model_folder, nano):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
-        SamoeModel.from_pretrained("nowhere.pt")
-    with pytest.raises(ValueError, match="`experts` and `original_config`"):
-        SamoeModel.from_pretrained(model_folder, experts=nano.experts)
-
-
-def test_settings_can_be_given_when_experts_are_new(nano):
-    settings = {"num_experts": 3, "num_experts_per_tok": 1, "lora_rank": 2}
-    model = SamoeModel.from_pretrained(nano.checkpoint, original_config=nano.original_config, **settings)
-    module = model.get_submodule(model.expert_module_names[0])
-    assert module.lora_A.shape[:2] == (3, 2) and module.num_experts_per_tok == 1
-    assert module.lora_B.abs().max() == 0 and module.lora_A.abs().max() > 0
-
-
 @pytest.mark.parametrize("prompts", ["box", "mixed"])
 def test_a_clip_gives_losses_and_masks(model, clip, prompts):
     pixel_values, labels, object_mask = clip
@@ -213,26 +198,6 @@ def test_router_loss_is_part_of_the_loss(model, clip):
 def test_shapes_that_do_not_agree_are_refused(nano, clip, change, message):
     with pytest.raises(ValueError, match=message):
         nano.model(*change(*clip))
-
-
-@pytest.mark.slow
-def test_routers_are_recorded_in_a_compiled_model_that_recomputes(nano, clip):
-    """The recomputation must run what ran before: uncompiled, as hooks need it."""
-    gradients = []
-    for compiled in (False, True):
-        model = copy.deepcopy(nano.model).train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if compiled:
-            model.memory_attention.compile(backend="eager")
-            model(*clip)
-        torch.manual_seed(0)
-        with record_router_logits(model) as calls:
-            loss = model(*clip).loss
-        assert set(calls) == set(model.expert_module_names) and all(calls.values())
-        loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 # Outputs, as other models of transformers give them

@@ -4,18 +4,15 @@ import importlib.util
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, Sam2VideoModel, TorchAoConfig
 
-from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.data.registry import read_yaml
+from samoe_hf import SamoeModel
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
 from samoe_hf.model.weights_io import plain_tensors
 from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
-from samoe_hf.training.feature_cache import FeatureCache
 
 
 def bitsandbytes(bits, **options):
@@ -179,32 +176,6 @@ def test_what_cannot_be_quantized_is_told(nano, model_folder, tmp_path):
         SamoeModel.from_pretrained(tmp_path)
 
 
-def test_cached_features_are_of_the_quantized_encoder(quantization, model_folder, clip, tmp_path):
-    full = SamoeModel.from_pretrained(model_folder).eval()
-    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization()).eval()
-    full.clip_settings.feature_cache = model.clip_settings.feature_cache = FeatureCache(tmp_path)
-    with torch.no_grad():
-        expected = model(*clip, prompts="mask").pred_masks
-        assert not torch.equal(full(*clip, prompts="mask").pred_masks, expected)
-        assert torch.equal(model(*clip, prompts="mask").pred_masks, expected)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_adapters_of_peft_learn_over_it(quantization, model_folder, clip, tmp_path):
-    model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization()).train()
-    model.add_adapter(LoraConfig(r=2, target_modules=r"memory_attention.*(q|v)_proj"))
-    with pytest.raises(ValueError, match="is quantized"):
-        model.set_trainable("memory")
-    model.set_trainable("adapters")
-    model(*clip, prompts="mask").loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    assert gradients and all(gradient is not None for gradient in gradients)
-    model.save_pretrained(tmp_path)
-    loaded = SamoeModel.from_pretrained(tmp_path, quantization_config=quantization()).eval()
-    with torch.no_grad():
-        assert torch.equal(*(m.eval()(*clip, prompts="mask").pred_masks for m in (model, loaded)))
-
-
 def test_gradients_are_those_over_the_dequantized_weights(model_folder, clip):
     bnb = pytest.importorskip("bitsandbytes")
     model = SamoeModel.from_pretrained(model_folder, quantization_config=bitsandbytes(4)).eval()
@@ -218,16 +189,3 @@ def test_gradients_are_those_over_the_dequantized_weights(model_folder, clip):
         if parameter.requires_grad:
             own = model.get_parameter(name).grad
             assert (own - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
-
-
-def test_sam3s_tracker_is_quantized_too(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    SamoeModel(SamoeConfig(**read_yaml("model_sam3_nano"))).save_pretrained(tmp_path)
-    model = SamoeModel.from_pretrained(tmp_path, quantization_config=bitsandbytes(4)).train()
-    size = model.config.image_size
-    labels = torch.zeros(1, 1, 2, size, size, dtype=torch.bool)
-    labels[..., :40, :40] = True
-    model(torch.randn(1, 2, 3, size, size), labels, prompts="mask").loss.backward()
-    assert any(name.startswith("vision_encoder") for name in model.origin.quantized)
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

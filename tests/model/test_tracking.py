@@ -77,21 +77,6 @@ def test_reverse_propagation_mirrors_forward_propagation(nano, processor, video)
     torch.testing.assert_close(masks(backward), masks(forward), atol=1e-4, rtol=0)
 
 
-def test_streaming_equals_tracking_a_known_video(nano, processor):
-    video = np.random.default_rng(1).integers(0, 255, (17, 90, 160, 3), dtype=np.uint8)
-    known = masks(nano.model.propagate_in_video_iterator(start(processor, video, (1, 0, BOX))))
-    session = processor.init_video_session()
-    streamed = []
-    for t, frame in enumerate(video):
-        inputs = processor(images=frame, return_tensors="pt")
-        if t == 0:
-            size = tuple(inputs.original_sizes[0])
-            processor.add_inputs_to_inference_session(session, 0, 1, original_size=size, **BOX)
-        streamed.append(nano.model(session, frame=inputs.pixel_values[0]))
-    # The video's and the image's preprocessing round differently.
-    assert (masks(streamed) - known).abs().mean() < 2e-2
-
-
 CORRECTION = {"input_points": [[[[120, 70]]]], "input_labels": [[[1]]]}
 
 
@@ -190,14 +175,6 @@ def test_what_cannot_be_tracked_is_refused(nano, processor, video):
         nano.model.remove_object(unprompted, 99, strict=True)
     with pytest.raises(ValueError, match=r"`frame_idx`.*6 frames.*got 9"):
         propagate(nano.model, start(processor, video, (1, 0, POINT_1)), 9)
-
-
-def test_a_session_leaves_no_gradients_and_keeps_memories_in_bfloat16(nano, processor, video):
-    session = start(processor, video, (1, 0, POINT_1))
-    output = nano.model(session, frame_idx=0)
-    assert not output.pred_masks.requires_grad
-    nano.model(session, frame_idx=1)
-    assert session.output_dict_per_obj[0]["state"].bank[0].features.dtype == torch.bfloat16
 
 
 def test_holes_are_filled_up_to_the_area_also_in_what_is_put_out(nano, processor, video):

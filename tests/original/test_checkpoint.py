@@ -1,8 +1,6 @@
 """The original's files: what is read from them, what is written, and what is refused."""
 
-import inspect
 import math
-import pydoc
 import sys
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from helpers.reference import reference_folder
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.original import config as settings
 from samoe_hf.original.checkpoint import load_original, save_original
 from samoe_hf.original.config import build_config, read_settings
 from samoe_hf.original.names import state_dict_from_original, state_dict_to_original
@@ -210,19 +207,6 @@ def test_written_files_hold_what_was_read(nano, tmp_path, base, experts, full):
         assert {"_target_", "num_experts", "lora_rank", "top_k", "lora_alpha", "lora_dropout"} < section.keys()
 
 
-def test_settings_other_than_the_references_survive_the_yaml(nano, tmp_path):
-    config = config_from_yaml(CONFIG)
-    config.fill_hole_area = 8
-    config.max_cond_frame_num = 4
-    config.mask_decoder_config.dynamic_multimask_stability_thresh = 0.9
-    config.rope_parameters["rope_theta"] = 100.0
-    files = save_original(config, nano.model.state_dict(), tmp_path)
-    assert config_from_yaml(files["config"]).to_dict() == config.to_dict()
-    # Rotary sizes follow the image's, as in the original.
-    resized = config_from_yaml(nano_yaml(tmp_path / "resized.yaml", image_size=256))
-    assert resized.memory_attention_rope_feat_sizes == [16, 16]
-
-
 def test_experts_are_written_where_the_original_can_have_them(nano, save, experts, tmp_path):
     some = {name: tensor for name, tensor in experts.items() if name.split(".")[3] == "cross_attn_image"}
     config, tensors = load_original(CHECKPOINT, save(some), CONFIG)
@@ -284,43 +268,6 @@ def test_sam2_builds_what_the_written_yaml_describes(nano, tmp_path):
         for name in ("num_experts", "lora_rank", "top_k", "lora_alpha", "lora_dropout"):
             del section[name]
     instantiate(document).load_state_dict(read(files["base"])["model"])
-
-
-def sections(section: settings.Section):
-    yield section
-    for field in section.fields.values():
-        if isinstance(field, settings.Section):
-            yield from sections(field)
-
-
-def test_every_argument_of_metas_classes_is_known_with_its_default():
-    pytest.importorskip("sam2", reason="needs the `bench` extra")
-    # build_sam2_video_predictor sets the first; an activation is a class, which no YAML of Meta names.
-    set_elsewhere, never_set = {"binarize_mask_from_pts_for_mem_enc"}, {"activation", "kwargs"}
-    for section in sections(settings.ORIGINAL):
-        for target, own_fields in section.targets.items():
-            if (original := pydoc.locate(target)) is None:
-                assert target.endswith("MoERoPEAttention")
-                continue
-            parameters = dict(inspect.signature(original).parameters)
-            if target.endswith("RoPEAttention"):
-                parameters |= inspect.signature(original.__mro__[1]).parameters
-                parameters.pop("args")
-            fields = section.fields | own_fields
-            base_fields = section.fields.keys() if "kwargs" in parameters and own_fields else set()
-            assert parameters.keys() - never_set - base_fields == fields.keys() - base_fields - {"activation"}
-            for name, parameter in parameters.items():
-                if name in fields.keys() - set_elsewhere and hasattr(fields[name], "default"):
-                    check_default(parameter.default, fields[name].default, f"{target}: {name}")
-
-
-def check_default(theirs, ours, what: str) -> None:
-    if what.endswith("fpn_top_down_levels"):
-        assert (theirs, ours) == (None, [0, 1, 2, 3])
-    elif theirs is inspect.Parameter.empty:
-        assert ours is settings.REQUIRED, what
-    else:
-        assert ours == (list(theirs) if isinstance(theirs, tuple) else theirs), what
 
 
 def without(tensors: dict, beginning: str) -> dict:

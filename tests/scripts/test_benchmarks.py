@@ -11,7 +11,7 @@ import memory
 import tracking
 import training
 from experts import dense_forward
-from measure import Measurement, measure, peak_bytes, to_markdown, without_dropout
+from measure import Measurement, to_markdown, without_dropout
 from memory import tracking_memory
 from meta_order import TransformersClip, benchmark_order
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
@@ -29,23 +29,6 @@ def test_the_dense_form_computes_the_same():
     torch.nn.init.normal_(layer.lora_B)
     tokens = torch.randn(2, 7, 16)
     torch.testing.assert_close(dense_forward(layer, tokens), layer(tokens), rtol=1e-4, atol=1e-5)
-
-
-def test_contenders_take_turns_after_one_run_each():
-    calls = []
-    measurements = measure("case", {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
-    assert "".join(calls) == "abababab"
-    assert [(m.contender, len(m.seconds)) for m in measurements] == [("a", 3), ("b", 3)]
-
-
-def test_peak_memory_is_that_of_tensors_held_at_once():
-    def run():
-        for _ in range(3):
-            first = torch.ones(1 << 18)  # 1 MB
-            second = first + 1
-            del first, second
-
-    assert 2 << 20 <= peak_bytes(run, CPU) < 3 << 20
 
 
 def test_tables_give_ratios_to_the_reference():
@@ -76,15 +59,6 @@ def test_peers_have_the_same_weights_and_give_the_same_masks(nano):
     assert all(torch.equal(p, experts[n]) for n, p in nano.model.named_parameters() if n in experts)
     pytest.importorskip("sam2", reason="needs the `bench` extra")
     check_equal({"transformers": expected, "sam2": track(Sam2Tracker(sam2_of(nano.model)), frames, points)})
-
-
-def test_sam2_chooses_masks_as_its_own_predictor_does(nano):
-    """`build_sam2_video_predictor` adds these settings to every YAML."""
-    pytest.importorskip("sam2", reason="needs the `bench` extra")
-    decoder = sam2_of(nano.model).sam_mask_decoder
-    assert decoder.dynamic_multimask_via_stability
-    assert decoder.dynamic_multimask_stability_delta == 0.05
-    assert decoder.dynamic_multimask_stability_thresh == 0.98
 
 
 def test_contenders_that_differ_are_not_timed():

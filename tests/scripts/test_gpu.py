@@ -42,13 +42,6 @@ def test_what_was_measured_is_not_measured_again(tasks, tmp_path):
         run_tasks(listed, "another GPU", tmp_path, deadline)
 
 
-def test_a_task_is_not_begun_without_time(tasks, tmp_path):
-    listed, ran, _ = tasks
-    run = run_tasks(listed, "a GPU", tmp_path, time.monotonic() + 5)
-    assert ran == [] and run.missing == ["one", "two", "three"] and not (tmp_path / "parts").exists()
-    assert "- one: no time was left" in write_gpu_report(run, tmp_path).read_text()
-
-
 def test_the_report_has_tables_and_a_picture(tmp_path):
     results = {f"track tiny {name}": TRACKED for name in ("samoe_hf 1", "samoe_hf 16", "sam2 compiled 1")}
     results["train large with checkpointing"] = {"seconds": [0.5], "peak_bytes": 6 * 10**9, "reserved_bytes": 7 * 10**9}

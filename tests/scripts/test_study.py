@@ -10,11 +10,11 @@ import yaml
 import run_study
 from helpers.reference import ROOT
 from samoe_hf.continual.start import reduced
-from samoe_hf.data import SyntheticVideos, Video
+from samoe_hf.data import Video
 from study import Study
 from study_methods import LABELS, SEQUENTIAL
-from study_plan import StudyVideos, cropped, halves, read_plan
-from study_report import compare_with_ours, report_text, summarize_methods, write_report
+from study_plan import cropped, halves, read_plan
+from study_report import compare_with_ours, summarize_methods, write_report
 
 CONFIG = ROOT / "scripts" / "study" / "study_forgetting.yaml"
 
@@ -31,27 +31,6 @@ def tiny_config(folder, **changes):
 
 
 # --- The plan
-
-
-def test_domains_without_a_folder_are_left_out(tmp_path):
-    plan = read_plan(CONFIG)
-    assert [domain.name for domain in plan.domains] == ["stripes", "blobs", "echoes"]
-    assert plan.orders == [["blobs", "stripes", "echoes"], ["echoes", "stripes", "blobs"]]
-    plan = read_plan(CONFIG, {"ct": str(tmp_path)})
-    assert plan.domain("ct").train_data[0]["root"] == str(tmp_path) and plan.num_domains == 4
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"orders": [["blobs", "night"]]}, "`orders` has 'night', which is none of `domains`"),
-        ({"lora_rank": 5}, "`lora_rank` must be a multiple of `experts_per_domain`"),
-        ({"learning_rte": 1.0}, "no option 'learning_rte'; did you mean 'learning_rate'"),
-    ],
-)
-def test_a_wrong_plan_is_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        read_plan(tiny_config(tmp_path, **changes), quick=True)
 
 
 # --- Videos
@@ -79,16 +58,6 @@ def test_volumes_are_halved_at_their_largest_mask():
     assert [int(frame[0, 0, 0]) for frame in onward.frames] == [3, 4]
     assert [int(frame[0, 0, 0]) for frame in back.frames] == [3, 2, 1]
     assert [int(back.masks(t).sum()) for t in range(3)] == [81, 36, 9]
-
-
-def test_held_out_videos_are_scored_from_the_first_that_shows_an_object():
-    plan = read_plan(CONFIG, quick=True)
-    videos = StudyVideos(plan, 64)
-    scored, others = videos.scored("blobs", 0), videos.scored("blobs", 1)
-    assert {video.video_id for video in scored}.isdisjoint(video.video_id for video in others)
-    assert len(scored) == plan.eval_videos
-    assert all(len(v) == plan.eval_frames and v.size == (64, 64) and v.visible(0) for v in scored)
-    assert isinstance(StudyVideos(plan, 128).train("blobs"), SyntheticVideos)  # drawn when asked for
 
 
 # --- Figures
@@ -194,13 +163,6 @@ def test_results_with_files_elsewhere_are_refused(tmp_path, plan, name):
     with pytest.raises(ValueError, match=r"evil.json' in `units`, which is no file of a study"):
         Study(plan, tmp_path / "out", show_progress_bar=False)
     assert not [path for path in tmp_path.rglob("*.json") if path.name in ("evil.json", "base.json")]
-
-
-def test_a_folder_of_something_else_is_refused_and_a_report_of_nothing_is_written(tmp_path, plan):
-    results = write_report(plan, tmp_path / "out")
-    assert results["entries"] == [] and "not finished yet" in report_text(results, plan, ["shapes"])
-    with pytest.raises(ValueError, match="is not empty, and not the folder of a study"):
-        Study(plan, tmp_path, show_progress_bar=False)
 
 
 def run(*arguments):

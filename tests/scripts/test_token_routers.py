@@ -67,16 +67,6 @@ def test_discriminants_tell_a_domain_between_two_clusters_of_another():
     assert min(right(4)) > 0.99 and min(right(1)) < 0.7
 
 
-def test_tokens_that_never_vary_give_finite_routers():
-    weight, bias = discriminants([torch.ones(10, 4).double(), torch.ones(10, 4).double()], 3)
-    assert weight.isfinite().all() and bias.isfinite().all()
-
-
-def test_a_base_with_experts_of_its_own_is_refused(folder, model_folder):
-    with pytest.raises(ValueError, match="has experts with an effect"):
-        assemble_with_routers(model_folder, {"shapes": folder / "shapes"}, videos(), show_progress_bar=False)
-
-
 def test_the_program_writes_a_model(folder, tmp_path, capsys):
     sources = [f"{{kind: synthetic, domain: {d}, num_videos: 3, num_frames: 3, image_size: [64, 64]}}" for d in DOMAINS]
     datasets = [text for source in sources for text in ("--dataset", source)]

@@ -9,7 +9,6 @@ from helpers.domains import ENCODER_AND_MEMORY, add_learned_domain, clip_masks, 
 from samoe_hf.continual.fit_gate import decide_videos, fit_gate
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.original.checkpoint import save_original
 from samoe_hf.surgery.domains import add_domain, copy_domain_experts, merge_domains, remove_domain, rename_domain
 from samoe_hf.surgery.experts import (
     freeze_experts,
@@ -158,9 +157,3 @@ def test_a_lora_of_peft_becomes_a_domain_and_back(two_clips, tmp_path):
     torch.testing.assert_close(clip_masks(other, two_clips, "mine"), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="`expert` must be integers from 0 to 0"):
         export_expert(model, 1, tmp_path / "more", domain="one")
-
-
-def test_the_original_has_no_place_for_domains(gated, tmp_path):
-    with pytest.raises(ValueError, match=r"a model with domains \(a, b\) cannot be written"):
-        save_original(gated.config, gated.state_dict(), tmp_path / "original")
-    assert not list(tmp_path.iterdir())

@@ -11,13 +11,11 @@ from helpers.reference import (
     assert_same_tensors,
     attend,
     load_reference,
-    memory_attention_inputs,
-    run_memory_attention,
     track_reference,
 )
 from samoe_hf import SamoeModel
 from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules
-from samoe_hf.model.expert_router import record_router_logits, route_all_to
+from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.expert_sleep import ASLEEP, frozen_experts
 from samoe_hf.surgery.experts import (
     freeze_experts,
@@ -104,20 +102,6 @@ def test_only_training_experts_wakes_those_that_sleep_also_in_loaded_tensors(mod
         assert min(biases()) > ASLEEP / 2
         model.load_state_dict(asleep)
         assert set(biases()) == {ASLEEP}
-
-
-@pytest.mark.parametrize("num_experts_per_tok", [1, 4])
-@torch.no_grad()
-def test_woken_experts_are_chosen(model, num_experts_per_tok):
-    set_top_k(model, num_experts_per_tok)
-    grow_experts(model, 1)
-    model.wake_experts()
-    with record_router_logits(model) as calls:
-        run_memory_attention(model.memory_attention, *memory_attention_inputs(model))
-    shares = [
-        module.gates(calls[name][0].logits)[..., 4].gt(0).float().mean() for name, module in expert_modules(model)
-    ]
-    assert 0.05 < sum(shares) / len(shares) < 0.95
 
 
 def test_woken_experts_depend_on_the_seed_and_on_nothing_else(nano):
@@ -237,6 +221,14 @@ def test_frozen_experts_stay_to_the_bit_and_others_learn(nano, model, clip):
     assert torch.equal(module.lora_B[0], loaded[0]) and not torch.equal(module.lora_B[1], loaded[1])
 
 
+OPERATIONS = {
+    "prune": lambda model: prune_experts(model, keep=[1, 2, 3]),
+    "grow": lambda model: grow_experts(model, 2),
+    "merge": lambda model: merge_experts(model, [0, 1]),
+    "replace": lambda model: replace_experts(model, expert_modules=["qkv"], lora_rank=2),
+}
+
+
 def test_freezing_goes_through_surgery(model):
     freeze_experts(model, [1, 3])
     prune_experts(model, keep=[0, 2, 3])
@@ -251,14 +243,6 @@ def test_freezing_goes_through_surgery(model):
     model.get_submodule(model.expert_module_names[0]).router(torch.ones(128)).sum().backward()
     optimizer.step()
     assert same(all_rows(model, 2), kept)
-
-
-OPERATIONS = {
-    "prune": lambda model: prune_experts(model, keep=[1, 2, 3]),
-    "grow": lambda model: grow_experts(model, 2),
-    "merge": lambda model: merge_experts(model, [0, 1]),
-    "replace": lambda model: replace_experts(model, expert_modules=["qkv"], lora_rank=2),
-}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from samoe_hf.cli import run_command
-from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run
+from samoe_hf.training.arguments import parse_run
 
 
 @pytest.fixture
@@ -74,23 +74,9 @@ def test_options_that_are_there_pass(run):
     assert (loss.dice_weight, data.max_objects) == (2.5, 1)
 
 
-def test_the_best_checkpoint_is_that_of_the_tracking_evaluation(tmp_path):
-    arguments = SamoeTrainingArguments(
-        output_dir=tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=500, save_steps=500
-    )
-    assert (arguments.metric_for_best_model, arguments.greater_is_better) == ("J&F", True)
-
-
 def test_datasets_and_augmentation_are_options_too():
     entry = "{kind: synthetic, domain: blobs, num_videos: 2, num_frames: 3}"
     options = ["--train_data", entry, "--augmentation", "{flip: 0.5}", "--output_dir", "out"]
     _, data, *_ = parse_run(["smoke", *options])
     assert data.train_data == [{"kind": "synthetic", "domain": "blobs", "num_videos": 2, "num_frames": 3}]
     assert data.augmentation == {"flip": 0.5} and len(data.eval_data) == 2
-
-
-def test_a_bad_value_of_an_option_is_not_hidden_behind_a_long_usage(capsys):
-    with pytest.raises(SystemExit):
-        parse_run(["smoke", "--output_dir", "out", "--max_steps", "many"])
-    printed = capsys.readouterr().err
-    assert "argument --max_steps" in printed and "'many'" in printed and printed.count("\n") == 2

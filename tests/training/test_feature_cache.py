@@ -115,11 +115,6 @@ def test_training_with_a_cache_gives_the_same_losses(run_config, tmp_path):
     assert len(plain) == 6 and cached == pytest.approx(plain, rel=1e-4)
 
 
-def test_augmentation_and_a_cache_are_refused_together(run_config, tmp_path):
-    with pytest.raises(ValueError, match="augmented frames never come again"):
-        build_trainer([str(run_config), "--feature_cache", str(tmp_path), "--augmentation", "{}"])
-
-
 def test_adapters_of_the_encoder_are_told_apart(nano, tmp_path):
     model = copy.deepcopy(nano.model)
     pixels = nano.load("tracking")["pixel_values"][:1]

@@ -119,8 +119,3 @@ def test_what_is_chosen_is_trained_with_and_what_was_given_stays(run, tmp_path):
     assert trainer.args.feature_cache == str(tmp_path / "out" / "features") and given.feature_cache is None
     trainer.train()
     assert list((tmp_path / "out" / "features").rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize("line", ["augmentation: {}", "trainable: [all]"])
-def test_no_cache_where_features_change(run, line):
-    assert build_trainer([run(line), "--fit", "4GB"]).args.feature_cache is None

@@ -114,12 +114,6 @@ def test_evaluation_tracks_items_as_it_tracks_their_videos(model_folder, tmp_pat
     assert streamed["eval_J&F"] == trainer.evaluate(image_lists())["eval_J&F"] == streamed["eval_lab_J&F"]
 
 
-def test_datasets_of_clips_stay_as_they_are(model_folder, tmp_path):
-    clips = ClipDataset(VIDEOS, AutoProcessor.from_pretrained(model_folder), num_frames=3)
-    for given in (clips, [clips[0], clips[1]]):
-        assert samoe_trainer(model_folder, tmp_path, given).train_dataset is given
-
-
 @pytest.mark.parametrize(
     "data, message",
     [

@@ -44,18 +44,6 @@ def test_logs_tell_losses_rates_and_routing_by_domain(run_config):
             assert 0 <= entry.get(f"router_entropy/{domain}", 0) <= 1
 
 
-def test_only_the_named_sets_learn_each_at_its_rate(run_config):
-    convolution = r"mask_decoder\.conv_s0\..*"
-    rates = ["--learning_rates", f"{{experts: 1e-3, '{convolution}': 0.0}}", "--max_steps", "1"]
-    trainer = make_trainer(run_config, "--trainable", "experts", convolution, *rates)
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    trainer.train()
-    changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed and all("lora_" in name or ".router." in name for name in changed)
-    rates = {group["set"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
-    assert rates == {"experts": 1e-3, convolution: 0.0} == trainer.learning_rates
-
-
 def test_evaluation_tracks_videos_and_reports_by_domain(run_config):
     """Each domain's figures are those of the domain alone, those of all are over all objects; also of equal ids."""
     trainer = make_trainer(run_config)
@@ -280,16 +268,6 @@ def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_co
     expected, found = (t.model.state_dict() for t in (whole, resumed))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert resolve_checkpoint("last", resumed.args).endswith("checkpoint-4")
-
-
-def test_a_run_is_not_mixed_up_with_another_ones_checkpoints(run_config, tmp_path):
-    make_trainer(run_config, "--max_steps", "1", "--save_steps", "1", "--logging_strategy", "no").train()
-    kept = tmp_path / "out" / "checkpoint-1"
-    with pytest.raises(ValueError, match="holds another run"):
-        make_trainer(run_config, "--max_steps", "1")
-    assert kept.is_dir()
-    make_trainer(run_config, "--max_steps", "1", "--save_strategy", "no", "--overwrite_output_dir", "true").train()
-    assert not kept.exists()
 
 
 @pytest.mark.slow
