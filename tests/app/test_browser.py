@@ -9,10 +9,10 @@ import numpy as np
 import psutil
 import pytest
 
-from helpers.app import maps_of, track_by_hand, write_small_video
+from helpers.app import track_by_hand, write_small_video
 from samoe_hf.app.uploads import Limits
 from samoe_hf.data.images import read_label_png
-from samoe_hf.data.video_io import read_video, write_video
+from samoe_hf.data.video_io import read_video
 from samoe_hf.inference import VideoPrompt
 
 pytest.importorskip("gradio", reason="needs the `app` extra")
@@ -72,23 +72,6 @@ def test_click_undo_box_track_correct_and_take_away_as_the_python_api_does(page,
 
 
 @pytest.mark.slow
-def test_two_people_at_once_get_what_each_would_get_alone(open_page, served, two_domains, tmp_path):
-    pages, videos = [open_page(), open_page()], []
-    for name, page, (x, y) in zip(("left", "right"), pages, ((0.3, 0.5), (0.7, 0.4)), strict=True):
-        videos.append(write_small_video(tmp_path / f"{name}.mp4", seed=len(name)))
-        page.open(videos[-1])
-        page.click(x, y)
-    for page in pages:
-        page.page.click("#track")  # both at once: one waits for the other
-    for page, video in zip(pages, videos, strict=True):
-        page.wait_for_text("progress", "Tracked.")
-        sessions = (person.session for person in served.people)
-        session = next(one for one in sessions if one is not None and one.video.name == video.stem)
-        steps = [*session.prompts.values(), (0, False)]
-        assert (maps_of(session) == track_by_hand(two_domains, read_video(video), steps)).all()
-
-
-@pytest.mark.slow
 def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path):
     page = open_page()
     page.open(write_small_video(tmp_path / "long.mp4", num_frames=300))
@@ -113,18 +96,6 @@ def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path
     page.click(0.5, 0.5)
     page.context.close()
     wait_until(lambda: not person.is_open)  # it will be freed in a minute
-
-
-@pytest.mark.slow
-def test_a_video_of_4k(page, tmp_path):
-    ramp = np.linspace(0, 255, 3840, dtype=np.uint8)
-    frames = (np.roll(np.tile(ramp[None, :, None], (2160, 1, 3)), 300 * t, axis=1) for t in range(2))
-    write_video(tmp_path / "large.mp4", frames, fps=5)
-    page.open(tmp_path / "large.mp4")
-    page.click(0.3, 0.5)
-    page.track(seconds=120)
-    masks = masks_of_zip(page.export("Masks, PNG in a zip", tmp_path), tmp_path / "masks")
-    assert masks.shape == (2, 2160, 3840)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from samoe_hf.app.uploads import EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLES, Limits,
 from samoe_hf.data import SyntheticVideos
 
 
-@pytest.mark.parametrize("name", ["Shapes", "Paper"])
+@pytest.mark.parametrize("name", ["Shapes", pytest.param("Paper", marks=pytest.mark.slow)])
 def test_objects_of_examples_are_found_and_tracked(tmp_path, name):
     """By a click inside of each of its objects, and by a box around it: IoU on the first frame, and over all."""
     loaded = load_model(click_base(), "cpu", "small model")

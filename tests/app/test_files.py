@@ -79,16 +79,6 @@ def test_a_project_opens_as_it_was_and_goes_on(tracked, project, tmp_path, small
     opened.click(1, 4, 40, 40)
 
 
-def test_a_project_of_frames_opens(tmp_path, make_session, small_model):
-    (tmp_path / "frames").mkdir()
-    for i in range(3):
-        Image.fromarray(np.full((20, 30, 3), 40 * i, np.uint8)).save(tmp_path / "frames" / f"{i}.png")
-    session = make_session(tmp_path / "frames")
-    session.click(session.add_object(), 0, 5, 5)
-    opened = open_again(save_project(session, tmp_path), tmp_path, small_model)
-    assert opened.num_frames == 3 and (opened.frame(2) == 80).all() and (1, 0) in opened.prompts
-
-
 def changed(path, target, document=None, files=None, leave_out=()):
     """A project with another document, or other files."""
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:

@@ -95,7 +95,7 @@ def test_every_endpoint_survives_every_kind_of_value(served, victim):
             if any(event in ("load", "unload") for _, event in attacker.targets(endpoint)):
                 continue
             inputs = len(attacker.inputs(endpoint)) - 1
-            for value in (WEIRD.values() if has_video else (None, 1)) if inputs else (None,):
+            for value in (tuple(WEIRD.values())[:6] if has_video else (None, 1)) if inputs else (None,):
                 data = [secret, *[value] * inputs]
                 answer = attacker.send(endpoint, data, event_data={"index": value, "value": value})
                 assert not any(text in answer.text for text in private), answer.text[:500]

@@ -3,13 +3,12 @@
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of, track_by_hand
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.uploads import Limits
-from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.inference import VideoPrompt
 
 
 def test_clicks_tracking_and_corrections_are_those_of_the_python_api(session):
@@ -33,15 +32,6 @@ def test_clicks_tracking_and_corrections_are_those_of_the_python_api(session):
     ]
     expected = track_by_hand(session.loaded, session.video.frames, given)
     assert expected.any() and (maps_of(session) == expected).all()
-
-
-def test_the_whole_video_is_tracked_as_track_video_does(session):
-    session.click(session.add_object(), 3, 30, 30)
-    run_all(session.propagate())
-    loaded, prompts = session.loaded, list(session.prompts.values())
-    frames = track_video(loaded.model, loaded.processor, session.video.frames, prompts)
-    maps = {frame.frame_idx: frame.id_map() for frame in frames}
-    assert (maps_of(session) == np.stack([maps[t] for t in range(8)])).all()
 
 
 @pytest.mark.parametrize("direction,frames", [("forward", range(3, 8)), ("backward", range(3, -1, -1))])

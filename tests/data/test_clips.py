@@ -1,6 +1,5 @@
 """Clips: sampling, transforms, collation, workers, mixtures and streams."""
 
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -12,7 +11,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGE_STD
 from transformers.image_utils import PILImageResampling
 
 from helpers.clips import draws, numbered_video, square
-from samoe_hf.data import ClipCollator, ClipDataset, ClipSampler, SampleError, SyntheticVideos, Video
+from samoe_hf.data import ClipCollator, ClipDataset, SampleError, SyntheticVideos, Video
 
 
 def test_a_clip_has_the_promised_form():
@@ -72,14 +71,6 @@ def test_a_video_without_objects_is_an_error_with_its_name():
             ClipDataset([video], square(16))[0]
 
 
-def test_one_frame_clips_warn_that_memory_experts_do_not_learn():
-    with pytest.warns(UserWarning, match="no gradient.*expert_modules"):
-        ClipSampler(square(16), num_frames=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ClipSampler(square(16), num_frames=2)
-
-
 def test_frames_are_resized_as_by_pil_and_normalized():
     video = SyntheticVideos(1, 2, (70, 110))[0]
     clip = ClipDataset([video], square(96), num_frames=2)[0]
@@ -102,13 +93,6 @@ def test_clips_are_prepared_as_any_processor_prepares_videos():
     frames = [video.frames[index] for index in clip["frame_indices"]]
     expected = processor.video_processor(videos=[frames], return_tensors="pt")["pixel_values_videos"][0]
     assert torch.equal(clip["pixel_values"], expected) and clip["labels"].shape[-2:] == (48, 64)
-
-
-def test_masks_are_resized_by_the_nearest_pixel():
-    mask = np.eye(3, dtype=bool)
-    video = Video.from_arrays("v", np.zeros((1, 3, 3), np.uint8), mask[None, None])
-    labels = ClipDataset([video], square(6), num_frames=2)[0]["labels"]
-    assert (labels[0].numpy() == mask.repeat(2, 0).repeat(2, 1)).all()
 
 
 def test_objects_that_resizing_loses_are_dropped():

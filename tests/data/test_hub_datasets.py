@@ -102,14 +102,6 @@ def test_frames_without_masks_are_not_annotated_and_palettes_are_ids():
     assert video.annotated_frames == [0, 3] and video.object_ids == [2, 300 % 256]
 
 
-def test_masks_of_one_object_are_read_as_binary():
-    white = [images((ids > 0).astype(np.uint8) * 255) for ids in IDS]
-    dataset = video_rows("frames", "other", masks=(white, IMAGES)).remove_columns("other")
-    assert videos_from_dataset(dataset, binary=False)[0].object_ids == [255]
-    video = videos_from_dataset(dataset)[0]
-    assert video.object_ids == [1] and np.array_equal(video.masks(0)[0], IDS[0, 0] > 0)
-
-
 def test_columns_of_arrays_and_rows_of_a_transform_are_items():
     arrays = datasets.Dataset.from_dict({"frames": FRAMES.tolist(), "masks": IDS.astype(int).tolist()})
     made = video_rows().with_transform(lambda rows: {"frames": rows["frames"], "masks": rows["masks"]})

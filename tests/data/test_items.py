@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from helpers.clips import numbered_video, same_clip, square
+from helpers.clips import numbered_video, square
 from samoe_hf.data import ClipCollator, ClipDataset, ClipStream, SampleError, video_from_item, videos_from_items
 
 SIZE = (16, 20)
@@ -134,18 +134,6 @@ def test_a_broken_item_is_named_with_its_key(item, message):
 
 
 # --- Datasets
-
-
-def test_clips_of_a_dataset_are_those_of_its_videos():
-    dataset = MyDataset()
-    videos = videos_from_items(dataset)
-    assert [video.video_id for video in videos] == ["item_0", "item_1", "item_2"]
-    assert_exact(videos[-2], np.roll(FRAMES, 1, axis=0), np.roll(MASKS, 1, axis=0), (1, 2))
-    assert_exact(videos_from_items(Subset(dataset, [2]))[0], np.roll(FRAMES, 2, axis=0), np.roll(MASKS, 2, 0), (1, 2))
-    clips = ClipDataset(dataset, square(16), num_frames=2, seed=3)
-    expected = ClipDataset(list(videos), square(16), num_frames=2, seed=3)
-    loader = DataLoader(clips, batch_size=None, num_workers=2)
-    assert all(same_clip(a, b) for a, b in zip(loader, expected, strict=True))
 
 
 @pytest.mark.parametrize("data", [MyStream(), MyIterable(), MyDataset(5), [MyDataset()[i % 3] for i in range(5)]])

@@ -174,7 +174,7 @@ def test_code_that_travels_is_flat_and_needs_little():
     files = [first, *get_relative_import_files(first)]
     assert {Path(file).parent for file in files} == {first.parent}
     imports = {package for file in files for package in get_imports(file)} - sys.stdlib_module_names
-    assert imports <= {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "yaml"}
+    assert imports <= {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "tqdm", "yaml"}
 
 
 def test_a_base_in_the_cache_is_not_fetched_again(server, tmp_path):

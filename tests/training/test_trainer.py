@@ -90,19 +90,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(run_config):
     assert trainer.evaluate()["eval_J&F"] == pytest.approx(max(history), abs=1e-6)
 
 
-def test_a_model_without_a_base_is_saved_whole(run_config, tmp_path):
-    config = ROOT / "configs" / "model_nano.yaml"
-    text = run_config.read_text().splitlines()
-    run_config.write_text("\n".join([f"model_config: {config}", *text[2:]]))
-    trainer = make_trainer(run_config, "--trainable", "all", "--max_steps", "1")
-    trainer.train()
-    trainer.save_model()
-    loaded = SamoeModel.from_pretrained(tmp_path / "out")
-    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(loaded.state_dict())
-    with pytest.raises(ValueError, match="needs a base model"):
-        trainer.model.save_pretrained(tmp_path / "experts", experts_only=True)
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(model_folder, tmp_path):
     results = {}
