@@ -23,7 +23,11 @@ def entering() -> Video:
 def everywhere(nano) -> SamoeModel:
     """Experts in the vision encoder, the memory encoder, the mask decoder and the pointers' projection."""
     torch.manual_seed(0)
-    modules = r"vision_encoder\.backbone\.blocks\.\d+\.(attn\.qkv|mlp\.proj_in)|memory_encoder\..*pointwise_conv1"
-    modules += r"|mask_decoder\.transformer\.layers\.0\..*q_proj|object_pointer_proj\.proj_in"
+    modules = ["vision_encoder.backbone.blocks.*.attn.qkv", "vision_encoder.backbone.blocks.*.mlp.proj_in"]
+    modules += [
+        "memory_encoder.*pointwise_conv1",
+        "mask_decoder.transformer.layers.0.*q_proj",
+        "object_pointer_proj.proj_in",
+    ]
     config = SamoeConfig.from_dict({**nano.model.config.to_dict(), "expert_modules": modules})
     return SamoeModel(config).eval()

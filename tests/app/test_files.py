@@ -101,7 +101,7 @@ WRONG = {
     "prompts/0/frame_idx": [8, -1, 1e300, float("inf"), "x"],
     "prompts/0/points": [[one, [3, 3]] for one in ([1], [1e9, 1], ["x", 1], [10**400, 1])],
     "prompts/0/labels": [[1], [7, 1], 3],
-    "prompts/1/box": [[5, 5, 1, 1], [float("nan"), 5, 1, 1], [1], 3],
+    "prompts/1/box": [[5, 5, 5, 1], [float("nan"), 5, 1, 1], [1], 3],
     "masks": [[99], ["x"], [-1], None],
 }
 

@@ -120,7 +120,7 @@ BAD_PROMPTS = {
     "box right of it": (0, {"input_boxes": [[[40, 3, 50, 9]]]}, r"`input_boxes`.*\(40, 3\)"),
     "unknown label": (0, {"input_points": [[[[3, 3]]]], "input_labels": [[[7]]]}, r"`input_labels`.*got 7"),
     "padding alone": (0, {"input_points": [[[[3, 3]]]], "input_labels": [[[-10]]]}, "at least one"),
-    "mask of nan": (0, {"input_masks": torch.full((32, 32), NAN)}, "`input_masks` must be finite"),
+    "mask of nan": (0, {"input_masks": torch.full((32, 32), NAN)}, "`input_masks` must be .*got NaN"),
     "two channels": (0, {"input_masks": torch.ones(2, 32, 32)}, r"`input_masks`.*\(1, 2, 32, 32\)"),
 }
 
