@@ -19,7 +19,7 @@ from .container_index import MAX_FRAMES, NO_TIME, checksum, index_by_decoding, i
 from .decoder import Decoder
 from .frames import FrameSequence, SampleError, named_errors
 
-MAX_IDLE = 2  # decoders that are kept open while nobody reads from them
+MAX_IDLE = 4  # decoders that are kept open while nobody reads from them
 # Reader -> its decoder while it is idle, the one that was used last at the end. In use, it is its thread's alone.
 _idle: OrderedDict[int, Decoder] = OrderedDict()
 _of_parent: list[Decoder] = []

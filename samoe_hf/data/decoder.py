@@ -115,8 +115,7 @@ class Decoder:
 
     def pixels(self, frame: VideoFrame) -> np.ndarray:
         """A frame as (H, W, 3) uint8 RGB, upright; colours as FFmpeg's accurate conversion gives them."""
-        threads = 1 if get_worker_info() is not None else 0
-        rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=ACCURATE, threads=threads)
+        rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=ACCURATE, threads=1)
         return upright(rgb.to_ndarray(), frame)
 
 
