@@ -116,7 +116,7 @@ def keep_index(path: Path, modified_ns: int, num_bytes: int, index: ContainerInd
 
 def index_by_packets(path: Path, max_frames: int) -> ContainerIndex | None:
     """Of a file whose packets tell its frames; None for every other."""
-    with closing(Decoder(path, by_frames=True)) as decoder:
+    with closing(Decoder(path, by_frames=False)) as decoder:
         stream, codec = decoder.stream, decoder.stream.codec_context
         containers = EXACT_CONTAINERS[: 3 if codec.codec.intra_only else 2 if codec.name in EXACT_CODECS else 0]
         if decoder.container.format.name not in containers:
