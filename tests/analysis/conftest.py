@@ -24,10 +24,7 @@ def everywhere(nano) -> SamoeModel:
     """Experts in the vision encoder, the memory encoder, the mask decoder and the pointers' projection."""
     torch.manual_seed(0)
     modules = ["vision_encoder.backbone.blocks.*.attn.qkv", "vision_encoder.backbone.blocks.*.mlp.proj_in"]
-    modules += [
-        "memory_encoder.*pointwise_conv1",
-        "mask_decoder.transformer.layers.0.*q_proj",
-        "object_pointer_proj.proj_in",
-    ]
+    modules += ["memory_encoder.*pointwise_conv1", "mask_decoder.transformer.layers.0.*q_proj"]
+    modules += ["object_pointer_proj.proj_in"]
     config = SamoeConfig.from_dict({**nano.model.config.to_dict(), "expert_modules": modules})
     return SamoeModel(config).eval()

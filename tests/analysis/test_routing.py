@@ -57,14 +57,6 @@ def test_objects_in_several_batches_are_told_apart(nano, entering):
     assert (together[QUERY, 3, 9] - together[QUERY, 3, 5]).abs().max() > 0.2
 
 
-def test_clips_are_observed_by_clip_frame_and_object(nano):
-    frames, seen = nano.load("train_step"), set()
-    labels = frames["masks"].bool().transpose(0, 1)[None, :, :3]
-    with observe_routers(nano.model, lambda name, rows, logits: seen.update(rows if name == QUERY else ())):
-        nano.model(frames["pixel_values"][None, :3], labels)
-    assert seen == {(0, t, i) for t in (1, 2) for i in range(labels.shape[1])}
-
-
 def test_routing_maps_hold_the_expert_of_largest_gate(nano, entering):
     seen = {}
 

@@ -1,7 +1,6 @@
 """The table of commands, their help texts, and what becomes of an error."""
 
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,22 +55,6 @@ def test_help_of_training_has_our_keys_in_groups_and_all_if_asked(capsys):
         assert action.option_strings[0] in everything
     for option in ("--model_name_or_path", "--train_data", "--box_probability", "--focal_weight", "--trainable"):
         assert f"  {option}" in printed and f"  {option}" in everything
-
-
-def test_help_of_adapting_names_the_options_of_a_run(capsys):
-    listed = printed_help(capsys, "adapt", "--help").partition("options of the run")[2]
-    for option in ("--num_experts", "--config", "--train_data", "--box_probability", "--trainable", "--learning_rate"):
-        assert option in listed
-    assert "--output_dir" not in listed and "--model_config" not in listed
-    assert "--max_grad_norm" in printed_help(capsys, "adapt", "--help-all")
-
-
-def test_the_package_itself_is_a_command(monkeypatch, capsys):
-    """`python -m samoe_hf track`, as `torchrun` and `accelerate launch` run it."""
-    monkeypatch.setattr(sys, "argv", ["samoe_hf", "--version"])
-    with pytest.raises(SystemExit):
-        runpy.run_module("samoe_hf", run_name="__main__")
-    assert capsys.readouterr().out.startswith("samoe_hf ")
 
 
 @pytest.fixture

@@ -179,16 +179,6 @@ def test_processes_share_the_videos(run, model_folder, davis, tmp_path):
     assert without_times(read(tmp_path / "two")) == without_times(read(tmp_path / "one"))
 
 
-def test_volumes_are_scored_in_space(run, model_folder, tmp_path):
-    ids = np.zeros((4, 40, 40), dtype=np.uint8)
-    ids[1:3, 8:30, 10:28] = 3
-    (tmp_path / "data").mkdir()
-    np.savez(tmp_path / "data" / "ct.npz", imgs=ids * 40, gts=ids, spacing=np.array([0.5, 0.5, 4.0]))
-    arguments = [model_folder, "--dataset", "npz", "--root", tmp_path / "data", "--output", tmp_path / "out"]
-    assert "3-D Dice" in run(*arguments, "--prompt", "box", "--surface-tolerance", "1.5")
-    assert "1.5 mm" in (tmp_path / "out" / "report.md").read_text()
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,13 +1,10 @@
 """`samoe experts`, run as users run it."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from samoe_hf import SamoeModel
-from samoe_hf.commands.options import ChosenDataset
-from samoe_hf.data import SyntheticVideos
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
 
@@ -46,19 +43,3 @@ def test_bad_choices_are_refused_at_once(samoe, model_folder, two_domains, tmp_p
     words = [model_folder, "--dataset", two_domains, "--output", tmp_path / "out", *arguments]
     assert message in samoe("experts", *words, fails=True)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_pictures_of_two_videos_never_get_one_name(monkeypatch, samoe, model_folder, two_domains, tmp_path):
-    """Of domain `a_b` and video `c`, and `a` and `b_c`; and of ids that differ in what names of files leave out."""
-    names = [("a_b", "c"), ("a", "b_c"), ("a", "b c"), ("A", "b_c")]
-    synthetic = SyntheticVideos(4, 3, (96, 96), seed=5)
-    videos = [
-        dataclasses.replace(video, domain=domain, video_id=video_id)
-        for video, (domain, video_id) in zip(synthetic, names, strict=True)
-    ]
-    monkeypatch.setattr(ChosenDataset, "videos", lambda *_: videos)
-    chosen = [option for number in (0, 1, 2, 3, 3) for option in ("--routing-video", number)]
-    samoe("experts", model_folder, "--dataset", two_domains, "--output", tmp_path / "out", *chosen)
-    files = [file.name for file in (tmp_path / "out").glob("routing_*.mp4")]
-    assert len({name.casefold() for name in files}) == 4, files

@@ -2,7 +2,6 @@
 
 import pytest
 
-from helpers.reference import ROOT, shared_data
 from samoe_hf import SamoeModel
 
 
@@ -58,13 +57,3 @@ def test_bad_configurations_are_refused_in_one_line(samoe, smoke_config, line, m
     kept = [kept for kept in smoke_config.read_text().splitlines() if not kept.startswith(line.partition(":")[0] + ":")]
     smoke_config.write_text("\n".join([*kept, line]))
     assert message in samoe("train", smoke_config, fails=True)
-
-
-@pytest.mark.slow
-def test_the_configuration_for_davis_runs(samoe, model_folder, tmp_path):
-    davis = shared_data("davis")
-    config = tmp_path / "run.yaml"
-    text = (ROOT / "configs" / "finetune_davis.yaml").read_text().replace("data/DAVIS", str(davis))
-    config.write_text(text.replace("facebook/sam2.1-hiera-base-plus", str(model_folder)))
-    printed = samoe("train", config, "--output_dir", tmp_path, "--max_steps", "4")
-    assert "train_loss" in printed and (tmp_path / "model.safetensors").is_file()

@@ -250,16 +250,6 @@ def test_protocols(protocol):
         metrics.counted_frames(scores, "mose")
 
 
-def test_occlusion_accuracy():
-    present = [1, 1, 0, 0, 1]
-    logits = torch.tensor([[3.0], [-1.0], [-2.0], [0.5], [0.1]], dtype=torch.bfloat16)
-    target = squares(*[HERE if there else None for there in present])
-    scores = metrics.score_video(target, target, object_scores=logits)
-    assert scores.occlusion_correct.ravel().tolist() == [1, 0, 1, 0, 1]
-    assert metrics.summarize({"video": scores}, "davis")["occlusion_accuracy"] == pytest.approx(1 / 3)
-    assert math.isnan(metrics.summarize({"video": metrics.score_video(target, target)})["occlusion_accuracy"])
-
-
 def test_a_summary_is_of_the_frames_that_count():
     prediction, target = squares(FAR, HERE, HERE, FAR), squares(HERE, HERE, (4, 6), HERE)
     summary = metrics.summarize({"video": metrics.score_video(prediction, target)}, "davis")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from helpers.results import make_result
-from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.evaluation.statistics import (
     choose_highlights,
     combine_runs,
@@ -34,17 +33,6 @@ def test_means_are_over_objects_and_spreads_over_seeds():
     assert of_object == pytest.approx({("a", 1): 0.6, ("a", 2): 0.1, ("b", 1): 0.3})
     assert [video["J_mean"] for video in figures["videos"]] == pytest.approx([0.35, 0.3])
     assert figures["speed"] == {"seconds": 8.0, "fps": 1.0}
-
-
-def test_volumes_have_three_dimensional_scores():
-    flat, volume = make_result([[1], [0.5]], "flat"), make_result([[1], [0.5]], "ct", surface_dice=np.array([0.25]))
-    figures = combine_runs({None: [flat, volume]}, "youtube_vos")
-    expected = summarize({result.key: result.scores for result in (flat, volume)}, "youtube_vos")
-    assert figures["std"] is None and figures["summary"] == pytest.approx(expected, nan_ok=True)
-    assert figures["summary"]["dice_3d"] == pytest.approx(2 * 150 / (150 + 200))
-    assert ["dice_3d" in row for row in figures["objects"]] == [False, True]
-    assert figures["objects"][1]["surface_dice"] == figures["summary"]["surface_dice"] == 0.25
-    assert "dice_3d" not in combine_runs({None: [flat]}, "youtube_vos")["summary"]
 
 
 def test_curves_run_from_each_objects_first_frame_and_sizes_are_shares_of_the_image():

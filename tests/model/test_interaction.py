@@ -215,15 +215,3 @@ def test_two_prompts_for_one_object_and_frame(tiny, processor, prompts, same):
             processor.add_inputs_to_inference_session(session, 0, 1, **prompt)
         masks.append(tiny(session, frame_idx=0).pred_masks)
     torch.testing.assert_close(*masks, rtol=0, atol=0)
-
-
-def test_objects_prompted_in_one_call_are_those_of_several(tiny, processor):
-    """The processor pads the points of objects that have fewer than others."""
-    points, labels = [[[10, 12], [20, 25]], [[5, 7]]], [[1, 0], [1]]
-    together, one_by_one = start("video", processor), start("video", processor)
-    processor.add_inputs_to_inference_session(together, 0, [1, 2], input_points=[points], input_labels=[labels])
-    for row in (0, 1):
-        given = {"input_points": [[points[row]]], "input_labels": [[labels[row]]]}
-        processor.add_inputs_to_inference_session(one_by_one, 0, row + 1, **given)
-    expected = tiny(one_by_one, frame_idx=0).pred_masks
-    torch.testing.assert_close(tiny(together, frame_idx=0).pred_masks, expected, rtol=0, atol=0)

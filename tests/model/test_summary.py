@@ -5,7 +5,6 @@ from transformers.utils import logging
 
 from samoe_hf import SamoeModel
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.surgery.domains import add_domain
 
 LOGGER = "transformers.samoe_hf.model.loading"
 
@@ -30,17 +29,6 @@ def test_a_summary_counts_every_parameter_once(model_folder):
     assert f"rank {config.lora_rank}, alpha {config.lora_alpha}" in text and experts.modules[0] in text
     model.set_trainable("all")
     assert model.summary().frozen == 0
-
-
-def test_domains_are_summed_up_apart(base_folder):
-    model = SamoeModel.from_pretrained(base_folder)
-    add_domain(model, "heart", num_experts=3, num_experts_per_tok=1, lora_rank=2)
-    add_domain(model, "street", num_experts=0)
-    heart, street = model.summary().experts
-    own = count(model, lambda name, _: ".domain_heart." in name)
-    assert (heart.domain, heart.num_experts, heart.lora_rank, heart.parameters) == ("heart", 3, 2, own)
-    assert set(heart.modules) == set(model.expert_module_names) and (street.modules, street.parameters) == ([], 0)
-    assert "experts of heart" in str(model.summary()) and "experts of street: 0 parameters" in str(model.summary())
 
 
 def said_while_loading(source, **options):

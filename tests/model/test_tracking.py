@@ -13,7 +13,6 @@ from transformers import AutoModel, AutoProcessor, Sam2VideoModel
 from samoe_hf import SamoeModel
 from samoe_hf.model.frame_step import fill_holes
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.session import VideoSession
 
 POINT_1 = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 POINT_2 = {"input_points": [[[[100, 30], [20, 80]]]], "input_labels": [[[1, 0]]]}
@@ -97,17 +96,6 @@ def test_a_correction_changes_what_follows_until_its_frame_is_tracked_anew(nano,
     anew = propagate(nano.model, session, 0)
     for frame_idx, expected in before.items():
         torch.testing.assert_close(anew[frame_idx], expected, atol=1e-4, rtol=0)
-
-
-def test_corrections_condition_if_wanted(nano, processor, video):
-    session = VideoSession(video, processor, corrections_condition=True)
-    processor.add_inputs_to_inference_session(session, 0, 1, **POINT_1)
-    before = propagate(nano.model, session)
-    processor.add_inputs_to_inference_session(session, 3, 1, **CORRECTION)
-    corrected = nano.model(session, frame_idx=3).pred_masks
-    after = propagate(nano.model, session, 0)
-    torch.testing.assert_close(after[3], corrected, atol=0, rtol=0)
-    assert (after[1] - before[1]).abs().mean() > 1e-4  # conditioning frames are read from both sides
 
 
 def test_the_first_prompted_frame_keeps_its_mask_after_a_click_on_the_tracked_video(nano, processor, video):

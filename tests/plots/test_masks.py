@@ -65,19 +65,3 @@ def test_colours_of_objects_are_told_apart(blindness):
     colors = lab(np.array(OBJECT_COLORS, float), blindness)
     for a, b in itertools.combinations(range(len(colors)), 2):
         assert np.linalg.norm(colors[a] - colors[b]) > 15, (OBJECT_COLORS[a], OBJECT_COLORS[b])
-
-
-def test_ids_are_written_where_they_fit():
-    frame = np.full((60, 60, 3), 90, np.uint8)
-
-    def written(ids):
-        return (overlay_masks(frame, ids) != overlay_masks(frame, ids, show_ids=False)).any(axis=-1)
-
-    texts = [written(square(object_id=i)) for i in (1, 2, 300)]
-    for text in texts:
-        places = np.argwhere(text)
-        assert len(places) and places.min() > 15 and places.max() < 45
-    assert (texts[0] != texts[1]).any()
-    narrow = np.zeros((60, 60), np.int32)
-    narrow[10:50, 20:24] = 1
-    assert not written(narrow).any()

@@ -12,7 +12,7 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.prompt_recipe import PromptRecipe
-from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run, parse_size
+from samoe_hf.training.arguments import SamoeTrainingArguments, parse_run
 from samoe_hf.training.fit import CONTEXT_BYTES, FRAGMENTS, step_bytes
 from samoe_hf.training.trainer import build_trainer
 
@@ -57,11 +57,6 @@ def test_a_real_step_holds_no_more_than_the_formula_says(sets, checkpointing, tm
     held += sum(p.nbytes * (1 + 2 * p.requires_grad) for p in model.parameters())  # with AdamW's moments
     formula = (step_bytes(model, 2, 2, recipe, 2, checkpointing, float32=True) - CONTEXT_BYTES) / FRAGMENTS
     assert held < formula < 2.5 * held
-
-
-@pytest.mark.parametrize("text, expected", [("16GB", 16e9), ("24GiB", 24 * 2**30), ("7.5gb", 7.5e9), ("800MB", 8e8)])
-def test_sizes(text, expected):
-    assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "-3GB", "0GB", "16 bananas", "nanGB"])
