@@ -17,7 +17,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -171,6 +171,15 @@ def test_wrong_settings_of_an_adapter_are_refused_with_its_folders_name(model, s
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
     with pytest.raises(ValueError, match=f"The adapter {folder} (has settings|does not fit)"):
+        model.load_adapter(tmp_path, "mine", subfolder="mine")
+
+
+def test_values_of_an_adapter_that_are_no_numbers_are_refused(model, saved_adapter, tmp_path):
+    folder = shutil.copytree(saved_adapter, tmp_path / "mine")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite values"):
         model.load_adapter(tmp_path, "mine", subfolder="mine")
 
 
