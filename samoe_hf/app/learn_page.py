@@ -135,8 +135,9 @@ class LearnPart(Part):
         known = session.domain in (None, AUTO, *before.domains)
         left = Side("before", before, session.domain if known else AUTO)
         sides = left, Side(f"after ({after.name})", after, learning.domain)
-        person.comparison = Comparison(session, sides, person.fresh_folder("comparison"), first_prompts_only=True)
-        yield from self.result.run(person.comparison)
+        comparison = Comparison(session, sides, person.folder, first_prompts_only=True)
+        person.compare(comparison)
+        yield from self.result.run(comparison)
         session.use(after, learning.domain)
         words = f"The model is now {after.name}. Left: before. Right: after."
         yield {self.result.progress: words, **self.track.view(person)}

@@ -180,9 +180,9 @@ class LookPart(Part):
         """The video is tracked with both sides."""
         session, sides = person.the_session(), self.sides()
         pair = sides[one_of(first, sides, "left")], sides[one_of(second, sides, "right")]
-        self.stop_comparison(person)
-        person.comparison = Comparison(session, pair, person.fresh_folder("comparison"), only_first is True)
-        yield from self.result.run(person.comparison)
+        comparison = Comparison(session, pair, person.folder, only_first is True)
+        person.compare(comparison)
+        yield from self.result.run(comparison)
 
     def stop_comparison(self, person: Person) -> None:
         """Stop was pressed."""

@@ -69,27 +69,28 @@ class Person:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def fresh_folder(self, purpose: str) -> Path:
-        """An empty folder; what was made for this purpose before is removed."""
-        folder = self.folder / purpose
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return folder
-
     def take(self, session: TrackingSession | None) -> None:
-        """Puts a new video, or none, in the place of the one before, whose files are removed."""
-        before, comparison = self.session, self.comparison
-        self.session, self.corner, self.comparison, self.experts = session, None, None, None
-        if comparison is not None:
-            comparison.stop()
-        if before is not None:
-            before.stop()
-            shutil.rmtree(before.folder, ignore_errors=True)
+        """Puts a new video, or none, in the place of the one before."""
+        before, self.session, self.corner, self.experts = self.session, session, None, None
+        self.compare(None)
+        _discard(before)
+
+    def compare(self, comparison: Comparison | None) -> None:
+        """Puts a new comparison, or none, in the place of the one before."""
+        before, self.comparison = self.comparison, comparison
+        _discard(before)
 
     def free(self) -> None:
         """Removes all that the person has."""
         self.take(None)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _discard(work: TrackingSession | Comparison | None) -> None:
+    """Stops what runs, and removes its files."""
+    if work is not None:
+        work.stop()
+        shutil.rmtree(work.folder, ignore_errors=True)
 
 
 class People:

@@ -27,7 +27,7 @@ FRAME_BYTES, PROMPT_BYTES = 100, 1000  # of the JSON, for each frame and each cl
 
 
 def save_project(session: TrackingSession, folder: Path) -> Path:
-    """Writes the project of a session into a folder; returns its file."""
+    """Writes the project of a session, which is to be exclusive meanwhile, into a folder; returns its file."""
     video = session.video
     document = {
         "format": FORMAT,
@@ -40,7 +40,7 @@ def save_project(session: TrackingSession, folder: Path) -> Path:
         "masks": sorted(session.masks.frames),
     }
     target = folder / f"{video.name}_project.zip"
-    with session.exclusive(), whole_file(target) as path, zipfile.ZipFile(path, "w") as archive:
+    with whole_file(target) as path, zipfile.ZipFile(path, "w") as archive:
         archive.writestr(PROJECT, json.dumps(document, indent=1))
         for file in video.files:
             archive.write(file, f"video/{file.name}")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from gradio.state_holder import StateHolder
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse
@@ -38,6 +39,7 @@ class BoundedRequests:
         most = EVENT_BYTES + (self.upload_bytes if is_upload else 0)
         told = dict(scope["headers"]).get(b"content-length", b"")
         declared, received, is_complete = int(told) if told.isdigit() else 0, 0, False
+        fields = _Fields(dict(scope["headers"]).get(b"content-type", b"")) if is_upload else None
         problem, refused = f"This request exceeds the maximum allowed size of {most} bytes.", 0
         if declared > most:
             refused = 413
@@ -52,13 +54,42 @@ class BoundedRequests:
             received += len(message.get("body", b""))
             is_broken_off = message["type"] == "http.disconnect" and not is_complete
             is_complete = is_complete or not message.get("more_body", False)
-            if is_upload and (received > most or is_broken_off):
-                raise MultiPartException(problem)  # Gradio removes what it has written
+            if fields is not None:
+                fields.write(message.get("body", b""))
+                if received > most or fields.received > EVENT_BYTES or is_broken_off:
+                    raise MultiPartException(problem)  # Gradio removes what it has written
             if received > most:
                 raise HTTPException(413, problem)
             return message
 
         await self.app(scope, bounded, send)
+
+
+class _Fields:
+    """Counts the bytes of an upload that are of no file: Gradio keeps them in RAM, however many."""
+
+    def __init__(self, content_type: bytes):
+        self.received, self._is_file, self._name, self._value = 0, False, b"", b""
+        calls = {"on_part_begin": self._begin, "on_part_data": self._count, "on_header_end": self._end_header}
+        calls |= {"on_header_field": self._read_name, "on_header_value": self._read_value}
+        self.write = MultipartParser(parse_options_header(content_type)[1].get(b"boundary", b"-"), calls).write
+
+    def _begin(self) -> None:
+        self._is_file = False
+
+    def _read_name(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _read_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            self._is_file = b"filename" in parse_options_header(self._value)[1]
+        self._name = self._value = b""
+
+    def _count(self, data: bytes, start: int, end: int) -> None:
+        self.received += 0 if self._is_file else end - start
 
 
 class KnownPages(StateHolder):

@@ -1,5 +1,6 @@
 """The page's first part: a video, its objects, clicks and boxes, tracking, and what is taken away."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -276,6 +277,12 @@ class TrackPart(Part):
 
     def make_file(self, person: Person, kind: object) -> Shown:
         """A file was asked for."""
-        export = EXPORTS[one_of(kind, EXPORTS, "what")]
-        path = export(person.the_session(), person.fresh_folder("export"))
+        export, session, folder = EXPORTS[one_of(kind, EXPORTS, "what")], person.the_session(), person.folder / "export"
+        with session.exclusive():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            path = export(session, folder)
+        most = self.app.limits.upload_bytes
+        if export is save_project and path.stat().st_size > most:
+            gr.Warning(f"This app takes uploads of {most / 2**20:.0f} MB, so it cannot open this project again.")
         return {self.file: gr.File(str(path), visible=True)}

@@ -89,6 +89,8 @@ def make_space(parsed: argparse.Namespace) -> None:
 
 def serve_page(parsed: argparse.Namespace) -> None:
     """Serves the page until the process is stopped."""
+    if not (port := os.environ.get("GRADIO_SERVER_PORT", "7860")).isdigit():
+        raise InputError(f"GRADIO_SERVER_PORT must be a number, got {port!r}.")
     try:
         from samoe_hf.app.server import serving, until_stopped
     except ModuleNotFoundError as error:

@@ -199,6 +199,15 @@ def test_files_of_one_upload_together_may_not_be_too_large(attacker, served):
     assert list((served.folder / "gradio").rglob("*")) == before
 
 
+def test_an_upload_that_is_no_file_is_refused(attacker, small_video):
+    """Since it would be kept in RAM."""
+    for data in ({"x": "y" * 2 * 2**20}, {str(i): "y" * 2**19 for i in range(4)}):
+        answer = attacker.client.post(
+            "/gradio_api/upload", files={"files": ("x.mp4", small_video.read_bytes())}, data=data
+        )
+        assert answer.status_code == 413
+
+
 @pytest.mark.parametrize("route", ["queue/join", "run/predict", "component_server", "cancel"])
 def test_large_events_are_refused_before_they_are_read(attacker, route):
     headers = {"content-type": "application/json"}

@@ -133,7 +133,4 @@ def test_files_of_a_person_make_room_for_the_next(people, make_session):
         person.corner = (1, 0, 2.0, 3.0)
         person.take(second)
         assert person.session is second and person.corner is None and not first.folder.exists()
-        (person.fresh_folder("export") / "file").write_text("x")
-        other = person.fresh_folder("comparison")
-        assert not list(person.fresh_folder("export").iterdir()) and other.is_dir()
     assert not second.folder.exists()
