@@ -70,9 +70,17 @@ class _Fields:
 
     def __init__(self, content_type: bytes):
         self.received, self._is_file, self._name, self._value = 0, False, b"", b""
-        calls = {"on_part_begin": self._begin, "on_part_data": self._count, "on_header_end": self._end_header}
-        calls |= {"on_header_field": self._read_name, "on_header_value": self._read_value}
-        self.write = MultipartParser(parse_options_header(content_type)[1].get(b"boundary", b"-"), calls).write
+        boundary = parse_options_header(content_type)[1].get(b"boundary", b"-")
+        self.write = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._read_name,
+                "on_header_value": self._read_value,
+                "on_header_end": self._end_header,
+                "on_part_data": self._count,
+            },
+        ).write
 
     def _begin(self) -> None:
         self._is_file = False

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from helpers.app import track_by_hand, write_small_video
+from helpers.browser import Page
 from samoe_hf.app.uploads import Limits
 from samoe_hf.data.images import read_label_png
 from samoe_hf.data.video_io import read_video
@@ -99,7 +100,7 @@ def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path
 
 
 @pytest.mark.slow
-def test_it_learns_from_corrections_and_tracks_again(page, small_video):
+def test_it_learns_from_corrections_and_tracks_again(page, open_page, small_video):
     page.open(small_video)
     page.click(0.3, 0.5)
     page.track()
@@ -107,8 +108,19 @@ def test_it_learns_from_corrections_and_tracks_again(page, small_video):
     page.page.click("#collect")
     page.wait_for_text("count", "collected: 1")
     page.page.fill("#learn-domain input, #learn-domain textarea", "mine")
-    page.page.fill("#steps input", "60")
+    page.page.fill("#steps input", "120")
     page.page.click("#learn")
+    page.wait_for_text("learn-state", "Learning.")
+    page.tab("Track")
+    page.track()  # while it learns
+    other, url = open_page(), page.page.url
+    other.tab("Learn")
+    other.wait_for_text("learn-state", "Somebody else learns here now.")
+    assert other.page.locator("#learn").is_disabled() and other.page.locator("#stop-learning").is_disabled()
+    page.page.close()  # the tab is gone, and with it what it has kept
+    page = Page(page.context, url)
+    assert page.page.locator("#frame img").is_visible()
+    page.tab("Learn")
     page.page.wait_for_selector("#curve img", timeout=120_000)
     page.page.click("#stop-learning")
     page.wait_for_text("learn-state", "Stopped.")
