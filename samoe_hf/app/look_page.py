@@ -81,6 +81,7 @@ class LookPart(Part):
                 look = button("Look at the frame shown in Track", "look", "primary")
                 self.layer = gr.Dropdown([], label="Layer", elem_id="layer", interactive=True)
                 self.object = gr.Dropdown([], label="Object", elem_id="look-object", interactive=True)
+            self.looked = gr.Markdown("", elem_id="looked")
             with gr.Row():
                 self.map = picture("Chosen experts", "map", visible=False)
                 self.usage = picture("Use of experts by object", "usage", visible=False)
@@ -94,12 +95,12 @@ class LookPart(Part):
                 stop = button("Stop", "stop-compare")
             self.result = SideBySide(app, key, "Left and right", "compare")
         self.shown = {self.note, self.model, self.domain, self.whose, self.first, self.second}
-        drawn = {self.layer, self.object, self.map, self.usage}
+        drawn = {self.layer, self.object, self.looked, self.map, self.usage}
 
         self.on(self.model.input, self.choose_model, [self.model], {self.domain})
         here = [track.slider]
         self.on_device(use.click, self.use_experts, [self.model, self.domain, *here], self.shown | track.shown)
-        self.on_device(look.click, self.look_at, here, drawn)
+        self.on_device(look.click, self.look_at, here, drawn, self.looked)
         for menu in (self.layer, self.object):
             self.on(menu.input, self.draw, [self.layer, self.object], drawn, **QUICK)
         inputs, result = [self.first, self.second, only_first], self.result
