@@ -19,8 +19,8 @@ from .learning import Learner
 from .models import LoadedModel
 from .page import CSS, build_page
 from .page_parts import App
+from .page_requests import BoundedRequests, KnownPages
 from .people import People, freeing_unused
-from .requests import BoundedRequests, KnownPages
 from .uploads import Limits
 
 

@@ -217,7 +217,7 @@ def test_large_events_are_refused_before_they_are_read(attacker, route):
 
 
 def test_an_upload_that_its_disk_has_no_room_for_is_refused(attacker, small_video, monkeypatch):
-    monkeypatch.setattr("samoe_hf.app.requests.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+    monkeypatch.setattr("samoe_hf.app.page_requests.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
     answer = attacker.client.post("/gradio_api/upload", files={"files": ("x.mp4", small_video.read_bytes())})
     assert answer.status_code == 507 and "no room" in answer.text
 
@@ -225,7 +225,7 @@ def test_an_upload_that_its_disk_has_no_room_for_is_refused(attacker, small_vide
 def test_requests_of_strangers_throw_nobody_out(small_model, monkeypatch):
     from samoe_hf.app.server import serving
 
-    monkeypatch.setattr("samoe_hf.app.requests.STRANGERS", 4)
+    monkeypatch.setattr("samoe_hf.app.page_requests.STRANGERS", 4)
     with serving([small_model], Limits(sessions=2)) as running:
         first, second = Visitor(running.url), Visitor(running.url)
         for visitor in (first, second):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gradio.state_holder import StateHolder
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse
@@ -35,31 +36,29 @@ class BoundedRequests:
         """Answers a request, or refuses it with status 413 or 507."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        is_upload = scope["path"].rstrip("/").endswith("/upload")
+        headers, is_upload = Headers(scope=scope), scope["path"].rstrip("/").endswith("/upload")
         most = EVENT_BYTES + (self.upload_bytes if is_upload else 0)
-        told = dict(scope["headers"]).get(b"content-length", b"")
-        declared, received, is_complete = int(told) if told.isdigit() else 0, 0, False
-        fields = _Fields(dict(scope["headers"]).get(b"content-type", b"")) if is_upload else None
-        problem, refused = f"This request exceeds the maximum allowed size of {most} bytes.", 0
+        too_large = f"This request exceeds the maximum allowed size of {most} bytes."
+        declared = int(headers.get("content-length") or 0)  # anything but a number does not come this far
         if declared > most:
-            refused = 413
-        elif is_upload and shutil.disk_usage(self.folder).free < 2 * declared:  # it is copied to the person's files
-            refused, problem = 507, "The server's disk has no room for this upload."
-        if refused:
-            return await JSONResponse({"detail": problem}, refused)(scope, receive, send)
+            return await JSONResponse({"detail": too_large}, 413)(scope, receive, send)
+        # What is uploaded is copied to the person's files.
+        if is_upload and shutil.disk_usage(self.folder).free < 2 * (declared or most):
+            answer = JSONResponse({"detail": "The server's disk has no room for this upload."}, 507)
+            return await answer(scope, receive, send)
+        fields, received, is_complete = _Fields(headers.get("content-type", "")), 0, False
 
         async def bounded() -> Message:
             nonlocal received, is_complete
             message = await receive()
-            received += len(message.get("body", b""))
-            is_broken_off = message["type"] == "http.disconnect" and not is_complete
-            is_complete = is_complete or not message.get("more_body", False)
-            if fields is not None:
-                fields.write(message.get("body", b""))
+            body, is_broken_off = message.get("body", b""), message["type"] == "http.disconnect" and not is_complete
+            received, is_complete = received + len(body), not message.get("more_body", False)
+            if is_upload:
+                fields.write(body)
                 if received > most or fields.received > EVENT_BYTES or is_broken_off:
-                    raise MultiPartException(problem)  # Gradio removes what it has written
-            if received > most:
-                raise HTTPException(413, problem)
+                    raise MultiPartException(too_large)  # Gradio removes what it has written
+            elif received > most:
+                raise HTTPException(413, too_large)
             return message
 
         await self.app(scope, bounded, send)
@@ -68,9 +67,9 @@ class BoundedRequests:
 class _Fields:
     """Counts the bytes of an upload that are of no file: Gradio keeps them in RAM, however many."""
 
-    def __init__(self, content_type: bytes):
+    def __init__(self, content_type: str):
         self.received, self._is_file, self._name, self._value = 0, False, b"", b""
-        boundary = parse_options_header(content_type)[1].get(b"boundary", b"-")
+        boundary = parse_options_header(content_type)[1].get(b"boundary") or b"-"
         self.write = MultipartParser(
             boundary,
             {
