@@ -112,8 +112,14 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 
 def frame_order(paths: Iterable[Path]) -> list[Path]:
-    """Paths in the order of their frames: natural, or by decimals where the names are such, as seconds are."""
-    ordered = sorted(paths, key=lambda path: natural_key(path.name))
+    """Paths in the order of their frames: natural, or by decimals where the names are such, as seconds are.
+
+    Hashes that Label Studio puts before names, `1a2b3c4d-frame_01.jpg`, do not count.
+    """
+    paths = list(paths)
+    is_hashed = all(re.match(r"[0-9a-f]{8}-.", path.name) for path in paths)
+    is_hashed = is_hashed and any(re.match(r"\d{0,7}[a-f]", path.name) for path in paths)
+    ordered = sorted(paths, key=lambda path: natural_key(path.name[9 * is_hashed :]))
     found = [re.fullmatch(r"\D*?(\d+(?:\.\d+)?)", path.stem) for path in ordered]
     decimals = [float(match[1]) for match in found if match]
     if len(set(decimals)) < len(ordered) or not any("." in path.stem for path in ordered):

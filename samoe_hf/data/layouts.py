@@ -154,8 +154,8 @@ LAYOUTS = {
         Layout(
             "coco", "readers.read_coco",
             (
-                "annotations/instances_{split}.json {split}/", "{split}/_annotations.coco.json",
-                "{split:.}/_annotations.coco.json",
+                "annotations/instances_{split}.json {split}/", "annotations/instances_{split}.json images/",
+                "{split}/_annotations.coco.json", "{split:.}/_annotations.coco.json", "result.json images/",
             ),
             protocol="all", masks="sa_v",
         ),

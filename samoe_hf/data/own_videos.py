@@ -20,7 +20,7 @@ from .image_files import IMAGE_SUFFIXES, describe_unread, open_image
 from .images import ImageFrames
 from .layouts import choose_split
 from .pair_lists import LIST_SUFFIXES, read_pairs
-from .pairing import FRAME_WORDS, MASK_WORDS, MaskFile, Source, split_by_prefix
+from .pairing import FRAME_WORDS, MASK_WORDS, PICTURE_WORDS, MaskFile, Source, split_by_name
 from .schema import Video, VideoList
 from .stacks import is_stack, pair_stacks
 from .video_io import VIDEO_SUFFIXES, read_video
@@ -71,7 +71,19 @@ EXPECTED = (
     "masks/{video}/*; frames and masks in one folder; a CSV or JSON of pairs; or the layout of a public dataset "
     "(`frames` may also be called images, JPEGImages, rgb, …, and `masks` labels, Annotations, gt, …)"
 )
-MAX_NAMED = 8
+# What tools export that holds no masks as images, and words that its files have.
+EXPORTS = {
+    "an export of LabelMe": '"shapes" "imagePath"',
+    "an export of VIA (VGG Image Annotator)": "shape_attributes region",
+    "an export of CVAT": "<annotations> <version>",
+    "an export of Supervisely": '"classTitle" "objects"',
+    "an export of Label Studio": '"annotations" "from_name"',
+    "an export of Datumaro": '"items" "categories" "infos"',
+    "a file of boxes, as Pascal VOC has them": "<annotation> <bndbox>",
+    "a file of YouTube-VIS": '"videos" "segmentations"',
+}
+EXPORT_SUFFIXES = (*LIST_SUFFIXES, ".xml")
+MAX_NAMED, MAX_LISTED = 8, 100_000
 
 
 def read_files(
@@ -300,26 +312,42 @@ def guess(root: Path) -> Found:
             return _by_list(root)
         raise InputError(f"{root}: a folder is expected, or a list of pairs ({', '.join(LIST_SUFFIXES)})")
     folders = read_folders(root)
+    is_picture = re.compile(rf"{MASK_WORDS}[\W_]?(?i:{PICTURE_WORDS})(?:png)?")
+    pictures = [folder for folder in folders if is_picture.fullmatch((folder.parts or ("",))[-1])]
+    folders = [folder for folder in folders if folder not in pictures]
     kinds = ("images", "videos", "stacks")
     images, videos, stacks = ([p for folder in folders for p in getattr(folder, kind)] for kind in kinds)
     patterns = (*PATTERNS, *_patterns_by_content(folders))
     for as_folders, (frames, masks) in product([set(stacks), set()] if stacks else [set()], patterns):
         of_objects = re.sub(r"/\*$", "/*/*", masks)
-        for of_masks in dict.fromkeys([masks, of_objects] if "{masks}" in masks else [masks]):
+        for of_masks in dict.fromkeys([masks, of_objects] if re.search("{masks}|{movie}", masks + frames) else [masks]):
             found = _try(root, images, videos, as_folders, frames, of_masks)
             if found is not None:
-                return _by_prefix(found)
+                found.left_out["pictures of masks are left out"] = ["/".join(folder.parts) for folder in pictures]
+                return _by_name(found)
     reason = ""
-    for path in sorted(path for path in root.iterdir() if path.suffix.lower() in LIST_SUFFIXES):
+    files = sorted(path for path in islice(root.rglob("*"), MAX_LISTED) if path.suffix.lower() in EXPORT_SUFFIXES)
+    for path in files:
         try:
-            return _by_list(path)
+            if path.parent == root and path.suffix.lower() in LIST_SUFFIXES:
+                return _by_list(path)
         except SampleError as error:
             reason = f"{error}. "
+    tools = ((path, tool) for path in files[:MAX_NAMED] for tool in EXPORTS if _is_export(path, tool))
+    for path, tool in tools:
+        reason = f"{path} is {tool}, which is not read: export masks as images, or COCO's JSON (the kind coco). "
     raise InputError(
-        f"{root}: no layout of videos and masks is recognized. Found: {describe_contents(root)}. "
-        f"{reason}Expected: {EXPECTED}. If it is another, name it: "
+        f"{root}: no layout of videos and masks is recognized. {reason}Found: {describe_contents(root)}. "
+        f"Expected: {EXPECTED}. If it is another, name it: "
         f'{{kind: files, root: {root}, frames: "{{video}}/FRAMES/*", masks: "{{video}}/MASKS/*"}}'
     )
+
+
+def _is_export(path: Path, tool: str) -> bool:
+    """Whether a file is an export of one of `EXPORTS`, by what it begins with."""
+    with path.open("rb") as file:
+        beginning = file.read(1 << 16)
+    return all(word.encode() in beginning for word in EXPORTS[tool].split())
 
 
 def _by_list(path: Path) -> Found:
@@ -379,21 +407,23 @@ def _show(pattern: str, matched: list[dict[str, str]]) -> str:
     return pattern.replace("{folders}", "**/")
 
 
-def _by_prefix(found: Found) -> Found:
-    """Takes videos apart whose images lie in one folder, and have their video's name before a number."""
+def _by_name(found: Found) -> Found:
+    """Takes videos apart whose images lie in one folder, and have their video's name before or behind a number."""
     sources: dict[str, Source] = {}
     for key, source in found.sources.items():
-        groups = split_by_prefix(source)
+        groups = split_by_name(source)
         own = {f"{key}/{name}".lstrip("/"): group for name, group in groups.items()} or {key: source}
         if twice := own.keys() & (sources.keys() | found.sources.keys() - {key}):
             raise InputError(f"{next(iter(source.masks)).path.parent}: there are two videos {min(twice)}")
         sources |= own
         for name, group in list(groups.items())[:1]:
             assert isinstance(group.frames, list)
-            named = re.sub(r"\d.*$", "", "{video}" + group.frames[0].stem.partition(name)[2])
-            found.frames, found.masks = (
-                re.sub(r"(^|/)\*(?!\*)", rf"\1{named}*", pattern) for pattern in (found.frames, found.masks)
-            )
+            before, is_whole, behind = group.frames[0].stem.partition(name)
+            named = "{video}" + re.sub(r"\d.*$", "", behind) + "*" if not before else f"*{before[-1]}{{video}}*"
+            if is_whole:
+                found.frames, found.masks = (
+                    re.sub(r"(^|/)\*(?!\*)", rf"\1{named}", pattern) for pattern in (found.frames, found.masks)
+                )
     found.sources = sources
     return found
 
@@ -421,7 +451,7 @@ def _of_split(sources: dict[str, Source], split: str | None, root: Path) -> dict
 
 def describe_contents(root: Path) -> str:
     """What a folder holds, in a few words, for messages; of a large one, its first 100,000 files."""
-    files = [path for path in islice(root.rglob("*"), 100_000) if path.is_file()]
+    files = [path for path in islice(root.rglob("*"), MAX_LISTED) if path.is_file()]
     by_suffix: dict[str, list[str]] = defaultdict(list)
     for path in files:
         by_suffix[path.suffix.lower() or "no suffix"].append(path.relative_to(root).as_posix())

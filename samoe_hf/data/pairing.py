@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from os.path import commonprefix
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,7 +28,10 @@ MASK_WORDS = (
 )
 OBJECT_WORDS = r"(?i:(?<![a-z])(?:obj|object|id|inst|instance)s?(?![a-z]))"
 BEFORE_FRAMES = re.compile(r"(?i)(?<![a-z])(?:frames?|images?|img|f|t)[\W_]*$")
-BEFORE_OBJECTS = re.compile(rf"{OBJECT_WORDS}[\W_]*$")
+# A word of objects, or letters right before a number that are no word of frames or masks (`person2`).
+BEFORE_OBJECTS = re.compile(
+    rf"{OBJECT_WORDS}[\W_]*$|(?i:(?<![a-z])(?!(?:frames?|images?|imgs?|f|t|m|masks?|labels?|gt|segs?)$)[a-z]+$)"
+)
 # Words at an end of the name of a picture that tools write beside a mask.
 PICTURE_WORDS = r"vi[sz]|visual\w*|colou?r\w*|overlay\w*|blend\w*|previews?|thumb\w*|rgb|heatmap|human"
 CLASS_WORDS = r"semantic\w*|class\w*|categor\w*|label(?:train)?ids?"  # of label images beside those of instances
@@ -86,6 +88,10 @@ class Told(NamedTuple):
     @property
     def before(self) -> str:
         return self.text[: self.start]
+
+    def overlaps(self, other: Told) -> bool:
+        """Whether both are of one name, and of the same part of it."""
+        return self.text == other.text and self.start < other.end and other.start < self.end
 
     @property
     def rest(self) -> str:
@@ -190,7 +196,7 @@ class _Names:
         if masks[0].frame_name is not None:
             names = [plain_name(str(mask.frame_name)) for mask in masks]
             if isinstance(masks[0].frame_name, int):
-                self.first = 0
+                self.first = self.first or 0
             told = [Told(name, 0, len(name)) for name in names]
             told = told if all(name.isdecimal() for name in names) else self._choose(masks, [names])
             return [(f, m.object_name) for f, m in zip(self._frames(told, masks), masks, strict=True)]
@@ -205,7 +211,9 @@ class _Names:
             return [(frame, mask.object_name) for frame, mask in zip(frames, masks, strict=True)]
         of_stems = [one.text for one in told] == stems
         rests = [
-            f"{folder}/{one.rest}".strip("/") if of_stems else f"{one.rest}/{stem.replace(one.part, '')}".strip("/")
+            f"{folder}/{one.rest}".strip("/")
+            if of_stems
+            else f"{one.rest}/{stem.removeprefix(folder) or stem}".strip("/")
             for one, stem, folder in zip(told, stems, folders, strict=True)
         ]
         is_told = self._tells_objects(frames, rests, masks, of_stems and folders[0])
@@ -220,10 +228,15 @@ class _Names:
             masks: for messages.
             parts: the names of all masks, and of their folders if these may be the frames'.
         """
-        for of_objects, level in product((False, True), self._levels()):
-            ways = [way for texts in parts for way in level(texts)]
-            ways = [way for i, way in enumerate(ways) if way not in ways[:i]]
-            ways = [way for way in ways if of_objects or not any(BEFORE_OBJECTS.search(one.before) for one in way)]
+        for of_objects in (False, True):
+            ways: list[list[Told]] = []
+            for level in self._levels():
+                for way in (way for texts in parts for way in level(texts)):
+                    is_known = any(all(one.overlaps(other) for one, other in zip(way, w, strict=True)) for w in ways)
+                    if not is_known and (of_objects or not any(BEFORE_OBJECTS.search(one.before) for one in way)):
+                        ways.append(way)
+                if ways and not any(one.part.isdecimal() and len(one.part) < 3 for one in ways[0]):
+                    break  # else it may be an object's number, and what is less exact the frame's
             ways = [way for way in ways if all(BEFORE_FRAMES.search(one.before) for one in way)] or ways
             if len(ways) > 1:
                 one, other = (way[-1].part for way in ways[:2])
@@ -323,7 +336,8 @@ class _Names:
         for value, mask in zip(values, masks, strict=True):
             if not 0 <= value - first < self.length:
                 raise SampleError(
-                    f"{mask.path}: no frame numbered {value}; there are {self.length} frames, counted from {first}"
+                    f"{mask.path}: no frame numbered {value}; there are {self.length} frames, counted from {first} "
+                    "(`first` tells another number)"
                 )
         return [value - first for value in values]
 
@@ -380,21 +394,30 @@ def _span_of_numbers(text: str) -> tuple[int, int]:
     return found[0].start(), found[-1].end()
 
 
-def split_by_prefix(source: Source) -> dict[str, Source]:
-    """Videos whose images lie in one folder: name before the last number or time -> its frames and masks.
+def split_by_name(source: Source) -> dict[str, Source]:
+    """Videos whose images lie in one folder: what names have beside the last number or time -> its frames and masks.
 
-    Empty where the names are those of one video: one name alone, one that a single image has, or a mask of none.
+    Empty where the names are those of one video: all have the same beside the number, or one image alone has it.
+
+    Raises:
+        SampleError: the frames are those of several videos, but a mask names none of them.
     """
-    groups: dict[str, tuple[list[Path], list[MaskFile]]] = {}
+    groups: dict[tuple[str, str], tuple[list[Path], list[MaskFile]]] = {}
     for path in source.frames if isinstance(source.frames, list) else ():
-        prefix = re.sub(rf"(?:{NUMBER})\D*$", "", plain_name(path.stem)).strip(" _-.")
-        groups.setdefault(prefix, ([], []))[0].append(path)
-    if len(groups) < 2 or "" in groups or min(len(images) for images, _ in groups.values()) < 2:
+        stem = plain_name(path.stem)
+        number = re.search(rf"(?:{NUMBER})(?=\D*$)", stem)
+        parts = (stem[: number.start()], stem[number.end() :]) if number else (stem, "")
+        groups.setdefault((parts[0].strip(" _-."), parts[1].strip(" _-.")), ([], []))[0].append(path)
+    if len(groups) < 2 or ("", "") in groups or min(len(images) for images, _ in groups.values()) < 2:
         return {}
     for mask in source.masks:
-        stem = plain_name(mask.path.stem)
-        names = [name for name in groups if re.search(rf"(^|[\W_]){re.escape(name)}([\W_\d]|$)", stem)]
-        if not names:
-            return {}
-        groups[max(names, key=len)][1].append(mask)
-    return {name: Source(frames, masks) for name, (frames, masks) in groups.items() if masks}
+        text = f"{mask.folder or ''}/{plain_name(mask.path.stem)}"
+        own = [g for g in groups if all(re.search(rf"(?<![^\W_]){re.escape(p)}(?:[\W_\d]|$)", text) for p in g if p)]
+        if not own:
+            names = ", ".join(" ".join(filter(None, parts)) for parts in sorted(groups)[:3])
+            raise SampleError(
+                f"{mask.path}: names none of the {len(groups)} videos whose frames are beside each other in "
+                f"{groups.popitem()[1][0][0].parent} ({names}); if they are one, {HINT}"
+            )
+        groups[max(own, key=lambda parts: len("".join(parts)))][1].append(mask)
+    return {"_".join(filter(None, parts)): Source(*files) for parts, files in groups.items() if files[1]}

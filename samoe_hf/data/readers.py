@@ -224,10 +224,13 @@ def read_coco(
     """
     check_window(window)
     warn_one_frame(f"COCO images in {root}")
-    folder = Path(root) / (images or split)
-    path = Path(root) / (annotations or f"annotations/instances_{split}.json")
-    if annotations is None and not path.is_file() and (folder / "_annotations.coco.json").is_file():
-        path = folder / "_annotations.coco.json"  # as Roboflow exports it
+    root = Path(root)
+    folders = [root / name for name in (images or split, f"images/{split}", "images")]
+    files = [root / "annotations" / f"instances_{split}.json", root / split / "_annotations.coco.json"]  # or Roboflow's
+    if annotations is None and not any(map(Path.is_file, files)) and (root / "result.json").is_file():
+        folders, annotations = [root / (images or ".")], "result.json"  # as Label Studio exports it
+    folder = next(filter(Path.is_dir, folders), folders[0])
+    path = root / annotations if annotations else next(filter(Path.is_file, files), files[0])
     entries: dict[str, tuple[dict, list[dict]]] = {}
     with named_errors(path, "not COCO annotations"):
         data = json.loads(path.read_bytes())

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import product
 
 import numpy as np
 import pytest
@@ -213,6 +214,20 @@ def test_a_linked_folder_and_a_root_of_the_same_name_are_videos_too(tmp_path):
     videos = load_videos(tmp_path / "cat")
     assert sorted(videos.video_ids) == ["again", "cat", "cat_"]
     assert [len(video.annotated_frames) for video in videos] == [NUM_FRAMES] * 3
+
+
+def test_two_cameras_in_one_folder_are_two_videos(tmp_path):
+    for t, side in product(range(4), ("left", "right")):
+        save(tmp_path / f"images/{t:04d}_{side}.jpg", np.full((*SIZE, 3), 20 * t + 90 * (side == "left"), np.uint8))
+        save(tmp_path / f"masks/{t:04d}_{side}.png", np.full(SIZE, 1 + (side == "left"), np.uint8))
+    videos = load_videos(tmp_path)
+    assert videos.video_ids == ["left", "right"] and [video.object_ids for video in videos] == [[2], [1]]
+
+
+def test_masks_that_name_none_of_several_videos_are_refused(tmp_path):
+    write(tmp_path, "images/{v}_{t:03d}.jpg", "masks/{t:03d}.png")
+    with pytest.raises(SampleError, match=r"000\.png: names none of the 2 videos whose frames.*\(cat, dog 2\)"):
+        load_videos(tmp_path)
 
 
 def test_files_that_are_neither_frames_nor_masks_are_named(tmp_path, caplog):
