@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from samoe_hf.errors import InputError
 
-from .frames import SampleError
+from .frames import SampleError, say_once
 from .options import check_types
 from .schema import Video
 
@@ -131,10 +130,9 @@ def _reflect(positions: np.ndarray, length: int) -> np.ndarray:
 
 def warn_one_frame(what: str) -> None:
     """Warns that single frames do not train the memory attention."""
-    warnings.warn(
+    say_once(
         f"{what}: one frame never attends to a memory, so experts in the memory attention get no gradient from it; "
-        "give the configuration's `expert_modules` other modules as well, or train on longer clips",
-        stacklevel=3,
+        "give the configuration's `expert_modules` other modules as well, or train on longer clips"
     )
 
 

@@ -11,7 +11,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGE_STD
 from transformers.image_utils import PILImageResampling
 
 from helpers.clips import draws, numbered_video, square
-from samoe_hf.data import ClipCollator, ClipDataset, SampleError, SyntheticVideos, Video
+from samoe_hf.data import ClipCollator, ClipDataset, ClipSampler, SampleError, SyntheticVideos, Video
+from samoe_hf.data.frames import say_once
 
 
 def test_a_clip_has_the_promised_form():
@@ -69,6 +70,13 @@ def test_a_video_without_objects_is_an_error_with_its_name():
     for video in (numbered_video(5, visible=[[]], name="empty"), numbered_video(5, annotated=[], name="empty")):
         with pytest.raises(SampleError, match="empty: no object"):
             ClipDataset([video], square(16))[0]
+
+
+def test_one_frame_clips_warn_once_that_memory_experts_do_not_learn(caplog):
+    say_once.cache_clear()
+    for num_frames in (2, 1, 1):
+        ClipSampler(square(16), num_frames=num_frames)
+    assert ["expert_modules" in message for message in caplog.messages] == [True]
 
 
 def test_frames_are_resized_as_by_pil_and_normalized():

@@ -82,7 +82,6 @@ def test_layouts_of_public_datasets_are_recognized(kind, tmp_path, caplog):
     assert np.array_equal(videos[0].masks(frame), named[0].masks(frame))
 
 
-@pytest.mark.filterwarnings("ignore:COCO images")
 @pytest.mark.parametrize("folder", ["train", "."])
 def test_coco_exports_are_recognized(folder, tmp_path):
     made = layouts.make_coco(tmp_path / "data")

@@ -20,7 +20,6 @@ def outcome(root, seed):
         return kind, "refused", str(error)
 
 
-@pytest.mark.filterwarnings("ignore:COCO images")
 @pytest.mark.parametrize("seeds", [range(50), pytest.param(range(50, 550), marks=pytest.mark.slow)], ids=len)
 def test_layouts_are_read_as_they_were_made_or_refused(seeds, tmp_path):
     found = {seed: outcome(tmp_path / f"seed_{seed}", seed) for seed in seeds}

@@ -110,8 +110,11 @@ class Maker:
                 ("{v}.mp4", "{v}_masks"),
                 ("{v}.mp4", "{v}"),
             )
-        pairs = [("{v}/F", "{v}/M"), ("{v}/F", "{v}/M"), ("F/{v}", "M/{v}"), ("train/{v}/F", "train/{v}/M"), ("{v}_F", "{v}_M"), ("{v}", "{v}/M"),
-                 ("set 1/{v}/F", "set 1/{v}/M"), ("{v}/camera", "{v}/M"), ("F", "M"), ("train/F/{v}", "train/M/{v}")]  # fmt: skip
+        pairs = (
+            ("{v}/F", "{v}/M"), ("{v}/F", "{v}/M"), ("F/{v}", "M/{v}"), ("train/{v}/F", "train/{v}/M"), ("F", "M"),
+            ("{v}_F", "{v}_M"), ("{v}", "{v}/M"), ("set 1/{v}/F", "set 1/{v}/M"), ("{v}/camera", "{v}/M"),
+            ("train/F/{v}", "train/M/{v}"),
+        )  # fmt: skip
         return tuple(one.replace("F", frames).replace("M", masks) for one in self.one_of(*pairs))  # type: ignore
 
     def people(self) -> None:
@@ -282,8 +285,10 @@ class Maker:
 
     def coco(self) -> None:
         """COCO's JSON, as its tools, CVAT, Roboflow and Label Studio write it: each image is a video of one frame."""
-        file, place = self.one_of(("annotations/instances_train.json", "train"), ("train/_annotations.coco.json", "train"),
-                                  ("annotations/instances_default.json", "images"), ("result.json", "images"))  # fmt: skip
+        file, place = self.one_of(
+            ("annotations/instances_train.json", "train"), ("train/_annotations.coco.json", "train"),
+            ("annotations/instances_default.json", "images"), ("result.json", "images"),
+        )  # fmt: skip
         images, annotations = [], []
         for t, (stem, masks) in enumerate(self.frames_of_tool(place)):
             name = f"images/{stem}.jpg" if file == "result.json" else f"{stem}.jpg"
@@ -331,12 +336,15 @@ def differences(videos, truth: Truth, kind: str) -> list[str]:
         if len(video.object_ids) != len(names):
             wrong.append(f"{video.video_id}: objects {video.object_ids} for {names}")
             continue
+        absent, shown = np.zeros(SIZE, bool), {t: video.masks(t) for t in video.annotated_frames}
         same = {
-            name: {i for i in video.object_ids if all(
-                np.array_equal(video.masks(t, [i])[0], masks[t].get(name, np.zeros(SIZE, bool))) for t in video.annotated_frames
-            )} for name in names
-        }  # fmt: skip
-        if not all(same.values()):
+            name: [
+                all(np.array_equal(shown[t][row], masks[t].get(name, absent)) for t in shown)
+                for row in range(len(video.object_ids))
+            ]
+            for name in names
+        }
+        if not all(map(any, same.values())):
             wrong.append(f"{video.video_id}: masks {same}")
     expected = set(truth) if kind != "coco" else {t for t, of_frame in enumerate(truth[0]) if of_frame}
     if seen != expected or len(list(videos)) != len(expected):
