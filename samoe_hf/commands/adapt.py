@@ -28,6 +28,7 @@ OPTIONS_OF_KEYS = {
     "model_name_or_path": "MODEL",
     "domain": "--domain",
     "domain_like": "--like",
+    "former": "--former",
 }
 # With so many videos the gate recognizes nearly all others of a domain, see docs/domains.md.
 FEW_VIDEOS = 12
@@ -53,6 +54,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="auto|none|DOMAIN",
         default="auto",
         help="start from the experts of a domain; auto: those that track the training videos best (%(default)s)",
+    )
+    domain.add_argument(
+        "--former",
+        metavar="NAME",
+        help="the domain that experts of no domain become, such as those of a SAM2-MoE checkpoint (former)",
     )
     add_output_option(parser, "folder for the new model")
     if "--help-all" in arguments:
@@ -84,7 +90,8 @@ def run(parsed: argparse.Namespace) -> None:
     like = None if parsed.like == "none" else parsed.like
     is_folder = os.path.exists(parsed.dataset) and not names_config(parsed.dataset)
     of_dataset = ["adapt", "--train_data", parsed.dataset] if is_folder else [parsed.dataset]
-    result = adapt(parsed.model, parsed.domain, [*of_dataset, *parsed.overrides], parsed.output, like)
+    former = [] if parsed.former is None else ["--former", parsed.former]
+    result = adapt(parsed.model, parsed.domain, [*of_dataset, *former, *parsed.overrides], parsed.output, like)
     if result.after:
         print(result.table())
     if result.started_from is not None:

@@ -7,6 +7,7 @@ import torch
 
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
+from samoe_hf.model.expert_layer import has_effect
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.surgery.domains import add_domain
@@ -40,6 +41,11 @@ def assemble(
     if missing := [domain for domain in loras if domain not in videos]:
         raise InputError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
     model = SamoeModel.from_pretrained(base, **kwargs).to(device)
+    if model.config.domains is None and has_effect(model):
+        raise InputError(
+            f"`base` {base} has experts that belong to no domain, and a video gets those of one domain alone. Give the "
+            "base without them, which the LoRAs must be of."
+        )
     processor = load_processor(base, model)
     for domain, source in loras.items():
         if source is None:

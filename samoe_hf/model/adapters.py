@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -23,7 +24,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file, requires_backends
+from transformers import __version__ as transformers_version
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    cached_file,
+    check_peft_version,
+    requires_backends,
+)
 
 from .base_model import SamoePreTrainedModel, build_on_meta
 from .domain_experts import DomainLinear
@@ -48,13 +57,28 @@ ADDITIVE_TUNERS = (
 )  # fmt: skip
 # What lies within layers with experts and is no layer of the base model.
 PARTS_OF_EXPERT_LAYERS = ("router", "router_logits", "dropout", r"domain_[\w-]+")
+LAYER_NAME = re.compile(r"\^?[\w.-]+")
 # Names of folders that Trainer does not upload are no names of adapters.
 ADAPTER_NAME = re.compile(r"(?!_|checkpoint-)[\w-]+")
 
 
+# PEFT before takes experts for adapters of its own.
+LEAST_PEFT = "0.21.0"
+
+
 def _peft(module: str = "peft") -> ModuleType:
-    """PEFT, which is slow to import. Whatever remote code imports by a statement, transformers asks for at once."""
+    """PEFT, which is slow to import. Whatever remote code imports by a statement, transformers asks for at once.
+
+    Raises:
+        InputError: if it is older than this package or transformers asks for.
+    """
     requires_backends(_peft, "peft")
+    for least in (LEAST_PEFT, MIN_PEFT_VERSION):
+        try:
+            check_peft_version(least)
+        except ValueError as error:
+            has = f"transformers {transformers_version} and peft {version('peft')} are"
+            raise InputError(f"Adapters need peft {least} or later, but {has} installed.") from error
     return import_module(module)
 
 
@@ -115,6 +139,14 @@ def adapter_state(module: nn.Module) -> str:
     return str(layers) if "peft" in sys.modules else ""
 
 
+def check_adapters_can_be_saved(model: SamoePreTrainedModel) -> None:
+    """Refuses adapters of other kinds than LoRA, which PEFT may have put into a model, or settings that change others'
+    tensors."""
+    for name in adapter_names(model):
+        config: Any = model.peft_config[name]
+        suitable_adapter(model, config, name)
+
+
 def is_lora(config: "PeftConfig") -> "TypeGuard[LoraConfig]":
     """Whether an adapter is a LoRA."""
     return isinstance(config, _peft().LoraConfig)
@@ -166,6 +198,7 @@ def adapters_aside(model: SamoePreTrainedModel) -> Iterator[None]:
 
 def save_adapters(model: SamoePreTrainedModel, directory: str | os.PathLike) -> None:
     """Writes each adapter of a model to a folder of its name in `directory`, as PEFT does."""
+    check_adapters_can_be_saved(model)
     for name in adapter_names(model):
         folder = Path(directory, name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +261,8 @@ def put_adapter(
     Raises:
         ValueError: if its tensors are not those of its configuration on this model, or not finite.
     """
-    settings = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else config
+    settings = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else copy.copy(config)
+    name_layers(source, settings, tensors)
     is_new = name not in adapter_names(model)
     expected = _shapes_on(model, source, settings, name) if is_new else _shapes(_tensors(model, name))
     found = _shapes(tensors)
@@ -246,6 +280,25 @@ def put_adapter(
     # Within the model, names have no prefix, which PEFT looks for those of `modules_to_save` without.
     own = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     _peft().set_peft_model_state_dict(model, own, adapter_name=name)
+
+
+def name_layers(source: Any, config: "PeftConfig", tensors: Mapping[str, Tensor]) -> None:
+    """Puts the names of an adapter's layers, which its tensors tell, in the place of expressions, which may never end.
+
+    Raises:
+        InputError: for an expression for whose places there are no tensors, of ranks and scales.
+    """
+    if not is_lora(config):
+        return  # it is refused
+    for setting in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, setting, None) or {}
+        if odd := [key for key in patterns if not (isinstance(key, str) and LAYER_NAME.fullmatch(key))]:
+            raise InputError(f"The adapter {source} has {setting!r} for {odd[0]!r}; expected names of layers.")
+    settings: Any = config
+    if isinstance(settings.target_modules, str) or settings.layers_to_transform is not None:
+        owners = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
+        settings.target_modules, settings.exclude_modules = owners, None
+        settings.layers_to_transform = settings.layers_pattern = None
 
 
 def check_adapters_on_experts(model: nn.Module) -> None:

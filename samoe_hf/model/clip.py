@@ -21,7 +21,7 @@ from .frame_step import FrameOutput, encode_frames, frame_step
 from .image_features import ImageFeatures
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
 from .memory_bank import MemoryBank, MemorySelection
-from .prompt_recipe import Corrections, PromptRecipe, resolve_recipe, sample_prompt
+from .prompt_recipe import Corrections, PromptRecipe, resolve_recipe
 from .prompts import Prompt, prompt_from_inputs
 
 
@@ -68,10 +68,10 @@ class ClipPrompts:
     @classmethod
     def simulate(cls, recipe: PromptRecipe, labels: Tensor) -> "ClipPrompts":
         """Draws prompts from the true masks (B, N, T, S, S)."""
-        plan = recipe.draw(labels.shape[2])
+        plan = recipe.draw(labels.shape[2], labels.flatten(3).any(dim=3).flatten(0, 1))
         masks = {t: labels[:, :, t].flatten(0, 1) for t in {*plan.kinds, *plan.corrected}}
         return cls(
-            {t: sample_prompt(masks[t], kind) for t, kind in plan.kinds.items()},
+            {t: recipe.prompt(masks[t], kind) for t, kind in plan.kinds.items()},
             {t: recipe.corrections(masks[t]) for t in plan.corrected},
         )
 

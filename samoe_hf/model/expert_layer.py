@@ -295,6 +295,11 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertMixture]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ExpertMixture))
 
 
+def has_effect(model: nn.Module) -> bool:
+    """Whether any expert changes what its layer puts out."""
+    return any(not module.lora_B.is_meta and bool(module.lora_B.any()) for _, module in expert_modules(model))
+
+
 def is_expert_parameter(name: str) -> bool:
     """Whether a tensor of this name, as in a state dict, is no base model's but of experts, a router or the gate."""
     return name.startswith(f"{DOMAIN_GATE}.") or name.endswith(tuple(f".{tensor}" for tensor in EXPERT_TENSORS))

@@ -30,6 +30,11 @@ logger = transformers_logging.get_logger(f"transformers.{__name__}")
 # What SAM2-MoE's builder calls arguments of `from_pretrained`.
 OLD_ARGUMENTS = {"ckpt_path": "pretrained_model_name_or_path", "config_file": "original_config"}
 
+OFFLOADING = (
+    "`device_map` {!r} leaves a part of the model on the disk, or in the CPU's memory beside a GPU; expected one that "
+    "keeps all of it where it is run. `quantization_config` makes a model smaller."
+)
+
 
 @dataclass
 class LoadRequest:
@@ -59,6 +64,10 @@ class LoadRequest:
             raise InputError("`pretrained_model_name_or_path` must be given: a folder, a Hub id or an original `.pt`.")
         if self.source is None and self.quantization_config is not None:
             raise InputError("`quantization_config` needs `pretrained_model_name_or_path`, where the full base is.")
+        device_map = self.arguments.get("device_map")
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise InputError(OFFLOADING.format(device_map))
         if not (self.experts is self.original_config is None or is_original_checkpoint(self.source)):
             raise InputError(
                 "`experts` and `original_config` go with an original checkpoint, but "
@@ -144,6 +153,8 @@ def _load_whole(
             output_loading_info=True,
             **arguments,
         )
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise InputError(OFFLOADING.format(arguments.get("device_map")))
     _align_memory(model)
     for layer in map(model.get_submodule, new_layers):
         # Within the vision encoder, transformers leaves them uninitialized.

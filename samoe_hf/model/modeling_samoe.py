@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import PROCESSOR_NAME, requires_backends
+from transformers.utils import logging as transformers_logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -37,6 +38,7 @@ from .clip import SamoeClipOutput, checkpoint_frames, clip_forward, non_reentran
 from .configuration_samoe import SamoeConfig
 from .domain_choice import AUTO, check_domain
 from .errors import InputError
+from .expert_layer import has_effect
 from .expert_sleep import wake_experts
 from .loading import LoadRequest, load_model
 from .processing_samoe import VideoProcessor, build_processor
@@ -47,6 +49,9 @@ from .tracking import encoding_ahead, propagate_from_prompts, start_propagation,
 from .trainable import parameter_names, set_trainable, train_experts
 from .weights_io import updated_folder
 from .weights_trained import check_not_its_base, save_trained
+
+# As loud as transformers is told to be.
+logger = transformers_logging.get_logger(f"transformers.{__name__}")
 
 if TYPE_CHECKING:
     try:  # noqa: SIM105  # what remote code imports elsewhere, transformers asks for
@@ -494,6 +499,11 @@ class SamoeModel(SamoePreTrainedModel):
         """
         if name == "peft_config":
             check_adapters_on_experts(self)
+            if not self._hf_peft_config_loaded and has_effect(self):  # by `get_peft_model`, and not by `add_adapter`
+                logger.warning(
+                    "`get_peft_model` has frozen the experts, and `PeftModel.save_pretrained` leaves them out. Save "
+                    "the SamoeModel itself, `get_base_model()`, to keep them."
+                )
         super().__setattr__(name, value)
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:

@@ -11,12 +11,17 @@ import transformers
 from torch import Tensor
 from transformers import AutoProcessor, Sam2VideoVideoProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
+from transformers.utils import logging as transformers_logging
 
 from .base import InferenceSession, base_of, mask_size
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .errors import InputError
 from .prompts import read_mask
+from .weights_files import fetch_file
+
+# As loud as transformers is told to be.
+logger = transformers_logging.get_logger(f"transformers.{__name__}")
 
 # The processors of the bases.
 VideoProcessor = transformers.Sam2VideoProcessor | transformers.Sam3TrackerVideoProcessor
@@ -127,6 +132,11 @@ def load_processor(source: str | os.PathLike, model: SamoePreTrainedModel) -> Vi
     if Path(source).is_file() or not any(
         cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES
     ):
+        if not Path(source).exists():
+            try:
+                fetch_file(source, PROCESSOR_NAME, {})
+            except OSError as error:
+                logger.warning(f"{error} Frames are prepared as its base's are, as if it had none.")
         return build_processor(model.config)
     base = base_of(model.config)
     expected = base.processor_class

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompt
+from .prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NO_POINT, PADDING, Prompt
 from .recipes import PromptSettings
 
 
@@ -23,11 +23,13 @@ class Corrections(NamedTuple):
         masks: (objects, S, S) bool, the true masks.
         num_clicks: clicks for each object.
         from_mask_probability: of drawing a click from the true mask instead of from the error.
+        of_absent_objects: whether objects that are not seen get clicks.
     """
 
     masks: Tensor
     num_clicks: int
     from_mask_probability: float
+    of_absent_objects: bool = False
 
     def draw(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
         """Draws a click for each object: points (objects, 1, 2) and labels (objects, 1).
@@ -36,7 +38,8 @@ class Corrections(NamedTuple):
             predictions: (objects, S, S) bool.
         """
         from_mask = _chance(self.from_mask_probability)
-        return sample_point_from_errors(self.masks, None if from_mask else predictions)
+        clicks = sample_point_from_errors(self.masks, None if from_mask else predictions)
+        return clicks if self.of_absent_objects else _of_seen_objects(self.masks, *clicks)
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,24 @@ class PromptPlan:
 class PromptRecipe(PromptSettings):
     """How a clip's prompts are drawn, by the settings."""
 
-    def draw(self, num_frames: int) -> PromptPlan:
-        """Draws the plan of a clip of `num_frames` frames."""
+    def draw(self, num_frames: int, shown: Tensor | None = None) -> PromptPlan:
+        """Draws the plan of a clip of `num_frames` frames.
+
+        Args:
+            shown: (objects, num_frames) bool, where each object is seen, so that it is prompted there alone; objects
+                that are never seen do not count. None, or with `prompt_absent_objects`, for any frames.
+        """
+        firsts, candidates = [0], [*range(num_frames)]
+        if shown is not None and not self.prompt_absent_objects:
+            rows = [row for row in shown.tolist() if any(row)]
+            candidates = [t for t in candidates if all(row[t] for row in rows)]
+            # Where no frame shows all objects, each is prompted on the first that shows it.
+            firsts = candidates[:1] or sorted({row.index(True) for row in rows})[: max(num_frames - 1, 1)]
         single = num_frames == 1
         use_points = _chance(self.point_probability) or (single and self.point_probability > 0)
         num_initial = _uniform_integer(1, min(self.max_initial_frames, max(num_frames - 1, 1)))
-        initial = [0, *_choose(range(1, num_frames), num_initial - 1)]
+        others = [t for t in candidates if t not in firsts]
+        initial = sorted([*firsts, *_choose(others, max(num_initial - len(firsts), 0))])
         if not use_points:
             return PromptPlan(dict.fromkeys(initial, "mask"))
         kinds = {t: "box" if _chance(self.box_probability) else "point" for t in initial}
@@ -67,12 +82,17 @@ class PromptRecipe(PromptSettings):
         num_corrected = num_initial
         if self.max_corrected_frames > num_initial and not single:
             num_corrected = _uniform_integer(num_initial, min(self.max_corrected_frames, num_frames))
-        others = [t for t in range(num_frames) if t not in initial]
+        others = [t for t in candidates if t not in initial]
         return PromptPlan(kinds, (*initial, *_choose(others, num_corrected - num_initial)))
 
     def corrections(self, masks: Tensor) -> Corrections:
         """The clicks that a corrected frame receives, given the objects' true masks (objects, S, S) bool on it."""
-        return Corrections(masks, self.num_correction_clicks, self.click_from_mask_probability)
+        settings = self.num_correction_clicks, self.click_from_mask_probability, self.prompt_absent_objects
+        return Corrections(masks, *settings)
+
+    def prompt(self, masks: Tensor, kind: str) -> Prompt:
+        """The prompt of that kind that an initial frame receives, given the same."""
+        return sample_prompt(masks, kind, self.prompt_absent_objects)
 
 
 # Prompts on the first frame alone, without corrections; and the whole recipe.
@@ -99,12 +119,23 @@ def resolve_recipe(prompts: "str | PromptRecipe") -> PromptRecipe:
     return PROMPT_RECIPES[prompts]
 
 
-def sample_prompt(masks: Tensor, kind: str) -> Prompt:
-    """Draws a "mask", "point" or "box" prompt for each object from its true mask (objects, S, S) bool."""
+def sample_prompt(masks: Tensor, kind: str, of_absent_objects: bool = False) -> Prompt:
+    """Draws a "mask", "point" or "box" prompt for each object from its true mask (objects, S, S) bool.
+
+    An object that is not seen gets no points, and an empty mask; with `of_absent_objects` a box in the corner, or a
+    click on the background.
+    """
     if kind == "mask":
         return Prompt(mask=masks.unsqueeze(1))
-    points, labels = sample_box(masks) if kind == "box" else sample_point_from_errors(masks)
+    drawn = sample_box(masks) if kind == "box" else sample_point_from_errors(masks)
+    points, labels = drawn if of_absent_objects else _of_seen_objects(masks, *drawn)
     return Prompt(points=points, labels=labels)
+
+
+def _of_seen_objects(masks: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The points (objects, P, 2) and labels (objects, P), which stand for nothing where an object is not seen."""
+    absent = ~masks.flatten(1).any(dim=1)[:, None]
+    return points.masked_fill(absent[..., None], PADDING), labels.masked_fill(absent, NO_POINT)
 
 
 def sample_point_from_errors(masks: Tensor, predictions: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,10 @@ class PromptSettings:
             they become conditioning frames. 0 turns corrections off.
         num_correction_clicks: clicks on each such frame, one after the other.
         click_from_mask_probability: of drawing a click from the true mask instead of from the error.
+        prompt_absent_objects: whether objects are prompted on frames that do not show them, as in SAM 2's own training,
+            by an empty mask, a click on the background or a box in the corner. By default the frames are chosen among
+            those that show all objects of the clips; an object that the first frame does not show is prompted on the
+            first that does.
     """
 
     _argument_group_name: ClassVar[str] = "prompts"  # of `HfArgumentParser`
@@ -31,6 +35,7 @@ class PromptSettings:
     max_corrected_frames: int = 2
     num_correction_clicks: int = 7
     click_from_mask_probability: float = 0.1
+    prompt_absent_objects: bool = False
 
     def __post_init__(self) -> None:
         for name in ("point_probability", "box_probability", "click_from_mask_probability"):

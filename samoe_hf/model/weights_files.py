@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -30,7 +31,7 @@ def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | N
     Raises:
         OSError: if there is no such folder or repository, it has no configuration, or it cannot be reached.
     """
-    path = cached_file(source, CONFIG_NAME, **hub)
+    path = fetch_file(source, CONFIG_NAME, hub, is_needed=True)
     if path is None:
         raise OSError(f"{source} has no {CONFIG_NAME}; expected a model of SAMoE or SAM 2 video.")
     return None if os.path.isdir(source) else extract_commit_hash(path, None)
@@ -85,12 +86,29 @@ def _find(source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> str |
     return cached_file(source, name, **hub, _raise_exceptions_for_missing_entries=False)
 
 
+def fetch_file(source: str | os.PathLike, name: str, hub: Mapping[str, Any], is_needed: bool = False) -> str | None:
+    """A file of a folder or repository; None if there is none, unless `is_needed`.
+
+    Raises:
+        OSError: if the Hub is not reached and the file is not in the cache, so that nobody knows.
+    """
+    try:
+        return cached_file(source, name, **hub)
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise OSError(f"{source}: {name} is not in the cache, and the Hub is not reached.") from error
+        if is_needed or error.__cause__ is not None:
+            raise
+        return None
+
+
 def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
     part = f".{variant}." if variant else "."
     name, index_name = SAFE_WEIGHTS_NAME.replace(".", part), SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{part}json")
     if (path := _find(source, name, hub)) is not None:
         return [path]
     if (index := _find(source, index_name, hub)) is None:
+        fetch_file(source, name, hub)  # says so where that is not known
         raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
     try:
         content = json.loads(Path(index).read_text())
@@ -102,7 +120,7 @@ def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: st
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise InputError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
-    paths = [cached_file(source, shard, **hub) for shard in sorted(shards)]
+    paths = [fetch_file(source, shard, hub, is_needed=True) for shard in sorted(shards)]
     return [path for path in paths if path is not None]
 
 

@@ -8,6 +8,7 @@ import copy
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from samoe_hf.errors import InputError
@@ -19,6 +20,7 @@ from samoe_hf.model.expert_layer import (
     META,
     ExpertLinear,
     expert_modules,
+    has_effect,
     matching_linear_names,
     replace_module,
     to_plain_linear,
@@ -48,10 +50,10 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
     _check_no_adapters(model)
     domain = _describe_domain(model, name, like, settings)
     if model.config.domains is None:
-        if with_effect := [layer for layer, module in expert_modules(model) if module.lora_B.any()]:
+        if has_effect(model):
             raise InputError(
-                f"The model has experts that belong to no domain, such as those of {with_effect[0]!r}. "
-                "`rename_domain(None, NAME)` makes a domain of them."
+                "The model has experts that belong to no domain; `rename_domain(model, None, NAME)` makes a domain of "
+                "them."
             )
         remove_experts(model)
         _begin_domains(model)
@@ -105,6 +107,17 @@ def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
         module.add_module(PREFIX + new_name, experts)
     renamed = [{**one, "name": new_name} if one["name"] == name else one for one in _domains(model)]
     _set_domains(model, renamed)
+
+
+def keep_former_experts(model: SamoeModel, name: str) -> None:
+    """Makes a domain of experts that belong to none and have an effect, such as SAM2-MoE's, and prints that it did.
+
+    The gate does not know the domain. Where it is chosen, the output is as before.
+    """
+    if model.config.domains is None and has_effect(model):
+        rename_domain(model, None, name)
+        if PartialState().is_main_process:
+            print(f"The model's experts, which belonged to no domain, are now those of {name!r}.")
 
 
 def _make_domain(model: SamoeModel, name: str) -> None:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, requires_backends
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.adapters import PLAIN_INITIALIZATIONS, PREFIX, is_lora, read_adapter_config, read_adapter_tensors
+from samoe_hf.model.adapters import (
+    PLAIN_INITIALIZATIONS,
+    PREFIX,
+    is_lora,
+    name_layers,
+    read_adapter_config,
+    read_adapter_tensors,
+)
 from samoe_hf.model.domain_experts import check_has_no_domains, domain_modules
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -181,6 +188,7 @@ def read_lora(source: str | os.PathLike, **hub) -> Lora:
     requires_backends(read_lora, "peft")
     config = _read_config(source, hub)
     tensors = read_adapter_tensors(source, hub)
+    name_layers(source, config, tensors)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = re.fullmatch(r"(.*)\.(lora_[AB])\.weight", key.removeprefix(PREFIX))

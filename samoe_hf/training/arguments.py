@@ -23,7 +23,7 @@ from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompt_recipe import PromptRecipe
-from samoe_hf.surgery.domains import add_domain, find_domain
+from samoe_hf.surgery.domains import add_domain, find_domain, keep_former_experts
 
 from .keys import DataKeys, ModelKeys, TrainingKeys
 
@@ -75,6 +75,9 @@ class ModelArguments(ModelKeys):
 
     def _prepare_domain(self, model: SamoeModel, domain: str, settings: dict[str, Any]) -> None:
         """Adds the domain, if the model lacks it; else its experts must be as the settings say."""
+        if model.config.domains is None and self.former == domain:
+            raise InputError(f"`former` must be another name than `domain` {domain!r}, which is a new one.")
+        keep_former_experts(model, self.former)
         is_new = domain not in model.config.domain_names
         if self.domain_like is not None and not is_new:
             raise InputError(f"`domain_like` is for a new domain, but the model has {domain!r}, whose experts go on.")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import Trainer, TrainerCallback, enable_full_determinism, set_seed
+from transformers import Sam2VideoModel, Trainer, TrainerCallback, enable_full_determinism, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -33,7 +34,7 @@ from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import TRAINING_SETTINGS, CardContent, evaluation_results, write_model_card
 from samoe_hf.hub.repository import check_base_is_public
-from samoe_hf.model.adapters import adapter_names, is_adapter_parameter, load_adapter
+from samoe_hf.model.adapters import adapter_names, check_adapters_can_be_saved, is_adapter_parameter, load_adapter
 from samoe_hf.model.base_model import ClipSettings
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -57,6 +58,9 @@ from .logs import TrainingLogs
 from .made_from import FILE as RUN_FILE
 from .made_from import check_goes_on, made_from
 
+# What wrappers put before the names of tensors.
+WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
+
 
 class SamoeTrainer(Trainer):
     """A Trainer for clips: SAM 2's prompts and loss, learning rates by set, and tracking of videos as evaluation.
@@ -66,7 +70,9 @@ class SamoeTrainer(Trainer):
     the masks of the first frame that shows each object, and reports `J`, `F` and `J&F` in all and by domain.
 
     Args:
-        model: what is trained, in place; `args` say which of its parameters.
+        model: what is trained, in place; `args` say which of its parameters, and adapters of PEFT that are not frozen
+            are trained as well. It may be wrapped by `torch.compile` or `peft.get_peft_model`; what is saved is a
+            SamoeModel with its adapters.
         args: arguments of the run, which stay as they are; `fit` chooses others, which the trainer's `args` have.
         recipe: how prompts are simulated.
         segmentation_loss: its weights and focal parameters; by default the model's own.
@@ -85,7 +91,7 @@ class SamoeTrainer(Trainer):
 
     def __init__(
         self,
-        model: SamoeModel,
+        model: SamoeModel | nn.Module,
         args: SamoeTrainingArguments,
         recipe: PromptRecipe | None = None,
         segmentation_loss: SegmentationLoss | None = None,
@@ -94,6 +100,7 @@ class SamoeTrainer(Trainer):
         train_dataset: Any = None,
         **kwargs,
     ):
+        wrapped, model = model, unwrapped(model)
         self.recipe = recipe or PromptRecipe()
         self.processor = processing_class or build_processor(model.config)
         self.domain = domain
@@ -102,7 +109,10 @@ class SamoeTrainer(Trainer):
         self.learning_rates = rates_by_set(model, args, domain)
         if train_dataset is not None:
             train_dataset = as_clips(train_dataset, self.processor, args.seed)
+        adapters = [p for n, p in model.named_parameters() if p.requires_grad and is_adapter_parameter(n)]
         model.set_trainable(*self.learning_rates)
+        for parameter in adapters:
+            parameter.requires_grad_(True)
         if args.fit is not None:
             args = fit_arguments(model, args, self.recipe, train_dataset)
         if model.origin.quantized and not (args.save_only_trained and model.origin.source):
@@ -116,7 +126,7 @@ class SamoeTrainer(Trainer):
         if args.compile_parts:
             model.compile_for_tracking()
         # Trainer is not given the processor, since it aligns special tokens of each processor's tokenizer.
-        super().__init__(model, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
+        super().__init__(wrapped, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
         self.training_logs = TrainingLogs()
@@ -139,9 +149,9 @@ class SamoeTrainer(Trainer):
         folder, checkpoint = self.args.folder, None
         with self.writer:
             if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
-                loss = self.accelerator.unwrap_model(self.model).clip_settings.loss
-                settings = self.learning_rates, self.recipe, loss, self.domain
-                self._made_from = made_from(self.model, self.args, *settings, self.train_dataset)
+                model = unwrapped(self.model)
+                settings = self.learning_rates, self.recipe, model.clip_settings.loss, self.domain
+                self._made_from = made_from(model, self.args, *settings, self.train_dataset)
             if self.is_world_process_zero():
                 clear_checkpoints(folder)
             self.accelerator.wait_for_everyone()
@@ -175,8 +185,7 @@ class SamoeTrainer(Trainer):
         """The loss of a batch of clips, with simulated prompts; in training, adds to the logs."""
         logs: AbstractContextManager = nullcontext()
         if model.training and self._is_logging_step():
-            unwrapped, domains = self.accelerator.unwrap_model(model), inputs["domain"]
-            logs = self.training_logs.recorded_routing(unwrapped, inputs["object_mask"], domains)
+            logs = self.training_logs.recorded_routing(unwrapped(model), inputs["object_mask"], inputs["domain"])
         # In the data, `domain` is what a clip is of; for the model, whose experts are run.
         inputs = {**inputs, "prompts": self.recipe, "domain": self.domain}
         with logs:
@@ -247,17 +256,22 @@ class SamoeTrainer(Trainer):
         model = model or self.model
         if self.optimizer is None:
             decaying = set(self.get_decay_parameter_names(model))
+            inner = unwrapped(model)
+            parameters = dict(inner.named_parameters())
             sets = {
-                name: chosen for chosen in reversed(self.learning_rates) for name in self.model.parameter_names(chosen)
+                parameters[name]: chosen
+                for chosen in reversed(self.learning_rates)
+                for name in inner.parameter_names(chosen)
             }
             groups = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    groups[sets[name.removeprefix("module.")], name in decaying].append(parameter)
+                    groups[sets.get(parameter, "adapters"), name in decaying].append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = {"adapters": self.args.learning_rate, **self.learning_rates}
             decays = {True: self.args.weight_decay, False: 0.0}
             groups = [
-                {"params": found, "lr": self.learning_rates[chosen], "weight_decay": decays[decayed], "set": chosen}
+                {"params": found, "lr": rates[chosen], "weight_decay": decays[decayed], "set": chosen}
                 for (chosen, decayed), found in groups.items()
             ]
             self.optimizer = optimizer_class(groups, **options)
@@ -275,7 +289,7 @@ class SamoeTrainer(Trainer):
             raise InputError("`eval_dataset` must be given, the videos to track.")
         opened, start_time = as_videos(videos), time.time()
         videos: Any = opened if isinstance(opened, Sequence) else list(opened)
-        model, state = self.accelerator.unwrap_model(self.model), PartialState()
+        model, state = unwrapped(self.model), PartialState()
         show = self.is_local_process_zero() and not self.args.disable_tqdm
         # Processes that each hold a shard of the weights must take every step together.
         first, step = (0, 1) if self.is_fsdp_enabled else (state.process_index, state.num_processes)
@@ -297,7 +311,9 @@ class SamoeTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             folder = output_dir or self.args.folder
-            self.accelerator.unwrap_model(self.model).save_pretrained(
+            if state_dict is not None:  # of the wrapped model
+                state_dict = {WRAPPERS.sub("", name): tensor for name, tensor in state_dict.items()}
+            unwrapped(self.model).save_pretrained(
                 folder, experts_only=self._saves_only_trained(), state_dict=state_dict, processor=self.processor
             )
             with whole_file(Path(folder, TRAINING_ARGS_NAME)) as file:
@@ -306,12 +322,12 @@ class SamoeTrainer(Trainer):
                 write_text(Path(folder, RUN_FILE), json.dumps(self._made_from, indent=1))
 
     def _saves_only_trained(self) -> bool:
-        return self.args.save_only_trained and self.accelerator.unwrap_model(self.model).origin.source is not None
+        return self.args.save_only_trained and unwrapped(self.model).origin.source is not None
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """Makes the repository, before anything is pushed; what is saved must not refer to a base of this machine."""
         if self._saves_only_trained():
-            check_base_is_public(self.accelerator.unwrap_model(self.model))
+            check_base_is_public(unwrapped(self.model))
         super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -320,7 +336,7 @@ class SamoeTrainer(Trainer):
             for code in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(code, self.args.folder)
             self.processor.save_pretrained(self.args.folder)
-            for name in adapter_names(self.accelerator.unwrap_model(self.model)):
+            for name in adapter_names(unwrapped(self.model)):
                 shutil.copytree(Path(checkpoint_folder, name), self.args.folder / name, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -352,14 +368,14 @@ class SamoeTrainer(Trainer):
             language=language,
             tags=tags,
         )
-        model, name = self.accelerator.unwrap_model(self.model), model_name or self.args.folder.name
+        model, name = unwrapped(self.model), model_name or self.args.folder.name
         write_model_card(
             model, self.args.folder, self.hub_model_id or name, content, experts_only=self._saves_only_trained()
         )
 
     def _issue_warnings_after_load(self, load_result) -> None:
         # Checkpoints lack what is not trained.
-        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trainable = {name for name, parameter in unwrapped(self.model).named_parameters() if parameter.requires_grad}
         # Adapters lie in folders of their own.
         lacking = {name for name in trainable & set(load_result.missing_keys) if not is_adapter_parameter(name)}
         if lacking or load_result.unexpected_keys:
@@ -367,16 +383,24 @@ class SamoeTrainer(Trainer):
             raise InputError(f"The checkpoint does not fit the model: {odd!r} is missing or unexpected.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # A checkpoint is of the SamoeModel, whatever wraps it.
+        model = model if self.is_fsdp_enabled else unwrapped(model or self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_adapters(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        wrapped = self.model
+        try:
+            if not self.is_fsdp_enabled:
+                self.model = unwrapped(wrapped)
+            super()._load_best_model()
+        finally:
+            self.model = wrapped
         assert self.state.best_model_checkpoint is not None
         self._load_adapters(self.state.best_model_checkpoint)
 
     def _load_adapters(self, checkpoint: str) -> None:
-        model = self.accelerator.unwrap_model(self.model)
+        model = unwrapped(self.model)
         for name in adapter_names(model):
             load_adapter(model, checkpoint, name, {"subfolder": name})
 
@@ -396,10 +420,27 @@ class RunCallback(TrainerCallback):
             clips.set_epoch(int(state.epoch or 0))
 
 
+def unwrapped(model: nn.Module) -> SamoeModel:
+    """The SamoeModel within what `torch.compile`, PEFT or training in several processes wraps around it.
+
+    Raises:
+        InputError: if it is another model, or has adapters that cannot be saved with a SamoeModel.
+    """
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    if hasattr(inner, "get_base_model"):  # a PeftModel
+        inner = extract_model_from_parallel(inner.get_base_model(), keep_torch_compile=False)
+    if not isinstance(inner, Sam2VideoModel):
+        raise InputError(
+            f"`model` must be a SamoeModel, also within `torch.compile` or PEFT, got {type(model).__name__}."
+        )
+    check_adapters_can_be_saved(inner)  # pyright: ignore[reportArgumentType]  # or remote code's class of that name
+    return inner  # pyright: ignore[reportReturnType]
+
+
 def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | None) -> dict[str, float]:
     """Set of parameters -> learning rate. Of a parameter in several sets the first counts.
 
-    For a domain the only set is its experts. Adapters of PEFT that were not frozen are trained as well.
+    For a domain the only set is its experts.
 
     Raises:
         InputError: if the model has no such domain, or domains of which none is given; if other than its experts are
@@ -417,9 +458,8 @@ def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | 
                 f"{others[0]!r}."
             )
         rates = {f"domain:{domain}": rate for rate in rates.values()}
-    chosen = {name for one in rates for name in model.parameter_names(one)}
-    if any(p.requires_grad and is_adapter_parameter(n) and n not in chosen for n, p in model.named_parameters()):
-        rates["adapters"] = args.learning_rate
+    for one in rates:
+        model.parameter_names(one)  # refuses a set without parameters
     return rates
 
 

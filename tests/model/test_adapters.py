@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import logging
 import shutil
 
 import pytest
@@ -28,6 +29,7 @@ from samoe_hf.data import ClipDataset, SyntheticVideos
 from samoe_hf.model.adapters import is_adapter_parameter, save_adapters
 from samoe_hf.model.expert_layer import expert_modules, is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 
@@ -269,3 +271,116 @@ def test_adapters_are_loaded_with_the_signature_of_transformers(nano, model, tmp
             other.load_adapter(tmp_path, subfolder="one", **arguments)
     with pytest.raises(ValueError, match="Either `peft_model_id`, or"):
         other.load_adapter(adapter_name="two")
+
+
+@pytest.mark.parametrize("module", ["iou_prediction_head", "mask_decoder", "proj_in"])
+def test_modules_that_are_saved_with_an_adapter_are_loaded_again(model, tmp_path, module):
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module]), "b")
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(SamoeModel.from_pretrained(tmp_path), model)
+
+
+def test_parts_of_the_model_are_trained_without_the_adapters_within_them(model):
+    add(model, "a", ["q_proj"])
+    for chosen in ("memory", "decoder"):
+        model.set_trainable(chosen)
+        assert trainable(model) and not any(map(is_adapter_parameter, trainable(model)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": r"(\w+\w+)+!"}, None),
+        ({"layers_to_transform": [0], "layers_pattern": r"(\w+\w+)+!"}, None),
+        ({"rank_pattern": {r"(\w+\w+)+!": 2}}, "'rank_pattern' for .*expected names of layers"),
+        ({"alpha_pattern": {r"(\w+\w+)+!": 2}}, "'alpha_pattern' for .*expected names of layers"),
+    ],
+)
+def test_an_expression_of_an_adapters_folder_that_never_ends_is_not_run(nano, model, tmp_path, settings, message):
+    save_adapters(add(model, "one", ["q_proj"]), tmp_path)
+    path = tmp_path / "one" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    other = copy.deepcopy(nano.model)
+    if message is None:
+        other.load_adapter(tmp_path / "one", "one")
+        assert_same_tensors(other, model)
+    else:
+        with pytest.raises(ValueError, match=message):
+            other.load_adapter(tmp_path / "one", "one")
+
+
+def test_experts_that_peft_leaves_out_are_told(model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
+    has_effect = any(module.lora_B.any() for _, module in expert_modules(model))
+    assert ("leaves them out" in caplog.text) == has_effect
+    with torch.no_grad():
+        next(expert_modules(model))[1].lora_B.fill_(1)
+    get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
+    assert "`get_peft_model` has frozen the experts, and `PeftModel.save_pretrained` leaves them out" in caplog.text
+    caplog.clear()
+    add(model, "one", ["q_proj"])
+    assert not caplog.text
+
+
+def test_an_older_peft_is_told_with_its_version(model, monkeypatch):
+    monkeypatch.setattr("samoe_hf.model.adapters.MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(ValueError, match=r"Adapters need peft 99.0 or later, but transformers \S+ and peft \S+ are"):
+        add(model, "one", ["q_proj"])
+
+
+class TestTraining:
+    """A model within wrappers is trained, saved, resumed and evaluated as it is alone."""
+
+    def trainer(self, wrapped, folder, **settings):
+        arguments = {"per_device_train_batch_size": 1, "save_steps": 1, "report_to": "none", "use_cpu": True}
+        arguments |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_J&F", "max_steps": 2}
+        args = SamoeTrainingArguments(
+            folder, **{**arguments, "save_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, **settings}
+        )
+        processor = build_processor(getattr(wrapped, "config", None))
+        clips = ClipDataset(SyntheticVideos(2, 3, (96, 96), seed=1), processor, num_frames=2, max_objects=1)
+        recipe = PromptRecipe(point_probability=0, max_initial_frames=1, max_corrected_frames=0)
+        videos = SyntheticVideos(1, 2, (96, 96), seed=2)
+        return SamoeTrainer(wrapped, args, recipe, train_dataset=clips, eval_dataset=videos)
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda m: get_peft_model(m, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)),
+            lambda m: torch.compile(m, backend="eager"),
+            lambda m: torch.compile(get_peft_model(m, LoraConfig(r=2, target_modules=["q_proj"])), backend="eager"),
+        ],
+        ids=["peft", "compiled", "compiled-peft"],
+    )
+    def test_wrapped(self, nano, tmp_path, wrap):
+        def start(folder, **settings):
+            torch.manual_seed(0)
+            inner = copy.deepcopy(nano.model)
+            return inner, self.trainer(wrap(inner), tmp_path / folder, **settings)
+
+        inner, trainer = start("whole", load_best_model_at_end=True)
+        trainer.train()
+        trainer.save_model()
+        assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "whole"), inner)
+        resumed, trainer = start("whole")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+        last = SamoeModel.from_pretrained(tmp_path / "whole" / "checkpoint-2")
+        assert_same_tensors(last, resumed)
+        assert not torch.equal(next(expert_modules(last))[1].lora_B, next(expert_modules(nano.model))[1].lora_B)
+
+    def test_an_adapter_that_was_frozen_stays_so(self, nano, tmp_path):
+        inner = add(add(copy.deepcopy(nano.model), "a", ["q_proj"]), "b", ["v_proj"])
+        inner.set_adapter(["a", "b"])
+        frozen = {n: p for n, p in inner.named_parameters() if ".a." in n}
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
+        before = {n: p.detach().clone() for n, p in inner.named_parameters()}
+        self.trainer(inner, tmp_path, max_steps=1, trainable=["experts", "decoder"]).train()
+        moved = {n for n, p in inner.named_parameters() if not torch.equal(before[n], p)}
+        assert not moved & frozen.keys() and any(".b." in n for n in moved) and any(map(is_expert_parameter, moved))
+
+    def test_an_adapter_of_another_kind_is_refused(self, nano, tmp_path):
+        wrapped = get_peft_model(copy.deepcopy(nano.model), LoHaConfig(target_modules=["proj_in"]))
+        with pytest.raises(ValueError, match="must be a LoraConfig, got LoHaConfig"):
+            self.trainer(wrapped, tmp_path)
