@@ -257,3 +257,12 @@ def test_linear_layers_are_drawn_as_in_pytorch_by_the_seed(nano):
         assert module.weight.abs().max() <= module.in_features**-0.5
         assert module.weight.std() == pytest.approx((3 * module.in_features) ** -0.5, rel=0.1)
     assert model.no_memory_embedding.std() == pytest.approx(0.02, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "device_map", [{"": "disk"}, {"memory_attention": "disk", "": "cpu"}, {"vision_encoder": "cpu", "": 0}], ids=str
+)
+def test_a_device_map_that_offloads_is_refused(model_folder, device_map):
+    with pytest.raises(ValueError, match=r"`device_map` .* leaves a part of the model on the disk"):
+        SamoeModel.from_pretrained(model_folder, device_map=device_map)
+    assert SamoeModel.from_pretrained(model_folder, device_map={"": "cpu"}).device.type == "cpu"

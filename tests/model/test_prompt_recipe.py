@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 import torch
 
 from samoe_hf.model.prompt_recipe import (
@@ -10,6 +11,7 @@ from samoe_hf.model.prompt_recipe import (
     bounding_boxes,
     sample_box,
     sample_point_from_errors,
+    sample_prompt,
 )
 
 DRAWS = 4000
@@ -121,3 +123,27 @@ def test_corrections_follow_the_errors_one_after_the_other_and_each_counts(nano,
     assert len(seen) == 3 and all(predictions.shape == (2, 128, 128) for predictions in seen)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert loss(3, 1.0) > 0 and seen == [None] * 3
+
+
+def test_prompts_lie_where_their_objects_are_seen():
+    shown = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
+    for _ in range(DRAWS):
+        plan = PromptRecipe(max_initial_frames=3, max_corrected_frames=6).draw(6, shown)
+        assert {*plan.kinds, *plan.corrected} <= {0, 3, 5} and min(plan.kinds) == 0
+    late = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1]]).bool()
+    assert all(min(PromptRecipe().draw(4, late).kinds) == 2 for _ in range(DRAWS))
+    apart = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    assert {0, 2} <= PROMPT_RECIPES["mixed"].draw(4, apart).kinds.keys()
+    kinds = [PromptRecipe(prompt_absent_objects=True).draw(6, shown).kinds for _ in range(DRAWS)]
+    assert any({1, 2, 4} & one.keys() for one in kinds) and all(0 in one for one in kinds)
+
+
+@pytest.mark.parametrize("kind", ["box", "point"])
+def test_an_object_that_is_not_seen_gets_no_points(kind):
+    masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+    masks[1, 4:9, 5:12] = True
+    prompt, old = sample_prompt(masks, kind), sample_prompt(masks, kind, of_absent_objects=True)
+    assert (prompt.labels[0] == -1).all() and (old.labels[0] >= 0).all()
+    assert (prompt.labels[1] > 0).all() and not (prompt.points[0] == 0).any()
+    _, labels = PromptRecipe().corrections(masks).draw(torch.ones_like(masks))
+    assert labels[:, 0].tolist()[0] == -1 and labels[1] == 0

@@ -6,10 +6,19 @@ import pytest
 import torch
 
 from helpers.domains import ENCODER_AND_MEMORY, add_learned_domain, clip_masks, new_model, with_two_domains
+from samoe_hf import SamoeModel
 from samoe_hf.continual.fit_gate import decide_videos, fit_gate
 from samoe_hf.evaluation.evaluate import segment_video
+from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.surgery.domains import add_domain, copy_domain_experts, merge_domains, remove_domain, rename_domain
+from samoe_hf.surgery.domains import (
+    add_domain,
+    copy_domain_experts,
+    fit_domain,
+    merge_domains,
+    remove_domain,
+    rename_domain,
+)
 from samoe_hf.surgery.experts import (
     freeze_experts,
     grow_experts,
@@ -157,3 +166,33 @@ def test_a_lora_of_peft_becomes_a_domain_and_back(two_clips, tmp_path):
     torch.testing.assert_close(clip_masks(other, two_clips, "mine"), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="`expert` must be integers from 0 to 0"):
         export_expert(model, 1, tmp_path / "more", domain="one")
+
+
+def test_a_model_whose_last_domain_was_removed_gets_another(nano, tmp_path):
+    model = copy.deepcopy(nano.model)
+    rename_domain(model, None, "former")
+    remove_domain(model, "former")
+    model.save_pretrained(tmp_path)
+    model = SamoeModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no parameters of 'experts'"):
+        model.set_trainable("experts")
+    add_domain(model, "next", num_experts=2)
+    model.set_trainable("domain:next")
+    assert all(p.requires_grad for _, experts in domain_modules(model, "next") for p in experts.parameters())
+
+
+def test_a_state_dict_of_another_order_of_domains_goes_by_name(nano):
+    def named(*names):
+        model = copy.deepcopy(nano.model)
+        rename_domain(model, None, names[0])
+        add_domain(model, names[1])
+        return model
+
+    first, second = named("a", "b"), named("b", "a")
+    features = torch.randn(8, first.domain_gate.num_features)
+    fit_domain(first, "a", features, torch.arange(8))
+    second.load_state_dict(first.state_dict())
+    for model in (first, second):
+        assert model.config.domain_names[int(model.domain_gate.decide(features[:1]).domain)] == "a"
+    with pytest.raises(RuntimeError, match="is of other domains than this model's, a, c"):
+        named("a", "c").load_state_dict(first.state_dict())
