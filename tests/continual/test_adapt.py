@@ -17,6 +17,7 @@ from samoe_hf.continual.adapt import adapt
 from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
+from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain, copy_domain_experts
 from samoe_hf.training.trainer import build_trainer
@@ -216,3 +217,23 @@ def test_of_few_videos_more_frames_are_read(first, monkeypatch):
     for num_videos in (2, 20, 1000):
         fit_gate(model, None, "soft", [video] * num_videos, show_progress_bar=False)
     assert [max(numbers[:2]), max(numbers[2:22]), max(numbers[22:])] == [32, 12, 4] and len(numbers) == 122
+
+
+@pytest.mark.parametrize(("options", "name"), [([], "former"), (["--former", "earlier"], "earlier")])
+def test_experts_of_no_domain_become_the_former_one(base, tmp_path, capsys, options, name):
+    model = SamoeModel.from_pretrained(base)
+    with torch.no_grad():
+        for _, module in expert_modules(model):
+            module.lora_B.normal_(std=0.01)
+    model.save_pretrained(tmp_path / "old", processor=build_processor(model.config))
+    run = str(write_run(tmp_path, "blobs"))
+    run_command(
+        [str(tmp_path / "old"), "--domain", "new", "--dataset", run, "--output", str(tmp_path / "out"), *options]
+    )
+    assert f"The model's experts, which belonged to no domain, are now those of '{name}'." in capsys.readouterr().out
+    adapted = SamoeModel.from_pretrained(tmp_path / "out")
+    assert adapted.config.domain_names == [name, "new"]
+    for (_, old), (_, kept) in zip(expert_modules(model), domain_modules(adapted, name), strict=True):
+        assert torch.equal(old.lora_B, kept.lora_B)
+    with pytest.raises(ValueError, match="`former` must be another name than `domain` 'former'"):
+        adapt(tmp_path / "old", "former", [run], tmp_path / "none")

@@ -184,7 +184,12 @@ def test_a_base_in_the_cache_is_not_fetched_again(server, tmp_path):
     weights = len(server.repositories["tester/experts"].files["model.safetensors"])
     assert server.bytes_sent["model.safetensors"] == weights
     assert 20 * weights < len(server.repositories["tester/full"].files["model.safetensors"])
-    SamoeModel.from_pretrained("tester/experts", cache_dir=tmp_path, local_files_only=True)
+    model = SamoeModel.from_pretrained("tester/experts", cache_dir=tmp_path, local_files_only=True)
+    assert model.origin.commit is not None and model.origin.commit != model.origin.source["revision"]
+    for weights in tmp_path.glob("models--tester--base/snapshots/*/model.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match=r"tester/base.*model.safetensors is not in the cache, and the Hub is not"):
+        SamoeModel.from_pretrained("tester/experts", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_a_later_base_does_not_take_the_earliers_place(server, tmp_path):

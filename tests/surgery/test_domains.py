@@ -96,7 +96,7 @@ def test_experts_of_no_domain_become_a_domain(two_clips):
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.1)
     expected, tensors = clip_masks(model, two_clips, None), len(model.state_dict())
-    with pytest.raises(ValueError, match=r"`rename_domain\(None, NAME\)` makes a domain of them"):
+    with pytest.raises(ValueError, match=r"`rename_domain\(model, None, NAME\)` makes a domain of them"):
         add_domain(model, "new")
     rename_domain(model, None, "old")
     assert torch.equal(clip_masks(model, two_clips, "old"), expected)
