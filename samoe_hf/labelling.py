@@ -233,7 +233,8 @@ class LabelRun(RunFolder):
         with self.writer:
             super().start(overwrite)
             if (self.folder / UNFINISHED).exists():
-                print(f"{self.folder}: removed the masks of videos that a stopped process had not finished.")
+                if any((self.folder / UNFINISHED).iterdir()):
+                    print(f"{self.folder}: removed the masks of videos that a stopped process had not finished.")
                 shutil.rmtree(self.folder / UNFINISHED)
 
     def clear(self) -> None:
@@ -360,6 +361,7 @@ def _label_videos(
     num_new = sum(gather_object([len(own)]))  # when all are done
     if not state.is_main_process:
         return None
+    shutil.rmtree(run.folder / UNFINISHED, ignore_errors=True)
     seconds = time.perf_counter() - start
     entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in videos}
     summary = {
