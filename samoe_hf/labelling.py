@@ -257,8 +257,12 @@ class LabelRun(RunFolder):
         path = self.finished_path(video)
         if not path.is_file():
             return False
-        entry = json.loads(path.read_text())
-        if entry["prompts"] != video.fingerprint:
+        try:
+            entry = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            print(f"{video.key} is labelled anew: {path} is damaged.")
+            return False
+        if entry.get("prompts") != video.fingerprint:
             raise InputError(
                 f"{self.folder} has {video.key} from other prompts or frames. Choose another `--output`, or replace "
                 "all labels with `--overwrite`."

@@ -234,6 +234,11 @@ def test_a_video_is_finished_when_its_masks_are_there(model_folder, one_video, t
     label(model_folder, *words)
     assert "v is labelled anew: 9 of 10 masks are there" in capsys.readouterr().out
     assert same(before, read_masks(tmp_path / "out"))
+    (finished,) = (tmp_path / "out" / "finished").rglob("*.json")
+    finished.write_text("")
+    label(model_folder, *words)
+    assert "v.json is damaged" in capsys.readouterr().out
+    assert same(before, read_masks(tmp_path / "out"))
 
 
 def test_labels_that_are_being_replaced_are_not_finished(model_folder, one_video, tmp_path, monkeypatch):

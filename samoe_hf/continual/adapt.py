@@ -95,6 +95,7 @@ def adapt(
         arguments += ["--domain_like", like]
     trainer = build_trainer(arguments)
     trainer.eval_domain = AUTO
+    trainer.depends_on = {"like": like}
     with trainer.writer:
         check_output_dir(trainer.args, None)  # another process may have written there meanwhile
         if trainer.is_world_process_zero() and trainer.args.overwrite_output_dir:

@@ -16,7 +16,7 @@ from .schema import Video
 
 # Of a file, its first and last bytes are read: all of a mask's, and those of a recording that tell it from another.
 FILE_ENDS = 2**16
-# Of frames that must be decoded, such as those of a row of a dataset.
+# Of frames of other kinds, which must be decoded.
 DECODED_FRAMES = 16
 
 
@@ -49,7 +49,7 @@ def _parts(value: Any) -> Iterable[bytes | memoryview]:
             yield from _parts(item)
     else:
         text = value if isinstance(value, bytes) else repr(value).encode()
-        yield f"{len(text)} ".encode() + text
+        yield f"{type(value).__name__} {len(text)} ".encode() + text
 
 
 def _file_parts(path: Path) -> Iterable[bytes]:

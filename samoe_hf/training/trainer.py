@@ -131,6 +131,8 @@ class SamoeTrainer(Trainer):
             model.wake_experts()  # whole, before they are sharded
         self.training_logs = TrainingLogs()
         self.writer = OneWriter(args.folder, "`output_dir`")
+        # What else the result depends on, for the checkpoints; and all that it does, once it is known.
+        self.depends_on: dict[str, Any] = {}
         self._made_from: dict[str, Any] | None = None
         self._last_logged_step = 0
         self.add_callback(RunCallback(self))
@@ -151,12 +153,15 @@ class SamoeTrainer(Trainer):
             if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
                 model = unwrapped(self.model)
                 settings = self.learning_rates, self.recipe, model.clip_settings.loss, self.domain
-                self._made_from = made_from(model, self.args, *settings, self.train_dataset)
+                self._made_from = made_from(model, self.args, *settings, self.train_dataset) | self.depends_on
             if self.is_world_process_zero():
                 clear_checkpoints(folder)
             self.accelerator.wait_for_everyone()
             if resume_from_checkpoint:
                 checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
+                is_of_another = Path(checkpoint).resolve().parent != folder.resolve() and list_checkpoints(folder)
+                if is_of_another and not self.args.overwrite_output_dir:
+                    raise InputError(ANOTHER_RUN.format(folder))
                 for sentence in check_goes_on(Path(checkpoint), self._made_from or {}):
                     if self.is_world_process_zero():
                         print(sentence)
