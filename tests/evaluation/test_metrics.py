@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from helpers.reference import ROOT
-from samoe_hf.evaluation import metrics
+from samoe_hf.evaluation import geometry, metrics
 
 SHARED = ROOT.parent / "shared"
 DAVIS = SHARED / "data" / "davis" / "Annotations" / "480p"
@@ -287,3 +287,28 @@ def test_surface_dice_agrees_with_all_distances(tolerance):
     assert metrics.surface_dice(*masks, spacing, tolerance) == pytest.approx([expected])
     ids = prediction * np.uint8(6), target * np.uint8(6)
     assert metrics.surface_dice(*ids, spacing, tolerance) == pytest.approx([expected])
+
+
+def test_surface_dice_counts_spacing_and_area():
+    target = np.zeros((6, 30, 30), dtype=np.uint8)
+    target[1:4, 5:25, 5:25] = 1
+    taller, wider = target.copy(), target.copy()
+    taller[4, 5:25, 5:25] = 1
+    wider[1:4, 25, 5:25] = 1
+    spacing = (5.0, 0.5, 0.5)
+    assert metrics.surface_dice(target, target, spacing, 0) == 1
+    assert metrics.surface_dice(wider, target, spacing, 0.5) == 1  # one voxel of half a millimetre off
+    assert metrics.surface_dice(taller, target, spacing, 4.9) < 0.9  # one voxel of five millimetres off
+    assert metrics.surface_dice(taller, target, spacing, 5.0) == 1
+    areas = geometry.surface_points(target.astype(bool), spacing)[1].sum()
+    assert areas == pytest.approx(2 * 10 * 10 + 4 * 10 * 15, rel=0.05)
+
+
+def test_occlusion_accuracy():
+    present = [1, 1, 0, 0, 1]
+    logits = torch.tensor([[3.0], [-1.0], [-2.0], [0.5], [0.1]], dtype=torch.bfloat16)
+    target = squares(*[HERE if there else None for there in present])
+    scores = metrics.score_video(target, target, object_scores=logits)
+    assert scores.occlusion_correct.ravel().tolist() == [1, 0, 1, 0, 1]
+    assert metrics.summarize({"video": scores}, "davis")["occlusion_accuracy"] == pytest.approx(1 / 3)
+    assert math.isnan(metrics.summarize({"video": metrics.score_video(target, target)})["occlusion_accuracy"])

@@ -120,3 +120,59 @@ def test_converted_models_track_as_sam2_does(tmp_path, family, size, record_prop
     print(f"{family}_hiera_{size}: mean difference by object and frame {difference.tolist()}")
     record_property("mean_difference", difference.tolist())
     assert difference.max() < 1e-3
+
+
+@pytest.mark.slow
+def test_corrections_and_backward_tracking_are_those_of_sam2(tmp_path):
+    """A second click on the prompted frame, a click on a tracked frame, and an object tracked back in time."""
+    (tmp_path / "frames").mkdir()
+    draw_frames(tmp_path / "frames")
+    predictor = build_predictor("sam2.1_hiera_t")
+    draw_weights(predictor)
+    torch.save({"model": predictor.state_dict()}, tmp_path / "checkpoint.pt")
+    click, correction = ([[300, 200]], [1]), ([[420, 120]], [0])
+
+    state = predictor.init_state(str(tmp_path / "frames"))
+    expected = []
+    predictor.add_new_points_or_box(state, 0, obj_id=1, points=POINTS[:1], labels=LABELS[:1])
+    predictor.add_new_points_or_box(state, 0, obj_id=1, points=click[0], labels=click[1], clear_old_points=False)
+    expected.append(state["temp_output_dict_per_obj"][0]["cond_frame_outputs"][0]["pred_masks"])
+    for _ in predictor.propagate_in_video(state):
+        pass
+    predictor.add_new_points_or_box(state, 2, obj_id=1, points=correction[0], labels=correction[1])
+    expected.append(state["temp_output_dict_per_obj"][0]["non_cond_frame_outputs"][2]["pred_masks"])
+    predictor.reset_state(state)
+    predictor.add_new_points_or_box(state, 2, obj_id=1, box=BOX)
+    for _ in predictor.propagate_in_video(state, reverse=True):
+        pass
+    expected.append(state["output_dict_per_obj"][0]["non_cond_frame_outputs"][0]["pred_masks"])
+
+    model = SamoeModel.from_pretrained(tmp_path / "checkpoint.pt")
+    processor = build_processor(model.config)
+
+    def start() -> Sam2VideoInferenceSession:
+        size = {"video_height": HEIGHT, "video_width": WIDTH}
+        return Sam2VideoInferenceSession(state["images"], dtype=torch.float32, **size)
+
+    def add(session: Sam2VideoInferenceSession, frame_idx: int, points: list, labels: list, clear: bool = True) -> None:
+        given = {"input_points": [[points]], "input_labels": [[labels]], "clear_old_inputs": clear}
+        processor.add_inputs_to_inference_session(session, frame_idx, 1, **given)
+
+    session, outputs = start(), []
+    add(session, 0, POINTS[:1], LABELS[:1])
+    first = model(session, frame_idx=0).pred_masks
+    add(session, 0, *click, clear=False)
+    outputs.append(model(session, frame_idx=0).pred_masks)
+    tracked = [output.pred_masks for output in model.propagate_in_video_iterator(session)]
+    add(session, 2, *correction)
+    outputs.append(model(session, frame_idx=2).pred_masks)
+    session = start()
+    processor.add_inputs_to_inference_session(session, 2, 1, input_boxes=[[BOX]])
+    backward = list(model.propagate_in_video_iterator(session, start_frame_idx=2, reverse=True))
+    assert backward[-1].frame_idx == 0
+    outputs.append(backward[-1].pred_masks)
+
+    assert (outputs[0] - first).abs().mean() > 1e-2 and (outputs[1] - tracked[2]).abs().mean() > 1e-2
+    differences = [(ours - theirs).abs().mean().item() for ours, theirs in zip(outputs, expected, strict=True)]
+    print(f"mean differences of a second click, a correction, backward tracking: {differences}")
+    assert max(differences) < 1e-3
