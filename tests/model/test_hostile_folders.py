@@ -259,7 +259,7 @@ def test_names_of_adapters_that_climb_are_refused(folder, name):
         SamoeModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}, {"target_modules": ".*"}])
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}])
 def test_adapters_that_lie_are_refused_before_anything_is_allocated(template, changes):
     path = template / "one" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
