@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import re
@@ -307,6 +308,9 @@ class _Stack:
 def _open_stack(path: Path, modified_ns: int, num_bytes: int, process: int, thread: int) -> _Stack:
     """A stack stays open for its next page; not for another process or thread, whose position would be the same."""
     return _Stack(path)
+
+
+atexit.register(_open_stack.cache_clear)  # while what closing needs is there
 
 
 def decode_deep_colors(source: Source, rawmode: str) -> np.ndarray:
