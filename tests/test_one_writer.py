@@ -32,7 +32,7 @@ time.sleep(1)
 """
 
 
-@pytest.mark.parametrize("place", ["inside", "beside"])
+@pytest.mark.parametrize("place", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
 def test_a_second_process_is_told_who_writes_until_that_one_is_gone(tmp_path, place):
     target, words = tmp_path / "out", [sys.executable, "-c", HOLD, tmp_path / "out", place]
     process = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, env=ENVIRONMENT)

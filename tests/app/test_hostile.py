@@ -249,6 +249,7 @@ def test_no_endpoint_is_open_by_name(attacker):
             assert answer.status_code >= 400 or "jpeg" not in answer.text
 
 
+@pytest.mark.slow
 def test_more_than_the_queue_holds_is_refused_and_then_all_goes_on(served, attacker):
     codes = set()
     for number in range(200):

@@ -107,6 +107,7 @@ def test_a_model_on_a_dataset(run, model_folder, davis, tmp_path):
     assert "frame/s" not in run(*arguments), "no bar where nothing is left to do"
 
 
+@pytest.mark.slow
 def test_drawn_points_of_several_seeds(run, model_folder, davis, tmp_path):
     arguments = [model_folder, *davis, "--video", "v0", "--output", tmp_path, "--prompt", "point:2"]
     run(*arguments)

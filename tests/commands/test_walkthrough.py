@@ -48,6 +48,7 @@ def test_the_section_shows_the_whole_way():
     ]
 
 
+@pytest.mark.slow
 def test_commands_run_with_less_to_do(folder, monkeypatch):
     """With fewer steps and videos, and experts in half as many layers. A file comes before the package's."""
     monkeypatch.chdir(folder)

@@ -81,6 +81,7 @@ def test_training_saves_experts_alone_which_load_onto_the_base(base, trained):
     assert not torch.equal(track(model), track(SamoeModel.from_pretrained(base)))
 
 
+@pytest.mark.slow
 def test_domains_are_added_and_nothing_is_forgotten(base, tmp_path):
     modules = ["memory_attention.*[qv]_proj", "vision_encoder.*[qv]_proj"]
     first = adapt(base, "soft", [run_file(tmp_path, expert_modules=modules)], tmp_path / "first")

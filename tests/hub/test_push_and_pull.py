@@ -121,6 +121,7 @@ def test_pulled_it_is_the_same_with_and_without_the_package(server, reader, tmp_
         assert pull(f"tester/{name}", server.expected, tmp_path / "own") == same | {"module": "samoe_hf"}
 
 
+@pytest.mark.slow
 def test_experts_on_sam3_are_pushed_and_pulled(server, reader, tmp_path):
     """Of the base, the detector and the tracker at once, the tracker is taken."""
     save_combined(tmp_path / "sam3")
@@ -313,7 +314,9 @@ def train(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("strategy", "subfolder"), [("end", ""), ("checkpoint", "last-checkpoint")])
+@pytest.mark.parametrize(
+    ("strategy", "subfolder"), [pytest.param("end", "", marks=pytest.mark.slow), ("checkpoint", "last-checkpoint")]
+)
 def test_runs_push_what_they_train(server, train, strategy, subfolder):
     train("tester/base", strategy, subfolder)
     repository = server.repositories[f"tester/run-{strategy}"]
@@ -328,6 +331,7 @@ def test_runs_push_what_they_train(server, train, strategy, subfolder):
         assert len(repository.commits) >= 3, "a push for each checkpoint"
 
 
+@pytest.mark.slow
 def test_runs_push_adapters(server, train):
     train("tester/base", "every_save", change=add_adapters)
     files = server.repositories["tester/run-every_save"].files

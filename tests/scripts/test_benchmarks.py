@@ -115,6 +115,7 @@ def test_training_is_timed_beside_metas_order():
     assert all(len(m.seconds) == 1 and m.median > 0 for m in measurements)
 
 
+@pytest.mark.slow
 def test_memory_of_tracking_is_that_of_its_tensors():
     """Per object, a session keeps its memories, pointers and masks, and nothing of the image."""
     config = SamoeConfig(**read_yaml("model_micro"))
