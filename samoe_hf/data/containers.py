@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import count
@@ -17,7 +16,7 @@ from av.error import FFmpegError
 
 from .container_index import MAX_FRAMES, NO_TIME, checksum, index_by_decoding, index_container, keep_index
 from .decoder import Decoder
-from .frames import FrameSequence, SampleError, named_errors
+from .frames import FrameSequence, SampleError, named_errors, say_once
 
 MAX_IDLE = 4  # decoders that are kept open while nobody reads from them
 # Reader -> its decoder while it is idle, the one that was used last at the end. In use, it is its thread's alone.
@@ -67,7 +66,7 @@ class ContainerFrames(FrameSequence):
         self.size, self.fps = self._index.size, self._index.fps
         self.names = [f"{i:05d}" for i in range(len(self._index.times))]
         if self._index.problem:
-            warnings.warn(f"{self.path}: {self._index.problem}", stacklevel=3)
+            say_once(f"{self.path}: {self._index.problem}")
         self._own_decoder()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

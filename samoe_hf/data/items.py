@@ -7,7 +7,6 @@ Items are converted when they are asked for.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from samoe_hf.errors import InputError
 
 from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
-from .frames import ArrayFrames, SampleError
+from .frames import ArrayFrames, SampleError, say_once
 from .images import read_label_png, read_pixels
 from .schema import Video, VideoSequence
 
@@ -57,11 +56,10 @@ def video_from_item(item: Any, index: int = 0) -> Video:
         if item.get(key) is None:
             raise SampleError(f"{owner} has no `{key}`; its keys are {list(item)}, expected {FORM}")
     if item.get("points") is not None:
-        warnings.warn(
+        say_once(
             "the items' `points` are not used: a clip starts on any frame, with any of the objects, and its prompts "
             "are drawn from the masks. To train with clicks alone, give SamoeTrainer "
-            "`recipe=PromptRecipe(point_probability=1, box_probability=0)`",
-            stacklevel=2,
+            "`recipe=PromptRecipe(point_probability=1, box_probability=0)`"
         )
     masks, annotated, num_frames = _read_masks(item["masks"], f"{owner}: `masks`")
     frames = _read_frames(item["frames"], masks.shape[-2:], f"{owner}: `frames`")

@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import struct
-import warnings
 
 import av
 import numpy as np
@@ -99,7 +98,7 @@ def test_a_trimmed_recording_starts_where_its_edit_list_says(tmp_path, scene, na
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.avi", "a.flv", "fast.mp4"])
-def test_of_a_file_that_is_cut_off_the_frames_before_are_read(tmp_path, scene, name):
+def test_of_a_file_that_is_cut_off_the_frames_before_are_read(tmp_path, scene, name, caplog):
     path = tmp_path / name
     options = {"movflags": "faststart"} if name == "fast.mp4" else {}
     with av.open(str(path), "w", options=options) as target:
@@ -111,15 +110,13 @@ def test_of_a_file_that_is_cut_off_the_frames_before_are_read(tmp_path, scene, n
         target.mux(stream.encode())
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 5])
     expected, is_whole = plain_decoding(path)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        frames = read_video(path)
+    frames = read_video(path)
     assert 5 < len(frames) == len(expected) < 40
     assert all(np.array_equal(frames[i], expected[i]) for i in reversed(range(len(expected))))
     if not is_whole:
-        assert f"{name}: decoding ends after {len(frames)} frames" in str(caught[0].message)
+        assert f"{name}: decoding ends after {len(frames)} frames" in caplog.text
     if name == "fast.mp4":
-        assert f"{len(frames)}" in str(caught[0].message)
+        assert f"{len(frames)}" in caplog.text
 
 
 def atom(kind, data):

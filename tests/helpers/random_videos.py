@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -226,15 +227,26 @@ def orders(length: int, rng: np.random.Generator) -> Iterator[list[int]]:
     yield rng.integers(0, length, 12).tolist()
 
 
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What the package logs while the context is open."""
+    sentences, handler, logger = [], logging.Handler(), logging.getLogger("samoe_hf")
+    handler.emit = lambda record: sentences.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield sentences
+    finally:
+        logger.removeHandler(handler)
+
+
 def outcome(video: RandomVideo, rng: np.random.Generator) -> tuple[str, str]:
     """Reads a file: "exact", "cut off" (what decodes before the damage, said aloud), "refused" or "wrong"; and why."""
     expected, is_whole = plain_decoding(video.path)
     said = ""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with logged() as sentences:
             length = len(read_video(video.path))
-        said = " ".join(str(w.message) for w in caught)
+        said = " ".join(sentences)
         for order in orders(length, rng):
             frames = read_video(video.path)
             for i in order:
