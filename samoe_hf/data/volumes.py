@@ -127,7 +127,8 @@ def _open_nifti(
             raise SampleError(f"{path}: images {scan.shape} and labels {labels.shape} differ in size ({label_path})")
         if not by_voxels:
             say_once(f"{label_path.parent}: labels or images do not say where they lie, and are taken voxel by voxel")
-        labels = nib.Nifti1Image(labels.dataobj, scan.affine)
+        with named_errors(label_path, "not a readable NIfTI file", NIFTI_DAMAGE):
+            labels = nib.Nifti1Image(labels.dataobj, scan.affine)
     else:
         with named_errors(path, "its orientation cannot be read", NIFTI_DAMAGE):
             labels = _turn_to(scan, labels, path, label_path)
