@@ -203,10 +203,15 @@ def plain_decoding(path: Path) -> tuple[list[np.ndarray], bool]:
     return frames, True
 
 
-def shown(frame: av.VideoFrame) -> np.ndarray:
-    """A frame's pixels by FFmpeg's accurate conversion, turned and mirrored as its `autorotate` does."""
+def stored(frame: av.VideoFrame) -> np.ndarray:
+    """A frame's pixels by FFmpeg's accurate conversion, as they are stored."""
     flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    pixels = frame.to_ndarray(format="rgb24", interpolation=flags)
+    return frame.to_ndarray(format="rgb24", interpolation=flags)
+
+
+def shown(frame: av.VideoFrame) -> np.ndarray:
+    """The same, turned and mirrored as FFmpeg's `autorotate` does."""
+    pixels = stored(frame)
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
