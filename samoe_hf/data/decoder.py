@@ -128,7 +128,7 @@ def upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
     a, b, c, d = display_matrix(frame)
     if abs(b) > abs(a):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1].copy()  # what is decoded next may take its place
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1].copy()  # so that it holds no frame of FFmpeg
 
 
 def upright_size(frame: VideoFrame) -> tuple[int, int]:

@@ -323,8 +323,7 @@ def test_wrong_lists_name_the_row(text, message, tmp_path):
         load_videos(tmp_path / "pairs.csv")
 
 
-def test_links_are_followed_once(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_links_are_followed_once(tmp_path):
     write(tmp_path / "real", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "videos").symlink_to(tmp_path / "real")
