@@ -1,7 +1,6 @@
 """Videos of one's own: every layout is recognized, and what is none is answered with the remedy."""
 
 import json
-import logging
 from itertools import product
 
 import numpy as np
