@@ -41,6 +41,7 @@ class Base(ABC):
         model_types: `model_type` of the configurations in transformers that it can be read from.
         processor_class, image_processor_class, resample, image_mean, image_std: how frames are prepared.
         no_split_modules: what FSDP shards one by one, and what is never split over devices.
+        memory_selection: which memories a frame reads, unless the configuration says otherwise.
         loads_own_processor: whether a saved processor is loaded as `processor_class`, whatever it was saved as.
     """
 
@@ -56,6 +57,7 @@ class Base(ABC):
     image_std: tuple[float, ...]
     no_split_modules: tuple[str, ...]
     loads_own_processor: bool = False
+    memory_selection: str = "recent"
 
     @abstractmethod
     def has(self, config: VideoConfig) -> bool:

@@ -160,6 +160,12 @@ class SamoePreTrainedModel(Sam2VideoModel):
         for part in (self.mask_decoder, self.memory_encoder, self.memory_attention):
             part.compile(dynamic=True, **kwargs)
 
+    @property
+    def memory_selection(self) -> str:
+        """Which memories a frame reads, see [`SamoeConfig`]."""
+        assert self.config.memory_selection is not None  # it was completed
+        return self.config.memory_selection
+
     def outlive_graphs(self, output: T) -> T:
         """What a compiled part puts out, copied where the next run of its CUDA graph would overwrite it."""
         return tree_map_only(Tensor, torch.clone, output) if self._records_graphs else output

@@ -102,4 +102,5 @@ SAM3 = Sam3(
     no_split_modules=("Sam3ViTLayer", "Sam2VideoTwoWayAttentionBlock"),
     # With the combined checkpoint the processor of the video model was saved, whose parts are the tracker's.
     loads_own_processor=True,
+    memory_selection="score",
 )

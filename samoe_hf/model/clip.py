@@ -17,10 +17,11 @@ from .domain_experts import keep_domain, use_domain
 from .errors import InputError
 from .expert_layer import expert_modules
 from .expert_router import RouterCall, load_balancing_loss, recomputable, record_router_logits
-from .frame_step import FrameOutput, encode_frames, frame_step
+from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
 from .image_features import ImageFeatures
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
-from .memory_bank import MemoryBank, MemorySelection
+from .memory_bank import MemoryBank
+from .memory_selection import MemorySelection, remember, select_memories
 from .prompt_recipe import Corrections, PromptRecipe, resolve_recipe
 from .prompts import Prompt, prompt_from_inputs
 
@@ -305,7 +306,7 @@ class ClipFrame(NamedTuple):
 
     prompt: Prompt | None
     corrections: Corrections | None
-    selection: MemorySelection | None
+    selections: list[MemorySelection]
     encode_memory: bool
     targets: Tensor | None
     is_real: Tensor | None
@@ -316,29 +317,27 @@ def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFea
     num_videos, num_frames = features.coarse.shape[:2]
     initial = clips.prompts.initial
     order = [*sorted(initial), *(t for t in range(num_frames) if t not in initial)]
-    bank, parts = MemoryBank(), []
+    num_objects, parts = num_videos * clips.num_objects, []
+    banks = [MemoryBank() for _ in range(num_objects)]
+    limits = memory_limits(model, num_frames)
     outputs: dict[int, FrameOutput] = {}
     for frame_idx in order:
         prompt, corrections = initial.get(frame_idx), clips.prompts.corrected.get(frame_idx)
-        selection = None
+        selections = []
         if prompt is None:
-            selection = bank.select(
-                frame_idx,
-                num_maskmem=model.num_maskmem,
-                max_object_pointers=model.config.max_object_pointers_in_encoder,
-                max_cond_frames=model.config.max_cond_frame_num,
-                num_frames=num_frames,
-                past_pointers_only=not model.training,
-            )
+            kind = model.memory_selection
+            selections = [select_memories(kind, bank, frame_idx, limits) for bank in banks]
         targets = None if clips.labels is None else clips.labels[:, :, frame_idx].flatten(0, 1)
         is_real = None if clips.object_mask is None else clips.object_mask.flatten()
-        frame = ClipFrame(prompt, corrections, selection, frame_idx != order[-1], targets, is_real)
-        segment = partial(_segment_frame, model, bank, frame, num_videos * clips.num_objects)
+        frame = ClipFrame(prompt, corrections, selections, frame_idx != order[-1], targets, is_real)
+        segment = partial(_segment_frame, model, banks, frame)
         # The image's tensors are arguments because checkpointing keeps the random state of its arguments' devices.
         with use_rows(clips.object_rows(frame_idx)):
             image = features.select((slice(None), frame_idx))
             output, frame_parts = _run_frame(model, frame_idx, segment, *image)
-        bank.write(frame_idx, output.memory, conditioning=prompt is not None or corrections is not None)
+        is_conditioning = prompt is not None or corrections is not None
+        for row, bank in enumerate(banks):
+            remember(bank, frame_idx, output.memory.row(row), is_conditioning)
         outputs[frame_idx] = output
         parts += frame_parts
 
@@ -364,7 +363,7 @@ def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *
 
 
 def _segment_frame(
-    model: SamoePreTrainedModel, bank: MemoryBank, frame: ClipFrame, num_objects: int, *image: Tensor
+    model: SamoePreTrainedModel, banks: list[MemoryBank], frame: ClipFrame, *image: Tensor
 ) -> tuple[FrameOutput, list[LossParts]]:
     """The frame step and, with true masks, the loss of each of its predictions.
 
@@ -375,11 +374,12 @@ def _segment_frame(
         model,
         ImageFeatures(*image),
         frame.prompt,
-        [bank],
-        frame.selection,
-        num_objects=num_objects,
+        banks,
+        frame.selections,
+        num_objects=len(banks),
         corrections=frame.corrections,
         encode_memory=frame.encode_memory,
+        memory_selection=model.memory_selection,
     )
     if frame.targets is None:
         return output, []

@@ -13,6 +13,7 @@ from transformers import Sam2VideoConfig, Sam2VideoMaskDecoderConfig
 
 from .base import MODEL_TYPES, base_of, mask_size, settings_of_base
 from .errors import InputError
+from .memory_selection import MEMORY_SELECTIONS
 
 # The projections that SAM2-MoE wraps: q, k, v and output of each self and cross attention of the memory attention.
 MEMORY_ATTENTION_PROJECTIONS = [
@@ -109,6 +110,7 @@ OTHER_RULES = {
     "older_memory_pooling": integer(1),
     "memory_attention_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
     "memory_attention_rope_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
+    "memory_selection": Rule(f"one of {', '.join(MEMORY_SELECTIONS)}", lambda value: value in [*MEMORY_SELECTIONS]),
     "base_model": mapping("texts", str | None),
     "adapters": mapping("True or False", bool),
 }
@@ -153,6 +155,9 @@ class SamoeConfig(Sam2VideoConfig):
             The memory of the last frame, and those of the frames before it, are averaged over squares of so many tokens
             a side. Memories of conditioning frames stay whole, and with 1 all do. The fewer tokens, the less an object
             costs, in tracking and in training.
+        memory_selection (`str`, *optional*, defaults to the base's own):
+            Which memories a frame reads: `"recent"`, the last ones, as SAM 2; `"score"`, the last ones on which the
+            object was seen well, as SAM 3; or `"distractor"`, those that tell it from its doubles, as DAM4SAM.
         base_model (`dict`, *optional*):
             In a folder that holds only what was trained: the model that the rest comes from; see `weights_trained.py`.
         adapters (`dict[str, bool]`, *optional*):
@@ -187,6 +192,7 @@ class SamoeConfig(Sam2VideoConfig):
     fill_hole_area: int = 0
     recent_memory_pooling: int = 1
     older_memory_pooling: int = 1
+    memory_selection: str | None = None
     base_model: dict[str, str | None] | None = None
     adapters: dict[str, bool] | None = None
 
@@ -197,6 +203,8 @@ class SamoeConfig(Sam2VideoConfig):
             self.mask_decoder_config = Sam2VideoMaskDecoderConfig(**self.mask_decoder_config)
         super().__post_init__(**kwargs)
         base_of(self).complete(self)
+        if self.memory_selection is None:
+            self.memory_selection = base_of(self).memory_selection
         read_expressions(vars(self))
         if isinstance(self.domains, list | tuple):
             self.domains = [dict(domain) if isinstance(domain, Mapping) else domain for domain in self.domains]

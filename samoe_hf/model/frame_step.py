@@ -7,6 +7,7 @@ Training over a clip and tracking in a session both run [`frame_step`], batched 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from .base_interface import NUM_LEVELS
 from .base_model import SamoePreTrainedModel
 from .batch_rows import batch_rows, use_rows, use_shared
 from .image_features import ImageFeatures
-from .memory_bank import FrameMemory, MemoryBank, MemorySelection, read_features, read_pointers
+from .memory_bank import FrameMemory, MemoryBank, read_memories
+from .memory_evidence import judge
+from .memory_selection import MemoryLimits, MemorySelection
 from .prompt_recipe import Corrections
 from .prompts import Prompt
 
 # For outputs with names, whatever the configuration says.
 AS_OBJECT: dict[str, Any] = {"return_dict": True}
+# What an object reads where others of its batch read more.
+NOTHING = (None, 0)
 # A mask prompt becomes logits of -10 and +10, for the mask and for the object score (arXiv:2408.00714, `sam2`).
 MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
 
@@ -77,17 +82,29 @@ def with_positions(model: SamoePreTrainedModel, fine: Tensor, middle: Tensor, co
     )
 
 
+def memory_limits(model: SamoePreTrainedModel, num_frames: int | None) -> MemoryLimits:
+    """How much a model's frames read, in a video of so many frames, or of an unknown number."""
+    return MemoryLimits(
+        num_maskmem=model.num_maskmem,
+        max_object_pointers=model.config.max_object_pointers_in_encoder,
+        max_cond_frames=model.config.max_cond_frame_num,
+        num_frames=num_frames,
+        past_pointers_only=not model.training,
+    )
+
+
 def frame_step(
     model: SamoePreTrainedModel,
     image: ImageFeatures,
     prompt: Prompt | None,
     banks: Sequence[MemoryBank],
-    selection: MemorySelection | None,
+    selections: Sequence[MemorySelection],
     *,
     num_objects: int,
     corrections: Corrections | None = None,
     encode_memory: bool = True,
     fill_hole_area: int = 0,
+    memory_selection: str = "recent",
 ) -> FrameOutput:
     """Segments a batch of objects on one frame.
 
@@ -97,11 +114,12 @@ def frame_step(
     Args:
         image: features of the frame, a row for each object, or for each video, of whose objects there are as many.
         prompt: what is given on this frame, or None.
-        banks: memories; together they hold `num_objects` objects.
-        selection: the memories to read, or None on initially prompted frames, which read none.
+        banks: memories of each object.
+        selections: what each object reads of them; nothing at all on initially prompted frames.
         corrections: clicks that are drawn from the errors of the prediction (in training).
         encode_memory: whether later frames will read this one.
         fill_hole_area: holes up to this many pixels are filled in the masks that are put out.
+        memory_selection: how later frames choose among memories, and so what they will ask of this one.
     """
     of_videos, image = image, image.for_objects(num_objects // len(image.coarse))
     if prompt is not None and prompt.mask is not None:
@@ -109,18 +127,26 @@ def frame_step(
     else:
         if model.num_maskmem == 0:
             coarse = image.coarse
-        elif selection is None:
+        elif not selections:
             coarse = image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
         else:
-            coarse = _condition_on_memory(model, of_videos, banks, selection)
-        multimask = _use_multimask(model, prompt, is_initial=selection is None)
+            coarse = _condition_on_memory(model, of_videos, banks, selections)
+        multimask = _use_multimask(model, prompt, is_initial=not selections)
         output = _segment(model, image, coarse, prompt, multimask, num_objects)
         if corrections is not None:
-            output = _correct(model, image, coarse, prompt, corrections, output, is_initial=selection is None)
+            output = _correct(model, image, coarse, prompt, corrections, output, is_initial=not selections)
         high_res_masks = None
     predicted = output.masks
     if fill_hole_area:
         output.masks = fill_holes(predicted, fill_hole_area)
+    if encode_memory and memory_selection != "recent":
+        output.memory.evidence = judge(
+            output.masks,
+            output.candidates,
+            output.iou_scores,
+            output.object_score_logits,
+            find_doubles=memory_selection == "distractor",
+        )
     if encode_memory and model.num_maskmem > 0:
         binarize = prompt is not None and not model.training
         if binarize or high_res_masks is None:
@@ -147,47 +173,80 @@ def _condition_on_memory(
     model: SamoePreTrainedModel,
     image: ImageFeatures,
     banks: Sequence[MemoryBank],
-    selection: MemorySelection,
+    selections: Sequence[MemorySelection],
 ) -> Tensor:
     """Features of the frame, conditioned on the memories: (objects, hidden, S / 16, S / 16)."""
-    memory, position, rotation = _memory_tokens(model, banks, selection, image.coarse)
     conditioned = model.memory_attention(
         image.coarse.flatten(2).mT,
         image.position.transpose(0, 1),
-        memory,
-        position.transpose(0, 1),
-        rotation,
+        *_memory_tokens(model, banks, selections, image.coarse),
     )
     return model.outlive_graphs(conditioned).mT.unflatten(2, image.coarse.shape[-2:])
 
 
 def _memory_tokens(
-    model: SamoePreTrainedModel, banks: Sequence[MemoryBank], selection: MemorySelection, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Memories (objects, tokens, channels), their positions (tokens, 1, channels), and how those rotate keys
-    (tokens, channels of keys / 2, 2)."""
-    num_pointer_tokens = len(selection.pointers) * model.hidden_dim // model.mem_dim
-    pooling = tuple(_pooling(model, index) for _, index in selection.spatial)
+    model: SamoePreTrainedModel, banks: Sequence[MemoryBank], selections: Sequence[MemorySelection], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Memories (objects, tokens, channels), their positions (objects or 1, tokens, channels), how those rotate keys
+    (tokens, channels of keys / 2, 2), and which of them are read (objects, tokens), or None for all."""
+    pooling, maps, pointers = _places(model, selections)
     size = model.backbone_feature_sizes[-1]
     spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
-    pooled = {n: F.avg_pool2d(spatial, n).flatten(2).permute(2, 0, 1) for n in set(pooling)}
-    temporal = [model.memory_temporal_positional_encoding[index] for _, index in selection.spatial]
-    positions = [pooled[n] + time for n, time in zip(pooling, temporal, strict=True)]
-    if selection.pointers:
-        distances = torch.tensor([d for _, d in selection.pointers], device=like.device, dtype=torch.float32)
-        positions.append(_pointer_positions(model, distances / selection.max_distance, num_pointer_tokens, like))
+    pooled = {n: F.avg_pool2d(spatial, n).flatten(2).mT for n in set(pooling)}
+    positions = []
+    for side, place in zip(pooling, maps, strict=True):
+        indices = _shared([index for _, index in place])
+        time = torch.stack([model.memory_temporal_positional_encoding[index].flatten() for index in indices])
+        positions.append(pooled[side] + time.unsqueeze(1))
+    num_pointer_tokens = len(pointers) * model.hidden_dim // model.mem_dim
+    if pointers:
+        distances = [[distance for _, distance in place] for place in pointers]
+        by_row = _shared(list(zip(*distances, (one.max_distance for one in selections), strict=True)))
+        times = torch.tensor(by_row, device=like.device, dtype=torch.float32)
+        positions.append(_pointer_positions(model, times[:, :-1] / times[:, -1:], num_pointer_tokens, like))
     # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
     with torch.autocast(like.device.type, enabled=False):
-        maps = [read_features(banks, t, like.device) for t, _ in selection.spatial]
-        features = [_pool_map(x, size, n) for x, n in zip(maps, pooling, strict=True)]
-        if selection.pointers:
-            pointers = torch.cat([read_pointers(banks, t, like.device) for t, _ in selection.pointers], dim=1)
+        read = [read_memories(banks, [t for t, _ in place], "features", like.device) for place in maps]
+        features = [_pool_map(x, size, n) for x, n in zip(read, pooling, strict=True)]
+        if pointers:
+            own = [read_memories(banks, [t for t, _ in place], "pointers", like.device) for place in pointers]
             # A pointer is cut into several tokens of the memory's width.
-            features.append(pointers.unflatten(1, (-1, model.mem_dim)))
+            features.append(torch.cat(own, dim=1).unflatten(1, (-1, model.mem_dim)))
         memory = torch.cat(features, dim=1).to(like.dtype)
+    rows = max(map(len, positions))
+    position = torch.cat([x.expand(rows, -1, -1) for x in positions], dim=1)
     attention = model.memory_attention
     rotation = attention.rotary_emb.rotations(attention.position_ids, size, pooling, num_pointer_tokens)
-    return memory, torch.cat(positions), rotation
+    is_read = None
+    if any(t is None for place in (*maps, *pointers) for t, _ in place):
+        is_read = torch.tensor([[t is not None for t, _ in place] for place in (*maps, *pointers)], device=like.device)
+        lengths = [x.shape[1] for x in features[: len(maps)]] + [model.hidden_dim // model.mem_dim] * len(pointers)
+        is_read = is_read.T.repeat_interleave(torch.tensor(lengths, device=like.device), dim=1)
+    return memory, position, rotation, is_read
+
+
+def _places(
+    model: SamoePreTrainedModel, selections: Sequence[MemorySelection]
+) -> tuple[tuple[int, ...], list[tuple], list[tuple]]:
+    """Where in a batch each object's memories go: for each map the side of its pooling, and for each map and pointer
+    what every object reads there, (frame index or None, time). Objects that read less than others leave some empty."""
+    by_row = [[(_pooling(model, index), (t, index)) for t, index in one.spatial] for one in selections]
+    sides = {tuple(side for side, _ in row) for row in by_row}
+    if len(sides) == 1:
+        (pooling,) = sides
+        maps = list(zip(*([read for _, read in row] for row in by_row), strict=True))
+    else:
+        pooling, maps = (), []
+        for side in sorted({side for row in sides for side in row}):
+            own = [[read for other, read in row if other == side] for row in by_row]
+            columns = list(zip_longest(*own, fillvalue=NOTHING))
+            pooling, maps = (*pooling, *[side] * len(columns)), maps + columns
+    return pooling, maps, list(zip_longest(*(one.pointers for one in selections), fillvalue=NOTHING))
+
+
+def _shared(rows: list) -> list:
+    """One row for all where they are equal."""
+    return rows[:1] if all(row == rows[0] for row in rows) else rows
 
 
 def _pooling(model: SamoePreTrainedModel, temporal_index: int) -> int:
@@ -205,14 +264,14 @@ def _pool_map(features: Tensor, size: Sequence[int], side: int) -> Tensor:
 
 
 def _pointer_positions(model: SamoePreTrainedModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:
-    """Encodes distances in time (pointers,), in units of the largest: (tokens, 1, channels)."""
+    """Encodes distances in time (objects or 1, pointers), in units of the largest: (objects or 1, tokens, channels)."""
     if not model.config.enable_temporal_pos_encoding_for_object_pointers:
-        return like.new_zeros(num_tokens, 1, model.mem_dim)
-    angles = distances.unsqueeze(1) / sine_periods(model.hidden_dim, like.device)
+        return like.new_zeros(1, num_tokens, model.mem_dim)
+    angles = distances.flatten().unsqueeze(1) / sine_periods(model.hidden_dim, like.device)
     sine = torch.cat([angles.sin(), angles.cos()], dim=1)
     with use_shared():
         position = model.temporal_positional_encoding_projection_layer(sine.to(like.dtype))
-    return position.unsqueeze(1).expand(-1, num_tokens // len(distances), -1).flatten(0, 1).unsqueeze(1)
+    return position.unflatten(0, distances.shape).repeat_interleave(num_tokens // distances.shape[1], dim=1)
 
 
 @lru_cache

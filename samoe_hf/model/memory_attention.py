@@ -39,7 +39,13 @@ class MemoryAttention(nn.Module):
         self.position_ids = nn.Buffer(parts.position_ids, persistent=False)
 
     def forward(
-        self, image: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, memory_rotation: Tensor
+        self,
+        image: Tensor,
+        position: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        memory_rotation: Tensor,
+        is_read: Tensor | None = None,
     ) -> Tensor:
         """Conditions a frame on memories.
 
@@ -47,9 +53,11 @@ class MemoryAttention(nn.Module):
             image: (objects, tokens, hidden), or one row for each video, with as many objects in each.
             position: encoding of the image's positions, (1, tokens, hidden).
             memory: (objects, memory tokens, channels).
-            memory_position: (1, memory tokens, channels).
+            memory_position: (objects or 1, memory tokens, channels).
             memory_rotation: cosine and sine by which a memory's place in the image rotates keys,
                 (memory tokens, channels of keys / 2, 2). Object pointers have no place.
+            is_read: (objects, memory tokens) bool, false where an object has fewer memories than others; None if all
+                have as many.
 
         Returns:
             (objects, tokens, hidden).
@@ -58,7 +66,9 @@ class MemoryAttention(nn.Module):
         if self.training and self._draws_dropout():
             hidden = _for_rows(hidden, len(memory))  # dropout is drawn for each object
         rotation = self.rotary_emb.rotations(self.position_ids)
-        keys = memory + memory_position
+        keys, mask = memory + memory_position, None
+        if is_read is not None:
+            mask = torch.zeros_like(is_read, dtype=image.dtype).masked_fill(~is_read, -torch.inf)[:, None, None]
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Sam2VideoMemoryAttentionLayer)
             own, cross = layer.self_attn, layer.cross_attn_image
@@ -68,7 +78,7 @@ class MemoryAttention(nn.Module):
                 attended = _attend(own, own.q_proj(normed), normed, normed, rotation, rotation)
                 hidden = hidden + layer.dropout1(attended)
                 queries = cross.q_proj(layer.layer_norm2(hidden))
-            attended = _attend(cross, queries, keys, memory, rotation, memory_rotation)
+            attended = _attend(cross, queries, keys, memory, rotation, memory_rotation, mask)
             hidden = _for_rows(hidden, len(memory)) + layer.dropout2(attended)
             normed = layer.layer_norm3(hidden)
             hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
@@ -155,9 +165,10 @@ def _attend(
     value: Tensor,
     rotation: Tensor,
     key_rotation: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of projected queries (objects or videos, tokens, channels) to (objects, keys, channels), rotated by
-    where they are."""
+    where they are; `mask` (objects, 1, 1, keys) is added to the logits."""
     query = _for_rows(_rotate(_heads(attention, query), rotation), len(key))
     key = _rotate(_heads(attention, attention.k_proj(key)), key_rotation)
     value = _heads(attention, attention.v_proj(value))
@@ -166,7 +177,7 @@ def _attend(
     )
     dropout = attention.dropout_p if attention.training else 0.0
     attended, _ = attend(
-        attention, query, key, value, attention_mask=None, dropout=dropout, scaling=attention.scaling, is_causal=False
+        attention, query, key, value, attention_mask=mask, dropout=dropout, scaling=attention.scaling, is_causal=False
     )
     return attention.o_proj(attended.flatten(-2))
 

@@ -23,7 +23,8 @@ from .base import InferenceSession
 from .base_model import SamoePreTrainedModel
 from .domain_choice import AUTO, SessionDecision
 from .errors import InputError
-from .memory_bank import FrameMemory, MemoryBank
+from .memory_bank import MemoryBank, ObjectMemory
+from .memory_selection import MEMORY_SELECTIONS, forget, remember
 from .processing_samoe import VideoProcessor
 from .prompts import SessionPrompt, order_box, prompt_problem
 
@@ -33,12 +34,13 @@ KEPT_FRAMES = 32
 class FrameRecord(NamedTuple):
     """What a frame gave for one object.
 
-    `output`: "pred_masks" (1, 1, S / 4, S / 4), "object_score_logits" (1, 1) and "object_pointer" (1, hidden).
+    `output`: "pred_masks" (1, 1, S / 4, S / 4), "object_score_logits" (1, 1), "iou_scores" (1, 1) and "object_pointer"
+    (1, hidden).
     `memory`: what later frames read. `reverse`: the direction in which it was tracked.
     """
 
     output: dict[str, Tensor]
-    memory: FrameMemory
+    memory: ObjectMemory
     is_conditioning: bool = False
     reverse: bool = False
 
@@ -131,7 +133,7 @@ class SessionObject(NamedTuple):
     def store_tracked(self, frame_idx: int, record: FrameRecord) -> None:
         """Keeps what tracking gave on a frame without a conditioning output."""
         self.outputs["non_cond_frame_outputs"][frame_idx] = record.output
-        self.state.bank.write(frame_idx, record.memory, conditioning=False)
+        remember(self.state.bank, frame_idx, record.memory, conditioning=False, reverse=record.reverse)
         self.mark_as_tracked(frame_idx, record.reverse)
 
     def commit(self) -> None:
@@ -266,6 +268,8 @@ class VideoSession(Sam2VideoInferenceSession):
         domain: whose experts a model with domains runs: a domain's name, None for the base model, or "auto" for what
             the gate decides on the frame that is segmented first. It can be set anew at any time.
         domain_interval: for videos whose look changes on the way: the gate decides anew after so many frames.
+        memory_selection: which memories a frame reads: "recent", "score" or "distractor" (see `memory_selection.py`),
+            or None for the model's own. Those of frames that may be read however long ago they were are kept longer.
         kwargs: as in the base class: `inference_device`, `inference_state_device`, `dtype`, and
             `max_vision_features_cache_size`, so many frames (16 at most) are encoded at once, ahead of tracking.
     """
@@ -279,6 +283,7 @@ class VideoSession(Sam2VideoInferenceSession):
         corrections_condition: bool = False,
         domain: str | None = AUTO,
         domain_interval: int | None = None,
+        memory_selection: str | None = None,
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ):
@@ -286,13 +291,16 @@ class VideoSession(Sam2VideoInferenceSession):
             raise InputError("`frames` and `processor` must be given together, or neither where frames are streamed.")
         if domain_interval is not None and domain_interval < 1:
             raise InputError(f"`domain_interval` must be at least 1 frame or None, got {domain_interval}.")
+        if memory_selection not in (None, *MEMORY_SELECTIONS):
+            names = ", ".join(map(repr, MEMORY_SELECTIONS))
+            raise InputError(f"`memory_selection` must be one of {names} or None, got {memory_selection!r}.")
         if frames is not None:
             kwargs["video_height"], kwargs["video_width"] = frames[0].shape[:2]
         super().__init__(dtype=dtype, **kwargs)
         if frames is not None and processor is not None:
             self.processed_frames = PreparedFrames(frames, processor, self.inference_device, dtype)
         self.keep_frames, self.corrections_condition = keep_frames, corrections_condition
-        self.domain, self.domain_interval = domain, domain_interval
+        self.domain, self.domain_interval, self.memory_selection = domain, domain_interval, memory_selection
         self.domain_decision: SessionDecision | None = None
 
     def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
@@ -328,13 +336,14 @@ class VideoSession(Sam2VideoInferenceSession):
     def forget(self, frame_idx: int) -> None:
         """Drops what tracking does not reach again from frame `frame_idx`."""
         for row, outputs in self.output_dict_per_obj.items():
-            bank, kept = outputs["state"].bank, outputs["non_cond_frame_outputs"]
+            state, kept = outputs["state"], outputs["non_cond_frame_outputs"]
+            bank, model = state.bank, state.model()
             anchors = [frame_idx, *bank.conditioning]
             far = {t for t in kept if all(abs(t - anchor) > self.keep_frames for anchor in anchors)}
             for t in far.difference(SessionObject(self, row).prompted_frames):
                 del kept[t]
-                bank.tracked.pop(t, None)
                 self.frames_tracked_per_obj[row].pop(t, None)
+            forget(bank, self.memory_selection or model.memory_selection, frame_idx, kept, self.keep_frames)
         if isinstance(self.processed_frames, dict):
             for t in [t for t in self.processed_frames if abs(t - frame_idx) > self.keep_frames]:
                 del self.processed_frames[t]

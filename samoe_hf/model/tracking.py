@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,10 @@ from .domain_choice import (
 )
 from .domain_experts import use_domain
 from .errors import InputError
-from .frame_step import FrameOutput, encode_frames, frame_step
+from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
 from .image_features import ImageFeatures
-from .memory_bank import MemoryBank, MemorySelection
+from .memory_bank import MemoryBank
+from .memory_selection import MemorySelection, select_memories
 from .prompts import Prompt, join_prompts, num_points
 from .session import FrameRecord, SessionObject, VideoSession, check_prompt, session_objects
 
@@ -42,15 +44,22 @@ from .session import FrameRecord, SessionObject, VideoSession, check_prompt, ses
 FRAMES_AHEAD, SMALL_IMAGE_SIZE, MAX_FRAMES_AHEAD = 4, 256, 16
 
 
+# Where objects of a batch read unequally many memories, these leave some out. Others cannot, and run them apart.
+MASKED_ATTENTION = ("eager", "sdpa")
+
+
 @dataclass
 class SamoeTrackingOutput(Sam2VideoSegmentationOutput):
-    """Output of [`SamoeModel`] for a frame of a session: that of Sam2VideoModel, and whose experts were run.
+    """Output of [`SamoeModel`] for a frame of a session: that of Sam2VideoModel, how good masks are, and whose experts
+    were run.
 
     Args:
+        iou_scores: (objects, 1), the IoU that the model expects of each mask; 1 for a mask that was given.
         domain: of a model with domains: whose experts the video got; None for the base's output.
         domain_confidence: from 0 to 1, how sure the gate is; None where the user has decided.
     """
 
+    iou_scores: Tensor | None = None
     domain: str | None = None
     domain_confidence: float | None = None
 
@@ -72,6 +81,7 @@ class FrameTask(NamedTuple):
     """What objects must have in common to be segmented on a frame in one batch.
 
     `prompted`: whether a new prompt is segmented. `for_show`: whether the object is only shown beside another's prompt.
+    `reads_memory`: whether anything was seen of the object before, on which the frame depends.
     """
 
     prompted: bool
@@ -81,7 +91,8 @@ class FrameTask(NamedTuple):
     has_mask: bool
     num_points: int
     has_previous_mask: bool
-    selection: MemorySelection | None
+    reads_memory: bool
+    memory_selection: str
 
 
 def track_frame(
@@ -220,7 +231,7 @@ def _joined(
     """The outputs of two parts of a session's objects on a frame as one, in the session's order."""
     ids = [*(first.object_ids or ()), *(second.object_ids or ())]
     order = [ids.index(object_id) for object_id in session.obj_ids]
-    for name in ("pred_masks", "object_score_logits"):
+    for name in ("pred_masks", "object_score_logits", "iou_scores"):
         second[name] = torch.cat([first[name], second[name]])[order]
     second.object_ids = session.obj_ids.copy()
     return second
@@ -242,16 +253,15 @@ def _object_tasks(
     tasks = [(one, _prompt_task(model, one, call)) for one in prompted]
     if prompted and not call.streaming:
         for one in others:
-            bank = one.bank_after_commit()
-            if bank.conditioning and one.output(call.frame_idx, with_shown=True) is None:
-                tasks.append((one, _tracking_task(model, one, call, bank, for_show=True)))
+            if one.bank_after_commit().conditioning and one.output(call.frame_idx, with_shown=True) is None:
+                tasks.append((one, _tracking_task(model, one, call, for_show=True)))
         return tasks
     for one in others:
         _commit(one)
         if call.frame_idx in one.state.bank.conditioning:
             one.mark_as_tracked(call.frame_idx, call.reverse)
         else:
-            tasks.append((one, _tracking_task(model, one, call, one.state.bank)))
+            tasks.append((one, _tracking_task(model, one, call)))
     for session in _unique_sessions(objects):
         if isinstance(session, VideoSession):
             session.forget(call.frame_idx)
@@ -276,33 +286,20 @@ def _prompt_task(model: SamoePreTrainedModel, tracked_object: SessionObject, cal
         has_mask=has_mask,
         num_points=points,
         has_previous_mask=has_previous_mask and model.config.previous_mask_with_clicks,
-        selection=None if is_initial or has_mask else _select(model, tracked_object, call, bank, reverse),
+        reads_memory=not is_initial and not has_mask,
+        memory_selection=_memory_selection(model, tracked_object),
     )
 
 
 def _tracking_task(
-    model: SamoePreTrainedModel,
-    tracked_object: SessionObject,
-    call: FrameCall,
-    bank: MemoryBank,
-    for_show: bool = False,
+    model: SamoePreTrainedModel, tracked_object: SessionObject, call: FrameCall, for_show: bool = False
 ) -> FrameTask:
-    selection = _select(model, tracked_object, call, bank, call.reverse)
-    return FrameTask(False, for_show, False, call.reverse, False, 0, False, selection)
+    kind = _memory_selection(model, tracked_object)
+    return FrameTask(False, for_show, False, call.reverse, False, 0, False, True, kind)
 
 
-def _select(
-    model: SamoePreTrainedModel, tracked_object: SessionObject, call: FrameCall, bank: MemoryBank, reverse: bool
-) -> MemorySelection:
-    return bank.select(
-        call.frame_idx,
-        num_maskmem=model.num_maskmem,
-        max_object_pointers=model.config.max_object_pointers_in_encoder,
-        max_cond_frames=model.config.max_cond_frame_num,
-        num_frames=None if call.streaming else tracked_object.session.num_frames,
-        reverse=reverse,
-        past_pointers_only=not model.training,
-    )
+def _memory_selection(model: SamoePreTrainedModel, tracked_object: SessionObject) -> str:
+    return getattr(tracked_object.session, "memory_selection", None) or model.memory_selection
 
 
 def _segment_objects(
@@ -315,26 +312,58 @@ def _segment_objects(
     for tracked_object, task in tasks:
         batches[domains[id(tracked_object.session)], task].append(tracked_object)
     _encode_frames(model, sessions, call)
+    numbers = {id(session): number for number, session in enumerate(sessions)}
     for (domain, task), objects in batches.items():
-        numbers = {id(session): number for number, session in enumerate(sessions)}
-        rows = (BatchRow(numbers[id(one.session)], call.frame_idx, one.object_id) for one in objects)
-        with use_rows(rows), use_domain(domain):
-            output = frame_step(
-                model,
-                _image_features(model, objects, call.frame_idx),
-                _batch_prompt(model, objects, call.frame_idx, task),
-                [one.bank_after_commit() if task.for_show else one.state.bank for one in objects],
-                task.selection,
-                num_objects=len(objects),
-                encode_memory=call.run_mem_encoder,
-                fill_hole_area=model.config.fill_hole_area,
-            )
-        memory, device = output.memory, objects[0].session.inference_state_device
-        if memory.features is not None:
-            memory.features = memory.features.to(device)
-        output.masks = output.masks.to(device)
-        for index, tracked_object in enumerate(objects):
-            _store_output(tracked_object, call.frame_idx, task, output, index)
+        for batch in _batches(model, objects, task, call):
+            rows = (BatchRow(numbers[id(one.session)], call.frame_idx, one.object_id) for one in batch.objects)
+            with use_rows(rows), use_domain(domain):
+                output = frame_step(
+                    model,
+                    _image_features(model, batch.objects, call.frame_idx),
+                    _batch_prompt(model, batch.objects, call.frame_idx, task),
+                    batch.banks,
+                    batch.selections,
+                    num_objects=len(batch.objects),
+                    encode_memory=call.run_mem_encoder,
+                    fill_hole_area=model.config.fill_hole_area,
+                    memory_selection=task.memory_selection,
+                )
+            memory, device = output.memory, batch.objects[0].session.inference_state_device
+            if memory.features is not None:
+                memory.features = memory.features.to(device)
+            output.masks = output.masks.to(device)
+            for index, tracked_object in enumerate(batch.objects):
+                _store_output(tracked_object, call.frame_idx, task, output, index)
+
+
+class Batch(NamedTuple):
+    """Objects that are segmented together, their memories, and which of these each of them reads."""
+
+    objects: list[SessionObject]
+    banks: list[MemoryBank]
+    selections: list[MemorySelection]
+
+
+def _batches(
+    model: SamoePreTrainedModel, objects: list[SessionObject], task: FrameTask, call: FrameCall
+) -> Iterator[Batch]:
+    """Objects of one task in one batch; but not with those that read more than twice as many memories as most."""
+    banks = [one.bank_after_commit() if task.for_show else one.state.bank for one in objects]
+    if not task.reads_memory:
+        yield Batch(objects, banks, [])
+        return
+    rows = []
+    for one, bank in zip(objects, banks, strict=True):
+        limits = memory_limits(model, None if call.streaming else one.session.num_frames)
+        rows.append((one, bank, select_memories(task.memory_selection, bank, call.frame_idx, limits, task.reverse)))
+    usual = median(len(selection.spatial) for _, _, selection in rows)
+    can_mask = model.config._attn_implementation in MASKED_ATTENTION
+    parts = defaultdict(list)
+    for row in rows:
+        length = len(row[2].spatial), len(row[2].pointers)
+        parts[length[0] > 2 * usual if can_mask else length].append(row)
+    for part in parts.values():
+        yield Batch(*map(list, zip(*part, strict=True)))
 
 
 def _decide_domain(model: SamoePreTrainedModel, session: InferenceSession, call: FrameCall) -> DomainDecision:
@@ -371,8 +400,9 @@ def _store_output(
     memory = output.memory.row(index)
     outputs = {
         "pred_masks": output.masks[index : index + 1],
-        "object_pointer": memory.pointers,
+        "object_pointer": memory.pointer,
         "object_score_logits": output.object_score_logits[index : index + 1],
+        "iou_scores": output.best_iou[index : index + 1, None],
     }
     record = FrameRecord(outputs, memory, task.is_conditioning, task.reverse)
     if task.prompted:
@@ -392,6 +422,7 @@ def _frame_result(
     no_output = {
         "pred_masks": torch.full((1, 1, *model.prompt_encoder.mask_input_size), NO_OBJ_SCORE, device=device),
         "object_score_logits": torch.full((1, 1), NO_OBJ_SCORE, device=device),
+        "iou_scores": torch.zeros(1, 1, device=device),
     }
     outputs = [one.output(frame_idx, with_shown=True) or no_output for one in objects]
     decision = session_domain(model, session) or DomainDecision(None)
@@ -399,6 +430,7 @@ def _frame_result(
         object_ids=[one.object_id for one in objects],
         pred_masks=torch.cat([output["pred_masks"].to(device) for output in outputs]),
         object_score_logits=torch.cat([output["object_score_logits"] for output in outputs]),
+        iou_scores=torch.cat([output["iou_scores"] for output in outputs]),
         frame_idx=frame_idx,
         domain=decision.domain,
         domain_confidence=decision.confidence,

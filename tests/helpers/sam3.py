@@ -10,6 +10,9 @@ from helpers.interaction import draw_weights
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 
+# Settings with which ours tracks as transformers' does.
+AS_TRANSFORMERS = {"previous_mask_with_clicks": False, "memory_selection": "recent"}
+
 
 def sam3_config(num_layers: int = 2, image_size: int = 112, window_size: int = 4, **settings) -> Sam3TrackerVideoConfig:
     """A narrow tracker. Of several layers of the encoder, each eighth sees the whole image, as published, or the last.
@@ -40,7 +43,7 @@ def sam3_config(num_layers: int = 2, image_size: int = 112, window_size: int = 4
 
 def sam3_models(config: Sam3TrackerVideoConfig, with_experts: bool = False) -> tuple[SamoeModel, Sam3TrackerVideoModel]:
     """Ours, whose experts have no effect unless asked for, and transformers' with the base's weights."""
-    ours = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), "previous_mask_with_clicks": False})).eval()
+    ours = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), **AS_TRANSFORMERS})).eval()
     draw_weights(ours, with_experts)
     theirs = Sam3TrackerVideoModel(config).eval()
     tensors = ours.state_dict()

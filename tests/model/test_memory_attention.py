@@ -49,7 +49,7 @@ def test_memories_of_tracked_frames_are_pooled_and_those_of_prompted_frames_are_
     # Frame 2 is the first that reads more than one map: the first frame's, whole, and the one before.
     for recent, older in ((1, 1), (2, 4)):
         assert len(calls[recent, older]) == 4
-    (memory, position, rotation), expected = calls[2, 4][1], calls[1, 1][1]
+    (memory, position, rotation, _), expected = calls[2, 4][1], calls[1, 1][1]
     assert memory.shape[1] == 64 + 16 + 2 * 2
     for found, all_tokens in zip((memory[0], position[0]), (expected[0][0], expected[1][0]), strict=True):
         torch.testing.assert_close(found[:64], all_tokens[:64])

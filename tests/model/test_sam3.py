@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from helpers.reference import change_config
-from helpers.sam3 import sam3_config, sam3_models, save_combined
+from helpers.sam3 import AS_TRANSFORMERS, sam3_config, sam3_models, save_combined
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor, load_processor
@@ -63,7 +63,7 @@ def as_drawn():
     torch.manual_seed(0)
     config = sam3_config()
     theirs = Sam3TrackerVideoModel(config).eval()
-    ours = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), "previous_mask_with_clicks": False})).eval()
+    ours = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), **AS_TRANSFORMERS})).eval()
     ours.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(5.0)  # or masks would be empty
     theirs.load_state_dict({name: x for name, x in ours.state_dict().items() if not is_expert_parameter(name)})
     return ours, theirs, build_processor(ours.config)

@@ -1,0 +1,126 @@
+"""Which memories a frame reads: SAM 2's choice, SAM 3's and DAM4SAM's."""
+
+import pytest
+import torch
+
+from samoe_hf.model.errors import InputError
+from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
+from samoe_hf.model.memory_selection import MemoryLimits, closest_frames, forget, remember, select_memories
+
+LIMITS = MemoryLimits(num_maskmem=7, max_object_pointers=16)
+SEEN = Evidence(score=0.9, iou=0.95, area=100)
+DOUBLE, HIDDEN = SEEN._replace(box_iou=0.4), Evidence(score=0.0, iou=0.3, area=0)
+
+
+def write(bank: MemoryBank, frame_idx: int, evidence: Evidence | None, conditioning=False, reverse=False) -> None:
+    memory = FrameMemory(torch.zeros(1, 4), torch.zeros(1, 2, 3), None if evidence is None else [evidence])
+    remember(bank, frame_idx, memory.row(0), conditioning, reverse)
+
+
+def bank(
+    conditioning=(), tracked=(), evidence: Evidence | None = None, reverse=False, **others: Evidence
+) -> MemoryBank:
+    """Memories of frames; `t5=...` is the evidence of frame 5."""
+    bank = MemoryBank()
+    for t in conditioning:
+        write(bank, t, None, conditioning=True)
+    for t in tracked:
+        write(bank, t, others.get(f"t{t}", evidence), reverse=reverse)
+    return bank
+
+
+def frames(selection) -> tuple[list[int], list[int]]:
+    return [t for t, _ in selection.spatial], [t for t, _ in selection.pointers]
+
+
+def test_without_a_prompted_frame_there_is_nothing_to_track():
+    with pytest.raises(InputError, match="Frame 3 cannot be tracked"):
+        select_memories("recent", bank(tracked=[1, 2]), 3, LIMITS)
+
+
+class TestRecent:
+    def test_all_conditioning_frames_and_the_last_six_others(self):
+        selection = select_memories("recent", bank([0], range(1, 20)), 20, LIMITS)
+        assert selection.spatial == ((0, 6), (14, 5), (15, 4), (16, 3), (17, 2), (18, 1), (19, 0))
+        assert selection.pointers == ((0, 20), *((20 - d, d) for d in range(1, 16)))
+        assert selection.max_distance == 15
+
+    def test_a_short_video_limits_pointers_and_their_scale(self):
+        selection = select_memories("recent", bank([0], range(1, 5)), 5, LIMITS._replace(num_frames=6))
+        assert selection.pointers == ((0, 5), (4, 1), (3, 2), (2, 3), (1, 4)) and selection.max_distance == 5
+
+    def test_backward_in_time_mirrors_forward(self):
+        forward = select_memories("recent", bank([0], range(1, 9)), 9, LIMITS)
+        backward = select_memories("recent", bank([9], range(1, 9)), 0, LIMITS, reverse=True)
+        assert [(9 - t, i) for t, i in backward.spatial] == list(forward.spatial)
+        assert [(9 - t, d) for t, d in backward.pointers] == list(forward.pointers)
+
+    def test_pointers_of_conditioning_frames_ahead_only_if_wanted(self):
+        both = bank([0, 8])
+        assert select_memories("recent", both, 4, LIMITS).pointers == ((0, 4),)
+        ahead_too = select_memories("recent", both, 4, LIMITS._replace(past_pointers_only=False))
+        assert ahead_too.pointers == ((0, 4), (8, -4)) and frames(ahead_too)[0] == [0, 8]
+
+    def test_limited_conditioning_frames_are_the_closest_and_the_rest_may_be_recent(self):
+        assert closest_frames(10, [0, 3, 8, 12, 20], 3) == [8, 12, 3]
+        assert closest_frames(10, [0, 3], -1) == [0, 3]
+        selection = select_memories("recent", bank([0, 7, 8, 9]), 10, LIMITS._replace(max_cond_frames=2))
+        assert selection.spatial == ((9, 6), (8, 6), (7, 2))
+        assert selection.pointers == ((9, 1), (8, 2), (7, 3), (0, 10))
+
+
+class TestScore:
+    def test_places_are_those_of_frames_that_scored_well(self):
+        some = bank([0], range(1, 20), SEEN, **{f"t{t}": HIDDEN for t in range(9, 18)})
+        selection = select_memories("score", some, 20, LIMITS)
+        assert selection.spatial == ((0, 6), (5, 5), (6, 4), (7, 3), (8, 2), (18, 1), (19, 0))
+        assert selection.pointers[:4] == ((0, 20), (19, 1), (18, 2), (8, 3))
+
+    def test_the_previous_frame_is_always_read_and_the_farthest_has_no_pointer(self):
+        some = bank([0], range(1, 5), SEEN, t4=HIDDEN)
+        selection = select_memories("score", some, 5, LIMITS)
+        assert selection.spatial == ((0, 6), (1, 3), (2, 2), (3, 1), (4, 0))
+        assert selection.pointers == ((0, 5), (4, 1), (3, 2), (2, 3))
+
+    def test_a_previous_frame_without_memory_keeps_its_place(self):
+        selection = select_memories("score", bank([0], [1, 2], SEEN), 9, LIMITS)
+        assert selection.spatial == ((0, 6), (1, 2), (2, 1))
+
+    def test_backward_it_begins_at_the_end(self):
+        some = bank([9], range(1, 9), SEEN, reverse=True)
+        assert frames(select_memories("score", some, 0, LIMITS, reverse=True))[0] == [9, 6, 5, 4, 3, 2, 1]
+
+
+class TestDistractor:
+    def test_the_last_frame_on_which_it_is_seen_and_each_fifth_before(self):
+        some = bank([0], range(1, 30), SEEN, t29=HIDDEN, t25=HIDDEN)
+        selection = select_memories("distractor", some, 30, LIMITS)
+        assert selection.spatial == ((0, 6), (5, 4), (10, 3), (15, 2), (20, 1), (28, 0))
+        assert selection.pointers[:3] == ((0, 30), (28, 2), (27, 3)) and (25, 5) not in selection.pointers
+
+    def test_frames_with_a_double_stay_as_conditioning_ones(self):
+        some = bank([0], range(1, 60), SEEN, **{f"t{t}": DOUBLE for t in (11, 12, 18, 31, 47)})
+        assert list(some.anchors) == [11, 18, 31, 47]
+        conditioning = [t for t, index in select_memories("distractor", some, 60, LIMITS).spatial if index == 6]
+        assert conditioning == [0, 47, 31, 18]
+
+    @pytest.mark.parametrize("change", [{"iou": 0.8}, {"area": 60}, {"area": 130}, {"area": 0}, {"box_iou": 0.71}])
+    def test_other_frames_do_not(self, change):
+        assert not bank([0], range(1, 20), SEEN, t15=DOUBLE._replace(**change)).anchors
+
+    def test_a_frame_that_is_tracked_anew_without_its_double_is_no_anchor_any_more(self):
+        some = bank([0], range(1, 20), SEEN, t15=DOUBLE)
+        write(some, 15, SEEN)
+        assert not some.anchors
+
+
+@pytest.mark.parametrize("kind", ["recent", "score", "distractor"])
+def test_what_is_forgotten_is_read_by_no_later_frame(kind):
+    hidden = {f"t{t}": HIDDEN for t in range(60, 200)} | {f"t{t}": DOUBLE for t in (20, 30, 45)}
+    whole, lean = bank([0], [], SEEN), bank([0], [], SEEN)
+    for t in range(1, 220):
+        assert select_memories(kind, lean, t, LIMITS) == select_memories(kind, whole, t, LIMITS)
+        for one in (whole, lean):
+            write(one, t, hidden.get(f"t{t}", SEEN))
+        forget(lean, kind, t, range(t - 32, t + 1), 32)
+    assert len(lean.tracked) <= 3 * 33
