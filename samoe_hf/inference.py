@@ -165,6 +165,7 @@ def track_video(
     prompts: Sequence[VideoPrompt],
     show_progress_bar: bool = False,
     domain: str | None = AUTO,
+    memory_selection: str | None = None,
 ) -> Iterator[TrackedFrame]:
     """Tracks prompted objects through a whole video, each onward from its first prompt, then back from it to the start.
 
@@ -175,6 +176,7 @@ def track_video(
         frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
         prompts: at least one, and at most one for each object on each frame.
         domain: of a model with domains, whose experts are run; see [`VideoSession`].
+        memory_selection: which memories a frame reads; see [`VideoSession`].
 
     Raises:
         InputError: for no frames, prompts that do not fit the video, see [`check_prompts`], or a domain that the model
@@ -183,7 +185,14 @@ def track_video(
     if not len(frames):
         raise InputError("`frames` is empty.")
     check_domain(model, domain)
-    session = VideoSession(frames, processor, domain=domain, inference_device=model.device, dtype=model.dtype)
+    session = VideoSession(
+        frames,
+        processor,
+        domain=domain,
+        memory_selection=memory_selection,
+        inference_device=model.device,
+        dtype=model.dtype,
+    )
     height, width = session.video_height, session.video_width
     assert height is not None and width is not None
     size = (height, width)

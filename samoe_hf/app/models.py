@@ -72,9 +72,9 @@ def load_model(source: str, device: torch.device | str, name: str | None = None,
     return LoadedModel(name or Path(source).name, source, model, load_processor(source, model))
 
 
-def small_model(device: torch.device | str) -> LoadedModel:
-    """The small model that comes with the package, ready to track."""
-    return load_model(click_base(), device, "small model")
+def small_model(device: torch.device | str, **options) -> LoadedModel:
+    """The small model that comes with the package, ready to track; `options` as in [`load_model`]."""
+    return load_model(click_base(), device, "small model", **options)
 
 
 def free_name(name: str, is_taken: Callable[[str], bool]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_device_option, add_original_options, command_parser
+from .options import add_device_option, add_memory_option, add_original_options, command_parser
 
 TINY, WEIGHTS = "facebook/sam2.1-hiera-tiny", "model.safetensors"
 CORE_SECONDS = 15  # of one CPU core for a frame, see docs/speed.md
@@ -40,6 +40,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--compare", action="append", default=[], metavar="MODEL", help="another model to compare with; may be repeated"
     )
     add_original_options(model)
+    add_memory_option(model)
     learning = parser.add_argument_group("learning")
     learning.add_argument("--data", type=Path, metavar="DIR", help="collect corrected videos here; allows learning")
     learning.add_argument("--models", type=Path, metavar="DIR", help="for what is learned; DATA_models if not given")
@@ -103,8 +104,9 @@ def serve_page(parsed: argparse.Namespace) -> None:
     options = {"experts": parsed.experts, "original_config": parsed.config}
     source = parsed.model or default_model(parsed.device.type == "cpu")
     with input_errors():
-        loaded = [load_model(source, parsed.device, **options) if source else small_model(parsed.device)]
-        loaded += [load_model(other, parsed.device) for other in parsed.compare]
+        own = {"memory_selection": parsed.memory_selection} if parsed.memory_selection else {}
+        first = load_model(source, parsed.device, **options, **own) if source else small_model(parsed.device, **own)
+        loaded = [first, *(load_model(other, parsed.device, **own) for other in parsed.compare)]
     limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)
     data = parsed.data
     models = parsed.models or (data and data.with_name(f"{data.name}_models"))

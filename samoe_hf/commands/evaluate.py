@@ -42,6 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     options.add_original_options(models)
     options.add_dataset_options(parser)
+    options.add_memory_option(models, several=True)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
     prompts.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")
@@ -128,7 +129,10 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
                 entries.append(evaluation.run_masks(source, label, state))
         else:
             own = of_original if is_original_checkpoint(source) or not has_original else {}
-            entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
+            for selection in parsed.memory_selection or [None]:
+                own_label = f"{label}-{selection}" if len(parsed.memory_selection or ()) > 1 else label
+                chosen = own if selection is None else {**own, "memory_selection": selection}
+                entries.append(evaluation.run_model(source, own_label, state, parsed.overwrite, **chosen))
     if not state.is_main_process:
         return
     results = evaluation.results(entries, state)

@@ -29,6 +29,7 @@ from .options import (
     ChosenDataset,
     add_dataset_options,
     add_device_option,
+    add_memory_option,
     add_model_option,
     add_output_option,
     command_parser,
@@ -40,7 +41,7 @@ from .options import (
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("label", __doc__)
-    add_model_option(parser)
+    add_memory_option(add_model_option(parser))
     add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", choices=("mask", "box"), default="mask", help="(%(default)s)")

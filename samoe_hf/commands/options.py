@@ -61,6 +61,17 @@ def add_model_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
+def add_memory_option(group: argparse._ArgumentGroup, several: bool = False) -> None:
+    """Adds `--memory-selection` beside the model, for [`load_model`]; `several` of them by repeating it."""
+    group.add_argument(
+        "--memory-selection",
+        choices=("recent", "score", "distractor"),
+        help="which memories a frame reads: the last ones, those that scored well, or those that tell doubles apart; "
+        f"by default as the model is configured{'; repeat it to compare several' if several else ''}",
+        **({"action": "append"} if several else {}),
+    )
+
+
 def add_original_options(group: argparse._ArgumentGroup, experts: bool = True) -> None:
     """Adds the options that go with an original checkpoint: `--config` and `--experts`."""
     if experts:
@@ -103,6 +114,8 @@ def load_model(parsed: argparse.Namespace, device: torch.device) -> tuple[SamoeM
     source, options = parsed.model, {"experts": parsed.experts, "original_config": parsed.config}
     if any(options.values()) and not is_original_checkpoint(source):
         raise InputError(f"`--experts` and `--config` go with an original checkpoint, but {source!r} is not a file.")
+    if selection := getattr(parsed, "memory_selection", None):
+        options["memory_selection"] = selection
     with input_errors(source):
         model = SamoeModel.from_pretrained(source, **options)
         processor = load_processor(source, model)

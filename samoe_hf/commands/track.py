@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_device_option, add_model_option, command_parser, load_model
+from .options import add_device_option, add_memory_option, add_model_option, command_parser, load_model
 
 if TYPE_CHECKING:
     from samoe_hf.data.frames import FrameSequence
@@ -33,7 +33,9 @@ DEFAULT_FPS = 24  # of folders of frames
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("track", __doc__)
-    add_model_option(parser).add_argument(
+    model = add_model_option(parser)
+    add_memory_option(model)
+    model.add_argument(
         "--domain", default="auto", metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
     )
     video = parser.add_argument_group("video")
@@ -177,4 +179,5 @@ def track(
         whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
         sure, how = tracked.domain_confidence, "as given by --domain"
         print(f"Experts: {whose}, {how if sure is None else f'by the gate with confidence {sure:.2f}'}")
+    print(f"Memory selection: {model.memory_selection}")
     print(f"Tracked {len(prompts)} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")

@@ -144,6 +144,7 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
         "lora_rank": config.lora_rank,
         **({} if config.domains is None else {"domains": config.domain_names}),
         "image_size": config.image_size,
+        "memory_selection": model.memory_selection,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

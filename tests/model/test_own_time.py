@@ -45,17 +45,22 @@ def late():
     return list(video.frames), prompts
 
 
+@pytest.fixture(scope="module", params=["recent", "score", "distractor"])
+def selection(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def alone(small, late):
+def alone(small, late, selection):
     """What each object is in a session of its own."""
     frames, prompts = late
     ids = sorted({object_id for object_id, _, _ in prompts})
-    return [tracked(small, frames, [prompt for prompt in prompts if prompt[0] == i]) for i in ids]
+    return [tracked(small, frames, [p for p in prompts if p[0] == i], memory_selection=selection) for i in ids]
 
 
-def test_objects_that_are_prompted_late_are_tracked_as_alone(small, late, alone):
+def test_objects_that_are_prompted_late_are_tracked_as_alone(small, late, alone, selection):
     frames, prompts = late
-    together = tracked(small, frames, prompts)
+    together = tracked(small, frames, prompts, memory_selection=selection)
     assert list(together) == [18, 19, *range(17, -1, -1)]
     for row, own in enumerate(alone):
         for t in range(NUM_FRAMES):
@@ -64,7 +69,7 @@ def test_objects_that_are_prompted_late_are_tracked_as_alone(small, late, alone)
             assert same.float().mean() > 0.999
 
 
-def test_to_the_bit_where_rows_run_one_by_one(small, late, alone, monkeypatch):
+def test_to_the_bit_where_rows_run_one_by_one(small, late, alone, selection, monkeypatch):
     segment = tracking._segment_objects
 
     def one_by_one(model, tasks, call):
@@ -72,9 +77,23 @@ def test_to_the_bit_where_rows_run_one_by_one(small, late, alone, monkeypatch):
             segment(model, [task], call)
 
     monkeypatch.setattr(tracking, "_segment_objects", one_by_one)
-    together = tracked(small, *late)
+    together = tracked(small, *late, memory_selection=selection)
     for row, own in enumerate(alone):
         assert all(torch.equal(together[t][row], own[t][0]) for t in range(NUM_FRAMES))
+
+
+def test_objects_of_all_first_prompts_share_a_batch(small, late, selection, monkeypatch):
+    sizes = []
+    step = tracking.frame_step
+
+    def counted(*args, **kwargs):
+        sizes.append(kwargs["num_objects"])
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(tracking, "frame_step", counted)
+    tracked(small, *late, memory_selection=selection)
+    # Of 17 frames that are tracked with three objects; some read much more than others just after these begin.
+    assert max(sizes) == 3 and sizes.count(3) >= 12
 
 
 def test_sam2s_order_tracks_a_late_object_from_its_future(small, late, alone):
