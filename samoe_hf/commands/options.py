@@ -65,10 +65,10 @@ def add_memory_option(group: argparse._ArgumentGroup, several: bool = False) -> 
     """Adds `--memory-selection` beside the model, for [`load_model`]; `several` of them by repeating it."""
     group.add_argument(
         "--memory-selection",
+        action="append" if several else "store",
         choices=("recent", "score", "distractor"),
         help="which memories a frame reads: the last ones, those that scored well, or those that tell doubles apart; "
         f"by default as the model is configured{'; repeat it to compare several' if several else ''}",
-        **({"action": "append"} if several else {}),
     )
 
 

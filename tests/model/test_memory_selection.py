@@ -1,11 +1,16 @@
 """Which memories a frame reads: SAM 2's choice, SAM 3's and DAM4SAM's."""
 
+import numpy as np
 import pytest
 import torch
 
+from helpers.sam3 import sam3_config
+from samoe_hf import SamoeConfig, SamoeModel, VideoSession, small_base
+from samoe_hf.data import SyntheticVideos
 from samoe_hf.model.errors import InputError
 from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
 from samoe_hf.model.memory_selection import MemoryLimits, closest_frames, forget, remember, select_memories
+from samoe_hf.model.processing_samoe import build_processor
 
 LIMITS = MemoryLimits(num_maskmem=7, max_object_pointers=16)
 SEEN = Evidence(score=0.9, iou=0.95, area=100)
@@ -124,3 +129,56 @@ def test_what_is_forgotten_is_read_by_no_later_frame(kind):
             write(one, t, hidden.get(f"t{t}", SEEN))
         forget(lean, kind, t, range(t - 32, t + 1), 32)
     assert len(lean.tracked) <= 3 * 33
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Frames of the model's size and the first masks of three objects, one of which leaves."""
+    video = SyntheticVideos(1, 12, (128, 128), domain="scenes", seed=5)[0]
+    first = torch.zeros(1, 3, 128, 128)
+    first[0, 0, 20:50, 30:70] = first[0, 1, 70:110, 60:100] = first[0, 2, 0:8, 100:128] = 1
+    return list(video.frames), first
+
+
+@pytest.mark.parametrize("kind", ["score", "distractor"])
+def test_clips_read_the_memories_that_sessions_read(clip, kind):
+    """So that experts learn with the memories that they will have."""
+    model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).eval()
+    frames, first = clip
+    processor = build_processor(model.config)
+    pixel_values = processor.video_processor(videos=[np.stack(frames)], return_tensors="pt").pixel_values_videos
+    with torch.no_grad():
+        masks = model(pixel_values, input_masks=first).pred_masks[0]
+        model.config.memory_selection = "recent"
+        others = model(pixel_values, input_masks=first).pred_masks[0]
+        model.config.memory_selection = kind
+    for row in range(3):
+        session = VideoSession(frames, processor)
+        processor.add_inputs_to_inference_session(session, 0, 1, input_masks=first[0, row].bool().numpy())
+        alone = torch.stack([output.pred_masks[0, 0] for output in model.propagate_in_video_iterator(session)])
+        assert (alone - masks[row]).abs().mean() < 1e-3
+    assert (masks - others).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["score", "distractor"])
+def test_experts_learn_with_them(clip, kind):
+    _, first = clip
+    model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).train()
+    pixel_values = torch.randn(2, 5, 3, 128, 128)
+    labels = first.bool().unsqueeze(2).expand(2, 3, 5, 128, 128)
+    model.set_trainable("experts")
+    model(pixel_values=pixel_values, labels=labels).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert gradients and all(g is not None and g.isfinite().all() for g in gradients)
+
+
+def test_an_unknown_selection_is_refused_by_name():
+    with pytest.raises(InputError, match="`memory_selection` must be one of 'recent', 'score', 'distractor' or None"):
+        VideoSession(memory_selection="best")
+    with pytest.raises(InputError, match="`memory_selection` must be one of recent, score, distractor, got 'best'"):
+        SamoeConfig(memory_selection="best")
+
+
+def test_the_default_is_the_bases_own():
+    assert SamoeConfig().memory_selection == "recent"
+    assert SamoeConfig.from_dict(sam3_config().to_dict()).memory_selection == "score"
