@@ -1,0 +1,119 @@
+"""Memories that objects read, as tokens of one batch: each with its place in the image and in time.
+
+It follows `sam2/modeling/sam2_base.py`. Objects of a batch may read different memories, and differently many.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base_model import SamoePreTrainedModel
+from .batch_rows import use_shared
+from .memory_bank import MemoryBank, read_memories
+from .memory_selection import MemorySelection
+
+# What an object reads where others of its batch read more.
+NOTHING = (None, 0)
+
+
+def memory_tokens(
+    model: SamoePreTrainedModel, banks: Sequence[MemoryBank], selections: Sequence[MemorySelection], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Memories (objects, tokens, channels), their positions (objects or 1, tokens, channels), how those rotate keys
+    (tokens, channels of keys / 2, 2), and which of them are read (objects, tokens), or None for all."""
+    pooling, maps, pointers = _places(model, selections)
+    size = model.backbone_feature_sizes[-1]
+    spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
+    pooled = {n: F.avg_pool2d(spatial, n).flatten(2).mT for n in set(pooling)}
+    positions = []
+    for side, place in zip(pooling, maps, strict=True):
+        times = [
+            model.memory_temporal_positional_encoding[index].flatten(1) for index in _shared([i for _, i in place])
+        ]
+        positions.append(pooled[side] + (times[0] if len(times) == 1 else torch.stack(times)))
+    num_pointer_tokens = len(pointers) * model.hidden_dim // model.mem_dim
+    if pointers:
+        distances = [[distance for _, distance in place] for place in pointers]
+        by_row = _shared(list(zip(*distances, (one.max_distance for one in selections), strict=True)))
+        times = torch.tensor(by_row, device=like.device, dtype=torch.float32)
+        positions.append(_pointer_positions(model, times[:, :-1] / times[:, -1:], num_pointer_tokens, like))
+    # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
+    with torch.autocast(like.device.type, enabled=False):
+        read = [read_memories(banks, [t for t, _ in place], "features", like.device) for place in maps]
+        features = [_pool_map(x, size, n) for x, n in zip(read, pooling, strict=True)]
+        if pointers:
+            own = [read_memories(banks, [t for t, _ in place], "pointers", like.device) for place in pointers]
+            # A pointer is cut into several tokens of the memory's width.
+            features.append(torch.cat(own, dim=1).unflatten(1, (-1, model.mem_dim)))
+        memory = torch.cat(features, dim=1).to(like.dtype)
+    rows = max(map(len, positions))
+    position = torch.cat([x.expand(rows, -1, -1) for x in positions], dim=1)
+    attention = model.memory_attention
+    rotation = attention.rotary_emb.rotations(attention.position_ids, size, pooling, num_pointer_tokens)
+    is_read = None
+    if any(t is None for place in (*maps, *pointers) for t, _ in place):
+        is_read = torch.tensor([[t is not None for t, _ in place] for place in (*maps, *pointers)], device=like.device)
+        lengths = [x.shape[1] for x in features[: len(maps)]] + [model.hidden_dim // model.mem_dim] * len(pointers)
+        is_read = is_read.T.repeat_interleave(torch.tensor(lengths, device=like.device), dim=1)
+    return memory, position, rotation, is_read
+
+
+def _places(
+    model: SamoePreTrainedModel, selections: Sequence[MemorySelection]
+) -> tuple[tuple[int, ...], list[tuple], list[tuple]]:
+    """Where in a batch each object's memories go: for each map the side of its pooling, and for each map and pointer
+    what every object reads there, (frame index or None, time). Objects that read less than others leave some empty."""
+    by_row = [[(_pooling(model, index), (t, index)) for t, index in one.spatial] for one in selections]
+    sides = {tuple(side for side, _ in row) for row in by_row}
+    if len(sides) == 1:
+        (pooling,) = sides
+        maps = list(zip(*([read for _, read in row] for row in by_row), strict=True))
+    else:
+        pooling, maps = (), []
+        for side in sorted({side for row in sides for side in row}):
+            own = [[read for other, read in row if other == side] for row in by_row]
+            columns = list(zip_longest(*own, fillvalue=NOTHING))
+            pooling, maps = (*pooling, *[side] * len(columns)), maps + columns
+    return pooling, maps, list(zip_longest(*(one.pointers for one in selections), fillvalue=NOTHING))
+
+
+def _shared(rows: list) -> list:
+    """One row for all where they are equal."""
+    return rows[:1] if all(row == rows[0] for row in rows) else rows
+
+
+def _pooling(model: SamoePreTrainedModel, temporal_index: int) -> int:
+    """The side of the squares over which a map is averaged; conditioning frames' maps stay as they are."""
+    if temporal_index == model.num_maskmem - 1:
+        return 1
+    return model.config.recent_memory_pooling if temporal_index == 0 else model.config.older_memory_pooling
+
+
+def _pool_map(features: Tensor, size: Sequence[int], side: int) -> Tensor:
+    """Averages a map's tokens (objects, tokens, channels) over squares."""
+    if side == 1:
+        return features
+    return F.avg_pool2d(features.mT.unflatten(2, tuple(size)), side).flatten(2).mT
+
+
+def _pointer_positions(model: SamoePreTrainedModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:
+    """Encodes distances in time (objects or 1, pointers), in units of the largest: (objects or 1, tokens, channels)."""
+    if not model.config.enable_temporal_pos_encoding_for_object_pointers:
+        return like.new_zeros(1, num_tokens, model.mem_dim)
+    angles = distances.flatten().unsqueeze(1) / sine_periods(model.hidden_dim, like.device)
+    sine = torch.cat([angles.sin(), angles.cos()], dim=1)
+    with use_shared():
+        position = model.temporal_positional_encoding_projection_layer(sine.to(like.dtype))
+    return position.unflatten(0, distances.shape).repeat_interleave(num_tokens // distances.shape[1], dim=1)
+
+
+@lru_cache
+def sine_periods(dim: int, device: torch.device) -> Tensor:
+    """Periods / 2 pi of a sine encoding of `dim` channels (arXiv:1706.03762), half of them sines."""
+    with torch.inference_mode(False):
+        pair = torch.arange(dim // 2, dtype=torch.float32, device=device) // 2
+        return 10000 ** (2 * pair / (dim // 2))
