@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from .items import video_from_item, videos_from_items
     from .registry import load_videos
     from .schema import FEATURES, Video, VideoList, to_datasets, video_from_row
-    from .synthetic import SYNTHETIC_DOMAINS, SyntheticVideos
+    from .synthetic import SYNTHETIC_DOMAINS, SYNTHETIC_KINDS, SyntheticVideos
     from .transforms import training_transforms
     from .video_io import read_video, write_video
 
 __all__ = [
     "FEATURES",
     "SYNTHETIC_DOMAINS",
+    "SYNTHETIC_KINDS",
     "ClipCollator",
     "ClipDataset",
     "ClipSampler",
@@ -52,7 +53,7 @@ _MODULES = {
     "items": "video_from_item videos_from_items",
     "registry": "load_videos",
     "schema": "FEATURES Video VideoList to_datasets video_from_row",
-    "synthetic": "SYNTHETIC_DOMAINS SyntheticVideos",
+    "synthetic": "SYNTHETIC_DOMAINS SYNTHETIC_KINDS SyntheticVideos",
     "transforms": "training_transforms",
     "video_io": "read_video write_video",
 }

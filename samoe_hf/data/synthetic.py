@@ -1,14 +1,14 @@
 """Synthetic videos of moving objects that occlude each other, in several domains, two of which look alike.
 
 They need no download and cost a few milliseconds. "scenes", "night" and "paper" are varied within themselves: they are
-what the small base model has learned.
+what the small base model has learned. Videos of a kind of `SYNTHETIC_KINDS` are harder to track.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from samoe_hf.errors import InputError
 
+from .frames import SampleError
 from .options import check_types
 from .schema import Video, VideoSequence
 
@@ -36,9 +37,14 @@ class _Body:
     normals: np.ndarray  # (sides, 2) of a polygon around the unit circle, or (0, 2) for an ellipse
     aspect: float  # length over width, at least 1
 
+    @property
+    def reach(self) -> np.ndarray:
+        """How far from its center a body has pixels at most (T,)."""
+        return 1.5 * self.aspect * self.radii
+
     def local_grid(self, frame: int, size: _Size) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
         """The part of the frame around the body, and its pixels' coordinates in units of the body's radius."""
-        reach = 1.5 * self.aspect * self.radii[frame]
+        reach = self.reach[frame]
         low = np.clip(self.centers[frame] - reach, 0, (size[1], size[0])).astype(int)
         high = np.clip(self.centers[frame] + reach + 1, 0, (size[1], size[0])).astype(int)
         x = np.arange(low[0], high[0], dtype=np.float32) - self.centers[frame, 0]
@@ -74,12 +80,15 @@ def _start_positions(rng: _Rng, radii: np.ndarray, size: _Size) -> np.ndarray:
     return np.array(centers)
 
 
-def _bodies(rng: _Rng, num_bodies: int, num_frames: int, size: _Size, sizes: tuple[float, float]) -> list[_Body]:
+def _bodies(
+    rng: _Rng, num_bodies: int, num_frames: int, size: _Size, sizes: tuple[float, float], leaving: float
+) -> list[_Body]:
+    """Bodies that move evenly and bounce at the frame's borders, or, a share of them, outside."""
     extent, side, time = np.array([size[1], size[0]]), min(size), np.arange(num_frames)
     radii = side * rng.uniform(*sizes, num_bodies)
     bodies = []
     for radius, center in zip(radii, _start_positions(rng, radii, size), strict=True):
-        leaves = rng.random() < 0.25  # its bounds then lie outside the frame, and it moves fast enough to get there
+        leaves = rng.random() < leaving  # its bounds then lie outside the frame, and it moves fast enough to get there
         heading = rng.uniform(0, 2 * np.pi)
         speed = side * (rng.uniform(0.05, 0.08) if leaves else rng.uniform(0.01, 0.04))
         margin = 2.2 * radius if leaves else -0.5 * radius
@@ -257,12 +266,82 @@ _LOOKS = {
 }
 SYNTHETIC_DOMAINS = tuple(_LOOKS)
 
+_MIN_FRAMES = {"late": 2, "return": 3, "occlusion": 3, "double": 1, "cut": 3}
+SYNTHETIC_KINDS = tuple(_MIN_FRAMES)
+_MAX_TRIES = 100
+
+
+def _some_frames(rng: _Rng, num_frames: int) -> tuple[int, int]:
+    """Up to a quarter of the frames, without the first and the last: from a start to before an end."""
+    start = int(rng.integers(1, max(2, 2 * num_frames // 3)))
+    return start, min(num_frames - 1, start + int(rng.integers(max(1, num_frames // 8), num_frames // 4 + 2)))
+
+
+def _stay_outside(rng: _Rng, body: _Body, width: int, start: int, end: int) -> None:
+    """Bends a body's way so that it is left or right of the frame from `start` to before `end`."""
+    time, is_left = np.arange(len(body.radii)), rng.random(2) < 0.5
+    outside = np.where(is_left[(time >= end - 1).astype(int)], -1 - body.reach, width + 1 + body.reach)
+    share = np.clip(1 - np.maximum(start - time, time - end + 1) / np.clip(len(time) // 6, 1, 2), 0, 1)
+    body.centers[:, 0] += share * (outside - body.centers[:, 0])
+
+
+def _swap_ways(rng: _Rng, first: _Body, second: _Body) -> None:
+    """Two bodies change over to each other's way within a third of the frames, and so pass each other."""
+    num_frames = len(first.radii)
+    share = np.clip(3 * np.arange(num_frames) / num_frames - rng.uniform(0, 2), 0, 1)[:, None]
+    change = share * (second.centers - first.centers)
+    first.centers, second.centers = first.centers + change, second.centers - change
+
+
+def _cover(rng: _Rng, body: _Body, occluder: _Body) -> None:
+    """Moves the occluder over a body, so that it hides the body in the middle of some frames."""
+    (start, end), reach, heading = _some_frames(rng, len(body.radii)), body.reach.max(), rng.uniform(0, 2 * np.pi)
+    offsets = 1.4 * reach * (np.arange(len(body.radii)) - (start + end - 1) / 2) / (end - start)
+    occluder.centers = body.centers + offsets[:, None] * np.array([np.cos(heading), np.sin(heading)])
+    occluder.radii = np.full(len(offsets), 1.2 * reach)
+
+
+def _shows(kind: str, masks: np.ndarray) -> bool:
+    """Whether objects (T, N, H, W) do what the kind says, and no sliver is all that their first frames have of them."""
+    areas = masks.sum(axis=(2, 3))
+    seen = areas > 0
+    if (areas[seen.argmax(axis=0), np.arange(areas.shape[1])] <= areas.max(axis=0) / 4).any():
+        return False
+    if kind == "late":
+        return not seen[0].all()
+    seen_before, seen_after = (np.logical_or.accumulate(s) for s in (seen, seen[::-1]))
+    is_away = seen_before & seen_after[::-1] & ~seen
+    return bool(seen[0].all() and (kind not in ("return", "occlusion") or is_away.any(axis=0).all()))
+
+
+def _paint(
+    bodies: Sequence[_Body],
+    painters: Sequence[_Painter],
+    columns: Sequence[int],
+    times: Sequence[int],
+    frames: np.ndarray,
+    masks: np.ndarray,
+) -> None:
+    """Paints bodies, the farthest first, into frames, and what is seen of objects into columns of the masks.
+
+    `columns`: of each body, -1 for one that is no object. `times`: the frames to paint.
+    """
+    for body, paint, column in zip(bodies, painters, columns, strict=True):
+        for t in times:
+            (rows, cols), u, v = body.local_grid(t, (frames.shape[1], frames.shape[2]))
+            depth = body.depth(u, v)
+            colour, opacity = paint(u, v, depth)
+            frames[t, rows, cols] = opacity * colour + (1 - opacity) * frames[t, rows, cols]
+            masks[t, :, rows, cols] &= depth <= 0
+            if column >= 0:
+                masks[t, column, rows, cols] = depth > 0
+
 
 class SyntheticVideos(VideoSequence):
     """Videos of objects that move, turn, change size, bounce, occlude each other, and at times leave and return.
 
-    Video i depends on the seed, the domain and i only. Every object is seen on the first frame; its mask is what is
-    visible of it, so masks do not overlap.
+    Video i depends on i and on the arguments but `num_videos` only. Every object is seen on the first frame, unless it
+    is late; its mask is what is visible of it, so masks do not overlap.
 
     Args:
         num_frames: frames per video.
@@ -272,6 +351,15 @@ class SyntheticVideos(VideoSequence):
             "echoes" (look alike: the same blobs under other light, in weaker speckle), "stripes" (texture alone
             tells objects from background), "scenes" (any colours, textures, sizes and lights, and bodies that are no
             objects among them), "night" (scenes in the dark) or "paper" (drawings); also the videos' domain name.
+        kinds: what is hard about the videos, one kind after the other; their ids name it. "late" (all objects but the
+            first, or the only one, come in later), "return" (each object leaves and comes back), "occlusion" (each is
+            hidden for a while by something that is no object, and objects pass each other), "double" (all objects
+            look the same, and so does something that is none) or "cut" (some frames are of another camera on the other
+            side: left and right, near and far are swapped, sizes and background others). By default nothing is.
+
+    Raises:
+        InputError: an argument is wrong, or there are too few frames for a kind.
+        SampleError: a video that is opened cannot show its kind, as in too small images.
     """
 
     def __init__(
@@ -282,41 +370,87 @@ class SyntheticVideos(VideoSequence):
         max_objects: int = 3,
         domain: str = "shapes",
         seed: int = 0,
+        kinds: Sequence[str] = (),
     ):
         self.num_videos, self.num_frames, self.image_size = num_videos, num_frames, image_size
-        self.max_objects, self.domain, self.seed = max_objects, domain, seed
+        self.max_objects, self.domain, self.seed, self.kinds = max_objects, domain, seed, kinds
         check_types(SyntheticVideos, vars(self), "synthetic videos")
         if domain not in _LOOKS:
             raise InputError(f"unknown synthetic domain {domain!r}; there are {', '.join(SYNTHETIC_DOMAINS)}")
         if min(num_videos, num_frames, max_objects, seed + 1, *image_size) < 1:
             raise InputError("num_videos, num_frames, max_objects and image_size must be at least 1, and seed 0")
+        for kind in kinds:
+            if kind not in _MIN_FRAMES:
+                raise InputError(f"unknown kind {kind!r} of synthetic videos; there are {', '.join(SYNTHETIC_KINDS)}")
+            if num_frames < _MIN_FRAMES[kind]:
+                raise InputError(f"{kind!r} videos need num_frames of at least {_MIN_FRAMES[kind]}, not {num_frames}")
 
     def __len__(self) -> int:
         return self.num_videos
 
     def _open(self, position: int) -> Video:
-        rng = np.random.default_rng([self.seed, zlib.crc32(self.domain.encode()), position])
-        frames, masks = self._render(rng)
-        return Video.from_arrays(f"{self.domain}_{self.seed}_{position:05d}", frames, masks, domain=self.domain)
+        seed = [self.seed, zlib.crc32(self.domain.encode()), position]
+        name, kind = self.domain, self.kinds[position % len(self.kinds)] if self.kinds else ""
+        if not kind:
+            frames, masks = self._render(np.random.default_rng(seed))
+        else:
+            name = f"{name}_{kind}"
+            for attempt in range(_MAX_TRIES):
+                frames, masks = self._render(np.random.default_rng([*seed, zlib.crc32(kind.encode()), attempt]), kind)
+                if _shows(kind, masks):
+                    break
+            else:
+                raise SampleError(
+                    f"no {name} video in {_MAX_TRIES} tries with {self.num_frames} frames of {self.image_size}"
+                )
+        return Video.from_arrays(f"{name}_{self.seed}_{position:05d}", frames, masks, domain=self.domain)
 
-    def _render(self, rng: _Rng) -> tuple[np.ndarray, np.ndarray]:
+    def _render(self, rng: _Rng, kind: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Frames (T, H, W[, 3]) uint8 and visible masks (T, num_objects, H, W) bool; later objects are nearer."""
         look, size, num_frames = _LOOKS[self.domain], (self.image_size[0], self.image_size[1]), self.num_frames
         is_object = np.ones(rng.integers(1, self.max_objects + 1), dtype=bool)
+        num_objects = len(is_object)
         if look.max_clutter:
             is_object = rng.permutation(np.pad(is_object, (0, int(rng.integers(look.max_clutter + 1)))))
-        bodies = _bodies(rng, len(is_object), num_frames, size, look.sizes)
+        # Occluders and the double are the nearest. What shall be hidden is small.
+        is_object = np.pad(is_object, (0, {"occlusion": num_objects, "double": 1}.get(kind, 0)))
+        low, high = (0.6 * share if kind == "occlusion" else share for share in look.sizes)
+        bodies = _bodies(rng, len(is_object), num_frames, size, (low, high), 0 if kind else 0.25)
         frames = np.repeat(look.background(rng, size)[None], num_frames, axis=0)
-        masks = np.zeros((num_frames, is_object.sum(), *size), dtype=bool)
-        for order, body in enumerate(bodies):
-            paint, nearer_than = look.painter(rng, order), is_object[:order].sum()
-            for t in range(num_frames):
-                (rows, columns), u, v = body.local_grid(t, size)
-                depth = body.depth(u, v)
-                colour, opacity = paint(u, v, depth)
-                frames[t, rows, columns] = opacity * colour + (1 - opacity) * frames[t, rows, columns]
-                masks[t, :nearer_than, rows, columns] &= depth <= 0
-                if is_object[order]:
-                    masks[t, nearer_than, rows, columns] = depth > 0
+        painters = [look.painter(rng, order) for order in range(len(bodies))]
+        columns = np.where(is_object, is_object.cumsum() - 1, -1).tolist()
+        objects, times, cut = [bodies[i] for i in np.flatnonzero(is_object)], range(num_frames), range(0)
+        masks = np.zeros((num_frames, num_objects, *size), dtype=bool)
+        if kind == "late":
+            for body in objects[1:] or objects:
+                _stay_outside(rng, body, size[1], 0, int(rng.integers(1, max(2, 2 * num_frames // 3))))
+        elif kind == "return":
+            for body in objects:
+                _stay_outside(rng, body, size[1], *_some_frames(rng, num_frames))
+        elif kind == "occlusion":
+            for first, second in zip(objects[::2], objects[1::2], strict=False):
+                _swap_ways(rng, first, second)
+            for body, occluder in zip(objects, bodies[-num_objects:], strict=True):
+                _cover(rng, body, occluder)
+        elif kind == "double":
+            first, paint = bodies[-1], painters[-1]
+            for i in np.flatnonzero(is_object):
+                bodies[i] = replace(bodies[i], radii=first.radii, normals=first.normals, aspect=first.aspect)
+                painters[i] = paint
+        elif kind == "cut":
+            cut = range(*_some_frames(rng, num_frames))
+            frames[cut] = look.background(rng, size)
+            zoom, turn = rng.uniform(0.7, 1.4), rng.uniform(0, 2 * np.pi)
+            others = [
+                replace(
+                    body,
+                    centers=body.centers * (-1, 1) + (size[1], 0),
+                    angles=turn - body.angles,
+                    radii=zoom * body.radii,
+                )
+                for body in bodies
+            ]
+            _paint(others[::-1], painters[::-1], columns[::-1], cut, frames, masks)
+        _paint(bodies, painters, columns, [t for t in times if t not in cut], frames, masks)
         frames = np.clip(255 * look.finish(rng, frames), 0, 255).astype(np.uint8)
         return (frames[..., 0] if frames.shape[-1] == 1 else frames), masks
