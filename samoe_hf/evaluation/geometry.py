@@ -74,16 +74,23 @@ def compare_labels(
     return overlaps, (_boundary_points(prediction, edges[0]), _boundary_points(target, edges[1]))
 
 
-def f_measure(prediction: np.ndarray, target: np.ndarray, radius: int, num_masks: int) -> np.ndarray:
-    """F of every mask (num_masks,) from the boundary points of all, (P, 3): number of the mask, y and x."""
+def f_measure(prediction: np.ndarray, target: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """F of every mask from the boundary points of all, (P, 3): number of the mask, y and x.
+
+    `radii`: how far apart the points of each mask may lie, (num_masks,).
+    """
+    num_masks, gap = len(radii), 2 + int(radii.max(initial=0))
     # A point as one number, with gaps that keep the ends of rows from the next row's start, and masks apart.
-    height, width = (1 + radius + max(prediction[:, i].max(initial=0), target[:, i].max(initial=0)) for i in (1, 2))
+    height, width = (gap + max(prediction[:, i].max(initial=0), target[:, i].max(initial=0)) for i in (1, 2))
     keys = [np.sort((points[:, 0] * height + points[:, 1]) * width + points[:, 2]) for points in (prediction, target)]
 
     def share_matched(keys: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         owner = keys // (height * width)
-        count = np.bincount(owner, minlength=num_masks)
-        matched = np.bincount(owner[_near(keys, others, radius, width)], minlength=num_masks)
+        count, near = np.bincount(owner, minlength=num_masks), np.zeros(len(keys), dtype=bool)
+        for radius in np.unique(radii):
+            chosen = radii[owner] == radius
+            near[chosen] = _near(keys[chosen], others, _disk(radius), width)
+        matched = np.bincount(owner[near], minlength=num_masks)
         return matched / np.maximum(count, 1), count == 0
 
     precision, no_prediction = share_matched(*keys)
@@ -92,19 +99,28 @@ def f_measure(prediction: np.ndarray, target: np.ndarray, radius: int, num_masks
     return np.where(no_prediction & no_target, 1.0, 2 * precision * recall / np.where(total > 0, total, 1))
 
 
-def _near(keys: np.ndarray, others: np.ndarray, radius: int, width: int) -> np.ndarray:
-    """Which points have one of `others` within a disk, bool; points are numbers `y * width + x`, `others` ascending.
+def _disk(radius: float) -> list[tuple[int, int, int]]:
+    """The pixels of a disk around a pixel, row by row: offset of the row, first and last offset in it.
 
-    Of the disk's rows the nearest come first, in which most points find a partner.
+    The nearest rows come first, in which most points find a partner. The middle of a disk whose radius has a fraction
+    lies beside the pixel: so it is where scikit-image's `disk` is the kernel of OpenCV's `dilate`, as in MOSEv2's code.
     """
+    places = np.arange(-radius, radius + 1)
+    offsets = np.arange(len(places)) - len(places) // 2
+    rows = [(dy, offsets[places**2 + y**2 <= radius**2]) for dy, y in zip(offsets, places, strict=True)]
+    found = [(int(dy), int(dx[0]), int(dx[-1])) for dy, dx in rows if dx.size]
+    return sorted(found, key=lambda row: abs(row[0])) or [(0, 0, 0)]
+
+
+def _near(keys: np.ndarray, others: np.ndarray, disk: Sequence[tuple[int, int, int]], width: int) -> np.ndarray:
+    """Which points have one of `others` within a disk, bool; points are numbers `y * width + x`, `others` ascending."""
     near = np.zeros(len(keys), dtype=bool)
     left = np.arange(len(keys) if len(others) else 0)
-    for row in sorted(range(-radius, radius + 1), key=abs):
-        half = math.isqrt(radius**2 - row**2)
-        start = keys[left] + row * width - half
+    for row, first, last in disk:
+        start = keys[left] + row * width + first
         following = np.searchsorted(others, start)
         found = others.take(following, mode="clip") - start
-        hit = (found >= 0) & (found <= 2 * half)
+        hit = (found >= 0) & (found <= last - first)
         near[left[hit]] = True
         left = left[~hit]
     return near

@@ -4,8 +4,8 @@
 (T, N, H, W), which may overlap; prediction and target in the same form, as arrays or tensors. Objects are paired by
 their id: a mask under another object's id is wrong.
 
-One rule holds for every score: where neither side has a mask it is 1, where only one side has one it is 0. A mean over
-no frames or objects is NaN.
+One rule holds for every score but MOSEv2's J: where neither side has a mask it is 1, where only one side has one it is
+0. A mean over no frames or objects is NaN.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from samoe_hf.errors import InputError
 from .geometry import bounding_box, compare_labels, f_measure, volume_surface_dice
 
 F_DISTANCE = 0.008  # of the image diagonal: how far apart boundaries may lie (DAVIS)
+MOSE_DISTANCE = 0.1  # of the square root of the object's area, and at most that of F (MOSEv2)
 BOUNDARY_IOU_DISTANCE = 0.02  # of the image diagonal: width of the band inside a mask (Cheng et al., 2021)
 DECAY_BINS = 4
 
@@ -83,6 +84,7 @@ class VideoScores:
         intersection, prediction_area, target_area: pixels, int (T, N).
         f: boundary accuracy F (T, N).
         boundary_iou: (T, N).
+        f_adaptive: MOSEv2's boundary accuracy Ḟ (T, N), which is stricter for small objects.
         object_scores: the model's logits that an object is visible (T, N), where there are any.
         surface_dice: of a volume, whose slices are the frames: surface Dice of each object (N,).
     """
@@ -93,13 +95,14 @@ class VideoScores:
     target_area: np.ndarray
     f: np.ndarray
     boundary_iou: np.ndarray
+    f_adaptive: np.ndarray
     object_scores: np.ndarray | None = None
     surface_dice: np.ndarray | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[VideoScores]) -> VideoScores:
         """Scores of consecutive frames, of the same objects, as those of one video."""
-        names = ["intersection", "prediction_area", "target_area", "f", "boundary_iou"]
+        names = ["intersection", "prediction_area", "target_area", "f", "boundary_iou", "f_adaptive"]
         if parts[0].object_scores is not None:
             names.append("object_scores")
         return cls(parts[0].object_ids, **{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
@@ -118,6 +121,26 @@ class VideoScores:
     def jf(self) -> np.ndarray:
         """Mean of J and F (T, N)."""
         return (self.j + self.f) / 2
+
+    @property
+    def j_mose(self) -> np.ndarray:
+        """MOSEv2's J (T, N): one pixel more in the intersection and in the union, so no mask that is missed has 0."""
+        return (self.intersection + 1) / (self.union + 1)
+
+    @property
+    def jf_mose(self) -> np.ndarray:
+        """MOSEv2's J&Ḟ, the mean of its J and Ḟ (T, N)."""
+        return (self.j_mose + self.f_adaptive) / 2
+
+    @property
+    def jf_mose_absent(self) -> np.ndarray:
+        """J&Ḟ where the target does not have the object, else NaN (T, N)."""
+        return np.where(self.target_area == 0, self.jf_mose, math.nan)
+
+    @property
+    def jf_mose_present(self) -> np.ndarray:
+        """J&Ḟ where the target has the object, else NaN (T, N)."""
+        return np.where(self.target_area > 0, self.jf_mose, math.nan)
 
     @property
     def dice(self) -> np.ndarray:
@@ -146,7 +169,8 @@ def score_video(
     """Scores every frame and object of a video.
 
     J and F are DAVIS' (Perazzi et al., 2016; `db_eval_iou` and `db_eval_boundary` of davis2017-evaluation), boundary
-    IoU is that of Cheng et al., 2021 (boundary-iou-api).
+    IoU is that of Cheng et al., 2021 (boundary-iou-api), Ḟ that of MOSEv2 (Ding et al., 2025; `metricsv2.py` of
+    MOSE-api).
 
     Args:
         prediction, target: integer id maps (T, H, W) or boolean masks (T, N, H, W).
@@ -163,8 +187,8 @@ def score_video(
     if logits is not None and logits.shape != table:
         raise InputError(f"object scores must have shape (T, N) = {table}, not {logits.shape}")
     num_labels = 1 if target.ndim == 4 else len(ids)
-    radius = math.ceil(F_DISTANCE * math.hypot(height, width))
-    band_width = max(1, round(BOUNDARY_IOU_DISTANCE * math.hypot(height, width)))
+    diagonal = float(np.linalg.norm((height, width)))
+    band_width = max(1, round(BOUNDARY_IOU_DISTANCE * diagonal))
 
     overlaps = np.zeros((2, 3, math.prod(table)), dtype=np.int64)
     points = [(np.zeros((0, 3), dtype=np.intp),) * 2]
@@ -177,10 +201,12 @@ def score_video(
             points.append((predicted + first, annotated + first))
 
     predicted, annotated = (np.concatenate(side) for side in zip(*points, strict=True))
-    f = f_measure(predicted, annotated, radius, math.prod(table)).reshape(table)
     region, band = overlaps.reshape(2, 3, *table)
     boundary_iou = _ratio(band[0], band[1] + band[2] - band[0])
-    return VideoScores(ids, region[0], region[1], region[2], f, boundary_iou, logits)
+    distance, of_objects = F_DISTANCE * diagonal, np.ceil(MOSE_DISTANCE * np.sqrt(region[2]))
+    all_radii = np.full(table, np.ceil(distance)), np.minimum(of_objects, distance)
+    f, f_adaptive = (f_measure(predicted, annotated, radii.ravel()).reshape(table) for radii in all_radii)
+    return VideoScores(ids, region[0], region[1], region[2], f, boundary_iou, f_adaptive, logits)
 
 
 def surface_dice(
@@ -261,6 +287,14 @@ def _decay(values: np.ndarray) -> float:
     return float(values[: limits[1] + 1].mean() - values[limits[-2] :].mean())
 
 
+def _after_changes(values: np.ndarray) -> float:
+    """The mean over stretches of numbers between NaNs, each by its mean; without one from the first frame on."""
+    is_number = ~np.isnan(values)
+    changes = np.flatnonzero(np.diff(is_number)) + 1
+    stretches = [part for part in np.split(values, changes)[1:] if part.size and not np.isnan(part[0])]
+    return _mean([part.mean() for part in stretches])
+
+
 class Metric(NamedTuple):
     """A figure of an evaluation.
 
@@ -298,6 +332,14 @@ METRICS = {
     "dice": Metric("Dice", "twice the intersection over the sum of both areas, per frame", "dice", is_main=True),
     "boundary_iou": Metric("boundary IoU", "IoU of the bands inside both boundaries, 2 % of the diagonal wide",
                            "boundary_iou", is_main=True),
+    "J&F_mose": Metric("J&Ḟ", "MOSEv2's: mean of its J and Ḟ", "jf_mose", is_main=True),
+    "J_mose": Metric("J (MOSEv2)", "J with one pixel more in the intersection and in the union", "j_mose"),
+    "F_mose": Metric("Ḟ", "F with a distance of a tenth of the square root of the true mask's area, where that is less "
+                     "(MOSEv2)", "f_adaptive"),
+    "J&F_disappear": Metric("J&Ḟ_d", "J&Ḟ of the stretches of frames for which an object that was there is away",
+                            "jf_mose_absent", _after_changes, is_main=True),
+    "J&F_reappear": Metric("J&Ḟ_r", "J&Ḟ of the stretches of frames on which an object is there that was away before",
+                           "jf_mose_present", _after_changes, is_main=True),
     "occlusion_accuracy": Metric("occlusion accuracy", "share of frames on which the object score says rightly whether "
                                  "the object is to be seen", "occlusion_correct"),
     "dice_3d": Metric("3-D Dice", "Dice of a whole volume, all annotated slices at once, the prompted one among them",

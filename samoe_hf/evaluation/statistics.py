@@ -120,7 +120,7 @@ def _video_row(results: Sequence[VideoResult], objects: Sequence[Mapping[str, An
     row["num_prompts"] = float(np.mean([len(result.prompts) for result in results]))
     for name in MAIN_METRICS:
         if not counted or name in counted[0]:
-            row[name] = float(np.mean([one[name] for one in counted])) if counted else math.nan
+            row[name] = float(pd.Series([one[name] for one in counted], dtype=float).mean())  # without those it has not
     return row
 
 
@@ -166,9 +166,9 @@ def _by_size(results: Sequence[VideoResult], num_runs: int, protocol: Protocol) 
 def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """The difference of two models' means over objects, with a 95 % interval of a paired bootstrap over videos.
 
-    Videos are drawn with replacement, the same ones for both models, and stand for all their objects; the interval is
-    that of the 2.5 and 97.5 percentiles of 10 000 draws (seed 0). With a single video there is none. Both are what
-    [`combine_runs`] gives of the same videos, with their labels.
+    Videos are drawn with replacement, the same ones for both models, and stand for all their objects that have the
+    metric; the interval is that of the 2.5 and 97.5 percentiles of 10 000 draws (seed 0). With a single video there is
+    none. Both are what [`combine_runs`] gives of the same videos, with their labels.
     """
     pairs = zip(model["objects"], baseline["objects"], strict=True)
     counted = [(a, b) for a, b in pairs if a["num_frames"] and b["num_frames"]]
@@ -179,10 +179,14 @@ def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dic
         if not counted or not all(name in row for pair in counted for row in pair):
             continue
         difference = np.array([a[name] - b[name] for a, b in counted])
-        low = high = math.nan
-        if len(videos) > 1:
-            draws = np.random.default_rng(0).integers(0, len(videos), (BOOTSTRAP_SAMPLES, len(videos)))
-            total, count = np.bincount(index, weights=difference), np.bincount(index)
+        known = ~np.isnan(difference)
+        present, of_video = np.unique(index[known], return_inverse=True)
+        difference, low, high = difference[known], math.nan, math.nan
+        if not difference.size:
+            continue
+        if len(present) > 1:
+            draws = np.random.default_rng(0).integers(0, len(present), (BOOTSTRAP_SAMPLES, len(present)))
+            total, count = np.bincount(of_video, weights=difference), np.bincount(of_video)
             low, high = np.quantile(total[draws].sum(axis=1) / count[draws].sum(axis=1), (0.025, 0.975))
         metrics[name] = {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
     return {

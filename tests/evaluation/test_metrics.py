@@ -123,6 +123,47 @@ def test_davis_own_figures(sequence):
     assert summary["J&F_mean"] == pytest.approx((figures["J_mean"] + figures["F_mean"]) / 2, abs=1e-6)
 
 
+# --- MOSEv2's own figures
+
+
+def hard_video(size, seed):
+    """Prediction and target: objects that come late, go, come again once or twice, and are found at times."""
+    target, other = (ellipses(20, 4, *size, seed=one) for one in (seed, seed + 1))
+    prediction = np.roll(target, (1, 1), (1, 2))
+    prediction[::3], prediction[8:11] = other[::3], 0
+    for object_id, away in ((1, [0, 1, 2, 9, 10, 11, 12]), (2, [6, 7, *range(13, 20)]), (3, [1, 5])):
+        target[away] = np.where(target[away] == object_id, 0, target[away])
+    return prediction, target
+
+
+# Of score.py and metricsv2.py of MOSE-api at commit 241977a, with OpenCV 5.0.0 and scikit-image 0.26.0: of each object
+# J, Ḟ, J&Ḟ, J&Ḟ_d and J&Ḟ_r; the last object never goes.
+NAN = math.nan
+MOSE_FIGURES = {
+    ((150, 210), 5): [
+        [0.404464, 0.3819479, 0.393206, 0.5004446, 0.4035167],
+        [0.2425624, 0.2430984, 0.2428304, 0.0004989, 0.175778],
+        [0.3915022, 0.3223954, 0.3569488, 0.0005139, 0.4560692],
+        [0.5024115, 0.4612712, 0.4818414, NAN, NAN],
+    ],
+    ((60, 80), 3): [
+        [0.4047303, 0.2074259, 0.3060781, 0.5037471, 0.2907582],
+        [0.3950967, 0.2480392, 0.3215679, 0.4179287, 0.1114273],
+        [0.3100592, 0.0779352, 0.1939972, 0.0027933, 0.2434739],
+        [0.4303017, 0.1555556, 0.2929286, NAN, NAN],
+    ],
+}
+
+
+@pytest.mark.parametrize("size, seed", MOSE_FIGURES)
+def test_mosev2_own_figures(size, seed):
+    scores = metrics.score_video(*hard_video(size, seed), object_ids=range(1, 5))
+    rows = metrics.score_objects({"video": scores}, "davis")
+    names = ("J_mose", "F_mose", "J&F_mose", "J&F_disappear", "J&F_reappear")
+    found = [[row[name] for name in names] for row in rows]
+    np.testing.assert_allclose(found, MOSE_FIGURES[size, seed], rtol=0, atol=1e-6)
+
+
 # --- Against the loops
 
 
@@ -216,7 +257,7 @@ def video_scores(j, in_target=None, in_prediction=None, object_ids=(1,), object_
     )
     # Equal areas and an intersection of 2J / (1 + J) of them have the IoU J.
     intersection = 100 * 2 * j / (1 + j) * in_target * in_prediction
-    return metrics.VideoScores(object_ids, intersection, 100 * in_prediction, 100 * in_target, j, j, object_scores)
+    return metrics.VideoScores(object_ids, intersection, 100 * in_prediction, 100 * in_target, j, j, j, object_scores)
 
 
 def test_mean_recall_and_decay():

@@ -79,6 +79,28 @@ def test_differences_have_an_interval_over_videos():
     assert math.isnan(alone["metrics"]["J_mean"]["low"])
 
 
+def test_objects_count_for_the_metrics_that_they_have():
+    """Of two objects one goes and returns, so it alone has J&Ḟ_d and J&Ḟ_r."""
+    target = np.full((6, 2), 100)
+    target[2:4, 1] = 0
+    models = []
+    for label, found in (("a", 1.0), ("b", 0.5)):
+        j = np.ones((6, 2))
+        j[4:] = found
+        runs = {None: [make_result(j, video, target=target) for video in ("v", "w")] + [make_result(j[:, :1], "x")]}
+        models.append({"label": label, **combine_runs(runs, "davis")})
+    returned = (51 / 101 + 0.5**3) / 2  # of the second frame with the object the protocol does not count
+    assert models[1]["summary"]["J&F_reappear"] == pytest.approx(returned)
+    assert [video["J&F_reappear"] for video in models[1]["videos"]] == pytest.approx(
+        [returned] * 2 + [math.nan], nan_ok=True
+    )
+    compared = compare_models(models[1], models[0])["metrics"]
+    assert list(compared["J&F_reappear"].values()) == pytest.approx([returned - 1] * 3)
+    assert "J&F_disappear" in compared and "J_mose" not in compared
+    alone = [{"label": one["label"], "objects": one["objects"][-1:]} for one in models]
+    assert "J&F_reappear" not in compare_models(*alone)["metrics"]
+
+
 @pytest.mark.parametrize("count, best, worst", [(0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 2, 1), (4, 2, 2), (9, 2, 2)])
 def test_highlights_show_each_object_once(count, best, worst):
     objects = labelled(np.linspace(0.9, 0.1, count), "a")["objects"]

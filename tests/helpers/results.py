@@ -33,7 +33,7 @@ def perturbed(video, seed=1):
 
 def assert_same_scores(a, b):
     assert a.object_ids == tuple(b.object_ids)
-    for name in ("intersection", "prediction_area", "target_area", "f", "boundary_iou", "object_scores"):
+    for name in ("intersection", "prediction_area", "target_area", "f", "boundary_iou", "f_adaptive", "object_scores"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
@@ -43,7 +43,7 @@ def make_result(j, video="v", domain="d", target=None, frames=None, seconds=2.0,
     target = np.full(j.shape, 100) if target is None else np.asarray(target)
     intersection = np.rint(j * target).astype(int)
     ids = tuple(object_ids or range(1, j.shape[1] + 1))
-    scores = VideoScores(ids, intersection, intersection, target, j**2, j / 2, surface_dice=surface_dice)
+    scores = VideoScores(ids, intersection, intersection, target, j**2, j / 2, j**3, surface_dice=surface_dice)
     frames = list(range(len(j))) if frames is None else frames
     return VideoResult(video, domain, scores, frames, frames[-1] + 1, 10_000, seconds)
 
