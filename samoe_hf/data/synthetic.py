@@ -277,12 +277,19 @@ def _some_frames(rng: _Rng, num_frames: int) -> tuple[int, int]:
     return start, min(num_frames - 1, start + int(rng.integers(max(1, num_frames // 8), num_frames // 4 + 2)))
 
 
-def _stay_outside(rng: _Rng, body: _Body, width: int, start: int, end: int) -> None:
-    """Bends a body's way so that it is left or right of the frame from `start` to before `end`."""
-    time, is_left = np.arange(len(body.radii)), rng.random(2) < 0.5
-    outside = np.where(is_left[(time >= end - 1).astype(int)], -1 - body.reach, width + 1 + body.reach)
-    share = np.clip(1 - np.maximum(start - time, time - end + 1) / np.clip(len(time) // 6, 1, 2), 0, 1)
-    body.centers[:, 0] += share * (outside - body.centers[:, 0])
+def _stay_outside(rng: _Rng, body: _Body, size: _Size, start: int, end: int) -> None:
+    """Bends a body's way so that it is left or right of the frame from `start` to before `end`.
+
+    On the frames beside these its center is on the frame's border. From there it goes back to its way, at 8 % of the
+    frame's shorter side a frame.
+    """
+    time, x, is_left = np.arange(len(body.radii)), body.centers[:, 0], rng.random(2) < 0.5
+    is_left = is_left[(time >= end - 1).astype(int)]  # on the side where it leaves, or where it comes in
+    num_since = np.maximum(start - 1 - time, time - end)
+    way = np.where(is_left, 0, size[1]) - x
+    bent = x + np.sign(way) * np.maximum(abs(way) - 0.08 * min(size) * num_since, 0)
+    outside = np.where(is_left, -1 - body.reach, size[1] + 1 + body.reach)
+    body.centers[:, 0] = np.where(num_since < 0, outside, bent)
 
 
 def _swap_ways(rng: _Rng, first: _Body, second: _Body) -> None:
@@ -423,10 +430,10 @@ class SyntheticVideos(VideoSequence):
         masks = np.zeros((num_frames, num_objects, *size), dtype=bool)
         if kind == "late":
             for body in objects[1:] or objects:
-                _stay_outside(rng, body, size[1], 0, int(rng.integers(1, max(2, 2 * num_frames // 3))))
+                _stay_outside(rng, body, size, 0, int(rng.integers(1, max(2, 2 * num_frames // 3))))
         elif kind == "return":
             for body in objects:
-                _stay_outside(rng, body, size[1], *_some_frames(rng, num_frames))
+                _stay_outside(rng, body, size, *_some_frames(rng, num_frames))
         elif kind == "occlusion":
             for first, second in zip(objects[::2], objects[1::2], strict=False):
                 _swap_ways(rng, first, second)
