@@ -15,6 +15,7 @@ from samoe_hf import SamoeModel, VideoSession
 NUM_FRAMES = 40
 # From here on every object reads one conditioning frame and six others; before, those begun last read fewer pointers.
 FULL = 32
+PARTS = ("unequally many memories", "equally many")
 EQUAL = "all begin on one frame"
 
 
@@ -55,12 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "score": ([15 - index % 16 for index in range(count)], "score"),
             "distractor": ([15 - index % 16 for index in range(count)], "distractor"),
         }
-        found = {
-            name: {
-                part: Measurement(f"{count} objects, {part}", name) for part in ("unequally many memories", "equally many")
-            }
-            for name in contenders
-        }
+        found = {name: [Measurement(f"{count} objects, {part}", name) for part in PARTS] for name in contenders}
         for repeat in range(parsed.repeats + 1):
             with torch.inference_mode(), autocast(parsed.device, dtype):
                 # In turns, frame by frame: what else the machine does slows all of them.
@@ -73,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     for name, turn in turns.items():
                         seconds = next(turn)
                         if repeat and t > 15:
-                            found[name]["equally many" if t >= FULL else "unequally many memories"].seconds.append(seconds)
-        results += [one for parts in found.values() for one in parts.values()]
+                            found[name][t >= FULL].seconds.append(seconds)
+        results += [one for parts in found.values() for one in parts]
     title = f"Tracking with memories of each object's own, {dtype}"
     write_results(parsed.output, "selections", title, results, to_markdown(results, EQUAL, "frame"), parsed.device)
 
