@@ -360,9 +360,10 @@ class SyntheticVideos(VideoSequence):
             objects among them), "night" (scenes in the dark) or "paper" (drawings); also the videos' domain name.
         kinds: what is hard about the videos, one kind after the other; their ids name it. "late" (all objects but the
             first, or the only one, come in later), "return" (each object leaves and comes back), "occlusion" (each is
-            hidden for a while by something that is no object, and objects pass each other), "double" (all objects
-            look the same, and so does something that is none) or "cut" (some frames are of another camera on the other
-            side: left and right, near and far are swapped, sizes and background others). By default nothing is.
+            hidden for a while by something that is no object, and objects pass each other), "double" (all objects look
+            the same, and so does something that is none; they pass each other) or "cut" (some frames are of another
+            camera on the other side: left and right, near and far are swapped, sizes and background others). By
+            default nothing is.
 
     Raises:
         InputError: an argument is wrong, or there are too few frames for a kind.
@@ -428,6 +429,9 @@ class SyntheticVideos(VideoSequence):
         columns = np.where(is_object, is_object.cumsum() - 1, -1).tolist()
         objects, times, cut = [bodies[i] for i in np.flatnonzero(is_object)], range(num_frames), range(0)
         masks = np.zeros((num_frames, num_objects, *size), dtype=bool)
+        passing = {"occlusion": objects, "double": [bodies[-1], *objects]}.get(kind, [])
+        for first, second in zip(passing[::2], passing[1::2], strict=False):
+            _swap_ways(rng, first, second)
         if kind == "late":
             for body in objects[1:] or objects:
                 _stay_outside(rng, body, size, 0, int(rng.integers(1, max(2, 2 * num_frames // 3))))
@@ -435,28 +439,19 @@ class SyntheticVideos(VideoSequence):
             for body in objects:
                 _stay_outside(rng, body, size, *_some_frames(rng, num_frames))
         elif kind == "occlusion":
-            for first, second in zip(objects[::2], objects[1::2], strict=False):
-                _swap_ways(rng, first, second)
             for body, occluder in zip(objects, bodies[-num_objects:], strict=True):
                 _cover(rng, body, occluder)
         elif kind == "double":
-            first, paint = bodies[-1], painters[-1]
             for i in np.flatnonzero(is_object):
-                bodies[i] = replace(bodies[i], radii=first.radii, normals=first.normals, aspect=first.aspect)
-                painters[i] = paint
+                bodies[i] = replace(bodies[-1], centers=bodies[i].centers, angles=bodies[i].angles)
+                painters[i] = painters[-1]
         elif kind == "cut":
             cut = range(*_some_frames(rng, num_frames))
             frames[cut] = look.background(rng, size)
             zoom, turn = rng.uniform(0.7, 1.4), rng.uniform(0, 2 * np.pi)
-            others = [
-                replace(
-                    body,
-                    centers=body.centers * (-1, 1) + (size[1], 0),
-                    angles=turn - body.angles,
-                    radii=zoom * body.radii,
-                )
-                for body in bodies
-            ]
+            others = [replace(body, angles=turn - body.angles, radii=zoom * body.radii) for body in bodies]
+            for body in others:
+                body.centers = body.centers * (-1, 1) + (size[1], 0)
             _paint(others[::-1], painters[::-1], columns[::-1], cut, frames, masks)
         _paint(bodies, painters, columns, [t for t in times if t not in cut], frames, masks)
         frames = np.clip(255 * look.finish(rng, frames), 0, 255).astype(np.uint8)
