@@ -14,7 +14,7 @@ from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.session import VideoSession
+from samoe_hf.model.session import VideoSession, end_object
 from samoe_hf.model.tracking import SamoeTrackingOutput
 
 
@@ -33,10 +33,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class VideoPrompt:
-    """What is given of one object on one frame, in pixels of the video: points and a box, or a mask.
+    """What is given of one object on one frame, in pixels of the video: points and a box, a mask, or that it leaves.
 
     `points` holds (x, y) and `labels` 1 (positive) or 0 (negative) for each; `box` is (x0, y0, x1, y1); `mask` is
-    (H, W) bool.
+    (H, W) bool. With `end` the object is gone from the frame on.
     """
 
     object_id: int
@@ -45,6 +45,7 @@ class VideoPrompt:
     labels: Sequence[int] = ()
     box: tuple[float, float, float, float] | None = None
     mask: np.ndarray | None = None
+    end: bool = False
 
     def inputs(self) -> dict:
         """The prompt as arguments of `processor.add_inputs_to_inference_session`."""
@@ -68,7 +69,10 @@ class VideoPrompt:
         subject = f"object {self.object_id} on frame {self.frame_idx}"
         if not 0 <= self.frame_idx < num_frames:
             raise InputError(f"A prompt is of {subject}, but the video has the frames 0 to {num_frames - 1}.")
-        if self.mask is not None:
+        if self.end:
+            if self.inputs():
+                raise InputError(f"A prompt is given of {subject}, where it is said to be gone.")
+        elif self.mask is not None:
             if len(self.points) or self.box is not None:
                 raise InputError(f"A mask and points or a box are given of {subject}.")
             if self.mask.shape != size:
@@ -93,6 +97,9 @@ class VideoPrompt:
 
     def add_to(self, session: VideoSession, processor: VideoProcessor, **options: Any) -> None:
         """Adds the prompt to a session; `options` are of the processor, such as `clear_old_inputs`."""
+        if self.end:
+            end_object(session, self.frame_idx, self.object_id)
+            return
         processor.add_inputs_to_inference_session(
             session,  # pyright: ignore[reportArgumentType]  # either base's processor takes any session
             self.frame_idx,
@@ -106,13 +113,20 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
     """Checks prompts against each other and against a video, see [`VideoPrompt.check`].
 
     Raises:
-        InputError: for no prompts, two prompts for one object on one frame, or one that does not fit the video.
+        InputError: for no prompts, two prompts for one object on one frame, an end that is not after all other prompts
+            of its object, or a prompt that does not fit the video.
     """
     if not prompts:
         raise InputError("`prompts` is empty; at least one point, box or mask is needed.")
     seen = set()
     for prompt in prompts:
         prompt.check(num_frames, size)
+        others = [one.frame_idx for one in prompts if one.object_id == prompt.object_id and one is not prompt]
+        if prompt.end and prompt.frame_idx <= max(others, default=prompt.frame_idx):
+            raise InputError(
+                f"The end of object {prompt.object_id} must be after all that is given of it (on the frames "
+                f"{sorted(others)}), got frame {prompt.frame_idx}."
+            )
         if (prompt.object_id, prompt.frame_idx) in seen:
             raise InputError(
                 f"Object {prompt.object_id} has two prompts on frame {prompt.frame_idx}; give all its points and its "
@@ -170,7 +184,7 @@ def track_video(
     """Tracks prompted objects through a whole video, each onward from its first prompt, then back from it to the start.
 
     Each frame is given once, with all objects: those from the last of the first prompts on, and then those before it,
-    backward. See [`SamoeModel.propagate_from_prompts_iterator`].
+    backward. An object that is gone has logits of -1024. See [`SamoeModel.propagate_from_prompts_iterator`].
 
     Args:
         frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
@@ -197,7 +211,7 @@ def track_video(
     assert height is not None and width is not None
     size = (height, width)
     check_prompts(prompts, len(frames), size)
-    for prompt in prompts:
+    for prompt in sorted(prompts, key=lambda prompt: prompt.end):
         prompt.add_to(session, processor)
     for output in model.propagate_from_prompts_iterator(session, show_progress_bar=show_progress_bar):
         assert isinstance(output, SamoeTrackingOutput)

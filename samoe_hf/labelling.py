@@ -74,12 +74,13 @@ class FilePrompt:
     labels: list[Literal[0, 1]] | None = None
     box: tuple[float, float, float, float] | None = None
     mask: str | None = None
+    end: bool = False
 
     def read(self, folder: Path) -> VideoPrompt:
         """The prompt, with its mask; `folder` is that of the file of prompts."""
         mask = None if self.mask is None else read_label_png(folder / self.mask) > 0
         labels = [1] * len(self.points) if self.labels is None else self.labels
-        return VideoPrompt(self.object, self.frame, self.points, labels, self.box, mask)
+        return VideoPrompt(self.object, self.frame, self.points, labels, self.box, mask, self.end)
 
 
 # --- What to track
@@ -176,8 +177,9 @@ def _open(domain: str, video_id: str, path: Path, object_ids: set[int]) -> Video
 def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
     """Video id -> prompts of a JSON file, which holds a list, or of one with an object on each line (`.jsonl`).
 
-    An entry has `video`, `object` (1 if not given), `frame` (0), and `points` with `labels` (1 each), a `box` or a
-    `mask`: an image below the folder of the file, where every value above 0 is the object.
+    An entry has `video`, `object` (1 if not given), `frame` (0), and `points` with `labels` (1 each), a `box`, a `mask`
+    (an image below the folder of the file, where every value above 0 is the object), or a true `end`: it is gone from
+    there on.
 
     Raises:
         InputError: for anything else; names the file and the number of the entry.

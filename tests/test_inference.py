@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
 from samoe_hf.model.processing_samoe import build_processor
@@ -30,6 +31,11 @@ SIZE = (96, 128)
             "A mask and points or a box are given",
         ),
         ([VideoPrompt(2, box=(1, 2, 3, 4)), VideoPrompt(2, points=[(1, 2)], labels=[1])], "Object 2 has two prompts"),
+        ([VideoPrompt(1, 2, box=(1, 2, 3, 4), end=True)], "prompt is given of object 1 on frame 2, where it is said"),
+        ([VideoPrompt(3, 1, end=True)], r"end of object 3 must be after all .* \(on the frames \[\]\), got frame 1"),
+        ([VideoPrompt(3, 2, box=(1, 2, 3, 4)), VideoPrompt(3, 1, end=True)], r"the frames \[2\]\), got frame 1"),
+        ([VideoPrompt(3, box=(1, 2, 3, 4)), VideoPrompt(3, 2, end=True), VideoPrompt(3, 4, end=True)], "got frame 2"),
+        ([VideoPrompt(3, box=(1, 2, 3, 4)), VideoPrompt(3, 5, end=True)], "frame 5, but the video has the frames 0 to"),
     ],
 )
 def test_prompts_that_cannot_be_meant_are_refused(prompts, message):
@@ -59,6 +65,28 @@ def test_points_and_boxes_may_be_arrays(nano):
         for options in (given, arrays)
     )
     assert all(torch.equal(a, b) for a, b in zip(lists, arrays, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_objects_come_and_leave_as_if_each_were_alone(seed):
+    model, rng = SamoeModel.from_pretrained(small_base()), np.random.default_rng(seed)
+    video, processor = SyntheticVideos(1, 10, SIZE, seed=3)[0], build_processor(model.config)
+    prompts = []
+    for object_id in (5, 1, 3):
+        (start, end), (y, x) = sorted(rng.choice(10, 2, replace=False).tolist()), rng.integers(0, 50, 2).tolist()
+        prompts += [VideoPrompt(object_id, end, end=True), VideoPrompt(object_id, start, box=(x, y, x + 40, y + 30))]
+
+    def tracked(prompts):
+        frames = {frame.frame_idx: frame for frame in track_video(model, processor, video.frames, prompts)}
+        return torch.stack([frames[t].logits for t in range(10)], dim=1), frames[0].object_ids
+
+    together, ids = tracked(prompts)
+    assert ids == [5, 1, 3]
+    for one, (leaves, prompt) in zip(together, zip(prompts[::2], prompts[1::2], strict=True), strict=True):
+        (own,), _ = tracked([leaves, prompt])
+        assert (one[leaves.frame_idx :] == -1024).all() and (one[: leaves.frame_idx] > -1024).all()
+        assert (one - own).abs().mean() < 1e-4
+        assert ((one > 0) & (own > 0)).sum() >= 0.999 * ((one > 0) | (own > 0)).sum()
 
 
 def test_maps_of_ids_are_no_larger_than_they_need_to_be():

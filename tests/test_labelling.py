@@ -116,6 +116,7 @@ def test_prompts_come_from_a_file(model_folder, clips, tmp_path, suffix):
     entries = [
         {"video": "day/one", "points": [[40, 30], [10, 10]], "labels": [1, 0]},
         {"video": "b", "object": 3, "box": [10, 10, 60, 50]},
+        {"video": "b", "object": 3, "frame": 1, "end": True},
         {"video": "b", "object": 5, "frame": 1, "mask": "first.png"},
         {"video": "b/a", "object": 2, "box": [5, 5, 60.5, 60]},
     ]
@@ -127,9 +128,13 @@ def test_prompts_come_from_a_file(model_folder, clips, tmp_path, suffix):
     assert ids.keys() == {
         f"{video}.png" for video in ("b/0", "b/1", "b/a/0", "b/a/1", "day/one/00000", "day/one/00001")
     }
-    assert 5 in ids["b/1.png"] and all(
-        found <= {0, *((2,) if name.startswith("b/a") else (3, 5) if name[0] == "b" else (1,))}
-        for name, found in ids.items()
+    assert (
+        5 in ids["b/1.png"]
+        and 3 in ids["b/0.png"] - ids["b/1.png"]
+        and all(
+            found <= {0, *((2,) if name.startswith("b/a") else (3, 5) if name[0] == "b" else (1,))}
+            for name, found in ids.items()
+        )
     )
     label(model_folder, *words, tmp_path / "sa_v", "--layout", "sa_v")
     assert {"002", "004"} <= {path.name for path in (tmp_path / "sa_v/masks/clips/b").iterdir()}
@@ -304,6 +309,7 @@ def test_labels_are_pushed_as_a_dataset(model_folder, data, tmp_path, monkeypatc
             "number 2,: `object` must be an integer",
         ),
         ('[{"video": "a", "object": 0}]', "an `object` from 1"),
+        ('[{"video": "a", "end": 7}]', "`end` must be bool, not 7"),
         ('[{"video": "a", "points": [[1, 2]], "labels": [[1]]}]', "`labels` must be"),
         ('[{"video": "a", "box": [1, 2, 3, 1%s]}]' % ("0" * 400), "int too large"),
         ('[{"video": "a", "box": [1, 2, 3, 4]}, {"video": "a"}]', "number 2, must be one for an object of 'a'"),

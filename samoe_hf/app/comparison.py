@@ -41,9 +41,9 @@ class Comparison:
             raise InputError(NOTHING_PROMPTED)
         self.sides, self.objects = sides, sorted({object_id for object_id, _ in session.prompts})
         self.prompts = list(session.prompts.values())
-        if first_prompts_only:  # of each object, what was given on the earliest of its frames
+        if first_prompts_only:  # of each object, what was given on the earliest of its frames, and its end
             latest_first = sorted(self.prompts, key=lambda prompt: prompt.frame_idx, reverse=True)
-            self.prompts = list({prompt.object_id: prompt for prompt in latest_first}.values())
+            self.prompts = list({(prompt.object_id, prompt.end): prompt for prompt in latest_first}.values())
         self.folder = Path(tempfile.mkdtemp(dir=folder))
         self.masks = [MaskStore(self.folder / f"side_{i}", session.video.frames.size) for i in range(len(sides))]
         self._session, self._frames = session, session.video.frames_again()

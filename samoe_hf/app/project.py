@@ -103,6 +103,7 @@ def _prompt(entry: Any) -> VideoPrompt:
     if entry["box"] is not None:
         x0, y0, x1, y1 = (float(value) for value in entry["box"])
         prompt.box = (x0, y0, x1, y1)
+    prompt.end = bool(entry.get("end"))
     return prompt
 
 

@@ -19,7 +19,7 @@ from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmenta
 
 from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
-from samoe_hf.inference import VideoPrompt
+from samoe_hf.inference import VideoPrompt, check_prompts
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.session import VideoSession
 from samoe_hf.model.tracking import SamoeTrackingOutput
@@ -96,7 +96,7 @@ class Tracked(NamedTuple):
 
 
 class Before(NamedTuple):
-    """A session as it was before a click, a box or a removal.
+    """A session as it was before a click, a box, an end or a removal.
 
     Attributes:
         mask: the file of the mask on `frame`, the one whose mask may have changed; None where there was none.
@@ -121,7 +121,7 @@ class TrackingSession:
 
     Attributes:
         objects: ids, in the order in which they came.
-        prompts: (object, frame) -> all that was given of it there.
+        prompts: (object, frame) -> all that was given of it there, in the order in which it came.
         domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
         tracked_domain, confidence: whose experts the video got last, and how sure the gate was of that.
     """
@@ -168,8 +168,13 @@ class TrackingSession:
 
     @property
     def prompted_frames(self) -> list[int]:
-        """Frames with a prompt, in order."""
-        return sorted({frame for _, frame in self.prompts})
+        """Frames with a click or a box, in order."""
+        return sorted({frame for (_, frame), prompt in self.prompts.items() if not prompt.end})
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """Object -> the frame from which on it is gone."""
+        return {object_id: frame for (object_id, frame), prompt in self.prompts.items() if prompt.end}
 
     def frame(self, index: int) -> np.ndarray:
         """A frame of the video, (H, W, 3) uint8."""
@@ -178,7 +183,8 @@ class TrackingSession:
 
     def id_map(self, frame: int) -> np.ndarray:
         """The objects' ids on a frame, (H, W) uint8, 0 for background; all 0 where nothing was tracked."""
-        return self.masks.read(frame, self.objects)
+        ends = self.ends
+        return self.masks.read(frame, [one for one in self.objects if frame < ends.get(one, self.num_frames)])
 
     # --- Objects and prompts
 
@@ -193,11 +199,23 @@ class TrackingSession:
 
     def remove_object(self, object_id: int) -> None:
         """Removes an object with its prompts and masks."""
-        with self.exclusive():
-            self._remember(frame=0)
+        with self._undoable(frame=0):
             self.loaded.model.remove_object(self._tracking, object_id)
             self.objects.remove(object_id)
             self.prompts = {key: prompt for key, prompt in self.prompts.items() if key[0] != object_id}
+
+    def end_object(self, object_id: int, frame: int) -> None:
+        """Says that an object leaves on a frame: from there on it has no mask and is not tracked.
+
+        It takes the place of an earlier end. Said again of the same frame, it is taken back.
+        """
+        is_same, end = self.ends.get(object_id) == frame, VideoPrompt(object_id, frame, end=True)
+        with self._undoable(frame):
+            self.prompts = {key: one for key, one in self.prompts.items() if key[0] != object_id or not one.end}
+            if not is_same:
+                check_prompts([*self.prompts.values(), end], self.num_frames, self.masks.size)
+                self.prompts[object_id, frame] = end
+            self.loaded.model.end_object(self._tracking, None if is_same else frame, object_id)
 
     def click(self, object_id: int, frame: int, x: float, y: float, positive: bool = True) -> np.ndarray:
         """Adds a point on a frame and segments it; gives the frame's new map of ids, (H, W) uint8.
@@ -228,33 +246,36 @@ class TrackingSession:
             raise InputError(f"{self.limits.prompts} clicks and boxes are the most for a video.")
         old = self.prompts.get((object_id, frame), VideoPrompt(object_id, frame))
         prompt = VideoPrompt(object_id, frame, [*old.points, *points], [*old.labels, *labels], box or old.box)
-        with self.exclusive():
-            self._remember(frame)
-            try:
-                prompt.add_to(self._tracking, self.loaded.processor)
-                with DEVICE_LOCK:
-                    output = self.loaded.model(inference_session=self._tracking, frame_idx=frame)
-                _, id_map = self._store(output)
-            except BaseException:
-                self._go_back()
-                raise
+        with self._undoable(frame):
+            prompt.add_to(self._tracking, self.loaded.processor)
+            with DEVICE_LOCK:
+                output = self.loaded.model(inference_session=self._tracking, frame_idx=frame)
+            _, id_map = self._store(output)
             self.prompts[object_id, frame] = prompt
             return id_map
 
     # --- Undo
 
     def undo(self) -> None:
-        """Takes back the last click, box or removal since the video was tracked; InputError if there is none."""
+        """Takes back the last click, box, end or removal since the video was tracked; InputError if there is none."""
         with self.exclusive():
             if not self._undo:
                 raise InputError("There is nothing to undo since the video was tracked last.")
             self._go_back()
 
-    def _remember(self, frame: int) -> None:
-        given = list(self.objects), dict(self.prompts), copied(self._tracking)
-        mask = self.masks.content(frame)
-        self._undo.append(Before(*given, self.tracked_domain, self.confidence, frame, mask))
-        del self._undo[:-MAX_UNDO]
+    @contextmanager
+    def _undoable(self, frame: int) -> Iterator[None]:
+        """What is done alone within can be taken back, and is if it fails."""
+        with self.exclusive():
+            given = list(self.objects), dict(self.prompts), copied(self._tracking)
+            mask = self.masks.content(frame)
+            self._undo.append(Before(*given, self.tracked_domain, self.confidence, frame, mask))
+            try:
+                yield
+            except BaseException:
+                self._go_back()
+                raise
+            del self._undo[:-MAX_UNDO]
 
     def _go_back(self) -> None:
         before = self._undo[-1]

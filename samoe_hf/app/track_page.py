@@ -106,6 +106,7 @@ class TrackPart(Part):
         with gr.Row():
             self.add = button("Add object", "add", size="sm")
             self.remove = button("Remove object", "remove", size="sm", interactive=False)
+            self.leaves = button("It leaves here", "leaves", size="sm", interactive=False)
         self.whose = gr.Markdown("", elem_id="whose")
         with gr.Accordion("Take away", open=False, elem_id="take-away"):
             self.kind = gr.Dropdown(list(EXPORTS), value=next(iter(EXPORTS)), label="What", elem_id="kind")
@@ -117,7 +118,7 @@ class TrackPart(Part):
     def _connect(self) -> None:
         self.shown = {
             *(self.hint, self.start, self.stage, self.tools, self.frame, self.slider, self.stop, self.progress),
-            *(self.undo, self.objects, self.remove, self.whose, self.file),
+            *(self.undo, self.objects, self.remove, self.leaves, self.whose, self.file),
         }
         shown, here = self.shown, [self.slider]
         self.on(self.upload.upload, self.open_files, [self.upload], shown)
@@ -130,6 +131,7 @@ class TrackPart(Part):
         self.on(self.undo.click, self.take_back, here, shown, **QUICK)
         self.on(self.add.click, self.add_object, here, shown, **QUICK)
         self.on(self.remove.click, self.remove_object, [self.slider, self.objects], shown, **QUICK)
+        self.on(self.leaves.click, self.end_object, [self.slider, self.objects], shown, **QUICK)
         directions: dict[gr.Button, Direction] = {self.back: "backward", self.track: "whole", self.onward: "forward"}
         for one, direction in directions.items():
             self.on_device(one.click, partial(self.run, direction), here, shown, self.progress)
@@ -145,7 +147,7 @@ class TrackPart(Part):
 
         Args:
             shown: number of the frame.
-            chosen: object, by default the last one.
+            chosen: object that is chosen now; by default the page's choice stays.
             id_map: the frame's masks, if they are at hand.
         """
         session = person.session
@@ -155,20 +157,22 @@ class TrackPart(Part):
         corner = person.corner[2:] if person.corner and person.corner[1] == frame else None
         prompts = [prompt for _, prompt in sorted(session.prompts.items()) if prompt.frame_idx == frame]
         id_map = session.id_map(frame) if id_map is None else id_map
-        chosen = chosen or (session.objects[-1] if session.objects else None)
+        ends = session.ends
+        objects = [(f"object {i}, gone from {ends[i]}" if i in ends else f"object {i}", i) for i in session.objects]
         return {
             self.hint: next_step(person),
             self.frame: draw_frame(session.frame(frame), id_map, prompts, corner),
             self.undo: gr.Button(interactive=session.can_undo),
-            self.objects: gr.Radio([(f"object {i}", i) for i in session.objects], value=chosen),
-            self.remove: gr.Button(interactive=bool(session.objects)),
+            self.objects: gr.Radio(objects) if objects and chosen is None else gr.Radio(objects, value=chosen),
+            self.remove: gr.Button(interactive=bool(objects)),
+            self.leaves: gr.Button(interactive=bool(objects)),
             self.whose: whose_experts(session),
             self.stop: gr.Button(interactive=False),
         }
 
     def opened(self, person: Person) -> Shown:
         """What is shown when a video was opened, or a page was loaded."""
-        updates, session = self.view(person), person.session
+        updates, session = self.view(person, chosen=self.last(person)), person.session
         if session is not None:
             last = session.num_frames - 1
             label = f"Frame, 0 to {last}"
@@ -211,10 +215,8 @@ class TrackPart(Part):
         """The frame was clicked: a point, or a corner of a box. The first object comes with the first click."""
         session = person.the_session()
         frame, (x, y) = frame_of(session, frame), point_of(session, event.index)
-        if object_id is not None:
-            chosen = object_of(session, object_id)
-        else:
-            chosen = session.objects[-1] if session.objects else session.add_object()
+        chosen = self.last(person) if object_id is None else object_of(session, object_id)
+        chosen = chosen or session.add_object()
         id_map = None
         if mode != BOX:
             id_map = session.click(chosen, frame, x, y, positive=mode != NEGATIVE)
@@ -224,6 +226,11 @@ class TrackPart(Part):
             (_, _, x0, y0), person.corner = person.corner, None
             id_map = session.draw_box(chosen, frame, (min(x0, x), min(y0, y), max(x0, x), max(y0, y)))
         return self.view(person, frame, chosen, id_map)
+
+    @staticmethod
+    def last(person: Person) -> int | None:
+        """The object that came last."""
+        return person.session.objects[-1] if person.session and person.session.objects else None
 
     def forget_corner(self, person: Person, frame: object) -> Shown:
         """A click means something else now."""
@@ -236,7 +243,7 @@ class TrackPart(Part):
             person.corner = None
         else:
             person.the_session().undo()
-        return self.view(person, frame)
+        return self.view(person, frame, self.last(person))
 
     def add_object(self, person: Person, frame: object) -> Shown:
         """Another object is to be tracked; it is chosen."""
@@ -248,7 +255,16 @@ class TrackPart(Part):
         session = person.the_session()
         session.remove_object(object_of(session, object_id))
         person.corner = None
-        return self.view(person, frame)
+        return self.view(person, frame, self.last(person))
+
+    def end_object(self, person: Person, frame: object, object_id: object) -> Shown:
+        """The chosen object leaves on the shown frame, or stays after all."""
+        session = person.the_session()
+        chosen, frame = object_of(session, object_id), frame_of(session, frame)
+        session.end_object(chosen, frame)
+        is_gone = f"**Object {chosen} is gone from frame {frame} on.** If not, press again on this frame."
+        shown = self.view(person, frame, chosen)
+        return shown | {self.hint: is_gone} if chosen in session.ends else shown
 
     # --- Tracking
 

@@ -11,8 +11,8 @@ those of a JSON file, a list of
 
     {"video": "a/b", "object": 1, "frame": 0, "points": [[420, 230]], "labels": [1]}
 
-or with a "box" [x0, y0, x1, y1], or a "mask", an image below the folder of the JSON file. A video is named by its path
-within the folder, without the suffix.
+or with a "box" [x0, y0, x1, y1], or a "mask", an image below the folder of the JSON file, or "end": true where the
+object is gone from the frame on. A video is named by its path within the folder, without the suffix.
 
 Each video's masks are kept when it is finished: the same command again goes on with what is left.
 """

@@ -3,7 +3,8 @@
     samoe track MODEL dog.mp4 --point 420,230 --point 700,60:0 --box 2=300,100,560,380 --output out.mp4
 
 A prompt is `[ID=]PROMPT[@FRAME]`: an object's id before it (1 if none), the frame it is given on behind it (that of
-`--frame` if none). Several points, and a box, may be given for an object on a frame.
+`--frame` if none). Several points, and a box, may be given for an object on a frame. With `--end 2=40` object 2 leaves:
+it is gone from frame 40 on.
 
 `samoe label` tracks the objects of all videos of a dataset.
 """
@@ -44,6 +45,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     prompts.add_argument("--point", action="append", default=[], metavar="X,Y[:LABEL]", help="label 1: in, 0: out")
     prompts.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1", help="around an object")
     prompts.add_argument("--mask", action="append", default=[], metavar="FILE", help="one object, or a map of ids")
+    prompts.add_argument("--end", action="append", default=[], metavar="[ID=]FRAME", help="where an object leaves")
     prompts.add_argument("--frame", type=int, default=0, metavar="N", help="frame of prompts that name none")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
@@ -116,6 +118,11 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
             if prompt.mask is not None:
                 raise InputError(f"Object {prompt.object_id} has two masks on frame {frame_idx}.")
             prompt.mask = mask
+    for text in parsed.end:
+        match = re.fullmatch(r"(?:(\d+)=)?(\d+)", text)
+        if match is None:
+            raise InputError(f"`--end` must be [ID=]FRAME, got {text!r}.")
+        prompt_of(int(match[1] or 1), int(match[2])).end = True
     return list(prompts.values())
 
 
@@ -180,4 +187,5 @@ def track(
         sure, how = tracked.domain_confidence, "as given by --domain"
         print(f"Experts: {whose}, {how if sure is None else f'by the gate with confidence {sure:.2f}'}")
     print(f"Memory selection: {model.memory_selection}")
-    print(f"Tracked {len(prompts)} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")
+    given = sum(not prompt.end for prompt in prompts)
+    print(f"Tracked {given} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")

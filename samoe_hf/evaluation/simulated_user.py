@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -134,10 +134,18 @@ class SimulatedUser:
         domain: str | None = AUTO,
     ):
         self.model, self.processor, self.video, self.strategy, self.seed = model, processor, video, strategy, seed
-        self.domain = domain
         self.given: list[VideoPrompt] = []
-        # Objects that appear together share a session: it would also run those that appear later, in every pass.
-        self._sessions: dict[int, VideoSession] = {}
+        self._session = VideoSession(
+            video.frames,
+            processor,
+            # Offline, any frame may be corrected after a pass over all.
+            keep_frames=max(KEPT_FRAMES, len(video) if strategy.offline else 0),
+            # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
+            corrections_condition=True,
+            domain=domain,
+            inference_device=model.device,
+            dtype=model.dtype,
+        )
         self._object_ids = video.object_ids
         self._annotated = set(video.annotated_frames)
         self._frames: dict[int, list[int]] = {}  # object id -> frames on which it was prompted
@@ -146,24 +154,30 @@ class SimulatedUser:
         """Prompts, tracks and corrects; yields each frame once, in order, when its masks are final."""
         for _ in range(self.strategy.num_frames - 1 if self.strategy.offline else 0):
             self._correct_worst_frames()
-        for frame_idx in range(len(self.video)):
-            logits, scores = self._track_frame(frame_idx)
+        for frame_idx, (logits, scores) in enumerate(self._pass()):
             yield PredictedFrame(frame_idx, masks_of(logits, overlapping), scores)
 
+    def _pass(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Logits (N, H, W), and logits of visibility (N,), of each frame, after what the user gives on it."""
+        if self.given:  # offline; nothing more is given before the end
+            for output in self.model.propagate_from_prompts_iterator(self._session, 0):
+                yield self._read(output)
+            return
+        for frame_idx in range(len(self.video)):
+            yield self._track_frame(frame_idx)
+
     def _track_frame(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits (N, H, W), and logits of visibility (N,), after what the user gives on this frame."""
         strategy, annotated = self.strategy, frame_idx in self._annotated
         visible = self.video.visible(frame_idx) if annotated else []
         new = [object_id for object_id in visible if object_id not in self._frames]
         if new and strategy.kind != "clicks":
             self._prompt_new(frame_idx, new)
-        logits, scores = self._predict(frame_idx)
+        logits, scores = self._read(self.model(self._session, frame_idx=frame_idx) if self.given else None)
         if annotated and strategy.kind == "clicks":
             online = strategy.num_frames > 1 and not strategy.offline
             ious = self._ious(frame_idx, logits) if online else {}
             wrong = [object_id for object_id, iou in ious.items() if iou < PAUSE_IOU]
-            if new or wrong:
-                self._click(frame_idx, [*new, *wrong], logits, scores)
+            return self._click(frame_idx, {i: self._mask(logits, i) for i in [*new, *wrong]}) or (logits, scores)
         return logits, scores
 
     def _prompt_new(self, frame_idx: int, object_ids: list[int]) -> None:
@@ -179,82 +193,61 @@ class SimulatedUser:
         frames = self._frames.setdefault(prompt.object_id, [])
         if prompt.frame_idx not in frames:
             frames.append(prompt.frame_idx)
-        if frames[0] not in self._sessions:
-            self._sessions[frames[0]] = self._new_session()
-        prompt.add_to(self._sessions[frames[0]], self.processor, **options)
+        prompt.add_to(self._session, self.processor, **options)
         self.given.append(prompt)
 
-    def _new_session(self) -> VideoSession:
-        session = VideoSession(
-            self.video.frames,
-            self.processor,
-            # Offline, any frame may be corrected after a pass over all.
-            keep_frames=max(KEPT_FRAMES, len(self.video) if self.strategy.offline else 0),
-            # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
-            corrections_condition=True,
-            domain=self.domain,
-            inference_device=self.model.device,
-            dtype=self.model.dtype,
-        )
-        if self._sessions:
-            # Image features, and what the gate decided of the video, are the same for all.
-            earlier = next(iter(self._sessions.values()))
-            session.cache, session.domain_decision = earlier.cache, earlier.domain_decision
-        return session
-
-    def _predict(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tracks all objects that were prompted up to this frame on it."""
+    def _read(self, output: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (N, H, W) and scores (N,), -inf of objects that are prompted later."""
         logits = np.full((len(self._object_ids), *self.video.size), -np.inf, dtype=np.float32)
         scores = np.full(len(self._object_ids), -np.inf, dtype=np.float32)
-        self._update([start for start in self._sessions if start <= frame_idx], frame_idx, logits, scores)
-        return logits, scores
-
-    def _update(self, starts: Iterable[int], frame_idx: int, logits: np.ndarray, scores: np.ndarray) -> None:
-        """Writes what the model now gives on a frame in the sessions that begin on the frames `starts`."""
-        for session in map(self._sessions.__getitem__, starts):
-            output = self.model(session, frame_idx=frame_idx)
-            rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
+        if output is not None:
             masks = self.processor.post_process_masks([output.pred_masks], [self.video.size], binarize=False)[0][:, 0]
             if masks.isnan().any():
                 raise InputError(
-                    f"{self.video.video_id}: the model predicts NaN on frame {frame_idx}, in {self.model.dtype}; its "
-                    "weights may be damaged, or the type too narrow for them."
+                    f"{self.video.video_id}: the model predicts NaN on frame {output.frame_idx}, in {self.model.dtype};"
+                    " its weights may be damaged, or the type too narrow for them."
                 )
+            rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
             logits[rows] = masks.float().cpu().numpy()
             scores[rows] = output.object_score_logits[:, 0].float().cpu().numpy()
+            late = [self._object_ids.index(i) for i, frames in self._frames.items() if frames[0] > output.frame_idx]
+            logits[late] = scores[late] = -np.inf
+        return logits, scores
 
-    def _click(self, frame_idx: int, object_ids: list[int], logits: np.ndarray, scores: np.ndarray) -> None:
-        """Gives up to `count` clicks for each object, and writes what the model then predicts on the frame."""
-        targets = dict(zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True))
+    def _mask(self, logits: np.ndarray, object_id: int) -> np.ndarray:
+        return logits[self._object_ids.index(object_id)] > 0
+
+    def _click(self, frame_idx: int, masks: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Gives up to `count` clicks for each object, from its mask, and predicts again; None where all is right."""
+        result, targets = None, self.video.masks(frame_idx, list(masks)) if masks else ()
         for _ in range(self.strategy.count):
-            clicked = set()
-            for object_id, target in targets.items():
-                click = click_on_error(target, logits[self._object_ids.index(object_id)] > 0)
-                if click is not None:
-                    prompt = VideoPrompt(object_id, frame_idx, points=[click[0]], labels=[click[1]])
-                    self._add_prompt(prompt, clear_old_inputs=False)
-                    clicked.add(self._frames[object_id][0])
-            if not clicked:
-                break
-            self._update(clicked, frame_idx, logits, scores)  # elsewhere the frame would be tracked anew
+            found = zip(masks, map(click_on_error, targets, masks.values()), strict=True)
+            clicks = [(object_id, *click) for object_id, click in found if click is not None]
+            if not clicks:
+                break  # the model would track the frame anew
+            for object_id, point, label in clicks:
+                prompt = VideoPrompt(object_id, frame_idx, points=[point], labels=[label])
+                self._add_prompt(prompt, clear_old_inputs=False)
+            result = self._read(self.model(self._session, frame_idx=frame_idx))
+            masks = {object_id: self._mask(result[0], object_id) for object_id in masks}
+        return result
 
     def _ious(self, frame_idx: int, logits: np.ndarray) -> dict[int, float]:
         """IoU of the objects that may be corrected on this frame: prompted on another, and on fewer than all."""
         free = [i for i, t in self._frames.items() if frame_idx not in t and len(t) < self.strategy.num_frames]
         ious = {}
         for object_id, target in zip(free, self.video.masks(frame_idx, free) if free else [], strict=True):
-            prediction = logits[self._object_ids.index(object_id)] > 0
+            prediction = self._mask(logits, object_id)
             union = (prediction | target).sum()
             ious[object_id] = float((prediction & target).sum() / union) if union else 1.0
         return ious
 
     def _correct_worst_frames(self) -> None:
         """Tracks the whole video, and then clicks on the frame on which each object's IoU is lowest."""
-        worst: dict[int, tuple[float, int]] = {}
-        for frame_idx in range(len(self.video)):
-            logits, _ = self._track_frame(frame_idx)
+        worst: dict[int, tuple[float, int, np.ndarray]] = {}
+        for frame_idx, (logits, _) in enumerate(self._pass()):
             for object_id, iou in self._ious(frame_idx, logits).items() if frame_idx in self._annotated else ():
-                worst[object_id] = min(worst.get(object_id, (1.0, frame_idx)), (iou, frame_idx))
-        for object_id, (iou, frame_idx) in worst.items():
-            if iou < 1:
-                self._click(frame_idx, [object_id], *self._predict(frame_idx))
+                if iou < worst.get(object_id, (1.0,))[0]:
+                    worst[object_id] = iou, frame_idx, self._mask(logits, object_id)
+        for object_id, (_, frame_idx, mask) in worst.items():
+            self._click(frame_idx, {object_id: mask})

@@ -43,7 +43,7 @@ from .expert_sleep import wake_experts
 from .loading import LoadRequest, load_model
 from .processing_samoe import VideoProcessor, build_processor
 from .prompt_recipe import PromptRecipe
-from .session import clear_prompts, remove_object
+from .session import clear_prompts, end_object, remove_object
 from .summary import ModelSummary, summarize_model
 from .tracking import encoding_ahead, propagate_from_prompts, start_propagation, track_frame
 from .trainable import parameter_names, set_trainable, train_experts
@@ -304,6 +304,18 @@ class SamoeModel(SamoePreTrainedModel):
             ValueError: if there is no such object.
         """
         clear_prompts(inference_session, frame_idx, obj_id)
+
+    def end_object(self, inference_session: InferenceSession, frame_idx: int | None, obj_id: int) -> None:
+        """Says that an object is gone from a frame on: it has a mask of -1024 there, and leaves no memory.
+
+        Args:
+            frame_idx: after all of its prompts, in place of an earlier end; None takes the end back. Prompts on it, and
+                after it, are refused.
+
+        Raises:
+            ValueError: if there is no such object, or no such frame.
+        """
+        end_object(inference_session, frame_idx, obj_id)
 
     def remove_object(self, inference_session: InferenceSession, obj_id: int, strict: bool = False) -> None:
         """Removes an object from a session, with all that is known of it; the others go on as before.

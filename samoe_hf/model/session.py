@@ -6,6 +6,7 @@ prompt on a frame that was not tracked yet makes a conditioning frame; a prompt 
 which stays an ordinary one.
 """
 
+import math
 import operator
 import weakref
 from collections import OrderedDict
@@ -85,13 +86,23 @@ class SessionObject(NamedTuple):
         """Frames with a prompt, in order."""
         return sorted({*self.session.point_inputs_per_obj[self.row], *self.session.mask_inputs_per_obj[self.row]})
 
+    @property
+    def end(self) -> float:
+        """The frame from which on the object is gone, as the user says."""
+        return self.outputs.get("end", math.inf)
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether it was segmented on any frame."""
+        return any(self.outputs[name] for name in ("cond_frame_outputs", "non_cond_frame_outputs"))
+
     def join(self, model: SamoePreTrainedModel) -> None:
         """Prepares the object for tracking with a model.
 
         Raises:
             ValueError: if another model has segmented it in this session.
         """
-        if "state" not in self.outputs and not any(self.outputs.values()):
+        if "state" not in self.outputs and not self.has_outputs:
             self.outputs["state"] = ObjectState(weakref.ref(model))
         if "state" not in self.outputs or self.state.model() is not model:
             raise InputError(
@@ -201,14 +212,15 @@ def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int,
         if isinstance(prompt, dict):
             order_box(prompt)
         problem = prompt_problem(prompt, image_size, video_size)
+        if frame_idx >= tracked_object.end:
+            problem = f"The object is gone from frame {tracked_object.end} on; take its end back first."
     else:
         problem = f"`frame_idx` must be a frame of the session ({len(frames)} frames), got {frame_idx}."
     if problem is None:
         return
     object_id = tracked_object.object_id
     tracked_object.clear(frame_idx)
-    is_known = any(tracked_object.outputs[name] for name in ("cond_frame_outputs", "non_cond_frame_outputs"))
-    if not tracked_object.prompted_frames and not is_known:
+    if not tracked_object.prompted_frames and not tracked_object.has_outputs:
         remove_object(session, object_id)
     raise InputError(f"{problem} The prompt of object {object_id} on frame {frame_idx} is not used.")
 
@@ -223,10 +235,44 @@ def clear_prompts(session: InferenceSession, frame_idx: int, obj_id: int) -> Non
     Raises:
         ValueError: if there is no such object.
     """
+    _object_of(session, obj_id).clear(frame_idx)
+
+
+def end_object(session: InferenceSession, frame_idx: int | None, obj_id: int) -> None:
+    """Says that an object is gone from a frame on. What tracking gave of it there is dropped.
+
+    Args:
+        frame_idx: a frame after all of its prompts, in place of an earlier end; None takes the end back.
+
+    Raises:
+        ValueError: if there is no such object, or no such frame.
+    """
+    one = _object_of(session, obj_id)
+    if frame_idx is None:
+        one.outputs.pop("end", None)
+        return
+    frame_idx, prompted = operator.index(frame_idx), one.prompted_frames
+    frames = session.processed_frames
+    is_beyond = isinstance(frames, PreparedFrames) and frame_idx not in frames  # others may be of a stream
+    if not prompted or frame_idx <= prompted[-1] or is_beyond:
+        raise InputError(
+            f"The end of object {obj_id} must be a frame of the video after its prompts (on the frames {prompted}), "
+            f"got {frame_idx}."
+        )
+    one.outputs["end"] = frame_idx
+    tables = [one.outputs["cond_frame_outputs"], one.outputs["non_cond_frame_outputs"]]
+    if "state" in one.outputs:
+        tables += [one.state.pending, one.state.shown, *vars(one.state.bank).values()]
+    for table in [*tables, session.frames_tracked_per_obj[one.row]]:
+        for t in [t for t in table if t >= frame_idx]:
+            del table[t]
+
+
+def _object_of(session: InferenceSession, obj_id: int) -> SessionObject:
     obj_id = operator.index(obj_id)
     if obj_id not in session._obj_id_to_idx:
         raise InputError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
-    SessionObject(session, session._obj_id_to_idx[obj_id]).clear(frame_idx)
+    return SessionObject(session, session._obj_id_to_idx[obj_id])
 
 
 def remove_object(session: InferenceSession, obj_id: int, strict: bool = False) -> None:
@@ -236,11 +282,10 @@ def remove_object(session: InferenceSession, obj_id: int, strict: bool = False) 
         strict: whether an unknown `obj_id` is a `ValueError`.
     """
     obj_id = operator.index(obj_id)
-    if obj_id not in session._obj_id_to_idx:
-        if strict:
-            raise InputError(f"`obj_id` must be one of {session.obj_ids}, got {obj_id}.")
+    if obj_id not in session._obj_id_to_idx and not strict:
         return
-    kept = [row for other, row in session._obj_id_to_idx.items() if other != obj_id]
+    removed = _object_of(session, obj_id).row
+    kept = [row for row in session._obj_idx_to_id if row != removed]
     session.obj_ids = [session.obj_idx_to_id(row) for row in kept]
     session._obj_id_to_idx = OrderedDict((other, row) for row, other in enumerate(session.obj_ids))
     session._obj_idx_to_id = OrderedDict(enumerate(session.obj_ids))

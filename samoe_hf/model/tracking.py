@@ -246,9 +246,9 @@ def _commit(tracked_object: SessionObject) -> None:
 def _object_tasks(
     model: SamoePreTrainedModel, objects: Sequence[SessionObject], call: FrameCall
 ) -> list[tuple[SessionObject, FrameTask]]:
-    """What is to be done for objects of a session on a frame; nothing where an output stays as it is."""
+    """What is to be done for objects of a session on a frame; nothing where an output stays, or one is gone."""
     prompted, others = [], []
-    for one in objects:
+    for one in (one for one in objects if call.frame_idx < one.end):
         (others if one.new_prompt(call.frame_idx) is None else prompted).append(one)
     tasks = [(one, _prompt_task(model, one, call)) for one in prompted]
     if prompted and not call.streaming:

@@ -72,6 +72,26 @@ def test_click_undo_box_track_correct_and_take_away_as_the_python_api_does(page,
     assert not page.errors
 
 
+def test_the_chosen_object_leaves_where_it_is_said_to_and_stays_after_all(page, small_video):
+    page.open(small_video)
+    page.click(0.3, 0.5)
+    page.page.click("#add")
+    page.wait_for_text("objects", "object 2")
+    page.click(0.7, 0.5)
+    page.track()
+    page.page.locator("#objects label", has_text="object 1").click()
+    page.go_to(5)
+    page.page.click("#leaves")
+    page.wait_for_text("hint", "Object 1 is gone from frame 5 on.")
+    page.wait_for_text("objects", "object 1, gone from 5")
+    page.page.click("#leaves")
+    page.wait("() => !document.querySelector('#objects').innerText.includes('gone')")
+    page.go_to(0)
+    page.page.click("#leaves")
+    page.page.get_by_text("The end of object 1 must be after all that is given of it").wait_for()
+    assert not page.errors
+
+
 @pytest.mark.slow
 def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path):
     page = open_page()

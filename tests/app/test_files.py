@@ -27,6 +27,7 @@ def tracked(make_session):
     session.draw_box(session.add_object(), 2, (50, 10, 90, 50))
     run_all(session.propagate())
     session.remove_object(session.add_object())
+    session.end_object(2, 6)
     return session
 
 
@@ -73,7 +74,7 @@ def test_a_project_opens_as_it_was_and_goes_on(tracked, project, tmp_path, small
     opened = open_again(project, tmp_path, small_model)
     assert tracked.objects == opened.objects == [1, 2] and (maps_of(tracked) == maps_of(opened)).all()
     given = [{key: prompt.inputs() for key, prompt in one.prompts.items()} for one in (tracked, opened)]
-    assert given[0] == given[1] and len(given[0]) == 2
+    assert given[0] == given[1] and len(given[0]) == 3 and opened.ends == {2: 6}
     assert opened.add_object() == 4
     run_all(opened.propagate())
     opened.click(1, 4, 40, 40)
@@ -101,6 +102,8 @@ WRONG = {
     "prompts/0/frame_idx": [8, -1, 1e300, float("inf"), "x"],
     "prompts/0/points": [[one, [3, 3]] for one in ([1], [1e9, 1], ["x", 1], [10**400, 1])],
     "prompts/0/labels": [[1], [7, 1], 3],
+    "prompts/0/end": [True],
+    "prompts/2/frame_idx": [2, 8],
     "prompts/1/box": [[5, 5, 5, 1], [float("nan"), 5, 1, 1], [1], 3],
     "masks": [[99], ["x"], [-1], None],
 }

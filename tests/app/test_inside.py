@@ -48,9 +48,10 @@ def test_two_sides_are_what_sessions_of_their_own_give(prompted, two_domains, si
 
 def test_a_comparison_needs_prompts_leaves_corrections_out_and_is_stopped(prompted, session, sides, tmp_path):
     prompted.click(1, 4, 40, 40)
+    prompted.end_object(1, 6)
     comparison = Comparison(prompted, sides, tmp_path)
-    assert len(comparison.prompts) == 3
-    assert {one.frame_idx for one in Comparison(prompted, sides, tmp_path, True).prompts} == {1}
+    assert len(comparison.prompts) == 4
+    assert {one.frame_idx for one in Comparison(prompted, sides, tmp_path, True).prompts} == {1, 6}
     steps = comparison.run()
     next(steps)
     comparison.stop()

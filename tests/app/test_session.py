@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of, track_by_hand
@@ -63,6 +64,49 @@ def test_undo_leads_back_to_the_bit_even_for_what_is_tracked_later(make_session,
     assert state_of(session) == state_of(other)
     with pytest.raises(ValueError, match="nothing to undo"):
         session.undo()
+
+
+def test_an_object_leaves_or_stays_after_all(session):
+    for x in (30, 70):
+        session.click(session.add_object(), 2, x, 30)
+    run_all(session.propagate())
+    before = maps_of(session)
+    session.end_object(1, 4)
+    session.end_object(1, 5)  # it is moved
+    assert session.ends == {1: 5} and session.prompted_frames == [2]
+    assert (maps_of(session) == np.where((before == 1) & (np.arange(8) >= 5)[:, None, None], 0, before)).all()
+    with pytest.raises(ValueError, match=r"gone from frame 5 on; take its end back first\. The prompt of object 1 on"):
+        session.click(1, 6, 30, 30)
+    session.click(2, 6, 70, 30)
+    run_all(session.propagate())
+    gone = maps_of(session)
+    assert (gone[:5] == 1).any() and not (gone[5:] == 1).any()
+    session.end_object(1, 5)
+    assert session.ends == {}
+    run_all(session.propagate())
+    assert (maps_of(session)[5:] == 1).any()
+
+
+def test_an_end_is_undone_and_one_that_cannot_be_changes_nothing(session):
+    session.click(session.add_object(), 2, 30, 30)
+    session.add_object()
+    run_all(session.propagate())
+    before = state_of(session)
+    for object_id, frame, message in (
+        (1, 2, r"must be after all .* \[2\]\), got frame 2"),
+        (2, 5, r"on the frames \[\]\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            session.end_object(object_id, frame)
+        assert state_of(session) == before and not session.can_undo
+    session.end_object(1, 5)
+    session.undo()
+    assert state_of(session) == before
+    session.end_object(1, 3)
+    session.use(session.loaded)
+    assert session.masks.frames == {2} and session.ends == {1: 3}
+    run_all(session.propagate())
+    assert not maps_of(session)[3:].any()
 
 
 def test_what_fails_while_the_model_runs_changes_nothing(session, monkeypatch):

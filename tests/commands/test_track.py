@@ -35,16 +35,17 @@ def test_a_video_file(model_folder, file, video, tmp_path, capfd):
     write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
     track(
         model_folder, file, "--point", "40,30", "--point", "100,80:0", "--box", "2=10,10,60,60@1",
-        "--mask", f"3={mask}", "--output", tmp_path / "out.mp4",
+        "--mask", f"3={mask}", "--end", "3=2", "--output", tmp_path / "out.mp4",
     )  # fmt: skip
-    assert "propagate in video" in "".join(capfd.readouterr())
+    said = "".join(capfd.readouterr())
+    assert "propagate in video" in said and "Tracked 3 prompts through 5 frames" in said
     overlay = read_video(tmp_path / "out.mp4")
     assert len(overlay) == 5 and overlay.size == (96, 128)
     assert overlay.fps == pytest.approx(10), "the overlay plays as fast as the video"
     files = sorted((tmp_path / "out_masks").glob("*.png"))
     assert [file.name for file in files] == [f"{t:05d}.png" for t in range(5)]
     assert Image.open(files[0]).mode == "P"
-    assert 3 in read_label_png(files[0])
+    assert [3 in read_label_png(file) for file in files] == [True, True, False, False, False]
     assert set(np.unique(np.stack([read_label_png(file) for file in files]))) <= {0, 1, 2, 3}
 
 
@@ -73,6 +74,7 @@ def test_a_folder_of_frames_from_a_frame_in_the_middle(model_folder, video, tmp_
         (["--point", "4,5@-1"], "`--point` must be 2 numbers"),
         (["--point", "256=4,5"], "ids of objects must be from 1 to 255, got 256"),
         (["--mask", "nowhere.png"], "nowhere.png"),
+        (["--point", "4,5", "--end", "1=5@3"], "`--end` must be [ID=]FRAME, got '1=5@3'"),
         (["--mask", "large.png"], "ids of objects must be from 1 to 255, got 300"),
         (["--mask", "mask.png", "--mask", "mask.png"], "Object 1 has two masks on frame 0"),
     ],
@@ -91,6 +93,11 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, argum
     "arguments, message",
     [
         ([], "`prompts` is empty"),
+        (["--point", "2=4,5@2", "--end", "2=2"], "prompt is given of object 2 on frame 2, where it is said to be gone"),
+        (
+            ["--point", "4,5@2", "--end", "1"],
+            "end of object 1 must be after all that is given of it (on the frames [2])",
+        ),
         (["--point", "128,5"], "point (128.0, 5.0) of object 1 on frame 0 lies outside of the video of 128 x 96"),
     ],
 )

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.interaction import run_rows_one_by_one
+from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SyntheticVideos, Video
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser, click_on_error, sample_points
+from samoe_hf.model import tracking
 from samoe_hf.model.processing_samoe import build_processor
 
 
@@ -69,7 +72,12 @@ class ScriptedModel:
         ids = list(session.prompts)
         masks = [self.predict(frame_idx, i, session.prompts[i].get(frame_idx, [])) for i in ids]
         logits = torch.from_numpy(np.stack(masks)).float()[:, None] * 20 - 10
-        return SimpleNamespace(object_ids=ids, pred_masks=logits, object_score_logits=torch.ones(len(ids), 1))
+        scores = torch.ones(len(ids), 1)
+        return SimpleNamespace(frame_idx=frame_idx, object_ids=ids, pred_masks=logits, object_score_logits=scores)
+
+    def propagate_from_prompts_iterator(self, session, start):
+        assert start == 0
+        return (self(session, frame_idx) for frame_idx in range(session.num_frames))
 
 
 class ScriptedProcessor:
@@ -224,3 +232,64 @@ def test_clicks_reach_the_model_all_together_with_its_mask(nano):
             assert points["point_labels"].flatten().tolist() == [prompt.labels[0] for prompt in clicks]
             expected = torch.tensor([prompt.points[0] for prompt in clicks]) * nano.model.config.image_size
             torch.testing.assert_close(points["point_coords"][0, 0], expected / torch.tensor([128.0, 96.0]))
+
+
+def late_video(seed):
+    """A video of 12 frames, whose three objects are shown from frames on that are drawn at random."""
+    shown, starts = SyntheticVideos(1, 12, (64, 64), seed=3)[0], np.random.default_rng(seed).integers(0, 10, 3)
+    masks = np.zeros((12, 3, 64, 64), bool)
+    for row, start in enumerate(starts):
+        for t in range(start, 12):
+            masks[t, row, 8 * row + t : 8 * row + t + 20, 20 + 6 * row : 40] = True
+    return Video.from_arrays("late", np.stack(list(shown.frames)), masks), starts
+
+
+def alone(video, object_id):
+    masks = np.stack([video.masks(t, [object_id]) for t in range(len(video))])
+    return Video.from_arrays("late", np.stack(list(video.frames)), masks, [object_id])
+
+
+def run(model, video, prompt):
+    user = SimulatedUser(model, build_processor(model.config), video, PromptStrategy.parse(prompt))
+    frames = list(user.track(overlapping=True))
+    return user.given, np.stack([frame.masks for frame in frames]), np.stack([frame.scores for frame in frames])
+
+
+@pytest.mark.parametrize("prompt", ["point", "clicks:2", "clicks:1@3", "clicks:2@2:offline"])
+@pytest.mark.parametrize("seed", range(2))
+def test_objects_that_come_late_are_to_the_bit_what_each_is_alone(nano, seed, prompt, monkeypatch):
+    run_rows_one_by_one(monkeypatch)
+    video, starts = late_video(seed)
+    given, masks, scores = run(nano.model, video, prompt)
+    for row, start in enumerate(starts):
+        own_given, own_masks, own_scores = run(nano.model, alone(video, row + 1), prompt)
+        assert [one for one in given if one.object_id == row + 1] == own_given
+        np.testing.assert_array_equal(masks[:, row], own_masks[:, 0])
+        np.testing.assert_array_equal(scores[:, row], own_scores[:, 0])
+        assert not masks[:start, row].any() and np.isneginf(scores[:start, row]).all()
+        assert np.isfinite(scores[start:, row]).all()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_batches_of_objects_that_come_late_differ_by_rounding(seed):
+    model, (video, starts) = SamoeModel.from_pretrained(small_base()), late_video(seed)
+    _, masks, scores = run(model, video, "mask")
+    for row, start in enumerate(starts):
+        _, own_masks, own_scores = run(model, alone(video, row + 1), "mask")
+        together, own = masks[:, row], own_masks[:, 0]
+        assert (together & own).sum() >= 0.999 * (together | own).sum() > 0
+        assert np.abs(scores[start:, row] - own_scores[start:, 0]).mean() < 1e-4
+
+
+@pytest.mark.parametrize("prompt, passes", [("mask", 1), ("clicks:3@2", 1), ("clicks:1@2:offline", 2)])
+def test_a_pass_encodes_each_frame_once(nano, monkeypatch, prompt, passes):
+    (video, starts), encode, encoded = late_video(0), tracking.encode_frames, []
+
+    def count(model, frames):
+        encoded.append(len(frames))
+        return encode(model, frames)
+
+    monkeypatch.setattr(tracking, "encode_frames", count)
+    run(nano.model, video, prompt)
+    corrected = 3 if passes == 2 else 0  # between two passes, a frame for each object
+    assert 0 <= sum(encoded) - passes * (12 - min(starts)) <= corrected

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
 from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.model import tracking
 from samoe_hf.model.session import SessionObject, session_objects
 from samoe_hf.model.tracking import start_propagation
 
@@ -19,6 +20,17 @@ SETTINGS = settings(
     max_examples=300, stateful_step_count=6, derandomize=True, deadline=None, database=None,
     report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
 )  # fmt: skip
+
+
+def run_rows_one_by_one(monkeypatch) -> None:
+    """From now on, objects that could run in a batch are tracked one after the other."""
+    segment = tracking._segment_objects
+
+    def run(model, tasks, call):
+        for task in tasks:
+            segment(model, [task], call)
+
+    monkeypatch.setattr(tracking, "_segment_objects", run)
 
 
 def tiny_config(image_size: int = 32, **settings) -> SamoeConfig:

@@ -1,27 +1,33 @@
-"""Each object in its own time: what is tracked together is what each object is alone."""
+"""Each object in its own time: what is tracked together is what each object is alone, until it leaves."""
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.interaction import run_rows_one_by_one
 from samoe_hf import SamoeModel, VideoSession, small_base
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.errors import InputError
+from samoe_hf.inference import VideoPrompt
 from samoe_hf.model import tracking
 from samoe_hf.model.processing_samoe import build_processor
 
-NUM_FRAMES = 20
+NUM_FRAMES, NUM_OBJECTS = 20, 4
 
 
-def tracked(model, frames, prompts, **options):
-    """Frames, in the order in which they come -> masks of the objects with prompts (object, frame, mask)."""
+def session_of(model, frames, prompts, **options):
     processor = build_processor(model.config)
     session = VideoSession(frames, processor, **options)
-    for object_id, frame_idx, mask in prompts:
-        processor.add_inputs_to_inference_session(session, frame_idx, object_id, input_masks=mask)
+    for prompt in prompts:
+        prompt.add_to(session, processor)
+    return session
+
+
+def tracked(model, frames, prompts, selection="recent"):
+    """Frames, in the order in which they come -> masks of the objects."""
+    session = session_of(model, frames, prompts, memory_selection=selection)
     outputs = list(model.propagate_from_prompts_iterator(session))
-    ids = [object_id for object_id, _, _ in prompts]
-    outputs = [output for output in outputs if output.object_ids == list(dict.fromkeys(ids))]
+    outputs = [output for output in outputs if output.object_ids == session.obj_ids]
     return {output.frame_idx: output.pred_masks[:, 0] for output in outputs}
 
 
@@ -31,59 +37,70 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def late():
-    """A video, and its objects' first prompts and another one for each, on frames drawn at random."""
-    rng = np.random.default_rng(0)
-    video = SyntheticVideos(1, NUM_FRAMES, (64, 64), domain="scenes", seed=3)[0]
-    starts = [0, 6, 6, 18]
-    prompts = []
-    for object_id, start in enumerate(starts, 1):
-        mask = np.zeros((64, 64), bool)
-        y, x = rng.integers(4, 40, 2)
-        mask[y : y + 20, x : x + 16] = True
-        prompts += [(object_id, start, mask), (object_id, min(start + 9, 19), np.roll(mask, 3, 1))]
-    return list(video.frames), prompts
+def frames():
+    return list(SyntheticVideos(1, NUM_FRAMES, (64, 64), domain="scenes", seed=3)[0].frames)
 
 
-@pytest.fixture(scope="module", params=["recent", "score", "distractor"])
-def selection(request):
+def square(y, x):
+    mask = np.zeros((64, 64), bool)
+    mask[y : y + 20, x : x + 16] = True
+    return mask
+
+
+@pytest.fixture(scope="module", params=[(0, "recent"), (1, "recent"), (2, "score"), (3, "distractor")], ids=str)
+def mix(request):
+    """What the prompts are drawn from, and which memories are read."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def selection(mix):
+    return mix[1]
+
+
+@pytest.fixture(scope="module")
+def late(frames, mix):
+    """A video, and two prompts for each object, on frames drawn at random; every second object leaves later."""
+    rng = np.random.default_rng(mix[0])
+    prompts = []
+    for object_id in range(1, NUM_OBJECTS + 1):
+        mask = square(*rng.integers(4, 40, 2))
+        first, second, end = sorted(rng.choice(NUM_FRAMES, 3, replace=False).tolist())
+        prompts += [VideoPrompt(object_id, first, mask=mask), VideoPrompt(object_id, second, mask=np.roll(mask, 3, 1))]
+        if object_id % 2:
+            prompts.append(VideoPrompt(object_id, end, end=True))
+    return frames, prompts
 
 
 @pytest.fixture(scope="module")
 def alone(small, late, selection):
     """What each object is in a session of its own."""
     frames, prompts = late
-    ids = sorted({object_id for object_id, _, _ in prompts})
-    return [tracked(small, frames, [p for p in prompts if p[0] == i], memory_selection=selection) for i in ids]
+    ids = range(1, NUM_OBJECTS + 1)
+    return [tracked(small, frames, [one for one in prompts if one.object_id == i], selection) for i in ids]
 
 
-def test_objects_that_are_prompted_late_are_tracked_as_alone(small, late, alone, selection):
-    frames, prompts = late
-    together = tracked(small, frames, prompts, memory_selection=selection)
-    assert list(together) == [18, 19, *range(17, -1, -1)]
+def test_objects_that_come_late_are_tracked_as_alone(small, late, alone, selection):
+    together = tracked(small, *late, selection)
+    last = max(min(prompt.frame_idx for prompt in late[1] if prompt.object_id == i) for i in range(1, NUM_OBJECTS + 1))
+    assert list(together) == [*range(last, NUM_FRAMES), *range(last - 1, -1, -1)]
     for row, own in enumerate(alone):
-        for t in range(NUM_FRAMES):
-            assert (together[t][row] - own[t][0]).abs().mean() < 1e-4
-            same = (together[t][row] > 0) == (own[t][0] > 0)
-            assert same.float().mean() > 0.999
+        one, other = (torch.stack([masks[t][i] for t in range(NUM_FRAMES)]) for masks, i in ((together, row), (own, 0)))
+        assert (one - other).abs().mean() < 1e-4
+        assert ((one > 0) & (other > 0)).sum() >= 0.999 * ((one > 0) | (other > 0)).sum() > 0
 
 
 def test_to_the_bit_where_rows_run_one_by_one(small, late, alone, selection, monkeypatch):
-    segment = tracking._segment_objects
-
-    def one_by_one(model, tasks, call):
-        for task in tasks:
-            segment(model, [task], call)
-
-    monkeypatch.setattr(tracking, "_segment_objects", one_by_one)
-    together = tracked(small, *late, memory_selection=selection)
+    run_rows_one_by_one(monkeypatch)
+    together = tracked(small, *late, selection)
     for row, own in enumerate(alone):
         assert all(torch.equal(together[t][row], own[t][0]) for t in range(NUM_FRAMES))
 
 
-def test_objects_of_all_first_prompts_share_a_batch(small, late, selection, monkeypatch):
-    sizes = []
+@pytest.mark.parametrize("selection", ["recent", "score", "distractor"])
+def test_objects_of_all_first_prompts_share_a_batch(small, frames, selection, monkeypatch):
+    starts, sizes = (0, 6, 6, 18), []
+    prompts = [VideoPrompt(i, start, mask=square(9 * i, 30)) for i, start in enumerate(starts, 1)]
     step = tracking.frame_step
 
     def counted(*args, **kwargs):
@@ -91,42 +108,83 @@ def test_objects_of_all_first_prompts_share_a_batch(small, late, selection, monk
         return step(*args, **kwargs)
 
     monkeypatch.setattr(tracking, "frame_step", counted)
-    tracked(small, *late, memory_selection=selection)
+    tracked(small, frames, prompts, selection)
     # Of 17 frames that are tracked with three objects; some read much more than others just after these begin.
     assert max(sizes) == 3 and sizes.count(3) >= 12
 
 
-def test_sam2s_order_tracks_a_late_object_from_its_future(small, late, alone):
+def test_sam2s_order_tracks_a_late_object_from_its_future(small, late, alone, selection):
     """What this is for: with all objects from one frame on, an object is found otherwise than alone."""
-    frames, prompts = late
-    processor = build_processor(small.config)
-    session = VideoSession(frames, processor)
-    for object_id, frame_idx, mask in prompts:
-        processor.add_inputs_to_inference_session(session, frame_idx, object_id, input_masks=mask)
-    outputs = {o.frame_idx: o.pred_masks[:, 0] for o in small.propagate_in_video_iterator(session, 0)}
-    own = alone[1]
-    assert max((outputs[t][1] - own[t][0]).abs().mean() for t in range(7, 15)) > 1e-2
+    outputs = small.propagate_in_video_iterator(session_of(small, *late, memory_selection=selection), 0)
+    together = {output.frame_idx: output.pred_masks[:, 0] for output in outputs}
+    pairs = [(together[t][row], own[t][0]) for row, own in enumerate(alone) for t in range(NUM_FRAMES)]
+    assert max((one - other).abs().mean() for one, other in pairs) > 1e-2
 
 
-def test_an_object_joins_a_direction_at_its_first_prompt(small, late):
-    frames, prompts = late
-    processor = build_processor(small.config)
+def test_an_object_joins_a_direction_at_its_first_prompt(small, frames):
+    prompts = [VideoPrompt(1, 0, mask=square(9, 30)), VideoPrompt(2, 6, mask=square(25, 8))]
 
     def run(prompts, *direction):
-        session = VideoSession(frames, processor)
-        for object_id, frame_idx, mask in prompts:
-            processor.add_inputs_to_inference_session(session, frame_idx, object_id, input_masks=mask)
-        return list(small.propagate_from_prompts_iterator(session, *direction))
+        return list(small.propagate_from_prompts_iterator(session_of(small, frames, prompts), *direction))
 
     for direction, order in (((2,), range(2, 20)), ((10, True), range(10, -1, -1))):
-        together, own = run(prompts, *direction), run(prompts[2:4], *direction)
+        together, own = run(prompts, *direction), run(prompts[1:], *direction)
         assert [output.frame_idx for output in together] == list(order)
         for one, other in zip(together, own, strict=True):
             assert (one.pred_masks[1] - other.pred_masks[0]).abs().mean() < 1e-4
     assert (run(prompts, 2)[0].pred_masks[1] == -1024).all()  # nothing is told of it before its first prompt
 
 
-def test_a_session_without_objects_or_without_its_first_frames_is_refused(small, late):
-    processor = build_processor(small.config)
+def test_an_object_is_as_it_was_until_it_leaves_and_then_nothing(small, late, alone, selection):
+    frames, prompts = late
+    for own, given in ((alone[i - 1], [one for one in prompts if one.object_id == i]) for i in (1, 3)):
+        first, _, end = (one.frame_idx for one in given)
+        without = tracked(small, frames, given[:2], selection)
+        assert all(torch.equal(own[t], without[t]) for t in range(first, end))
+        assert all((own[t] == -1024).all() for t in range(end, NUM_FRAMES))
+
+
+def test_an_end_drops_what_was_tracked_and_can_be_moved_and_taken_back(small, frames):
+    prompts = [VideoPrompt(1, 2, mask=square(9, 30)), VideoPrompt(2, 4, mask=square(25, 8))]
+    session = session_of(small, frames[:10], prompts)
+
+    def run(tracked):
+        return [(output.object_score_logits[0] == -1024).item() for output in tracked]
+
+    before = [output.pred_masks for output in small.propagate_in_video_iterator(session, 0)]
+    for end in (7, 5):
+        small.end_object(session, end, 1)
+        row = session.output_dict_per_obj[0]
+        assert max(row["non_cond_frame_outputs"]) == max(row["state"].bank.tracked) == end - 1
+        gone = [t >= end for t in range(10)]
+        assert run(small.propagate_in_video_iterator(session, 0)) == gone
+        assert run(small(session, frame_idx=t) for t in range(10)) == gone
+    small.end_object(session, None, 1)
+    again = [output.pred_masks for output in small.propagate_in_video_iterator(session, 0)]
+    assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "object_id, frame_idx, message",
+    [
+        (1, 2, r"end of object 1 must be a frame of the video after its prompts \(on the frames \[4, 9\]\), got 2"),
+        (1, 4, "got 4"),
+        (1, 7, "got 7"),
+        (1, NUM_FRAMES, "got 20"),
+        (3, 5, r"`obj_id` must be one of \[1\], got 3"),
+    ],
+)
+def test_an_end_that_cannot_be_is_refused(small, frames, object_id, frame_idx, message):
+    mask = square(9, 30)
+    session = session_of(small, frames, [VideoPrompt(1, 4, mask=mask), VideoPrompt(1, 9, mask=mask)])
+    with pytest.raises(InputError, match=message):
+        small.end_object(session, frame_idx, object_id)
+    small.end_object(session, 12, 1)
+    with pytest.raises(InputError, match=r"gone from frame 12 on; .* prompt of object 1 on frame 13 is not used"):
+        VideoPrompt(1, 13, mask=mask).add_to(session, build_processor(small.config))
+    VideoPrompt(1, 11, mask=mask).add_to(session, build_processor(small.config))
+
+
+def test_a_session_without_objects_is_refused(small, frames):
     with pytest.raises(InputError, match="No objects"):
-        next(small.propagate_from_prompts_iterator(VideoSession(late[0], processor)))
+        next(small.propagate_from_prompts_iterator(session_of(small, frames, [])))
