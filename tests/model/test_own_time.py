@@ -109,8 +109,8 @@ def test_objects_of_all_first_prompts_share_a_batch(small, frames, selection, mo
 
     monkeypatch.setattr(tracking, "frame_step", counted)
     tracked(small, frames, prompts, selection)
-    # Of 17 frames that are tracked with three objects; some read much more than others just after these begin.
-    assert max(sizes) == 3 and sizes.count(3) >= 12
+    # Of 17 frames that are tracked with three objects. Some read much more than others just after these begin.
+    assert sizes.count(3) >= 12
 
 
 def test_sam2s_order_tracks_a_late_object_from_its_future(small, late, alone, selection):
