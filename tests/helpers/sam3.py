@@ -14,26 +14,28 @@ from samoe_hf.model.processing_samoe import build_processor
 AS_TRANSFORMERS = {"previous_mask_with_clicks": False, "memory_selection": "recent"}
 
 
-def sam3_config(num_layers: int = 2, image_size: int = 112, window_size: int = 4, **settings) -> Sam3TrackerVideoConfig:
+def sam3_config(
+    num_layers: int = 2, image_size: int = 112, window_size: int = 4, patch_size: int = 14, **settings
+) -> Sam3TrackerVideoConfig:
     """A narrow tracker. Of several layers of the encoder, each eighth sees the whole image, as published, or the last.
 
     Frames of 1008 pixels, 32 layers and windows of 24 are as published.
     """
-    side = image_size // 14
+    side = image_size // patch_size
     vision = {
         "model_type": "sam3_vision_model",
         "backbone_config": {
             "model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64,
             "num_hidden_layers": num_layers, "num_attention_heads": 2, "image_size": image_size,
             "window_size": window_size, "global_attn_indexes": [*range(7, num_layers, 8)] or [num_layers - 1],
-            "pretrain_image_size": 14 * window_size,
+            "pretrain_image_size": patch_size * window_size, "patch_size": patch_size,
         },
         "fpn_hidden_size": 128,
         "backbone_feature_sizes": [[ratio * side] * 2 for ratio in (4, 2, 1)],
     }  # fmt: skip
     return Sam3TrackerVideoConfig(
         image_size=image_size, vision_config=vision,
-        prompt_encoder_config={"hidden_size": 128, "image_size": image_size},
+        prompt_encoder_config={"hidden_size": 128, "image_size": image_size, "patch_size": patch_size},
         mask_decoder_config={"hidden_size": 128, "mlp_dim": 64, "iou_head_hidden_dim": 64},
         memory_attention_hidden_size=128, memory_attention_feed_forward_hidden_size=64,
         memory_encoder_hidden_size=128, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
