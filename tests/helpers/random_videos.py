@@ -194,7 +194,8 @@ def plain_decoding(path: Path) -> tuple[list[np.ndarray], bool]:
     """The frames of PyAV's plain decoding, up to an error; and whether there was none."""
     frames: list[np.ndarray] = []
     try:
-        with av.open(str(path)) as source:
+        # Damage may hit a text that nobody reads.
+        with av.open(str(path), metadata_errors="ignore") as source:
             stream = max(source.streams.video, key=lambda s: (s.disposition & 1, s.width * s.height))
             for frame in source.decode(stream):
                 frames.append(shown(frame))
