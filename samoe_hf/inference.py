@@ -1,7 +1,7 @@
 """From a video and prompts to masks at the video's size, with any processor and session of transformers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import VideoSession, end_object
 from samoe_hf.model.tracking import SamoeTrackingOutput
+from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 
 
 @contextmanager
@@ -150,12 +151,14 @@ def masks_of(logits: np.ndarray, overlapping: bool = False) -> np.ndarray:
 class TrackedFrame(NamedTuple):
     """Masks of one frame at the video's size: `logits` (objects, H, W), rows in the order of `object_ids`.
 
-    `domain`, `domain_confidence`: see [`~samoe_hf.model.tracking.SamoeTrackingOutput`].
+    `scores`: how sure the model is of each object. `domain`, `domain_confidence`: see
+    [`~samoe_hf.model.tracking.SamoeTrackingOutput`].
     """
 
     frame_idx: int
     object_ids: list[int]
     logits: Tensor
+    scores: ObjectScores
     domain: str | None = None
     domain_confidence: float | None = None
 
@@ -170,6 +173,17 @@ class TrackedFrame(NamedTuple):
         best, row = self.logits.max(dim=0)
         rows = torch.where(best > 0, row + 1, 0).cpu().numpy()
         return np.array([0, *self.object_ids], dtype=np.min_scalar_type(max(self.object_ids)))[rows]
+
+    def rows(self, masks: Iterable[np.ndarray], time: float | None, prompts: Iterable[VideoPrompt]) -> list[TrackRow]:
+        """The frame's rows of a table of tracks.
+
+        Args:
+            masks: (H, W) bool each, in the order of `object_ids`.
+            time: in seconds, see [`~samoe_hf.data.frames.FrameSequence.time`].
+            prompts: all of the video.
+        """
+        given = {prompt.object_id for prompt in prompts if prompt.frame_idx == self.frame_idx}
+        return track_rows(self.frame_idx, self.object_ids, self.scores, masks, time, given)
 
 
 def track_video(
@@ -219,4 +233,5 @@ def track_video(
         if len(output.object_ids) < session.get_obj_num():
             continue  # it comes again with all objects
         logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
-        yield TrackedFrame(output.frame_idx, output.object_ids, logits, output.domain, output.domain_confidence)
+        scores = ObjectScores.of(output)
+        yield TrackedFrame(output.frame_idx, output.object_ids, logits, scores, output.domain, output.domain_confidence)

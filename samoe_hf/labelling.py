@@ -1,5 +1,6 @@
 """A dataset and prompts -> masks of all its videos. Processes share the videos, and a stopped run can be continued."""
 
+import csv
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,11 +34,14 @@ from samoe_hf.evaluation.simulated_user import prompt_from_mask
 from samoe_hf.inference import VideoPrompt, evaluation_mode, masks_of, track_video
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.weights_io import sync, write_text
+from samoe_hf.model.weights_io import sync, whole_file, write_text
+from samoe_hf.tracks import ObjectScores, TrackRow, read_tracks, write_tracks
+from samoe_hf.where_to_look import Look, where_to_look
 
 FirstFramePrompt = Literal["mask", "box"]
 # Where masks of a video are written until all of them are there.
 UNFINISHED = ".unfinished"
+LOOKS = "where_to_look.csv"
 
 
 class PromptedVideo(NamedTuple):
@@ -216,7 +221,8 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
 
 
 class LabelRun(RunFolder):
-    """A folder of masks, and of `finished/<domain>/<video>.json` for each video whose masks are there.
+    """A folder of masks, of `tracks/<domain>/<video>.csv`, and of `finished/<domain>/<video>.json` for each video whose
+    masks are there.
 
     A finished video stays as it is. So videos may be added, and prompts of unfinished ones changed.
     """
@@ -241,8 +247,9 @@ class LabelRun(RunFolder):
 
     def clear(self) -> None:
         """Removes the masks of an earlier run, and before them what says that they are finished."""
-        (self.folder / "labels.json").unlink(missing_ok=True)
-        for name in ("finished", "masks"):
+        for name in ("labels.json", LOOKS):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in ("finished", "masks", "tracks"):
             if (self.folder / name).exists():
                 shutil.rmtree(self.folder / name)
 
@@ -272,15 +279,23 @@ class LabelRun(RunFolder):
         found = len(self.masks(video.domain).files(video.video_id))
         if found != entry.get("masks"):
             print(f"{video.key} is labelled anew: {found} of {entry.get('masks')} masks are there.")
-        return found == entry.get("masks")
+            return False
+        if not self.tracks_path(video).is_file():
+            print(f"{video.key} is labelled anew: {self.tracks_path(video)} is missing.")
+            return False
+        return True
+
+    def tracks_path(self, video: PromptedVideo) -> Path:
+        """The file of what tracking said of a video's objects, see [`~samoe_hf.tracks.write_tracks`]."""
+        return self.inside(self.folder / "tracks", f"{video.key}.csv")
 
     def masks(self, domain: str) -> MaskFiles:
         """The files of the masks of a domain's videos."""
         return MaskFiles(self.inside(self.folder / "masks", domain), self.layout)
 
     def label(self, model: SamoeModel, processor: VideoProcessor, prompted: PromptedVideo) -> None:
-        """Tracks a video and writes its masks, all or none, and whose experts it got, of a model with domains."""
-        start, tracked, made_from = time.perf_counter(), None, prompted.fingerprint
+        """Tracks a video and writes its masks, all or none, its tracks, and whose experts it got."""
+        start, tracked, made_from, table = time.perf_counter(), None, prompted.fingerprint, []
         with input_errors(prompted.video_id):
             video = prompted.open()
             prompts = prompted.prompts(video)
@@ -291,6 +306,8 @@ class LabelRun(RunFolder):
                     rows = [tracked.object_ids.index(object_id) for object_id in video.object_ids]
                     masks = masks_of(tracked.logits[rows].float().cpu().numpy(), files.overlapping)
                     files.write(video, tracked.frame_idx, masks)
+                    ordered = (masks[video.object_ids.index(object_id)] for object_id in tracked.object_ids)
+                    table += tracked.rows(ordered, video.frames.time(tracked.frame_idx), prompts)
             num_masks, target = len(files.files(video.video_id)), self.masks(video.domain)
             written, place = (one.video_folder(video.video_id) for one in (files, target))
             sync(written, below=True)
@@ -303,6 +320,7 @@ class LabelRun(RunFolder):
             else:
                 written.rename(place)
             sync(place.parent)
+            write_tracks(self.tracks_path(prompted), table)
         except InputError as error:
             raise InputError(f"{video.video_id}: {error}") from error
         finally:
@@ -313,10 +331,21 @@ class LabelRun(RunFolder):
             "seconds": round(time.perf_counter() - start, 3),
             "prompts": made_from,
             "masks": num_masks,
+            "tracks": _summaries(table),
         }
         if tracked is not None and model.config.domains is not None:
             entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
         write_text(self.finished_path(prompted), json.dumps(entry))
+
+
+def _summaries(table: Sequence[TrackRow]) -> dict[str, dict[str, float]]:
+    """Of each object, how many frames show it, and the means of its scores on these."""
+    summaries = {}
+    for object_id in sorted({row.object for row in table}):
+        seen = [row for row in table if row.object == object_id and row.seen]
+        means = {name: round(fmean(getattr(row, name) for row in seen), 4) for name in ObjectScores._fields if seen}
+        summaries[str(object_id)] = {"frames": len(seen), **means}
+    return summaries
 
 
 def label_videos(
@@ -380,8 +409,18 @@ def _label_videos(
         "seconds": round(seconds, 3),
         "videos_per_hour": num_new / seconds * 3600 if num_new else None,
     }
+    summary["worth_a_look"] = _write_looks(videos, run)
     write_text(run.folder / "labels.json", json.dumps(summary, indent=2))
     return summary
+
+
+def _write_looks(videos: Sequence[PromptedVideo], run: LabelRun) -> int:
+    """Writes the frames that are worth a look, those of all videos in one order, and gives their number."""
+    looks = [(video.key, look) for video in videos for look in where_to_look(read_tracks(run.tracks_path(video)))]
+    looks.sort(key=lambda pair: -pair[1].settles)
+    with whole_file(run.folder / LOOKS) as path, path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("video", *Look._fields), *((key, *look) for key, look in looks)])
+    return len(looks)
 
 
 def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> list[Video]:

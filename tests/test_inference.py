@@ -8,6 +8,7 @@ from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, track_video
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.tracks import ObjectScores
 
 SIZE = (96, 128)
 
@@ -90,9 +91,9 @@ def test_objects_come_and_leave_as_if_each_were_alone(seed):
 
 
 def test_maps_of_ids_are_no_larger_than_they_need_to_be():
-    logits = torch.tensor([[[-1.0, 2.0, 3.0]], [[-2.0, 1.0, 4.0]]])
+    logits, scores = torch.tensor([[[-1.0, 2.0, 3.0]], [[-2.0, 1.0, 4.0]]]), ObjectScores(*np.ones((3, 2)))
     for ids, kind in (([3, 7], np.uint8), ([3, 255], np.uint8), ([300, 7], np.uint16), ([7, 70_000], np.uint32)):
-        id_map = TrackedFrame(0, ids, logits).id_map()
+        id_map = TrackedFrame(0, ids, logits, scores).id_map()
         assert id_map.dtype == kind and id_map.tolist() == [[0, *ids]]
     with pytest.raises(ValueError, match=r"ids above 0, which is the background, got \[0, 1\]"):
-        TrackedFrame(0, [0, 1], logits).id_map()
+        TrackedFrame(0, [0, 1], logits, scores).id_map()

@@ -1,5 +1,6 @@
 """A dataset is labelled: from masks, boxes and files of prompts, once for each video, whole or not at all."""
 
+import csv
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ from samoe_hf.inference import evaluation_mode, track_video
 from samoe_hf.labelling import read_prompts, video_paths
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.tracks import read_tracks
+from samoe_hf.where_to_look import where_to_look
 
 NUM_VIDEOS, NUM_FRAMES = 3, 4
 
@@ -83,6 +86,34 @@ def test_videos_are_labelled_from_their_first_masks(model_folder, data, tmp_path
     assert len(summary["videos"]) == NUM_VIDEOS and summary["videos_per_hour"] > 0
     printed = capsys.readouterr().out
     assert "videos an hour with 1 process on cpu" in printed and "Written: masks in" in printed
+    assert f"; {summary['worth_a_look']} frames are worth a look" in printed
+
+
+def test_what_tracking_says_lies_beside_the_masks(model_folder, data, tmp_path):
+    label(model_folder, "--dataset", data, "--output", tmp_path / "out", "--layout", "sa_v")
+    summary, looks = json.loads((tmp_path / "out" / "labels.json").read_text()), []
+    for video in load_videos(data):
+        key = f"{video.domain}/{video.video_id}"
+        rows = read_tracks(tmp_path / "out" / "tracks" / f"{key}.csv")
+        assert [(row.frame, row.object) for row in rows] == [
+            (t, i) for t in range(NUM_FRAMES) for i in video.object_ids
+        ]
+        for row in rows:
+            mask = tmp_path / "out" / "masks" / key / f"{row.object - 1:03d}" / f"{row.frame:03d}.png"
+            assert row.area == read_label_png(mask).sum() and row.prompted == (row.frame == 0) and row.time is None
+        for object_id, about in summary["videos"][key]["tracks"].items():
+            seen = [row for row in rows if row.object == int(object_id) and row.seen]
+            assert about["frames"] == len(seen) and about["iou"] == pytest.approx(
+                np.mean([r.iou for r in seen]), abs=1e-4
+            )
+        looks += [(look.settles, key, look) for look in where_to_look(rows)]
+    with (tmp_path / "out" / "where_to_look.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == len(looks) == summary["worth_a_look"] > 0
+    assert [float(one["settles"]) for one in found] == sorted((settles for settles, *_ in looks), reverse=True)
+    assert {(one["video"], int(one["frame"]), one["reason"]) for one in found} == {
+        (key, look.frame, look.reason) for _, key, look in looks
+    }
 
 
 def write_prompts(path, entries):
@@ -239,6 +270,10 @@ def test_a_video_is_finished_when_its_masks_are_there(model_folder, one_video, t
     label(model_folder, *words)
     assert "v is labelled anew: 9 of 10 masks are there" in capsys.readouterr().out
     assert same(before, read_masks(tmp_path / "out"))
+    (tracks,) = (tmp_path / "out" / "tracks").rglob("*.csv")
+    tracks.unlink()
+    label(model_folder, *words)
+    assert "v.csv is missing" in capsys.readouterr().out and tracks.is_file()
     (finished,) = (tmp_path / "out" / "finished").rglob("*.json")
     finished.write_text("")
     label(model_folder, *words)

@@ -88,12 +88,18 @@ def run(parsed: argparse.Namespace) -> None:
             dataset.push_to_hub(parsed.push_to_hub)
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
-    print(f"Written: masks in {labels.folder / 'masks'}, {labels.folder / 'labels.json'}{pushed}")
+    names = ("masks", "tracks", "where_to_look.csv", "labels.json")
+    print(
+        f"Written: masks in {labels.folder / names[0]}, {', '.join(str(labels.folder / n) for n in names[1:])}{pushed}"
+    )
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
     """How much was labelled, and how fast."""
-    total = f"{len(summary['videos'])} videos, {summary['num_frames']} frames, {summary['num_objects']} objects"
+    total = (
+        f"{len(summary['videos'])} videos, {summary['num_frames']} frames, {summary['num_objects']} objects; "
+        f"{summary['worth_a_look']} frames are worth a look"
+    )
     if not summary["labelled_now"]:
         return f"{total}: all were labelled already"
     processes = "1 process" if summary["num_processes"] == 1 else f"{summary['num_processes']} processes"

@@ -15,7 +15,7 @@ import argparse
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,12 @@ from .options import add_device_option, add_memory_option, add_model_option, com
 if TYPE_CHECKING:
     from samoe_hf.data.frames import FrameSequence
     from samoe_hf.inference import VideoPrompt
+    from samoe_hf.tracks import TrackRow
 
 MAX_OBJECT_ID = 255  # of a palette PNG
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers for H.264
 DEFAULT_FPS = 24  # of folders of frames
+SHOWN_LOOKS = 5
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -126,18 +128,19 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
     return list(prompts.values())
 
 
-def check_outputs(output: Path, masks: Path, video: Path, frames: FrameSequence, overwrite: bool) -> None:
+def check_outputs(output: Path, masks: Path, tracks: Path, video: Path, frames: FrameSequence, overwrite: bool) -> None:
     """Raises an `InputError` for what would be found only after the video was tracked.
 
-    With `overwrite` only a file, and a folder that holds nothing but PNG files, may be there, and not the video itself.
+    With `overwrite` only files, and a folder that holds nothing but PNG files, may be there, and not the video itself.
     """
     if output.suffix.lower() not in VIDEO_SUFFIXES:
         *others, last = VIDEO_SUFFIXES
         raise InputError(f"`--output` must end in {', '.join(others)} or {last}, got {output}.")
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; give another `--output`.")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists; give another `--output` or `--overwrite`.")
+    for path in (output, tracks):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give another `--output`.")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} exists; give another `--output` or `--overwrite`.")
     for name, path in {"output": output, "masks": masks}.items():
         if path.exists() and path.samefile(video):
             raise InputError(f"`--{name}` must not be the video itself, got {path}.")
@@ -153,39 +156,66 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.one_writer import OneWriter
 
     target = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
+    tracks = parsed.output.with_name(f"{parsed.output.stem}_tracks.csv")
     with input_errors():
         prompts = read_prompts(parsed)
         frames = read_video(parsed.video)
     with OneWriter(parsed.output, inside=False) as writer, OneWriter(target, "`--masks`", inside=False):
         # The overlay is written last: masks without it are those of a process that was killed just before.
         overwrite = parsed.overwrite or (bool(writer.cleared) and not parsed.output.exists())
-        check_outputs(parsed.output, target, parsed.video, frames, overwrite)
-        track(parsed, prompts, frames, target, overwrite)
+        check_outputs(parsed.output, target, tracks, parsed.video, frames, overwrite)
+        track(parsed, prompts, frames, target, tracks, overwrite)
 
 
 def track(
-    parsed: argparse.Namespace, prompts: list[VideoPrompt], frames: FrameSequence, target: Path, overwrite: bool
+    parsed: argparse.Namespace,
+    prompts: list[VideoPrompt],
+    frames: FrameSequence,
+    target: Path,
+    tracks: Path,
+    overwrite: bool,
 ) -> None:
-    """Tracks the prompts, and writes masks into the folder `target`, and the overlay."""
+    """Tracks the prompts, and writes masks into the folder `target`, the table of `tracks`, and the overlay."""
     from samoe_hf.data.images import read_label_png, write_palette_png
     from samoe_hf.data.video_io import write_video
     from samoe_hf.inference import track_video
     from samoe_hf.model.weights_io import new_folder, whole_file
     from samoe_hf.plots.masks import overlay_masks
+    from samoe_hf.tracks import write_tracks
 
     model, processor = load_model(parsed, parsed.device)
-    domain, tracked = None if parsed.domain == "none" else parsed.domain, None
-    with whole_file(parsed.output) as overlay, new_folder(target, overwrite) as masks:
+    domain, tracked, rows = None if parsed.domain == "none" else parsed.domain, None, []
+    with (
+        whole_file(parsed.output) as overlay,
+        whole_file(tracks) as table,
+        new_folder(target, overwrite) as masks,
+    ):
         paths = [masks / f"{name}.png" for name in frames.names]
         for tracked in track_video(model, processor, frames, prompts, show_progress_bar=True, domain=domain):
-            write_palette_png(paths[tracked.frame_idx], tracked.id_map())
+            id_map, ids, t = tracked.id_map(), tracked.object_ids, tracked.frame_idx
+            write_palette_png(paths[t], id_map)
+            rows += tracked.rows((id_map == i for i in ids), frames.time(t), prompts)
         # Frames before the first prompted one are tracked last, so the overlay comes from the files.
         overlays = (overlay_masks(frame, read_label_png(path)) for frame, path in zip(frames, paths, strict=True))
         write_video(overlay, overlays, fps=frames.fps or DEFAULT_FPS)
+        write_tracks(table, rows)
     if model.config.domains is not None and tracked is not None:
         whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
         sure, how = tracked.domain_confidence, "as given by --domain"
         print(f"Experts: {whose}, {how if sure is None else f'by the gate with confidence {sure:.2f}'}")
     print(f"Memory selection: {model.memory_selection}")
     given = sum(not prompt.end for prompt in prompts)
-    print(f"Tracked {given} prompts through {len(frames)} frames. Written: {parsed.output}, masks in {target}")
+    print(f"Tracked {given} prompts through {len(frames)} frames.")
+    print(f"Written: {parsed.output}, {tracks}, masks in {target}")
+    print(describe_looks(rows))
+
+
+def describe_looks(rows: Iterable[TrackRow]) -> str:
+    """The frames that are worth a look, most important first, a line for each."""
+    from samoe_hf.where_to_look import where_to_look
+
+    looks = where_to_look(rows, SHOWN_LOOKS)
+    if not looks:
+        return "No frame stands out as doubtful."
+    lines = [f"  frame {x.frame}{'' if x.time is None else f' ({x.time:.2f} s)'}: {x.reason}" for x in looks]
+    return "\n".join(["Worth a look, the most important first:", *lines])

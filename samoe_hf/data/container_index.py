@@ -52,6 +52,7 @@ class ContainerIndex:
         checksums: of each frame's pixels, or empty where the file was not decoded.
         size: height and width of an upright frame.
         fps: frames per second, None where the file does not tell it.
+        time_base: the stream's unit of time, in seconds.
         problem: why not all of the file is used, or "".
     """
 
@@ -60,6 +61,7 @@ class ContainerIndex:
     checksums: np.ndarray
     size: tuple[int, int]
     fps: float | None
+    time_base: float
     problem: str = ""
 
 
@@ -152,7 +154,7 @@ def index_by_packets(path: Path, max_frames: int) -> ContainerIndex | None:
             problem = f"the file is cut off: {count} of its {stream.frames} frames are there"
         elif count > 1 and told - shown > max(1, 0.1 * told):
             problem = f"its {count} frames end after {shown:.1f} of {told:.1f} seconds; it may be cut off"
-        return ContainerIndex(ascending, keys, np.zeros(0, np.uint32), upright_size(first), rate(stream), problem)
+        return ContainerIndex(ascending, keys, np.zeros(0, np.uint32), upright_size(first), *rates(stream), problem)
 
 
 def index_by_decoding(path: Path, max_frames: int) -> ContainerIndex:
@@ -192,12 +194,12 @@ def index_by_decoding(path: Path, max_frames: int) -> ContainerIndex:
         all_times = np.array(times, np.int64)
         are_told = all_times[0] != NO_TIME and (np.diff(all_times) > 0).all()
         keys = np.flatnonzero(np.frombuffer(are_keys, bool)) if are_told else np.zeros(0, np.int64)
-        return ContainerIndex(all_times, keys, np.array(checksums, np.uint32), size, rate(stream), problem)
+        return ContainerIndex(all_times, keys, np.array(checksums, np.uint32), size, *rates(stream), problem)
 
 
-def rate(stream: av.VideoStream) -> float | None:
-    """Frames per second of a stream, None where the file does not tell it."""
-    return float(stream.average_rate) if stream.average_rate else None
+def rates(stream: av.VideoStream) -> tuple[float | None, float]:
+    """Frames per second of a stream, None where the file does not tell it, and its unit of time in seconds."""
+    return float(stream.average_rate) if stream.average_rate else None, float(stream.time_base or 0)
 
 
 def check_count(path: Path, count: int, max_frames: int) -> None:
@@ -234,7 +236,6 @@ def recall(place: Path) -> ContainerIndex | None:
         times, keys, checksums = data["times"], data["keys"], data["checksums"]
         height, width = data["size"].tolist()
         if len(times) and len(checksums) in (0, len(times)) and (keys < len(times)).all():
-            return ContainerIndex(
-                times, keys, checksums, (height, width), float(data["fps"]) or None, str(data["problem"])
-            )
+            fps, time_base = float(data["fps"]) or None, float(data["time_base"])
+            return ContainerIndex(times, keys, checksums, (height, width), fps, time_base, str(data["problem"]))
     return None

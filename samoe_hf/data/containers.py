@@ -73,6 +73,12 @@ class ContainerFrames(FrameSequence):
         vars(self).update(state)
         self._own_decoder()
 
+    def time(self, index: int) -> float | None:
+        """Seconds from the first frame to the frame at an index, as the file tells it, else by its rate."""
+        times = self._index.times
+        has_times = len(self._index.keys) and self._index.time_base
+        return float(times[index] - times[0]) * self._index.time_base if has_times else super().time(index)
+
     def _own_decoder(self) -> None:
         self._number = next(_numbers)
         finalize(self, _close_idle, self._number)

@@ -72,6 +72,10 @@ class FrameSequence(Sequence, ABC):
     def _read(self, index: int) -> np.ndarray:
         """Decodes the frame at a non-negative index."""
 
+    def time(self, index: int) -> float | None:
+        """Seconds from the first frame to the frame at an index, None where the source does not tell it."""
+        return index / self.fps if self.fps else None
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -6,6 +6,8 @@ from PIL import Image
 
 from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
+from samoe_hf.tracks import read_tracks
+from samoe_hf.where_to_look import where_to_look
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,16 @@ def test_a_video_file(model_folder, file, video, tmp_path, capfd):
     files = sorted((tmp_path / "out_masks").glob("*.png"))
     assert [file.name for file in files] == [f"{t:05d}.png" for t in range(5)]
     assert Image.open(files[0]).mode == "P"
-    assert [3 in read_label_png(file) for file in files] == [True, True, False, False, False]
-    assert set(np.unique(np.stack([read_label_png(file) for file in files]))) <= {0, 1, 2, 3}
+    maps = [read_label_png(file) for file in files]
+    assert [3 in id_map for id_map in maps] == [True, True, False, False, False]
+    assert set(np.unique(np.stack(maps))) <= {0, 1, 2, 3}
+    rows = read_tracks(tmp_path / "out_tracks.csv")
+    assert [(row.frame, row.time, row.object) for row in rows] == [(t, t / 10, i) for t in range(5) for i in (1, 2, 3)]
+    assert all(row.area == (maps[row.frame] == row.object).sum() for row in rows)
+    assert {(row.object, row.frame) for row in rows if row.prompted} == {(1, 0), (2, 1), (3, 0), (3, 2)}
+    looks = where_to_look(rows, 5)
+    lines = [f"  frame {look.frame} ({look.time:.2f} s): {look.reason}" for look in looks]
+    assert looks and "\n".join(["Worth a look, the most important first:", *lines]) in said
 
 
 def test_a_folder_of_frames_from_a_frame_in_the_middle(model_folder, video, tmp_path):
@@ -160,4 +170,4 @@ def test_an_earlier_run_is_replaced_whole_if_asked_to(monkeypatch, model_folder,
     with pytest.raises(ZeroDivisionError):
         track(*arguments, "--overwrite")
     assert {path: path.read_bytes() for path in (output, *masks.iterdir())} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "o.mp4", "o_masks"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "o.mp4", "o_masks", "o_tracks.csv"]

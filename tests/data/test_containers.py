@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -88,6 +89,24 @@ def test_equal_time_stamps_and_a_late_start_do_not_matter(tmp_path, scene):
     encode(tmp_path / "b.webm", scene, "libvpx-vp9", rate=5000)
     for name in ("a.mkv", "b.webm"):
         assert_as_decoded(tmp_path / name, 40)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.h264"])
+def test_times_are_those_of_the_file_and_not_of_its_rate(tmp_path, scene, name):
+    encode(tmp_path / name, scene)
+    if name == "a.mp4":  # as of a phone, which drops frames in the dark
+        with av.open(str(tmp_path / "b.mp4"), "w") as target:
+            stream = target.add_stream("libx264", rate=25, options={})
+            stream.height, stream.width = scene.shape[1:3]
+            for t, image in enumerate(scene):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts, frame.time_base = t + 20 * (t > 10), Fraction(1, 25)
+                target.mux(stream.encode(frame))
+            target.mux(stream.encode())
+        frames = read_video(tmp_path / "b.mp4")
+        assert [frames.time(t) for t in (0, 10, 11, 39)] == pytest.approx([0, 0.4, 1.24, 2.36])
+    frames = read_video(tmp_path / name)
+    assert [frames.time(t) for t in (0, 10)] == pytest.approx([0, 0.4] if frames.fps else [None, None])
 
 
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mov", "libx265"), ("a.mkv", "libx264")])

@@ -12,6 +12,7 @@ from samoe_hf.app.session import TrackingSession
 from samoe_hf.data import SyntheticVideos, write_video
 from samoe_hf.data.frames import FrameSequence
 from samoe_hf.inference import TrackedFrame, VideoPrompt
+from samoe_hf.tracks import ObjectScores
 
 SIZE, NUM_FRAMES = (64, 96), 8
 
@@ -46,7 +47,9 @@ def track_by_hand(
 
     def keep(output):
         logits = loaded.processor.post_process_masks([output.pred_masks], [frames.size], binarize=False)[0][:, 0]
-        maps[output.frame_idx] = TrackedFrame(output.frame_idx, output.object_ids, logits).id_map()
+        maps[output.frame_idx] = TrackedFrame(
+            output.frame_idx, output.object_ids, logits, ObjectScores.of(output)
+        ).id_map()
 
     for step in steps:
         if isinstance(step, VideoPrompt):
