@@ -34,8 +34,9 @@ IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.blocks\.\d+\.mlp\..*")
 def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[BatchRow], Tensor], None]) -> Iterator[None]:
     """While the context is open, the model is in evaluation mode and `observe` gets what each router puts out.
 
-    It is called with the module's name, what each row belongs to, and router logits (rows, tokens, experts). Where a
-    module runs once for all objects, there is one row, with None as its object. Compiled parts run uncompiled.
+    It is called with the module's name, what each row belongs to, and router logits (rows, tokens, experts); for each
+    row alone where rows have differently many tokens. Where a module runs once for all objects, there is one row, with
+    None as its object. Compiled parts run uncompiled.
     """
 
     def hook(name: str) -> Callable:
@@ -44,7 +45,12 @@ def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[BatchRow
             rows = batch.frames() if batch.shared else batch.rows
             if rows:
                 # Rows of the image encoder may be cut into windows.
-                observe(name, rows, logits.reshape(len(rows), -1, logits.shape[-1]))
+                by_row = logits.reshape(len(rows), -1, logits.shape[-1])
+                if batch.is_own is None:
+                    observe(name, rows, by_row)
+                    return
+                for row, tokens, is_own in zip(rows, by_row, batch.is_own, strict=True):
+                    observe(name, [row], tokens[is_own][None])
 
         return pass_on
 

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class BatchRow(NamedTuple):
@@ -24,10 +25,14 @@ class BatchRow(NamedTuple):
 
 
 class BatchRows(NamedTuple):
-    """The rows of a batch. With `shared`, a tensor has no rows of its own: it is computed once for all of them."""
+    """The rows of a batch. With `shared`, a tensor has no rows of its own: it is computed once for all of them.
+
+    `is_own` (rows, tokens): which tokens are a row's own, and do not only fill it up to the others' length; None: all.
+    """
 
     rows: tuple[BatchRow, ...] = ()
     shared: bool = False
+    is_own: Tensor | None = None
 
     def frames(self) -> tuple[BatchRow, ...]:
         """The frames that the rows are of, each once."""
@@ -44,9 +49,9 @@ def batch_rows() -> BatchRows:
 
 
 @contextmanager
-def use_rows(rows: Iterable[BatchRow], shared: bool = False) -> Iterator[None]:
+def use_rows(rows: Iterable[BatchRow], shared: bool = False, is_own: Tensor | None = None) -> Iterator[None]:
     """While the context is open, in this thread, batches have these rows."""
-    token = _current.set(BatchRows(tuple(rows), shared))
+    token = _current.set(BatchRows(tuple(rows), shared, is_own))
     try:
         yield
     finally:
@@ -64,3 +69,10 @@ def use_frames(num_rows: int) -> AbstractContextManager[None]:
 def use_shared() -> AbstractContextManager[None]:
     """While the context is open, tensors are shared by all rows of the batch."""
     return use_rows(batch_rows().rows, shared=True)
+
+
+def use_own_tokens(is_own: Tensor | None) -> AbstractContextManager[None]:
+    """While the context is open, only these tokens (rows, tokens) are the rows' own; None: all."""
+    if is_own is None or torch.compiler.is_compiling():
+        return nullcontext()
+    return use_rows(batch_rows().rows, is_own=is_own)

@@ -430,7 +430,7 @@ def _call(function: Callable, *args: Any) -> Any:
 
 def all_router_logits(calls: Mapping[str, Sequence[RouterCall]]) -> dict[str, Tensor]:
     """Router logits of all tokens: name of each layer that was run -> (tokens, experts)."""
-    return {name: torch.cat([call.logits.flatten(0, -2) for call in own]) for name, own in calls.items() if own}
+    return {name: torch.cat([call.own_logits() for call in own]) for name, own in calls.items() if own}
 
 
 def router_logits_by_clip(calls: Mapping[str, Sequence[RouterCall]], object_mask: Tensor) -> list[dict[str, Tensor]]:
@@ -447,7 +447,7 @@ def router_logits_by_clip(calls: Mapping[str, Sequence[RouterCall]], object_mask
     by_clip: list[dict[str, Tensor]] = [{} for _ in real]
     for name, own in calls.items():
         parts: list[list[Tensor]] = [[] for _ in real]
-        for logits, (rows, shared) in own:
+        for logits, (rows, shared, is_own) in own:
             if shared:
                 for clip in {row.video for row in rows}:
                     parts[clip].append(logits.flatten(0, -2))
@@ -459,7 +459,8 @@ def router_logits_by_clip(calls: Mapping[str, Sequence[RouterCall]], object_mask
             # Rows of the image encoder may be cut into windows.
             by_row = logits.reshape(len(rows), -1, logits.shape[-1])
             for clip, indices in of_clips.items():
-                parts[clip].append(by_row[indices].flatten(0, 1))
+                chosen = by_row[indices]
+                parts[clip].append(chosen.flatten(0, 1) if is_own is None else chosen[is_own[indices]])
         for clip, tokens in enumerate(parts):
             if tokens and any(real[clip]):
                 by_clip[clip][name] = torch.cat(tokens)

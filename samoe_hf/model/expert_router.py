@@ -95,6 +95,10 @@ class RouterCall(NamedTuple):
     logits: Tensor
     rows: BatchRows
 
+    def own_logits(self) -> Tensor:
+        """Logits (tokens, experts) of the rows' own tokens."""
+        return self.logits.flatten(0, -2) if self.rows.is_own is None else self.logits[self.rows.is_own]
+
 
 @contextmanager
 def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[RouterCall]]]:

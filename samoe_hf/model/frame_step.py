@@ -52,7 +52,7 @@ class FrameOutput:
 
 def encode_frames(model: SamoePreTrainedModel, pixel_values: Tensor, batch_size: int | None = None) -> ImageFeatures:
     """Encodes frames (rows, 3, S, S), once for all their objects, `batch_size` at a time or all at once."""
-    parts, size, (rows, _) = [], batch_size or len(pixel_values), batch_rows()
+    parts, size, rows = [], batch_size or len(pixel_values), batch_rows().rows
     for start in range(0, len(pixel_values), size):
         frames = pixel_values[start : start + size]
         with use_rows(rows[start : start + size]):

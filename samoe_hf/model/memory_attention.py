@@ -18,7 +18,7 @@ from transformers.models.sam2_video.modeling_sam2_video import (
     eager_attention_forward,
 )
 
-from .batch_rows import use_frames
+from .batch_rows import use_frames, use_own_tokens
 
 
 class MemoryAttention(nn.Module):
@@ -78,7 +78,7 @@ class MemoryAttention(nn.Module):
                 attended = _attend(own, own.q_proj(normed), normed, normed, rotation, rotation)
                 hidden = hidden + layer.dropout1(attended)
                 queries = cross.q_proj(layer.layer_norm2(hidden))
-            attended = _attend(cross, queries, keys, memory, rotation, memory_rotation, mask)
+            attended = _attend(cross, queries, keys, memory, rotation, memory_rotation, mask, is_read)
             hidden = _for_rows(hidden, len(memory)) + layer.dropout2(attended)
             normed = layer.layer_norm3(hidden)
             hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
@@ -166,12 +166,14 @@ def _attend(
     rotation: Tensor,
     key_rotation: Tensor,
     mask: Tensor | None = None,
+    is_read: Tensor | None = None,
 ) -> Tensor:
     """Attention of projected queries (objects or videos, tokens, channels) to (objects, keys, channels), rotated by
     where they are; `mask` (objects, 1, 1, keys) is added to the logits."""
     query = _for_rows(_rotate(_heads(attention, query), rotation), len(key))
-    key = _rotate(_heads(attention, attention.k_proj(key)), key_rotation)
-    value = _heads(attention, attention.v_proj(value))
+    with use_own_tokens(is_read):
+        key, value = attention.k_proj(key), attention.v_proj(value)
+    key, value = _rotate(_heads(attention, key), key_rotation), _heads(attention, value)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation or "eager", eager_attention_forward
     )

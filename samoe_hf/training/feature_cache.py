@@ -50,7 +50,7 @@ class FeatureCache:
         paths = [_path(folder, frame) for frame in pixel_values]
         missing = [index for index, path in enumerate(paths) if not path.is_file()]
         if missing:
-            rows, _ = batch_rows()
+            rows = batch_rows().rows
             with torch.no_grad(), use_rows(rows[index] for index in missing if rows):
                 encoded = encode_frames(model, pixel_values[missing], batch_size)
             for row, index in enumerate(missing):

@@ -172,6 +172,23 @@ def test_experts_learn_with_them(clip, kind):
     assert gradients and all(g is not None and g.isfinite().all() for g in gradients)
 
 
+def test_routers_are_counted_where_an_object_reads_something(clip):
+    """Tokens that only fill a row up to the length of others are nobody's."""
+    model = SamoeModel.from_pretrained(small_base(), memory_selection="score").eval()
+    frames, first = clip
+    videos = build_processor(model.config).video_processor(videos=[np.stack(frames)], return_tensors="pt")
+    layer = "memory_attention.layers.0.cross_attn_image.k_proj"
+
+    def logits(first):
+        with torch.no_grad():
+            output = model(videos.pixel_values_videos, input_masks=first, output_router_logits=True)
+        return output.router_logits[layer]
+
+    together, alone = logits(first), [logits(first[:, row : row + 1]) for row in range(3)]
+    assert len(together) == sum(map(len, alone)) < 3 * max(map(len, alone))
+    torch.testing.assert_close(together.mean(dim=0), torch.cat(alone).mean(dim=0), rtol=1e-3, atol=1e-3)
+
+
 def test_an_unknown_selection_is_refused_by_name():
     with pytest.raises(InputError, match="`memory_selection` must be one of 'recent', 'score', 'distractor' or None"):
         VideoSession(memory_selection="best")
