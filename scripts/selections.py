@@ -25,7 +25,7 @@ from samoe_hf.evaluation.simulated_user import prompt_from_mask
 from samoe_hf.evaluation.statistics import read_results
 from samoe_hf.inference import track_video
 from samoe_hf.model.memory_selection import MEMORY_SELECTIONS
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.plots.masks import overlay_masks, plot_sheet
 
 METRICS = {"J&F_mean": "J&F", "J&F_mose": "J&Ḟ", "J&F_reappear": "J&Ḟ_r"}
@@ -67,14 +67,14 @@ def masks_of(model: SamoeModel, video: Video, selection: str) -> np.ndarray:
         for object_id in video.visible(t):
             firsts.setdefault(object_id, t)
     prompts = [prompt_from_mask("mask", i, t, video.masks(t, [i])[0]) for i, t in firsts.items()]
-    processor = load_processor(model.config.name_or_path, model)
+    processor = build_processor(model.config)
     tracked = track_video(model, processor, video.frames, prompts, memory_selection=selection)
     return np.stack([one.id_map() for one in sorted(tracked, key=lambda one: one.frame_idx)])
 
 
 def masks_in_sam2s_order(model: SamoeModel, video: Video) -> np.ndarray:
     """The same, all objects from the first prompt of any of them on."""
-    processor = load_processor(model.config.name_or_path, model)
+    processor = build_processor(model.config)
     session = VideoSession(video.frames, processor)
     seen = set()
     for t in range(len(video)):
