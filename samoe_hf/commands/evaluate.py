@@ -9,7 +9,8 @@
 A prompt is given on the first annotated frame that shows an object: its `mask`, a `box`, a `point` drawn from the mask
 or several (`point:N`), or N clicks, each in the middle of the largest error so far (`clicks:N`). `clicks:N@M` goes on
 clicking, online, where the IoU falls below 0.75, on up to M frames of each object; `clicks:N@M:offline` does so in M
-passes, on the frames of the lowest IoU.
+passes, on the frames of the lowest IoU. `clicks:N@M:look` clicks, after a first pass, on the M - 1 frames that are most
+worth a look, and `clicks:N@M:even` on as many even ones.
 
 Each video's result is kept when it is finished: the same command again goes on with what is left.
 """
@@ -44,7 +45,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_dataset_options(parser)
     options.add_memory_option(models, several=True)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline]]")
+    prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline|look|even]]")
     prompts.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")
     scores = parser.add_argument_group("scores")
     scores.add_argument("--protocol", choices=get_args(Protocol), help="which frames count; by default the dataset's")

@@ -23,6 +23,7 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import whole_file
+from samoe_hf.where_to_look import doubts
 
 from .metrics import VideoScores, score_video, surface_dice
 from .simulated_user import PredictedFrame, PromptStrategy, SimulatedUser
@@ -118,8 +119,9 @@ def score_predictions(
 ) -> VideoResult:
     """Scores a video's predicted frames one by one, as they come; `write` gets the masks of all."""
     ids, annotated = video.object_ids, set(video.annotated_frames)
-    parts, packed, seconds, start = [], [], 0.0, time.perf_counter()
-    for frame_idx, masks, scores in predictions:
+    parts, packed, rows, seconds, start = [], [], [], 0.0, time.perf_counter()
+    for frame_idx, masks, scores, new_rows in predictions:
+        rows += new_rows
         seconds += time.perf_counter() - start
         if write is not None:
             write(video, frame_idx, masks)
@@ -137,6 +139,11 @@ def score_predictions(
         surface = surface_dice(prediction, target, video.spacing[::-1], surface_tolerance, ids)
         scores = replace(scores, surface_dice=surface)
     frames = list(video.annotated_frames)
+    if rows:
+        known = [{(row.frame, row.object): row.iou for row in rows}]
+        known.append({(look.frame, look.object): look.doubt for look in doubts(rows)})
+        tables = [np.array([[one.get((t, i), math.nan) for i in ids] for t in frames]) for one in known]
+        scores = replace(scores, iou_scores=tables[0], doubts=tables[1])
     return VideoResult(video.video_id, video.domain, scores, frames, len(video), math.prod(video.size), seconds)
 
 

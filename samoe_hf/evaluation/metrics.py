@@ -86,6 +86,8 @@ class VideoScores:
         boundary_iou: (T, N).
         f_adaptive: MOSEv2's boundary accuracy Ḟ (T, N), which is stricter for small objects.
         object_scores: the model's logits that an object is visible (T, N), where there are any.
+        iou_scores: the IoU that the model expects of each mask (T, N), NaN before the first prompt.
+        doubts: see [`~samoe_hf.where_to_look`] (T, N), NaN where nothing was tracked or something was prompted.
         surface_dice: of a volume, whose slices are the frames: surface Dice of each object (N,).
     """
 
@@ -97,6 +99,8 @@ class VideoScores:
     boundary_iou: np.ndarray
     f_adaptive: np.ndarray
     object_scores: np.ndarray | None = None
+    iou_scores: np.ndarray | None = None
+    doubts: np.ndarray | None = None
     surface_dice: np.ndarray | None = None
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -21,10 +21,14 @@ from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompt_recipe import bounding_boxes
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE
 from samoe_hf.model.session import KEPT_FRAMES, VideoSession
+from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
+from samoe_hf.where_to_look import where_to_look
 
 PAUSE_IOU = 0.75  # online, the user corrects an object whose IoU falls below this (arXiv:2408.00714, section 6.1)
 
-_SYNTAX = re.compile(r"(mask|box)|(point)(?::([1-9]\d*))?|(clicks):([1-9]\d*)(?:@([1-9]\d*)(:offline)?)?", re.ASCII)
+_SYNTAX = re.compile(
+    r"(mask|box)|(point)(?::([1-9]\d*))?|(clicks):([1-9]\d*)(?:@([1-9]\d*)(?::(offline|look|even))?)?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,17 @@ class PromptStrategy:
     - "clicks:N": N clicks, one after the other, each on the centre of the largest error so far.
     - "clicks:N@M": online, in one pass: another N clicks where the IoU falls below 0.75, on up to M frames in all.
     - "clicks:N@M:offline": in M passes: each but the first begins with N clicks on the frame of the lowest IoU.
+    - "clicks:N@M:look": in two passes: the second begins with N clicks on each object that is wrong on the M - 1 frames
+      of the first that are most worth a look, see [`~samoe_hf.where_to_look`]. "clicks:N@M:even": on as many even ones.
 
-    The interactive ones follow SAM 2's evaluation (arXiv:2408.00714, section 6.1 and appendix F.1), for each object on
-    its own; `count` N is 3 and `num_frames` M up to 8 there.
+    The first three interactive ones follow SAM 2's evaluation (arXiv:2408.00714, section 6.1 and appendix F.1), for
+    each object on its own; `count` N is 3 and `num_frames` M up to 8 there.
     """
 
     kind: str
     count: int = 1
     num_frames: int = 1
-    offline: bool = False
+    corrections: str = "online"
 
     @classmethod
     def parse(cls, text: str | PromptStrategy) -> PromptStrategy:
@@ -54,18 +60,24 @@ class PromptStrategy:
             return text
         if (match := _SYNTAX.fullmatch(text)) is None:
             raise InputError(
-                "`prompt` must be mask, box, point, point:N, clicks:N, clicks:N@M or clicks:N@M:offline, N and M from "
-                f"1 on, got {text!r}."
+                "`prompt` must be mask, box, point, point:N, clicks:N or clicks:N@M, which may end in :offline, "
+                f":look or :even, N and M from 1 on, got {text!r}."
             )
-        plain, point, points, clicks, count, frames, offline = match.groups()
+        plain, point, points, clicks, count, frames, corrections = match.groups()
         num_frames = int(frames or 1)
-        return cls(plain or point or clicks, int(count or points or 1), num_frames, bool(offline) and num_frames > 1)
+        corrections = corrections if corrections and num_frames > 1 else "online"
+        return cls(plain or point or clicks, int(count or points or 1), num_frames, corrections)
 
     def __str__(self) -> str:
         if self.kind in ("mask", "box"):
             return self.kind
         frames = f"@{self.num_frames}" if self.num_frames > 1 else ""
-        return f"{self.kind}:{self.count}{frames}{':offline' if self.offline else ''}"
+        return f"{self.kind}:{self.count}{frames}{'' if self.is_online else f':{self.corrections}'}"
+
+    @property
+    def is_online(self) -> bool:
+        """Whether nothing is given on a frame once the video has gone on."""
+        return self.corrections == "online"
 
     @property
     def is_random(self) -> bool:
@@ -102,11 +114,22 @@ class PredictedFrame(NamedTuple):
     """Masks of one frame (N, H, W) bool, and the logits that each object is visible (N,), in a video's order of ids.
 
     Of an object that has not been prompted yet the mask is empty and the logit -inf. Masks of files have no logits.
+    `rows`: of the objects that have been prompted, where a model has tracked them.
     """
 
     frame_idx: int
     masks: np.ndarray
     scores: np.ndarray | None
+    rows: Sequence[TrackRow] = ()
+
+
+class _Reading(NamedTuple):
+    """What a model gives on a frame: logits (N, H, W), logits of visibility (N,), and scores of the objects `known`."""
+
+    logits: np.ndarray
+    scores: np.ndarray
+    known: Sequence[int] = ()
+    sure: ObjectScores = ObjectScores(*np.zeros((3, 0)))
 
 
 def prompt_from_mask(kind: str, object_id: int, frame_idx: int, mask: np.ndarray) -> VideoPrompt:
@@ -139,7 +162,7 @@ class SimulatedUser:
             video.frames,
             processor,
             # Offline, any frame may be corrected after a pass over all.
-            keep_frames=max(KEPT_FRAMES, len(video) if strategy.offline else 0),
+            keep_frames=max(KEPT_FRAMES, 0 if strategy.is_online else len(video)),
             # All prompted frames stay in memory (arXiv:2408.00714, section 4), as in training.
             corrections_condition=True,
             domain=domain,
@@ -152,13 +175,22 @@ class SimulatedUser:
 
     def track(self, overlapping: bool = False) -> Iterator[PredictedFrame]:
         """Prompts, tracks and corrects; yields each frame once, in order, when its masks are final."""
-        for _ in range(self.strategy.num_frames - 1 if self.strategy.offline else 0):
-            self._correct_worst_frames()
-        for frame_idx, (logits, scores) in enumerate(self._pass()):
-            yield PredictedFrame(frame_idx, masks_of(logits, overlapping), scores)
+        if self.strategy.corrections == "offline":
+            for _ in range(self.strategy.num_frames - 1):
+                self._correct_worst_frames()
+        elif not self.strategy.is_online:
+            self._correct_some_frames()
+        for frame_idx, reading in enumerate(self._pass()):
+            masks = masks_of(reading.logits, overlapping)
+            yield PredictedFrame(frame_idx, masks, reading.scores, self._rows(frame_idx, reading, masks))
 
-    def _pass(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Logits (N, H, W), and logits of visibility (N,), of each frame, after what the user gives on it."""
+    def _rows(self, frame_idx: int, reading: _Reading, masks: np.ndarray) -> list[TrackRow]:
+        given = [object_id for object_id, frames in self._frames.items() if frame_idx in frames]
+        known = (masks[self._object_ids.index(object_id)] for object_id in reading.known)
+        return track_rows(frame_idx, reading.known, reading.sure, known, self.video.frames.time(frame_idx), given)
+
+    def _pass(self) -> Iterator[_Reading]:
+        """What the model gives on each frame, after what the user gives on it."""
         if self.given:  # offline; nothing more is given before the end
             for output in self.model.propagate_from_prompts_iterator(self._session, 0):
                 yield self._read(output)
@@ -166,19 +198,18 @@ class SimulatedUser:
         for frame_idx in range(len(self.video)):
             yield self._track_frame(frame_idx)
 
-    def _track_frame(self, frame_idx: int) -> tuple[np.ndarray, np.ndarray]:
+    def _track_frame(self, frame_idx: int) -> _Reading:
         strategy, annotated = self.strategy, frame_idx in self._annotated
         visible = self.video.visible(frame_idx) if annotated else []
         new = [object_id for object_id in visible if object_id not in self._frames]
         if new and strategy.kind != "clicks":
             self._prompt_new(frame_idx, new)
-        logits, scores = self._read(self.model(self._session, frame_idx=frame_idx) if self.given else None)
+        reading = self._read(self.model(self._session, frame_idx=frame_idx) if self.given else None)
         if annotated and strategy.kind == "clicks":
-            online = strategy.num_frames > 1 and not strategy.offline
-            ious = self._ious(frame_idx, logits) if online else {}
+            ious = self._ious(frame_idx, reading.logits) if strategy.num_frames > 1 and strategy.is_online else {}
             wrong = [object_id for object_id, iou in ious.items() if iou < PAUSE_IOU]
-            return self._click(frame_idx, {i: self._mask(logits, i) for i in [*new, *wrong]}) or (logits, scores)
-        return logits, scores
+            return self._click(frame_idx, {i: self._mask(reading.logits, i) for i in [*new, *wrong]}) or reading
+        return reading
 
     def _prompt_new(self, frame_idx: int, object_ids: list[int]) -> None:
         for object_id, mask in zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True):
@@ -196,28 +227,29 @@ class SimulatedUser:
         prompt.add_to(self._session, self.processor, **options)
         self.given.append(prompt)
 
-    def _read(self, output: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Logits (N, H, W) and scores (N,), -inf of objects that are prompted later."""
+    def _read(self, output: Any) -> _Reading:
+        """What an output says; logits and scores of objects that are prompted later are -inf."""
         logits = np.full((len(self._object_ids), *self.video.size), -np.inf, dtype=np.float32)
         scores = np.full(len(self._object_ids), -np.inf, dtype=np.float32)
-        if output is not None:
-            masks = self.processor.post_process_masks([output.pred_masks], [self.video.size], binarize=False)[0][:, 0]
-            if masks.isnan().any():
-                raise InputError(
-                    f"{self.video.video_id}: the model predicts NaN on frame {output.frame_idx}, in {self.model.dtype};"
-                    " its weights may be damaged, or the type too narrow for them."
-                )
-            rows = [self._object_ids.index(object_id) for object_id in output.object_ids]
-            logits[rows] = masks.float().cpu().numpy()
-            scores[rows] = output.object_score_logits[:, 0].float().cpu().numpy()
-            late = [self._object_ids.index(i) for i, frames in self._frames.items() if frames[0] > output.frame_idx]
-            logits[late] = scores[late] = -np.inf
-        return logits, scores
+        if output is None:
+            return _Reading(logits, scores)
+        masks = self.processor.post_process_masks([output.pred_masks], [self.video.size], binarize=False)[0][:, 0]
+        if masks.isnan().any():
+            raise InputError(
+                f"{self.video.video_id}: the model predicts NaN on frame {output.frame_idx}, in {self.model.dtype};"
+                " its weights may be damaged, or the type too narrow for them."
+            )
+        rows = [row for row, i in enumerate(output.object_ids) if self._frames[i][0] <= output.frame_idx]
+        known = [output.object_ids[row] for row in rows]
+        places = [self._object_ids.index(object_id) for object_id in known]
+        logits[places] = masks[rows].float().cpu().numpy()
+        scores[places] = output.object_score_logits[rows, 0].float().cpu().numpy()
+        return _Reading(logits, scores, known, ObjectScores(*(values[rows] for values in ObjectScores.of(output))))
 
     def _mask(self, logits: np.ndarray, object_id: int) -> np.ndarray:
         return logits[self._object_ids.index(object_id)] > 0
 
-    def _click(self, frame_idx: int, masks: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    def _click(self, frame_idx: int, masks: dict[int, np.ndarray]) -> _Reading | None:
         """Gives up to `count` clicks for each object, from its mask, and predicts again; None where all is right."""
         result, targets = None, self.video.masks(frame_idx, list(masks)) if masks else ()
         for _ in range(self.strategy.count):
@@ -229,7 +261,7 @@ class SimulatedUser:
                 prompt = VideoPrompt(object_id, frame_idx, points=[point], labels=[label])
                 self._add_prompt(prompt, clear_old_inputs=False)
             result = self._read(self.model(self._session, frame_idx=frame_idx))
-            masks = {object_id: self._mask(result[0], object_id) for object_id in masks}
+            masks = {object_id: self._mask(result.logits, object_id) for object_id in masks}
         return result
 
     def _ious(self, frame_idx: int, logits: np.ndarray) -> dict[int, float]:
@@ -245,9 +277,24 @@ class SimulatedUser:
     def _correct_worst_frames(self) -> None:
         """Tracks the whole video, and then clicks on the frame on which each object's IoU is lowest."""
         worst: dict[int, tuple[float, int, np.ndarray]] = {}
-        for frame_idx, (logits, _) in enumerate(self._pass()):
-            for object_id, iou in self._ious(frame_idx, logits).items() if frame_idx in self._annotated else ():
+        for frame_idx, reading in enumerate(self._pass()):
+            for object_id, iou in self._ious(frame_idx, reading.logits).items() if frame_idx in self._annotated else ():
                 if iou < worst.get(object_id, (1.0,))[0]:
-                    worst[object_id] = iou, frame_idx, self._mask(logits, object_id)
+                    worst[object_id] = iou, frame_idx, self._mask(reading.logits, object_id)
         for object_id, (_, frame_idx, mask) in worst.items():
             self._click(frame_idx, {object_id: mask})
+
+    def _correct_some_frames(self) -> None:
+        """Tracks the whole video, and then clicks on what is wrong on frames that are worth a look, or on even ones."""
+        rows, annotated = [], np.array(self.video.annotated_frames)
+        for frame_idx, reading in enumerate(self._pass()):
+            rows += self._rows(frame_idx, reading, reading.logits > 0)
+        count = self.strategy.num_frames - 1
+        if self.strategy.corrections == "look":
+            chosen = [look.frame for look in where_to_look(rows, count, least=0)]
+        else:
+            chosen = np.linspace(min((row.frame for row in rows), default=0), len(self.video) - 1, count + 2)[1:-1]
+        for frame_idx in dict.fromkeys(int(annotated[np.abs(annotated - t).argmin()]) for t in chosen):
+            own = [i for i, frames in self._frames.items() if frames[0] < frame_idx and frame_idx not in frames]
+            reading = self._read(self.model(self._session, frame_idx=frame_idx))
+            self._click(frame_idx, {object_id: self._mask(reading.logits, object_id) for object_id in own})

@@ -19,6 +19,7 @@ from .metrics import MAIN_METRICS, Protocol, counted_frames, score_objects, summ
 
 SIZE_EDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # of the image
 BOOTSTRAP_SAMPLES = 10_000
+BAD_J = 0.5
 NUM_HIGHLIGHTS = 2  # best and worst objects that are shown
 
 
@@ -53,7 +54,7 @@ def combine_runs(
     Returns:
         `summary` (see `metrics.summarize`; means over the runs), `std` (sample standard deviation over the runs, None
         for one), `runs` (seed and summary of each), `domains` (summary and std of each), `videos`, `objects`,
-        `over_time`, `by_size`, and `speed`.
+        `over_time`, `by_size`, `where_to_look` and `speed`.
     """
     first, every = next(iter(runs.values())), [result for run in runs.values() for result in run]
     objects = [_mean(rows) for rows in zip(*(_object_rows(run, protocol) for run in runs.values()), strict=True)]
@@ -70,6 +71,7 @@ def combine_runs(
         "objects": objects,
         "over_time": _over_time(every, len(runs)),
         "by_size": _by_size(every, len(runs), protocol),
+        "where_to_look": _where_to_look(every, protocol),
         "speed": _speed(every),
     }
 
@@ -161,6 +163,28 @@ def _by_size(results: Sequence[VideoResult], num_runs: int, protocol: Protocol) 
         {"from": low, "to": high, "masks": int(count) // num_runs, "J_mean": mean}
         for (low, high), (count, mean) in zip(itertools.pairwise(edges), by_bin.to_numpy().tolist(), strict=True)
     ]
+
+
+def _where_to_look(results: Sequence[VideoResult], protocol: Protocol) -> dict[str, float] | None:
+    """How many bad masks, of a J below 0.5, are among the first tenth by doubt; None where nothing was doubted.
+
+    `masks` that count, of an object on a frame, how many are `bad`, and the shares of these that are `found` and that
+    could be, `best`. Of equal doubts each is as likely to be among the first.
+    """
+    parts = [np.zeros((2, 0))]
+    for scores in (result.scores for result in results):
+        if scores.doubts is not None:
+            parts.append(np.stack([scores.j, scores.doubts])[:, counted_frames(scores, protocol)])
+    j, doubts = np.concatenate(parts, axis=1)
+    j, doubts = j[~np.isnan(doubts)], doubts[~np.isnan(doubts)]
+    if not j.size:
+        return None
+    bad, first = j < BAD_J, math.ceil(len(j) / 10)
+    limit = -np.partition(-doubts, first - 1)[first - 1]
+    above, equal = doubts > limit, doubts == limit
+    found = bad[above].sum() + bad[equal].mean() * (first - above.sum())
+    shares = [float(count / bad.sum()) if bad.any() else math.nan for count in (found, min(first, bad.sum()))]
+    return {"masks": len(j), "bad": int(bad.sum()), "found": shares[0], "best": shares[1]}
 
 
 def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:

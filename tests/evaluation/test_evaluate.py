@@ -62,6 +62,11 @@ def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
     np.testing.assert_array_equal(np.stack([written[t] for t in range(5)]), masks)
     target = np.stack([video.masks(t) for t in range(5)])
     assert_same_scores(result.scores, score_video(masks, target, video.object_ids, scores))
+    assert (
+        np.isnan(result.scores.doubts).tolist()
+        == [[True] * len(video.object_ids)] + [[False] * len(video.object_ids)] * 4
+    )
+    assert (result.scores.iou_scores[0] == 1).all() and np.isfinite(result.scores.iou_scores).all()
     assert result.seconds > 0 and [given["mask"] for given in result.prompts] == [True] * len(video.object_ids)
     alone = evaluate_video(nano.model, processor, video).scores
     assert (alone.prediction_area.sum(axis=1) == masks.any(axis=1).sum(axis=(1, 2))).all()

@@ -105,6 +105,25 @@ def test_several_models_and_seeds_are_told_apart(tmp_path, without_plots):
     assert "## Videos of model_1" in text and "## Best and worst objects of model_0" in text
 
 
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ("clicks:3", "that shows it; nothing"),
+        ("clicks:3@4", "shows it and on others with an IoU below 0.75; nothing"),
+        ("clicks:3@4:look", "shows it and on others that are most worth a look; nothing"),
+    ],
+)
+def test_where_to_look_and_what_was_corrected_are_told(tmp_path, without_plots, prompt, said):
+    results = make_results(models=3, prompt=prompt)
+    assert "Where to look" not in write_evaluation_report(results, tmp_path).read_text()
+    results["models"][0]["where_to_look"] = {"masks": 200, "bad": 40, "found": 0.4, "best": 0.5}
+    results["models"][1]["where_to_look"] = {"masks": 200, "bad": 0, "found": None, "best": None}
+    text = " ".join(write_evaluation_report(results, tmp_path).read_text().split())
+    assert "model_0: 40 of 200 masks have a J below 0.5; 40 % of these are among the tenth with the largest" in text
+    assert "(10 % by chance, 50 % at best) - model_1: none of 200 masks has a J below 0.5 ##" in text
+    assert said in text
+
+
 def test_results_go_into_a_model_card():
     results = make_results(models=2)
     card = ModelCardData(model_name="m", eval_results=eval_results(results))

@@ -1,7 +1,5 @@
 """The simulated user prompts what is asked for, where and when it is asked for."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,21 @@ from samoe_hf.data import SyntheticVideos, Video
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser, click_on_error, sample_points
 from samoe_hf.model import tracking
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.tracking import SamoeTrackingOutput
 
 
-@pytest.mark.parametrize("text", ["mask", "box", "point:1", "point:5", "clicks:3", "clicks:3@8", "clicks:1@2:offline"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mask",
+        "box",
+        "point:1",
+        "point:5",
+        "clicks:3",
+        "clicks:3@8",
+        *(f"clicks:1@2:{x}" for x in ("offline", "look", "even")),
+    ],
+)
 def test_prompts_are_written_as_they_are_read(text):
     prompt = PromptStrategy.parse(text)
     assert str(prompt) == text and prompt.is_random == text.startswith("point")
@@ -72,8 +82,13 @@ class ScriptedModel:
         ids = list(session.prompts)
         masks = [self.predict(frame_idx, i, session.prompts[i].get(frame_idx, [])) for i in ids]
         logits = torch.from_numpy(np.stack(masks)).float()[:, None] * 20 - 10
-        scores = torch.ones(len(ids), 1)
-        return SimpleNamespace(frame_idx=frame_idx, object_ids=ids, pred_masks=logits, object_score_logits=scores)
+        return SamoeTrackingOutput(
+            frame_idx=frame_idx,
+            object_ids=ids,
+            pred_masks=logits,
+            object_score_logits=torch.ones(len(ids), 1),
+            iou_scores=torch.ones(len(ids), 1),
+        )
 
     def propagate_from_prompts_iterator(self, session, start):
         assert start == 0
@@ -115,7 +130,9 @@ def truth(video):
     return lambda t, i, given: video.masks(t, [i])[0]
 
 
-@pytest.mark.parametrize("prompt", ["mask", "box", "point", "clicks:1", "clicks:1@3", "clicks:1@3:offline"])
+@pytest.mark.parametrize(
+    "prompt", ["mask", "box", "point", "clicks:1", *(f"clicks:1@3{x}" for x in ("", ":offline", ":look", ":even"))]
+)
 def test_objects_are_prompted_on_the_first_frame_that_shows_them(prompt):
     video = squares(5)
     user, frames = track(video, prompt, truth(video))
@@ -200,6 +217,24 @@ def test_offline_the_user_corrects_the_worst_frame_of_each_pass():
     assert [(given.object_id, given.frame_idx) for given in user.given] == [(3, 0), (7, 2), (3, 4), (3, 3)]
     assert [frame.frame_idx for frame in frames] == list(range(6))
     assert not frames[1].masks[1].any()  # object 7 stays unknown before its first frame in every pass
+
+
+def test_after_a_pass_the_user_corrects_what_is_worth_a_look_or_even_frames():
+    video = squares(12)
+
+    def predict(t, object_id, given):
+        mask = video.masks(t, [object_id])[0].copy()
+        if object_id == 3 and 6 <= t < 9 and not given:
+            mask[4:12] = False
+        return mask
+
+    for prompt, corrected in (("look", [6]), ("even", [7])):
+        user, frames = track(video, f"clicks:2@3:{prompt}", predict)
+        given = [(given.object_id, given.frame_idx) for given in user.given]
+        assert given[:2] == [(3, 0), (7, 2)] and given[2:] == [(3, t) for t in corrected]
+        assert [(row.frame, row.object, row.prompted) for frame in frames for row in frame.rows] == [
+            (t, i, (i, t) in given) for t in range(12) for i in (3, 7) if t >= 2 or i == 3
+        ]
 
 
 def test_a_pixel_belongs_to_one_object_unless_objects_may_overlap_and_logits_are_numbers():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,26 @@ def test_curves_run_from_each_objects_first_frame_and_sizes_are_shares_of_the_im
     assert [size["masks"] for size in sizes] == [1, 0, 1, 1, 0, 0, 0]
     assert [size["J_mean"] for size in sizes][:4] == pytest.approx([0.4, math.nan, 0.6, 0.8], nan_ok=True)
     assert sizes[0]["from"] == 0 and sizes[-1]["to"] == 1
+
+
+def test_bad_masks_are_sought_where_the_doubt_is_largest():
+    def result(j, doubts, video="v"):
+        made = make_result(np.array(j)[:, None], video)
+        return replace(made, scores=replace(made.scores, doubts=np.array(doubts)[:, None]))
+
+    j, doubts = np.ones(22), np.linspace(0, 0.5, 22)
+    doubts[0] = np.nan  # prompted; it counts under "all" alone
+    j[[4, 9, 15, 21]], doubts[4], doubts[[9, 10]] = 0.4, 0.9, 0.7
+    found = combine_runs({None: [result(j, doubts)]}, "all")["where_to_look"]
+    # A tenth of 21 masks is 3: the fifth, and two with equal doubts, of which one is bad.
+    assert found == pytest.approx({"masks": 21, "bad": 4, "found": 2 / 4, "best": 3 / 4})
+    found = combine_runs({None: [result(j[:11], doubts[:11]), result(j[11:], doubts[11:], "w")]}, "all")[
+        "where_to_look"
+    ]
+    assert found["masks"] == 21 and found["found"] == 2 / 4
+    found = combine_runs({None: [result([1, 1, 0.2, 0.9], [np.nan, 0.3, 0.5, 0.5])]}, "all")["where_to_look"]
+    assert found == {"masks": 3, "bad": 1, "found": 0.5, "best": 1.0}, "one of two equals is looked at"
+    assert combine_runs({None: [make_result([[1], [0.4]])]}, "all")["where_to_look"] is None
 
 
 def labelled(values, label, videos=None):
