@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .memory_bank import Evidence
+from .memory_selection import MIN_IOU
 
 
 def judge(
@@ -17,15 +18,16 @@ def judge(
         candidates: those of all masks that the decoder gave (objects, M, h, w).
         iou_scores: their estimated IoU (objects, M).
         object_score_logits: (objects, 1), positive where the object is seen.
-        find_doubles: whether to look for what else was nearly taken for the object.
+        find_doubles: whether to look for what else was nearly taken for the object, where its mask is good.
     """
     best = iou_scores.float().amax(dim=1)
     logits = object_score_logits[:, 0].float()
     scores = torch.where(logits > 0, logits.sigmoid() * 2 - 1, 0) * best
     areas = (masks[:, 0] > 0).sum(dim=(1, 2))
     box_ious = torch.ones_like(best)
-    if find_doubles and candidates.shape[1] > 1:
-        box_ious = _box_ious(masks > 0, candidates > 0)
+    is_sure = best > MIN_IOU
+    if find_doubles and candidates.shape[1] > 1 and is_sure.any():
+        box_ious[is_sure] = _box_ious(masks[is_sure] > 0, candidates[is_sure] > 0)
     rows = torch.stack([scores, best, areas.float(), box_ious], dim=1).tolist()
     return [Evidence(score, iou, int(area), box_iou) for score, iou, area, box_iou in rows]
 
