@@ -33,11 +33,12 @@ from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.base_modules import CachedPositionEncoding
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.frame_step import encode_frames, frame_step
+from samoe_hf.model.frame_step import encode_frames, frame_step, memory_limits
 from samoe_hf.model.image_features import ImageFeatures
 from samoe_hf.model.losses import SegmentationLoss, mask_iou
 from samoe_hf.model.memory_attention import RotaryEmbedding
 from samoe_hf.model.memory_bank import MemoryBank
+from samoe_hf.model.memory_selection import remember, select_memories
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompts import Prompt
 from samoe_hf.training.feature_cache import FeatureCache
@@ -70,19 +71,16 @@ class TransformersClip:
         """The loss of a clip (1, T, 3, S, S) of N objects (1, N, T, S, S)."""
         (_, num_objects, num_frames), model = labels.shape[:3], self.model
         features = encode_frames(model, pixel_values[0])
-        bank, loss = MemoryBank(), 0.0
+        banks, loss = [MemoryBank() for _ in range(num_objects)], 0.0
+        limits = memory_limits(model, num_frames)._replace(past_pointers_only=True)
         for t in range(num_frames):
             rows = torch.full((num_objects,), t)
             image = ImageFeatures(*(x[rows] for x in features[:3]), *features[3:])
             prompt = Prompt(mask=labels[0, :, :1]) if t == 0 else None
-            selection = None
-            if t > 0:
-                pointers = model.config.max_object_pointers_in_encoder
-                selection = bank.select(
-                    t, num_maskmem=model.num_maskmem, max_object_pointers=pointers, num_frames=num_frames
-                )
-            output = frame_step(model, image, prompt, [bank], selection, num_objects=num_objects)
-            bank.write(t, output.memory, conditioning=t == 0)
+            selections = [select_memories("recent", bank, t, limits) for bank in banks if t > 0]
+            output = frame_step(model, image, prompt, banks, selections, num_objects=num_objects)
+            for row, bank in enumerate(banks):
+                remember(bank, t, output.memory.row(row), conditioning=t == 0)
             loss = loss + _loss(output.candidates, output.iou_scores, output.object_score_logits, labels[0, :, t])
         return loss / num_objects
 
@@ -97,8 +95,15 @@ class _ByModule(nn.Module):
         self.rotary_emb = RotaryEmbedding(attention.rotary_emb)
 
     def forward(
-        self, image: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, memory_rotation: Tensor
+        self,
+        image: Tensor,
+        position: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        memory_rotation: Tensor,
+        is_read: Tensor | None = None,
     ) -> Tensor:
+        assert is_read is None, "transformers' has no mask"
         num_objects, num_tokens = image.shape[:2]
         conditioned = self._run(
             current_vision_features=image.transpose(0, 1),
