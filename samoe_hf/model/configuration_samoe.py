@@ -38,6 +38,13 @@ DOMAIN_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 # Words that stand for something else where a domain is named.
 RESERVED_NAMES = ("auto", "none", "base")
 
+# Types of models that lack what tracking needs.
+OTHER_TYPES = {
+    "sam": "an image model, SAM ('sam'), without a memory",
+    "sam2": "SAM 2's image model alone ('sam2'), without its memory",
+    "sam3": "SAM 3's detector alone ('sam3'), without its tracker",
+    "sam3_tracker": "SAM 3's image model alone ('sam3_tracker'), without its memory",
+}
 # Of a `dtype`, as a string or as PyTorch prints it.
 FLOAT_TYPE = re.compile(r"None|(torch\.)?b?float(16|32|64)")
 
@@ -282,7 +289,8 @@ class SamoeConfig(Sam2VideoConfig):
             known = (cls.model_type, *MODEL_TYPES)
             if (model_type := config_dict.get("model_type", cls.model_type)) not in known:
                 names = ", ".join(map(repr, known))
-                raise InputError(f"It is of a model of type {model_type!r}; expected one of {names}.")
+                what = OTHER_TYPES.get(model_type, f"a model of type {model_type!r}")
+                raise InputError(f"It is of {what}; expected one of {names}.")
             for name, value in named_integers(config_dict):
                 if abs(value) > LARGEST_INTEGER:  # before anything of that size is made
                     raise InputError(

@@ -76,6 +76,16 @@ class ExpertMixture(nn.Module):
         nn.init.zeros_(self.lora_B)
         self.router.reset_parameters()
 
+    @torch.no_grad()
+    def merge_into(self, weight: Tensor) -> Tensor:
+        """The weight of a plain layer that does what `weight` (out_features, in_features) does beside the one expert.
+
+        It is computed in float32 or wider, and rounded once to the type of `weight`.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        (A,), (B,) = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        return torch.addmm(weight.to(dtype), B, A, alpha=self.scaling).to(weight.dtype)
+
     def gates(self, router_logits: Tensor) -> Tensor:
         """Weights of all experts, zero but for the top k: (..., experts) -> (..., experts)."""
         return top_k_gates(router_logits, self.num_experts_per_tok)

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,20 @@ from .names import (
 
 logger = logging.getLogger(__name__)
 
-_FORMS = ("model", "model_state_dict", "moe_state_dict")
+# Where a file may have the tensors, the first that it has; then, where trainers keep averages of the weights (EMA).
+_FORMS = ("model", "model_state_dict", "moe_state_dict", "state_dict", "module")
+_AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema")
+# What DataParallel, `torch.compile`, Lightning and averages put before names.
+_WRAPPERS = re.compile(r"^((module|model|_orig_mod|ema|model_ema|ema_model)\.)+|(?<=\.)_orig_mod\.")
+_AVERAGED = re.compile(r"((module|model)\.)?(ema|model_ema|ema_model)\.")
+# What is in files of other models: a pattern of a tensor's name -> what the file is, and what to load instead.
+_OTHERS = {
+    r"tracker\.model\.|.*interactive_obj_ptr_proj\.": "SAM 3.1, whose multiplex tracker is none that is known here; "
+    "expected SAM 2, SAM 2.1 or SAM 3",
+    r"tracker\.": "SAM 3 under Meta's names; expected a folder or id of transformers' form, such as facebook/sam3",
+    r"(detector\.)?backbone\.vision_backbone\.|detector\.": "SAM 3's detector alone, without its tracker",
+    r"image_encoder\.(blocks|patch_embed)\.": "an image model, SAM, which has no memory for videos",
+}
 
 
 def load_original(
@@ -72,6 +86,7 @@ def load_original(
     tensors, source = _read_tensors(checkpoint), str(checkpoint)
     if all(map(is_expert_name, tensors)):
         raise InputError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
+    _check_is_sam2_video(tensors, checkpoint)
     if experts is not None:
         expert_tensors = _read_tensors(experts)
         if others := [name for name in expert_tensors if not is_expert_name(name)]:
@@ -106,12 +121,38 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     except Exception as error:  # a damaged archive raises one of many, by where the damage is
         raise InputError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
     is_dict = isinstance(content, dict)
-    tensors = next((content[form] for form in _FORMS if form in content), content) if is_dict else None
+    forms = [form for form in (*_FORMS, *_AVERAGES) if isinstance(content.get(form), dict)] if is_dict else []
+    tensors = content[forms[0]] if forms else content
     if not isinstance(tensors, dict) or not tensors or not all(map(_is_plain, tensors.keys(), tensors.values())):
         found = f"a dict with the keys {list(content)[:5]}" if is_dict else type(content).__name__
-        forms = ", ".join(f"{{{form!r}: …}}" for form in _FORMS)
-        raise InputError(f"{path} holds {found}; expected tensors by name, bare or as {forms}.")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+        known = ", ".join(f"{{{form!r}: …}}" for form in _FORMS)
+        raise InputError(f"{path} holds {found}; expected tensors by name, bare or as {known}.")
+    if left := [form for form in forms[1:] if form in _AVERAGES]:
+        logger.warning(f"{path}: the weights are those of {forms[0]!r}; their average, {left[0]!r}, is not read.")
+    return _unwrapped({name: tensor.detach() for name, tensor in tensors.items()}, path)
+
+
+def _unwrapped(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors by the names that they have without wrappers; of weights and their average, the weights."""
+    # Of `torch.optim.swa_utils.AveragedModel`, beside its average.
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(r"(module\.)?n_averaged", name)}
+    averaged = [name for name in tensors if _AVERAGED.match(name)]
+    if 0 < len(averaged) < len(tensors):
+        logger.warning(f"{path}: {len(averaged)} tensors are an average of the weights, and are not read.")
+        tensors = {name: tensor for name, tensor in tensors.items() if not _AVERAGED.match(name)}
+    result = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(result) < len(tensors):
+        raise InputError(f"{path} holds tensors twice, with and without {_WRAPPERS.pattern!r} before their names.")
+    return result
+
+
+def _check_is_sam2_video(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Refuses what holds another model, by its name."""
+    for pattern, what in _OTHERS.items():
+        if any(re.match(pattern, name) for name in tensors):
+            raise InputError(f"{path} is {what}.")
+    if any(name.startswith("image_encoder.trunk.") for name in tensors) and "maskmem_tpos_enc" not in tensors:
+        raise InputError(f"{path} is an image model of SAM 2, without the memory that videos need.")
 
 
 def _is_plain(name: Any, tensor: Any) -> bool:
@@ -185,26 +226,13 @@ def save_original(
         InputError: if the base is not SAM 2, the original has no place for some of the experts, among them those of
             domains, or the tensors do not fit the configuration.
     """
-    if base_of(config) is not SAM2:
-        raise InputError(
-            f"The model's base is {base_of(config).title}, whose image encoder `sam2` and SAM2-MoE do not have; "
-            "expected a model on SAM 2."
-        )
     if config.domains is not None:
         raise InputError(
             "SAM2-MoE has one mixture of experts for all videos, and no gate that chooses a domain's: a model with "
             f"domains ({', '.join(config.domain_names) or 'none at the moment'}) cannot be written for it."
         )
+    tensors, stem = _original_tensors(config, state_dict, True)
     attentions = _attentions_with_experts(config, state_dict)
-    tensors = state_dict_to_original(state_dict)
-    # Through the settings that the YAML can hold, so that nothing else makes the tensors fit.
-    written_config = build_config(complete_settings(settings_of(config, with_experts=True)))
-    _check_tensors(tensors, written_config, True, "the model")
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    # Meta's name for a checkpoint of this family and size.
-    trunk = get_setting(config, f"{TRUNK}hidden_size"), sum(get_setting(config, f"{TRUNK}blocks_per_stage"))
-    size, *_ = META_TRUNKS.get(trunk, ("custom",))
-    stem = f"{'sam2.1' if config.enable_occlusion_spatial_embedding else 'sam2'}_hiera_{size}"
     names = {"full": "_moe.pt", "base": ".pt", "experts": "_moe_experts.pt", "config": "_moe.yaml"}
     files = {kind: Path(directory, stem + name) for kind, name in names.items()}
     Path(directory).mkdir(parents=True, exist_ok=True)
@@ -215,6 +243,42 @@ def save_original(
     _save({"model_state_dict": experts, "config": {"model_config": files["config"].name}}, files["experts"])
     write_yaml(config, attentions, files["config"])
     return files
+
+
+def save_sam2(config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike) -> dict[str, Path]:
+    """Writes a checkpoint of `sam2` itself, with its YAML, of a model's configuration and its tensors without experts.
+
+    Returns:
+        kind -> file: "base" (`{"model": …}`) and "config".
+
+    Raises:
+        InputError: if the base is not SAM 2, or the tensors do not fit the configuration.
+    """
+    tensors, stem = _original_tensors(config, state_dict, False)
+    files = {"base": Path(directory, f"{stem}.pt"), "config": Path(directory, f"{stem}.yaml")}
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    _save({"model": tensors}, files["base"])
+    write_yaml(config, [], files["config"])
+    return files
+
+
+def _original_tensors(
+    config: SamoeConfig, state_dict: Mapping[str, Tensor], with_experts: bool
+) -> tuple[dict[str, Tensor], str]:
+    """A model's tensors under the original's names, and Meta's name for a checkpoint of this family and size."""
+    if base_of(config) is not SAM2:
+        raise InputError(
+            f"The model's base is {base_of(config).title}, whose image encoder `sam2` and SAM2-MoE do not have; "
+            "expected a model on SAM 2."
+        )
+    tensors = state_dict_to_original(state_dict)
+    # Through the settings that the YAML can hold, so that nothing else makes the tensors fit.
+    written_config = build_config(complete_settings(settings_of(config, with_experts)))
+    _check_tensors(tensors, written_config, with_experts, "the model")
+    trunk = get_setting(config, f"{TRUNK}hidden_size"), sum(get_setting(config, f"{TRUNK}blocks_per_stage"))
+    size, *_ = META_TRUNKS.get(trunk, ("custom",))
+    family = "sam2.1" if config.enable_occlusion_spatial_embedding else "sam2"
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}, f"{family}_hiera_{size}"
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

@@ -51,6 +51,8 @@ TRUNK = "vision_config.backbone_config."
 POINTER_TIME = "enable_temporal_pos_encoding_for_object_pointers"
 BASE = "sam2.modeling.sam2_base.SAM2Base"
 PREDICTOR = "sam2.sam2_video_predictor.SAM2VideoPredictor"
+# Fields of the mask decoder, here and in the YAML.
+DYNAMIC_MULTIMASK = [f"dynamic_multimask_{name}" for name in ("via_stability", "stability_delta", "stability_thresh")]
 MOE_ATTENTION = "sam2.modeling.moe_attention.MoERoPEAttention"
 
 
@@ -379,4 +381,8 @@ def write_yaml(config: SamoeConfig, attentions: Iterable[str], path: Path) -> No
     targets = {ATTENTIONS[name]: MOE_ATTENTION for name in attentions}
     targets["model"] = PREDICTOR if config.fill_hole_area else BASE
     document = {"model": _write_section(ORIGINAL, config, targets, "model")}
+    # What the original's builders add is said here too, for those who build without it.
+    document["model"]["binarize_mask_from_pts_for_mem_enc"] = True
+    decoder = config.mask_decoder_config
+    document["model"]["sam_mask_decoder_extra_args"] = {name: getattr(decoder, name) for name in DYNAMIC_MULTIMASK}
     write_text(path, f"# @package _global_\n\n{yaml.dump(document, Dumper=_Dumper, sort_keys=False)}")

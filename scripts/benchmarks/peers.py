@@ -20,13 +20,6 @@ from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.original.config import write_yaml
 from samoe_hf.original.names import state_dict_to_original, without_base_layer
 
-# Settings of the mask decoder that `build_sam2_video_predictor` adds to the YAML.
-DYNAMIC_MULTIMASK = (
-    "dynamic_multimask_via_stability",
-    "dynamic_multimask_stability_delta",
-    "dynamic_multimask_stability_thresh",
-)
-
 Tracked = tuple[float, Tensor]
 
 
@@ -117,9 +110,6 @@ def sam2_of(model: SamoeModel, compiled: bool = False) -> nn.Module:
         config = OmegaConf.create(yaml.safe_load(path.read_text())["model"])
     predictor = "SAM2VideoPredictorVOS" if compiled else "SAM2VideoPredictor"
     config._target_ = f"sam2.sam2_video_predictor.{predictor}"
-    config.binarize_mask_from_pts_for_mem_enc = True
-    decoder = model.config.mask_decoder_config
-    config.sam_mask_decoder_extra_args = {name: getattr(decoder, name) for name in DYNAMIC_MULTIMASK}
     if compiled:
         config.compile_image_encoder = True
     built = instantiate(config)

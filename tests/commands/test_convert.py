@@ -54,7 +54,7 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(tmp_path, capsys)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "truncated.pt"]
 
 
-@pytest.mark.parametrize("target", ["transformers", "original"])
+@pytest.mark.parametrize("target", ["samoe", "original"])
 def test_a_full_disk_is_an_error_of_one_line(model_folder, tmp_path, target):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))

@@ -152,6 +152,47 @@ def test_all_forms_of_checkpoints_are_equal(save, base, experts, full):
     assert types == (torch.float32, torch.float64)
 
 
+def test_what_wrappers_trainers_and_averages_leave_is_read(save, base, caplog):
+    _, expected = load_original(CHECKPOINT, original_config=CONFIG)
+    wrapped = {f"module._orig_mod.{name}".replace(".trunk.", ".trunk._orig_mod."): x for name, x in base.items()}
+    zeros = {name: x * 0 for name, x in base.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 5e-6, "params": [0]}]}
+    trainer = {"model": base, "optimizer": optimizer, "epoch": 40, "steps": {"train": 9}, "best_meter_values": {}}
+    contents = [
+        wrapped,
+        {"model": wrapped},
+        trainer,
+        {"state_dict": {f"model.{name}": x for name, x in base.items()}, "optimizer_states": [optimizer]},
+        {"module.n_averaged": torch.tensor(3), **{f"module.{name}": x for name, x in base.items()}},
+        {"model_ema": base},
+    ]
+    for content in contents:
+        assert_equal(load_original(save(content), original_config=CONFIG)[1], expected)
+    assert not caplog.records
+    with_averages = {**base, **{f"ema_model.module.{name}": x for name, x in zeros.items()}}
+    for content, message in (({"model": base, "ema": zeros}, "'ema', is not read"), (with_averages, "are not read")):
+        assert_equal(load_original(save(content), original_config=CONFIG)[1], expected)
+        assert message in caplog.text
+        caplog.clear()
+    with pytest.raises(ValueError, match=r"checkpoint.pt holds tensors twice"):
+        load_original(save({**base, **{f"module.{name}": x for name, x in zeros.items()}}), original_config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tracker.model.sam_mask_decoder.x", "detector.x"], "SAM 3.1, whose multiplex tracker"),
+        (["tracker.sam_mask_decoder.x", "detector.x"], "SAM 3 under Meta's names"),
+        (["detector.backbone.vision_backbone.trunk.x"], "SAM 3's detector alone"),
+        (["image_encoder.blocks.0.norm1.weight", "mask_decoder.x"], "an image model, SAM,"),
+        (["image_encoder.trunk.x", "sam_mask_decoder.x"], "an image model of SAM 2, without the memory"),
+    ],
+)
+def test_other_models_are_refused_by_name(save, names, message):
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt is {message}"):
+        load_original(save({"model": {name: torch.zeros(1) for name in names}}))
+
+
 @pytest.mark.parametrize("family", ["sam2", "sam2.1"])
 def test_the_size_is_known_from_the_tensors(save, family):
     config, tensors = load_original(save({"model": meta_checkpoint(family)}))

@@ -1,0 +1,123 @@
+"""Plain weights: a model, or a domain, whose layers have one expert each is a LoRA, and is merged into the base."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, Sam3VideoConfig
+from transformers.utils import CONFIG_NAME
+
+from samoe_hf.errors import InputError
+from samoe_hf.model.adapters import adapter_names
+from samoe_hf.model.base import SAM3, base_of, config_of_base
+from samoe_hf.model.domain_experts import domain_modules
+from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, is_expert_parameter
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.weights_check import describe_mismatches, find_mismatches
+from samoe_hf.model.weights_files import own_headers, read_headers
+from samoe_hf.model.weights_io import new_folder
+from samoe_hf.surgery.domains import find_domain
+
+if TYPE_CHECKING:
+    from transformers import Sam2VideoModel, Sam3TrackerVideoModel
+
+# Stands for no domain's experts where a domain is named.
+BASE_ALONE = "base"
+
+
+def merge_into_base(model: SamoeModel, domain: str | None = None) -> Union["Sam2VideoModel", "Sam3TrackerVideoModel"]:
+    """transformers' own model with the weights of a model whose layers have one expert each, or none with an effect.
+
+    It puts out the same, up to rounding: products are added in float32, and rounded once to the model's type. What
+    else was trained comes along. The model itself stays as it is.
+
+    Args:
+        domain: of a model with domains, the one whose experts are merged, or "base" for none.
+
+    Raises:
+        InputError: if a router chooses among several experts, there is no such domain, the base is quantized, or the
+            model has adapters of PEFT.
+    """
+    if names := adapter_names(model):
+        raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
+    if model.origin.quantized:
+        raise InputError("The base is quantized, and its weights are rounded; load the model without quantization.")
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_parameter(name)}
+    for layer, experts in _single_experts(model, domain).items():
+        tensors[f"{layer}.weight"] = experts.merge_into(tensors[f"{layer}.weight"])
+    with torch.random.fork_rng(devices=[]):
+        plain = AutoModel.from_config(config_of_base(model.config), dtype=model.dtype)
+    plain.load_state_dict(tensors)
+    return plain.to(model.device).eval()
+
+
+def _single_experts(model: SamoeModel, domain: str | None) -> dict[str, ExpertMixture]:
+    """The experts that are to be merged, one for each of these layers."""
+    if domain == BASE_ALONE:
+        return {}
+    if domain is None and model.config.domains is not None:
+        known = ", ".join(map(repr, [*model.config.domain_names, BASE_ALONE]))
+        raise InputError(f"`domain` must say which of the model's domains is merged, one of {known}.")
+    if domain is not None:
+        find_domain(model, domain)
+    found = dict(expert_modules(model) if domain is None else domain_modules(model, domain))
+    for layer, experts in found.items():
+        if experts.num_experts > 1 and experts.lora_B.any():
+            raise InputError(
+                f"A router chooses among {experts.num_experts} experts for each token of {layer!r}, which no plain "
+                "weight does. Train one (`samoe adapt … --num_experts 1 --num_experts_per_tok 1`), keep one "
+                "(`prune_experts`), or use the SamoeModel itself."
+            )
+    return {layer: experts for layer, experts in found.items() if experts.num_experts == 1}
+
+
+def save_into_sam3(
+    model: SamoeModel, domain: str | None, combined: str | os.PathLike, directory: str | os.PathLike
+) -> bool:
+    """Writes a copy of SAM 3, detector and tracker, whose tracker is this model's with its experts merged.
+
+    Args:
+        domain: see [`merge_into_base`].
+        combined: a folder of transformers' Sam3VideoModel. Its tensors keep their types.
+        directory: where to write; new or empty.
+
+    Returns:
+        whether the image encoder, which the detector shares, has other values than there.
+
+    Raises:
+        InputError: if the model's base is not SAM 3, or `combined` is no such folder or of another size; and as
+            [`merge_into_base`].
+    """
+    if base_of(model.config) is not SAM3:
+        raise InputError(f"The model's base is {base_of(model.config).title}; expected {SAM3.title}.")
+    try:
+        is_combined = Sam3VideoConfig.get_config_dict(combined)[0].get("model_type") == Sam3VideoConfig.model_type
+    except OSError:
+        is_combined = False
+    if not is_combined or not os.path.isdir(combined):
+        raise InputError(
+            f"{combined} is no folder of SAM 3 as transformers saves it (Sam3VideoModel: {CONFIG_NAME} and "
+            "safetensors). Meta's sam3.pt is not written."
+        )
+    tensors = merge_into_base(model, domain).state_dict()
+    problems = find_mismatches(own_headers(SAM3, combined, read_headers(combined, {}, None)), tensors)
+    if any(problems.values()):
+        raise InputError(f"{combined} does not fit the model: {describe_mismatches(problems)}.")
+    encoder_changed = False
+    with new_folder(directory) as folder:
+        for path in sorted(Path(combined).iterdir()):
+            if path.suffix != ".safetensors":
+                if path.is_file():
+                    shutil.copy(path, folder)
+                continue
+            written = load_file(path)
+            for name, tensor in written.items():
+                if (own := SAM3.own_name(name)) is not None:
+                    written[name] = tensors[own].to(tensor)
+                    is_encoder = own.startswith("vision_encoder.backbone.")
+                    encoder_changed |= is_encoder and not torch.equal(written[name], tensor)
+            save_file(written, folder / path.name, metadata={"format": "pt"})
+    return encoder_changed
