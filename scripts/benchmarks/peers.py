@@ -9,16 +9,16 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModel, Sam2VideoInferenceSession, Sam2VideoModel, Sam3TrackerVideoModel
+from transformers import Sam2VideoInferenceSession, Sam2VideoModel, Sam3TrackerVideoModel
 
 from measure import synchronize
-from samoe_hf.model.base import config_of_base
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.original.config import write_yaml
 from samoe_hf.original.names import state_dict_to_original, without_base_layer
+from samoe_hf.surgery.merge import merge_into_base
 
 Tracked = tuple[float, Tensor]
 
@@ -89,9 +89,7 @@ class Sam2Tracker:
 
 def base_of(model: SamoeModel) -> Sam2VideoModel | Sam3TrackerVideoModel:
     """transformers' model with the base's weights."""
-    base = AutoModel.from_config(config_of_base(model.config))
-    base.load_state_dict({name: x for name, x in model.state_dict().items() if not is_expert_parameter(name)})
-    return base.to(model.device, model.dtype).eval()
+    return merge_into_base(model, "base")
 
 
 def sam2_of(model: SamoeModel, compiled: bool = False) -> nn.Module:
