@@ -1,6 +1,7 @@
 """From a video and prompts to masks at the video's size, with any processor and session of transformers."""
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,61 @@ from torch import Tensor, nn
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import VideoProcessor
+from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
 from samoe_hf.model.session import VideoSession, end_object
 from samoe_hf.model.tracking import SamoeTrackingOutput
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_tracker(
+    source: str | os.PathLike,
+    device: torch.device | str,
+    dtype: str | torch.dtype | None = "auto",
+    compiled: bool = False,
+    **options: Any,
+) -> tuple[SamoeModel, VideoProcessor]:
+    """Loads a model that is ready to track, and its processor.
+
+    Args:
+        source: what `SamoeModel.from_pretrained` takes, and `options` with it.
+        dtype: of the weights, and of what is computed with them: a type of PyTorch or its name, or "auto" for bfloat16
+            on a GPU that computes with it, and float32 elsewhere, whatever the type of the file is; None for that.
+        compiled: see [`SamoeModel.compile_for_tracking`].
+
+    Raises:
+        InputError: for an unknown type, or one that the device lacks, or if nothing can be compiled here.
+    """
+    device, name = torch.device(device), str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise InputError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if name == "auto":
+        name = "bfloat16" if _has_bfloat16(device) else "float32"
+    if dtype is not None:
+        options["dtype"] = getattr(torch, name)
+    model = SamoeModel.from_pretrained(source, **options).to(device)
+    if compiled:
+        model.compile_for_tracking()
+    return model, load_processor(source, model)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device is a GPU that computes in bfloat16 itself."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_masks(output: SamoeTrackingOutput, dtype: torch.dtype, subject: str = "") -> None:
+    """Raises an `InputError` if a model of this type gave NaN, which would look like an empty mask."""
+    assert output.pred_masks is not None
+    if output.pred_masks.isnan().any():
+        raise InputError(
+            f"{subject}the model predicts NaN on frame {output.frame_idx}, in {dtype}; its weights may be damaged, or "
+            "the type too narrow for them."
+        )
 
 
 @contextmanager
@@ -232,6 +284,7 @@ def track_video(
         assert output.frame_idx is not None and output.object_ids is not None
         if len(output.object_ids) < session.get_obj_num():
             continue  # it comes again with all objects
+        check_masks(output, model.dtype)
         logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
         scores = ObjectScores.of(output)
         yield TrackedFrame(output.frame_idx, output.object_ids, logits, scores, output.domain, output.domain_confidence)

@@ -36,7 +36,7 @@ class ObjectScores(NamedTuple):
         assert output.pred_masks is not None
         inner, outer = ((output.pred_masks > x).flatten(1).sum(1) for x in (STABILITY_LOGIT, -STABILITY_LOGIT))
         stability = torch.where(outer > 0, inner / outer.clamp(min=1), 1.0)
-        scores = output.object_score_logits[:, 0].sigmoid(), output.iou_scores[:, 0].clamp(0, 1), stability
+        scores = output.object_score_logits[:, 0].float().sigmoid(), output.iou_scores[:, 0].clamp(0, 1), stability
         return cls(*(values.float().cpu().numpy() for values in scores))
 
 

@@ -130,7 +130,9 @@ class LearnPart(Part):
             raise InputError("Learning is not done yet.")
         before = learning.loaded
         if learning.learned is None:
-            learning.learned = self.app.add(load_model(str(learning.output), before.model.device))
+            learning.learned = self.app.add(
+                load_model(str(learning.output), before.model.device, dtype=before.model.dtype)
+            )
         after = learning.learned
         known = session.domain in (None, AUTO, *before.domains)
         left = Side("before", before, session.domain if known else AUTO)

@@ -239,7 +239,7 @@ def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
     has_own = any(bool(module.lora_B.any()) for _, module in expert_modules(loaded.model))
     if loaded.domains or not has_own:
         return loaded.source
-    model = copy.deepcopy(loaded.model)
+    model = copy.deepcopy(loaded.model).float()  # what is learned from it is in float32
     rename_domain(model, None, FORMER_EXPERTS)
     with new_folder(folder, overwrite=True) as target:
         model.save_pretrained(target, processor=loaded.processor)

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import torch
 
+from samoe_hf.inference import load_tracker
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
+from samoe_hf.model.processing_samoe import VideoProcessor
 
 # What is called on the page: the gate's choice, and the base model without any domain's experts.
 GATE, BASE = "the gate decides", "the base model"
@@ -63,13 +64,10 @@ def load_model(source: str, device: torch.device | str, name: str | None = None,
     """Loads a model for the app.
 
     Args:
-        source: what `SamoeModel.from_pretrained` takes, and `options` with it.
+        source: what [`~samoe_hf.inference.load_tracker`] takes, and `options` with it.
         name: on the page; the last part of `source` by default.
     """
-    model = SamoeModel.from_pretrained(source, **options)
-    assert isinstance(model, SamoeModel)
-    torch.nn.Module.to(model.eval(), device)
-    return LoadedModel(name or Path(source).name, source, model, load_processor(source, model))
+    return LoadedModel(name or Path(source).name, source, *load_tracker(source, device, **options))
 
 
 def small_model(device: torch.device | str, **options) -> LoadedModel:

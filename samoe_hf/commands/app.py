@@ -21,7 +21,7 @@ from pathlib import Path
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_device_option, add_memory_option, add_original_options, command_parser
+from .options import add_memory_option, add_original_options, add_tracking_options, command_parser, tracking_options
 
 TINY, WEIGHTS = "facebook/sam2.1-hiera-tiny", "model.safetensors"
 CORE_SECONDS = 15  # of one CPU core for a frame, see docs/speed.md
@@ -57,7 +57,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     space.add_argument("--space", type=Path, metavar="DIR", help="write a Space here instead; a new folder")
     space.add_argument("--wheel", type=Path, metavar="FILE.whl", help="of this package, to put into the Space")
     space.add_argument("--push", metavar="OWNER/NAME", help="upload the Space, with the token of `hf auth login`")
-    add_device_option(parser)
+    add_tracking_options(parser)
     parsed = parser.parse_args(arguments)
     for name in ("upload_limit", "frame_limit", "people_limit"):
         if getattr(parsed, name) < 1:
@@ -104,7 +104,7 @@ def serve_page(parsed: argparse.Namespace) -> None:
     options = {"experts": parsed.experts, "original_config": parsed.config}
     source = parsed.model or default_model(parsed.device.type == "cpu")
     with input_errors():
-        own = {"memory_selection": parsed.memory_selection} if parsed.memory_selection else {}
+        own = tracking_options(parsed)
         first = load_model(source, parsed.device, **options, **own) if source else small_model(parsed.device, **own)
         loaded = [first, *(load_model(other, parsed.device, **own) for other in parsed.compare)]
     limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)

@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     output = options.add_output_option(parser, "folder for results and masks")
     output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
-    options.add_device_option(parser, shared=True)
+    options.add_tracking_options(parser, shared=True)
     parsed = parser.parse_args(arguments)
     parsed.models = [*([parsed.model] if parsed.model else []), *parsed.models]
     if not parsed.models and not parsed.predictions:
@@ -132,8 +132,8 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
             own = of_original if is_original_checkpoint(source) or not has_original else {}
             for selection in parsed.memory_selection or [None]:
                 own_label = f"{label}-{selection}" if len(parsed.memory_selection or ()) > 1 else label
-                chosen = own if selection is None else {**own, "memory_selection": selection}
-                entries.append(evaluation.run_model(source, own_label, state, parsed.overwrite, **chosen))
+                chosen = options.tracking_options(parsed, selection)
+                entries.append(evaluation.run_model(source, own_label, state, parsed.overwrite, **own, **chosen))
     if not state.is_main_process:
         return
     results = evaluation.results(entries, state)

@@ -38,7 +38,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="experts that a smaller share of the tokens choose are dead (%(default)s)",
     )  # fmt: skip
     options.add_output_option(parser, "folder (%(default)s)", "outputs/experts")
-    options.add_device_option(parser)
+    # Compiled parts run uncompiled where routers are watched.
+    options.add_tracking_options(parser, compiles=False)
     return parser.parse_args(arguments)
 
 

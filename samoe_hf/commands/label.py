@@ -28,10 +28,10 @@ from samoe_hf.errors import InputError, input_errors
 from .options import (
     ChosenDataset,
     add_dataset_options,
-    add_device_option,
     add_memory_option,
     add_model_option,
     add_output_option,
+    add_tracking_options,
     command_parser,
     load_model,
     open_dataset,
@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
     output.add_argument("--overwrite", action="store_true", help="replace other labels there")
     output.add_argument("--push-to-hub", metavar="ID", help="upload videos and masks as this dataset of the Hub")
-    add_device_option(parser, shared=True)
+    add_tracking_options(parser, shared=True)
     parsed = parser.parse_args(arguments)
     if parsed.prompts is not None and (parsed.dataset in LAYOUTS or parsed.root is not None):
         parser.error("`--prompts` goes with a folder of videos as `--dataset`, not with a kind")

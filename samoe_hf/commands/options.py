@@ -46,11 +46,38 @@ def command_parser(name: str, description: str | None) -> CommandParser:
     return parser
 
 
-def add_device_option(parser: argparse.ArgumentParser, shared: bool = False) -> None:
+def add_device_option(parser: argparse.ArgumentParser, shared: bool = False) -> argparse._ArgumentGroup:
     """Adds `--device`, by default a GPU if there is one, or `shared`, that of each process ([`start_processes`])."""
     machine = parser.add_argument_group("machine")
     help_text = "such as cuda:1 or cpu; by default a GPU if there is one"
     machine.add_argument("--device", type=usable_device, default=None if shared else "best", help=help_text)
+    return machine
+
+
+def add_tracking_options(parser: argparse.ArgumentParser, shared: bool = False, compiles: bool = True) -> None:
+    """Adds `--device` as [`add_device_option`] does, `--dtype`, and `--compile`, for [`tracking_options`]."""
+    machine = add_device_option(parser, shared)
+    machine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights, and of what is computed; auto: bfloat16 on a GPU that has it, else float32",
+    )
+    if compiles:
+        help_text = "compile the model; the first frames take minutes, later ones less time"
+        machine.add_argument("--compile", action="store_true", help=help_text)
+
+
+def tracking_options(parsed: argparse.Namespace, memory_selection: str | None = None) -> dict[str, Any]:
+    """What `--dtype`, `--compile` and `--memory-selection` say, for [`~samoe_hf.inference.load_tracker`].
+
+    Args:
+        memory_selection: of several that were given.
+    """
+    options = {"dtype": getattr(parsed, "dtype", None), "compiled": getattr(parsed, "compile", False)}
+    if isinstance(given := getattr(parsed, "memory_selection", None), str):
+        memory_selection = given
+    return options if memory_selection is None else {**options, "memory_selection": memory_selection}
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -107,19 +134,14 @@ def usable_device(name: str) -> torch.device:
 
 def load_model(parsed: argparse.Namespace, device: torch.device) -> tuple[SamoeModel, VideoProcessor]:
     """The model that the options of [`add_model_option`] name, and its processor."""
-    from samoe_hf.model.modeling_samoe import SamoeModel
-    from samoe_hf.model.processing_samoe import load_processor
+    from samoe_hf.inference import load_tracker
     from samoe_hf.model.weights_trained import is_original_checkpoint
 
     source, options = parsed.model, {"experts": parsed.experts, "original_config": parsed.config}
     if any(options.values()) and not is_original_checkpoint(source):
         raise InputError(f"`--experts` and `--config` go with an original checkpoint, but {source!r} is not a file.")
-    if selection := getattr(parsed, "memory_selection", None):
-        options["memory_selection"] = selection
     with input_errors(source):
-        model = SamoeModel.from_pretrained(source, **options)
-        processor = load_processor(source, model)
-    return model.to(device), processor
+        return load_tracker(source, device, **options, **tracking_options(parsed))
 
 
 def start_processes(device: torch.device | None) -> tuple[PartialState, torch.device]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_device_option, add_memory_option, add_model_option, command_parser, load_model
+from .options import add_memory_option, add_model_option, add_tracking_options, command_parser, load_model
 
 if TYPE_CHECKING:
     from samoe_hf.data.frames import FrameSequence
@@ -53,7 +53,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     output.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
     output.add_argument("--masks", type=Path, metavar="DIR", help="new folder for the masks; OUT_masks if not given")
     output.add_argument("--overwrite", action="store_true", help="replace the overlay and the masks of an earlier run")
-    add_device_option(parser)
+    add_tracking_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -203,7 +203,7 @@ def track(
         whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
         sure, how = tracked.domain_confidence, "as given by --domain"
         print(f"Experts: {whose}, {how if sure is None else f'by the gate with confidence {sure:.2f}'}")
-    print(f"Memory selection: {model.memory_selection}")
+    print(f"Memory selection: {model.memory_selection}. Computed in {str(model.dtype).removeprefix('torch.')}.")
     given = sum(not prompt.end for prompt in prompts)
     print(f"Tracked {given} prompts through {len(frames)} frames.")
     print(f"Written: {parsed.output}, {tracks}, masks in {target}")

@@ -24,8 +24,9 @@ from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors
+from samoe_hf.inference import load_tracker
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
+from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import hash_tensors
 from samoe_hf.plots.evaluation import draw_object
 
@@ -207,15 +208,14 @@ class Evaluation:
             label: a short name.
             state: the processes, and this one's device.
             overwrite: see [`EvaluationRun.start`].
-            options: further arguments of `SamoeModel.from_pretrained`.
+            options: further arguments of [`~samoe_hf.inference.load_tracker`].
 
         Returns:
             The model's entry in the results; None in processes other than the main one.
         """
+        assert state.device is not None
         with input_errors(source):
-            model = SamoeModel.from_pretrained(source, **options)
-            processor = load_processor(source, model)
-        model.to(state.device)
+            model, processor = load_tracker(source, state.device, **options)
         identity = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
         about: Any = identity["model"]
         run = self._folder(label, identity)

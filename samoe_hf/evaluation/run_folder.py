@@ -3,7 +3,7 @@
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,7 @@ class RunFolder(ABC):
             earlier = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} does not say what was done ({error}). {advice}") from error
-        differences = [
-            f"`{name}` is {earlier.get(name)!r}, not {self.identity.get(name)!r}"
-            for name in sorted({*earlier, *self.identity})
-            if earlier.get(name) != self.identity.get(name)
-        ]
-        if differences:
+        if differences := list(_differences(earlier, self.identity)):
             raise InputError(f"{self.folder} holds the results of another run: {'; '.join(differences)}. {advice}")
 
     @staticmethod
@@ -63,3 +58,12 @@ class RunFolder(ABC):
         if not path.is_relative_to(folder) or path == folder:
             raise InputError(f"the domain and id of a video must name a file within a folder, got {name!r}")
         return path
+
+
+def _differences(earlier: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs, each by its name, with a dot between those of dictionaries in each other."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for key in sorted({*earlier, *now}):
+            yield from _differences(earlier.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    elif earlier != now:
+        yield f"`{name}` is {earlier!r}, not {now!r}"

@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_edt
 
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
-from samoe_hf.inference import VideoPrompt, masks_of
+from samoe_hf.inference import VideoPrompt, check_masks, masks_of
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
@@ -233,12 +233,8 @@ class SimulatedUser:
         scores = np.full(len(self._object_ids), -np.inf, dtype=np.float32)
         if output is None:
             return _Reading(logits, scores)
+        check_masks(output, self.model.dtype, f"{self.video.video_id}: ")
         masks = self.processor.post_process_masks([output.pred_masks], [self.video.size], binarize=False)[0][:, 0]
-        if masks.isnan().any():
-            raise InputError(
-                f"{self.video.video_id}: the model predicts NaN on frame {output.frame_idx}, in {self.model.dtype};"
-                " its weights may be damaged, or the type too narrow for them."
-            )
         rows = [row for row, i in enumerate(output.object_ids) if self._frames[i][0] <= output.frame_idx]
         known = [output.object_ids[row] for row in rows]
         places = [self._object_ids.index(object_id) for object_id in known]

@@ -153,7 +153,15 @@ class SamoePreTrainedModel(Sam2VideoModel):
             kwargs: of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, a graph is
                 recorded for each size that occurs, and what a part puts out is copied, since its graph's next run
                 overwrites it.
+
+        Raises:
+            InputError: if nothing can be compiled on the model's device, as without a compiler.
         """
+        try:
+            torch.compile(torch.neg, **kwargs)(torch.zeros(1, device=self.device))
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"`torch.compile` cannot compile for {self.device} here: {reason}") from error
         by_option = (kwargs.get("options") or {}).get("triton.cudagraphs", False)
         self._records_graphs = kwargs.get("mode") in CUDA_GRAPH_MODES or by_option
         self.vision_encoder.compile(**kwargs)

@@ -1,0 +1,159 @@
+"""`--dtype` and `--compile` of the commands that run a model."""
+
+from functools import partialmethod
+
+import numpy as np
+import pytest
+import torch
+
+from samoe_hf import SamoeModel, VideoSession
+from samoe_hf.commands import app
+from samoe_hf.data import SyntheticVideos, read_label_png, write_video
+from samoe_hf.errors import InputError
+from samoe_hf.inference import VideoPrompt, load_tracker, track_video
+from samoe_hf.tracks import read_tracks
+
+DATA = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=3"]
+DATA += ["--option", "image_size=[96, 96]"]
+HALF = ["--dtype", "bfloat16"]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Models are not compiled, but listed."""
+    models = []
+    monkeypatch.setattr(SamoeModel, "compile_for_tracking", models.append)
+    return models
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Models compile with the backend `eager`; gives the counts of TorchDynamo."""
+    eager = partialmethod(SamoeModel.compile_for_tracking, backend="eager")
+    monkeypatch.setattr(SamoeModel, "compile_for_tracking", eager)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters["stats"]
+
+
+@pytest.fixture
+def words(model_folder, tmp_path):
+    """A command with what it needs; it writes into the folder `out`."""
+    write_video(tmp_path / "in.mp4", SyntheticVideos(1, 4, (96, 128), seed=3)[0].frames, fps=5)
+    prompts = ["--box", "10,10,60,60", "--box", "2=30,30,90,80", "--output", tmp_path / "out.mp4"]
+
+    def of(command: str) -> list:
+        rest = [tmp_path / "in.mp4", *prompts] if command == "track" else [*DATA, "--output", tmp_path / "out"]
+        return [command, model_folder, *rest]
+
+    return of
+
+
+def check_files(folder):
+    for table in folder.rglob("*tracks*.csv"):
+        rows = read_tracks(table)
+        assert rows and all(0 <= value <= 1 for row in rows for value in (row.score, row.iou, row.stability))
+    assert any(read_label_png(file).any() for file in folder.rglob("*.png") if "mask" in str(file.parent))
+
+
+@pytest.mark.parametrize("command", ["track", "label", "evaluate"])
+@pytest.mark.parametrize("selection", ["recent", "distractor"])
+def test_commands_compute_in_half_precision(samoe, words, compiled, tmp_path, command, selection):
+    samoe(*words(command), *HALF, "--compile", "--memory-selection", selection)
+    assert [model.dtype for model in compiled] == [torch.bfloat16]
+    check_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command", ["track", *(pytest.param(name, marks=pytest.mark.slow) for name in ("label", "evaluate"))]
+)
+def test_commands_run_what_they_compiled(samoe, words, graphs, tmp_path, command):
+    samoe(*words(command), *HALF, "--compile")
+    assert graphs["unique_graphs"] > 4  # one is of the check that anything can be compiled
+    check_files(tmp_path)
+
+
+def test_experts_are_shown_in_half_precision(samoe, words, tmp_path):
+    assert "layer 1 cross q" in samoe(*words("experts"), *HALF)
+    assert list((tmp_path / "out").glob("routing*.mp4"))
+
+
+def test_what_was_tracked_in_half_precision_is_nearly_what_it_is_in_float32(samoe, words, tmp_path):
+    maps = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert f"Computed in {dtype}." in samoe(*words("track"), "--dtype", dtype, "--overwrite")
+        maps.append(np.stack([read_label_png(file) for file in sorted((tmp_path / "out_masks").iterdir())]))
+    assert all((one == maps[0]).mean() > 0.95 for one in maps)
+
+
+@pytest.mark.parametrize("command", ["label", "evaluate"])
+def test_a_folder_of_another_type_or_selection_is_refused_and_compiled_or_not_is_the_same(
+    samoe, words, compiled, command
+):
+    samoe(*words(command), "--dtype", "auto")
+    samoe(*words(command), "--dtype", "float32", "--compile")
+    assert "`model.dtype` is 'float32', not 'bfloat16'" in samoe(*words(command), *HALF, fails=True)
+    said = samoe(*words(command), "--memory-selection", "distractor", fails=True)
+    assert "`model.memory_selection` is 'recent', not 'distractor'" in said
+
+
+def test_the_page_computes_in_the_type_and_compiled(model_folder, compiled, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the `app` extra")
+    from helpers.app import write_small_video
+    from samoe_hf.app.session import TrackingSession
+    from samoe_hf.app.uploads import Limits, open_kept
+
+    served = []
+    monkeypatch.setattr("samoe_hf.app.server.serving", lambda loaded, *_, **__: served.extend(loaded))
+    monkeypatch.setattr("samoe_hf.app.server.until_stopped", lambda _: None)
+    arguments = [str(model_folder), "--compare", str(model_folder), *HALF, "--compile", "--device", "cpu"]
+    app.run(app.parse_arguments(arguments))
+    assert [loaded.model.dtype for loaded in served] == [torch.bfloat16] * 2 and len(compiled) == 2
+    video = open_kept("small", write_small_video(tmp_path / "a video.mp4"), Limits())
+    session = TrackingSession(tmp_path / "session", video, served[0], Limits())
+    session.click(session.add_object(), 0, 20, 20)
+    tracked = list(session.propagate())
+    assert len(tracked) == session.num_frames
+
+
+def test_auto_is_float32_on_a_cpu_and_a_conversion_keeps_the_type(samoe, model_folder, tmp_path):
+    SamoeModel.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert load_tracker(tmp_path / "half", "cpu")[0].dtype == torch.float32
+    samoe("convert", tmp_path / "half", "--output", tmp_path / "out")
+    assert SamoeModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_session_needs_not_be_told_the_type(model_folder):
+    model, processor = load_tracker(model_folder, "cpu", "bfloat16")
+    frames, masks = SyntheticVideos(1, 3, (96, 128), seed=3)[0].frames, []
+    for told in ({}, {"dtype": torch.bfloat16}):
+        session = VideoSession(frames, processor, **told)
+        VideoPrompt(1, box=(10, 10, 60, 60)).add_to(session, processor)
+        masks.append(torch.stack([one.pred_masks for one in model.propagate_in_video_iterator(session)]))
+    assert torch.equal(*masks)
+
+
+def test_masks_that_are_no_numbers_are_refused(model_folder):
+    model, processor = load_tracker(model_folder, "cpu", torch.float16)
+    with torch.no_grad():
+        model.mask_decoder.upscale_conv2.bias.fill_(torch.nan)
+    frames = SyntheticVideos(1, 3, (96, 128), seed=3)[0].frames
+    with pytest.raises(InputError, match=r"predicts NaN on frame 0, in torch\.float16; .*the type too narrow"):
+        list(track_video(model, processor, frames, [VideoPrompt(1, box=(10, 10, 60, 60))]))
+
+
+def test_unknown_types_and_backends_are_named(model_folder):
+    for dtype in ("float64", "half", torch.int8):
+        with pytest.raises(InputError, match="`dtype` must be one of auto, float32, bfloat16, float16, got "):
+            load_tracker(model_folder, "cpu", dtype)
+    with pytest.raises(InputError, match=r"cannot compile for cpu here: .*nowhere"):
+        SamoeModel.from_pretrained(model_folder).compile_for_tracking(backend="nowhere")
+
+
+@pytest.mark.slow
+def test_inductor_compiles_half_precision(samoe, words, tmp_path):
+    maps = []
+    for option in ([], ["--compile"]):
+        samoe(*words("track"), *HALF, *option, "--overwrite")
+        maps.append(np.stack([read_label_png(file) for file in sorted((tmp_path / "out_masks").iterdir())]))
+    assert maps[0].any() and (maps[0] == maps[1]).mean() > 0.95
