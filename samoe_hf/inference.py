@@ -38,7 +38,7 @@ def load_tracker(
         compiled: see [`SamoeModel.compile_for_tracking`].
 
     Raises:
-        InputError: for an unknown type, or one that the device lacks, or if nothing can be compiled here.
+        InputError: for an unknown type, or if nothing can be compiled here.
     """
     device, name = torch.device(device), str(dtype).removeprefix("torch.")
     if dtype is not None and name not in DTYPES:
