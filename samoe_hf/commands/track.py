@@ -206,8 +206,8 @@ def track(
     print(f"Memory selection: {model.memory_selection}. Computed in {str(model.dtype).removeprefix('torch.')}.")
     given = sum(not prompt.end for prompt in prompts)
     print(f"Tracked {given} prompts through {len(frames)} frames.")
-    print(f"Written: {parsed.output}, {tracks}, masks in {target}")
     print(describe_looks(rows))
+    print(f"Written: {parsed.output}, {tracks}, masks in {target}")
 
 
 def describe_looks(rows: Iterable[TrackRow]) -> str:
