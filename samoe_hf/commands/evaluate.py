@@ -9,8 +9,8 @@
 A prompt is given on the first annotated frame that shows an object: its `mask`, a `box`, a `point` drawn from the mask
 or several (`point:N`), or N clicks, each in the middle of the largest error so far (`clicks:N`). `clicks:N@M` goes on
 clicking, online, where the IoU falls below 0.75, on up to M frames of each object; `clicks:N@M:offline` does so in M
-passes, on the frames of the lowest IoU. `clicks:N@M:look` clicks, after a first pass, on the M - 1 frames that are most
-worth a look, and `clicks:N@M:even` on as many even ones.
+passes, on the frames of the lowest IoU. With `:look` in place of that a user corrects, after a first pass, the M - 1
+frames that are most worth a look, and with `:even` as many even ones; also by masks (`mask@M:look`) and boxes.
 
 Each video's result is kept when it is finished: the same command again goes on with what is left.
 """

@@ -24,11 +24,9 @@ from samoe_hf.model.session import KEPT_FRAMES, VideoSession
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 from samoe_hf.where_to_look import where_to_look
 
-PAUSE_IOU = 0.75  # online, the user corrects an object whose IoU falls below this (arXiv:2408.00714, section 6.1)
+PAUSE_IOU = 0.75  # the user corrects an object whose IoU is below this (arXiv:2408.00714, section 6.1)
 
-_SYNTAX = re.compile(
-    r"(mask|box)|(point)(?::([1-9]\d*))?|(clicks):([1-9]\d*)(?:@([1-9]\d*)(?::(offline|look|even))?)?", re.ASCII
-)
+_SYNTAX = re.compile(r"(mask|box|point|clicks)(?::([1-9]\d*))?(?:@([1-9]\d*)(?::(offline|look|even))?)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,10 @@ class PromptStrategy:
     - "clicks:N": N clicks, one after the other, each on the centre of the largest error so far.
     - "clicks:N@M": online, in one pass: another N clicks where the IoU falls below 0.75, on up to M frames in all.
     - "clicks:N@M:offline": in M passes: each but the first begins with N clicks on the frame of the lowest IoU.
-    - "clicks:N@M:look": in two passes: the second begins with N clicks on each object that is wrong on the M - 1 frames
-      of the first that are most worth a look, see [`~samoe_hf.where_to_look`]. "clicks:N@M:even": on as many even ones.
+    - "clicks:N@M:look", "mask@M:look", "box@M:look": in two passes: the second begins with the same of each object
+      whose IoU is below 0.75 on the M - 1 frames of the first that are most worth a look, see
+      [`~samoe_hf.where_to_look`].
+    - "clicks:N@M:even", "mask@M:even", "box@M:even": the same on frames at even distances.
 
     The first three interactive ones follow SAM 2's evaluation (arXiv:2408.00714, section 6.1 and appendix F.1), for
     each object on its own; `count` N is 3 and `num_frames` M up to 8 there.
@@ -58,21 +58,21 @@ class PromptStrategy:
         """Reads a strategy's text; an `InputError` says what there is."""
         if isinstance(text, PromptStrategy):
             return text
-        if (match := _SYNTAX.fullmatch(text)) is None:
+        match = _SYNTAX.fullmatch(text)
+        kind, count, frames, corrections = match.groups() if match else [""] * 4
+        is_known = {"": False, "point": not frames, "clicks": bool(count)}
+        if not is_known.get(kind, not count and (not frames or corrections in ("look", "even"))):
             raise InputError(
-                "`prompt` must be mask, box, point, point:N, clicks:N or clicks:N@M, which may end in :offline, "
-                f":look or :even, N and M from 1 on, got {text!r}."
+                "`prompt` must be mask, box, point, point:N, clicks:N, clicks:N@M or clicks:N@M:offline, or one of "
+                f"mask@M, box@M and clicks:N@M with :look or :even, N and M from 1 on, got {text!r}."
             )
-        plain, point, points, clicks, count, frames, corrections = match.groups()
         num_frames = int(frames or 1)
-        corrections = corrections if corrections and num_frames > 1 else "online"
-        return cls(plain or point or clicks, int(count or points or 1), num_frames, corrections)
+        return cls(kind, int(count or 1), num_frames, corrections if corrections and num_frames > 1 else "online")
 
     def __str__(self) -> str:
-        if self.kind in ("mask", "box"):
-            return self.kind
+        count = "" if self.kind in ("mask", "box") else f":{self.count}"
         frames = f"@{self.num_frames}" if self.num_frames > 1 else ""
-        return f"{self.kind}:{self.count}{frames}{'' if self.is_online else f':{self.corrections}'}"
+        return f"{self.kind}{count}{frames}{'' if self.is_online else f':{self.corrections}'}"
 
     @property
     def is_online(self) -> bool:
@@ -203,7 +203,7 @@ class SimulatedUser:
         visible = self.video.visible(frame_idx) if annotated else []
         new = [object_id for object_id in visible if object_id not in self._frames]
         if new and strategy.kind != "clicks":
-            self._prompt_new(frame_idx, new)
+            self._prompt(frame_idx, new)
         reading = self._read(self.model(self._session, frame_idx=frame_idx) if self.given else None)
         if annotated and strategy.kind == "clicks":
             ious = self._ious(frame_idx, reading.logits) if strategy.num_frames > 1 and strategy.is_online else {}
@@ -211,7 +211,7 @@ class SimulatedUser:
             return self._click(frame_idx, {i: self._mask(reading.logits, i) for i in [*new, *wrong]}) or reading
         return reading
 
-    def _prompt_new(self, frame_idx: int, object_ids: list[int]) -> None:
+    def _prompt(self, frame_idx: int, object_ids: list[int]) -> None:
         for object_id, mask in zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True):
             prompt = prompt_from_mask(self.strategy.kind, object_id, frame_idx, mask)
             if self.strategy.kind == "point":
@@ -281,7 +281,7 @@ class SimulatedUser:
             self._click(frame_idx, {object_id: mask})
 
     def _correct_some_frames(self) -> None:
-        """Tracks the whole video, and then clicks on what is wrong on frames that are worth a look, or on even ones."""
+        """Tracks the whole video, and then corrects what is wrong on frames that are worth a look, or on even ones."""
         rows, annotated = [], np.array(self.video.annotated_frames)
         for frame_idx, reading in enumerate(self._pass()):
             rows += self._rows(frame_idx, reading, reading.logits > 0)
@@ -291,6 +291,10 @@ class SimulatedUser:
         else:
             chosen = np.linspace(min((row.frame for row in rows), default=0), len(self.video) - 1, count + 2)[1:-1]
         for frame_idx in dict.fromkeys(int(annotated[np.abs(annotated - t).argmin()]) for t in chosen):
-            own = [i for i, frames in self._frames.items() if frames[0] < frame_idx and frame_idx not in frames]
-            reading = self._read(self.model(self._session, frame_idx=frame_idx))
-            self._click(frame_idx, {object_id: self._mask(reading.logits, object_id) for object_id in own})
+            logits = self._read(self.model(self._session, frame_idx=frame_idx)).logits
+            wrong = [object_id for object_id, iou in self._ious(frame_idx, logits).items() if iou < PAUSE_IOU]
+            if self.strategy.kind == "clicks":
+                self._click(frame_idx, {object_id: self._mask(logits, object_id) for object_id in wrong})
+            else:
+                seen = self.video.visible(frame_idx)  # there is no box around nothing
+                self._prompt(frame_idx, [i for i in wrong if i in seen or self.strategy.kind == "mask"])

@@ -15,22 +15,27 @@ from samoe_hf.model.tracking import SamoeTrackingOutput
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "mask",
-        "box",
-        "point:1",
-        "point:5",
-        "clicks:3",
-        "clicks:3@8",
-        *(f"clicks:1@2:{x}" for x in ("offline", "look", "even")),
-    ],
+    ["mask", "box", "point:1", "point:5", "mask@3:look", "box@2:even", "clicks:3", "clicks:3@8"]
+    + [f"clicks:1@2:{x}" for x in ("offline", "look", "even")],
 )
 def test_prompts_are_written_as_they_are_read(text):
     prompt = PromptStrategy.parse(text)
     assert str(prompt) == text and prompt.is_random == text.startswith("point")
     assert PromptStrategy.parse("point") == PromptStrategy("point", 1)
     assert str(PromptStrategy.parse("clicks:4@1:offline")) == "clicks:4"
-    for wrong in ("", "masks", "clicks", "clicks:0", "clicks:3@0", "clicks:3@", "mask:2", "box@3", f"{text}:online"):
+    for wrong in (
+        "",
+        "masks",
+        "clicks",
+        "clicks:0",
+        "clicks:3@0",
+        "clicks:3@",
+        "mask:2",
+        "box@3",
+        "mask@3:offline",
+        "point:2@3:look",
+        f"{text}:online",
+    ):
         with pytest.raises(ValueError, match=r"`prompt` must be mask, box, point.*got"):
             PromptStrategy.parse(wrong)
 
@@ -228,10 +233,13 @@ def test_after_a_pass_the_user_corrects_what_is_worth_a_look_or_even_frames():
             mask[4:12] = False
         return mask
 
-    for prompt, corrected in (("look", [6]), ("even", [7])):
-        user, frames = track(video, f"clicks:2@3:{prompt}", predict)
+    prompts = {
+        f"{kind}@3:{order}": t for kind in ("clicks:2", "mask", "box") for order, t in (("look", 6), ("even", 7))
+    }
+    for prompt, corrected in prompts.items():
+        user, frames = track(video, prompt, predict)
         given = [(given.object_id, given.frame_idx) for given in user.given]
-        assert given[:2] == [(3, 0), (7, 2)] and given[2:] == [(3, t) for t in corrected]
+        assert given[:2] == [(3, 0), (7, 2)] and given[2:] == [(3, corrected)]
         assert [(row.frame, row.object, row.prompted) for frame in frames for row in frame.rows] == [
             (t, i, (i, t) in given) for t in range(12) for i in (3, 7) if t >= 2 or i == 3
         ]
