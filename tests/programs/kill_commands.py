@@ -110,7 +110,8 @@ def kill_at_random(child: int, output: Path, seconds: float, rng: random.Random)
 def contents(command: str, output: Path) -> dict:
     """What a command is for: masks, scores or tensors, and nothing that depends on the time."""
     if command in ("label", "track"):
-        found = {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.png"))}
+        written = sorted([*output.rglob("*.png"), *output.rglob("*.csv")])
+        found = {str(path.relative_to(output)): path.read_bytes() for path in written}
         # An encoder of several threads does not write the same bytes each time.
         return found | {path.name: len(read_video(path)) for path in output.glob("*.mp4")}
     if command == "evaluate":
