@@ -40,7 +40,7 @@ class Comparison:
         if not session.prompts:
             raise InputError(NOTHING_PROMPTED)
         self.sides, self.objects = sides, sorted({object_id for object_id, _ in session.prompts})
-        self.prompts = list(session.prompts.values())
+        self.prompts, self.memory_selection = list(session.prompts.values()), session.memory_selection
         if first_prompts_only:  # of each object, what was given on the earliest of its frames, and its end
             latest_first = sorted(self.prompts, key=lambda prompt: prompt.frame_idx, reverse=True)
             self.prompts = list({(prompt.object_id, prompt.end): prompt for prompt in latest_first}.values())
@@ -59,7 +59,8 @@ class Comparison:
         total, done = len(self.sides) * len(self._frames), 0
         for side, store in zip(self.sides, self.masks, strict=True):
             model, processor = side.loaded.model, side.loaded.processor
-            for frame in taking_turns(track_video(model, processor, self._frames, self.prompts, domain=side.domain)):
+            options = {"domain": side.domain, "memory_selection": self.memory_selection}
+            for frame in taking_turns(track_video(model, processor, self._frames, self.prompts, **options)):
                 id_map = frame.id_map()
                 store.write(frame.frame_idx, id_map)
                 done += 1

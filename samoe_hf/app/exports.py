@@ -1,4 +1,4 @@
-"""What a person takes away: masks as PNGs or COCO's run-length encodings, and an overlay video.
+"""What a person takes away: masks as PNGs or COCO's run-length encodings, an overlay video, and scores.
 
 Each export raises an InputError if nothing was tracked. The session is to be exclusive meanwhile.
 """
@@ -18,6 +18,7 @@ from samoe_hf.data.video_io import write_video
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.masks import overlay_masks
+from samoe_hf.tracks import write_tracks
 
 from .session import TrackingSession
 
@@ -31,13 +32,23 @@ def _new_file(session: TrackingSession, path: Path) -> Iterator[Path]:
 
 
 def export_masks(session: TrackingSession, folder: Path) -> Path:
-    """Writes the masks of all frames as palette PNGs, in DAVIS' colours, in a zip: `<video>/<frame>.png`."""
-    target, scratch = folder / f"{session.video.name}_masks.zip", folder / "mask.png"
+    """Writes a zip: all frames' masks as palette PNGs in DAVIS' colours, `<video>/<frame>.png`, and `tracks.csv`."""
+    target, scratch = folder / f"{session.video.name}_masks.zip", folder / "scratch"
     with _new_file(session, target) as path, zipfile.ZipFile(path, "w") as archive:
         for frame, name in enumerate(session.video.frames.names):
             write_palette_png(scratch, session.id_map(frame))
             archive.write(scratch, f"{session.video.name}/{name}.png")
+        write_tracks(scratch, session.all_rows())
+        archive.write(scratch, "tracks.csv")
     scratch.unlink()
+    return target
+
+
+def export_tracks(session: TrackingSession, folder: Path) -> Path:
+    """Writes how sure the model is of each object on each frame, and where it is, as a CSV; see `tracks.csv`."""
+    target = folder / f"{session.video.name}_tracks.csv"
+    with _new_file(session, target) as path:
+        write_tracks(path, session.all_rows())
     return target
 
 
@@ -55,7 +66,7 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
     """Writes the masks as COCO's compressed run-length encodings, in COCO's JSON of images and annotations.
 
     An image is a frame, with its index as `id` and `frame_index`; an annotation is an object on a frame that shows it,
-    with the object's id as `track_id`.
+    with the object's id as `track_id`, and its score and expected IoU where they are known.
     """
     target = folder / f"{session.video.name}_coco.json"
     height, width = session.video.frames.size
@@ -66,6 +77,7 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
                 {"id": frame, "file_name": f"{name}.png", "frame_index": frame, "height": height, "width": width}
             )
             id_map = session.id_map(frame)
+            scores = {row.object: {"score": row.score, "iou": row.iou} for row in session.rows(frame)}
             for object_id in np.unique(id_map[id_map > 0]).tolist():
                 encoded: Any = coco_mask.encode(np.asfortranarray(id_map == object_id, dtype=np.uint8))
                 annotations.append(
@@ -78,6 +90,7 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
                         "area": int(coco_mask.area(encoded)),
                         "bbox": coco_mask.toBbox(encoded).tolist(),
                         "segmentation": {"size": [height, width], "counts": encoded["counts"].decode()},
+                        **scores.get(object_id, {}),
                     }
                 )
         document = {

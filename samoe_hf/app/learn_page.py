@@ -140,6 +140,6 @@ class LearnPart(Part):
         comparison = Comparison(session, sides, person.folder, first_prompts_only=True)
         person.compare(comparison)
         yield from self.result.run(comparison)
-        session.use(after, learning.domain)
+        session.use(after, learning.domain, comparison.memory_selection)
         words = f"The model is now {after.name}. Left: before. Right: after."
         yield {self.result.progress: words, **self.track.view(person)}

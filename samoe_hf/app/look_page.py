@@ -1,4 +1,5 @@
-"""The page's second part: whose experts a video gets, what they do on a frame, and two models side by side."""
+"""The page's second part: whose experts and which memories a video gets, what experts do on a frame, and two models
+side by side."""
 
 import time
 from collections.abc import Iterator
@@ -7,12 +8,13 @@ import gradio as gr
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.memory_selection import MEMORY_SELECTIONS
 
 from .comparison import Comparison, Side
 from .experts_view import look_at_experts
 from .page_parts import PREVIEW_SECONDS, QUICK, App, Part, Shown, button, frame_of, one_of, picture, shown_picture
 from .people import Person
-from .track_page import TrackPart, whose_experts
+from .track_page import TrackPart, how_tracked
 
 FIRST = "**First** track a video in *Track*; then look here at what happened."
 
@@ -49,7 +51,7 @@ class SideBySide(Part):
         left, right = (side.label for side in comparison.sides)
         label, is_movable = f"Frame, {first} to {last}", len(frames) > 1
         yield {
-            self.progress: f"Left: {left}. Right: {right}.",
+            self.progress: f"Left: {left}. Right: {right}. Memory selection: {comparison.memory_selection}.",
             self.both: shown_picture(comparison.picture(last)),
             self.slider: gr.Slider(first, max(last, first + 1), last, label=label, visible=is_movable),
             self.table: gr.Dataframe(comparison.table(), headers=comparison.headers(), visible=True),
@@ -74,6 +76,8 @@ class LookPart(Part):
             with gr.Row():
                 self.model = gr.Dropdown(list(app.models), value=app.first.name, label="Model")
                 self.domain = gr.Dropdown([], label="Experts of", elem_id="domain", interactive=True)
+                choices, value = list(MEMORY_SELECTIONS), app.first.model.memory_selection
+                self.memories = gr.Dropdown(choices, value=value, label="Memory selection", elem_id="memories")
                 use = button("Start anew with these", "use")
             self.whose = gr.Markdown("", elem_id="look-whose")
         with gr.Accordion("Where the experts work", open=True):
@@ -94,12 +98,13 @@ class LookPart(Part):
                 compare = button("Track with both", "compare", "primary", scale=2)
                 stop = button("Stop", "stop-compare")
             self.result = SideBySide(app, key, "Left and right", "compare")
-        self.shown = {self.note, self.model, self.domain, self.whose, self.first, self.second}
+        self.shown = {self.note, self.model, self.domain, self.memories, self.whose, self.first, self.second}
         drawn = {self.layer, self.object, self.looked, self.map, self.usage}
 
-        self.on(self.model.input, self.choose_model, [self.model], {self.domain})
+        self.on(self.model.input, self.choose_model, [self.model], {self.domain, self.memories})
         here = [track.slider]
-        self.on_device(use.click, self.use_experts, [self.model, self.domain, *here], self.shown | track.shown)
+        inputs = [self.model, self.domain, self.memories, *here]
+        self.on_device(use.click, self.start_anew, inputs, self.shown | track.shown)
         self.on_device(look.click, self.look_at, here, drawn, self.looked)
         for menu in (self.layer, self.object):
             self.on(menu.input, self.draw, [self.layer, self.object], drawn, **QUICK)
@@ -133,21 +138,25 @@ class LookPart(Part):
             self.note: note,
             self.model: gr.Dropdown(list(self.app.models), value=loaded.name),
             self.domain: gr.Dropdown(list(choices), value=current, visible=bool(choices)),
-            self.whose: whose_experts(session),
+            self.memories: session.memory_selection if session else loaded.model.memory_selection,
+            self.whose: how_tracked(session),
             self.first: gr.Dropdown(names, value=left),
             self.second: gr.Dropdown(names, value=right),
         }
 
     def choose_model(self, person: Person, name: object) -> Shown:
-        """Another model was chosen in the menu: its domains are shown."""
-        choices = list(self.app.models[one_of(name, self.app.models, "model")].domain_choices)
-        return {self.domain: gr.Dropdown(choices, value=choices[0] if choices else None, visible=bool(choices))}
+        """Another model was chosen in the menu: its domains and its selection of memories are shown."""
+        loaded = self.app.models[one_of(name, self.app.models, "model")]
+        choices = list(loaded.domain_choices)
+        domain = gr.Dropdown(choices, value=choices[0] if choices else None, visible=bool(choices))
+        return {self.domain: domain, self.memories: loaded.model.memory_selection}
 
-    def use_experts(self, person: Person, name: object, choice: object, frame: object) -> Shown:
-        """The video starts anew with another model, or another domain's experts."""
+    def start_anew(self, person: Person, name: object, choice: object, memories: object, frame: object) -> Shown:
+        """The video starts anew with another model, another domain's experts, or another selection of memories."""
         session, loaded = person.the_session(), self.app.models[one_of(name, self.app.models, "model")]
         frame, choices = frame_of(session, frame), loaded.domain_choices
-        session.use(loaded, choices[one_of(choice, choices, "experts")] if choices else AUTO)
+        domain = choices[one_of(choice, choices, "experts")] if choices else AUTO
+        session.use(loaded, domain, one_of(memories, MEMORY_SELECTIONS, "memory selection"))
         gr.Info("Started anew with the same clicks. Track the video again.")
         return self.refresh(person) | self.track.view(person, frame)
 

@@ -32,6 +32,8 @@ CSS = """
 #title { margin: 0; }
 #title p { margin: 0; }
 #progress { min-height: 1.5em; }
+#timeline img { cursor: pointer; width: 100%; }
+#looks .wrap, #objects .wrap { flex-direction: column; }
 @media (max-width: 500px) {
     #track { order: -1; flex-basis: 100%; }
     #back, #onward, #stop { flex: 1 1 90px; padding: 8px 4px; }

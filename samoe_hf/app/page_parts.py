@@ -157,13 +157,19 @@ def object_of(session: TrackingSession, value: object) -> int:
     return value
 
 
-def point_of(session: TrackingSession, value: object) -> tuple[float, float]:
-    """Where the shown frame was clicked, (x, y) in pixels of the video; InputError for anything but a place in it."""
-    height, width = shown_size(session.video.frames.size)
+def place_of(value: object, size: tuple[int, int]) -> tuple[float, float]:
+    """Where a picture of (height, width) was clicked, (x, y); InputError for anything but a place in it."""
+    height, width = size
     match value:
         case [int() | float() as x, int() | float() as y] if 0 <= x <= width - 1 and 0 <= y <= height - 1:
-            return to_video(x, y, session.video.frames.size)
+            return x, y
     raise InputError(f"A click must have a position in the frame, got {str(value)[:60]}.")
+
+
+def point_of(session: TrackingSession, value: object) -> tuple[float, float]:
+    """Where the shown frame was clicked, (x, y) in pixels of the video; InputError for anything but a place in it."""
+    size = session.video.frames.size
+    return to_video(*place_of(value, shown_size(size)), size)
 
 
 def one_of(value: object, choices: Iterable[str], name: str) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from samoe_hf.data.frames import SampleError
+from samoe_hf.data.frames import SampleError, named_errors
 from samoe_hf.data.image_files import open_image
 from samoe_hf.inference import VideoPrompt, check_prompts
 from samoe_hf.model.weights_io import whole_file
+from samoe_hf.tracks import ObjectScores, TrackRow
 
 from .models import LoadedModel
-from .session import MAX_ID, TrackingSession
+from .session import MAX_ID, ROWS, TrackingSession
 from .uploads import Archive, Limits, open_archive, open_files, safe_name
 
 FORMAT, VERSION = "samoe project", 1
@@ -93,7 +94,15 @@ def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) 
         for frame in masks:
             if not 0 <= frame < session.num_frames:
                 raise SampleError(f"The project has a mask of frame {frame}, which its video does not have.")
-            session.masks.write(frame, _read_mask(archive, f"{MASKS}/{frame:05d}.png", video.frames.size))
+            name = f"{MASKS}/{frame:05d}.png"
+            id_map, text = _read_mask(archive, name, video.frames.size)
+            with named_errors(name, "is none of this app", (ValueError, TypeError, OverflowError, RecursionError)):
+                rows = {row.object: row for row in (TrackRow(*entry) for entry in json.loads(text))}
+                ids = sorted(known.intersection(rows))
+                values = [[float(value) for value in rows[one][3:6]] for one in ids]
+                if not all(0 <= value <= 1 for three in values for value in three):
+                    raise ValueError("a score is not from 0 to 1")
+            session.masks.write(frame, id_map, ids, ObjectScores(*np.array(values).reshape(-1, 3).T))
     return session
 
 
@@ -107,9 +116,10 @@ def _prompt(entry: Any) -> VideoPrompt:
     return prompt
 
 
-def _read_mask(archive: Archive, name: str, size: tuple[int, int]) -> np.ndarray:
+def _read_mask(archive: Archive, name: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """A map of ids, and the text that has its rows; what it says is still to be checked."""
     content = archive.read(name, 2 * size[0] * size[1] + 10_000)  # a PNG of noise is hardly larger than its pixels
     with open_image(content, name) as image:
         if image.format != "PNG" or image.mode not in ("P", "L") or (image.height, image.width) != size:
             raise SampleError(f"{name} of the project is no map of ids of the video's size.")
-        return np.asarray(image).astype(np.uint8)
+        return np.asarray(image).astype(np.uint8), image.info.get(ROWS, "[]")

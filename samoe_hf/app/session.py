@@ -4,6 +4,7 @@ Object ids, frames and positions are checked where a request comes in, see `page
 """
 
 import copy
+import json
 import shutil
 import tempfile
 import threading
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoSegmentationOutput
+from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
 from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
@@ -23,6 +26,8 @@ from samoe_hf.inference import VideoPrompt, check_prompts
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.session import VideoSession
 from samoe_hf.model.tracking import SamoeTrackingOutput
+from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
+from samoe_hf.where_to_look import Look, doubts, where_to_look
 
 from .models import DEVICE_LOCK, LoadedModel, taking_turns
 from .uploads import Limits, OpenedVideo
@@ -30,10 +35,14 @@ from .uploads import Limits, OpenedVideo
 Direction = Literal["whole", "forward", "backward"]
 NOTHING_PROMPTED = "Nothing is prompted yet: click on an object, or draw a box around it."
 MAX_UNDO, MAX_ID = 50, 255
+ROWS = "rows"  # the key of a mask's text
+NO_SCORES = ObjectScores(*np.zeros((3, 0)))
 
 
 class MaskStore:
     """Maps of ids (H, W) uint8, 0 for background, by frame: palette PNGs in a folder, so that they fill no RAM.
+
+    A file has what is known of the frame's objects as its text: rows of `tracks.csv`, without time and prompts.
 
     Args:
         folder: for the files; made if it is not there.
@@ -52,9 +61,20 @@ class MaskStore:
         """The file of a frame, there or not."""
         return self.folder / f"{frame:05d}.png"
 
-    def write(self, frame: int, id_map: np.ndarray) -> None:
-        """Stores a frame's map in place of an earlier one, which stays if that fails."""
-        self._put(frame, lambda path: write_palette_png(path, id_map))
+    def write(
+        self, frame: int, id_map: np.ndarray, object_ids: Sequence[int] = (), scores: ObjectScores = NO_SCORES
+    ) -> None:
+        """Stores a frame's map, and scores of objects, in place of earlier ones, which stay if that fails."""
+        text, masks = PngInfo(), (id_map == object_id for object_id in object_ids)
+        text.add_text(ROWS, json.dumps(track_rows(frame, object_ids, scores, masks)))
+        self._put(frame, lambda path: write_palette_png(path, id_map, text))
+
+    def rows(self, frame: int) -> list[TrackRow]:
+        """What is known of the objects on a frame."""
+        if frame not in self.frames:
+            return []
+        with Image.open(self.path(frame)) as image:
+            return [TrackRow(*row) for row in json.loads(image.info[ROWS])]
 
     def restore(self, frame: int, content: bytes | None) -> None:
         """Puts back the file of a frame's map as it was; None: there was none."""
@@ -123,12 +143,14 @@ class TrackingSession:
         objects: ids, in the order in which they came.
         prompts: (object, frame) -> all that was given of it there, in the order in which it came.
         domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
+        memory_selection: which memories a frame reads, see [`~samoe_hf.model.session.VideoSession`].
         tracked_domain, confidence: whose experts the video got last, and how sure the gate was of that.
     """
 
     def __init__(self, folder: Path, video: OpenedVideo, loaded: LoadedModel, limits: Limits):
         self.folder, self.video, self.loaded, self.limits = folder, video, loaded, limits
         self.domain: str | None = AUTO
+        self.memory_selection = loaded.model.memory_selection
         self.objects: list[int] = []
         self.prompts: dict[tuple[int, int], VideoPrompt] = {}
         self.masks = MaskStore(folder / "masks", video.frames.size)
@@ -139,13 +161,15 @@ class TrackingSession:
         self._undo: list[Before] = []
         # The page scrubs while the model reads on: each has a decoder of its own.
         self._shown, self._shown_lock = video.frames_again(), threading.Lock()
-        self._tracking = self._new_tracking(loaded, AUTO)
+        self._where_to_look: tuple[list[Look], dict[int, np.ndarray]] | None = None
+        self._tracking = self._new_tracking(loaded, AUTO, self.memory_selection)
 
-    def _new_tracking(self, loaded: LoadedModel, domain: str | None) -> VideoSession:
+    def _new_tracking(self, loaded: LoadedModel, domain: str | None, memory_selection: str) -> VideoSession:
         tracking = VideoSession(
             self.video.frames,
             loaded.processor,
             domain=domain,
+            memory_selection=memory_selection,
             corrections_condition=True,  # what was corrected stays as it was corrected
             inference_device=loaded.model.device,
             dtype=loaded.model.dtype,
@@ -185,6 +209,58 @@ class TrackingSession:
         """The objects' ids on a frame, (H, W) uint8, 0 for background; all 0 where nothing was tracked."""
         ends = self.ends
         return self.masks.read(frame, [one for one in self.objects if frame < ends.get(one, self.num_frames)])
+
+    # --- Where to look
+
+    @property
+    def was_tracked(self) -> bool:
+        """Whether frames have masks that nothing was prompted on."""
+        return len(self.masks.frames) > len(self.prompted_frames)
+
+    @property
+    def _until(self) -> dict[int, int]:
+        """Prompted object -> the frame from which on it is gone, or the number of frames."""
+        return dict.fromkeys((object_id for object_id, _ in self.prompts), self.num_frames) | self.ends
+
+    def rows(self, frame: int) -> list[TrackRow]:
+        """What is known of the objects on a frame, but for those that are gone."""
+        fps, until = self.video.frames.fps, self._until
+        return [
+            row._replace(time=fps and round(frame / fps, 3), prompted=(row.object, frame) in self.prompts)
+            for row in self.masks.rows(frame)
+            if frame < until.get(row.object, 0)
+        ]
+
+    def all_rows(self) -> list[TrackRow]:
+        """[`rows`] of all frames."""
+        return [row for frame in range(self.num_frames) for row in self.rows(frame)]
+
+    @property
+    def looks(self) -> list[Look]:
+        """Frames that are worth a look since the video was tracked last, the most doubtful first."""
+        until, looks = self._until, self._found[0]
+        fresh = (look for look in looks if (look.object, look.frame) not in self.prompts)
+        return [look for look in fresh if look.frame < until.get(look.object, 0)]
+
+    @property
+    def doubt(self) -> np.ndarray:
+        """The largest doubt of an object on each frame when the video was tracked last, (frames,) from 0 to 1."""
+        doubt, until = np.zeros(self.num_frames, dtype=np.float32), self._until
+        for object_id, curve in self._found[1].items():
+            part = doubt[: until.get(object_id, 0)]
+            np.maximum(part, curve[: len(part)], out=part)
+        return doubt
+
+    @property
+    def _found(self) -> tuple[list[Look], dict[int, np.ndarray]]:
+        """Frames that are worth a look, and object -> its doubt by frame; found once after the video was tracked."""
+        if self._where_to_look is None:
+            rows, curves = self.all_rows(), dict[int, np.ndarray]()
+            for look in doubts(rows):
+                curve = curves.setdefault(look.object, np.zeros(self.num_frames, dtype=np.float32))
+                curve[look.frame] = look.doubt
+            self._where_to_look = where_to_look(rows), curves
+        return self._where_to_look
 
     # --- Objects and prompts
 
@@ -304,10 +380,13 @@ class TrackingSession:
             self._stop.clear()
             self._undo.clear()
             outputs = self.loaded.model.propagate_from_prompts_iterator(self._tracking, begin, direction == "backward")
-            for done, output in enumerate(taking_turns(outputs), 1):
-                yield Tracked(*self._store(output), done, total)
-                if self._stop.is_set():
-                    return
+            try:
+                for done, output in enumerate(taking_turns(outputs), 1):
+                    yield Tracked(*self._store(output), done, total)
+                    if self._stop.is_set():
+                        return
+            finally:
+                self._where_to_look = None
 
     def stop(self) -> None:
         """Ends tracking after the frame that is being tracked."""
@@ -326,6 +405,7 @@ class TrackingSession:
 
         One object is at the video's size at a time, so that many objects in a large video do not fill the RAM.
         """
+        assert isinstance(output, SamoeTrackingOutput) and output.object_score_logits is not None
         assert output.object_ids and output.frame_idx is not None and output.pred_masks is not None
         best, ids = np.zeros(masks.size, dtype=np.float32), np.zeros(masks.size, dtype=np.uint8)
         for object_id, low in zip(output.object_ids, output.pred_masks.split(1), strict=True):
@@ -333,19 +413,24 @@ class TrackingSession:
             logits = logits.float().cpu().numpy()
             wins = logits > best
             best[wins], ids[wins] = logits[wins], object_id
-        masks.write(output.frame_idx, ids)
+        # Nothing is known of an object before its first prompt.
+        ran = (output.object_score_logits[:, 0] > NO_OBJ_SCORE).cpu().numpy()
+        scores = ObjectScores(*(values[ran] for values in ObjectScores.of(output)))
+        masks.write(output.frame_idx, ids, np.array(output.object_ids)[ran].tolist(), scores)
         return ids
 
     # --- Another domain or model, or a project
 
-    def use(self, loaded: LoadedModel, domain: str | None = AUTO) -> None:
+    def use(self, loaded: LoadedModel, domain: str | None = AUTO, memory_selection: str | None = None) -> None:
         """Starts anew with a model and the same prompts: prompted frames are segmented at once, other masks dropped.
 
         Args:
             domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
+            memory_selection: which memories a frame reads; as the model says by default.
         """
+        memory_selection = memory_selection or loaded.model.memory_selection
         with self.exclusive():
-            tracking, output = self._new_tracking(loaded, domain), None
+            tracking, output = self._new_tracking(loaded, domain, memory_selection), None
             masks = MaskStore(Path(tempfile.mkdtemp(dir=self.folder)), self.masks.size)
             try:
                 for frame in self.prompted_frames:
@@ -357,6 +442,7 @@ class TrackingSession:
                 raise
             shutil.rmtree(self.masks.folder)
             self._tracking, self.loaded, self.domain, self.masks = tracking, loaded, domain, masks
+            self.memory_selection, self._where_to_look = memory_selection, None
             self._undo.clear()
             self.tracked_domain = output and output.domain
             self.confidence = output and output.domain_confidence
@@ -365,7 +451,7 @@ class TrackingSession:
         """Takes over objects and prompts of a project, of a session without any; masks are written to `masks`."""
         self.objects, self.last_id = objects, last_id
         self.prompts = {(prompt.object_id, prompt.frame_idx): prompt for prompt in prompts}
-        self._tracking = self._new_tracking(self.loaded, self.domain)
+        self._tracking = self._new_tracking(self.loaded, self.domain, self.memory_selection)
 
     @contextmanager
     def exclusive(self) -> Iterator[VideoSession]:

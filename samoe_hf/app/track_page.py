@@ -11,19 +11,38 @@ import numpy as np
 
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 
-from .exports import export_coco, export_masks, export_overlay
-from .page_parts import PREVIEW_SECONDS, QUICK, App, Part, Shown, button, frame_of, object_of, one_of, picture, point_of
+from .exports import export_coco, export_masks, export_overlay, export_tracks
+from .page_parts import (
+    PREVIEW_SECONDS,
+    QUICK,
+    App,
+    Part,
+    Shown,
+    button,
+    frame_of,
+    object_of,
+    one_of,
+    picture,
+    place_of,
+    point_of,
+    shown_picture,
+)
 from .people import Person
 from .pictures import draw_frame
 from .project import is_project, open_project, save_project
 from .session import Direction, TrackingSession
+from .timeline import MOST_LOOKS, TIMELINE_SIZE, draw_timeline, frame_at
 from .uploads import EXAMPLES, VIDEO_SUFFIXES, open_example, open_upload
 
+LEGEND = "In the timeline, orange is doubt, and a dot is where you clicked. Click on it to see a frame."
+MARKED = f"The most doubtful frames, marked red. {LEGEND}"
+NOTHING = f"No frame stands out. {LEGEND}"
 POSITIVE, NEGATIVE, BOX = "+ is the object", "− is not", "Box: two corners"
 EXPORTS: dict[str, Callable[[TrackingSession, Path], Path]] = {
     "Masks, PNG in a zip": export_masks,
     "Video with masks, mp4": export_overlay,
     "Masks, COCO JSON": export_coco,
+    "Scores and boxes, CSV": export_tracks,
     "Project, to go on later": save_project,
 }
 
@@ -37,27 +56,44 @@ def next_step(person: Person | None) -> str:
         return "**Box:** now click the opposite corner."
     if not session.prompts:
         return "**Next:** click on an object in the frame. Its mask appears at once."
-    if len(session.masks.frames) <= len(session.prompted_frames):
+    if not session.was_tracked:
         return (
             "**Next:** is the mask right? Then **track the whole video**. If not, click again: + where it lacks, "
             "− where it is too much."
         )
     return (
-        "**Next:** move through the frames. Where a mask is wrong, click to correct it and track **from here on**. "
-        "Or take the masks away."
+        "**Next:** look at the frames that the timeline marks. Where a mask is wrong, click to correct it and track "
+        "**from here on**. Or take the masks away."
     )
 
 
-def whose_experts(session: TrackingSession | None) -> str:
-    """Whose experts the video got, and how sure the gate was."""
-    if session is None or not session.loaded.domains:
+def how_tracked(session: TrackingSession | None) -> str:
+    """Which memories the video's frames read, whose experts it got, and how sure the gate was."""
+    if session is None:
         return ""
+    memories = f"Memory selection: **{session.memory_selection}**."
+    if not session.loaded.domains:
+        return memories
     if not session.masks.frames:
-        return "The gate decides on the first click."
+        return f"{memories} The gate decides on the first click whose experts run."
     whose = "the base model, no domain's experts" if session.tracked_domain is None else session.tracked_domain
     if session.confidence is None:
-        return f"Experts: **{whose}**, as you chose."
-    return f"Experts: **{whose}**, chosen by the gate, {session.confidence:.0%} sure."
+        return f"{memories} Experts: **{whose}**, as you chose."
+    return f"{memories} Experts: **{whose}**, chosen by the gate, {session.confidence:.0%} sure."
+
+
+def named(session: TrackingSession, frame: int) -> list[tuple[str, int]]:
+    """What each object is called on a frame, with how sure the model is of it, and its id."""
+    rows, ends, names = {row.object: row for row in session.rows(frame)}, session.ends, []
+    for object_id in session.objects:
+        name = f"object {object_id}"
+        if (row := rows.get(object_id)) is not None:
+            iou = f"IoU {row.iou:.2f}" if row.seen else "not seen"
+            name += f" · score {row.score:.2f} · {iou}"
+        if object_id in ends:
+            name += f", gone from {ends[object_id]}"
+        names.append((name, object_id))
+    return names
 
 
 class TrackPart(Part):
@@ -94,12 +130,14 @@ class TrackPart(Part):
                 self.mode = gr.Radio(modes, value=POSITIVE, show_label=False, container=False, elem_id="mode", scale=4)
                 self.undo = button("Undo", "undo", size="sm", interactive=False)
             self.slider = gr.Slider(0, 1, 0, step=1, label="Frame", elem_id="slider")
+            self.timeline = picture("The timeline", "timeline", visible=False)
             with gr.Row(elem_id="track-buttons"):
                 self.back = button("◀ From here back", "back")
                 self.track = button("Track the whole video", "track", "primary", scale=2)
                 self.onward = button("From here on ▶", "onward")
                 self.stop = button("Stop", "stop", "stop", interactive=False)
             self.progress = gr.Markdown("", elem_id="progress")
+            self.looks = gr.Radio([], label="Where to look", visible=False, elem_id="looks")
 
     def _build_tools(self) -> None:
         self.objects = gr.Radio([], label="Object", elem_id="objects")
@@ -118,13 +156,15 @@ class TrackPart(Part):
     def _connect(self) -> None:
         self.shown = {
             *(self.hint, self.start, self.stage, self.tools, self.frame, self.slider, self.stop, self.progress),
-            *(self.undo, self.objects, self.remove, self.leaves, self.whose, self.file),
+            *(self.undo, self.objects, self.remove, self.leaves, self.whose, self.file, self.timeline, self.looks),
         }
         shown, here = self.shown, [self.slider]
         self.on(self.upload.upload, self.open_files, [self.upload], shown)
         self.on(self.take_example.click, self.open_example, [self.example], shown)
         self.on(self.another.click, self.ask_another, [], {self.start, self.upload}, **QUICK)
         self.on(self.slider.input, self.view, here, shown, trigger_mode="always_last", **QUICK)
+        self.on(self.timeline.select, self.go_along, [], shown, **QUICK)
+        self.on(self.looks.input, self.go_to, [self.looks], shown, **QUICK)
         inputs = [self.slider, self.objects, self.mode]
         self.on(self.frame.select, self.click, inputs, shown, trigger_mode="multiple", **QUICK)
         self.on(self.mode.change, self.forget_corner, here, shown, **QUICK)
@@ -157,8 +197,11 @@ class TrackPart(Part):
         corner = person.corner[2:] if person.corner and person.corner[1] == frame else None
         prompts = [prompt for _, prompt in sorted(session.prompts.items()) if prompt.frame_idx == frame]
         id_map = session.id_map(frame) if id_map is None else id_map
-        ends = session.ends
-        objects = [(f"object {i}, gone from {ends[i]}" if i in ends else f"object {i}", i) for i in session.objects]
+        objects, looks, timeline = named(session, frame), [], None
+        if session.was_tracked:
+            looks, timeline = session.looks[:MOST_LOOKS], draw_timeline(session, frame)
+        marked = frame if frame in [look.frame for look in looks] else None
+        listed = [(f"frame {look.frame}: {look.reason}", look.frame) for look in looks]
         return {
             self.hint: next_step(person),
             self.frame: draw_frame(session.frame(frame), id_map, prompts, corner),
@@ -166,7 +209,9 @@ class TrackPart(Part):
             self.objects: gr.Radio(objects) if objects and chosen is None else gr.Radio(objects, value=chosen),
             self.remove: gr.Button(interactive=bool(objects)),
             self.leaves: gr.Button(interactive=bool(objects)),
-            self.whose: whose_experts(session),
+            self.whose: how_tracked(session),
+            self.timeline: shown_picture(timeline),
+            self.looks: gr.Radio(listed, value=marked, info=MARKED if looks else NOTHING, visible=session.was_tracked),
             self.stop: gr.Button(interactive=False),
         }
 
@@ -185,6 +230,18 @@ class TrackPart(Part):
                 self.slider: gr.Slider(0, max(1, last), 0, label=label, interactive=last > 0),
             }
         return updates
+
+    # --- Where to look
+
+    def go_along(self, person: Person, event: gr.SelectData) -> Shown:
+        """The timeline was clicked: the frame there is shown, or a marked one beside it."""
+        session, (x, _) = person.the_session(), place_of(event.index, TIMELINE_SIZE)
+        return self.go_to(person, frame_at(session, x))
+
+    def go_to(self, person: Person, frame: object) -> Shown:
+        """A frame that is worth a look was chosen."""
+        frame = frame_of(person.the_session(), frame)
+        return self.view(person, frame) | {self.slider: frame}
 
     # --- Videos
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from samoe_hf.errors import InputError
 
@@ -283,8 +284,8 @@ def voc_palette() -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def write_palette_png(path: str | Path, ids: np.ndarray) -> None:
-    """Writes (H, W) integer ids, 0 for background, as a palette PNG in DAVIS' colours.
+def write_palette_png(path: str | Path, ids: np.ndarray, text: PngInfo | None = None) -> None:
+    """Writes (H, W) integer ids, 0 for background, as a palette PNG in DAVIS' colours, with text in it if there is some.
 
     Raises:
         ValueError: ids outside 0..255, which a palette cannot hold, or another shape or dtype.
@@ -295,4 +296,4 @@ def write_palette_png(path: str | Path, ids: np.ndarray) -> None:
         raise InputError(f"{path}: ids {ids.min()} to {ids.max()}; a palette holds 0 to 255, so renumber the objects")
     image = Image.fromarray(ids.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
-    image.save(path)
+    image.save(path, pnginfo=text)
