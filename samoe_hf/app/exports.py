@@ -33,14 +33,15 @@ def _new_file(session: TrackingSession, path: Path) -> Iterator[Path]:
 
 def export_masks(session: TrackingSession, folder: Path) -> Path:
     """Writes a zip: all frames' masks as palette PNGs in DAVIS' colours, `<video>/<frame>.png`, and `tracks.csv`."""
-    target, scratch = folder / f"{session.video.name}_masks.zip", folder / "scratch"
+    target, scratch = folder / f"{session.video.name}_masks.zip", folder / "mask.png"
+    tracks = export_tracks(session, folder)
     with _new_file(session, target) as path, zipfile.ZipFile(path, "w") as archive:
         for frame, name in enumerate(session.video.frames.names):
             write_palette_png(scratch, session.id_map(frame))
             archive.write(scratch, f"{session.video.name}/{name}.png")
-        write_tracks(scratch, session.all_rows())
-        archive.write(scratch, "tracks.csv")
+        archive.write(tracks, "tracks.csv")
     scratch.unlink()
+    tracks.unlink()
     return target
 
 

@@ -72,7 +72,7 @@ class LookPart(Part):
         super().__init__(app, key)
         self.track = track
         self.note = gr.Markdown(FIRST, elem_id="look-note")
-        with gr.Accordion("Whose experts", open=True):
+        with gr.Accordion("Whose experts, and which memories", open=True):
             with gr.Row():
                 self.model = gr.Dropdown(list(app.models), value=app.first.name, label="Model")
                 self.domain = gr.Dropdown([], label="Experts of", elem_id="domain", interactive=True)

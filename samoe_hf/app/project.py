@@ -96,7 +96,7 @@ def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) 
                 raise SampleError(f"The project has a mask of frame {frame}, which its video does not have.")
             name = f"{MASKS}/{frame:05d}.png"
             id_map, text = _read_mask(archive, name, video.frames.size)
-            with named_errors(name, "is none of this app", (ValueError, TypeError, OverflowError, RecursionError)):
+            with named_errors(name, "has wrong scores", (ValueError, TypeError, OverflowError, RecursionError)):
                 rows = {row.object: row for row in (TrackRow(*entry) for entry in json.loads(text))}
                 ids = sorted(known.intersection(rows))
                 values = [[float(value) for value in rows[one][3:6]] for one in ids]

@@ -207,8 +207,7 @@ class TrackingSession:
 
     def id_map(self, frame: int) -> np.ndarray:
         """The objects' ids on a frame, (H, W) uint8, 0 for background; all 0 where nothing was tracked."""
-        ends = self.ends
-        return self.masks.read(frame, [one for one in self.objects if frame < ends.get(one, self.num_frames)])
+        return self.masks.read(frame, [object_id for object_id, end in self._until.items() if frame < end])
 
     # --- Where to look
 
@@ -237,7 +236,7 @@ class TrackingSession:
 
     @property
     def looks(self) -> list[Look]:
-        """Frames that are worth a look since the video was tracked last, the most doubtful first."""
+        """Frames that are worth a look since the video was tracked last, the most telling first."""
         until, looks = self._until, self._found[0]
         fresh = (look for look in looks if (look.object, look.frame) not in self.prompts)
         return [look for look in fresh if look.frame < until.get(look.object, 0)]

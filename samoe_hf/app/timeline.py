@@ -7,9 +7,8 @@ from samoe_hf.plots.masks import object_color
 
 from .session import TrackingSession
 
-TIMELINE_SIZE = 80, 1280
-MARGIN, STRIP, NEAR = 14, 24, 14  # at the sides, below for prompts, and by how much a click may miss a mark; in pixels
-MOST_LOOKS = 8
+TIMELINE_SIZE = 96, 1280
+MARGIN, STRIP, NEAR = 14, 26, 14  # at the sides, below for prompts, and by how much a click may miss a mark; in pixels
 TRACKED, OTHER, PAPER, DOUBT, MARK = (190, 198, 208), (228, 231, 236), (248, 249, 251), (245, 158, 66), (200, 30, 30)
 
 
@@ -21,7 +20,7 @@ def _columns(session: TrackingSession) -> np.ndarray:
 def frame_at(session: TrackingSession, x: float) -> int:
     """The frame of a column; one that is worth a look if it is near."""
     ways = np.abs(_columns(session) - x)
-    looks = [look.frame for look in session.looks[:MOST_LOOKS] if ways[look.frame] <= NEAR]
+    looks = [look.frame for look in session.looks if ways[look.frame] <= NEAR]
     return min(looks, key=lambda frame: ways[frame]) if looks else int(ways.argmin())
 
 
@@ -38,7 +37,7 @@ def draw_timeline(session: TrackingSession, shown: int) -> np.ndarray:
     picture[base:] = np.where(tracked[:, None], TRACKED, OTHER)
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
-    for look in session.looks[:MOST_LOOKS]:
+    for look in session.looks:
         x = float(columns[look.frame])
         draw.line((x, 0, x, base), MARK, 3)
         draw.polygon([(x - 11, 0), (x + 11, 0), (x, 20)], MARK)

@@ -31,11 +31,11 @@ from .people import Person
 from .pictures import draw_frame
 from .project import is_project, open_project, save_project
 from .session import Direction, TrackingSession
-from .timeline import MOST_LOOKS, TIMELINE_SIZE, draw_timeline, frame_at
+from .timeline import TIMELINE_SIZE, draw_timeline, frame_at
 from .uploads import EXAMPLES, VIDEO_SUFFIXES, open_example, open_upload
 
-LEGEND = "In the timeline, orange is doubt, and a dot is where you clicked. Click on it to see a frame."
-MARKED = f"The most doubtful frames, marked red. {LEGEND}"
+LEGEND = "In the timeline, orange is doubt, and a dot is where you clicked; click on it to see a frame."
+MARKED = f"The frames that are most worth a look, marked red. {LEGEND}"
 NOTHING = f"No frame stands out. {LEGEND}"
 POSITIVE, NEGATIVE, BOX = "+ is the object", "− is not", "Box: two corners"
 EXPORTS: dict[str, Callable[[TrackingSession, Path], Path]] = {
@@ -199,7 +199,7 @@ class TrackPart(Part):
         id_map = session.id_map(frame) if id_map is None else id_map
         objects, looks, timeline = named(session, frame), [], None
         if session.was_tracked:
-            looks, timeline = session.looks[:MOST_LOOKS], draw_timeline(session, frame)
+            looks, timeline = session.looks, draw_timeline(session, frame)
         marked = frame if frame in [look.frame for look in looks] else None
         listed = [(f"frame {look.frame}: {look.reason}", look.frame) for look in looks]
         return {

@@ -285,7 +285,7 @@ def voc_palette() -> np.ndarray:
 
 
 def write_palette_png(path: str | Path, ids: np.ndarray, text: PngInfo | None = None) -> None:
-    """Writes (H, W) integer ids, 0 for background, as a palette PNG in DAVIS' colours, with text in it if there is some.
+    """Writes (H, W) integer ids, 0 for background, as a palette PNG in DAVIS' colours, with text if it is given.
 
     Raises:
         ValueError: ids outside 0..255, which a palette cannot hold, or another shape or dtype.

@@ -93,6 +93,31 @@ def test_the_chosen_object_leaves_where_it_is_said_to_and_stays_after_all(page, 
 
 
 @pytest.mark.slow
+def test_the_timeline_and_its_list_lead_to_frames_by_mouse_and_by_keys(page, small_video):
+    page.open(small_video)
+    page.click(0.3, 0.5)
+    assert not page.page.locator("#timeline").is_visible()
+    assert "object 1 · score" in page.text("objects")
+    page.track()
+    image = page.page.locator("#timeline img")
+    box, entries = image.bounding_box(), page.page.locator("#looks input")
+    assert box["width"] > 800 and 40 < box["height"] < 90
+    worst = int(entries.first.get_attribute("value"))
+    for frame in (worst, (worst + 1) % 8):
+        before = page.frame_source()
+        image.click(position={"x": box["width"] * (0.01 + 0.98 * frame / 7), "y": 10})
+        page.wait_for_change(before)
+        page.wait("([f]) => document.querySelector('#slider input[type=number]').value == f", frame)
+    before = page.frame_source()
+    entries.first.focus()
+    page.page.keyboard.press("Space")
+    page.wait_for_change(before)
+    page.wait("([f]) => document.querySelector('#slider input[type=number]').value == f", worst)
+    assert entries.first.is_checked() and f"frame {worst}: object 1" in page.text("looks")
+    assert not page.errors
+
+
+@pytest.mark.slow
 def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path):
     page = open_page()
     page.open(write_small_video(tmp_path / "long.mp4", num_frames=300))

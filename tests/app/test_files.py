@@ -8,15 +8,17 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 
 from helpers.app import maps_of, run_all
-from samoe_hf.app.exports import export_coco, export_masks, export_overlay
+from samoe_hf.app.exports import export_coco, export_masks, export_overlay, export_tracks
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.uploads import Limits
 from samoe_hf.data.frames import SampleError
 from samoe_hf.data.images import read_label_png
 from samoe_hf.errors import InputError
+from samoe_hf.tracks import read_tracks
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,14 @@ def test_masks_are_palette_pngs_of_every_frame(tracked, tmp_path):
     assert [file.name for file in files] == [f"{i:05d}.png" for i in range(8)]
     assert Image.open(files[0]).mode == "P"
     assert (np.stack([read_label_png(file) for file in files]) == maps_of(tracked)).all()
+    assert (
+        read_tracks(tmp_path / "out" / "tracks.csv")
+        == tracked.all_rows()
+        == read_tracks(export_tracks(tracked, tmp_path))
+    )
+    assert {(row.object, row.frame) for row in tracked.all_rows()} == {
+        (i, t) for i in (1, 2) for t in range((8, 6)[i - 1])
+    }
 
 
 def test_coco_holds_the_same_masks(tracked, tmp_path):
@@ -56,6 +66,8 @@ def test_coco_holds_the_same_masks(tracked, tmp_path):
     for one in document["annotations"]:
         mask = coco_mask.decode(one["segmentation"]).astype(bool)
         assert mask.sum() == one["area"] > 0 and not maps[one["image_id"]][mask].any()
+        (row,) = (row for row in tracked.rows(one["image_id"]) if row.object == one["track_id"])
+        assert (one["score"], one["iou"], one["area"]) == (row.score, row.iou, row.area)
         maps[one["image_id"]][mask] = one["track_id"]
     assert maps.any() and (maps == maps_of(tracked)).all()
     assert [image["frame_index"] for image in document["images"]] == list(range(8))
@@ -73,6 +85,7 @@ def test_the_overlay_is_an_mp4_of_all_frames(tracked, session, tmp_path):
 def test_a_project_opens_as_it_was_and_goes_on(tracked, project, tmp_path, small_model):
     opened = open_again(project, tmp_path, small_model)
     assert tracked.objects == opened.objects == [1, 2] and (maps_of(tracked) == maps_of(opened)).all()
+    assert tracked.all_rows() == opened.all_rows() and tracked.looks == opened.looks
     given = [{key: prompt.inputs() for key, prompt in one.prompts.items()} for one in (tracked, opened)]
     assert given[0] == given[1] and len(given[0]) == 3 and opened.ends == {2: 6}
     assert opened.add_object() == 4
@@ -170,7 +183,45 @@ def test_masks_of_a_project_must_fit_its_video(project, tmp_path, small_model):
     with pytest.raises(SampleError, match="no file"):
         open_again(changed(project, tmp_path / "less.zip", leave_out=["masks/00002.png"]), tmp_path, small_model)
     opened = open_again(changed(project, tmp_path / "foreign.zip", files=foreign), tmp_path, small_model)
-    assert not opened.id_map(2).any()  # 77 is no object
+    assert not opened.id_map(2).any() and not opened.rows(2)  # 77 is no object
+
+
+def with_rows(path, text):
+    """A mask of object 1 with rows that say something else."""
+    info = PngInfo()
+    info.add_text("rows", text)
+    Image.fromarray(np.eye(64, 96, dtype=np.uint8)).save(path, pnginfo=info)
+    return {"masks/00002.png": path.read_bytes()}
+
+
+ROW = [99, -1, 1, 0.5, 0.5, 1, 10**9, None, "x", 0, 0, 0, 0, True]  # of which the scores alone are taken
+
+
+@pytest.mark.parametrize("object_id,known", [(1, [1]), (2, [2]), (3, []), ("1", []), (None, [])])
+def test_scores_of_a_project_are_those_of_its_objects(project, tmp_path, small_model, object_id, known):
+    files = with_rows(tmp_path / "1.png", json.dumps([[*ROW[:2], object_id, *ROW[3:]]]))
+    rows = open_again(changed(project, tmp_path / "other.zip", files=files), tmp_path, small_model).rows(2)
+    assert [(row.object, row.score, row.area) for row in rows] == [(one, 0.5, 64 * (one == 1)) for one in known]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "3",
+        "[3]",
+        "[[1]]",
+        "[" * 10**4,
+        *(json.dumps([[*ROW[:3], x, *ROW[4:]]]) for x in (2, -1, None, [], "x")),
+        *(json.dumps([[*ROW[:3], x, *ROW[4:]]]) for x in (float("nan"), float("inf"), 10**400)),
+        json.dumps([[*ROW[:2], [], *ROW[3:]]]),
+    ],
+)
+def test_scores_of_a_project_that_are_none_are_refused(project, tmp_path, small_model, text):
+    files = with_rows(tmp_path / "1.png", text)
+    with pytest.raises(SampleError, match=r"00002\.png: has wrong scores"):
+        open_again(changed(project, tmp_path / "wrong.zip", files=files), tmp_path, small_model)
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,11 @@ def test_a_visit_that_looks_inside_compares_collects_and_takes_the_project_along
     for chosen, place in ((None, [100, 100]), (1, [300, 200])):
         act("frame", "select", 0, chosen, "Box: two corners", event_data={"index": place, "value": None})
     assert "Tracked." in act("track", "click", 0) and "chosen by the gate" in act("look-tab", "select", None, None)
-    assert "as you chose" in act("use", "click", "domains", "first", 0)
+    assert not visitor.act("use", "click", "domains", "first", "best", 0).success
+    used = act("use", "click", "domains", "first", "score", 0)
+    assert "as you chose" in used and "**score**" in used
     act("track", "click", 0)
+    assert "score" in act("timeline", "select", event_data={"index": [700, 9], "value": None})
     looked = act("look", "click", 4)
     assert looked.count("jpeg") == 2 and "layer" in looked
     assert "object 1" in act("compare", "click", "domains: the base model", "nano", False)

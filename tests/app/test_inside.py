@@ -60,6 +60,16 @@ def test_a_comparison_needs_prompts_leaves_corrections_out_and_is_stopped(prompt
         Comparison(session, sides, tmp_path)
 
 
+def test_both_sides_read_memories_as_the_session_does(session, sides, tmp_path, monkeypatch):
+    session.click(session.add_object(), 1, 40, 40)
+    session.use(session.loaded, memory_selection="score")
+    seen = []
+    track = lambda *_, memory_selection, **others: seen.append(memory_selection) or iter(())  # noqa: E731
+    monkeypatch.setattr("samoe_hf.app.comparison.track_video", track)
+    run_all(Comparison(session, sides, tmp_path).run())
+    assert seen == ["score", "score"]
+
+
 def test_experts_are_seen_and_the_session_stays_as_it_is(prompted, make_session, two_domains):
     with pytest.raises(ValueError, match="Go to a frame that was tracked"):
         look_at_experts(prompted, 1)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of, track_by_hand
+from samoe_hf import VideoSession
 from samoe_hf.app.project import open_project, save_project
+from samoe_hf.app.timeline import draw_timeline, frame_at
 from samoe_hf.app.uploads import Limits
 from samoe_hf.inference import VideoPrompt
+from samoe_hf.tracks import ObjectScores
 
 
 def test_clicks_tracking_and_corrections_are_those_of_the_python_api(session):
@@ -64,6 +67,58 @@ def test_undo_leads_back_to_the_bit_even_for_what_is_tracked_later(make_session,
     assert state_of(session) == state_of(other)
     with pytest.raises(ValueError, match="nothing to undo"):
         session.undo()
+
+
+def test_scores_are_the_models_of_objects_that_have_begun(session):
+    session.click(session.add_object(), 2, 30, 30)
+    session.click(session.add_object(), 5, 70, 30)
+    assert [(row.frame, row.object) for row in session.all_rows()] == [(2, 1), (5, 1), (5, 2)]
+    session.undo()
+    run_all(session.propagate())
+    session.click(2, 5, 70, 30)
+    tracking = VideoSession(session.video.frames, session.loaded.processor)
+    session.prompts[1, 2].add_to(tracking, session.loaded.processor)
+    expected = {}
+    for output in session.loaded.model.propagate_from_prompts_iterator(tracking):
+        expected[output.frame_idx] = (output.object_score_logits.sigmoid().item(), output.iou_scores.item())
+    rows, maps = session.all_rows(), maps_of(session)
+    assert [(row.frame, row.object) for row in rows] == [*((t, 1) for t in range(6)), (5, 2), (6, 1), (7, 1)]
+    for row in rows:
+        assert row.area == (maps[row.frame] == row.object).sum() and row.time == round(row.frame / 6, 3)
+        assert row.prompted == ((row.object, row.frame) in session.prompts)
+        assert row.object == 2 or np.allclose((row.score, row.iou), expected[row.frame], atol=1e-4)
+    session.end_object(1, 5)
+    assert [(row.frame, row.object) for row in session.all_rows()] == [*((t, 1) for t in range(5)), (5, 2)]
+
+
+def test_where_to_look_is_marked_until_it_was_corrected(session):
+    session.click(session.add_object(), 0, 30, 30)
+    assert not session.was_tracked
+    shape = np.zeros((64, 96), np.uint8)
+    shape[20:40, 20:40] = 1
+    for t in range(8):
+        session.masks.write(t, shape, [1], ObjectScores(*np.float32([[1], [0.2 if t == 4 else 0.95], [1]])))
+    (look,) = session.looks
+    assert session.was_tracked and look.frame == 4 == session.doubt[1:].argmax() + 1 and "IoU 0.20" in look.reason
+    columns = np.linspace(0, 1279, 8)
+    assert [frame_at(session, x) for x in columns] == list(range(8)) and frame_at(session, columns[4] - 12) == 4
+
+    def is_marked() -> bool:
+        return (draw_timeline(session, 7)[10, round(columns[4])] == (200, 30, 30)).all()
+
+    assert is_marked()
+    session.click(1, 4, 60, 50)
+    assert not session.looks and not is_marked()
+    session.undo()
+    assert session.looks and is_marked()
+    session.end_object(1, 3)
+    assert not session.looks and not is_marked() and not session.doubt[3:].any()
+    session.undo()
+    session.remove_object(1)
+    assert not session.looks and not session.doubt.any()
+    session.undo()
+    run_all(session.propagate())
+    assert (draw_timeline(session, 3) != draw_timeline(session, 4)).any()
 
 
 def test_an_object_leaves_or_stays_after_all(session):
@@ -219,4 +274,14 @@ def test_a_new_start_keeps_the_prompts_and_their_frames_only(session):
     run_all(session.propagate())
     session.use(session.loaded)
     assert session.masks.frames == {2} and list(session.prompts) == [(1, 2)]
+    assert run_all(session.propagate()) == 8
+
+
+@pytest.mark.parametrize("selection,used", [("score", "score"), ("distractor", "distractor"), (None, "recent")])
+def test_memories_are_chosen_as_a_new_start_says_or_else_as_the_model_does(session, selection, used):
+    assert session.memory_selection == "recent"
+    session.click(session.add_object(), 2, 30, 30)
+    session.use(session.loaded, memory_selection=selection)
+    with session.exclusive() as tracking:
+        assert session.memory_selection == tracking.memory_selection == used
     assert run_all(session.propagate()) == 8

@@ -31,7 +31,8 @@ def maps_of(session: TrackingSession) -> np.ndarray:
 
 def state_of(session: TrackingSession) -> SimpleNamespace:
     """All that a person sees of a session."""
-    return SimpleNamespace(objects=session.objects[:], prompts=dict(session.prompts), maps=maps_of(session).tobytes())
+    seen = {"maps": maps_of(session).tobytes(), "rows": session.all_rows()}
+    return SimpleNamespace(objects=session.objects[:], prompts=dict(session.prompts), **seen)
 
 
 def run_all(steps: Iterable) -> int:
