@@ -223,9 +223,9 @@ class TrackingSession:
 
     def rows(self, frame: int) -> list[TrackRow]:
         """What is known of the objects on a frame, but for those that are gone."""
-        fps, until = self.video.frames.fps, self._until
+        time, until = self.video.frames.time(frame), self._until
         return [
-            row._replace(time=fps and round(frame / fps, 3), prompted=(row.object, frame) in self.prompts)
+            row._replace(time=time and round(time, 3), prompted=(row.object, frame) in self.prompts)
             for row in self.masks.rows(frame)
             if frame < until.get(row.object, 0)
         ]

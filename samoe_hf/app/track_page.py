@@ -61,9 +61,10 @@ def next_step(person: Person | None) -> str:
             "**Next:** is the mask right? Then **track the whole video**. If not, click again: + where it lacks, "
             "− where it is too much."
         )
+    where = "look at the frames that the timeline marks" if session.looks else "move through the frames"
     return (
-        "**Next:** look at the frames that the timeline marks. Where a mask is wrong, click to correct it and track "
-        "**from here on**. Or take the masks away."
+        f"**Next:** {where}. Where a mask is wrong, click to correct it and track **from here on**. Or take the masks "
+        "away."
     )
 
 
