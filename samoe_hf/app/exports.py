@@ -46,7 +46,7 @@ def export_masks(session: TrackingSession, folder: Path) -> Path:
 
 
 def export_tracks(session: TrackingSession, folder: Path) -> Path:
-    """Writes how sure the model is of each object on each frame, and where it is, as a CSV; see `tracks.csv`."""
+    """Writes how sure the model is of each object, and where it is, see [`~samoe_hf.tracks.write_tracks`]."""
     target = folder / f"{session.video.name}_tracks.csv"
     with _new_file(session, target) as path:
         write_tracks(path, session.all_rows())

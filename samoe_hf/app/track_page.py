@@ -344,6 +344,7 @@ class TrackPart(Part):
         if last is not None and last.done < last.total:
             where, words = last.frame, f"Stopped after {last.done} of {last.total} frames."
         yield {**self.view(person, where), self.slider: where, self.progress: words}
+        yield {self.progress: words}  # Gradio sends the last step again, when the slider may have been moved already
 
     def stop_tracking(self, person: Person) -> None:
         """Stop was pressed."""

@@ -66,7 +66,8 @@ def test_a_visit_that_looks_inside_compares_collects_and_takes_the_project_along
     assert not visitor.act("use", "click", "domains", "first", "best", 0).success
     used = act("use", "click", "domains", "first", "score", 0)
     assert "as you chose" in used and "**score**" in used
-    act("track", "click", 0)
+    last = visitor.act("track", "click", 0).output["data"]  # is sent twice, and must not bring the slider back
+    assert "Tracked." in last and all(value in ("Tracked.", {"__type__": "update"}) for value in last)
     assert "score" in act("timeline", "select", event_data={"index": [700, 9], "value": None})
     looked = act("look", "click", 4)
     assert looked.count("jpeg") == 2 and "layer" in looked
