@@ -22,7 +22,7 @@ from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam
 
 from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
-from samoe_hf.inference import VideoPrompt, check_prompts
+from samoe_hf.inference import VideoPrompt, check_masks, check_prompts
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.session import VideoSession
 from samoe_hf.model.tracking import SamoeTrackingOutput
@@ -394,6 +394,7 @@ class TrackingSession:
     def _store(self, output: Sam2VideoSegmentationOutput) -> tuple[int, np.ndarray]:
         """Stores a frame's map; gives frame and map."""
         assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
+        check_masks(output, self.loaded.model.dtype)
         id_map = self._write(self.masks, output, self.loaded)
         self.tracked_domain, self.confidence = output.domain, output.domain_confidence
         return output.frame_idx, id_map
