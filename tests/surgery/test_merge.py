@@ -145,8 +145,8 @@ def test_tiny_tracks_the_same_in_both(tmp_path, monkeypatch):
     (tmp_path / "sam2").mkdir()
     figures = check_in_sam2(model, tmp_path / "sam2"), check_in_transformers(model, tmp_path)
     print(figures)
-    # 8e-4 was measured of either, on logits of random weights, whose memories are rounded to bfloat16 on the way. How far
-    # the base alone is from itself there was not.
+    # 8e-4 was measured of either. Memories are rounded to bfloat16 on the way; how far the base alone is from itself
+    # there was not measured.
     assert max(figures) < 2e-3
 
 
