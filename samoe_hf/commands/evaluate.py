@@ -122,18 +122,20 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
 
     of_original = {"experts": parsed.experts, "original_config": parsed.config}
     has_original = any(map(is_original_checkpoint, parsed.models))
-    sources = [*parsed.models, *parsed.predictions]
-    entries = []
+    sources, several = [*parsed.models, *parsed.predictions], list(dict.fromkeys(parsed.memory_selection or [None]))
+    runs = []
     for source, label in zip(sources, label_sources(sources), strict=True):
+        for selection in [None] if isinstance(source, Path) else several:
+            runs.append((source, selection, f"{label}-{selection}" if selection and len(several) > 1 else label))
+    entries = []
+    for (source, selection, _), label in zip(runs, options.unique_names(label for *_, label in runs), strict=True):
         if isinstance(source, Path):
             with input_errors():  # these masks are the data
                 entries.append(evaluation.run_masks(source, label, state))
         else:
             own = of_original if is_original_checkpoint(source) or not has_original else {}
-            for selection in parsed.memory_selection or [None]:
-                own_label = f"{label}-{selection}" if len(parsed.memory_selection or ()) > 1 else label
-                chosen = options.tracking_options(parsed, selection)
-                entries.append(evaluation.run_model(source, own_label, state, parsed.overwrite, **own, **chosen))
+            own = {**own, **options.tracking_options(parsed, selection)}
+            entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
     if not state.is_main_process:
         return
     results = evaluation.results(entries, state)

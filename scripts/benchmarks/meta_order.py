@@ -11,6 +11,7 @@ python scripts/benchmarks/meta_order.py --model model_micro --peers transformers
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,16 +95,7 @@ class _ByModule(nn.Module):
         self.position_ids, self._run = attention.position_ids, attention.forward
         self.rotary_emb = RotaryEmbedding(attention.rotary_emb)
 
-    def forward(
-        self,
-        image: Tensor,
-        position: Tensor,
-        memory: Tensor,
-        memory_position: Tensor,
-        memory_rotation: Tensor,
-        is_read: Tensor | None = None,
-    ) -> Tensor:
-        assert is_read is None, "transformers' has no mask"
+    def forward(self, image: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, *_: Any) -> Tensor:
         num_objects, num_tokens = image.shape[:2]
         conditioned = self._run(
             current_vision_features=image.transpose(0, 1),

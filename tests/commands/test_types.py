@@ -1,5 +1,6 @@
 """`--dtype` and `--compile` of the commands that run a model."""
 
+import json
 from functools import partialmethod
 
 import numpy as np
@@ -156,3 +157,11 @@ def test_inductor_compiles_half_precision(samoe, words, tmp_path):
         samoe(*words("track"), *HALF, *option, "--overwrite")
         maps.append(np.stack([read_label_png(file) for file in sorted((tmp_path / "out_masks").iterdir())]))
     assert maps[0].any() and (maps[0] == maps[1]).mean() > 0.95
+
+
+def test_several_selections_are_compared_each_once(samoe, words, tmp_path):
+    kinds = ["recent", "distractor", "recent"]
+    samoe(*words("evaluate"), *[word for kind in kinds for word in ("--memory-selection", kind)])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [model["memory_selection"] for model in results["models"]] == ["recent", "distractor"]
+    assert [model["label"].rpartition("-")[2] for model in results["models"]] == ["recent", "distractor"]
