@@ -105,3 +105,20 @@ def test_in_training_objects_share_what_is_the_same_without_dropout(model_with_e
     if not dropped:
         alone = [attend(image[i // 3 : i // 3 + 1], memory[i : i + 1]) for i in range(3 * num_videos)]
         torch.testing.assert_close(attended, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_an_object_does_not_read_changes_nothing(model_with_effect):
+    attention, calls = model_with_effect.eval().memory_attention, []
+    watch = attention.register_forward_pre_hook(lambda _, args: calls.append(args))
+    prompt = torch.zeros(1, 1, 128, 128)
+    prompt[..., 20:60, 20:60] = 1
+    model_with_effect(torch.randn(1, 3, 3, 128, 128), input_masks=prompt)
+    watch.remove()
+    image, position, memory, places, rotation, _ = calls[-1]
+    is_read = torch.ones(memory.shape[:2], dtype=torch.bool)
+    is_read[:, -40:] = False
+    shorter = (memory[:, :-40], places[:, :-40], rotation[:-40])
+    masked, without = (attention(image, position, memory, places, rotation, x) for x in (is_read, None))
+    torch.testing.assert_close(masked, attention(image, position, *shorter), atol=1e-5, rtol=1e-4)
+    assert (masked - without).abs().mean() > 1e-4
