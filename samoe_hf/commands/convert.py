@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_model_option, add_output_option, command_parser, load_model
+from .options import add_model_option, add_output_option, add_size_option, command_parser, load_model
 
 if TYPE_CHECKING:
     from samoe_hf.model.modeling_samoe import SamoeModel
@@ -38,6 +38,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("convert", __doc__)
     group = add_model_option(parser)
     group.add_argument("--domain", metavar="NAME", help="whose experts are written; base: none")
+    add_size_option(group)
     output = add_output_option(parser, "folder to write; new or empty")
     output.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="what to write")
     output.add_argument("--into", type=Path, metavar="DIR", help="with --to sam3: the folder of SAM 3")

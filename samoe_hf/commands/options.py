@@ -55,7 +55,7 @@ def add_device_option(parser: argparse.ArgumentParser, shared: bool = False) -> 
 
 
 def add_tracking_options(parser: argparse.ArgumentParser, shared: bool = False, compiles: bool = True) -> None:
-    """Adds `--device` as [`add_device_option`] does, `--dtype`, and `--compile`, for [`tracking_options`]."""
+    """Adds `--device`, `--dtype`, `--image-size` and `--compile`, for [`tracking_options`]."""
     machine = add_device_option(parser, shared)
     machine.add_argument(
         "--dtype",
@@ -63,6 +63,7 @@ def add_tracking_options(parser: argparse.ArgumentParser, shared: bool = False, 
         default="auto",
         help="of the weights, and of what is computed; auto: bfloat16 on a GPU that has it, else float32",
     )
+    add_size_option(machine)
     if compiles:
         help_text = "compile the model; the first frames take minutes, later ones less time"
         machine.add_argument("--compile", action="store_true", help=help_text)
@@ -75,6 +76,8 @@ def tracking_options(parsed: argparse.Namespace, memory_selection: str | None = 
         memory_selection: of several that were given.
     """
     options = {"dtype": getattr(parsed, "dtype", None), "compiled": getattr(parsed, "compile", False)}
+    if (image_size := getattr(parsed, "image_size", None)) is not None:
+        options["image_size"] = image_size
     if isinstance(given := getattr(parsed, "memory_selection", None), str):
         memory_selection = given
     return options if memory_selection is None else {**options, "memory_selection": memory_selection}
@@ -86,6 +89,12 @@ def add_model_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     group.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     add_original_options(group)
     return group
+
+
+def add_size_option(group: argparse._ArgumentGroup) -> None:
+    """Adds `--image-size`, for [`tracking_options`]."""
+    help_text = "the model takes frames of S x S pixels; by default those that it was trained on"
+    group.add_argument("--image-size", type=int, metavar="S", help=help_text)
 
 
 def add_memory_option(group: argparse._ArgumentGroup, several: bool = False) -> None:

@@ -71,6 +71,7 @@ class Origin:
         changed: names of tensors beside the experts' that are not the base model's, whether or not they are trainable.
         quantized: names of layers whose weights are quantized.
         commit: of the Hub repository that the model was loaded from; that of its base is in `source`.
+        image_size: that of the configuration there; the model may take another.
         fingerprints: of the full base model under a quantized one, by the names that were left out.
     """
 
@@ -78,6 +79,7 @@ class Origin:
     changed: set[str] = field(default_factory=set)
     quantized: frozenset[str] = frozenset()
     commit: str | None = None
+    image_size: int | None = None
     fingerprints: dict[frozenset[str], str] = field(default_factory=dict)
 
 

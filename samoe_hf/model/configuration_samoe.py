@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
@@ -228,9 +229,7 @@ class SamoeConfig(Sam2VideoConfig):
             _check(name, getattr(self, name), rule)
         base = base_of(self)
         _check("vision_config.backbone_config.patch_size", base.stride(self), integer(1))
-        multiple = base.size_multiple(self)
-        is_multiple = Rule(f"a multiple of {multiple}", lambda x: integer(1).holds(x) and x % multiple == 0)
-        _check("image_size", self.image_size, is_multiple)
+        self._check_image_size(self.image_size)
         sides = [int(side) for side in self.memory_attention_rope_feat_sizes]
         for name in ("recent_memory_pooling", "older_memory_pooling"):
             if any(side % getattr(self, name) for side in sides):
@@ -254,23 +253,44 @@ class SamoeConfig(Sam2VideoConfig):
         return {name: getattr(self, name) for name in EXPERT_SETTINGS if not name.endswith("_modules")}
 
     def check_feature_sizes(self) -> None:
-        """Raises a `ValueError` if features of images, prompts or masks would be of other sizes than the model expects.
+        """Raises a `ValueError` if features of images or masks would be of other sizes than the model expects."""
+        for name, (value, expected) in self._feature_sizes().items():
+            if value != expected:
+                raise InputError(f"`{name}` must be {expected} in this configuration, got {value}.")
 
-        These fields leave no trace in the shapes of weights.
+    def resize(self, image_size: int) -> None:
+        """Has the model take frames of another height and width: sizes of features, masks and positions follow.
+
+        The weights are the same. They were trained for another size, so what the model finds changes.
+
+        Raises:
+            ValueError: if the base cannot take this size, or the sizes so far do not fit each other.
         """
+        self.check_feature_sizes()
+        self._check_image_size(image_size)
+        self.image_size = image_size
+        for name, (value, expected) in self._feature_sizes().items():
+            *parts, field_name = name.split(".")
+            if value != expected:
+                setattr(reduce(getattr, parts, self), field_name, expected)
+        self.check_experts()
+
+    def _check_image_size(self, image_size: Any) -> None:
+        multiple = base_of(self).size_multiple(self)
+        is_multiple = Rule(f"a multiple of {multiple}", lambda x: integer(1).holds(x) and x % multiple == 0)
+        _check("image_size", image_size, is_multiple)
+
+    def _feature_sizes(self) -> dict[str, tuple[Any, Any]]:
+        """Fields that leave no trace in the shapes of weights: name -> (value, expected)."""
         prompts = self.prompt_encoder_config
         sizes = [[mask_size(self) // ratio] * 2 for ratio in (1, 2, 4)]
-        fields = base_of(self).encoder_sizes(self, sizes)
-        fields |= {
+        return base_of(self).encoder_sizes(self, sizes) | {
             "prompt_encoder_config.image_size": (prompts.image_size, self.image_size),
             "prompt_encoder_config.patch_size": (prompts.patch_size, base_of(self).stride(self)),
             "memory_attention_rope_feat_sizes": (list(self.memory_attention_rope_feat_sizes), sizes[-1]),
             "mask_downsampler_padding": (self.mask_downsampler_padding, self.mask_downsampler_kernel_size // 2),
             "memory_fuser_padding": (self.memory_fuser_padding, self.memory_fuser_kernel_size // 2),
         }
-        for name, (value, expected) in fields.items():
-            if value != expected:
-                raise InputError(f"`{name}` must be {expected} in this configuration, got {value}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SamoeConfig":

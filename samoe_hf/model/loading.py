@@ -105,6 +105,12 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
     if commit is not None:
         hub["revision"] = arguments["revision"] = commit
     config = _read_config(config if config is not None else source, hub)
+    saved_size, image_size = config.image_size, settings.pop("image_size", config.image_size)
+    if image_size != saved_size:
+        try:
+            config.resize(image_size)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
     for name, value in settings.items():
         setattr(config, name, value)
     config.check_experts()
@@ -118,7 +124,10 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
         info = {"missing_keys": new, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": set()}
     else:
         model, info, new = _load_whole(request, config, hub, more_experts)
-    model.origin.commit = commit
+    model.origin.commit, model.origin.image_size = commit, saved_size
+    if config.domains and image_size != saved_size:
+        message = "The gate has learned domains on frames of %d pixels; on %d it may take a video for another's."
+        logger.warning(message, saved_size, image_size)
     if new and not request.output_loading_info:
         message = "%d expert tensors are not in %s: they are new, and have no effect until they are trained."
         logger.warning(message, len(new), source or "the given tensors")

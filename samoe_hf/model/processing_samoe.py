@@ -123,6 +123,8 @@ def build_processor(config: SamoeConfig) -> VideoProcessor:
 def load_processor(source: str | os.PathLike, model: SamoePreTrainedModel) -> VideoProcessor:
     """The processor saved with a model; `build_processor`'s for an original checkpoint, or where none was saved.
 
+    Of a model that was loaded for another `image_size`, it prepares frames of that size.
+
     Args:
         source: the file, folder or Hub id that `model` was loaded from.
 
@@ -153,15 +155,19 @@ def load_processor(source: str | os.PathLike, model: SamoePreTrainedModel) -> Vi
     # That of coordinates.
     sizes.append({"height": processor.target_size, "width": processor.target_size})
     side = model.config.image_size
+    saved_side = model.origin.image_size or side
     for size in sizes:
         height, width = size.get("height"), size.get("width")
-        if (height, width) != (side, side):
+        if (height, width) != (saved_side, saved_side):
             raise InputError(
                 f"{source}: its processor makes frames of {height} x {width} pixels, but the model takes "
-                f"{side} x {side}."
+                f"{saved_side} x {saved_side}."
             )
+    for part in parts:
+        part.size = type(part.size)(height=side, width=side)
+    processor.image_processor.mask_size = {"height": mask_size(model.config), "width": mask_size(model.config)}
     _check_prepared_frames(source, processor, side)
-    return OWN_CLASSES[expected](*parts, processor.target_size, processor.point_pad_value)
+    return OWN_CLASSES[expected](*parts, side, processor.point_pad_value)
 
 
 def _check_prepared_frames(source: Any, processor: VideoProcessor, side: int) -> None:

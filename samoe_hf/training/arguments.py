@@ -59,7 +59,11 @@ class ModelArguments(ModelKeys):
         if self.model_config is not None:
             if self.quantization_config is not None:
                 raise InputError("`quantization_config` goes with `model_name_or_path`, a base that was trained.")
-            model = SamoeModel(SamoeConfig(**{**read_yaml(self.model_config), **settings}))
+            image_size = settings.pop("image_size", None)
+            config = SamoeConfig(**{**read_yaml(self.model_config), **settings})
+            if image_size is not None:
+                config.resize(image_size)
+            model = SamoeModel(config)
         else:
             model = SamoeModel.from_pretrained(
                 self.model_name_or_path,

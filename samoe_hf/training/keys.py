@@ -43,6 +43,7 @@ class ModelKeys:
     router_aux_loss_coef: float | None = key("Weight of the routers' load-balancing loss.")
     recent_memory_pooling: int | None = key("Side of the squares over which the last frame's memory is averaged.")
     older_memory_pooling: int | None = key("The same of the memories of the frames before it.")
+    image_size: int | None = key("Height and width that frames are resized to, in place of the model's own.")
     memory_selection: str | None = key("Which memories a frame reads: recent, score or distractor.")
     domain: str | None = key("Train the experts of this domain alone, by the settings above if the model lacks it.")
     former: str = key("With `domain`: the domain that experts of no domain become, as SAM2-MoE's.", "former")

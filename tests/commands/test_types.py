@@ -165,3 +165,11 @@ def test_several_selections_are_compared_each_once(samoe, words, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [model["memory_selection"] for model in results["models"]] == ["recent", "distractor"]
     assert [model["label"].rpartition("-")[2] for model in results["models"]] == ["recent", "distractor"]
+
+
+@pytest.mark.parametrize("command", ["track", "label", "evaluate"])
+def test_what_is_written_has_the_size_of_the_video_whatever_the_model_takes(words, samoe, tmp_path, command):
+    samoe(*words(command), "--image-size", "64")
+    check_files(tmp_path)
+    sizes = {read_label_png(file).shape for file in tmp_path.rglob("*masks/**/*.png")}
+    assert sizes == {(96, 128) if command == "track" else (96, 96)}
