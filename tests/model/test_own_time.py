@@ -33,8 +33,10 @@ def tracked(model, frames, prompts, selection="recent"):
 
 @pytest.fixture(scope="module")
 def small():
-    """The small model, its queries for memories a tenth as large: what is empty would get no weight at all otherwise, and
-    a memory too many or too few would not show."""
+    """The small model, its queries for memories a tenth as large.
+
+    What is empty would get no weight at all otherwise, and a memory too many or too few would not show.
+    """
     model = SamoeModel.from_pretrained(small_base())
     with torch.no_grad():
         for layer in model.memory_attention.layers:
