@@ -268,7 +268,7 @@ class SamoeConfig(Sam2VideoConfig):
         """
         self.check_feature_sizes()
         self._check_image_size(image_size)
-        self.image_size = image_size
+        self.image_size = image_size  # pyright: ignore[reportIncompatibleVariableOverride]
         for name, (value, expected) in self._feature_sizes().items():
             *parts, field_name = name.split(".")
             if value != expected:
