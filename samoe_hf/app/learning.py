@@ -186,7 +186,7 @@ class Learning:
             "disable_tqdm": True,
         }
         del settings["model_name_or_path"], settings["output_dir"]
-        image_size = self.loaded.model.config.image_size
+        image_size = settings["image_size"] = self.loaded.model.config.image_size  # that of the page
         if isinstance(image_size, int) and image_size <= SMALL_IMAGE_SIZE:
             is_new = self.domain not in self.loaded.domains
             settings |= {name: v for name, v in SMALL_MODEL.items() if is_new or not name.startswith(OF_NEW_EXPERTS)}

@@ -106,13 +106,13 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
         hub["revision"] = arguments["revision"] = commit
     config = _read_config(config if config is not None else source, hub)
     saved_size, image_size = config.image_size, settings.pop("image_size", config.image_size)
+    for name, value in settings.items():
+        setattr(config, name, value)
     if image_size != saved_size:
         try:
             config.resize(image_size)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
-    for name, value in settings.items():
-        setattr(config, name, value)
     config.check_experts()
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from helpers.app import maps_of, run_all
-from samoe_hf import SamoeModel, load_videos
+from samoe_hf import SamoeModel, load_videos, small_base
 from samoe_hf.app.learning import Learner, Learning, adaptable_source, collect_video, collected, draw_curves
+from samoe_hf.app.models import load_model
 from samoe_hf.training.arguments import parse_run
 
 
@@ -92,6 +93,11 @@ def test_the_run_is_one_that_samoe_adapt_takes(small_model, data, tmp_path):
     (tmp_path / "start" / "model.safetensors").write_text("of another run")
     source = adaptable_source(small_model, tmp_path / "start")
     assert source != small_model.source and SamoeModel.from_pretrained(source).config.domain_names == ["former"]
+
+
+def test_it_is_learned_at_the_size_that_the_page_tracks_at(data, tmp_path):
+    learning = Learning(load_model(small_base(), "cpu", image_size=64), "mine", 3, data, tmp_path / "out")
+    assert learning.run()["image_size"] == 64
 
 
 def test_what_a_run_has_logged_is_drawn(small_model, data, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from samoe_hf import SamoeModel
+from samoe_hf.inference import load_tracker
 
 
 @pytest.fixture
@@ -57,3 +58,21 @@ def test_bad_configurations_are_refused_in_one_line(samoe, smoke_config, line, m
     kept = [kept for kept in smoke_config.read_text().splitlines() if not kept.startswith(line.partition(":")[0] + ":")]
     smoke_config.write_text("\n".join([*kept, line]))
     assert message in samoe("train", smoke_config, fails=True)
+
+
+def test_a_model_is_trained_at_the_image_size_of_the_run(samoe, smoke_config, tmp_path):
+    short = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    samoe("train", smoke_config, "--image_size", "64", *short)
+    model, processor = load_tracker(tmp_path / "out", "cpu")
+    assert model.config.image_size == processor.target_size == 64
+    printed = samoe("train", smoke_config, *short, "--resume_from_checkpoint", "last", fails=True)
+    assert "`config.image_size` is 64, not 128" in printed
+
+
+def test_a_new_model_has_the_image_size_of_the_run(samoe, smoke_config, tmp_path):
+    text = smoke_config.read_text()
+    smoke_config.write_text(text.replace(text.splitlines()[1], "model_config: model_nano"))
+    printed = samoe("train", smoke_config, "--image_size", "50", fails=True)
+    assert "`image_size` must be a multiple of 32, got 50" in printed and not (tmp_path / "out").exists()
+    samoe("train", smoke_config, "--image_size", "64", "--max_steps", "1")
+    assert SamoeModel.from_pretrained(tmp_path / "out").config.image_size == 64

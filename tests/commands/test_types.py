@@ -1,4 +1,4 @@
-"""`--dtype` and `--compile` of the commands that run a model."""
+"""`--dtype`, `--compile` and `--image-size` of the commands that run a model."""
 
 import json
 from functools import partialmethod
@@ -173,3 +173,10 @@ def test_what_is_written_has_the_size_of_the_video_whatever_the_model_takes(word
     check_files(tmp_path)
     sizes = {read_label_png(file).shape for file in tmp_path.rglob("*masks/**/*.png")}
     assert sizes == {(96, 128) if command == "track" else (96, 96)}
+
+
+@pytest.mark.parametrize("command", ["track", "label", "evaluate", "experts", "convert", "app"])
+def test_an_image_size_that_the_model_cannot_take_is_refused(words, samoe, model_folder, tmp_path, command):
+    rest = {"convert": ["convert", model_folder, "--output", tmp_path / "out"], "app": ["app", model_folder]}
+    printed = samoe(*(rest[command] if command in rest else words(command)), "--image-size", "50", fails=True)
+    assert "`image_size` must be a multiple of 32, got 50" in printed

@@ -10,7 +10,7 @@ from helpers.sam3 import sam3_config
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.inference import load_tracker
 from samoe_hf.model.base import config_of_base
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.model.processing_samoe import build_processor, load_processor
 from samoe_hf.surgery.domains import add_domain, keep_former_experts
 
 BOX = [[[20.0, 10.0, 90.0, 80.0]]]
@@ -60,6 +60,10 @@ def test_a_model_of_another_size_is_saved_and_loaded_as_it_is(saved, tmp_path):
         again, own_processor = load_tracker(tmp_path / name, "cpu")
         assert again.config.image_size == own_processor.target_size == size
         assert torch.equal(masks(again, own_processor), expected)
+        built = build_processor(again.config)
+        for prepared in (processor, own_processor):
+            assert prepared.image_processor.to_dict() == built.image_processor.to_dict()
+            assert prepared.video_processor.to_dict() == built.video_processor.to_dict()
     back, processor = load_tracker(tmp_path / "whole", "cpu", image_size=SamoeConfig.from_pretrained(folder).image_size)
     assert torch.equal(masks(back, processor), masks(*load_tracker(folder, "cpu")))
 
@@ -70,7 +74,8 @@ def test_a_size_that_the_base_cannot_take_is_refused(model_folder, size):
         SamoeModel.from_pretrained(model_folder, image_size=size)
 
 
-def test_pooling_that_does_not_divide_the_new_sides_is_refused(model_folder):
+def test_pooling_must_divide_the_new_sides_alone(model_folder):
+    SamoeModel.from_pretrained(model_folder, image_size=96, older_memory_pooling=3)
     with pytest.raises(ValueError, match="`older_memory_pooling` must divide"):
         SamoeModel.from_pretrained(model_folder, image_size=96, older_memory_pooling=4)
 
