@@ -189,7 +189,7 @@ def build_on_meta(config: SamoeConfig, with_experts: bool = True) -> Sam2VideoMo
     """
     kind = SamoePreTrainedModel if with_experts else Sam2VideoModel
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), init.no_init_weights():
             return kind(copy.deepcopy(config))
     except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"The configuration describes no model that can be built: {error}") from error

@@ -77,7 +77,7 @@ def browser():
     from helpers.browser import find_chromium
 
     with playwright.sync_playwright() as running:
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        options = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
         yield running.chromium.launch(executable_path=find_chromium(), args=options)
 
 
@@ -89,7 +89,7 @@ def open_page(browser, served):
     contexts = []
 
     def open_one(url: str | None = None):
-        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}, reduced_motion="reduce"))
         return Page(contexts[-1], url or served.url)
 
     yield open_one

@@ -65,9 +65,7 @@ def test_scores_of_other_masks_are_not_taken_for_the_new_ones(run, model_folder,
         printed = run(model_folder, "--dataset", tmp_path / "data", "--output", tmp_path / "out", *more)
         return printed, read(tmp_path / "out")["models"][0]["objects"]
 
-    printed, first = evaluate()
-    printed, again = evaluate()
-    assert "1 of 1 results are there already" in printed and again == first
+    first = evaluate()[1]
     path = tmp_path / "data" / "a" / "masks" / "2.png"
     path.write_bytes((tmp_path / "data" / "a" / "masks" / "0.png").read_bytes())
     printed, second = evaluate()

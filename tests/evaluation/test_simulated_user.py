@@ -298,8 +298,7 @@ def run(model, video, prompt):
     return user.given, np.stack([frame.masks for frame in frames]), np.stack([frame.scores for frame in frames])
 
 
-@pytest.mark.parametrize("prompt", ["point", "clicks:2", "clicks:1@3", "clicks:2@2:offline"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "prompt"), enumerate(["point", "clicks:2", "clicks:1@3", "clicks:2@2:offline"]))
 def test_objects_that_come_late_are_to_the_bit_what_each_is_alone(nano, seed, prompt, monkeypatch):
     run_rows_one_by_one(monkeypatch)
     video, starts = late_video(seed)

@@ -75,7 +75,7 @@ def test_sets_of_parameters_with_adapters(nano, model):
     assert trainable(model) == before["experts"]
 
 
-@pytest.mark.parametrize("experts_only", [False, True])
+@pytest.mark.parametrize("experts_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_are_saved_and_loaded(nano, model_folder, tmp_path, experts_only):
     model = add(SamoeModel.from_pretrained(model_folder), "first")
     add(model, "second", ["mask_decoder.iou_prediction_head.proj_in", "q_proj"])

@@ -92,7 +92,11 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_clips_also_with_checkpointi
 
 
 @pytest.mark.parametrize(
-    "optimizer", [torch.optim.AdamW, lambda parameters, **o: torch.optim.SGD(parameters, momentum=0.9, **o)]
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        pytest.param(lambda parameters, **o: torch.optim.SGD(parameters, momentum=0.9, **o), marks=pytest.mark.slow),
+    ],
 )
 def test_training_a_domain_changes_no_bit_of_others(two_clips, optimizer):
     model = with_two_domains()

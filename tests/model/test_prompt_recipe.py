@@ -87,12 +87,12 @@ def test_clicks_where_nothing_is_wrong_or_nothing_is_there():
 
 def test_boxes_are_bounding_boxes_with_bounded_noise():
     torch.manual_seed(0)
-    mask = torch.zeros(1, 400, 600, dtype=torch.bool)
-    mask[0, 100:201, 50:551] = True  # 100 high, 500 wide between the outermost pixels
-    torch.testing.assert_close(bounding_boxes(mask), torch.tensor([[50.0, 100, 550, 200]]))
-    corners, labels = sample_box(mask.expand(DRAWS, 400, 600))
+    mask = torch.zeros(1, 125, 600, dtype=torch.bool)
+    mask[0, 12:113, 50:551] = True  # 100 high, 500 wide between the outermost pixels
+    torch.testing.assert_close(bounding_boxes(mask), torch.tensor([[50.0, 12, 550, 112]]))
+    corners, labels = sample_box(mask.expand(DRAWS, 125, 600))
     assert labels.tolist()[0] == [2, 3]
-    shift = corners.flatten(1) - torch.tensor([50.0, 100, 550, 200])
+    shift = corners.flatten(1) - torch.tensor([50.0, 12, 550, 112])
     # A tenth of the side, at most 20 pixels: 20 of the width, 10 of the height.
     limit = torch.tensor([20.0, 10, 20, 10])
     assert (shift.abs() <= limit + 1e-4).all() and (shift.abs().amax(dim=0) > 0.95 * limit).all()

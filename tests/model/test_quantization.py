@@ -91,7 +91,6 @@ def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, 
     assert 0 < error < 0.2
 
 
-@pytest.mark.parametrize("quantization", [("bitsandbytes", 4), ("torchao", 8)], indirect=True, ids=str)
 def test_experts_learn_over_it_and_are_saved_alone_for_the_full_base(quantization, model_folder, tmp_path, clip):
     full = SamoeModel.from_pretrained(model_folder)
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())

@@ -63,7 +63,7 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("options", "num_steps", "tried"),
     [
-        ([], 7, [7]),  # an epoch has 5 steps
+        pytest.param([], 7, [7], marks=pytest.mark.slow),  # an epoch has 5 steps
         (["--gradient_accumulation_steps", 2, "--augmentation", "{}"], 7, [4]),  # 3 steps, the last of one clip
         pytest.param(["--max_steps", -1, "--num_train_epochs", 1.5, "--gradient_accumulation_steps", 3], 3, [1, 2, 3],
                      marks=pytest.mark.slow),
@@ -95,7 +95,6 @@ def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data
         (["--learning_rate", "1e-4"], "`learning_rates.experts` is 0.001, not 0.0001"),
         (["--seed", 7], "`seed` is 42, not 7"),
         (["--point_probability", 1], "`point_probability` is 0.5, not 1.0"),
-        (["--iou_weight", 2], "`iou_weight` is 1.0, not 2.0"),
         (["--stride", 2], r"`train_data\.\w+\.stride` is 1, not 2"),
         (["--recent_memory_pooling", 2], r"`config\.recent_memory_pooling` is 1, not 2"),
     ]:
