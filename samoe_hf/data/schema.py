@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, overload
 from uuid import uuid4
@@ -53,6 +53,7 @@ class Video:
         annotations: the masks, see `Annotations`.
         domain: the name under which routing and metrics are reported.
         spacing: of a volume, the size of a voxel along x, y and the slices, in mm.
+        classes: name of each object's class by its id, where it is known.
     """
 
     video_id: str
@@ -60,6 +61,7 @@ class Video:
     annotations: Annotations
     domain: str = "default"
     spacing: tuple[float, float, float] | None = None
+    classes: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.frames) == 0:

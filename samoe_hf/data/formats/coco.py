@@ -1,0 +1,253 @@
+"""COCO's JSON, of images and of frames of videos, and that of YouTube-VIS."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+from samoe_hf.data.clips import warn_one_frame
+from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key
+from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.windows import Window, check_window
+
+from . import labels
+from .labels import LabelledFrame, LabelledObject, LabelledVideo
+
+YTVIS_WORDS = '"videos" "file_names" "annotations"'
+
+
+def read_coco(
+    root: str | Path,
+    split: str = "train2017",
+    domain: str = "coco",
+    images: str | None = None,
+    annotations: str | None = None,
+    window: Window | None = None,
+) -> VideoList:
+    """Images with COCO annotations; crowds are left out.
+
+    Where annotations have a `track_id` (or `instance_id`, or that among their `attributes`, as CVAT writes it), images
+    are frames: of the video that `video_id` names, else their folder is. Objects have these ids. An image without
+    annotations shows no object; one of the folder that the file does not list is not annotated.
+
+    Else each image is a video of one frame, which does not train the memory attention, and is warned of. Objects are
+    numbered from 1 in the file's order, and images without annotations are left out.
+
+    Args:
+        root: the dataset's folder.
+        split: names the image folder and `annotations/instances_<split>.json`, or its `_annotations.coco.json`.
+        domain: name for routing and metrics.
+        images: the image folder, where it is named differently.
+        annotations: the annotation file, where it is named differently.
+        window: intensities that become black and white, of images with more than 8 bits or in floats; by default the
+            0.5 and 99.5 percentiles of each.
+    """
+    check_window(window)
+    root = Path(root)
+    folders = [root / name for name in (images or split, f"images/{split}", "images")]
+    files = [root / "annotations" / f"instances_{split}.json", root / split / "_annotations.coco.json"]  # or Roboflow's
+    if annotations is None and not any(map(Path.is_file, files)) and (root / "result.json").is_file():
+        folders, annotations = [root / (images or ".")], "result.json"  # as Label Studio exports it
+    folder = next(filter(Path.is_dir, folders), folders[0])
+    path = root / annotations if annotations else next(filter(Path.is_file, files), files[0])
+    data = labels.read_json(path, "COCO annotations")
+    with named_errors(path, "not COCO annotations"):
+        of_image, classes = defaultdict(list), _classes(data)
+        for annotation in data["annotations"]:
+            if not annotation.get("iscrowd"):
+                of_image[annotation["image_id"]].append(annotation)
+        tracks = {_track(annotation) for own in of_image.values() for annotation in own}
+        if None in tracks and len(tracks) > 1:
+            raise SampleError("some annotations have a track_id, and some have none")
+        videos = {video["id"]: str(video["name"]) for video in data.get("videos", ())}
+        frames: dict[str, list[tuple[Any, LabelledFrame]]] = defaultdict(list)
+        seen = set()
+        for image in data["images"]:
+            name, own, size = image["file_name"], of_image[image["id"]], (image["height"], image["width"])
+            if None in tracks and not own:
+                continue
+            check_inside(name, path)
+            if name in seen:
+                raise SampleError(f"two images have the file name {name!r}")
+            seen.add(name)
+            parent = Path(name).parent.as_posix().removeprefix(".")
+            video = "" if None in tracks else videos.get(image.get("video_id"), str(image.get("video_id", parent)))
+            number = image.get("frame_id", image.get("frame_index"))
+            objects = [
+                LabelledObject(_track(a), classes.get(a.get("category_id"), labels.NO_CLASS), _parts(a["segmentation"]))
+                for a in own
+            ]
+            frame = LabelledFrame(video, folder / name, size, objects, str(path))
+            frames[video].append((natural_key(name) if number is None else [(0, number)], frame))
+    if None in tracks:
+        warn_one_frame(f"COCO images in {root}")
+        entries = {}
+        for _, frame in frames[""]:
+            shapes = {i: one.parts for i, one in enumerate(frame.objects or (), 1)}
+            own = {i: one.class_name for i, one in enumerate(frame.objects or (), 1)}
+            source = f"annotations of {frame.image}"
+            name = Path(str(frame.image)).relative_to(folder).as_posix()
+            entries[name] = LabelledVideo([frame.image], frame.size, {0: shapes}, own, source)
+        return VideoList(entries, partial(labels.open_labelled, domain, window))
+    ordered = (frame for own in frames.values() for _, frame in sorted(own, key=lambda pair: pair[0]))
+    return labels.read_frames(ordered, domain, window, str(root))
+
+
+def _classes(data: Mapping[str, Any]) -> dict[int, str]:
+    return {one["id"]: str(one["name"]) for one in data.get("categories", ())}
+
+
+def _track(annotation: Mapping[str, Any]) -> int | None:
+    for owner in (annotation, annotation.get("attributes") or {}):
+        for name in ("track_id", "instance_id"):
+            if owner.get(name) is not None:
+                return int(owner[name])
+    return None
+
+
+def _parts(segmentation: Any) -> list[labels.Part]:
+    """The parts of a `segmentation`: an encoding, or polygons."""
+    return [segmentation] if isinstance(segmentation, Mapping) else list(segmentation or ())
+
+
+def read_ytvis(
+    root: str | Path,
+    split: str | None = None,
+    domain: str = "ytvis",
+    images: str | None = None,
+    annotations: str | None = None,
+    window: Window | None = None,
+) -> VideoList:
+    """YouTube-VIS 2019 and 2021, OVIS, and others of their form; crowds are left out.
+
+    An object's id is its annotation's `track_id`, else its `id`, plus 1 in a video that has 0. On frames with null for
+    it, it is absent. Images of a video's folder that the file does not list are not annotated.
+
+    Args:
+        root: the dataset's folder.
+        split: a folder with a JSON, or part of the JSON's name; needed where there are several.
+        domain: name for routing and metrics.
+        images: the image folder; by default `JPEGImages` or `images`.
+        annotations: the annotation file.
+        window: see [`read_coco`].
+    """
+    root = Path(root)
+    files = [root / annotations] if annotations else labels.files_with(root, ".json", YTVIS_WORDS)
+    if split is not None and not annotations:
+        files = [path for path in files if split in path.relative_to(root).as_posix()]
+    if len(files) != 1:
+        names = ", ".join(path.relative_to(root).as_posix() for path in files) or "none"
+        raise SampleError(f"{root}: one file of YouTube-VIS is expected, found {names}; `split` or `annotations` tells it")
+    (path,) = files
+    data = labels.read_json(path, "YouTube-VIS annotations")
+    with named_errors(path, "not YouTube-VIS annotations"):
+        classes, of_video = _classes(data), defaultdict(list)
+        for annotation in data["annotations"] or ():
+            if not annotation.get("iscrowd"):
+                of_video[annotation["video_id"]].append(annotation)
+        places = [root / images] if images else [
+            place / name for place in (path.parent, *[root / s for s in (split or "", path.stem)], root)
+            for name in ("JPEGImages", "images", "")
+        ]  # fmt: skip
+        first = next((name for video in data["videos"] for name in video["file_names"]), "")
+        folder = next((place for place in places if (place / first).is_file()), places[0])
+        frames = []
+        for video in data["videos"]:
+            names, own = video["file_names"], of_video[video["id"]]
+            for annotation in own:
+                if len(annotation["segmentations"]) != len(names):
+                    counts = f"{len(annotation['segmentations'])} segmentations for {len(names)} frames"
+                    raise SampleError(f"annotation {annotation.get('id')} has {counts}")
+            folders = {Path(name).parent.as_posix() for name in names}
+            video_id = str(video.get("name") or (folders.pop() if len(folders) == 1 and "." not in folders else video["id"]))
+            for t, name in enumerate(names):
+                check_inside(name, path)
+                objects = [
+                    LabelledObject(
+                        int(a.get("track_id", a["id"])),
+                        classes.get(a.get("category_id"), labels.NO_CLASS),
+                        _parts(a["segmentations"][t]),
+                    )
+                    for a in own
+                ]
+                size = (video["height"], video["width"])
+                frames.append(LabelledFrame(video_id, folder / name, size, objects, str(path)))
+    return labels.read_frames(frames, domain, window, str(root))
+
+
+# --- Writing
+
+
+def _segmentation(mask: Any, polygons: bool) -> dict[str, Any]:
+    rle = labels.rle_of(mask)
+    segmentation = labels.polygons_of(mask) if polygons else rle
+    encoded: Any = rle
+    return {
+        "segmentation": segmentation, "area": int(coco_mask.area(encoded)), "bbox": coco_mask.toBbox(encoded).tolist()
+    }  # fmt: skip
+
+
+def write_coco(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
+    """Writes `annotations/instances_default.json` and `images/<video>/`, as [`read_coco`] reads frames of videos."""
+    classes = {name: i for i, name in enumerate(labels.classes_of(videos), 1)}
+    images, annotations = [], []
+    for number, video in enumerate(videos, 1):
+        names = labels.write_frames(video, folder / "images" / video.video_id)
+        height, width = video.size
+        for t in video.annotated_frames:
+            file_name = f"{video.video_id}/{names[t]}"
+            image = {"id": len(images) + 1, "file_name": file_name, "height": height, "width": width}
+            images.append(image | {"video_id": number, "frame_id": t})
+            ids = video.visible(t)
+            for object_id, mask in zip(ids, video.masks(t, ids), strict=True):
+                one = {
+                    "id": len(annotations) + 1,
+                    "image_id": len(images),
+                    "category_id": classes[video.classes.get(object_id, labels.NO_CLASS)],
+                    "iscrowd": 0,
+                    "track_id": object_id,
+                    "attributes": {"track_id": object_id},
+                }
+                annotations.append(one | _segmentation(mask, polygons))
+    content = {
+        "images": images,
+        "videos": [{"id": number, "name": video.video_id} for number, video in enumerate(videos, 1)],
+        "categories": [{"id": i, "name": name} for name, i in classes.items()],
+        "annotations": annotations,
+    }
+    labels.write_json(folder / "annotations" / "instances_default.json", content)
+
+
+def write_ytvis(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
+    """Writes `instances.json` and `JPEGImages/<video>/`; frames without annotation are not in the file."""
+    classes = {name: i for i, name in enumerate(labels.classes_of(videos), 1)}
+    entries, annotations = [], []
+    for number, video in enumerate(videos, 1):
+        names, (height, width) = labels.write_frames(video, folder / "JPEGImages" / video.video_id), video.size
+        shown = [f"{video.video_id}/{names[t]}" for t in video.annotated_frames]
+        about = {"height": height, "width": width, "length": len(shown)}
+        entries.append({"id": number, "name": video.video_id, "file_names": shown, **about})
+        for object_id in video.object_ids:
+            own = [_segmentation(video.masks(t, [object_id])[0], polygons) for t in video.annotated_frames]
+            seen = [one if one["area"] else dict.fromkeys(one) for one in own]
+            one = {
+                "id": len(annotations) + 1,
+                "video_id": number,
+                "category_id": classes[video.classes.get(object_id, labels.NO_CLASS)],
+                "iscrowd": 0,
+                "track_id": object_id,
+                **about,
+            }
+            lists = {"segmentations": "segmentation", "areas": "area", "bboxes": "bbox"}
+            annotations.append(one | {name: [t[key] for t in seen] for name, key in lists.items()})
+    content = {
+        "videos": entries,
+        "categories": [{"id": i, "name": name} for name, i in classes.items()],
+        "annotations": annotations,
+    }
+    labels.write_json(folder / "instances.json", content)
