@@ -1,0 +1,206 @@
+"""Label Studio's JSON: brushes and polygons on images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlparse
+
+import numpy as np
+
+from samoe_hf.data.frames import SampleError, named_errors
+from samoe_hf.data.image_files import IMAGE_SUFFIXES
+from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.windows import Window
+
+from . import labels
+from .labelme import name_objects
+from .labels import LabelledFrame, LabelledObject, Part
+
+WORDS = '"annotations" "data" "from_name"'
+RUN_BITS = (3, 4, 8, 16)  # in which a run's length less 1 is written
+
+
+def read_label_studio(
+    root: str | Path, split: str | None = None, domain: str = "labelstudio", window: Window | None = None
+) -> VideoList:
+    """Label Studio's JSON export, with the images below the same folder.
+
+    An image is found by its path behind `?d=`, or by its name. The folder of an image is its video. A region whose id
+    is `object-N`, as written here, is object N; else each label is an object where it is on no frame twice, which is
+    said; else nothing tells which objects of two images are the same, and each image is a video of one frame. Of a
+    task's annotations the last one counts that was not cancelled; tasks without any are not annotated. Brushes,
+    polygons and (filled, which is said) rectangles and ellipses are read, other regions with a place are refused.
+
+    Args:
+        root: the folder, searched at any depth.
+        split: only what is below this folder.
+        domain: name for routing and metrics.
+        window: intensities that become black and white, of images with more than 8 bits.
+    """
+    root = Path(root) / (split or "")
+    files = [path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    frames: list[LabelledFrame] = []
+    groups: list[list[int | None]] = []
+    for path in labels.files_with(root, ".json", WORDS):
+        tasks = labels.read_json(path, "Label Studio's JSON")
+        for task in tasks if isinstance(tasks, list) else [tasks]:
+            with named_errors(path, "not Label Studio's JSON"):
+                image = _image(task, root, files)
+                valid = [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
+                results = [r for r in (valid[-1]["result"] if valid else ()) if _has_place(r)]
+                size = next(((int(r["original_height"]), int(r["original_width"])) for r in results), None)
+                objects = [LabelledObject(None, _label(result), [_part(result, path)]) for result in results]
+                matches = [re.fullmatch(r"object-(\d+)", str(result.get("id"))) for result in results]
+                groups.append([int(match[1]) if match else None for match in matches])
+                video = image.parent.relative_to(root).as_posix().removeprefix(".")
+                frames.append(LabelledFrame(video, image, size, objects if valid else None, str(path)))
+    order = sorted(range(len(frames)), key=lambda i: labels.natural_key(_plain(frames[i].name)))
+    named = name_objects([frames[i] for i in order], [groups[i] for i in order])
+    return labels.read_frames(named, domain, window, str(root))
+
+
+def _plain(name: str) -> str:
+    """A name without the hash that an upload puts before it."""
+    return re.sub(r"^[0-9a-f]{8}-", "", name)
+
+
+def _image(task: dict[str, Any], root: Path, files: Sequence[Path]) -> Path:
+    """The file of a task's image."""
+    texts = [str(value) for value in task["data"].values() if isinstance(value, str)]
+    urls = [text for text in texts if Path(urlparse(text).path).suffix or "?d=" in text]
+    if not urls:
+        raise SampleError(f"task {task.get('id')} names no image")
+    parsed = urlparse(urls[0])
+    name = unquote(parse_qs(parsed.query).get("d", [parsed.path])[0])
+    if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+        raise SampleError(f"task {task.get('id')} is of {urls[0]!r}, which is no image; videos have boxes there, no masks")
+    parts = PurePosixPath(name).parts
+    for start in range(len(parts)):
+        own = [file for file in files if file.relative_to(root).parts[-len(parts[start:]) :] == parts[start:]]
+        if len(own) == 1:
+            return own[0]
+        if own:
+            raise SampleError(f"task {task.get('id')}: {name!r} may be {own[0]} or {own[1]}")
+    raise SampleError(f"task {task.get('id')}: there is no image {parts[-1] if parts else name!r} below {root}")
+
+
+def _has_place(result: dict[str, Any]) -> bool:
+    """Whether a result is a region, and no choice, text or relation."""
+    return result.get("type") not in ("choices", "textarea", "rating", "taxonomy", "number", "relation", "datetime")
+
+
+def _label(result: dict[str, Any]) -> str:
+    value = result["value"]
+    own = value.get(result["type"]) or value.get("labels") or [labels.NO_CLASS]
+    return str(own[0])
+
+
+def _part(result: dict[str, Any], path: Path) -> Part:
+    value, width, height = result["value"], result["original_width"], result["original_height"]
+    if result.get("image_rotation"):
+        raise SampleError(f"region {result.get('id')} is on an image turned by {result['image_rotation']} degrees")
+    if "rle" in value:
+        return partial(_draw_brush, bytes(value["rle"]), height, width)
+    if "points" in value and "polygon" in result["type"]:
+        return (np.array(value["points"], dtype=np.float64) * (width / 100, height / 100)).ravel().tolist()
+    if "radiusX" in value:
+        labels.say_once(f"{path}: ellipses are filled, as masks")
+        x, y, rx, ry = (float(value[name]) for name in ("x", "y", "radiusX", "radiusY"))
+        place = np.array([x - rx, y - ry, x + rx, y + ry]) * ([width / 100, height / 100] * 2)
+        return labels.box(*place.tolist(), value.get("rotation", 0), True)
+    if {"x", "y", "width", "height"} <= set(value) and not value.get("rotation") and "rectangle" in result["type"]:
+        labels.say_once(f"{path}: rectangles are filled, as masks")
+        x, y, w, h = (float(value[name]) for name in ("x", "y", "width", "height"))
+        return labels.box(*(np.array([x, y, x + w, y + h]) * ([width / 100, height / 100] * 2)).tolist())
+    raise SampleError(f"region {result.get('id')} is of the type {result['type']}; brushes and polygons are read")
+
+
+def _draw_brush(encoded: bytes, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
+    if (height, width) != size:
+        raise SampleError(f"a brush on {height} x {width} pixels")
+    values = decode_brush(encoded, height * width * 4)
+    return values.reshape(height, width, 4)[..., 3] > 0
+
+
+def decode_brush(encoded: bytes, count: int) -> np.ndarray:
+    """The values of Label Studio's run-length encoding, that of `rle-pack`.
+
+    The head is 32 bits for their number, 5 for the bits of a value less 1, and 4 x 4 for the bits of lengths less 1.
+    Then come runs: a bit that is 1 where one value is repeated, 2 bits that choose the bits of the length, the length
+    less 1, and the value or values.
+
+    Args:
+        encoded: bytes.
+        count: how many values are expected.
+    """
+    bits = "".join(f"{byte:08b}" for byte in encoded)
+    number, value_bits = int(bits[:32], 2), int(bits[32:37], 2) + 1
+    if number != count or value_bits > 8:
+        raise SampleError(f"a brush of {number} values of {value_bits} bits, {count} of 8 are expected")
+    sizes = [int(bits[i : i + 4], 2) + 1 for i in range(37, 53, 4)]
+    values, place, i = np.zeros(count, dtype=np.uint8), 53, 0
+    while i < count:
+        if place + 3 > len(bits):
+            raise SampleError("a brush ends before its last value")
+        is_run, length_bits = bits[place] == "1", sizes[int(bits[place + 1 : place + 3], 2)]
+        place += 3 + length_bits
+        length = int(bits[place - length_bits : place], 2) + 1
+        own = 1 if is_run else length
+        raw = bits[place : place + own * value_bits]
+        if len(raw) < own * value_bits or i + length > count:
+            raise SampleError("a brush's runs do not fit its image")
+        values[i : i + length] = [int(raw[k : k + value_bits], 2) for k in range(0, len(raw), value_bits)]
+        place, i = place + own * value_bits, i + length
+    return values
+
+
+def encode_brush(mask: np.ndarray) -> list[int]:
+    """A mask (H, W) bool as the bytes that [`decode_brush`] reads: 4 values of a pixel, all 0 or 255."""
+    flat = mask.ravel()
+    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    bounds = [0, *ends.tolist(), flat.size]
+    bits = [f"{flat.size * 4:032b}", f"{7:05b}", *(f"{size - 1:04b}" for size in RUN_BITS)]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        value, left = "1" * 8 if flat[first] else "0" * 8, (last - first) * 4
+        while left:
+            length = min(left, 1 << RUN_BITS[-1])
+            kind = next(k for k, size in enumerate(RUN_BITS) if length <= 1 << size)
+            bits.append(f"1{kind:02b}{length - 1:0{RUN_BITS[kind]}b}{value}")
+            left -= length
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return list(int(text, 2).to_bytes(len(text) // 8, "big"))
+
+
+def write_label_studio(videos: Sequence[Video], folder: Path) -> None:
+    """Writes `tasks.json` and `images/<video>/`.
+
+    The images are named as Label Studio's storage of local files does (`/data/local-files/?d=`), from this folder on.
+    A task without annotation has none; one without objects has an empty one.
+    """
+    tasks = []
+    for video in videos:
+        names = labels.write_frames(video, folder / "images" / video.video_id)
+        annotated = set(video.annotated_frames)
+        for t, name in enumerate(names):
+            results, ids = [], video.visible(t) if t in annotated else []
+            for object_id, mask in zip(ids, video.masks(t, ids) if ids else (), strict=True):
+                value = {
+                    "format": "rle", "rle": encode_brush(mask),
+                    "brushlabels": [video.classes.get(object_id, labels.NO_CLASS)],
+                }  # fmt: skip
+                results.append(
+                    {
+                        "id": f"object-{object_id}", "type": "brushlabels", "from_name": "tag", "to_name": "image",
+                        "original_width": video.size[1], "original_height": video.size[0], "image_rotation": 0,
+                        "value": value,
+                    }
+                )  # fmt: skip
+            data = {"image": f"/data/local-files/?d=images/{video.video_id}/{name}"}
+            annotations = [{"result": results, "was_cancelled": False}] if t in annotated else []
+            tasks.append({"id": len(tasks) + 1, "data": data, "annotations": annotations})
+    labels.write_json(folder / "tasks.json", tasks)

@@ -1,0 +1,157 @@
+"""LabelMe's JSON beside each image."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from samoe_hf.data.frames import SampleError, check_inside, named_errors, say_once
+from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.windows import Window
+
+from . import labels
+from .labels import LabelledFrame, LabelledObject, Part
+
+WORDS = '"shapes" "imagePath"'
+FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes besides polygons and masks, their points
+
+
+def read_labelme(
+    root: str | Path, split: str | None = None, domain: str = "labelme", window: Window | None = None
+) -> VideoList:
+    """Folders of images with LabelMe's JSON files; a folder is a video.
+
+    A `group_id`, with its label, is an object's id. Where no shape of a video has one, and each label is on no frame
+    twice, a label is an object, which is said. Else nothing tells which objects of two images are the same, and each
+    image is a video of one frame. Images without a JSON are not annotated; one without shapes shows no object.
+    Rectangles and circles are filled, as LabelMe does; lines and points are refused. A missing image is taken from
+    `imageData`.
+
+    Args:
+        root: the folder, searched at any depth.
+        split: only what is below this folder.
+        domain: name for routing and metrics.
+        window: intensities that become black and white, of images with more than 8 bits.
+    """
+    root = Path(root) / (split or "")
+    frames: list[LabelledFrame] = []
+    groups: list[list[int | None]] = []
+    for path in labels.files_with(root, ".json", WORDS):
+        data = labels.read_json(path, "LabelMe's JSON")
+        with named_errors(path, "not LabelMe's JSON"):
+            name = PureWindowsPath(data["imagePath"]).as_posix()
+            image: Path | bytes = path.parent / PureWindowsPath(name).name
+            if not image.is_file() and not Path(name).is_absolute() and (path.parent / name).is_file():
+                image = path.parent / name
+            if not image.is_file() and data.get("imageData"):
+                image = base64.b64decode(data["imageData"], validate=True)
+            size = None
+            if data.get("imageHeight") is not None:
+                size = (int(data["imageHeight"]), int(data["imageWidth"]))
+            objects = [LabelledObject(None, str(shape["label"]), [_part(shape, path)]) for shape in data["shapes"]]
+            groups.append([shape.get("group_id") for shape in data["shapes"]])
+            video = path.parent.relative_to(root).as_posix().removeprefix(".")
+            frames.append(LabelledFrame(video, image, size, objects, str(path), Path(name).stem))
+    return labels.read_frames(name_objects(frames, groups), domain, window, str(root))
+
+
+def name_objects(frames: list[LabelledFrame], groups: Sequence[Sequence[int | None]]) -> list[LabelledFrame]:
+    """Gives objects keys by their groups, or by their labels where there are none; or leaves them without.
+
+    Args:
+        frames: whose objects have no keys.
+        groups: of the objects of each frame.
+    """
+    pairs = [(frame.video, i, one.class_name, group) for (i, frame), own in zip(enumerate(frames), groups, strict=True)
+             for one, group in zip(frame.objects or (), own, strict=True)]  # fmt: skip
+    of_video: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    for video, *pair in pairs:
+        of_video[video].append(tuple(pair))
+    keys: dict[str, dict[tuple[str, int | None], int | str]] = {}
+    for video, own in of_video.items():
+        kinds = sorted({(name, group) for _, name, group in own}, key=str)
+        if all(group is not None for _, group in kinds):
+            is_own = len({group for _, group in kinds}) == len(kinds)
+            if not is_own:
+                say_once(f"{frames[0].source}: a group_id is of several labels; objects of {video!r} are numbered in order")
+            keys[video] = {kind: int(kind[1]) if is_own else i for i, kind in enumerate(kinds, 1)}
+        elif all(group is None for _, group in kinds) and max(Counter(own).values()) == 1:
+            say_once(f"{frames[0].source}: shapes have no group_id; each label of {video!r} is taken as one object")
+            keys[video] = {kind: kind[0] for kind in kinds}
+        else:
+            return frames
+    for frame, own in zip(frames, groups, strict=True):
+        named = zip(frame.objects or (), own, strict=True)
+        frame.objects = [one._replace(key=keys[frame.video][one.class_name, group]) for one, group in named]
+    return frames
+
+
+def _part(shape: dict[str, Any], path: Path) -> Part:
+    kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], dtype=np.float64).reshape(-1, 2)
+    if kind == "mask":
+        return partial(_draw_patch, shape["mask"], *np.rint(points[0]).astype(int).tolist())
+    if kind == "polygon" and len(points) < 3:
+        raise SampleError(f"a polygon {shape['label']!r} has {len(points)} points")
+    if kind == "polygon":
+        return points.ravel().tolist()
+    if kind not in FILLED or len(points) != FILLED[kind]:
+        raise SampleError(f"a shape {shape['label']!r} is a {kind} of {len(points)} points, which has no area")
+    say_once(f"{path}: a {kind} is filled, as a mask")
+    if kind == "circle":
+        (x, y), radius = points[0], float(np.hypot(*(points[1] - points[0])))
+        return labels.box(x - radius, y - radius, x + radius, y + radius, is_ellipse=True)
+    if kind == "rectangle":
+        return labels.box(*points.min(axis=0), *points.max(axis=0))
+    return points.ravel().tolist()
+
+
+def _draw_patch(encoded: str, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """A mask's PNG in base64 at its place."""
+    try:
+        with Image.open(BytesIO(base64.b64decode(encoded, validate=True))) as image:
+            patch = np.asarray(image)
+    except (OSError, binascii.Error) as error:
+        raise SampleError(f"a mask is no PNG in base64 ({error!r})") from error
+    return labels.place(patch.reshape(*patch.shape[:2], -1).any(axis=-1), left, top, size)
+
+
+def write_labelme(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
+    """Writes a folder for each video: its images, and beside each annotated one a JSON."""
+    for video in videos:
+        check_inside(video.video_id, "the video's name")
+        names = labels.write_frames(video, folder / video.video_id)
+        for t in video.annotated_frames:
+            shapes, ids = [], video.visible(t)
+            for object_id, mask in zip(ids, video.masks(t, ids), strict=True):
+                about = {
+                    "label": video.classes.get(object_id, labels.NO_CLASS), "group_id": object_id, "description": "",
+                    "flags": {},
+                }  # fmt: skip
+                if polygons:
+                    rings = [np.reshape(ring, (-1, 2)).tolist() for ring in labels.polygons_of(mask)]
+                    shapes += [about | {"points": ring, "shape_type": "polygon", "mask": None} for ring in rings]
+                else:
+                    shapes.append(about | _patch(mask))
+            content = {
+                "version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": names[t], "imageData": None,
+                "imageHeight": video.size[0], "imageWidth": video.size[1],
+            }  # fmt: skip
+            labels.write_json(folder / video.video_id / f"{Path(names[t]).stem}.json", content)
+
+
+def _patch(mask: np.ndarray) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    (y0, y1), (x0, x1) = (place[[0, -1]].tolist() for place in (rows, columns))
+    file = BytesIO()
+    Image.fromarray(mask[y0 : y1 + 1, x0 : x1 + 1].astype(np.uint8)).save(file, format="PNG")
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return {"points": [[x0, y0], [x1, y1]], "shape_type": "mask", "mask": encoded}
