@@ -1,9 +1,12 @@
-"""Look at a dataset before it is trained on: its videos, objects, sizes, ids, and what is likely a mistake.
+"""Look at a dataset before it is trained on, or write it as a label tool or another framework reads it.
 
     samoe data check my_videos
     samoe data check davis --root DAVIS --split val --output outputs/davis-check
+    samoe data convert my_videos --to cvat --output for_cvat
 
-It lists the videos, and writes a contact sheet: frames with their objects, of up to 12 videos.
+`check` lists the videos, their objects, sizes and ids, and what is likely a mistake, and writes a contact sheet: frames
+with their objects, of up to 12 videos. `convert` writes frames and masks into a new folder, reads them back, and says
+what is not kept.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samoe_hf.errors import InputError
+from samoe_hf.data.layouts import WRITTEN
+from samoe_hf.errors import InputError, input_errors
 
 from .options import add_dataset_options, add_output_option, command_parser, open_dataset
 
@@ -29,10 +33,17 @@ MAX_ROWS, NUM_COLUMNS, MIN_HEIGHT = 12, 5, 240
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("data", __doc__)
     action = parser.add_argument_group("action")
-    action.add_argument("action", choices=["check"], help="check: list videos and what is likely a mistake")
+    action.add_argument("action", choices=["check", "convert"], help="check: list videos and what is likely a mistake")
+    action.add_argument("--to", choices=WRITTEN, help="of convert: the format")
+    action.add_argument("--polygons", action="store_true", help="of convert: outlines in place of pixels")
     add_dataset_options(parser, positional=True)
-    add_output_option(parser, f"for {SHEET} (%(default)s)", "outputs/data-check")
-    return parser.parse_args(arguments)
+    add_output_option(parser, f"for {SHEET} (outputs/data-check), or the new folder of convert", "outputs/data-check")
+    parsed = parser.parse_args(arguments)
+    if (parsed.action == "convert") != (parsed.to is not None) or (parsed.polygons and parsed.to is None):
+        parser.error("`convert` needs `--to`, and `--to` and `--polygons` go with `convert`")
+    if parsed.action == "convert" and parsed.output == parser.get_default("output"):
+        parser.error("`convert` needs `--output`, a new folder")
+    return parsed
 
 
 def evenly(count: int, wanted: int) -> list[int]:
@@ -79,7 +90,24 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
     return reports, usable
 
 
+def convert(parsed: argparse.Namespace) -> None:
+    """Writes the dataset in another format, and says what is not kept."""
+    from samoe_hf.data.formats.convert import write_videos
+    from samoe_hf.model.weights_io import new_folder
+
+    videos = open_dataset(parsed).videos(parsed.video)
+    with input_errors(), new_folder(parsed.output) as folder:
+        kept = write_videos(parsed.to, videos, folder, parsed.polygons)
+    print(f"Written and read back: {kept.videos} videos, {kept.frames} frames, {kept.objects} objects.")
+    print(f"Of {kept.pixels} pixels of masks, {kept.lost} differ.")
+    for difference in kept.differences:
+        print(f"Not kept: {difference}")
+    print(f"Written: {parsed.output}")
+
+
 def run(parsed: argparse.Namespace) -> None:
+    if parsed.action == "convert":
+        return convert(parsed)
     from samoe_hf.data.check import report_table
     from samoe_hf.model.weights_io import whole_file
 

@@ -363,8 +363,11 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, A
         points = points.reshape(-1, 2)
         if not (np.abs(points - (width / 2, height / 2)) <= 2 * max(size)).all():
             raise InputError(f"a polygon has points far outside the image of {height} x {width} pixels")
-        if np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum() > 4 * (height + width) + height * width:
-            raise InputError("a polygon's outline is longer than the image has pixels")
+        if (
+            np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum()
+            > 4 * (height + width) + 2 * height * width
+        ):
+            raise InputError("a polygon's outline is longer than twice the image's pixels")
     shapes: Any = segmentation  # pycocotools' types leave out such lists
     return dict(merge(frPyObjects(shapes, *size)))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ class Layout:
             object counts from the frame after its prompt.
         masks: the format of predicted masks, see [`~samoe_hf.data.predictions.MaskFiles`].
         domain: the reader's `domain`, if it is not its default.
+        writer: what writes a dataset, as the reader is named: it takes videos, a new folder and, where it can, whether
+            masks become `polygons`. See `write_videos` of `samoe_hf.data.formats.convert`.
     """
 
     kind: str
@@ -43,13 +46,19 @@ class Layout:
     protocol: Protocol = "youtube_vos"
     masks: MaskFormat = "davis"
     domain: str | None = None
+    writer: str | None = None
 
     @property
     def read(self) -> Callable[..., Any]:
         """The reader, which returns a sequence of `Video`, or an iterable of them."""
-        module, name = self.reader.split(".")
-        function = getattr(import_module(f"samoe_hf.data.{module}"), name)
+        function = _imported(self.reader)
         return function if self.domain is None else partial(function, domain=self.domain)
+
+    @property
+    def write(self) -> Callable[..., None]:
+        """The writer, of a layout that has one."""
+        assert self.writer is not None
+        return _imported(self.writer)
 
     def detect(self, root: Path, split: str | None = None) -> tuple[dict[str, str], str] | None:
         """The reader's options that a folder tells, and what it was recognized by; None if it has another layout.
@@ -67,6 +76,11 @@ class Layout:
                 value = values[0] if option is None or ":" in pattern else choose_split(values, split)
                 return ({} if option is None else {option: value}), _fill(pattern, value)
         return None
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, function = name.rpartition(".")
+    return getattr(import_module(f"samoe_hf.data.{module}"), function)
 
 
 def choose_split(names: list[str], split: str | None) -> str:
@@ -125,6 +139,26 @@ def _has_volumes(folder: Path) -> bool:
         return {"imgs.npy", "gts.npy"} <= set(archive.namelist())
 
 
+def _holds(suffix: str, words: str, folder: Path) -> bool:
+    """Whether a file of a folder, one of the first few, has all of some words, as those of a tool have."""
+    some = islice((path for path in folder.rglob(f"*{suffix}") if path.is_file()), MAX_LOOKED_AT)
+    return any(has_words(path, words) for path in some)
+
+
+def has_words(path: Path, words: str) -> bool:
+    """Whether all of some words are in the first MB of a file, or in its last 64 kB."""
+    with path.open("rb") as file:
+        text = file.read(1 << 20)
+        if len(text) == 1 << 20:
+            file.seek(-(1 << 16), 2)
+            text += file.read()
+    return all(word.encode() in text for word in words.split())
+
+
+MAX_LOOKED_AT = 8
+# Words of what label tools write.
+YTVIS, CVAT = '"videos" "file_names" "segmentations"', "<annotations> <version> <meta>"
+LABELME, LABEL_STUDIO = '"shapes" "imagePath"', '"annotations" "data" "from_name"'
 _VOS = ("JPEGImages/*/ Annotations/", "{split}/JPEGImages {split}/JPEGImages/*/ {split}/Annotations/")
 
 # A folder has the first layout that recognizes it, else "files". A domain that is not given is the kind's name, except
@@ -137,6 +171,7 @@ LAYOUTS = {
         Layout(
             "davis", "readers.read_davis",
             ("JPEGImages/{resolution:480p|Full-Resolution}/ Annotations/{resolution}/ ImageSets/",), protocol="davis",
+            writer="formats.davis.write_davis",
         ),
         Layout(
             "sa_v_val", "readers.read_sa_v_val",
@@ -152,12 +187,29 @@ LAYOUTS = {
         Layout("nifti", "volumes.read_nifti", ("labels{split} images{split}/ labels{split}/*.nii*",)),
         Layout("npz", "volumes.read_npz", ("*.npz", "{split}/*.npz"), _has_volumes),
         Layout(
-            "coco", "readers.read_coco",
+            "coco", "formats.coco.read_coco",
             (
                 "annotations/instances_{split}.json {split}/", "annotations/instances_{split}.json images/",
                 "{split}/_annotations.coco.json", "{split:.}/_annotations.coco.json", "result.json images/",
             ),
-            protocol="all", masks="sa_v",
+            protocol="all", masks="sa_v", writer="formats.coco.write_coco",
+        ),
+        Layout(
+            "ytvis", "formats.coco.read_ytvis", ("**/*.json",), partial(_holds, ".json", YTVIS), masks="sa_v",
+            writer="formats.coco.write_ytvis",
+        ),
+        Layout("yolo", "formats.yolo.read_yolo", ("data.yaml",), masks="sa_v", writer="formats.yolo.write_yolo"),
+        Layout(
+            "cvat", "formats.cvat.read_cvat", ("**/*.xml",), partial(_holds, ".xml", CVAT), masks="sa_v",
+            writer="formats.cvat.write_cvat",
+        ),
+        Layout(
+            "labelme", "formats.labelme.read_labelme", ("**/*.json",), partial(_holds, ".json", LABELME), masks="sa_v",
+            writer="formats.labelme.write_labelme",
+        ),
+        Layout(
+            "labelstudio", "formats.label_studio.read_label_studio", ("**/*.json",),
+            partial(_holds, ".json", LABEL_STUDIO), masks="sa_v", writer="formats.label_studio.write_label_studio",
         ),
         Layout(
             "sa_v", "readers.read_sa_v", ("**/sav_*_{annotations:manual|auto}.json **/sav_*.mp4",),
@@ -167,6 +219,9 @@ LAYOUTS = {
         Layout("synthetic", "synthetic.SyntheticVideos"),
     )
 }  # fmt: skip
+
+
+WRITTEN = tuple(kind for kind, layout in LAYOUTS.items() if layout.writer)
 
 
 def layout_of(kind: str) -> Layout:

@@ -18,7 +18,7 @@ from samoe_hf.errors import InputError
 from .frames import SampleError, frame_order, natural_key, say_once
 from .image_files import IMAGE_SUFFIXES, describe_unread, open_image
 from .images import ImageFrames
-from .layouts import choose_split
+from .layouts import choose_split, has_words
 from .pair_lists import LIST_SUFFIXES, read_pairs
 from .pairing import FRAME_WORDS, MASK_WORDS, PICTURE_WORDS, MaskFile, Source, split_by_name
 from .schema import Video, VideoList
@@ -73,14 +73,10 @@ EXPECTED = (
 )
 # What tools export that holds no masks as images, and words that its files have.
 EXPORTS = {
-    "an export of LabelMe": '"shapes" "imagePath"',
     "an export of VIA (VGG Image Annotator)": "shape_attributes region",
-    "an export of CVAT": "<annotations> <version>",
     "an export of Supervisely": '"classTitle" "objects"',
-    "an export of Label Studio": '"annotations" "from_name"',
     "an export of Datumaro": '"items" "categories" "infos"',
     "a file of boxes, as Pascal VOC has them": "<annotation> <bndbox>",
-    "a file of YouTube-VIS": '"videos" "segmentations"',
 }
 EXPORT_SUFFIXES = (*LIST_SUFFIXES, ".xml")
 MAX_NAMED, MAX_LISTED = 8, 100_000
@@ -333,7 +329,7 @@ def guess(root: Path) -> Found:
                 return _by_list(path)
         except SampleError as error:
             reason = f"{error}. "
-    tools = ((path, tool) for path in files[:MAX_NAMED] for tool in EXPORTS if _is_export(path, tool))
+    tools = ((path, tool) for path in files[:MAX_NAMED] for tool in EXPORTS if has_words(path, EXPORTS[tool]))
     for path, tool in tools:
         reason = f"{path} is {tool}, which is not read: export masks as images, or COCO's JSON (the kind coco). "
     raise InputError(
@@ -341,13 +337,6 @@ def guess(root: Path) -> Found:
         f"Expected: {EXPECTED}. If it is another, name it: "
         f'{{kind: files, root: {root}, frames: "{{video}}/FRAMES/*", masks: "{{video}}/MASKS/*"}}'
     )
-
-
-def _is_export(path: Path, tool: str) -> bool:
-    """Whether a file is an export of one of `EXPORTS`, by what it begins with."""
-    with path.open("rb") as file:
-        beginning = file.read(1 << 16)
-    return all(word.encode() in beginning for word in EXPORTS[tool].split())
 
 
 def _by_list(path: Path) -> Found:

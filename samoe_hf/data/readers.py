@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +17,8 @@ import numpy as np
 
 from samoe_hf.errors import InputError
 
-from .annotations import LabelImages, ObjectImages, RleMasks, segmentation_to_rle
-from .clips import warn_one_frame
-from .frames import SampleError, check_inside, named_errors, natural_key
+from .annotations import LabelImages, ObjectImages, RleMasks
+from .frames import SampleError, named_errors, natural_key
 from .images import ImageFrames, image_paths, read_label_png
 from .schema import Video, VideoList
 from .video_io import read_video
@@ -199,66 +196,6 @@ def _open_ocid(domain: str, ignore_ids: frozenset[int], video_id: str, folder: P
     paths = _match_to_frames(frames, image_paths(folder / "label"))
     placed = set(np.unique(read_label_png(paths[max(paths)])).tolist())
     return Video(video_id, frames, LabelImages(paths, object_ids=placed - {0} - ignore_ids), domain)
-
-
-def read_coco(
-    root: str | Path,
-    split: str = "train2017",
-    domain: str = "coco",
-    images: str | None = None,
-    annotations: str | None = None,
-    window: Window | None = None,
-) -> VideoList:
-    """Images with COCO annotations, each a video of one frame; crowds and images without annotations are left out.
-
-    Warns that single frames do not train the memory attention. Objects are numbered from 1 in the file's order.
-
-    Args:
-        root: the dataset's folder.
-        split: names the image folder and `annotations/instances_<split>.json`, or its `_annotations.coco.json`.
-        domain: name for routing and metrics.
-        images: the image folder, where it is named differently.
-        annotations: the annotation file, where it is named differently.
-        window: intensities that become black and white, of images with more than 8 bits or in floats; by default the
-            0.5 and 99.5 percentiles of each.
-    """
-    check_window(window)
-    warn_one_frame(f"COCO images in {root}")
-    root = Path(root)
-    folders = [root / name for name in (images or split, f"images/{split}", "images")]
-    files = [root / "annotations" / f"instances_{split}.json", root / split / "_annotations.coco.json"]  # or Roboflow's
-    if annotations is None and not any(map(Path.is_file, files)) and (root / "result.json").is_file():
-        folders, annotations = [root / (images or ".")], "result.json"  # as Label Studio exports it
-    folder = next(filter(Path.is_dir, folders), folders[0])
-    path = root / annotations if annotations else next(filter(Path.is_file, files), files[0])
-    entries: dict[str, tuple[dict, list[dict]]] = {}
-    with named_errors(path, "not COCO annotations"):
-        data = json.loads(path.read_bytes())
-        of_image = defaultdict(list)
-        for annotation in data["annotations"]:
-            if not annotation.get("iscrowd"):
-                of_image[annotation["image_id"]].append(annotation)
-        for image in sorted(data["images"], key=itemgetter("id")):
-            name = image["file_name"]
-            if image["id"] in of_image:
-                check_inside(name, path)
-                if name in entries:
-                    raise SampleError(f"two images have the file name {name!r}")
-                entries[name] = image, of_image[image["id"]]
-    return VideoList(entries, partial(_open_coco, domain, folder, window))
-
-
-def _open_coco(
-    domain: str, folder: Path, window: Window | None, file_name: str, entry: tuple[dict, list[dict]]
-) -> Video:
-    (image, annotations), path = entry, folder / file_name
-    frames = ImageFrames([path], window)
-    with named_errors(path, "its COCO annotations cannot be read"):
-        if (image["height"], image["width"]) != frames.size:
-            raise SampleError(f"annotated as {image['height']} x {image['width']} pixels, but shown as {frames.size}")
-        rles = [segmentation_to_rle(annotation["segmentation"], frames.size) for annotation in annotations]
-    masks = RleMasks({0: dict(enumerate(rles, 1))}, range(1, len(rles) + 1), frames.size, f"annotations of {path}")
-    return Video(file_name, frames, masks, domain)
 
 
 def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:

@@ -12,13 +12,12 @@ from pycocotools import mask as coco_mask
 
 from samoe_hf.data.clips import warn_one_frame
 from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key
+from samoe_hf.data.layouts import YTVIS
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.windows import Window, check_window
 
 from . import labels
 from .labels import LabelledFrame, LabelledObject, LabelledVideo
-
-YTVIS_WORDS = '"videos" "file_names" "annotations"'
 
 
 def read_coco(
@@ -137,12 +136,14 @@ def read_ytvis(
         window: see [`read_coco`].
     """
     root = Path(root)
-    files = [root / annotations] if annotations else labels.files_with(root, ".json", YTVIS_WORDS)
+    files = [root / annotations] if annotations else labels.files_with(root, ".json", YTVIS)
     if split is not None and not annotations:
         files = [path for path in files if split in path.relative_to(root).as_posix()]
     if len(files) != 1:
         names = ", ".join(path.relative_to(root).as_posix() for path in files) or "none"
-        raise SampleError(f"{root}: one file of YouTube-VIS is expected, found {names}; `split` or `annotations` tells it")
+        raise SampleError(
+            f"{root}: one file of YouTube-VIS is expected, found {names}; `split` or `annotations` tells it"
+        )
     (path,) = files
     data = labels.read_json(path, "YouTube-VIS annotations")
     with named_errors(path, "not YouTube-VIS annotations"):
@@ -164,7 +165,9 @@ def read_ytvis(
                     counts = f"{len(annotation['segmentations'])} segmentations for {len(names)} frames"
                     raise SampleError(f"annotation {annotation.get('id')} has {counts}")
             folders = {Path(name).parent.as_posix() for name in names}
-            video_id = str(video.get("name") or (folders.pop() if len(folders) == 1 and "." not in folders else video["id"]))
+            video_id = str(
+                video.get("name") or (folders.pop() if len(folders) == 1 and "." not in folders else video["id"])
+            )
             for t, name in enumerate(names):
                 check_inside(name, path)
                 objects = [

@@ -13,6 +13,7 @@ import numpy as np
 
 from samoe_hf.data.frames import SampleError, frame_order, named_errors, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
+from samoe_hf.data.layouts import CVAT
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.video_io import VIDEO_SUFFIXES
 from samoe_hf.data.windows import Window, check_window
@@ -20,7 +21,6 @@ from samoe_hf.data.windows import Window, check_window
 from . import labels
 from .labels import LabelledFrame, LabelledObject, LabelledVideo, Part
 
-WORDS = "<annotations> <version> <meta>"
 NO_AREA = ("polyline", "points", "cuboid", "skeleton")
 LABELLED = "labelled_frames"  # in the file's `meta`, which CVAT does not read
 
@@ -46,7 +46,7 @@ def read_cvat(
     root = Path(root) / (split or "")
     entries: dict[str, LabelledVideo] = {}
     images: list[LabelledFrame] = []
-    for path in labels.files_with(root, ".xml", WORDS):
+    for path in labels.files_with(root, ".xml", CVAT):
         with named_errors(path, "not an XML of CVAT", (*_DAMAGE, ElementTree.ParseError)):
             document = ElementTree.parse(path).getroot()
             if document.find("meta/project") is not None:
@@ -92,7 +92,9 @@ def _numbers(meta: ElementTree.Element, frames: Path | Sequence[Path]) -> Mappin
     if all(stem.isdecimal() and f"frame_{stem}" == frame.stem for stem, frame in zip(stems, frames, strict=True)):
         return {int(stem): i for i, stem in enumerate(stems)}
     start = int(meta.findtext("task/start_frame") or meta.findtext("job/start_frame") or 0)
-    step = int((meta.findtext("task/frame_filter") or meta.findtext("job/frame_filter") or "step=1").partition("=")[2] or 1)
+    step = int(
+        (meta.findtext("task/frame_filter") or meta.findtext("job/frame_filter") or "step=1").partition("=")[2] or 1
+    )
     return {start + i * step: i for i in range(len(frames))}
 
 
@@ -117,14 +119,18 @@ def _tracks(path: Path, document: ElementTree.Element) -> LabelledVideo:
         object_id = ids[int(tracks[0].attrib["id"])]
         classes[object_id] = tracks[0].get("label") or labels.NO_CLASS
         if len(tracks) > 1:
-            say_once(f"{path}: the tracks of a group, such as {tracks[0].get('id')} and {tracks[1].get('id')}, are one object")
+            say_once(
+                f"{path}: the tracks of a group, such as {tracks[0].get('id')} and {tracks[1].get('id')}, are one object"
+            )
         for track in tracks:
             last: tuple[int, bool] | None = None
             for shape in sorted((s for s in track if s.tag != "attribute"), key=lambda s: int(s.attrib["frame"])):
                 number, is_outside = int(shape.attrib["frame"]), shape.get("outside") == "1"
                 index = number if numbers is None else numbers.get(number, -1)
                 if index < 0 or (count is not None and index >= count):
-                    raise SampleError(f"track {track.get('id')} has a shape on frame {number}, of which there is no image")
+                    raise SampleError(
+                        f"track {track.get('id')} has a shape on frame {number}, of which there is no image"
+                    )
                 if last is not None and index == last[0]:
                     raise SampleError(f"track {track.get('id')} has two shapes on frame {number}")
                 if last is not None and not last[1]:
@@ -137,7 +143,9 @@ def _tracks(path: Path, document: ElementTree.Element) -> LabelledVideo:
     labelled = known if known is not None else set(range(_length(frames))) - doubtful
     if known is None and doubtful:
         some = ", ".join(map(str, sorted(doubtful)[:5]))
-        say_once(f"{path}: tracks have no shape on {len(doubtful)} frames, such as {some}, and are not outside: taken as not annotated")
+        say_once(
+            f"{path}: tracks have no shape on {len(doubtful)} frames, such as {some}, and are not outside: taken as not annotated"
+        )
     return LabelledVideo(
         frames, height_width, {t: shapes.get(t, {}) for t in sorted(labelled)}, classes, str(path)
     )  # fmt: skip
@@ -165,7 +173,9 @@ def _images(path: Path, document: ElementTree.Element, folder: str) -> Iterable[
             objects.append(((group, shape.get("label")), one))
         name = image.attrib["name"]
         file, size = labels.find_image(name, folders, path), (int(image.attrib["height"]), int(image.attrib["width"]))
-        yield LabelledFrame(folder, file, size, [one for _, one in objects], str(path), Path(name).with_suffix("").as_posix())
+        yield LabelledFrame(
+            folder, file, size, [one for _, one in objects], str(path), Path(name).with_suffix("").as_posix()
+        )
 
 
 def _part(shape: ElementTree.Element, path: Path) -> Part:

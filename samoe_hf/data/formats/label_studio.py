@@ -13,6 +13,7 @@ import numpy as np
 
 from samoe_hf.data.frames import SampleError, named_errors
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
+from samoe_hf.data.layouts import LABEL_STUDIO
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.windows import Window
 
@@ -20,7 +21,6 @@ from . import labels
 from .labelme import name_objects
 from .labels import LabelledFrame, LabelledObject, Part
 
-WORDS = '"annotations" "data" "from_name"'
 RUN_BITS = (3, 4, 8, 16)  # in which a run's length less 1 is written
 
 
@@ -29,7 +29,8 @@ def read_label_studio(
 ) -> VideoList:
     """Label Studio's JSON export, with the images below the same folder.
 
-    An image is found by its path behind `?d=`, or by its name. The folder of an image is its video. A region whose id
+    An image is found by its path behind `?d=`, or by its name. The folder of an image is its video,
+    without a first `images`. A region whose id
     is `object-N`, as written here, is object N; else each label is an object where it is on no frame twice, which is
     said; else nothing tells which objects of two images are the same, and each image is a video of one frame. Of a
     task's annotations the last one counts that was not cancelled; tasks without any are not annotated. Brushes,
@@ -45,7 +46,7 @@ def read_label_studio(
     files = [path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     frames: list[LabelledFrame] = []
     groups: list[list[int | None]] = []
-    for path in labels.files_with(root, ".json", WORDS):
+    for path in labels.files_with(root, ".json", LABEL_STUDIO):
         tasks = labels.read_json(path, "Label Studio's JSON")
         for task in tasks if isinstance(tasks, list) else [tasks]:
             with named_errors(path, "not Label Studio's JSON"):
@@ -56,7 +57,8 @@ def read_label_studio(
                 objects = [LabelledObject(None, _label(result), [_part(result, path)]) for result in results]
                 matches = [re.fullmatch(r"object-(\d+)", str(result.get("id"))) for result in results]
                 groups.append([int(match[1]) if match else None for match in matches])
-                video = image.parent.relative_to(root).as_posix().removeprefix(".")
+                parts = image.parent.relative_to(root).parts
+                video = "/".join(parts[parts[:1] == ("images",) :])
                 frames.append(LabelledFrame(video, image, size, objects if valid else None, str(path)))
     order = sorted(range(len(frames)), key=lambda i: labels.natural_key(_plain(frames[i].name)))
     named = name_objects([frames[i] for i in order], [groups[i] for i in order])
@@ -77,7 +79,9 @@ def _image(task: dict[str, Any], root: Path, files: Sequence[Path]) -> Path:
     parsed = urlparse(urls[0])
     name = unquote(parse_qs(parsed.query).get("d", [parsed.path])[0])
     if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-        raise SampleError(f"task {task.get('id')} is of {urls[0]!r}, which is no image; videos have boxes there, no masks")
+        raise SampleError(
+            f"task {task.get('id')} is of {urls[0]!r}, which is no image; videos have boxes there, no masks"
+        )
     parts = PurePosixPath(name).parts
     for start in range(len(parts)):
         own = [file for file in files if file.relative_to(root).parts[-len(parts[start:]) :] == parts[start:]]

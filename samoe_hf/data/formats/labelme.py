@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 
 from samoe_hf.data.frames import SampleError, check_inside, named_errors, say_once
+from samoe_hf.data.layouts import LABELME
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.windows import Window
 
 from . import labels
 from .labels import LabelledFrame, LabelledObject, Part
 
-WORDS = '"shapes" "imagePath"'
 FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes besides polygons and masks, their points
 
 
@@ -45,7 +45,7 @@ def read_labelme(
     root = Path(root) / (split or "")
     frames: list[LabelledFrame] = []
     groups: list[list[int | None]] = []
-    for path in labels.files_with(root, ".json", WORDS):
+    for path in labels.files_with(root, ".json", LABELME):
         data = labels.read_json(path, "LabelMe's JSON")
         with named_errors(path, "not LabelMe's JSON"):
             name = PureWindowsPath(data["imagePath"]).as_posix()
@@ -82,7 +82,9 @@ def name_objects(frames: list[LabelledFrame], groups: Sequence[Sequence[int | No
         if all(group is not None for _, group in kinds):
             is_own = len({group for _, group in kinds}) == len(kinds)
             if not is_own:
-                say_once(f"{frames[0].source}: a group_id is of several labels; objects of {video!r} are numbered in order")
+                say_once(
+                    f"{frames[0].source}: a group_id is of several labels; objects of {video!r} are numbered in order"
+                )
             keys[video] = {kind: int(kind[1]) if is_own else i for i, kind in enumerate(kinds, 1)}
         elif all(group is None for _, group in kinds) and max(Counter(own).values()) == 1:
             say_once(f"{frames[0].source}: shapes have no group_id; each label of {video!r} is taken as one object")

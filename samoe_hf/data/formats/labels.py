@@ -20,6 +20,7 @@ from samoe_hf.data.clips import warn_one_frame
 from samoe_hf.data.frames import SampleError, check_inside, frame_order, named_errors, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.images import ImageFrames, encode_png
+from samoe_hf.data.layouts import has_words
 from samoe_hf.data.pairing import object_ids
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.video_io import read_video
@@ -136,9 +137,17 @@ def polygons_of(mask: np.ndarray) -> list[list[float]]:
 
 def joined(polygons: Sequence[list[float]]) -> list[float]:
     """Polygons as one, joined by lines to and fro."""
-    first, *others = polygons
-    start = first[:2]
-    return [*first, *(value for ring in others for value in [*start, *ring, *ring[:2]]), *(start if others else [])]
+    if len(polygons) == 1:
+        return list(polygons[0])
+    starts, order = np.array([ring[:2] for ring in polygons], dtype=np.float64), [0]
+    left = np.ones(len(polygons), bool)
+    while len(order) < len(polygons):  # to the nearest one
+        left[order[-1]] = False
+        distances = np.abs(starts - starts[order[-1]]).sum(axis=1)
+        order.append(int(np.where(left, distances, np.inf).argmin()))
+    rings = [polygons[i] for i in order]
+    forth = [value for ring in rings for value in [*ring, *ring[:2]]]
+    return forth + [value for ring in rings[-2::-1] for value in ring[:2]]
 
 
 def _outlines(part: np.ndarray) -> list[np.ndarray]:
@@ -179,16 +188,8 @@ def read_json(path: Path, kind: str) -> Any:
 
 def files_with(root: Path, suffix: str, words: str) -> list[Path]:
     """The files below a folder with all of some words at their beginning or end, in natural order."""
-    found = []
-    for path in sorted(root.rglob(f"*{suffix}"), key=lambda path: natural_key(path.as_posix())):
-        with path.open("rb") as file:
-            text = file.read(1 << 20)
-            if len(text) == 1 << 20:
-                file.seek(-(1 << 16), 2)
-                text += file.read()
-        if all(word.encode() in text for word in words.split()):
-            found.append(path)
-    return found
+    paths = sorted(root.rglob(f"*{suffix}"), key=lambda path: natural_key(path.as_posix()))
+    return [path for path in paths if has_words(path, words)]
 
 
 def read_frames(frames: Iterable[LabelledFrame], domain: str, window: Window | None, whose: str) -> VideoList:
@@ -249,7 +250,9 @@ def _video_of(name: str, frames: Sequence[LabelledFrame]) -> LabelledVideo:
     owner = f"{frames[0].source}: video {name!r}"
     if len(sizes) > 1:
         raise SampleError(f"{owner} has frames of the sizes (height, width) {sorted(sizes)}")
-    twice = [one for one, count in Counter(str(f.image if f.name == "" else f.name) for f in frames).items() if count > 1]
+    twice = [
+        one for one, count in Counter(str(f.image if f.name == "" else f.name) for f in frames).items() if count > 1
+    ]
     if twice:
         raise SampleError(f"{owner} has the frame {twice[0]!r} twice")
     keys = {one.key: one.class_name for frame in frames for one in frame.objects or ()}
@@ -285,9 +288,7 @@ def open_labelled(domain: str, window: Window | None, video_id: str, entry: Labe
         (height, width), shown = entry.size, tuple(frames.size)
         raise SampleError(f"{entry.source}: {video_id} is labelled as {height} x {width} pixels, but shown as {shown}")
     ids = sorted(set().union(*entry.shapes.values()))
-    return Video(
-        video_id, frames, Shapes(entry.shapes, ids, frames.size, entry.source), domain, classes=entry.classes
-    )
+    return Video(video_id, frames, Shapes(entry.shapes, ids, frames.size, entry.source), domain, classes=entry.classes)
 
 
 def find_image(name: str, folders: Sequence[Path], source: str | Path) -> Path:
@@ -322,7 +323,9 @@ def write_frames(video: Video, folder: Path) -> list[str]:
     for t, name in enumerate(frames.names):
         check_inside(name, video.video_id)
         path = frames.sources[t] if isinstance(frames, ImageFrames) else None
-        is_kept = isinstance(path, Path) and path.suffix.lower() in UPRIGHT and not frames.is_deep and frames.window is None
+        is_kept = (
+            isinstance(path, Path) and path.suffix.lower() in UPRIGHT and not frames.is_deep and frames.window is None
+        )
         if is_kept:
             with Image.open(path) as image:
                 is_kept = image.format in ("JPEG", "PNG") and image.getexif().get(274, 1) == 1

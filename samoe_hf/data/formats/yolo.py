@@ -18,9 +18,7 @@ from . import labels
 from .labels import LabelledFrame, LabelledObject, Part
 
 
-def read_yolo(
-    root: str | Path, split: str = "train", domain: str = "yolo", window: Window | None = None
-) -> VideoList:
+def read_yolo(root: str | Path, split: str = "train", domain: str = "yolo", window: Window | None = None) -> VideoList:
     """YOLO segmentation; a folder of images is a video.
 
     A polygon's id is behind its points, as `yolo track save_txt=True` writes it, or in the same line of a file below
@@ -41,7 +39,9 @@ def read_yolo(
         names = data["names"]
         names = {int(i): str(name) for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
         if split not in data or not data[split]:
-            raise SampleError(f"no split {split!r}; there are: {', '.join(s for s in ('train', 'val', 'test') if data.get(s))}")
+            raise SampleError(
+                f"no split {split!r}; there are: {', '.join(s for s in ('train', 'val', 'test') if data.get(s))}"
+            )
         base = root / (data.get("path") or ".")
         folders = data[split] if isinstance(data[split], list) else [data[split]]
     images: list[tuple[str, Path]] = []
@@ -55,7 +55,9 @@ def read_yolo(
             found = [folder.parent / line for line in lines]
             images += [(file.parent.name if file.parent.name != "images" else "", file) for file in found]
             continue
-        found = sorted((p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=lambda p: natural_key(str(p)))
+        found = sorted(
+            (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=lambda p: natural_key(str(p))
+        )
         videos = list(dict.fromkeys(image.parent for image in found))
         for video in videos:
             key = video.relative_to(folder).as_posix().removeprefix(".")

@@ -1,0 +1,93 @@
+"""Videos written as one of the formats that people label in, and read back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from samoe_hf.data.layouts import LAYOUTS, WRITTEN
+from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError
+
+from .labels import check_names
+
+
+class Kept(NamedTuple):
+    """What was read back: how many videos, frames and objects, pixels of masks and those that differ; what else does."""
+
+    videos: int
+    frames: int
+    objects: int
+    pixels: int
+    lost: int
+    differences: list[str]
+
+
+def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: bool = False) -> Kept:
+    """Writes videos with their frames and masks into an empty folder, and reads them back.
+
+    Args:
+        kind: one of `samoe_hf.data.layouts.WRITTEN`.
+        videos: with names that differ.
+        folder: exists.
+        polygons: write outlines of masks, and not their pixels, where the format has both.
+
+    Raises:
+        InputError: for another kind, polygons where it has none, or names that do not differ.
+    """
+    if kind not in WRITTEN:
+        raise InputError(f"the format must be one of {', '.join(WRITTEN)}, not {kind!r}")
+    layout = LAYOUTS[kind]
+    if polygons and "polygons" not in inspect.signature(layout.write).parameters:
+        why = "has polygons alone" if kind == "yolo" else "is written as masks alone"
+        raise InputError(f"`polygons` does not go with {kind}, which {why}")
+    renamed = []
+    if kind == "davis":  # it has no folders of videos
+        renamed = [f"{v.video_id} is called {_flat(v)}" for v in videos if _flat(v) != v.video_id]
+        videos = [replace(video, video_id=_flat(video)) for video in videos]
+    check_names(videos)
+    layout.write(videos, folder, **({"polygons": True} if polygons else {}))
+    options = layout.detect(folder)
+    assert options is not None
+    kept = compare(videos, layout.read(root=folder, **options[0]))
+    return kept._replace(differences=renamed + kept.differences)
+
+
+def _flat(video: Video) -> str:
+    return video.video_id.replace("/", "_")
+
+
+def compare(videos: Sequence[Video], others: Sequence[Video]) -> Kept:
+    """How videos that were read back differ from what they were."""
+    by_id, differences = {video.video_id: video for video in others}, []
+    frames = objects = pixels = lost = 0
+    for video in videos:
+        other = by_id.pop(video.video_id, None)
+        if other is None:
+            differences.append(f"{video.video_id}: not there")
+            continue
+        seen = sorted({i for t in video.annotated_frames for i in video.visible(t)})
+        for what, one, two in (
+            ("frames", video.frames.names, other.frames.names),
+            ("size", tuple(video.size), tuple(other.size)),
+            ("annotated frames", video.annotated_frames, other.annotated_frames),
+            ("objects that are seen", seen, sorted({i for t in other.annotated_frames for i in other.visible(t)})),
+        ):
+            if one != two:
+                differences.append(f"{video.video_id}: {what} were {_short(one)}, are {_short(two)}")
+        frames, objects = frames + len(other), objects + len(other.object_ids)
+        for t in video.annotated_frames if tuple(video.size) == tuple(other.size) else ():
+            masks = video.masks(t, seen)
+            pixels += int(masks.sum())
+            if t in other.annotated_frames:
+                lost += int((masks ^ other.masks(t, seen)).sum())
+    differences += [f"{name}: was not there" for name in by_id]
+    return Kept(len(others), frames, objects, pixels, lost, differences)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 80 else f"{text[:80]}…"
