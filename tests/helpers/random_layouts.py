@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,12 @@ def told(frame: np.ndarray) -> tuple[int, int]:
 def save(path: Path, array: np.ndarray, **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
+
+
+def png_of(mask: np.ndarray) -> str:
+    file = BytesIO()
+    Image.fromarray(mask.astype(np.uint8)).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 class Maker:
@@ -259,12 +267,18 @@ class Maker:
                 save(self.root / f"ds0/masks_human/{stem}.png", draw(0, 3))
 
     def labelme(self) -> None:
-        """LabelMe: polygons, or labelme2voc's folders."""
+        """LabelMe: masks in its JSON, or labelme2voc's folders."""
         as_voc = self.rng.random() < 0.5
         for t, (stem, masks) in enumerate(self.frames_of_tool("JPEGImages" if as_voc else ".")):
             if masks and not as_voc:
-                shape = {"label": "thing", "shape_type": "polygon", "points": [[1, 1], [9, 1], [9, 9]]}
-                (self.root / f"{stem}.json").write_text(json.dumps({"shapes": [shape], "imagePath": f"{stem}.jpg"}))
+                shapes = [
+                    {
+                        "label": "thing", "group_id": int(name), "shape_type": "mask",
+                        "points": [[0, 0], [SIZE[1] - 1, SIZE[0] - 1]], "mask": png_of(mask),
+                    }
+                    for name, mask in masks.items()
+                ]  # fmt: skip
+                (self.root / f"{stem}.json").write_text(json.dumps({"shapes": shapes, "imagePath": f"{stem}.jpg"}))
             elif masks:
                 self.label_image(masks, self.root / f"SegmentationObjectPNG/{stem}.png")
                 save(self.root / f"SegmentationClassPNG/{stem}.png", sum(masks.values()).astype(np.uint8))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from samoe_hf.data.clips import warn_one_frame
-from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key
+from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key, say_once
 from samoe_hf.data.layouts import YTVIS
 from samoe_hf.data.schema import Video, VideoList
-from samoe_hf.data.windows import Window, check_window
+from samoe_hf.data.windows import Window
 
-from . import labels
-from .labels import LabelledFrame, LabelledObject, LabelledVideo
+from . import labels, shapes
+from .labels import LabelledFrame, LabelledObject
 
 
 def read_coco(
@@ -28,14 +25,15 @@ def read_coco(
     annotations: str | None = None,
     window: Window | None = None,
 ) -> VideoList:
-    """Images with COCO annotations; crowds are left out.
+    """Images with COCO annotations; crowds are left out, which is said.
 
     Where annotations have a `track_id` (or `instance_id`, or that among their `attributes`, as CVAT writes it), images
     are frames: of the video that `video_id` names, else their folder is. Objects have these ids. An image without
     annotations shows no object; one of the folder that the file does not list is not annotated.
 
     Else each image is a video of one frame, which does not train the memory attention, and is warned of. Objects are
-    numbered from 1 in the file's order, and images without annotations are left out.
+    numbered from 1 in the file's order, videos are in the order of their ids, and images without annotations are left
+    out.
 
     Args:
         root: the dataset's folder.
@@ -46,7 +44,6 @@ def read_coco(
         window: intensities that become black and white, of images with more than 8 bits or in floats; by default the
             0.5 and 99.5 percentiles of each.
     """
-    check_window(window)
     root = Path(root)
     folders = [root / name for name in (images or split, f"images/{split}", "images")]
     files = [root / "annotations" / f"instances_{split}.json", root / split / "_annotations.coco.json"]  # or Roboflow's
@@ -56,62 +53,67 @@ def read_coco(
     path = root / annotations if annotations else next(filter(Path.is_file, files), files[0])
     data = labels.read_json(path, "COCO annotations")
     with named_errors(path, "not COCO annotations"):
-        of_image, classes = defaultdict(list), _classes(data)
-        for annotation in data["annotations"]:
-            if not annotation.get("iscrowd"):
-                of_image[annotation["image_id"]].append(annotation)
+        classes, of_image = _classes(data), {image["id"]: [] for image in data["images"]}
+        labels.check_unlike("ids of images", [image["id"] for image in data["images"]])
+        labels.check_unlike("file names", [image["file_name"] for image in data["images"]])
+        for annotation in _objects(data, path):
+            if annotation["image_id"] not in of_image:
+                raise SampleError(f"an annotation of image {annotation['image_id']!r}, which is not in `images`")
+            of_image[annotation["image_id"]].append(annotation)
         tracks = {_track(annotation) for own in of_image.values() for annotation in own}
         if None in tracks and len(tracks) > 1:
             raise SampleError("some annotations have a track_id, and some have none")
         videos = {video["id"]: str(video["name"]) for video in data.get("videos", ())}
-        frames: dict[str, list[tuple[Any, LabelledFrame]]] = defaultdict(list)
-        seen = set()
+        labels.check_unlike("names of videos", videos.values())
+        frames: list[tuple[Any, LabelledFrame]] = []
         for image in data["images"]:
-            name, own, size = image["file_name"], of_image[image["id"]], (image["height"], image["width"])
-            if None in tracks and not own:
-                continue
+            name = image["file_name"]
             check_inside(name, path)
-            if name in seen:
-                raise SampleError(f"two images have the file name {name!r}")
-            seen.add(name)
             parent = Path(name).parent.as_posix().removeprefix(".")
-            video = "" if None in tracks else videos.get(image.get("video_id"), str(image.get("video_id", parent)))
+            video = videos.get(image.get("video_id"), str(image.get("video_id", parent)))
             number = image.get("frame_id", image.get("frame_index"))
+            order = natural_key(name) if number is None else [(0, number)]
             objects = [
-                LabelledObject(_track(a), classes.get(a.get("category_id"), labels.NO_CLASS), _parts(a["segmentation"]))
-                for a in own
+                LabelledObject(_track(one), _class(one, classes), _parts(one["segmentation"]))
+                for one in of_image[image["id"]]
             ]
-            frame = LabelledFrame(video, folder / name, size, objects, str(path))
-            frames[video].append((natural_key(name) if number is None else [(0, number)], frame))
-    if None in tracks:
-        warn_one_frame(f"COCO images in {root}")
-        entries = {}
-        for _, frame in frames[""]:
-            shapes = {i: one.parts for i, one in enumerate(frame.objects or (), 1)}
-            own = {i: one.class_name for i, one in enumerate(frame.objects or (), 1)}
-            source = f"annotations of {frame.image}"
-            name = Path(str(frame.image)).relative_to(folder).as_posix()
-            entries[name] = LabelledVideo([frame.image], frame.size, {0: shapes}, own, source)
-        return VideoList(entries, partial(labels.open_labelled, domain, window))
-    ordered = (frame for own in frames.values() for _, frame in sorted(own, key=lambda pair: pair[0]))
+            size = (int(image["height"]), int(image["width"]))
+            frame = LabelledFrame(video, folder / name, size, objects, str(path), alone=name)
+            frames.append(((image["id"],) if None in tracks else (video, order), frame))
+        ordered = [frame for _, frame in sorted(frames, key=lambda pair: pair[0])]
     return labels.read_frames(ordered, domain, window, str(root))
 
 
-def _classes(data: Mapping[str, Any]) -> dict[int, str]:
+def _classes(data: Mapping[str, Any]) -> dict[Any, str]:
     return {one["id"]: str(one["name"]) for one in data.get("categories", ())}
+
+
+def _class(annotation: Mapping[str, Any], classes: Mapping[Any, str]) -> str:
+    number = annotation.get("category_id")
+    if classes and number not in classes:
+        raise SampleError(f"the category {number!r} is none of {classes}")
+    return classes.get(number, labels.NO_CLASS)
+
+
+def _objects(data: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The annotations without crowds; those of CVAT and Datumaro, with `attributes`, are masks of objects."""
+    objects = [one for one in data["annotations"] if not one.get("iscrowd") or "attributes" in one]
+    if crowds := len(data["annotations"]) - len(objects):
+        say_once(f"{path}: {crowds} annotations of crowds are left out")
+    return objects
 
 
 def _track(annotation: Mapping[str, Any]) -> int | None:
     for owner in (annotation, annotation.get("attributes") or {}):
         for name in ("track_id", "instance_id"):
             if owner.get(name) is not None:
-                return int(owner[name])
+                return int(str(owner[name]))
     return None
 
 
-def _parts(segmentation: Any) -> list[labels.Part]:
-    """The parts of a `segmentation`: an encoding, or polygons."""
-    return [segmentation] if isinstance(segmentation, Mapping) else list(segmentation or ())
+def _parts(segmentation: Any) -> list[shapes.Part]:
+    """The parts of a `segmentation`: an encoding, or polygons; what is neither is refused when it is drawn."""
+    return segmentation if isinstance(segmentation, list) and segmentation else [segmentation]
 
 
 def read_ytvis(
@@ -147,39 +149,40 @@ def read_ytvis(
     (path,) = files
     data = labels.read_json(path, "YouTube-VIS annotations")
     with named_errors(path, "not YouTube-VIS annotations"):
-        classes, of_video = _classes(data), defaultdict(list)
-        for annotation in data["annotations"] or ():
-            if not annotation.get("iscrowd"):
-                of_video[annotation["video_id"]].append(annotation)
+        classes, of_video = _classes(data), {video["id"]: [] for video in data["videos"]}
+        labels.check_unlike("ids of videos", [video["id"] for video in data["videos"]])
+        for annotation in _objects(data, path) if data["annotations"] is not None else ():
+            of_video[annotation["video_id"]].append(annotation)
         places = [root / images] if images else [
             place / name for place in (path.parent, *[root / s for s in (split or "", path.stem)], root)
             for name in ("JPEGImages", "images", "")
         ]  # fmt: skip
         first = next((name for video in data["videos"] for name in video["file_names"]), "")
         folder = next((place for place in places if (place / first).is_file()), places[0])
-        frames = []
+        frames, video_ids = [], []
         for video in data["videos"]:
             names, own = video["file_names"], of_video[video["id"]]
-            for annotation in own:
-                if len(annotation["segmentations"]) != len(names):
-                    counts = f"{len(annotation['segmentations'])} segmentations for {len(names)} frames"
-                    raise SampleError(f"annotation {annotation.get('id')} has {counts}")
             folders = {Path(name).parent.as_posix() for name in names}
-            video_id = str(
-                video.get("name") or (folders.pop() if len(folders) == 1 and "." not in folders else video["id"])
-            )
+            by_folder = folders.pop() if len(folders) == 1 and "." not in folders else video["id"]
+            video_ids.append(str(video.get("name") or by_folder))
+            labels.check_unlike(f"ids of objects in {video_ids[-1]}", [one.get("track_id", one["id"]) for one in own])
+            for one in own:
+                if len(one["segmentations"]) != len(names):
+                    counts = f"{len(one['segmentations'])} segmentations for {len(names)} frames"
+                    raise SampleError(f"annotation {one.get('id')} has {counts}")
             for t, name in enumerate(names):
                 check_inside(name, path)
                 objects = [
                     LabelledObject(
-                        int(a.get("track_id", a["id"])),
-                        classes.get(a.get("category_id"), labels.NO_CLASS),
-                        _parts(a["segmentations"][t]),
+                        int(str(one.get("track_id", one["id"]))),
+                        _class(one, classes),
+                        [] if one["segmentations"][t] is None else _parts(one["segmentations"][t]),
                     )
-                    for a in own
+                    for one in own
                 ]
-                size = (video["height"], video["width"])
-                frames.append(LabelledFrame(video_id, folder / name, size, objects, str(path)))
+                size, known = (int(video["height"]), int(video["width"])), data["annotations"] is not None
+                frames.append(LabelledFrame(video_ids[-1], folder / name, size, objects if known else None, str(path)))
+        labels.check_unlike("names of videos", video_ids)
     return labels.read_frames(frames, domain, window, str(root))
 
 
@@ -187,8 +190,8 @@ def read_ytvis(
 
 
 def _segmentation(mask: Any, polygons: bool) -> dict[str, Any]:
-    rle = labels.rle_of(mask)
-    segmentation = labels.polygons_of(mask) if polygons else rle
+    rle = shapes.rle_of(mask)
+    segmentation = shapes.polygons_of(mask) if polygons else rle
     encoded: Any = rle
     return {
         "segmentation": segmentation, "area": int(coco_mask.area(encoded)), "bbox": coco_mask.toBbox(encoded).tolist()

@@ -16,7 +16,7 @@ from .labels import check_names
 
 
 class Kept(NamedTuple):
-    """What was read back: how many videos, frames and objects, pixels of masks and those that differ; what else does."""
+    """What was read back: videos, frames, objects, pixels of masks and those that differ, and what else does."""
 
     videos: int
     frames: int

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from samoe_hf.data.frames import SampleError, frame_order, named_errors, natural_key, say_once
+from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import CVAT
 from samoe_hf.data.schema import Video, VideoList
-from samoe_hf.data.video_io import VIDEO_SUFFIXES
+from samoe_hf.data.video_io import VIDEO_SUFFIXES, read_video
 from samoe_hf.data.windows import Window, check_window
 
 from . import labels
-from .labels import LabelledFrame, LabelledObject, LabelledVideo, Part
+from .labels import LabelledFrame, LabelledVideo
+from .shapes import Part, box, joined, place, polygons_of
 
-NO_AREA = ("polyline", "points", "cuboid", "skeleton")
 LABELLED = "labelled_frames"  # in the file's `meta`, which CVAT does not read
 
 
@@ -47,7 +48,7 @@ def read_cvat(
     entries: dict[str, LabelledVideo] = {}
     images: list[LabelledFrame] = []
     for path in labels.files_with(root, ".xml", CVAT):
-        with named_errors(path, "not an XML of CVAT", (*_DAMAGE, ElementTree.ParseError)):
+        with named_errors(path, "not an XML of CVAT", (*DAMAGE, ElementTree.ParseError)):
             document = ElementTree.parse(path).getroot()
             if document.find("meta/project") is not None:
                 raise SampleError("an export of a whole project, whose frames are of several tasks; export each task")
@@ -65,9 +66,6 @@ def read_cvat(
     if not entries:
         raise SampleError(f"{root}: no XML of CVAT")
     return VideoList(entries, partial(labels.open_labelled, domain, window))
-
-
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError)
 
 
 def _frames(path: Path, source: str) -> Path | list[Path]:
@@ -102,80 +100,65 @@ def _tracks(path: Path, document: ElementTree.Element) -> LabelledVideo:
     meta = document.find("meta")
     assert meta is not None
     frames = _frames(path, meta.findtext("source") or meta.findtext("task/source") or "")
-    numbers = _numbers(meta, frames)
+    numbers, count = _numbers(meta, frames), len(read_video(frames) if isinstance(frames, Path) else frames)
     size = meta.find("task/original_size")
     size = meta.find("original_size") if size is None else size
-    height_width = None if size is None else (int(size.findtext("height", "")), int(size.findtext("width", "")))
-    count = None if isinstance(frames, Path) else len(frames)
+    video = LabelledVideo(frames, str(path))
+    if size is not None:
+        video.size = int(size.findtext("height", "")), int(size.findtext("width", ""))
     groups: dict[Any, list[ElementTree.Element]] = defaultdict(list)
     for track in document.findall("track"):
-        group = track.get("group_id") or "0"
-        groups[(track.get("label"), group) if group != "0" else track.get("id")].append(track)
+        group = track.get("group_id", "0")
+        groups[track.attrib["id"] if group == "0" else (track.get("label"), group)].append(track)
+    labels.check_unlike("ids of tracks", [track.attrib["id"] for track in document.findall("track")])
+    ids = labels.ids_of([int(own[0].attrib["id"]) for own in groups.values()])
     shapes: dict[int, dict[int, list[Part]]] = defaultdict(dict)
-    known = _spans(meta.findtext(LABELLED)) if meta.find(LABELLED) is not None else None
-    ids = labels.ids_of([int(tracks[0].attrib["id"]) for tracks in groups.values()])
-    classes, doubtful = {}, set[int]()
-    for tracks in groups.values():
-        object_id = ids[int(tracks[0].attrib["id"])]
-        classes[object_id] = tracks[0].get("label") or labels.NO_CLASS
-        if len(tracks) > 1:
+    doubtful = set[int]()
+    for own in groups.values():
+        object_id = ids[int(own[0].attrib["id"])]
+        video.classes[object_id] = own[0].get("label") or labels.NO_CLASS
+        if len(own) > 1:
             say_once(
-                f"{path}: the tracks of a group, such as {tracks[0].get('id')} and {tracks[1].get('id')}, are one object"
+                f"{path}: tracks of one group and label, as {own[0].get('id')} and {own[1].get('id')}, are one object"
             )
-        for track in tracks:
-            last: tuple[int, bool] | None = None
-            for shape in sorted((s for s in track if s.tag != "attribute"), key=lambda s: int(s.attrib["frame"])):
-                number, is_outside = int(shape.attrib["frame"]), shape.get("outside") == "1"
+        for track in own:
+            keyed = {}
+            for shape in track:
+                number = int(shape.get("frame", -1))
                 index = number if numbers is None else numbers.get(number, -1)
-                if index < 0 or (count is not None and index >= count):
-                    raise SampleError(
-                        f"track {track.get('id')} has a shape on frame {number}, of which there is no image"
-                    )
-                if last is not None and index == last[0]:
+                if shape.tag == "attribute":
+                    continue
+                if not 0 <= index < count:
+                    raise SampleError(f"track {track.get('id')} has a shape on frame {number}, of which there is none")
+                if keyed.setdefault(index, shape) is not shape:
                     raise SampleError(f"track {track.get('id')} has two shapes on frame {number}")
-                if last is not None and not last[1]:
-                    doubtful |= set(range(last[0] + 1, index))
-                last = index, is_outside
-                if not is_outside:
-                    shapes[index].setdefault(object_id, []).append(_part(shape, path))
-            if last is not None and not last[1]:
-                doubtful |= {*range(last[0] + 1, _length(frames))}
-    labelled = known if known is not None else set(range(_length(frames))) - doubtful
-    if known is None and doubtful:
-        some = ", ".join(map(str, sorted(doubtful)[:5]))
+            order = sorted(keyed)
+            for index, following in pairwise([*order, count]):
+                if keyed[index].get("outside") != "1":
+                    shapes[index].setdefault(object_id, []).append(_part(keyed[index], path))
+                    doubtful |= {*range(index + 1, following)}
+    if meta.find(LABELLED) is not None:
+        doubtful = set(range(count)) - _spans(meta.findtext(LABELLED))
+    elif doubtful:
         say_once(
-            f"{path}: tracks have no shape on {len(doubtful)} frames, such as {some}, and are not outside: taken as not annotated"
+            f"{path}: tracks have no shape on {len(doubtful)} frames, such as {min(doubtful)}, and are not outside: "
+            "taken as not annotated; an export of CVAT has the shapes between keyframes too"
         )
-    return LabelledVideo(
-        frames, height_width, {t: shapes.get(t, {}) for t in sorted(labelled)}, classes, str(path)
-    )  # fmt: skip
-
-
-def _length(frames: Path | Sequence[Path]) -> int:
-    from samoe_hf.data.video_io import read_video
-
-    return len(read_video(frames)) if isinstance(frames, Path) else len(frames)
+    video.shapes = {t: shapes.get(t, {}) for t in range(count) if t not in doubtful}
+    return video
 
 
 def _images(path: Path, document: ElementTree.Element, folder: str) -> Iterable[LabelledFrame]:
     folders = [path.parent / "images", path.parent]
     for image in document.findall("image"):
-        objects = []
-        for shape in image:
-            if shape.tag == "tag":
-                continue
-            group = int(shape.get("group_id") or 0)
-            same = next((one for g, one in objects if group and g == (group, shape.get("label"))), None)
-            if same is not None:
-                same.parts.append(_part(shape, path))
-                continue
-            one = LabelledObject(None, shape.get("label") or labels.NO_CLASS, [_part(shape, path)])
-            objects.append(((group, shape.get("label")), one))
-        name = image.attrib["name"]
-        file, size = labels.find_image(name, folders, path), (int(image.attrib["height"]), int(image.attrib["width"]))
-        yield LabelledFrame(
-            folder, file, size, [one for _, one in objects], str(path), Path(name).with_suffix("").as_posix()
+        own = [shape for shape in image if shape.tag != "tag"]
+        objects = labels.grouped(
+            (shape.get("label") or labels.NO_CLASS, int(shape.get("group_id") or 0) or None, _part(shape, path))
+            for shape in own
         )
+        name, size = image.attrib["name"], (int(image.attrib["height"]), int(image.attrib["width"]))
+        file = labels.find_image(name, folders, path)
+        yield LabelledFrame(folder, file, size, objects, str(path), Path(name).with_suffix("").as_posix())
 
 
 def _part(shape: ElementTree.Element, path: Path) -> Part:
@@ -194,11 +177,11 @@ def _part(shape: ElementTree.Element, path: Path) -> Part:
         return points
     if shape.tag == "box":
         say_once(f"{path}: boxes are filled, as masks")
-        return labels.box(*(value[name] for name in ("xtl", "ytl", "xbr", "ybr")), value.get("rotation", 0))
+        return box([value[name] for name in ("xtl", "ytl", "xbr", "ybr")], value.get("rotation", 0))
     if shape.tag == "ellipse":
         say_once(f"{path}: ellipses are filled, as masks")
         x, y, rx, ry = (value[name] for name in ("cx", "cy", "rx", "ry"))
-        return labels.box(x - rx, y - ry, x + rx, y + ry, value.get("rotation", 0), True)
+        return box([x - rx, y - ry, x + rx, y + ry], value.get("rotation", 0), True)
     raise SampleError(f"a shape is a {shape.tag}, which has no area; masks and polygons are read")
 
 
@@ -212,7 +195,7 @@ def _is_number(text: str) -> bool:
 def _draw_runs(runs: list[int], left: int, top: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
     """CVAT's runs of background and object in turn, along the rows of a box."""
     patch = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
-    return labels.place(patch, left, top, size)
+    return place(patch, left, top, size)
 
 
 def _spans(text: str | None) -> set[int]:
@@ -230,8 +213,7 @@ def write_cvat(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
     annotation there; `labelled_frames` in the file's `meta` tells them, for [`read_cvat`].
     """
     for video in videos:
-        place = folder / video.video_id
-        labels.write_frames(video, place / "images")
+        labels.write_frames(video, folder / video.video_id / "images")
         document = ElementTree.Element("annotations")
         ElementTree.SubElement(document, "version").text = "1.1"
         meta = ElementTree.SubElement(document, "meta")
@@ -259,19 +241,20 @@ def write_cvat(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
                 elif last is not None:
                     _add(track, last, t, True)
                     last = None
-        place.mkdir(parents=True, exist_ok=True)
         ElementTree.indent(document)
-        ElementTree.ElementTree(document).write(place / "annotations.xml", encoding="utf-8", xml_declaration=True)
+        ElementTree.ElementTree(document).write(
+            folder / video.video_id / "annotations.xml", encoding="utf-8", xml_declaration=True
+        )
 
 
 def _add(track: ElementTree.Element, shape: Mapping[str, str], frame: int, is_outside: bool) -> None:
     about = {"frame": str(frame), "keyframe": "1", "outside": str(int(is_outside)), "occluded": "0"}
     own = {name: value for name, value in shape.items() if name != "tag"}
-    ElementTree.SubElement(track, shape["tag"], **about, **own, z_order="0")
+    ElementTree.SubElement(track, shape["tag"], {**about, **own, "z_order": "0"})
 
 
 def _points(mask: np.ndarray) -> str:
-    points = np.reshape(labels.joined(labels.polygons_of(mask)), (-1, 2))
+    points = np.reshape(joined(polygons_of(mask)), (-1, 2))
     return ";".join(f"{x:.2f},{y:.2f}" for x, y in points)
 
 
@@ -279,8 +262,8 @@ def _runs(mask: np.ndarray) -> dict[str, str]:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     patch = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     values = patch.ravel()
-    ends = np.flatnonzero(values[1:] != values[:-1]) + 1
-    runs = np.diff([0, *ends, values.size]).tolist()
-    place = {"left": columns[0], "top": rows[0], "width": patch.shape[1], "height": patch.shape[0]}
+    ends = (np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()
+    runs = np.diff(np.array([0, *ends, values.size])).tolist()
+    bounds = {"left": columns[0], "top": rows[0], "width": patch.shape[1], "height": patch.shape[0]}
     runs = [0, *runs] if values[0] else runs
-    return {"rle": ", ".join(map(str, runs)), **{name: str(value) for name, value in place.items()}}
+    return {"rle": ", ".join(map(str, runs)), **{name: str(value) for name, value in bounds.items()}}

@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 import numpy as np
 
-from samoe_hf.data.frames import SampleError, named_errors
+from samoe_hf.data.frames import SampleError, named_errors, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import LABEL_STUDIO
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.windows import Window
 
 from . import labels
-from .labelme import name_objects
-from .labels import LabelledFrame, LabelledObject, Part
+from .labels import LabelledFrame
+from .shapes import Part, box
 
+NO_PLACE = ("choices", "textarea", "rating", "taxonomy", "number", "relation", "datetime", "pairwise", "ranker")
 RUN_BITS = (3, 4, 8, 16)  # in which a run's length less 1 is written
 
 
@@ -29,12 +31,12 @@ def read_label_studio(
 ) -> VideoList:
     """Label Studio's JSON export, with the images below the same folder.
 
-    An image is found by its path behind `?d=`, or by its name. The folder of an image is its video,
-    without a first `images`. A region whose id
-    is `object-N`, as written here, is object N; else each label is an object where it is on no frame twice, which is
-    said; else nothing tells which objects of two images are the same, and each image is a video of one frame. Of a
-    task's annotations the last one counts that was not cancelled; tasks without any are not annotated. Brushes,
-    polygons and (filled, which is said) rectangles and ellipses are read, other regions with a place are refused.
+    An image is found by its path behind `?d=`, or by its name. The folder of an image is its video, without a first
+    `images`. A region whose id is `object-N`, as written here, is object N; else each label is an object where it is on
+    no frame twice, which is said; else nothing tells which objects of two images are the same, and each image is a
+    video of one frame. Of a task's annotations the last one counts that was not cancelled; tasks without any are not
+    annotated. Brushes, polygons and (filled, which is said) rectangles and ellipses are read, other regions with a
+    place are refused.
 
     Args:
         root: the folder, searched at any depth.
@@ -45,29 +47,22 @@ def read_label_studio(
     root = Path(root) / (split or "")
     files = [path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     frames: list[LabelledFrame] = []
-    groups: list[list[int | None]] = []
     for path in labels.files_with(root, ".json", LABEL_STUDIO):
         tasks = labels.read_json(path, "Label Studio's JSON")
         for task in tasks if isinstance(tasks, list) else [tasks]:
             with named_errors(path, "not Label Studio's JSON"):
                 image = _image(task, root, files)
                 valid = [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
-                results = [r for r in (valid[-1]["result"] if valid else ()) if _has_place(r)]
-                size = next(((int(r["original_height"]), int(r["original_width"])) for r in results), None)
-                objects = [LabelledObject(None, _label(result), [_part(result, path)]) for result in results]
-                matches = [re.fullmatch(r"object-(\d+)", str(result.get("id"))) for result in results]
-                groups.append([int(match[1]) if match else None for match in matches])
+                if len(valid) > 1:
+                    say_once(f"{path}: tasks, such as {task.get('id')}, have several annotations; the last one counts")
+                regions = _regions(valid[-1]["result"] if valid else ())
+                size = next(((int(r["original_height"]), int(r["original_width"])) for r in regions), None)
+                objects = labels.grouped((_label(r), _number(r), _part(r, path)) for r in regions)
                 parts = image.parent.relative_to(root).parts
                 video = "/".join(parts[parts[:1] == ("images",) :])
                 frames.append(LabelledFrame(video, image, size, objects if valid else None, str(path)))
-    order = sorted(range(len(frames)), key=lambda i: labels.natural_key(_plain(frames[i].name)))
-    named = name_objects([frames[i] for i in order], [groups[i] for i in order])
-    return labels.read_frames(named, domain, window, str(root))
-
-
-def _plain(name: str) -> str:
-    """A name without the hash that an upload puts before it."""
-    return re.sub(r"^[0-9a-f]{8}-", "", name)
+    frames.sort(key=lambda frame: natural_key(re.sub("^[0-9a-f]{8}-", "", frame.name)))  # an upload's hash
+    return labels.read_frames(labels.name_objects(frames), domain, window, str(root))
 
 
 def _image(task: dict[str, Any], root: Path, files: Sequence[Path]) -> Path:
@@ -92,15 +87,26 @@ def _image(task: dict[str, Any], root: Path, files: Sequence[Path]) -> Path:
     raise SampleError(f"task {task.get('id')}: there is no image {parts[-1] if parts else name!r} below {root}")
 
 
-def _has_place(result: dict[str, Any]) -> bool:
-    """Whether a result is a region, and no choice, text or relation."""
-    return result.get("type") not in ("choices", "textarea", "rating", "taxonomy", "number", "relation", "datetime")
+def _regions(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results with a place; a label may be a result of its own, with its region's id."""
+    regions: dict[Any, dict[str, Any]] = {}
+    for i, result in enumerate(results):
+        if result.get("type") not in NO_PLACE:
+            own = regions.setdefault(result.get("id", i), result)
+            if own is not result:
+                own["value"] = {**result["value"], **own["value"]}
+    return list(regions.values())
 
 
 def _label(result: dict[str, Any]) -> str:
     value = result["value"]
-    own = value.get(result["type"]) or value.get("labels") or [labels.NO_CLASS]
+    own = value.get(result["type"]) or next((value[key] for key in value if key.endswith("labels")), [labels.NO_CLASS])
     return str(own[0])
+
+
+def _number(result: dict[str, Any]) -> int | None:
+    match = re.fullmatch(r"object-(\d+)", str(result.get("id")))
+    return int(match[1]) if match else None
 
 
 def _part(result: dict[str, Any], path: Path) -> Part:
@@ -112,14 +118,14 @@ def _part(result: dict[str, Any], path: Path) -> Part:
     if "points" in value and "polygon" in result["type"]:
         return (np.array(value["points"], dtype=np.float64) * (width / 100, height / 100)).ravel().tolist()
     if "radiusX" in value:
-        labels.say_once(f"{path}: ellipses are filled, as masks")
+        say_once(f"{path}: ellipses are filled, as masks")
         x, y, rx, ry = (float(value[name]) for name in ("x", "y", "radiusX", "radiusY"))
         place = np.array([x - rx, y - ry, x + rx, y + ry]) * ([width / 100, height / 100] * 2)
-        return labels.box(*place.tolist(), value.get("rotation", 0), True)
+        return box(place.tolist(), value.get("rotation", 0), True)
     if {"x", "y", "width", "height"} <= set(value) and not value.get("rotation") and "rectangle" in result["type"]:
-        labels.say_once(f"{path}: rectangles are filled, as masks")
+        say_once(f"{path}: rectangles are filled, as masks")
         x, y, w, h = (float(value[name]) for name in ("x", "y", "width", "height"))
-        return labels.box(*(np.array([x, y, x + w, y + h]) * ([width / 100, height / 100] * 2)).tolist())
+        return box((np.array([x, y, x + w, y + h]) * ([width / 100, height / 100] * 2)).tolist())
     raise SampleError(f"region {result.get('id')} is of the type {result['type']}; brushes and polygons are read")
 
 
@@ -168,7 +174,7 @@ def encode_brush(mask: np.ndarray) -> list[int]:
     ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     bounds = [0, *ends.tolist(), flat.size]
     bits = [f"{flat.size * 4:032b}", f"{7:05b}", *(f"{size - 1:04b}" for size in RUN_BITS)]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         value, left = "1" * 8 if flat[first] else "0" * 8, (last - first) * 4
         while left:
             length = min(left, 1 << RUN_BITS[-1])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -15,12 +13,14 @@ import numpy as np
 from PIL import Image
 
 from samoe_hf.data.frames import SampleError, check_inside, named_errors, say_once
+from samoe_hf.data.image_files import open_image
 from samoe_hf.data.layouts import LABELME
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.windows import Window
 
 from . import labels
-from .labels import LabelledFrame, LabelledObject, Part
+from .labels import LabelledFrame
+from .shapes import Part, box, place, polygons_of
 
 FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes besides polygons and masks, their points
 
@@ -30,11 +30,11 @@ def read_labelme(
 ) -> VideoList:
     """Folders of images with LabelMe's JSON files; a folder is a video.
 
-    A `group_id`, with its label, is an object's id. Where no shape of a video has one, and each label is on no frame
-    twice, a label is an object, which is said. Else nothing tells which objects of two images are the same, and each
-    image is a video of one frame. Images without a JSON are not annotated; one without shapes shows no object.
-    Rectangles and circles are filled, as LabelMe does; lines and points are refused. A missing image is taken from
-    `imageData`.
+    Shapes of one `group_id` and label are one object, whose id is that number. Where no shape of a video has one, and
+    each label is on no frame twice, a label is an object. Both are said, since they are guesses. Else nothing tells
+    which objects of two images are the same, and each image is a video of one frame. Images without a JSON are not
+    annotated; one without shapes shows no object. Rectangles and circles are filled, which is said; lines and points
+    are refused. A missing image is taken from `imageData`.
 
     Args:
         root: the folder, searched at any depth.
@@ -44,7 +44,6 @@ def read_labelme(
     """
     root = Path(root) / (split or "")
     frames: list[LabelledFrame] = []
-    groups: list[list[int | None]] = []
     for path in labels.files_with(root, ".json", LABELME):
         data = labels.read_json(path, "LabelMe's JSON")
         with named_errors(path, "not LabelMe's JSON"):
@@ -57,44 +56,16 @@ def read_labelme(
             size = None
             if data.get("imageHeight") is not None:
                 size = (int(data["imageHeight"]), int(data["imageWidth"]))
-            objects = [LabelledObject(None, str(shape["label"]), [_part(shape, path)]) for shape in data["shapes"]]
-            groups.append([shape.get("group_id") for shape in data["shapes"]])
+            objects = labels.grouped(
+                (str(shape["label"]), _group(shape), _part(shape, path)) for shape in data["shapes"]
+            )
             video = path.parent.relative_to(root).as_posix().removeprefix(".")
             frames.append(LabelledFrame(video, image, size, objects, str(path), Path(name).stem))
-    return labels.read_frames(name_objects(frames, groups), domain, window, str(root))
+    return labels.read_frames(labels.name_objects(frames), domain, window, str(root))
 
 
-def name_objects(frames: list[LabelledFrame], groups: Sequence[Sequence[int | None]]) -> list[LabelledFrame]:
-    """Gives objects keys by their groups, or by their labels where there are none; or leaves them without.
-
-    Args:
-        frames: whose objects have no keys.
-        groups: of the objects of each frame.
-    """
-    pairs = [(frame.video, i, one.class_name, group) for (i, frame), own in zip(enumerate(frames), groups, strict=True)
-             for one, group in zip(frame.objects or (), own, strict=True)]  # fmt: skip
-    of_video: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
-    for video, *pair in pairs:
-        of_video[video].append(tuple(pair))
-    keys: dict[str, dict[tuple[str, int | None], int | str]] = {}
-    for video, own in of_video.items():
-        kinds = sorted({(name, group) for _, name, group in own}, key=str)
-        if all(group is not None for _, group in kinds):
-            is_own = len({group for _, group in kinds}) == len(kinds)
-            if not is_own:
-                say_once(
-                    f"{frames[0].source}: a group_id is of several labels; objects of {video!r} are numbered in order"
-                )
-            keys[video] = {kind: int(kind[1]) if is_own else i for i, kind in enumerate(kinds, 1)}
-        elif all(group is None for _, group in kinds) and max(Counter(own).values()) == 1:
-            say_once(f"{frames[0].source}: shapes have no group_id; each label of {video!r} is taken as one object")
-            keys[video] = {kind: kind[0] for kind in kinds}
-        else:
-            return frames
-    for frame, own in zip(frames, groups, strict=True):
-        named = zip(frame.objects or (), own, strict=True)
-        frame.objects = [one._replace(key=keys[frame.video][one.class_name, group]) for one, group in named]
-    return frames
+def _group(shape: dict[str, Any]) -> int | None:
+    return None if shape.get("group_id") is None else int(str(shape["group_id"]))
 
 
 def _part(shape: dict[str, Any], path: Path) -> Part:
@@ -110,20 +81,17 @@ def _part(shape: dict[str, Any], path: Path) -> Part:
     say_once(f"{path}: a {kind} is filled, as a mask")
     if kind == "circle":
         (x, y), radius = points[0], float(np.hypot(*(points[1] - points[0])))
-        return labels.box(x - radius, y - radius, x + radius, y + radius, is_ellipse=True)
+        return box([x - radius, y - radius, x + radius, y + radius], is_ellipse=True)
     if kind == "rectangle":
-        return labels.box(*points.min(axis=0), *points.max(axis=0))
+        return box([*points.min(axis=0), *points.max(axis=0)])
     return points.ravel().tolist()
 
 
 def _draw_patch(encoded: str, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
     """A mask's PNG in base64 at its place."""
-    try:
-        with Image.open(BytesIO(base64.b64decode(encoded, validate=True))) as image:
-            patch = np.asarray(image)
-    except (OSError, binascii.Error) as error:
-        raise SampleError(f"a mask is no PNG in base64 ({error!r})") from error
-    return labels.place(patch.reshape(*patch.shape[:2], -1).any(axis=-1), left, top, size)
+    with open_image(base64.b64decode(encoded, validate=True), "a mask's PNG in base64") as image:
+        patch = np.array(image)
+    return place(patch.reshape(*patch.shape[:2], -1).max(axis=-1) > 0, left, top, size)
 
 
 def write_labelme(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
@@ -139,7 +107,7 @@ def write_labelme(videos: Sequence[Video], folder: Path, polygons: bool = False)
                     "flags": {},
                 }  # fmt: skip
                 if polygons:
-                    rings = [np.reshape(ring, (-1, 2)).tolist() for ring in labels.polygons_of(mask)]
+                    rings = [np.reshape(ring, (-1, 2)).tolist() for ring in polygons_of(mask)]
                     shapes += [about | {"points": ring, "shape_type": "polygon", "mask": None} for ring in rings]
                 else:
                     shapes.append(about | _patch(mask))

@@ -1,21 +1,17 @@
-"""What the formats of label tools have in common: shapes as masks, masks as polygons, and videos of labelled frames."""
+"""What the formats of label tools have in common: videos of labelled frames, and images beside what is written."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
-from scipy.ndimage import find_objects, label
 
-from samoe_hf.data.annotations import MasksOfObjects, decode_rle, segmentation_to_rle
 from samoe_hf.data.clips import warn_one_frame
 from samoe_hf.data.frames import SampleError, check_inside, frame_order, named_errors, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
@@ -25,20 +21,27 @@ from samoe_hf.data.pairing import object_ids
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.video_io import read_video
 from samoe_hf.data.windows import Window, check_window
-from samoe_hf.errors import InputError
 
-# A run-length encoding, a polygon x, y, x, y, …, or a function that draws a mask of a size (height, width).
-Part = Mapping[str, Any] | list[float] | Callable[[tuple[int, int]], np.ndarray]
+from .shapes import Part, Shapes
+
 NO_CLASS = "object"
 UPRIGHT = (".jpg", ".jpeg", ".png")  # files that every tool reads
 
 
 class LabelledObject(NamedTuple):
-    """An object on a frame; `key` tells which one it is throughout the video, None where nothing does."""
+    """An object on a frame.
+
+    Attributes:
+        key: tells which one it is throughout the video; None where nothing does.
+        class_name: "object" where none is told.
+        parts: their union is its mask; it is absent where there are none.
+        group: what the tool says of shapes that belong together.
+    """
 
     key: int | str | None
     class_name: str
     parts: list[Part]
+    group: int | None = None
 
 
 @dataclass
@@ -48,10 +51,11 @@ class LabelledFrame:
     Attributes:
         video: name of its video.
         image: its file, or the bytes of one.
-        name: by default the file's stem.
         size: (height, width), where it is told.
         objects: what is on it; None if it is not annotated.
         source: the file of labels, for messages.
+        name: by default the file's stem.
+        alone: name of its video where that is of this frame alone; by default `video/name`.
     """
 
     video: str
@@ -60,6 +64,7 @@ class LabelledFrame:
     objects: list[LabelledObject] | None
     source: str
     name: str = ""
+    alone: str = ""
 
     def __post_init__(self) -> None:
         if not self.name and isinstance(self.image, Path):
@@ -70,111 +75,12 @@ class LabelledFrame:
 class LabelledVideo:
     """A video before it is opened: `frames` are a video file or images, `shapes` frame -> object -> its parts."""
 
-    frames: Path | list[Path | bytes]
-    size: tuple[int, int] | None
-    shapes: dict[int, dict[int, list[Part]]]
-    classes: dict[int, str]
+    frames: Path | Sequence[Path | bytes]
     source: str
+    size: tuple[int, int] | None = None
+    shapes: dict[int, dict[int, list[Part]]] = field(default_factory=dict)
+    classes: dict[int, str] = field(default_factory=dict)
     names: list[str] | None = None
-
-
-class Shapes(MasksOfObjects):
-    """Masks of which each is the union of [`Part`]s."""
-
-    def _read(self, frame: int, object_id: int) -> np.ndarray:
-        assert self.size is not None
-        mask = np.zeros(self.size, dtype=bool)
-        with named_errors(f"{self.source(frame)}, object {object_id}", "its shape is no mask"):
-            for part in self.stored[frame][object_id]:
-                mask |= draw(part, self.size)
-        return mask
-
-
-def draw(part: Part, size: tuple[int, int]) -> np.ndarray:
-    """The mask (H, W) bool of a part; a pixel belongs to a polygon as pycocotools has it."""
-    if callable(part):
-        return part(size)
-    return decode_rle(part if isinstance(part, Mapping) else segmentation_to_rle([part], size), size)
-
-
-def place(patch: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """A mask of a size (height, width), with the part of `patch` that lies within it."""
-    mask = np.zeros(size, dtype=bool)
-    y, x = max(top, 0), max(left, 0)
-    seen = patch[y - top : max(size[0] - top, 0), x - left : max(size[1] - left, 0)]
-    mask[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
-    return mask
-
-
-def box(x0: float, y0: float, x1: float, y1: float, rotation: float = 0, is_ellipse: bool = False) -> list[float]:
-    """A rectangle, or the ellipse in it, as a polygon; turned clockwise by degrees around its center."""
-    angles = np.radians(np.arange(0, 360, 5) if is_ellipse else (225, 315, 45, 135))
-    corners = np.stack([np.cos(angles), np.sin(angles)], -1) * (1 if is_ellipse else 2**0.5)
-    corners *= ((x1 - x0) / 2, (y1 - y0) / 2)
-    turn = np.radians(rotation)
-    turned = corners @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
-    return (turned + ((x0 + x1) / 2, (y0 + y1) / 2)).ravel().tolist()
-
-
-def rle_of(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) bool as COCO's compressed run-length encoding."""
-    encoded: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
-
-
-def polygons_of(mask: np.ndarray) -> list[list[float]]:
-    """The outlines along the pixels' edges of a mask (H, W) bool, as polygons x, y, x, y, …, one for each part of it.
-
-    A hole is joined to its outline by a line to and fro, so that pycocotools draws the mask again, to the pixel.
-    """
-    labels, _ = label(mask)
-    polygons = []
-    for number, (rows, columns) in enumerate(find_objects(labels), 1):
-        rings = [ring + (columns.start, rows.start) for ring in _outlines(labels[rows, columns] == number)]
-        polygons.append(joined([ring.ravel().tolist() for ring in rings]))
-    return polygons
-
-
-def joined(polygons: Sequence[list[float]]) -> list[float]:
-    """Polygons as one, joined by lines to and fro."""
-    if len(polygons) == 1:
-        return list(polygons[0])
-    starts, order = np.array([ring[:2] for ring in polygons], dtype=np.float64), [0]
-    left = np.ones(len(polygons), bool)
-    while len(order) < len(polygons):  # to the nearest one
-        left[order[-1]] = False
-        distances = np.abs(starts - starts[order[-1]]).sum(axis=1)
-        order.append(int(np.where(left, distances, np.inf).argmin()))
-    rings = [polygons[i] for i in order]
-    forth = [value for ring in rings for value in [*ring, *ring[:2]]]
-    return forth + [value for ring in rings[-2::-1] for value in ring[:2]]
-
-
-def _outlines(part: np.ndarray) -> list[np.ndarray]:
-    """The closed outlines of pixels (H, W) bool, the outer one first: corners (N, 2) as x, y."""
-    padded = np.pad(part, 1)
-    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
-    is_corner, is_double = nw ^ ne ^ sw ^ se, (nw == se) & (ne == sw) & (nw != ne)
-    (ys, xs), (y2, x2) = np.nonzero(is_corner), np.nonzero(is_double)
-    # Two pixels that touch at a corner are two corners.
-    y, x = np.concatenate([ys, y2, y2]), np.concatenate([xs, x2, x2])
-    up = np.concatenate([(nw ^ ne)[is_corner], np.ones(len(y2), bool), np.zeros(len(y2), bool)])
-    left = np.concatenate([(nw ^ sw)[is_corner], nw[is_double], ~nw[is_double]])
-    beside, below = np.empty(len(y), int), np.empty(len(y), int)
-    along, down = np.lexsort((~left, x, y)), np.lexsort((~up, y, x))
-    for partner, order in ((beside, along), (below, down)):
-        partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
-    rings, seen = [], np.zeros(len(y), bool)
-    for start in along.tolist():
-        ring, corner = [], start
-        while not seen[corner]:
-            other = int(beside[corner])
-            seen[[corner, other]] = True
-            ring += [corner, other]
-            corner = int(below[other])
-        if ring:
-            rings.append(np.stack([x[ring], y[ring]], -1))
-    return rings
 
 
 # --- Reading
@@ -192,80 +98,122 @@ def files_with(root: Path, suffix: str, words: str) -> list[Path]:
     return [path for path in paths if has_words(path, words)]
 
 
+def check_unlike(what: str, names: Iterable[Any]) -> None:
+    """Raises `SampleError` where two of some names or numbers are the same."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise SampleError(f"{what}: {twice[0]!r} is there twice")
+
+
+def grouped(shapes: Iterable[tuple[str, int | None, Part]]) -> list[LabelledObject]:
+    """The objects of a frame's shapes (label, group, part); those of one label and group are one, without a key."""
+    objects: dict[Any, LabelledObject] = {}
+    for i, (name, group, part) in enumerate(shapes):
+        key = (i,) if group is None else (name, group)
+        objects.setdefault(key, LabelledObject(None, name, [], group)).parts.append(part)
+    return list(objects.values())
+
+
+def name_objects(frames: list[LabelledFrame]) -> list[LabelledFrame]:
+    """Frames whose objects have keys by their groups, or by their labels where there are none; or have none."""
+    videos: dict[str, list[tuple[int, LabelledObject]]] = defaultdict(list)
+    for i, frame in enumerate(frames):
+        videos[frame.video] += [(i, one) for one in frame.objects or ()]
+    keys: dict[str, dict[tuple[str, int | None], int | str]] = {}
+    for video, own in videos.items():
+        kinds = sorted({(one.class_name, one.group) for _, one in own}, key=str)
+        groups = {group for _, group in kinds}
+        if None not in groups and len(groups) == len(kinds):
+            keys[video] = {kind: kind[1] or 0 for kind in kinds}
+            how = "each group is taken as one object"
+        elif None not in groups:
+            keys[video] = {kind: i for i, kind in enumerate(kinds, 1)}
+            how = "each pair of a label and a group is taken as one object, numbered in order"
+        elif groups == {None} and max(Counter((i, one.class_name) for i, one in own).values()) == 1:
+            keys[video] = {kind: kind[0] for kind in kinds}
+            how = "shapes have no group, so each label is taken as one object"
+        else:
+            return frames
+        say_once(f"{frames[0].source}: {how} throughout {video or 'the folder'}")
+    for i, frame in enumerate(frames):
+        if frame.objects is not None:
+            own = [one._replace(key=keys[frame.video][one.class_name, one.group]) for one in frame.objects]
+            frames[i] = replace(frame, objects=own)
+    return frames
+
+
 def read_frames(frames: Iterable[LabelledFrame], domain: str, window: Window | None, whose: str) -> VideoList:
     """The videos of labelled frames.
 
     Images in the folder of a video's frames that are not among them are frames without annotation. Where something has
-    no key, nothing tells which objects of two frames are the same: then each image is a video of one frame, which is
-    said.
+    no key, nothing tells which objects of two frames are the same: then each image that shows something is a video of
+    one frame, which is said.
 
     Args:
         frames: in the order of their numbers, of all videos.
         domain, window: of the reader.
-        whose: the data set, for messages.
+        whose: the dataset, for messages.
 
     Raises:
-        SampleError: two frames of a video have one name, or there is none.
+        SampleError: two frames of a video, or two videos, have one name, or there is none.
     """
     check_window(window)
-    videos: dict[str, list[LabelledFrame]] = defaultdict(list)
-    for frame in frames:
-        videos[frame.video].append(frame)
-    if not videos:
+    frames = list(frames)
+    if not any(frame.objects is not None for frame in frames):
         raise SampleError(f"{whose}: no labelled frames")
-    if any(one.key is None for own in videos.values() for frame in own for one in frame.objects or ()):
-        say_once(f"{whose}: nothing tells which objects of two frames are the same, so each image is a video")
+    videos: dict[str, list[LabelledFrame]] = defaultdict(list)
+    if any(one.key is None for frame in frames for one in frame.objects or ()):
+        say_once(f"{whose}: nothing tells which objects of two images are the same, so each image is a video")
         warn_one_frame(f"Images in {whose}")
-        videos = {
-            f"{video}/{frame.name}".lstrip("/"): [
-                replace(frame, objects=[one._replace(key=i) for i, one in enumerate(frame.objects, 1)])
-            ]
-            for video, own in videos.items()
-            for frame in own
-            if frame.objects
-        }
+        frames = [frame for frame in frames if frame.objects]
+        for frame in frames:
+            objects = [one._replace(key=i) for i, one in enumerate(frame.objects or (), 1)]
+            name = frame.alone or f"{frame.video}/{frame.name}".lstrip("/")
+            videos[name].append(replace(frame, objects=objects))
     else:
+        for frame in frames:
+            videos[frame.video].append(frame)
         videos = {video: _with_unlabelled(own, videos) for video, own in videos.items()}
-    entries = {name or Path(whose).stem: _video_of(name, own) for name, own in videos.items()}
+    entries = {name or Path(whose).resolve().name: _video_of(name, own) for name, own in videos.items()}
     return VideoList(entries, partial(open_labelled, domain, window))
 
 
 def _with_unlabelled(frames: list[LabelledFrame], videos: Mapping[str, list[LabelledFrame]]) -> list[LabelledFrame]:
     """A video's frames and the other images of their folder, if it is theirs alone and all are in its order."""
-    first = frames[0]
-    folders = {frame.image.parent for frame in frames if isinstance(frame.image, Path)}
-    others = {f.image.parent for own in videos.values() if own is not frames for f in own if isinstance(f.image, Path)}
-    if len(folders) != 1 or folders & others or not all(isinstance(frame.image, Path) for frame in frames):
+    own = {frame.image: frame for frame in frames if isinstance(frame.image, Path)}
+    folders = {path.parent for path in own}
+    others = {f.image.parent for of in videos.values() if of is not frames for f in of if isinstance(f.image, Path)}
+    if len(folders) != 1 or folders & others or len(own) < len(frames):
         return frames
-    (folder,) = folders
-    paths = frame_order(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    by_path = {frame.image: frame for frame in frames}
-    if [path for path in paths if path in by_path] != list(by_path) or len(by_path) < len(frames):
+    paths = frame_order(path for path in folders.pop().glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if [path for path in paths if path in own] != list(own):
         return frames
-    return [by_path.get(p) or LabelledFrame(first.video, p, None, None, first.source) for p in paths]
+    return [own.get(path) or LabelledFrame(frames[0].video, path, None, None, frames[0].source) for path in paths]
 
 
 def _video_of(name: str, frames: Sequence[LabelledFrame]) -> LabelledVideo:
-    sizes = {frame.size for frame in frames if frame.size is not None}
-    owner = f"{frames[0].source}: video {name!r}"
+    source, names = frames[0].source, [frame.name for frame in frames]
+    owner = f"{source}: video {name!r}"
+    check_unlike(f"{owner}: frames", names)
+    sizes = sorted({frame.size for frame in frames if frame.size is not None})
     if len(sizes) > 1:
-        raise SampleError(f"{owner} has frames of the sizes (height, width) {sorted(sizes)}")
-    twice = [
-        one for one, count in Counter(str(f.image if f.name == "" else f.name) for f in frames).items() if count > 1
-    ]
-    if twice:
-        raise SampleError(f"{owner} has the frame {twice[0]!r} twice")
-    keys = {one.key: one.class_name for frame in frames for one in frame.objects or ()}
-    ids = ids_of(keys)
-    shapes: dict[int, dict[int, list[Part]]] = {}
+        raise SampleError(f"{owner} has frames of the sizes (height, width) {', '.join(map(str, sizes))}")
+    ids = ids_of(dict.fromkeys(one.key for frame in frames for one in frame.objects or ()))
+    video = LabelledVideo([frame.image for frame in frames], source, max(sizes, default=None), names=names)
     for t, frame in enumerate(frames):
-        for one in frame.objects or ():
-            shapes.setdefault(t, {}).setdefault(ids[one.key], []).extend(one.parts)
-        if frame.objects is not None:
-            shapes.setdefault(t, {})
-    classes = {ids[key]: class_name for key, class_name in keys.items()}
-    images = [frame.image for frame in frames]
-    return LabelledVideo(images, min(sizes, default=None), shapes, classes, frames[0].source, [f.name for f in frames])
+        if frame.objects is None:
+            continue
+        own, seen = video.shapes.setdefault(t, {}), {}
+        for one in frame.objects:
+            i, name = ids[one.key], one.class_name
+            if one.parts and seen.setdefault(i, name) != name:
+                raise SampleError(f"{owner}, frame {frame.name}: {seen[i]!r} and {name!r} have the same id, {one.key}")
+            if one.parts and own.get(i):
+                say_once(f"{owner}: shapes of one id on a frame, as of {one.key} on {frame.name}, are one object")
+            own[i] = [*own.get(i, []), *one.parts]
+            if (known := video.classes.setdefault(i, name)) != name:
+                say_once(f"{owner}: object {one.key} is {known!r} and {name!r}; the first counts")
+    return video
 
 
 def ids_of(keys: Iterable[Any]) -> dict[Any, int]:
@@ -279,16 +227,21 @@ def ids_of(keys: Iterable[Any]) -> dict[Any, int]:
 
 def open_labelled(domain: str, window: Window | None, video_id: str, entry: LabelledVideo) -> Video:
     """Opens a video; an image that is missing is an error that names it."""
-    for path in [entry.frames] if isinstance(entry.frames, Path) else entry.frames:
-        if isinstance(path, Path) and not path.is_file():
-            raise SampleError(f"{entry.source}: there is no file {path}")
-    is_file = isinstance(entry.frames, Path)
-    frames = read_video(entry.frames) if is_file else ImageFrames(entry.frames, window, entry.names, video_id)
-    if entry.size not in (None, tuple(frames.size)):
-        (height, width), shown = entry.size, tuple(frames.size)
-        raise SampleError(f"{entry.source}: {video_id} is labelled as {height} x {width} pixels, but shown as {shown}")
-    ids = sorted(set().union(*entry.shapes.values()))
-    return Video(video_id, frames, Shapes(entry.shapes, ids, frames.size, entry.source), domain, classes=entry.classes)
+    if isinstance(entry.frames, Path):
+        frames = read_video(entry.frames)
+    else:
+        for path in entry.frames:
+            if isinstance(path, Path) and not path.is_file():
+                raise SampleError(f"{entry.source}: there is no file {path}")
+        frames = ImageFrames(entry.frames, window, entry.names, video_id)
+    size = tuple(frames.size)
+    if entry.size is not None and entry.size != size:
+        raise SampleError(
+            f"{entry.source}: {video_id} is labelled as {entry.size[0]} x {entry.size[1]} pixels, but shown as {size}"
+            + "; it is turned as its EXIF orientation says" * (entry.size[::-1] == size)
+        )
+    shapes = Shapes(entry.shapes, entry.classes, size, f"{entry.source}: {video_id}")
+    return Video(video_id, frames, shapes, domain, classes=entry.classes)
 
 
 def find_image(name: str, folders: Sequence[Path], source: str | Path) -> Path:
@@ -306,13 +259,10 @@ def classes_of(videos: Sequence[Video]) -> list[str]:
 
 
 def check_names(videos: Sequence[Video]) -> None:
-    """Raises `InputError` where two videos, or two frames of one, have a name."""
-    names = [("videos", [video.video_id for video in videos])]
-    names += [(f"frames of {video.video_id}", video.frames.names) for video in videos]
-    for what, own in names:
-        name, count = Counter(own).most_common(1)[0]
-        if count > 1:
-            raise InputError(f"two {what} are called {name!r}; files of labels tell them by their names")
+    """Raises `SampleError` where two videos, or two frames of one, have a name: files of labels tell them by it."""
+    check_unlike("videos", [video.video_id for video in videos])
+    for video in videos:
+        check_unlike(f"frames of {video.video_id}", video.frames.names)
 
 
 def write_frames(video: Video, folder: Path) -> list[str]:
@@ -322,17 +272,19 @@ def write_frames(video: Video, folder: Path) -> list[str]:
     names, frames = [], video.frames
     for t, name in enumerate(frames.names):
         check_inside(name, video.video_id)
-        path = frames.sources[t] if isinstance(frames, ImageFrames) else None
-        is_kept = (
-            isinstance(path, Path) and path.suffix.lower() in UPRIGHT and not frames.is_deep and frames.window is None
-        )
-        if is_kept:
-            with Image.open(path) as image:
-                is_kept = image.format in ("JPEG", "PNG") and image.getexif().get(274, 1) == 1
-        suffix = path.suffix.lower() if is_kept else ".png"
-        (folder / f"{name}{suffix}").write_bytes(path.read_bytes() if is_kept else encode_png(frames[t]))
-        names.append(f"{name}{suffix}")
+        kept = _upright_file(frames, t)
+        names.append(f"{name}{kept.suffix.lower() if kept else '.png'}")
+        (folder / names[-1]).write_bytes(kept.read_bytes() if kept else encode_png(frames[t]))
     return names
+
+
+def _upright_file(frames: Any, index: int) -> Path | None:
+    """The file of a frame, if every tool shows it as it is."""
+    path = frames.sources[index] if isinstance(frames, ImageFrames) else None
+    if not isinstance(path, Path) or path.suffix.lower() not in UPRIGHT or frames.window or frames.is_deep:
+        return None
+    with Image.open(path) as image:
+        return path if image.format in ("JPEG", "PNG") and image.getexif().get(0x0112, 1) == 1 else None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
-from samoe_hf.data.frames import SampleError, frame_order, named_errors, natural_key
+from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key
 from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.windows import Window
 
 from . import labels
-from .labels import LabelledFrame, LabelledObject, Part
+from .labels import LabelledFrame, LabelledObject
+from .shapes import joined, polygons_of
 
 
 def read_yolo(root: str | Path, split: str = "train", domain: str = "yolo", window: Window | None = None) -> VideoList:
@@ -34,46 +35,51 @@ def read_yolo(root: str | Path, split: str = "train", domain: str = "yolo", wind
     """
     root = Path(root)
     path = root / "data.yaml"
-    with named_errors(path, "not the data.yaml of a YOLO data set", (*_DAMAGE, yaml.YAMLError)):
+    with named_errors(path, "not the data.yaml of a YOLO dataset", (*DAMAGE, yaml.YAMLError)):
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         names = data["names"]
         names = {int(i): str(name) for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
-        if split not in data or not data[split]:
-            raise SampleError(
-                f"no split {split!r}; there are: {', '.join(s for s in ('train', 'val', 'test') if data.get(s))}"
-            )
+        if not data.get(split):
+            known = ", ".join(name for name in ("train", "val", "test") if data.get(name))
+            raise SampleError(f"no split {split!r}; there are: {known or 'none'}")
         base = root / (data.get("path") or ".")
-        folders = data[split] if isinstance(data[split], list) else [data[split]]
-    images: list[tuple[str, Path]] = []
-    for name in folders:
-        places = [base / name, root / name, root / str(name).removeprefix("../")]
-        folder = next((place for place in places if place.exists()), None)
+        places = [data[split]] if isinstance(data[split], str) else list(data[split])
+    frames = []
+    for place in places:
+        own = [base / place, root / place, root / place.removeprefix("../")]  # Roboflow's are `../train/images`
+        folder = next((one for one in own if one.exists()), None)
         if folder is None:
-            raise SampleError(f"{path}: {split} is {name!r}, which is neither below {base} nor {root}")
-        if folder.is_file():
-            lines = [line.strip() for line in folder.read_text(encoding="utf-8").splitlines() if line.strip()]
-            found = [folder.parent / line for line in lines]
-            images += [(file.parent.name if file.parent.name != "images" else "", file) for file in found]
-            continue
-        found = sorted(
-            (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=lambda p: natural_key(str(p))
-        )
-        videos = list(dict.fromkeys(image.parent for image in found))
-        for video in videos:
-            key = video.relative_to(folder).as_posix().removeprefix(".")
-            images += [(key, image) for image in frame_order(p for p in found if p.parent == video)]
-    return labels.read_frames([_frame(video, image, names) for video, image in images], domain, window, str(root))
+            raise SampleError(f"{path}: {split} is {place!r}, which is neither below {base} nor {root}")
+        for video, image in _listed(folder, base) if folder.is_file() else _found(folder):
+            frames.append(_frame(video, image, names))
+    return labels.read_frames(frames, domain, window, str(root))
 
 
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError)
+def _found(folder: Path) -> list[tuple[str, Path]]:
+    """The images below a folder, each with its folder's name within it."""
+    videos: dict[Path, list[Path]] = defaultdict(list)
+    for path in sorted(folder.rglob("*"), key=lambda path: natural_key(path.as_posix())):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            videos[path.parent].append(path)
+    names = {video: video.relative_to(folder).as_posix().removeprefix(".") for video in videos}
+    return [(names[video], path) for video, own in videos.items() for path in frame_order(own)]
+
+
+def _listed(path: Path, base: Path) -> list[tuple[str, Path]]:
+    """The images that a text file lists, each with its folder's name; CVAT puts `data/` before their paths."""
+    lines = [line.strip().removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    images = []
+    for line in lines:
+        found = labels.find_image(line, [base, path.parent], path)
+        images.append(found if found.is_file() else labels.find_image(line.removeprefix("data/"), [base], path))
+    return [(image.parent.name.removeprefix("images"), image) for image in images]
 
 
 def _beside(image: Path, name: str) -> Path:
     """The text file of an image, in the folder `name` in place of the last `images`."""
     parts = list(image.parts)
     if "images" in parts[:-1]:
-        place = len(parts) - 2 - parts[:-1][::-1].index("images")
-        parts[place] = name
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = name
     return Path(*parts).with_suffix(".txt")
 
 
@@ -85,22 +91,20 @@ def _frame(video: str, image: Path, names: dict[int, str]) -> LabelledFrame:
         return LabelledFrame(video, image, None, None, str(path))
     size = image_info(image).size
     with named_errors(path, "not YOLO's labels"):
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-        ids = ids_path.read_text().split() if ids_path.is_file() and ids_path != path else []
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        ids = ids_path.read_text(encoding="utf-8").split() if ids_path.is_file() and ids_path != path else []
         if ids and len(ids) != len(lines):
             raise SampleError(f"{len(lines)} polygons, but {len(ids)} ids in {ids_path}")
         objects = []
-        for number, line in enumerate(lines):
-            values = [float(value) for value in line]
-            if len(values) == 5:
-                raise SampleError(f"line {number + 1} is a box; polygons are read, which are masks")
-            key: Any = int(ids[number]) if ids else None
-            if len(values) % 2 == 0:
-                key, values = int(values[-1]), values[:-1]
-            if len(values) < 7 or int(values[0]) not in names:
-                raise SampleError(f"line {number + 1} is no polygon of one of the classes {names}")
-            points: Part = (np.reshape(values[1:], (-1, 2)) * size[::-1]).ravel().tolist()
-            objects.append(LabelledObject(key, names[int(values[0])], [points]))
+        for number, (name, *values) in enumerate(lines, 1):
+            if len(values) in (4, 5):
+                raise SampleError(f"line {number} is a box; polygons are read, which are masks")
+            key = values.pop() if len(values) % 2 else ids[number - 1] if ids else None
+            points = np.array(values, dtype=np.float64)
+            if len(values) < 6 or int(name) not in names or not ((points > -0.01) & (points < 1.01)).all():
+                raise SampleError(f"line {number} is no polygon within the image, of one of the classes {names}")
+            part = (points.reshape(-1, 2) * size[::-1]).ravel().tolist()
+            objects.append(LabelledObject(None if key is None else int(key), names[int(name)], [part]))
     return LabelledFrame(video, image, size, objects, str(path))
 
 
@@ -118,11 +122,11 @@ def write_yolo(videos: Sequence[Video], folder: Path) -> None:
         for t in video.annotated_frames:
             ids, lines = video.visible(t), []
             for object_id, mask in zip(ids, video.masks(t, ids), strict=True):
-                points = np.reshape(labels.joined(labels.polygons_of(mask)), (-1, 2)) / video.size[::-1]
+                points = np.reshape(joined(polygons_of(mask)), (-1, 2)) / video.size[::-1]
                 number = classes.index(video.classes.get(object_id, labels.NO_CLASS))
                 lines.append(" ".join([str(number), *(f"{value:.8g}" for value in points.ravel())]))
             name = f"{Path(names[t]).stem}.txt"
             (folder / "labels" / video.video_id / name).write_text("".join(f"{line}\n" for line in lines))
             (folder / "tracks" / video.video_id / name).write_text("".join(f"{one}\n" for one in ids))
-    content = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(classes))}
+    content = {"train": "images", "val": "images", "names": dict(enumerate(classes))}
     (folder / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

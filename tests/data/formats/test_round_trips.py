@@ -6,7 +6,7 @@ import pytest
 from helpers.formats import odd_videos
 from samoe_hf.data import load_videos
 from samoe_hf.data.formats.convert import compare, write_videos
-from samoe_hf.data.formats.labels import draw, joined, polygons_of
+from samoe_hf.data.formats.shapes import draw, joined, polygons_of
 from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.errors import InputError
 

@@ -1,0 +1,117 @@
+"""Shapes of label tools as masks, and masks as their polygons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from scipy.ndimage import find_objects, label
+
+from samoe_hf.data.annotations import MasksOfObjects, decode_rle, segmentation_to_rle
+from samoe_hf.data.frames import named_errors
+
+# A run-length encoding, a polygon x, y, x, y, …, or a function that draws a mask of a size (height, width).
+Part = Mapping[str, Any] | list[float] | Callable[[tuple[int, int]], np.ndarray]
+
+
+class Shapes(MasksOfObjects):
+    """Masks of which each is the union of [`Part`]s."""
+
+    def _read(self, frame: int, object_id: int) -> np.ndarray:
+        assert self.size is not None
+        mask = np.zeros(self.size, dtype=bool)
+        with named_errors(f"{self.source(frame)}, object {object_id}", "its shape is no mask"):
+            for part in self.stored[frame][object_id]:
+                mask |= draw(part, self.size)
+        return mask
+
+
+def draw(part: Part, size: tuple[int, int]) -> np.ndarray:
+    """The mask (H, W) bool of a part; a pixel belongs to a polygon as pycocotools has it."""
+    if callable(part):
+        return part(size)
+    return decode_rle(part if isinstance(part, Mapping) else segmentation_to_rle([part], size), size)
+
+
+def place(patch: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """A mask of a size (height, width), with the part of `patch` that lies within it."""
+    mask = np.zeros(size, dtype=bool)
+    y, x = max(top, 0), max(left, 0)
+    seen = patch[y - top : max(size[0] - top, 0), x - left : max(size[1] - left, 0)]
+    mask[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
+    return mask
+
+
+def box(bounds: Sequence[float], rotation: float = 0, is_ellipse: bool = False) -> list[float]:
+    """A rectangle x0, y0, x1, y1, or the ellipse in it, as a polygon; turned clockwise by degrees around its center."""
+    x0, y0, x1, y1 = bounds
+    angles = np.radians(np.arange(0, 360, 5) if is_ellipse else (225, 315, 45, 135))
+    corners = np.stack([np.cos(angles), np.sin(angles)], -1) * (1 if is_ellipse else 2**0.5)
+    corners *= ((x1 - x0) / 2, (y1 - y0) / 2)
+    turn = np.radians(rotation)
+    turned = corners @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+    return np.add(turned, ((x0 + x1) / 2, (y0 + y1) / 2)).ravel().tolist()
+
+
+def rle_of(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (H, W) bool as COCO's compressed run-length encoding."""
+    encoded: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+
+
+def polygons_of(mask: np.ndarray) -> list[list[float]]:
+    """The outlines along the pixels' edges of a mask (H, W) bool, as polygons x, y, x, y, …, one for each part of it.
+
+    A hole is joined to its outline by a line to and fro, so that pycocotools draws the mask again, to the pixel.
+    """
+    labelled: Any = label(mask)
+    labels: np.ndarray = labelled[0]
+    polygons = []
+    for number, (rows, columns) in enumerate(find_objects(labels), 1):
+        rings = [np.add(ring, (columns.start, rows.start)) for ring in _outlines(labels[rows, columns] == number)]
+        polygons.append(joined([ring.ravel().tolist() for ring in rings]))
+    return polygons
+
+
+def joined(polygons: Sequence[list[float]]) -> list[float]:
+    """Polygons as one, joined by lines to and fro."""
+    if len(polygons) == 1:
+        return list(polygons[0])
+    starts, order = np.array([ring[:2] for ring in polygons], dtype=np.float64), [0]
+    left = np.ones(len(polygons), bool)
+    while len(order) < len(polygons):  # to the nearest one
+        left[order[-1]] = False
+        distances = np.abs(starts - starts[order[-1]]).sum(axis=1)
+        order.append(int(np.where(left, distances, np.inf).argmin()))
+    rings = [polygons[i] for i in order]
+    forth = [value for ring in rings for value in [*ring, *ring[:2]]]
+    return forth + [value for ring in rings[-2::-1] for value in ring[:2]]
+
+
+def _outlines(part: np.ndarray) -> list[np.ndarray]:
+    """The closed outlines of pixels (H, W) bool, the outer one first: corners (N, 2) as x, y."""
+    padded = np.pad(part, 1)
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    is_corner, is_double = nw ^ ne ^ sw ^ se, (nw == se) & (ne == sw) & (nw != ne)
+    (ys, xs), (y2, x2) = np.nonzero(is_corner), np.nonzero(is_double)
+    # Two pixels that touch at a corner are two corners.
+    y, x = np.concatenate([ys, y2, y2]), np.concatenate([xs, x2, x2])
+    up = np.concatenate([(nw ^ ne)[is_corner], np.ones(len(y2), bool), np.zeros(len(y2), bool)])
+    left = np.concatenate([(nw ^ sw)[is_corner], nw[is_double], ~nw[is_double]])
+    beside, below = np.empty(len(y), int), np.empty(len(y), int)
+    along, down = np.lexsort((~left, x, y)), np.lexsort((~up, y, x))
+    for partner, order in ((beside, along), (below, down)):
+        partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
+    rings, seen = [], np.zeros(len(y), bool)
+    for start in along.tolist():
+        ring, corner = [], start
+        while not seen[corner]:
+            other = int(beside[corner])
+            seen[[corner, other]] = True
+            ring += [corner, other]
+            corner = int(below[other])
+        if ring:
+            rings.append(np.stack([x[ring], y[ring]], -1))
+    return rings
