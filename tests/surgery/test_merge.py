@@ -18,7 +18,7 @@ from transformers import (
 from helpers.domains import add_learned_domain, with_two_domains
 from helpers.interaction import draw_weights, tiny_config
 from helpers.sam3 import sam3_config, sam3_models, save_combined
-from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf import SamoeConfig, SamoeModel, small_base
 from samoe_hf.cli import main
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.domain_experts import domain_modules
@@ -45,9 +45,13 @@ def video(model: SamoeModel) -> torch.Tensor:
     return torch.randn(NUM_FRAMES, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def prompts(model: SamoeModel) -> list[dict]:
-    """Of two objects: points, and a box."""
+def prompts(model: SamoeModel, mask: bool = False) -> list[dict]:
+    """Of two objects: points, and a box; or a mask of one."""
     side = model.config.image_size
+    if mask:
+        inside = torch.zeros(side, side, dtype=torch.bool)
+        inside[side // 4 : side // 2, side // 3 : side * 3 // 4] = True
+        return [{"mask": inside}]
     points = {"points": [[0.4 * side, 0.5 * side], [0.8 * side, 0.2 * side]], "labels": [1, 0]}
     return [points, {"box": [0.2 * side, 0.3 * side, 0.7 * side, 0.8 * side]}]
 
@@ -61,6 +65,8 @@ def track(model, config, frames: torch.Tensor, given: list[dict], domain: str | 
     for obj_id, prompt in enumerate(given, start=1):
         if "box" in prompt:
             inputs = {"input_boxes": [[prompt["box"]]]}
+        elif "mask" in prompt:
+            inputs = {"input_masks": prompt["mask"].numpy()}
         else:
             inputs = {"input_points": [[prompt["points"]]], "input_labels": [[prompt["labels"]]]}
         processor.add_inputs_to_inference_session(session, 0, obj_id, **inputs)
@@ -80,7 +86,8 @@ def track_in_sam2(predictor, frames: torch.Tensor, given: list[dict]) -> torch.T
     for name in ("point_inputs", "mask_inputs", "output_dict", "temp_output_dict", "frames_tracked"):
         state[f"{name}_per_obj"] = {}
     for obj_id, prompt in enumerate(given, start=1):
-        predictor.add_new_points_or_box(state, 0, obj_id, **prompt)
+        add = predictor.add_new_mask if "mask" in prompt else predictor.add_new_points_or_box
+        add(state, 0, obj_id, **prompt)
     for _ in predictor.propagate_in_video(state):
         pass
     outputs = [x["cond_frame_outputs"] | x["non_cond_frame_outputs"] for x in state["output_dict_per_obj"].values()]
@@ -114,14 +121,14 @@ def check_in_transformers(model: SamoeModel, folder: Path, domain: str | None = 
     model.config.previous_mask_with_clicks = False
     frames, given = video(model), prompts(model)
     expected = track(model, model.config, frames, given, domain)
-    assert (expected - track(model, model.config, frames, given, None)).abs().mean() > 0.05 or domain is None
+    assert (expected - track(model, model.config, frames, given, None)).abs().mean() > 0.02 or domain is None
     return (track(plain.eval(), model.config, frames, given) - expected).abs().mean().item()
 
 
-def check_in_sam2(model: SamoeModel, folder: Path, domain: str | None = "lora") -> float:
+def check_in_sam2(model: SamoeModel, folder: Path, domain: str | None = "lora", mask: bool = False) -> float:
     pytest.importorskip("sam2", reason="needs the `bench` extra")
     out = convert(model, folder, *(["--domain", domain] if domain else []), "--to", "sam2")
-    predictor, frames, given = sam2_predictor(out), video(model), prompts(model)
+    predictor, frames, given = sam2_predictor(out), video(model), prompts(model, mask)
     expected = track(model, model.config, frames, given, domain)
     return (track_in_sam2(predictor, frames, given) - expected).abs().mean().item()
 
@@ -132,22 +139,36 @@ def test_a_domain_of_one_expert_tracks_the_same_in_transformers(tmp_path):
     assert figure < 3e-5
 
 
-def test_a_domain_of_one_expert_tracks_the_same_in_sam2(tmp_path):
-    figure = check_in_sam2(with_lora(), tmp_path)
+def test_the_shipped_base_with_a_domain_of_one_expert_tracks_the_same_in_transformers(tmp_path):
+    model = SamoeModel.from_pretrained(small_base())
+    add_learned_domain(model, "lora", 1, **ONE, expert_modules=["qkv", "q_proj", "v_proj"])
+    figure = check_in_transformers(model, tmp_path)
+    print(figure)
+    assert figure < 3e-5
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["points and box", "mask"])
+def test_a_domain_of_one_expert_tracks_the_same_in_sam2(tmp_path, mask):
+    figure = check_in_sam2(with_lora(), tmp_path, mask=mask)
     print(figure)
     assert figure < 1e-4
 
 
 @pytest.mark.slow
-def test_tiny_tracks_the_same_in_both(tmp_path, monkeypatch):
-    model = with_lora(SamoeModel(SamoeConfig(**read_yaml("model_tiny"))).eval())
-    monkeypatch.setattr(sys.modules[__name__], "NUM_FRAMES", 4)
+@pytest.mark.parametrize("size", ["model_tiny", "model_base_plus"])
+def test_sizes_of_meta_track_the_same_in_both(tmp_path, monkeypatch, size):
+    model = with_lora(SamoeModel(SamoeConfig(**read_yaml(size))).eval())
+    monkeypatch.setattr(sys.modules[__name__], "NUM_FRAMES", 3)
     (tmp_path / "sam2").mkdir()
     figures = check_in_sam2(model, tmp_path / "sam2"), check_in_transformers(model, tmp_path)
     print(figures)
-    # 8e-4 was measured of either. Memories are rounded to bfloat16 on the way; how far the base alone is from itself
-    # there was not measured.
+    # Random weights of these sizes enlarge what float32 rounds a thousandfold: 1e-3 of logits of 7 on average.
     assert max(figures) < 2e-3
+    monkeypatch.setattr(sys.modules[__name__], "NUM_FRAMES", 1)
+    model.double()
+    frames, given = video(model).double(), prompts(model)
+    plain = track(merge_into_base(model, "lora"), model.config, frames, given)
+    assert (plain - track(model, model.config, frames, given, "lora")).abs().max() < 1e-9
 
 
 def test_merged_weights_are_rounded_once():
