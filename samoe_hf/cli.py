@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "say how good models are on a dataset",
     "experts": "show what a model's experts do",
     "convert": "convert checkpoints of SAM 2 and SAM2-MoE, and back; upload them",
+    "export": "write a model for ONNX or torch.export, and a tracker that needs no PyTorch",
     "assemble": "make one model of LoRAs that were trained apart",
 }
 

@@ -43,6 +43,28 @@ class MaskDecoder(Sam2VideoMaskDecoder):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Decodes the masks of N objects; shapes are as in the base class, with one prompt in each row.
 
+        Returns:
+            what [`candidates`] gives, of 3 masks with `multimask_output`, or else of 1.
+        """
+        decoded = self.candidates(
+            image_embeddings,
+            image_positional_embeddings,
+            sparse_prompt_embeddings,
+            dense_prompt_embeddings,
+            high_resolution_features,
+        )
+        return self.choose(*decoded, multimask_output)
+
+    def candidates(
+        self,
+        image_embeddings: Tensor,
+        image_positional_embeddings: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        high_resolution_features: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All masks of N objects: the one that is wanted alone, and three for what is ambiguous.
+
         Args:
             image_embeddings: (N or 1, hidden, H, W).
             image_positional_embeddings: (1, hidden, H, W).
@@ -52,9 +74,9 @@ class MaskDecoder(Sam2VideoMaskDecoder):
 
         Returns:
             logits (N, 1, masks, 4 H, 4 W), estimated IoU (N, 1, masks), mask tokens (N, 1, masks, hidden) and object
-            scores (N, 1, 1); 3 masks with `multimask_output`, or else 1.
+            scores (N, 1, 1).
         """
-        num_objects, size = len(sparse_prompt_embeddings), image_embeddings.shape[-2:]
+        num_objects, size = sparse_prompt_embeddings.shape[0], image_embeddings.shape[-2:]
         own = torch.cat([self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(num_objects, 1, -1, -1), sparse_prompt_embeddings], dim=2).to(own.dtype)
         image = (image_embeddings + dense_prompt_embeddings).expand(num_objects, -1, -1, -1)
@@ -73,13 +95,18 @@ class MaskDecoder(Sam2VideoMaskDecoder):
         each = zip(self.output_hypernetworks_mlps, mask_tokens.unbind(2), strict=True)
         weights = torch.stack([network(token) for network, token in each], dim=2)
         masks = (weights @ upscaled.flatten(2).unsqueeze(1)).unflatten(-1, upscaled.shape[-2:])
-        iou_scores = self.iou_prediction_head(tokens[:, :, 1])
+        return masks, self.iou_prediction_head(tokens[:, :, 1]), mask_tokens, self.pred_obj_score_head(tokens[:, :, 0])
+
+    def choose(
+        self, masks: Tensor, iou_scores: Tensor, mask_tokens: Tensor, object_scores: Tensor, multimask_output: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of all masks the three, or the one; that is the best of the three where it is not stable, unless training."""
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         if self.dynamic_multimask_via_stability and not (multimask_output or self.training):
             masks, iou_scores = self._dynamic_multimask_via_stability(masks, iou_scores)
         else:
             masks, iou_scores = masks[:, :, chosen], iou_scores[:, :, chosen]
-        return masks, iou_scores, mask_tokens[:, :, chosen], self.pred_obj_score_head(tokens[:, :, 0])
+        return masks, iou_scores, mask_tokens[:, :, chosen], object_scores
 
 
 class CachedPositionEncoding(nn.Module):

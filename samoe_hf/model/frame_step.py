@@ -120,7 +120,7 @@ def frame_step(
     """
     of_videos, image = image, image.for_objects(num_objects // len(image.coarse))
     if prompt is not None and prompt.mask is not None:
-        output, high_res_masks = _take_mask(model, image, prompt.mask)
+        output, high_res_masks = take_mask(model, image, prompt.mask)
     else:
         if model.num_maskmem == 0:
             coarse = image.coarse
@@ -148,10 +148,8 @@ def frame_step(
         binarize = prompt is not None and not model.training
         if binarize or high_res_masks is None:
             # `sam2` encodes what the user sees of a prompted frame, and the raw prediction of any other.
-            high_res_masks = _resize(output.masks if binarize else predicted, model.config.image_size)
-        output.memory.features = _encode_memory(
-            model, image.coarse, high_res_masks, output.object_score_logits, binarize
-        )
+            high_res_masks = resize(output.masks if binarize else predicted, model.config.image_size)
+        output.memory.features = memory_map(model, image.coarse, high_res_masks, output.object_score_logits, binarize)
     return output
 
 
@@ -189,8 +187,8 @@ def _segment(
     multimask: bool,
     num_objects: int,
 ) -> FrameOutput:
-    """Runs SAM's prompt encoder and mask decoder, and takes the best candidate's token as object pointer."""
-    sparse, dense = _embed_prompt(model, prompt, num_objects)
+    """Runs SAM's prompt encoder and mask decoder."""
+    sparse, dense = embed_prompt(model, prompt, num_objects)
     decoded = model.mask_decoder(
         image_embeddings=coarse,
         image_positional_embeddings=image.decoder_position,
@@ -199,11 +197,16 @@ def _segment(
         multimask_output=multimask,
         high_resolution_features=[image.fine, image.middle],
     )
-    masks, iou_scores, tokens, object_score_logits = (x.squeeze(1) for x in model.outlive_graphs(decoded))
+    return take_best(model, model.outlive_graphs(decoded))
+
+
+def take_best(model: SamoePreTrainedModel, decoded: tuple[Tensor, Tensor, Tensor, Tensor]) -> FrameOutput:
+    """Takes the best of the mask decoder's masks, and its token as object pointer."""
+    masks, iou_scores, tokens, object_score_logits = (x.squeeze(1) for x in decoded)
     masks = _at_least_float32(masks)
     visible = object_score_logits > 0
     candidates = torch.where(visible[..., None, None], masks, NO_OBJ_SCORE)
-    rows = torch.arange(num_objects, device=coarse.device)
+    rows = torch.arange(masks.shape[0], device=masks.device)
     best = iou_scores.argmax(dim=-1)
     pointers = model.object_pointer_proj(tokens[rows, best if tokens.shape[1] > 1 else 0])
     return FrameOutput(
@@ -216,7 +219,7 @@ def _segment(
     )
 
 
-def _embed_prompt(model: SamoePreTrainedModel, prompt: Prompt | None, num_objects: int) -> tuple[Tensor, Tensor]:
+def embed_prompt(model: SamoePreTrainedModel, prompt: Prompt | None, num_objects: int) -> tuple[Tensor, Tensor]:
     """Tokens (objects, 1, points, hidden) and maps (objects or 1, hidden, S / 16, S / 16) that stand for a prompt."""
     encoder = model.prompt_encoder
     points = None if prompt is None or prompt.points is None else prompt.points.unsqueeze(1)
@@ -249,7 +252,7 @@ def _correct(
     before = []
     for _ in range(corrections.num_clicks):
         before.append(output)
-        predictions = _resize(output.masks.detach(), model.config.image_size)[:, 0] > 0
+        predictions = resize(output.masks.detach(), model.config.image_size)[:, 0] > 0
         points, labels = corrections.draw(predictions)
         if prompt is not None and prompt.points is not None and prompt.labels is not None:
             points = torch.cat([prompt.points, points], dim=1)
@@ -267,12 +270,12 @@ def _hide_pointers(model: SamoePreTrainedModel, pointers: Tensor, visible: Tenso
     return visible * pointers + (1 - visible) * model.no_object_pointer
 
 
-def _take_mask(model: SamoePreTrainedModel, image: ImageFeatures, mask: Tensor) -> tuple[FrameOutput, Tensor]:
+def take_mask(model: SamoePreTrainedModel, image: ImageFeatures, mask: Tensor) -> tuple[FrameOutput, Tensor]:
     """Takes a given mask (objects, 1, S, S) as the output; the decoder only makes the object pointer from it."""
     num_objects = mask.shape[0]
     mask = mask.to(image.coarse.dtype)
     # The pointer is made from a mask of the size of memories' masks, since it is made 4 times smaller.
-    prompt = Prompt(previous_mask=model.mask_downsample(_to_memory_size(model, mask)))
+    prompt = Prompt(previous_mask=model.mask_downsample(to_memory_size(model, mask)))
     output = _segment(model, image, image.coarse, prompt, multimask=False, num_objects=num_objects)
     visible = mask.flatten(1).any(dim=1, keepdim=True)
     high_res_masks = _at_least_float32(mask) * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS
@@ -288,11 +291,11 @@ def _take_mask(model: SamoePreTrainedModel, image: ImageFeatures, mask: Tensor) 
     ), high_res_masks
 
 
-def _encode_memory(
+def memory_map(
     model: SamoePreTrainedModel, coarse: Tensor, masks: Tensor, object_score_logits: Tensor, binarize: bool
 ) -> Tensor:
     """Encodes a frame and its masks (objects, 1, S, S), as logits, into a memory (objects, tokens, channels)."""
-    masks = _to_memory_size(model, masks)
+    masks = to_memory_size(model, masks)
     masks = (masks > 0).to(masks.dtype) if binarize else masks.sigmoid()
     masks = masks * model.config.sigmoid_scale_for_mem_enc + model.config.sigmoid_bias_for_mem_enc
     features, _ = model.outlive_graphs(model.memory_encoder(coarse, masks.to(coarse.dtype)))
@@ -303,7 +306,7 @@ def _encode_memory(
     return features if model.training else features.to(torch.bfloat16)
 
 
-def _to_memory_size(model: SamoePreTrainedModel, masks: Tensor) -> Tensor:
+def to_memory_size(model: SamoePreTrainedModel, masks: Tensor) -> Tensor:
     """Masks or logits (objects, 1, H, W) at the size that memories are made from: the input's of SAM 2, not of SAM 3.
 
     transformers resizes logits, which is what is done here. The original of SAM 3 resizes probabilities.
@@ -318,7 +321,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _resize(masks: Tensor, size: int) -> Tensor:
+def resize(masks: Tensor, size: int) -> Tensor:
     return F.interpolate(masks, size=(size, size), mode="bilinear", align_corners=False)
 
 

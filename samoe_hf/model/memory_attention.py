@@ -64,7 +64,7 @@ class MemoryAttention(nn.Module):
         """
         hidden = image + 0.1 * position
         if self.training and self._draws_dropout():
-            hidden = _for_rows(hidden, len(memory))  # dropout is drawn for each object
+            hidden = _for_rows(hidden, memory.shape[0])  # dropout is drawn for each object
         rotation = self.rotary_emb.rotations(self.position_ids)
         keys, mask = memory + memory_position, None
         if is_read is not None:
@@ -79,7 +79,7 @@ class MemoryAttention(nn.Module):
                 hidden = hidden + layer.dropout1(attended)
                 queries = cross.q_proj(layer.layer_norm2(hidden))
             attended = _attend(cross, queries, keys, memory, rotation, memory_rotation, mask, is_read)
-            hidden = _for_rows(hidden, len(memory)) + layer.dropout2(attended)
+            hidden = _for_rows(hidden, memory.shape[0]) + layer.dropout2(attended)
             normed = layer.layer_norm3(hidden)
             hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
         return self.layer_norm(hidden)
@@ -153,9 +153,9 @@ class RotaryEmbedding(nn.Module):
 
 def _for_rows(x: Tensor, num_rows: int) -> Tensor:
     """(rows, ...) with each row repeated for its objects: (num_rows, ...)."""
-    if len(x) == 1:
+    if x.shape[0] == 1:
         return x.expand(num_rows, *x.shape[1:])
-    return x if len(x) == num_rows else x.repeat_interleave(num_rows // len(x), dim=0)
+    return x if x.shape[0] == num_rows else x.repeat_interleave(num_rows // x.shape[0], dim=0)
 
 
 def _attend(
@@ -170,7 +170,7 @@ def _attend(
 ) -> Tensor:
     """Attention of projected queries (objects or videos, tokens, channels) to (objects, keys, channels), rotated by
     where they are; `mask` (objects, 1, 1, keys) is added to the logits."""
-    query = _for_rows(_rotate(_heads(attention, query), rotation), len(key))
+    query = _for_rows(_rotate(_heads(attention, query), rotation), key.shape[0])
     with use_own_tokens(is_read):
         key, value = attention.k_proj(key), attention.v_proj(value)
     key, value = _rotate(_heads(attention, key), key_rotation), _heads(attention, value)

@@ -40,7 +40,7 @@ def memory_tokens(
         distances = [[distance for _, distance in place] for place in pointers]
         by_row = _shared(list(zip(*distances, (one.max_distance for one in selections), strict=True)))
         times = torch.tensor(by_row, device=like.device, dtype=torch.float32)
-        positions.append(_pointer_positions(model, times[:, :-1] / times[:, -1:], num_pointer_tokens, like))
+        positions.append(pointer_positions(model, times[:, :-1] / times[:, -1:], num_pointer_tokens, like))
     # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
     with torch.autocast(like.device.type, enabled=False):
         read = [read_memories(banks, [t for t, _ in place], "features", like.device) for place in maps]
@@ -100,7 +100,7 @@ def _pool_map(features: Tensor, size: Sequence[int], side: int) -> Tensor:
     return F.avg_pool2d(features.mT.unflatten(2, tuple(size)), side).flatten(2).mT
 
 
-def _pointer_positions(model: SamoePreTrainedModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:
+def pointer_positions(model: SamoePreTrainedModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:
     """Encodes distances in time (objects or 1, pointers), in units of the largest: (objects or 1, tokens, channels)."""
     if not model.config.enable_temporal_pos_encoding_for_object_pointers:
         return like.new_zeros(1, num_tokens, model.mem_dim)
@@ -111,9 +111,14 @@ def _pointer_positions(model: SamoePreTrainedModel, distances: Tensor, num_token
     return position.unflatten(0, distances.shape).repeat_interleave(num_tokens // distances.shape[1], dim=1)
 
 
-@lru_cache
 def sine_periods(dim: int, device: torch.device) -> Tensor:
     """Periods / 2 pi of a sine encoding of `dim` channels (arXiv:1706.03762), half of them sines."""
+    # What exporting computes is no number.
+    return (_periods.__wrapped__ if torch.compiler.is_compiling() else _periods)(dim, device)
+
+
+@lru_cache
+def _periods(dim: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         pair = torch.arange(dim // 2, dtype=torch.float32, device=device) // 2
         return 10000 ** (2 * pair / (dim // 2))

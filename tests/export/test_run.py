@@ -1,0 +1,195 @@
+"""The tracker of an exported folder gives what the model gives."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.export import compare, compare_corrected, drawn_video
+from samoe_hf.export.run import TrackedObject, Tracker, check_prompts, main, prepare, resize
+from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
+from samoe_hf.model.memory_selection import MemoryLimits, select_memories
+
+FRAMES, MASKS = drawn_video(6)
+MASK = next(iter(MASKS.values()))
+POINT = [int(np.argwhere(MASK)[len(np.argwhere(MASK)) // 2][k]) for k in (1, 0)]
+BOX = [int(x) for x in (*np.argwhere(MASK).min(0)[::-1], *np.argwhere(MASK).max(0)[::-1] + 1)]
+PROMPTS = {
+    "point": [{"frame": 0, "object": 1, "points": [POINT], "labels": [1]}],
+    "points": [{"frame": 0, "object": 1, "points": [POINT, [2, 2]], "labels": [1, 0]}],
+    "box": [{"frame": 0, "object": 1, "box": BOX}],
+    "box and point": [{"frame": 0, "object": 1, "box": BOX, "points": [POINT], "labels": [1]}],
+    "mask": [{"frame": 0, "object": 1, "mask": MASK}],
+    "empty mask": [{"frame": 0, "object": 2, "box": BOX}, {"frame": 0, "object": 3, "mask": np.zeros_like(MASK)}],
+    "late and leaving": [
+        {"frame": 3, "object": 1, "mask": MASK},
+        {"frame": 1, "object": 2, "box": BOX},
+        {"frame": 4, "object": 2, "points": [POINT], "labels": [1]},
+        {"frame": 5, "object": 1, "end": True},
+    ],
+}
+
+
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+def test_it_tracks_as_the_model_does(reference, prompts):
+    result = compare(reference.model, reference.processor, reference.tracker, FRAMES, prompts)
+    assert result.mean < 1e-3 and result.iou > 0.999
+
+
+@pytest.mark.parametrize("correction", [{"points": [[10, 90]], "labels": [0]}, {"box": BOX}, {"mask": MASK}])
+def test_a_correction_reads_memories_and_refines_the_mask(reference, correction):
+    prompts = [
+        {"frame": 0, "object": 1, "points": [POINT], "labels": [1]},
+        {"frame": 0, "object": 2, "box": BOX},
+        {"frame": 3, "object": 1, "correction": True, **correction},
+    ]
+    result = compare_corrected(reference.model, reference.processor, reference.tracker, FRAMES, prompts)
+    assert result.mean < 1e-3 and result.iou > 0.999
+
+
+@pytest.mark.parametrize("kind", ["recent", "score"])
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_frame_reads_the_memories_that_the_model_reads(kind, step):
+    """For random banks."""
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        num_frames, limit = int(draw.integers(2, 60)), int(draw.choice([-1, 1, 3]))
+        frames = draw.permutation(num_frames)
+        num_prompted, t = int(draw.integers(1, 5)), int(draw.integers(num_frames))
+        tracker = Tracker.__new__(Tracker)
+        tracker.rules = {
+            "num_maps": 7, "max_pointers": 16, "max_conditioning": limit, "memory_selection": kind, "min_score": 0.01,
+        }  # fmt: skip
+        tracker.num_frames, one, bank = num_frames, TrackedObject(0, np.inf), MemoryBank()
+        for x in frames[: 5 * num_prompted].tolist():
+            score, is_prompted = float(draw.choice([0.0, 0.5])), x in frames[:num_prompted]
+            memory = FrameMemory(np.zeros((1, 1)), np.zeros((1, 1)), [Evidence(score, 1, 1)])
+            bank.write(x, memory.row(0), bool(is_prompted))
+            (one.conditioning if is_prompted else one.tracked)[x] = SimpleMemory(x, score)
+        maps, pointers = tracker.read(one, t, step)
+        limits = MemoryLimits(7, 16, limit, num_frames)
+        expected = select_memories(kind, bank, t, limits, reverse=step < 0)
+        assert sorted(maps) == sorted(expected.spatial)
+        assert sorted(pointers) == sorted((x, distance / expected.max_distance) for x, distance in expected.pointers)
+
+
+class SimpleMemory:
+    """Stands for the memory of a frame by its number."""
+
+    def __init__(self, frame: int, score: float):
+        self.map, self.pointer, self.score = frame, frame, score
+
+
+@pytest.mark.parametrize(
+    "prompt, rule",
+    [
+        ({"frame": 9}, 'a "frame" from 0 to 5'),
+        ({"frame": [0]}, 'a "frame" from 0 to 5'),
+        ({"object": 0}, 'an "object" from 1 to 255'),
+        ({"object": "1"}, 'an "object" from 1 to 255'),
+        ({"points": "here", "labels": [1]}, "points in the frame"),
+        ({"points": [], "labels": []}, "at least one point"),
+        ({"points": [[1, 1]], "labels": []}, "a label"),
+        ({"points": [[1, 1]], "labels": [2]}, "a label"),
+        ({"points": [[128, 1]], "labels": [1]}, "points in the frame of 128 x 96"),
+        ({"box": [3, 3, 3, 9]}, "with an area"),
+        ({"box": [1, 2, 3]}, "with an area"),
+        ({"box": {"x": 1}}, "with an area"),
+        ({"box": [130, 0, 140, 9]}, "a box in the frame"),
+        ({"mask": np.ones((9, 9))}, "a mask of 128 x 96"),
+        ({"mask": np.ones((96, 128)), "box": [0, 0, 9, 9]}, "or a mask"),
+        ({}, "points, a box"),
+        ({"box": [0, 0, 9, 9], "boxes": [1]}, "no other keys"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_refused_by_name(prompt, rule):
+    with pytest.raises(ValueError, match=rule):
+        check_prompts([{"frame": 0, "object": 1, **prompt}], 6, (96, 128))
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "a list of at least one"),
+        ({"frame": 0}, "a list of at least one"),
+        (["box"], "a list of at least one"),
+        ([PROMPTS["box"][0] | {"correction": True}], "first prompt of object 1"),
+        ([{"frame": 2, "object": 1, "end": True}], "first prompt of object 1"),
+        ([PROMPTS["box"][0] | {"frame": 3}, {"frame": 2, "object": 1, "end": True}], "end of object 1"),
+        (PROMPTS["box"] * 2, "no other prompt"),
+    ],
+)
+def test_prompts_that_do_not_go_together_are_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        check_prompts(prompts, 6, (96, 128))
+
+
+@pytest.mark.parametrize("resample", ["BICUBIC", "BILINEAR"])
+@pytest.mark.parametrize("size", [(480, 854), (100, 60)])
+def test_frames_and_masks_are_resized_as_the_processor_does(parts, size, resample):
+    import torch
+
+    frame = np.asarray(Image.fromarray(FRAMES[0]).resize(size[::-1]))
+    settings = {"resample": Image.Resampling[resample], "return_tensors": "pt"}
+    resize_frames = parts.processor.video_processor
+    expected = resize_frames(videos=frame[None].copy(), **settings).pixel_values_videos[0, 0]
+    prepared = prepare(frame, parts.tracker.image | {"resample": resample})[0]
+    assert abs(prepared - expected.numpy()).max() < 1e-6
+    logits = np.random.default_rng(0).normal(size=(2, 32, 32)).astype(np.float32)
+    (large,) = parts.processor.post_process_masks([torch.from_numpy(logits)[:, None]], [size], binarize=False)
+    np.testing.assert_allclose(resize(logits, size), large[:, 0], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_program_writes_a_map_of_ids_for_each_frame_of_a_folder(exported, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for t, frame in enumerate(FRAMES):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"frame{2 * t}.png")  # 10 after 8
+    Image.fromarray(MASK).save(tmp_path / "mask.png")
+    prompts = [{"frame": 0, "object": 7, "mask": "mask.png"}, {"frame": 5, "object": 9, "box": BOX}]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    command = [sys.executable, exported.folder / "run.py", "frames", "prompts.json", "masks"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    masks = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "masks").iterdir()}
+    assert masks.keys() == {f"frame{2 * t}" for t in range(6)}
+    given = [prompts[0] | {"mask": MASK}, prompts[1]]
+    for t, _, logits in exported.tracker.track(FRAMES, given):
+        expected = np.where(logits.max(axis=0) > 0, np.array([7, 9])[logits.argmax(axis=0)], 0)
+        assert (masks[f"frame{2 * t}"] == expected).all()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "frames must hold images"),
+        ({"frames/0.png": FRAMES[0], "frames/0.bmp": FRAMES[0]}, "a name of its own"),
+        ({"frames/0.png": FRAMES[0].astype(np.uint16)[..., 0], "prompts.json": "[]"}, "8 bits for each color"),
+        ({"frames/0.png": FRAMES[0]}, "prompts.json"),
+        ({"frames/0.png": FRAMES[0], "prompts.json": "["}, "Expecting value"),
+        ({"frames/0.png": FRAMES[0], "prompts.json": '[{"frame": 0, "object": 1, "mask": "no.png"}]'}, "no.png"),
+        (
+            {"frames/0.png": FRAMES[0], "prompts.json": '[{"frame": 1, "object": 1, "box": [0, 0, 9, 9]}]'},
+            "from 0 to 0",
+        ),
+        ({"frames/0.png": FRAMES[0], "prompts.json": json.dumps(PROMPTS["box"]), "masks/a.png": MASK}, "masks"),
+    ],
+)
+def test_the_program_says_in_a_line_what_it_cannot_use_and_writes_nothing(tmp_path, monkeypatch, files, message):
+    (tmp_path / "frames").mkdir()
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content) if isinstance(content, str) else Image.fromarray(content).save(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "frames", "prompts.json", "masks"])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main()
+    assert {path.name for path in tmp_path.glob("masks/*")} <= {"a.png"}
+
+
+def test_frames_of_different_sizes_are_refused(parts):
+    with pytest.raises(ValueError, match=r"Frame 1 must be \(128, 96\) pixels"):
+        list(parts.tracker.track([FRAMES[0], FRAMES[1][:50]], PROMPTS["box"]))
