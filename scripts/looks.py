@@ -10,6 +10,7 @@ paired 95 % intervals.
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=click_base(), help="by default the page's small model")
     parser.add_argument("--dataset", action="append", default=[], metavar="FOLDER", help="also these videos")
     parser.add_argument("--kinds", nargs="+", choices=(*SYNTHETIC_KINDS, EASY), default=[*SYNTHETIC_KINDS, EASY])
-    parser.add_argument("--videos", type=int, default=4, metavar="N", help="of each kind (%(default)s)")
+    parser.add_argument("--videos", type=int, default=4, metavar="N", help="of each kind and seed (%(default)s)")
     parser.add_argument("--frames", type=int, default=32, metavar="N", help="of each video (%(default)s)")
     parser.add_argument("--prompt", default="mask", help="mask, box or clicks:N (%(default)s)")
-    parser.add_argument("--seed", type=int, default=200, help="of videos (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202], help="of videos (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/looks"), metavar="DIR", help="(%(default)s)")
     parsed = parser.parse_args(arguments)
     sets = {}
-    for kind in parsed.kinds:
-        about = parsed.videos, parsed.frames, (128, 128), 2, "shapes", parsed.seed, () if kind == EASY else (kind,)
+    for kind, seed in product(parsed.kinds, parsed.seeds):
+        about = parsed.videos, parsed.frames, (128, 128), 2, "shapes", seed, () if kind == EASY else (kind,)
         sets.setdefault(EASY if kind == EASY else "hard", []).extend(SyntheticVideos(*about))
     sets |= {Path(folder).name: load_videos(folder) for folder in parsed.dataset}
     model = SamoeModel.from_pretrained(parsed.model)
