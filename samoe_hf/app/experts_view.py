@@ -55,7 +55,9 @@ def _called(object_id: int | None) -> str:
 
 
 def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
-    """Tracks a frame once more to see what the routers do there; the session stays as it is.
+    """Tracks a frame once more, back for objects whose first prompt comes later, to see what the routers do there.
+
+    The session stays as it is.
 
     Raises:
         InputError: nothing is prompted, or no router runs on this frame.
@@ -67,8 +69,10 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
 
     def keep(name: str, rows: Sequence[BatchRow], logits: Tensor) -> None:
         # What prompts gave becomes memories before the frame is tracked, on frames of their own.
-        if rows[0].frame_idx != frame:
+        here = [number for number, row in enumerate(rows) if row.frame_idx == frame]
+        if not here:
             return
+        rows, logits = [rows[number] for number in here], logits[here]
         layer, module, side = module_layer(name), modules[name], math.isqrt(logits.shape[1])
         view = layers.setdefault(layer, LayerView(module.num_experts))
         sums = RouterSums.from_logits(logits, min(module.num_experts_per_tok, module.num_experts))
@@ -78,7 +82,8 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
             view.maps |= {row.object_id: chosen for row, chosen in zip(rows, experts, strict=True)}
 
     with session.exclusive() as tracking, DEVICE_LOCK, observe_routers(model, keep):
-        next(model.propagate_in_video_iterator(copied(tracking), start_frame_idx=frame, max_frame_num_to_track=0))
+        for back in {first > frame for first in session.firsts.values()}:
+            next(model.propagate_from_prompts_iterator(copied(tracking), frame, back))
     if not layers:
         raise InputError(
             "No expert runs on this frame: experts read memories, and the frame that an object is prompted on has none "

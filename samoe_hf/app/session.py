@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -165,7 +166,7 @@ class TrackingSession:
         self._tracking = self._new_tracking(loaded, AUTO, self.memory_selection)
 
     def _new_tracking(self, loaded: LoadedModel, domain: str | None, memory_selection: str) -> VideoSession:
-        tracking = VideoSession(
+        return VideoSession(
             self.video.frames,
             loaded.processor,
             domain=domain,
@@ -174,9 +175,6 @@ class TrackingSession:
             inference_device=loaded.model.device,
             dtype=loaded.model.dtype,
         )
-        for prompt in self.prompts.values():
-            prompt.add_to(tracking, loaded.processor)
-        return tracking
 
     # --- What is shown
 
@@ -194,6 +192,11 @@ class TrackingSession:
     def prompted_frames(self) -> list[int]:
         """Frames with a click or a box, in order."""
         return sorted({frame for (_, frame), prompt in self.prompts.items() if not prompt.end})
+
+    @property
+    def firsts(self) -> dict[int, int]:
+        """Object -> the first frame on which it is prompted."""
+        return {object_id: frame for object_id, frame in sorted(self.prompts, reverse=True)}
 
     @property
     def ends(self) -> dict[int, int]:
@@ -323,11 +326,14 @@ class TrackingSession:
         prompt = VideoPrompt(object_id, frame, [*old.points, *points], [*old.labels, *labels], box or old.box)
         with self._undoable(frame):
             prompt.add_to(self._tracking, self.loaded.processor)
+            self.prompts[object_id, frame] = prompt
             with DEVICE_LOCK:
                 output = self.loaded.model(inference_session=self._tracking, frame_idx=frame)
-            _, id_map = self._store(output)
-            self.prompts[object_id, frame] = prompt
-            return id_map
+            return self._store(output, self._late(frame))[1]
+
+    def _late(self, frame: int) -> set[int]:
+        """Objects that are prompted after a frame only. A click of another one there would show them by their future."""
+        return {object_id for object_id, first in self.firsts.items() if first > frame}
 
     # --- Undo
 
@@ -373,8 +379,8 @@ class TrackingSession:
         begin = None if direction == "whole" else start
         total = start + 1 if direction == "backward" else self.num_frames - start
         if direction == "whole":
-            firsts = {object_id: frame for object_id, frame in sorted(self.prompts, reverse=True)}
-            total = self.num_frames - min(firsts.values()) + max(firsts.values())
+            firsts = self.firsts.values()
+            total = self.num_frames - min(firsts) + max(firsts)
         with self.exclusive():
             self._stop.clear()
             self._undo.clear()
@@ -391,32 +397,40 @@ class TrackingSession:
         """Ends tracking after the frame that is being tracked."""
         self._stop.set()
 
-    def _store(self, output: Sam2VideoSegmentationOutput) -> tuple[int, np.ndarray]:
-        """Stores a frame's map; gives frame and map."""
+    def _store(self, output: Sam2VideoSegmentationOutput, kept: Collection[int] = ()) -> tuple[int, np.ndarray]:
+        """Stores a frame's map, on which objects of `kept` stay as they are; gives frame and map."""
         assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
         check_masks(output, self.loaded.model.dtype)
-        id_map = self._write(self.masks, output, self.loaded)
+        id_map = self._write(self.masks, output, self.loaded, kept)
         self.tracked_domain, self.confidence = output.domain, output.domain_confidence
         return output.frame_idx, id_map
 
     @staticmethod
-    def _write(masks: MaskStore, output: Sam2VideoSegmentationOutput, loaded: LoadedModel) -> np.ndarray:
+    def _write(
+        masks: MaskStore, output: Sam2VideoSegmentationOutput, loaded: LoadedModel, kept: Collection[int] = ()
+    ) -> np.ndarray:
         """Writes a frame's map, of which each pixel is the object's of the largest positive logit.
 
-        One object is at the video's size at a time, so that many objects in a large video do not fill the RAM.
+        Objects of `kept` stay as they are in the store, behind the others. One object is at the video's size at a time,
+        so that many objects in a large video do not fill the RAM.
         """
         assert isinstance(output, SamoeTrackingOutput) and output.object_score_logits is not None
         assert output.object_ids and output.frame_idx is not None and output.pred_masks is not None
         best, ids = np.zeros(masks.size, dtype=np.float32), np.zeros(masks.size, dtype=np.uint8)
-        for object_id, low in zip(output.object_ids, output.pred_masks.split(1), strict=True):
+        known = {row.object: row[3:6] for row in masks.rows(output.frame_idx) if row.object in kept}
+        values = zip(output.object_ids, output.pred_masks.split(1), output.object_score_logits, *ObjectScores.of(output))
+        for object_id, low, score, *sure in values:
+            if object_id in kept or score <= NO_OBJ_SCORE:  # nothing is known of it here
+                continue
+            known[object_id] = sure
             logits = loaded.processor.post_process_masks([low], [masks.size], binarize=False)[0][0, 0]
             logits = logits.float().cpu().numpy()
             wins = logits > best
             best[wins], ids[wins] = logits[wins], object_id
-        # Nothing is known of an object before its first prompt.
-        ran = (output.object_score_logits[:, 0] > NO_OBJ_SCORE).cpu().numpy()
-        scores = ObjectScores(*(values[ran] for values in ObjectScores.of(output)))
-        masks.write(output.frame_idx, ids, np.array(output.object_ids)[ran].tolist(), scores)
+        if kept:
+            ids = np.where(ids, ids, masks.read(output.frame_idx, kept))
+        scores = ObjectScores(*np.array(list(known.values())).reshape(-1, 3).T)
+        masks.write(output.frame_idx, ids, list(known), scores)
         return ids
 
     # --- Another domain or model, or a project
@@ -431,9 +445,16 @@ class TrackingSession:
         memory_selection = memory_selection or loaded.model.memory_selection
         with self.exclusive():
             tracking, output = self._new_tracking(loaded, domain, memory_selection), None
+            by_frame = sorted(self.prompts.values(), key=lambda prompt: prompt.frame_idx)
             masks = MaskStore(Path(tempfile.mkdtemp(dir=self.folder)), self.masks.size)
             try:
-                for frame in self.prompted_frames:
+                # Frame by frame, so that no object is shown, and then remembered, before its first prompt.
+                for frame, prompts in groupby(by_frame, key=lambda prompt: prompt.frame_idx):
+                    own = list(prompts)
+                    for prompt in own:
+                        prompt.add_to(tracking, loaded.processor)
+                    if all(prompt.end for prompt in own):
+                        continue
                     with DEVICE_LOCK:
                         output = loaded.model(inference_session=tracking, frame_idx=frame)
                     self._write(masks, output, loaded)
@@ -451,7 +472,8 @@ class TrackingSession:
         """Takes over objects and prompts of a project, of a session without any; masks are written to `masks`."""
         self.objects, self.last_id = objects, last_id
         self.prompts = {(prompt.object_id, prompt.frame_idx): prompt for prompt in prompts}
-        self._tracking = self._new_tracking(self.loaded, self.domain, self.memory_selection)
+        for prompt in prompts:
+            prompt.add_to(self._tracking, self.loaded.processor)
 
     @contextmanager
     def exclusive(self) -> Iterator[VideoSession]:

@@ -291,7 +291,8 @@ class SimulatedUser:
         else:
             chosen = np.linspace(min((row.frame for row in rows), default=0), len(self.video) - 1, count + 2)[1:-1]
         for frame_idx in dict.fromkeys(int(annotated[np.abs(annotated - t).argmin()]) for t in chosen):
-            logits = self._read(self.model(self._session, frame_idx=frame_idx)).logits
+            tracked = self.model.propagate_from_prompts_iterator(self._session, frame_idx)
+            logits = self._read(next(tracked)).logits
             wrong = [object_id for object_id, iou in self._ious(frame_idx, logits).items() if iou < PAUSE_IOU]
             if self.strategy.kind == "clicks":
                 self._click(frame_idx, {object_id: self._mask(logits, object_id) for object_id in wrong})

@@ -92,6 +92,20 @@ def test_experts_are_seen_and_the_session_stays_as_it_is(prompted, make_session,
     assert state_of(prompted) == state_of(other)
 
 
+def test_experts_of_a_late_object_are_those_of_tracking_it_back(make_session, two_domains):
+    together, alone = make_session(model=two_domains), make_session(model=two_domains)
+    gates = []
+    for session in (together, alone):
+        session.use(two_domains, "second")
+        session.click(session.add_object(), 5, 20, 30)
+        if session is together:
+            session.click(session.add_object(), 1, 70, 30)
+        run_all(session.propagate())
+        views = list(look_at_experts(session, 3).layers.values())
+        gates.append(np.stack([view.gates.get(1, view.gates.get(None)) for view in views]))
+    assert {*views[-1].gates} == {1} and np.allclose(*gates, atol=1e-4)
+
+
 def test_names_of_domains(small_model, two_domains):
     assert small_model.domain_choices == {}
     assert two_domains.domain_choices == {GATE: "auto", BASE: None, "first": "first", "second": "second"}

@@ -11,7 +11,7 @@ from samoe_hf import VideoSession
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.timeline import draw_timeline, frame_at
 from samoe_hf.app.uploads import Limits
-from samoe_hf.inference import VideoPrompt
+from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.tracks import ObjectScores
 
 
@@ -89,6 +89,31 @@ def test_scores_are_the_models_of_objects_that_have_begun(session):
         assert row.object == 2 or np.allclose((row.score, row.iou), expected[row.frame], atol=1e-4)
     session.end_object(1, 5)
     assert [(row.frame, row.object) for row in session.all_rows()] == [*((t, 1) for t in range(5)), (5, 2)]
+
+
+def test_an_object_has_no_mask_before_its_first_prompt_unless_tracking_back_found_it(session):
+    late, early = session.add_object(), session.add_object()
+
+    def seen(frame: int) -> dict[int, tuple]:
+        assert set(np.unique(session.id_map(frame))) <= {0, *(row.object for row in session.rows(frame))}
+        return {row.object: row[3:6] for row in session.rows(frame)}
+
+    session.click(late, 5, 30, 30)
+    session.click(early, 2, 70, 40)
+    assert set(seen(2)) == {early}
+    session.use(session.loaded)
+    assert set(seen(2)) == {early} and set(seen(5)) == {late, early}
+    run_all(session.propagate("forward", 0))
+    assert [set(seen(t)) for t in (1, 2, 5)] == [set(), {early}, {late, early}]
+    run_all(session.propagate())
+    prompts = [session.prompts[early, 2], session.prompts[late, 5]]
+    for one in track_video(session.loaded.model, session.loaded.processor, session.video.frames, prompts):
+        assert (session.id_map(one.frame_idx) == one.id_map()).all()
+    before, place = seen(2), session.id_map(2) == late
+    session.click(early, 2, 71, 41)
+    assert place.any() and seen(2)[late] == before[late] and not (session.id_map(2) == late)[~place].any()
+    session.click(late, 2, 30, 30)
+    assert seen(2)[late] != before[late] and session.firsts == {late: 2, early: 2}
 
 
 def test_where_to_look_is_marked_until_it_was_corrected(session):

@@ -9,6 +9,7 @@ from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SyntheticVideos, Video
 from samoe_hf.evaluation.simulated_user import PromptStrategy, SimulatedUser, click_on_error, sample_points
 from samoe_hf.model import tracking
+from samoe_hf.model.batch_rows import batch_rows
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.tracking import SamoeTrackingOutput
 
@@ -96,8 +97,7 @@ class ScriptedModel:
         )
 
     def propagate_from_prompts_iterator(self, session, start):
-        assert start == 0
-        return (self(session, frame_idx) for frame_idx in range(session.num_frames))
+        return (self(session, frame_idx) for frame_idx in range(start, session.num_frames))
 
 
 class ScriptedProcessor:
@@ -310,6 +310,14 @@ def test_objects_that_come_late_are_to_the_bit_what_each_is_alone(nano, seed, pr
         np.testing.assert_array_equal(scores[:, row], own_scores[:, 0])
         assert not masks[:start, row].any() and np.isneginf(scores[:start, row]).all()
         assert np.isfinite(scores[start:, row]).all()
+
+
+def test_corrections_track_no_object_before_its_first_prompt(nano, monkeypatch):
+    (video, starts), step, rows = late_video(0), tracking.frame_step, []
+    monkeypatch.setattr(tracking, "frame_step", lambda *x, **y: rows.extend(batch_rows().rows) or step(*x, **y))
+    run(nano.model, video, "mask@3:even")
+    assert {row.object_id for row in rows} == {1, 2, 3}
+    assert all(row.frame_idx >= starts[row.object_id - 1] for row in rows)
 
 
 @pytest.mark.parametrize("seed", range(2))
