@@ -332,7 +332,7 @@ class TrackingSession:
             return self._store(output, self._late(frame))[1]
 
     def _late(self, frame: int) -> set[int]:
-        """Objects that are prompted after a frame only. A click of another one there would show them by their future."""
+        """Objects whose first prompt comes after a frame; a click on another one would show them by their future."""
         return {object_id for object_id, first in self.firsts.items() if first > frame}
 
     # --- Undo
@@ -418,19 +418,18 @@ class TrackingSession:
         assert output.object_ids and output.frame_idx is not None and output.pred_masks is not None
         best, ids = np.zeros(masks.size, dtype=np.float32), np.zeros(masks.size, dtype=np.uint8)
         known = {row.object: row[3:6] for row in masks.rows(output.frame_idx) if row.object in kept}
-        values = zip(output.object_ids, output.pred_masks.split(1), output.object_score_logits, *ObjectScores.of(output))
-        for object_id, low, score, *sure in values:
-            if object_id in kept or score <= NO_OBJ_SCORE:  # nothing is known of it here
+        scores = zip(output.object_score_logits, *ObjectScores.of(output), strict=True)
+        for object_id, low, (logit, *sure) in zip(output.object_ids, output.pred_masks.split(1), scores, strict=True):
+            if object_id in kept or logit <= NO_OBJ_SCORE:  # nothing is known of it here
                 continue
-            known[object_id] = sure
+            known[object_id] = tuple(sure)
             logits = loaded.processor.post_process_masks([low], [masks.size], binarize=False)[0][0, 0]
             logits = logits.float().cpu().numpy()
             wins = logits > best
             best[wins], ids[wins] = logits[wins], object_id
         if kept:
             ids = np.where(ids, ids, masks.read(output.frame_idx, kept))
-        scores = ObjectScores(*np.array(list(known.values())).reshape(-1, 3).T)
-        masks.write(output.frame_idx, ids, list(known), scores)
+        masks.write(output.frame_idx, ids, list(known), ObjectScores(*np.array([*known.values()]).reshape(-1, 3).T))
         return ids
 
     # --- Another domain or model, or a project
