@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
+import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -26,7 +27,7 @@ from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
 from samoe_hf.data.predictions import MaskFiles
-from samoe_hf.data.schema import Video
+from samoe_hf.data.schema import Video, to_datasets
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
@@ -427,6 +428,18 @@ def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> list[Vide
     """The finished videos with the masks that were written for all their frames."""
     opened = (video.open() for video in videos)
     return [replace(video, annotations=_read_back(run.masks(video.domain), video)) for video in opened]
+
+
+def labelled_dataset(run: LabelRun, videos: Sequence[PromptedVideo]) -> datasets.Dataset:
+    """The finished videos as [`~samoe_hf.data.schema.to_datasets`] makes them, with a column `tracks`.
+
+    It holds the rows of a video's [`~samoe_hf.tracks.TrackRow`] table: scores and place of each object on each frame.
+    """
+    kinds = {int: "int64", int | None: "int64", bool: "bool"}
+    columns = {name: datasets.Value(kinds.get(kind, "float64")) for name, kind in get_type_hints(TrackRow).items()}
+    tracks = [[row._asdict() for row in read_tracks(run.tracks_path(video))] for video in videos]
+    dataset = to_datasets(labelled_videos(run, videos))
+    return dataset.add_column("tracks", tracks, feature=datasets.List(columns))  # pyright: ignore[reportArgumentType]
 
 
 def _read_back(files: MaskFiles, video: Video) -> LabelImages | ObjectImages:

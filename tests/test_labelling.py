@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from PIL import Image
 
 from helpers.processes import ENVIRONMENT, LAUNCH
@@ -26,7 +26,7 @@ from samoe_hf.inference import evaluation_mode, track_video
 from samoe_hf.labelling import read_prompts, video_paths
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
-from samoe_hf.tracks import read_tracks
+from samoe_hf.tracks import TrackRow, read_tracks
 from samoe_hf.where_to_look import where_to_look
 
 NUM_VIDEOS, NUM_FRAMES = 3, 4
@@ -327,6 +327,9 @@ def test_labels_are_pushed_as_a_dataset(model_folder, data, tmp_path, monkeypatc
     for video in videos:
         for t in range(NUM_FRAMES):
             assert np.array_equal(video.id_map(t), masks[f"clips/Annotations/{video.video_id}/{t:03d}.png"])
+    for row in load_from_disk(str(tmp_path / "labels")):
+        table = read_tracks(tmp_path / "out" / "tracks" / row["domain"] / f"{row['video_id']}.csv")
+        assert [TrackRow(**track) for track in row["tracks"]] == table and len(table) >= NUM_FRAMES
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from samoe_hf.data.schema import to_datasets
     from samoe_hf.evaluation.run import identity_of
-    from samoe_hf.labelling import LabelRun, from_first_frames, from_prompt_file, label_videos, labelled_videos
+    from samoe_hf.labelling import LabelRun, from_first_frames, from_prompt_file, label_videos, labelled_dataset
 
     state, device = start_processes(parsed.device)
     if parsed.prompts is None:
@@ -83,7 +82,7 @@ def run(parsed: argparse.Namespace) -> None:
     if summary is None:
         return
     if parsed.push_to_hub:
-        dataset = to_datasets(labelled_videos(labels, videos))
+        dataset = labelled_dataset(labels, videos)
         with input_errors():
             dataset.push_to_hub(parsed.push_to_hub)
     print(describe_summary(summary))
