@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samoe_hf.model.base_model import SamoePreTrainedModel
+from samoe_hf.model.base_modules import ImageFeatures
 from samoe_hf.model.frame_step import (
     FrameOutput,
     embed_prompt,
@@ -22,7 +23,6 @@ from samoe_hf.model.frame_step import (
     to_memory_size,
     with_positions,
 )
-from samoe_hf.model.image_features import ImageFeatures
 from samoe_hf.model.memory_tokens import pointer_positions
 from samoe_hf.model.prompts import Prompt
 

@@ -14,13 +14,12 @@ from transformers import initialization as init
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryFuserCXBlock
 
 from .base import base_of
-from .base_modules import CachedPositionEncoding, MaskDecoder, rebuild
+from .base_modules import CachedPositionEncoding, ImageFeatures, MaskDecoder, rebuild
 from .configuration_samoe import SamoeConfig
 from .domain_experts import add_configured_experts
 from .domain_gate import DomainGate, build_domain_gate
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, ExpertMixture
-from .image_features import ImageFeatures
 from .losses import SegmentationLoss
 from .memory_attention import MemoryAttention
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .base_model import SamoePreTrainedModel
+from .base_modules import ImageFeatures
 from .batch_rows import BatchRow, use_rows
 from .domain_choice import encoder_has_experts, resolve_clip_domains
 from .domain_experts import keep_domain, use_domain
@@ -18,7 +19,6 @@ from .errors import InputError
 from .expert_layer import expert_modules
 from .expert_router import RouterCall, load_balancing_loss, recomputable, record_router_logits
 from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
-from .image_features import ImageFeatures
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
 from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, remember, select_memories

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .base import InferenceSession
 from .base_model import SamoePreTrainedModel
+from .base_modules import ImageFeatures
 from .domain_experts import use_domain
 from .domain_gate import pooled_features
 from .errors import InputError
 from .frame_step import encode_frames
-from .image_features import ImageFeatures
 
 # Lets the gate decide.
 AUTO = "auto"

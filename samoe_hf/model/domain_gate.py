@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .base_modules import ImageFeatures
 from .errors import InputError
-from .image_features import ImageFeatures
 
 # The index of a video that looks like no known domain.
 NO_DOMAIN = -1

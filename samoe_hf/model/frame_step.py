@@ -15,8 +15,8 @@ from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE
 
 from .base_interface import NUM_LEVELS
 from .base_model import SamoePreTrainedModel
+from .base_modules import ImageFeatures
 from .batch_rows import batch_rows, use_rows
-from .image_features import ImageFeatures
 from .memory_bank import FrameMemory, MemoryBank
 from .memory_evidence import judge
 from .memory_selection import MemoryLimits, MemorySelection

@@ -21,6 +21,7 @@ from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam
 
 from .base import InferenceSession
 from .base_model import SamoePreTrainedModel
+from .base_modules import ImageFeatures
 from .batch_rows import BatchRow, use_rows
 from .domain_choice import (
     DomainDecision,
@@ -33,7 +34,6 @@ from .domain_choice import (
 from .domain_experts import use_domain
 from .errors import InputError
 from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
-from .image_features import ImageFeatures
 from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, select_memories
 from .prompts import Prompt, join_prompts, num_points

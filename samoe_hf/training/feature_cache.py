@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import adapter_state
 from samoe_hf.model.base_model import SamoePreTrainedModel
+from samoe_hf.model.base_modules import ImageFeatures
 from samoe_hf.model.batch_rows import batch_rows, use_rows
 from samoe_hf.model.domain_choice import encoder_has_experts
 from samoe_hf.model.domain_experts import active_domain
 from samoe_hf.model.frame_step import encode_frames, with_positions
-from samoe_hf.model.image_features import ImageFeatures
 from samoe_hf.model.weights_io import hash_tensors, plain_tensors, whole_file
 
 LEVELS = ("fine", "middle", "coarse")

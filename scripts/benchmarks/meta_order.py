@@ -31,11 +31,10 @@ from measure import (
 )
 from peers import sam2_of
 from samoe_hf.model.base_model import SamoePreTrainedModel
-from samoe_hf.model.base_modules import CachedPositionEncoding
+from samoe_hf.model.base_modules import CachedPositionEncoding, ImageFeatures
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import encode_frames, frame_step, memory_limits
-from samoe_hf.model.image_features import ImageFeatures
 from samoe_hf.model.losses import SegmentationLoss, mask_iou
 from samoe_hf.model.memory_attention import RotaryEmbedding
 from samoe_hf.model.memory_bank import MemoryBank
