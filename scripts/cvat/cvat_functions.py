@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from samoe_hf import VideoSession
-from samoe_hf.data.formats.labels import draw, joined, polygons_of
+from samoe_hf.data.formats.shapes import draw, joined, polygons_of
 from samoe_hf.data.images import read_pixels
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, load_tracker
