@@ -172,7 +172,6 @@ class Tracker:
             # What was tracked after the state is dropped: it may have been on other images.
             self.model.end_object(one.session, one.frame + 1, 1)
             self.model.end_object(one.session, None, 1)
-            one.session.cache.clear_all()
         self._step(tracks, image)
         return tracks
 
@@ -214,6 +213,9 @@ class Tracker:
             features = one.session.cache.get_vision_features(one.frame)
             check_masks(output, self.model.dtype)
             one.mask = self.processor.post_process_masks([output.pred_masks], [one.size])[0][0, 0].cpu().numpy()
+        for one in tracks:  # the frame and its features would take more room than all memories
+            one.session.processed_frames.clear()
+            one.session.cache.clear_all()
 
 
 # --- What requests hold

@@ -234,7 +234,9 @@ def test_states_are_bounded_and_one_that_is_gone_is_said_so(tracker, context, vi
     monkeypatch.setattr(cvat_functions, "MAX_TRACKS", 2)
     image, shape = image_of(video.frames[0]), shape_of(video.masks(0)[0], "rectangle")
     first, *others = (track(tracker, image=image, shapes=[shape])[1] for _ in range(3))
-    assert len(context.user_data.tracker.tracks) == 2
+    kept = context.user_data.tracker.tracks.values()
+    assert len(kept) == 2
+    assert all(not one.session.processed_frames and one.session.cache.get_vision_features(0) is None for one in kept)
     assert "not known here" in call(tracker, image=image, states=first)[1]["message"]
     assert all(call(tracker, image=image, states=states)[0] == 200 for states in others)
     assert "most in a request" in call(tracker, image=image, shapes=[shape] * 3)[1]["message"]

@@ -323,9 +323,15 @@ def test_no_more_requests_wait_than_fit(backend, monkeypatch):
         thread.join()
 
 
-def test_a_login_is_asked_of_every_request_that_has_one(backend):
+def test_a_failure_is_answered_too(url, backend, monkeypatch):
+    monkeypatch.setattr(backend, "predict", lambda _: 1 / 0)
+    assert call(f"{url}/predict", {})[::2] == (500, "the backend failed; its log says why")
+
+
+def test_a_login_is_asked_but_of_webhooks(backend):
     with serving(backend, "anna:secret") as url:
-        assert call(f"{url}/setup", {})[0] == 401
+        assert call(f"{url}/setup", {})[0] == call(f"{url}/predict", {})[0] == 401
+        assert call(f"{url}/webhook", {})[0] == 200
         wrong, right = (base64.b64encode(text).decode() for text in (b"anna:other", b"anna:secret"))
         assert call(f"{url}/setup", {}, Authorization=f"Basic {wrong}")[0] == 401
         assert call(f"{url}/setup", {}, Authorization=f"Basic {right}")[0] == 200
