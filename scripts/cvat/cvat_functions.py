@@ -44,7 +44,7 @@ def _answering(answer: Callable[["Tracker", dict], dict]) -> Callable[[Any, Any]
                 raise InputError("The body of a request must be a JSON object.")
             body, status = answer(context.user_data.tracker, event.body), 200
         except InputError as error:
-            context.logger.warn(str(error))
+            context.logger.error(str(error))
             body, status = {"message": str(error)}, 400
         return context.Response(body=json.dumps(body), headers={}, content_type="application/json", status_code=status)
 
