@@ -20,6 +20,7 @@ from .domain_experts import add_configured_experts
 from .domain_gate import DomainGate, build_domain_gate
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, ExpertMixture
+from .kept import keep
 from .losses import SegmentationLoss
 from .memory_attention import MemoryAttention
 
@@ -168,6 +169,11 @@ class SamoePreTrainedModel(Sam2VideoModel):
         self.vision_encoder.compile(**kwargs)
         for part in (self.mask_decoder, self.memory_encoder, self.memory_attention):
             part.compile(dynamic=True, **kwargs)
+
+    def get_image_wide_positional_embeddings(self) -> Tensor:
+        """Encodings of positions for the mask decoder, (1, hidden, S / 16, S / 16)."""
+        sources = [self.shared_image_embedding.positional_embedding]
+        return keep("image positions", sources, super().get_image_wide_positional_embeddings)
 
     @property
     def memory_selection(self) -> str:

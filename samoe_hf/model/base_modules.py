@@ -6,11 +6,16 @@
 What a base's own encoder leaves out is in its file. The numbers that are read are the same.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
+
+from .joint_linear import runs_own_code
+from .kept import keep, keeps
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -121,10 +126,11 @@ class MaskDecoder(Sam2VideoMaskDecoder):
         upscaled = self.activation(self.upscale_conv2(upscaled) + fine)
 
         mask_tokens = tokens[:, :, 2 : 2 + self.num_mask_tokens]
-        each = zip(self.output_hypernetworks_mlps, mask_tokens.unbind(2), strict=True)
-        weights = torch.stack([network(token) for network, token in each], dim=2)
+        heads = (self.pred_obj_score_head, self.iou_prediction_head, *self.output_hypernetworks_mlps)
+        object_scores, iou_scores, *weights = _run_side_by_side(heads, tokens[:, :, : len(heads)])
+        weights = torch.stack(weights, dim=2)
         masks = (weights @ upscaled.flatten(2).unsqueeze(1)).unflatten(-1, upscaled.shape[-2:])
-        return masks, self.iou_prediction_head(tokens[:, :, 1]), mask_tokens, self.pred_obj_score_head(tokens[:, :, 0])
+        return masks, iou_scores, mask_tokens, object_scores
 
     def choose(
         self, masks: Tensor, iou_scores: Tensor, mask_tokens: Tensor, object_scores: Tensor, multimask_output: bool
@@ -136,6 +142,33 @@ class MaskDecoder(Sam2VideoMaskDecoder):
         else:
             masks, iou_scores = masks[:, :, chosen], iou_scores[:, :, chosen]
         return masks, iou_scores, mask_tokens[:, :, chosen], object_scores
+
+
+def _run_side_by_side(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
+    """What perceptrons put out, each for its own token: (N, 1, tokens, hidden) -> (N, 1, outputs) each.
+
+    Equal layers of all are one product where their weights can be kept, see [`keeps`], and nobody watches them.
+    """
+    layers = [(head.proj_in, *head.layers, head.proj_out) for head in heads]
+    parts = [layer for own in layers for layer in own]
+    sources = [x for layer in parts for x in (layer.weight, layer.bias)]
+    inner = {(len(own), *(layer.weight.shape for layer in own[:-1])) for own in layers}
+    are_plain = all(map(runs_own_code, (*heads, *parts))) and all(type(layer) is nn.Linear for layer in parts)
+    if len(inner) > 1 or not keeps(sources) or not are_plain:
+        return [head(token) for head, token in zip(heads, tokens.unbind(2), strict=True)]
+    states = tokens[:, 0].transpose(0, 1)
+    stacked = keep((*heads,), sources, lambda: [_stack(step) for step in zip(*layers, strict=True)])
+    for index, (weight, bias) in enumerate(stacked):
+        states = torch.baddbmm(bias, heads[0].activation(states) if index else states, weight)
+    outputs = [x[..., : own[-1].out_features].unsqueeze(1) for x, own in zip(states, layers, strict=True)]
+    return [x.sigmoid() if head.sigmoid_output else x for head, x in zip(heads, outputs, strict=True)]
+
+
+def _stack(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weights (layers, in, out) and biases (layers, 1, out), filled up with zeros to the widest output."""
+    width = max(layer.out_features for layer in layers)
+    weights = [F.pad(layer.weight.mT, (0, width - layer.out_features)) for layer in layers]
+    return torch.stack(weights), torch.stack([F.pad(x.bias, (0, width - x.out_features))[None] for x in layers])
 
 
 class CachedPositionEncoding(nn.Module):

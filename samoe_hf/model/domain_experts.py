@@ -93,9 +93,13 @@ class DomainLinear(BaseLinear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        domain = _active_domain.get()
-        experts = None if domain is None else getattr(self, PREFIX + domain, None)
+        experts = self.active_experts()
         return self.product(hidden_states) if experts is None else experts(hidden_states, self.product)
+
+    def active_experts(self) -> DomainExperts | None:
+        """Those of the active domain, if it has any here."""
+        domain = _active_domain.get()
+        return None if domain is None else getattr(self, PREFIX + domain, None)
 
 
 def add_configured_experts(model: nn.Module, config: Any) -> list[str]:

@@ -206,14 +206,16 @@ def take_best(model: SamoePreTrainedModel, decoded: tuple[Tensor, Tensor, Tensor
     masks = _at_least_float32(masks)
     visible = object_score_logits > 0
     candidates = torch.where(visible[..., None, None], masks, NO_OBJ_SCORE)
-    rows = torch.arange(masks.shape[0], device=masks.device)
-    best = iou_scores.argmax(dim=-1)
-    pointers = model.object_pointer_proj(tokens[rows, best if tokens.shape[1] > 1 else 0])
+    chosen, best_iou, token = candidates, iou_scores[:, 0], tokens[:, 0]
+    if tokens.shape[1] > 1:
+        rows, best = torch.arange(masks.shape[0], device=masks.device), iou_scores.argmax(dim=-1)
+        chosen, best_iou, token = candidates[rows, best].unsqueeze(1), iou_scores[rows, best], tokens[rows, best]
+    pointers = model.object_pointer_proj(token)
     return FrameOutput(
         candidates=candidates,
         iou_scores=iou_scores,
-        masks=candidates[rows, best].unsqueeze(1),
-        best_iou=iou_scores[rows, best],
+        masks=chosen,
+        best_iou=best_iou,
         object_score_logits=object_score_logits,
         memory=FrameMemory(_hide_pointers(model, pointers, visible)),
     )
@@ -266,8 +268,7 @@ def _correct(
 
 def _hide_pointers(model: SamoePreTrainedModel, pointers: Tensor, visible: Tensor) -> Tensor:
     """Pointers (objects, hidden), replaced by the learned one where `visible` (objects, 1) is false."""
-    visible = visible.to(pointers.dtype)
-    return visible * pointers + (1 - visible) * model.no_object_pointer
+    return torch.where(visible, pointers, model.no_object_pointer)
 
 
 def take_mask(model: SamoePreTrainedModel, image: ImageFeatures, mask: Tensor) -> tuple[FrameOutput, Tensor]:

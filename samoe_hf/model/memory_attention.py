@@ -19,6 +19,7 @@ from transformers.models.sam2_video.modeling_sam2_video import (
 )
 
 from .batch_rows import use_frames, use_own_tokens
+from .joint_linear import run_jointly
 
 
 class MemoryAttention(nn.Module):
@@ -75,10 +76,14 @@ class MemoryAttention(nn.Module):
             # Up to the first queries for memories, nothing of the objects is known.
             with use_frames(len(hidden) if index == 0 else -1):
                 normed = layer.layer_norm1(hidden)
-                attended = _attend(own, own.q_proj(normed), normed, normed, rotation, rotation)
-                hidden = hidden + layer.dropout1(attended)
-                queries = cross.q_proj(layer.layer_norm2(hidden))
-            attended = _attend(cross, queries, keys, memory, rotation, memory_rotation, mask, is_read)
+                query, key, value = run_jointly((own.q_proj, own.k_proj, own.v_proj), normed)
+                attended = _attend(own, query, key, value, rotation, rotation)
+                hidden = hidden + layer.dropout1(*run_jointly((own.o_proj,), attended))
+                (query,) = run_jointly((cross.q_proj,), layer.layer_norm2(hidden))
+            with use_own_tokens(is_read):
+                (key,), (value,) = run_jointly((cross.k_proj,), keys), run_jointly((cross.v_proj,), memory)
+            attended = _attend(cross, query, key, value, rotation, memory_rotation, mask)
+            attended = run_jointly((cross.o_proj,), attended)[0]
             hidden = _for_rows(hidden, memory.shape[0]) + layer.dropout2(attended)
             normed = layer.layer_norm3(hidden)
             hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
@@ -166,13 +171,11 @@ def _attend(
     rotation: Tensor,
     key_rotation: Tensor,
     mask: Tensor | None = None,
-    is_read: Tensor | None = None,
 ) -> Tensor:
-    """Attention of projected queries (objects or videos, tokens, channels) to (objects, keys, channels), rotated by
-    where they are; `mask` (objects, 1, 1, keys) is added to the logits."""
+    """Attention of projected queries (objects or videos, tokens, channels) to projected keys and values (objects, keys,
+    channels), rotated by where they are; `mask` (objects, 1, 1, keys) is added to the logits. The output is not
+    projected yet."""
     query = _for_rows(_rotate(_heads(attention, query), rotation), key.shape[0])
-    with use_own_tokens(is_read):
-        key, value = attention.k_proj(key), attention.v_proj(value)
     key, value = _rotate(_heads(attention, key), key_rotation), _heads(attention, value)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation or "eager", eager_attention_forward
@@ -181,7 +184,7 @@ def _attend(
     attended, _ = attend(
         attention, query, key, value, attention_mask=mask, dropout=dropout, scaling=attention.scaling, is_causal=False
     )
-    return attention.o_proj(attended.flatten(-2))
+    return attended.flatten(-2)
 
 
 def _heads(attention: Sam2VideoRoPEAttention, x: Tensor) -> Tensor:

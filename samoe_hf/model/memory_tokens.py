@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .base_model import SamoePreTrainedModel
 from .batch_rows import use_shared
+from .kept import keep
 from .memory_bank import MemoryBank, read_memories
 from .memory_selection import MemorySelection
 
@@ -27,29 +28,27 @@ def memory_tokens(
     (tokens, channels of keys / 2, 2), and which of them are read (objects, tokens), or None for all."""
     pooling, maps, pointers = _places(model, selections)
     size = model.backbone_feature_sizes[-1]
-    spatial = model.memory_encoder.position_encoding((1, model.mem_dim, *size), like.device, like.dtype)
-    pooled = {n: F.avg_pool2d(spatial, n).flatten(2).mT for n in set(pooling)}
-    positions = []
-    for side, place in zip(pooling, maps, strict=True):
-        times = [
-            model.memory_temporal_positional_encoding[index].flatten(1) for index in _shared([i for _, i in place])
-        ]
-        positions.append(pooled[side] + (times[0] if len(times) == 1 else torch.stack(times)))
+    times = tuple(tuple(_shared([index for _, index in place])) for place in maps)
+    positions = keep(
+        "map positions",
+        [model.memory_temporal_positional_encoding],
+        lambda: _map_positions(model, pooling, times, like),
+        of=(pooling, times, like.dtype),
+    )
     num_pointer_tokens = len(pointers) * model.hidden_dim // model.mem_dim
     if pointers:
-        distances = [[distance for _, distance in place] for place in pointers]
-        by_row = _shared(list(zip(*distances, (one.max_distance for one in selections), strict=True)))
-        times = torch.tensor(by_row, device=like.device, dtype=torch.float32)
-        positions.append(pointer_positions(model, times[:, :-1] / times[:, -1:], num_pointer_tokens, like))
+        shares = [[t / one.max_distance for (_, t), one in zip(x, selections, strict=True)] for x in pointers]
+        distances = torch.tensor(_shared([*zip(*shares, strict=True)]), device=like.device, dtype=torch.float32)
+        positions = [*positions, pointer_positions(model, distances, num_pointer_tokens, like)]
     # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
     with torch.autocast(like.device.type, enabled=False):
         read = [read_memories(banks, [t for t, _ in place], "features", like.device) for place in maps]
         features = [_pool_map(x, size, n) for x, n in zip(read, pooling, strict=True)]
-        if pointers:
-            own = [read_memories(banks, [t for t, _ in place], "pointers", like.device) for place in pointers]
-            # A pointer is cut into several tokens of the memory's width.
-            features.append(torch.cat(own, dim=1).unflatten(1, (-1, model.mem_dim)))
-        memory = torch.cat(features, dim=1).to(like.dtype)
+        own = [read_memories(banks, [t for t, _ in place], "pointers", like.device) for place in pointers]
+        # Each type is joined by itself, and converted once. A pointer is cut into several tokens of the memory's width.
+        kinds = [torch.cat(features, dim=1)] if features else []
+        kinds += [torch.cat(own, dim=1).unflatten(1, (-1, model.mem_dim))] if own else []
+        memory = torch.cat([x.to(like.dtype) for x in kinds], dim=1)
     rows = max(map(len, positions))
     position = torch.cat([x.expand(rows, -1, -1) for x in positions], dim=1)
     attention = model.memory_attention
@@ -57,9 +56,21 @@ def memory_tokens(
     is_read = None
     if any(t is None for place in (*maps, *pointers) for t, _ in place):
         is_read = torch.tensor([[t is not None for t, _ in place] for place in (*maps, *pointers)], device=like.device)
-        lengths = [x.shape[1] for x in features[: len(maps)]] + [model.hidden_dim // model.mem_dim] * len(pointers)
+        lengths = [x.shape[1] for x in features] + [model.hidden_dim // model.mem_dim] * len(pointers)
         is_read = is_read.T.repeat_interleave(torch.tensor(lengths, device=like.device), dim=1)
     return memory, position, rotation, is_read
+
+
+def _map_positions(
+    model: SamoePreTrainedModel, pooling: Sequence[int], times: Sequence[Sequence[int]], like: Tensor
+) -> list[Tensor]:
+    """Positions of each map's tokens in the image and in time, (objects or 1, tokens, channels)."""
+    size = (1, model.mem_dim, *model.backbone_feature_sizes[-1])
+    spatial = model.memory_encoder.position_encoding(size, like.device, like.dtype)
+    pooled = {side: F.avg_pool2d(spatial, side).flatten(2).mT for side in set(pooling)}
+    in_time = ([model.memory_temporal_positional_encoding[index].flatten(1) for index in own] for own in times)
+    own = (x[0] if len(x) == 1 else torch.stack(x) for x in in_time)
+    return [pooled[side] + x for side, x in zip(pooling, own, strict=True)]
 
 
 def _places(

@@ -40,6 +40,7 @@ from .domain_choice import AUTO, check_domain
 from .errors import InputError
 from .expert_layer import has_effect
 from .expert_sleep import wake_experts
+from .kept import keep_between
 from .loading import LoadRequest, load_model
 from .processing_samoe import VideoProcessor, build_processor
 from .prompt_recipe import PromptRecipe
@@ -263,13 +264,14 @@ class SamoeModel(SamoePreTrainedModel):
         where one alone would not fill the device."""
         start_propagation(self, inference_session, start_frame_idx)
         with encoding_ahead(self, inference_session):
-            yield from super().propagate_in_video_iterator(
+            outputs = super().propagate_in_video_iterator(
                 inference_session,  # pyright: ignore[reportArgumentType]  # sessions of all bases have what it reads
                 start_frame_idx,
                 max_frame_num_to_track,
                 reverse,
                 show_progress_bar,
             )
+            yield from keep_between(outputs)
 
     @torch.inference_mode()
     def propagate_from_prompts_iterator(
@@ -295,7 +297,8 @@ class SamoeModel(SamoePreTrainedModel):
         Raises:
             ValueError: if there is no object, or a prompt cannot be used.
         """
-        yield from propagate_from_prompts(self, inference_session, start_frame_idx, reverse, show_progress_bar)
+        outputs = propagate_from_prompts(self, inference_session, start_frame_idx, reverse, show_progress_bar)
+        yield from keep_between(outputs)
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.

@@ -419,12 +419,7 @@ def _frame_result(
     """The latest outputs of objects of a session on a frame."""
     session.obj_with_new_inputs = []
     device = session.inference_device
-    no_output = {
-        "pred_masks": torch.full((1, 1, *model.prompt_encoder.mask_input_size), NO_OBJ_SCORE, device=device),
-        "object_score_logits": torch.full((1, 1), NO_OBJ_SCORE, device=device),
-        "iou_scores": torch.zeros(1, 1, device=device),
-    }
-    outputs = [one.output(frame_idx, with_shown=True) or no_output for one in objects]
+    outputs = [one.output(frame_idx, with_shown=True) or _no_output(model, device) for one in objects]
     decision = session_domain(model, session) or DomainDecision(None)
     return SamoeTrackingOutput(
         object_ids=[one.object_id for one in objects],
@@ -435,6 +430,15 @@ def _frame_result(
         domain=decision.domain,
         domain_confidence=decision.confidence,
     )
+
+
+def _no_output(model: SamoePreTrainedModel, device: torch.device | str) -> dict[str, Tensor]:
+    """The output of an object where it was not tracked."""
+    return {
+        "pred_masks": torch.full((1, 1, *model.prompt_encoder.mask_input_size), NO_OBJ_SCORE, device=device),
+        "object_score_logits": torch.full((1, 1), NO_OBJ_SCORE, device=device),
+        "iou_scores": torch.zeros(1, 1, device=device),
+    }
 
 
 def _unique_sessions(objects: Iterable[SessionObject]) -> list[InferenceSession]:

@@ -29,12 +29,8 @@ class TransformersTracker:
     def __init__(self, model: Sam2VideoModel, config: SamoeConfig):
         self.model, self.processor = model, build_processor(config)
 
-    def track(self, frames: Tensor, points: Tensor) -> Iterator[Tracked]:
-        """Tracks objects (N, 2), given by a point each on the first of the frames (T, 3, S, S).
-
-        Yields:
-            for each frame the seconds it took, and the masks (N, 1, S / 4, S / 4).
-        """
+    def session(self, frames: Tensor, points: Tensor) -> Sam2VideoInferenceSession:
+        """A session for frames and points as of [`track`]."""
         device, size = self.model.device, frames.shape[-1]
         session = Sam2VideoInferenceSession(
             frames,
@@ -49,6 +45,16 @@ class TransformersTracker:
         self.processor.add_inputs_to_inference_session(
             session, 0, ids, input_points=points[None, :, None].tolist(), input_labels=[[[1]] * len(ids)]
         )
+        return session
+
+    def track(self, frames: Tensor, points: Tensor) -> Iterator[Tracked]:
+        """Tracks objects (N, 2), given by a point each on the first of the frames (T, 3, S, S).
+
+        Yields:
+            for each frame the seconds it took, and the masks (N, 1, S / 4, S / 4).
+        """
+        device, size = self.model.device, frames.shape[-1]
+        session = self.session(frames, points)
         synchronize(device)
         start = time.perf_counter()
         for output in self.model.propagate_in_video_iterator(session, start_frame_idx=0):

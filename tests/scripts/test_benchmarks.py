@@ -11,11 +11,12 @@ import memory
 import tracking
 import training
 from experts import dense_forward
+from kernels import count_frame
 from measure import Measurement, to_markdown, without_dropout
 from memory import tracking_memory
 from meta_order import TransformersClip, benchmark_order
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
-from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf import SamoeConfig, SamoeModel, small_base
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from tracking import check_equal
@@ -129,3 +130,10 @@ def test_memory_of_tracking_is_that_of_its_tensors():
     of_object = 2 * coarse * model.mem_dim + 4 * width + 4 * fine + 4
     assert rows["memory and mask of an object on a frame"] == pytest.approx(of_object, rel=0.1)
     assert all(rows[f"{part}, at most"] > 0 for part in ("image encoder", "memory attention", "mask decoder"))
+
+
+def test_a_frame_takes_few_kernels():
+    config = SamoeConfig.from_pretrained(small_base())
+    contenders = ("ten experts", "one-expert domain", "no experts", "transformers")
+    experts, one, none, peer = (count_frame(config, contender, 1, torch.float32).total() for contender in contenders)
+    assert experts <= 0.7 * peer and one == none <= 0.55 * peer
