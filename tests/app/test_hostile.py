@@ -72,7 +72,7 @@ def test_a_visit_that_looks_inside_compares_collects_and_takes_the_project_along
     looked = act("look", "click", 4)
     assert looked.count("jpeg") == 2 and "layer" in looked
     assert "object 1" in act("compare", "click", "domains: the base model", "nano", False)
-    assert "collected: 1" in act("collect", "click")
+    assert re.search("collected: [1-9]", act("collect", "click"))  # others of the app may have collected more
     (path,) = set(re.findall(r'"path": ?"([^"]+_project.zip)"', act("export", "click", "Project, to go on later")))
     project = visitor.client.get(f"/gradio_api/file={path}").content
     other = Visitor(served.url)
