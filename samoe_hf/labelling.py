@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from samoe_hf.data.annotations import LabelImages, NoMasks, ObjectImages
+from samoe_hf.data.annotations import NoMasks
 from samoe_hf.data.fingerprints import fingerprint, frames_fingerprint
 from samoe_hf.data.frames import check_inside
 from samoe_hf.data.images import image_paths, read_label_png
@@ -427,7 +427,7 @@ def _write_looks(videos: Sequence[PromptedVideo], run: LabelRun) -> int:
 def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> list[Video]:
     """The finished videos with the masks that were written for all their frames."""
     opened = (video.open() for video in videos)
-    return [replace(video, annotations=_read_back(run.masks(video.domain), video)) for video in opened]
+    return [replace(video, annotations=run.masks(video.domain).annotations(video)) for video in opened]
 
 
 def labelled_dataset(run: LabelRun, videos: Sequence[PromptedVideo]) -> datasets.Dataset:
@@ -440,13 +440,3 @@ def labelled_dataset(run: LabelRun, videos: Sequence[PromptedVideo]) -> datasets
     tracks = [[row._asdict() for row in read_tracks(run.tracks_path(video))] for video in videos]
     dataset = to_datasets(labelled_videos(run, videos))
     return dataset.add_column("tracks", tracks, feature=datasets.List(columns))  # pyright: ignore[reportArgumentType]
-
-
-def _read_back(files: MaskFiles, video: Video) -> LabelImages | ObjectImages:
-    paths = {frame: files.paths(video, frame, video.object_ids) for frame in range(len(video))}
-    if files.layout == "sa_v":
-        by_object = {
-            object_id: {frame: paths[frame][row] for frame in paths} for row, object_id in enumerate(video.object_ids)
-        }
-        return ObjectImages(by_object)
-    return LabelImages({frame: found[0] for frame, found in paths.items()}, object_ids=video.object_ids)

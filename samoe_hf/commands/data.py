@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samoe_hf.data.layouts import WRITTEN
-from samoe_hf.errors import InputError, input_errors
+from samoe_hf.errors import InputError
 
-from .options import add_dataset_options, add_output_option, command_parser, open_dataset
+from .options import add_dataset_options, add_output_option, command_parser, open_dataset, write_format
 
 if TYPE_CHECKING:
     from samoe_hf.data.check import VideoReport
@@ -90,24 +90,9 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
     return reports, usable
 
 
-def convert(parsed: argparse.Namespace) -> None:
-    """Writes the dataset in another format, and says what is not kept."""
-    from samoe_hf.data.formats.convert import write_videos
-    from samoe_hf.model.weights_io import new_folder
-
-    videos = open_dataset(parsed).videos(parsed.video)
-    with input_errors(), new_folder(parsed.output) as folder:
-        kept = write_videos(parsed.to, videos, folder, parsed.polygons)
-    print(f"Written and read back: {kept.videos} videos, {kept.frames} frames, {kept.objects} objects.")
-    print(f"Of {kept.pixels} pixels of masks, {kept.lost} differ.")
-    for difference in kept.differences:
-        print(f"Not kept: {difference}")
-    print(f"Written: {parsed.output}")
-
-
 def run(parsed: argparse.Namespace) -> None:
     if parsed.action == "convert":
-        return convert(parsed)
+        return write_format(parsed.to, open_dataset(parsed).videos(parsed.video), parsed.output, parsed.polygons)
     from samoe_hf.data.check import report_table
     from samoe_hf.model.weights_io import whole_file
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from samoe_hf.data.layouts import MaskFormat, Protocol, layout_of
+from samoe_hf.data.layouts import Protocol, layout_of
 from samoe_hf.errors import input_errors
 
 from . import options
@@ -58,13 +58,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="YouTube-VOS' meta.json of the split and of training",
     )
     output = options.add_output_option(parser, "folder for results and masks")
-    output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
+    options.add_layout_option(output)
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
     options.add_tracking_options(parser, shared=True)
     parsed = parser.parse_args(arguments)
     parsed.models = [*([parsed.model] if parsed.model else []), *parsed.models]
     if not parsed.models and not parsed.predictions:
         parser.error("at least one MODEL or --predictions is needed")
+    if parsed.predictions and parsed.layout in options.FORMATS:
+        parser.error(f"`--predictions` are images, not {parsed.layout}; `samoe data convert --to davis` makes them")
     return parsed
 
 
@@ -93,7 +95,7 @@ def build_evaluation(parsed: argparse.Namespace) -> Evaluation:
         prompt,
         choose_seeds(prompt, parsed.seeds),
         parsed.protocol or layout_of(dataset.kind).protocol,
-        parsed.layout or layout_of(dataset.kind).masks,
+        options.mask_format(parsed.layout, dataset.kind),
         parsed.surface_tolerance,
         groups,
     )
@@ -127,8 +129,9 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     for source, label in zip(sources, label_sources(sources), strict=True):
         for selection in [None] if isinstance(source, Path) else several:
             runs.append((source, selection, f"{label}-{selection}" if selection and len(several) > 1 else label))
-    entries = []
-    for (source, selection, _), label in zip(runs, options.unique_names(label for *_, label in runs), strict=True):
+    entries, labels = [], options.unique_names(label for *_, label in runs)
+    for_tool = {label: options.format_folder(parsed.layout, parsed.output / "runs" / label) for label in labels}
+    for (source, selection, _), label in zip(runs, labels, strict=True):
         if isinstance(source, Path):
             with input_errors():  # these masks are the data
                 entries.append(evaluation.run_masks(source, label, state))
@@ -147,4 +150,7 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     for model in results["models"]:
         if model["speed"]["fps"]:
             print(f"{model['label']}: {model['speed']['fps']:.1f} frames per second")
+    for label, folder in for_tool.items():
+        if folder is not None:
+            options.write_format(parsed.layout, evaluation.predicted(label), folder)
     print(f"Written: {parsed.output / 'results.json'}, {report}, masks in {parsed.output / 'runs'}")

@@ -20,22 +20,26 @@ Each video's masks are kept when it is finished: the same command again goes on 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from samoe_hf.data.layouts import LAYOUTS, MaskFormat, layout_of
+from samoe_hf.data.layouts import LAYOUTS
 from samoe_hf.errors import InputError, input_errors
 
 from .options import (
     ChosenDataset,
     add_dataset_options,
+    add_layout_option,
     add_memory_option,
     add_model_option,
     add_output_option,
     add_tracking_options,
     command_parser,
+    format_folder,
     load_model,
+    mask_format,
     open_dataset,
     start_processes,
+    write_format,
 )
 
 
@@ -47,7 +51,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     prompts.add_argument("--prompt", choices=("mask", "box"), default="mask", help="(%(default)s)")
     prompts.add_argument("--prompts", type=Path, metavar="FILE.json", help="prompts of a folder of videos")
     output = add_output_option(parser, "folder for the masks")
-    output.add_argument("--layout", choices=get_args(MaskFormat), help="of the masks; by default the dataset's")
+    add_layout_option(output)
     output.add_argument("--overwrite", action="store_true", help="replace other labels there")
     output.add_argument("--push-to-hub", metavar="ID", help="upload videos and masks as this dataset of the Hub")
     add_tracking_options(parser, shared=True)
@@ -73,7 +77,8 @@ def run(parsed: argparse.Namespace) -> None:
         raise InputError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
     model, processor = load_model(parsed, device)
     identity = identity_of(model, processor, parsed.model) | {"dataset": dataset.describe(parsed)}
-    labels = LabelRun(parsed.output, identity, parsed.layout or layout_of(dataset.kind).masks)
+    labels = LabelRun(parsed.output, identity, mask_format(parsed.layout, dataset.kind))
+    for_tool = format_folder(parsed.layout, parsed.output)
     with labels.writer:
         if state.is_main_process:
             labels.start(parsed.overwrite)
@@ -85,6 +90,8 @@ def run(parsed: argparse.Namespace) -> None:
         dataset = labelled_dataset(labels, videos)
         with input_errors():
             dataset.push_to_hub(parsed.push_to_hub)
+    if for_tool is not None:
+        write_format(parsed.layout, labelled_videos(labels, videos), for_tool)
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
     names = ("masks", "tracks", "where_to_look.csv", "labels.json")

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from samoe_hf.data.layouts import LAYOUTS
+from samoe_hf.data.layouts import LAYOUTS, WRITTEN, MaskFormat, layout_of
 from samoe_hf.errors import InputError, did_you_mean, input_errors
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from samoe_hf.data.schema import Video
     from samoe_hf.model.modeling_samoe import SamoeModel
     from samoe_hf.model.processing_samoe import VideoProcessor
+
+
+FORMATS = tuple(kind for kind in WRITTEN if kind not in get_args(MaskFormat))  # of label tools
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -124,6 +127,42 @@ def add_output_option(
     default_path = None if default is None else Path(default)
     group.add_argument("--output", type=Path, required=default is None, default=default_path, metavar="DIR", help=help)
     return group
+
+
+def add_layout_option(group: argparse._ArgumentGroup) -> None:
+    """Adds `--layout`, for [`mask_format`] and [`format_folder`]."""
+    help_text = "of the masks; by default the dataset's. Those of label tools are written beside them, with the frames"
+    group.add_argument("--layout", choices=(*get_args(MaskFormat), *FORMATS), help=help_text)
+
+
+def mask_format(layout: str | None, kind: str) -> MaskFormat:
+    """The format of masks that `--layout` names, else that of a kind of dataset."""
+    return layout if layout in get_args(MaskFormat) else layout_of(kind).masks  # pyright: ignore[reportReturnType]
+
+
+def format_folder(layout: str | None, parent: Path) -> Path | None:
+    """The new folder for what `--layout` names, if that is a format of a label tool."""
+    if layout not in FORMATS:
+        return None
+    folder = parent / layout
+    if folder.exists():
+        raise InputError(f"`--layout {layout}`: {folder} exists; move it, or give another `--output`.")
+    return folder
+
+
+def write_format(
+    kind: str, videos: Sequence[Video], folder: Path, polygons: bool = False, overwrite: bool = False
+) -> None:
+    """Writes videos into a new folder as a label tool reads them, and prints what is not kept."""
+    from samoe_hf.data.formats.convert import write_videos
+    from samoe_hf.model.weights_io import new_folder
+
+    with input_errors(), new_folder(folder, overwrite) as place:
+        kept = write_videos(kind, videos, place, polygons)
+    print(f"Written and read back in {folder}: {kept.videos} videos, {kept.frames} frames, {kept.objects} objects.")
+    print(f"Of {kept.pixels} pixels of masks, {kept.lost} differ.")
+    for difference in kept.differences:
+        print(f"Not kept: {difference}")
 
 
 def usable_device(name: str) -> torch.device:

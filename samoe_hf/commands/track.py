@@ -17,11 +17,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_memory_option, add_model_option, add_tracking_options, command_parser, load_model
+from .options import (
+    add_memory_option,
+    add_model_option,
+    add_tracking_options,
+    command_parser,
+    load_model,
+    write_format,
+)
 
 if TYPE_CHECKING:
     from samoe_hf.data.frames import FrameSequence
@@ -52,6 +61,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, required=True, metavar="OUT.mp4", help="the overlay video; a new file")
     output.add_argument("--masks", type=Path, metavar="DIR", help="new folder for the masks; OUT_masks if not given")
+    output.add_argument("--layout", choices=WRITTEN, help="masks and frames for a label tool, not PNGs")
     output.add_argument("--overwrite", action="store_true", help="replace the overlay and the masks of an earlier run")
     add_tracking_options(parser)
     return parser.parse_args(arguments)
@@ -176,7 +186,9 @@ def track(
     overwrite: bool,
 ) -> None:
     """Tracks the prompts, and writes masks into the folder `target`, the table of `tracks`, and the overlay."""
+    from samoe_hf.data.annotations import LabelImages
     from samoe_hf.data.images import read_label_png, write_palette_png
+    from samoe_hf.data.schema import Video
     from samoe_hf.data.video_io import write_video
     from samoe_hf.inference import track_video
     from samoe_hf.model.weights_io import new_folder, whole_file
@@ -188,9 +200,9 @@ def track(
     with (
         whole_file(parsed.output) as overlay,
         whole_file(tracks) as table,
-        new_folder(target, overwrite) as masks,
+        TemporaryDirectory() if parsed.layout else new_folder(target, overwrite) as masks,
     ):
-        paths = [masks / f"{name}.png" for name in frames.names]
+        paths = [Path(masks) / f"{name}.png" for name in frames.names]
         for tracked in track_video(model, processor, frames, prompts, show_progress_bar=True, domain=domain):
             id_map, ids, t = tracked.id_map(), tracked.object_ids, tracked.frame_idx
             write_palette_png(paths[t], id_map)
@@ -199,6 +211,10 @@ def track(
         overlays = (overlay_masks(frame, read_label_png(path)) for frame, path in zip(frames, paths, strict=True))
         write_video(overlay, overlays, fps=frames.fps or DEFAULT_FPS)
         write_tracks(table, rows)
+        if parsed.layout:
+            ids = sorted({prompt.object_id for prompt in prompts})
+            labels = LabelImages(dict(enumerate(paths)), object_ids=ids)
+            write_format(parsed.layout, [Video(parsed.video.stem, frames, labels)], target, overwrite=overwrite)
     if model.config.domains is not None and tracked is not None:
         whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
         sure, how = tracked.domain_confidence, "as given by --domain"

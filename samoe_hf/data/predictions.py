@@ -12,6 +12,7 @@ from PIL import Image
 
 from samoe_hf.errors import InputError
 
+from .annotations import LabelImages, ObjectImages
 from .frames import SampleError, check_inside
 from .images import read_label_png, write_palette_png
 from .layouts import MaskFormat
@@ -105,6 +106,14 @@ class MaskFiles:
         if video.object_ids == [1] and not ((id_map != 0) & (id_map != 255)).any():
             id_map = (id_map > 0).astype(np.uint8)
         return id_map[None] == np.asarray(ids, dtype=np.int64)[:, None, None]
+
+    def annotations(self, video: Video) -> LabelImages | ObjectImages:
+        """The masks of all frames of a video, as what replaces its own."""
+        paths = {frame: self.paths(video, frame, video.object_ids) for frame in range(len(video))}
+        if self.layout != "sa_v":
+            return LabelImages({frame: own[0] for frame, own in paths.items()}, object_ids=video.object_ids)
+        rows = enumerate(video.object_ids)
+        return ObjectImages({object_id: {frame: own[row] for frame, own in paths.items()} for row, object_id in rows})
 
     def check(self, video: Video, frames: Sequence[int]) -> None:
         """Raises `FileNotFoundError`, with their names, where some of the frames have no prediction."""

@@ -263,6 +263,13 @@ class Evaluation:
         run, about = self._folder(label, {"predictions": str(source)}), {"source": str(source)}
         return self._run(run, about, [None], evaluate, shown, state, overwrite=True)
 
+    def predicted(self, label: str) -> list[Video]:
+        """The videos with the masks of a model's run, of the first seed."""
+        run, seed = self._folder(label, {}), self.seeds[0]
+        return [
+            replace(video, annotations=run.masks(video, seed, self.layout).annotations(video)) for video in self.videos
+        ]
+
     def results(self, models: Sequence[Mapping[str, Any]], state: PartialState) -> dict[str, Any]:
         """What `results.json` holds of these entries; all but the first are compared with the first.
 
