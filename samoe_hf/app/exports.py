@@ -1,9 +1,10 @@
-"""What a person takes away: masks as PNGs or COCO's run-length encodings, an overlay video, and scores.
+"""What a person takes away: masks as PNGs, COCO's encodings or for label tools, an overlay video, and scores.
 
 Each export raises an InputError if nothing was tracked. The session is to be exclusive meanwhile.
 """
 
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from samoe_hf.data.annotations import LabelImages
+from samoe_hf.data.formats.convert import write_videos
 from samoe_hf.data.images import write_palette_png
+from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import whole_file
@@ -42,6 +46,27 @@ def export_masks(session: TrackingSession, folder: Path) -> Path:
         archive.write(tracks, "tracks.csv")
     scratch.unlink()
     tracks.unlink()
+    return target
+
+
+def export_format(kind: str, session: TrackingSession, folder: Path) -> Path:
+    """Writes a zip: the video's frames and the masks of those that were tracked, as a label tool reads them.
+
+    Args:
+        kind: one of `samoe_hf.data.layouts.WRITTEN`.
+    """
+    target, frames, scratch = folder / f"{session.video.name}_{kind}.zip", session.video.frames, folder / "scratch"
+    with _new_file(session, target) as path:
+        (scratch / kind).mkdir(parents=True)
+        masks = {frame: scratch / f"{frame}.png" for frame in sorted(session.masks.frames)}
+        for frame, mask in masks.items():
+            write_palette_png(mask, session.id_map(frame))
+        labels = LabelImages(masks, object_ids=sorted(session.objects))
+        write_videos(kind, [Video(session.video.name, frames, labels)], scratch / kind)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted((scratch / kind).rglob("*.*")):
+                archive.write(file, file.relative_to(scratch / kind))
+    shutil.rmtree(scratch)
     return target
 
 

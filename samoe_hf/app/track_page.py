@@ -11,7 +11,7 @@ import numpy as np
 
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 
-from .exports import export_coco, export_masks, export_overlay, export_tracks
+from .exports import export_coco, export_format, export_masks, export_overlay, export_tracks
 from .page_parts import (
     PREVIEW_SECONDS,
     QUICK,
@@ -43,6 +43,18 @@ EXPORTS: dict[str, Callable[[TrackingSession, Path], Path]] = {
     "Video with masks, mp4": export_overlay,
     "Masks, COCO JSON": export_coco,
     "Scores and boxes, CSV": export_tracks,
+    **{
+        f"Frames and masks for {tool}, zip": partial(export_format, kind)
+        for kind, tool in {
+            "cvat": "CVAT",
+            "coco": "COCO's tools",
+            "ytvis": "YouTube-VIS",
+            "yolo": "YOLO",
+            "labelme": "LabelMe",
+            "labelstudio": "Label Studio",
+            "davis": "DAVIS",
+        }.items()
+    },
     "Project, to go on later": save_project,
 }
 

@@ -12,11 +12,13 @@ from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 
 from helpers.app import maps_of, run_all
-from samoe_hf.app.exports import export_coco, export_masks, export_overlay, export_tracks
+from samoe_hf.app.exports import export_coco, export_format, export_masks, export_overlay, export_tracks
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.uploads import Limits
+from samoe_hf.data import load_videos
 from samoe_hf.data.frames import SampleError
 from samoe_hf.data.images import read_label_png
+from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.errors import InputError
 from samoe_hf.tracks import read_tracks
 
@@ -71,6 +73,16 @@ def test_coco_holds_the_same_masks(tracked, tmp_path):
         maps[one["image_id"]][mask] = one["track_id"]
     assert maps.any() and (maps == maps_of(tracked)).all()
     assert [image["frame_index"] for image in document["images"]] == list(range(8))
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_label_tools_get_the_same_masks_and_the_frames(tracked, tmp_path, kind):
+    with zipfile.ZipFile(export_format(kind, tracked, tmp_path)) as archive:
+        archive.extractall(tmp_path / "out")
+    (video,) = load_videos(tmp_path / "out")
+    assert (video.video_id, len(video), video.annotated_frames) == ("small", 8, list(range(8)))
+    assert (np.stack([video.id_map(t) for t in range(8)]) == maps_of(tracked)).all()
+    assert (video.frames[3] == tracked.frame(3)).all() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_overlay_is_an_mp4_of_all_frames(tracked, session, tmp_path):

@@ -1,11 +1,20 @@
-"""`samoe data convert`, and `--layout` of commands that track: what label tools read, with the ids of what was tracked."""
+"""`samoe data convert`, and `--layout` of commands that track: what label tools read, with the ids of objects."""
+
+import json
 
 import numpy as np
 import pytest
 
 from helpers.formats import odd_videos
+from helpers.reference import ROOT
+from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, load_videos, write_video
 from samoe_hf.data.formats.convert import compare, write_videos
+from samoe_hf.data.layouts import WRITTEN
+
+TRAINING = ["--eval_strategy", "no", "--model_config", str(ROOT / "configs" / "model_nano.yaml"), "--num_frames", "3"]
+TRAINING += ["--max_objects", "2", "--max_steps", "2", "--logging_steps", "1", "--use_cpu", "--report_to", "none"]
+TRAINING += ["--per_device_train_batch_size", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +39,17 @@ def test_a_dataset_is_converted_and_what_differs_is_printed(samoe, data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "arguments", [["convert"], ["convert", "--to", "coco"], ["check", "--to", "coco"]], ids=" ".join
-)
-def test_what_convert_needs_is_said(samoe, data, arguments):
-    action, *rest = arguments
-    assert "`convert` needs" in samoe("data", action, data, *rest, fails=True)
+    "arguments, message",
+    [
+        ("data convert DATA", "`convert` needs `--to`"), ("data check DATA --to coco", "go with `convert`"),
+        ("data convert DATA --to coco", "`convert` needs `--output`"), ("data convert DATA --to x", "labelstudio"),
+        ("evaluate --predictions x --dataset DATA --layout coco --output y", "`--predictions` are images, not coco"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_said(data, capfd, arguments, message):
+    with pytest.raises(SystemExit):
+        main(arguments.replace("DATA", str(data)).split())
+    assert message in capfd.readouterr().err
 
 
 def test_a_tracked_video_is_written_for_a_label_tool(samoe, model_folder, tmp_path):
@@ -43,6 +58,15 @@ def test_a_tracked_video_is_written_for_a_label_tool(samoe, model_folder, tmp_pa
     samoe("track", model_folder, tmp_path / "dog.mp4", *output, "--layout", "cvat", "--device", "cpu")
     (video,) = load_videos(tmp_path / "out_masks")
     assert (video.video_id, video.annotated_frames, video.object_ids) == ("dog", [0, 1, 2], [1, 7])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_two_steps_are_trained_on_each_format(samoe, data, tmp_path, kind):
+    samoe("data", "convert", data, "--to", kind, "--output", tmp_path / kind)
+    samoe("train", "smoke", "--train_data", tmp_path / kind, *TRAINING, "--output_dir", tmp_path / "out")
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and all(np.isfinite(one["loss"]) for one in state["log_history"] if "loss" in one)
 
 
 @pytest.mark.slow
@@ -56,10 +80,3 @@ def test_a_tracked_dataset_is_written_for_a_label_tool(samoe, model_folder, data
     assert all(len(video.annotated_frames) == len(video) for video in videos.values())
     assert videos["turned"].classes == {1: "cat", 7: "dog", 300: "cat"} and np.any(videos["set/b"].masks(0))
     assert f"{folder} exists" in samoe(*arguments, fails=True)
-
-
-def test_masks_to_be_scored_are_images(samoe, data, tmp_path):
-    message = samoe(
-        "evaluate", "--predictions", data, "--dataset", data, "--layout", "coco", "--output", "x", fails=True
-    )
-    assert "`--predictions` are images, not coco" in message

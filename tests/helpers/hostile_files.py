@@ -21,7 +21,10 @@ import numpy as np
 import psutil
 
 from helpers import layouts
+from helpers.formats import odd_videos
 from samoe_hf.data import load_videos, read_video, write_video
+from samoe_hf.data.formats.convert import write_videos
+from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
 
@@ -47,10 +50,18 @@ def make_video(root: Path, suffix: str) -> dict:
     return {"video": path}
 
 
+def make_format(kind: str, root: Path) -> dict:
+    (root / kind).mkdir(parents=True)
+    write_videos(kind, odd_videos(root / "frames")[1:], root / kind)
+    shutil.rmtree(root / "frames")
+    return {"kind": kind, "root": root / kind} | ({"split": "default"} if kind == "coco" else {})
+
+
 KINDS = ("frames", "davis", "sa_v_val", "sa_v", "ocid", "npz", "nifti", "coco", "dataset")
 MAKERS: dict[str, Callable[[Path], dict]] = {
     **{kind: getattr(layouts, f"make_{kind}") for kind in KINDS},
     "nifti_plain": partial(layouts.make_nifti, suffix=".nii"),
+    **{f"{kind}_video": partial(make_format, kind) for kind in WRITTEN if kind != "davis"},
     "yaml": make_yaml,
     "video": partial(make_video, suffix=".mp4"),
     "matroska": partial(make_video, suffix=".mkv"),
