@@ -63,7 +63,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.evaluation.run import identity_of
-    from samoe_hf.labelling import LabelRun, from_first_frames, from_prompt_file, label_videos, labelled_dataset
+    from samoe_hf.labelling import (
+        LabelRun,
+        from_first_frames,
+        from_prompt_file,
+        label_videos,
+        labelled_dataset,
+        labelled_videos,
+    )
 
     state, device = start_processes(parsed.device)
     if parsed.prompts is None:
