@@ -65,7 +65,7 @@ def test_a_tracked_video_is_written_for_a_label_tool(samoe, model_folder, tmp_pa
 def test_two_steps_are_trained_on_each_format(samoe, data, tmp_path, kind):
     samoe("data", "convert", data, "--to", kind, "--output", tmp_path / kind)
     samoe("train", "smoke", "--train_data", tmp_path / kind, *TRAINING, "--output_dir", tmp_path / "out")
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and all(np.isfinite(one["loss"]) for one in state["log_history"] if "loss" in one)
 
 
