@@ -14,7 +14,7 @@ from samoe_hf.data.layouts import WRITTEN
 
 TRAINING = ["--eval_strategy", "no", "--model_config", str(ROOT / "configs" / "model_nano.yaml"), "--num_frames", "3"]
 TRAINING += ["--max_objects", "2", "--max_steps", "2", "--logging_steps", "1", "--use_cpu", "--report_to", "none"]
-TRAINING += ["--per_device_train_batch_size", "1"]
+TRAINING += ["--per_device_train_batch_size", "1", "--save_strategy", "steps", "--save_steps", "2"]
 
 
 @pytest.fixture(scope="module")
