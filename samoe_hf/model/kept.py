@@ -28,7 +28,8 @@ _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 def keep_between(steps: Iterator[T]) -> Iterator[T]:
     """Runs an iterator whose steps keep values for those after them. With its end all are forgotten.
 
-    PyTorch does not count changes through `tensor.data`. So weights must not be changed in this way between two steps.
+    PyTorch does not count changes through `tensor.data`, nor those of fused optimizers. Between two steps weights must not
+    be changed in these ways.
     """
     kept: Kept = {}
     while True:
