@@ -28,8 +28,8 @@ _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 def keep_between(steps: Iterator[T]) -> Iterator[T]:
     """Runs an iterator whose steps keep values for those after them. With its end all are forgotten.
 
-    PyTorch does not count changes through `tensor.data`, nor those of fused optimizers. Between two steps weights must not
-    be changed in these ways.
+    PyTorch does not count changes through `tensor.data`, nor those of fused optimizers. So weights must not be changed
+    in these ways between two steps.
     """
     kept: Kept = {}
     while True:
