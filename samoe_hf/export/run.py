@@ -35,6 +35,7 @@ from PIL import Image, ImageOps
 
 NO_OBJECT = -1024.0  # the logit of an object that is gone
 MAX_ID = 255  # of a PNG of 8 bits
+MAX_LOGITS = 2**28  # of the memory attention at once: 1 GB, which onnxruntime holds twice
 
 
 class InputError(ValueError):
@@ -215,6 +216,11 @@ class Tracker:
 
     def attend(self, reads: Sequence[tuple[list, list]]) -> np.ndarray:
         """The frame's features for each object, (objects, channels, side, side). All read equally many memories."""
+        tokens = self.features["coarse"][0, 0].size
+        at_once = max(MAX_LOGITS // (tokens**2 * len(reads[0][0])), 1)
+        if len(reads) > at_once:
+            parts = [self.attend(reads[i : i + at_once]) for i in range(0, len(reads), at_once)]
+            return np.concatenate(parts)
         maps, pointers = zip(*reads, strict=True)
         (conditioned,) = self.run(
             "memory_attention",
@@ -415,8 +421,10 @@ class Images(Sequence):
 
 def read_video(path: Path) -> list[np.ndarray]:
     """All frames of a video file."""
-    import av
-
+    try:
+        import av
+    except ImportError as error:
+        raise InputError(f"{path} is no folder, and a video file needs PyAV: pip install av") from error
     with av.open(path) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
@@ -438,6 +446,8 @@ def main() -> None:
     parser.add_argument("masks", type=Path, metavar="MASKS")
     parsed = parser.parse_args()
     try:
+        if not parsed.frames.exists():
+            raise InputError(f"{parsed.frames} is not there.")
         frames = Images(parsed.frames) if parsed.frames.is_dir() else read_video(parsed.frames)
         names = frames.names if isinstance(frames, Images) else [f"{t:05d}" for t in range(len(frames))]
         prompts = read_prompts(parsed.prompts)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.export import compare, compare_corrected, drawn_video
+from helpers.export import compare, difference, drawn_video, tracked_with_corrections
 from samoe_hf.export.run import TrackedObject, Tracker, check_prompts, main, prepare, resize
 from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
 from samoe_hf.model.memory_selection import MemoryLimits, select_memories
@@ -46,7 +46,8 @@ def test_a_correction_reads_memories_and_refines_the_mask(reference, correction)
         {"frame": 0, "object": 2, "box": BOX},
         {"frame": 3, "object": 1, "correction": True, **correction},
     ]
-    result = compare_corrected(reference.model, reference.processor, reference.tracker, FRAMES, prompts)
+    theirs = tracked_with_corrections(reference.model, reference.processor, FRAMES, prompts)
+    result = difference(theirs, {t: logits for t, _, logits in reference.tracker.track(FRAMES, prompts)})
     assert result.mean < 1e-3 and result.iou > 0.999
 
 
@@ -188,6 +189,20 @@ def test_the_program_says_in_a_line_what_it_cannot_use_and_writes_nothing(tmp_pa
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         main()
     assert {path.name for path in tmp_path.glob("masks/*")} <= {"a.png"}
+
+
+def test_few_objects_at_once_are_tracked_as_all_are(parts, monkeypatch):
+    prompts = [PROMPTS["box"][0] | {"object": i} for i in (1, 2, 3)] + [PROMPTS["mask"][0] | {"object": 4}]
+    together = {t: logits for t, _, logits in parts.tracker.track(FRAMES, prompts)}
+    monkeypatch.setattr("samoe_hf.export.run.MAX_LOGITS", 3 * 64 * 64)
+    apart = {t: logits for t, _, logits in parts.tracker.track(FRAMES, prompts)}
+    assert difference(together, apart).mean < 1e-3
+
+
+def test_frames_that_are_not_there_are_said_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "nothing"), "prompts.json", "masks"])
+    with pytest.raises(SystemExit, match="nothing is not there"):
+        main()
 
 
 def test_frames_of_different_sizes_are_refused(parts):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.domains import with_two_domains
-from helpers.export import compare, difference, drawn_video, load_tracker, tracked
+from helpers.export import compare, difference, drawn_video, load_tracker, tracked, tracked_with_corrections
 from helpers.sam3 import sam3_config, sam3_models
 from samoe_hf import small_base
 from samoe_hf.export.parts import COUNTS, SIGNATURES, sizes
@@ -50,25 +50,33 @@ def small(tmp_path_factory):
     return model, processor, folder
 
 
-def prompts_of(count: int) -> list[dict]:
-    """A mask, a box, or points for each object, some of them late, and one further prompt on a later frame."""
+def prompts_of(count: int, corrected: bool = False) -> list[dict]:
+    """A mask, a box, or points for each object, some of them late, and one further prompt on a later frame; or all on
+    the first frame, and a correction of each third object on a later one."""
     prompts, shapes = [], list(MASKS.values())
     for i in range(count):
         mask = shapes[i % len(shapes)]
         (y0, x0), (y1, x1) = np.argwhere(mask).min(0), np.argwhere(mask).max(0)
         y, x = np.argwhere(mask)[mask.sum() // 2]
         kinds = {"points": [[int(x), int(y)]], "labels": [1]}, {"box": [*map(int, (x0, y0, x1, y1))]}, {"mask": mask}
-        prompts.append({"frame": i % 3 if count > 3 else 0, "object": i + 1, **kinds[i % 3]})
+        prompts.append({"frame": i % 3 if count > 3 and not corrected else 0, "object": i + 1, **kinds[i % 3]})
+        if corrected and i % 3 == 0:
+            click = {"points": [[int(x0), int(y0)]], "labels": [0]}
+            prompts.append({"frame": 12, "object": i + 1, "correction": True, **click})
+    if corrected:
+        return prompts
     return [*prompts, {"frame": 12, "object": 1, "box": prompts[0].get("box", [120, 90, 400, 300])}]
 
 
+@pytest.mark.parametrize("track", [tracked, tracked_with_corrections])
 @pytest.mark.parametrize("count", [1, 3, 16])
-def test_without_pytorch_it_tracks_as_the_package_does(python, small, count, tmp_path):
+def test_without_pytorch_it_tracks_as_the_package_does(python, small, count, track, tmp_path):
     model, processor, folder = small
-    (tmp_path / "given").write_bytes(pickle.dumps((FRAMES, prompts_of(count))))
+    prompts = prompts_of(count, corrected=track is tracked_with_corrections)
+    (tmp_path / "given").write_bytes(pickle.dumps((FRAMES, prompts)))
     subprocess.run([python, "-c", PROGRAM, folder], cwd=tmp_path, check=True)
     ours = pickle.loads((tmp_path / "logits").read_bytes())
-    result = difference(tracked(model, processor, FRAMES, prompts_of(count)), ours)
+    result = difference(track(model, processor, FRAMES, prompts), ours)
     assert result.mean < 1e-3 and result.iou > 0.999
 
 

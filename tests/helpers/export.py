@@ -104,8 +104,8 @@ def compare(model: SamoeModel, processor, tracker, frames, prompts: list[dict], 
     return difference(tracked(model, processor, frames, prompts, **options), ours)
 
 
-def compare_corrected(model: SamoeModel, processor, tracker, frames, prompts: list[dict]) -> Difference:
-    """The same with corrections, from the first prompted frame on, which is that of all objects.
+def tracked_with_corrections(model: SamoeModel, processor, frames, prompts: list[dict]) -> dict[int, np.ndarray]:
+    """Logits by PyTorch from the first prompted frame on, which is that of all objects; later prompts are corrections.
 
     In a session whose corrections condition, each is given when its frame was tracked, and tracking goes on from there.
     """
@@ -123,8 +123,7 @@ def compare_corrected(model: SamoeModel, processor, tracker, frames, prompts: li
                 prompt.add_to(session, processor)
             theirs[t] = masks_of(processor, model(session, t), session)
             start = t
-    ours = {t: logits for t, _, logits in tracker.track(frames, prompts)}
-    return difference(theirs, {t: logits for t, logits in ours.items() if t >= first})
+    return theirs
 
 
 def masks_of(processor, output, session: Sam2VideoInferenceSession) -> np.ndarray:
