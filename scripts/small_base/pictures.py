@@ -1,0 +1,111 @@
+"""Gathers the pictures that the small base's natural videos are made of, from packages with free licences.
+
+    pip install scikit-image scikit-learn matplotlib PyWavelets OpenEXR
+    npm pack @pmndrs/assets @lobehub/fluent-emoji-3d
+    python scripts/small_base/pictures.py pmndrs-assets-*.tgz lobehub-fluent-emoji-3d-*.tgz --output outputs/pictures.npz
+
+The README beside this file names each picture's licence. `photos` are of any size; `figures` (N, 96, 96, 4) are cut-outs
+with their opacity: the emoji, and regions of the photographs.
+"""
+
+import argparse
+import base64
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIDE = 96  # of a figure, in pixels
+LARGEST = 640  # longer side of a photograph
+OF_SKIMAGE = (
+    "astronaut.png brick.png camera.png cell.png chelsea.png coffee.png coins.png grass.png gravel.png "
+    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg"
+).split()
+
+
+def package_photos() -> Iterator[Image.Image]:
+    """Photographs that are files of Python packages."""
+    import matplotlib
+    import pywt.data
+    import skimage
+    from importlib.util import find_spec
+
+    for name in OF_SKIMAGE:
+        yield Image.open(Path(skimage.__file__).parent / "data" / name)
+    for name in ("china.jpg", "flower.jpg"):
+        yield Image.open(Path(find_spec("sklearn").origin).parent / "datasets" / "images" / name)
+    yield Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+    for photo in (pywt.data.aero(), pywt.data.ascent()):
+        yield Image.fromarray(np.asarray(photo, dtype=np.uint8))
+
+
+def panoramas(archive: Path) -> Iterator[Image.Image]:
+    """Poly Haven's panoramas in `@pmndrs/assets`, as a camera would expose them."""
+    import OpenEXR
+
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.name.endswith(".exr.js"):
+                text = tar.extractfile(member).read().decode()
+                data = base64.b64decode(text.split("base64,")[1].rstrip("'\"`;\n "))
+                path = Path(f"/tmp/{Path(member.name).stem}")
+                path.write_bytes(data)
+                pixels = OpenEXR.File(str(path)).channels()["RGB"].pixels.astype(np.float32)
+                path.unlink()
+                exposed = np.clip(pixels / (2 * np.median(pixels) + 1e-6), 0, None)
+                yield Image.fromarray((255 * (exposed / (1 + exposed)) ** 0.6).astype(np.uint8))
+
+
+def emoji(archive: Path) -> Iterator[np.ndarray]:
+    """Microsoft's emoji in three dimensions, without those that differ in the colour of skin only."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.name.endswith(".webp") and "1f3f" not in member.name:
+                picture = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+                yield np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+
+def regions(photo: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of a photograph along its edges, each as large as a figure."""
+    from skimage.measure import regionprops
+    from skimage.segmentation import felzenszwalb
+
+    for scale in (150, 600):
+        labels = felzenszwalb(photo, scale=scale, sigma=0.8, min_size=photo.shape[0] * photo.shape[1] // 400)
+        for region in regionprops(labels + 1):
+            top, left, bottom, right = region.bbox
+            if max(bottom - top, right - left) > 0.7 * max(photo.shape[:2]) or region.solidity < 0.6:
+                continue
+            alpha = 255 * region.image_filled.astype(np.uint8)
+            cut = np.dstack([photo[top:bottom, left:right], alpha])
+            side = max(cut.shape[:2])
+            square = np.zeros((side, side, 4), np.uint8)
+            y, x = (side - cut.shape[0]) // 2, (side - cut.shape[1]) // 2
+            square[y : y + cut.shape[0], x : x + cut.shape[1]] = cut
+            yield np.asarray(Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("assets", type=Path, help="archive of @pmndrs/assets")
+    parser.add_argument("emoji", type=Path, help="archive of @lobehub/fluent-emoji-3d")
+    parser.add_argument("--output", required=True, type=Path)
+    parsed = parser.parse_args(arguments)
+    photos = []
+    for picture in (*package_photos(), *panoramas(parsed.assets)):
+        picture = picture.convert("RGB")
+        picture.thumbnail((LARGEST, LARGEST))
+        photos.append(np.asarray(picture))
+    figures = [*emoji(parsed.emoji), *(figure for photo in photos for figure in regions(photo))]
+    figures = [figure for figure in figures if 0.08 < (figure[..., 3] > 127).mean() < 0.95]
+    parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"photo_{i:03d}": photo for i, photo in enumerate(photos)}
+    np.savez(parsed.output, figures=np.stack(figures), **arrays)
+    print(f"{len(photos)} photographs, {len(figures)} figures")
+
+
+if __name__ == "__main__":
+    main()
