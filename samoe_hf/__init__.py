@@ -41,8 +41,8 @@ _MODULES = {
 def small_base() -> str:
     """The folder of the small model that comes with the package, for `from_pretrained`.
 
-    It has 1.8 million parameters, takes frames of 128 x 128, and tracks objects of synthetic videos; its card is in the
-    folder. It is there to try things out within minutes on a CPU.
+    It has 1.8 million parameters, and is there to try things out within minutes on a CPU. Its card, in the folder, says
+    what it has seen, and how well it tracks from masks and clicks.
     """
     return str(Path(__file__).parent / "base")
 

@@ -14,8 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from samoe_hf import SamoeModel, load_videos
-from samoe_hf.app.models import click_base
+from samoe_hf import SamoeModel, load_videos, small_base
 from samoe_hf.data import SYNTHETIC_KINDS, SyntheticVideos, Video
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.evaluation.report import format_table
@@ -50,7 +49,7 @@ def rows_of(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=click_base(), help="by default the page's small model")
+    parser.add_argument("--model", default=small_base(), help="by default the small model that comes with the package")
     parser.add_argument("--dataset", action="append", default=[], metavar="FOLDER", help="also these videos")
     parser.add_argument("--kinds", nargs="+", choices=(*SYNTHETIC_KINDS, EASY), default=[*SYNTHETIC_KINDS, EASY])
     parser.add_argument("--videos", type=int, default=4, metavar="N", help="of each kind and seed (%(default)s)")

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from samoe_hf import SamoeModel, VideoSession
-from samoe_hf.app.models import click_base
+from samoe_hf import SamoeModel, VideoSession, small_base
 from samoe_hf.cli import main as samoe
 from samoe_hf.data import SYNTHETIC_KINDS, SyntheticVideos, Video
 from samoe_hf.evaluation.report import format_table
@@ -104,7 +103,7 @@ def draw(video: Video, maps: dict[str, np.ndarray], path: Path, title: str) -> N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=click_base(), help="by default the page's small model")
+    parser.add_argument("--model", default=small_base(), help="by default the small model that comes with the package")
     parser.add_argument("--dataset", action="append", default=[], metavar="FOLDER", help="also these videos")
     parser.add_argument("--videos", type=int, default=7, metavar="N", help="of each kind and seed (%(default)s)")
     parser.add_argument("--frames", type=int, default=32, metavar="N", help="of each video (%(default)s)")

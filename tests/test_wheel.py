@@ -12,7 +12,6 @@ import pytest
 from helpers.reference import ROOT, reference_folder
 from helpers.wheel import build_wheel
 from samoe_hf import small_base
-from samoe_hf.app.models import click_base
 from samoe_hf.data import SyntheticVideos, write_video
 
 
@@ -27,7 +26,6 @@ def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):
     configs = {f"samoe_hf/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     base = {f"samoe_hf/base/{path.name}" for path in Path(small_base()).iterdir()}
     base |= {"samoe_hf/app/space_files/app.py.txt", "samoe_hf/app/space_files/README.md"}
-    base |= {f"samoe_hf/app/base/{path.name}" for path in Path(click_base()).iterdir()}
     data = {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md", "samoe_hf/evaluation/report_template.md"}
     data |= {"samoe_hf/original/architecture.yaml"}
     assert code | configs | base | data <= names

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from samoe_hf import small_base
 from samoe_hf.inference import load_tracker
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -19,15 +20,6 @@ GATE, BASE = "the gate decides", "the base model"
 # Is held by whoever runs a model, for a frame at a time and not for a video: all models of a process share its device.
 DEVICE_LOCK = threading.Lock()
 Step = TypeVar("Step")
-
-
-def click_base() -> str:
-    """The folder of the small model that the page tracks with where none is given, for `from_pretrained`.
-
-    It goes on from [`~samoe_hf.small_base`], which has learned masks. It knows what a click means in synthetic "shapes"
-    and drawings ("paper"), and hardly elsewhere; its card is in the folder.
-    """
-    return str(Path(__file__).parent / "base")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +39,7 @@ class LoadedModel:
     @property
     def is_small(self) -> bool:
         """Whether it is the small model that comes with the package."""
-        return self.source == click_base()
+        return self.source == small_base()
 
     @property
     def domains(self) -> list[str]:
@@ -72,7 +64,7 @@ def load_model(source: str, device: torch.device | str, name: str | None = None,
 
 def small_model(device: torch.device | str, **options) -> LoadedModel:
     """The small model that comes with the package, ready to track; `options` as in [`load_model`]."""
-    return load_model(click_base(), device, "small model", **options)
+    return load_model(small_base(), device, "small model", **options)
 
 
 def free_name(name: str, is_taken: Callable[[str], bool]) -> str:

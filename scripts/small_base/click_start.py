@@ -1,12 +1,12 @@
-"""The small base with a mask decoder in which points find their place, to be trained on clicks.
+"""A model with a mask decoder in which points find their place, to be trained on clicks.
 
-    python scripts/small_base/click_start.py --output outputs/click_start
+    python scripts/small_base/click_start.py outputs/base_looks --output outputs/click_start
 
-The small base has learned masks, and its decoder gives nearly the same whatever is clicked. Here tokens begin by
+It has learned masks, and its decoder gives nearly the same whatever is clicked. Here tokens begin by
 attending to where they are: queries and keys of the attention from tokens to the image select the same components of
 the positional encoding, so that their product is largest where both are of one place.
 
-Whether it takes this start was not measured. A run from the small base as it is was stopped after about 1400 steps.
+Whether it takes this start was not measured. A run from the model as it is was stopped after about 1400 steps.
 The one from here was no better after 2000, and had learned what a click means after 3250.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from samoe_hf import small_base
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.weights_io import new_folder
@@ -52,10 +51,11 @@ def let_points_find_their_place(model: SamoeModel) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the folder, which must be new or empty, whole or not at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the model that `base_looks.yaml` has trained")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; it must be new or empty")
     parsed = parser.parse_args(arguments)
     with new_folder(parsed.output) as folder:
-        model = SamoeModel.from_pretrained(small_base())
+        model = SamoeModel.from_pretrained(parsed.model)
         let_points_find_their_place(model)
         model.save_pretrained(folder, processor=build_processor(model.config))
 

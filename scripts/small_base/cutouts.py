@@ -2,10 +2,12 @@
 
     python scripts/small_base/cutouts.py train scripts/small_base/base.yaml
 
-runs `samoe` with a further kind of dataset, "cutouts", of the pictures that `pictures.py` has gathered.
+runs `samoe` with a further kind of dataset, "cutouts", of the pictures that `pictures.py` has gathered. A clip of four
+frames takes about 25 ms.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +127,9 @@ class CutOuts(VideoSequence):
         # The camera's places as those of a picture of one and a half frames.
         theta = _inverse(camera * (1 / 1.5, 1 / 1.5, 1, 1), 1.5)
         grid = F.affine_grid(theta, [self.num_frames, 3, self.side, self.side], align_corners=False)
-        return F.grid_sample(picture.expand(self.num_frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
+        return F.grid_sample(
+            picture.expand(self.num_frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False
+        )
 
     def _camera(self, rng: np.random.Generator) -> np.ndarray:
         """(T, 4): x and y in half frames, angle, and the logarithm of the scale."""
@@ -139,7 +143,11 @@ class CutOuts(VideoSequence):
         """(T, 4) as of the camera, of an object; its scale is half of its side, in half frames."""
         time = np.arange(self.num_frames)[:, None]
         pace = rng.choice([0.2, 1, 2.5], p=[0.25, 0.5, 0.25])
-        start = [*rng.uniform(-0.75, 0.75, 2), rng.normal(0, 0.6), np.log(rng.uniform(0.12, 0.32) * rng.choice([1, 2.2]))]
+        start = [
+            *rng.uniform(-0.75, 0.75, 2),
+            rng.normal(0, 0.6),
+            np.log(rng.uniform(0.12, 0.32) * rng.choice([1, 2.2])),
+        ]
         velocity = pace * rng.normal(0, (0.05, 0.035, 0.04, 0.02))
         turn = pace * rng.normal(0, (0.008, 0.008, 0.01, 0.004))
         return start + time * velocity + time**2 * turn
@@ -226,7 +234,9 @@ def _recoloured(rng: np.random.Generator, colour: Tensor) -> Tensor:
     if rng.random() < 0.1:
         colour = 1 - colour
     gain, shift = rng.uniform(0.5, 1.2, (3, 1, 1)) * rng.uniform(0.6, 1.3), rng.uniform(-0.12, 0.2)
-    return (colour.clamp(0, 1) ** float(np.exp(rng.normal(0, 0.3))) * torch.from_numpy(gain).float() + shift).clamp(0, 1)
+    return (colour.clamp(0, 1) ** float(np.exp(rng.normal(0, 0.3))) * torch.from_numpy(gain).float() + shift).clamp(
+        0, 1
+    )
 
 
 def _filmed(rng: np.random.Generator, frames: Tensor) -> Tensor:
@@ -239,12 +249,23 @@ def _filmed(rng: np.random.Generator, frames: Tensor) -> Tensor:
         kernel = (3, 1) if rng.random() < 0.3 else (1, 3) if rng.random() < 0.5 else (3, 3)
         frames = F.avg_pool2d(frames, kernel, 1, (kernel[0] // 2, kernel[1] // 2), count_include_pad=False)
     if rng.random() < 0.6:
-        noise = torch.from_numpy(rng.standard_normal((count, 1 if rng.random() < 0.5 else 3, height, width), np.float32))
+        noise = torch.from_numpy(
+            rng.standard_normal((count, 1 if rng.random() < 0.5 else 3, height, width), np.float32)
+        )
         frames = frames + float(rng.uniform(0, 0.05)) * noise
     return frames.clamp(0, 1)
 
 
+class CutOutsLayout(Layout):
+    """Datasets of the kind "cutouts"."""
+
+    @property
+    def read(self) -> Callable[..., CutOuts]:
+        return CutOuts
+
+
+LAYOUT = CutOutsLayout("cutouts", "")
+
 if __name__ == "__main__":
-    sys.modules["samoe_hf.data.cutouts"] = sys.modules["__main__"]
-    LAYOUTS["cutouts"] = Layout("cutouts", "cutouts.CutOuts")
+    LAYOUTS[LAYOUT.kind] = LAYOUT
     main(sys.argv[1:])

@@ -13,6 +13,7 @@ import base64
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from PIL import Image
 SIDE = 96  # of a figure, in pixels
 LARGEST = 640  # longer side of a photograph
 OF_SKIMAGE = (
-    "astronaut.png brick.png camera.png cell.png chelsea.png coffee.png coins.png grass.png gravel.png "
-    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg"
-).split()
+    *(f"{name}.png" for name in ("astronaut", "brick", "camera", "cell", "chelsea", "coffee", "coins", "grass")),
+    *(f"{name}.png" for name in ("gravel", "ihc", "moon", "motorcycle_left", "motorcycle_right")),
+    *(f"{name}.jpg" for name in ("hubble_deep_field", "retina", "rocket")),
+)
 
 
 def package_photos() -> Iterator[Image.Image]:
@@ -31,7 +33,6 @@ def package_photos() -> Iterator[Image.Image]:
     import matplotlib
     import pywt.data
     import skimage
-    from importlib.util import find_spec
 
     for name in OF_SKIMAGE:
         yield Image.open(Path(skimage.__file__).parent / "data" / name)

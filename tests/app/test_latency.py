@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from helpers.app import write_small_video
-from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.app.models import LoadedModel, click_base, load_model
+from samoe_hf import SamoeConfig, SamoeModel, small_base
+from samoe_hf.app.models import LoadedModel, load_model
 from samoe_hf.app.session import TrackingSession
 from samoe_hf.app.uploads import Limits, open_kept
 from samoe_hf.data.registry import read_yaml
@@ -34,7 +34,7 @@ MEASURE = """() => {
 
 def load(name: str) -> LoadedModel:
     if name == "small":
-        return load_model(click_base(), "cpu", name)
+        return load_model(small_base(), "cpu", name)
     model = SamoeModel(SamoeConfig(**read_yaml("model_tiny"))).eval()
     return LoadedModel(name, name, model, build_processor(model.config))
 

@@ -24,7 +24,7 @@ def stored_types(folder: Path) -> set[str]:
 
 def test_it_is_small_and_tracks():
     folder = Path(small_base())
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000 and stored_types(folder) == {"BF16"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000_000 and stored_types(folder) == {"BF16"}
     model = SamoeModel.from_pretrained(folder)
     assert model.dtype == torch.float32
     videos = list(SyntheticVideos(3, 5, (128, 128), domain="shapes", seed=4))
@@ -36,13 +36,13 @@ def test_it_is_made_of_a_model_that_was_trained(model_folder, tmp_path, monkeypa
         monkeypatch.setattr(maker, name, value)
     output = tmp_path / "base"
     maker.main([str(model_folder), *map(str, RUNS), "--output", str(output)])
-    assert capsys.readouterr().out.count("J&F") == 2
+    assert capsys.readouterr().out.count("J&F") == 4
     assert stored_types(output) == {"BF16"}
     before, after = SamoeModel.from_pretrained(model_folder), SamoeModel.from_pretrained(output)
     assert after.dtype == torch.float32
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a.bfloat16().float(), rtol=0, atol=0, msg=name)
     card = (output / "README.md").read_text()
-    assert "| base_first: max_steps | 800 |" in card and "synthetic videos: night" in card
+    assert "| base_first: max_steps | 800 |" in card and "synthetic videos: cutouts" in card
     with pytest.raises(FileExistsError):
         maker.main([str(model_folder), *map(str, RUNS), "--output", str(output)])

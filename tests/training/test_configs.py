@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
+from cutouts import LAYOUT
+from helpers.pictures import write_pictures
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.data.layouts import LAYOUTS
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.base import config_of_base
 from samoe_hf.training.trainer import build_trainer
@@ -51,16 +54,23 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "pictures.npz")
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_runs_can_start(path, data, model_folder, tmp_path, monkeypatch):
+def test_runs_can_start(path, data, pictures, model_folder, tmp_path, monkeypatch):
     """With the data where the run says, and a small model in place of SAM 2's."""
     monkeypatch.chdir(ROOT)
     text = path.read_text()
     assert "../" not in text, "a path outside the repository"
     run = tmp_path / path.name
     base = "model_name_or_path: facebook/sam2.1-hiera-base-plus"
-    for earlier in ("base_first", "click_start", "base_clicks_first"):  # what an earlier run has left
+    for earlier in ("base_first", "click_start", "base_clicks_first", "larger"):  # what an earlier run has left
         text = text.replace(f"model_name_or_path: outputs/{earlier}\n", f"{base}\n")
+    monkeypatch.setitem(LAYOUTS, "cutouts", LAYOUT)
+    text = text.replace("outputs/pictures.npz", str(pictures))
     run.write_text(text.replace("data/", f"{data}/").replace(base, f"model_name_or_path: {model_folder}"))
     options = ["--output_dir", tmp_path / "out", "--bf16", "False", "--report_to", "none", "--use_cpu", "True"]
     trainer = build_trainer([str(run), *map(str, options)])

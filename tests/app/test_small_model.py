@@ -1,4 +1,4 @@
-"""The small model that comes with the page: a click is answered with the object that was clicked."""
+"""The small model that comes with the package, on the page: a click is answered with the object that was clicked."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from click_start import let_points_find_their_place
 from helpers.app import run_all
 from samoe_hf import SamoeModel, small_base
-from samoe_hf.app.models import click_base, load_model
+from samoe_hf.app.models import load_model
 from samoe_hf.app.session import TrackingSession
 from samoe_hf.app.uploads import EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLES, Limits, open_example
 from samoe_hf.data import SyntheticVideos
@@ -16,7 +16,7 @@ from samoe_hf.data import SyntheticVideos
 @pytest.mark.parametrize("name", ["Shapes", pytest.param("Paper", marks=pytest.mark.slow)])
 def test_objects_of_examples_are_found_and_tracked(tmp_path, name):
     """By a click inside of each of its objects, and by a box around it: IoU on the first frame, and over all."""
-    loaded = load_model(click_base(), "cpu", "small model")
+    loaded = load_model(small_base(), "cpu", "small model")
     truth = SyntheticVideos(1, EXAMPLE_FRAMES, EXAMPLE_SIZE, domain=name.lower(), seed=EXAMPLES[name])[0]
     ids = np.array(truth.object_ids)[:, None, None]
     for by_box in (False, True):
