@@ -2,10 +2,10 @@
 
     pip install scikit-image scikit-learn matplotlib PyWavelets OpenEXR
     npm pack @pmndrs/assets @lobehub/fluent-emoji-3d
-    python scripts/small_base/pictures.py pmndrs-assets-*.tgz lobehub-fluent-emoji-3d-*.tgz --output outputs/pictures.npz
+    python scripts/small_base/pictures.py pmndrs-*.tgz lobehub-*.tgz --output outputs/pictures.npz
 
-The README beside this file names each picture's licence. `photos` are of any size; `figures` (N, 96, 96, 4) are cut-outs
-with their opacity: the emoji, and regions of the photographs.
+The README beside this file names each picture's licence. `photos` are of any size; `figures` (N, 96, 96, 4) are
+cut-outs with their opacity: the emoji, and regions of the photographs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SIDE = 96  # of a figure, in pixels
 LARGEST = 640  # longer side of a photograph
 OF_SKIMAGE = (
     *(f"{name}.png" for name in ("astronaut", "brick", "camera", "cell", "chelsea", "coffee", "coins", "grass")),
-    *(f"{name}.png" for name in ("gravel", "ihc", "moon", "motorcycle_left", "motorcycle_right")),
+    *(f"{name}.png" for name in ("gravel", "ihc")),
     *(f"{name}.jpg" for name in ("hubble_deep_field", "retina", "rocket")),
 )
 
