@@ -28,7 +28,7 @@ from samoe_hf.model.weights_io import new_folder
 
 NAME = "samoe-small-base"
 NUM_VIDEOS, NUM_FRAMES, SEED = 32, 8, 3  # of each look; no run has seen this seed
-PROMPTS = {"mask": "from the mask of the first frame", "clicks:3": "from three clicks on the first frame"}
+PROMPTS = {"mask": "the mask of the first frame", "clicks:3": "three clicks on the first frame"}
 SETTINGS = ("max_steps", "per_device_train_batch_size", "learning_rate", "point_probability", "num_frames", "seed")
 LIMITS = (
     "It has seen nothing but made videos. It is there to try things out, not for real videos.",
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = score_looks(model, parsed.dataset)
         write_card(model, folder, results, {path.stem: read_yaml(path) for path in parsed.runs})
     for result in results:
-        print(f"{result.dataset_name:12s} {result.task_name} {result.metric_name:4s} {result.metric_value:.4f}")
+        print(f"{result.dataset_name:44s} {result.metric_name:4s} {result.metric_value:.4f}")
 
 
 def save_rounded(model: SamoeModel, folder: Path) -> None:
@@ -72,7 +72,8 @@ def score_looks(model: SamoeModel, dataset: str | None) -> list[EvalResult]:
         results = evaluate_videos(model, processor, videos, prompt=prompt)
         summary = summarize({key: result.scores for key, result in results.items()}, protocol="youtube_vos")
         entries = [score_entry(metric, summary[f"{metric}_mean"], name) for metric in ("J", "F", "J&F")]
-        scores += [replace(entry, task_name=f"Video object segmentation, {said}") for entry in entries]
+        about = {"task_name": f"Video object segmentation, from {said}", "dataset_name": f"{name}, from {said}"}
+        scores += [replace(entry, **about, dataset_config=prompt) for entry in entries]
     return scores
 
 
