@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 import cvat_functions
-from samoe_hf.app.models import click_base
+from samoe_hf import small_base
 from samoe_hf.data.formats.shapes import draw, joined, polygons_of
 from samoe_hf.data.synthetic import SyntheticVideos
 
@@ -37,7 +37,7 @@ def context():
     """What Nuclio hands to a function, after it was started."""
     context = SimpleNamespace(user_data=SimpleNamespace(), logger=logging.getLogger("nuclio"), Response=SimpleNamespace)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAMOE_MODEL", click_base())
+        patch.setenv("SAMOE_MODEL", small_base())
         cvat_functions.init_context(context)
     return context
 

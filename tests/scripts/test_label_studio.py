@@ -15,7 +15,7 @@ from PIL import Image
 
 import label_studio_backend
 from label_studio_backend import Backend, Server
-from samoe_hf.app.models import click_base
+from samoe_hf import small_base
 from samoe_hf.data.formats.label_studio import decode_brush
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.data.video_io import write_video
@@ -53,7 +53,7 @@ def folder(video, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backend(folder):
-    return Backend(*load_tracker(click_base(), "cpu"), "base", [folder], num_frames=6)
+    return Backend(*load_tracker(small_base(), "cpu"), "base", [folder], num_frames=6)
 
 
 @contextlib.contextmanager
@@ -349,5 +349,5 @@ def test_a_login_is_asked_but_of_webhooks(backend):
 def test_the_program_refuses_what_cannot_be_served(arguments, message, capsys, monkeypatch):
     monkeypatch.delenv(label_studio_backend.LOGIN, raising=False)
     with pytest.raises(SystemExit):
-        label_studio_backend.main([click_base(), *arguments])
+        label_studio_backend.main([small_base(), *arguments])
     assert message in capsys.readouterr().err
