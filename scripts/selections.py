@@ -45,6 +45,12 @@ def evaluate(model: str, name: str, data: str, output: Path) -> dict[str, Any]:
     return read_results(output / name / "results.json")
 
 
+def said(over: dict[str, float | None]) -> str:
+    """A difference, with its interval where there are enough objects for one."""
+    interval = "" if over["low"] is None else " ({low:+.3f} to {high:+.3f})".format(**over)
+    return f"{over['difference']:+.3f}{interval}"
+
+
 def rows_of(name: str, results: dict[str, Any]) -> list[list[str]]:
     """A row of the table for each selection."""
     rows = []
@@ -54,7 +60,7 @@ def rows_of(name: str, results: dict[str, Any]) -> list[list[str]]:
             value = model["summary"].get(metric)
             over = results["comparisons"][index - 1]["metrics"].get(metric) if index else None
             row.append("" if value is None else f"{value:.3f}")
-            row.append("{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**over) if over else "")
+            row.append(said(over) if over else "")
         rows.append(row)
     return rows
 

@@ -133,18 +133,19 @@ def test_what_is_forgotten_is_read_by_no_later_frame(kind):
 
 @pytest.fixture(scope="module")
 def clip():
-    """Frames of the model's size and the first masks of three objects, one of which leaves."""
-    video = SyntheticVideos(1, 12, (128, 128), domain="scenes", seed=5)[0]
-    first = torch.zeros(1, 3, 128, 128)
-    first[0, 0, 20:50, 30:70] = first[0, 1, 70:110, 60:100] = first[0, 2, 0:8, 100:128] = 1
-    return list(video.frames), first
+    """Frames of the model's size and the first masks of three objects, one of which is not seen there."""
+    side = SamoeConfig.from_pretrained(small_base()).image_size
+    video = SyntheticVideos(1, 12, (side, side), domain="scenes", seed=5)[0]
+    first = torch.zeros(1, 3, 16, 16)
+    first[0, 0, 3:6, 4:9] = first[0, 1, 9:14, 8:13] = 1
+    return list(video.frames), torch.nn.functional.interpolate(first, (side, side))
 
 
 @pytest.mark.parametrize("kind", ["score", "distractor"])
 def test_clips_read_the_memories_that_sessions_read(clip, kind):
     """So that experts learn with the memories that they will have."""
-    model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).eval()
     frames, first = clip
+    model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).eval()
     processor = build_processor(model.config)
     pixel_values = processor.video_processor(videos=[np.stack(frames)], return_tensors="pt").pixel_values_videos
     with torch.no_grad():
@@ -163,8 +164,9 @@ def test_clips_read_the_memories_that_sessions_read(clip, kind):
 def test_experts_learn_with_them(clip, kind):
     _, first = clip
     model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).train()
-    pixel_values = torch.randn(2, 5, 3, 128, 128)
-    labels = first.bool().unsqueeze(2).expand(2, 3, 5, 128, 128)
+    side = first.shape[-1]
+    pixel_values = torch.randn(2, 5, 3, side, side)
+    labels = first.bool().unsqueeze(2).expand(2, 3, 5, side, side)
     model.set_trainable("experts")
     model(pixel_values=pixel_values, labels=labels).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
@@ -173,8 +175,7 @@ def test_experts_learn_with_them(clip, kind):
 
 def test_routers_are_counted_where_an_object_reads_something(clip):
     """Tokens that only fill a row up to the length of others are nobody's."""
-    model = SamoeModel.from_pretrained(small_base(), memory_selection="score").eval()
-    frames, first = clip
+    (frames, first), model = clip, SamoeModel.from_pretrained(small_base(), memory_selection="score").eval()
     videos = build_processor(model.config).video_processor(videos=[np.stack(frames)], return_tensors="pt")
     layer = "memory_attention.layers.0.cross_attn_image.k_proj"
 
