@@ -494,7 +494,8 @@ def _encode_frames(model: SamoePreTrainedModel, sessions: Sequence[InferenceSess
             features = encode_frames(model, frames)
         encoder = (weakref.ref(model), model.dtype, domain)
         for row, (session, t) in enumerate(own):
-            one = [*(level[row : row + 1] for level in features[:3]), *features[3:]]
+            # Strides as those of a frame that was encoded alone, by which layers choose how they compute.
+            one = [*(level[row].unsqueeze(0) for level in features[:3]), *features[3:]]
             session.cache.cache_vision_features(t, {"image_features": one, "encoder": encoder})
 
 

@@ -24,8 +24,8 @@ def session_of(model, frames, prompts, **options):
 
 
 def tracked(model, frames, prompts, selection="recent"):
-    """Frames, in the order in which they come -> masks of the objects. Each frame is encoded in a batch of its own."""
-    session = session_of(model, frames, prompts, memory_selection=selection, max_vision_features_cache_size=1)
+    """Frames, in the order in which they come -> masks of the objects."""
+    session = session_of(model, frames, prompts, memory_selection=selection)
     outputs = list(model.propagate_from_prompts_iterator(session))
     outputs = [output for output in outputs if output.object_ids == session.obj_ids]
     return {output.frame_idx: output.pred_masks[:, 0] for output in outputs}
