@@ -1,6 +1,7 @@
 """A fingerprint changes with what is read, and with nothing else."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -40,7 +41,9 @@ def test_frames_in_files(video, tmp_path, kind):
     for file in [path] if path.is_file() else path.iterdir():
         os.utime(file, (1, 1))
     assert frames_fingerprint(read_video(path)) == first
-    assert frames_fingerprint(read_video(write_frames(kind, tmp_path / "b", frames))) == first, "wherever they lie"
+    moved = tmp_path / f"b{path.suffix}"  # a video that is written once more has another time in it
+    (shutil.copy if path.is_file() else shutil.copytree)(path, moved)
+    assert frames_fingerprint(read_video(moved)) == first, "wherever they lie"
     frames[2] = 255 - frames[2]
     assert frames_fingerprint(read_video(write_frames(kind, tmp_path / "a", frames))) != first
 

@@ -11,7 +11,7 @@ import memory
 import tracking
 import training
 from experts import dense_forward
-from kernels import count_frame
+from count_kernels import count_frame
 from measure import Measurement, to_markdown, without_dropout
 from memory import tracking_memory
 from meta_order import TransformersClip, benchmark_order

@@ -1,7 +1,7 @@
 """How many kernels a tracked frame takes, by part and by kind, beside `transformers`' and `sam2`'s.
 
-python scripts/benchmarks/kernels.py --objects 1 4 16 --dtypes float32 bfloat16
-python scripts/benchmarks/kernels.py --model model_micro --contenders "ten experts" transformers sam2
+python scripts/benchmarks/count_kernels.py --objects 1 4 16 --dtypes float32 bfloat16
+python scripts/benchmarks/count_kernels.py --model model_micro --contenders "ten experts" transformers sam2
 
 Any machine counts them: what starts a kernel on a GPU is an operation of a profile that has no others within it. Views
 and empty tensors start none. What a CPU does within a matrix product is part of it; but a product that is added to more
