@@ -10,8 +10,8 @@ import experts
 import memory
 import tracking
 import training
-from experts import dense_forward
 from count_kernels import count_frame
+from experts import dense_forward
 from measure import Measurement, to_markdown, without_dropout
 from memory import tracking_memory
 from meta_order import TransformersClip, benchmark_order
