@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cutouts import CutOuts
-from helpers.pictures import write_pictures
+from helpers.cutouts import write_pictures
 
 
 @pytest.fixture(scope="module")

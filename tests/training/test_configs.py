@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
 from cutouts import LAYOUT
-from helpers.pictures import write_pictures
+from helpers.cutouts import write_pictures
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.layouts import LAYOUTS
