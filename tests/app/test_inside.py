@@ -42,7 +42,7 @@ def test_two_sides_are_what_sessions_of_their_own_give(prompted, two_domains, si
         x, y = a == object_id, b == object_id
         unions = (x | y).sum((1, 2))
         iou = [(x & y)[t].sum() / unions[t] for t in range(8) if unions[t]]
-        assert row[:2] == [f"object {object_id}", f"{np.mean(iou):.2f}"] and float(row[2]) > 0.98
+        assert row[:2] == [f"object {object_id}", f"{np.mean(iou):.2f}"] and float(row[2]) > 0.9
     assert comparison.headers() == ["mean IoU", "a and b", "a and your masks", "b and your masks"]
     prompted.use(two_domains, None)
     run_all(prompted.propagate())
