@@ -92,7 +92,13 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
 
 def run(parsed: argparse.Namespace) -> None:
     if parsed.action == "convert":
-        return write_format(parsed.to, open_dataset(parsed).videos(parsed.video), parsed.output, parsed.polygons)
+        dataset = open_dataset(parsed)
+        root = dataset.root and dataset.root.resolve()
+        if root and parsed.output.resolve().is_relative_to(root):
+            raise InputError(
+                f"`--output` {parsed.output} is in the dataset, {dataset.root}; give a folder outside of it."
+            )
+        return write_format(parsed.to, dataset.videos(parsed.video), parsed.output, parsed.polygons)
     from samoe_hf.data.check import report_table
     from samoe_hf.model.weights_io import whole_file
 
