@@ -4,17 +4,17 @@ Each export raises an InputError if nothing was tracked. The session is to be ex
 """
 
 import json
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from samoe_hf.data.annotations import LabelImages
+from samoe_hf.data.annotations import LabelImages, encode_rle
 from samoe_hf.data.formats.convert import write_videos
 from samoe_hf.data.images import write_palette_png
 from samoe_hf.data.schema import Video
@@ -55,18 +55,18 @@ def export_format(kind: str, session: TrackingSession, folder: Path) -> Path:
     Args:
         kind: one of `samoe_hf.data.layouts.WRITTEN`.
     """
-    target, frames, scratch = folder / f"{session.video.name}_{kind}.zip", session.video.frames, folder / "scratch"
-    with _new_file(session, target) as path:
-        (scratch / kind).mkdir(parents=True)
-        masks = {frame: scratch / f"{frame}.png" for frame in sorted(session.masks.frames)}
+    target = folder / f"{session.video.name}_{kind}.zip"
+    with _new_file(session, target) as path, TemporaryDirectory(dir=folder) as scratch:
+        place = Path(scratch) / kind
+        place.mkdir()
+        masks = {frame: place.with_name(f"{frame}.png") for frame in sorted(session.masks.frames)}
         for frame, mask in masks.items():
             write_palette_png(mask, session.id_map(frame))
         labels = LabelImages(masks, object_ids=sorted(session.objects))
-        write_videos(kind, [Video(session.video.name, frames, labels)], scratch / kind)
+        write_videos(kind, [Video(session.video.name, session.video.frames, labels)], place)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted((scratch / kind).rglob("*.*")):
-                archive.write(file, file.relative_to(scratch / kind))
-    shutil.rmtree(scratch)
+            for file in sorted(place.rglob("*.*")):
+                archive.write(file, file.relative_to(place))
     return target
 
 
@@ -105,7 +105,7 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
             id_map = session.id_map(frame)
             scores = {row.object: {"score": row.score, "iou": row.iou} for row in session.rows(frame)}
             for object_id in np.unique(id_map[id_map > 0]).tolist():
-                encoded: Any = coco_mask.encode(np.asfortranarray(id_map == object_id, dtype=np.uint8))
+                encoded: Any = encode_rle(id_map == object_id)
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -115,7 +115,7 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
                         "iscrowd": 0,
                         "area": int(coco_mask.area(encoded)),
                         "bbox": coco_mask.toBbox(encoded).tolist(),
-                        "segmentation": {"size": [height, width], "counts": encoded["counts"].decode()},
+                        "segmentation": encoded,
                         **scores.get(object_id, {}),
                     }
                 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.mask import frPyObjects, merge
+from pycocotools.mask import encode, frPyObjects, merge
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from samoe_hf.errors import InputError
@@ -339,6 +339,12 @@ def decode_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     if list(rle["size"]) != list(size) or not is_whole:
         raise InputError(f"its size is {rle['size']}, or its runs do not add up to {size[0]} x {size[1]} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (H, W) bool as a COCO run-length encoding, with compressed counts."""
+    encoded: Any = encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
 
 
 def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from functools import partial
 from glob import escape
 from importlib import import_module
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,19 +147,17 @@ def _holds(suffix: str, words: str, folder: Path) -> bool:
 
 
 def has_words(path: Path, words: str) -> bool:
-    """Whether all of some words are in the first MB of a file, or in its last 64 kB."""
-    with path.open("rb") as file:
-        text = file.read(1 << 20)
-        if len(text) == 1 << 20:
-            file.seek(-(1 << 16), 2)
-            text += file.read()
-    return all(word.encode() in text for word in words.split())
+    """Whether all of some words are in a file."""
+    if not path.stat().st_size:
+        return False  # there is no mapping of an empty file
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as text:
+        return all(text.find(word.encode()) >= 0 for word in words.split())
 
 
 MAX_LOOKED_AT = 8
 # Words of what label tools write.
 YTVIS, CVAT = '"videos" "file_names" "segmentations"', "<annotations> <version> <meta>"
-LABELME, LABEL_STUDIO = '"shapes" "imagePath"', '"annotations" "data" "from_name"'
+LABELME, LABEL_STUDIO = '"shapes" "imagePath"', '"annotations" "data" "result"'
 _VOS = ("JPEGImages/*/ Annotations/", "{split}/JPEGImages {split}/JPEGImages/*/ {split}/Annotations/")
 
 # A folder has the first layout that recognizes it, else "files". A domain that is not given is the kind's name, except

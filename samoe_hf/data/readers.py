@@ -138,7 +138,7 @@ def read_sa_v(
         frame_step: video frames per annotated frame (24 and 6 per second).
     """
     suffix = f"_{annotations}.json"
-    files = sorted(_check_folder(root).rglob(f"*{suffix}"))
+    files = sorted(check_folder(root).rglob(f"*{suffix}"))
     if not files:
         raise FileNotFoundError(f"{root}: no files *{suffix}")
     if frame_step < 1:
@@ -177,7 +177,7 @@ def read_ocid(
         ignore_ids: labels that are no objects, such as OCID's floor and table (1 and 2). The original counts them as
             objects, and so does the default.
     """
-    root = _check_folder(root)
+    root = check_folder(root)
     folders = [path.parent for path in root.rglob("rgb") if (path.parent / "label").is_dir()]
     if not folders:
         raise FileNotFoundError(f"{root}: no sequences with the folders rgb and label")
@@ -211,7 +211,7 @@ def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, P
     return paths
 
 
-def _check_folder(folder: str | Path) -> Path:
+def check_folder(folder: str | Path) -> Path:
     """The folder as a path; raises `FileNotFoundError` if there is none."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -220,7 +220,7 @@ def _check_folder(folder: str | Path) -> Path:
 
 def _folder_names(folder: Path) -> list[str]:
     """Names of the folders within a folder, in natural order."""
-    names = [path.name for path in _check_folder(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
+    names = [path.name for path in check_folder(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
     if not names:
         raise FileNotFoundError(f"{folder}: no folders in it")
     return sorted(names, key=natural_key)

@@ -19,11 +19,10 @@ from uuid import uuid4
 import datasets
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from samoe_hf.errors import InputError
 
-from .annotations import Annotations, MaskArrays, RleMasks
+from .annotations import Annotations, MaskArrays, RleMasks, encode_rle
 from .frames import ArrayFrames, FrameSequence, SampleError, named_errors
 from .images import ImageFrames, encode_png
 from .windows import Window
@@ -245,14 +244,9 @@ def video_to_row(video: Video) -> dict[str, Any]:
         "size": list(video.size),
         "object_ids": video.object_ids,
         "annotated_frames": video.annotated_frames,
-        "masks": [[_rle_counts(mask) for mask in video.masks(frame)] for frame in video.annotated_frames],
+        "masks": [[encode_rle(mask)["counts"] for mask in video.masks(frame)] for frame in video.annotated_frames],
         "spacing": list(video.spacing or ()),
     }
-
-
-def _rle_counts(mask: np.ndarray) -> str:
-    encoded: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return encoded["counts"].decode("ascii")
 
 
 def video_from_row(row: dict[str, Any], window: Window | None = None) -> Video:

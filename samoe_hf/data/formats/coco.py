@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as coco_mask
 
+from samoe_hf.data.annotations import encode_rle
 from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key, say_once
 from samoe_hf.data.layouts import YTVIS
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.windows import Window
 
-from . import labels, shapes
+from . import labels
 from .labels import LabelledFrame, LabelledObject
+from .shapes import Part, polygons_of
 
 
 def read_coco(
@@ -51,8 +54,8 @@ def read_coco(
         folders, annotations = [root / (images or ".")], "result.json"  # as Label Studio exports it
     folder = next(filter(Path.is_dir, folders), folders[0])
     path = root / annotations if annotations else next(filter(Path.is_file, files), files[0])
-    data = labels.read_json(path, "COCO annotations")
     with named_errors(path, "not COCO annotations"):
+        data = json.loads(path.read_bytes())
         classes, of_image = _classes(data), {image["id"]: [] for image in data["images"]}
         labels.check_unlike("ids of images", [image["id"] for image in data["images"]])
         labels.check_unlike("file names", [image["file_name"] for image in data["images"]])
@@ -111,7 +114,7 @@ def _track(annotation: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _parts(segmentation: Any) -> list[shapes.Part]:
+def _parts(segmentation: Any) -> list[Part]:
     """The parts of a `segmentation`: an encoding, or polygons; what is neither is refused when it is drawn."""
     return segmentation if isinstance(segmentation, list) and segmentation else [segmentation]
 
@@ -147,11 +150,11 @@ def read_ytvis(
             f"{root}: one file of YouTube-VIS is expected, found {names}; `split` or `annotations` tells it"
         )
     (path,) = files
-    data = labels.read_json(path, "YouTube-VIS annotations")
     with named_errors(path, "not YouTube-VIS annotations"):
+        data = json.loads(path.read_bytes())
         classes, of_video = _classes(data), {video["id"]: [] for video in data["videos"]}
         labels.check_unlike("ids of videos", [video["id"] for video in data["videos"]])
-        for annotation in _objects(data, path) if data["annotations"] is not None else ():
+        for annotation in _objects(data, path):
             of_video[annotation["video_id"]].append(annotation)
         places = [root / images] if images else [
             place / name for place in (path.parent, *[root / s for s in (split or "", path.stem)], root)
@@ -180,8 +183,8 @@ def read_ytvis(
                     )
                     for one in own
                 ]
-                size, known = (int(video["height"]), int(video["width"])), data["annotations"] is not None
-                frames.append(LabelledFrame(video_ids[-1], folder / name, size, objects if known else None, str(path)))
+                size = int(video["height"]), int(video["width"])
+                frames.append(LabelledFrame(video_ids[-1], folder / name, size, objects, str(path)))
         labels.check_unlike("names of videos", video_ids)
     return labels.read_frames(frames, domain, window, str(root))
 
@@ -190,12 +193,9 @@ def read_ytvis(
 
 
 def _segmentation(mask: Any, polygons: bool) -> dict[str, Any]:
-    rle = shapes.rle_of(mask)
-    segmentation = shapes.polygons_of(mask) if polygons else rle
-    encoded: Any = rle
-    return {
-        "segmentation": segmentation, "area": int(coco_mask.area(encoded)), "bbox": coco_mask.toBbox(encoded).tolist()
-    }  # fmt: skip
+    rle: Any = encode_rle(mask)
+    shape = polygons_of(mask) if polygons else rle
+    return {"segmentation": shape, "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()}
 
 
 def write_coco(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
@@ -209,17 +209,10 @@ def write_coco(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
             file_name = f"{video.video_id}/{names[t]}"
             image = {"id": len(images) + 1, "file_name": file_name, "height": height, "width": width}
             images.append(image | {"video_id": number, "frame_id": t})
-            ids = video.visible(t)
-            for object_id, mask in zip(ids, video.masks(t, ids), strict=True):
-                one = {
-                    "id": len(annotations) + 1,
-                    "image_id": len(images),
-                    "category_id": classes[video.classes.get(object_id, labels.NO_CLASS)],
-                    "iscrowd": 0,
-                    "track_id": object_id,
-                    "attributes": {"track_id": object_id},
-                }
-                annotations.append(one | _segmentation(mask, polygons))
+            for object_id, class_name, mask in labels.objects_on(video, t):
+                track = {"track_id": object_id, "attributes": {"track_id": object_id}, "iscrowd": 0}
+                own = {"id": len(annotations) + 1, "image_id": len(images), "category_id": classes[class_name]}
+                annotations.append(own | track | _segmentation(mask, polygons))
     content = {
         "images": images,
         "videos": [{"id": number, "name": video.video_id} for number, video in enumerate(videos, 1)],
@@ -238,19 +231,17 @@ def write_ytvis(videos: Sequence[Video], folder: Path, polygons: bool = False) -
         shown = [f"{video.video_id}/{names[t]}" for t in video.annotated_frames]
         about = {"height": height, "width": width, "length": len(shown)}
         entries.append({"id": number, "name": video.video_id, "file_names": shown, **about})
+        nothing: dict[str, Any] = dict.fromkeys(("segmentation", "area", "bbox"))
+        frames = [
+            {i: _segmentation(mask, polygons) for i, _, mask in labels.objects_on(video, t)}
+            for t in video.annotated_frames
+        ]
         for object_id in video.object_ids:
-            own = [_segmentation(video.masks(t, [object_id])[0], polygons) for t in video.annotated_frames]
-            seen = [one if one["area"] else dict.fromkeys(one) for one in own]
-            one = {
-                "id": len(annotations) + 1,
-                "video_id": number,
-                "category_id": classes[video.classes.get(object_id, labels.NO_CLASS)],
-                "iscrowd": 0,
-                "track_id": object_id,
-                **about,
-            }
+            seen = [own.get(object_id, nothing) for own in frames]
+            own = {"id": len(annotations) + 1, "video_id": number, "iscrowd": 0, "track_id": object_id, **about}
+            own["category_id"] = classes[video.classes.get(object_id, labels.NO_CLASS)]
             lists = {"segmentations": "segmentation", "areas": "area", "bboxes": "bbox"}
-            annotations.append(one | {name: [t[key] for t in seen] for name, key in lists.items()})
+            annotations.append(own | {name: [t[key] for t in seen] for name, key in lists.items()})
     content = {
         "videos": entries,
         "categories": [{"id": i, "name": name} for name, i in classes.items()],

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from samoe_hf.data.layouts import LAYOUTS, WRITTEN
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 
-from .labels import check_names
+from .labels import check_names, objects_on
 
 
 class Kept(NamedTuple):
@@ -36,7 +38,8 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
         polygons: write outlines of masks, and not their pixels, where the format has both.
 
     Raises:
-        InputError: for another kind, polygons where it has none, or names that do not differ.
+        InputError: for another kind, polygons where it has none, names that do not differ, or videos without any object
+            where the format has no form for them.
     """
     if kind not in WRITTEN:
         raise InputError(f"the format must be one of {', '.join(WRITTEN)}, not {kind!r}")
@@ -48,10 +51,11 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
     if kind == "davis":  # it has no folders of videos
         renamed = [f"{v.video_id} is called {_flat(v)}" for v in videos if _flat(v) != v.video_id]
         videos = [replace(video, video_id=_flat(video)) for video in videos]
-    check_names(videos)
+    check_names(videos, kind)
     layout.write(videos, folder, **({"polygons": True} if polygons else {}))
     options = layout.detect(folder)
-    assert options is not None
+    if options is None:
+        raise InputError(f"{kind} cannot be written without any object, and none of the {len(videos)} videos has one")
     kept = compare(videos, layout.read(root=folder, **options[0]))
     return kept._replace(differences=renamed + kept.differences)
 
@@ -69,21 +73,25 @@ def compare(videos: Sequence[Video], others: Sequence[Video]) -> Kept:
         if other is None:
             differences.append(f"{video.video_id}: not there")
             continue
-        seen = sorted({i for t in video.annotated_frames for i in video.visible(t)})
+        is_like, nothing = tuple(video.size) == tuple(other.size), np.zeros(video.size, dtype=bool)
+        seen, seen_again = set[int](), set[int]()
+        for t in video.annotated_frames:
+            masks = {i: mask for i, _, mask in objects_on(video, t)}
+            again = {i: mask for i, _, mask in objects_on(other, t)} if t in other.annotated_frames else {}
+            seen, seen_again = seen | masks.keys(), seen_again | again.keys()
+            again = again if is_like else {}
+            pixels += sum(int(mask.sum()) for mask in masks.values())
+            either = masks.keys() | again.keys()
+            lost += sum(int((masks.get(i, nothing) ^ again.get(i, nothing)).sum()) for i in either)
         for what, one, two in (
             ("frames", video.frames.names, other.frames.names),
             ("size", tuple(video.size), tuple(other.size)),
             ("annotated frames", video.annotated_frames, other.annotated_frames),
-            ("objects that are seen", seen, sorted({i for t in other.annotated_frames for i in other.visible(t)})),
+            ("objects that are seen", sorted(seen), sorted(seen_again)),
         ):
             if one != two:
                 differences.append(f"{video.video_id}: {what} were {_short(one)}, are {_short(two)}")
         frames, objects = frames + len(other), objects + len(other.object_ids)
-        for t in video.annotated_frames if tuple(video.size) == tuple(other.size) else ():
-            masks = video.masks(t, seen)
-            pixels += int(masks.sum())
-            if t in other.annotated_frames:
-                lost += int((masks ^ other.masks(t, seen)).sum())
     differences += [f"{name}: was not there" for name in by_id]
     return Kept(len(others), frames, objects, pixels, lost, differences)
 

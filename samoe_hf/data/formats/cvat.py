@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from samoe_hf.data.annotations import decode_rle
 from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import CVAT
@@ -21,7 +22,7 @@ from samoe_hf.data.windows import Window, check_window
 
 from . import labels
 from .labels import LabelledFrame, LabelledVideo
-from .shapes import Part, box, joined, place, polygons_of
+from .shapes import Part, box, cropped, joined, place, polygons_of, runs_of
 
 LABELLED = "labelled_frames"  # in the file's `meta`, which CVAT does not read
 
@@ -89,20 +90,17 @@ def _numbers(meta: ElementTree.Element, frames: Path | Sequence[Path]) -> Mappin
     stems = [frame.stem.removeprefix("frame_") for frame in frames]
     if all(stem.isdecimal() and f"frame_{stem}" == frame.stem for stem, frame in zip(stems, frames, strict=True)):
         return {int(stem): i for i, stem in enumerate(stems)}
-    start = int(meta.findtext("task/start_frame") or meta.findtext("job/start_frame") or 0)
-    step = int(
-        (meta.findtext("task/frame_filter") or meta.findtext("job/frame_filter") or "step=1").partition("=")[2] or 1
-    )
+    start = int(meta.findtext("*/start_frame") or 0)  # of a task or a job
+    step = int((meta.findtext("*/frame_filter") or "").partition("=")[2] or 1)
     return {start + i * step: i for i in range(len(frames))}
 
 
 def _tracks(path: Path, document: ElementTree.Element) -> LabelledVideo:
     meta = document.find("meta")
     assert meta is not None
-    frames = _frames(path, meta.findtext("source") or meta.findtext("task/source") or "")
+    frames = _frames(path, meta.findtext(".//source", ""))
     numbers, count = _numbers(meta, frames), len(read_video(frames) if isinstance(frames, Path) else frames)
-    size = meta.find("task/original_size")
-    size = meta.find("original_size") if size is None else size
+    size = meta.find(".//original_size")
     video = LabelledVideo(frames, str(path))
     if size is not None:
         video.size = int(size.findtext("height", "")), int(size.findtext("width", ""))
@@ -137,8 +135,8 @@ def _tracks(path: Path, document: ElementTree.Element) -> LabelledVideo:
                 if keyed[index].get("outside") != "1":
                     shapes[index].setdefault(object_id, []).append(_part(keyed[index], path))
                     doubtful |= {*range(index + 1, following)}
-    if meta.find(LABELLED) is not None:
-        doubtful = set(range(count)) - _spans(meta.findtext(LABELLED))
+    if (labelled := meta.findtext(LABELLED)) is not None:
+        doubtful = set(range(count)) - {int(number) for number in labelled.split(",") if number}
     elif doubtful:
         say_once(
             f"{path}: tracks have no shape on {len(doubtful)} frames, such as {min(doubtful)}, and are not outside: "
@@ -163,12 +161,10 @@ def _images(path: Path, document: ElementTree.Element, folder: str) -> Iterable[
 
 def _part(shape: ElementTree.Element, path: Path) -> Part:
     """A shape of CVAT as a part of a mask."""
-    value = {name: float(text) for name, text in shape.attrib.items() if _is_number(text)}
+    turned = float(shape.get("rotation", 0))
     if shape.tag == "mask":
         runs = [int(run) for run in shape.attrib["rle"].split(",")]
         left, top, width, height = (int(shape.attrib[name]) for name in ("left", "top", "width", "height"))
-        if min(runs) < 0 or sum(runs) != width * height:
-            raise SampleError(f"a mask's runs do not add up to {width} x {height} pixels")
         return partial(_draw_runs, runs, left, top, width, height)
     if shape.tag == "polygon":
         points = [float(number) for pair in shape.attrib["points"].split(";") for number in pair.split(",")]
@@ -177,30 +173,19 @@ def _part(shape: ElementTree.Element, path: Path) -> Part:
         return points
     if shape.tag == "box":
         say_once(f"{path}: boxes are filled, as masks")
-        return box([value[name] for name in ("xtl", "ytl", "xbr", "ybr")], value.get("rotation", 0))
+        return box([float(shape.attrib[name]) for name in ("xtl", "ytl", "xbr", "ybr")], turned)
     if shape.tag == "ellipse":
         say_once(f"{path}: ellipses are filled, as masks")
-        x, y, rx, ry = (value[name] for name in ("cx", "cy", "rx", "ry"))
-        return box([x - rx, y - ry, x + rx, y + ry], value.get("rotation", 0), True)
+        x, y, rx, ry = (float(shape.attrib[name]) for name in ("cx", "cy", "rx", "ry"))
+        return box([x - rx, y - ry, x + rx, y + ry], turned, True)
     raise SampleError(f"a shape is a {shape.tag}, which has no area; masks and polygons are read")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return np.isfinite(float(text)).item()
-    except ValueError:
-        return False
 
 
 def _draw_runs(runs: list[int], left: int, top: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
     """CVAT's runs of background and object in turn, along the rows of a box."""
-    patch = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
-    return place(patch, left, top, size)
-
-
-def _spans(text: str | None) -> set[int]:
-    pairs = [span.partition("-") for span in (text or "").split(",") if span]
-    return {t for first, _, last in pairs for t in range(int(first), int(last or first) + 1)}
+    if height > size[0] or width > size[1]:
+        raise SampleError(f"a mask of {height} x {width} pixels on an image of {size[0]} x {size[1]}")
+    return place(decode_rle({"size": [width, height], "counts": runs}, (width, height)).T, left, top, size)
 
 
 # --- Writing
@@ -218,9 +203,8 @@ def write_cvat(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
         ElementTree.SubElement(document, "version").text = "1.1"
         meta = ElementTree.SubElement(document, "meta")
         task = ElementTree.SubElement(meta, "task")
-        for name, value in (("name", video.video_id), ("size", len(video)), ("mode", "interpolation")):
-            ElementTree.SubElement(task, name).text = str(value)
-        for name, value in (("start_frame", 0), ("stop_frame", len(video) - 1)):
+        about = {"name": video.video_id, "size": len(video), "mode": "interpolation"}
+        for name, value in (about | {"start_frame": 0, "stop_frame": len(video) - 1}).items():
             ElementTree.SubElement(task, name).text = str(value)
         known = ElementTree.SubElement(task, "labels")
         for name in labels.classes_of([video]):
@@ -229,18 +213,17 @@ def write_cvat(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
         for name, value in zip(("height", "width"), video.size, strict=True):
             ElementTree.SubElement(size, name).text = str(value)
         ElementTree.SubElement(meta, LABELLED).text = ",".join(map(str, video.annotated_frames))
-        for object_id in video.object_ids:
-            label = video.classes.get(object_id, labels.NO_CLASS)
-            track = ElementTree.SubElement(document, "track", id=str(object_id), label=label, source="manual")
-            last: Mapping[str, str] | None = None
-            for t in video.annotated_frames:
-                mask = video.masks(t, [object_id])[0]
-                if mask.any():
-                    last = {"tag": "polygon", "points": _points(mask)} if polygons else {"tag": "mask", **_runs(mask)}
-                    _add(track, last, t, False)
-                elif last is not None:
-                    _add(track, last, t, True)
-                    last = None
+        tracks: dict[int, ElementTree.Element] = {}
+        last: dict[int, Mapping[str, str]] = {}
+        for t in video.annotated_frames:
+            before, last = last, {}
+            for i, label, mask in labels.objects_on(video, t):
+                if i not in tracks:
+                    tracks[i] = ElementTree.SubElement(document, "track", id=str(i), label=label, source="manual")
+                last[i] = {"tag": "polygon", "points": _points(mask)} if polygons else {"tag": "mask", **_runs(mask)}
+                _add(tracks[i], last[i], t, False)
+            for i in before.keys() - last.keys():
+                _add(tracks[i], before[i], t, True)
         ElementTree.indent(document)
         ElementTree.ElementTree(document).write(
             folder / video.video_id / "annotations.xml", encoding="utf-8", xml_declaration=True
@@ -259,11 +242,6 @@ def _points(mask: np.ndarray) -> str:
 
 
 def _runs(mask: np.ndarray) -> dict[str, str]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    patch = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    values = patch.ravel()
-    ends = (np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()
-    runs = np.diff(np.array([0, *ends, values.size])).tolist()
-    bounds = {"left": columns[0], "top": rows[0], "width": patch.shape[1], "height": patch.shape[0]}
-    runs = [0, *runs] if values[0] else runs
-    return {"rle": ", ".join(map(str, runs)), **{name: str(value) for name, value in bounds.items()}}
+    patch, left, top = cropped(mask)
+    bounds = {"left": left, "top": top, "width": patch.shape[1], "height": patch.shape[0]}
+    return {"rle": ", ".join(map(str, runs_of(patch))), **{name: str(value) for name, value in bounds.items()}}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import cycle
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import parse_qs, quote, unquote, urlparse
 
 import numpy as np
 
-from samoe_hf.data.frames import SampleError, named_errors, natural_key, say_once
+from samoe_hf.data.frames import SampleError, named_errors, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import LABEL_STUDIO
 from samoe_hf.data.schema import Video, VideoList
@@ -20,7 +22,7 @@ from samoe_hf.data.windows import Window
 
 from . import labels
 from .labels import LabelledFrame
-from .shapes import Part, box
+from .shapes import Part, box, runs_of
 
 NO_PLACE = ("choices", "textarea", "rating", "taxonomy", "number", "relation", "datetime", "pairwise", "ranker")
 RUN_BITS = (3, 4, 8, 16)  # in which a run's length less 1 is written
@@ -45,12 +47,15 @@ def read_label_studio(
         window: intensities that become black and white, of images with more than 8 bits.
     """
     root = Path(root) / (split or "")
-    files = [path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    files: dict[str, list[Path]] = defaultdict(list)
+    for file in root.rglob("*"):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            files[file.name].append(file)
     frames: list[LabelledFrame] = []
     for path in labels.files_with(root, ".json", LABEL_STUDIO):
-        tasks = labels.read_json(path, "Label Studio's JSON")
-        for task in tasks if isinstance(tasks, list) else [tasks]:
-            with named_errors(path, "not Label Studio's JSON"):
+        with named_errors(path, "not Label Studio's JSON"):
+            tasks = json.loads(path.read_bytes())
+            for task in tasks if isinstance(tasks, list) else [tasks]:
                 image = _image(task, root, files)
                 valid = [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
                 if len(valid) > 1:
@@ -61,30 +66,30 @@ def read_label_studio(
                 parts = image.parent.relative_to(root).parts
                 video = "/".join(parts[parts[:1] == ("images",) :])
                 frames.append(LabelledFrame(video, image, size, objects if valid else None, str(path)))
-    frames.sort(key=lambda frame: natural_key(re.sub("^[0-9a-f]{8}-", "", frame.name)))  # an upload's hash
     return labels.read_frames(labels.name_objects(frames), domain, window, str(root))
 
 
-def _image(task: dict[str, Any], root: Path, files: Sequence[Path]) -> Path:
-    """The file of a task's image."""
+def _image(task: dict[str, Any], root: Path, files: Mapping[str, list[Path]]) -> Path:
+    """The file of a task's image; `files` are those of each name."""
     texts = [str(value) for value in task["data"].values() if isinstance(value, str)]
     urls = [text for text in texts if Path(urlparse(text).path).suffix or "?d=" in text]
     if not urls:
         raise SampleError(f"task {task.get('id')} names no image")
     parsed = urlparse(urls[0])
-    name = unquote(parse_qs(parsed.query).get("d", [parsed.path])[0])
+    query = parse_qs(parsed.query)
+    name = query["d"][0] if "d" in query else unquote(parsed.path)
     if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
         raise SampleError(
             f"task {task.get('id')} is of {urls[0]!r}, which is no image; videos have boxes there, no masks"
         )
     parts = PurePosixPath(name).parts
     for start in range(len(parts)):
-        own = [file for file in files if file.relative_to(root).parts[-len(parts[start:]) :] == parts[start:]]
+        own = [f for f in files.get(parts[-1], ()) if f.relative_to(root).parts[start - len(parts) :] == parts[start:]]
         if len(own) == 1:
             return own[0]
         if own:
             raise SampleError(f"task {task.get('id')}: {name!r} may be {own[0]} or {own[1]}")
-    raise SampleError(f"task {task.get('id')}: there is no image {parts[-1] if parts else name!r} below {root}")
+    raise SampleError(f"task {task.get('id')}: there is no image {parts[-1]!r} below {root}")
 
 
 def _regions(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,21 +116,21 @@ def _number(result: dict[str, Any]) -> int | None:
 
 def _part(result: dict[str, Any], path: Path) -> Part:
     value, width, height = result["value"], result["original_width"], result["original_height"]
+    scale = np.array([width, height]) / 100
     if result.get("image_rotation"):
         raise SampleError(f"region {result.get('id')} is on an image turned by {result['image_rotation']} degrees")
     if "rle" in value:
         return partial(_draw_brush, bytes(value["rle"]), height, width)
     if "points" in value and "polygon" in result["type"]:
-        return (np.array(value["points"], dtype=np.float64) * (width / 100, height / 100)).ravel().tolist()
+        return (np.array(value["points"], dtype=np.float64) * scale).ravel().tolist()
     if "radiusX" in value:
         say_once(f"{path}: ellipses are filled, as masks")
         x, y, rx, ry = (float(value[name]) for name in ("x", "y", "radiusX", "radiusY"))
-        place = np.array([x - rx, y - ry, x + rx, y + ry]) * ([width / 100, height / 100] * 2)
-        return box(place.tolist(), value.get("rotation", 0), True)
+        return box([*(x - rx, y - ry) * scale, *(x + rx, y + ry) * scale], value.get("rotation", 0), True)
     if {"x", "y", "width", "height"} <= set(value) and not value.get("rotation") and "rectangle" in result["type"]:
         say_once(f"{path}: rectangles are filled, as masks")
         x, y, w, h = (float(value[name]) for name in ("x", "y", "width", "height"))
-        return box((np.array([x, y, x + w, y + h]) * ([width / 100, height / 100] * 2)).tolist())
+        return box([*(x, y) * scale, *(x + w, y + h) * scale])
     raise SampleError(f"region {result.get('id')} is of the type {result['type']}; brushes and polygons are read")
 
 
@@ -170,12 +175,9 @@ def decode_brush(encoded: bytes, count: int) -> np.ndarray:
 
 def encode_brush(mask: np.ndarray) -> list[int]:
     """A mask (H, W) bool as the bytes that [`decode_brush`] reads: 4 values of a pixel, all 0 or 255."""
-    flat = mask.ravel()
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    bounds = [0, *ends.tolist(), flat.size]
-    bits = [f"{flat.size * 4:032b}", f"{7:05b}", *(f"{size - 1:04b}" for size in RUN_BITS)]
-    for first, last in pairwise(bounds):
-        value, left = "1" * 8 if flat[first] else "0" * 8, (last - first) * 4
+    bits = [f"{mask.size * 4:032b}", f"{7:05b}", *(f"{size - 1:04b}" for size in RUN_BITS)]
+    for value, run in zip(cycle(("0" * 8, "1" * 8)), runs_of(mask), strict=False):
+        left = run * 4
         while left:
             length = min(left, 1 << RUN_BITS[-1])
             kind = next(k for k, size in enumerate(RUN_BITS) if length <= 1 << size)
@@ -197,20 +199,15 @@ def write_label_studio(videos: Sequence[Video], folder: Path) -> None:
         names = labels.write_frames(video, folder / "images" / video.video_id)
         annotated = set(video.annotated_frames)
         for t, name in enumerate(names):
-            results, ids = [], video.visible(t) if t in annotated else []
-            for object_id, mask in zip(ids, video.masks(t, ids) if ids else (), strict=True):
-                value = {
-                    "format": "rle", "rle": encode_brush(mask),
-                    "brushlabels": [video.classes.get(object_id, labels.NO_CLASS)],
-                }  # fmt: skip
-                results.append(
-                    {
-                        "id": f"object-{object_id}", "type": "brushlabels", "from_name": "tag", "to_name": "image",
-                        "original_width": video.size[1], "original_height": video.size[0], "image_rotation": 0,
-                        "value": value,
-                    }
-                )  # fmt: skip
-            data = {"image": f"/data/local-files/?d=images/{video.video_id}/{name}"}
+            results = [
+                {
+                    "id": f"object-{object_id}", "type": "brushlabels", "from_name": "tag", "to_name": "image",
+                    "original_width": video.size[1], "original_height": video.size[0], "image_rotation": 0,
+                    "value": {"format": "rle", "rle": encode_brush(mask), "brushlabels": [label]},
+                }
+                for object_id, label, mask in (labels.objects_on(video, t) if t in annotated else ())
+            ]  # fmt: skip
+            data = {"image": f"/data/local-files/?d={quote(f'images/{video.video_id}/{name}')}"}
             annotations = [{"result": results, "was_cancelled": False}] if t in annotated else []
             tasks.append({"id": len(tasks) + 1, "data": data, "annotations": annotations})
     labels.write_json(folder / "tasks.json", tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from samoe_hf.data.frames import SampleError, check_inside, named_errors, say_once
+from samoe_hf.data.frames import SampleError, named_errors, say_once
 from samoe_hf.data.image_files import open_image
 from samoe_hf.data.layouts import LABELME
 from samoe_hf.data.schema import Video, VideoList
@@ -20,7 +21,7 @@ from samoe_hf.data.windows import Window
 
 from . import labels
 from .labels import LabelledFrame
-from .shapes import Part, box, place, polygons_of
+from .shapes import Part, box, cropped, place, polygons_of
 
 FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes besides polygons and masks, their points
 
@@ -45,8 +46,8 @@ def read_labelme(
     root = Path(root) / (split or "")
     frames: list[LabelledFrame] = []
     for path in labels.files_with(root, ".json", LABELME):
-        data = labels.read_json(path, "LabelMe's JSON")
         with named_errors(path, "not LabelMe's JSON"):
+            data = json.loads(path.read_bytes())
             name = PureWindowsPath(data["imagePath"]).as_posix()
             image: Path | bytes = path.parent / PureWindowsPath(name).name
             if not image.is_file() and not Path(name).is_absolute() and (path.parent / name).is_file():
@@ -97,15 +98,11 @@ def _draw_patch(encoded: str, left: int, top: int, size: tuple[int, int]) -> np.
 def write_labelme(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
     """Writes a folder for each video: its images, and beside each annotated one a JSON."""
     for video in videos:
-        check_inside(video.video_id, "the video's name")
         names = labels.write_frames(video, folder / video.video_id)
         for t in video.annotated_frames:
-            shapes, ids = [], video.visible(t)
-            for object_id, mask in zip(ids, video.masks(t, ids), strict=True):
-                about = {
-                    "label": video.classes.get(object_id, labels.NO_CLASS), "group_id": object_id, "description": "",
-                    "flags": {},
-                }  # fmt: skip
+            shapes = []
+            for object_id, name, mask in labels.objects_on(video, t):
+                about = {"label": name, "group_id": object_id, "description": "", "flags": {}}
                 if polygons:
                     rings = [np.reshape(ring, (-1, 2)).tolist() for ring in polygons_of(mask)]
                     shapes += [about | {"points": ring, "shape_type": "polygon", "mask": None} for ring in rings]
@@ -115,13 +112,13 @@ def write_labelme(videos: Sequence[Video], folder: Path, polygons: bool = False)
                 "version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": names[t], "imageData": None,
                 "imageHeight": video.size[0], "imageWidth": video.size[1],
             }  # fmt: skip
-            labels.write_json(folder / video.video_id / f"{Path(names[t]).stem}.json", content)
+            labels.write_json(folder / video.video_id / f"{video.frames.names[t]}.json", content)
 
 
 def _patch(mask: np.ndarray) -> dict[str, Any]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    (y0, y1), (x0, x1) = (place[[0, -1]].tolist() for place in (rows, columns))
+    patch, x, y = cropped(mask)
     file = BytesIO()
-    Image.fromarray(mask[y0 : y1 + 1, x0 : x1 + 1].astype(np.uint8)).save(file, format="PNG")
+    Image.fromarray(patch.astype(np.uint8)).save(file, format="PNG")
     encoded = base64.b64encode(file.getvalue()).decode()
-    return {"points": [[x0, y0], [x1, y1]], "shape_type": "mask", "mask": encoded}
+    corners = [[x, y], [x + patch.shape[1] - 1, y + patch.shape[0] - 1]]
+    return {"points": corners, "shape_type": "mask", "mask": encoded}

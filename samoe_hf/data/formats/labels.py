@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from samoe_hf.data.clips import warn_one_frame
-from samoe_hf.data.frames import SampleError, check_inside, frame_order, named_errors, natural_key, say_once
+from samoe_hf.data.frames import SampleError, check_inside, frame_order, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.images import ImageFrames, encode_png
 from samoe_hf.data.layouts import has_words
 from samoe_hf.data.pairing import object_ids
+from samoe_hf.data.readers import check_folder
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.video_io import read_video
 from samoe_hf.data.windows import Window, check_window
@@ -86,22 +88,20 @@ class LabelledVideo:
 # --- Reading
 
 
-def read_json(path: Path, kind: str) -> Any:
-    """What a JSON file holds; `SampleError` where it is none."""
-    with named_errors(path, f"not {kind}"):
-        return json.loads(path.read_bytes())
-
-
 def files_with(root: Path, suffix: str, words: str) -> list[Path]:
     """The files below a folder with all of some words at their beginning or end, in natural order."""
-    paths = sorted(root.rglob(f"*{suffix}"), key=lambda path: natural_key(path.as_posix()))
+    paths = sorted(check_folder(root).rglob(f"*{suffix}"), key=lambda path: natural_key(path.as_posix()))
     return [path for path in paths if has_words(path, words)]
+
+
+def _twice(names: Iterable[Any]) -> list[Any]:
+    """Those of some names or numbers that are there more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def check_unlike(what: str, names: Iterable[Any]) -> None:
     """Raises `SampleError` where two of some names or numbers are the same."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    if twice := _twice(names):
         raise SampleError(f"{what}: {twice[0]!r} is there twice")
 
 
@@ -114,32 +114,42 @@ def grouped(shapes: Iterable[tuple[str, int | None, Part]]) -> list[LabelledObje
     return list(objects.values())
 
 
-def name_objects(frames: list[LabelledFrame]) -> list[LabelledFrame]:
-    """Frames whose objects have keys by their groups, or by their labels where there are none; or have none."""
-    videos: dict[str, list[tuple[int, LabelledObject]]] = defaultdict(list)
-    for i, frame in enumerate(frames):
-        videos[frame.video] += [(i, one) for one in frame.objects or ()]
-    keys: dict[str, dict[tuple[str, int | None], int | str]] = {}
+def name_objects(frames: Iterable[LabelledFrame]) -> list[LabelledFrame]:
+    """Frames in the order of their names, whose objects have keys by their groups, or else by their labels.
+
+    Where a video has objects with a group and some without, or a label that is on a frame twice, no object of any video
+    has a key. What is guessed is said.
+    """
+    videos: dict[str, list[LabelledFrame]] = defaultdict(list)
+    for frame in frames:
+        videos[frame.video].append(frame)
+    for own in videos.values():
+        files = {Path(frame.source).parent / f"{frame.name}.png": None for frame in own}
+        places = {path.stem: place for place, path in enumerate(frame_order(files))}
+        own.sort(key=lambda frame: places[frame.name])
+    named, guesses = [], defaultdict[str, list[str]](list)
     for video, own in videos.items():
-        kinds = sorted({(one.class_name, one.group) for _, one in own}, key=str)
+        kinds = sorted({(one.class_name, one.group) for frame in own for one in frame.objects or ()}, key=str)
         groups = {group for _, group in kinds}
         if None not in groups and len(groups) == len(kinds):
-            keys[video] = {kind: kind[1] or 0 for kind in kinds}
+            keys = {kind: kind[1] for kind in kinds}
             how = "each group is taken as one object"
         elif None not in groups:
-            keys[video] = {kind: i for i, kind in enumerate(kinds, 1)}
+            keys = {kind: i for i, kind in enumerate(kinds, 1)}
             how = "each pair of a label and a group is taken as one object, numbered in order"
-        elif groups == {None} and max(Counter((i, one.class_name) for i, one in own).values()) == 1:
-            keys[video] = {kind: kind[0] for kind in kinds}
+        elif groups == {None} and not any(_twice(one.class_name for one in frame.objects or ()) for frame in own):
+            keys = {kind: kind[0] for kind in kinds}
             how = "shapes have no group, so each label is taken as one object"
         else:
-            return frames
-        say_once(f"{frames[0].source}: {how} throughout {video or 'the folder'}")
-    for i, frame in enumerate(frames):
-        if frame.objects is not None:
-            own = [one._replace(key=keys[frame.video][one.class_name, one.group]) for one in frame.objects]
-            frames[i] = replace(frame, objects=own)
-    return frames
+            return [frame for own in videos.values() for frame in own]
+        if kinds:
+            guesses[how].append(video or "the folder")
+        for frame in own:
+            objects = [one._replace(key=keys[one.class_name, one.group]) for one in frame.objects or ()]
+            named.append(frame if frame.objects is None else replace(frame, objects=objects))
+    for how, names in guesses.items():
+        say_once(f"{named[0].source}: {how} throughout {', '.join(names[:5])}{' and others' if names[5:] else ''}")
+    return named
 
 
 def read_frames(frames: Iterable[LabelledFrame], domain: str, window: Window | None, whose: str) -> VideoList:
@@ -173,19 +183,22 @@ def read_frames(frames: Iterable[LabelledFrame], domain: str, window: Window | N
     else:
         for frame in frames:
             videos[frame.video].append(frame)
-        videos = {video: _with_unlabelled(own, videos) for video, own in videos.items()}
+        owners: dict[Path, set[str]] = defaultdict(set)
+        for frame in frames:
+            if isinstance(frame.image, Path):
+                owners[frame.image.parent].add(frame.video)
+        videos = {video: _with_unlabelled(own, owners) for video, own in videos.items()}
     entries = {name or Path(whose).resolve().name: _video_of(name, own) for name, own in videos.items()}
     return VideoList(entries, partial(open_labelled, domain, window))
 
 
-def _with_unlabelled(frames: list[LabelledFrame], videos: Mapping[str, list[LabelledFrame]]) -> list[LabelledFrame]:
+def _with_unlabelled(frames: list[LabelledFrame], owners: Mapping[Path, set[str]]) -> list[LabelledFrame]:
     """A video's frames and the other images of their folder, if it is theirs alone and all are in its order."""
     own = {frame.image: frame for frame in frames if isinstance(frame.image, Path)}
     folders = {path.parent for path in own}
-    others = {f.image.parent for of in videos.values() if of is not frames for f in of if isinstance(f.image, Path)}
-    if len(folders) != 1 or folders & others or len(own) < len(frames):
+    if len(folders) != 1 or len(own) < len(frames) or len(owners[min(folders)]) > 1:
         return frames
-    paths = frame_order(path for path in folders.pop().glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = frame_order(path for path in min(folders).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if [path for path in paths if path in own] != list(own):
         return frames
     return [own.get(path) or LabelledFrame(frames[0].video, path, None, None, frames[0].source) for path in paths]
@@ -210,7 +223,7 @@ def _video_of(name: str, frames: Sequence[LabelledFrame]) -> LabelledVideo:
                 raise SampleError(f"{owner}, frame {frame.name}: {seen[i]!r} and {name!r} have the same id, {one.key}")
             if one.parts and own.get(i):
                 say_once(f"{owner}: shapes of one id on a frame, as of {one.key} on {frame.name}, are one object")
-            own[i] = [*own.get(i, []), *one.parts]
+            own.setdefault(i, []).extend(one.parts)
             if (known := video.classes.setdefault(i, name)) != name:
                 say_once(f"{owner}: object {one.key} is {known!r} and {name!r}; the first counts")
     return video
@@ -258,9 +271,15 @@ def classes_of(videos: Sequence[Video]) -> list[str]:
     return sorted({video.classes.get(i, NO_CLASS) for video in videos for i in video.object_ids} or {NO_CLASS})
 
 
-def check_names(videos: Sequence[Video]) -> None:
+def objects_on(video: Video, frame: int) -> list[tuple[int, str, np.ndarray]]:
+    """The id, the class and the mask (H, W) bool of each object that is seen on an annotated frame, by their ids."""
+    shown = zip(video.object_ids, video.masks(frame), strict=True)
+    return [(i, video.classes.get(i, NO_CLASS), mask) for i, mask in shown if mask.any()]
+
+
+def check_names(videos: Sequence[Video], kind: str) -> None:
     """Raises `SampleError` where two videos, or two frames of one, have a name: files of labels tell them by it."""
-    check_unlike("videos", [video.video_id for video in videos])
+    check_unlike(f"names of videos, as {kind} has them", [video.video_id for video in videos])
     for video in videos:
         check_unlike(f"frames of {video.video_id}", video.frames.names)
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from scipy.ndimage import find_objects, label
 
-from samoe_hf.data.annotations import MasksOfObjects, decode_rle, segmentation_to_rle
+from samoe_hf.data.annotations import MasksOfObjects, decode_rle, decompress_counts, encode_rle, segmentation_to_rle
 from samoe_hf.data.frames import named_errors
 
 # A run-length encoding, a polygon x, y, x, y, …, or a function that draws a mask of a size (height, width).
@@ -55,10 +54,15 @@ def box(bounds: Sequence[float], rotation: float = 0, is_ellipse: bool = False) 
     return np.add(turned, ((x0 + x1) / 2, (y0 + y1) / 2)).ravel().tolist()
 
 
-def rle_of(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) bool as COCO's compressed run-length encoding."""
-    encoded: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+def cropped(mask: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The part of a mask (H, W) bool that holds all its pixels, of which there are some, and its left and top."""
+    rows, columns = find_objects(mask.astype(np.uint8))[0]
+    return mask[rows, columns], columns.start, rows.start
+
+
+def runs_of(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs of background and object in turn, along the rows of a mask (H, W) bool."""
+    return decompress_counts(encode_rle(mask.T)["counts"].encode()).tolist()
 
 
 def polygons_of(mask: np.ndarray) -> list[list[float]]:

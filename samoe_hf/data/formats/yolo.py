@@ -116,17 +116,18 @@ def write_yolo(videos: Sequence[Video], folder: Path) -> None:
     """
     classes = labels.classes_of(videos)
     for video in videos:
-        names = labels.write_frames(video, folder / "images" / video.video_id)
-        for place in ("labels", "tracks"):
-            (folder / place / video.video_id).mkdir(parents=True, exist_ok=True)
+        place = folder / "images" / video.video_id
+        names = labels.write_frames(video, place)
         for t in video.annotated_frames:
-            ids, lines = video.visible(t), []
-            for object_id, mask in zip(ids, video.masks(t, ids), strict=True):
+            lines: dict[str, list[str]] = {"labels": [], "tracks": []}
+            for object_id, name, mask in labels.objects_on(video, t):
                 points = np.reshape(joined(polygons_of(mask)), (-1, 2)) / video.size[::-1]
-                number = classes.index(video.classes.get(object_id, labels.NO_CLASS))
-                lines.append(" ".join([str(number), *(f"{value:.8g}" for value in points.ravel())]))
-            name = f"{Path(names[t]).stem}.txt"
-            (folder / "labels" / video.video_id / name).write_text("".join(f"{line}\n" for line in lines))
-            (folder / "tracks" / video.video_id / name).write_text("".join(f"{one}\n" for one in ids))
+                values = [str(classes.index(name)), *(f"{value:.8g}" for value in points.ravel())]
+                lines["labels"].append(" ".join(values))
+                lines["tracks"].append(str(object_id))
+            for kind, own in lines.items():
+                path = _beside(place / names[t], kind)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(f"{line}\n" for line in own))
     content = {"train": "images", "val": "images", "names": dict(enumerate(classes))}
     (folder / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

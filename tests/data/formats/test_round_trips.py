@@ -1,13 +1,17 @@
 """What is written for a label tool is read back: ids, frames, sizes, frames without annotation, and every pixel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from helpers.formats import odd_videos
-from samoe_hf.data import load_videos
+from helpers.formats import SIZE, odd_videos, save
+from samoe_hf.data import Video, load_videos
+from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.formats.convert import compare, write_videos
 from samoe_hf.data.formats.shapes import draw, joined, polygons_of
-from samoe_hf.data.layouts import WRITTEN
+from samoe_hf.data.images import ImageFrames
+from samoe_hf.data.layouts import WRITTEN, recognize
 from samoe_hf.errors import InputError
 
 KINDS = ["coco", "ytvis", "yolo", "cvat", "labelme", "labelstudio", "davis"]
@@ -28,6 +32,58 @@ def test_all_is_kept(kind, tmp_path):
     for video in videos if kind != "davis" else ():
         assert np.array_equal(back[video.video_id].frames[0], video.frames[0])
         assert {i: back[video.video_id].classes[i] for i in video.object_ids} == video.classes
+
+
+def named_videos(folder, names, frames=("0.25", "0.5", "10.0")):
+    """A video of each name, whose object moves, with images of the names `frames`."""
+    masks = np.zeros((len(frames), 1, *SIZE), bool)
+    for t, mask in enumerate(masks):
+        mask[0, t : t + 4] = True
+    videos = []
+    for number, name in enumerate(names):
+        paths = [folder / str(number) / f"{frame}.png" for frame in frames]
+        images = [save(path, np.full((*SIZE, 3), 9 * t, np.uint8)) for t, path in enumerate(paths)]
+        videos.append(Video(name, ImageFrames(images), MaskArrays(masks, [1])))
+    return videos
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_any_signs_and_decimals_of_frames_are_kept(kind, tmp_path):
+    videos = named_videos(tmp_path / "frames", ["images", "a&b 50%", "x#1+y?", "Käse %41", "set_1"])
+    (tmp_path / "out").mkdir()
+    kept = write_videos(kind, videos, tmp_path / "out")
+    assert (kept.videos, kept.differences, kept.lost) == (5, [], 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_videos_without_any_object_are_written_or_refused(kind, tmp_path):
+    (video,) = named_videos(tmp_path / "frames", ["a"])
+    empty = replace(video, annotations=MaskArrays(np.zeros((3, 0, *SIZE), bool), []))
+    (tmp_path / "out").mkdir()
+    if kind == "ytvis":
+        with pytest.raises(InputError, match="ytvis cannot be written without any object"):
+            write_videos(kind, [empty], tmp_path / "out")
+    else:
+        assert write_videos(kind, [empty], tmp_path / "out").differences == []
+
+
+def test_names_that_become_one_are_named(tmp_path):
+    with pytest.raises(InputError, match="names of videos, as davis has them: 'a_b' is there twice"):
+        write_videos("davis", named_videos(tmp_path, ["a/b", "a_b"]), tmp_path / "out")
+
+
+def test_masks_of_frames_that_are_no_longer_annotated_count_as_lost(tmp_path):
+    (video,) = named_videos(tmp_path, ["a"])
+    masks = np.stack([video.masks(t) for t in (0, 1)])
+    kept = compare([video], [replace(video, annotations=MaskArrays(masks, [1], [0, 1]))])
+    assert kept.lost == video.masks(2).sum() and "annotated frames" in kept.differences[0]
+
+
+def test_a_file_is_recognized_by_words_in_its_middle(tmp_path):
+    long = "x" * (1 << 21)
+    (tmp_path / "a.json").write_text(f'{{"videos": "{long}", "file_names": 1, "segmentations": "{long}"}}')
+    (tmp_path / "empty.json").touch()
+    assert recognize(tmp_path)[0].kind == "ytvis"
 
 
 @pytest.mark.parametrize("kind", ["coco", "ytvis", "cvat", "labelme"])
