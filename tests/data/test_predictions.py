@@ -79,3 +79,16 @@ def test_predictions_stay_in_their_folder(tmp_path, video_id, frame):
     with pytest.raises(SampleError, match="no path within a folder"):
         MaskFiles(tmp_path / "masks").write(video, 0, video.masks(0))
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("layout", ["davis", "youtube_vos", "sa_v"])
+def test_predictions_take_the_place_of_a_videos_masks(layout, tmp_path):
+    masks = np.zeros((2, 2, 4, 6), bool)
+    masks[:, 0, :2], masks[1, 1, 3:] = True, True
+    video = Video.from_arrays("a", np.zeros((2, 4, 6, 3), np.uint8), masks, [3, 300])
+    files = MaskFiles(tmp_path, layout)
+    for t in range(2):
+        files.write(video, t, video.masks(t))
+    back = files.annotations(video)
+    assert (back.object_ids, back.frames) == ([3, 300], [0, 1])
+    assert all(np.array_equal(back.masks(t, [3, 300]), masks[t]) for t in range(2))

@@ -47,10 +47,12 @@ def read_label_studio(
         window: intensities that become black and white, of images with more than 8 bits.
     """
     root = Path(root) / (split or "")
-    files: dict[str, list[Path]] = defaultdict(list)
+    files: dict[tuple[str, ...], list[Path]] = defaultdict(list)  # by the ends of their paths
     for file in root.rglob("*"):
         if file.suffix.lower() in IMAGE_SUFFIXES:
-            files[file.name].append(file)
+            parts = file.relative_to(root).parts
+            for start in range(len(parts)):
+                files[parts[start:]].append(file)
     frames: list[LabelledFrame] = []
     for path in labels.files_with(root, ".json", LABEL_STUDIO):
         with named_errors(path, "not Label Studio's JSON"):
@@ -69,8 +71,8 @@ def read_label_studio(
     return labels.read_frames(labels.name_objects(frames), domain, window, str(root))
 
 
-def _image(task: dict[str, Any], root: Path, files: Mapping[str, list[Path]]) -> Path:
-    """The file of a task's image; `files` are those of each name."""
+def _image(task: dict[str, Any], root: Path, files: Mapping[tuple[str, ...], list[Path]]) -> Path:
+    """The file of a task's image; `files` are those of each end of a path."""
     texts = [str(value) for value in task["data"].values() if isinstance(value, str)]
     urls = [text for text in texts if Path(urlparse(text).path).suffix or "?d=" in text]
     if not urls:
@@ -84,7 +86,7 @@ def _image(task: dict[str, Any], root: Path, files: Mapping[str, list[Path]]) ->
         )
     parts = PurePosixPath(name).parts
     for start in range(len(parts)):
-        own = [f for f in files.get(parts[-1], ()) if f.relative_to(root).parts[start - len(parts) :] == parts[start:]]
+        own = files.get(parts[start:], ())
         if len(own) == 1:
             return own[0]
         if own:

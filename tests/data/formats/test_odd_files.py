@@ -19,6 +19,7 @@ SQUARE, OTHER = [2, 2, 10, 2, 10, 8, 2, 8], [20, 10, 30, 10, 30, 14, 20, 14]  # 
 HOLE = np.zeros(SIZE, bool)
 HOLE[2:12, 3:20] = True
 HOLE[4:8, 6:10] = False  # 154 pixels
+ROUND, CIRCLE = 190, 208  # pixels of an ellipse of radii 10 and 6 (area 188.5), of a circle of 8 (201.1)
 # of `HOLE`, by label_studio_sdk's `mask2rle`
 BRUSH = [
     0, 0, 20, 160, 57, 27, 255, 1, 107, 0, 200, 127, 249, 172, 3, 33, 255, 230, 176, 11, 127, 247, 192, 49, 63, 254,
@@ -131,6 +132,7 @@ COCO = {
         "'cat' and 'dog' have the same id, 1",
     ),
     "two images of one id": (coco([(0, 1, [SQUARE])], [{}, {"id": 0}]), "ids of images: 0 is there twice"),
+    "image outside": (coco([(0, 1, [SQUARE])], [{"file_name": "../../x.png"}]), "no path within a folder"),
     "unknown image": (coco([(8, 1, [SQUARE])]), "an annotation of image 8"),
     "unknown category": (coco([(0, {"category_id": 9}, [SQUARE])]), "the category 9"),
     "box alone": (coco([(0, 1, [])]), "object 1: its shape is no mask"),
@@ -160,6 +162,7 @@ YTVIS = {
     "named videos": (ytvis([({}, [POLYGON, None])], {"name": "a"}), {"a": [{1: 48}, {1: 0}]}),
     "a crowd": (ytvis([({}, [POLYGON, None]), ({"iscrowd": 1}, [RLE, RLE])]), {"v": [{1: 48}, {1: 0}]}),
     "other size": (ytvis([({}, [POLYGON, None])], {"height": 20}), "labelled as 20 x 44 pixels"),
+    "image outside": (ytvis([({}, [POLYGON] * 2)], {"file_names": ["v/0.png", "../../x"]}), "no path within a folder"),
     "too few segmentations": (ytvis([({}, [POLYGON])]), "1 segmentations for 2 frames"),
     "two of one id": (
         ytvis([({}, [POLYGON] * 2), ({"id": 1}, [POLYGON] * 2)]), "ids of objects in v: 1 is there twice",
@@ -250,6 +253,9 @@ CVAT = {
     "group": (cvat(track(1, *ALL, group="5") + track(2, polygon(0, OTHER), polygon(1, outside=1), group="5")),
               {"v": [{1: 88}, {1: 48}, {1: 48}]}),
     "box": (cvat(track(1, *(BOX.format(t) for t in range(3)))), {"v": [{1: 48}] * 3}),
+    "ellipse": (
+        cvat(track(1, '<ellipse frame="0" outside="0" cx="20" cy="15" rx="10" ry="6"/>'), 1), {"v": [{1: ROUND}]},
+    ),
     "numbers with gaps": (
         cvat(track(1, polygon(10), polygon(15), polygon(20)),
              meta="<start_frame>10</start_frame><frame_filter>step=5</frame_filter>"), {"v": [{1: 48}] * 3},
@@ -269,6 +275,19 @@ CVAT = {
     "other size": (
         cvat(track(1, *ALL), meta="<original_size><width>30</width><height>44</height></original_size>"),
         "labelled as 44 x 30 pixels",
+    ),
+    "turned box": (
+        cvat(track(1, '<box frame="0" outside="0" xtl="0" ytl="0" xbr="20" ybr="2" rotation="90"/>'), 1),
+        {"v": [{1: 22}]},  # of 2 x 20, 9 rows are above the image
+    ),
+    "mask larger than its image": (
+        cvat(track(1, mask(0, [0, 10**12], (0, 0, 10**6, 10**6)))), "a mask of 1000000 x 1000000 pixels on an image",
+    ),
+    "mask partly outside": (cvat(track(1, mask(0, [0, 100], (40, 25, 10, 10))), 1), {"v": [{1: 20}]}),
+    "image outside": (cvat(IMAGE.replace("0.png", "../../x.png").format(polygon(0))), "no path within a folder"),
+    "both kinds of files": (
+        cvat(track(1, *ALL)) | {f"w/{n}": text for n, text in cvat(IMAGE.format(polygon(0))).items()},
+        "files for video and for images",
     ),
     "line": (cvat(track(1, polygon(0, tag="polyline"))), "a shape is a polyline"),
     "runs that do not fit": (cvat(track(1, mask(0, [5, 5]))), "runs do not add up to 17 x 10"),
@@ -323,6 +342,8 @@ LABELME = {
     ),
     "turned": (labelme([shape(SQUARE, group=1)]) | {"v/0.png": picture(SIZE, 6)}, {"v": [{1: 48}]}),
     "rectangle": (labelme([shape([10, 8, 2, 2], group=1, kind="rectangle")]), {"v": [{1: 48}]}),
+    "turned rectangle": (labelme([shape(SQUARE, group=1, kind="oriented_rectangle")]), {"v": [{1: 48}]}),
+    "circle": (labelme([shape([20, 15, 20, 7], group=1, kind="circle")]), {"v": [{1: CIRCLE}]}),
     "other size": (labelme({"shapes": [shape(SQUARE, group=1)], "imageWidth": 9}), "labelled as 30 x 9 pixels"),
     "line": (labelme([shape([2, 2, 9, 9], kind="line")]), "is a line of 2 points"),
     "two points": (labelme([shape([2, 2, 9, 9])]), "a polygon 'cat' has 2 points"),
@@ -357,6 +378,16 @@ def percent(points, label="cat"):
     return region({"points": pairs, "polygonlabels": [label]}, kind="polygonlabels")
 
 
+RECTANGLE = {
+    "x": 200 / WIDTH,
+    "y": 200 / HEIGHT,
+    "width": 800 / WIDTH,
+    "height": 600 / HEIGHT,
+    "rectanglelabels": ["c"],
+}
+ELLIPSE = {
+    "x": 2000 / WIDTH, "y": 1500 / HEIGHT, "radiusX": 1000 / WIDTH, "radiusY": 600 / HEIGHT, "ellipselabels": ["c"],
+}  # fmt: skip
 TASK = {"id": 1, "data": {"image": "s3://bucket/00000000-0.png"}}
 STUDIO = {
     "hole": (studio([brush()]), {"": [{1: 154}]}),
@@ -393,6 +424,11 @@ STUDIO = {
         | {"a/0.png": picture(), "b/0.png": picture()},
         "'0.png' may be",
     ),
+    "rectangle": (studio([region(RECTANGLE, kind="rectanglelabels")]), {"": [{1: 48}]}),
+    "turned rectangle": (
+        studio([region(RECTANGLE | {"rotation": 30}, kind="rectanglelabels")]), "of the type rectanglelabels",
+    ),
+    "ellipse": (studio([region(ELLIPSE, kind="ellipselabels")]), {"": [{1: ROUND}]}),
     "image missing": (studio([brush()], pictures=()), "there is no image '00000000-0.png'"),
     "video": (
         studio(tasks=[{"id": 1, "data": {"video": "/a/b.mp4"}, "annotations": [{"result": [brush()]}]}]),
@@ -401,6 +437,10 @@ STUDIO = {
     "other size": (studio([brush(original_height=20)]), "labelled as 20 x 44 pixels"),
     "turned in the tool": (studio([brush(image_rotation=90)]), "turned by 90 degrees"),
     "keypoint": (studio([region({"x": 1, "y": 1, "width": 1}, kind="keypointlabels")]), "of the type keypointlabels"),
+    "runs beyond the image": (
+        studio([region({"rle": BRUSH[:4] + encode_brush(np.ones((HEIGHT + 1, WIDTH), bool))[4:]})]),
+        "runs do not fit its image",
+    ),
     "cut off": (studio([region({"rle": BRUSH[:40], "brushlabels": ["cat"]})]), "ends before its last value|do not fit"),
 }  # fmt: skip
 

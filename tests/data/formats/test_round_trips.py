@@ -1,15 +1,18 @@
 """What is written for a label tool is read back: ids, frames, sizes, frames without annotation, and every pixel."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.formats import SIZE, odd_videos, save
 from samoe_hf.data import Video, load_videos
 from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.formats.convert import compare, write_videos
 from samoe_hf.data.formats.shapes import draw, joined, polygons_of
+from samoe_hf.data.frames import ArrayFrames
 from samoe_hf.data.images import ImageFrames
 from samoe_hf.data.layouts import WRITTEN, recognize
 from samoe_hf.errors import InputError
@@ -67,6 +70,53 @@ def test_videos_without_any_object_are_written_or_refused(kind, tmp_path):
         assert write_videos(kind, [empty], tmp_path / "out").differences == []
 
 
+def test_images_that_tools_show_otherwise_become_png(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    picture = np.random.default_rng(0).integers(0, 255, SIZE, dtype=np.uint8)
+    files = {"turned.jpg": picture.T, "plain.jpg": picture, "deep.png": picture * np.uint16(256), "plain.png": picture}
+    masks = MaskArrays(np.ones((1, 1, *SIZE), bool), [1])
+    videos = []
+    for name, pixels in files.items():
+        path = save(tmp_path / "frames" / name, pixels, **({"exif": exif} if name == "turned.jpg" else {}))
+        videos.append(Video(name, ImageFrames([path]), masks))
+    (tmp_path / "out").mkdir()
+    write_videos("ytvis", videos, tmp_path / "out")
+    written = {path.parent.name: path for path in (tmp_path / "out" / "JPEGImages").rglob("*.*") if path.is_file()}
+    assert [written[name].suffix for name in files] == [".png", ".jpg", ".png", ".png"]
+    for name, video in zip(files, videos, strict=True):
+        with Image.open(written[name]) as image:
+            assert np.array_equal(np.asarray(image.convert("RGB")), video.frames[0])
+        is_copy = written[name].read_bytes() == (tmp_path / "frames" / name).read_bytes()
+        assert is_copy == name.startswith("plain")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_lead_out_of_the_folder_or_are_there_twice_are_refused(kind, tmp_path):
+    (tmp_path / "in" / "out").mkdir(parents=True)
+    (video,) = named_videos(tmp_path / "frames", ["a"])
+    frames = [ImageFrames(video.frames.sources, names=[name, "1", "2"]) for name in ("../0", "2")]
+    odd = [replace(video, video_id="../../a"), *(replace(video, frames=own) for own in frames)]
+    if kind == "davis":
+        del odd[0]  # its names have no slash
+    for one in odd:
+        with pytest.raises(InputError, match=r"no path within a folder|frames of a: '2' is there twice"):
+            write_videos(kind, [one], tmp_path / "in" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", "in"]
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+def test_tracks_of_cvat_end_without_what_is_added_to_its_meta(polygons, tmp_path):
+    (video,) = named_videos(tmp_path / "frames", ["a"])
+    masks = np.concatenate([video.masks(t)[None] for t in range(3)])
+    masks[1] = False
+    write_videos("cvat", [replace(video, annotations=MaskArrays(masks, [1]))], tmp_path, polygons=polygons)
+    path = tmp_path / "a" / "annotations.xml"
+    path.write_text(re.sub("<labelled_frames>.*</labelled_frames>", "", path.read_text()))
+    (back,) = load_videos("cvat", tmp_path)
+    assert back.annotated_frames == [0, 1, 2] and back.visible(1) == [] and back.visible(2) == [1]
+
+
 def test_names_that_become_one_are_named(tmp_path):
     with pytest.raises(InputError, match="names of videos, as davis has them: 'a_b' is there twice"):
         write_videos("davis", named_videos(tmp_path, ["a/b", "a_b"]), tmp_path / "out")
@@ -82,8 +132,9 @@ def test_masks_of_frames_that_are_no_longer_annotated_count_as_lost(tmp_path):
 def test_a_file_is_recognized_by_words_in_its_middle(tmp_path):
     long = "x" * (1 << 21)
     (tmp_path / "a.json").write_text(f'{{"videos": "{long}", "file_names": 1, "segmentations": "{long}"}}')
-    (tmp_path / "empty.json").touch()
     assert recognize(tmp_path)[0].kind == "ytvis"
+    (tmp_path / "a.json").write_bytes(b"")
+    assert recognize(tmp_path)[0].kind == "files"
 
 
 @pytest.mark.parametrize("kind", ["coco", "ytvis", "cvat", "labelme"])
@@ -120,3 +171,7 @@ def test_what_differs_is_named(tmp_path):
     one, two = odd_videos(tmp_path / "frames"), odd_videos(tmp_path / "others", overlapping=False)
     kept = compare(one, two[:-1])
     assert kept.lost > 0 and any("not there" in text for text in kept.differences)
+    assert compare(one[:1], one).differences == ["set/b: was not there"]
+    small = MaskArrays(np.ones((6, 1, 8, 8), bool), [1])
+    other = Video("turned", ArrayFrames(np.zeros((6, 8, 8, 3), np.uint8)), small)
+    assert any("size were (30, 44), are (8, 8)" in text for text in compare(one[:1], [other]).differences)
