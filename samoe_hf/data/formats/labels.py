@@ -125,8 +125,8 @@ def name_objects(frames: Iterable[LabelledFrame]) -> list[LabelledFrame]:
         videos[frame.video].append(frame)
     for own in videos.values():
         files = {Path(frame.source).parent / f"{frame.name}.png": None for frame in own}
-        places = {path.stem: place for place, path in enumerate(frame_order(files))}
-        own.sort(key=lambda frame: places[frame.name])
+        places = {path.name: place for place, path in enumerate(frame_order(files))}
+        own.sort(key=lambda frame: places[f"{frame.name}.png"])
     named, guesses = [], defaultdict[str, list[str]](list)
     for video, own in videos.items():
         kinds = sorted({(one.class_name, one.group) for frame in own for one in frame.objects or ()}, key=str)

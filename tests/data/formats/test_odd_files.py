@@ -349,6 +349,7 @@ LABELME = {
     "two points": (labelme([shape([2, 2, 9, 9])]), "a polygon 'cat' has 2 points"),
     "mask that is none": (labelme([PATCH_PNG | {"mask": base64.b64encode(b"x").decode()}]), "a mask's PNG in base64"),
     "image missing": (labelme([shape(SQUARE, group=1)], pictures=[]), "there is no file .*0.png"),
+    "no name of an image": (labelme({"shapes": [shape(SQUARE, group=1)], "imagePath": ""}), "there is no file"),
     "group that is no number": (labelme([shape(SQUARE, group="a")]), "not LabelMe's JSON"),
 }  # fmt: skip
 
