@@ -47,6 +47,11 @@ FEWER = {"train": [*STEPS, "--report_to", "none", "--bf16", "false"], "adapt": S
 BEFORE = {
     "hub_and_peft.md": ["samoe evaluate MODEL --dataset npz --root CT --output outputs/ct"],
     "evaluation.md": ["samoe train configs/smoke.yaml --max_steps 1"],
+    "export.md": [
+        shlex.join(["samoe", "adapt", "MODEL", "--domain", "ultrasound", "--dataset", "RUN.yaml", *FEWER["adapt"]])
+        + " --output outputs/ultrasound"
+    ],
+    "interaction.md": ["samoe track MODEL dog.mp4 --box 300,100,560,380 --output out.mp4"],
     # The run that is resumed there.
     "training.md": [shlex.join(["samoe", "train", "finetune_mose", *FEWER["train"], "--save_strategy", "epoch"])],
 }
