@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from samoe_hf import VideoSession
-from samoe_hf.data.formats.shapes import draw, joined, polygons_of
+from samoe_hf.data.formats.cvat import draw_runs
+from samoe_hf.data.formats.shapes import cropped, draw, joined, polygons_of, runs_of
 from samoe_hf.data.images import read_pixels
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, load_tracker
@@ -122,17 +123,16 @@ class Track:
         """The mask in CVAT's words; None where nothing is seen."""
         if not self.mask.any():
             return None
-        (y0, y1), (x0, x1) = (np.flatnonzero(self.mask.any(axis=axis))[[0, -1]].tolist() for axis in (1, 0))
+        patch, x0, y0 = cropped(self.mask)
+        x1, y1 = x0 + patch.shape[1], y0 + patch.shape[0]
         if self.kind is None:
-            return [x0, y0, x1 + 1, y1 + 1]
+            return [x0, y0, x1, y1]
         if self.kind == "rectangle":
-            points = [x0, y0, x1 + 1, y1 + 1]
+            points = [x0, y0, x1, y1]
         elif self.kind == "polygon":
             points = joined(polygons_of(self.mask))
         else:
-            values = self.mask[y0 : y1 + 1, x0 : x1 + 1].ravel()
-            runs = np.diff([0, *np.flatnonzero(values[1:] != values[:-1]) + 1, values.size]).tolist()
-            points = [0] * bool(values[0]) + [*runs, x0, y0, x1, y1]
+            points = [*runs_of(patch), x0, y0, x1 - 1, y1 - 1]
         return {"type": self.kind, "points": points}
 
 
@@ -269,10 +269,10 @@ def draw_mask(points: Sequence[float], size: tuple[int, int]) -> np.ndarray:
     *runs, x0, y0, x1, y1 = (int(value) for value in points)
     is_inside = 0 <= x0 <= x1 < size[1] and 0 <= y0 <= y1 < size[0]
     if not is_inside or min(runs) < 0 or sum(runs) != (y1 - y0 + 1) * (x1 - x0 + 1) or len(runs) > sum(runs) + 1:
-        raise InputError(f"A mask does not fit its box {[x0, y0, x1, y1]}, or that the image of {size} pixels.")
-    mask = np.zeros(size, dtype=bool)
-    mask[y0 : y1 + 1, x0 : x1 + 1].flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return mask
+        raise InputError(
+            f"A mask does not fit its box {[x0, y0, x1, y1]}, or the image of {size} pixels (height, width)."
+        )
+    return draw_runs(runs, x0, y0, x1 + 1 - x0, y1 + 1 - y0, size)
 
 
 def _checked(mask: np.ndarray, kind: str) -> np.ndarray:

@@ -30,6 +30,7 @@ import torch
 
 from samoe_hf import VideoSession
 from samoe_hf.data.formats.label_studio import encode_brush
+from samoe_hf.data.formats.shapes import cropped
 from samoe_hf.data.frames import DAMAGE, FrameSequence, SampleError, check_inside, named_errors
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
@@ -233,9 +234,9 @@ def place_of(mask: np.ndarray) -> dict | None:
     """The box around a mask (H, W), in percent of its size; None where nothing is seen."""
     if not mask.any():
         return None
-    (y0, y1), (x0, x1) = (np.flatnonzero(mask.any(axis=axis))[[0, -1]].tolist() for axis in (1, 0))
+    patch, left, top = cropped(mask)
     x, y = 100 / mask.shape[1], 100 / mask.shape[0]
-    return {"x": x0 * x, "y": y0 * y, "width": (x1 + 1 - x0) * x, "height": (y1 + 1 - y0) * y, "rotation": 0}
+    return {"x": left * x, "y": top * y, "width": patch.shape[1] * x, "height": patch.shape[0] * y, "rotation": 0}
 
 
 def sequence_of(drawn: Sequence[dict], boxes: dict[int, dict | None], rate: float, is_cut: bool) -> list[dict]:

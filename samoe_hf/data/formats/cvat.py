@@ -165,7 +165,7 @@ def _part(shape: ElementTree.Element, path: Path) -> Part:
     if shape.tag == "mask":
         runs = [int(run) for run in shape.attrib["rle"].split(",")]
         left, top, width, height = (int(shape.attrib[name]) for name in ("left", "top", "width", "height"))
-        return partial(_draw_runs, runs, left, top, width, height)
+        return partial(draw_runs, runs, left, top, width, height)
     if shape.tag == "polygon":
         points = [float(number) for pair in shape.attrib["points"].split(";") for number in pair.split(",")]
         if len(points) < 6:
@@ -181,8 +181,8 @@ def _part(shape: ElementTree.Element, path: Path) -> Part:
     raise SampleError(f"a shape is a {shape.tag}, which has no area; masks and polygons are read")
 
 
-def _draw_runs(runs: list[int], left: int, top: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
-    """CVAT's runs of background and object in turn, along the rows of a box."""
+def draw_runs(runs: list[int], left: int, top: int, width: int, height: int, size: tuple[int, int]) -> np.ndarray:
+    """A mask of a size (height, width): CVAT's runs of background and object in turn, along the rows of a box."""
     if height > size[0] or width > size[1]:
         raise SampleError(f"a mask of {height} x {width} pixels on an image of {size[0]} x {size[1]}")
     return place(decode_rle({"size": [width, height], "counts": runs}, (width, height)).T, left, top, size)
