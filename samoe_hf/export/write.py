@@ -20,16 +20,14 @@ from samoe_hf import __version__
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.export.parts import COUNTS, SIGNATURES, Signature, Value, sizes
 from samoe_hf.export.run import prepare
-from samoe_hf.model.adapters import adapter_names
-from samoe_hf.model.domain_experts import PREFIX, use_domain
-from samoe_hf.model.expert_layer import ExpertMixture, replace_module, to_plain_linear
+from samoe_hf.model.domain_experts import use_domain
+from samoe_hf.model.expert_layer import replace_module, to_plain_linear
 from samoe_hf.model.memory_selection import MIN_SCORE
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompts import PREVIOUS_MASK_LIMIT
 from samoe_hf.model.weights_io import new_folder
-from samoe_hf.surgery.domains import find_domain
-from samoe_hf.surgery.merge import BASE_ALONE
+from samoe_hf.surgery.merge import BASE_ALONE, chosen_experts
 
 OPSET = 20
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -105,17 +103,7 @@ def check(model: SamoeModel, domain: str | None) -> None:
             f"`memory_selection` must be one of {', '.join(map(repr, MEMORY_SELECTIONS))} in a model that is exported, "
             f"got {model.memory_selection!r}; `run.py` does not look for doubles."
         )
-    if names := adapter_names(model):
-        raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
-    if model.origin.quantized:
-        raise InputError("The base is quantized; load the model without quantization.")
-    if domain is None and config.domains is not None:
-        known = ", ".join(map(repr, [*config.domain_names, BASE_ALONE]))
-        raise InputError(
-            f"`domain` must say whose experts are exported, one of {known}; the gate that chooses them is not exported."
-        )
-    if domain not in (None, BASE_ALONE):
-        find_domain(model, domain)
+    chosen_experts(model, domain)
 
 
 def image_settings(model: SamoeModel, processor: VideoProcessor) -> dict[str, Any]:
@@ -177,11 +165,10 @@ def _describe(file: str, signature: Signature, model: SamoeModel) -> dict[str, A
 
 def with_plain_layers(model: SamoeModel, domain: str | None) -> SamoeModel:
     """The model, whose layers are plain where they run one expert or none."""
+    chosen = chosen_experts(model, domain)
     for layer in model.expert_module_names:
-        linear = model.get_submodule(layer)
+        linear, experts = model.get_submodule(layer), chosen.get(layer)
         assert isinstance(linear, nn.Linear)
-        experts = linear if isinstance(linear, ExpertMixture) else getattr(linear, f"{PREFIX}{domain}", None)
-        experts = None if domain == BASE_ALONE else experts
         if experts is None or experts.num_experts == 1 or not experts.lora_B.any():
             plain = to_plain_linear(linear)
             if experts is not None and experts.num_experts == 1:

@@ -41,37 +41,44 @@ def merge_into_base(model: SamoeModel, domain: str | None = None) -> Union["Sam2
         InputError: if a router chooses among several experts, there is no such domain, the base is quantized, or the
             model has adapters of PEFT.
     """
-    if names := adapter_names(model):
-        raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
-    if model.origin.quantized:
-        raise InputError("The base is quantized, and its weights are rounded; load the model without quantization.")
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_parameter(name)}
-    for layer, experts in _single_experts(model, domain).items():
-        tensors[f"{layer}.weight"] = experts.merge_into(tensors[f"{layer}.weight"])
+    for layer, experts in chosen_experts(model, domain).items():
+        if experts.num_experts == 1:
+            tensors[f"{layer}.weight"] = experts.merge_into(tensors[f"{layer}.weight"])
+        elif experts.lora_B.any():
+            raise InputError(
+                f"A router chooses among {experts.num_experts} experts for each token of {layer!r}, which no plain "
+                "weight does. Train one (`samoe adapt … --num_experts 1 --num_experts_per_tok 1`), keep one "
+                "(`prune_experts`), or use the SamoeModel itself."
+            )
     with torch.random.fork_rng(devices=[]):
         plain = AutoModel.from_config(config_of_base(model.config), dtype=model.dtype)
     plain.load_state_dict(tensors)
     return plain.to(model.device).eval()
 
 
-def _single_experts(model: SamoeModel, domain: str | None) -> dict[str, ExpertMixture]:
-    """The experts that are to be merged, one for each of these layers."""
+def chosen_experts(model: SamoeModel, domain: str | None) -> dict[str, ExpertMixture]:
+    """The experts that are in use, by the names of their layers, of a model whose layers are about to become plain.
+
+    Args:
+        domain: see [`merge_into_base`].
+
+    Raises:
+        InputError: if a domain must be named, or there is no such one; if the base is quantized, or the model has
+            adapters of PEFT.
+    """
+    if names := adapter_names(model):
+        raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
+    if model.origin.quantized:
+        raise InputError("The base is quantized, and its weights are rounded; load the model without quantization.")
     if domain == BASE_ALONE:
         return {}
     if domain is None and model.config.domains is not None:
         known = ", ".join(map(repr, [*model.config.domain_names, BASE_ALONE]))
-        raise InputError(f"`domain` must say which of the model's domains is merged, one of {known}.")
+        raise InputError(f"`domain` must say whose experts are taken, one of {known}; no gate chooses them here.")
     if domain is not None:
         find_domain(model, domain)
-    found = dict(expert_modules(model) if domain is None else domain_modules(model, domain))
-    for layer, experts in found.items():
-        if experts.num_experts > 1 and experts.lora_B.any():
-            raise InputError(
-                f"A router chooses among {experts.num_experts} experts for each token of {layer!r}, which no plain "
-                "weight does. Train one (`samoe adapt … --num_experts 1 --num_experts_per_tok 1`), keep one "
-                "(`prune_experts`), or use the SamoeModel itself."
-            )
-    return {layer: experts for layer, experts in found.items() if experts.num_experts == 1}
+    return dict(expert_modules(model) if domain is None else domain_modules(model, domain))
 
 
 def save_into_sam3(

@@ -212,7 +212,7 @@ def test_models_without_domains_are_merged_and_experts_without_effect_are_none(n
 @pytest.mark.parametrize(
     ("domain", "message"),
     [
-        (None, "must say which of the model's domains is merged, one of 'lora', 'mixture', 'base'"),
+        (None, "must say whose experts are taken, one of 'lora', 'mixture', 'base'"),
         ("none", "no domain 'none'"),
         ("mixture", "chooses among 3 experts"),
     ],
