@@ -1,6 +1,6 @@
 """An environment with onnxruntime, NumPy and Pillow alone tracks as the package does; and other ways to export."""
 
-import pickle
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +21,18 @@ from samoe_hf.model.processing_samoe import build_processor
 pytestmark = pytest.mark.slow
 FRAMES, MASKS = drawn_video(20, (480, 854))
 PROGRAM = """
-import importlib.util, pickle, sys
+import importlib.util, json, sys
+import numpy as np
 assert not importlib.util.find_spec("torch") and not importlib.util.find_spec("transformers")
 sys.path.insert(0, sys.argv[1])
 from run import Tracker
-frames, prompts = pickle.load(open("given", "rb"))
-pickle.dump({t: logits for t, _, logits in Tracker(sys.argv[1]).track(frames, prompts)}, open("logits", "wb"))
+given = np.load("given.npz", allow_pickle=False)
+prompts = json.load(open("prompts.json"))
+for prompt in prompts:
+    if "mask" in prompt:
+        prompt["mask"] = given[prompt["mask"]]
+tracked = Tracker(sys.argv[1]).track(given["frames"], prompts)
+np.savez("logits.npz", **{str(t): logits for t, _, logits in tracked})
 """
 
 
@@ -73,9 +79,13 @@ def prompts_of(count: int, corrected: bool = False) -> list[dict]:
 def test_without_pytorch_it_tracks_as_the_package_does(python, small, count, track, tmp_path):
     model, processor, folder = small
     prompts = prompts_of(count, corrected=track is tracked_with_corrections)
-    (tmp_path / "given").write_bytes(pickle.dumps((FRAMES, prompts)))
+    masks = {f"mask{i}": prompt["mask"] for i, prompt in enumerate(prompts) if "mask" in prompt}
+    np.savez(tmp_path / "given.npz", allow_pickle=False, frames=np.stack(FRAMES), **masks)
+    named = [{**prompt, "mask": f"mask{i}"} if "mask" in prompt else prompt for i, prompt in enumerate(prompts)]
+    (tmp_path / "prompts.json").write_text(json.dumps(named))
     subprocess.run([python, "-c", PROGRAM, folder], cwd=tmp_path, check=True)
-    ours = pickle.loads((tmp_path / "logits").read_bytes())
+    with np.load(tmp_path / "logits.npz", allow_pickle=False) as file:
+        ours = {int(t): logits for t, logits in file.items()}
     result = difference(track(model, processor, FRAMES, prompts), ours)
     assert result.mean < 1e-3 and result.iou > 0.999
 
