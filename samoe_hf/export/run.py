@@ -26,8 +26,10 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -337,14 +339,13 @@ def weights(old: int, new: int, cubic: bool = False, shrinks: bool = False) -> n
     return share / share.sum(axis=1, keepdims=True)
 
 
-def points_of(prompt: dict, side: int, size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+def points_of(prompt: dict, side: int, size: tuple[int, int]) -> tuple[np.ndarray, list[float]]:
     """Points (points, 2) in pixels of the model's input, and their labels: 2 and 3 for a box's corners, which come
     first."""
-    height, width = size
-    (x0, y0, x1, y1), box = prompt.get("box", (0, 0, 0, 0)), [2, 3] if "box" in prompt else []
-    corners = [[min(x0, x1), min(y0, y1)], [max(x0, x1), max(y0, y1)]][: len(box)]
-    points = np.array([*corners, *prompt.get("points", [])], np.float32).reshape(-1, 2)
-    return points * np.array([side / width, side / height], np.float32), [*box, *prompt.get("labels", [])]
+    box, points = (numbers(prompt.get(name, []), 2) for name in ("box", "points"))
+    points = np.concatenate([np.sort(box, axis=0), points]).astype(np.float32)
+    labels = [2, 3][: len(box)] + numbers(prompt.get("labels", []), 1)[:, 0].tolist()
+    return points * np.array([side / size[1], side / size[0]], np.float32), labels
 
 
 def numbers(values: Any, width: int) -> np.ndarray:
@@ -363,17 +364,22 @@ def check_prompts(prompts: list[dict], num_frames: int, size: tuple[int, int]) -
     (height, width), seen = size, defaultdict(dict)
     for prompt in prompts:
         t, i = prompt.get("frame"), prompt.get("object")
+        shown = prompt | ({"mask": f"{np.shape(prompt['mask'])}"} if "mask" in prompt else {})
 
-        def need(rule: str, holds: Any, t=t, i=i) -> None:
+        def need(rule: str, holds: Any, shown=shown) -> None:
             if not holds:
-                raise InputError(f"The prompt of object {i} on frame {t} must have {rule}.")
+                raise InputError(f"A prompt must have {rule}, got {shown!s:.300}.")
 
         need(f'a "frame" from 0 to {num_frames - 1}', isinstance(t, int) and 0 <= t < num_frames)
         need(f'an "object" from 1 to {MAX_ID}', isinstance(i, int) and 1 <= i <= MAX_ID)
-        need("no other prompt there; all points and the box are one", t not in seen[i])
-        what = {name for name in ("points", "box", "mask", "end") if prompt.get(name) is not None}
+        need("no other one of its object and frame; all points and the box are one", t not in seen[i])
+        flags = {name: prompt.get(name, False) for name in ("correction", "end")}
+        need('true or false as "correction" and "end"', all(isinstance(flag, bool) for flag in flags.values()))
+        what = {name for name in ("points", "box", "mask") if prompt.get(name) is not None}
+        what |= {"end"} if flags["end"] else set()
         need("points, a box, or both; or a mask; or an end", (what and what <= {"points", "box"}) or len(what) == 1)
-        need("no other keys", prompt.keys() <= {"frame", "object", "labels", "correction", *what})
+        known = {"frame", "object", "labels", *flags, *what}
+        need(f"no other keys than {', '.join(sorted(known))}", prompt.keys() <= known)
         points, labels = numbers(prompt.get("points", []), 2), numbers(prompt.get("labels", []), 1)
         need("at least one point", len(points) or "points" not in what)
         need(f"points in the frame of {width} x {height}", ((points >= 0) & (points < (width, height))).all())
@@ -382,8 +388,8 @@ def check_prompts(prompts: list[dict], num_frames: int, size: tuple[int, int]) -
             corners = numbers(numbers(prompt["box"], 4), 2)
             need("a box x0, y0, x1, y1 with an area", len(corners) == 2 and (corners[0] != corners[1]).all())
             overlaps = (corners.min(0) < (width, height)).all() and (corners.max(0) >= 0).all()
-            need("a box in the frame", overlaps)
-        need(f"a mask of {width} x {height}", "mask" not in what or np.shape(prompt["mask"]) == size)
+            need(f"a box in the frame of {width} x {height}", overlaps)
+        need(f"a mask of {size} (height, width)", "mask" not in what or np.shape(prompt["mask"]) == size)
         seen[i][t] = prompt
     for i, own in seen.items():
         given = [t for t, prompt in own.items() if not prompt.get("end")]
@@ -394,26 +400,34 @@ def check_prompts(prompts: list[dict], num_frames: int, size: tuple[int, int]) -
             raise InputError(f"The end of object {i} must be after all its prompts.")
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; what cannot be read of it is an error that names it."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} must be an image: {error}") from error
+
+
 class Images(Sequence):
     """The images of a folder, in the order of the numbers in their names."""
 
     def __init__(self, folder: Path):
-        paths = [path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()]
-        self.paths = sorted(
-            paths,
-            key=lambda path: [
-                (0, int(x), "") if x.isdecimal() else (1, 0, x) for x in re.split(r"(\d+)", path.name) if x
-            ],
-        )
+        def key(path: Path) -> list:
+            return [(0, int(x)) if x.isdecimal() else (1, x) for x in re.split(r"(\d+)", path.name) if x]
+
+        images = [path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()]
+        self.paths = sorted((path for path in images if path.name[0] != "."), key=key)
         self.names = [path.stem for path in self.paths]
-        if len({*self.names}) < len(paths) or not paths:
-            raise InputError(f"{folder} must hold images, each with a name of its own.")
+        if len({*self.names}) < len(self.names) or not self.names:
+            raise InputError(f"{folder} must hold images, each with a name of its own, got {self.names or 'none'}.")
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        with Image.open(self.paths[index]) as image:
+        with opened(self.paths[index]) as image:
             if image.mode[0] in "IF":
                 raise InputError(f"{self.paths[index]} must have 8 bits for each color, got mode {image.mode}.")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -425,16 +439,25 @@ def read_video(path: Path) -> list[np.ndarray]:
         import av
     except ImportError as error:
         raise InputError(f"{path} is no folder, and a video file needs PyAV: pip install av") from error
-    with av.open(path) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    try:
+        with av.open(path) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise InputError(f"{path} must be a folder of images or a video file: {error}") from error
+    if not frames:
+        raise InputError(f"{path} must be a video file, but no frame of it can be read.")
+    return frames
 
 
 def read_prompts(path: Path) -> list[dict]:
     """prompts.json with its masks, whose files are named as seen from there."""
-    prompts = json.loads(path.read_text())
-    for prompt in prompts:
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be a JSON file of prompts: {error}") from error
+    for prompt in prompts if isinstance(prompts, list) else []:
         if isinstance(prompt, dict) and "mask" in prompt:
-            with Image.open(path.parent / str(prompt["mask"])) as image:
+            with opened(path.parent / str(prompt["mask"])) as image:
                 prompt["mask"] = np.asarray(image)
     return prompts
 
@@ -446,18 +469,23 @@ def main() -> None:
     parser.add_argument("masks", type=Path, metavar="MASKS")
     parsed = parser.parse_args()
     try:
+        if parsed.masks.exists():
+            raise InputError(f"MASKS must be a new folder, but {parsed.masks} exists.")
         if not parsed.frames.exists():
-            raise InputError(f"{parsed.frames} is not there.")
+            raise InputError(f"FRAMES must be a folder of images or a video file, but {parsed.frames} is not there.")
         frames = Images(parsed.frames) if parsed.frames.is_dir() else read_video(parsed.frames)
         names = frames.names if isinstance(frames, Images) else [f"{t:05d}" for t in range(len(frames))]
-        prompts = read_prompts(parsed.prompts)
-        check_prompts(prompts, len(frames), frames[0].shape[:2])
-        parsed.masks.mkdir(parents=True)
-        for t, ids, logits in Tracker(Path(__file__).parent).track(frames, prompts):
-            # A pixel belongs to the object of the largest positive logit.
-            best = np.where(logits.max(axis=0) > 0, logits.argmax(axis=0) + 1, 0)
-            Image.fromarray(np.array([0, *ids], np.uint8)[best]).save(parsed.masks / f"{names[t]}.png")
-    except (InputError, ImportError, OSError, json.JSONDecodeError) as error:
+        tracked = Tracker(Path(__file__).parent).track(frames, read_prompts(parsed.prompts))
+        parsed.masks.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=parsed.masks.parent, prefix=".masks") as temporary:
+            folder = Path(temporary) / "masks"
+            folder.mkdir()
+            for t, ids, logits in tracked:
+                # A pixel belongs to the object of the largest positive logit.
+                best = np.where(logits.max(axis=0) > 0, logits.argmax(axis=0) + 1, 0)
+                Image.fromarray(np.array([0, *ids], np.uint8)[best]).save(folder / f"{names[t]}.png")
+            folder.rename(parsed.masks)
+    except (InputError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -99,11 +99,14 @@ class SimpleMemory:
         ({"box": [3, 3, 3, 9]}, "with an area"),
         ({"box": [1, 2, 3]}, "with an area"),
         ({"box": {"x": 1}}, "with an area"),
+        ({"box": [130, 0, 140, 9], "end": False}, "a box in the frame"),
+        ({"end": False}, "points, a box"),
+        ({"box": [0, 0, 9, 9], "correction": "no"}, "true or false"),
         ({"box": [130, 0, 140, 9]}, "a box in the frame"),
-        ({"mask": np.ones((9, 9))}, "a mask of 128 x 96"),
+        ({"mask": np.ones((9, 7))}, r"a mask of \(96, 128\) .*'mask': '\(9, 7\)'"),
         ({"mask": np.ones((96, 128)), "box": [0, 0, 9, 9]}, "or a mask"),
         ({}, "points, a box"),
-        ({"box": [0, 0, 9, 9], "boxes": [1]}, "no other keys"),
+        ({"box": [0, 0, 9, 9], "boxes": [1]}, "no other keys .*'boxes'"),
     ],
 )
 def test_a_prompt_that_cannot_be_used_is_refused_by_name(prompt, rule):
@@ -120,7 +123,7 @@ def test_a_prompt_that_cannot_be_used_is_refused_by_name(prompt, rule):
         ([PROMPTS["box"][0] | {"correction": True}], "first prompt of object 1"),
         ([{"frame": 2, "object": 1, "end": True}], "first prompt of object 1"),
         ([PROMPTS["box"][0] | {"frame": 3}, {"frame": 2, "object": 1, "end": True}], "end of object 1"),
-        (PROMPTS["box"] * 2, "no other prompt"),
+        (PROMPTS["box"] * 2, "no other one of its object"),
     ],
 )
 def test_prompts_that_do_not_go_together_are_refused(prompts, message):
@@ -163,32 +166,50 @@ def test_the_program_writes_a_map_of_ids_for_each_frame_of_a_folder(exported, tm
 
 
 @pytest.mark.parametrize(
-    "files, message",
+    "frames, files, message",
     [
-        ({}, "frames must hold images"),
-        ({"frames/0.png": FRAMES[0], "frames/0.bmp": FRAMES[0]}, "a name of its own"),
-        ({"frames/0.png": FRAMES[0].astype(np.uint16)[..., 0], "prompts.json": "[]"}, "8 bits for each color"),
-        ({"frames/0.png": FRAMES[0]}, "prompts.json"),
-        ({"frames/0.png": FRAMES[0], "prompts.json": "["}, "Expecting value"),
-        ({"frames/0.png": FRAMES[0], "prompts.json": '[{"frame": 0, "object": 1, "mask": "no.png"}]'}, "no.png"),
+        ("none", {}, "FRAMES must be a folder of images or a video file, but none is not there"),
+        ("texts", {"texts/a.txt": "no image"}, "texts must hold images"),
+        ("film.mp4", {"film.mp4": "no video"}, "film.mp4 must be a folder of images or a video file"),
+        ("twice", {"twice/0.png": FRAMES[0], "twice/0.bmp": FRAMES[0]}, "a name of its own"),
+        ("deep", {"deep/0.png": FRAMES[0].astype(np.uint16)[..., 0]}, "8 bits for each color"),
+        ("frames", {"frames/0.png": "no image"}, "0.png must be an image"),
+        ("frames", {"frames/5.png": FRAMES[5][:50]}, r"Frame 5 must be \(128, 96\) pixels"),
+        ("frames", {"prompts.json": None}, "prompts.json must be a JSON file of prompts: .*No such file"),
+        ("frames", {"prompts.json": "["}, "prompts.json must be a JSON file of prompts: Expecting value"),
+        ("frames", {"prompts.json": "5"}, "a list of at least one"),
+        ("frames", {"prompts.json": '[{"frame": 0, "object": 1, "mask": "no.png"}]'}, "no.png must be an image"),
         (
-            {"frames/0.png": FRAMES[0], "prompts.json": '[{"frame": 1, "object": 1, "box": [0, 0, 9, 9]}]'},
-            "from 0 to 0",
+            "frames",
+            {"prompts.json": '[{"frame": 6, "object": 1, "box": [0, 0, 9, 9]}]'},
+            "from 0 to 5, got {'frame': 6",
         ),
-        ({"frames/0.png": FRAMES[0], "prompts.json": json.dumps(PROMPTS["box"]), "masks/a.png": MASK}, "masks"),
+        ("frames", {"masks/a.png": MASK}, "MASKS must be a new folder, but masks exists"),
     ],
 )
-def test_the_program_says_in_a_line_what_it_cannot_use_and_writes_nothing(tmp_path, monkeypatch, files, message):
-    (tmp_path / "frames").mkdir()
-    for name, content in files.items():
+def test_the_program_says_in_a_line_what_it_cannot_use_and_writes_nothing(
+    parts, tmp_path, monkeypatch, frames, files, message
+):
+    given = {f"frames/{t}.png": frame for t, frame in enumerate(FRAMES)}
+    for name, content in {**given, "prompts.json": json.dumps(PROMPTS["box"]), **files}.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(content) if isinstance(content, str) else Image.fromarray(content).save(path)
+        if content is not None:
+            path.write_text(content) if isinstance(content, str) else Image.fromarray(content).save(path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["run.py", "frames", "prompts.json", "masks"])
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+    monkeypatch.setattr(sys, "argv", ["run.py", frames, "prompts.json", "masks"])
+    monkeypatch.setattr("samoe_hf.export.run.Tracker", lambda _: parts.tracker)
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
         main()
-    assert {path.name for path in tmp_path.glob("masks/*")} <= {"a.png"}
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("prompt", [{"points": [POINT], "labels": 1}, {"box": [BOX[:2], BOX[2:]]}])
+def test_numbers_may_be_nested_otherwise(parts, prompt):
+    flat = PROMPTS["box" if "box" in prompt else "point"]
+    logits = [next(parts.tracker.track(FRAMES, given))[2] for given in ([{**flat[0], **prompt}], flat)]
+    np.testing.assert_array_equal(*logits)
 
 
 def test_few_objects_at_once_are_tracked_as_all_are(parts, monkeypatch):
@@ -197,12 +218,6 @@ def test_few_objects_at_once_are_tracked_as_all_are(parts, monkeypatch):
     monkeypatch.setattr("samoe_hf.export.run.MAX_LOGITS", 3 * 64 * 64)
     apart = {t: logits for t, _, logits in parts.tracker.track(FRAMES, prompts)}
     assert difference(together, apart).mean < 1e-3
-
-
-def test_frames_that_are_not_there_are_said_to_be_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "nothing"), "prompts.json", "masks"])
-    with pytest.raises(SystemExit, match="nothing is not there"):
-        main()
 
 
 def test_frames_of_different_sizes_are_refused(parts):
