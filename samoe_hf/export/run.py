@@ -352,7 +352,7 @@ def numbers(values: Any, width: int) -> np.ndarray:
     """Finite numbers in rows of `width`; one row of NaN where they are something else."""
     try:
         rows = np.array(values, np.float64).reshape(-1, width)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rows = np.full((1, width), np.nan)
     return rows if np.isfinite(rows).all() else np.full((1, width), np.nan)
 
@@ -453,7 +453,7 @@ def read_prompts(path: Path) -> list[dict]:
     """prompts.json with its masks, whose files are named as seen from there."""
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} must be a JSON file of prompts: {error}") from error
     for prompt in prompts if isinstance(prompts, list) else []:
         if isinstance(prompt, dict) and "mask" in prompt:

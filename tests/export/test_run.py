@@ -92,6 +92,7 @@ class SimpleMemory:
         ({"object": 0}, 'an "object" from 1 to 255'),
         ({"object": "1"}, 'an "object" from 1 to 255'),
         ({"points": "here", "labels": [1]}, "points in the frame"),
+        ({"points": [[1, 10**400]], "labels": [1]}, "points in the frame"),
         ({"points": [], "labels": []}, "at least one point"),
         ({"points": [[1, 1]], "labels": []}, "a label"),
         ({"points": [[1, 1]], "labels": [2]}, "a label"),
@@ -177,6 +178,7 @@ def test_the_program_writes_a_map_of_ids_for_each_frame_of_a_folder(exported, tm
         ("frames", {"frames/5.png": FRAMES[5][:50]}, r"Frame 5 must be \(128, 96\) pixels"),
         ("frames", {"prompts.json": None}, "prompts.json must be a JSON file of prompts: .*No such file"),
         ("frames", {"prompts.json": "["}, "prompts.json must be a JSON file of prompts: Expecting value"),
+        ("frames", {"prompts.json": "[" * 100_000}, "prompts.json must be a JSON file of prompts: .*recursion"),
         ("frames", {"prompts.json": "5"}, "a list of at least one"),
         ("frames", {"prompts.json": '[{"frame": 0, "object": 1, "mask": "no.png"}]'}, "no.png must be an image"),
         (
