@@ -356,13 +356,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--data: there is no folder {', '.join(missing)}")
     if parsed.frames < 1:
         parser.error(f"--frames must be at least 1, got {parsed.frames}")
-    if not login and not ipaddress.ip_address(socket.gethostbyname(parsed.host)).is_loopback:
-        parser.error(f"--host {parsed.host} lets others in; set {LOGIN}=name:password in the environment")
+    if not 0 <= parsed.port < 2**16:
+        parser.error(f"--port must be from 0 to {2**16 - 1}, got {parsed.port}")
     logging.basicConfig(level=logging.INFO)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_tracker(parsed.model, device)
-    backend = Backend(model, processor, Path(parsed.model).name, parsed.data, parsed.frames)
-    with Server((parsed.host, parsed.port), backend, login) as server:
+    try:
+        with input_errors(f"--host {parsed.host}"):
+            address = socket.gethostbyname(parsed.host)
+        if not login and not ipaddress.ip_address(address).is_loopback:
+            raise InputError(f"--host {parsed.host} lets others in; set {LOGIN}=name:password in the environment")
+        with input_errors(parsed.model):
+            model, processor = load_tracker(parsed.model, "cuda" if torch.cuda.is_available() else "cpu")
+        backend = Backend(model, processor, Path(parsed.model).name, parsed.data, parsed.frames)
+        with input_errors(f"--host {parsed.host} --port {parsed.port}"):
+            server = Server((parsed.host, parsed.port), backend, login)
+    except InputError as error:
+        parser.error(str(error))
+    with server:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         logger.info("Label Studio's backend is at http://%s:%s until Ctrl+C", *server.server_address[:2])
         with contextlib.suppress(KeyboardInterrupt):

@@ -343,6 +343,8 @@ def test_a_login_is_asked_but_of_webhooks(backend):
         (["--data", "nowhere"], "there is no folder nowhere"),
         (["--data", ".", "--frames", "0"], "--frames must be at least 1"),
         (["--data", ".", "--host", "0.0.0.0"], "lets others in"),
+        (["--data", ".", "--host", "no.invalid"], "--host no.invalid: "),
+        (["--data", ".", "--port", "65536"], "--port must be from 0 to 65535, got 65536"),
         ([], "--data"),
     ],
 )
@@ -351,3 +353,11 @@ def test_the_program_refuses_what_cannot_be_served(arguments, message, capsys, m
     with pytest.raises(SystemExit):
         label_studio_backend.main([small_base(), *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_and_a_port_that_is_taken_are_said_in_a_line(url, tmp_path, capsys):
+    port = url.rpartition(":")[2]
+    for model, message in ((str(tmp_path / "none"), "none"), (small_base(), f"--port {port}: ")):
+        with pytest.raises(SystemExit):
+            label_studio_backend.main([model, "--data", str(tmp_path), "--port", port])
+        assert message in capsys.readouterr().err.splitlines()[-1]
