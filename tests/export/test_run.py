@@ -1,5 +1,6 @@
 """The tracker of an exported folder gives what the model gives."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.export import compare, difference, drawn_video, tracked_with_corrections
+from helpers.export import EagerTracker, compare, difference, drawn_video, tracked_with_corrections
 from samoe_hf.export.run import TrackedObject, Tracker, check_prompts, main, prepare, resize
 from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
 from samoe_hf.model.memory_selection import MemoryLimits, select_memories
@@ -51,6 +52,16 @@ def test_a_correction_reads_memories_and_refines_the_mask(reference, correction)
     assert result.mean < 1e-3 and result.iou > 0.999
 
 
+def test_a_corrected_frame_is_one_frame_where_memories_are_chosen_by_score(parts):
+    model = copy.deepcopy(parts.model)
+    model.config.memory_selection = "score"
+    click = {"points": [[10, 90]], "labels": [0]}
+    prompts = [{"frame": 0, "object": 1, "box": BOX}, {"frame": 3, "object": 1, "correction": True, **click}]
+    theirs = tracked_with_corrections(model, parts.processor, FRAMES, prompts)
+    tracker = EagerTracker(model, parts.processor)
+    assert difference(theirs, {t: logits for t, _, logits in tracker.track(FRAMES, prompts)}).mean < 1e-3
+
+
 @pytest.mark.parametrize("kind", ["recent", "score"])
 @pytest.mark.parametrize("step", [1, -1])
 def test_a_frame_reads_the_memories_that_the_model_reads(kind, step):
@@ -60,11 +71,7 @@ def test_a_frame_reads_the_memories_that_the_model_reads(kind, step):
         num_frames, limit = int(draw.integers(2, 60)), int(draw.choice([-1, 1, 3]))
         frames = draw.permutation(num_frames)
         num_prompted, t = int(draw.integers(1, 5)), int(draw.integers(num_frames))
-        tracker = Tracker.__new__(Tracker)
-        tracker.rules = {
-            "num_maps": 7, "max_pointers": 16, "max_conditioning": limit, "memory_selection": kind, "min_score": 0.01,
-        }  # fmt: skip
-        tracker.num_frames, one, bank = num_frames, TrackedObject(0, np.inf), MemoryBank()
+        tracker, one, bank = tracker_of(kind, num_frames, limit), TrackedObject(0, np.inf), MemoryBank()
         for x in frames[: 5 * num_prompted].tolist():
             score, is_prompted = float(draw.choice([0.0, 0.5])), x in frames[:num_prompted]
             memory = FrameMemory(np.zeros((1, 1)), np.zeros((1, 1)), [Evidence(score, 1, 1)])
@@ -75,6 +82,26 @@ def test_a_frame_reads_the_memories_that_the_model_reads(kind, step):
         expected = select_memories(kind, bank, t, limits, reverse=step < 0)
         assert sorted(maps) == sorted(expected.spatial)
         assert sorted(pointers) == sorted((x, distance / expected.max_distance) for x, distance in expected.pointers)
+
+
+@pytest.mark.parametrize("kind", ["recent", "score"])
+def test_what_is_not_read_again_is_forgotten(kind):
+    """Neither on the way onward, nor back from the first prompted frame."""
+    tracker, one, draw = tracker_of(kind, 400), TrackedObject(100, np.inf), np.random.default_rng(0)
+    one.conditioning = {100: SimpleMemory(100, 1.0)}
+    one.tracked = {x: SimpleMemory(x, float(draw.choice([0.0, 0.5]))) for x in range(101, 300)}
+    before = [tracker.read(one, t, step) for t, step in ((300, 1), (99, -1))]
+    tracker.forget(one, 299)
+    assert [tracker.read(one, t, step) for t, step in ((300, 1), (99, -1))] == before
+    assert len(one.tracked) < 80
+
+
+def tracker_of(kind: str, num_frames: int, max_conditioning: int = -1) -> Tracker:
+    """What chooses memories in a video of so many frames; it has no model."""
+    tracker = Tracker.__new__(Tracker)
+    tracker.rules = {"num_maps": 7, "max_pointers": 16, "max_conditioning": max_conditioning, "min_score": 0.01}
+    tracker.rules["memory_selection"], tracker.num_frames = kind, num_frames
+    return tracker
 
 
 class SimpleMemory:
@@ -148,20 +175,27 @@ def test_frames_and_masks_are_resized_as_the_processor_does(parts, size, resampl
     np.testing.assert_allclose(resize(logits, size), large[:, 0], atol=1e-4)
 
 
-@pytest.mark.slow
-def test_the_program_writes_a_map_of_ids_for_each_frame_of_a_folder(exported, tmp_path):
+def test_the_program_writes_a_map_of_ids_for_each_frame_of_a_folder(reference, tmp_path, monkeypatch):
     (tmp_path / "frames").mkdir()
     for t, frame in enumerate(FRAMES):
         Image.fromarray(frame).save(tmp_path / "frames" / f"frame{2 * t}.png")  # 10 after 8
     Image.fromarray(MASK).save(tmp_path / "mask.png")
     prompts = [{"frame": 0, "object": 7, "mask": "mask.png"}, {"frame": 5, "object": 9, "box": BOX}]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    command = [sys.executable, exported.folder / "run.py", "frames", "prompts.json", "masks"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    arguments = ["run.py", "frames", "prompts.json", "masks"]
+    if hasattr(reference, "folder"):
+        arguments[0] = reference.folder / "run.py"
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
+    else:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr("samoe_hf.export.run.Tracker", lambda _: reference.tracker)
+        main()
+    assert {path.name for path in tmp_path.iterdir()} == {"frames", "mask.png", "prompts.json", "masks"}
     masks = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "masks").iterdir()}
     assert masks.keys() == {f"frame{2 * t}" for t in range(6)}
     given = [prompts[0] | {"mask": MASK}, prompts[1]]
-    for t, _, logits in exported.tracker.track(FRAMES, given):
+    for t, _, logits in reference.tracker.track(FRAMES, given):
         expected = np.where(logits.max(axis=0) > 0, np.array([7, 9])[logits.argmax(axis=0)], 0)
         assert (masks[f"frame{2 * t}"] == expected).all()
 
@@ -207,8 +241,10 @@ def test_the_program_says_in_a_line_what_it_cannot_use_and_writes_nothing(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("prompt", [{"points": [POINT], "labels": 1}, {"box": [BOX[:2], BOX[2:]]}])
-def test_numbers_may_be_nested_otherwise(parts, prompt):
+@pytest.mark.parametrize(
+    "prompt", [{"points": [POINT], "labels": 1}, {"box": [BOX[:2], BOX[2:]]}, {"box": [*BOX[2:], *BOX[:2]]}]
+)
+def test_numbers_may_be_nested_and_corners_swapped(parts, prompt):
     flat = PROMPTS["box" if "box" in prompt else "point"]
     logits = [next(parts.tracker.track(FRAMES, given))[2] for given in ([{**flat[0], **prompt}], flat)]
     np.testing.assert_array_equal(*logits)

@@ -191,6 +191,15 @@ def test_shapes_are_tracked_frame_by_frame_each_from_its_own(tracker, video, kin
     assert np.mean([own[0] for own in overlaps]) > 0.6 and np.mean([own[1] for own in overlaps[LATE:]]) > 0.6
 
 
+@pytest.mark.parametrize("kind", cvat_functions.SHAPES)
+def test_masks_and_shapes_are_the_same_to_the_pixel(video, kind):
+    mask = video.masks(0)[0]
+    shape = shape_of(mask, kind)
+    assert cvat_functions.Track(None, SIZE, mask, kind).shape() == shape
+    if kind == "mask":
+        assert (cvat_functions.draw_mask(shape["points"], SIZE) == mask).all()
+
+
 def test_an_older_cvat_has_rectangles_without_a_type(tracker, video):
     box = corners(video.masks(0)[0])
     shapes, states = track(tracker, image=image_of(video.frames[0]), shapes=[box], states=[])
@@ -232,11 +241,12 @@ def test_a_state_that_was_gone_on_from_can_be_gone_on_from_again(tracker, video)
 def test_states_are_bounded_and_one_that_is_gone_is_said_so(tracker, context, video, monkeypatch):
     monkeypatch.setattr(cvat_functions, "MAX_TRACKS", 2)
     image, shape = image_of(video.frames[0]), shape_of(video.masks(0)[0], "rectangle")
-    first, *others = (track(tracker, image=image, shapes=[shape])[1] for _ in range(3))
+    used, gone = (track(tracker, image=image, shapes=[shape])[1] for _ in range(2))
+    others = [track(tracker, image=image, states=used)[1], track(tracker, image=image, shapes=[shape])[1]]
     kept = context.user_data.tracker.tracks.values()
     assert len(kept) == 2
     assert all(not one.session.processed_frames and one.session.cache.get_vision_features(0) is None for one in kept)
-    assert "not known here" in call(tracker, image=image, states=first)[1]["message"]
+    assert "not known here" in call(tracker, image=image, states=gone)[1]["message"]
     assert all(call(tracker, image=image, states=states)[0] == 200 for states in others)
     assert "most in a request" in call(tracker, image=image, shapes=[shape] * 3)[1]["message"]
 
