@@ -5,6 +5,7 @@ gives float32.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -60,17 +61,17 @@ class MemoryAttention(Part):
         model, attention, size = self.model, self.model.memory_attention, coarse.shape[-2:]
         image = coarse.to(model.dtype)
         image_position = model.vision_encoder.neck.position_encoding(image.shape, image.device, image.dtype)
-        place = model.memory_encoder.position_encoding((1, model.mem_dim, *size), image.device, image.dtype)
+        place = model.base.memory_positions(model, 1, image)
         time = model.memory_temporal_positional_encoding.flatten(1)[map_times]
         tokens_per_pointer = model.hidden_dim // model.mem_dim
         position = [
-            (place.flatten(2).mT.unsqueeze(1) + time.unsqueeze(2)).flatten(1, 2),
+            (place.unsqueeze(1) + time.unsqueeze(2)).flatten(1, 2),
             pointer_positions(model, pointer_times, tokens_per_pointer * pointers.shape[1], image).expand(
                 maps.shape[0], -1, -1
             ),
         ]
         memory = [maps.flatten(1, 2), pointers.unflatten(2, (tokens_per_pointer, -1)).flatten(1, 2)]
-        rotation = attention.rotary_emb.rotations(attention.position_ids)
+        rotation = attention.rotary_emb.of_memories(partial(model.base.memory_places, model), (1,), 0, image.device)
         not_turned = rotation.new_tensor([1.0, 0.0]).expand(memory[1].shape[1], rotation.shape[1], 2)
         rotation = rotation.expand(maps.shape[1], -1, -1, -1).flatten(0, 1)
         conditioned = attention(
@@ -219,7 +220,7 @@ def sizes(model: SamoePreTrainedModel) -> dict[str, int]:
         "mask_side": fine,
         "middle_side": middle,
         "side": side,
-        "tokens": side * side,
+        "tokens": len(model.base.memory_places(model, 1)),
         "channels": channels,
         "middle_channels": channels // 4,
         "fine_channels": channels // 8,

@@ -1,7 +1,8 @@
 """What a base model fills in. A base is a video model that experts are put into: SAM 2's, or SAM 3's tracker.
 
-Memory attention, memory encoder, prompt encoder and mask decoder of both are the same, down to the names of their
-tensors. So the package is written for [`~transformers.Sam2VideoModel`], whose vision encoder may be any base's.
+Memory encoder, prompt encoder, mask decoder and the attention to memories are the same, down to the names of their
+tensors. So the package is written for [`~transformers.Sam2VideoModel`]. A base has its vision encoder, and says what
+tokens a memory is kept as.
 """
 
 from abc import ABC, abstractmethod
@@ -9,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
-from transformers import PreTrainedConfig, ProcessorMixin
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
@@ -25,6 +27,9 @@ class VideoConfig(Protocol):
     vision_config: Any
     prompt_encoder_config: Any
     mask_decoder_config: Any
+    memory_attention_rope_feat_sizes: Any
+    recent_memory_pooling: int
+    older_memory_pooling: int
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -43,6 +48,7 @@ class Base(ABC):
         no_split_modules: what FSDP shards one by one, and what is never split over devices.
         memory_selection: which memories a frame reads, unless the configuration says otherwise.
         loads_own_processor: whether a saved processor is loaded as `processor_class`, whatever it was saved as.
+        memory_dtype: the type that memories are rounded to while tracking; None for none.
     """
 
     title: str
@@ -58,6 +64,7 @@ class Base(ABC):
     no_split_modules: tuple[str, ...]
     loads_own_processor: bool = False
     memory_selection: str = "recent"
+    memory_dtype: torch.dtype | None = torch.bfloat16
 
     @abstractmethod
     def has(self, config: VideoConfig) -> bool:
@@ -83,8 +90,31 @@ class Base(ABC):
         """
 
     @abstractmethod
-    def use_own_modules(self, vision_encoder: nn.Module) -> None:
-        """Puts this package's modules into a vision encoder, in place of those that do work for nobody."""
+    def use_own_modules(self, model: Sam2VideoModel) -> None:
+        """Puts the base's modules into a model that transformers has built, and this package's in place of those that
+        do work for nobody."""
+
+    # What a memory is kept as: tokens, which may be averaged over squares with `pooling` tokens a side.
+
+    @abstractmethod
+    def check_pooling(self, config: VideoConfig) -> None:
+        """Raises an `InputError` where memories of this base cannot be pooled as the configuration says."""
+
+    @abstractmethod
+    def memory_tokens(self, model: Sam2VideoModel, features: Tensor) -> Tensor:
+        """What is kept of the memory encoder's output (objects, channels, H, W): (objects, tokens, channels)."""
+
+    @abstractmethod
+    def pool_memory(self, model: Sam2VideoModel, tokens: Tensor, pooling: int) -> Tensor:
+        """Averages the tokens of memories (objects, tokens, channels)."""
+
+    @abstractmethod
+    def memory_positions(self, model: Sam2VideoModel, pooling: int, like: Tensor) -> Tensor:
+        """Encodes the places of a memory's tokens, (1, tokens, channels), in the type and on the device of `like`."""
+
+    @abstractmethod
+    def memory_places(self, model: Sam2VideoModel, pooling: int) -> Tensor:
+        """Column and row in the image by which a memory's tokens are rotated, (tokens, 2). At (0, 0) none is."""
 
     def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a configuration of one of `model_types` stands for, without its `model_type`."""

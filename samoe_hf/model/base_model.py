@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryFuserCXBlock
 
 from .base import base_of
+from .base_interface import Base
 from .base_modules import CachedPositionEncoding, ImageFeatures, MaskDecoder, rebuild
 from .configuration_samoe import SamoeConfig
 from .domain_experts import add_configured_experts
@@ -100,14 +101,13 @@ class SamoePreTrainedModel(Sam2VideoModel):
     def __init__(self, config: SamoeConfig):
         config.check_experts()
         super().__init__(config)
-        base = base_of(config)
-        base.use_own_modules(self.vision_encoder)
+        self.base.use_own_modules(self)
         self.mask_decoder = rebuild(self.mask_decoder, MaskDecoder, config.mask_decoder_config)
         self.memory_attention = MemoryAttention(self._modules["memory_attention"])
         for owner in (self.vision_encoder.get_submodule("neck"), self.memory_encoder):
             owner.add_module("position_encoding", CachedPositionEncoding(owner.get_submodule("position_encoding")))
         # What FSDP shards one by one, and what is never split over devices.
-        self._no_split_modules = set(base.no_split_modules)
+        self._no_split_modules = set(self.base.no_split_modules)
         self.expert_module_names = add_configured_experts(self, config)
         self.domain_gate = build_domain_gate(config)
         # SAM 2's image model has patterns for tensors of the video model, which here are expected or an error.
@@ -174,6 +174,11 @@ class SamoePreTrainedModel(Sam2VideoModel):
         """Encodings of positions for the mask decoder, (1, hidden, S / 16, S / 16)."""
         sources = [self.shared_image_embedding.positional_embedding]
         return keep("image positions", sources, super().get_image_wide_positional_embeddings)
+
+    @property
+    def base(self) -> Base:
+        """What is particular to the model's base."""
+        return base_of(self.config)
 
     @property
     def memory_selection(self) -> str:

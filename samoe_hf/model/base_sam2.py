@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import Sam2HieraDetConfig, Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoProcessor
+from transformers import Sam2HieraDetConfig, Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.models.sam2.modeling_sam2 import (
     ALL_ATTENTION_FUNCTIONS,
@@ -13,7 +13,8 @@ from transformers.models.sam2.modeling_sam2 import (
     eager_attention_forward,
 )
 
-from .base_interface import Base, VideoConfig
+from .base_interface import VideoConfig
+from .base_maps import MapBase
 from .base_modules import rebuild
 
 
@@ -58,7 +59,7 @@ class VisionNeck(Sam2VisionNeck):
         return tuple(levels), (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
 
 
-class Sam2(Base):
+class Sam2(MapBase):
     """What is particular to SAM 2."""
 
     def has(self, config: VideoConfig) -> bool:
@@ -81,8 +82,8 @@ class Sam2(Base):
             fields["vision_config.backbone_feature_sizes"] = (given, sizes)
         return fields
 
-    def use_own_modules(self, vision_encoder: nn.Module) -> None:
-        for module in list(vision_encoder.modules()):
+    def use_own_modules(self, model: Sam2VideoModel) -> None:
+        for module in list(model.vision_encoder.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is Sam2MultiScaleAttention:
                     arguments = (child.config, child.dim, child.dim_out, child.num_attention_heads, child.query_stride)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     PreTrainedConfig,
+    Sam2VideoModel,
     Sam3ImageProcessor,
     Sam3TrackerVideoConfig,
     Sam3TrackerVideoProcessor,
@@ -15,7 +16,8 @@ from transformers import (
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
-from .base_interface import NUM_LEVELS, Base, VideoConfig
+from .base_interface import NUM_LEVELS, VideoConfig
+from .base_maps import MapBase
 from .base_modules import rebuild
 
 # How names of the tracker's tensors begin in the combined checkpoint, after `tracker_model.`. The detector has the
@@ -38,7 +40,7 @@ class Sam3Neck(Sam3VisionNeck):
         return levels, (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
 
 
-class Sam3(Base):
+class Sam3(MapBase):
     """What is particular to SAM 3's tracker."""
 
     def has(self, config: VideoConfig) -> bool:
@@ -60,10 +62,10 @@ class Sam3(Base):
             "vision_config.scale_factors": (list(vision.scale_factors)[:NUM_LEVELS], [4.0, 2.0, 1.0]),
         }
 
-    def use_own_modules(self, vision_encoder: nn.Module) -> None:
-        neck = vision_encoder.get_submodule("neck")
+    def use_own_modules(self, model: Sam2VideoModel) -> None:
+        neck = model.vision_encoder.get_submodule("neck")
         if type(neck) is Sam3VisionNeck:
-            vision_encoder.add_module("neck", rebuild(neck, Sam3Neck, neck.config))
+            model.vision_encoder.add_module("neck", rebuild(neck, Sam3Neck, neck.config))
 
     def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
         # Files leave out what is as in their own class, which has other defaults.

@@ -230,12 +230,7 @@ class SamoeConfig(Sam2VideoConfig):
         base = base_of(self)
         _check("vision_config.backbone_config.patch_size", base.stride(self), integer(1))
         self._check_image_size(self.image_size)
-        sides = [int(side) for side in self.memory_attention_rope_feat_sizes]
-        for name in ("recent_memory_pooling", "older_memory_pooling"):
-            if any(side % getattr(self, name) for side in sides):
-                raise InputError(
-                    f"`{name}` must divide the sides of a memory's map, {sides}, got {getattr(self, name)}."
-                )
+        base.check_pooling(self)
         parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
         for prefix, part in {"": self, **{f"{name}.": getattr(self, name) for name in parts}}.items():
             dtype = getattr(part, "dtype", None)

@@ -106,7 +106,7 @@ def frame_step(
     """Segments a batch of objects on one frame.
 
     In training (`model.training`) memories are made of sigmoid(mask) and keep their type; otherwise masks of prompted
-    frames are binarized first and memories are rounded to bfloat16, as `sam2` does.
+    frames are binarized first and memories are rounded to the base's type of memories, as `sam2` does.
 
     Args:
         image: features of the frame, a row for each object, or for each video, of whose objects there are as many.
@@ -303,8 +303,8 @@ def memory_map(
     if model.occlusion_spatial_embedding_parameter is not None:
         hidden = (object_score_logits <= 0).to(features.dtype)[..., None, None]
         features = features + hidden * model.occlusion_spatial_embedding_parameter[..., None, None]
-    features = features.flatten(2).mT
-    return features if model.training else features.to(torch.bfloat16)
+    features = model.base.memory_tokens(model, features)
+    return features if model.training else features.to(dtype=model.base.memory_dtype)
 
 
 def to_memory_size(model: SamoePreTrainedModel, masks: Tensor) -> Tensor:

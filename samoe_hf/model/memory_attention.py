@@ -5,15 +5,13 @@ first self-attention and the first queries see nothing of the objects yet and ar
 video, memories get their positions once for all layers, and rotary encodings are products of complex numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import (
     ALL_ATTENTION_FUNCTIONS,
-    Sam2VideoMemoryAttention,
-    Sam2VideoMemoryAttentionLayer,
     Sam2VideoRoPEAttention,
     eager_attention_forward,
 )
@@ -23,18 +21,17 @@ from .joint_linear import run_jointly
 
 
 class MemoryAttention(nn.Module):
-    """The layers of a [`~transformers.Sam2VideoModel`]'s memory attention, for a batch of objects.
+    """The layers of a base's memory attention, for a batch of objects.
 
     Args:
-        parts: transformers' module, whose layers and tensors are taken over.
+        parts: transformers' module, or a base's, whose layers and tensors are taken over.
     """
 
     layers: nn.ModuleList
     layer_norm: nn.LayerNorm
 
-    def __init__(self, parts: nn.Module | None):
+    def __init__(self, parts: Any):
         super().__init__()
-        assert isinstance(parts, Sam2VideoMemoryAttention)
         self.layers, self.layer_norm = parts.layers, parts.layer_norm
         self.rotary_emb = RotaryEmbedding(parts.rotary_emb)
         self.position_ids = nn.Buffer(parts.position_ids, persistent=False)
@@ -66,12 +63,12 @@ class MemoryAttention(nn.Module):
         hidden = image + 0.1 * position
         if self.training and self._draws_dropout():
             hidden = _for_rows(hidden, memory.shape[0])  # dropout is drawn for each object
-        rotation = self.rotary_emb.rotations(self.position_ids)
+        rotation = self.rotary_emb.of_map(self.position_ids)
         keys, mask = memory + memory_position, None
         if is_read is not None:
             mask = torch.zeros_like(is_read, dtype=image.dtype).masked_fill(~is_read, -torch.inf)[:, None, None]
+        layer: Any  # as transformers' Sam2VideoMemoryAttentionLayer
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Sam2VideoMemoryAttentionLayer)
             own, cross = layer.self_attn, layer.cross_attn_image
             # Up to the first queries for memories, nothing of the objects is known.
             with use_frames(len(hidden) if index == 0 else -1):
@@ -91,8 +88,7 @@ class MemoryAttention(nn.Module):
 
     def _draws_dropout(self) -> bool:
         """Whether there is dropout up to the first queries for memories."""
-        layer = self.layers[0]
-        assert isinstance(layer, Sam2VideoMemoryAttentionLayer)
+        layer: Any = self.layers[0]
         shared = (layer.dropout1, layer.self_attn, layer.cross_attn_image.q_proj)
         dropouts = (module for part in shared for module in part.modules() if isinstance(module, nn.Dropout))
         return layer.self_attn.dropout_p > 0 or any(module.p > 0 for module in dropouts)
@@ -110,50 +106,45 @@ class RotaryEmbedding(nn.Module):
         self.embedding = embedding
         self._known: dict[str, tuple[tuple, Tensor]] = {}
 
-    def rotations(
-        self,
-        position_ids: Tensor,
-        size: Sequence[int] | None = None,
-        pooling: tuple[int, ...] = (1,),
-        num_pointer_tokens: int = 0,
-    ) -> Tensor:
-        """Cosine and sine for each pair of channels of some maps' tokens, and then of tokens that are not turned.
+    def of_map(self, position_ids: Tensor) -> Tensor:
+        """Cosine and sine for each pair of channels of a frame's own map, at the places (tokens, 2) of its tokens.
 
-        They are kept until there are others of other maps, or on another device.
-
-        Args:
-            position_ids: (positions, 2), of one map.
-            size: height and width of a map; needed where some are pooled.
-            pooling: for each map the side of the squares whose tokens were averaged; these are at the squares' middle.
+        They are kept until there are others, or another device; so are those of memories.
 
         Returns:
             (tokens, channels / 2, 2).
         """
+        return self._keep("map", (position_ids.device,), lambda: self._compute(position_ids))
+
+    def of_memories(
+        self, places: Callable[[int], Tensor], pooling: tuple[int, ...], num_pointer_tokens: int, device: torch.device
+    ) -> Tensor:
+        """The same for the tokens of some memories, and then of object pointers, which have no place.
+
+        Args:
+            places: of the tokens (tokens, 2) of a memory that is pooled over squares of so many tokens a side.
+            pooling: these sides, for each memory.
+        """
+
+        def compute() -> Tensor:
+            by_side = {side: self._compute(places(side).to(device)) for side in set(pooling)}
+            pointers = self._compute(torch.zeros(num_pointer_tokens, 2, device=device))
+            return torch.cat([*(by_side[side] for side in pooling), pointers])
+
+        # Most frames read as many as the frame before.
+        return self._keep("memories", (device, pooling, num_pointer_tokens), compute)
+
+    def _keep(self, slot: str, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_compiling():
-            return self._compute(position_ids, size, pooling, num_pointer_tokens)
-        # One for a frame's own map, and one for memories: most frames read as many as the frame before.
-        key = (position_ids.device, pooling, num_pointer_tokens)
-        slot = "map" if key[1:] == ((1,), 0) else "memories"
+            return compute()
         if slot not in self._known or self._known[slot][0] != key:
             with torch.inference_mode(False):
-                self._known[slot] = key, self._compute(position_ids, size, pooling, num_pointer_tokens)
+                self._known[slot] = key, compute()
         return self._known[slot][1]
 
-    def _compute(
-        self, position_ids: Tensor, size: Sequence[int] | None, pooling: tuple[int, ...], num_pointer_tokens: int
-    ) -> Tensor:
-        by_side = {}
-        for side in set(pooling):
-            places = position_ids
-            if side > 1:
-                assert size is not None  # where maps are pooled
-                places = F.avg_pool2d(places.T.unflatten(1, tuple(size)).float(), side).flatten(1).T
-            cos, sin = (x[0, :, ::2] for x in self.embedding(places, places))
-            by_side[side] = torch.stack([cos, sin], dim=-1)
-        maps = [by_side[side] for side in pooling]
-        channels = self.embedding.get_buffer("inv_freq").shape[0] * 2
-        not_turned = position_ids.new_tensor([1.0, 0.0], dtype=torch.float32).expand(num_pointer_tokens, channels, 2)
-        return torch.cat([*maps, not_turned])
+    def _compute(self, places: Tensor) -> Tensor:
+        cos, sin = (x[0, :, ::2] for x in self.embedding(places, places))
+        return torch.stack([cos, sin], dim=-1)
 
 
 def _for_rows(x: Tensor, num_rows: int) -> Tensor:

@@ -4,12 +4,11 @@ It follows `sam2/modeling/sam2_base.py`. Objects of a batch may read different m
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .base_model import SamoePreTrainedModel
 from .batch_rows import use_shared
@@ -27,7 +26,6 @@ def memory_tokens(
     """Memories (objects, tokens, channels), their positions (objects or 1, tokens, channels), how those rotate keys
     (tokens, channels of keys / 2, 2), and which of them are read (objects, tokens), or None for all."""
     pooling, maps, pointers = _places(model, selections)
-    size = model.backbone_feature_sizes[-1]
     times = tuple(tuple(_shared([index for _, index in place])) for place in maps)
     positions = keep(
         "map positions",
@@ -40,10 +38,10 @@ def memory_tokens(
         shares = [[t / one.max_distance for (_, t), one in zip(x, selections, strict=True)] for x in pointers]
         distances = torch.tensor(_shared([*zip(*shares, strict=True)]), device=like.device, dtype=torch.float32)
         positions = [*positions, pointer_positions(model, distances, num_pointer_tokens, like)]
-    # Memories are rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
+    # Memories may be rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
     with torch.autocast(like.device.type, enabled=False):
         read = [read_memories(banks, [t for t, _ in place], "features", like.device) for place in maps]
-        features = [_pool_map(x, size, n) for x, n in zip(read, pooling, strict=True)]
+        features = [model.base.pool_memory(model, x, n) for x, n in zip(read, pooling, strict=True)]
         own = [read_memories(banks, [t for t, _ in place], "pointers", like.device) for place in pointers]
         # Each type is joined by itself, and converted once. A pointer is cut into several tokens of the memory's width.
         kinds = [torch.cat(features, dim=1)] if features else []
@@ -51,8 +49,8 @@ def memory_tokens(
         memory = torch.cat([x.to(like.dtype) for x in kinds], dim=1)
     rows = max(map(len, positions))
     position = torch.cat([x.expand(rows, -1, -1) for x in positions], dim=1)
-    attention = model.memory_attention
-    rotation = attention.rotary_emb.rotations(attention.position_ids, size, pooling, num_pointer_tokens)
+    places = partial(model.base.memory_places, model)
+    rotation = model.memory_attention.rotary_emb.of_memories(places, pooling, num_pointer_tokens, like.device)
     is_read = None
     if any(t is None for place in (*maps, *pointers) for t, _ in place):
         is_read = torch.tensor([[t is not None for t, _ in place] for place in (*maps, *pointers)], device=like.device)
@@ -65,9 +63,7 @@ def _map_positions(
     model: SamoePreTrainedModel, pooling: Sequence[int], times: Sequence[Sequence[int]], like: Tensor
 ) -> list[Tensor]:
     """Positions of each map's tokens in the image and in time, (objects or 1, tokens, channels)."""
-    size = (1, model.mem_dim, *model.backbone_feature_sizes[-1])
-    spatial = model.memory_encoder.position_encoding(size, like.device, like.dtype)
-    pooled = {side: F.avg_pool2d(spatial, side).flatten(2).mT for side in set(pooling)}
+    pooled = {side: model.base.memory_positions(model, side, like) for side in set(pooling)}
     in_time = ([model.memory_temporal_positional_encoding[index].flatten(1) for index in own] for own in times)
     own = (x[0] if len(x) == 1 else torch.stack(x) for x in in_time)
     return [pooled[side] + x for side, x in zip(pooling, own, strict=True)]
@@ -102,13 +98,6 @@ def _pooling(model: SamoePreTrainedModel, temporal_index: int) -> int:
     if temporal_index == model.num_maskmem - 1:
         return 1
     return model.config.recent_memory_pooling if temporal_index == 0 else model.config.older_memory_pooling
-
-
-def _pool_map(features: Tensor, size: Sequence[int], side: int) -> Tensor:
-    """Averages a map's tokens (objects, tokens, channels) over squares."""
-    if side == 1:
-        return features
-    return F.avg_pool2d(features.mT.unflatten(2, tuple(size)), side).flatten(2).mT
 
 
 def pointer_positions(model: SamoePreTrainedModel, distances: Tensor, num_tokens: int, like: Tensor) -> Tensor:

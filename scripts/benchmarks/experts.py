@@ -90,7 +90,9 @@ def benchmark_memory_attention(
     image = torch.randn(1, tokens, hidden, device=device, dtype=dtype)
     memory = torch.randn(1, model.num_maskmem * tokens + pointers, channels, device=device, dtype=dtype)
     attention = model.memory_attention
-    rotation = attention.rotary_emb.rotations(attention.position_ids, size, (1,) * model.num_maskmem, pointers)
+    rotation = attention.rotary_emb.of_memories(
+        lambda _: attention.position_ids, (1,) * model.num_maskmem, pointers, model.device
+    )
 
     def run(model: SamoeModel) -> None:
         with torch.inference_mode():

@@ -97,7 +97,9 @@ def run_memory_attention(attention, image, memory, position, memory_position, nu
         return out.squeeze(1).transpose(0, 1) if out.dim() == 3 else out.flatten(0, 1)
     image, memory, position, memory_position = (x.transpose(0, 1) for x in (image, memory, position, memory_position))
     num_maps = (memory.shape[1] - num_pointer_tokens) // image.shape[1]
-    rotation = attention.rotary_emb.rotations(attention.position_ids, None, (1,) * num_maps, num_pointer_tokens)
+    rotation = attention.rotary_emb.of_memories(
+        lambda _: attention.position_ids, (1,) * num_maps, num_pointer_tokens, memory.device
+    )
     return attention(image, position, memory, memory_position, rotation)
 
 

@@ -17,9 +17,9 @@ def model_with_effect():
     return model
 
 
-def rotations(model, num_maps, num_pointer_tokens):
+def rotations(model, num_maps):
     attention = model.memory_attention
-    return attention.rotary_emb.rotations(attention.position_ids, (8, 8), (1,) * num_maps, num_pointer_tokens)
+    return attention.rotary_emb.of_memories(lambda _: attention.position_ids, (1,) * num_maps, 0, model.device)
 
 
 def pooled_by_hand(x, side):
@@ -93,7 +93,7 @@ def test_in_training_objects_share_what_is_the_same_without_dropout(model_with_e
         first.get_submodule(name).register_forward_hook(hook)
     image = torch.randn(num_videos, 64, model.hidden_dim)
     memory = torch.randn(3 * num_videos, 64, model.mem_dim, requires_grad=True)
-    shared = (image[:1], memory[:1].detach(), rotations(model, 1, 0))
+    shared = (image[:1], memory[:1].detach(), rotations(model, 1))
 
     def attend(image, memory):
         return model.memory_attention(image, shared[0], memory, *shared[1:])
