@@ -46,7 +46,17 @@ from .processing_samoe import VideoProcessor, build_processor
 from .prompt_recipe import PromptRecipe
 from .session import clear_prompts, end_object, remove_object
 from .summary import ModelSummary, summarize_model
-from .tracking import encoding_ahead, propagate_from_prompts, start_propagation, track_frame
+from .tracking import (
+    Steps,
+    TrackingStep,
+    encoding_ahead,
+    frame_steps,
+    propagate_from_prompts,
+    run_alone,
+    run_steps,
+    start_propagation,
+    track_frame,
+)
 from .trainable import parameter_names, set_trainable, train_experts
 from .weights_io import updated_folder
 from .weights_trained import check_not_its_base, save_trained
@@ -68,6 +78,7 @@ class ForwardOptions(TypedDict, total=False):
     """
 
     input_labels: Tensor
+    steps: Sequence[TrackingStep]
     return_dict: bool
     output_attentions: bool
     output_hidden_states: bool
@@ -169,7 +180,8 @@ class SamoeModel(SamoePreTrainedModel):
         A clip: `model(pixel_values, labels)` simulates prompts on the first frame from the labels and returns the loss;
         without `labels`, prompts for the first frame are given as `input_*`, in pixels of the model's input.
 
-        A session: `model(inference_session, frame_idx)` as with [`~transformers.Sam2VideoModel`].
+        A session: `model(inference_session, frame_idx)` as with [`~transformers.Sam2VideoModel`]. Several sessions:
+        `model(steps=…)`, see [`frame_steps`].
 
         Args:
             pixel_values: (B, T, 3, S, S), normalized frames; or a session, in the place that it has in Sam2VideoModel.
@@ -194,6 +206,9 @@ class SamoeModel(SamoePreTrainedModel):
         if (adapters := adapter_names(self)) != self._checked_adapters:
             check_adapters_on_experts(self)  # those that PEFT has put into the model behind its first
             self._checked_adapters = adapters
+        if (steps := options.pop("steps", None)) is not None:
+            with torch.inference_mode():
+                return run_steps(self, steps)  # pyright: ignore[reportReturnType]  # what comes of them is the sessions'
         if isinstance(pixel_values, InferenceSession):
             # Positional arguments in Sam2VideoModel's order: the session, then the frame's index, then the frame.
             inference_session = pixel_values
@@ -252,6 +267,25 @@ class SamoeModel(SamoePreTrainedModel):
         return track_frame(self, inference_sessions, frame_idx, reverse=reverse)
 
     @torch.inference_mode()
+    def frame_steps(self, inference_session: InferenceSession, frame_idx: int) -> Steps[Sam2VideoSegmentationOutput]:
+        """What `model(inference_session, frame_idx)` does, in steps that can be run with those of other sessions.
+
+        Each [`~tracking.TrackingStep`] must have been run, by `model(steps=[step, …])` with at most one of each
+        session, when the iterator goes on. The sessions must be of one device and one type. The output comes last.
+
+        Raises:
+            ValueError: as `model(inference_session, frame_idx)`.
+        """
+        yield from frame_steps(self, inference_session, frame_idx)
+
+    @torch.inference_mode()
+    def steps_from_prompts(
+        self, inference_session: InferenceSession, start_frame_idx: int | None = None, reverse: bool = False
+    ) -> Steps[Sam2VideoSegmentationOutput]:
+        """What [`propagate_from_prompts_iterator`] does, in steps as those of [`frame_steps`]."""
+        yield from propagate_from_prompts(self, inference_session, start_frame_idx, reverse)
+
+    @torch.inference_mode()
     def propagate_in_video_iterator(
         self,
         inference_session: InferenceSession,
@@ -262,7 +296,8 @@ class SamoeModel(SamoePreTrainedModel):
     ) -> Iterator[Sam2VideoSegmentationOutput]:
         """As in Sam2VideoModel; it need not be called on the prompted frames first. Frames are encoded a few at a time
         where one alone would not fill the device."""
-        start_propagation(self, inference_session, start_frame_idx)
+        for step in start_propagation(self, inference_session, start_frame_idx):
+            run_steps(self, [step])
         with encoding_ahead(self, inference_session):
             outputs = super().propagate_in_video_iterator(
                 inference_session,  # pyright: ignore[reportArgumentType]  # sessions of all bases have what it reads
@@ -297,8 +332,8 @@ class SamoeModel(SamoePreTrainedModel):
         Raises:
             ValueError: if there is no object, or a prompt cannot be used.
         """
-        outputs = propagate_from_prompts(self, inference_session, start_frame_idx, reverse, show_progress_bar)
-        yield from keep_between(outputs)
+        steps = propagate_from_prompts(self, inference_session, start_frame_idx, reverse, show_progress_bar)
+        yield from keep_between(run_alone(self, steps))
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.

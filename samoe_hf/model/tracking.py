@@ -6,13 +6,13 @@ outputs is described in `session.py`. Prompts may be added one by one, in any or
 
 import operator
 import weakref
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, select_memories
 from .prompts import Prompt, join_prompts, num_points
 from .session import FrameRecord, SessionObject, VideoSession, check_prompt, session_objects
+
+T = TypeVar("T")
 
 # So many frames are encoded at once, if one does not fill the device: on a CPU, if images are this small. Sessions that
 # cache more have more encoded at once, but not all that some of them have room for.
@@ -95,6 +97,31 @@ class FrameTask(NamedTuple):
     memory_selection: str
 
 
+@dataclass(eq=False)
+class TrackingStep:
+    """Objects of one session that are to be segmented on a frame, by [`run_steps`] with those of other sessions.
+
+    `seconds`: the session's share of the time that this took, set by who measures it.
+    """
+
+    tasks: Sequence[tuple[SessionObject, FrameTask]]
+    call: FrameCall
+    seconds: float = 0.0
+
+
+# What is done for a session: each step is to be run before the iterator goes on; beside them, what comes of them.
+Steps = Iterator[TrackingStep | T]
+
+
+def run_alone(model: SamoePreTrainedModel, steps: Steps[T]) -> Iterator[T]:
+    """What comes of a session's steps, each of which is run by itself."""
+    for step in steps:
+        if isinstance(step, TrackingStep):
+            model(steps=[step])  # through `forward`, by whose hooks shards of weights are gathered
+        else:
+            yield step
+
+
 def track_frame(
     model: SamoePreTrainedModel,
     sessions: Sequence[InferenceSession],
@@ -121,10 +148,23 @@ def track_frame(
         raise InputError("`sessions` must be of one `inference_device` and one `dtype` to be tracked together.")
     for session in sessions:
         _check_session(model, session, call.frame_idx)
-        segment_new_prompts(model, session, except_frame=call.frame_idx, streaming=streaming)
-    objects = {id(session): session_objects(session) for session in sessions}
-    _segment_objects(model, [task for own in objects.values() for task in _object_tasks(model, own, call)], call)
-    return [_frame_result(model, session, objects[id(session)], call.frame_idx) for session in sessions]
+        for step in new_prompt_steps(model, session, except_frame=call.frame_idx, streaming=streaming):
+            run_steps(model, [step])
+    objects = [session_objects(session) for session in sessions]
+    run_steps(model, [TrackingStep(_object_tasks(model, own, call), call) for own in objects])
+    return [_frame_result(model, session, own, frame_idx) for session, own in zip(sessions, objects, strict=True)]
+
+
+def frame_steps(
+    model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int
+) -> Steps[Sam2VideoSegmentationOutput]:
+    """The steps of a session that [`track_frame`] takes, and their output."""
+    call = FrameCall(operator.index(frame_idx))
+    _check_session(model, session, call.frame_idx)
+    yield from new_prompt_steps(model, session, except_frame=call.frame_idx)
+    objects = session_objects(session)
+    yield TrackingStep(_object_tasks(model, objects, call), call)
+    yield _frame_result(model, session, objects, call.frame_idx)
 
 
 def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> None:
@@ -139,12 +179,12 @@ def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame
         raise InputError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
 
 
-def segment_new_prompts(
+def new_prompt_steps(
     model: SamoePreTrainedModel,
     session: InferenceSession,
     except_frame: int | None = None,
     streaming: bool = False,
-) -> None:
+) -> Iterator[TrackingStep]:
     """Follows the user: forgets prompts that were removed, and segments new ones on frames other than `except_frame`.
 
     Raises:
@@ -167,10 +207,12 @@ def segment_new_prompts(
                 by_frame[frame_idx].append(tracked_object)
     for frame_idx, prompted in sorted(by_frame.items()):
         call = FrameCall(frame_idx, streaming=streaming)
-        _segment_objects(model, [(one, _prompt_task(model, one, call)) for one in prompted], call)
+        yield TrackingStep([(one, _prompt_task(model, one, call)) for one in prompted], call)
 
 
-def start_propagation(model: SamoePreTrainedModel, session: InferenceSession, start_frame_idx: int | None) -> None:
+def start_propagation(
+    model: SamoePreTrainedModel, session: InferenceSession, start_frame_idx: int | None
+) -> Iterator[TrackingStep]:
     """Segments new prompts and commits all, as `sam2` does before it propagates.
 
     Raises:
@@ -178,7 +220,7 @@ def start_propagation(model: SamoePreTrainedModel, session: InferenceSession, st
     """
     if start_frame_idx is not None:
         _check_session(model, session, start_frame_idx)
-    segment_new_prompts(model, session)
+    yield from new_prompt_steps(model, session)
     for tracked_object in session_objects(session):
         tracked_object.state.shown.clear()
         _commit(tracked_object)
@@ -190,7 +232,7 @@ def propagate_from_prompts(
     start_frame_idx: int | None = None,
     reverse: bool = False,
     show_progress_bar: bool = False,
-) -> Iterator[Sam2VideoSegmentationOutput]:
+) -> Steps[Sam2VideoSegmentationOutput]:
     """See [`SamoeModel.propagate_from_prompts_iterator`]. Low-resolution masks of frames between first prompts are
     kept until all objects have been tracked there.
 
@@ -200,7 +242,7 @@ def propagate_from_prompts(
     end = len(session.processed_frames or ())
     for frame_idx in (0, end - 1, start_frame_idx or 0):  # a stream has forgotten some
         _check_session(model, session, frame_idx)
-    start_propagation(model, session, None)
+    yield from start_propagation(model, session, None)
     objects = session_objects(session)
     starts = {one.object_id: min(one.state.bank.conditioning) for one in objects}
     is_whole = start_frame_idx is None
@@ -216,7 +258,7 @@ def propagate_from_prompts(
             has_begun = [(distance >= (1 if is_whole else 0)) if back else distance <= 0 for distance in ahead]
             own = list(compress(objects, has_begun))
             call = FrameCall(frame_idx, back)
-            _segment_objects(model, _object_tasks(model, own, call), call)
+            yield TrackingStep(_object_tasks(model, own, call), call)
             output = _frame_result(model, session, own if is_whole else objects, frame_idx)
             if frame_idx in waiting:
                 output = _joined(session, waiting.pop(frame_idx), output)
@@ -302,29 +344,33 @@ def _memory_selection(model: SamoePreTrainedModel, tracked_object: SessionObject
     return getattr(tracked_object.session, "memory_selection", None) or model.memory_selection
 
 
-def _segment_objects(
-    model: SamoePreTrainedModel, tasks: Sequence[tuple[SessionObject, FrameTask]], call: FrameCall
-) -> None:
-    """Segments objects on a frame, those of equal tasks and domains in one batch, and stores the outputs."""
-    sessions = _unique_sessions(one for one, _ in tasks)
-    domains = {id(session): _decide_domain(model, session, call).domain for session in sessions}
+def run_steps(model: SamoePreTrainedModel, steps: Sequence[TrackingStep]) -> None:
+    """Segments objects of several sessions, each on the frame of its step, and stores the outputs.
+
+    Those of equal tasks and domains are one batch. No two steps may be of one session.
+    """
+    calls = {id(one.session): step.call for step in steps for one, _ in step.tasks}
+    sessions = _unique_sessions(one for step in steps for one, _ in step.tasks)
+    domains = {id(session): _decide_domain(model, session, calls[id(session)]).domain for session in sessions}
     batches = defaultdict(list)
-    for tracked_object, task in tasks:
-        batches[domains[id(tracked_object.session)], task].append(tracked_object)
-    _encode_frames(model, sessions, call)
+    for step in steps:
+        for one, task in step.tasks:
+            batches[domains[id(one.session)], task, step.call.run_mem_encoder].append(one)
+    _encode_frames(model, sessions, calls)
     numbers = {id(session): number for number, session in enumerate(sessions)}
-    for (domain, task), objects in batches.items():
-        for batch in _batches(model, objects, task, call):
-            rows = (BatchRow(numbers[id(one.session)], call.frame_idx, one.object_id) for one in batch.objects)
+    for (domain, task, run_mem_encoder), objects in batches.items():
+        for batch in _batches(model, objects, task, calls):
+            placed = [(one, calls[id(one.session)].frame_idx) for one in batch.objects]
+            rows = (BatchRow(numbers[id(one.session)], t, one.object_id) for one, t in placed)
             with use_rows(rows), use_domain(domain):
                 output = frame_step(
                     model,
-                    _image_features(model, batch.objects, call.frame_idx),
-                    _batch_prompt(model, batch.objects, call.frame_idx, task),
+                    _image_features(model, placed),
+                    _batch_prompt(model, placed, task),
                     batch.banks,
                     batch.selections,
-                    num_objects=len(batch.objects),
-                    encode_memory=call.run_mem_encoder,
+                    num_objects=len(placed),
+                    encode_memory=run_mem_encoder,
                     fill_hole_area=model.config.fill_hole_area,
                     memory_selection=task.memory_selection,
                 )
@@ -332,8 +378,8 @@ def _segment_objects(
             if memory.features is not None:
                 memory.features = memory.features.to(device)
             output.masks = output.masks.to(device)
-            for index, tracked_object in enumerate(batch.objects):
-                _store_output(tracked_object, call.frame_idx, task, output, index)
+            for index, (one, t) in enumerate(placed):
+                _store_output(one, t, task, output, index)
 
 
 class Batch(NamedTuple):
@@ -345,7 +391,7 @@ class Batch(NamedTuple):
 
 
 def _batches(
-    model: SamoePreTrainedModel, objects: list[SessionObject], task: FrameTask, call: FrameCall
+    model: SamoePreTrainedModel, objects: list[SessionObject], task: FrameTask, calls: Mapping[int, FrameCall]
 ) -> Iterator[Batch]:
     """Objects of one task in one batch; but not with those that read more than twice as many memories as most."""
     banks = [one.bank_after_commit() if task.for_show else one.state.bank for one in objects]
@@ -354,6 +400,7 @@ def _batches(
         return
     rows = []
     for one, bank in zip(objects, banks, strict=True):
+        call = calls[id(one.session)]
         limits = memory_limits(model, None if call.streaming else one.session.num_frames)
         rows.append((one, bank, select_memories(task.memory_selection, bank, call.frame_idx, limits, task.reverse)))
     usual = median(len(selection.spatial) for _, _, selection in rows)
@@ -374,7 +421,7 @@ def _decide_domain(model: SamoePreTrainedModel, session: InferenceSession, call:
         return known
     pixel_values, features = session.get_frame(call.frame_idx).to(model.dtype)[None], None
     if not encoder_has_experts(model):
-        _encode_frames(model, [session], call)
+        _encode_frames(model, [session], {id(session): call})
         features = _cached_features(model, session, call.frame_idx)
     (decision,) = decide_domains(model, pixel_values, features)
     store_decision(model, session, call.frame_idx, decision)
@@ -382,14 +429,14 @@ def _decide_domain(model: SamoePreTrainedModel, session: InferenceSession, call:
 
 
 def _batch_prompt(
-    model: SamoePreTrainedModel, objects: Sequence[SessionObject], frame_idx: int, task: FrameTask
+    model: SamoePreTrainedModel, placed: Sequence[tuple[SessionObject, int]], task: FrameTask
 ) -> Prompt | None:
-    """The prompts of a batch of objects on a frame."""
+    """The prompts of a batch of objects, each on its frame."""
     if not task.prompted:
         return None
-    outputs = [one.output(frame_idx) for one in objects] if task.has_previous_mask else []
+    outputs = [one.output(t) for one, t in placed] if task.has_previous_mask else []
     previous = [output["pred_masks"] for output in outputs if output is not None] or None
-    prompts = [prompt for one in objects if (prompt := one.prompt(frame_idx)) is not None]
+    prompts = [prompt for one, t in placed if (prompt := one.prompt(t)) is not None]
     return join_prompts(prompts, model.config.image_size, previous)
 
 
@@ -445,17 +492,18 @@ def _unique_sessions(objects: Iterable[SessionObject]) -> list[InferenceSession]
     return list({id(one.session): one.session for one in objects}.values())
 
 
-def _image_features(model: SamoePreTrainedModel, objects: Sequence[SessionObject], frame_idx: int) -> ImageFeatures:
-    """Features of a frame of each object's session; one row where all objects are of one session."""
-    sessions = _unique_sessions(objects)
-    cached = [_cached_features(model, session, frame_idx) for session in sessions]
-    by_session = [features for features in cached if features is not None]  # all were encoded before
-    if len(sessions) == 1:
-        return by_session[0]
-    positions = {id(session): index for index, session in enumerate(sessions)}
-    rows = torch.tensor([positions[id(one.session)] for one in objects], device=by_session[0].coarse.device)
-    fine, middle, coarse = (torch.cat(level)[rows] for level in list(zip(*by_session, strict=True))[:3])
-    return by_session[0]._replace(fine=fine, middle=middle, coarse=coarse)
+def _image_features(model: SamoePreTrainedModel, placed: Sequence[tuple[SessionObject, int]]) -> ImageFeatures:
+    """Features of the frames of a batch's objects: a row for each session where all have as many objects, or else for
+    each object."""
+    counts = Counter(id(one.session) for one, _ in placed)
+    if len({*counts.values()}) == 1:
+        placed = placed[:: counts[id(placed[0][0].session)]]  # those of a session follow each other
+    cached = [_cached_features(model, one.session, t) for one, t in placed]
+    rows = [features for features in cached if features is not None]  # all were encoded before
+    if len(rows) == 1:
+        return rows[0]
+    fine, middle, coarse = (torch.cat(level) for level in list(zip(*rows, strict=True))[:3])
+    return rows[0]._replace(fine=fine, middle=middle, coarse=coarse)
 
 
 def _cached_features(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> ImageFeatures | None:
@@ -474,11 +522,14 @@ def _encoder_domain(model: SamoePreTrainedModel, session: InferenceSession) -> s
     return None if decision is None else decision.domain
 
 
-def _encode_frames(model: SamoePreTrainedModel, sessions: Sequence[InferenceSession], call: FrameCall) -> None:
-    """Encodes the frame, for sessions that have not cached its features, and those ahead that their caches hold."""
-    step = -1 if call.reverse else 1
+def _encode_frames(
+    model: SamoePreTrainedModel, sessions: Sequence[InferenceSession], calls: Mapping[int, FrameCall]
+) -> None:
+    """Encodes the frames of sessions that have not cached their features, and those ahead that their caches hold."""
     wanted = []
     for session in sessions:
+        call = calls[id(session)]
+        step = -1 if call.reverse else 1
         if _cached_features(model, session, call.frame_idx) is None:
             count = min(max(session.cache.max_vision_features_cache_size, 1), MAX_FRAMES_AHEAD)
             ahead = range(call.frame_idx, call.frame_idx + step * count, step)

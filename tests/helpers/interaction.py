@@ -1,5 +1,7 @@
 """Random sessions: a state machine that does to several trackers what a user may do, and compares their masks."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
@@ -9,7 +11,7 @@ from torch import Tensor
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
 
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.model import tracking
+from samoe_hf.model import modeling_samoe, tracking
 from samoe_hf.model.session import SessionObject, session_objects
 from samoe_hf.model.tracking import start_propagation
 
@@ -24,13 +26,15 @@ SETTINGS = settings(
 
 def run_rows_one_by_one(monkeypatch) -> None:
     """From now on, objects that could run in a batch are tracked one after the other."""
-    segment = tracking._segment_objects
+    run_steps = tracking.run_steps
 
-    def run(model, tasks, call):
-        for task in tasks:
-            segment(model, [task], call)
+    def run(model, steps):
+        for step in steps:
+            for task in step.tasks:
+                run_steps(model, [replace(step, tasks=[task])])
 
-    monkeypatch.setattr(tracking, "_segment_objects", run)
+    for module in (tracking, modeling_samoe):
+        monkeypatch.setattr(module, "run_steps", run)
 
 
 def tiny_config(image_size: int = 32, **settings) -> SamoeConfig:
@@ -149,7 +153,8 @@ class Sessions:
         self._forget_shown()
         if len(self.sessions) > 1:
             for session in self.sessions.values():  # nothing is propagated unless all can be
-                start_propagation(self.model, session, start)
+                for step in start_propagation(self.model, session, start):
+                    self.model(steps=[step])
         masks = {}
         for session in self.sessions.values():
             outputs = list(self.model.propagate_in_video_iterator(session, start, count, reverse))

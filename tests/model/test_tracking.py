@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoProcessor, Sam2VideoModel
 from samoe_hf import SamoeModel
 from samoe_hf.model.frame_step import fill_holes
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.model.tracking import TrackingStep
 
 POINT_1 = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 POINT_2 = {"input_points": [[[[100, 30], [20, 80]]]], "input_labels": [[[1, 0]]]}
@@ -222,6 +223,15 @@ def test_autocast_gives_nearly_the_same_masks_and_finite_gradients(nano, process
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
+def until_step(steps, outputs):
+    """The next step to be run, if there is one; outputs before it are appended."""
+    for step in steps:
+        if isinstance(step, TrackingStep):
+            return [step]
+        outputs.append(step)
+    return []
+
+
 def test_several_videos_are_tracked_at_once(nano, processor, video):
     """Two videos of different sizes and lengths, with different objects, one of which joins later."""
     other = np.random.default_rng(5).integers(0, 255, (5, 64, 80, 3), dtype=np.uint8)
@@ -242,6 +252,18 @@ def test_several_videos_are_tracked_at_once(nano, processor, video):
     for t, outputs in enumerate(together):
         for output, expected in zip(outputs, alone, strict=True):
             assert (output.pred_masks - expected[t]).abs().mean() < 1e-4
+    # On frames of their own, with prompts that the other has not.
+    videos = ((video, [(1, 2, POINT_1), (2, 0, BOX)]), (other, [(7, 1, POINT_1), (9, 1, BOX)]))
+    alone = [list(nano.model.propagate_from_prompts_iterator(start(processor, x, *own))) for x, own in videos]
+    running = [nano.model.steps_from_prompts(start(processor, x, *own)) for x, own in videos]
+    together = [[] for _ in running]
+    while steps := [x for outputs, own in zip(together, running, strict=True) for x in until_step(own, outputs)]:
+        nano.model(steps=steps)
+    for outputs, expected in zip(together, alone, strict=True):
+        assert [output.frame_idx for output in outputs] == [output.frame_idx for output in expected]
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert output.object_ids == wanted.object_ids
+            assert (output.pred_masks - wanted.pred_masks).abs().mean() < 1e-4
     sessions[1].dtype = torch.bfloat16
     with pytest.raises(ValueError, match="`sessions` must be of one"):
         nano.model.track_together(sessions, 0)
