@@ -130,7 +130,8 @@ def run_faults(run: dict[str, Any]) -> Iterator[str]:
     """Keys that no run has, and options that a reader does not take."""
     yield from run.keys() - run_keys().keys()
     for entry in [*run.get("train_data", []), *run.get("eval_data", [])]:
-        options = {name: value for name, value in entry.items() if name not in ("kind", "weight", "video_ids")}
+        of_all = ("kind", "weight", "video_ids", "domain", "window")
+        options = {name: value for name, value in entry.items() if name not in of_all}
         try:
             check_options(LAYOUTS[entry["kind"]].read, options, entry["kind"])
         except ValueError as error:

@@ -67,24 +67,6 @@ class Annotations(ABC):
         return f"annotation of frame {frame}"
 
 
-class NoMasks(Annotations):
-    """Of a video whose masks are not known, the ids of the objects that are wanted."""
-
-    def __init__(self, object_ids: Collection[int]):
-        check_object_ids(object_ids)
-        self.frames, self._object_ids = [], sorted(object_ids)
-
-    @property
-    def object_ids(self) -> list[int]:
-        return self._object_ids
-
-    def visible(self, frame: int) -> list[int]:
-        return []
-
-    def masks(self, frame: int, object_ids: Sequence[int]) -> np.ndarray:
-        raise SampleError(f"frame {frame} is not annotated")
-
-
 class LabelMaps(Annotations):
     """Annotations that are one image of object ids per frame, 0 for background."""
 
@@ -148,12 +130,12 @@ class LabelImages(LabelMaps):
         self.images, self.names = dict(images), names
         self.frames = sorted(self.images)
         self.binary, self.ignore_ids = binary, ignore_ids
-        self.counted = None if object_ids is None else sorted(object_ids)
-        self._all_ids = self.counted
+        self._all_ids = self.counted = None if object_ids is None else sorted(object_ids)
 
     def ids(self, frame: int) -> np.ndarray:
         ids = read_label_png(self.images[frame], self.source(frame))
         if self.counted is not None:
+            ids[np.isin(ids, self.counted, invert=True)] = 0
             return ids
         if self.ignore_ids:
             ids[np.isin(ids, list(self.ignore_ids))] = 0
@@ -183,9 +165,6 @@ class LabelImages(LabelMaps):
         if len(paths) < len(images):
             return frozenset().union(*map(_values_of, images))
         return _values_of_files(tuple(paths), sum(os.stat(path).st_mtime_ns for path in paths))
-
-    def visible(self, frame: int) -> list[int]:
-        return [i for i in super().visible(frame) if self.counted is None or i in self.counted]
 
     def source(self, frame: int) -> str:
         image, (video_id, column) = self.images[frame], self.names

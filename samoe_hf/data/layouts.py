@@ -35,7 +35,7 @@ class Layout:
         protocol: which frames count in the evaluation, see `samoe_hf.evaluation.metrics.counted_frames`. By default, an
             object counts from the frame after its prompt.
         masks: the format of predicted masks, see [`~samoe_hf.data.predictions.MaskFiles`].
-        domain: the reader's `domain`, if it is not its default.
+        domain: the videos' domain, where none is given; the kind's name by default.
         writer: what writes a dataset, as the reader is named: it takes videos, a new folder and, where it can, whether
             masks become `polygons`. See `write_videos` of `samoe_hf.data.formats.convert`.
     """
@@ -52,8 +52,7 @@ class Layout:
     @property
     def read(self) -> Callable[..., Any]:
         """The reader, which returns a sequence of `Video`, or an iterable of them."""
-        function = _imported(self.reader)
-        return function if self.domain is None else partial(function, domain=self.domain)
+        return _imported(self.reader)
 
     @property
     def write(self) -> Callable[..., None]:
@@ -175,14 +174,14 @@ LAYOUTS = {
         Layout(
             "sa_v_val", "readers.read_sa_v_val",
             ("JPEGImages_24fps/ Annotations_6fps/", "{split:sav_val|sav_test}/JPEGImages_24fps/"),
-            protocol="sav", masks="sa_v",
+            protocol="sav", masks="sa_v", domain="sa_v",
         ),
         *(
-            Layout(name, "readers.read_vos", _VOS, partial(_is_named, name), "davis", "youtube_vos", domain=name)
+            Layout(name, "readers.read_vos", _VOS, partial(_is_named, name), "davis", "youtube_vos")
             for name in ("mose", "lvos")
         ),
-        Layout("youtube_vos", "readers.read_vos", _VOS, _is_youtube_vos, masks="youtube_vos", domain="youtube_vos"),
-        Layout("frames", "readers.read_vos", masks="youtube_vos", domain="frames"),
+        Layout("youtube_vos", "readers.read_vos", _VOS, _is_youtube_vos, masks="youtube_vos"),
+        Layout("frames", "readers.read_vos", masks="youtube_vos"),
         Layout("nifti", "volumes.read_nifti", ("labels{split} images{split}/ labels{split}/*.nii*",)),
         Layout("npz", "volumes.read_npz", ("*.npz", "{split}/*.npz"), _has_volumes),
         Layout(

@@ -24,7 +24,6 @@ from .pairing import FRAME_WORDS, MASK_WORDS, PICTURE_WORDS, MaskFile, Source, s
 from .schema import Video, VideoList
 from .stacks import is_stack, pair_stacks
 from .video_io import VIDEO_SUFFIXES, read_video
-from .windows import Window, check_window
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +84,11 @@ MAX_NAMED, MAX_LISTED = 8, 100_000
 def read_files(
     root: str | Path,
     split: str | None = None,
-    domain: str | None = None,
     frames: str | None = None,
     masks: str | None = None,
     binary: bool | None = None,
     ignore_ids: Collection[int] | None = None,
     first: Literal[0, 1] | None = None,
-    window: Window | None = None,
 ) -> VideoList:
     """Videos of one's own: frames as images or video files, and masks as images, in folders of any names.
 
@@ -102,7 +99,6 @@ def read_files(
         root: the folder, or a CSV or JSON file with a row for each frame (`frame`, `mask`, `video`, `object`).
         split: the folder of a split (train, val, …), below or beside those of frames and masks; of several, the
             training split by default.
-        domain: name for routing and metrics, by default the folder's.
         frames: where the frames are, such as `{video}/pictures/*.jpg` or `clips/{video}.mp4`. `**/` before it stands
             for any number of folders.
         masks: where the masks are, such as `{video}/outlines/*.png` or `masks/{video}/{object}/*.png`; also
@@ -112,8 +108,6 @@ def read_files(
         ignore_ids: values that are no objects. By default, white beside other ids.
         first: the number that masks give the first frame, 0 or 1. By default, masks have the numbers of frames; those
             of a video file count from 0 if there is a mask 0, and from 1 if there is one for the last frame then.
-        window: intensities that become black and white, of images as frames. By default, images of 8 bits are taken as
-            they are, and of deeper gray images the 0.5 and 99.5 percentiles over a video, which is said.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -142,14 +136,13 @@ def read_files(
         name += "_"
     entries = {key or name: source for key, source in sources.items()}
     options = {"binary": binary, "ignore_ids": ignore_ids, "first": first}
-    check_window(window)
-    return VideoList(entries, partial(_open_source, domain or root.resolve().stem, options, window))
+    return VideoList(entries, partial(_open_source, options))
 
 
-def _open_source(domain: str, options: dict[str, Any], window: Window | None, video_id: str, source: Source) -> Video:
+def _open_source(options: dict[str, Any], video_id: str, source: Source) -> Video:
     """Opens a video; all its errors name a file."""
-    frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames, window)
-    return Video(video_id, frames, pair_stacks(frames, source.masks, **options), domain)
+    frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames)
+    return Video(video_id, frames, pair_stacks(frames, source.masks, **options))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .annotations import Annotations, LabelImages, ObjectImages
 from .containers import ContainerFrames
@@ -99,11 +99,7 @@ class Told(NamedTuple):
 
 
 def pair_masks(
-    frames: FrameSequence,
-    masks: Sequence[MaskFile],
-    binary: bool | None = None,
-    ignore_ids: Collection[int] | None = None,
-    first: Literal[0, 1] | None = None,
+    frames: FrameSequence, masks: Sequence[MaskFile], first: Literal[0, 1] | None = None, **values: Any
 ) -> Annotations:
     """The annotations of a video.
 
@@ -111,8 +107,8 @@ def pair_masks(
         frames: the video's.
         masks: all its masks: a label image for each frame, or a binary image for each object and frame. Frames may have
             none.
-        binary, ignore_ids: see [`LabelImages`].
         first: the number that masks give the first frame; by default, what the frames' names say.
+        values: what their values mean, `binary` and `ignore_ids` of [`LabelImages`].
 
     Raises:
         SampleError: a mask without a frame, two of one frame (and object), or names that can be read in several ways;
@@ -128,13 +124,13 @@ def pair_masks(
             raise SampleError(f"{mask.path}: frame {frames.names[frame]} has another mask{whose}, {before}")
     ids = object_ids([name for name in paths if name is not None])
     if not ids:
-        annotations: Annotations = LabelImages(paths[None], binary, ignore_ids)
+        annotations: Annotations = LabelImages(paths[None], **values)
     elif None in paths:
         stray = next(iter(paths[None].values()))
         raise SampleError(f"{stray}: names no object, as other masks of the video do, such as {masks[0].path.name}")
     else:
         of_ids = {ids[name]: of_frame for name, of_frame in paths.items() if name is not None}
-        annotations = ObjectImages(of_ids, binary, ignore_ids)
+        annotations = ObjectImages(of_ids, **values)
     for note in notes:
         annotations.note(note)
     exact = not ids and all(

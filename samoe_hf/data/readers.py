@@ -1,6 +1,6 @@
 """Readers for the layouts in which video segmentation datasets come.
 
-Each takes the dataset's folder, a split and a domain name, and returns a `VideoList`: folders are listed at once, a
+Each takes the dataset's folder and a split, and returns a `VideoList`: folders are listed at once, a
 video is opened (and its errors, which name the file, are raised) when it is asked for.
 """
 
@@ -11,7 +11,7 @@ import random
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,22 +22,16 @@ from .frames import SampleError, named_errors, natural_key
 from .images import ImageFrames, image_paths, read_label_png
 from .schema import Video, VideoList
 from .video_io import read_video
-from .windows import Window, check_window
 
 
 def read_davis(
-    root: str | Path,
-    split: str | None = None,
-    domain: str = "davis",
-    year: Literal[2016, 2017] | None = None,
-    resolution: str = "480p",
+    root: str | Path, split: str | None = None, year: Literal[2016, 2017] | None = None, resolution: str = "480p"
 ) -> VideoList:
     """DAVIS 2016 (one object, stored as 0 and 255) and 2017 (palette images).
 
     Args:
         root: holds `JPEGImages`, `Annotations` and `ImageSets`.
         split: "train", "val"…, a list in `ImageSets`; all sequences by default.
-        domain: name for routing and metrics.
         year: whose lists to use, and for 2016 to take every label as object 1; by default 2017 where
             `ImageSets/2017` exists.
         resolution: "480p" or "Full-Resolution".
@@ -49,16 +43,14 @@ def read_davis(
         lists = root / "ImageSets" / resolution  # where DAVIS 2016 itself has its lists
     names = _read_list(lists / f"{split}.txt") if split else _folder_names(frames)
     entries = {name: (frames / name, root / "Annotations" / resolution / name) for name in names}
-    return VideoList(entries, partial(_open_labelled, domain, year == 2016 or None, None, None))
+    return VideoList(entries, partial(_open_labelled, {"binary": year == 2016 or None}))
 
 
 def read_vos(
     root: str | Path,
     split: str | None = None,
-    domain: str = "vos",
     binary: bool | None = None,
     ignore_ids: Collection[int] | None = None,
-    window: Window | None = None,
 ) -> VideoList:
     """YouTube-VOS, MOSE, LVOS, and any `JPEGImages/<video>/*.jpg` with label images `Annotations/<video>/*.png`.
 
@@ -67,12 +59,8 @@ def read_vos(
     Args:
         root: holds `<split>/JPEGImages` and `<split>/Annotations`, or these two directly.
         split: a folder of root, or a list `ImageSets/<split>.txt` of videos.
-        domain: name for routing and metrics.
         binary, ignore_ids: see [`LabelImages`].
-        window: intensities that become black and white, of images as frames. By default, images of 8 bits are taken as
-            they are, and of deeper gray images the 0.5 and 99.5 percentiles over a video, which is said.
     """
-    check_window(window)
     root, names = Path(root), None
     if split and (root / split).is_dir():
         root = root / split
@@ -80,23 +68,15 @@ def read_vos(
         names = _read_list(root / "ImageSets" / f"{split}.txt")
     names = names or _folder_names(root / "JPEGImages")
     entries = {name: (root / "JPEGImages" / name, root / "Annotations" / name) for name in names}
-    return VideoList(entries, partial(_open_labelled, domain, binary, ignore_ids, window))
+    return VideoList(entries, partial(_open_labelled, {"binary": binary, "ignore_ids": ignore_ids}))
 
 
-def _open_labelled(
-    domain: str,
-    binary: bool | None,
-    ignore_ids: Collection[int] | None,
-    window: Window | None,
-    video_id: str,
-    folders: tuple[Path, Path],
-) -> Video:
-    frames = ImageFrames(image_paths(folders[0]), window)
-    labels = LabelImages(_match_to_frames(frames, image_paths(folders[1])), binary, ignore_ids)
-    return Video(video_id, frames, labels, domain)
+def _open_labelled(values: dict[str, Any], video_id: str, folders: tuple[Path, Path]) -> Video:
+    frames = ImageFrames(image_paths(folders[0]))
+    return Video(video_id, frames, LabelImages(_match_to_frames(frames, image_paths(folders[1])), **values))
 
 
-def read_sa_v_val(root: str | Path, split: str = "sav_val", domain: str = "sa_v") -> VideoList:
+def read_sa_v_val(root: str | Path, split: str = "sav_val") -> VideoList:
     """SA-V validation and test: frames at 24 per second, a folder of binary masks per object at 6 per second.
 
     An object's id is its folder's number plus 1, as in SAM 2's code.
@@ -104,28 +84,25 @@ def read_sa_v_val(root: str | Path, split: str = "sav_val", domain: str = "sa_v"
     Args:
         root: holds `sav_val` and `sav_test`, or is one of them.
         split: "sav_val" or "sav_test".
-        domain: name for routing and metrics.
     """
     root = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
     frames = root / "JPEGImages_24fps"
     names = _read_list(root / f"{split}.txt") if (root / f"{split}.txt").is_file() else _folder_names(frames)
     entries = {name: (frames / name, root / "Annotations_6fps" / name) for name in names}
-    return VideoList(entries, partial(_open_per_object, domain))
+    return VideoList(entries, _open_per_object)
 
 
-def _open_per_object(domain: str, video_id: str, folders: tuple[Path, Path]) -> Video:
+def _open_per_object(video_id: str, folders: tuple[Path, Path]) -> Video:
     frames = ImageFrames(image_paths(folders[0]))
     paths = {}
     for name in _folder_names(folders[1]):
         if not name.isdecimal() or int(name) + 1 in paths:
             raise SampleError(f"{folders[1] / name}: an object's folder must be named by a number of its own")
         paths[int(name) + 1] = _match_to_frames(frames, image_paths(folders[1] / name))
-    return Video(video_id, frames, ObjectImages(paths), domain)
+    return Video(video_id, frames, ObjectImages(paths))
 
 
-def read_sa_v(
-    root: str | Path, domain: str = "sa_v", annotations: Literal["manual", "auto"] = "manual", frame_step: int = 4
-) -> VideoList:
+def read_sa_v(root: str | Path, annotations: Literal["manual", "auto"] = "manual", frame_step: int = 4) -> VideoList:
     """SA-V training: `<video>.mp4` with COCO-RLE masklets in `<video>_manual.json` or `<video>_auto.json`.
 
     An object's id is its position in the file plus 1. As in SAM 2's code, a frame for which an object has no masklet
@@ -133,7 +110,6 @@ def read_sa_v(
 
     Args:
         root: searched at any depth.
-        domain: name for routing and metrics.
         annotations: which masklets.
         frame_step: video frames per annotated frame (24 and 6 per second).
     """
@@ -147,23 +123,20 @@ def read_sa_v(
     for path in files:
         if entries.setdefault(path.name.removesuffix(suffix), path) != path:
             raise SampleError(f"{path}: another file of this name is {entries[path.name.removesuffix(suffix)]}")
-    return VideoList(entries, partial(_open_masklets, domain, frame_step))
+    return VideoList(entries, partial(_open_masklets, frame_step))
 
 
-def _open_masklets(domain: str, frame_step: int, video_id: str, path: Path) -> Video:
+def _open_masklets(frame_step: int, video_id: str, path: Path) -> Video:
     with named_errors(path, "not SA-V annotations"):
         data = json.loads(path.read_bytes())
         masklets, size = data["masklet"], (int(data["video_height"]), int(data["video_width"]))
         rles = {i * frame_step: dict(enumerate(rle, 1)) for i, rle in enumerate(masklets) if rle and None not in rle}
         masks = RleMasks(rles, sorted(set().union(*rles.values())), size, str(path))
-        return Video(video_id, read_video(path.with_name(f"{video_id}.mp4")), masks, domain)
+        return Video(video_id, read_video(path.with_name(f"{video_id}.mp4")), masks)
 
 
 def read_ocid(
-    root: str | Path,
-    split: Literal["train", "val", "test"] | None = None,
-    domain: str = "ocid",
-    ignore_ids: Collection[int] = (),
+    root: str | Path, split: Literal["train", "val", "test"] | None = None, ignore_ids: Collection[int] = ()
 ) -> VideoList:
     """OCID: sequences `…/seqNN/{rgb,label}/*.png` at any depth, labels of 16 bits, objects placed one after another.
 
@@ -173,7 +146,6 @@ def read_ocid(
     Args:
         root: `ARID10`, `ARID20`, `YCB10` or the folder of them.
         split: all sequences by default.
-        domain: name for routing and metrics.
         ignore_ids: labels that are no objects, such as OCID's floor and table (1 and 2). The original counts them as
             objects, and so does the default.
     """
@@ -188,14 +160,14 @@ def read_ocid(
         border = int(0.8 * len(rest))
         splits = {"train": rest[:border], "val": rest[border:], "test": [n for n in names if Path(n).name == "seq13"]}
         names = splits[split]
-    return VideoList({name: root / name for name in names}, partial(_open_ocid, domain, frozenset(ignore_ids)))
+    return VideoList({name: root / name for name in names}, partial(_open_ocid, frozenset(ignore_ids)))
 
 
-def _open_ocid(domain: str, ignore_ids: frozenset[int], video_id: str, folder: Path) -> Video:
+def _open_ocid(ignore_ids: frozenset[int], video_id: str, folder: Path) -> Video:
     frames = ImageFrames(image_paths(folder / "rgb"))
     paths = _match_to_frames(frames, image_paths(folder / "label"))
     placed = set(np.unique(read_label_png(paths[max(paths)])).tolist())
-    return Video(video_id, frames, LabelImages(paths, object_ids=placed - {0} - ignore_ids), domain)
+    return Video(video_id, frames, LabelImages(paths, object_ids=placed - {0} - ignore_ids))
 
 
 def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:

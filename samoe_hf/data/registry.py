@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from samoe_hf.errors import InputError, did_you_mean
 
 from .configs import find_config
+from .frames import SampleError
+from .images import ImageFrames
 from .layouts import LAYOUTS, recognize
-from .options import check_options
-
-if TYPE_CHECKING:
-    from .schema import Video
+from .options import check_options, check_types
+from .schema import Video, VideoList
+from .windows import Window, check_window
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,7 @@ def load_videos(
     split: str | None = None,
     domain: str | None = None,
     video_ids: Sequence[str] | None = None,
+    window: tuple[float, float] | None = None,
     **options: Any,
 ) -> Sequence[Video] | Iterable[Video]:
     """Opens a dataset.
@@ -37,8 +42,12 @@ def load_videos(
             "sa_v_val", "ocid", "npz", "nifti", "coco", "synthetic" or "dataset" (on the Hub or on disk).
         root: its folder or name; none for "synthetic". Without a kind, its layout is recognized.
         split: as the reader of that kind understands it.
-        domain: the videos' domain name, the kind's by default; of "synthetic", which videos to draw.
+        domain: the videos' domain, the name for routing and metrics; by default the kind's, and the folder's for videos
+            of your own. Of "synthetic", which videos to draw.
         video_ids: only these videos.
+        window: intensities that become black and white, such as (-160, 240) Hounsfield units for soft tissue in CT.
+            By default, images of 8 bits are taken as they are, and of deeper gray images and volumes the 0.5 and 99.5
+            percentiles over a video, which is said.
         options: what else the kind's reader takes, see `samoe_hf.data.layouts.LAYOUTS`.
 
     Raises:
@@ -46,18 +55,36 @@ def load_videos(
         FileNotFoundError: root does not exist.
     """
     kind, root, recognized = name_kind(kind, root, split)
-    given = {"root": root, "split": split, "domain": domain}
-    options = recognized | options | {name: value for name, value in given.items() if value is not None}
-    owner, read = f"datasets of kind {kind!r}", LAYOUTS[kind].read
-    check_options(read, options, owner)
-    if isinstance(video_ids, str):
-        raise InputError(f"{owner}: `video_ids` must be a list of ids, not {video_ids!r}")
-    videos = read(**options)
-    if video_ids is None:
-        return videos
-    if not hasattr(videos, "select"):
-        raise InputError(f"video_ids cannot choose among the videos of kind {kind!r}")
-    return videos.select(video_ids)
+    owner, layout = f"datasets of kind {kind!r}", LAYOUTS[kind]
+    check_types(load_videos, {"domain": domain, "video_ids": video_ids, "window": window}, owner)
+    check_window(window)
+    given = {"root": root, "split": split, "domain": domain, "window": window}
+    of_reader = inspect.signature(layout.read).parameters
+    given = {k: v for k, v in given.items() if v is not None and (k in of_reader or k in ("root", "split"))}
+    options = recognized | options | given
+    check_options(layout.read, options, owner)
+    videos = layout.read(**options)
+    if video_ids is not None:
+        if not isinstance(videos, VideoList):
+            raise InputError(f"video_ids cannot choose among the videos of kind {kind!r}")
+        videos = videos.select(video_ids)
+    if isinstance(videos, VideoList) and "domain" not in of_reader:
+        domain = domain or layout.domain or (Path(str(root)).resolve().stem if kind == "files" else kind)
+        shown = partial(_open_shown, videos.open_entry, domain, None if "window" in of_reader else window)
+        return VideoList(videos.entries, shown)
+    if window is not None and "window" not in of_reader:
+        raise InputError(f"`window` does not go with videos of kind {kind!r}")
+    return videos
+
+
+def _open_shown(open_entry: Any, domain: str, window: Window | None, video_id: str, entry: Any) -> Video:
+    """Opens a video of a reader, and says what [`load_videos`] was told of all."""
+    video = replace(open_entry(video_id, entry), domain=domain)
+    if window is not None:
+        if not isinstance(video.frames, ImageFrames):
+            raise SampleError(f"{video_id}: `window` goes with images, and its frames are those of a video file")
+        video.frames.window = window
+    return video
 
 
 def name_kind(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,11 +24,7 @@ def is_stack(path: Path) -> bool:
 
 
 def pair_stacks(
-    frames: FrameSequence,
-    masks: Sequence[MaskFile],
-    binary: bool | None = None,
-    ignore_ids: Collection[int] | None = None,
-    first: Literal[0, 1] | None = None,
+    frames: FrameSequence, masks: Sequence[MaskFile], first: Literal[0, 1] | None = None, **values: Any
 ) -> Annotations:
     """The annotations of a video whose masks may be files of several pages; see [`pair_masks`] for arguments.
 
@@ -39,27 +35,27 @@ def pair_stacks(
         SampleError: pages that are neither, or what `pair_masks` refuses.
     """
     if not is_stack(masks[0].path):
-        return pair_masks(frames, masks, binary, ignore_ids, first)
+        return pair_masks(frames, masks, first, **values)
     pages = {mask.path: image_info(mask.path).pages for mask in masks}
     are_frames = all(len(own) == len(frames) for own in pages.values())
     if are_frames and len(masks) == 1:
-        annotations: Annotations = LabelImages(dict(enumerate(_pages(masks[0].path))), binary, ignore_ids)
+        annotations: Annotations = LabelImages(dict(enumerate(_pages(masks[0].path))), **values)
         annotations.note(f"{masks[0].path}: its pages are the masks of the video's frames, in order")
     elif are_frames and not {mask.path.stem for mask in masks} <= set(frames.names):
         names = {mask.path: mask.object_name or mask.path.stem for mask in masks}
         ids = object_ids(list(names.values()))
         of_ids = {ids[name]: dict(enumerate(_pages(path))) for path, name in names.items()}
-        annotations = ObjectImages(of_ids, binary, ignore_ids)
+        annotations = ObjectImages(of_ids, **values)
         annotations.note(f"{masks[0].path.parent}: each file has the masks of an object, a page for each frame")
     elif len(masks) == 1 and len(frames) > 1:
         count = len(pages[masks[0].path])
         raise SampleError(f"{masks[0].path}: {count} pages for {len(frames)} frames; a mask is expected for each")
     else:
-        by_name = pair_masks(frames, [mask._replace(folder=None) for mask in masks], False, [], first)
+        by_name = pair_masks(frames, [mask._replace(folder=None) for mask in masks], first)
         if not isinstance(by_name, LabelImages):
             raise SampleError(f"{masks[0].path}: names an object, and has {len(pages[masks[0].path])} pages of objects")
         of_frames = {frame: Path(str(path)) for frame, path in by_name.images.items()}
-        annotations = _objects_by_page(of_frames, binary, ignore_ids)
+        annotations = _objects_by_page(of_frames, **values)
     return annotations
 
 
@@ -68,7 +64,7 @@ def _pages(path: Path) -> list[Page]:
 
 
 def _objects_by_page(
-    of_frames: dict[int, Path], binary: bool | None, ignore_ids: Collection[int] | None
+    of_frames: dict[int, Path], binary: bool | None = None, ignore_ids: Collection[int] | None = None
 ) -> Annotations:
     """Objects that are the pages of each frame's file: by the value of each page, or its number if all are the same."""
     values: dict[Page, int] = {}

@@ -23,7 +23,7 @@ from nibabel.wrapstruct import WrapStructError
 from .annotations import IdVolume
 from .frames import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key, say_once
 from .schema import Video, VideoList
-from .windows import Window, check_window, to_uint8
+from .windows import Window, to_uint8
 
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
 ROUNDING = 0.1  # of a voxel, by which headers of one grid may differ
@@ -32,23 +32,18 @@ NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.B
 NIFTI_DAMAGE = (*DAMAGE, ImageFileError, OrientationError, HeaderDataError, WrapStructError)
 
 
-def read_npz(
-    root: str | Path, split: str | None = None, domain: str = "npz", window: Window | None = None
-) -> VideoList:
+def read_npz(root: str | Path, split: str | None = None, window: Window | None = None) -> VideoList:
     """Volumes `*.npz` with `imgs` (D, H, W), `gts` (D, H, W) object ids, 0 for background, and optionally `spacing`.
 
     Args:
         root: the folder of the files.
         split: a folder of root.
-        domain: name for routing and metrics.
-        window: intensities that become black and white, for `imgs` that are not uint8; by default their 0.5 and 99.5
-            percentiles.
+        window: see [`~samoe_hf.data.registry.load_videos`].
     """
-    check_window(window)
-    return VideoList(_files(Path(root, split or ""), ".npz"), partial(_open_npz, domain, window))
+    return VideoList(_files(Path(root, split or ""), ".npz"), partial(_open_npz, window))
 
 
-def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> Video:
+def _open_npz(window: Window | None, video_id: str, path: Path) -> Video:
     with named_errors(path, "not a volume with imgs and gts", NPZ_DAMAGE):
         with zipfile.ZipFile(path) as archive:
             _check_headers(archive)
@@ -56,7 +51,7 @@ def _open_npz(domain: str, window: Window | None, video_id: str, path: Path) -> 
             images, ids = file["imgs"], file["gts"]
             x, y, z = (float(length) for length in file["spacing"]) if "spacing" in file else (0.0, 0.0, 0.0)
             spacing = (x, y, z) if "spacing" in file else None
-        return Video(video_id, ArrayFrames(to_uint8(images, window)), IdVolume(ids), domain, spacing)
+        return Video(video_id, ArrayFrames(to_uint8(images, window)), IdVolume(ids), spacing=spacing)
 
 
 def _check_headers(archive: zipfile.ZipFile) -> None:
@@ -87,13 +82,7 @@ def _check_same_size(images: Sequence[int], labels: Sequence[int]) -> None:
         raise SampleError(f"images {tuple(images)} and labels {tuple(labels)} differ in size")
 
 
-def read_nifti(
-    root: str | Path,
-    split: str = "Tr",
-    domain: str = "nifti",
-    window: Window | None = None,
-    by_voxels: bool = False,
-) -> VideoList:
+def read_nifti(root: str | Path, split: str = "Tr", window: Window | None = None, by_voxels: bool = False) -> VideoList:
     """NIfTI volumes as the Medical Segmentation Decathlon and nnU-Net lay them out.
 
     Slices are axial, from the feet up, shown as radiologists see them: the front up, the patient's right on the left.
@@ -103,19 +92,14 @@ def read_nifti(
     Args:
         root: holds `images<split>/*.nii[.gz]` (or `…_0000.nii[.gz]`) and, under the same names, `labels<split>`.
         split: "Tr", "Ts"…
-        domain: name for routing and metrics.
-        window: intensities that become black and white, e.g. (-160, 240) Hounsfield units for soft tissue in CT; by
-            default the volume's 0.5 and 99.5 percentiles.
+        window: see [`~samoe_hf.data.registry.load_videos`].
         by_voxels: labels are taken voxel by voxel as they are stored, wherever their headers say that they lie.
     """
-    check_window(window)
     labels = _files(Path(root) / f"labels{split}", ".nii", ".nii.gz")
-    return VideoList(labels, partial(_open_nifti, domain, window, by_voxels, Path(root) / f"images{split}"))
+    return VideoList(labels, partial(_open_nifti, window, by_voxels, Path(root) / f"images{split}"))
 
 
-def _open_nifti(
-    domain: str, window: Window | None, by_voxels: bool, images: Path, video_id: str, label_path: Path
-) -> Video:
+def _open_nifti(window: Window | None, by_voxels: bool, images: Path, video_id: str, label_path: Path) -> Video:
     path = images / label_path.name
     if not path.is_file():
         path = images / f"{video_id}_0000{label_path.name.removeprefix(video_id)}"
@@ -139,7 +123,7 @@ def _open_nifti(
             raise SampleError(f"{label_path}: labels must be whole numbers")
         ids = ids.astype(np.int32)
     with named_errors(path, "not a volume"):
-        return Video(video_id, ArrayFrames(to_uint8(volume, window)), IdVolume(ids), domain, spacing)
+        return Video(video_id, ArrayFrames(to_uint8(volume, window)), IdVolume(ids), spacing=spacing)
 
 
 def _load_nifti(path: Path) -> Any:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import layouts
 from helpers.layouts import SIZE
-from samoe_hf.data import SyntheticVideos, load_videos, to_datasets
+from samoe_hf.data import SampleError, SyntheticVideos, load_videos, to_datasets
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 
 
@@ -73,3 +74,11 @@ def test_what_is_no_yaml_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"run\.yaml"):
             read_yaml(path)
     assert not Path("executed").exists()
+
+
+def test_a_window_is_refused_where_frames_are_no_images(tmp_path):
+    made = layouts.make_sa_v(tmp_path)
+    with pytest.raises(SampleError, match="`window` goes with images, and its frames are those of a video file"):
+        load_videos(**made, window=(0, 9))[0]
+    with pytest.raises(ValueError, match="`window` does not go with videos of kind 'synthetic'"):
+        load_videos("synthetic", num_videos=1, num_frames=2, window=(0, 9))

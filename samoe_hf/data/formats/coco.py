@@ -13,7 +13,6 @@ from samoe_hf.data.annotations import encode_rle
 from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key, say_once
 from samoe_hf.data.layouts import YTVIS
 from samoe_hf.data.schema import Video, VideoList
-from samoe_hf.data.windows import Window
 
 from . import labels
 from .labels import LabelledFrame, LabelledObject
@@ -23,10 +22,8 @@ from .shapes import Part, polygons_of
 def read_coco(
     root: str | Path,
     split: str = "train2017",
-    domain: str = "coco",
     images: str | None = None,
     annotations: str | None = None,
-    window: Window | None = None,
 ) -> VideoList:
     """Images with COCO annotations; crowds are left out, which is said.
 
@@ -41,11 +38,8 @@ def read_coco(
     Args:
         root: the dataset's folder.
         split: names the image folder and `annotations/instances_<split>.json`, or its `_annotations.coco.json`.
-        domain: name for routing and metrics.
         images: the image folder, where it is named differently.
         annotations: the annotation file, where it is named differently.
-        window: intensities that become black and white, of images with more than 8 bits or in floats; by default the
-            0.5 and 99.5 percentiles of each.
     """
     root = Path(root)
     folders = [root / name for name in (images or split, f"images/{split}", "images")]
@@ -84,7 +78,7 @@ def read_coco(
             frame = LabelledFrame(video, folder / name, size, objects, str(path), alone=name)
             frames.append(((image["id"],) if None in tracks else (video, order), frame))
         ordered = [frame for _, frame in sorted(frames, key=lambda pair: pair[0])]
-    return labels.read_frames(ordered, domain, window, str(root))
+    return labels.read_frames(ordered, str(root))
 
 
 def _classes(data: Mapping[str, Any]) -> dict[Any, str]:
@@ -122,10 +116,8 @@ def _parts(segmentation: Any) -> list[Part]:
 def read_ytvis(
     root: str | Path,
     split: str | None = None,
-    domain: str = "ytvis",
     images: str | None = None,
     annotations: str | None = None,
-    window: Window | None = None,
 ) -> VideoList:
     """YouTube-VIS 2019 and 2021, OVIS, and others of their form; crowds are left out.
 
@@ -135,10 +127,8 @@ def read_ytvis(
     Args:
         root: the dataset's folder.
         split: a folder with a JSON, or part of the JSON's name; needed where there are several.
-        domain: name for routing and metrics.
         images: the image folder; by default `JPEGImages` or `images`.
         annotations: the annotation file.
-        window: see [`read_coco`].
     """
     root = Path(root)
     files = [root / annotations] if annotations else labels.files_with(root, ".json", YTVIS)
@@ -186,7 +176,7 @@ def read_ytvis(
                 size = int(video["height"]), int(video["width"])
                 frames.append(LabelledFrame(video_ids[-1], folder / name, size, objects, str(path)))
         labels.check_unlike("names of videos", video_ids)
-    return labels.read_frames(frames, domain, window, str(root))
+    return labels.read_frames(frames, str(root))
 
 
 # --- Writing

@@ -18,7 +18,6 @@ from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import CVAT
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.video_io import VIDEO_SUFFIXES, read_video
-from samoe_hf.data.windows import Window, check_window
 
 from . import labels
 from .labels import LabelledFrame, LabelledVideo
@@ -27,9 +26,7 @@ from .shapes import Part, box, cropped, joined, place, polygons_of, runs_of
 LABELLED = "labelled_frames"  # in the file's `meta`, which CVAT does not read
 
 
-def read_cvat(
-    root: str | Path, split: str | None = None, domain: str = "cvat", window: Window | None = None
-) -> VideoList:
+def read_cvat(root: str | Path, split: str | None = None) -> VideoList:
     """Exports of CVAT, each a folder with an XML, and its frames beside it: `images/`, or the video file.
 
     A track is an object, and its id the object's (plus 1 in a video that has 0); tracks of one group and label are
@@ -41,10 +38,7 @@ def read_cvat(
     Args:
         root: the folder; searched at any depth, a folder with an XML is a video.
         split: only what is below this folder.
-        domain: name for routing and metrics.
-        window: intensities that become black and white, of images with more than 8 bits.
     """
-    check_window(window)
     root = Path(root) / (split or "")
     entries: dict[str, LabelledVideo] = {}
     images: list[LabelledFrame] = []
@@ -63,10 +57,10 @@ def read_cvat(
     if images and entries:
         raise SampleError(f"{root}: holds CVAT's files for video and for images; give the folder of one of them")
     if images:
-        return labels.read_frames(images, domain, window, str(root))
+        return labels.read_frames(images, str(root))
     if not entries:
         raise SampleError(f"{root}: no XML of CVAT")
-    return VideoList(entries, partial(labels.open_labelled, domain, window))
+    return VideoList(entries, labels.open_labelled)
 
 
 def _frames(path: Path, source: str) -> Path | list[Path]:

@@ -18,7 +18,6 @@ from samoe_hf.data.frames import SampleError, named_errors, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import LABEL_STUDIO
 from samoe_hf.data.schema import Video, VideoList
-from samoe_hf.data.windows import Window
 
 from . import labels
 from .labels import LabelledFrame
@@ -28,9 +27,7 @@ NO_PLACE = ("choices", "textarea", "rating", "taxonomy", "number", "relation", "
 RUN_BITS = (3, 4, 8, 16)  # in which a run's length less 1 is written
 
 
-def read_label_studio(
-    root: str | Path, split: str | None = None, domain: str = "labelstudio", window: Window | None = None
-) -> VideoList:
+def read_label_studio(root: str | Path, split: str | None = None) -> VideoList:
     """Label Studio's JSON export, with the images below the same folder.
 
     An image is found by its path behind `?d=`, or by its name. The folder of an image is its video, without a first
@@ -43,8 +40,6 @@ def read_label_studio(
     Args:
         root: the folder, searched at any depth.
         split: only what is below this folder.
-        domain: name for routing and metrics.
-        window: intensities that become black and white, of images with more than 8 bits.
     """
     root = Path(root) / (split or "")
     files: dict[tuple[str, ...], list[Path]] = defaultdict(list)  # by the ends of their paths
@@ -68,7 +63,7 @@ def read_label_studio(
                 parts = image.parent.relative_to(root).parts
                 video = "/".join(parts[parts[:1] == ("images",) :])
                 frames.append(LabelledFrame(video, image, size, objects if valid else None, str(path)))
-    return labels.read_frames(labels.name_objects(frames), domain, window, str(root))
+    return labels.read_frames(labels.name_objects(frames), str(root))
 
 
 def _image(task: dict[str, Any], root: Path, files: Mapping[tuple[str, ...], list[Path]]) -> Path:

@@ -17,7 +17,6 @@ from samoe_hf.data.frames import SampleError, named_errors, say_once
 from samoe_hf.data.image_files import open_image
 from samoe_hf.data.layouts import LABELME
 from samoe_hf.data.schema import Video, VideoList
-from samoe_hf.data.windows import Window
 
 from . import labels
 from .labels import LabelledFrame
@@ -26,9 +25,7 @@ from .shapes import Part, box, cropped, place, polygons_of
 FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes besides polygons and masks, their points
 
 
-def read_labelme(
-    root: str | Path, split: str | None = None, domain: str = "labelme", window: Window | None = None
-) -> VideoList:
+def read_labelme(root: str | Path, split: str | None = None) -> VideoList:
     """Folders of images with LabelMe's JSON files; a folder is a video.
 
     Shapes of one `group_id` and label are one object, whose id is that number. Where no shape of a video has one, and
@@ -40,8 +37,6 @@ def read_labelme(
     Args:
         root: the folder, searched at any depth.
         split: only what is below this folder.
-        domain: name for routing and metrics.
-        window: intensities that become black and white, of images with more than 8 bits.
     """
     root = Path(root) / (split or "")
     frames: list[LabelledFrame] = []
@@ -62,7 +57,7 @@ def read_labelme(
             )
             video = path.parent.relative_to(root).as_posix().removeprefix(".")
             frames.append(LabelledFrame(video, image, size, objects, str(path), Path(name).stem))
-    return labels.read_frames(labels.name_objects(frames), domain, window, str(root))
+    return labels.read_frames(labels.name_objects(frames), str(root))
 
 
 def _group(shape: dict[str, Any]) -> int | None:

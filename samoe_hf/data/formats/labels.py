@@ -6,7 +6,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from samoe_hf.data.pairing import object_ids
 from samoe_hf.data.readers import check_folder
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.video_io import read_video
-from samoe_hf.data.windows import Window, check_window
 
 from .shapes import Part, Shapes
 
@@ -152,7 +150,7 @@ def name_objects(frames: Iterable[LabelledFrame]) -> list[LabelledFrame]:
     return named
 
 
-def read_frames(frames: Iterable[LabelledFrame], domain: str, window: Window | None, whose: str) -> VideoList:
+def read_frames(frames: Iterable[LabelledFrame], whose: str) -> VideoList:
     """The videos of labelled frames.
 
     Images in the folder of a video's frames that are not among them are frames without annotation. Where something has
@@ -161,13 +159,11 @@ def read_frames(frames: Iterable[LabelledFrame], domain: str, window: Window | N
 
     Args:
         frames: in the order of their numbers, of all videos.
-        domain, window: of the reader.
         whose: the dataset, for messages.
 
     Raises:
         SampleError: two frames of a video, or two videos, have one name, or there is none.
     """
-    check_window(window)
     frames = list(frames)
     if not any(frame.objects is not None for frame in frames):
         raise SampleError(f"{whose}: no labelled frames")
@@ -189,7 +185,7 @@ def read_frames(frames: Iterable[LabelledFrame], domain: str, window: Window | N
                 owners[frame.image.parent].add(frame.video)
         videos = {video: _with_unlabelled(own, owners) for video, own in videos.items()}
     entries = {name or Path(whose).resolve().name: _video_of(name, own) for name, own in videos.items()}
-    return VideoList(entries, partial(open_labelled, domain, window))
+    return VideoList(entries, open_labelled)
 
 
 def _with_unlabelled(frames: list[LabelledFrame], owners: Mapping[Path, set[str]]) -> list[LabelledFrame]:
@@ -238,7 +234,7 @@ def ids_of(keys: Iterable[Any]) -> dict[Any, int]:
     return {key: names[str(key)] for key in keys}
 
 
-def open_labelled(domain: str, window: Window | None, video_id: str, entry: LabelledVideo) -> Video:
+def open_labelled(video_id: str, entry: LabelledVideo) -> Video:
     """Opens a video; an image that is missing is an error that names it."""
     if isinstance(entry.frames, Path):
         frames = read_video(entry.frames)
@@ -246,7 +242,7 @@ def open_labelled(domain: str, window: Window | None, video_id: str, entry: Labe
         for path in entry.frames:
             if isinstance(path, Path) and not path.is_file():
                 raise SampleError(f"{entry.source}: there is no file {path}")
-        frames = ImageFrames(entry.frames, window, entry.names, video_id)
+        frames = ImageFrames(entry.frames, names=entry.names, owner=video_id)
     size = tuple(frames.size)
     if entry.size is not None and entry.size != size:
         raise SampleError(
@@ -254,7 +250,7 @@ def open_labelled(domain: str, window: Window | None, video_id: str, entry: Labe
             + "; it is turned as its EXIF orientation says" * (entry.size[::-1] == size)
         )
     shapes = Shapes(entry.shapes, entry.classes, size, f"{entry.source}: {video_id}")
-    return Video(video_id, frames, shapes, domain, classes=entry.classes)
+    return Video(video_id, frames, shapes, classes=entry.classes)
 
 
 def find_image(name: str, folders: Sequence[Path], source: str | Path) -> Path:

@@ -12,14 +12,13 @@ import yaml
 from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key
 from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
 from samoe_hf.data.schema import Video, VideoList
-from samoe_hf.data.windows import Window
 
 from . import labels
 from .labels import LabelledFrame, LabelledObject
 from .shapes import joined, polygons_of
 
 
-def read_yolo(root: str | Path, split: str = "train", domain: str = "yolo", window: Window | None = None) -> VideoList:
+def read_yolo(root: str | Path, split: str = "train") -> VideoList:
     """YOLO segmentation; a folder of images is a video.
 
     A polygon's id is behind its points, as `yolo track save_txt=True` writes it, or in the same line of a file below
@@ -30,8 +29,6 @@ def read_yolo(root: str | Path, split: str = "train", domain: str = "yolo", wind
     Args:
         root: holds `data.yaml`.
         split: a key of `data.yaml`.
-        domain: name for routing and metrics.
-        window: intensities that become black and white, of images with more than 8 bits.
     """
     root = Path(root)
     path = root / "data.yaml"
@@ -52,7 +49,7 @@ def read_yolo(root: str | Path, split: str = "train", domain: str = "yolo", wind
             raise SampleError(f"{path}: {split} is {place!r}, which is neither below {base} nor {root}")
         for video, image in _listed(folder, base) if folder.is_file() else _found(folder):
             frames.append(_frame(video, image, names))
-    return labels.read_frames(frames, domain, window, str(root))
+    return labels.read_frames(frames, str(root))
 
 
 def _found(folder: Path) -> list[tuple[str, Path]]:
