@@ -180,5 +180,5 @@ def test_every_kind_of_data_and_its_options_are_in_the_guide():
     assert table.keys() == LAYOUTS.keys()
     for kind, options in table.items():
         named = set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", options)))
-        known = inspect.signature(LAYOUTS[kind].read).parameters.keys() - {"root", "split", "domain"}
+        known = inspect.signature(LAYOUTS[kind].read).parameters.keys() - {"root", "split", "domain", "window"}
         assert named <= known and (named == known or "…" in options), (kind, known)
