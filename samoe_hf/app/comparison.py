@@ -27,11 +27,8 @@ class Side(NamedTuple):
 class Comparison:
     """Two sides on a session's prompts as they are now; InputError if there are none.
 
-    What is done to the session later changes nothing here.
-
-    Args:
-        folder: in which a folder for the masks is made.
-        first_prompts_only: whether corrections are left out, so that one sees what each side does by itself.
+    What is done to the session later changes nothing here. With `first_prompts_only` corrections are left out, so that
+    one sees what each side does by itself. Masks go into a new folder within `folder`.
     """
 
     def __init__(

@@ -57,10 +57,7 @@ def _called(object_id: int | None) -> str:
 def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
     """Tracks a frame once more, back for objects whose first prompt comes later, to see what the routers do there.
 
-    The session stays as it is.
-
-    Raises:
-        InputError: nothing is prompted, or no router runs on this frame.
+    The session stays as it is. An InputError where nothing is prompted, or no router runs on this frame.
     """
     if not session.prompts:
         raise InputError(NOTHING_PROMPTED)

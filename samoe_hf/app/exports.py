@@ -50,11 +50,7 @@ def export_masks(session: TrackingSession, folder: Path) -> Path:
 
 
 def export_format(kind: str, session: TrackingSession, folder: Path) -> Path:
-    """Writes a zip: the video's frames and the masks of those that were tracked, as a label tool reads them.
-
-    Args:
-        kind: one of `samoe_hf.data.layouts.WRITTEN`.
-    """
+    """Writes a zip: the video's frames and the masks of those that were tracked, in a format of `layouts.WRITTEN`."""
     target = folder / f"{session.video.name}_{kind}.zip"
     with _new_file(session, target) as path, TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch) / kind

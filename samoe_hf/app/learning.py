@@ -44,24 +44,16 @@ POINTS = 12  # of the curve
 SMALL_IMAGE_SIZE = 256
 # What a small model learns a domain with within minutes on a CPU; others as `adapt.yaml` says.
 SMALL_MODEL = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, **SMALL_MODEL_EXPERTS}
-OF_NEW_EXPERTS = (
-    "expert_modules",
-    "exclude_modules",
-    "num_experts",
-    "lora_",
-)  # beginnings of keys that a known domain has already
+# Beginnings of keys that a known domain has already.
+OF_NEW_EXPERTS = ("expert_modules", "exclude_modules", "num_experts", "lora_")
 
 
 def collect_video(session: TrackingSession, data: Path) -> Path:
     """Adds a session's video with its masks to a folder that `load_videos` reads; nothing that is there is changed.
 
-    Frames without masks are left out; of very many, the first 300 are taken.
-
-    Returns:
-        the new folder of the video, `frames/*` and `masks/*.png`, named after it, with a number if there is one.
-
-    Raises:
-        InputError: if fewer than two frames have masks, or no mask shows an object.
+    Frames without masks are left out; of very many, the first 300 are taken. Gives the new folder of the video, named
+    after it, with a number if there is one. Fewer than two frames with masks, and masks without objects, are an
+    InputError.
     """
     with session.exclusive():
         frames = sorted(session.masks.frames)[:MAX_COLLECTED_FRAMES]
@@ -90,17 +82,10 @@ def collected(data: Path) -> list[Path]:
 
 
 class Learning:
-    """A run of `samoe adapt` on a folder of videos; InputError if it has none.
+    """A run of `samoe adapt` on the folder of videos `data`; InputError if it has none.
 
-    Args:
-        loaded: what is adapted; its `source` is loaded by the other process.
-        domain: a new domain, or one of the model, whose training goes on.
-        steps: of training.
-        data: the folder of videos, see [`collect_video`].
-        output: the folder of the new model, which is made.
-
-    Attributes:
-        learned: the new model, once the page has loaded it.
+    The source of `loaded` is loaded by the other process. The domain is a new one, or one of the model, whose training
+    goes on. `learned` is the new model of the folder `output`, once the page has loaded it.
     """
 
     def __init__(self, loaded: LoadedModel, domain: str, steps: int, data: Path, output: Path):
@@ -247,12 +232,7 @@ def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
 
 
 class Learner:
-    """Who learns in an app, one run at a time.
-
-    Args:
-        data: the folder of collected videos.
-        models: the folder of what is learned.
-    """
+    """Who learns in an app, one run at a time: from the folder of videos `data`, into the folder `models`."""
 
     def __init__(self, data: Path, models: Path):
         self.data, self.models = data, models

@@ -20,12 +20,7 @@ FIRST = "**First** track a video in *Track*; then look here at what happened."
 
 
 class SideBySide(Part):
-    """What came of a comparison: its pictures, and how well the two agree.
-
-    Args:
-        label: of the pictures.
-        element: beginning of the ids of its elements.
-    """
+    """What came of a comparison: its pictures, and how well the two agree. Ids begin with `element`."""
 
     def __init__(self, app: App, key: gr.State, label: str, element: str):
         super().__init__(app, key)

@@ -24,12 +24,7 @@ Step = TypeVar("Step")
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that is ready to track.
-
-    Attributes:
-        name: on the page; unique in the app.
-        source: what it was loaded from.
-    """
+    """A model that is ready to track: its name on the page, unique in the app, and what it was loaded from."""
 
     name: str
     source: str
@@ -53,12 +48,7 @@ class LoadedModel:
 
 
 def load_model(source: str, device: torch.device | str, name: str | None = None, **options) -> LoadedModel:
-    """Loads a model for the app.
-
-    Args:
-        source: what [`~samoe_hf.inference.load_tracker`] takes, and `options` with it.
-        name: on the page; the last part of `source` by default.
-    """
+    """Loads a model as [`~samoe_hf.inference.load_tracker`] does; its name is the last part of `source` by default."""
     return LoadedModel(name or Path(source).name, source, *load_tracker(source, device, **options))
 
 

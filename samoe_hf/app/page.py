@@ -78,8 +78,7 @@ class Page(Part):
     def enter(self, kept: object, request: gr.Request) -> Shown:
         """Gives a page that was loaded its secret, and shows what it had before a refresh.
 
-        Args:
-            kept: the secret of the tab, and that of who has learned in this browser, who may be in another tab now.
+        What the browser has kept is the tab's secret, and that of who has learned, who may be in another tab now.
         """
         people, page = self.app.people, request.session_hash or ""
         secret, _, learner = kept.partition(" ") if isinstance(kept, str) else ("", "", "")

@@ -68,9 +68,7 @@ class App:
 class Part:
     """A part of the page: its components, and the handlers of what happens there.
 
-    Args:
-        key: which person a page belongs to, and which page it is; the server's to know, so that a page's own value
-            counts for nothing.
+    `key` says whose a page is, and which page it is. The server keeps it, so a page's own value counts for nothing.
     """
 
     def __init__(self, app: App, key: gr.State):
@@ -84,12 +82,10 @@ class Part:
         outputs: Set[Any] = frozenset(),
         **options: Any,
     ) -> None:
-        """Connects an event of a component with a handler.
+        """Connects an event of a component with a handler; `options` are of `gradio.on`.
 
-        Args:
-            handler: gets the page's person and the values of `inputs`, and gives new values of `outputs`, or yields
-                them step by step. What a person can mend becomes a message on the page.
-            options: of `gradio.on`.
+        The handler gets the page's person and the values of `inputs`, and gives new values of `outputs`, or yields
+        them step by step. What a person can mend becomes a message on the page.
         """
         data = [self.key, *inputs]
         gr.on([trigger], self._for_person(handler), data, outputs or None, api_visibility="private", **options)
@@ -102,11 +98,7 @@ class Part:
         outputs: Set[Any],
         line: Component | None = None,
     ) -> None:
-        """As [`on`], of what keeps the device for long: one of these runs at a time.
-
-        Args:
-            line: where those who wait are told their place; by default all outputs.
-        """
+        """As [`on`], of what keeps the device for long: one runs at a time. Who waits is told so in `line`."""
         progress = "minimal" if line is not None else "full"
         device = {"concurrency_id": "device", "concurrency_limit": 1}
         self.on(trigger, handler, inputs, outputs, show_progress=progress, show_progress_on=line, **device)

@@ -22,12 +22,7 @@ STRANGERS = 64  # pages of nobody that are remembered for a moment, such as thos
 
 
 class BoundedRequests:
-    """Middleware that reads no more of a request than an event or an upload may have.
-
-    Args:
-        upload_bytes: of all files of one upload.
-        folder: where uploads go. One that its disk has no room for is refused.
-    """
+    """Middleware that reads no more of a request than an event or an upload may have, or the disk of `folder` has."""
 
     def __init__(self, app: ASGIApp, upload_bytes: int, folder: Path):
         self.app, self.upload_bytes, self.folder = app, upload_bytes, folder

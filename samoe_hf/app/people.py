@@ -30,26 +30,16 @@ SECRET_BYTES = 32
 
 @dataclass(eq=False)
 class Person:
-    """What one page has on the server.
-
-    Attributes:
-        secret: known to this page alone.
-        folder: for its files.
-        page: the id of the page that was loaded last.
-        is_open: whether that page was not closed.
-        used: when it was used last, and `kept_until`: it is freed then; both of `People`'s clock.
-        session: its video, once there is one.
-        corner: of a box of which one corner was clicked: object, frame, x and y in pixels of the video.
-    """
+    """What one page has on the server: files in a folder, and a secret that is known to it alone."""
 
     secret: str
     folder: Path
-    page: str = ""
-    is_open: bool = True
-    used: float = 0.0
-    kept_until: float = 0.0
+    page: str = ""  # the id of the page that was loaded last
+    is_open: bool = True  # that page was not closed
+    used: float = 0.0  # when it was used last, by `People`'s clock
+    kept_until: float = 0.0  # it is freed then
     session: TrackingSession | None = None
-    corner: tuple[int, int, float, float] | None = None
+    corner: tuple[int, int, float, float] | None = None  # first one of a box: object, frame, x, y in the video's pixels
     comparison: Comparison | None = None
     experts: ExpertsView | None = None
 
@@ -94,12 +84,7 @@ def _discard(work: TrackingSession | Comparison | None) -> None:
 
 
 class People:
-    """All who use the app, by their secrets.
-
-    Args:
-        folder: for the files of all of them.
-        clock: seconds that only grow; another one for tests.
-    """
+    """All who use the app, by their secrets; `clock` gives seconds that only grow."""
 
     def __init__(self, folder: Path, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self.folder, self.limits, self._clock = folder, limits, clock
@@ -134,11 +119,8 @@ class People:
 
         A secret that was given stays good after its person was freed: who comes back with it is a new person under it.
         Where there are as many people as the limits allow, one without a video makes room if it is idle for as long as
-        a closed page is kept; else it raises an InputError.
-
-        Args:
-            secret: what the page has kept, of any type; anything but a secret that was given counts as none.
-            page: the page's own id. It takes the place of an earlier page of the person.
+        a closed page is kept; else it raises an InputError. Anything but a secret that was given counts as none. The
+        page takes the place of an earlier page of the person.
         """
         self.free_unused()
         with self._lock:
@@ -157,11 +139,7 @@ class People:
             return self._used(person)
 
     def __getitem__(self, key: tuple[str, str]) -> Person:
-        """The person of (secret, page), who does something now.
-
-        Raises:
-            InputError: there is nobody with the secret, or nobody any more, or another page of the person is open.
-        """
+        """The person of (secret, page), who does something now; InputError if it was freed or has another page."""
         secret, page = key
         with self._lock:
             person = self._people.get(secret)

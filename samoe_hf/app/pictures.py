@@ -36,12 +36,9 @@ def draw_frame(
     prompts: Sequence[VideoPrompt] = (),
     corner: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """Draws objects and prompts over a frame (H, W, 3) uint8, at the size that it is shown in.
+    """Draws objects, prompts and a box's first corner over a frame (H, W, 3) uint8, at the size that it is shown in.
 
-    Args:
-        id_map: (H, W) ids.
-        prompts: points and boxes in pixels of the video: a plus is positive, a minus negative.
-        corner: the first corner of a box that is being drawn, in pixels of the video.
+    Prompts and corner are in pixels of the video; a plus is a positive point, a minus a negative one.
     """
     picture = overlay_masks(frame, id_map, shown_size(frame.shape[:2])[0])
     if not prompts and corner is None:

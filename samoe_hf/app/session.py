@@ -38,19 +38,14 @@ NOTHING_PROMPTED = "Nothing is prompted yet: click on an object, or draw a box a
 MAX_UNDO, MAX_ID = 50, 255
 ROWS = "rows"  # the key of a mask's text
 NO_SCORES = ObjectScores(*np.zeros((3, 0)))
+UNDONE = ("objects", "prompts", "tracked_domain", "confidence")
 
 
 class MaskStore:
     """Maps of ids (H, W) uint8, 0 for background, by frame: palette PNGs in a folder, so that they fill no RAM.
 
-    A file has what is known of the frame's objects as its text: rows of `tracks.csv`, without time and prompts.
-
-    Args:
-        folder: for the files; made if it is not there.
-        size: (height, width) of all maps.
-
-    Attributes:
-        frames: that have a map.
+    A file has what is known of the frame's objects as its text: rows of `tracks.csv`, without time and prompts. `size`
+    is the (height, width) of all maps, `frames` are those that have one.
     """
 
     def __init__(self, folder: Path, size: tuple[int, int]):
@@ -116,22 +111,6 @@ class Tracked(NamedTuple):
     total: int
 
 
-class Before(NamedTuple):
-    """A session as it was before a click, a box, an end or a removal.
-
-    Attributes:
-        mask: the file of the mask on `frame`, the one whose mask may have changed; None where there was none.
-    """
-
-    objects: list[int]
-    prompts: dict[tuple[int, int], VideoPrompt]
-    tracking: VideoSession
-    tracked_domain: str | None
-    confidence: float | None
-    frame: int
-    mask: bytes | None
-
-
 class TrackingSession:
     """A video with objects that are prompted, tracked and corrected.
 
@@ -159,7 +138,8 @@ class TrackingSession:
         self.confidence: float | None = None
         self.last_id = 0
         self._busy, self._stop = threading.Lock(), threading.Event()
-        self._undo: list[Before] = []
+        # What the session was before each click, box, end or removal, and the frame whose mask that may have changed.
+        self._undo: list[tuple[dict[str, Any], int, bytes | None]] = []
         # The page scrubs while the model reads on: each has a decoder of its own.
         self._shown, self._shown_lock = video.frames_again(), threading.Lock()
         self._where_to_look: tuple[list[Look], dict[int, np.ndarray]] | None = None
@@ -299,11 +279,7 @@ class TrackingSession:
         """Adds a point on a frame and segments it; gives the frame's new map of ids, (H, W) uint8.
 
         All points and the box of an object on a frame count together. More prompts than the limits allow are an
-        InputError.
-
-        Args:
-            x, y: in pixels of the video.
-            positive: whether the object is there, and not something else.
+        InputError. Positions are in pixels of the video.
         """
         return self._segment(object_id, frame, [(x, y)], [int(positive)])
 
@@ -348,9 +324,8 @@ class TrackingSession:
     def _undoable(self, frame: int) -> Iterator[None]:
         """What is done alone within can be taken back, and is if it fails."""
         with self.exclusive():
-            given = list(self.objects), dict(self.prompts), copied(self._tracking)
-            mask = self.masks.content(frame)
-            self._undo.append(Before(*given, self.tracked_domain, self.confidence, frame, mask))
+            before = {name: copy.copy(getattr(self, name)) for name in UNDONE} | {"_tracking": copied(self._tracking)}
+            self._undo.append((before, frame, self.masks.content(frame)))
             try:
                 yield
             except BaseException:
@@ -359,10 +334,9 @@ class TrackingSession:
             del self._undo[:-MAX_UNDO]
 
     def _go_back(self) -> None:
-        before = self._undo[-1]
-        self.masks.restore(before.frame, before.mask)
-        self.objects, self.prompts, self._tracking = before.objects, before.prompts, before.tracking
-        self.tracked_domain, self.confidence = before.tracked_domain, before.confidence
+        before, frame, mask = self._undo[-1]
+        self.masks.restore(frame, mask)
+        vars(self).update(before)
         self._undo.pop()
 
     # --- Tracking
@@ -370,9 +344,8 @@ class TrackingSession:
     def propagate(self, direction: Direction = "whole", start: int = 0) -> Iterator[Tracked]:
         """Tracks what is prompted, frame by frame, until the end or [`stop`]; InputError if nothing is.
 
-        Args:
-            direction: "whole" as [`~samoe_hf.inference.track_video`] does, each object onward from its first prompt and
-                back to the start; "forward" and "backward" from `start`.
+        "whole" is as [`~samoe_hf.inference.track_video`] does, each object onward from its first prompt and back to the
+        start; "forward" and "backward" are from `start`.
         """
         if not self.prompts:
             raise InputError(NOTHING_PROMPTED)
@@ -435,12 +408,7 @@ class TrackingSession:
     # --- Another domain or model, or a project
 
     def use(self, loaded: LoadedModel, domain: str | None = AUTO, memory_selection: str | None = None) -> None:
-        """Starts anew with a model and the same prompts: prompted frames are segmented at once, other masks dropped.
-
-        Args:
-            domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
-            memory_selection: which memories a frame reads; as the model says by default.
-        """
+        """Starts anew with a model and the same prompts: prompted frames are segmented at once, other masks dropped."""
         memory_selection = memory_selection or loaded.model.memory_selection
         with self.exclusive():
             tracking, output = self._new_tracking(loaded, domain, memory_selection), None

@@ -61,12 +61,7 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
 
 
 def push_space(folder: Path, name: str, token: str | None = None) -> str:
-    """Makes a Space of the Hub of a folder, or updates it; gives its address.
-
-    Args:
-        name: OWNER/NAME.
-        token: that may write; by default that of `hf auth login` or `HF_TOKEN`.
-    """
+    """Makes a Space OWNER/NAME of the Hub of a folder, or updates it; gives its address."""
     api = HfApi(token=token)
     url = api.create_repo(name, repo_type="space", space_sdk="gradio", exist_ok=True)
     api.upload_folder(folder_path=folder, repo_id=name, repo_type="space", commit_message="The page of samoe app")
@@ -74,11 +69,7 @@ def push_space(folder: Path, name: str, token: str | None = None) -> str:
 
 
 def run_space(model: str | None) -> None:
-    """Serves the page in a Space, which tells by variables where, until it is ended.
-
-    Args:
-        model: an id of the Hub, the Space's own folder of a model, or None for the small model.
-    """
+    """Serves the page in a Space, which tells by variables where, until it is ended; None is the small model."""
     from .server import serving, until_stopped
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -196,13 +196,7 @@ class TrackPart(Part):
     def view(
         self, person: Person, shown: object = 0, chosen: int | None = None, id_map: np.ndarray | None = None
     ) -> Shown:
-        """What is shown of a person on a frame.
-
-        Args:
-            shown: number of the frame.
-            chosen: object that is chosen now; by default the page's choice stays.
-            id_map: the frame's masks, if they are at hand.
-        """
+        """What is shown of a person on a frame, with an object `chosen`; by default the page's choice stays."""
         session = person.session
         if session is None:
             return {self.hint: next_step(None)}

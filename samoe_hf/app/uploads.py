@@ -40,29 +40,17 @@ EXAMPLES = {"Shapes": 1, "Scenes": 9, "Paper": 2, "Night": 5, "Blobs": 4, "Echoe
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one person may ask of the app.
+    """How much one person may ask of the app."""
 
-    Attributes:
-        upload_bytes: of all files of an upload together, and of all in a zip when they are unpacked.
-        frames: of a video.
-        pixels: of a frame.
-        objects: of a video.
-        prompts: clicks and boxes of a video.
-        sessions: kept at once; another page is refused until one is free.
-        idle_seconds: after which a session that nobody uses is freed.
-        grace_seconds: after which a closed page's session is freed; a page that is loaded again within takes it up.
-        waiting: requests that may wait for the device.
-    """
-
-    upload_bytes: int = 512 * 2**20
-    frames: int = 30_000
-    pixels: int = 4096 * 2304
-    objects: int = 32
-    prompts: int = 2000
-    sessions: int = 32
-    idle_seconds: float = 3600
-    grace_seconds: float = 60
-    waiting: int = 64
+    upload_bytes: int = 512 * 2**20  # of all files of an upload together, and of all in a zip when they are unpacked
+    frames: int = 30_000  # of a video
+    pixels: int = 4096 * 2304  # of a frame
+    objects: int = 32  # of a video
+    prompts: int = 2000  # clicks and boxes of a video
+    sessions: int = 32  # kept at once; another page is refused until one is free
+    idle_seconds: float = 3600  # after which a session that nobody uses is freed
+    grace_seconds: float = 60  # the same of a closed page's; a page that is loaded again within takes it up
+    waiting: int = 64  # requests that may wait for the device
 
 
 class Archive:
@@ -148,12 +136,7 @@ class _Parts(io.FileIO):
 
 @dataclass(frozen=True)
 class OpenedVideo:
-    """A video in the folder of a session.
-
-    Attributes:
-        name: safe as a file's name.
-        files: the video file, or an image for each frame.
-    """
+    """A video in the folder of a session: its name, safe for files, its frames, and the video file or all images."""
 
     name: str
     frames: FrameSequence
@@ -182,14 +165,9 @@ def hide_paths(text: str, folder: Path) -> str:
 
 
 def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVideo:
-    """Takes uploaded files into a session's folder and opens them.
+    """Takes uploaded files into a session's empty folder and opens them; SampleError for more than the limits allow.
 
-    Args:
-        paths: one video file, one zip of images, or images, which are frames in the natural order of their names.
-        folder: an empty one.
-
-    Raises:
-        SampleError: anything else, a damaged file, frames of different sizes, or more than the limits allow.
+    They are one video file, one zip of images, or images, which are frames in the natural order of their names.
     """
     if not paths:
         raise SampleError("No file was uploaded.")
@@ -210,11 +188,7 @@ def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVi
 def open_files(
     name: str, files: Sequence[str], put: Callable[[str, Path], object], folder: Path, limits: Limits
 ) -> OpenedVideo:
-    """Takes a video file, or images that are frames, into a session's folder under names of our own; opens them.
-
-    Args:
-        put: writes one of the files to a path.
-    """
+    """Takes a video file, or images that are frames, into a session's folder under names of our own; opens them."""
     suffixes = [PurePosixPath(file).suffix.lower() for file in files]
     is_video = len(files) == 1 and suffixes[0] in VIDEO_SUFFIXES
     if not is_video and not set(suffixes) <= set(IMAGE_SUFFIXES):

@@ -25,36 +25,21 @@ from typing import Any
 from samoe_hf.data.layouts import LAYOUTS
 from samoe_hf.errors import InputError, input_errors
 
-from .options import (
-    ChosenDataset,
-    add_dataset_options,
-    add_layout_option,
-    add_memory_option,
-    add_model_option,
-    add_output_option,
-    add_tracking_options,
-    command_parser,
-    format_folder,
-    load_model,
-    mask_format,
-    open_dataset,
-    start_processes,
-    write_format,
-)
+from . import options
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = command_parser("label", __doc__)
-    add_memory_option(add_model_option(parser))
-    add_dataset_options(parser)
+    parser = options.command_parser("label", __doc__)
+    options.add_memory_option(options.add_model_option(parser))
+    options.add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", choices=("mask", "box"), default="mask", help="(%(default)s)")
     prompts.add_argument("--prompts", type=Path, metavar="FILE.json", help="prompts of a folder of videos")
-    output = add_output_option(parser, "folder for the masks")
-    add_layout_option(output)
+    output = options.add_output_option(parser, "folder for the masks")
+    options.add_layout_option(output)
     output.add_argument("--overwrite", action="store_true", help="replace other labels there")
     output.add_argument("--push-to-hub", metavar="ID", help="upload videos and masks as this dataset of the Hub")
-    add_tracking_options(parser, shared=True)
+    options.add_tracking_options(parser, shared=True)
     parsed = parser.parse_args(arguments)
     if parsed.prompts is not None and (parsed.dataset in LAYOUTS or parsed.root is not None):
         parser.error("`--prompts` goes with a folder of videos as `--dataset`, not with a kind")
@@ -72,20 +57,20 @@ def run(parsed: argparse.Namespace) -> None:
         labelled_videos,
     )
 
-    state, device = start_processes(parsed.device)
+    state, device = options.start_processes(parsed.device)
     if parsed.prompts is None:
-        dataset = open_dataset(parsed)
+        dataset = options.open_dataset(parsed)
         videos = from_first_frames(dataset.videos(parsed.video), parsed.prompt)
     else:
-        dataset = ChosenDataset("files", Path(parsed.dataset), [])
+        dataset = options.ChosenDataset("files", Path(parsed.dataset), [])
         with input_errors():
             videos = from_prompt_file(parsed.prompts, parsed.dataset)
     if not videos:
         raise InputError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
-    model, processor = load_model(parsed, device)
+    model, processor = options.load_model(parsed, device)
     identity = identity_of(model, processor, parsed.model) | {"dataset": dataset.describe(parsed)}
-    labels = LabelRun(parsed.output, identity, mask_format(parsed.layout, dataset.kind))
-    for_tool = format_folder(parsed.layout, parsed.output)
+    labels = LabelRun(parsed.output, identity, options.mask_format(parsed.layout, dataset.kind))
+    for_tool = options.format_folder(parsed.layout, parsed.output)
     with labels.writer:
         if state.is_main_process:
             labels.start(parsed.overwrite)
@@ -98,7 +83,7 @@ def run(parsed: argparse.Namespace) -> None:
         with input_errors():
             dataset.push_to_hub(parsed.push_to_hub)
     if for_tool is not None:
-        write_format(parsed.layout, labelled_videos(labels, videos), for_tool)
+        options.write_format(parsed.layout, labelled_videos(labels, videos), for_tool)
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
     names = ("masks", "tracks", "where_to_look.csv", "labels.json")

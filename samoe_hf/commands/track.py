@@ -23,14 +23,7 @@ from typing import TYPE_CHECKING
 from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.errors import InputError, input_errors
 
-from .options import (
-    add_memory_option,
-    add_model_option,
-    add_tracking_options,
-    command_parser,
-    load_model,
-    write_format,
-)
+from . import options
 
 if TYPE_CHECKING:
     from samoe_hf.data.frames import FrameSequence
@@ -44,9 +37,9 @@ SHOWN_LOOKS = 5
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = command_parser("track", __doc__)
-    model = add_model_option(parser)
-    add_memory_option(model)
+    parser = options.command_parser("track", __doc__)
+    model = options.add_model_option(parser)
+    options.add_memory_option(model)
     model.add_argument(
         "--domain", default="auto", metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
     )
@@ -63,7 +56,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     output.add_argument("--masks", type=Path, metavar="DIR", help="new folder for the masks; OUT_masks if not given")
     output.add_argument("--layout", choices=WRITTEN, help="masks and frames for a label tool, not PNGs")
     output.add_argument("--overwrite", action="store_true", help="replace the overlay and the masks of an earlier run")
-    add_tracking_options(parser)
+    options.add_tracking_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -195,7 +188,7 @@ def track(
     from samoe_hf.plots.masks import overlay_masks
     from samoe_hf.tracks import write_tracks
 
-    model, processor = load_model(parsed, parsed.device)
+    model, processor = options.load_model(parsed, parsed.device)
     domain, tracked, rows = None if parsed.domain == "none" else parsed.domain, None, []
     with (
         whole_file(parsed.output) as overlay,
@@ -214,7 +207,7 @@ def track(
         if parsed.layout:
             ids = sorted({prompt.object_id for prompt in prompts})
             labels = LabelImages(dict(enumerate(paths)), object_ids=ids)
-            write_format(parsed.layout, [Video(parsed.video.stem, frames, labels)], target, overwrite=overwrite)
+            options.write_format(parsed.layout, [Video(parsed.video.stem, frames, labels)], target, overwrite=overwrite)
     if model.config.domains is not None and tracked is not None:
         whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
         sure, how = tracked.domain_confidence, "as given by --domain"

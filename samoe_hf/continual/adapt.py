@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch.utils.data import ConcatDataset
 
 from samoe_hf.data.clip_datasets import MixedDataset
-from samoe_hf.data.schema import JoinedVideos
 from samoe_hf.errors import input_errors
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.weights_io import write_text
@@ -109,7 +111,7 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, output: Path) -
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     clips, learner = trainer.train_dataset, trainer.model
     assert isinstance(clips, MixedDataset)
-    videos = JoinedVideos(dataset.videos for dataset in clips.datasets.values())
+    videos: Any = ConcatDataset(dataset.videos for dataset in clips.datasets.values())
     result.gate_videos = fit_gate(learner, trainer.processor, domain, videos, shows_progress)
     if like == AUTO:
         start = find_start(learner, trainer.processor, domain, videos, shows_progress)

@@ -19,7 +19,7 @@ from samoe_hf.errors import InputError
 from .annotations import LabelImages
 from .frames import DAMAGE, SampleError, named_errors, natural_key
 from .items import ItemStream, ItemVideos, videos_from_items
-from .schema import FEATURES, EncodedFrames, Video, VideoList, encoded_source, video_from_row
+from .schema import FEATURES, Video, VideoList, encoded_frames, encoded_source, video_from_row
 from .windows import Window, check_window
 
 # What columns are called, the likeliest first.
@@ -153,7 +153,7 @@ class ImageColumns:
         }
         found = None if self.domain_column is None else row[self.domain_column]
         annotations = LabelImages(annotated, self.binary, names=(video_id, self.masks))
-        frames = EncodedFrames(video_id, images, window=self.window)
+        frames = encoded_frames(video_id, images, window=self.window)
         return Video(video_id, frames, annotations, str(self.domain or found or "dataset"))
 
 

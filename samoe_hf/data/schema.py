@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, overload
 from uuid import uuid4
 
@@ -159,21 +157,6 @@ class VideoSequence(Sequence[Video]):
         return self._open(range(len(self))[index])
 
 
-class JoinedVideos(VideoSequence):
-    """Videos of several datasets, one after another."""
-
-    def __init__(self, parts: Iterable[Sequence[Video]]):
-        self.parts = [part for part in parts if len(part)]
-        self.ends = list(accumulate(map(len, self.parts)))
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def _open(self, position: int) -> Video:
-        which = bisect_right(self.ends, position)
-        return self.parts[which][position - self.ends[which]]
-
-
 class VideoList(VideoSequence):
     """The videos of a reader.
 
@@ -209,27 +192,18 @@ def encoded_source(image: Any, name: str) -> bytes | str:
     return source
 
 
-class EncodedFrames(ImageFrames):
-    """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already.
-
-    Args:
-        video_id: for messages.
-        images: one for each frame.
-        names: their names, by default "00000", "00001"…
-        window: see [`ImageFrames`].
-    """
-
-    def __init__(
-        self, video_id: str, images: list[Any], names: Sequence[str] | None = None, window: Window | None = None
-    ):
-        names = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
-        if not images or len(images) != len(names) or not all(isinstance(name, str) for name in names):
-            raise SampleError(f"{video_id}: {len(images)} frames with the names {names[:10]}")
-        sources = [
-            image if isinstance(image, Image.Image) else encoded_source(image, f"{video_id}, frame {name}")
-            for image, name in zip(images, names, strict=True)
-        ]
-        super().__init__(sources, window, names, video_id)
+def encoded_frames(
+    video_id: str, images: list[Any], names: Sequence[str] | None = None, window: Window | None = None
+) -> ImageFrames:
+    """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already."""
+    names = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
+    if not images or len(images) != len(names) or not all(isinstance(name, str) for name in names):
+        raise SampleError(f"{video_id}: {len(images)} frames with the names {names[:10]}")
+    sources = [
+        image if isinstance(image, Image.Image) else encoded_source(image, f"{video_id}, frame {name}")
+        for image, name in zip(images, names, strict=True)
+    ]
+    return ImageFrames(sources, window, names, video_id)
 
 
 def video_to_row(video: Video) -> dict[str, Any]:
@@ -259,7 +233,7 @@ def video_from_row(row: dict[str, Any], window: Window | None = None) -> Video:
     """
     with named_errors(repr(row.get("video_id")), "not a row with samoe_hf.data.FEATURES"):
         video_id, domain, ids = str(row["video_id"]), str(row["domain"]), row["object_ids"]
-        frames = EncodedFrames(video_id, row["frames"], row["frame_names"], window)
+        frames = encoded_frames(video_id, row["frames"], row["frame_names"], window)
         if frames.size != tuple(row["size"]):
             raise SampleError(f"{video_id}: frames of size {frames.size}, not {row['size']} as the row says")
         if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):
