@@ -305,11 +305,8 @@ class TrackingSession:
             self.prompts[object_id, frame] = prompt
             with DEVICE_LOCK:
                 output = self.loaded.model(inference_session=self._tracking, frame_idx=frame)
-            return self._store(output, self._late(frame))[1]
-
-    def _late(self, frame: int) -> set[int]:
-        """Objects whose first prompt comes after a frame; a click on another one would show them by their future."""
-        return {object_id for object_id, first in self.firsts.items() if first > frame}
+            # Objects whose first prompt comes later would be shown by their future.
+            return self._store(output, {i for i, first in self.firsts.items() if first > frame})[1]
 
     # --- Undo
 

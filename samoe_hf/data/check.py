@@ -32,13 +32,7 @@ class VideoReport:
 def check_video(
     video_id: str, open_video: Callable[[], Video], progress: Callable[[], object] = lambda: None
 ) -> tuple[VideoReport, Video | None]:
-    """Opens a video and reads all its frames and masks; None is in place of a video that cannot be opened.
-
-    Args:
-        video_id: for the report, of a video that cannot be opened.
-        open_video: opens it.
-        progress: called for each frame.
-    """
+    """Opens a video and reads all its frames and masks; None is in place of a video that cannot be opened."""
     report, video, errors = VideoReport(video_id), None, []
     with caught_sentences() as sentences, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -44,25 +44,15 @@ MAX_KNOWN = 16384  # in memory
 
 @dataclass(frozen=True)
 class ContainerIndex:
-    """The frames of a video file, in the order in which decoding gives them.
+    """The frames of a video file, in the order in which decoding gives them."""
 
-    Attributes:
-        times: of each frame, in the stream's units; `NO_TIME` where the file does not tell it.
-        keys: numbers of the frames that decoding may start from, ascending; none where times do not tell frames apart.
-        checksums: of each frame's pixels, or empty where the file was not decoded.
-        size: height and width of an upright frame.
-        fps: frames per second, None where the file does not tell it.
-        time_base: the stream's unit of time, in seconds.
-        problem: why not all of the file is used, or "".
-    """
-
-    times: np.ndarray
-    keys: np.ndarray
-    checksums: np.ndarray
-    size: tuple[int, int]
-    fps: float | None
-    time_base: float
-    problem: str = ""
+    times: np.ndarray  # of each frame, in the stream's units; `NO_TIME` where the file does not tell it
+    keys: np.ndarray  # frames that decoding may start from, ascending; none where times do not tell frames apart
+    checksums: np.ndarray  # of each frame's pixels, or empty where the file was not decoded
+    size: tuple[int, int]  # height and width of an upright frame
+    fps: float | None  # frames per second, None where the file does not tell it
+    time_base: float  # the stream's unit of time, in seconds
+    problem: str = ""  # why not all of the file is used
 
 
 _known: OrderedDict[tuple[str, int, int], ContainerIndex] = OrderedDict()
@@ -80,15 +70,9 @@ def checksum(frame: VideoFrame) -> int:
 
 
 def index_container(path: Path, modified_ns: int, num_bytes: int, max_frames: int = MAX_FRAMES) -> ContainerIndex:
-    """The index of a video file; a file that has changed is indexed anew.
+    """The index of a video file; one of another time of modification or size is indexed anew.
 
-    Args:
-        path: the file.
-        modified_ns, num_bytes: its time of modification and its size.
-        max_frames: more are refused, before they cost memory.
-
-    Raises:
-        SampleError: no video that can be decoded, frames of several sizes, or too many.
+    No video that can be decoded, frames of several sizes, and too many, before they cost memory, are a `SampleError`.
     """
     identity = (str(path), modified_ns, num_bytes)
     index = _known.get(identity) or recall(remembered_place(path, modified_ns, num_bytes))

@@ -41,12 +41,6 @@ def _close_idle(number: int) -> None:
         decoder.close()
 
 
-def _make_room(limit: int) -> None:
-    """Closes the idle decoders that were used longest ago."""
-    while len(_idle) > limit:
-        _idle.popitem(last=False)[1].close()
-
-
 class ContainerFrames(FrameSequence):
     """Frames of a video file through PyAV: frame `n` is the n-th that decoding gives, whichever is read first.
 
@@ -89,7 +83,8 @@ class ContainerFrames(FrameSequence):
         return status.st_mtime_ns, status.st_size
 
     def _open(self) -> Decoder:
-        _make_room(MAX_IDLE - 1)
+        while len(_idle) >= MAX_IDLE:  # those that were used longest ago are closed
+            _idle.popitem(last=False)[1].close()
         if self._identify() != self._identity:
             raise SampleError(f"{self.path} has changed since it was opened")
         return Decoder(self.path, by_frames=not len(self._index.checksums))

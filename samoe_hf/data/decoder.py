@@ -120,11 +120,7 @@ class Decoder:
 
 
 def upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
-    """Pixels (H, W, ...) turned and mirrored as a frame's display matrix says.
-
-    Raises:
-        SampleError: it turns by other than quarters.
-    """
+    """Pixels (H, W, ...) turned and mirrored as a frame's display matrix says; errors as there."""
     a, b, c, d = display_matrix(frame)
     if abs(b) > abs(a):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
@@ -132,13 +128,17 @@ def upright(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
 
 
 def upright_size(frame: VideoFrame) -> tuple[int, int]:
-    """Height and width of a frame that is turned as its display matrix says; errors as in [`upright`]."""
+    """Height and width of a frame that is turned as its display matrix says; errors as there."""
     a, b, _, _ = display_matrix(frame)
     return (frame.width, frame.height) if abs(b) > abs(a) else (frame.height, frame.width)
 
 
 def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """(a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y), but for a shift and a scale."""
+    """(a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y), but for a shift and a scale.
+
+    Raises:
+        SampleError: it turns by other than quarters.
+    """
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1

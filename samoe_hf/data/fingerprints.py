@@ -63,11 +63,7 @@ def _file_parts(path: Path) -> Iterable[bytes]:
 
 
 def frames_fingerprint(frames: FrameSequence, chosen: Sequence[int] | None = None) -> str:
-    """Of a video's frames: their names, size, and the files that they are read from.
-
-    Args:
-        chosen: the frames that are looked at, where each is a file of its own; all by default.
-    """
+    """Of a video's frames: their names, size, and the files that they are read from, all or the chosen ones."""
     chosen = range(len(frames)) if chosen is None else chosen
     if isinstance(frames, ArrayFrames):
         content: Any = frames.array
@@ -82,11 +78,7 @@ def frames_fingerprint(frames: FrameSequence, chosen: Sequence[int] | None = Non
 
 
 def video_fingerprint(video: Video, frames: Sequence[int] | None = None) -> str:
-    """Of a video's frames, and the masks of its objects on the annotated ones.
-
-    Args:
-        frames: the annotated frames that are looked at; all by default.
-    """
+    """Of a video's frames, and the masks of its objects on the annotated ones, all or those that are given."""
     chosen = video.annotated_frames if frames is None else frames
     masks = [(t, ids := video.visible(t), np.packbits(video.masks(t, ids))) for t in chosen]
     object_ids = video.object_ids if frames is None else []

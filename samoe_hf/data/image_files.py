@@ -64,17 +64,11 @@ Source = str | Path | bytes | Page | Image.Image
 
 
 class ImageInfo(NamedTuple):
-    """What an image's header tells.
+    """What an image's header tells."""
 
-    Attributes:
-        size: (height, width) of the upright picture.
-        pages: numbers of the pages that a viewer plays or leafs through; one of a still image.
-        fps: pages per second, where the file says it.
-    """
-
-    size: tuple[int, int]
-    pages: tuple[int, ...] = (0,)
-    fps: float | None = None
+    size: tuple[int, int]  # (height, width) of the upright picture
+    pages: tuple[int, ...] = (0,)  # numbers of those that a viewer plays or leafs through; one of a still image
+    fps: float | None = None  # pages per second, where the file says it
 
 
 class Picture(NamedTuple):
@@ -106,10 +100,6 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Iterator[
     """Opens an image file or an encoded image; errors while it is open name it and become `SampleError`.
 
     Images of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are refused before they are decoded.
-
-    Args:
-        source: a path, or the file's bytes.
-        name: what to call it in messages; the path by default.
     """
     stream = BytesIO(source) if isinstance(source, bytes) else source
     with _image_errors(name or str(source)), Image.open(stream, formats=IMAGE_FORMATS) as image:
@@ -131,11 +121,7 @@ def _check_pixels(image: Image.Image) -> None:
 
 
 def image_info(source: Source, name: str | None = None) -> ImageInfo:
-    """What an image's header tells.
-
-    Raises:
-        SampleError: as [`open_image`]; also pages of several sizes or axes, or more than `MAX_PAGES`.
-    """
+    """What an image's header tells; `SampleError` also for pages of several sizes or axes, or too many of them."""
     name = name or str(source)
     if isinstance(source, Image.Image):
         return ImageInfo(_upright_size(source))
@@ -176,15 +162,18 @@ def _find_pages(image: Image.Image) -> list[int]:
     """The pages that a viewer plays or leafs through: not previews, nor a default picture beside an animation."""
     if image.format in ("JPEG", "MPO"):  # what an MPO has beside the picture are previews, and views for 3D
         return [0]
+    too_many = SampleError(f"more than {MAX_PAGES} pages are not read")
     if image.format != "TIFF":
         count = int(getattr(image, "n_frames", 1))
-        _check_count(count)
+        if count > MAX_PAGES:
+            raise too_many
         return list(range(int(count > 1 and bool(image.info.get("default_image"))), count))
     tiff: Any = image
     description, pages, sizes = str(tiff.tag_v2.get(270, "")), [], set()
     try:
         for number in range(MAX_PAGES + 1):
-            _check_count(number + 1)
+            if number == MAX_PAGES:
+                raise too_many
             tiff.seek(number)
             _check_pixels(tiff)
             if not tiff.tag_v2.get(254, 0) & 0b101:  # bits of a smaller version, and of a mask of transparency
@@ -196,11 +185,6 @@ def _find_pages(image: Image.Image) -> list[int]:
         raise SampleError(f"pages of several sizes (width, height), {sorted(sizes)[:4]}; expected pages of one size")
     _check_axes(description, len(pages))
     return pages or [0]
-
-
-def _check_count(count: int) -> None:
-    if count > MAX_PAGES:
-        raise SampleError(f"more than {MAX_PAGES} pages are not read")
 
 
 def _check_axes(description: str, num_pages: int) -> None:
@@ -224,11 +208,7 @@ def _check_axes(description: str, num_pages: int) -> None:
 
 @contextmanager
 def open_page(source: Source, name: str | None = None) -> Iterator[Picture]:
-    """Opens an image, or a page of one, for reading; errors are those of [`open_image`].
-
-    Raises:
-        SampleError: also an image of several pages, of which none is named.
-    """
+    """Opens an image, or a page of one, for reading; `SampleError` also for several pages, of which none is named."""
     name = name or str(source)
     if isinstance(source, Image.Image):
         with _image_errors(name):

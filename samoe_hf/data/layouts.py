@@ -63,12 +63,7 @@ class Layout:
     def detect(self, root: Path, split: str | None = None) -> tuple[dict[str, str], str] | None:
         """The reader's options that a folder tells, and what it was recognized by; None if it has another layout.
 
-        Args:
-            root: the folder.
-            split: the split that is wanted, if any; of several, that for training is the default.
-
-        Raises:
-            ValueError: there is no such split, or none is wanted of several.
+        The split is chosen as [`choose_split`] does.
         """
         for pattern in self.patterns:
             option, values = _option_values(root, pattern)
@@ -84,11 +79,7 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def choose_split(names: list[str], split: str | None) -> str:
-    """The split that is wanted, or else that for training, or else the only one.
-
-    Raises:
-        ValueError: there is no such split, or none is wanted of several.
-    """
+    """The split that is wanted, or else that for training, or else the only one; else an `InputError`."""
     if split is not None and split not in names:
         raise InputError(f"no split {split!r}; there are: {', '.join(names) or 'none'}")
     if split is not None:
@@ -228,12 +219,8 @@ def layout_of(kind: str) -> Layout:
 
 
 def recognize(root: Path, split: str | None = None) -> tuple[Layout, dict[str, Any], str]:
-    """The layout of a folder, or of a list of pairs, its reader's options, and what it was recognized by.
-
-    Arguments and errors are those of [`Layout.detect`].
-    """
-    for layout in LAYOUTS.values():
-        found = layout.detect(root, split) if root.is_dir() else None
-        if found is not None:
+    """The layout of a folder, or of a list of pairs, its reader's options, and what it was recognized by."""
+    for layout in LAYOUTS.values() if root.is_dir() else ():
+        if (found := layout.detect(root, split)) is not None:
             return layout, *found
     return LAYOUTS["files"], {}, ""

@@ -147,32 +147,22 @@ def _open_source(options: dict[str, Any], video_id: str, source: Source) -> Vide
 
 @dataclass
 class Found:
-    """Videos that were found, and how.
+    """Videos that were found by two patterns, which are as [`read_files`] takes them."""
 
-    Attributes:
-        sources: name of each video -> its files; the name is "" where the folder is one video.
-        frames, masks: the patterns, as `read_files` takes them.
-        left_out: why something was left out -> names of videos or files.
-    """
-
-    sources: dict[str, Source]
+    sources: dict[str, Source]  # by the videos' names; "" where the folder is one video
     frames: str
     masks: str
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> names of videos or files
 
 
 @dataclass
 class Folder:
-    """A folder's images and videos; its path is relative to the root, in parts.
-
-    Attributes:
-        stacks: the images that have several pages, if the first one of their suffix has.
-    """
+    """A folder's images and videos; its path is relative to the root, in parts."""
 
     parts: tuple[str, ...]
     images: list[Path]
     videos: list[Path]
-    stacks: list[Path]
+    stacks: list[Path]  # the images that have several pages, if the first one of their suffix has
 
 
 def read_folders(root: Path) -> list[Folder]:
@@ -315,7 +305,8 @@ def guess(root: Path) -> Found:
                 found.left_out["pictures of masks are left out"] = ["/".join(folder.parts) for folder in pictures]
                 return _by_name(found)
     reason = ""
-    files = sorted(path for path in islice(root.rglob("*"), MAX_LISTED) if path.suffix.lower() in EXPORT_SUFFIXES)
+    held = [path for path in islice(root.rglob("*"), MAX_LISTED) if path.is_file()]
+    files = sorted(path for path in held if path.suffix.lower() in EXPORT_SUFFIXES)
     for path in files:
         try:
             if path.parent == root and path.suffix.lower() in LIST_SUFFIXES:
@@ -326,7 +317,7 @@ def guess(root: Path) -> Found:
     for path, tool in tools:
         reason = f"{path} is {tool}, which is not read: export masks as images, or COCO's JSON (the kind coco). "
     raise InputError(
-        f"{root}: no layout of videos and masks is recognized. {reason}Found: {describe_contents(root)}. "
+        f"{root}: no layout of videos and masks is recognized. {reason}Found: {_describe_contents(root, held)}. "
         f"Expected: {EXPECTED}. If it is another, name it: "
         f'{{kind: files, root: {root}, frames: "{{video}}/FRAMES/*", masks: "{{video}}/MASKS/*"}}'
     )
@@ -431,9 +422,8 @@ def _of_split(sources: dict[str, Source], split: str | None, root: Path) -> dict
     return {key.partition("/")[2]: source for key, source in sources.items() if key.partition("/")[0] == chosen}
 
 
-def describe_contents(root: Path) -> str:
-    """What a folder holds, in a few words, for messages; of a large one, its first 100,000 files."""
-    files = [path for path in islice(root.rglob("*"), MAX_LISTED) if path.is_file()]
+def _describe_contents(root: Path, files: Iterable[Path]) -> str:
+    """What a folder holds, in a few words."""
     by_suffix: dict[str, list[str]] = defaultdict(list)
     for path in files:
         by_suffix[path.suffix.lower() or "no suffix"].append(path.relative_to(root).as_posix())

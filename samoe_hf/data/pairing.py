@@ -46,28 +46,19 @@ HINT = 'name them: `masks` takes a pattern such as "masks/{video}/{frame}_{objec
 
 
 class MaskFile(NamedTuple):
-    """A mask of a video.
-
-    Attributes:
-        path: the image.
-        object_name: whose mask it is, where that is told otherwise than by the image's name.
-        frame_name: name of its frame, or its index, where that is told otherwise than by the image's name.
-        folder: name of its folder, where that may be the object's or the frame's.
-    """
+    """A mask of a video: an image, and what is told of it otherwise than by the image's name."""
 
     path: Path
     object_name: str | None = None
-    frame_name: str | int | None = None
-    folder: str | None = None
+    frame_name: str | int | None = None  # or its index
+    folder: str | None = None  # its folder's name, where that may be the object's or the frame's
 
 
 @dataclass
 class Source:
-    """Where a video's files are.
+    """Where a video's files are: a video file or images in order, and masks of any of its frames.
 
-    Attributes:
-        frames: a video file, or images in order.
-        masks: the masks of any of its frames, which all tell object and frame in the same way.
+    All masks tell object and frame in the same way.
     """
 
     frames: Path | list[Path]
@@ -283,7 +274,8 @@ class _Names:
         names = {numbers: name for name, numbers in self.numbers.items() if numbers}
         if len(names) < self.length or not all(_numbers(text) in names for text in texts):
             return []
-        return [[Told(text, *_span_of_numbers(text)) for text in texts]]
+        spans = [[match.span() for match in re.finditer(r"\d+", text)] for text in texts]
+        return [[Told(text, own[0][0], own[-1][1]) for text, own in zip(texts, spans, strict=True)]]
 
     def _number_at(self, texts: Sequence[str], fits: Callable[[str], bool]) -> list[list[Told]]:
         """A number of each name, the same one from the left or from the right, is a frame's."""
@@ -325,7 +317,8 @@ class _Names:
                 return [by_numbers[_numbers(part)] for part in parts]
             if all(part.isdecimal() and int(part) in self.of_number for part in parts):
                 return [self.of_number[int(part)] for part in parts]
-            path = next(m.path for m, p in zip(masks, parts, strict=True) if not self._has(p))
+            known = [part in self.index or (part.isdecimal() and int(part) in self.of_number) for part in parts]
+            path = masks[known.index(False)].path
             raise SampleError(f"{path}: no such frame; the frames are {self.names[0]} to {self.names[-1]}")
         values = [int(part) for part in parts]
         first = self.first if self.first is not None else self._first(values, parts, masks)
@@ -336,9 +329,6 @@ class _Names:
                     "(`first` tells another number)"
                 )
         return [value - first for value in values]
-
-    def _has(self, part: str) -> bool:
-        return part in self.index or (part.isdecimal() and int(part) in self.of_number)
 
     def _first(self, values: Sequence[int], parts: Sequence[str], masks: Sequence[MaskFile]) -> int:
         """The number of a video file's first frame: 0 where a mask has it, 1 where one has that behind the last."""
@@ -382,12 +372,6 @@ class _Names:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
-
-
-def _span_of_numbers(text: str) -> tuple[int, int]:
-    """Where the first number begins and the last one ends."""
-    found = list(re.finditer(r"\d+", text))
-    return found[0].start(), found[-1].end()
 
 
 def split_by_name(source: Source) -> dict[str, Source]:

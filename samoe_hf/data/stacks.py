@@ -29,10 +29,7 @@ def pair_stacks(
     """The annotations of a video whose masks may be files of several pages; see [`pair_masks`] for arguments.
 
     A file with as many pages as the video has frames has their masks in order. One such file is of all objects; of
-    several, each is of an object. Else a file is of a frame, and its pages are of objects.
-
-    Raises:
-        SampleError: pages that are neither, or what `pair_masks` refuses.
+    several, each is of an object. Else a file is of a frame, and its pages are of objects. Others are a `SampleError`.
     """
     if not is_stack(masks[0].path):
         return pair_masks(frames, masks, first, **values)

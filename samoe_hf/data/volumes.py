@@ -65,7 +65,8 @@ def _check_headers(archive: zipfile.ZipFile) -> None:
         if archive.getinfo(name).file_size < math.prod(shape) * dtype.itemsize:
             raise SampleError(f"{name} is cut off: less data than for its shape {shape}")
         shapes[name.removesuffix(".npy")] = shape
-    _check_same_size(shapes["imgs"], shapes["gts"])
+    if shapes["imgs"][:3] != shapes["gts"]:
+        raise SampleError(f"images {shapes['imgs']} and labels {shapes['gts']} differ in size")
     if shapes["spacing"] != (3,):
         raise SampleError(f"spacing must be three numbers, not {shapes['spacing']}")
 
@@ -75,11 +76,6 @@ def _check_shape(shape: Sequence[int], dtype: np.dtype, name: str) -> None:
         raise SampleError(f"{name} must hold real numbers, not {dtype}")
     if min(shape, default=1) < 1 or math.prod(shape) > MAX_VALUES:
         raise SampleError(f"{name} has the shape {tuple(shape)}; 1 to {MAX_VALUES} values are read")
-
-
-def _check_same_size(images: Sequence[int], labels: Sequence[int]) -> None:
-    if tuple(images[:3]) != tuple(labels):
-        raise SampleError(f"images {tuple(images)} and labels {tuple(labels)} differ in size")
 
 
 def read_nifti(root: str | Path, split: str = "Tr", window: Window | None = None, by_voxels: bool = False) -> VideoList:

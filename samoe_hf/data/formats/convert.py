@@ -14,7 +14,7 @@ from samoe_hf.data.layouts import LAYOUTS, WRITTEN
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 
-from .labels import check_names, objects_on
+from .labels import check_unlike, objects_on
 
 
 class Kept(NamedTuple):
@@ -51,7 +51,9 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
     if kind == "davis":  # it has no folders of videos
         renamed = [f"{v.video_id} is called {_flat(v)}" for v in videos if _flat(v) != v.video_id]
         videos = [replace(video, video_id=_flat(video)) for video in videos]
-    check_names(videos, kind)
+    check_unlike(f"names of videos, as {kind} has them", [video.video_id for video in videos])
+    for video in videos:  # files of labels tell frames by their names
+        check_unlike(f"frames of {video.video_id}", video.frames.names)
     layout.write(videos, folder, **({"polygons": True} if polygons else {}))
     options = layout.detect(folder)
     if options is None:

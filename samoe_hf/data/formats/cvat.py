@@ -214,7 +214,7 @@ def write_cvat(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
             for i, label, mask in labels.objects_on(video, t):
                 if i not in tracks:
                     tracks[i] = ElementTree.SubElement(document, "track", id=str(i), label=label, source="manual")
-                last[i] = {"tag": "polygon", "points": _points(mask)} if polygons else {"tag": "mask", **_runs(mask)}
+                last[i] = _shape(mask, polygons)
                 _add(tracks[i], last[i], t, False)
             for i in before.keys() - last.keys():
                 _add(tracks[i], before[i], t, True)
@@ -230,12 +230,11 @@ def _add(track: ElementTree.Element, shape: Mapping[str, str], frame: int, is_ou
     ElementTree.SubElement(track, shape["tag"], {**about, **own, "z_order": "0"})
 
 
-def _points(mask: np.ndarray) -> str:
-    points = np.reshape(joined(polygons_of(mask)), (-1, 2))
-    return ";".join(f"{x:.2f},{y:.2f}" for x, y in points)
-
-
-def _runs(mask: np.ndarray) -> dict[str, str]:
+def _shape(mask: np.ndarray, polygons: bool) -> dict[str, str]:
+    if polygons:
+        points = np.reshape(joined(polygons_of(mask)), (-1, 2))
+        return {"tag": "polygon", "points": ";".join(f"{x:.2f},{y:.2f}" for x, y in points)}
     patch, left, top = cropped(mask)
     bounds = {"left": left, "top": top, "width": patch.shape[1], "height": patch.shape[0]}
-    return {"rle": ", ".join(map(str, runs_of(patch))), **{name: str(value) for name, value in bounds.items()}}
+    runs = ", ".join(map(str, runs_of(patch)))
+    return {"tag": "mask", "rle": runs, **{name: str(value) for name, value in bounds.items()}}

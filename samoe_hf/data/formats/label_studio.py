@@ -143,11 +143,7 @@ def decode_brush(encoded: bytes, count: int) -> np.ndarray:
 
     The head is 32 bits for their number, 5 for the bits of a value less 1, and 4 x 4 for the bits of lengths less 1.
     Then come runs: a bit that is 1 where one value is repeated, 2 bits that choose the bits of the length, the length
-    less 1, and the value or values.
-
-    Args:
-        encoded: bytes.
-        count: how many values are expected.
+    less 1, and the value or values. There must be `count` of these.
     """
     bits = "".join(f"{byte:08b}" for byte in encoded)
     number, value_bits = int(bits[:32], 2), int(bits[32:37], 2) + 1

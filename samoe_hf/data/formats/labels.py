@@ -29,42 +29,25 @@ UPRIGHT = (".jpg", ".jpeg", ".png")  # files that every tool reads
 
 
 class LabelledObject(NamedTuple):
-    """An object on a frame.
+    """An object on a frame."""
 
-    Attributes:
-        key: tells which one it is throughout the video; None where nothing does.
-        class_name: "object" where none is told.
-        parts: their union is its mask; it is absent where there are none.
-        group: what the tool says of shapes that belong together.
-    """
-
-    key: int | str | None
-    class_name: str
-    parts: list[Part]
-    group: int | None = None
+    key: int | str | None  # tells which one it is throughout the video; None where nothing does
+    class_name: str  # "object" where none is told
+    parts: list[Part]  # their union is its mask; it is absent where there are none
+    group: int | None = None  # what the tool says of shapes that belong together
 
 
 @dataclass
 class LabelledFrame:
-    """A frame as a file of labels has it.
+    """A frame as a file of labels has it."""
 
-    Attributes:
-        video: name of its video.
-        image: its file, or the bytes of one.
-        size: (height, width), where it is told.
-        objects: what is on it; None if it is not annotated.
-        source: the file of labels, for messages.
-        name: by default the file's stem.
-        alone: name of its video where that is of this frame alone; by default `video/name`.
-    """
-
-    video: str
-    image: Path | bytes
-    size: tuple[int, int] | None
-    objects: list[LabelledObject] | None
-    source: str
-    name: str = ""
-    alone: str = ""
+    video: str  # its video's name
+    image: Path | bytes  # its file, or the bytes of one
+    size: tuple[int, int] | None  # (height, width), where it is told
+    objects: list[LabelledObject] | None  # what is on it; None if it is not annotated
+    source: str  # the file of labels, for messages
+    name: str = ""  # by default the file's stem
+    alone: str = ""  # its video's name where that is of this frame alone; by default `video/name`
 
     def __post_init__(self) -> None:
         if not self.name and isinstance(self.image, Path):
@@ -155,14 +138,11 @@ def read_frames(frames: Iterable[LabelledFrame], whose: str) -> VideoList:
 
     Images in the folder of a video's frames that are not among them are frames without annotation. Where something has
     no key, nothing tells which objects of two frames are the same: then each image that shows something is a video of
-    one frame, which is said.
+    one frame, which is said. Two frames of a video, or two videos, of one name, and none at all, are a `SampleError`.
 
     Args:
         frames: in the order of their numbers, of all videos.
         whose: the dataset, for messages.
-
-    Raises:
-        SampleError: two frames of a video, or two videos, have one name, or there is none.
     """
     frames = list(frames)
     if not any(frame.objects is not None for frame in frames):
@@ -271,13 +251,6 @@ def objects_on(video: Video, frame: int) -> list[tuple[int, str, np.ndarray]]:
     """The id, the class and the mask (H, W) bool of each object that is seen on an annotated frame, by their ids."""
     shown = zip(video.object_ids, video.masks(frame), strict=True)
     return [(i, video.classes.get(i, NO_CLASS), mask) for i, mask in shown if mask.any()]
-
-
-def check_names(videos: Sequence[Video], kind: str) -> None:
-    """Raises `SampleError` where two videos, or two frames of one, have a name: files of labels tell them by it."""
-    check_unlike(f"names of videos, as {kind} has them", [video.video_id for video in videos])
-    for video in videos:
-        check_unlike(f"frames of {video.video_id}", video.frames.names)
 
 
 def write_frames(video: Video, folder: Path) -> list[str]:
