@@ -66,11 +66,12 @@ class Source:
 
 
 class Told(NamedTuple):
-    """What a mask's name tells: where its frame's name or number begins and ends, and what of it that is."""
+    """What a mask's name tells: where its frame's name or number begins and ends, and which frame or number it is."""
 
     text: str
     start: int
     end: int
+    frame: int
 
     @property
     def part(self) -> str:
@@ -170,10 +171,8 @@ class _Names:
         self.index = {name: i for i, name in enumerate(self.names)}
         self.length, self.first, self.notes = len(frames), first, notes
         self.is_file = isinstance(frames, ContainerFrames) or (isinstance(frames, ImageFrames) and frames.has_pages)
-        self.numbers = {name: _numbers(name) for name in self.names}
-        counted = self.is_file or first is not None
-        self.of_number, self.written = ({}, set()) if counted else self._numbers_of_frames()
-        self.possible = range(self.length + 1) if counted else self.of_number
+        self.is_counted = self.is_file or first is not None
+        self.of_number, self.written = self._numbers_of_frames()
 
     def pair(self, masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
         """The frame's index, and the object's name (None where a frame has one image), of each mask."""
@@ -184,9 +183,8 @@ class _Names:
             names = [plain_name(str(mask.frame_name)) for mask in masks]
             if isinstance(masks[0].frame_name, int):
                 self.first = self.first or 0
-            told = [Told(name, 0, len(name)) for name in names]
-            told = told if all(name.isdecimal() for name in names) else self._choose(masks, [names])
-            return [(f, m.object_name) for f, m in zip(self._frames(told, masks), masks, strict=True)]
+            frames = self._frames(self._choose(masks, [names]), masks)
+            return [(frame, mask.object_name) for frame, mask in zip(frames, masks, strict=True)]
         stems = [plain_name(mask.path.stem) for mask in masks]
         tasks = [LABEL_STUDIO.fullmatch(stem) for stem in stems]
         if all(tasks):
@@ -238,7 +236,7 @@ class _Names:
                 path, name = mask.path, text
                 break
         last = (_numbers(name) or (-1,))[-1]
-        wanted = f"named {name} or numbered {last}" if last >= 0 and self.possible else f"of this name ({name})"
+        wanted = f"named {name} or numbered {last}" if last >= 0 and self.of_number else f"of this name ({name})"
         raise SampleError(f"{path}: no frame {wanted}; the frames are {self.names[0]} to {self.names[-1]}; {HINT}")
 
     def _levels(self) -> Iterator[Callable[[Sequence[str]], list[list[Told]]]]:
@@ -249,11 +247,12 @@ class _Names:
                 yield self._held
                 yield self._all_numbers
         yield lambda texts: self._number_at(texts, self._is_written)
-        yield lambda texts: self._number_at(texts, lambda number: int(number) in self.possible)
+        yield lambda texts: self._number_at(texts, lambda number: int(number) in self.of_number)
 
     def _whole(self, texts: Sequence[str]) -> list[list[Told]]:
         """The frame's name is the whole name."""
-        return [[Told(t, 0, len(t)) for t in texts]] if all(t in self.index for t in texts) else []
+        known = all(text in self.index for text in texts)
+        return [[Told(text, 0, len(text), self.index[text]) for text in texts]] if known else []
 
     def _held(self, texts: Sequence[str]) -> list[list[Told]]:
         """The frame's name is at the beginning of each name, at the end, or within, between characters such as `_`."""
@@ -266,20 +265,24 @@ class _Names:
             kinds = ([s for s in spans if s[0] == 0], [s for s in spans if s[1] == len(text)])
             kinds += ([s for s in spans if s not in kinds[0] and s not in kinds[1]],)
             for kind, own in zip(found, kinds, strict=True):
-                kind.append([Told(text, *span) for span in own[:1]])
+                kind.append([Told(text, start, end, self.index[text[start:end]]) for start, end in own[:1]])
         return [[one for (one,) in kind] for kind in found if all(kind)]
 
     def _all_numbers(self, texts: Sequence[str]) -> list[list[Told]]:
         """The numbers in a name are those of one frame."""
-        names = {numbers: name for name, numbers in self.numbers.items() if numbers}
-        if len(names) < self.length or not all(_numbers(text) in names for text in texts):
+        frames = {numbers: i for i, name in enumerate(self.names) if (numbers := _numbers(name))}
+        if len(frames) < self.length or not all(_numbers(text) in frames for text in texts):
             return []
         spans = [[match.span() for match in re.finditer(r"\d+", text)] for text in texts]
-        return [[Told(text, own[0][0], own[-1][1]) for text, own in zip(texts, spans, strict=True)]]
+        own = zip(texts, spans, strict=True)
+        return [[Told(text, span[0][0], span[-1][1], frames[_numbers(text)]) for text, span in own]]
 
     def _number_at(self, texts: Sequence[str], fits: Callable[[str], bool]) -> list[list[Told]]:
         """A number of each name, the same one from the left or from the right, is a frame's."""
-        found = [[Told(text, *match.span()) for match in re.finditer(r"\d+", text)] for text in texts]
+        found = [
+            [Told(text, *match.span(), self.of_number.get(int(match[0]), -1)) for match in re.finditer(r"\d+", text)]
+            for text in texts
+        ]
         count = min(map(len, found))
         ways = [[told[position] for told in found] for position in (*range(-1, -count - 1, -1), *range(count))]
         ways = [way for way in ways if all(fits(one.part) for one in way)]
@@ -291,14 +294,14 @@ class _Names:
 
     def _is_written(self, number: str) -> bool:
         """Whether a number is written as a frame's is, with its zeros; of a video file, as frames usually are."""
-        if self.is_file or self.first is not None:
-            return len(number) > 2 and int(number) in self.possible
-        return number in self.written
+        return len(number) > 2 and int(number) in self.of_number if self.is_counted else number in self.written
 
     # --- Which frame it is
 
     def _numbers_of_frames(self) -> tuple[dict[int, int], set[str]]:
         """Number -> frame, and as they are written, of the last numbers in the names that tell all of them apart."""
+        if self.is_counted:  # from 0 or from 1, as is known when all masks are
+            return {number: number for number in range(self.length + 1)}, set()
         found = [re.findall(r"\d+", name) for name in self.names]
         for position in range(1, min(map(len, found)) + 1):
             values = {int(numbers[-position]): i for i, numbers in enumerate(found)}
@@ -307,21 +310,11 @@ class _Names:
         return {}, set()
 
     def _frames(self, told: Sequence[Told], masks: Sequence[MaskFile]) -> list[int]:
-        """The frames that parts of names tell."""
-        parts = [one.part for one in told]
-        if self.first is None and not self.is_file:
-            by_numbers = {numbers: self.index[name] for name, numbers in self.numbers.items()}
-            if all(part in self.index for part in parts):
-                return [self.index[part] for part in parts]
-            if all(_numbers(part) in by_numbers for part in parts):
-                return [by_numbers[_numbers(part)] for part in parts]
-            if all(part.isdecimal() and int(part) in self.of_number for part in parts):
-                return [self.of_number[int(part)] for part in parts]
-            known = [part in self.index or (part.isdecimal() and int(part) in self.of_number) for part in parts]
-            path = masks[known.index(False)].path
-            raise SampleError(f"{path}: no such frame; the frames are {self.names[0]} to {self.names[-1]}")
-        values = [int(part) for part in parts]
-        first = self.first if self.first is not None else self._first(values, parts, masks)
+        """The frames that names tell."""
+        values = [one.frame for one in told]
+        if not self.is_counted:
+            return values
+        first = self.first if self.first is not None else self._first(values, [one.part for one in told], masks)
         for value, mask in zip(values, masks, strict=True):
             if not 0 <= value - first < self.length:
                 raise SampleError(
