@@ -3,7 +3,6 @@
 The process can be watched, stopped and resumed.
 """
 
-import copy
 import json
 import os
 import subprocess
@@ -25,9 +24,7 @@ from samoe_hf.data.images import write_palette_png
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import check_domain_name
-from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.weights_io import new_folder, write_text
-from samoe_hf.surgery.domains import rename_domain
 from samoe_hf.training.checkpoints import list_checkpoints
 
 from .models import LoadedModel, free_name
@@ -38,7 +35,6 @@ State = Literal["new", "running", "stopped", "failed", "done"]
 MAX_COLLECTED_FRAMES, LEAST_FRAMES = 300, 2
 # Small frames are kept as they are, since little is lost in them; larger ones as JPEGs.
 LOSSLESS_PIXELS, QUALITY = 512 * 512, 95
-FORMER_EXPERTS = "former"  # the domain of experts that belonged to none
 MAX_STEPS = 20_000
 POINTS = 12  # of the curve
 SMALL_IMAGE_SIZE = 256
@@ -94,7 +90,6 @@ class Learning:
         self.loaded, self.domain, self.steps, self.data, self.output = loaded, domain, steps, data, output
         self.learned: LoadedModel | None = None
         self._process: subprocess.Popen | None = None
-        self._source: str | None = None
         self._was_stopped, self._starts = False, threading.Lock()
 
     def _beside(self, ending: str) -> Path:
@@ -126,20 +121,18 @@ class Learning:
             again = ["--resume_from_checkpoint", "last"] if resumes else ["--overwrite_output_dir", "true"]
         self._was_stopped = False
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        if self._source is None:
-            self._source = adaptable_source(self.loaded, self._beside("_start"))
         write_text(self._beside(".yaml"), yaml.safe_dump(self.run(), sort_keys=False))
         given = ["--domain", self.domain, "--dataset", str(self._beside(".yaml")), "--output", str(self.output)]
         with self._beside(".log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "samoe_hf", "adapt", self._source, *given, *again],
+                [sys.executable, "-m", "samoe_hf", "adapt", self.loaded.source, *given, *again],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
             )
 
-    def stop(self, timeout: float = 20) -> None:
+    def stop(self) -> None:
         """Ends the process, if it runs; it can be resumed."""
         with self._starts:
             if self._process is None or self.state != "running":
@@ -147,7 +140,7 @@ class Learning:
             self._was_stopped = True
             self._process.terminate()
             try:
-                self._process.wait(timeout)
+                self._process.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -169,6 +162,7 @@ class Learning:
             "save_steps": every,
             "save_total_limit": 2,
             "disable_tqdm": True,
+            **self.loaded.original,
         }
         del settings["model_name_or_path"], settings["output_dir"]
         image_size = settings["image_size"] = self.loaded.model.config.image_size  # that of the page
@@ -215,22 +209,6 @@ def draw_curves(curves: dict[str, list[tuple[int, float]]]) -> Figure:
     return figure
 
 
-def adaptable_source(loaded: LoadedModel, folder: Path) -> str:
-    """What `samoe adapt` starts from.
-
-    Experts with an effect that belong to no domain, as SAM2-MoE was published, become a domain of their own, in a copy
-    of the model, which takes the place of `folder`.
-    """
-    has_own = any(bool(module.lora_B.any()) for _, module in expert_modules(loaded.model))
-    if loaded.domains or not has_own:
-        return loaded.source
-    model = copy.deepcopy(loaded.model).float()  # what is learned from it is in float32
-    rename_domain(model, None, FORMER_EXPERTS)
-    with new_folder(folder, overwrite=True) as target:
-        model.save_pretrained(target, processor=loaded.processor)
-    return str(folder)
-
-
 class Learner:
     """Who learns in an app, one run at a time: from the folder of videos `data`, into the folder `models`."""
 
@@ -247,7 +225,7 @@ class Learner:
                 raise InputError("The app learns already, one thing at a time. Wait until it is done, or stop it.")
             check_domain_name(domain)
             # What a run has left beside its folder, such as where it failed, is not the next one's either.
-            taken = {path.name.removesuffix("_start").partition(".")[0] for path in self.models.glob(f"{domain}-*")}
+            taken = {path.name.partition(".")[0] for path in self.models.glob(f"{domain}-*")}
             name = next(name for n in count(1) if (name := f"{domain}-{n}") not in taken)
             learning = Learning(loaded, domain, steps, self.data, self.models / name)
             learning.start()

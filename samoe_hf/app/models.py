@@ -1,8 +1,8 @@
 """The models that a page can choose from."""
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
@@ -24,12 +24,16 @@ Step = TypeVar("Step")
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that is ready to track: its name on the page, unique in the app, and what it was loaded from."""
+    """A model that is ready to track: its name on the page, unique in the app, and what it was loaded from.
+
+    `original` are the keys of a run that go with an original checkpoint.
+    """
 
     name: str
     source: str
     model: SamoeModel
     processor: VideoProcessor
+    original: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_small(self) -> bool:
@@ -49,7 +53,9 @@ class LoadedModel:
 
 def load_model(source: str, device: torch.device | str, name: str | None = None, **options) -> LoadedModel:
     """Loads a model as [`~samoe_hf.inference.load_tracker`] does; its name is the last part of `source` by default."""
-    return LoadedModel(name or Path(source).name, source, *load_tracker(source, device, **options))
+    given = {"experts": options.get("experts"), "config": options.get("original_config")}
+    original = {key: str(value) for key, value in given.items() if value is not None}
+    return LoadedModel(name or Path(source).name, source, *load_tracker(source, device, **options), original)
 
 
 def small_model(device: torch.device | str, **options) -> LoadedModel:

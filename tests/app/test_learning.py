@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import yaml
 
 from helpers.app import maps_of, run_all
 from samoe_hf import SamoeModel, load_videos, small_base
-from samoe_hf.app.learning import Learner, Learning, adaptable_source, collect_video, collected, draw_curves
+from samoe_hf.app.learning import Learner, Learning, collect_video, collected, draw_curves
 from samoe_hf.app.models import load_model
 from samoe_hf.training.arguments import parse_run
 
@@ -88,11 +89,10 @@ def test_the_run_is_one_that_samoe_adapt_takes(small_model, data, tmp_path):
     model, data, _, _, arguments = parse_run([str(tmp_path / "run.yaml"), *words])
     assert arguments.max_steps == 24 and arguments.save_steps == 2 and data.num_frames == 4
     assert model.expert_modules == learning.run()["expert_modules"]
-    # Its experts have an effect, and belong to no domain.
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "model.safetensors").write_text("of another run")
-    source = adaptable_source(small_model, tmp_path / "start")
-    assert source != small_model.source and SamoeModel.from_pretrained(source).config.domain_names == ["former"]
+    original = replace(small_model, source="moe.pt", original={"experts": "experts.pt", "config": "sizes.yaml"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(Learning(original, "mine", 24, learning.data, tmp_path).run()))
+    model, *_ = parse_run([str(tmp_path / "run.yaml"), "--model_name_or_path", "moe.pt", *words[2:]])
+    assert (model.experts, model.config) == ("experts.pt", "sizes.yaml")
 
 
 def test_it_is_learned_at_the_size_that_the_page_tracks_at(data, tmp_path):
@@ -186,7 +186,7 @@ def test_what_a_run_left_beside_its_folder_is_not_the_next_ones(small_model, two
         "mine-3",
     ]
     sources = [command[command.index("adapt") + 1] for command in processes]
-    assert sources == [str(tmp_path / "models/mine-1_start"), two_domains.source, str(tmp_path / "models/mine-3_start")]
+    assert sources == [small_model.source, two_domains.source, small_model.source]
 
 
 @pytest.mark.slow
