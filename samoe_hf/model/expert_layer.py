@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import InputError
+from .expert_kernel import add_by_kernel
 from .expert_router import Router, RouterLogits, top_k_gates
 
 # What a layer with experts has beside the base layer's tensors.
@@ -110,27 +111,21 @@ class ExpertMixture(nn.Module):
 
     def _mix(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
         output = linear(tokens)
-        gated = self._gated_low_rank(tokens.to(output.dtype), shape)
-        return output.addmm_(gated.mT, self._up(output.dtype), alpha=self.scaling)
-
-    def _gated_low_rank(self, tokens: Tensor, shape: torch.Size) -> Tensor:
-        """What B is multiplied with, (experts x rank, tokens): A's outputs times the gates. Tokens lie along the last
-        dimension, since they are many, and operations along a short last one are slow."""
-        router, count = self.router, self.num_experts
+        dtype, router, count = output.dtype, self.router, self.num_experts
+        tokens, bias = tokens.to(dtype), router.bias.to(dtype).unsqueeze(1)
         # The router and all A in one product.
-        down = torch.cat([router.weight, self.lora_A.flatten(0, 1)]).to(tokens.dtype)
+        down = torch.cat([router.weight, self.lora_A.flatten(0, 1)]).to(dtype)
+        up = self.lora_B.mT.flatten(0, 1).to(dtype)
+        mixing = {"per_token": self.num_experts_per_tok, "scaling": self.scaling}
+        is_watched = self.router_logits._forward_hooks or self.router_logits._forward_pre_hooks
+        if not is_watched and add_by_kernel(output[None], tokens, down, bias, up[None], **mixing):
+            return output
+        # Tokens lie along the last dimension, since they are many, and operations along a short last one are slow.
         products = down @ tokens.mT
-        logits = products[:count] + router.bias.to(tokens.dtype).unsqueeze(1)
-        logits = self._show_router_logits(logits.mT, shape).mT
+        logits = self._show_router_logits((products[:count] + bias).mT, shape).mT
         gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
-        low_rank = products[count:].unflatten(0, (count, self.lora_rank))
-        if torch.is_grad_enabled():
-            return (low_rank * gates.unsqueeze(1)).flatten(0, 1)
-        return low_rank.mul_(gates.unsqueeze(1)).flatten(0, 1)
-
-    def _up(self, dtype: torch.dtype) -> Tensor:
-        """B of all experts, transposed: (experts x rank, out_features)."""
-        return self.lora_B.mT.flatten(0, 1).to(dtype)
+        gated = products[count:].unflatten(0, (count, self.lora_rank)) * gates.unsqueeze(1)
+        return output.addmm_(gated.flatten(0, 1).mT, up, alpha=self.scaling)
 
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""

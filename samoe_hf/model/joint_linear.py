@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoFeedForward
 
 from .domain_experts import DomainExperts, DomainLinear
+from .expert_kernel import add_by_kernel, by_pytorch
 from .expert_layer import BaseLinear, ExpertLinear, ExpertMixture
-from .expert_router import Router, RouterLogits, top_k_gates
+from .expert_router import Router, RouterLogits
 from .kept import keep, keeps
 
 # Whose own code is known here. Parametrized modules, and what PEFT wraps around layers, are of other classes.
@@ -54,12 +55,10 @@ def run_jointly(layers: Sequence[Any], hidden_states: Tensor) -> Sequence[Tensor
     tokens = hidden_states.flatten(0, -2).to(dtype)
     outputs = F.linear(tokens, joint.weight, joint.bias).unflatten(1, (count, -1)).transpose(0, 1)
     if first is not None and joint.down is not None and joint.router_bias is not None and joint.up is not None:
-        # Tokens lie along the last dimension, see `ExpertMixture`.
-        logits, low_rank = (joint.down @ tokens.mT).tensor_split([len(joint.router_bias)])
-        logits = (logits + joint.router_bias).unflatten(0, (count, -1))
-        gates = top_k_gates(logits, first.num_experts_per_tok, dim=1)
-        gated = low_rank.unflatten(0, (*gates.shape[:2], first.lora_rank)).mul_(gates.unsqueeze(2)).flatten(1, 2)
-        outputs = outputs.baddbmm_(gated.mT, joint.up, alpha=first.scaling)
+        parts = outputs, tokens, joint.down, joint.router_bias, joint.up
+        mixing = {"per_token": first.num_experts_per_tok, "scaling": first.scaling}
+        if not add_by_kernel(*parts, **mixing):
+            outputs = by_pytorch(*parts, **mixing)
     return outputs.unflatten(1, hidden_states.shape[:-1]).unbind()
 
 

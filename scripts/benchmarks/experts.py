@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from measure import Measurement, at_least, benchmark_parser, measure, prepare, to_markdown, write_results
 from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.expert_kernel import add_by_kernel, by_pytorch
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from samoe_hf.model.expert_router import top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -75,6 +76,44 @@ def benchmark_layer(
     return results
 
 
+def benchmark_kernel(repeats: int, device: torch.device, dtype: torch.dtype, tokens: int = 4096) -> list[Measurement]:
+    """Three layers of one input, as a propagated video runs them: with the kernel for experts, and by PyTorch.
+
+    Raises:
+        AssertionError: if the kernel does not run here, or its output differs.
+    """
+    layers, width, experts, rank = 3, 256, 10, 4
+    shapes = {
+        "inputs": (tokens, width),
+        "weight": (layers * width, width),
+        "down": (layers * experts * (1 + rank), width),
+    }
+    shapes |= {"router_bias": (layers * experts, 1), "up": (layers, experts * rank, width)}
+    x = {name: torch.randn(shape, device=device, dtype=dtype) * width**-0.5 for name, shape in shapes.items()}
+    parts = x["inputs"], x["down"], x["router_bias"], x["up"]
+    settings = {"per_token": 2, "scaling": 1.0}
+
+    def plain() -> Tensor:
+        return F.linear(x["inputs"], x["weight"]).unflatten(1, (layers, width)).transpose(0, 1)
+
+    def with_kernel() -> Tensor:
+        outputs = plain()
+        assert add_by_kernel(outputs, *parts, **settings), "the kernel for experts does not run here"
+        return outputs
+
+    contenders = {
+        "plain linear": plain,
+        "kernel": with_kernel,
+        "PyTorch": lambda: by_pytorch(plain(), *parts, **settings),
+    }
+    with torch.inference_mode():
+        exact = by_pytorch(plain().float().clone(), *(part.float() for part in parts), **settings)
+        distance = (with_kernel() - exact).abs().amax(dim=2)
+        # Half precision may choose another expert where logits are close.
+        assert (distance < 0.02 * exact.abs().max()).float().mean() > 0.99, "the kernel differs from PyTorch"
+        return measure(f"three layers, {tokens} tokens", contenders, repeats, device, memory=True)
+
+
 def benchmark_memory_attention(
     config: SamoeConfig, repeats: int, device: torch.device, dtype: torch.dtype
 ) -> list[Measurement]:
@@ -111,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, dtype = prepare(parsed)
     shape = {"tokens": parsed.tokens, "width": parsed.width, "num_experts": parsed.num_experts}
     measurements = benchmark_layer(parsed.repeats, parsed.device, dtype, **shape)
+    if parsed.device.type == "cuda":
+        measurements += benchmark_kernel(parsed.repeats, parsed.device, dtype, parsed.tokens)
     measurements += benchmark_memory_attention(config, parsed.repeats, parsed.device, dtype)
     title = f"Experts: {parsed.tokens} tokens, {parsed.width} wide, {parsed.num_experts} experts"
     table = to_markdown(measurements, "plain linear")

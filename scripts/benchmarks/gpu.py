@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experts import benchmark_layer, benchmark_memory_attention
+from experts import benchmark_kernel, benchmark_layer, benchmark_memory_attention
 from gpu_report import GpuRun, write_gpu_report
 from measure import autocast, describe_machine, measure, synchronize
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
@@ -118,14 +118,13 @@ class Bench:
             run = partial(self.track, model, contender)
             return [Task(f"track {model} {contender} {n}", seconds, partial(run, n)) for n in counts]
 
-        tasks = []
+        tasks = [Task("experts", 20, partial(self.measure_experts, "tiny"))]
         for model in plan.models:
             for contender in ("samoe_hf", *CAST):
                 tasks += track(model, contender, [*few, *many], 5)
             tasks += [task for peer in peers for task in track(model, peer, few, 10)]
         tasks.append(Task("agreement tiny", 8, partial(self.compare_masks, "tiny", peers)))
         tasks.append(Task("gradients tiny", 8, partial(self.compare_gradients, "tiny")))
-        tasks.append(Task("experts", 4, partial(self.measure_experts, "tiny")))
         for model in ("base_plus", "large"):
             for checkpointing in (False, True):
                 name = f"train {model} {'with' if checkpointing else 'without'} checkpointing"
@@ -253,9 +252,12 @@ class Bench:
         return {**found, "dropout": dropout, "tensors": len(first)}
 
     def measure_experts(self, model: str) -> dict[str, Any]:
-        """The layer with experts beside the plain one, and the memory attention."""
+        """The layer with experts beside the plain one, their kernel beside PyTorch, and the memory attention."""
         dtype = self.plan.dtype
         found = benchmark_layer(20, self.device, dtype, tokens=self.plan.expert_tokens)
+        if self.device.type == "cuda":
+            for tokens in (64, self.plan.expert_tokens, 16 * self.plan.expert_tokens):
+                found += benchmark_kernel(20, self.device, dtype, tokens)
         found += benchmark_memory_attention(self._config(model), self.plan.repeats, self.device, dtype)
         rows = [
             {"case": m.case, "contender": m.contender, "seconds": m.median, "peak_bytes": m.peak_bytes} for m in found

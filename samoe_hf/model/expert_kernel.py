@@ -1,0 +1,214 @@
+"""What experts add to a linear layer's output, in one kernel: routers, top k, gates, A, B and the addition.
+
+PyTorch starts nine kernels for the same, and where few tokens are run, to start them is most of the time. It is written
+in Triton, which PyTorch for GPUs brings, and is used for inference where it works. `TRITON_INTERPRET=1`, set before
+Triton is imported, runs it on a CPU, slowly. Nothing here knows of SAM 2.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .expert_router import top_k_gates
+
+kernel: Any = None
+try:
+    import triton
+    from triton import language as tl
+except ImportError:
+    IS_INTERPRETED = False
+else:
+
+    @triton.jit(do_not_specialize=["num_tokens"])
+    def _kernel(
+        outputs,
+        tokens,
+        down,
+        router_bias,
+        up,
+        num_tokens,
+        scaling,
+        LAYERS: tl.constexpr,
+        INPUTS: tl.constexpr,
+        OUTPUTS: tl.constexpr,
+        EXPERTS: tl.constexpr,
+        RANK: tl.constexpr,
+        PER_TOKEN: tl.constexpr,
+        BLOCK_EXPERTS: tl.constexpr,
+        BLOCK_RANK: tl.constexpr,
+        BLOCK: tl.constexpr,
+        PRECISION: tl.constexpr,
+        IN_FLOAT32: tl.constexpr,
+    ):
+        """A block of tokens of one layer; the arguments are those of [`add_by_kernel`]."""
+        TYPE = tl.float32 if IN_FLOAT32 else outputs.dtype.element_ty
+        layer = tl.program_id(1).to(tl.int64)
+        rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        is_row = (rows < num_tokens)[:, None]
+        # The experts, and the columns of all A, of which each expert has `BLOCK_RANK`; both are filled up.
+        expert = tl.arange(0, BLOCK_EXPERTS)
+        is_expert = (expert < EXPERTS)[None, :]
+        column = tl.arange(0, BLOCK_EXPERTS * BLOCK_RANK)
+        is_column = (column // BLOCK_RANK < EXPERTS) & (column % BLOCK_RANK < RANK)
+        column = layer * EXPERTS * RANK + column // BLOCK_RANK * RANK + column % BLOCK_RANK
+        routers = down + (layer * EXPERTS + expert)[None, :] * INPUTS
+        down = down + (LAYERS * EXPERTS + column)[None, :] * INPUTS
+
+        logits = tl.zeros((BLOCK, BLOCK_EXPERTS), tl.float32)
+        low_rank = tl.zeros((BLOCK, BLOCK_EXPERTS * BLOCK_RANK), tl.float32)
+        for start in range(0, INPUTS, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            mask = is_row & (channel < INPUTS)[None, :]
+            x = tl.load(tokens + rows[:, None] * INPUTS + channel[None, :], mask=mask, other=0.0).to(TYPE)
+            is_channel = (channel < INPUTS)[:, None]
+            weights = tl.load(routers + channel[:, None], mask=is_channel & is_expert, other=0.0).to(TYPE)
+            logits = tl.dot(x, weights, logits, input_precision=PRECISION)
+            weights = tl.load(down + channel[:, None], mask=is_channel & is_column[None, :], other=0.0).to(TYPE)
+            low_rank = tl.dot(x, weights, low_rank, input_precision=PRECISION)
+
+        bias = tl.load(router_bias + (layer * EXPERTS + expert)[None, :], mask=is_expert, other=0.0)
+        logits = tl.where(is_expert, logits + bias.to(tl.float32), float("-inf"))
+        rest = logits
+        for _ in range(PER_TOKEN):
+            best = tl.argmax(rest, axis=1)
+            rest = tl.where(expert[None, :] == best[:, None], float("-inf"), rest)
+        # Those that were taken out. Of a logit of -inf the gate is 0 either way.
+        gates = tl.where(rest != logits, tl.exp(logits - tl.max(logits, axis=1, keep_dims=True)), 0.0)
+        gates = gates / tl.sum(gates, axis=1, keep_dims=True)
+        gated = tl.reshape(low_rank, (BLOCK, BLOCK_EXPERTS, BLOCK_RANK)) * gates[:, :, None]
+        gated = tl.reshape(gated, (BLOCK, BLOCK_EXPERTS * BLOCK_RANK)).to(TYPE)
+
+        for start in range(0, OUTPUTS, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            is_channel = (channel < OUTPUTS)[None, :]
+            mask = is_column[:, None] & is_channel
+            weights = tl.load(up + column[:, None] * OUTPUTS + channel[None, :], mask=mask, other=0.0).to(TYPE)
+            added = tl.dot(gated, weights, input_precision=PRECISION) * scaling
+            places = outputs + (rows[:, None] * LAYERS + layer) * OUTPUTS + channel[None, :]
+            before = tl.load(places, mask=is_row & is_channel, other=0.0).to(tl.float32)
+            tl.store(places, (before + added).to(outputs.dtype.element_ty), mask=is_row & is_channel)
+
+    kernel = _kernel
+    # Then it runs as Python, on tensors of any device.
+    IS_INTERPRETED = not isinstance(kernel, triton.JITFunction)
+
+logger = logging.get_logger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tokens and channels of a block. A GPU multiplies no less than 16 experts, and experts x rank are held in registers.
+BLOCK, MIN_EXPERTS, MAX_COLUMNS = 32, 16, 256
+# Of each device, type and size: whether the kernel agreed with PyTorch.
+_agrees: dict[tuple, bool] = {}
+
+
+def add_by_kernel(
+    outputs: Tensor, tokens: Tensor, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float
+) -> bool:
+    """Adds experts' part to what linear layers of one input put out, in place, if the kernel can be used here.
+
+    That is for inference on a GPU, uncompiled, with plain tensors of one type. Before a device, type and size are
+    first used, the kernel is compared with PyTorch on random numbers; if it fails or differs, a warning says so, and it
+    is not used for them.
+
+    Products are summed in float32, where logits and gates stay. So in half precision experts are chosen as in float32
+    with the same weights, and not by rounded logits. Of experts with equal logits the first is taken; `torch.topk` does
+    not say which.
+
+    Args:
+        outputs: of n layers, (n, tokens, out_features).
+        tokens: (tokens, in_features).
+        down: all routers' weights, then all A, (n x experts x (1 + rank), in_features).
+        router_bias: (n x experts, 1).
+        up: all B, transposed, (n, experts x rank, out_features).
+        per_token: experts kept for each token.
+        scaling: of the experts' part.
+
+    Returns:
+        whether it was added. If not, `outputs` are as they were.
+    """
+    weights = down, router_bias, up
+    if kernel is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if not (outputs.is_cuda or IS_INTERPRETED) or outputs.dtype not in DTYPES:
+        return False
+    plain = all(type(x) in (Tensor, nn.Parameter) for x in (outputs, tokens, *weights))
+    if not plain or any((x.dtype, x.device) != (up.dtype, up.device) for x in (outputs, tokens, *weights)):
+        return False
+    if not (outputs.transpose(0, 1).is_contiguous() and all(x.is_contiguous() for x in weights)):
+        return False
+    num_experts = len(router_bias) // len(up)
+    if _filled(num_experts) * _filled(up.shape[1] // num_experts, 1) > MAX_COLUMNS:
+        return False
+    run = partial(launch, per_token=per_token, scaling=scaling)
+    key = (up.device, up.dtype, *up.shape, num_experts, tokens.shape[1], per_token)
+    if key not in _agrees:
+        if up.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        reason = "it differs from PyTorch"
+        try:
+            with torch.autocast(up.device.type, enabled=False):
+                _agrees[key] = _compare(run, *weights, per_token=per_token, scaling=scaling)
+        except Exception as error:  # of Triton's compilers, whatever they raise
+            _agrees[key], reason = False, f"{type(error).__name__}: {error}"
+        if not _agrees[key]:
+            logger.warning(f"No kernel for experts is used for {up.dtype} on {up.device}, which is slower: {reason}")
+    if _agrees[key]:
+        run(outputs, tokens.contiguous(), *weights)
+    return _agrees[key]
+
+
+def by_pytorch(
+    outputs: Tensor, tokens: Tensor, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float
+) -> Tensor:
+    """The outputs with experts' part, by PyTorch; see [`add_by_kernel`]. They may be changed in place."""
+    # Tokens lie along the last dimension, since they are many, and operations along a short last one are slow.
+    logits, low_rank = (down @ tokens.mT).tensor_split([len(router_bias)])
+    gates = top_k_gates((logits + router_bias).unflatten(0, (len(up), -1)), per_token, dim=1)
+    gated = low_rank.unflatten(0, (*gates.shape[:2], -1)).mul_(gates.unsqueeze(2)).flatten(1, 2)
+    return outputs.baddbmm_(gated.mT, up, alpha=scaling)
+
+
+def launch(
+    outputs: Tensor, tokens: Tensor, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float
+) -> None:
+    """Runs the kernel; see [`add_by_kernel`]."""
+    num_layers, num_tokens, num_outputs = outputs.shape
+    num_experts = len(router_bias) // num_layers
+    rank = up.shape[1] // num_experts
+    sizes = num_layers, tokens.shape[1], num_outputs, num_experts, rank, per_token
+    blocks = _filled(num_experts), _filled(rank, 1), BLOCK
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if num_tokens == 0:
+        return
+    with torch.cuda.device_of(outputs):
+        kernel[-(-num_tokens // BLOCK), num_layers](
+            *(outputs, tokens, down, router_bias, up, num_tokens, scaling),
+            *(*sizes, *blocks, precision, IS_INTERPRETED),  # the interpreter's products of bfloat16 are wrong
+            num_stages=2,
+        )
+
+
+def _filled(count: int, least: int = MIN_EXPERTS) -> int:
+    """The next power of 2."""
+    return 1 << (max(count, least) - 1).bit_length()
+
+
+def _compare(run: partial, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float) -> bool:
+    """Whether the kernel and PyTorch agree on random numbers in place of all that it reads."""
+    (num_layers, _, num_outputs), num_inputs = up.shape, down.shape[1]
+    generator = torch.Generator(up.device).manual_seed(0)
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=up.device) * std).to(up.dtype)
+
+    outputs = draw(100, num_layers, num_outputs).transpose(0, 1)
+    before = outputs.float().clone()
+    inputs = (draw(100, num_inputs), draw(*down.shape, std=num_inputs**-0.5), draw(*router_bias.shape), draw(*up.shape))
+    expected = by_pytorch(*(x.float() for x in (before, *inputs)), per_token=per_token, scaling=scaling)
+    run(outputs, *inputs)
+    # Rounding may choose another expert where logits are close.
+    error = (outputs.float() - expected).abs().amax(dim=2)
+    return bool((error < 0.02 * expected.abs().max()).float().mean() > 0.95)
