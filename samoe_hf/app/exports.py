@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from samoe_hf.data.annotations import LabelImages, encode_rle
+from samoe_hf.data.annotations import LabelImages
+from samoe_hf.data.formats.coco import annotation_of
 from samoe_hf.data.formats.convert import write_videos
 from samoe_hf.data.images import write_palette_png
 from samoe_hf.data.schema import Video
@@ -101,20 +100,8 @@ def export_coco(session: TrackingSession, folder: Path) -> Path:
             id_map = session.id_map(frame)
             scores = {row.object: {"score": row.score, "iou": row.iou} for row in session.rows(frame)}
             for object_id in np.unique(id_map[id_map > 0]).tolist():
-                encoded: Any = encode_rle(id_map == object_id)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": frame,
-                        "category_id": 1,
-                        "track_id": object_id,
-                        "iscrowd": 0,
-                        "area": int(coco_mask.area(encoded)),
-                        "bbox": coco_mask.toBbox(encoded).tolist(),
-                        "segmentation": encoded,
-                        **scores.get(object_id, {}),
-                    }
-                )
+                own = annotation_of(len(annotations) + 1, frame, 1, object_id, id_map == object_id)
+                annotations.append(own | scores.get(object_id, {}))
         document = {
             "info": {"description": f"Masks of {session.video.name}, tracked with {session.loaded.name}"},
             "images": images,

@@ -110,27 +110,24 @@ class Learning:
     def start(self) -> None:
         """Starts the run, or resumes it from its last checkpoint; InputError if it runs, or is done."""
         with self._starts:
-            self._start()
-
-    def _start(self) -> None:
-        if self.state in ("running", "done"):
-            raise InputError("Learning runs already." if self.state == "running" else "Learning is done already.")
-        again = []
-        if self.output.exists():
-            resumes = bool(list_checkpoints(self.output))
-            again = ["--resume_from_checkpoint", "last"] if resumes else ["--overwrite_output_dir", "true"]
-        self._was_stopped = False
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._beside(".yaml"), yaml.safe_dump(self.run(), sort_keys=False))
-        given = ["--domain", self.domain, "--dataset", str(self._beside(".yaml")), "--output", str(self.output)]
-        with self._beside(".log").open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "samoe_hf", "adapt", self.loaded.source, *given, *again],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-            )
+            if self.state in ("running", "done"):
+                raise InputError("Learning runs already." if self.state == "running" else "Learning is done already.")
+            again = []
+            if self.output.exists():
+                resumes = bool(list_checkpoints(self.output))
+                again = ["--resume_from_checkpoint", "last"] if resumes else ["--overwrite_output_dir", "true"]
+            self._was_stopped = False
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._beside(".yaml"), yaml.safe_dump(self.run(), sort_keys=False))
+            given = ["--domain", self.domain, "--dataset", str(self._beside(".yaml")), "--output", str(self.output)]
+            with self._beside(".log").open("w") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "samoe_hf", "adapt", self.loaded.source, *given, *again],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+                )
 
     def stop(self) -> None:
         """Ends the process, if it runs; it can be resumed."""

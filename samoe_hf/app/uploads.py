@@ -153,10 +153,10 @@ class OpenedVideo:
         return copy(self.frames)
 
 
-def safe_name(name: str, default: str = "video") -> str:
+def safe_name(name: str) -> str:
     """A name for files, of letters, digits, `_` and `-`, at most 60: whatever a page sent."""
     stem = PurePosixPath(name.replace("\\", "/")).name.partition(".")[0]
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-")[:60] or default
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-")[:60] or "video"
 
 
 def hide_paths(text: str, folder: Path) -> str:

@@ -113,9 +113,9 @@ def _read_masks(video: Video, report: VideoReport, errors: list[str]) -> None:
         doubts.append(f"an object covers {100 * largest:.0f} % of a frame: is the mask inverted?")
 
 
-def _short(numbers: Sequence[int], limit: int = 8) -> str:
-    text = ", ".join(map(str, numbers[:limit]))
-    return f"{text}, … ({len(numbers)})" if len(numbers) > limit else text
+def _short(numbers: Sequence[int]) -> str:
+    text = ", ".join(map(str, numbers[:8]))
+    return f"{text}, … ({len(numbers)})" if len(numbers) > 8 else text
 
 
 def report_table(reports: Sequence[VideoReport]) -> str:

@@ -90,11 +90,11 @@ class FrameSequence(Sequence, ABC):
 class ArrayFrames(FrameSequence):
     """Frames already in memory: (T, H, W) or (T, H, W, 3) uint8; gray values are repeated over the three channels."""
 
-    def __init__(self, frames: np.ndarray, fps: float | None = None):
+    def __init__(self, frames: np.ndarray):
         is_video = frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] == 3)
         if frames.dtype != np.uint8 or not is_video or 0 in frames.shape:
             raise SampleError(f"frames must be uint8 (T, H, W) or (T, H, W, 3), not {frames.dtype} {frames.shape}")
-        self.array, self.fps = frames, fps
+        self.array = frames
         self.names = [f"{i:05d}" for i in range(len(frames))]
         self.size = frames.shape[1:3]
 

@@ -18,9 +18,9 @@ from samoe_hf.errors import InputError
 
 from .annotations import LabelImages
 from .frames import DAMAGE, SampleError, named_errors, natural_key
+from .images import Window, check_window
 from .items import ItemStream, ItemVideos, videos_from_items
 from .schema import FEATURES, Video, VideoList, encoded_frames, encoded_source, video_from_row
-from .windows import Window, check_window
 
 # What columns are called, the likeliest first.
 FRAMES = ("frames", "images", "frame", "image")

@@ -75,16 +75,13 @@ def video_from_item(item: Any, index: int = 0) -> Video:
     return Video(names["video_id"], ArrayFrames(frames), annotations, names["domain"])
 
 
-def videos_from_items(
-    items: Any, open_item: Callable[[Any, int], Video] = video_from_item
-) -> Sequence[Video] | Iterable[Video]:
+def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
     """Videos of a dataset whose items are such mappings, or `Video`.
 
     Args:
         items: a list or a map-style dataset, which give a sequence; or an iterable, which gives an iterable with
             `set_epoch`. Data loader workers share out an iterable, but for a `torch.utils.data.IterableDataset`, which
             does that itself.
-        open_item: makes a video of an item and its index.
 
     Raises:
         ValueError: neither of them.
@@ -96,7 +93,7 @@ def videos_from_items(
         raise InputError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
     if is_map and not hasattr(items, "__len__"):
         raise InputError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
-    return ItemVideos(items, open_item) if is_map else ItemStream(items, open_item)
+    return ItemVideos(items) if is_map else ItemStream(items)
 
 
 def is_iterable_dataset(items: Any) -> bool:

@@ -16,11 +16,10 @@ from samoe_hf.errors import InputError, did_you_mean
 
 from .configs import find_config
 from .frames import SampleError
-from .images import ImageFrames
+from .images import ImageFrames, Window, check_window
 from .layouts import LAYOUTS, recognize
 from .options import check_options, check_types
 from .schema import Video, VideoList
-from .windows import Window, check_window
 
 logger = logging.getLogger(__name__)
 

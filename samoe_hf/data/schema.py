@@ -22,8 +22,7 @@ from samoe_hf.errors import InputError
 
 from .annotations import Annotations, MaskArrays, RleMasks, encode_rle
 from .frames import ArrayFrames, FrameSequence, SampleError, named_errors
-from .images import ImageFrames, encode_png
-from .windows import Window
+from .images import ImageFrames, Window, encode_png
 
 FEATURES = datasets.Features(
     {

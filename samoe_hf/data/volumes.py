@@ -22,8 +22,8 @@ from nibabel.wrapstruct import WrapStructError
 
 from .annotations import IdVolume
 from .frames import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key, say_once
+from .images import Window, to_uint8
 from .schema import Video, VideoList
-from .windows import Window, to_uint8
 
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
 ROUNDING = 0.1  # of a voxel, by which headers of one grid may differ

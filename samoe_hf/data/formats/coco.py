@@ -188,6 +188,14 @@ def _segmentation(mask: Any, polygons: bool) -> dict[str, Any]:
     return {"segmentation": shape, "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()}
 
 
+def annotation_of(
+    number: int, image_id: int, category_id: int, object_id: int, mask: Any, polygons: bool = False
+) -> dict[str, Any]:
+    """An annotation of COCO's JSON with an id, of an object's mask (H, W) bool on an image."""
+    about = {"id": number, "image_id": image_id, "category_id": category_id, "track_id": object_id, "iscrowd": 0}
+    return about | _segmentation(mask, polygons)
+
+
 def write_coco(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
     """Writes `annotations/instances_default.json` and `images/<video>/`, as [`read_coco`] reads frames of videos."""
     classes = {name: i for i, name in enumerate(labels.classes_of(videos), 1)}
@@ -200,9 +208,9 @@ def write_coco(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
             image = {"id": len(images) + 1, "file_name": file_name, "height": height, "width": width}
             images.append(image | {"video_id": number, "frame_id": t})
             for object_id, class_name, mask in labels.objects_on(video, t):
-                track = {"track_id": object_id, "attributes": {"track_id": object_id}, "iscrowd": 0}
-                own = {"id": len(annotations) + 1, "image_id": len(images), "category_id": classes[class_name]}
-                annotations.append(own | track | _segmentation(mask, polygons))
+                places = len(annotations) + 1, len(images), classes[class_name]
+                own = annotation_of(*places, object_id, mask, polygons)
+                annotations.append(own | {"attributes": {"track_id": object_id}})
     content = {
         "images": images,
         "videos": [{"id": number, "name": video.video_id} for number, video in enumerate(videos, 1)],
