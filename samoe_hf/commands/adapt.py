@@ -3,11 +3,13 @@
     samoe adapt MODEL --domain ultrasound --dataset my_videos --output DIR
     samoe adapt MODEL --domain ultrasound --dataset RUN.yaml --output DIR --num_experts 4 --learning_rate 2e-4
 
-`my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. A run is as for
-`samoe train`, a YAML file or the name of one that comes with the package: the new experts are trained on its
-`train_data`, and its other keys are options here too, see below. The videos of its `eval_data`, of old domains as well,
-are tracked before and after. Nothing of the model changes but what is new. DIR gets what was trained, all experts and
-the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares; and adaptation.json with the scores.
+`my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. Of three
+or more, a fifth (`--eval-fraction`) is kept aside and tracked by the base and by the new domain: the command says what
+was won. A run is as for `samoe train`, a YAML file or the name of one that comes with the package: the new experts are
+trained on its `train_data`, and its other keys are options here too, see below. The videos of its `eval_data`, of old
+domains as well, are tracked before and after. Nothing of the model changes but what is new. DIR gets what was trained,
+all experts and the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares; adaptation.json with the
+scores; and adaptation.png with the videos that were kept aside.
 """
 
 import argparse
@@ -30,8 +32,6 @@ OPTIONS_OF_KEYS = {
     "domain_like": "--like",
     "former": "--former",
 }
-# With so many videos the gate recognizes nearly all others of a domain, see docs/domains.md.
-FEW_VIDEOS = 12
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,18 +85,15 @@ def describe_run_options() -> str:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from samoe_hf.continual.adapt import RESULTS_FILE, adapt
+    from samoe_hf.continual.adapt import PICTURE, RESULTS_FILE, adapt
 
     like = None if parsed.like == "none" else parsed.like
     is_folder = os.path.exists(parsed.dataset) and not names_config(parsed.dataset)
     of_dataset = ["adapt", "--train_data", parsed.dataset] if is_folder else [parsed.dataset]
     former = [] if parsed.former is None else ["--former", parsed.former]
     result = adapt(parsed.model, parsed.domain, [*of_dataset, *former, *parsed.overrides], parsed.output, like)
-    if result.after:
-        print(result.table())
-    if result.started_from is not None:
-        print(f"Its experts started from those of {result.started_from}.")
-    print(f"The gate knows {parsed.domain} by {result.gate_videos} videos.")
-    if result.gate_videos < FEW_VIDEOS:
-        print(f"Fewer than {FEW_VIDEOS} show little of a domain: some of its own videos may get the base's output.")
-    print(f"Written: the model and {RESULTS_FILE} in {parsed.output}")
+    print(result.describe())
+    files = [RESULTS_FILE, *([PICTURE] if result.kept_aside else [])]
+    if is_folder and not result.after:
+        print("Of fewer than three videos none is kept aside, so nothing says what was won.")
+    print(f"Written: the model, {' and '.join(files)} in {parsed.output}")

@@ -47,6 +47,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.evaluation.report import describe_choices
     from samoe_hf.evaluation.run import identity_of
     from samoe_hf.labelling import (
         LabelRun,
@@ -84,6 +85,11 @@ def run(parsed: argparse.Namespace) -> None:
             dataset.push_to_hub(parsed.push_to_hub)
     if for_tool is not None:
         options.write_format(parsed.layout, labelled_videos(labels, videos), for_tool)
+    chosen = {
+        key: (one["domain"] or "base", one["confidence"]) for key, one in summary["videos"].items() if "domain" in one
+    }
+    if chosen:
+        print(describe_choices(chosen))
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
     names = ("masks", "tracks", "where_to_look.csv", "labels.json")

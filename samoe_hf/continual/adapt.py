@@ -1,6 +1,5 @@
 """Adds a domain to a model: new experts are trained for it, the gate learns it, and all else stays as it was."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -8,20 +7,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import ConcatDataset
 
 from samoe_hf.data.clip_datasets import MixedDataset
 from samoe_hf.errors import input_errors
+from samoe_hf.evaluation.statistics import to_json
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.weights_io import write_text
-from samoe_hf.surgery.domains import copy_domain_experts
+from samoe_hf.surgery.domains import copy_domain_experts, fit_domain
 from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
-from .fit_gate import decide_videos, fit_gate
+from .fit_gate import decide_videos, gate_features, leave_out
+from .held_out import Compared, compare, comparison_table, means, percent
 from .start import find_start
 
-RESULTS_FILE = "adaptation.json"
+RESULTS_FILE, PICTURE = "adaptation.json", "adaptation.png"
+# What the gate refuses more of than this is worth a word.
+MANY_REFUSED = 0.1
 
 # Of a domain of the small models that come with the package: beside every linear layer but the decoder's.
 SMALL_MODEL_EXPERTS = {
@@ -46,6 +50,9 @@ class Adaptation:
         before, after: J, F and J&F from 0 to 1, of all evaluation videos (`eval_J`) and by the domain that the data
             names (`eval_NAME_J`); empty where there are no evaluation videos.
         routed: by the domain that the data names: whose experts its videos got ("base" for none) -> how many.
+        kept_aside: training videos that were not trained on, tracked by the base and by the domain.
+        left_out: what the gate took the domain's videos for while it did not know them, each left out in turn: a domain
+            or "base" -> how many.
     """
 
     domain: str
@@ -54,6 +61,8 @@ class Adaptation:
     after: dict[str, float] = field(default_factory=dict)
     routed: dict[str, dict[str, int]] = field(default_factory=dict)
     started_from: str | None = None
+    kept_aside: list[Compared] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def table(self) -> str:
         """The scores of each domain before and after, and where its videos went, as text."""
@@ -65,6 +74,44 @@ class Adaptation:
             whose = ", ".join(f"{count} {domain}" for domain, count in self.routed.get(name, {}).items())
             label = "all" if name == "J&F" else name
             lines.append(f"{label:20s} {before:10.1f} {after:8.1f} {after - before:+8.1f}   {whose}")
+        return "\n".join(lines)
+
+    @property
+    def refused(self) -> float | None:
+        """The share of the domain's further videos that the gate is expected not to give to it; None if nobody knows.
+
+        Of n videos that were left out, k were refused: a share of (k + 1) / (n + 2), by Laplace's rule of succession.
+        """
+        count = sum(self.left_out.values())
+        return (count - self.left_out.get(self.domain, 0) + 1) / (count + 2) if count else None
+
+    def describe(self) -> str:
+        """What was won, and what to expect of the domain, in sentences."""
+        name, lines = self.domain, []
+        base, own = means(self.kept_aside)
+        if self.kept_aside:
+            lines += [comparison_table(name, self.kept_aside), ""]
+        elif self.after:
+            lines.append(self.table())
+        if self.started_from is not None:
+            lines.append(f"Its experts started from those of {self.started_from}.")
+        if own <= base:
+            lines.append(
+                f"Warning: {name} is no better than the base on the videos that were kept aside ({percent(own)} "
+                f"against {percent(base)}). Train it longer or on more videos, or leave it out."
+            )
+        known = f"The gate knows {name} by {self.gate_videos} video{'s' * (self.gate_videos > 1)}"
+        name_it = f"name the domain where you track (`--domain {name}`)"
+        if self.refused is None:
+            lines.append(f"{known}, which does not show how its videos differ: give more, or {name_it}.")
+            return "\n".join(lines)
+        count, own_count = sum(self.left_out.values()), self.left_out.get(name, 0)
+        advice = f": give more videos, or {name_it}" if self.refused > MANY_REFUSED else ""
+        score = f"expect a J&F of {percent(own)} where it is chosen ({percent(base)} without it), and "
+        lines.append(
+            f"{known}. Left out in turn, {own_count} of {count} were known by the others: {score * (own == own)}expect "
+            f"the gate to refuse about {self.refused:.0%} of your own further videos{advice}."
+        )
         return "\n".join(lines)
 
 
@@ -79,6 +126,8 @@ def adapt(
 
     The gate learns the domain from the videos of the run's `train_data`, and then new experts are trained on them.
     Videos of `eval_data`, of any domains, are tracked before and after, each with the experts that the gate chooses.
+    Where there are none, those that the run's `eval_fraction` keeps aside; these are also tracked by the base and by
+    the new experts, whatever the gate chooses, and drawn in `adaptation.png`. The gate learns them at last.
 
     Args:
         model: what `SamoeModel.from_pretrained` takes; it is left as it is.
@@ -101,7 +150,8 @@ def adapt(
     with trainer.writer:
         check_output_dir(trainer.args, None)  # another process may have written there meanwhile
         if trainer.is_world_process_zero() and trainer.args.overwrite_output_dir:
-            Path(output, RESULTS_FILE).unlink(missing_ok=True)
+            for name in (RESULTS_FILE, PICTURE):
+                Path(output, name).unlink(missing_ok=True)
         return _adapt(trainer, domain, like, Path(output))
 
 
@@ -112,17 +162,27 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, output: Path) -
     clips, learner = trainer.train_dataset, trainer.model
     assert isinstance(clips, MixedDataset)
     videos: Any = ConcatDataset(dataset.videos for dataset in clips.datasets.values())
-    result.gate_videos = fit_gate(learner, trainer.processor, domain, videos, shows_progress)
+    features, numbers = gate_features(learner, trainer.processor, domain, videos, shows_progress)
+    fit_domain(learner, domain, features, numbers)
     if like == AUTO:
         start = find_start(learner, trainer.processor, domain, videos, shows_progress)
         if start is not None and copy_domain_experts(learner, start, domain):
             result.started_from = start
     trainer.train(resume_from_checkpoint=resume)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
+    if trainer.kept_aside:
+        picture = output / PICTURE if trainer.is_world_process_zero() else None
+        result.kept_aside = compare(learner, trainer.processor, domain, trainer.kept_aside, picture)
+        # Now that it was measured, the gate may know them as well.
+        more = gate_features(learner, trainer.processor, domain, trainer.kept_aside, show_progress_bar=False)
+        features, numbers = torch.cat([features, more[0]]), torch.cat([numbers, more[1] + len(videos)])
+        fit_domain(learner, domain, features, numbers)
+    result.gate_videos = len(numbers.unique())
+    result.left_out = leave_out(learner, domain, features, numbers)
     with input_errors():
         trainer.save_model()
         if trainer.is_world_process_zero():
-            write_text(output / RESULTS_FILE, json.dumps(asdict(result), indent=1) + "\n")
+            write_text(output / RESULTS_FILE, to_json(asdict(result)) + "\n")
     return result
 
 

@@ -1,5 +1,7 @@
 """What the gate of a model learns of a domain's videos, and what it decides for videos."""
 
+import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -17,14 +19,14 @@ from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import PreparedFrames
-from samoe_hf.surgery.domains import fit_domain
+from samoe_hf.surgery.domains import confirm_domain, find_domain, fit_domain
 
 # More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
 MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256
+MAX_LEFT_OUT = 64
 Value = TypeVar("Value")
 
 
-@torch.no_grad()
 def fit_gate(
     model: SamoeModel,
     processor: VideoProcessor,
@@ -35,13 +37,38 @@ def fit_gate(
     """Lets the gate know a domain of the model by some of its videos, in place of what it knew of it.
 
     Args:
-        videos: with masks; of many, [`MAX_VIDEOS`] evenly chosen ones are read.
+        videos: with masks; see [`gate_features`].
 
     Returns:
         how many videos it saw.
 
     Raises:
         InputError: if there is no such domain, or no video with an object.
+    """
+    find_domain(model, domain)
+    features, numbers = gate_features(model, processor, domain, videos, show_progress_bar)
+    fit_domain(model, domain, features, numbers)
+    return len(numbers.unique())
+
+
+@torch.no_grad()
+def gate_features(
+    model: SamoeModel,
+    processor: VideoProcessor,
+    domain: str,
+    videos: Sequence[Video],
+    show_progress_bar: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What [`~surgery.domains.fit_domain`] takes of a domain's videos.
+
+    Args:
+        videos: with masks; of many, [`MAX_VIDEOS`] evenly chosen ones are read.
+
+    Returns:
+        features (frames, features), and the number of the video of each frame, (frames,).
+
+    Raises:
+        InputError: if no video has an object.
     """
     chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)
     frames_per_video = min(MAX_FRAMES, max(MIN_FRAMES, FRAMES_IN_ALL // max(1, len(chosen))))
@@ -57,8 +84,27 @@ def fit_gate(
                 numbers += [number] * len(frames)
     if not features:
         raise InputError(f"`videos` of domain {domain!r}: none of {len(chosen)} has a frame with an object.")
-    fit_domain(model, domain, torch.cat(features), torch.tensor(numbers))
-    return len(features)
+    return torch.cat(features), torch.tensor(numbers)
+
+
+def leave_out(model: SamoeModel, domain: str, features: Tensor, numbers: Tensor) -> dict[str, int]:
+    """What the gate takes a domain's videos for while it does not know them: each is left out in turn.
+
+    Args:
+        features, numbers: of [`gate_features`]; of many videos, [`MAX_LEFT_OUT`] are left out. The first frame decides.
+
+    Returns:
+        name of a domain, or "base" -> how many videos; nothing of a single video.
+    """
+    ids = numbers.unique().tolist()
+    assert model.domain_gate is not None
+    gate, names = copy.deepcopy(model.domain_gate), [*model.config.domain_names, "base"]
+    decided: Counter[str] = Counter()
+    for number in evenly_chosen(ids, MAX_LEFT_OUT) if len(ids) > 1 else []:
+        others = numbers != number
+        gate.fit(names.index(domain), features[others], numbers[others])
+        decided[names[int(gate.decide(features[~others][:1]).domain)]] += 1
+    return dict(decided)
 
 
 @torch.no_grad()
@@ -67,6 +113,14 @@ def frame_features(model: SamoeModel, processor: VideoProcessor, video: Video, f
     pixel_values = _pixel_values(model, processor, video, frames)
     with use_domain(None):
         return pooled_features(encode_frames(model, pixel_values), pixel_values)
+
+
+@torch.no_grad()
+def confirm_video(model: SamoeModel, processor: VideoProcessor, domain: str, video: Video) -> None:
+    """Lets the gate know one more video of a domain, by frames that may have no masks; see [`confirm_domain`]."""
+    with evaluation_mode(model):
+        frames = evenly_chosen(range(len(video)), MAX_FRAMES)
+        confirm_domain(model, domain, frame_features(model, processor, video, frames))
 
 
 def decide_videos(

@@ -74,6 +74,8 @@ class VideoResult:
         seconds: of prompting and tracking, with the decoding of frames; NaN for masks that were read from files.
         prompts: what was given, in order: object_id, frame_idx, points, labels and box of each, and whether a mask.
         made_from: the fingerprint of the frames and masks that it was computed from.
+        experts_of: of a model with domains, the one whose experts the video got, or "base".
+        confidence: from 0 to 1, how sure the gate was, if it has decided.
     """
 
     video_id: str
@@ -85,6 +87,8 @@ class VideoResult:
     seconds: float = float("nan")
     prompts: list[dict[str, Any]] = field(default_factory=list)
     made_from: str = ""
+    experts_of: str | None = None
+    confidence: float | None = None
 
     @property
     def key(self) -> str:
@@ -168,6 +172,8 @@ def evaluate_video(
     check_annotated(video)
     user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
     result = score_predictions(video, user.track(overlapping), surface_tolerance, write)
+    if (decision := user.decision) is not None:
+        result = replace(result, experts_of=decision.domain or "base", confidence=decision.confidence)
     return replace(result, prompts=[asdict(given) | {"mask": given.mask is not None} for given in user.given])
 
 

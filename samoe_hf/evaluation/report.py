@@ -17,6 +17,8 @@ from .metrics import MAIN_METRICS, METRICS
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
 NO_NUMBER = "–"
+# Of more videos, whose experts they got is counted.
+MAX_CHOICES = 24
 
 
 def format_number(value: float | None, digits: int = 3, sign: str = "") -> str:
@@ -142,7 +144,29 @@ def _row_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], me
 def _video_table(videos: Sequence[Mapping[str, Any]]) -> str:
     columns = {"video": "{video}", "domain": "{domain}", "frames": "{num_frames}", "objects": "{num_objects}"}
     columns |= {"prompts": "{num_prompts:g}", "frames/s": "{speed}"}
-    return _row_table([{**row, "speed": format_number(row["fps"], 1)} for row in videos], columns, MAIN_METRICS)
+    rows = [{**row, "speed": format_number(row["fps"], 1)} for row in videos]
+    if any("experts_of" in row for row in videos):
+        columns["experts of"] = "{chosen}"
+        rows = [{**row, "chosen": describe_choice(row.get("experts_of"), row.get("confidence"))} for row in rows]
+    return _row_table(rows, columns, MAIN_METRICS)
+
+
+def describe_choice(experts_of: str | None, confidence: float | None) -> str:
+    """Whose experts a video got, and how sure the gate was, if it has decided."""
+    return (experts_of or NO_NUMBER) + ("" if confidence is None else f", {confidence:.0%} sure")
+
+
+def describe_choices(choices: Mapping[str, tuple[str, float | None]]) -> str:
+    """The same of some videos, by their names, a line for each; of many, how many got whose."""
+    if len(choices) <= MAX_CHOICES:
+        rows = [[name, describe_choice(*choice)] for name, choice in choices.items()]
+        return format_table(["video", "experts of"], rows, left=(0, 1))
+    rows = []
+    for name in sorted({name for name, _ in choices.values()}):
+        sure = [confidence for other, confidence in choices.values() if other == name]
+        known = [value for value in sure if value is not None]
+        rows.append([name, len(sure), format_number(100 * sum(known) / len(known) if known else None, 0)])
+    return format_table(["experts of", "videos", "% sure, on average"], rows)
 
 
 def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:

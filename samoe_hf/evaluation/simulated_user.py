@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, masks_of
-from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.domain_choice import AUTO, DomainDecision, session_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompt_recipe import bounding_boxes
@@ -172,6 +172,11 @@ class SimulatedUser:
         self._object_ids = video.object_ids
         self._annotated = set(video.annotated_frames)
         self._frames: dict[int, list[int]] = {}  # object id -> frames on which it was prompted
+
+    @property
+    def decision(self) -> DomainDecision | None:
+        """Whose experts the video got; None of a model without domains, and before anything was tracked."""
+        return None if self.model.config.domains is None else session_domain(self.model, self._session)
 
     def track(self, overlapping: bool = False) -> Iterator[PredictedFrame]:
         """Prompts, tracks and corrects; yields each frame once, in order, when its masks are final."""

@@ -119,6 +119,8 @@ def _video_row(results: Sequence[VideoResult], objects: Sequence[Mapping[str, An
     counted = [o for o in objects if (o["domain"], o["video"]) == (first.domain, first.video_id) and o["num_frames"]]
     row = {"domain": first.domain, "video": first.video_id, "num_objects": len(first.scores.object_ids)}
     row |= {"num_frames": first.num_frames, **_speed(results)}
+    if first.experts_of is not None:
+        row |= {"experts_of": first.experts_of, "confidence": first.confidence}
     row["num_prompts"] = float(np.mean([len(result.prompts) for result in results]))
     for name in MAIN_METRICS:
         if not counted or name in counted[0]:

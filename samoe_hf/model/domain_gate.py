@@ -100,16 +100,40 @@ class _Normal(NamedTuple):
         weights = (1 / (count * frames.double()))[video, None]
         mean = (weights * features).sum(0)
         centered = features - mean
+        return cls._of_moments(mean, (weights * centered).T @ centered, count)
+
+    @classmethod
+    def _of_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> "_Normal":
+        """The same by the mean and covariance of `count` videos."""
         # A few videos vary less around their own mean than a further one does.
-        covariance = (weights * centered).T @ centered * ((count + 1) / max(count - 1, 0.5))
+        covariance = covariance * _widening(count)
         variances = covariance.diagonal()
-        shrinkage = max(PRIOR_VIDEOS / (count + PRIOR_VIDEOS), MIN_SHRINKAGE)
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-        strongest = eigenvalues[-RANK:].clamp(min=0) * (1 - shrinkage)
-        factors = features.new_zeros(RANK, features.shape[1])
+        strongest = eigenvalues[-RANK:].clamp(min=0) * (1 - _shrinkage(count))
+        factors = mean.new_zeros(RANK, len(mean))
         factors[: len(strongest)] = strongest.sqrt()[:, None] * eigenvectors[:, -RANK:].T
-        floor = VARIANCE_FLOOR * variances.mean() + SQUARE_FLOOR * mean.square().mean() + SMALLEST_VARIANCE
+        floor = VARIANCE_FLOOR * variances.mean() + cls._least_floor(mean)
         return cls(mean, variances - factors.square().sum(0) + floor, factors)
+
+    @staticmethod
+    def _least_floor(mean: Tensor) -> Tensor:
+        return SQUARE_FLOOR * mean.square().mean() + SMALLEST_VARIANCE
+
+    def with_video(self, features: Tensor, count: int) -> "_Normal":
+        """The distribution, of `count` videos, once it has seen one more: (frames, features).
+
+        It is what `fit` gives of all of them, but for correlations beyond the rank.
+        """
+        least, variances = self._least_floor(self.mean), self.noise + self.factors.square().sum(0)
+        floor = least + VARIANCE_FLOOR * (variances.mean() - least) / (1 + VARIANCE_FLOOR)
+        factors = self.factors / (1 - _shrinkage(count)) ** 0.5
+        covariance = factors.T @ factors
+        covariance.diagonal().copy_((variances - floor).maximum(covariance.diagonal()))
+        mean = features.mean(0)
+        centered, step = features - mean, (mean - self.mean) / (count + 1)
+        within = centered.T @ centered / len(features)
+        covariance = (count * covariance / _widening(count) + within) / (count + 1) + count * step.outer(step)
+        return self._of_moments(self.mean + step, covariance, count + 1)
 
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Squared Mahalanobis distances of rows per feature, and log densities up to a constant, each (..., rows)."""
@@ -232,6 +256,32 @@ class DomainGate(nn.Module):
             [_threshold(values, videos, limit) for values, limit in zip(kinds, MAX_THRESHOLDS, strict=False)]
         )
 
+    @torch.no_grad()
+    def confirm(self, index: int, features: Tensor) -> None:
+        """Learns of one more video of a domain, without the others: (frames, features).
+
+        Its threshold lets in what is as far away as this video was, up to what so many videos allow.
+        """
+        self._check_index(index)
+        count = int(self.counts[index])
+        if count == 0:
+            return self.fit(index, features, [0] * len(features))
+        features = self._check(features)
+        parts = [x[index].double().split(self.kinds, -1) for x in (self.means, self.noises, self.factors)]
+        normals = []
+        for kind, (normal, values) in enumerate(
+            zip(zip(*parts, strict=True), features.split(self.kinds, 1), strict=True)
+        ):
+            known = _Normal(*normal)
+            farthest = known.measure(values)[0].max() * (1 + (count + 1) ** -0.5)
+            allowed = farthest.clamp(max=_limit(MAX_THRESHOLDS[kind], count + 1))
+            self.thresholds[index, kind] = allowed.float().maximum(self.thresholds[index, kind])
+            normals.append(known.with_video(values, count))
+        self.counts[index] = count + 1
+        self.means[index], self.noises[index], self.factors[index] = (
+            torch.cat(part, -1) for part in zip(*normals, strict=True)
+        )
+
     def append_unknown(self, domain: str) -> None:
         """Appends a domain that is not known yet."""
         self.merge(DomainGate(self.kinds, [domain]))
@@ -338,7 +388,22 @@ def _threshold(features: Tensor, videos: Tensor, limit: float) -> Tensor:
     # The largest of n distances is exceeded by the next video's with probability 1 / (n + 1).
     seen = farthest.quantile(QUANTILE, interpolation="higher") * (1 + count**-0.5)
     threshold = torch.maximum(seen, _prediction_bound(farthest.clamp(min=SMALLEST_VARIANCE).log()).exp())
-    return threshold.clamp(SQUARE_FLOOR, limit * max(1.0, count / ENOUGH_VIDEOS))
+    return threshold.clamp(SQUARE_FLOOR, _limit(limit, count))
+
+
+def _limit(few: float, count: int) -> float:
+    """The widest threshold of a domain of `count` videos; `few` is that of a few."""
+    return few * max(1.0, count / ENOUGH_VIDEOS)
+
+
+def _widening(count: int) -> float:
+    """By how much a further video varies more than `count` videos around their own mean."""
+    return (count + 1) / max(count - 1, 0.5)
+
+
+def _shrinkage(count: int) -> float:
+    """The part of a covariance of `count` videos that is not believed."""
+    return max(PRIOR_VIDEOS / (count + PRIOR_VIDEOS), MIN_SHRINKAGE)
 
 
 def _prediction_bound(values: Tensor) -> Tensor:

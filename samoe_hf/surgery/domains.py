@@ -144,17 +144,24 @@ def _make_domain(model: SamoeModel, name: str) -> None:
 def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
     """Adds the domains of another model on the same base, with what its gate knows, and returns their names.
 
+    Experts of the model that belong to no domain are taken away if they have no effect.
+
     Raises:
-        InputError: if either has no domains, both have one of the same name, or their bases differ.
+        InputError: if either has experts that belong to no domain, both have a domain of the same name, or their bases
+            differ.
     """
-    if model.config.domains is None or other.config.domains is None:
-        which = "This" if model.config.domains is None else "The other"
+    has_none = model.config.domains is None
+    if (has_none and has_effect(model)) or other.config.domains is None:
+        which = "The other" if other.config.domains is None else "This"
         raise InputError(f"{which} model's experts belong to no domain; `rename_domain(None, NAME)` gives them one.")
     if both := sorted(set(model.config.domain_names) & set(other.config.domain_names)):
         raise InputError(f"Both models have a domain {both[0]!r}; rename one of them.")
     _check_no_adapters(model)
     if base_fingerprint(model, set()) != base_fingerprint(other, set()):
         raise InputError("The models have different bases, whose experts do not fit each other.")
+    if has_none:
+        remove_experts(model)
+        _begin_domains(model)
     for domain in _domains(other):
         add_domain_experts(model, **domain)
         _copy_experts(other, domain["name"], model, domain["name"])
@@ -180,6 +187,11 @@ def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -
         videos: (frames,) integers, which video each frame is of.
     """
     _gate(model).fit(_domain_index(model, name), features, videos)
+
+
+def confirm_domain(model: SamoeModel, name: str, features: Tensor) -> None:
+    """Lets the gate know one more video of a domain, without any training: (frames, features) as in [`fit_domain`]."""
+    _gate(model).confirm(_domain_index(model, name), features)
 
 
 def _own_settings(model: SamoeModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
+from torch.utils.data import Subset
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -102,12 +103,15 @@ class DataArguments(DataKeys):
     """The videos, and how clips are drawn from them."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, num_frames=1, stride=1, max_objects=1, clips_per_video=1)
+        check_at_least(self, num_frames=1, stride=1, max_objects=1, clips_per_video=1, eval_fraction=0)
+        if self.eval_fraction > 0.5:
+            raise InputError(f"`eval_fraction` must be at most 0.5, got {self.eval_fraction}.")
+        self.kept_aside: list[Video] = []
         for name in DATASETS:
             setattr(self, name, dataset_entries({name: getattr(self, name)}, name, "a run"))
 
     def train_dataset(self, processor: VideoProcessor, seed: int) -> MixedDataset:
-        """All training clips, each dataset by its domain's name."""
+        """All training clips, each dataset by its domain's name; fills `kept_aside`."""
         if not self.train_data:
             raise InputError("`train_data` must name at least one dataset.")
         clips, weights = {}, {}
@@ -117,7 +121,10 @@ class DataArguments(DataKeys):
         for index, entry in enumerate(self.train_data):
             options = dict(entry) if isinstance(entry, Mapping) else {}
             weight = options.pop("weight", None)
-            videos = videos_from_entry(options or entry, f"train_data[{index}]")
+            videos: Any = videos_from_entry(options or entry, f"train_data[{index}]")
+            if aside := set(() if self.eval_data else choose_aside(videos, self.eval_fraction)):
+                self.kept_aside += [videos[i] for i in sorted(aside)]
+                videos = Subset(videos, [i for i in range(len(videos)) if i not in aside])
             domain = options.get("domain") or videos[0].domain
             if domain in clips:
                 raise InputError(
@@ -128,8 +135,23 @@ class DataArguments(DataKeys):
         return MixedDataset(clips, weights, seed=seed)
 
     def eval_videos(self) -> list[Video]:
-        entries = enumerate(self.eval_data)
-        return [video for index, entry in entries for video in videos_from_entry(entry, f"eval_data[{index}]")]
+        """Those of `eval_data`, or what `train_dataset` has kept aside."""
+        parts = [videos_from_entry(entry, f"eval_data[{index}]") for index, entry in enumerate(self.eval_data)]
+        return [video for part in [*parts, self.kept_aside] for video in part]
+
+
+def choose_aside(videos: Sequence[Video], fraction: float) -> list[int]:
+    """Positions of a share of some videos, evenly spread: at least one of three or more, and none of fewer.
+
+    Only videos that can be scored are chosen, which have an object and more than one annotated frame.
+    """
+    count = max(1, round(fraction * len(videos))) if fraction and len(videos) > 2 else 0
+    chosen = []
+    for part in range(count):
+        stretch = range(part * len(videos) // count, (part + 1) * len(videos) // count)
+        scored = (i for i in reversed(stretch) if videos[i].object_ids and len(videos[i].annotated_frames) > 1)
+        chosen += [i for i in [next(scored, None)] if i is not None]
+    return chosen
 
 
 @dataclass

@@ -63,6 +63,11 @@ class DataKeys:
         metavar="FOLDER|{...}",
     )
     eval_data: list[dict] = key("As train_data; these videos are tracked.", [], metavar="FOLDER|{...}")
+    eval_fraction: float = key(
+        "Where `eval_data` names none: the share of the training videos that is kept aside and tracked instead; one of "
+        "three at least.",
+        0.0,
+    )
     num_frames: int = key("Frames of a clip.", 8)
     stride: int = key("Step between a clip's frames, in annotated frames.", 1)
     max_objects: int = key("Objects of a clip.", 3)

@@ -29,6 +29,7 @@ from transformers.trainer_utils import (
 
 from samoe_hf.data import ClipCollator
 from samoe_hf.data.clip_datasets import as_clips, as_videos
+from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors, is_disk_full
 from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
@@ -106,6 +107,8 @@ class SamoeTrainer(Trainer):
         self.domain = domain
         # Whose experts evaluation runs; "auto" where the gate knows the domain.
         self.eval_domain = domain
+        # Training videos that are evaluated in place of being trained on.
+        self.kept_aside: list[Video] = []
         self.learning_rates = rates_by_set(model, args, domain)
         if train_dataset is not None:
             train_dataset = as_clips(train_dataset, self.processor, args.seed)
@@ -482,7 +485,7 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     source = model_arguments.model_name_or_path
     # The same processor prepares the clips and evaluates.
     processor = build_processor(model.config) if source is None else load_processor(source, model)
-    return SamoeTrainer(
+    trainer = SamoeTrainer(
         model,
         training_arguments,
         recipe,
@@ -492,3 +495,5 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
         train_dataset=data_arguments.train_dataset(processor, training_arguments.seed),
         eval_dataset=data_arguments.eval_videos() or None,
     )
+    trainer.kept_aside = data_arguments.kept_aside
+    return trainer

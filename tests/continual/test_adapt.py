@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from helpers.own_videos import save, save_ids
 from helpers.processes import run_two
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
 from samoe_hf.continual import fit_gate as gate_fitting
 from samoe_hf.continual import start
-from samoe_hf.continual.adapt import adapt
+from samoe_hf.continual.adapt import Adaptation, adapt
 from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
@@ -171,6 +173,70 @@ def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(".domain_hard." in name for name in trained)
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5}
+
+
+def write_folder(root, count):
+    """Videos of blobs as people keep them."""
+    for number, video in enumerate(SyntheticVideos(count, 3, (64, 64), domain="blobs", seed=3)):
+        for t, frame in enumerate(video.frames):
+            save(root / f"v{number}" / "frames" / f"{t}.png", frame)
+            save_ids(root / f"v{number}" / "masks" / f"{t}.png", video, t)
+    return root
+
+
+FOLDER_RUN = ["--max_steps=1", "--num_frames=2", "--num_experts=2", "--expert_modules=q_proj", "--disable_tqdm=true"]
+
+
+def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(base, tmp_path, capsys):
+    data = write_folder(tmp_path / "data", 4)
+    words = [str(base), "--domain", "soft", "--dataset", str(data), "--output", str(tmp_path / "out"), *FOLDER_RUN]
+    run_command([*words, "--learning_rate", "0"])
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    (kept,) = results["kept_aside"]
+    assert kept["video"] == "v3" and kept["own"] == kept["base"] == results["before"]["eval_J&F"]
+    assert kept["experts_of"] in ("base", "soft") and results["after"].keys() == results["before"].keys()
+    assert Image.open(tmp_path / "out" / "adaptation.png").width > 400
+    assert "Warning: soft is no better than the base on the videos that were kept aside" in printed
+    assert results["gate_videos"] == sum(results["left_out"].values()) == 4
+    known = results["left_out"].get("soft", 0)
+    assert f"Left out in turn, {known} of 4 were known" in printed
+    assert f"refuse about {(4 - known + 1) / 6:.0%} of your own further videos: give more videos, or name" in printed
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "kept", "trained"),
+    [(2, [], 0, 2), (3, [], 1, 2), (10, [], 2, 8), (4, ["--eval-fraction", "0.5"], 2, 2),
+     (4, ["--eval_data", "{kind: synthetic, num_videos: 3, num_frames: 2}"], 0, 4)],
+)  # fmt: skip
+def test_videos_are_kept_aside_from_three_on(base, tmp_path, count, options, kept, trained):
+    data = write_folder(tmp_path / "data", count)
+    folders = ["--model_name_or_path", str(base), "--output_dir", str(tmp_path / "out"), "--train_data", str(data)]
+    trainer = build_trainer(["adapt", *folders, *FOLDER_RUN, "--domain", "x", *options])
+    (clips,) = trainer.train_dataset.datasets.values()
+    ids = {video.video_id for video in trainer.kept_aside}, {video.video_id for video in clips.videos}
+    assert (len(ids[0]), len(ids[1]), ids[0] & ids[1]) == (kept, trained, set())
+    assert len(trainer.eval_dataset or []) == (3 if "--eval_data" in options else kept)
+
+
+def test_a_share_that_cannot_be_kept_aside_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match=r"`eval_fraction` must be at most 0.5, got 0.6"):
+        adapt(base, "x", [str(write_run(tmp_path, "blobs")), "--eval_fraction", "0.6"], tmp_path / "out")
+
+
+def test_what_the_gate_refuses_is_estimated_by_leaving_videos_out(first):
+    folder, _ = first
+    model = SamoeModel.from_pretrained(folder)
+    before = {name: tensor.clone() for name, tensor in model.domain_gate.state_dict().items()}
+    torch.manual_seed(0)
+    features = torch.randn(40, model.domain_gate.num_features)
+    features[-4:] += 50
+    numbers = torch.arange(10).repeat_interleave(4)
+    assert gate_fitting.leave_out(model, "soft", features, numbers) == {"soft": 9, "base": 1}
+    assert Adaptation("soft", 10, {}, left_out={"soft": 9, "base": 1}).refused == 2 / 12
+    assert gate_fitting.leave_out(model, "soft", features[:4], numbers[:4]) == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.domain_gate.state_dict().items())
+    assert "give more, or name the domain where you track (`--domain soft`)" in Adaptation("soft", 1, {}).describe()
 
 
 @pytest.mark.slow
