@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "check a dataset: its videos, objects, and what is likely a mistake",
     "train": "fine-tune a model on clips, as a YAML says",
     "adapt": "add a domain to a model: train experts for it, and leave all else as it is",
+    "domains": "list, show, find, add, remove and rename domains, and tell the gate of one more video",
     "evaluate": "say how good models are on a dataset",
     "experts": "show what a model's experts do",
     "convert": "convert checkpoints of SAM 2 and SAM2-MoE, and back; upload them",

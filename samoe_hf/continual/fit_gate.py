@@ -129,11 +129,13 @@ def decide_videos(
     """What the gate decides for each video, from the first frame that shows an object; None for one without objects."""
     for video in videos:
         first = first_visible(video)
-        if first is None:
-            yield None
-            continue
-        with evaluation_mode(model):
-            yield decide_domains(model, _pixel_values(model, processor, video, [first]), None)[0]
+        yield None if first is None else decide_frame(model, processor, video, first)
+
+
+def decide_frame(model: SamoeModel, processor: VideoProcessor, video: Video, frame: int) -> DomainDecision:
+    """What the gate decides for a frame of a video."""
+    with evaluation_mode(model):
+        return decide_domains(model, _pixel_values(model, processor, video, [frame]), None)[0]
 
 
 def first_visible(video: Video) -> int | None:

@@ -72,6 +72,8 @@ def build_model_card(
     name = base.get("name_or_path")
     is_public = name is not None and not os.path.isabs(name)
     datasets, tags = ([v] if isinstance(v, str) else list(v or []) for v in (content.datasets, content.tags))
+    if model.config.domains and name is not None and is_public:
+        tags.append(domains_tag(name))
     data = ModelCardData(
         base_model=name if is_public else None,
         base_model_relation=("adapter" if experts_only else "finetune") if is_public else None,
@@ -103,6 +105,11 @@ def build_model_card(
         num_expert_parameters=sum(p.numel() for n, p in model.named_parameters() if is_expert_parameter(n)),
         also_trained=f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
     )
+
+
+def domains_tag(base: str) -> str:
+    """The tag of repositories with domains on a base of the Hub, by which others find them."""
+    return f"samoe-domains-on-{base.replace('/', '--')}"
 
 
 def _picture_name(content: CardContent) -> str | None:

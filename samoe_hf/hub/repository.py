@@ -22,9 +22,12 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.base_model import SamoePreTrainedModel
+from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.processing_samoe import build_processor
 
-from .model_card import CardContent, write_model_card
+from .model_card import CardContent, domains_tag, write_model_card
+
+MAX_FOUND = 50
 
 
 def check_base_is_public(model: SamoePreTrainedModel) -> None:
@@ -84,12 +87,29 @@ def push(
         )
 
 
+def find_domains(base: str) -> dict[str, list[str]]:
+    """Repositories of the Hub with domains on a base of the Hub, most downloaded first: id -> names of the domains.
+
+    Nobody vouches for them. The names of one whose configuration cannot be read are empty; of very many, the first
+    [`MAX_FOUND`] are given.
+    """
+    found = {}
+    with _connection_errors(base, "searched"):
+        models = HfApi().list_models(filter=domains_tag(base), sort="downloads", limit=MAX_FOUND)
+        for repository in (model.id for model in models):
+            try:
+                found[repository] = SamoeConfig.from_pretrained(repository).domain_names
+            except (OSError, ValueError):
+                found[repository] = []
+    return found
+
+
 @contextmanager
-def _connection_errors(repo_id: str) -> Iterator[None]:
+def _connection_errors(repo_id: str, what: str = "uploaded") -> Iterator[None]:
     """Makes errors of the HTTP client, which are of no common class, an `OSError` that names the repository."""
     try:
         yield
     except HTTPError as error:
         if isinstance(error, OSError):  # an answer of the Hub
             raise
-        raise OSError(f"{repo_id} was not uploaded: {constants.ENDPOINT} cannot be reached ({error}).") from error
+        raise OSError(f"{repo_id} was not {what}: {constants.ENDPOINT} cannot be reached ({error}).") from error

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -281,6 +282,14 @@ class DomainGate(nn.Module):
         self.means[index], self.noises[index], self.factors[index] = (
             torch.cat(part, -1) for part in zip(*normals, strict=True)
         )
+
+    def distances_between(self) -> np.ndarray:
+        """How far the mean of each domain, a row, is from each: (domains, domains), where a domain's threshold is at 1.
+
+        Distances of and from domains that are not known yet are infinite.
+        """
+        distances = self.decide(self.means).distances
+        return distances.masked_fill(self.counts[:, None] == 0, torch.inf).cpu().numpy()
 
     def append_unknown(self, domain: str) -> None:
         """Appends a domain that is not known yet."""

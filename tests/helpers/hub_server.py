@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
+from huggingface_hub import ModelCard
 
 TOKEN = "hf_test"
 USER = "tester"
@@ -176,6 +177,16 @@ class _Handler(BaseHTTPRequestHandler):
         names = {"_id": "0", "id": repo_id, "modelId": repo_id}
         self._send_json({**names, "sha": commit, "siblings": siblings, "tags": []})
 
+    def list_models(self):
+        """Those whose cards have all tags that are asked for."""
+        wanted = set(parse_qs(urlsplit(self.path).query).get("filter", []))
+        cards = {
+            name: ModelCard(one.files.get("README.md", b"").decode()) for name, one in self.server.repositories.items()
+        }
+        self._send_json(
+            [{"_id": "0", "id": name} for name, card in cards.items() if wanted <= set(card.data.tags or [])]
+        )
+
     def tree(self, repo_id: str, revision: str, folder: str | None = None):
         _, files = self._commit(repo_id, revision)
         inside = [path for path in files if path.startswith(f"{folder}/" if folder else "")]
@@ -267,6 +278,7 @@ _ROUTES = [
     ("POST", rf"/api/models/{_ID}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"/api/models/{_ID}/commit/(?P<revision>.+)", _Handler.commit),
     ("POST", rf"/api/models/{_ID}/paths-info/(?P<revision>.+)", _Handler.paths_info),
+    ("GET", r"/api/models", _Handler.list_models),
     ("GET", rf"/api/models/{_ID}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler.tree),
     ("GET", rf"/api/models/{_ID}(/revision/(?P<revision>.+))?", _Handler.repository_info),
     ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", _Handler.lfs_batch),

@@ -390,3 +390,23 @@ def test_bases_in_a_circle_are_refused(server):
         publish(server, f"tester/{name}", "tester/experts", name_or_path=f"tester/{other}", revision=None)
     with pytest.raises(ValueError, match=r"tester/one builds on tester/two.*only what was trained itself"):
         SamoeModel.from_pretrained("tester/one")
+
+
+def test_domains_on_a_base_are_found_by_the_tag_of_their_cards(server, base, capsys):
+    rename_domain(base, None, "night")
+    base.push_to_hub("tester/night", experts_only=True)
+    assert "samoe-domains-on-tester--base" in server.repositories["tester/night"].files["README.md"].decode()
+    server.repositories["tester/broken"] = broken = Repository()
+    card = server.repositories["tester/night"].files["README.md"]
+    broken.commit({"README.md": card, "config.json": b"{"})
+    main(["domains", "list", "tester/base", "--hub"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["repository", "domains", "on", "tester/base"]
+    assert [line.split() for line in lines[1:]] == [
+        ["tester/night", "night"],
+        ["tester/broken", "cannot", "be", "read"],
+    ]
+    main(["domains", "list", "tester/night", "--hub"])
+    assert "tester/broken" in capsys.readouterr().out
+    main(["domains", "list", "tester/full", "--hub"])
+    assert "Nothing on the Hub has domains on tester/full." in capsys.readouterr().out

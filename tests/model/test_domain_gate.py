@@ -105,6 +105,44 @@ def test_an_added_domain_leaves_all_others_as_they_were():
     assert torch.equal(after.distances[:, :2], before.distances)
 
 
+@pytest.mark.parametrize("num_videos", [1, 2, 12])
+def test_a_confirmed_video_is_known_as_if_it_had_been_there_before(num_videos):
+    """With no more features than directions are kept of how they vary together."""
+    features, videos = domain(0, num_videos + 1, num_features=16)
+    last, other = videos == num_videos, domain(1, num_features=16)
+    known = gate((features[~last], videos[~last]), other, num_features=16)
+    before = {name: buffer.clone() for name, buffer in known.state_dict().items()}
+    known.confirm(0, features[last])
+    expected = gate((features, videos), other, num_features=16)
+    assert known.counts.tolist() == expected.counts.tolist()
+    for name in ("means", "noises"):
+        assert_close(known.get_buffer(name)[0], expected.get_buffer(name)[0], rtol=1e-3, atol=1e-3)
+    one, two = (x.factors[0].T @ x.factors[0] for x in (known, expected))
+    assert_close(one, two, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(known.get_buffer(name)[1], buffer[1]) for name, buffer in before.items())
+
+
+def test_a_confirmed_video_that_was_refused_lets_others_like_it_in():
+    known = gate(domain(0, 30))
+    odd = domain(0, 30)[0][:3] + 4
+    near = odd + 0.1 * torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(9))
+    assert known.decide(near).domain.tolist() == [NO_DOMAIN] * 3
+    known.confirm(0, odd)
+    assert known.decide(near).domain.tolist() == [0] * 3
+    assert (known.decide(held_out(0)).domain == 0).float().mean() > 0.95
+    unknown = DomainGate(FEATURES, "a")
+    unknown.confirm(0, odd)
+    assert unknown.counts.tolist() == [1] and unknown.decide(odd[:1]).domain.tolist() == [0]
+
+
+def test_distances_between_domains_are_those_of_their_means():
+    known = gate(domain(0), domain(1))
+    known.append_unknown("new")
+    distances = known.distances_between()
+    assert (distances.diagonal()[:2] < 0.1).all() and distances[0, 1] > 1 < distances[1, 0]
+    assert not torch.tensor(distances)[2].isfinite().any() and not torch.tensor(distances)[:, 2].isfinite().any()
+
+
 def test_rows_are_fitted_merged_removed_and_forgotten(tmp_path):
     known = DomainGate(FEATURES, "01")
     assert (known.decide(held_out(1)).domain == NO_DOMAIN).all() and len(known) == 2

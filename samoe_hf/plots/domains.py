@@ -1,0 +1,75 @@
+"""How near domains are to each other for the gate, as a map and in numbers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+from samoe_hf.data.images import read_pixels
+
+from .evaluation import LINES
+from .masks import DPI, plain_text, resized
+
+EXAMPLE_HEIGHT = 48
+# Of more domains numbers cannot be read.
+MAX_NUMBERS = 16
+
+
+@plain_text
+def plot_domains(
+    names: Sequence[str], distances: np.ndarray, examples: Mapping[str, str | Path], path: str | Path
+) -> None:
+    """Draws domains on a map, with example pictures of some, and the table of their distances.
+
+    Args:
+        distances: (domains, domains), how far the middle of one is from another as its threshold counts, which is 1.
+            Those of a domain that is not known yet are infinite, and it is left out.
+        examples: name of a domain -> an image file.
+        path: of the picture.
+    """
+    known = np.isfinite(distances.diagonal())
+    names, distances = (
+        [name for name, is_known in zip(names, known, strict=True) if is_known],
+        distances[known][:, known],
+    )
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    chart, table = figure.subplots(1, 2)
+    places = _placed(np.log1p((distances + distances.T) / 2))
+    for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
+        chart.plot(x, y, "o", color=LINES[number % len(LINES)])
+        chart.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        if name in examples:
+            picture = read_pixels(examples[name])
+            picture, _ = resized(picture, np.zeros(picture.shape[:2], dtype=bool), EXAMPLE_HEIGHT)
+            chart.add_artist(AnnotationBbox(OffsetImage(picture), (x, y), xybox=(0, -32), boxcoords="offset points"))
+    chart.set_title("near domains look alike to the gate", fontsize=10)
+    chart.margins(0.25)
+    chart.set_aspect("equal", "datalim")
+    chart.set_xticks([])
+    chart.set_yticks([])
+    table.imshow(np.log1p(distances), cmap="Blues_r")
+    ticks = range(len(names))
+    table.set_xticks(ticks, names, rotation=90, fontsize=8)
+    table.set_yticks(ticks, names, fontsize=8)
+    table.set_title(
+        "how far the middle of a row's domain is from a column's;\nwithin 1 it would be taken for it", fontsize=10
+    )
+    if len(names) <= MAX_NUMBERS:
+        for row in ticks:
+            for column in ticks:
+                text = f"{distances[row, column]:.2g}" if distances[row, column] < 100 else ">99"
+                color = "white" if distances[row, column] < 3 else "black"
+                table.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    figure.savefig(path, dpi=DPI)
+
+
+def _placed(distances: np.ndarray) -> np.ndarray:
+    """Points in the plane (n, 2) that are about as far from each other as `distances` (n, n), by classical scaling."""
+    count = len(distances)
+    squares = np.where(np.eye(count), 0, distances) ** 2
+    centering = np.eye(count) - 1 / count
+    values, vectors = np.linalg.eigh(-centering @ squares @ centering / 2)
+    best = vectors[:, ::-1][:, :2] * np.sqrt(values[::-1][:2].clip(min=0))
+    return np.pad(best, ((0, 0), (0, 2 - best.shape[1])))

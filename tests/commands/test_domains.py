@@ -1,0 +1,161 @@
+"""`samoe domains`, and what `evaluate` and `label` say of the domains that videos got."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.domains import new_model
+from samoe_hf import SamoeModel
+from samoe_hf.data import SyntheticVideos, write_video
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.surgery.domains import add_domain, remove_domain
+
+DATA = ["--dataset", "synthetic", "--domain", "blobs", "--option", "num_videos=2", "--option", "num_frames=3"]
+
+
+@pytest.fixture(scope="module")
+def folder(gated, tmp_path_factory):
+    """A base, and what was trained on it: domains a (blobs) and b (stripes)."""
+    base = tmp_path_factory.mktemp("base")
+    new_model().save_pretrained(base, processor=build_processor(gated.config))
+    model = SamoeModel.from_pretrained(base)
+    for domain in gated.config.domains:
+        add_domain(model, **domain)
+    model.load_state_dict(gated.state_dict())
+    model.save_pretrained(base.parent / "trained", experts_only=True)
+    return base.parent / "trained"
+
+
+@pytest.fixture
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "blob.mp4"
+    write_video(path, SyntheticVideos(1, 6, (128, 128), domain="blobs", seed=77)[0].frames, fps=5)
+    return path
+
+
+def tensors(path):
+    return SamoeModel.from_pretrained(path).state_dict()
+
+
+def assert_kept(before, after, *names):
+    """What has the same name is the same to the bit, but rows of the gate; and there are experts of these domains."""
+    assert before.keys() & after.keys()
+    for name in before.keys() & after.keys():
+        assert name.startswith("domain_gate.") or torch.equal(before[name], after[name]), name
+    for name in names:
+        assert any(f".domain_{name}." in key for key in after)
+
+
+def row(state, number):
+    return {name: tensor[number] for name, tensor in state.items() if name.startswith("domain_gate.")}
+
+
+def same_row(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_domains_are_listed_and_drawn(samoe, folder, copy_of, tmp_path):
+    printed = samoe("domains", "list", folder)
+    assert "a             3     2" in printed and "videos that the gate knows" in printed and "24" in printed
+    samoe("domains", "show", folder, "--output", tmp_path / "plain")
+    (copy_of / "examples").mkdir()
+    Image.fromarray(np.full((40, 60, 3), (255, 0, 255), np.uint8)).save(copy_of / "examples" / "b.png")
+    samoe("domains", "show", copy_of, "--output", tmp_path / "pictures")
+    plain, drawn = (np.asarray(Image.open(tmp_path / name / "domains.png"))[..., :3] for name in ("plain", "pictures"))
+    is_magenta = (np.abs(drawn.astype(int) - (255, 0, 255)) < 8).all(-1)
+    assert is_magenta.sum() > 500 and not (np.abs(plain.astype(int) - (255, 0, 255)) < 8).all(-1).any()
+
+
+def test_a_domain_is_renamed_removed_and_added_again_and_nothing_else_changes(samoe, folder, copy_of, tmp_path):
+    before = tensors(folder)
+    assert "b is now lines." in samoe("domains", "rename", copy_of, "b", "lines", "--in-place")
+    renamed = tensors(copy_of)
+    assert_kept(before, renamed, "a", "lines")
+    samoe("domains", "remove", copy_of, "lines", "--output", tmp_path / "one")
+    one = tensors(tmp_path / "one")
+    assert_kept(before, one, "a")
+    assert not any("lines" in name for name in one) and same_row(row(one, 0), row(before, 0))
+    assert torch.equal(tensors(copy_of)["domain_gate.means"], renamed["domain_gate.means"])
+    printed = samoe(
+        "domains", "add", tmp_path / "one", folder, "--domain", "b", "--as", "new", "--output", tmp_path / "two"
+    )
+    assert f"Added new, of {folder}." in printed
+    two = tensors(tmp_path / "two")
+    assert_kept(before, two, "a", "new")
+    assert same_row(row(two, 0), row(before, 0))
+    again, was = row(two, 1), row(before, 1)
+    assert all(torch.equal(again[name], was[name]) for name in again if name != "domain_gate.names")
+    for name in before:
+        assert torch.equal(before[name], two[name.replace("domain_b.", "domain_new.")]) or "domain_gate.names" in name
+    files = {file.name for file in (tmp_path / "two").iterdir()}
+    assert (tmp_path / "two" / "model.safetensors").stat().st_size < 2e6 and "processor_config.json" in files
+
+
+def test_domains_are_added_to_a_base_without_any(samoe, folder, tmp_path):
+    base = json.loads((folder / "config.json").read_text())["base_model"]["name_or_path"]
+    samoe("domains", "add", base, folder, "--output", tmp_path / "out")
+    assert_kept(tensors(folder), tensors(tmp_path / "out"), "a", "b")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 2e6  # whole, as the base is
+
+
+def test_a_confirmed_video_changes_one_row_of_the_gate_alone(samoe, folder, copy_of, video):
+    before = tensors(folder)
+    printed = samoe("domains", "confirm", copy_of, video, "--domain", "a", "--in-place")
+    assert f"{video}: the gate took it for" in printed and "25" in printed
+    after = tensors(copy_of)
+    assert_kept(before, after, "a", "b")
+    assert same_row(row(after, 1), row(before, 1)) and not same_row(row(after, 0), row(before, 0))
+    assert after["domain_gate.counts"].tolist() == [25, 24]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["remove", "FOLDER", "z", "--output", "OUT"], "The model has no domain 'z'; there are 'a', 'b'"),
+        (["rename", "FOLDER", "a", "b", "--output", "OUT"], "`new_name` 'b' is the name of a domain"),
+        (["add", "FOLDER", "FOLDER", "--output", "OUT"], "Both models have a domain 'a'"),
+        (["add", "FOLDER", "FOLDER", "--as", "x", "--output", "OUT"], "`--as` names one domain, but 2 are taken: a, b"),
+        (["add", "FOLDER", "FOLDER", "--domain", "z", "--output", "OUT"], "The model has no domain 'z'"),
+        (["add", "FOLDER", "OTHER", "--as", "x", "--output", "OUT"], "The models have different bases"),
+        (["confirm", "FOLDER", "nothing.mp4", "--domain", "z", "--output", "OUT"], "The model has no domain 'z'"),
+        (["confirm", "FOLDER", "nothing.mp4", "--domain", "a", "--output", "OUT"], "nothing.mp4"),
+        (["remove", "FOLDER", "a", "--output", "FOLDER"], "exists; give a new folder, or `--in-place`"),
+        (["remove", "some/repo", "a", "--in-place"], "`--in-place` goes with a folder"),
+        (["list", "FOLDER", "--hub"], "which only this machine has"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(samoe, gated, folder, tmp_path, words, message):
+    if "OTHER" in words:
+        other = SamoeModel.from_pretrained(folder)
+        remove_domain(other, "a")
+        other.mask_decoder.iou_token.weight.data += 1
+        other.save_pretrained(tmp_path / "other")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    names = {"FOLDER": folder, "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}
+    assert message in samoe("domains", *(names.get(word, word) for word in words), fails=True)
+    assert not (tmp_path / "out").exists()
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "label"])
+def test_evaluate_and_label_say_whose_experts_each_video_got(samoe, folder, tmp_path, command):
+    printed = samoe(command, folder, *DATA, "--output", tmp_path / "out")
+    if command == "evaluate":
+        found = json.loads((tmp_path / "out" / "results.json").read_text())["models"][0]["videos"]
+        chosen = {f"{one['domain']}/{one['video']}": (one["experts_of"], one["confidence"]) for one in found}
+        assert "| experts of |" in (tmp_path / "out" / "report.md").read_text()
+    else:
+        found = json.loads((tmp_path / "out" / "labels.json").read_text())["videos"]
+        chosen = {key: (one["domain"] or "base", one["confidence"]) for key, one in found.items()}
+    assert len(chosen) == 2 and "a" in {name for name, _ in chosen.values()}
+    for key, (name, sure) in chosen.items():
+        assert f"{key}  {name}, {sure:.0%} sure" in printed
