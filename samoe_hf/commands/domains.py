@@ -124,13 +124,13 @@ def change(model: SamoeModel, processor: VideoProcessor, parsed: argparse.Namesp
 def confirm(model: SamoeModel, processor: VideoProcessor, path: Path, domain: str) -> str:
     """Tells the gate of a video, and says what it took it for before and after."""
     from samoe_hf.continual.fit_gate import confirm_video, decide_frame
-    from samoe_hf.data.annotations import NoMasks
+    from samoe_hf.data.annotations import RleMasks
     from samoe_hf.data.schema import Video
     from samoe_hf.data.video_io import read_video
     from samoe_hf.evaluation.report import describe_choice
 
     with input_errors(str(path)):
-        video = Video(path.stem, read_video(path), NoMasks(set()))
+        video = Video(path.stem, read_video(path), RleMasks({}, []))
         before = decide_frame(model, processor, video, 0)
         confirm_video(model, processor, domain, video)
         after = decide_frame(model, processor, video, 0)
