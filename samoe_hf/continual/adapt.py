@@ -161,7 +161,8 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, output: Path) -
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     clips, learner = trainer.train_dataset, trainer.model
     assert isinstance(clips, MixedDataset)
-    videos: Any = ConcatDataset(dataset.videos for dataset in clips.datasets.values())
+    parts: Any = [dataset.videos for dataset in clips.datasets.values()]
+    videos: Any = ConcatDataset(parts)
     features, numbers = gate_features(learner, trainer.processor, domain, videos, shows_progress)
     fit_domain(learner, domain, features, numbers)
     if like == AUTO:
