@@ -1,4 +1,4 @@
-r"""Convert checkpoints of SAM 2 and SAM2-MoE to folders of this package, and models to what others load.
+r"""Convert checkpoints of SAM 2, SAM2-MoE and SAM 3 to folders of this package, and models to what others load.
 
     samoe convert sam2.1_hiera_base_plus.pt --experts checkpoint_best.pt --config sam2.1_hiera_moe.yaml \
         --output samoe-base-plus
@@ -10,7 +10,8 @@ r"""Convert checkpoints of SAM 2 and SAM2-MoE to folders of this package, and mo
     original      SAM2-MoE's checkpoints, with experts
     transformers  a folder of Sam2VideoModel or Sam3TrackerVideoModel, with the experts merged
     sam2          Meta's checkpoint and YAML, with the experts merged
-    sam3          a copy of the folder `--into` of SAM 3, whose tracker is the model with its experts merged
+    sam3          a copy of SAM 3 (`--into`: Meta's sam3.pt, or a folder of transformers' form), whose tracker is the
+                  model with its experts merged
 
 Experts can be merged where each layer has one, as with `samoe adapt … --num_experts 1 --num_experts_per_tok 1`.
 With `--push-to-hub` the model is uploaded as well, from a folder that an earlier call has written if it is there.
@@ -41,7 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_size_option(group)
     output = add_output_option(parser, "folder to write; new or empty")
     output.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="what to write")
-    output.add_argument("--into", type=Path, metavar="DIR", help="with --to sam3: the folder of SAM 3")
+    output.add_argument("--into", type=Path, metavar="PATH", help="with --to sam3: SAM 3, Meta's file or a folder")
     output.add_argument("--push-to-hub", metavar="ID", help="upload the model to this repository of the Hub")
     parsed = parser.parse_args(arguments)
     if parsed.push_to_hub and parsed.to != "samoe":
@@ -49,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if parsed.domain and parsed.to == "original":
         parser.error("--domain does not go with --to original, which has one mixture of experts for all videos")
     if (parsed.into is None) == (parsed.to == "sam3"):
-        parser.error("--into, the folder of SAM 3 that the tracker is put into, goes with --to sam3")
+        parser.error("--into, the file or folder of SAM 3 that the tracker is put into, goes with --to sam3")
     return parsed
 
 
@@ -83,9 +84,10 @@ def load(parsed: argparse.Namespace) -> tuple[SamoeModel, VideoProcessor]:
 
 def write(parsed: argparse.Namespace, model: SamoeModel, processor: VideoProcessor, folder: Path) -> None:
     """Writes what is asked for to a new folder."""
-    from samoe_hf.original.checkpoint import save_original, save_sam2
+    from samoe_hf.original.checkpoint import save_original, save_sam2, save_sam3
     from samoe_hf.surgery.merge import merge_into_base, save_into_sam3
 
+    encoder_changed, selection = False, "recent"
     if parsed.to == "samoe":
         model.save_pretrained(folder, processor=processor)
     elif parsed.to == "original":
@@ -95,12 +97,15 @@ def write(parsed: argparse.Namespace, model: SamoeModel, processor: VideoProcess
         processor.save_pretrained(folder)
     elif parsed.to == "sam2":
         save_sam2(model.config, merge_into_base(model, parsed.domain).state_dict(), folder)
-    elif save_into_sam3(model, parsed.domain, parsed.into, folder):
+    elif parsed.into.is_file():
+        tensors, selection = merge_into_base(model, parsed.domain).state_dict(), "score"
+        encoder_changed = save_sam3(model.config, tensors, parsed.into, folder)
+    else:
+        encoder_changed = save_into_sam3(model, parsed.domain, parsed.into, folder)
+    if encoder_changed:
         print("The image encoder was trained too, and SAM 3's detector shares it: what it finds changes.")
-    if parsed.to not in ("samoe", "original") and model.memory_selection != "recent":
-        print(
-            f"This model chooses memories by {model.memory_selection!r}; what was written reads the most recent ones."
-        )
+    if parsed.to not in ("samoe", "original") and model.memory_selection != selection:
+        print(f"This model chooses memories by {model.memory_selection!r}; what was written, by {selection!r}.")
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -1,20 +1,22 @@
-"""Checkpoints of SAM 2 and SAM2-MoE <-> this package's configuration and tensors; files are read as data."""
+"""Checkpoints of SAM 2, SAM2-MoE and SAM 3 <-> this package's configuration and tensors; files are read as data."""
 
 import logging
+import math
 import os
 import pickle
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Sam2VideoModel
+from transformers import Sam2VideoModel, Sam3TrackerVideoConfig
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.base import SAM2, base_of
+from samoe_hf.model.base import SAM2, SAM3, base_of, settings_of_base
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.expert_layer import matching_linear_names
@@ -39,6 +41,8 @@ from .names import (
     find_our_name,
     is_expert_name,
     state_dict_from_original,
+    state_dict_from_sam3,
+    state_dict_into_sam3,
     state_dict_to_original,
     without_base_layer,
 )
@@ -51,11 +55,15 @@ _AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema"
 # What DataParallel, `torch.compile`, Lightning and averages put before names.
 _WRAPPERS = re.compile(r"^((module|model|_orig_mod|ema|model_ema|ema_model)\.)+|(?<=\.)_orig_mod\.")
 _AVERAGED = re.compile(r"((module|model)\.)?(ema|model_ema|ema_model)\.")
-# What is in files of other models: a pattern of a tensor's name -> what the file is, and what to load instead.
+# Of Meta's `sam3.pt`. transformers' own conversion takes 1e-6.
+SAM3_CONFIG = Sam3TrackerVideoConfig()
+SAM3_CONFIG.vision_config.backbone_config.layer_norm_eps = 1e-5
+# What is in files of other models than SAM 2: a pattern of a tensor's name -> what the file is, and what to load
+# instead; None if it is read. The first that matches applies.
 _OTHERS = {
     r"tracker\.model\.|.*interactive_obj_ptr_proj\.": "SAM 3.1, whose multiplex tracker is none that is known here; "
     "expected SAM 2, SAM 2.1 or SAM 3",
-    r"tracker\.": "SAM 3 under Meta's names; expected a folder or id of transformers' form, such as facebook/sam3",
+    r"tracker\.": None,
     r"(detector\.)?backbone\.vision_backbone\.|detector\.": "SAM 3's detector alone, without its tracker",
     r"image_encoder\.(blocks|patch_embed)\.": "an image model, SAM, which has no memory for videos",
 }
@@ -66,10 +74,11 @@ def load_original(
     experts: str | os.PathLike | None = None,
     original_config: str | os.PathLike | None = None,
 ) -> tuple[SamoeConfig, dict[str, Tensor]]:
-    """Reads a checkpoint of SAM 2 or SAM2-MoE.
+    """Reads a checkpoint of SAM 2 or SAM2-MoE, or the tracker out of SAM 3's.
 
     Args:
-        checkpoint: `{"model": tensors}` or bare tensors: one of Meta's eight, or such a one with experts.
+        checkpoint: `{"model": tensors}` or bare tensors: one of Meta's eight, or such a one with experts; or Meta's
+            `sam3.pt`, of detector and tracker.
         experts: a file with experts only: `{"model_state_dict": …}`, `{"moe_state_dict": …}` or bare tensors. They take
             the place of those of `checkpoint`.
         original_config: the model's YAML. Needed for sizes other than Meta's; without it, only the number, rank and
@@ -86,7 +95,12 @@ def load_original(
     tensors, source = _read_tensors(checkpoint), str(checkpoint)
     if all(map(is_expert_name, tensors)):
         raise InputError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
-    _check_is_sam2_video(tensors, checkpoint)
+    _check_is_video_model(tensors, checkpoint)
+    if is_sam3(tensors):
+        if not experts is original_config is None:
+            raise InputError(f"{checkpoint} is SAM 3; `experts` and `original_config` go with SAM 2's checkpoints.")
+        config, tensors = _sam3_tracker(tensors, source)
+        return config, _widened(tensors)
     if experts is not None:
         expert_tensors = _read_tensors(experts)
         if others := [name for name in expert_tensors if not is_expert_name(name)]:
@@ -104,18 +118,28 @@ def load_original(
         settings |= _expert_settings(tensors, settings, source)
     config = build_config(settings)
     _check_tensors(tensors, config, has_experts, source)
-    tensors = state_dict_from_original(tensors)
-    return config, {n: t.float() if torch.finfo(t.dtype).bits < 32 else t for n, t in tensors.items()}
+    return config, _widened(state_dict_from_original(tensors))
+
+
+def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of at least float32, which do not depend on the file any more."""
+    return {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for n, t in tensors.items()}
 
 
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a checkpoint in any of the original's forms."""
+    """The tensors of a checkpoint in any of the original's forms; their values are read when they are used."""
+    _, tensors, names = _open(path)
+    return {name: tensors[stored].detach() for name, stored in names.items()}
+
+
+def _open(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
+    """The content of a checkpoint, the dict of tensors in it, and their names without wrappers -> in that dict."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of SAM 2 or SAM2-MoE.")
     if Path(path).stat().st_size == 0:
         raise InputError(f"{path} is empty; expected a checkpoint of SAM 2 or SAM2-MoE.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
     except Exception as error:  # a damaged archive raises one of many, by where the damage is
@@ -129,28 +153,63 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise InputError(f"{path} holds {found}; expected tensors by name, bare or as {known}.")
     if left := [form for form in forms[1:] if form in _AVERAGES]:
         logger.warning(f"{path}: the weights are those of {forms[0]!r}; their average, {left[0]!r}, is not read.")
-    return _unwrapped({name: tensor.detach() for name, tensor in tensors.items()}, path)
+    return content, tensors, _names_without_wrappers(tensors, path)
 
 
-def _unwrapped(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors by the names that they have without wrappers; of weights and their average, the weights."""
+def _can_be_mapped(path: str | os.PathLike) -> bool:
+    """Whether a file is of `torch.save`'s present form, which is a ZIP archive that compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(file.compress_type == zipfile.ZIP_STORED for file in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        return False
+
+
+def _names_without_wrappers(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, str]:
+    """Names without wrappers -> names in the file; of weights and their average, those of the weights."""
     # Of `torch.optim.swa_utils.AveragedModel`, beside its average.
-    tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(r"(module\.)?n_averaged", name)}
-    averaged = [name for name in tensors if _AVERAGED.match(name)]
-    if 0 < len(averaged) < len(tensors):
+    names = [name for name in tensors if not re.fullmatch(r"(module\.)?n_averaged", name)]
+    averaged = [name for name in names if _AVERAGED.match(name)]
+    if 0 < len(averaged) < len(names):
         logger.warning(f"{path}: {len(averaged)} tensors are an average of the weights, and are not read.")
-        tensors = {name: tensor for name, tensor in tensors.items() if not _AVERAGED.match(name)}
-    result = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    if len(result) < len(tensors):
+        names = [name for name in names if not _AVERAGED.match(name)]
+    result = {_WRAPPERS.sub("", name): name for name in names}
+    if len(result) < len(names):
         raise InputError(f"{path} holds tensors twice, with and without {_WRAPPERS.pattern!r} before their names.")
     return result
 
 
-def _check_is_sam2_video(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def is_sam3(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of SAM 3's detector and tracker, as Meta names them."""
+    return any(name.startswith("tracker.") for name in names)
+
+
+def _sam3_tracker(tensors: Mapping[str, Tensor], source: str) -> tuple[SamoeConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of SAM 3's tracker, by the names here.
+
+    Tensors hold the rotary positions of windows and of whole frames, which tell the size of frames.
+    """
+    config = SamoeConfig(**settings_of_base(SAM3_CONFIG.to_dict()))
+    trunk = config.vision_config.backbone_config
+    rotary = [x for name, x in tensors.items() if name.endswith(".freqs_cis")]
+    sides = {trunk.window_size, *(math.isqrt(len(x)) for x in rotary if x.dim() == 2)}
+    if len(sides) > 2:
+        raise InputError(f"{source}: expected windows of {trunk.window_size} patches, got {sorted(sides)}.")
+    try:
+        if rotary:
+            config.resize(trunk.patch_size * max(sides))
+        own = state_dict_from_sam3(tensors)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    _check_fit(own, _build(config, False, source).state_dict(), source)
+    return config, own
+
+
+def _check_is_video_model(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Refuses what holds another model, by its name."""
-    for pattern, what in _OTHERS.items():
-        if any(re.match(pattern, name) for name in tensors):
-            raise InputError(f"{path} is {what}.")
+    found = next((what for pattern, what in _OTHERS.items() if any(re.match(pattern, name) for name in tensors)), None)
+    if found is not None:
+        raise InputError(f"{path} is {found}.")
     if any(name.startswith("image_encoder.trunk.") for name in tensors) and "maskmem_tpos_enc" not in tensors:
         raise InputError(f"{path} is an image model of SAM 2, without the memory that videos need.")
 
@@ -197,13 +256,20 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: SamoeConfig, has_exper
     """Refuses tensors that are not exactly the original's of a model of this configuration."""
     model = state_dict_to_original(_build(config, has_experts, source).state_dict())
     expected, found = ({without_base_layer(n): t for n, t in named.items()} for named in (model, tensors))
-    problems = find_mismatches(found, expected)
+    counts = Counter(map(without_base_layer, tensors))
+    twice = [name for name, count in counts.items() if count > 1]
+    _check_fit(found, expected, source, {"there with and without base_layer": twice})
+
+
+def _check_fit(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, more: Mapping[str, list[str]] = {}
+) -> None:
+    """Refuses tensors of other names, shapes or types than expected, and for `more` reasons."""
+    problems = find_mismatches(found, expected) | dict(more)
     problems["of another shape"] = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in problems["of another shape"]
     ]
-    counts = Counter(map(without_base_layer, tensors))
-    problems["there with and without base_layer"] = [name for name, count in counts.items() if count > 1]
     reasons = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
     if reasons:
         raise InputError(f"The tensors of {source} do not fit the architecture; {'; '.join(reasons)}.")
@@ -260,6 +326,42 @@ def save_sam2(config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: 
     _save({"model": tensors}, files["base"])
     write_yaml(config, [], files["config"])
     return files
+
+
+def save_sam3(
+    config: SamoeConfig, state_dict: Mapping[str, Tensor], combined: str | os.PathLike, directory: str | os.PathLike
+) -> bool:
+    """Writes a copy of Meta's combined checkpoint of SAM 3 whose tracker is a model's, of its tensors without experts.
+
+    All else that the file holds stays as it is, to the bit, and so do the types of tensors and the file's name.
+
+    Args:
+        combined: Meta's `sam3.pt`, or one that was trained further.
+
+    Returns:
+        whether the image encoder, which the detector shares, has other values than there.
+
+    Raises:
+        InputError: if the model's base is not SAM 3, or `combined` is no such file, or of another size.
+    """
+    if base_of(config) is not SAM3:
+        raise InputError(f"The model's base is {base_of(config).title}; expected {SAM3.title}.")
+    content, tensors, names = _open(combined)
+    found = {name: tensors[stored].detach() for name, stored in names.items()}
+    _check_is_video_model(found, combined)
+    if not is_sam3(found):
+        raise InputError(f"{combined} is no checkpoint of SAM 3; expected Meta's, of detector and tracker.")
+    theirs, own = _sam3_tracker(found, str(combined))
+    _check_fit(own, state_dict, str(combined))
+    if theirs.image_size != config.image_size:
+        message = "The model takes frames of %d pixels, and %s those of %d, which it may track less well."
+        logger.warning(message, config.image_size, combined, theirs.image_size)
+    new = state_dict_into_sam3(state_dict, found)
+    encoder_changed = any(".trunk." in name and not torch.equal(x, found[name]) for name, x in new.items())
+    tensors |= {names[name]: tensor for name, tensor in new.items()}
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    _save(content, Path(directory, Path(combined).name))
+    return encoder_changed
 
 
 def _original_tensors(

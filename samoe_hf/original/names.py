@@ -1,7 +1,7 @@
-"""Names of SAM 2's and SAM2-MoE's tensors <-> names of this package's, experts stacked."""
+"""Names of SAM 2's, SAM2-MoE's and SAM 3's tensors <-> names of this package's, experts stacked."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -70,6 +70,31 @@ EXPERT_TENSOR = re.compile(r"(?P<module>.+)\.experts\.(?P<index>\d+)\.lora_(?P<m
 _GATE = re.compile(r"(?P<module>.+)\.gate\.gate\.(?P<leaf>weight|bias)")
 _POINT_EMBEDDING = re.compile(r"sam_prompt_encoder\.point_embeddings\.(?P<index>\d+)\.weight")
 _MATRICES = {"down": "lora_A", "up": "lora_B"}
+# In `sam3.pt`: the image encoder, which the detector has, and the tracker, with what it names otherwise than SAM 2.
+_SAM3_ENCODER, _SAM3_TRACKER = "detector.backbone.vision_backbone.", "tracker."
+_SAM3_ENCODER_RENAMES = {
+    "trunk": "backbone",
+    "trunk.pos_embed": "backbone.embeddings.position_embeddings",
+    "trunk.patch_embed.proj": "backbone.embeddings.patch_embeddings.projection",
+    "trunk.ln_pre": "backbone.layer_norm",
+    "trunk.blocks": "backbone.layers",
+    "trunk.blocks.*.norm*": "backbone.layers.*.layer_norm*",
+    "trunk.blocks.*.attn": "backbone.layers.*.attention",
+    "trunk.blocks.*.attn.proj": "backbone.layers.*.attention.o_proj",
+    "sam2_convs": "neck.fpn_layers",
+    "sam2_convs.*.dconv_2x2": "neck.fpn_layers.*.scale_layers.0",
+    "sam2_convs.*.dconv_2x2_0": "neck.fpn_layers.*.scale_layers.0",
+    "sam2_convs.*.dconv_2x2_1": "neck.fpn_layers.*.scale_layers.2",
+    "sam2_convs.*.conv_1x1": "neck.fpn_layers.*.proj1",
+    "sam2_convs.*.conv_3x3": "neck.fpn_layers.*.proj2",
+}
+_SAM3_TRACKER_RENAMES = {
+    "tracker.transformer.encoder.": "memory_attention.",
+    "tracker.maskmem_backbone.": "memory_encoder.",
+    "tracker.": "",
+    ".mlp.lin1.": ".mlp.layers.0.",
+    ".mlp.lin2.": ".mlp.layers.1.",
+}
 # Sam2VideoModel has one tensor for the four point embeddings, and two for the one positional embedding of prompts.
 _POINT_EMBEDDINGS = "prompt_encoder.point_embed.weight"
 _POSITIONAL_EMBEDDING = "shared_image_embedding.positional_embedding"
@@ -86,6 +111,7 @@ def _compile(renames: Mapping[str, str]) -> list[tuple[re.Pattern, str]]:
 
 _TO_OURS = _compile(_RENAMES)
 _TO_ORIGINAL = _compile({ours: original for original, ours in _RENAMES.items()})
+_SAM3_ENCODER_TO_OURS = _compile(_SAM3_ENCODER_RENAMES)
 
 
 def _find(name: str, rules: list[tuple[re.Pattern, str]]) -> str | None:
@@ -97,7 +123,7 @@ def _find(name: str, rules: list[tuple[re.Pattern, str]]) -> str | None:
 
 def _rename(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     if (renamed := _find(name, rules)) is None:
-        raise InputError(f"SAM 2 has no tensor or module of the name {name!r}.")
+        raise InputError(f"There is no tensor or module of the name {name!r} in SAM 2.")
     return renamed
 
 
@@ -173,4 +199,57 @@ def state_dict_to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
             if module in with_experts:
                 original_name = f"{original_name.removesuffix(leaf)}base_layer.{leaf}"
             result[original_name] = tensor
+    return result
+
+
+def _name_in_sam2(name: str) -> str:
+    """What SAM 2 calls a tensor of SAM 3's tracker."""
+    for sam3, sam2 in _SAM3_TRACKER_RENAMES.items():
+        name = name.replace(sam3, sam2)
+    return name
+
+
+def _parts_of_encoder(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The names here of a tensor of `sam3.pt` or its parts, which are views; none if it is not of the encoder."""
+    own = _find(name.removeprefix(_SAM3_ENCODER), _SAM3_ENCODER_TO_OURS)
+    if own is None or not name.startswith(_SAM3_ENCODER) or own.endswith(".freqs_cis"):
+        return
+    own = f"vision_encoder.{own}"
+    if ".qkv." in own:
+        for letter, part in zip("qkv", torch.atleast_1d(tensor).chunk(3), strict=False):
+            yield own.replace(".qkv.", f".{letter}_proj."), part
+    elif own.endswith(".position_embeddings"):
+        yield own, torch.atleast_3d(tensor)[:, 1:]  # without the class token's, which nothing reads
+    else:
+        yield own, tensor
+
+
+def state_dict_from_sam3(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of SAM 3's tracker and of the image encoder that it reads, out of Meta's combined checkpoint."""
+    tracker = {_name_in_sam2(name): x for name, x in state_dict.items() if name.startswith(_SAM3_TRACKER)}
+    result = state_dict_from_original(tracker)
+    for name, tensor in state_dict.items():
+        result |= _parts_of_encoder(name, tensor)
+    return result
+
+
+def state_dict_into_sam3(state_dict: Mapping[str, Tensor], combined: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of Meta's combined checkpoint that [`state_dict_from_sam3`] reads, with the values of a model.
+
+    Args:
+        state_dict: a model's, without experts; it fits `combined`.
+
+    Returns:
+        of the types that they have in `combined`.
+    """
+    tracker = state_dict_to_original({n: x for n, x in state_dict.items() if not n.startswith("vision_encoder.")})
+    result = {}
+    for name, old in combined.items():
+        if name.startswith(_SAM3_TRACKER):
+            result[name] = tracker[_name_in_sam2(name)].to(old)
+            continue
+        new = old.clone()
+        for own, part in _parts_of_encoder(name, new):
+            part.copy_(state_dict[own])
+            result[name] = new
     return result

@@ -106,8 +106,8 @@ def save_into_sam3(
         is_combined = False
     if not is_combined or not os.path.isdir(combined):
         raise InputError(
-            f"{combined} is no folder of SAM 3 as transformers saves it (Sam3VideoModel: {CONFIG_NAME} and "
-            "safetensors). Meta's sam3.pt is not written."
+            f"{combined} is neither Meta's sam3.pt nor a folder of SAM 3 as transformers saves it (Sam3VideoModel: "
+            f"{CONFIG_NAME} and safetensors)."
         )
     tensors = merge_into_base(model, domain).state_dict()
     problems = find_mismatches(own_headers(SAM3, combined, read_headers(combined, {}, None)), tensors)

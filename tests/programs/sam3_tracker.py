@@ -9,9 +9,13 @@ It runs in an environment of its own, which uv makes, and needs no GPU. The file
 with memory selection: mask logits (frames, 16, 16), object scores and estimated IoUs (frames,). The tracker is as the
 package's `build_tracker` builds it, but narrow; and maps are 16 times smaller than images, not 14 times: then nothing
 is resized. All is computed in float64, since rounding of float32 now and then tips that of memories to bfloat16.
+
+"combined" is the same of a tracker behind a small image encoder, with the encoder's features of the first frame. Names
+and shapes of its tensors are in the file's metadata, as JSON, and those of the published `sam3.pt`.
 """
 # ruff: noqa: E402
 
+import json
 import os
 import sys
 from functools import partial
@@ -27,12 +31,16 @@ for name in ("cuda", "pin_memory"):
 SINGLE = torch.float32
 torch.Tensor.float, torch.float, torch.float32 = torch.Tensor.double, torch.float64, torch.float64
 
+from sam3 import model_builder
 from sam3.model import sam3_tracker_base
 from sam3.model.decoder import TransformerDecoderLayerv2, TransformerEncoderCrossAttention
 from sam3.model.memory import CXBlock, SimpleFuser, SimpleMaskDownSampler, SimpleMaskEncoder
 from sam3.model.model_misc import TransformerWrapper
+from sam3.model.necks import Sam3DualViTDetNeck
 from sam3.model.position_encoding import PositionEmbeddingSine
 from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
+from sam3.model.vitdet import ViT
+from sam3.model.vl_combiner import SAM3VLBackbone
 from sam3.sam.transformer import RoPEAttention
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -45,6 +53,7 @@ from helpers.sam3_clip import (
     PROMPTS,
     SIZE,
     STRIDE,
+    draw,
     draw_features,
     draw_weight,
 )
@@ -127,9 +136,54 @@ def track(
     }
 
 
+def build_combined() -> torch.nn.Module:
+    """The detector's image encoder with both necks, and the tracker, under the names that `sam3.pt` has for them."""
+    trunk = ViT(
+        img_size=SIZE, pretrain_img_size=2 * STRIDE, patch_size=STRIDE, embed_dim=64, depth=4, num_heads=2,
+        mlp_ratio=2.5, norm_layer="LayerNorm", tile_abs_pos=True, global_att_blocks=(1, 3), rel_pos_blocks=(),
+        use_rope=True, use_interp_rope=True, window_size=2, retain_cls_token=False, ln_pre=True,
+        return_interm_layers=False, bias_patch_embed=False,
+    )  # fmt: skip
+    neck = Sam3DualViTDetNeck(trunk, PositionEmbeddingSine(HIDDEN), HIDDEN, add_sam2_neck=True)
+    combined = torch.nn.Module()
+    combined.detector = torch.nn.Module()
+    combined.detector.backbone = SAM3VLBackbone(neck, torch.nn.Linear(8, HIDDEN), scalp=1)
+    combined.tracker = build()
+    return combined
+
+
+def shapes_of(model: torch.nn.Module) -> str:
+    return json.dumps({name: list(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+@torch.inference_mode()
+def track_combined() -> tuple[dict[str, torch.Tensor], str]:
+    combined = build_combined().eval().double()
+    for name, tensor in combined.state_dict().items():
+        if not name.endswith("freqs_cis"):
+            tensor.copy_(torch.from_numpy(draw_weight(name, tensor.shape)).to(SINGLE))
+    frames = torch.from_numpy(draw("frames", (NUM_FRAMES, 3, SIZE, SIZE))).to(SINGLE).double()
+    features = combined.detector.backbone.forward_image(frames)["sam2_backbone_out"]["backbone_fpn"]
+    features[:2] = [getattr(combined.tracker.sam_mask_decoder, f"conv_s{i}")(features[i]) for i in range(2)]
+    results = track(combined.tracker, features, PROMPTS["point"], (False,))
+    levels = {f"level {i}": level[0].to(SINGLE).contiguous() for i, level in enumerate(features)}
+    return results | levels, shapes_of(combined)
+
+
+def published() -> str:
+    """Names and shapes of `sam3.pt`, of all that the tracker and the image encoder read."""
+    model_builder.PositionEmbeddingSine = lambda precompute_resolution=None, **own: PositionEmbeddingSine(**own)
+    torch.linspace = partial(torch.linspace, device="cpu")  # its values are read
+    with torch.device("meta"):
+        return shapes_of(model_builder.build_tracker(True, with_backbone=True))
+
+
+published_shapes = published()  # before `build` narrows the mask decoder
 model = build().eval().double()
 for name, tensor in model.state_dict().items():
     tensor.copy_(torch.from_numpy(draw_weight(name, tensor.shape)))
 features = [torch.from_numpy(level) for level in draw_features()]
 results = {name: track(model, features, PROMPTS[prompts], passes) for name, (prompts, passes) in PASSES.items()}
-save_file({f"{name}.{part}": x for name, parts in results.items() for part, x in parts.items()}, sys.argv[1])
+results["combined"], shapes = track_combined()
+tensors = {f"{name}.{part}": x for name, parts in results.items() for part, x in parts.items()}
+save_file(tensors, sys.argv[1], metadata={"combined": shapes, "published": published_shapes})

@@ -266,7 +266,8 @@ def test_what_sam3_cannot_take_is_refused(tmp_path):
         convert(with_lora(), tmp_path, "--domain", "lora", "--to", "sam3", "--into", tmp_path / "sam3")
     tensors = {name: tensor for name, tensor in load_file(path).items() if "no_memory_embedding" not in name}
     save_file(tensors, path, metadata={"format": "pt"})
-    for into, message in ((tmp_path / "sam3", "missing, such as 'no_memory_embedding'"), (path, "no folder of SAM 3")):
+    folder = tmp_path / "sam3"
+    for into, message in ((folder, "missing, such as 'no_memory_embedding'"), (path, "is no checkpoint of SAM 3")):
         with pytest.raises(SystemExit, match=message):
             convert(sam3_with_lora(), tmp_path, "--domain", "lora", "--to", "sam3", "--into", into)
     assert not (tmp_path / "out").exists()
