@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -55,9 +54,13 @@ _AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema"
 # What DataParallel, `torch.compile`, Lightning and averages put before names.
 _WRAPPERS = re.compile(r"^((module|model|_orig_mod|ema|model_ema|ema_model)\.)+|(?<=\.)_orig_mod\.")
 _AVERAGED = re.compile(r"((module|model)\.)?(ema|model_ema|ema_model)\.")
-# Of Meta's `sam3.pt`. transformers' own conversion takes 1e-6.
-SAM3_CONFIG = Sam3TrackerVideoConfig()
-SAM3_CONFIG.vision_config.backbone_config.layer_norm_eps = 1e-5
+# Of Meta's `sam3.pt`. transformers' own conversion takes an epsilon of 1e-6.
+SAM3_CONFIG = Sam3TrackerVideoConfig(
+    vision_config={
+        "model_type": "sam3_vision_model",
+        "backbone_config": {"model_type": "sam3_vit_model", "layer_norm_eps": 1e-5},
+    }
+)
 # What is in files of other models than SAM 2: a pattern of a tensor's name -> what the file is, and what to load
 # instead; None if it is read. The first that matches applies.
 _OTHERS = {
@@ -95,12 +98,11 @@ def load_original(
     tensors, source = _read_tensors(checkpoint), str(checkpoint)
     if all(map(is_expert_name, tensors)):
         raise InputError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
-    _check_is_video_model(tensors, checkpoint)
     if is_sam3(tensors):
         if not experts is original_config is None:
             raise InputError(f"{checkpoint} is SAM 3; `experts` and `original_config` go with SAM 2's checkpoints.")
         config, tensors = _sam3_tracker(tensors, source)
-        return config, _widened(tensors)
+        return config, _widened(tensors, copy=True)
     if experts is not None:
         expert_tensors = _read_tensors(experts)
         if others := [name for name in expert_tensors if not is_expert_name(name)]:
@@ -121,13 +123,13 @@ def load_original(
     return config, _widened(state_dict_from_original(tensors))
 
 
-def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of at least float32, which do not depend on the file any more."""
-    return {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for n, t in tensors.items()}
+def _widened(tensors: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
+    """The tensors as float32, or as float64 where they are that. With `copy` none shares memory with others."""
+    return {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=copy) for n, t in tensors.items()}
 
 
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a checkpoint in any of the original's forms; their values are read when they are used."""
+    """The tensors of a checkpoint in any of the original's forms."""
     _, tensors, names = _open(path)
     return {name: tensors[stored].detach() for name, stored in names.items()}
 
@@ -138,14 +140,15 @@ def _open(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor], dict[str, st
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of SAM 2 or SAM2-MoE.")
     if Path(path).stat().st_size == 0:
         raise InputError(f"{path} is empty; expected a checkpoint of SAM 2 or SAM2-MoE.")
+    _check_is_video_model(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
     except Exception as error:  # a damaged archive raises one of many, by where the damage is
         raise InputError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
     is_dict = isinstance(content, dict)
-    forms = [form for form in (*_FORMS, *_AVERAGES) if isinstance(content.get(form), dict)] if is_dict else []
+    forms = _forms(content)
     tensors = content[forms[0]] if forms else content
     if not isinstance(tensors, dict) or not tensors or not all(map(_is_plain, tensors.keys(), tensors.values())):
         found = f"a dict with the keys {list(content)[:5]}" if is_dict else type(content).__name__
@@ -156,13 +159,24 @@ def _open(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor], dict[str, st
     return content, tensors, _names_without_wrappers(tensors, path)
 
 
-def _can_be_mapped(path: str | os.PathLike) -> bool:
-    """Whether a file is of `torch.save`'s present form, which is a ZIP archive that compresses nothing."""
+def _forms(content: Any) -> list[str]:
+    """Where a checkpoint's content has dicts of tensors; the first is read."""
+    return [form for form in (*_FORMS, *_AVERAGES) if isinstance(content, dict) and isinstance(content.get(form), dict)]
+
+
+def _check_is_video_model(path: str | os.PathLike) -> None:
+    """Refuses what holds another model, by its name, before values are read."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return all(file.compress_type == zipfile.ZIP_STORED for file in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
-        return False
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # what is wrong is said where the values are read
+        return
+    tensors = content[_forms(content)[0]] if _forms(content) else content
+    names = [_WRAPPERS.sub("", str(name)) for name in tensors] if isinstance(tensors, dict) else []
+    found = next((what for pattern, what in _OTHERS.items() if any(re.match(pattern, name) for name in names)), None)
+    if found is not None:
+        raise InputError(f"{path} is {found}.")
+    if any(name.startswith("image_encoder.trunk.") for name in names) and "maskmem_tpos_enc" not in names:
+        raise InputError(f"{path} is an image model of SAM 2, without the memory that videos need.")
 
 
 def _names_without_wrappers(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, str]:
@@ -203,15 +217,6 @@ def _sam3_tracker(tensors: Mapping[str, Tensor], source: str) -> tuple[SamoeConf
         raise InputError(f"{source}: {error}") from error
     _check_fit(own, _build(config, False, source).state_dict(), source)
     return config, own
-
-
-def _check_is_video_model(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Refuses what holds another model, by its name."""
-    found = next((what for pattern, what in _OTHERS.items() if any(re.match(pattern, name) for name in tensors)), None)
-    if found is not None:
-        raise InputError(f"{path} is {found}.")
-    if any(name.startswith("image_encoder.trunk.") for name in tensors) and "maskmem_tpos_enc" not in tensors:
-        raise InputError(f"{path} is an image model of SAM 2, without the memory that videos need.")
 
 
 def _is_plain(name: Any, tensor: Any) -> bool:
@@ -348,7 +353,6 @@ def save_sam3(
         raise InputError(f"The model's base is {base_of(config).title}; expected {SAM3.title}.")
     content, tensors, names = _open(combined)
     found = {name: tensors[stored].detach() for name, stored in names.items()}
-    _check_is_video_model(found, combined)
     if not is_sam3(found):
         raise InputError(f"{combined} is no checkpoint of SAM 3; expected Meta's, of detector and tracker.")
     theirs, own = _sam3_tracker(found, str(combined))

@@ -53,7 +53,7 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
         ("convert m --output o --push-to-hug x", "did you mean '--push-to-hub'?"),
         ("convert m", "the following arguments are required: --output"),
         ("convert m --to original --output o --push-to-hub x", "does not go with --to original"),
-        ("convert m --to sam3 --output o", "--into, the folder of SAM 3"),
+        ("convert m --to sam3 --output o", "--into, the file or folder of SAM 3"),
         ("convert m --to original --domain d --output o", "--domain does not go with --to original"),
         ("evaluate --dataset davis --output o", "at least one MODEL or --predictions is needed"),
         ("label m --dataset davis --prompts p.json --output o", "`--prompts` goes with a folder of videos"),

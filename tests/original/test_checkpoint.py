@@ -2,6 +2,7 @@
 
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -187,9 +188,15 @@ def test_what_wrappers_trainers_and_averages_leave_is_read(save, base, caplog):
         (["image_encoder.trunk.x", "sam_mask_decoder.x"], "an image model of SAM 2, without the memory"),
     ],
 )
-def test_other_models_are_refused_by_name(save, names, message):
-    with pytest.raises(ValueError, match=rf"checkpoint\.pt is {message}"):
-        load_original(save({"model": {name: torch.zeros(1) for name in names}}))
+def test_other_models_are_refused_by_name_before_they_are_loaded(save, names, message):
+    path = save({"model": {name: torch.zeros(1) for name in names}})
+    without_values = path.with_name("checkpoint.pt.zip")
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(without_values, "w") as cut:
+        for file in whole.infolist():
+            cut.writestr(file.filename, b"" if "/data/" in file.filename else whole.read(file))
+    for file in (path, without_values.replace(path)):
+        with pytest.raises(ValueError, match=rf"checkpoint\.pt is {message}"):
+            load_original(file)
 
 
 @pytest.mark.parametrize("family", ["sam2", "sam2.1"])
