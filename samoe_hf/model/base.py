@@ -12,12 +12,13 @@ from transformers import (
     Sam3TrackerVideoInferenceSession,
 )
 
+from .base_edgetam import EDGETAM
 from .base_interface import FINEST_RATIO, Base, VideoConfig
 from .base_sam2 import SAM2
 from .base_sam3 import SAM3
 
 # The first one that recognizes a configuration is its base; SAM 2 takes what is left.
-BASES = (SAM3, SAM2)
+BASES = (SAM3, EDGETAM, SAM2)
 # What transformers' processors start, of any base.
 InferenceSession = Sam2VideoInferenceSession | Sam3TrackerVideoInferenceSession
 # Types of models whose configurations are read.

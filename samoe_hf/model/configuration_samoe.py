@@ -42,6 +42,7 @@ RESERVED_NAMES = ("auto", "none", "base")
 # Types of models that lack what tracking needs.
 OTHER_TYPES = {
     "sam": "an image model, SAM ('sam'), without a memory",
+    "edgetam": "EdgeTAM's image model alone ('edgetam'), without its memory",
     "sam2": "SAM 2's image model alone ('sam2'), without its memory",
     "sam3": "SAM 3's detector alone ('sam3'), without its tracker",
     "sam3_tracker": "SAM 3's image model alone ('sam3_tracker'), without its memory",

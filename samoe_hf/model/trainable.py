@@ -11,7 +11,7 @@ from .expert_layer import is_expert_parameter
 from .quantization import check_can_be_trained
 
 _MEMORY = re.compile(
-    r"(memory_attention|memory_encoder|object_pointer_proj|mask_downsample)\..*"
+    r"(memory_attention|memory_encoder|spatial_perceiver|object_pointer_proj|mask_downsample)\..*"
     r"|temporal_positional_encoding_projection_layer\..*"
     r"|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter"
     r"|no_memory_embedding|no_memory_positional_encoding|no_object_pointer"

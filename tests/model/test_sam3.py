@@ -3,58 +3,21 @@
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 from transformers import (
     Sam3TrackerVideoModel,
     Sam3TrackerVideoProcessor,
     Sam3VideoModel,
 )
 
+from helpers.prompted import PROMPTS, OriginalsMasks, track
 from helpers.reference import change_config
 from helpers.sam3 import AS_TRANSFORMERS, sam3_config, sam3_models, save_combined
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor, load_processor
-
-HEIGHT, WIDTH, NUM_FRAMES = 60, 90, 8
-MASK = np.pad(np.ones((30, 40), bool), ((10, 20), (20, 30)))
-PROMPTS = {
-    "point": {"input_points": [[[[20, 30]]]], "input_labels": [[[1]]]},
-    "clicks": {"input_points": [[[[20, 30], [50, 20], [70, 40]]]], "input_labels": [[[1, 1, 0]]]},
-    "box": {"input_boxes": [[[10, 10, 50, 40]]]},
-    "box and click": {
-        "input_boxes": [[[10, 10, 50, 40]]],
-        "input_points": [[[[20, 30]]]],
-        "input_labels": [[[1]]],
-    },
-    "objects": {"input_points": [[[[20, 30]], [[60, 30]], [[40, 50]]]], "input_labels": [[[1], [1], [1]]]},
-    "mask": {"input_masks": [MASK]},
-}
-
-
-def frames(num_frames=NUM_FRAMES, seed=0):
-    rng = np.random.default_rng(seed)
-    coarse = rng.random((num_frames, 6, 9, 3)).repeat(10, 1).repeat(10, 2)
-    return [*(255 * (0.7 * coarse + 0.3 * rng.random((num_frames, HEIGHT, WIDTH, 3)))).astype(np.uint8)]
-
-
-@torch.no_grad()
-def track(model, processor, prompt, start=0, reverse=False, click=None, dtype=torch.float32):
-    """Logits (frames + 1, objects, 1, H, W) in the order of tracking, the first frame twice; between them a `click`."""
-    session = processor.init_video_session(video=frames(), dtype=dtype)
-    num_objects = len(prompt["input_points"][0]) if "input_points" in prompt else 1
-    processor.add_inputs_to_inference_session(session, start, [*range(1, num_objects + 1)], **prompt)
-    outputs = [model(session, frame_idx=start).pred_masks]
-    if click is not None:
-        click = {"input_points": [[[click]]], "input_labels": [[[0]]], "clear_old_inputs": False}
-        processor.add_inputs_to_inference_session(session, start, [1], **click)
-        outputs.append(model(session, frame_idx=start).pred_masks)
-    outputs += [x.pred_masks for x in model.propagate_in_video_iterator(session, start, reverse=reverse)]
-    return torch.stack(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +66,8 @@ def test_masks_are_those_of_transformers_where_weights_matter(lively, prompt):
     assert (expected[2:] - expected[1]).abs().mean() > 0.05
 
 
-class WithOriginalsMasks(Sam3TrackerVideoModel):
-    """Takes a mask prompt as the original does: the decoder gives the pointer as that of one mask, from a mask of the
-    size of memories' masks; and the memory is made of the low-resolution logits."""
-
-    def _use_mask_as_output(self, backbone_features, high_res_features, mask_inputs):
-        output = super()._use_mask_as_output(backbone_features, high_res_features, mask_inputs)
-        size = [4 * side for side in self.prompt_encoder.mask_input_size]
-        resized = F.interpolate(mask_inputs, size, mode="bilinear", antialias=True)
-        output.object_pointer = self._single_frame_forward(
-            input_masks=self.mask_downsample(resized),
-            image_embeddings=[*high_res_features, backbone_features],
-            multimask_output=False,
-        ).object_pointer
-        output.high_res_masks = F.interpolate(output.pred_masks, (self.image_size,) * 2, mode="bilinear")
-        return output
+class WithOriginalsMasks(OriginalsMasks, Sam3TrackerVideoModel):
+    """transformers' model, which takes masks as the original does."""
 
 
 def test_mask_prompts_differ_from_transformers_as_the_original_does(lively):
