@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Sam2VideoModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import plain_name
+from .base import config_of_base
 from .base_model import SamoePreTrainedModel
 from .errors import InputError
 from .expert_layer import META, BaseLinear, QuantizedProduct, is_expert_parameter, replace_module
@@ -93,13 +94,15 @@ def _with_skips(model: SamoePreTrainedModel, quantization_config: Any) -> Quanti
     return quantization_config
 
 
-def _quantized_base(model: SamoePreTrainedModel, quantization_config: Any, device_map: Any) -> Sam2VideoModel:
+def _quantized_base(model: SamoePreTrainedModel, quantization_config: Any, device_map: Any) -> PreTrainedModel:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_parameter(name)}
     with without_load_report() as reports:
         try:
-            return Sam2VideoModel.from_pretrained(
+            config = config_of_base(model.config)
+            kind: Any = MODEL_MAPPING[type(config)]
+            return kind.from_pretrained(
                 None,
-                config=copy.deepcopy(model.config),
+                config=config,
                 state_dict=tensors,
                 dtype=model.dtype,
                 quantization_config=quantization_config,

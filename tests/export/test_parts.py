@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from helpers.domains import with_two_domains
+from helpers.edgetam import edgetam_model, needs_timm
 from helpers.export import EagerTracker, compare, drawn_video
 from helpers.sam3 import sam3_config, sam3_models
 from samoe_hf import SamoeModel, small_base
@@ -24,9 +25,13 @@ def difference_of(model: SamoeModel, domain: str | None = None):
 
 
 @pytest.mark.parametrize("selection", ["recent", "score"])
-@pytest.mark.parametrize("base", ["nano", "sam3"])
+@pytest.mark.parametrize("base", ["nano", "sam3", pytest.param("edgetam", marks=needs_timm)])
 def test_memories_are_chosen_as_the_model_says(nano, base, selection):
-    model = copy.deepcopy(nano.model).eval() if base == "nano" else sam3_models(sam3_config(), with_experts=True)[0]
+    model = {
+        "nano": lambda: copy.deepcopy(nano.model).eval(),
+        "sam3": lambda: sam3_models(sam3_config(), with_experts=True)[0],
+        "edgetam": lambda: edgetam_model(with_experts=True),
+    }[base]()
     model.config.memory_selection = selection
     result = difference_of(model)
     assert result.mean < 1e-3 and result.iou > 0.999

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers.domains import with_two_domains
+from helpers.edgetam import edgetam_model, needs_timm
 from helpers.export import compare, difference, drawn_video, load_tracker, tracked, tracked_with_corrections
 from helpers.sam3 import sam3_config, sam3_models
 from samoe_hf import small_base
@@ -100,10 +101,14 @@ def test_in_float16_masks_are_nearly_the_same(small, tmp_path):
     assert sizes_of[0] < 0.7 * sizes_of[1]
 
 
-@pytest.mark.parametrize("name", ["sam3", "domain a", "domain b"])
+@pytest.mark.parametrize("name", ["sam3", pytest.param("edgetam", marks=needs_timm), "domain a", "domain b"])
 def test_other_models(name, tmp_path):
-    model = sam3_models(sam3_config(), with_experts=True)[0] if name == "sam3" else with_two_domains()
-    if name == "sam3":
+    bases = {
+        "sam3": lambda: sam3_models(sam3_config(), with_experts=True)[0],
+        "edgetam": lambda: edgetam_model(with_experts=True),
+    }
+    model = bases.get(name, with_two_domains)()
+    if name in bases:
         model.config.memory_selection = "score"
     domain, side, processor = name.partition(" ")[2] or None, model.config.image_size, build_processor(model.config)
     export_model(model, processor, tmp_path / "model", domain)

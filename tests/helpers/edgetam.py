@@ -17,7 +17,10 @@ needs_timm = pytest.mark.skipif(not is_timm_available(), reason="EdgeTAM's encod
 def edgetam_model(seed: int = 0, with_experts: bool = False, **settings) -> SamoeModel:
     """The nano model, with weights and statistics with which all parts show in the masks."""
     torch.manual_seed(seed)
-    settings = {"previous_mask_with_clicks": False, **settings}
+    parts = dict.fromkeys(
+        ("enable_temporal_pos_encoding_for_object_pointers", "enable_occlusion_spatial_embedding"), True
+    )  # which the published one has not
+    settings = {"previous_mask_with_clicks": False, **parts, **settings}
     model = SamoeModel(SamoeConfig(**{**read_yaml("model_edgetam_nano"), **settings})).eval()
     with torch.no_grad():
         draw_weights(model, with_experts)

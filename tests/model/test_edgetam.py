@@ -96,7 +96,8 @@ def test_gradients_are_those_of_transformers_modules(processor):
     own = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(own[name].grad, parameter.grad, atol=1e-8, rtol=1e-7, msg=name)
+            error = (own[name].grad - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-12)
+            assert error < 1e-5, name  # transformers rotates keys and queries in float32
     learned = {name.split(".")[0] for name, p in theirs.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"vision_encoder", "memory_attention", "memory_encoder", "spatial_perceiver", "mask_decoder"} <= learned
 
@@ -114,5 +115,5 @@ def test_batch_norms_keep_their_statistics_in_training():
     masks = torch.zeros(1, 1, 2, 128, 128, dtype=torch.bool)
     masks[..., 20:60, 20:60] = True
     model(frames, masks).loss.backward()
-    assert model.vision_encoder.backbone.timm_model.stem_conv1.bn.weight.grad.any()
+    assert model.vision_encoder.backbone.timm_model.stem.conv1.bn.weight.grad.any()
     assert before and all(torch.equal(x, model.get_buffer(name)) for name, x in before.items())

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Sam2VideoModel, Sam3TrackerVideoModel
+from transformers import EdgeTamVideoModel, Sam2VideoModel, Sam3TrackerVideoModel
 
+from helpers.edgetam import edgetam_model, needs_timm
 from helpers.interaction import tiny_config
 from helpers.sam3 import sam3_config
 from samoe_hf import SamoeConfig, SamoeModel
@@ -16,18 +17,21 @@ from samoe_hf.surgery.domains import add_domain, keep_former_experts
 BOX = [[[20.0, 10.0, 90.0, 80.0]]]
 
 
-@pytest.fixture(scope="module", params=["sam2", "sam3"])
+@pytest.fixture(scope="module", params=["sam2", "sam3", pytest.param("edgetam", marks=needs_timm)])
 def saved(request, tmp_path_factory):
     """A folder of a base's model, another size for it, and transformers' own class."""
     torch.manual_seed(0)
-    is_sam2 = request.param == "sam2"
-    base = tiny_config() if is_sam2 else sam3_config()
+    base, size, own_class = {
+        "sam2": lambda: (tiny_config(), 96, Sam2VideoModel),
+        "sam3": lambda: (sam3_config(), 168, Sam3TrackerVideoModel),
+        "edgetam": lambda: (config_of_base(edgetam_model().config), 192, EdgeTamVideoModel),
+    }[request.param]()
     config = SamoeConfig.from_dict({**base.to_dict(), "memory_selection": "recent", "memory_attention_num_layers": 1})
     folder = tmp_path_factory.mktemp(request.param)
     model = SamoeModel(config).eval()
     model.save_pretrained(folder)
     load_processor(folder, model).save_pretrained(folder)
-    return folder, 96 if is_sam2 else 168, Sam2VideoModel if is_sam2 else Sam3TrackerVideoModel
+    return folder, size, own_class
 
 
 def masks(model, processor) -> torch.Tensor:
@@ -46,7 +50,7 @@ def test_the_masks_are_those_of_transformers_own_model_of_that_size(saved):
     tensors = ours.state_dict()
     theirs.load_state_dict({name: tensors[name] for name in theirs.state_dict()})
     found, expected = masks(ours, processor), masks(theirs, processor)
-    assert found.shape[-1] == 4 * size // (16 if own_class is Sam2VideoModel else 14)
+    assert found.shape[-1] == 4 * size // (14 if own_class is Sam3TrackerVideoModel else 16)
     assert (found - expected).abs().mean() < 1e-5 and expected.std() > 1e-3
 
 

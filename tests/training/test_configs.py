@@ -8,6 +8,7 @@ from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
 from cutouts import LAYOUT
 from helpers.cutouts import write_pictures
+from helpers.edgetam import needs_timm
 from helpers.reference import ROOT
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.layouts import LAYOUTS
@@ -82,13 +83,16 @@ def test_runs_can_start(path, data, pictures, model_folder, tmp_path, monkeypatc
     assert has_evaluation == bool(trainer.eval_dataset)
 
 
-@pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(x, marks=needs_timm if "edgetam" in x.stem else (), id=x.stem) for x in SIZES]
+)
 def test_sizes_are_those_of_the_originals_checkpoints(path):
     """Parameters of the base models, as `sam2` counts them."""
     with torch.device("meta"):
         model = SamoeModel(SamoeConfig(**read_yaml(path)))
     experts = model.num_parameters(only_trainable=True)
     counts = {"tiny": 38_962_498, "small": 46_060_354, "base_plus": 80_850_178, "large": 224_446_642}
+    counts["edgetam"] = 13_895_794  # as Meta's own code
     size = path.stem.removeprefix("model_")
     if size == "sam3":
         published = Sam3TrackerVideoConfig()
