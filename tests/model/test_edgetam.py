@@ -96,8 +96,9 @@ def test_gradients_are_those_of_transformers_modules(processor):
     own = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None:
-            error = (own[name].grad - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-12)
-            assert error < 1e-5, name  # transformers rotates keys and queries in float32
+            # transformers rotates keys and queries in float32; some gradients are zero but for rounding.
+            error = (own[name].grad - parameter.grad).norm()
+            assert error < 1e-5 * parameter.grad.norm() + 1e-9, name
     learned = {name.split(".")[0] for name, p in theirs.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"vision_encoder", "memory_attention", "memory_encoder", "spatial_perceiver", "mask_decoder"} <= learned
 

@@ -29,6 +29,7 @@ def saved(request, tmp_path_factory):
     config = SamoeConfig.from_dict({**base.to_dict(), "memory_selection": "recent", "memory_attention_num_layers": 1})
     folder = tmp_path_factory.mktemp(request.param)
     model = SamoeModel(config).eval()
+    model.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(5.0)  # or masks would be empty
     model.save_pretrained(folder)
     load_processor(folder, model).save_pretrained(folder)
     return folder, size, own_class
