@@ -7,7 +7,7 @@ with one frame a row, its label image, and the name of its video. Images are dec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from samoe_hf.errors import InputError
 from .annotations import LabelImages
 from .frames import DAMAGE, SampleError, named_errors, natural_key
 from .images import Window, check_window
-from .items import ItemStream, ItemVideos, videos_from_items
+from .items import ItemStream, ItemVideos, shown_as, videos_from_items
 from .schema import FEATURES, Video, VideoList, encoded_frames, encoded_source, video_from_row
 
 # What columns are called, the likeliest first.
@@ -33,14 +33,12 @@ AnyDataset = datasets.Dataset | datasets.IterableDataset
 def read_dataset(
     root: str | Path,
     split: str = "train",
-    domain: str | None = None,
     streaming: bool = False,
     frames_column: str | None = None,
     masks_column: str | None = None,
     video_column: str | None = None,
     order_column: str | None = None,
     binary: bool | None = None,
-    window: Window | None = None,
 ) -> Sequence[Video] | Iterable[Video]:
     """A dataset made by `to_datasets`, or one with frames and masks as columns of images.
 
@@ -48,7 +46,7 @@ def read_dataset(
         root: a folder of `save_to_disk`, or anything `datasets.load_dataset` takes, such as a name on the Hub.
         split: of `load_dataset`.
         streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
-        domain, frames_column, masks_column, video_column, order_column, binary, window: see [`videos_from_dataset`].
+        frames_column, masks_column, video_column, order_column, binary: see [`videos_from_dataset`].
     """
     if (Path(root) / "state.json").is_file():
         with named_errors(root, "not a dataset of `save_to_disk`"):
@@ -60,7 +58,7 @@ def read_dataset(
         dataset = datasets.load_dataset(str(root), split=split, streaming=streaming)
         assert isinstance(dataset, AnyDataset)  # since a split is named
     named = (frames_column, masks_column, video_column, order_column)
-    return videos_from_dataset(dataset, *named, domain, binary, window)
+    return videos_from_dataset(dataset, *named, binary=binary)
 
 
 def videos_from_dataset(
@@ -89,8 +87,7 @@ def videos_from_dataset(
             alike; else the rows' order.
         domain: the videos' domain, by default the column "domain", else "dataset".
         binary: True if every label above 0 is object 1, False if white is an id, see [`LabelImages`].
-        window: intensities that become black and white, of images as frames. By default, images of 8 bits are taken as
-            they are, and of deeper gray images the 0.5 and 99.5 percentiles over a video, which is said.
+        window: see [`~samoe_hf.data.registry.load_videos`].
 
     Raises:
         ValueError: columns are missing; names those that are there.
@@ -105,15 +102,21 @@ def videos_from_dataset(
     for option, column in named.items():
         if column not in features:
             raise InputError(f"`{option}`: the dataset has no column {column!r}. {_describe(features)}")
+    return shown_as(_open_dataset(dataset, features, named, binary), domain, window)
+
+
+def _open_dataset(
+    dataset: AnyDataset, features: Mapping[str, Any], named: Mapping[str, str], binary: bool | None
+) -> Sequence[Video] | Iterable[Video]:
     if not named and set(FEATURES) <= set(features):
-        return _rows_as_videos(dataset, list(FEATURES), ["frames"], partial(_open_own, domain, window))
-    columns = _find_columns(features, named, domain, binary, window)
+        return _rows_as_videos(dataset, list(FEATURES), ["frames"], _open_own)
+    columns = _find_columns(features, named, binary)
     if columns is not None and _image_kind(features[columns.frames]) == "image":
         return _group_frames(dataset, columns)
     if columns is not None:
         return _rows_as_videos(dataset, columns.all(), [columns.frames, columns.masks], columns.open_row)
-    if not domain is binary is window is None:
-        raise InputError("`domain`, `binary` and `window` go with columns of images; other rows have the key `domain`")
+    if binary is not None:
+        raise InputError("`binary` goes with columns of images")
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
         dataset = dataset.with_format("numpy")
     return videos_from_items(dataset)
@@ -121,20 +124,18 @@ def videos_from_dataset(
 
 @dataclass(frozen=True)
 class ImageColumns:
-    """Which columns hold what, and the options of [`videos_from_dataset`]; `domain` takes the place of that column."""
+    """Which columns hold what, and whether every label above 0 is object 1."""
 
     frames: str
     masks: str
     video: str | None
     order: str | None
-    domain_column: str | None
     domain: str | None
     binary: bool | None
-    window: Window | None
 
     def all(self) -> list[str]:
         """The columns that are read for a video."""
-        return [c for c in (self.frames, self.masks, self.video, self.domain_column) if c is not None]
+        return [c for c in (self.frames, self.masks, self.video, self.domain) if c is not None]
 
     def open_row(self, row: Mapping[str, Any], index: int) -> Video:
         """The video of a row with lists of images."""
@@ -151,10 +152,9 @@ class ImageColumns:
             for i, label in enumerate(labels)
             if label is not None
         }
-        found = None if self.domain_column is None else row[self.domain_column]
+        domain = self.domain and row[self.domain]
         annotations = LabelImages(annotated, self.binary, names=(video_id, self.masks))
-        frames = encoded_frames(video_id, images, window=self.window)
-        return Video(video_id, frames, annotations, str(self.domain or found or "dataset"))
+        return Video(video_id, encoded_frames(video_id, images), annotations, str(domain or "dataset"))
 
 
 def _image_kind(feature: Any) -> str | None:
@@ -165,13 +165,7 @@ def _image_kind(feature: Any) -> str | None:
     return "images" if is_list and isinstance(feature.feature, datasets.Image) else None
 
 
-def _find_columns(
-    features: Mapping[str, Any],
-    named: Mapping[str, str],
-    domain: str | None,
-    binary: bool | None,
-    window: Window | None,
-) -> ImageColumns | None:
+def _find_columns(features: Mapping[str, Any], named: Mapping[str, str], binary: bool | None) -> ImageColumns | None:
     """The columns that are named, else those of a known name; None where the rows are items."""
 
     def find(option: str, known: Sequence[str], fits: Callable[[Any], bool]) -> str | None:
@@ -195,8 +189,8 @@ def _find_columns(
             "Others are named with `frames_column`, `masks_column` and `video_column`"
         )
     order = find("order_column", [c for c in ORDER if c != frames], is_name)
-    domain_column = "domain" if isinstance(features.get("domain"), datasets.Value) else None
-    return ImageColumns(frames, masks, video, order, domain_column, domain, binary, window)
+    domain = "domain" if isinstance(features.get("domain"), datasets.Value) else None
+    return ImageColumns(frames, masks, video, order, domain, binary)
 
 
 def _describe(features: Mapping[str, Any]) -> str:
@@ -208,9 +202,8 @@ def _describe(features: Mapping[str, Any]) -> str:
     return f"It has: {', '.join(columns) or 'none, but what a transform or a generator makes'}"
 
 
-def _open_own(domain: str | None, window: Window | None, row: dict[str, Any], index: int) -> Video:
-    video = video_from_row(row, window)
-    return video if domain is None else replace(video, domain=domain)
+def _open_own(row: dict[str, Any], index: int) -> Video:
+    return video_from_row(row)
 
 
 def _rows_as_videos(

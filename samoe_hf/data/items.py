@@ -8,6 +8,8 @@ Items are converted when they are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -20,8 +22,8 @@ from samoe_hf.errors import InputError
 
 from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
 from .frames import ArrayFrames, SampleError, say_once
-from .images import read_label_png, read_pixels
-from .schema import Video, VideoSequence
+from .images import ImageFrames, Window, read_label_png, read_pixels
+from .schema import Video, VideoList, VideoSequence
 
 FORM = '{"frames": (T, C, H, W) or (T, H, W, C), "masks": (T, H, W) ids or (T, N, H, W)}'
 
@@ -94,6 +96,26 @@ def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
     if is_map and not hasattr(items, "__len__"):
         raise InputError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
     return ItemVideos(items) if is_map else ItemStream(items)
+
+
+def shown_as(videos: Any, domain: str | None = None, window: Window | None = None) -> Any:
+    """The same videos under another domain, and with other intensities that become black and white."""
+    if domain is None and window is None:
+        return videos
+    if isinstance(videos, VideoList):
+        return VideoList(videos.entries, partial(_open_as, videos.open_entry, domain, window))
+    if isinstance(videos, ItemVideos | ItemStream):
+        return type(videos)(videos.items, partial(_open_as, videos.open_item, domain, window))
+    raise InputError(f"`window` goes with image files, and not with {type(videos).__name__}")
+
+
+def _open_as(open_video: Callable[..., Video], domain: str | None, window: Window | None, *which: Any) -> Video:
+    video = open_video(*which)
+    if window is not None:
+        if not isinstance(video.frames, ImageFrames):
+            raise SampleError(f"{video.video_id}: `window` goes with image files, which its frames are not")
+        video.frames.window = window
+    return video if domain is None else replace(video, domain=domain)
 
 
 def is_iterable_dataset(items: Any) -> bool:

@@ -35,7 +35,6 @@ class Layout:
         protocol: which frames count in the evaluation, see `samoe_hf.evaluation.metrics.counted_frames`. By default, an
             object counts from the frame after its prompt.
         masks: the format of predicted masks, see [`~samoe_hf.data.predictions.MaskFiles`].
-        domain: the videos' domain, where none is given; the kind's name by default.
         writer: what writes a dataset, as the reader is named: it takes videos, a new folder and, where it can, whether
             masks become `polygons`. See `write_videos` of `samoe_hf.data.formats.convert`.
     """
@@ -46,7 +45,6 @@ class Layout:
     check: Callable[[Path], bool] | None = None
     protocol: Protocol = "youtube_vos"
     masks: MaskFormat = "davis"
-    domain: str | None = None
     writer: str | None = None
 
     @property
@@ -165,7 +163,7 @@ LAYOUTS = {
         Layout(
             "sa_v_val", "readers.read_sa_v_val",
             ("JPEGImages_24fps/ Annotations_6fps/", "{split:sav_val|sav_test}/JPEGImages_24fps/"),
-            protocol="sav", masks="sa_v", domain="sa_v",
+            protocol="sav", masks="sa_v",
         ),
         *(
             Layout(name, "readers.read_vos", _VOS, partial(_is_named, name), "davis", "youtube_vos")

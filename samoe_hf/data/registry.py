@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ import yaml
 from samoe_hf.errors import InputError, did_you_mean
 
 from .configs import find_config
-from .frames import SampleError
-from .images import ImageFrames, Window, check_window
+from .images import check_window
+from .items import shown_as
 from .layouts import LAYOUTS, recognize
 from .options import check_options, check_types
 from .schema import Video, VideoList
@@ -67,23 +65,9 @@ def load_videos(
         if not isinstance(videos, VideoList):
             raise InputError(f"video_ids cannot choose among the videos of kind {kind!r}")
         videos = videos.select(video_ids)
-    if isinstance(videos, VideoList) and "domain" not in of_reader:
-        domain = domain or layout.domain or (Path(str(root)).resolve().stem if kind == "files" else kind)
-        shown = partial(_open_shown, videos.open_entry, domain, None if "window" in of_reader else window)
-        return VideoList(videos.entries, shown)
-    if window is not None and "window" not in of_reader:
-        raise InputError(f"`window` does not go with videos of kind {kind!r}")
-    return videos
-
-
-def _open_shown(open_entry: Any, domain: str, window: Window | None, video_id: str, entry: Any) -> Video:
-    """Opens a video of a reader, and says what [`load_videos`] was told of all."""
-    video = replace(open_entry(video_id, entry), domain=domain)
-    if window is not None:
-        if not isinstance(video.frames, ImageFrames):
-            raise SampleError(f"{video_id}: `window` goes with images, and its frames are those of a video file")
-        video.frames.window = window
-    return video
+    default = {"files": Path(str(root)).resolve().stem, "sa_v_val": "sa_v", "dataset": None}.get(kind, kind)
+    shown = {"domain": domain or default, "window": window}
+    return shown_as(videos, **{name: value for name, value in shown.items() if name not in of_reader})
 
 
 def name_kind(

@@ -22,7 +22,7 @@ from samoe_hf.errors import InputError
 
 from .annotations import Annotations, MaskArrays, RleMasks, encode_rle
 from .frames import ArrayFrames, FrameSequence, SampleError, named_errors
-from .images import ImageFrames, Window, encode_png
+from .images import ImageFrames, encode_png
 
 FEATURES = datasets.Features(
     {
@@ -191,9 +191,7 @@ def encoded_source(image: Any, name: str) -> bytes | str:
     return source
 
 
-def encoded_frames(
-    video_id: str, images: list[Any], names: Sequence[str] | None = None, window: Window | None = None
-) -> ImageFrames:
+def encoded_frames(video_id: str, images: list[Any], names: Sequence[str] | None = None) -> ImageFrames:
     """Frames as a row of a dataset holds them: `{"bytes", "path"}`, or images that `datasets` has decoded already."""
     names = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
     if not images or len(images) != len(names) or not all(isinstance(name, str) for name in names):
@@ -202,7 +200,7 @@ def encoded_frames(
         image if isinstance(image, Image.Image) else encoded_source(image, f"{video_id}, frame {name}")
         for image, name in zip(images, names, strict=True)
     ]
-    return ImageFrames(sources, window, names, video_id)
+    return ImageFrames(sources, names=names, owner=video_id)
 
 
 def video_to_row(video: Video) -> dict[str, Any]:
@@ -222,8 +220,8 @@ def video_to_row(video: Video) -> dict[str, Any]:
     }
 
 
-def video_from_row(row: dict[str, Any], window: Window | None = None) -> Video:
-    """The video of a row; frames and masks are decoded on access. `window` is that of [`ImageFrames`].
+def video_from_row(row: dict[str, Any]) -> Video:
+    """The video of a row; frames and masks are decoded on access.
 
     Raises:
         SampleError: the row does not fit `FEATURES`, or its parts do not fit together; names the video.
@@ -232,7 +230,7 @@ def video_from_row(row: dict[str, Any], window: Window | None = None) -> Video:
     """
     with named_errors(repr(row.get("video_id")), "not a row with samoe_hf.data.FEATURES"):
         video_id, domain, ids = str(row["video_id"]), str(row["domain"]), row["object_ids"]
-        frames = encoded_frames(video_id, row["frames"], row["frame_names"], window)
+        frames = encoded_frames(video_id, row["frames"], row["frame_names"])
         if frames.size != tuple(row["size"]):
             raise SampleError(f"{video_id}: frames of size {frames.size}, not {row['size']} as the row says")
         if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):

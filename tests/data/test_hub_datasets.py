@@ -111,7 +111,7 @@ def test_columns_of_arrays_and_rows_of_a_transform_are_items():
     assert stream.features is None
     for dataset in (arrays, made, stream):
         assert_exact(videos_from_dataset(dataset), ["item_0", "item_1"], "default")
-        with pytest.raises(ValueError, match="`domain`, `binary` and `window` go with columns of images"):
+        with pytest.raises(ValueError, match="`binary` goes with columns of images"):
             videos_from_dataset(dataset, binary=True)
 
 

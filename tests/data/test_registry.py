@@ -78,7 +78,7 @@ def test_what_is_no_yaml_is_named(tmp_path):
 
 def test_a_window_is_refused_where_frames_are_no_images(tmp_path):
     made = layouts.make_sa_v(tmp_path)
-    with pytest.raises(SampleError, match="`window` goes with images, and its frames are those of a video file"):
+    with pytest.raises(SampleError, match="`window` goes with image files, which its frames are not"):
         load_videos(**made, window=(0, 9))[0]
-    with pytest.raises(ValueError, match="`window` does not go with videos of kind 'synthetic'"):
+    with pytest.raises(ValueError, match="`window` goes with image files, and not with SyntheticVideos"):
         load_videos("synthetic", num_videos=1, num_frames=2, window=(0, 9))
