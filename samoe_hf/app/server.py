@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from gradio.themes import Default
 from starlette.middleware import Middleware
@@ -107,17 +108,8 @@ def _check_address(host: str, port: int | None) -> None:
         raise InputError(f"The page cannot be served at {place} ({error}); {help_text}.") from error
 
 
-@contextmanager
-def _environment(folder: Path, host: str) -> Iterator[None]:
+def _environment(folder: Path, host: str) -> AbstractContextManager:
     """Gradio keeps uploads and downloads of this app alone in `folder`, and asks no proxy for its own page."""
     itself = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", host]))
     variables = {"GRADIO_TEMP_DIR": str(folder / "gradio"), "NO_PROXY": itself, "no_proxy": itself}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    return patch.dict(os.environ, variables)

@@ -44,17 +44,7 @@ class Decoder:
     """A video file that is being decoded, from its first frame on or from where it was sought to.
 
     FFmpeg reads this file alone, and no frames of more pixels than Pillow reads. In a worker of a data loader it takes
-    one thread.
-
-    Args:
-        path: the file.
-        by_frames: whether threads may decode a frame each. They report damage elsewhere than PyAV's default does.
-
-    Attributes:
-        frames: what is decoded, from here on.
-        next: number of the frame that comes next; None after seeking.
-        is_sought: whether it began elsewhere than at the file's first frame.
-        start: time of the first packet, from where it began; None where that is no key frame's, or not known.
+    one thread. Else threads may decode a frame each, `by_frames`; they report damage elsewhere than PyAV's default.
 
     Raises:
         FFmpegError: the file cannot be read.
@@ -75,9 +65,9 @@ class Decoder:
             stream.codec_context.thread_type = "AUTO"
         if Image.MAX_IMAGE_PIXELS:
             stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
-        self.next: int | None = 0
-        self.start: int | None = None
-        self.is_sought = False
+        self.next: int | None = 0  # number of the frame that comes next; None after seeking
+        self.start: int | None = None  # time of the packet that it began at; None where that is no key frame's
+        self.is_sought = False  # it began elsewhere than at the file's first frame
         self.frames = self._decode()
         self._reformatter = VideoReformatter()
 

@@ -75,10 +75,7 @@ def name_kind(
 ) -> tuple[str, str | Path | None, dict[str, Any]]:
     """The kind of a dataset, its root, and options of its reader that its layout tells.
 
-    Args:
-        kind: one of `LAYOUTS`, or a folder or list of pairs in place of `root`, or None.
-        root: as [`load_videos`] takes it; needed where the kind is None.
-        split: the wanted split, if any.
+    Arguments are those of [`load_videos`].
     """
     if isinstance(kind, str) and kind in LAYOUTS:
         return kind, root, {}
