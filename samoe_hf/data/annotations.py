@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.mask import encode, frPyObjects, merge
+from pycocotools.mask import encode, frPyObjects
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from samoe_hf.errors import InputError
@@ -326,35 +326,24 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
 
 
-def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """The run-length encoding of a COCO annotation's `segmentation`: that itself, or a list of polygons.
+def encode_polygon(polygon: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
+    """The run-length encoding of a polygon x, y, x, y, … in an image of a size (height, width).
 
-    An error are polygons of too few points, or so far outside the image or so long that pycocotools would take more
-    memory than the image is worth.
-
-    Args:
-        segmentation: an encoding, or polygons, each a list x, y, x, y, …
-        size: (height, width) of the image.
+    An error are too few points, and points so far outside the image or an outline so long that pycocotools would take
+    more memory than the image is worth.
     """
-    if isinstance(segmentation, Mapping):
-        return dict(segmentation)
     height, width = size
-    if not isinstance(segmentation, list) or not segmentation:
-        raise InputError(f"a segmentation must be polygons or run-length encoded, not {segmentation!r}")
-    for polygon in segmentation:
-        points = np.array(polygon, dtype=np.float64)
-        if points.ndim != 1 or points.size < 6 or points.size % 2:
-            raise InputError("a polygon must have at least three points x, y")
-        points = points.reshape(-1, 2)
-        if not (np.abs(points - (width / 2, height / 2)) <= 2 * max(size)).all():
-            raise InputError(f"a polygon has points far outside the image of {height} x {width} pixels")
-        if (
-            np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum()
-            > 4 * (height + width) + 2 * height * width
-        ):
-            raise InputError("a polygon's outline is longer than twice the image's pixels")
-    shapes: Any = segmentation  # pycocotools' types leave out such lists
-    return dict(merge(frPyObjects(shapes, *size)))
+    flat = np.array(polygon, dtype=np.float64)
+    if flat.ndim != 1 or flat.size < 6 or flat.size % 2:
+        raise InputError("a polygon must have at least three points x, y")
+    points = flat.reshape(-1, 2)
+    if not (np.abs(points - (width / 2, height / 2)) <= 2 * max(size)).all():
+        raise InputError(f"a polygon has points far outside the image of {height} x {width} pixels")
+    steps = np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1)
+    if steps.sum() > 4 * (height + width) + 2 * height * width:
+        raise InputError("a polygon's outline is longer than twice the image's pixels")
+    shapes: Any = [flat.tolist()]  # pycocotools' types leave out such lists
+    return dict(frPyObjects(shapes, *size)[0])
 
 
 def decompress_counts(counts: bytes) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import find_objects, label
 
-from samoe_hf.data.annotations import MasksOfObjects, decode_rle, decompress_counts, encode_rle, segmentation_to_rle
+from samoe_hf.data.annotations import MasksOfObjects, decode_rle, decompress_counts, encode_polygon, encode_rle
 from samoe_hf.data.frames import named_errors
 
 # A run-length encoding, a polygon x, y, x, y, …, or a function that draws a mask of a size (height, width).
@@ -31,7 +31,7 @@ def draw(part: Part, size: tuple[int, int]) -> np.ndarray:
     """The mask (H, W) bool of a part; a pixel belongs to a polygon as pycocotools has it."""
     if callable(part):
         return part(size)
-    return decode_rle(part if isinstance(part, Mapping) else segmentation_to_rle([part], size), size)
+    return decode_rle(part if isinstance(part, Mapping) else encode_polygon(part, size), size)
 
 
 def place(patch: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
