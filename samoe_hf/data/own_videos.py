@@ -20,9 +20,8 @@ from .image_files import IMAGE_SUFFIXES, describe_unread, open_image
 from .images import ImageFrames
 from .layouts import choose_split, has_words
 from .pair_lists import LIST_SUFFIXES, read_pairs
-from .pairing import FRAME_WORDS, MASK_WORDS, PICTURE_WORDS, MaskFile, Source, split_by_name
+from .pairing import FRAME_WORDS, MASK_WORDS, PICTURE_WORDS, MaskFile, Source, is_stack, pair_stacks, split_by_name
 from .schema import Video, VideoList
-from .stacks import is_stack, pair_stacks
 from .video_io import VIDEO_SUFFIXES, read_video
 
 logger = logging.getLogger(__name__)
