@@ -16,7 +16,7 @@ from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
 from samoe_hf.model.session import VideoSession, end_object
-from samoe_hf.model.tracking import SamoeTrackingOutput
+from samoe_hf.model.tracking import SamoeTrackingOutput, Steps, TrackingStep, run_alone
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -262,6 +262,20 @@ def track_video(
         InputError: for no frames, prompts that do not fit the video, see [`check_prompts`], or a domain that the model
             does not have.
     """
+    steps = tracking_steps(model, processor, frames, prompts, show_progress_bar, domain, memory_selection)
+    return run_alone(model, steps)
+
+
+def tracking_steps(
+    model: SamoeModel,
+    processor: VideoProcessor,
+    frames: Sequence[np.ndarray],
+    prompts: Sequence[VideoPrompt],
+    show_progress_bar: bool = False,
+    domain: str | None = AUTO,
+    memory_selection: str | None = None,
+) -> Steps[TrackedFrame]:
+    """What [`track_video`] does, in steps that run with those of other videos; see [`SamoeModel.frame_steps`]."""
     if not len(frames):
         raise InputError("`frames` is empty.")
     check_domain(model, domain)
@@ -279,7 +293,10 @@ def track_video(
     check_prompts(prompts, len(frames), size)
     for prompt in sorted(prompts, key=lambda prompt: prompt.end):
         prompt.add_to(session, processor)
-    for output in model.propagate_from_prompts_iterator(session, show_progress_bar=show_progress_bar):
+    for output in model.steps_from_prompts(session, show_progress_bar=show_progress_bar):
+        if isinstance(output, TrackingStep):
+            yield output
+            continue
         assert isinstance(output, SamoeTrackingOutput)
         assert output.frame_idx is not None and output.object_ids is not None
         if len(output.object_ids) < session.get_obj_num():

@@ -32,10 +32,12 @@ from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
 from samoe_hf.evaluation.simulated_user import prompt_from_mask
-from samoe_hf.inference import VideoPrompt, evaluation_mode, masks_of, track_video
+from samoe_hf.inference import TrackedFrame, VideoPrompt, evaluation_mode, masks_of, tracking_steps
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
+from samoe_hf.model.tracking import TrackingStep
 from samoe_hf.model.weights_io import sync, whole_file, write_text
+from samoe_hf.together import Timed, Together, Work, choose_videos_at_once
 from samoe_hf.tracks import ObjectScores, TrackRow, read_tracks, write_tracks
 from samoe_hf.where_to_look import Look, where_to_look
 
@@ -294,49 +296,72 @@ class LabelRun(RunFolder):
         """The files of the masks of a domain's videos."""
         return MaskFiles(self.inside(self.folder / "masks", domain), self.layout)
 
-    def label(self, model: SamoeModel, processor: VideoProcessor, prompted: PromptedVideo) -> None:
-        """Tracks a video and writes its masks, all or none, its tracks, and whose experts it got."""
-        start, tracked, made_from, table = time.perf_counter(), None, prompted.fingerprint, []
+    def label(self, together: Together, processor: VideoProcessor, prompted: PromptedVideo) -> Work[PromptedVideo]:
+        """The steps in which a video is tracked; its masks are written, all or none, its tracks, and whose experts it
+        got."""
+        files, writer = MaskFiles(self.folder / UNFINISHED / uuid.uuid4().hex, self.layout), together.writer()
+        made_from, tracked, table = prompted.fingerprint, None, []
         with input_errors(prompted.video_id):
             video = prompted.open()
             prompts = prompted.prompts(video)
-        files = MaskFiles(self.folder / UNFINISHED / uuid.uuid4().hex, self.layout)
         try:
-            with evaluation_mode(model):
-                for tracked in track_video(model, processor, video.frames, prompts):
-                    rows = [tracked.object_ids.index(object_id) for object_id in video.object_ids]
-                    masks = masks_of(tracked.logits[rows].float().cpu().numpy(), files.overlapping)
-                    files.write(video, tracked.frame_idx, masks)
-                    ordered = (masks[video.object_ids.index(object_id)] for object_id in tracked.object_ids)
-                    table += tracked.rows(ordered, video.frames.time(tracked.frame_idx), prompts)
-            num_masks, target = len(files.files(video.video_id)), self.masks(video.domain)
-            written, place = (one.video_folder(video.video_id) for one in (files, target))
-            sync(written, below=True)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():  # another video's folder lies within, or masks that are not finished
-                self.finished_path(prompted).unlink(missing_ok=True)
-                for earlier in target.files(video.video_id):
-                    earlier.unlink()
-                shutil.copytree(written, place, copy_function=os.replace, dirs_exist_ok=True)
-            else:
-                written.rename(place)
-            sync(place.parent)
-            write_tracks(self.tracks_path(prompted), table)
+            steps = Timed(tracking_steps(together.model, processor, together.read_ahead(video.frames), prompts))
+            for step in steps:
+                if isinstance(step, TrackingStep):
+                    yield step
+                    continue
+                tracked = step._replace(logits=step.logits.float().cpu())
+                writer(_write_frame, files, video, prompts, tracked, table)
+            entry = {
+                "frames": len(video),
+                "objects": len(video.object_ids),
+                "seconds": round(steps.seconds, 3),
+                "prompts": made_from,
+            }
+            if tracked is not None and together.model.config.domains is not None:
+                entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
+            return writer(self._finish, prompted, video, files, table, entry)
         except InputError as error:
             raise InputError(f"{video.video_id}: {error}") from error
         finally:
-            shutil.rmtree(files.folder, ignore_errors=True)
-        entry = {
-            "frames": len(video),
-            "objects": len(video.object_ids),
-            "seconds": round(time.perf_counter() - start, 3),
-            "prompts": made_from,
-            "masks": num_masks,
-            "tracks": _summaries(table),
-        }
-        if tracked is not None and model.config.domains is not None:
-            entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
+            writer.always(shutil.rmtree, files.folder, True)
+
+    def _finish(
+        self,
+        prompted: PromptedVideo,
+        video: Video,
+        files: MaskFiles,
+        table: list[TrackRow],
+        entry: dict[str, Any],
+    ) -> PromptedVideo:
+        """Moves a video's masks to where they belong, and then says that it is finished."""
+        num_masks, target = len(files.files(video.video_id)), self.masks(video.domain)
+        written, place = (one.video_folder(video.video_id) for one in (files, target))
+        sync(written, below=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():  # another video's folder lies within, or masks that are not finished
+            self.finished_path(prompted).unlink(missing_ok=True)
+            for earlier in target.files(video.video_id):
+                earlier.unlink()
+            shutil.copytree(written, place, copy_function=os.replace, dirs_exist_ok=True)
+        else:
+            written.rename(place)
+        sync(place.parent)
+        write_tracks(self.tracks_path(prompted), table)
+        entry |= {"masks": num_masks, "tracks": _summaries(table)}
         write_text(self.finished_path(prompted), json.dumps(entry))
+        return prompted
+
+
+def _write_frame(
+    files: MaskFiles, video: Video, prompts: Sequence[VideoPrompt], tracked: TrackedFrame, table: list[TrackRow]
+) -> None:
+    """Writes the masks of a frame, and adds its rows to a table."""
+    rows = [tracked.object_ids.index(object_id) for object_id in video.object_ids]
+    masks = masks_of(tracked.logits.numpy()[rows], files.overlapping)
+    files.write(video, tracked.frame_idx, masks)
+    ordered = (masks[video.object_ids.index(object_id)] for object_id in tracked.object_ids)
+    table += tracked.rows(ordered, video.frames.time(tracked.frame_idx), prompts)
 
 
 def _summaries(table: Sequence[TrackRow]) -> dict[str, dict[str, float]]:
@@ -356,6 +381,7 @@ def label_videos(
     run: LabelRun,
     state: PartialState,
     show_progress_bar: bool = True,
+    videos_at_once: int | None = 1,
 ) -> dict[str, Any] | None:
     """Tracks the videos that are not finished, those of this process' share, and waits for the other processes.
 
@@ -363,6 +389,7 @@ def label_videos(
 
     Args:
         run: was started.
+        videos_at_once: so many are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
 
     Returns:
         what `labels.json` says; None in processes other than the main one.
@@ -375,11 +402,12 @@ def label_videos(
     if len(set(keys)) < len(keys):
         raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
     with run.writer:
-        return _label_videos(model, processor, videos, run, state, show_progress_bar)
+        together = Together(model, choose_videos_at_once(model, videos_at_once))
+        return _label_videos(together, processor, videos, run, state, show_progress_bar)
 
 
 def _label_videos(
-    model: SamoeModel,
+    together: Together,
     processor: VideoProcessor,
     videos: Sequence[PromptedVideo],
     run: LabelRun,
@@ -389,11 +417,16 @@ def _label_videos(
     run.check_same()
     share = range(state.process_index, len(videos), state.num_processes)
     own = [videos[index] for index in share if not run.is_finished(videos[index])]
-    start = time.perf_counter()
-    with tqdm(own, desc="label", unit="video", disable=not (show_progress_bar and own)) as progress:
-        for video in progress:
+    start, model = time.perf_counter(), together.model
+    is_shown = show_progress_bar and bool(own)
+    with (
+        evaluation_mode(model),
+        together,
+        tqdm(total=len(own), desc="label", unit="video", disable=not is_shown) as progress,
+    ):
+        for video in together.run(run.label(together, processor, video) for video in own):
             progress.set_postfix_str(video.video_id)
-            run.label(model, processor, video)
+            progress.update()
     num_new = sum(gather_object([len(own)]))  # when all are done
     if not state.is_main_process:
         return None
@@ -407,6 +440,7 @@ def _label_videos(
         "num_processes": state.num_processes,
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "labelled_now": num_new,
+        "videos_at_once": together.at_once,
         "seconds": round(seconds, 3),
         "videos_per_hour": num_new / seconds * 3600 if num_new else None,
     }

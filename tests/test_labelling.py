@@ -22,7 +22,7 @@ from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.inference import evaluation_mode, track_video
+from samoe_hf.inference import evaluation_mode, tracking_steps
 from samoe_hf.labelling import read_prompts, video_paths
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
@@ -198,9 +198,10 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
         if len(tracked) == 1:
             raise KeyboardInterrupt
         tracked.append(frames)
-        return track_video(model, processor, frames, prompts)
+        return tracking_steps(model, processor, frames, prompts)
 
-    monkeypatch.setattr(labelling, "track_video", stop_at_the_second)
+    monkeypatch.setattr(labelling, "tracking_steps", stop_at_the_second)
+    words += ["--videos-at-once", 1]
     with pytest.raises(KeyboardInterrupt):
         label(model_folder, *words)
     monkeypatch.undo()
@@ -306,14 +307,14 @@ def test_a_second_process_disturbs_no_labels(model_folder, one_video, tmp_path, 
     words, refused = ["--dataset", one_video[0], "--output", tmp_path / "out"], []
 
     def track_twice(model, processor, frames, prompts):
-        for tracked in track_video(model, processor, frames, prompts):
-            if tracked.frame_idx == 8 and not refused:
+        for tracked in tracking_steps(model, processor, frames, prompts):
+            if getattr(tracked, "frame_idx", 0) == 8 and not refused:
                 with pytest.raises(SystemExit) as error:
                     label(model_folder, *words, "--overwrite")
                 refused.append(str(error.value))
             yield tracked
 
-    monkeypatch.setattr(labelling, "track_video", track_twice)
+    monkeypatch.setattr(labelling, "tracking_steps", track_twice)
     label(model_folder, *words)
     assert "is being written by another process: `" in refused[0] and f"process {os.getpid()}" in refused[0]
     assert len(read_masks(tmp_path / "out")) == 10

@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     output = options.add_output_option(parser, "folder for results and masks")
     options.add_layout_option(output)
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")
-    options.add_tracking_options(parser, shared=True)
+    options.add_videos_option(options.add_tracking_options(parser, shared=True))
     parsed = parser.parse_args(arguments)
     parsed.models = [*([parsed.model] if parsed.model else []), *parsed.models]
     if not parsed.models and not parsed.predictions:
@@ -138,6 +138,7 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
         else:
             own = of_original if is_original_checkpoint(source) or not has_original else {}
             own = {**own, **options.tracking_options(parsed, selection)}
+            own["videos_at_once"] = parsed.videos_at_once
             entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
     if not state.is_main_process:
         return

@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_layout_option(output)
     output.add_argument("--overwrite", action="store_true", help="replace other labels there")
     output.add_argument("--push-to-hub", metavar="ID", help="upload videos and masks as this dataset of the Hub")
-    options.add_tracking_options(parser, shared=True)
+    options.add_videos_option(options.add_tracking_options(parser, shared=True))
     parsed = parser.parse_args(arguments)
     if parsed.prompts is not None and (parsed.dataset in LAYOUTS or parsed.root is not None):
         parser.error("`--prompts` goes with a folder of videos as `--dataset`, not with a kind")
@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace) -> None:
         if state.is_main_process:
             labels.start(parsed.overwrite)
         state.wait_for_everyone()
-        summary = label_videos(model, processor, videos, labels, state)
+        summary = label_videos(model, processor, videos, labels, state, videos_at_once=parsed.videos_at_once)
     if summary is None:
         return
     if parsed.push_to_hub:

@@ -57,7 +57,9 @@ def add_device_option(parser: argparse.ArgumentParser, shared: bool = False) -> 
     return machine
 
 
-def add_tracking_options(parser: argparse.ArgumentParser, shared: bool = False, compiles: bool = True) -> None:
+def add_tracking_options(
+    parser: argparse.ArgumentParser, shared: bool = False, compiles: bool = True
+) -> argparse._ArgumentGroup:
     """Adds `--device`, `--dtype`, `--image-size` and `--compile`, for [`tracking_options`]."""
     machine = add_device_option(parser, shared)
     machine.add_argument(
@@ -70,6 +72,21 @@ def add_tracking_options(parser: argparse.ArgumentParser, shared: bool = False, 
     if compiles:
         help_text = "compile the model; the first frames take minutes, later ones less time"
         machine.add_argument("--compile", action="store_true", help=help_text)
+    return machine
+
+
+def add_videos_option(group: argparse._ArgumentGroup) -> None:
+    """Adds `--videos-at-once`, None for "auto"."""
+    help_text = "videos that are tracked in one batch; by default as many as pay on the device, 8 at most"
+    group.add_argument("--videos-at-once", type=_count_or_auto, metavar="N|auto", help=help_text)
+
+
+def _count_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 on, or auto, got {text!r}")
+    return int(text)
 
 
 def tracking_options(parsed: argparse.Namespace, memory_selection: str | None = None) -> dict[str, Any]:

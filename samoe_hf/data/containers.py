@@ -19,6 +19,7 @@ from .decoder import Decoder
 from .frames import FrameSequence, SampleError, named_errors, say_once
 
 MAX_IDLE = 4  # decoders that are kept open while nobody reads from them
+_max_idle = MAX_IDLE
 # Reader -> its decoder while it is idle, the one that was used last at the end. In use, it is its thread's alone.
 _idle: OrderedDict[int, Decoder] = OrderedDict()
 _of_parent: list[Decoder] = []
@@ -39,6 +40,12 @@ def _close_idle(number: int) -> None:
     """Closes the decoder of a reader, if there is one."""
     if (decoder := _idle.pop(number, None)) is not None:
         decoder.close()
+
+
+def keep_decoders(count: int) -> None:
+    """From now on keeps decoders of so many files open, which are read in turns, and 4 at least."""
+    global _max_idle
+    _max_idle = max(MAX_IDLE, count)
 
 
 class ContainerFrames(FrameSequence):
@@ -83,7 +90,7 @@ class ContainerFrames(FrameSequence):
         return status.st_mtime_ns, status.st_size
 
     def _open(self) -> Decoder:
-        while len(_idle) >= MAX_IDLE:  # those that were used longest ago are closed
+        while len(_idle) >= _max_idle:  # those that were used longest ago are closed
             _idle.popitem(last=False)[1].close()
         if self._identify() != self._identity:
             raise SampleError(f"{self.path} has changed since it was opened")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
+from samoe_hf.model.tracking import TrackingStep
 from samoe_hf.model.weights_io import whole_file
+from samoe_hf.together import Timed, Together, Work, choose_videos_at_once
+from samoe_hf.tracks import TrackRow
 from samoe_hf.where_to_look import doubts
 
 from .metrics import VideoScores, score_video, surface_dice
@@ -71,7 +73,8 @@ class VideoResult:
         frames: indices of the annotated frames in the video.
         num_frames: all frames of the video.
         image_area: pixels of a frame.
-        seconds: of prompting and tracking, with the decoding of frames; NaN for masks that were read from files.
+        seconds: of prompting and tracking, with the decoding of frames; of frames that were tracked together with those
+            of other videos an equal share of the time. NaN for masks that were read from files.
         prompts: what was given, in order: object_id, frame_idx, points, labels and box of each, and whether a mask.
         made_from: the fingerprint of the frames and masks that it was computed from.
         experts_of: of a model with domains, the one whose experts the video got, or "base".
@@ -115,6 +118,46 @@ class VideoResult:
             raise InputError(f"{path} holds no result of this version ({error}); delete it.") from error
 
 
+class VideoScorer:
+    """Scores a video's predicted frames one by one, as they come; `write` gets the masks of all."""
+
+    def __init__(self, video: Video, surface_tolerance: float = SURFACE_TOLERANCE, write: MaskWriter | None = None):
+        self.video, self.surface_tolerance, self.write = video, surface_tolerance, write
+        self._annotated = set(video.annotated_frames)
+        self._parts: list[VideoScores] = []
+        self._packed: list[np.ndarray] = []
+        self._rows: list[TrackRow] = []
+
+    def add(self, frame: PredictedFrame) -> None:
+        """Scores one frame; annotated ones come in order."""
+        video, (frame_idx, masks, scores, rows) = self.video, frame
+        self._rows += rows
+        if self.write is not None:
+            self.write(video, frame_idx, masks)
+        if frame_idx in self._annotated:
+            target, ids = video.masks(frame_idx), video.object_ids
+            self._parts.append(score_video(masks[None], target[None], ids, None if scores is None else scores[None]))
+            if video.spacing is not None:
+                self._packed.append(np.packbits([masks, target]))
+
+    def result(self) -> VideoResult:
+        """The scores of all frames; how long it took and what was given is not known here."""
+        video, ids, frames = self.video, self.video.object_ids, list(self.video.annotated_frames)
+        scores = VideoScores.concatenate(self._parts)
+        if video.spacing is not None:
+            shape = (2, len(ids), *video.size)
+            pairs = [np.unpackbits(b, count=math.prod(shape)).reshape(shape).view(bool) for b in self._packed]
+            prediction, target = np.stack(pairs, axis=1)
+            surface = surface_dice(prediction, target, video.spacing[::-1], self.surface_tolerance, ids)
+            scores = replace(scores, surface_dice=surface)
+        if self._rows:
+            known = [{(row.frame, row.object): row.iou for row in self._rows}]
+            known.append({(look.frame, look.object): look.doubt for look in doubts(self._rows)})
+            tables = [np.array([[one.get((t, i), math.nan) for i in ids] for t in frames]) for one in known]
+            scores = replace(scores, iou_scores=tables[0], doubts=tables[1])
+        return VideoResult(video.video_id, video.domain, scores, frames, len(video), math.prod(video.size))
+
+
 def score_predictions(
     video: Video,
     predictions: Iterable[PredictedFrame],
@@ -122,33 +165,10 @@ def score_predictions(
     write: MaskWriter | None = None,
 ) -> VideoResult:
     """Scores a video's predicted frames one by one, as they come; `write` gets the masks of all."""
-    ids, annotated = video.object_ids, set(video.annotated_frames)
-    parts, packed, rows, seconds, start = [], [], [], 0.0, time.perf_counter()
-    for frame_idx, masks, scores, new_rows in predictions:
-        rows += new_rows
-        seconds += time.perf_counter() - start
-        if write is not None:
-            write(video, frame_idx, masks)
-        if frame_idx in annotated:
-            target = video.masks(frame_idx)
-            parts.append(score_video(masks[None], target[None], ids, None if scores is None else scores[None]))
-            if video.spacing is not None:
-                packed.append(np.packbits([masks, target]))
-        start = time.perf_counter()
-    scores = VideoScores.concatenate(parts)
-    if video.spacing is not None:
-        shape = (2, len(ids), *video.size)
-        pairs = [np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(bool) for bits in packed]
-        prediction, target = np.stack(pairs, axis=1)
-        surface = surface_dice(prediction, target, video.spacing[::-1], surface_tolerance, ids)
-        scores = replace(scores, surface_dice=surface)
-    frames = list(video.annotated_frames)
-    if rows:
-        known = [{(row.frame, row.object): row.iou for row in rows}]
-        known.append({(look.frame, look.object): look.doubt for look in doubts(rows)})
-        tables = [np.array([[one.get((t, i), math.nan) for i in ids] for t in frames]) for one in known]
-        scores = replace(scores, iou_scores=tables[0], doubts=tables[1])
-    return VideoResult(video.video_id, video.domain, scores, frames, len(video), math.prod(video.size), seconds)
+    scorer = VideoScorer(video, surface_tolerance, write)
+    for frame in predictions:
+        scorer.add(frame)
+    return scorer.result()
 
 
 def evaluate_video(
@@ -167,14 +187,39 @@ def evaluate_video(
     Args:
         overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
         surface_tolerance: in mm, for volumes.
-        write: takes the masks of each frame, such as [`MaskFiles.write`].
+        write: takes the masks of each frame, such as [`MaskFiles.write`]; it is called in another thread.
     """
+    with Together(model) as together:
+        work = evaluation_steps(together, processor, video, prompt, seed, overlapping, surface_tolerance, write, domain)
+        return next(together.run([work]))
+
+
+def evaluation_steps(
+    together: Together,
+    processor: VideoProcessor,
+    video: Video,
+    prompt: str | PromptStrategy = "mask",
+    seed: int = 42,
+    overlapping: bool = False,
+    surface_tolerance: float = SURFACE_TOLERANCE,
+    write: MaskWriter | None = None,
+    domain: str | None = AUTO,
+) -> Work[VideoResult]:
+    """What [`evaluate_video`] does, in steps that are run with those of other videos."""
     check_annotated(video)
-    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
-    result = score_predictions(video, user.track(overlapping), surface_tolerance, write)
+    scorer, writer = VideoScorer(video, surface_tolerance, write), together.writer()
+    watched = replace(video, frames=together.read_ahead(video.frames))
+    user = SimulatedUser(together.model, processor, watched, PromptStrategy.parse(prompt), seed, domain)
+    steps = Timed(user.steps(overlapping))
+    for step in steps:
+        if isinstance(step, TrackingStep):
+            yield step
+        else:
+            writer(scorer.add, step)
+    about = {"prompts": [asdict(given) | {"mask": given.mask is not None} for given in user.given]}
     if (decision := user.decision) is not None:
-        result = replace(result, experts_of=decision.domain or "base", confidence=decision.confidence)
-    return replace(result, prompts=[asdict(given) | {"mask": given.mask is not None} for given in user.given])
+        about |= {"experts_of": decision.domain or "base", "confidence": decision.confidence}
+    return writer(lambda: replace(scorer.result(), seconds=steps.seconds, **about))
 
 
 def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
@@ -182,7 +227,7 @@ def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SU
     check_annotated(video)
     files.check(video, video.annotated_frames)
     frames = (PredictedFrame(frame, files.read(video, frame), None) for frame in video.annotated_frames)
-    return replace(score_predictions(video, frames, surface_tolerance), seconds=math.nan)
+    return score_predictions(video, frames, surface_tolerance)
 
 
 def check_annotated(video: Video) -> None:
@@ -209,14 +254,25 @@ def evaluate_videos(
     prompt: str | PromptStrategy = "mask",
     seed: int = 42,
     domain: str | None = AUTO,
+    videos_at_once: int | None = 1,
 ) -> dict[str, VideoResult]:
     """Tracks videos with a model, and scores their annotated frames: [`VideoResult.key`] -> result.
 
     Where objects overlap, a pixel belongs to that of the largest logit. For `prompt`, `seed` and `domain` see
-    [`segment_video`]. Each video needs an annotated frame, and a domain and id of its own.
+    [`segment_video`]. Each video needs an annotated frame, and a domain and id of its own. So many as `videos_at_once`
+    are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
     """
-    progress = tqdm(videos, desc="evaluate", disable=not show_progress_bar)
-    with evaluation_mode(model):
-        return results_by_key(
-            evaluate_video(model, processor, video, prompt, seed, domain=domain) for video in progress
-        )
+    total, order = len(videos) if isinstance(videos, Sized) else None, []
+    progress = tqdm(total=total, desc="evaluate", disable=not show_progress_bar)
+    with evaluation_mode(model), progress, Together(model, choose_videos_at_once(model, videos_at_once)) as together:
+
+        def works() -> Iterator[Work[VideoResult]]:
+            for video in videos:
+                order.append(video_key(video))
+                yield evaluation_steps(together, processor, video, prompt, seed, domain=domain)
+
+        results = []
+        for result in together.run(works()):
+            results.append(result)
+            progress.update()
+    return results_by_key(sorted(results, key=lambda result: order.index(result.key)))

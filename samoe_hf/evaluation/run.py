@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,12 +29,15 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import hash_tensors
 from samoe_hf.plots.evaluation import draw_object
+from samoe_hf.together import Together, Work, choose_videos_at_once
 
-from .evaluate import SURFACE_TOLERANCE, VideoResult, check_annotated, evaluate_masks, evaluate_video, video_key
+from .evaluate import SURFACE_TOLERANCE, VideoResult, check_annotated, evaluate_masks, evaluation_steps, video_key
 from .metrics import Protocol
 from .run_folder import RunFolder
 from .simulated_user import PromptStrategy
 from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, combine_runs, compare_models, to_json
+
+Pairs = Sequence[tuple[Video, int | None]]  # with a seed
 
 FIRST_SEED, SEED_STEP = 42, 1000  # those of the original's evaluation
 
@@ -58,6 +61,17 @@ class EvaluationRun(RunFolder):
     def scores_path(self, video: Video, seed: int | None) -> Path:
         """The file of a video's result; ValueError for an id that leads out of the folder."""
         return self.inside(self._seed_folder(seed) / "scores", f"{video.domain}/{video.video_id}.npz")
+
+    def begin(self, video: Video, seed: int | None) -> Callable[[VideoResult], Video]:
+        """Removes a video's result; what this returns writes a new one, and returns the video."""
+        path, made_from = self.scores_path(video, seed), video_fingerprint(video)
+        path.unlink(missing_ok=True)
+
+        def save(result: VideoResult) -> Video:
+            replace(result, made_from=made_from).save(path)
+            return video
+
+        return save
 
     def masks(self, video: Video, seed: int | None, layout: MaskFormat) -> MaskFiles:
         """The files of a video's masks."""
@@ -199,7 +213,13 @@ class Evaluation:
                 raise InputError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
 
     def run_model(
-        self, source: str, label: str, state: PartialState, overwrite: bool = False, **options: Any
+        self,
+        source: str,
+        label: str,
+        state: PartialState,
+        overwrite: bool = False,
+        videos_at_once: int | None = 1,
+        **options: Any,
     ) -> dict[str, Any] | None:
         """Tracks the videos that have no result yet.
 
@@ -208,6 +228,7 @@ class Evaluation:
             label: a short name.
             state: the processes, and this one's device.
             overwrite: see [`EvaluationRun.start`].
+            videos_at_once: so many are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
             options: further arguments of [`~samoe_hf.inference.load_tracker`].
 
         Returns:
@@ -219,15 +240,22 @@ class Evaluation:
         identity = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
         about: Any = identity["model"]
         run = self._folder(label, identity)
+        together = Together(model, choose_videos_at_once(model, videos_at_once))
 
-        def evaluate(video: Video, seed: int | None) -> VideoResult:
+        def work(video: Video, seed: int | None) -> Work[Video]:
+            save = run.begin(video, seed)
             files, tolerance = run.masks(video, seed, self.layout), self.surface_tolerance
             own_seed = FIRST_SEED if seed is None else seed
             for earlier in files.files(video.video_id):  # of frames of other names
                 earlier.unlink()
-            return evaluate_video(
-                model, processor, video, self.prompt, own_seed, files.overlapping, tolerance, files.write
+            scored = yield from evaluation_steps(
+                together, processor, video, self.prompt, own_seed, files.overlapping, tolerance, files.write
             )
+            return together.writer()(lambda: save(scored.result()))
+
+        def evaluate(unfinished: Pairs) -> Iterator[Video]:
+            with together:
+                yield from together.run(work(*pair) for pair in unfinished)
 
         def shown(video: Video) -> tuple[MaskFiles, Sequence[int]]:
             return run.masks(video, self.seeds[0], self.layout), range(len(video))
@@ -251,16 +279,20 @@ class Evaluation:
         if source.is_relative_to((self.output / "runs" / label).resolve()):
             raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
 
+        run = self._folder(label, {"predictions": str(source)})
+
         def find_files(video: Video) -> MaskFiles:
             return MaskFiles(folder / video.domain if (folder / video.domain).is_dir() else folder, self.layout)
 
-        def evaluate(video: Video, _: int | None) -> VideoResult:
-            return evaluate_masks(video, find_files(video), self.surface_tolerance)
+        def evaluate(unfinished: Pairs) -> Iterator[Video]:
+            for video, seed in unfinished:
+                save = run.begin(video, seed)
+                yield save(evaluate_masks(video, find_files(video), self.surface_tolerance))
 
         def shown(video: Video) -> tuple[MaskFiles, Sequence[int]]:
             return find_files(video), video.annotated_frames
 
-        run, about = self._folder(label, {"predictions": str(source)}), {"source": str(source)}
+        about = {"source": str(source)}
         return self._run(run, about, [None], evaluate, shown, state, overwrite=True)
 
     def predicted(self, label: str) -> list[Video]:
@@ -311,7 +343,7 @@ class Evaluation:
         run: EvaluationRun,
         about: Mapping[str, Any],
         seeds: Sequence[int | None],
-        evaluate: Callable[[Video, int | None], VideoResult],
+        evaluate: Callable[[Pairs], Iterator[Video]],
         shown: Callable[[Video], tuple[MaskFiles, Sequence[int]]],
         state: PartialState,
         overwrite: bool,
@@ -319,6 +351,7 @@ class Evaluation:
         """Evaluates this process' share of the videos without a result, and waits for the other processes.
 
         Args:
+            evaluate: evaluates videos with seeds, and yields each video when its result is written.
             shown: gives a video's masks, and the frames to draw.
 
         Returns:
@@ -342,7 +375,7 @@ class Evaluation:
         self,
         run: EvaluationRun,
         seeds: Sequence[int | None],
-        evaluate: Callable[[Video, int | None], VideoResult],
+        evaluate: Callable[[Pairs], Iterator[Video]],
         state: PartialState,
         overwrite: bool,
     ) -> dict[int | None, list[VideoResult]] | None:
@@ -362,11 +395,8 @@ class Evaluation:
         num_frames = sum(len(video) for video, _ in unfinished)
         is_shown = state.is_local_main_process and num_frames > 0
         with tqdm(total=num_frames, desc=label, unit="frame", disable=not is_shown) as progress:
-            for video, seed in unfinished:
+            for video in evaluate(unfinished):
                 progress.set_postfix_str(video.video_id)
-                made_from = video_fingerprint(video)
-                run.scores_path(video, seed).unlink(missing_ok=True)
-                replace(evaluate(video, seed), made_from=made_from).save(run.scores_path(video, seed))
                 progress.update(len(video))
         state.wait_for_everyone()
         return {seed: run.load(self.videos, seed) for seed in seeds} if state.is_main_process else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -21,9 +21,12 @@ from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompt_recipe import bounding_boxes
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE
 from samoe_hf.model.session import KEPT_FRAMES, VideoSession
+from samoe_hf.model.tracking import Steps, TrackingStep, run_alone
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 from samoe_hf.where_to_look import where_to_look
 
+T = TypeVar("T")
+Asking = Generator[TrackingStep, None, T]  # steps that are to be run, and then what came of them
 PAUSE_IOU = 0.75  # the user corrects an object whose IoU is below this (arXiv:2408.00714, section 6.1)
 
 _SYNTAX = re.compile(r"(mask|box|point|clicks)(?::([1-9]\d*))?(?:@([1-9]\d*)(?::(offline|look|even))?)?", re.ASCII)
@@ -126,6 +129,7 @@ class PredictedFrame(NamedTuple):
 class _Reading(NamedTuple):
     """What a model gives on a frame: logits (N, H, W), logits of visibility (N,), and scores of the objects `known`."""
 
+    frame_idx: int
     logits: np.ndarray
     scores: np.ndarray
     known: Sequence[int] = ()
@@ -180,41 +184,62 @@ class SimulatedUser:
 
     def track(self, overlapping: bool = False) -> Iterator[PredictedFrame]:
         """Prompts, tracks and corrects; yields each frame once, in order, when its masks are final."""
+        return run_alone(self.model, self.steps(overlapping))
+
+    def steps(self, overlapping: bool = False) -> Steps[PredictedFrame]:
+        """What [`track`] does, in steps that can be run with those of other videos; see [`SamoeModel.frame_steps`]."""
         if self.strategy.corrections == "offline":
             for _ in range(self.strategy.num_frames - 1):
-                self._correct_worst_frames()
+                yield from self._correct_worst_frames()
         elif not self.strategy.is_online:
-            self._correct_some_frames()
-        for frame_idx, reading in enumerate(self._pass()):
+            yield from self._correct_some_frames()
+        for reading in self._pass():
+            if isinstance(reading, TrackingStep):
+                yield reading
+                continue
             masks = masks_of(reading.logits, overlapping)
-            yield PredictedFrame(frame_idx, masks, reading.scores, self._rows(frame_idx, reading, masks))
+            yield PredictedFrame(reading.frame_idx, masks, reading.scores, self._rows(reading, masks))
 
-    def _rows(self, frame_idx: int, reading: _Reading, masks: np.ndarray) -> list[TrackRow]:
+    def _rows(self, reading: _Reading, masks: np.ndarray) -> list[TrackRow]:
+        frame_idx = reading.frame_idx
         given = [object_id for object_id, frames in self._frames.items() if frame_idx in frames]
         known = (masks[self._object_ids.index(object_id)] for object_id in reading.known)
         return track_rows(frame_idx, reading.known, reading.sure, known, self.video.frames.time(frame_idx), given)
 
-    def _pass(self) -> Iterator[_Reading]:
+    def _pass(self) -> Steps[_Reading]:
         """What the model gives on each frame, after what the user gives on it."""
         if self.given:  # offline; nothing more is given before the end
-            for output in self.model.propagate_from_prompts_iterator(self._session, 0):
-                yield self._read(output)
+            for output in self.model.steps_from_prompts(self._session, 0):
+                if isinstance(output, TrackingStep):
+                    yield output
+                else:
+                    assert output.frame_idx is not None
+                    yield self._read(output.frame_idx, output)
             return
         for frame_idx in range(len(self.video)):
-            yield self._track_frame(frame_idx)
+            yield (yield from self._track_frame(frame_idx))
 
-    def _track_frame(self, frame_idx: int) -> _Reading:
+    def _track_frame(self, frame_idx: int) -> Asking[_Reading]:
         strategy, annotated = self.strategy, frame_idx in self._annotated
         visible = self.video.visible(frame_idx) if annotated else []
         new = [object_id for object_id in visible if object_id not in self._frames]
         if new and strategy.kind != "clicks":
             self._prompt(frame_idx, new)
-        reading = self._read(self.model(self._session, frame_idx=frame_idx) if self.given else None)
+        reading = yield from self._ask(frame_idx)
         if annotated and strategy.kind == "clicks":
             ious = self._ious(frame_idx, reading.logits) if strategy.num_frames > 1 and strategy.is_online else {}
             wrong = [object_id for object_id, iou in ious.items() if iou < PAUSE_IOU]
-            return self._click(frame_idx, {i: self._mask(reading.logits, i) for i in [*new, *wrong]}) or reading
+            clicked = yield from self._click(frame_idx, {i: self._mask(reading.logits, i) for i in [*new, *wrong]})
+            return clicked or reading
         return reading
+
+    def _ask(self, frame_idx: int) -> Asking[_Reading]:
+        """What the model gives on a frame."""
+        output = None
+        for output in self.model.frame_steps(self._session, frame_idx) if self.given else ():
+            if isinstance(output, TrackingStep):
+                yield output
+        return self._read(frame_idx, output)
 
     def _prompt(self, frame_idx: int, object_ids: list[int]) -> None:
         for object_id, mask in zip(object_ids, self.video.masks(frame_idx, object_ids), strict=True):
@@ -232,25 +257,26 @@ class SimulatedUser:
         prompt.add_to(self._session, self.processor, **options)
         self.given.append(prompt)
 
-    def _read(self, output: Any) -> _Reading:
+    def _read(self, frame_idx: int, output: Any) -> _Reading:
         """What an output says; logits and scores of objects that are prompted later are -inf."""
         logits = np.full((len(self._object_ids), *self.video.size), -np.inf, dtype=np.float32)
         scores = np.full(len(self._object_ids), -np.inf, dtype=np.float32)
         if output is None:
-            return _Reading(logits, scores)
+            return _Reading(frame_idx, logits, scores)
         check_masks(output, self.model.dtype, f"{self.video.video_id}: ")
         masks = self.processor.post_process_masks([output.pred_masks], [self.video.size], binarize=False)[0][:, 0]
-        rows = [row for row, i in enumerate(output.object_ids) if self._frames[i][0] <= output.frame_idx]
+        rows = [row for row, i in enumerate(output.object_ids) if self._frames[i][0] <= frame_idx]
         known = [output.object_ids[row] for row in rows]
         places = [self._object_ids.index(object_id) for object_id in known]
         logits[places] = masks[rows].float().cpu().numpy()
         scores[places] = output.object_score_logits[rows, 0].float().cpu().numpy()
-        return _Reading(logits, scores, known, ObjectScores(*(values[rows] for values in ObjectScores.of(output))))
+        sure = ObjectScores(*(values[rows] for values in ObjectScores.of(output)))
+        return _Reading(frame_idx, logits, scores, known, sure)
 
     def _mask(self, logits: np.ndarray, object_id: int) -> np.ndarray:
         return logits[self._object_ids.index(object_id)] > 0
 
-    def _click(self, frame_idx: int, masks: dict[int, np.ndarray]) -> _Reading | None:
+    def _click(self, frame_idx: int, masks: dict[int, np.ndarray]) -> Asking[_Reading | None]:
         """Gives up to `count` clicks for each object, from its mask, and predicts again; None where all is right."""
         result, targets = None, self.video.masks(frame_idx, list(masks)) if masks else ()
         for _ in range(self.strategy.count):
@@ -261,7 +287,7 @@ class SimulatedUser:
             for object_id, point, label in clicks:
                 prompt = VideoPrompt(object_id, frame_idx, points=[point], labels=[label])
                 self._add_prompt(prompt, clear_old_inputs=False)
-            result = self._read(self.model(self._session, frame_idx=frame_idx))
+            result = yield from self._ask(frame_idx)
             masks = {object_id: self._mask(result.logits, object_id) for object_id in masks}
         return result
 
@@ -275,32 +301,41 @@ class SimulatedUser:
             ious[object_id] = float((prediction & target).sum() / union) if union else 1.0
         return ious
 
-    def _correct_worst_frames(self) -> None:
+    def _correct_worst_frames(self) -> Asking[None]:
         """Tracks the whole video, and then clicks on the frame on which each object's IoU is lowest."""
         worst: dict[int, tuple[float, int, np.ndarray]] = {}
-        for frame_idx, reading in enumerate(self._pass()):
+        for reading in self._pass():
+            if isinstance(reading, TrackingStep):
+                yield reading
+                continue
+            frame_idx = reading.frame_idx
             for object_id, iou in self._ious(frame_idx, reading.logits).items() if frame_idx in self._annotated else ():
                 if iou < worst.get(object_id, (1.0,))[0]:
                     worst[object_id] = iou, frame_idx, self._mask(reading.logits, object_id)
         for object_id, (_, frame_idx, mask) in worst.items():
-            self._click(frame_idx, {object_id: mask})
+            yield from self._click(frame_idx, {object_id: mask})
 
-    def _correct_some_frames(self) -> None:
+    def _correct_some_frames(self) -> Asking[None]:
         """Tracks the whole video, and then corrects what is wrong on frames that are worth a look, or on even ones."""
         rows, annotated = [], np.array(self.video.annotated_frames)
-        for frame_idx, reading in enumerate(self._pass()):
-            rows += self._rows(frame_idx, reading, reading.logits > 0)
+        for reading in self._pass():
+            if isinstance(reading, TrackingStep):
+                yield reading
+            else:
+                rows += self._rows(reading, reading.logits > 0)
         count = self.strategy.num_frames - 1
         if self.strategy.corrections == "look":
             chosen = [look.frame for look in where_to_look(rows, count, least=0)]
         else:
             chosen = np.linspace(min((row.frame for row in rows), default=0), len(self.video) - 1, count + 2)[1:-1]
         for frame_idx in dict.fromkeys(int(annotated[np.abs(annotated - t).argmin()]) for t in chosen):
-            tracked = self.model.propagate_from_prompts_iterator(self._session, frame_idx)
-            logits = self._read(next(tracked)).logits
+            tracked = self.model.steps_from_prompts(self._session, frame_idx)
+            while isinstance(output := next(tracked), TrackingStep):
+                yield output
+            logits = self._read(frame_idx, output).logits
             wrong = [object_id for object_id, iou in self._ious(frame_idx, logits).items() if iou < PAUSE_IOU]
             if self.strategy.kind == "clicks":
-                self._click(frame_idx, {object_id: self._mask(logits, object_id) for object_id in wrong})
+                yield from self._click(frame_idx, {object_id: self._mask(logits, object_id) for object_id in wrong})
             else:
                 seen = self.video.visible(frame_idx)  # there is no box around nothing
                 self._prompt(frame_idx, [i for i in wrong if i in seen or self.strategy.kind == "mask"])

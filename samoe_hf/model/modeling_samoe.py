@@ -280,10 +280,14 @@ class SamoeModel(SamoePreTrainedModel):
 
     @torch.inference_mode()
     def steps_from_prompts(
-        self, inference_session: InferenceSession, start_frame_idx: int | None = None, reverse: bool = False
+        self,
+        inference_session: InferenceSession,
+        start_frame_idx: int | None = None,
+        reverse: bool = False,
+        show_progress_bar: bool = False,
     ) -> Steps[Sam2VideoSegmentationOutput]:
         """What [`propagate_from_prompts_iterator`] does, in steps as those of [`frame_steps`]."""
-        yield from propagate_from_prompts(self, inference_session, start_frame_idx, reverse)
+        yield from propagate_from_prompts(self, inference_session, start_frame_idx, reverse, show_progress_bar)
 
     @torch.inference_mode()
     def propagate_in_video_iterator(
@@ -332,8 +336,9 @@ class SamoeModel(SamoePreTrainedModel):
         Raises:
             ValueError: if there is no object, or a prompt cannot be used.
         """
-        steps = propagate_from_prompts(self, inference_session, start_frame_idx, reverse, show_progress_bar)
-        yield from keep_between(run_alone(self, steps))
+        yield from run_alone(
+            self, self.steps_from_prompts(inference_session, start_frame_idx, reverse, show_progress_bar)
+        )
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
         """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.

@@ -5,6 +5,7 @@ outputs is described in `session.py`. Prompts may be added one by one, in any or
 """
 
 import operator
+import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from .domain_choice import (
 from .domain_experts import use_domain
 from .errors import InputError
 from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
+from .kept import keep_between
 from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, select_memories
 from .prompts import Prompt, join_prompts, num_points
@@ -101,7 +103,7 @@ class FrameTask(NamedTuple):
 class TrackingStep:
     """Objects of one session that are to be segmented on a frame, by [`run_steps`] with those of other sessions.
 
-    `seconds`: the session's share of the time that this took, set by who measures it.
+    `seconds`: the session's share of the time that this took, set by [`run_timed`].
     """
 
     tasks: Sequence[tuple[SessionObject, FrameTask]]
@@ -114,12 +116,26 @@ Steps = Iterator[TrackingStep | T]
 
 
 def run_alone(model: SamoePreTrainedModel, steps: Steps[T]) -> Iterator[T]:
-    """What comes of a session's steps, each of which is run by itself."""
+    """What comes of a session's steps, each of which is run by itself; see also [`~kept.keep_between`]."""
+
+    def run() -> Iterator[T]:
+        for step in steps:
+            if isinstance(step, TrackingStep):
+                run_timed(model, [step])
+            else:
+                yield step
+
+    return keep_between(run())
+
+
+def run_timed(model: SamoePreTrainedModel, steps: Sequence[TrackingStep]) -> None:
+    """[`run_steps`], and how long it took for each of the sessions."""
+    start = time.perf_counter()
+    model(steps=steps)  # through `forward`, by whose hooks shards of weights are gathered
+    if len(steps) > 1 and model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     for step in steps:
-        if isinstance(step, TrackingStep):
-            model(steps=[step])  # through `forward`, by whose hooks shards of weights are gathered
-        else:
-            yield step
+        step.seconds = (time.perf_counter() - start) / len(steps)
 
 
 def track_frame(

@@ -96,7 +96,10 @@ class ScriptedModel:
             iou_scores=torch.ones(len(ids), 1),
         )
 
-    def propagate_from_prompts_iterator(self, session, start):
+    def frame_steps(self, session, frame_idx):
+        yield self(session, frame_idx)
+
+    def steps_from_prompts(self, session, start):
         return (self(session, frame_idx) for frame_idx in range(start, session.num_frames))
 
 
@@ -255,15 +258,15 @@ def test_a_pixel_belongs_to_one_object_unless_objects_may_overlap_and_logits_are
         track(video, "mask", lambda frame_idx, *_: everything * (np.nan if frame_idx else 1.0))
 
 
-def test_clicks_reach_the_model_all_together_with_its_mask(nano):
+def test_clicks_reach_the_model_all_together_with_its_mask(nano, monkeypatch):
     video, sessions = SyntheticVideos(1, 4, (96, 128), seed=3)[0], []
 
-    def model(session, frame_idx):
+    def steps(session, frame_idx):
         sessions.append(session)
-        return nano.model(session, frame_idx=frame_idx)
+        return SamoeModel.frame_steps(nano.model, session, frame_idx)
 
-    model.device, model.dtype = nano.model.device, nano.model.dtype
-    user = SimulatedUser(model, build_processor(nano.model.config), video, PromptStrategy.parse("clicks:3@2"))
+    monkeypatch.setattr(nano.model, "frame_steps", steps)
+    user = SimulatedUser(nano.model, build_processor(nano.model.config), video, PromptStrategy.parse("clicks:3@2"))
     frames = list(user.track())
     assert frames[3].masks.shape == (len(video.object_ids), 96, 128) and np.isfinite(frames[3].scores).all()
     for object_id in video.object_ids:
