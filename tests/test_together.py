@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from samoe_hf.data import SyntheticVideos, Video, write_video
-from samoe_hf.data.annotations import NoMasks
+from samoe_hf.data.annotations import RleMasks
 from samoe_hf.data.frames import ArrayFrames, SampleError
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError
@@ -113,7 +113,7 @@ def test_evaluated_videos_are_scored_as_alone(nano, processor, prompt):
 
 
 def prompted(name, frames, prompts):
-    return PromptedVideo("d", name, lambda: Video(name, frames, NoMasks({1}), "d"), lambda _: prompts, name)
+    return PromptedVideo("d", name, lambda: Video(name, frames, RleMasks({}, {1}), "d"), lambda _: prompts, name)
 
 
 class Broken(ArrayFrames):
