@@ -44,7 +44,7 @@ DAY = r"(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])"
 TIME = r"(?:[01]\d|2[0-3])[-_.:hH]?[0-5]\d[-_.:mM]?[0-5]\d[-_.:]?\d*"
 NUMBER = rf"{DAY}[-_.T ]{{1,3}}{TIME}|^\d\d[-_:]\d\d[-_:]\d\d(?:\.\d+)?|\d{{9,}}[-_.]\d+|^\d+\.\d+|\d+"
 ROBOFLOW = re.compile(r"_[A-Za-z]{3,4}\.rf\.\w+?(?=_mask$|$)")
-LABEL_STUDIO = re.compile(r"task-(\d+)-annotation-.*?-tag-(.*)")
+LABEL_STUDIO = re.compile(r"task-\d+-annotation-")
 HINT = 'name them: `masks` takes a pattern such as "masks/{video}/{frame}_{object}.png"'
 
 
@@ -189,9 +189,10 @@ class _Names:
             frames = self._frames(self._choose(masks, [names]), masks)
             return [(frame, mask.object_name) for frame, mask in zip(frames, masks, strict=True)]
         stems = [plain_name(mask.path.stem) for mask in masks]
-        tasks = [LABEL_STUDIO.fullmatch(stem) for stem in stems]
-        if all(tasks):
-            return self._of_tasks([match.groups() for match in tasks if match], masks)
+        if LABEL_STUDIO.match(stems[0]):
+            raise SampleError(
+                f"{masks[0].path}: Label Studio's masks name tasks instead of frames; export its JSON, which is read"
+            )
         folders = [mask.folder or "" for mask in masks]
         told = self._choose(masks, [stems, folders] if all(folders) else [stems])
         frames = self._frames(told, masks)
@@ -337,18 +338,6 @@ class _Names:
             )
         self.notes.append(f"{masks[0].path.parent}: {which} are taken as counted from 0; `first: 1` counts from 1")
         return 0
-
-    def _of_tasks(self, tasks: list[tuple[str, ...]], masks: Sequence[MaskFile]) -> list[tuple[int, str | None]]:
-        """Label Studio's masks, which name tasks instead of frames: in order, if there are as many."""
-        numbers = sorted({int(task) for task, _ in tasks})
-        if len(numbers) != self.length:
-            raise SampleError(
-                f"{masks[0].path}: Label Studio's export names {len(numbers)} tasks instead of frames, and there are "
-                f"{self.length} frames; give a CSV file with the columns frame, mask and object"
-            )
-        folder = masks[0].path.parent
-        self.notes.append(f"{folder}: Label Studio's tasks {numbers[0]} to {numbers[-1]} are taken as frames in order")
-        return [(numbers.index(int(task)), name) for task, name in tasks]
 
     # --- Whose mask it is
 
