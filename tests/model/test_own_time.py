@@ -12,7 +12,7 @@ from samoe_hf.inference import VideoPrompt
 from samoe_hf.model import tracking
 from samoe_hf.model.processing_samoe import build_processor
 
-NUM_FRAMES, NUM_OBJECTS = 20, 4
+NUM_FRAMES, NUM_OBJECTS = 20, 3
 
 
 def session_of(model, frames, prompts, **options):
@@ -56,7 +56,10 @@ def square(y, x):
     return mask
 
 
-@pytest.fixture(scope="module", params=[(0, "recent"), (1, "recent"), (2, "score"), (3, "distractor")], ids=str)
+MIXES = [(0, "recent"), (2, "score"), (3, "distractor"), pytest.param((1, "recent"), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=MIXES, ids=str)
 def mix(request):
     """What the prompts are drawn from, and which memories are read."""
     return request.param
@@ -106,7 +109,7 @@ def test_to_the_bit_where_rows_run_one_by_one(small, late, alone, selection, mon
         assert all(torch.equal(together[t][row], own[t][0]) for t in range(NUM_FRAMES))
 
 
-@pytest.mark.parametrize("selection", ["recent", "score", "distractor"])
+@pytest.mark.parametrize("selection", ["recent", "distractor"])
 def test_objects_of_all_first_prompts_share_a_batch(small, frames, selection, monkeypatch):
     starts, sizes = (0, 6, 6, 18), []
     prompts = [VideoPrompt(i, start, mask=square(9 * i, 30)) for i, start in enumerate(starts, 1)]
@@ -122,6 +125,7 @@ def test_objects_of_all_first_prompts_share_a_batch(small, frames, selection, mo
     assert sizes.count(3) >= 12
 
 
+@pytest.mark.parametrize("mix", MIXES[:1], indirect=True, scope="module")
 def test_sam2s_order_tracks_a_late_object_from_its_future(small, late, alone, selection):
     """What this is for: with all objects from one frame on, an object is found otherwise than alone."""
     outputs = small.propagate_in_video_iterator(session_of(small, *late, memory_selection=selection), 0)
@@ -146,11 +150,11 @@ def test_an_object_joins_a_direction_at_its_first_prompt(small, frames):
 
 def test_an_object_is_as_it_was_until_it_leaves_and_then_nothing(small, late, alone, selection):
     frames, prompts = late
-    for own, given in ((alone[i - 1], [one for one in prompts if one.object_id == i]) for i in (1, 3)):
-        first, _, end = (one.frame_idx for one in given)
-        without = tracked(small, frames, given[:2], selection)
-        assert all(torch.equal(own[t], without[t]) for t in range(first, end))
-        assert all((own[t] == -1024).all() for t in range(end, NUM_FRAMES))
+    given = [one for one in prompts if one.object_id == 1]
+    first, _, end = (one.frame_idx for one in given)
+    without = tracked(small, frames, given[:2], selection)
+    assert all(torch.equal(alone[0][t], without[t]) for t in range(first, end))
+    assert all((alone[0][t] == -1024).all() for t in range(end, NUM_FRAMES))
 
 
 def test_an_end_drops_what_was_tracked_and_can_be_moved_and_taken_back(small, frames):
