@@ -38,8 +38,9 @@ def graphs(monkeypatch):
 
 
 @pytest.fixture
-def words(model_folder, tmp_path):
+def words(model_folder, leave_out_pictures, tmp_path):
     """A command with what it needs; it writes into the folder `out`."""
+    leave_out_pictures()
     write_video(tmp_path / "in.mp4", SyntheticVideos(1, 4, (96, 128), seed=3)[0].frames, fps=5)
     prompts = ["--box", "10,10,60,60", "--box", "2=30,30,90,80", "--output", tmp_path / "out.mp4"]
 
@@ -72,6 +73,7 @@ def test_commands_run_what_they_compiled(samoe, words, graphs, tmp_path, command
     check_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_experts_are_shown_in_half_precision(samoe, words, tmp_path):
     assert "layer 1 cross q" in samoe(*words("experts"), *HALF)
     assert list((tmp_path / "out").glob("routing*.mp4"))

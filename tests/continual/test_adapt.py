@@ -24,6 +24,7 @@ from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain, copy_domain_experts
 from samoe_hf.training.trainer import build_trainer
 
+pytestmark = pytest.mark.usefixtures("read_once")
 RUN = """
 train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 12, num_frames: 2, seed: 1}]
 eval_data:

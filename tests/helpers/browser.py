@@ -40,7 +40,8 @@ class Page:
 
     def wait(self, condition: str, *arguments: Any, seconds: float = 30) -> None:
         """Waits until a condition in JavaScript holds."""
-        self.page.wait_for_function(condition, arg=list(arguments) or None, timeout=seconds * SECONDS)
+        # Asked at each frame, the browser would draw 60 a second.
+        self.page.wait_for_function(condition, arg=list(arguments) or None, timeout=seconds * SECONDS, polling=50)
 
     def text(self, element: str) -> str:
         return self.page.locator(f"#{element}").inner_text()
