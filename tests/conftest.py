@@ -16,6 +16,18 @@ def pytest_collection(session) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process for each file, and one for the page's tests, which share an app, a browser and Gradio's import."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "app" if nodeid.startswith("tests/app/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session", params=["nano", "mini"])
 def reference(request) -> SimpleNamespace:
     """A reference model with its experts; tests must leave it as it is."""
@@ -61,29 +73,31 @@ def model_folder(nano, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+READ = {}
+
+
+@pytest.fixture(autouse=True)
 def read_once(monkeypatch):
-    """A folder of a model is read once while its files are the same; every further load is a copy, much faster."""
+    """A folder of a whole model is read once while its files are the same; further loads are copies, much faster."""
     from samoe_hf import SamoeModel
 
     read = SamoeModel.from_pretrained
 
-    def from_pretrained(source=None, **options):
+    def from_pretrained(source=None, *args, **options):
         files = sorted(Path(source or "nowhere").glob("*"))
         given = {name for name, value in options.items() if value is not None and value is not False}
-        if not files or given - {"dtype"}:  # new experts are drawn anew
-            return read(source, **options)
+        config = next((file.read_bytes() for file in files if file.name == "config.json"), b"")
+        # What has experts and needs no other folder. Anything that is drawn is drawn anew.
+        if args or given - {"dtype"} or b'"model_type": "samoe"' not in config or b'"base_model": {' in config:
+            return read(source, *args, **options)
         key = (str(source), str(options), *((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
         if key not in READ:
-            if len(READ) == 4:
-                del READ[next(iter(READ))]
             READ[key] = read(source, **options)
+            if len(READ) > 4:
+                del READ[next(iter(READ))]
         return copy.deepcopy(READ[key])
 
     monkeypatch.setattr(SamoeModel, "from_pretrained", from_pretrained)
-
-
-READ = {}
 
 
 @pytest.fixture(scope="module")

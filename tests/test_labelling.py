@@ -30,7 +30,6 @@ from samoe_hf.tracks import TrackRow, read_tracks
 from samoe_hf.where_to_look import where_to_look
 
 NUM_VIDEOS, NUM_FRAMES = 3, 4
-pytestmark = pytest.mark.usefixtures("read_once")
 
 
 def save_videos(folder, num_videos=NUM_VIDEOS, num_frames=NUM_FRAMES, size=(64, 80)):

@@ -1,6 +1,7 @@
 """One process writes an output; the others are told which, and what killed ones left is cleared."""
 
 import json
+import multiprocessing
 import os
 import shlex
 import socket
@@ -10,18 +11,19 @@ import time
 
 import pytest
 
-from helpers.processes import ENVIRONMENT
 from samoe_hf.errors import InputError
 from samoe_hf.model.weights_io import clear_unfinished, write_text
 from samoe_hf.one_writer import OneWriter
 
-HOLD = """
-import sys, time
-from samoe_hf.one_writer import OneWriter
-with OneWriter(sys.argv[1], inside=sys.argv[2] == "inside"):
-    print("writing", flush=True)
-    time.sleep(60)
-"""
+
+def hold(target, place, writing):
+    sys.argv = ["-c", str(target), place]
+    with OneWriter(target, inside=place == "inside"):
+        writing.set()
+        time.sleep(60)
+
+
+FORK = multiprocessing.get_context("fork")
 
 WORKER = """
 import fcntl, sys, time
@@ -32,11 +34,12 @@ time.sleep(1)
 """
 
 
-@pytest.mark.parametrize("place", ["inside", pytest.param("beside", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["inside", "beside"])
 def test_a_second_process_is_told_who_writes_until_that_one_is_gone(tmp_path, place):
-    target, words = tmp_path / "out", [sys.executable, "-c", HOLD, tmp_path / "out", place]
-    process = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, env=ENVIRONMENT)
-    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    target, writing = tmp_path / "out", FORK.Event()
+    process = FORK.Process(target=hold, args=(target, place, writing))
+    process.start()
+    assert writing.wait(30)
     writer = OneWriter(target, inside=place == "inside")
     told = rf"out is being written by another process: `-c .*out {place}` \(process {process.pid} on "
     with (
@@ -45,7 +48,7 @@ def test_a_second_process_is_told_who_writes_until_that_one_is_gone(tmp_path, pl
     ):
         pass
     process.kill()
-    process.wait()
+    process.join()
     with writer:
         pass
     assert list(tmp_path.iterdir()) == ([target] if place == "inside" else []) and not list(tmp_path.glob("out/*"))

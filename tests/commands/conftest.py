@@ -4,11 +4,6 @@ from helpers.reference import ROOT
 from samoe_hf.cli import main
 
 
-@pytest.fixture(autouse=True)
-def models_are_read_once(read_once):
-    pass
-
-
 @pytest.fixture
 def leave_out_pictures(monkeypatch):
     """After its call, evaluations draw neither objects nor plots."""

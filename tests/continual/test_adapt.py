@@ -24,7 +24,6 @@ from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain, copy_domain_experts
 from samoe_hf.training.trainer import build_trainer
 
-pytestmark = pytest.mark.usefixtures("read_once")
 RUN = """
 train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 12, num_frames: 2, seed: 1}]
 eval_data:
@@ -138,7 +137,7 @@ def test_experts_of_the_same_kind_are_tried_on_the_first_frames_of_some_videos(f
 
     monkeypatch.setattr(start, "domain_score", record)
     monkeypatch.setattr(start, "MIN_ADVANTAGE", -1.0)
-    videos = [SyntheticVideos(20, 12, (64, 64), domain="blobs")[number % 2] for number in range(8)]  # of the same names
+    videos = [SyntheticVideos(20, 12, (64, 64), domain="blobs")[number % 2] for number in range(4)]  # of the same names
     processor = build_processor(model.config)
     assert start.find_start(model, processor, "new", videos) == "soft"
     assert scores.keys() == {None, "soft"} and all(0 <= value <= 1 for value in scores.values())

@@ -90,6 +90,7 @@ def test_the_description_is_that_of_the_files(exported):
             assert found == described
 
 
+@pytest.mark.slow
 def test_an_onnx_file_gives_what_its_part_gives(nano, tmp_path):
     """Of the part that is written fastest."""
     onnxruntime, model = pytest.importorskip("onnxruntime"), copy.deepcopy(nano.model).eval().requires_grad_(False)

@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ class Call:
         return self.call
 
 
-def hostile_checkpoints(source: Path, canary: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of `.pt` files, none of which is a checkpoint.
+def hostile_checkpoints(source: Path, canary: Path) -> Iterator[tuple[str, bytes | Callable[[], bytes]]]:
+    """Names and contents of `.pt` files, or functions that make them, none of which is a checkpoint.
 
     Args:
         source: a checkpoint that is one.
@@ -56,20 +57,21 @@ def _damaged(whole: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"flipped_{seed}", bytes(changed)
 
 
-def _repacked(whole: bytes) -> Iterator[tuple[str, bytes]]:
+def _repacked(whole: bytes) -> Iterator[tuple[str, Callable[[], bytes]]]:
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         files = {info.filename: archive.read(info) for info in archive.infolist()}
     largest = max(files, key=lambda name: len(files[name]))
     smallest_data = min((name for name in files if "/data/" in name), key=lambda name: len(files[name]))
     prefix = largest.split("/")[0]
     for missing in (f"{prefix}/data.pkl", largest):
-        yield f"without_{Path(missing).name}", _zip({name: data for name, data in files.items() if name != missing})
-    yield "short_tensor", _zip(files | {largest: files[largest][:100]})
+        others = {name: data for name, data in files.items() if name != missing}
+        yield f"without_{Path(missing).name}", partial(_zip, others)
+    yield "short_tensor", partial(_zip, files | {largest: files[largest][:100]})
     for name in (smallest_data, f"{prefix}/data.pkl"):
-        yield f"bomb_{Path(name).name}", _zip(files | {name: b""}, bomb=name)
-    yield "no_pickle", _zip(files | {f"{prefix}/data.pkl": b"\xff\x00garbage"})
+        yield f"bomb_{Path(name).name}", partial(_zip, files | {name: b""}, bomb=name)
+    yield "no_pickle", partial(_zip, files | {f"{prefix}/data.pkl": b"\xff\x00garbage"})
     for size in (10**6, 10**10, 2**62):
-        yield f"sizes_{size}", _zip(_with_sizes(files, prefix, size))
+        yield f"sizes_{size}", partial(_zip, _with_sizes(files, prefix, size))
 
 
 def _with_sizes(files: dict[str, bytes], prefix: str, size: int) -> dict[str, bytes]:

@@ -56,7 +56,11 @@ def square(y, x):
     return mask
 
 
-MIXES = [(0, "recent"), (2, "score"), (3, "distractor"), pytest.param((1, "recent"), marks=pytest.mark.slow)]
+MIXES = [
+    (0, "recent"),
+    (3, "distractor"),
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, "recent"), (2, "score"))),
+]
 
 
 @pytest.fixture(scope="module", params=MIXES, ids=str)

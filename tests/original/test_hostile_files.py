@@ -39,7 +39,7 @@ def read_hostile_files(folder: Path, log: Path, step: int) -> None:
         for kind, files in kinds.items():
             for number, (name, content) in enumerate(itertools.islice(files, 0, None, step)):
                 path = folder / f"{number}.{kind}"
-                path.write_bytes(content)
+                path.write_bytes(content() if callable(content) else content)
                 del content
                 file.write(json.dumps({"case": f"{name}.{kind}"}) + "\n")
                 resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -140,6 +140,7 @@ def test_a_domain_of_one_expert_tracks_the_same_in_transformers(tmp_path):
     assert figure < 2e-4
 
 
+@pytest.mark.slow
 def test_the_shipped_base_with_a_domain_of_one_expert_tracks_the_same_in_transformers(tmp_path):
     model = SamoeModel.from_pretrained(small_base())
     add_learned_domain(model, "lora", 1, **ONE, expert_modules=["qkv", "q_proj", "v_proj"])

@@ -3,11 +3,6 @@
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def models_are_read_once(read_once):
-    pass
-
-
 @pytest.fixture
 def run_config(model_folder, tmp_path):
     """A run of six steps over two domains, with a checkpoint after each two."""

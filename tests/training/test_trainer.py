@@ -207,7 +207,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(kind, model_folder, tm
     trainer, arguments, options = kinds[kind]
     expected, whole_log = accumulated_gradients(trainer, arguments, model_folder, tmp_path, 4, **options)
     assert expected
-    for batch_size in (2, 1):
+    for batch_size in (2,) if kind == "SamoeTrainer" else (2, 1):
         found, log = accumulated_gradients(trainer, arguments, model_folder, tmp_path, batch_size, **options)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
@@ -233,6 +233,7 @@ def test_trainers_own_evaluation_shows_which_objects_are_absent(model_folder, cl
         assert (label[len(expected) :] == -100).all() and (label[: len(expected)] == expected).all()
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_config, tmp_path, monkeypatch):
     options = ["--max_steps", "4", "--logging_strategy", "no", "--point_probability", "0"]
     trainer = make_trainer(run_config, *options)
