@@ -5,8 +5,8 @@ Each export raises an InputError if nothing was tracked. The session is to be ex
 
 import json
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +16,7 @@ from samoe_hf.data.annotations import LabelImages
 from samoe_hf.data.formats.coco import annotation_of
 from samoe_hf.data.formats.convert import write_videos
 from samoe_hf.data.images import write_palette_png
+from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
 from samoe_hf.errors import InputError
@@ -26,32 +27,34 @@ from samoe_hf.tracks import write_tracks
 from .session import TrackingSession
 
 
-@contextmanager
-def _new_file(session: TrackingSession, path: Path) -> Iterator[Path]:
-    if not session.masks.frames:
-        raise InputError("There are no masks yet: click on an object, and track it.")
-    with whole_file(path) as temporary:
-        yield temporary
+def _export(ending: str, write: Callable[[TrackingSession, Path], None]) -> Callable[[TrackingSession, Path], Path]:
+    """What writes a session into a new file of a folder, named after the video with an ending, and gives its path."""
+
+    def export(session: TrackingSession, folder: Path) -> Path:
+        if not session.masks.frames:
+            raise InputError("There are no masks yet: click on an object, and track it.")
+        target = folder / f"{session.video.name}_{ending}"
+        with whole_file(target) as path:
+            write(session, path)
+        return target
+
+    return export
 
 
-def export_masks(session: TrackingSession, folder: Path) -> Path:
-    """Writes a zip: all frames' masks as palette PNGs in DAVIS' colours, `<video>/<frame>.png`, and `tracks.csv`."""
-    target, scratch = folder / f"{session.video.name}_masks.zip", folder / "mask.png"
-    tracks = export_tracks(session, folder)
-    with _new_file(session, target) as path, zipfile.ZipFile(path, "w") as archive:
+def _write_masks(session: TrackingSession, path: Path) -> None:
+    """A zip: all frames' masks as palette PNGs in DAVIS' colours, `<video>/<frame>.png`, and `tracks.csv`."""
+    with TemporaryDirectory(dir=path.parent) as scratch, zipfile.ZipFile(path, "w") as archive:
+        mask, tracks = Path(scratch, "mask.png"), Path(scratch, "tracks.csv")
         for frame, name in enumerate(session.video.frames.names):
-            write_palette_png(scratch, session.id_map(frame))
-            archive.write(scratch, f"{session.video.name}/{name}.png")
-        archive.write(tracks, "tracks.csv")
-    scratch.unlink()
-    tracks.unlink()
-    return target
+            write_palette_png(mask, session.id_map(frame))
+            archive.write(mask, f"{session.video.name}/{name}.png")
+        write_tracks(tracks, session.all_rows())
+        archive.write(tracks, tracks.name)
 
 
-def export_format(kind: str, session: TrackingSession, folder: Path) -> Path:
-    """Writes a zip: the video's frames and the masks of those that were tracked, in a format of `layouts.WRITTEN`."""
-    target = folder / f"{session.video.name}_{kind}.zip"
-    with _new_file(session, target) as path, TemporaryDirectory(dir=folder) as scratch:
+def _write_format(kind: str, session: TrackingSession, path: Path) -> None:
+    """A zip: the video's frames and the masks of those that were tracked, in a format of `layouts.WRITTEN`."""
+    with TemporaryDirectory(dir=path.parent) as scratch:
         place = Path(scratch) / kind
         place.mkdir()
         masks = {frame: place.with_name(f"{frame}.png") for frame in sorted(session.masks.frames)}
@@ -62,51 +65,42 @@ def export_format(kind: str, session: TrackingSession, folder: Path) -> Path:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in sorted(place.rglob("*.*")):
                 archive.write(file, file.relative_to(place))
-    return target
 
 
-def export_tracks(session: TrackingSession, folder: Path) -> Path:
-    """Writes how sure the model is of each object, and where it is, see [`~samoe_hf.tracks.write_tracks`]."""
-    target = folder / f"{session.video.name}_tracks.csv"
-    with _new_file(session, target) as path:
-        write_tracks(path, session.all_rows())
-    return target
+def _write_overlay(session: TrackingSession, path: Path) -> None:
+    """The video with its objects drawn over it, as an mp4 of H.264."""
+    frames = ((session.frame(frame), session.id_map(frame)) for frame in range(session.num_frames))
+    drawn = (np.ascontiguousarray(overlay_masks(frame, id_map)) for frame, id_map in frames)
+    write_video(path, drawn, fps=session.video.fps)
 
 
-def export_overlay(session: TrackingSession, folder: Path) -> Path:
-    """Writes the video with its objects drawn over it, as an mp4 of H.264."""
-    target = folder / f"{session.video.name}_overlay.mp4"
-    with _new_file(session, target) as path:
-        frames = ((session.frame(frame), session.id_map(frame)) for frame in range(session.num_frames))
-        drawn = (np.ascontiguousarray(overlay_masks(frame, id_map)) for frame, id_map in frames)
-        write_video(path, drawn, fps=session.video.fps)
-    return target
-
-
-def export_coco(session: TrackingSession, folder: Path) -> Path:
-    """Writes the masks as COCO's compressed run-length encodings, in COCO's JSON of images and annotations.
+def _write_coco(session: TrackingSession, path: Path) -> None:
+    """The masks as COCO's compressed run-length encodings, in COCO's JSON of images and annotations.
 
     An image is a frame, with its index as `id` and `frame_index`; an annotation is an object on a frame that shows it,
     with the object's id as `track_id`, and its score and expected IoU where they are known.
     """
-    target = folder / f"{session.video.name}_coco.json"
     height, width = session.video.frames.size
     images, annotations = [], []
-    with _new_file(session, target) as path:
-        for frame, name in enumerate(session.video.frames.names):
-            images.append(
-                {"id": frame, "file_name": f"{name}.png", "frame_index": frame, "height": height, "width": width}
-            )
-            id_map = session.id_map(frame)
-            scores = {row.object: {"score": row.score, "iou": row.iou} for row in session.rows(frame)}
-            for object_id in np.unique(id_map[id_map > 0]).tolist():
-                own = annotation_of(len(annotations) + 1, frame, 1, object_id, id_map == object_id)
-                annotations.append(own | scores.get(object_id, {}))
-        document = {
-            "info": {"description": f"Masks of {session.video.name}, tracked with {session.loaded.name}"},
-            "images": images,
-            "categories": [{"id": 1, "name": "object"}],
-            "annotations": annotations,
-        }
-        path.write_text(json.dumps(document))
-    return target
+    for frame, name in enumerate(session.video.frames.names):
+        about = {"id": frame, "file_name": f"{name}.png", "frame_index": frame}
+        images.append(about | {"height": height, "width": width})
+        id_map = session.id_map(frame)
+        scores = {row.object: {"score": row.score, "iou": row.iou} for row in session.rows(frame)}
+        for object_id in np.unique(id_map[id_map > 0]).tolist():
+            own = annotation_of(len(annotations) + 1, frame, 1, object_id, id_map == object_id)
+            annotations.append(own | scores.get(object_id, {}))
+    document = {
+        "info": {"description": f"Masks of {session.video.name}, tracked with {session.loaded.name}"},
+        "images": images,
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": annotations,
+    }
+    path.write_text(json.dumps(document))
+
+
+export_masks = _export("masks.zip", _write_masks)
+export_overlay = _export("overlay.mp4", _write_overlay)
+export_coco = _export("coco.json", _write_coco)
+export_tracks = _export("tracks.csv", lambda session, path: write_tracks(path, session.all_rows()))
+export_format = {kind: _export(f"{kind}.zip", partial(_write_format, kind)) for kind in WRITTEN}

@@ -44,7 +44,7 @@ EXPORTS: dict[str, Callable[[TrackingSession, Path], Path]] = {
     "Masks, COCO JSON": export_coco,
     "Scores and boxes, CSV": export_tracks,
     **{
-        f"Frames and masks for {tool}, zip": partial(export_format, kind)
+        f"Frames and masks for {tool}, zip": export_format[kind]
         for kind, tool in {
             "cvat": "CVAT",
             "coco": "COCO's tools",

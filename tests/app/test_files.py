@@ -77,7 +77,7 @@ def test_coco_holds_the_same_masks(tracked, tmp_path):
 
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_label_tools_get_the_same_masks_and_the_frames(tracked, tmp_path, kind):
-    with zipfile.ZipFile(export_format(kind, tracked, tmp_path)) as archive:
+    with zipfile.ZipFile(export_format[kind](tracked, tmp_path)) as archive:
         archive.extractall(tmp_path / "out")
     (video,) = load_videos(tmp_path / "out")
     assert (video.video_id, len(video), video.annotated_frames) == ("small", 8, list(range(8)))
