@@ -83,7 +83,8 @@ def read_once(monkeypatch):
 
     read = SamoeModel.from_pretrained
 
-    def from_pretrained(source=None, *args, **options):
+    def from_pretrained(pretrained_model_name_or_path=None, *args, **options):
+        source = pretrained_model_name_or_path
         files = sorted(Path(source or "nowhere").glob("*"))
         given = {name for name, value in options.items() if value is not None and value is not False}
         config = next((file.read_bytes() for file in files if file.name == "config.json"), b"")
