@@ -132,6 +132,7 @@ def test_memory_of_tracking_is_that_of_its_tensors():
     assert all(rows[f"{part}, at most"] > 0 for part in ("image encoder", "memory attention", "mask decoder"))
 
 
+@pytest.mark.slow
 def test_a_frame_takes_few_kernels():
     config = SamoeConfig.from_pretrained(small_base())
     contenders = ("ten experts", "one-expert domain", "no experts", "transformers")
