@@ -52,7 +52,7 @@ class OneWriter:
 
     def __enter__(self) -> "OneWriter":
         if self._depth == 0 and _is_first_process():
-            with input_errors():  # a folder that cannot be written
+            with input_errors(f"{self.option} {self.target} cannot be written"):
                 self._acquire()
             self.cleared = clear_unfinished(self.target)
             if self.cleared:

@@ -98,7 +98,10 @@ def run(parsed: argparse.Namespace) -> None:
             raise InputError(
                 f"`--output` {parsed.output} is in the dataset, {dataset.root}; give a folder outside of it."
             )
-        return write_format(parsed.to, dataset.videos(parsed.video), parsed.output, parsed.polygons)
+        from samoe_hf.one_writer import OneWriter
+
+        with OneWriter(parsed.output, inside=False):
+            return write_format(parsed.to, dataset.videos(parsed.video), parsed.output, parsed.polygons)
     from samoe_hf.data.check import report_table
     from samoe_hf.model.weights_io import whole_file
 

@@ -157,5 +157,5 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
             print(f"{model['label']}: {model['speed']['fps']:.1f} frames per second")
     for label, folder in for_tool.items():
         if folder is not None:
-            options.write_format(parsed.layout, evaluation.predicted(label), folder)
+            options.write_for_tool(parsed.layout, evaluation.predicted(label), folder, parsed.overwrite)
     print(f"Written: {parsed.output / 'results.json'}, {report}, masks in {parsed.output / 'runs'}")

@@ -84,7 +84,7 @@ def run(parsed: argparse.Namespace) -> None:
         with input_errors():
             dataset.push_to_hub(parsed.push_to_hub)
     if for_tool is not None:
-        options.write_format(parsed.layout, labelled_videos(labels, videos), for_tool)
+        options.write_for_tool(parsed.layout, labelled_videos(labels, videos), for_tool, parsed.overwrite)
     chosen = {
         key: (one["domain"] or "base", one["confidence"]) for key, one in summary["videos"].items() if "domain" in one
     }

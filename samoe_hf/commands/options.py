@@ -158,13 +158,20 @@ def mask_format(layout: str | None, kind: str) -> MaskFormat:
 
 
 def format_folder(layout: str | None, parent: Path) -> Path | None:
-    """The new folder for what `--layout` names, if that is a format of a label tool."""
+    """The folder for what `--layout` names, if that is a format of a label tool: new, or of that format already."""
     if layout not in FORMATS:
         return None
     folder = parent / layout
-    if folder.exists():
-        raise InputError(f"`--layout {layout}`: {folder} exists; move it, or give another `--output`.")
+    if not is_of_format(folder, layout):
+        raise InputError(f"`--layout {layout}`: {folder} holds something else; move it, or give another `--output`.")
     return folder
+
+
+def is_of_format(folder: Path, layout: str) -> bool:
+    """Whether a folder is new, empty, or of a format that `--layout` names."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and (not any(folder.iterdir()) or layout_of(layout).detect(folder) is not None)
 
 
 def write_format(
@@ -175,11 +182,22 @@ def write_format(
     from samoe_hf.model.weights_io import new_folder
 
     with input_errors(), new_folder(folder, overwrite) as place:
-        kept = write_videos(kind, videos, place, polygons)
+        try:
+            kept = write_videos(kind, videos, place, polygons)
+        except InputError as error:
+            raise InputError(str(error).replace(str(place), str(folder))) from error
     print(f"Written and read back in {folder}: {kept.videos} videos, {kept.frames} frames, {kept.objects} objects.")
     print(f"Of {kept.pixels} pixels of masks, {kept.lost} differ.")
     for difference in kept.differences:
         print(f"Not kept: {difference}")
+
+
+def write_for_tool(layout: str, videos: Sequence[Video], folder: Path, overwrite: bool) -> None:
+    """Writes into the folder that [`format_folder`] gave; what is there stays, unless `overwrite`."""
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        print(f"{folder} is there already, and stays as it is; remove it, or give `--overwrite`, to have it anew.")
+    else:
+        write_format(layout, videos, folder, overwrite=True)
 
 
 def usable_device(name: str) -> torch.device:

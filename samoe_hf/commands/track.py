@@ -131,10 +131,13 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
     return list(prompts.values())
 
 
-def check_outputs(output: Path, masks: Path, tracks: Path, video: Path, frames: FrameSequence, overwrite: bool) -> None:
+def check_outputs(
+    output: Path, masks: Path, tracks: Path, video: Path, frames: FrameSequence, overwrite: bool, layout: str | None
+) -> None:
     """Raises an `InputError` for what would be found only after the video was tracked.
 
-    With `overwrite` only files, and a folder that holds nothing but PNG files, may be there, and not the video itself.
+    With `overwrite` only files, and a folder that holds nothing but PNG files or is of `layout`, may be there, and not
+    the video itself.
     """
     if output.suffix.lower() not in VIDEO_SUFFIXES:
         *others, last = VIDEO_SUFFIXES
@@ -147,8 +150,12 @@ def check_outputs(output: Path, masks: Path, tracks: Path, video: Path, frames: 
     for name, path in {"output": output, "masks": masks}.items():
         if path.exists() and path.samefile(video):
             raise InputError(f"`--{name}` must not be the video itself, got {path}.")
-    if masks.exists() and not (masks.is_dir() and all(overwrite and file.suffix == ".png" for file in masks.iterdir())):
-        raise InputError(f"{masks} must be a new folder, or with `--overwrite` one of masks alone.")
+    if layout is None:
+        is_replaced, what = masks.is_dir() and all(file.suffix == ".png" for file in masks.iterdir()), "masks alone"
+    else:
+        is_replaced, what = options.is_of_format(masks, layout), f"the format {layout}"
+    if masks.exists() and not (is_replaced and (overwrite or not any(masks.iterdir()))):
+        raise InputError(f"{masks} must be a new folder, or with `--overwrite` one of {what}.")
     name, count = Counter(frames.names).most_common(1)[0]
     if count > 1:
         raise InputError(f"Masks are named after frames, but two frames are called {name}.")
@@ -166,7 +173,7 @@ def run(parsed: argparse.Namespace) -> None:
     with OneWriter(parsed.output, inside=False) as writer, OneWriter(target, "`--masks`", inside=False):
         # The overlay is written last: masks without it are those of a process that was killed just before.
         overwrite = parsed.overwrite or (bool(writer.cleared) and not parsed.output.exists())
-        check_outputs(parsed.output, target, tracks, parsed.video, frames, overwrite)
+        check_outputs(parsed.output, target, tracks, parsed.video, frames, overwrite, parsed.layout)
         track(parsed, prompts, frames, target, tracks, overwrite)
 
 

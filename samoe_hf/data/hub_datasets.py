@@ -108,8 +108,8 @@ def videos_from_dataset(
 def _open_dataset(
     dataset: AnyDataset, features: Mapping[str, Any], named: Mapping[str, str], binary: bool | None
 ) -> Sequence[Video] | Iterable[Video]:
-    if not named and set(FEATURES) <= set(features):
-        return _rows_as_videos(dataset, list(FEATURES), ["frames"], _open_own)
+    if not named and set(FEATURES) - {"classes"} <= set(features):  # older datasets have no classes
+        return _rows_as_videos(dataset, [name for name in FEATURES if name in features], ["frames"], _open_own)
     columns = _find_columns(features, named, binary)
     if columns is not None and _image_kind(features[columns.frames]) == "image":
         return _group_frames(dataset, columns)

@@ -35,6 +35,7 @@ FEATURES = datasets.Features(
         "annotated_frames": datasets.List(datasets.Value("int32")),
         "masks": datasets.List(datasets.List(datasets.Value("string"))),  # RLE counts, annotated frames x objects
         "spacing": datasets.List(datasets.Value("float64")),  # empty where unknown
+        "classes": datasets.List(datasets.Value("string")),  # of the objects; None where unknown
     }
 )
 
@@ -217,6 +218,7 @@ def video_to_row(video: Video) -> dict[str, Any]:
         "annotated_frames": video.annotated_frames,
         "masks": [[encode_rle(mask)["counts"] for mask in video.masks(frame)] for frame in video.annotated_frames],
         "spacing": list(video.spacing or ()),
+        "classes": [video.classes.get(i) for i in video.object_ids],
     }
 
 
@@ -240,7 +242,9 @@ def video_from_row(row: dict[str, Any]) -> Video:
             for frame, frame_counts in zip(row["annotated_frames"], row["masks"], strict=True)
         }
         spacing = tuple(row["spacing"]) or None
-        return Video(video_id, frames, RleMasks(rles, ids, frames.size, video_id), domain, spacing)
+        names = row.get("classes") or [None] * len(ids)
+        classes = {i: str(name) for i, name in zip(ids, names, strict=True) if name is not None}
+        return Video(video_id, frames, RleMasks(rles, ids, frames.size, video_id), domain, spacing, classes)
 
 
 def to_datasets(videos: Sequence[Video], cache_dir: str | None = None) -> datasets.Dataset:

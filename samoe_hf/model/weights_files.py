@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -96,7 +96,14 @@ def fetch_file(source: str | os.PathLike, name: str, hub: Mapping[str, Any], is_
         return cached_file(source, name, **hub)
     except OSError as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError):
-            raise OSError(f"{source}: {name} is not in the cache, and the Hub is not reached.") from error
+            raise OSError(
+                f"{source}: {name} is not in the cache, and the Hub is not reached; nor is there a folder of this name."
+            ) from error
+        if isinstance(error.__cause__, HFValidationError):
+            raise OSError(
+                f"The model {str(source)!r} is neither a folder or file here, nor an id of the Hub, as NAME or "
+                "OWNER/NAME."
+            ) from error
         if is_needed or error.__cause__ is not None:
             raise
         return None

@@ -85,7 +85,10 @@ def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[P
         raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     old = temporary.with_name(f"{temporary.name}.old")
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
     try:
         yield temporary
         sync(temporary, below=True)

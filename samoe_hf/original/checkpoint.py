@@ -137,9 +137,9 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 def _open(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
     """The content of a checkpoint, the dict of tensors in it, and their names without wrappers -> in that dict."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of SAM 2 or SAM2-MoE.")
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint of SAM 2, SAM2-MoE or SAM 3.")
     if Path(path).stat().st_size == 0:
-        raise InputError(f"{path} is empty; expected a checkpoint of SAM 2 or SAM2-MoE.")
+        raise InputError(f"{path} is empty; expected a checkpoint of SAM 2, SAM2-MoE or SAM 3.")
     _check_is_video_model(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -16,6 +16,7 @@ import torch
 from samoe_hf import SamoeConfig, SamoeModel, small_base
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.errors import InputError, input_errors
 from samoe_hf.export.run import Tracker
 from samoe_hf.export.write import export_model
 from samoe_hf.inference import VideoPrompt, track_video
@@ -37,12 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = parsed.threads
     torch.manual_seed(0)
-    if parsed.model.startswith("model_"):
-        model = SamoeModel(SamoeConfig(**read_yaml(parsed.model)))
-        # Or random weights see nothing.
-        model.mask_decoder.pred_obj_score_head.get_parameter("proj_out.bias").data.fill_(1e3)
-    else:
-        model = SamoeModel.from_pretrained(small_base() if parsed.model == "small_base" else parsed.model)
+    try:
+        with input_errors():
+            if parsed.model.startswith("model_"):
+                model = SamoeModel(SamoeConfig(**read_yaml(parsed.model)))
+                # Or random weights see nothing.
+                model.mask_decoder.pred_obj_score_head.get_parameter("proj_out.bias").data.fill_(1e3)
+            else:
+                model = SamoeModel.from_pretrained(small_base() if parsed.model == "small_base" else parsed.model)
+    except InputError as error:
+        parser.error(str(error))
     model, processor = model.eval(), build_processor(model.config)
     video = SyntheticVideos(1, parsed.frames, tuple(parsed.size), seed=3)[0]
     frames, masks = (

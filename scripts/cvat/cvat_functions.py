@@ -169,9 +169,6 @@ class Tracker:
         for state, one in zip(states, tracks, strict=True):
             one.frame = one.states[state]
             one.states = {old: t for old, t in one.states.items() if one.frame - MAX_BACK < t <= one.frame}
-            # What was tracked after the state is dropped: it may have been on other images.
-            self.model.end_object(one.session, one.frame + 1, 1)
-            self.model.end_object(one.session, None, 1)
         self._step(tracks, image)
         return tracks
 

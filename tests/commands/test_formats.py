@@ -1,6 +1,7 @@
 """`samoe data convert`, and `--layout` of commands that track: what label tools read, with the ids of objects."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -31,10 +32,18 @@ def test_a_dataset_is_converted_and_what_differs_is_printed(samoe, data, tmp_pat
     said = samoe("data", "convert", data, "--to", "cvat", "--polygons", "--output", tmp_path / "cvat")
     assert "2 videos, 9 frames, 4 objects" in said and ", 0 differ" in said and "Not kept" not in said
     assert not compare(load_videos(data), load_videos(tmp_path / "cvat")).differences
+    said = samoe("data", "convert", data, "--to", "labelme", "--output", tmp_path / "labelme")
+    assert ".labelme." not in said, "a temporary folder"
+    shutil.rmtree(tmp_path / "labelme")
     said = samoe("data", "convert", data, "--to", "davis", "--output", tmp_path / "davis")
     assert "set/b is called set_b" in said and ", 0 differ" not in said, "overlaps are lost"
     taken = tmp_path / "davis"
     assert "not an empty folder" in samoe("data", "convert", data, "--to", "yolo", "--output", taken, fails=True)
+    (tmp_path / "file").touch()
+    unwritable = tmp_path / "file" / "new"
+    message = samoe("data", "convert", data, "--to", "yolo", "--output", unwritable, fails=True)
+    assert f"`--output` {unwritable} cannot be written: [Errno" in message
+    (tmp_path / "file").unlink()
     within = data / "new"
     assert "is in the dataset" in samoe("data", "convert", data, "--to", "yolo", "--output", within, fails=True)
     message = samoe("data", "convert", data, "--to", "yolo", "--polygons", "--output", tmp_path / "new", fails=True)
@@ -61,6 +70,48 @@ def test_a_tracked_video_is_written_for_a_label_tool(samoe, model_folder, tmp_pa
     samoe("track", model_folder, tmp_path / "dog.mp4", *output, "--layout", "cvat", "--device", "cpu")
     (video,) = load_videos(tmp_path / "out_masks")
     assert (video.video_id, video.annotated_frames, video.object_ids) == ("dog", [0, 1, 2], [1, 7])
+    again = [
+        "track",
+        model_folder,
+        tmp_path / "dog.mp4",
+        "--point",
+        "7=100,80",
+        *output[4:],
+        "--device",
+        "cpu",
+        "--overwrite",
+    ]
+    samoe(*again, "--layout", "cvat")
+    assert load_videos(tmp_path / "out_masks")[0].object_ids == [7]
+    for layout in (["--layout", "coco"], []):  # what is there is of another form
+        form = "format coco" if layout else "masks alone"
+        assert f"or with `--overwrite` one of {'the ' if layout else ''}{form}" in samoe(*again, *layout, fails=True)
+    assert load_videos(tmp_path / "out_masks")[0].object_ids == [7]
+
+
+def test_labels_for_a_tool_stay_when_a_run_is_called_again(samoe, model_folder, tmp_path):
+    write_videos("labelme", SyntheticVideos(1, 2, (64, 64)), tmp_path)
+    arguments = [
+        "label",
+        model_folder,
+        "--dataset",
+        tmp_path,
+        "--output",
+        tmp_path.with_name("labels"),
+        "--layout",
+        "cvat",
+    ]
+    folder = tmp_path.with_name("labels") / "cvat"
+    assert "Written and read back" in samoe(*arguments, "--device", "cpu")
+    (file,) = folder.rglob("*.xml")
+    file.write_text(file.read_text().replace("object", "mine"))
+    said = samoe(*arguments, "--device", "cpu")
+    assert f"{folder} is there already, and stays as it is" in said and "mine" in file.read_text()
+    assert "Written and read back" in samoe(*arguments, "--device", "cpu", "--overwrite")
+    assert "mine" not in file.read_text()
+    shutil.rmtree(folder)
+    write_videos("coco", SyntheticVideos(1, 2, (64, 64)), folder)
+    assert f"{folder} holds something else" in samoe(*arguments, "--device", "cpu", "--overwrite", fails=True)
 
 
 @pytest.mark.slow
@@ -82,4 +133,4 @@ def test_a_tracked_dataset_is_written_for_a_label_tool(samoe, model_folder, data
     assert {name: video.object_ids for name, video in videos.items()} == {"turned": [1, 7, 300], "set/b": [2]}
     assert all(len(video.annotated_frames) == len(video) for video in videos.values())
     assert videos["turned"].classes == {1: "cat", 7: "dog", 300: "cat"} and np.any(videos["set/b"].masks(0))
-    assert f"{folder} exists" in samoe(*arguments, fails=True)
+    assert f"{folder} is there already" in samoe(*arguments)

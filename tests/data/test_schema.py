@@ -26,7 +26,7 @@ from samoe_hf.data.schema import video_to_row
 
 
 def assert_same(a, b):
-    for name in ("video_id", "domain", "object_ids", "annotated_frames", "spacing", "size"):
+    for name in ("video_id", "domain", "object_ids", "annotated_frames", "spacing", "size", "classes"):
         assert getattr(a, name) == getattr(b, name)
     assert a.frames.names == b.frames.names
     assert all(np.array_equal(x, y) for x, y in zip(a.frames, b.frames, strict=True))
@@ -38,7 +38,8 @@ def odd_video():
     """Overlapping objects, an id beyond 255, unannotated frames, spacing: all that a palette image cannot hold."""
     rng = np.random.default_rng(0)
     frames, masks = rng.integers(0, 256, (5, 8, 10, 3), dtype=np.uint8), rng.random((2, 2, 8, 10)) > 0.5
-    return Video("odd", ArrayFrames(frames), MaskArrays(masks, [3, 70000], [0, 4]), "ct", (0.5, 0.5, 5.0))
+    annotations = MaskArrays(masks, [3, 70000], [0, 4])
+    return Video("odd", ArrayFrames(frames), annotations, "ct", (0.5, 0.5, 5.0), {70000: "cat"})
 
 
 def test_a_dataset_is_lossless_and_lazy_through_disk_and_stream(tmp_path, odd_video):
@@ -57,6 +58,8 @@ def test_a_dataset_is_lossless_and_lazy_through_disk_and_stream(tmp_path, odd_vi
             assert isinstance(one.frames.sources[0], bytes), "frames stay encoded until they are asked for"
             assert_same(one, original)
     assert_same(video_from_row(dataset[0]), odd_video)  # images that `datasets` has decoded
+    (older,) = videos_from_dataset(dataset.select([0]).remove_columns("classes"))
+    assert older.classes == {} and older.object_ids == odd_video.object_ids
 
 
 def test_files_keep_their_bytes(tmp_path, gradient):

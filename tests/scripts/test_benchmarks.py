@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import experts
+import exported
 import memory
 import tracking
 import training
@@ -23,6 +24,13 @@ from tracking import check_equal
 from training import example_clip
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("model", ["model_none", "./none", "a/b/c"])
+def test_an_unknown_model_is_a_line(model, capfd):
+    with pytest.raises(SystemExit) as caught:
+        exported.main([model])
+    assert caught.value.code == 2 and f"error: {'The model ' * ('/' in model)}" in capfd.readouterr().err
 
 
 def test_the_dense_form_computes_the_same():

@@ -238,6 +238,21 @@ def test_a_state_that_was_gone_on_from_can_be_gone_on_from_again(tracker, video)
     assert status == 400 and "not known here" in answer["message"]
 
 
+def test_what_was_tracked_after_a_state_is_forgotten_where_it_is_gone_on_from(tracker, video):
+    def follow(states, frames):
+        found = []
+        for frame in frames:
+            shapes, states = track(tracker, image=image_of(frame), states=states)
+            found.append(shapes)
+        return found
+
+    frames = [video.frames[t] for t in range(1, 6)]
+    first = {"image": image_of(video.frames[0]), "shapes": [shape_of(video.masks(0)[0], "mask")]}
+    start = track(tracker, **first)[1]
+    follow(start, [255 - frame for frame in reversed(frames)])
+    assert follow(start, frames) == follow(track(tracker, **first)[1], frames)
+
+
 def test_states_are_bounded_and_one_that_is_gone_is_said_so(tracker, context, video, monkeypatch):
     monkeypatch.setattr(cvat_functions, "MAX_TRACKS", 2)
     image, shape = image_of(video.frames[0]), shape_of(video.masks(0)[0], "rectangle")

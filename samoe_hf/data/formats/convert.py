@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from samoe_hf.data.frames import unsaid
 from samoe_hf.data.layouts import LAYOUTS, WRITTEN
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
@@ -58,7 +59,8 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
     options = layout.detect(folder)
     if options is None:
         raise InputError(f"{kind} cannot be written without any object, and none of the {len(videos)} videos has one")
-    kept = compare(videos, layout.read(root=folder, **options[0]))
+    with unsaid():
+        kept = compare(videos, layout.read(root=folder, **options[0]))
     return kept._replace(differences=renamed + kept.differences)
 
 

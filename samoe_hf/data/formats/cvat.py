@@ -40,7 +40,7 @@ def read_cvat(root: str | Path, split: str | None = None) -> VideoList:
         split: only what is below this folder.
     """
     root = Path(root) / (split or "")
-    entries: dict[str, LabelledVideo] = {}
+    entries: dict[str, tuple[Path, ElementTree.Element]] = {}
     images: list[LabelledFrame] = []
     for path in labels.files_with(root, ".xml", CVAT):
         with named_errors(path, "not an XML of CVAT", (*DAMAGE, ElementTree.ParseError)):
@@ -53,14 +53,21 @@ def read_cvat(root: str | Path, split: str | None = None) -> VideoList:
                 continue
             name = folder or Path(document.findtext("meta/task/name") or root.resolve().name).stem
             name = name if name not in entries else f"{name}/{path.stem}"
-            entries[name] = _tracks(path, document)
+            entries[name] = path, document
     if images and entries:
         raise SampleError(f"{root}: holds CVAT's files for video and for images; give the folder of one of them")
     if images:
         return labels.read_frames(images, str(root))
     if not entries:
         raise SampleError(f"{root}: no XML of CVAT")
-    return VideoList(entries, labels.open_labelled)
+    return VideoList(entries, _open)
+
+
+def _open(video_id: str, entry: tuple[Path, ElementTree.Element]) -> Video:
+    """Reads the tracks of an XML, and its frames, which say how many there are."""
+    with named_errors(entry[0], "not an XML of CVAT"):
+        video = _tracks(*entry)
+    return labels.open_labelled(video_id, video)
 
 
 def _frames(path: Path, source: str) -> Path | list[Path]:

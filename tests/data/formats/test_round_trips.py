@@ -1,6 +1,7 @@
 """What is written for a label tool is read back: ids, frames, sizes, frames without annotation, and every pixel."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from helpers.formats import SIZE, odd_videos, save
-from samoe_hf.data import Video, load_videos
+from samoe_hf.data import SyntheticVideos, Video, load_videos, write_video
 from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.formats.convert import compare, write_videos
 from samoe_hf.data.formats.shapes import draw, joined, polygons_of
@@ -175,3 +176,14 @@ def test_what_differs_is_named(tmp_path):
     small = MaskArrays(np.ones((6, 1, 8, 8), bool), [1])
     other = Video("turned", ArrayFrames(np.zeros((6, 8, 8, 3), np.uint8)), small)
     assert any("size were (30, 44), are (8, 8)" in text for text in compare(one[:1], [other]).differences)
+
+
+def test_cvats_video_files_are_opened_when_their_video_is(tmp_path, monkeypatch):
+    (video,) = SyntheticVideos(1, 3, (32, 48))
+    write_videos("cvat", [video], tmp_path)
+    shutil.rmtree(tmp_path / video.video_id / "images")
+    write_video(tmp_path / video.video_id / "video.mp4", video.frames, fps=10)
+    with monkeypatch.context() as patch:
+        patch.setattr("samoe_hf.data.formats.cvat.read_video", None)
+        videos = load_videos(tmp_path)
+    assert len(videos[0]) == 3 and videos[0].object_ids == video.object_ids
