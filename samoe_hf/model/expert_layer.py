@@ -93,43 +93,34 @@ class ExpertMixture(nn.Module):
 
     def mix(self, hidden_states: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
         """The linear layer's output with the experts': (..., in_features) -> (..., out_features)."""
-        tokens = hidden_states.flatten(0, -2)
-        drops = self.training and self.dropout.p > 0
-        compute = self._mix_with_dropout if drops else self._mix
-        return compute(tokens, hidden_states.shape[:-1], linear).unflatten(0, hidden_states.shape[:-1])
-
-    def _mix_with_dropout(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
-        """The router and A see other inputs, so that their products cannot be joined."""
-        low_rank = self.dropout(F.linear(tokens, self.lora_A.flatten(0, 1)))
-        logits = self.router(self.dropout(tokens))
-        gates = self.gates(self._show_router_logits(logits, shape)).to(low_rank.dtype)
-        gated = (low_rank.unflatten(1, (self.num_experts, self.lora_rank)) * gates.unsqueeze(2)).flatten(1)
-        # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
+        tokens, shape = hidden_states.flatten(0, -2), hidden_states.shape[:-1]
         output = linear(tokens)
-        up = self.lora_B.mT.flatten(0, 1) * self.scaling
-        return output.addmm_(gated.to(output.dtype), up.to(output.dtype))
-
-    def _mix(self, tokens: Tensor, shape: torch.Size, linear: Callable[[Tensor], Tensor]) -> Tensor:
-        output = linear(tokens)
-        dtype, router, count = output.dtype, self.router, self.num_experts
-        tokens, bias = tokens.to(dtype), router.bias.to(dtype).unsqueeze(1)
-        # The router and all A in one product.
-        down = torch.cat([router.weight, self.lora_A.flatten(0, 1)]).to(dtype)
+        dtype, A = output.dtype, self.lora_A.flatten(0, 1)
+        tokens, bias = tokens.to(dtype), self.router.bias.to(dtype).unsqueeze(1)
         up = self.lora_B.mT.flatten(0, 1).to(dtype)
-        mixing = {"per_token": self.num_experts_per_tok, "scaling": self.scaling}
-        is_watched = self.router_logits._forward_hooks or self.router_logits._forward_pre_hooks
-        if not is_watched and add_by_kernel(output[None], tokens, down, bias, up[None], **mixing):
-            return output
         # Tokens lie along the last dimension, since they are many, and operations along a short last one are slow.
-        products = down @ tokens.mT
-        logits = self._show_router_logits((products[:count] + bias).mT, shape).mT
+        if self.training and self.dropout.p > 0:
+            # The router and A see other inputs.
+            logits = self.router.weight.to(dtype) @ self.dropout(tokens).mT
+            low_rank = self.dropout(A.to(dtype) @ tokens.mT)
+        else:
+            down = torch.cat([self.router.weight, A]).to(dtype)
+            mixing = {"per_token": self.num_experts_per_tok, "scaling": self.scaling}
+            is_watched = self.router_logits.is_watched()
+            if not is_watched and add_by_kernel(output[None], tokens, down, bias, up[None], **mixing):
+                return output.unflatten(0, shape)
+            logits, low_rank = (down @ tokens.mT).split_with_sizes([self.num_experts, len(A)])
+        logits = self._show_router_logits(logits + bias, shape)
         gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
-        gated = products[count:].unflatten(0, (count, self.lora_rank)) * gates.unsqueeze(1)
-        return output.addmm_(gated.flatten(0, 1).mT, up, alpha=self.scaling)
+        gated = low_rank.unflatten(0, (self.num_experts, self.lora_rank)) * gates.unsqueeze(1)
+        # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
+        return output.addmm_(gated.flatten(0, 1).mT, up, alpha=self.scaling).unflatten(0, shape)
 
     def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
-        """Passes the logits (tokens, experts) through `router_logits`, whose hooks see tokens in the inputs' shape."""
-        return self.router_logits(logits.unflatten(0, shape)).flatten(0, -2)
+        """Passes the logits (experts, tokens) through `router_logits` if it has hooks, which see (..., experts)."""
+        if not self.router_logits.is_watched():
+            return logits
+        return self.router_logits(logits.mT.unflatten(0, shape)).flatten(0, -2).mT
 
     def describe_experts(self) -> str:
         """Settings of the experts, for `extra_repr`."""

@@ -49,9 +49,18 @@ class Router(nn.Module):
 class RouterLogits(nn.Identity):
     """Passes a router's logits on. Its hooks see them, and may change them."""
 
+    def is_watched(self) -> bool:
+        """Whether it has hooks."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
+
 
 def top_k_gates(router_logits: Tensor, num_experts_per_tok: int, dim: int = -1) -> Tensor:
     """Softmax over each token's `num_experts_per_tok` largest logits, zero elsewhere; the experts lie along `dim`."""
+    if router_logits.requires_grad:
+        # An operation more than below, and two less backward.
+        top_experts = router_logits.detach().topk(num_experts_per_tok, dim=dim, sorted=False).indices
+        left_out = torch.full_like(router_logits, -torch.inf, requires_grad=False).scatter_(dim, top_experts, 0.0)
+        return (left_out + router_logits).softmax(dim=dim).to(router_logits.dtype)
     top_logits, top_experts = router_logits.topk(num_experts_per_tok, dim=dim, sorted=False)
     # A GPU's autocast gives a softmax in float32.
     weights = top_logits.softmax(dim=dim).to(router_logits.dtype)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 from transformers import Sam2VideoModel
 
+from count_kernels import count_kernels
 from measure import (
     Measurement,
     at_least,
@@ -30,6 +31,7 @@ from measure import (
     write_results,
 )
 from peers import sam2_of
+from samoe_hf.evaluation.report import format_table
 from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.base_modules import CachedPositionEncoding, ImageFeatures
 from samoe_hf.model.configuration_samoe import SamoeConfig
@@ -164,10 +166,11 @@ PEERS: dict[str, Callable[[SamoeModel], Callable[[Tensor, Tensor], Tensor]]] = {
 
 def benchmark_order(
     config: SamoeConfig, peers: Sequence[str], num_frames: int, num_objects: int, repeats: int, device: torch.device
-) -> list[Measurement]:
+) -> tuple[list[Measurement], list[list[str]]]:
     """Forward and backward over one clip beside Meta's order of work, in float32, without dropout and clicks.
 
-    Ours has experts, without effect yet, so that all have the same loss; theirs has none.
+    Ours has experts, without effect yet, so that all have the same loss; theirs has none. Also counts each one's
+    kernels, see [`~count_kernels.count_kernels`], in rows of a table.
 
     Args:
         peers: whose modules do it, see `PEERS`.
@@ -199,7 +202,7 @@ def benchmark_order(
 
         return step
 
-    measurements = []
+    measurements, kernels = [], []
     with tempfile.TemporaryDirectory() as folder:
         for case, trained in {"everything trained": lambda _: True, "encoder frozen": _not_of_encoder}.items():
             steps = {"samoe_hf": ours(trained)}
@@ -208,7 +211,8 @@ def benchmark_order(
                 steps["samoe_hf, experts alone"] = ours(is_expert_parameter)
                 steps["samoe_hf, experts, cached features"] = ours(is_expert_parameter, FeatureCache(folder))
             measurements += measure(case, steps, repeats, device)
-    return measurements
+            kernels += [[case, name, str(count_kernels(step, model).total())] for name, step in steps.items()]
+    return measurements, kernels
 
 
 def _not_of_encoder(name: str) -> bool:
@@ -229,9 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", default=["transformers"], choices=list(PEERS), help="whose modules do it")
     parsed = parser.parse_args(arguments)
     config, _ = prepare(parsed)
-    steps = benchmark_order(config, parsed.peers, parsed.frames, parsed.objects, parsed.repeats, parsed.device)
+    size = parsed.frames, parsed.objects
+    steps, kernels = benchmark_order(config, parsed.peers, *size, parsed.repeats, parsed.device)
     title = f"Forward and backward in float32, no dropout: {parsed.frames} frames, {parsed.objects} objects"
-    write_results(parsed.output, "order", title, steps, to_markdown(steps, "samoe_hf", "clip"), parsed.device)
+    tables = [
+        to_markdown(steps, "samoe_hf", "clip"),
+        format_table(["case", "contender", "kernels"], kernels, markdown=True),
+    ]
+    write_results(parsed.output, "order", title, steps, "\n\n".join(tables), parsed.device)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,17 @@ def test_forward_and_gradients_equal_the_sum_over_experts(k):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_dropout_is_on_what_the_router_reads_and_between_A_and_B(monkeypatch):
+    layer, x = random_layer(lora_dropout=0.1), torch.randn(2, 7, 8, dtype=torch.float64)
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, values: values * 0.5)
+    out = layer(x)
+    with torch.no_grad():
+        layer.router.weight *= 0.5
+        layer.lora_A *= 0.5
+    torch.testing.assert_close(out, sum_over_experts(layer, x))
+    torch.testing.assert_close(layer.eval()(x), out)
+
+
 def test_new_experts_have_no_effect_and_share_the_base():
     linear = nn.Linear(8, 6)
     layer = ExpertLinear.from_linear(linear, **SETTINGS)

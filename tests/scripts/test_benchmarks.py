@@ -117,11 +117,14 @@ def test_the_trial_of_metas_order_of_work_computes_the_same(nano):
 
 @pytest.mark.slow
 def test_training_is_timed_beside_metas_order():
-    measurements = benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
+    measurements, kernels = benchmark_order(SamoeConfig(**read_yaml("model_nano")), ["transformers"], 3, 2, 1, CPU)
     contenders = {(m.case, m.contender) for m in measurements}
     assert ("everything trained", "Meta's order, transformers") in contenders and len(measurements) == 6
     assert ("encoder frozen", "samoe_hf, experts, cached features") in contenders
     assert all(len(m.seconds) == 1 and m.median > 0 for m in measurements)
+    counts = {(case, contender): int(count) for case, contender, count in kernels}
+    assert counts.keys() == contenders
+    assert 0 < counts["encoder frozen", "samoe_hf, experts alone"] < counts["encoder frozen", "samoe_hf"]
 
 
 @pytest.mark.slow
