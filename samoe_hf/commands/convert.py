@@ -8,10 +8,11 @@ r"""Convert checkpoints of SAM 2, SAM2-MoE and SAM 3 to folders of this package,
 `--to` says what is written:
     samoe         a SamoeModel's folder; with `--domain`, of that domain alone
     original      SAM2-MoE's checkpoints, with experts
-    transformers  a folder of Sam2VideoModel or Sam3TrackerVideoModel, with the experts merged
+    transformers  a folder of Sam2VideoModel, Sam3TrackerVideoModel or EdgeTamVideoModel, with the experts merged
     sam2          Meta's checkpoint and YAML, with the experts merged
     sam3          a copy of SAM 3 (`--into`: Meta's sam3.pt, or a folder of transformers' form), whose tracker is the
                   model with its experts merged
+    edgetam       Meta's edgetam.pt, with the experts merged
 
 Experts can be merged where each layer has one, as with `samoe adapt … --num_experts 1 --num_experts_per_tok 1`.
 With `--push-to-hub` the model is uploaded as well, from a folder that an earlier call has written if it is there.
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from samoe_hf.model.modeling_samoe import SamoeModel
     from samoe_hf.model.processing_samoe import VideoProcessor
 
-TARGETS = ("samoe", "original", "transformers", "sam2", "sam3")
+TARGETS = ("samoe", "original", "transformers", "sam2", "sam3", "edgetam")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -84,7 +85,7 @@ def load(parsed: argparse.Namespace) -> tuple[SamoeModel, VideoProcessor]:
 
 def write(parsed: argparse.Namespace, model: SamoeModel, processor: VideoProcessor, folder: Path) -> None:
     """Writes what is asked for to a new folder."""
-    from samoe_hf.original.checkpoint import save_original, save_sam2, save_sam3
+    from samoe_hf.original.checkpoint import save_edgetam, save_original, save_sam2, save_sam3
     from samoe_hf.surgery.merge import merge_into_base, save_into_sam3
 
     encoder_changed, selection = False, "recent"
@@ -97,6 +98,8 @@ def write(parsed: argparse.Namespace, model: SamoeModel, processor: VideoProcess
         processor.save_pretrained(folder)
     elif parsed.to == "sam2":
         save_sam2(model.config, merge_into_base(model, parsed.domain).state_dict(), folder)
+    elif parsed.to == "edgetam":
+        save_edgetam(model.config, merge_into_base(model, parsed.domain).state_dict(), folder)
     elif parsed.into.is_file():
         tensors, selection = merge_into_base(model, parsed.domain).state_dict(), "score"
         encoder_changed = save_sam3(model.config, tensors, parsed.into, folder)

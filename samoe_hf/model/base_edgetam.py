@@ -70,7 +70,7 @@ class Perceiver(EdgeTamVideoPerceiverResampler):
 
     def forward(self, features: Tensor, position: Tensor) -> Tensor:
         """Makes tokens (objects, tokens, channels) of maps and encodings of places, (objects, channels, H, W) each."""
-        objects, side = len(features), math.isqrt(self.num_latents_2d)
+        objects, side = features.shape[0], math.isqrt(self.num_latents_2d)
         whole, position = features.flatten(2).mT, position.flatten(2).mT
         windows = features.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 3, 5, 1)
         windows = windows.flatten(3, 4).flatten(0, 2)

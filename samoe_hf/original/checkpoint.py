@@ -35,6 +35,7 @@ from .config import (
     settings_of,
     write_yaml,
 )
+from .edgetam import edgetam_config, edgetam_tensors, is_edgetam, state_dict_from_edgetam, state_dict_to_edgetam
 from .names import (
     EXPERT_TENSOR,
     find_our_name,
@@ -68,6 +69,7 @@ _OTHERS = {
     "expected SAM 2, SAM 2.1 or SAM 3",
     r"tracker\.": None,
     r"(detector\.)?backbone\.vision_backbone\.|detector\.": "SAM 3's detector alone, without its tracker",
+    r"image_encoder\.neck\.convs\.\d+\.conv_1x1\.": "EfficientTAM, whose encoder is none that is known here",
     r"image_encoder\.(blocks|patch_embed)\.": "an image model, SAM, which has no memory for videos",
 }
 
@@ -77,11 +79,11 @@ def load_original(
     experts: str | os.PathLike | None = None,
     original_config: str | os.PathLike | None = None,
 ) -> tuple[SamoeConfig, dict[str, Tensor]]:
-    """Reads a checkpoint of SAM 2 or SAM2-MoE, or the tracker out of SAM 3's.
+    """Reads a checkpoint of SAM 2, SAM2-MoE or EdgeTAM, or the tracker out of SAM 3's.
 
     Args:
         checkpoint: `{"model": tensors}` or bare tensors: one of Meta's eight, or such a one with experts; or Meta's
-            `sam3.pt`, of detector and tracker.
+            `edgetam.pt`, or `sam3.pt`, of detector and tracker.
         experts: a file with experts only: `{"model_state_dict": …}`, `{"moe_state_dict": …}` or bare tensors. They take
             the place of those of `checkpoint`.
         original_config: the model's YAML. Needed for sizes other than Meta's; without it, only the number, rank and
@@ -103,6 +105,13 @@ def load_original(
             raise InputError(f"{checkpoint} is SAM 3; `experts` and `original_config` go with SAM 2's checkpoints.")
         config, tensors = _sam3_tracker(tensors, source)
         return config, _widened(tensors, copy=True)
+    if is_edgetam(tensors):
+        if not experts is original_config is None:
+            raise InputError(f"{checkpoint} is EdgeTAM; `experts` and `original_config` go with SAM 2's checkpoints.")
+        config = edgetam_config("obj_ptr_tpos_proj.weight" in tensors, "no_obj_embed_spatial" in tensors)
+        own = state_dict_from_edgetam(tensors)
+        _check_fit(own, edgetam_tensors(config), source)
+        return config, _widened(own)
     if experts is not None:
         expert_tensors = _read_tensors(experts)
         if others := [name for name in expert_tensors if not is_expert_name(name)]:
@@ -366,6 +375,19 @@ def save_sam3(
     Path(directory).mkdir(parents=True, exist_ok=True)
     _save(content, Path(directory, Path(combined).name))
     return encoder_changed
+
+
+def save_edgetam(config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
+    """Writes Meta's `edgetam.pt` of a model's configuration and its tensors without experts; the YAML is Meta's own.
+
+    Raises:
+        InputError: if the base is not EdgeTAM, or of another size than the published one.
+    """
+    tensors = state_dict_to_edgetam(config, state_dict)
+    parts = config.enable_temporal_pos_encoding_for_object_pointers, config.enable_occlusion_spatial_embedding
+    _check_fit(state_dict, edgetam_tensors(edgetam_config(*parts)), "the model")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    _save({"model": {name: x.detach().cpu() for name, x in tensors.items()}}, Path(directory, "edgetam.pt"))
 
 
 def _original_tensors(

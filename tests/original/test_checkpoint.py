@@ -184,6 +184,7 @@ def test_what_wrappers_trainers_and_averages_leave_is_read(save, base, caplog):
     [
         (["tracker.model.sam_mask_decoder.x", "detector.x"], "SAM 3.1, whose multiplex tracker"),
         (["detector.backbone.vision_backbone.trunk.x"], "SAM 3's detector alone"),
+        (["image_encoder.neck.convs.0.conv_1x1.weight", "maskmem_tpos_enc"], "EfficientTAM, whose encoder"),
         (["image_encoder.blocks.0.norm1.weight", "mask_decoder.x"], "an image model, SAM,"),
         (["image_encoder.trunk.x", "sam_mask_decoder.x"], "an image model of SAM 2, without the memory"),
     ],
