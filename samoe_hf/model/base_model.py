@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import Sam2VideoModel
 from transformers import initialization as init
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryFuserCXBlock
@@ -21,6 +20,7 @@ from .domain_experts import add_configured_experts
 from .domain_gate import DomainGate, build_domain_gate
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, ExpertMixture
+from .graphs import Graphs
 from .kept import keep
 from .losses import SegmentationLoss
 from .memory_attention import MemoryAttention
@@ -29,9 +29,6 @@ from .memory_attention import MemoryAttention
 TOKEN_PARAMETERS = re.compile(
     r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|pos_embed\w*|position_embeddings"
 )
-# Modes of `torch.compile` that record CUDA graphs.
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-
 T = TypeVar("T")
 
 
@@ -116,7 +113,7 @@ class SamoePreTrainedModel(Sam2VideoModel):
         self.may_have_sleeping_experts = True
         self.clip_settings = ClipSettings()
         self.gradient_checkpointing = False
-        self._records_graphs = False
+        self._graphs: Graphs | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -146,15 +143,16 @@ class SamoePreTrainedModel(Sam2VideoModel):
             init.copy_(points.positional_embedding, image.positional_embedding)
 
     def compile_for_tracking(self, **kwargs: Any) -> None:
-        """Compiles the four parts of a frame's work, in place: the encoders, memory attention and the mask decoder.
+        """Compiles a frame's work as two graphs: the image encoder, and from memory attention to memory encoder.
 
         The first frames are slow. Nothing is compiled again as memory fills or the number of objects changes, except
-        between one object and several. Training runs the same parts, and gains as well.
+        between one object and several. Frames with prompts run uncompiled, so that no kind of them has to be compiled.
+        In training each module is compiled by itself.
 
         Args:
-            kwargs: of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, a graph is
-                recorded for each size that occurs, and what a part puts out is copied, since its graph's next run
-                overwrites it.
+            kwargs: of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, objects are
+                filled up to 1, 2, 4, 8 ..., and memories to as many as there can be: one graph is recorded for each
+                such number of objects. What it puts out is copied, since its next run overwrites it.
 
         Raises:
             InputError: if nothing can be compiled on the model's device, as without a compiler.
@@ -164,11 +162,16 @@ class SamoePreTrainedModel(Sam2VideoModel):
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"`torch.compile` cannot compile for {self.device} here: {reason}") from error
-        by_option = (kwargs.get("options") or {}).get("triton.cudagraphs", False)
-        self._records_graphs = kwargs.get("mode") in CUDA_GRAPH_MODES or by_option
+        self._graphs = Graphs(kwargs)
         self.vision_encoder.compile(**kwargs)
         for part in (self.mask_decoder, self.memory_encoder, self.memory_attention):
             part.compile(dynamic=True, **kwargs)
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """What compiles a tracked frame, after [`compile_for_tracking`]; training runs compiled modules instead."""
+        is_tracking = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return self._graphs if is_tracking else None
 
     def get_image_wide_positional_embeddings(self) -> Tensor:
         """Encodings of positions for the mask decoder, (1, hidden, S / 16, S / 16)."""
@@ -188,7 +191,7 @@ class SamoePreTrainedModel(Sam2VideoModel):
 
     def outlive_graphs(self, output: T) -> T:
         """What a compiled part puts out, copied where the next run of its CUDA graph would overwrite it."""
-        return tree_map_only(Tensor, torch.clone, output) if self._records_graphs else output
+        return output if self._graphs is None or torch.compiler.is_compiling() else self._graphs.outlive(output)
 
 
 def build_on_meta(config: SamoeConfig, with_experts: bool = True) -> Sam2VideoModel:

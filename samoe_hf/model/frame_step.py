@@ -5,6 +5,7 @@ Training over a clip and tracking in a session both run [`frame_step`], batched 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,11 @@ from .base_interface import NUM_LEVELS
 from .base_model import SamoePreTrainedModel
 from .base_modules import ImageFeatures
 from .batch_rows import batch_rows, use_rows
+from .graphs import Graphs, varying
 from .memory_bank import FrameMemory, MemoryBank
 from .memory_evidence import judge
 from .memory_selection import MemoryLimits, MemorySelection
-from .memory_tokens import memory_tokens
+from .memory_tokens import MemoryTokens, fill_up, full_length, memory_tokens
 from .prompt_recipe import Corrections
 from .prompts import Prompt
 
@@ -52,7 +54,9 @@ class FrameOutput:
 
 def encode_frames(model: SamoePreTrainedModel, pixel_values: Tensor, batch_size: int | None = None) -> ImageFeatures:
     """Encodes frames (rows, 3, S, S), once for all their objects, `batch_size` at a time or all at once."""
-    parts, size, rows = [], batch_size or len(pixel_values), batch_rows().rows
+    # What is compiled meets frames one by one, however many are wanted.
+    size = batch_size or (len(pixel_values) if model.graphs is None else 1)
+    parts, rows = [], batch_rows().rows
     for start in range(0, len(pixel_values), size):
         frames = pixel_values[start : start + size]
         with use_rows(rows[start : start + size]):
@@ -118,24 +122,18 @@ def frame_step(
         fill_hole_area: holes up to this many pixels are filled in the masks that are put out.
         memory_selection: how later frames choose among memories, and so what they will ask of this one.
     """
-    of_videos, image = image, image.for_objects(num_objects // len(image.coarse))
-    if prompt is not None and prompt.mask is not None:
-        output, high_res_masks = take_mask(model, image, prompt.mask)
+    has_mask = prompt is not None and prompt.mask is not None
+    reads = selections and model.num_maskmem > 0 and not has_mask
+    tokens = memory_tokens(model, banks, selections, image.coarse) if reads else None
+    if tokens is not None and prompt is None and model.graphs is not None:
+        output = _run_graph(
+            model, model.graphs, image.for_objects(num_objects // len(image.coarse)), tokens, fill_hole_area
+        )
     else:
-        if model.num_maskmem == 0:
-            coarse = image.coarse
-        elif not selections:
-            coarse = image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
-        else:
-            coarse = _condition_on_memory(model, of_videos, banks, selections)
-        multimask = _use_multimask(model, prompt, is_initial=not selections)
-        output = _segment(model, image, coarse, prompt, multimask, num_objects)
-        if corrections is not None:
-            output = _correct(model, image, coarse, prompt, corrections, output, is_initial=not selections)
-        high_res_masks = None
-    predicted = output.masks
-    if fill_hole_area:
-        output.masks = fill_holes(predicted, fill_hole_area)
+        # Frames with prompts are few, and of many kinds. Training compiles the modules, not the frame.
+        with nullcontext() if model.graphs is None else torch.compiler.set_stance("force_eager"):
+            rest = num_objects, fill_hole_area, encode_memory, corrections
+            output = _segment_and_remember(model, image, prompt, tokens, *rest)
     if encode_memory and memory_selection != "recent":
         output.memory.evidence = judge(
             output.masks,
@@ -144,13 +142,85 @@ def frame_step(
             output.object_score_logits,
             find_doubles=memory_selection == "distractor",
         )
-    if encode_memory and model.num_maskmem > 0:
-        binarize = prompt is not None and not model.training
-        if binarize or high_res_masks is None:
-            # `sam2` encodes what the user sees of a prompted frame, and the raw prediction of any other.
-            high_res_masks = resize(output.masks if binarize else predicted, model.config.image_size)
-        output.memory.features = memory_map(model, image.coarse, high_res_masks, output.object_score_logits, binarize)
     return output
+
+
+def _segment_and_remember(
+    model: SamoePreTrainedModel,
+    image: ImageFeatures,
+    prompt: Prompt | None,
+    tokens: MemoryTokens | None,
+    num_objects: int,
+    fill_hole_area: int,
+    encode_memory: bool = True,
+    corrections: Corrections | None = None,
+) -> FrameOutput:
+    """As [`frame_step`], with the memories that are read, but for the evidence."""
+    of_videos, image = image, image.for_objects(num_objects // len(image.coarse))
+    is_initial = tokens is None
+    is_prompted, high_res_masks = prompt is not None and not model.training, None
+    if prompt is not None and prompt.mask is not None:
+        output, high_res_masks = take_mask(model, image, prompt.mask)
+    else:
+        if tokens is not None:
+            coarse = _condition_on_memory(model, of_videos, tokens)
+        elif model.num_maskmem == 0:
+            coarse = image.coarse
+        else:
+            coarse = image.coarse + model.no_memory_embedding.view(1, -1, 1, 1)
+        multimask = _use_multimask(model, prompt, is_initial)
+        output = _segment(model, image, coarse, prompt, multimask, num_objects)
+        if corrections is not None:
+            output = _correct(model, image, coarse, prompt, corrections, output, is_initial)
+    predicted = output.masks
+    if fill_hole_area:
+        output.masks = fill_holes(predicted, fill_hole_area)
+    if encode_memory and model.num_maskmem > 0:
+        if is_prompted or high_res_masks is None:
+            # `sam2` encodes what the user sees of a prompted frame, and the raw prediction of any other.
+            high_res_masks = resize(output.masks if is_prompted else predicted, model.config.image_size)
+        scores = output.object_score_logits
+        output.memory.features = memory_map(model, image.coarse, high_res_masks, scores, is_prompted)
+    return output
+
+
+def _run_graph(
+    model: SamoePreTrainedModel, graphs: Graphs, image: ImageFeatures, tokens: MemoryTokens, fill_hole_area: int
+) -> FrameOutput:
+    """A frame without prompts in one graph, which is compiled once for one object, and once for several.
+
+    Where graphs are recorded, objects are filled up to 1, 2, 4, 8 ..., and memories to as many as there can be.
+    """
+    num_objects, length = tokens.memory.shape[:2]
+    levels = image[:3]
+    if graphs.are_recorded:
+        added = (1 << (num_objects - 1).bit_length()) - num_objects
+        tokens = fill_up(tokens, added, full_length(model, length) - length)
+        levels = levels if len(image.coarse) == 1 else [F.pad(x, (0, 0) * 3 + (0, added)) for x in levels]
+    memory, position, rotation, is_read = tokens
+    if is_read is None and memory.device.type == "cpu":  # where a mask costs nothing
+        is_read = memory.new_ones(memory.shape[:2], dtype=torch.bool)
+    fine, middle, coarse = (varying(x, 0) for x in levels)
+    tokens = MemoryTokens(
+        varying(memory, 0, 1),
+        varying(position.expand_as(memory), 0, 1),
+        varying(rotation, 0),
+        None if is_read is None else varying(is_read, 0, 1),
+    )
+    image = image._replace(fine=fine, middle=middle, coarse=coarse)
+    outputs = graphs.run(_track, model, image, tokens, fill_hole_area)
+    candidates, ious, masks, best_iou, scores, pointers, features = graphs.outlive([x[:num_objects] for x in outputs])
+    return FrameOutput(candidates, ious, masks, best_iou, scores, FrameMemory(pointers, features))
+
+
+def _track(
+    model: SamoePreTrainedModel, image: ImageFeatures, tokens: MemoryTokens, fill_hole_area: int
+) -> list[Tensor]:
+    """The tensors of [`_segment_and_remember`]'s output, for a frame without prompts."""
+    output = _segment_and_remember(model, image, None, tokens, tokens.memory.shape[0], fill_hole_area)
+    assert output.memory.features is not None
+    rest = output.candidates, output.iou_scores, output.masks, output.best_iou, output.object_score_logits
+    return [*rest, output.memory.pointers, output.memory.features]
 
 
 def _use_multimask(model: SamoePreTrainedModel, prompt: Prompt | None, is_initial: bool) -> bool:
@@ -164,18 +234,9 @@ def _use_multimask(model: SamoePreTrainedModel, prompt: Prompt | None, is_initia
     )
 
 
-def _condition_on_memory(
-    model: SamoePreTrainedModel,
-    image: ImageFeatures,
-    banks: Sequence[MemoryBank],
-    selections: Sequence[MemorySelection],
-) -> Tensor:
+def _condition_on_memory(model: SamoePreTrainedModel, image: ImageFeatures, tokens: MemoryTokens) -> Tensor:
     """Features of the frame, conditioned on the memories: (objects, hidden, S / 16, S / 16)."""
-    conditioned = model.memory_attention(
-        image.coarse.flatten(2).mT,
-        image.position.transpose(0, 1),
-        *memory_tokens(model, banks, selections, image.coarse),
-    )
+    conditioned = model.memory_attention(image.coarse.flatten(2).mT, image.position.transpose(0, 1), *tokens)
     return model.outlive_graphs(conditioned).mT.unflatten(2, image.coarse.shape[-2:])
 
 

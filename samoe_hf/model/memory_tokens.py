@@ -6,9 +6,11 @@ It follows `sam2/modeling/sam2_base.py`. Objects of a batch may read different m
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base_model import SamoePreTrainedModel
 from .batch_rows import use_shared
@@ -20,11 +22,23 @@ from .memory_selection import MemorySelection
 NOTHING = (None, 0)
 
 
+class MemoryTokens(NamedTuple):
+    """What the memory attention reads, as its arguments.
+
+    `memory` (objects, tokens, channels). `position`: theirs (objects or 1, tokens, channels). `rotation`: how places
+    rotate keys (tokens, channels of keys / 2, 2). `is_read`: which of them are read (objects, tokens), or None for all.
+    """
+
+    memory: Tensor
+    position: Tensor
+    rotation: Tensor
+    is_read: Tensor | None
+
+
 def memory_tokens(
     model: SamoePreTrainedModel, banks: Sequence[MemoryBank], selections: Sequence[MemorySelection], like: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Memories (objects, tokens, channels), their positions (objects or 1, tokens, channels), how those rotate keys
-    (tokens, channels of keys / 2, 2), and which of them are read (objects, tokens), or None for all."""
+) -> MemoryTokens:
+    """The memories that objects read, in the type of `like`."""
     pooling, maps, pointers = _places(model, selections)
     times = tuple(tuple(_shared([index for _, index in place])) for place in maps)
     positions = keep(
@@ -56,7 +70,33 @@ def memory_tokens(
         is_read = torch.tensor([[t is not None for t, _ in place] for place in (*maps, *pointers)], device=like.device)
         lengths = [x.shape[1] for x in features] + [model.hidden_dim // model.mem_dim] * len(pointers)
         is_read = is_read.T.repeat_interleave(torch.tensor(lengths, device=like.device), dim=1)
-    return memory, position, rotation, is_read
+    return MemoryTokens(memory, position, rotation, is_read)
+
+
+def full_length(model: SamoePreTrainedModel, length: int) -> int:
+    """How many tokens there are where memory is full: all memories with one conditioning frame, and object pointers.
+    Where `length` is more, whole maps are added: 1, 2, 4, 8 ..."""
+    config = model.config
+    whole, recent, older = (
+        len(model.base.memory_places(model, side))
+        for side in (1, config.recent_memory_pooling, config.older_memory_pooling)
+    )
+    pointers = config.max_object_pointers_in_encoder * model.hidden_dim // model.mem_dim
+    full = whole + recent + (model.num_maskmem - 2) * older + pointers
+    more = -(-(length - full) // whole)
+    return full if more <= 0 else full + whole * (1 << (more - 1).bit_length())
+
+
+def fill_up(tokens: MemoryTokens, objects: int, length: int) -> MemoryTokens:
+    """Adds so many objects, and so many tokens that nobody reads."""
+    memory, position, rotation, is_read = tokens
+    position = F.pad(position.expand_as(memory), (0, 0, 0, length, 0, objects))
+    if length and is_read is None:
+        is_read = memory.new_ones(memory.shape[:2], dtype=torch.bool)
+    if is_read is not None:
+        is_read = F.pad(F.pad(is_read, (0, length)), (0, 0, 0, objects), value=True)
+    memory, rotation = F.pad(memory, (0, 0, 0, length, 0, objects)), F.pad(rotation, (0, 0, 0, 0, 0, length))
+    return MemoryTokens(memory, position, rotation, is_read)
 
 
 def _map_positions(

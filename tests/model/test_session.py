@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from samoe_hf import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
@@ -146,63 +145,6 @@ def test_small_frames_are_encoded_a_few_at_a_time_while_a_video_is_propagated(na
     monkeypatch.setattr("samoe_hf.model.tracking.SMALL_IMAGE_SIZE", 64)
     track(nano.model, session(count=5, prompted=0))
     assert encoded == [1] * 5
-
-
-def graphs_with_fixed_outputs(graph, _, mode):
-    """Stands in for CUDA graphs on a CPU: a graph puts its outputs where it put those of the same sizes before."""
-    places = {}
-
-    def run(*args):
-        outputs = graph(*args)
-        for index, output in enumerate(outputs):
-            if isinstance(output, torch.Tensor):
-                places.setdefault((index, output.shape), torch.empty_like(output)).copy_(output)
-        return [places[i, x.shape] if isinstance(x, torch.Tensor) else x for i, x in enumerate(outputs)]
-
-    return run
-
-
-@pytest.mark.slow
-def test_what_graphs_put_out_is_copied_before_they_run_again(model_folder, processor):
-    model = SamoeModel.from_pretrained(model_folder)
-
-    def run():
-        session = VideoSession(Frames(10), processor)
-        for obj_id, prompt in enumerate((POINT, BOX)):
-            processor.add_inputs_to_inference_session(session, 0, obj_id, **prompt)
-        masks = torch.stack(list(track(model, session).values()))
-        outputs = session.output_dict_per_obj[1]["non_cond_frame_outputs"].values()
-        return masks, torch.cat([output["object_score_logits"] for output in outputs])
-
-    expected = run()
-    assert len(expected[1].unique()) == 9
-    model.compile_for_tracking(backend=graphs_with_fixed_outputs, mode="reduce-overhead")
-    for found, wanted in zip(run(), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=3e-5, rtol=0)
-
-
-@pytest.mark.slow
-def test_compiled_tracking_is_the_same_and_not_compiled_again_as_memory_fills(model_folder, processor):
-    torch._dynamo.reset()
-    model = SamoeModel.from_pretrained(model_folder)
-
-    def run(num_objects):
-        session = VideoSession(Frames(20), processor)
-        for obj_id in range(num_objects):
-            processor.add_inputs_to_inference_session(session, 0, obj_id, **(BOX if obj_id else POINT))
-        masks, graphs = [], []
-        for output in model.propagate_in_video_iterator(session):
-            masks.append(output.pred_masks)
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return torch.stack(masks), graphs
-
-    expected, _ = run(3)
-    model.compile_for_tracking()
-    compiled, graphs = run(3)
-    assert (compiled - expected).abs().mean() < 1e-4
-    assert graphs[0] > 0 and graphs[1] == graphs[-1]  # memory attention first runs on the second frame
-    _, more_objects = run(5)
-    assert more_objects[-1] == graphs[-1]
 
 
 def test_bad_arguments_are_named(nano, processor):

@@ -1,0 +1,54 @@
+"""Functions that are compiled once for any number of objects, memories and points.
+
+Nothing here knows of models.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config
+from torch.utils._pytree import tree_map_only
+
+# Modes of `torch.compile` that record CUDA graphs.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+T = TypeVar("T")
+
+
+def varying(x: Tensor, *dims: int) -> Tensor:
+    """A tensor, contiguous, whose sizes in these dimensions may be others in later runs; 1 and more are two kinds."""
+    x = x.flatten().view(x.shape)  # where a size is 1, its stride may be anything
+    torch._dynamo.maybe_mark_dynamic(x, [dim for dim in dims if x.shape[dim] > 1])
+    return x
+
+
+class Graphs:
+    """Compiles functions as they are called first. Copies of it compile anew.
+
+    Attributes:
+        options: of [`torch.compile`].
+        are_recorded: whether CUDA graphs are recorded, one for each size that occurs.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        by_option = (options.get("options") or {}).get("triton.cudagraphs", False)
+        self.are_recorded = options.get("mode") in CUDA_GRAPH_MODES or by_option
+        self.options = options
+        self._compiled: dict[Callable, Callable] = {}
+
+    def __reduce__(self) -> tuple:
+        return Graphs, (self.options,)
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """What `function` gives."""
+        if function not in self._compiled:
+            self._compiled[function] = torch.compile(function, **self.options)
+        config: Any = _config
+        with config.patch(use_duck_shape=False):  # sizes that are equal by chance remain two
+            return self._compiled[function](*args)
+
+    def outlive(self, output: T) -> T:
+        """What a compiled function puts out, copied where the next run of its CUDA graph would overwrite it."""
+        return tree_map_only(Tensor, torch.clone, output) if self.are_recorded else output
