@@ -80,10 +80,11 @@ class Adaptation:
     def refused(self) -> float | None:
         """The share of the domain's further videos that the gate is expected not to give to it; None if nobody knows.
 
-        Of n videos that were left out, k were refused: a share of (k + 1) / (n + 2), by Laplace's rule of succession.
+        Of n videos that were left out, k were refused: a share of (k + 1/2) / (n + 1), as by Jeffreys' prior. It is
+        rather too much, since the gate knew one video fewer each time.
         """
         count = sum(self.left_out.values())
-        return (count - self.left_out.get(self.domain, 0) + 1) / (count + 2) if count else None
+        return (count - self.left_out.get(self.domain, 0) + 0.5) / (count + 1) if count else None
 
     def describe(self) -> str:
         """What was won, and what to expect of the domain, in sentences."""
@@ -110,7 +111,7 @@ class Adaptation:
         score = f"expect a J&F of {percent(own)} where it is chosen ({percent(base)} without it), and "
         lines.append(
             f"{known}. Left out in turn, {own_count} of {count} were known by the others: {score * (own == own)}expect "
-            f"the gate to refuse about {self.refused:.0%} of your own further videos{advice}."
+            f"the gate to refuse {self.refused:.0%} or fewer of your own further videos{advice}."
         )
         return "\n".join(lines)
 

@@ -110,8 +110,9 @@ def add_configured_experts(model: nn.Module, config: Any) -> list[str]:
     """
     if config.domains is None:
         return add_experts(model, config.expert_modules, config.exclude_modules, **config.expert_settings())
+    layers: dict[str, list[str]] = {}
     for domain in config.domains:
-        add_domain_experts(model, **domain)
+        add_domain_experts(model, **domain, known_layers=layers)
     return [name for name, module in model.named_modules() if isinstance(module, DomainLinear)]
 
 
@@ -121,12 +122,20 @@ def add_domain_experts(
     num_experts: int,
     expert_modules: str | list[str],
     exclude_modules: str | list[str] | None = None,
+    known_layers: dict[str, list[str]] | None = None,
     **settings,
 ) -> None:
-    """Gives layers of a model experts of a domain; none for `num_experts` 0."""
+    """Gives layers of a model experts of a domain; none for `num_experts` 0.
+
+    Args:
+        known_layers: what patterns select, for several domains: of many, each search would take longer than the last.
+    """
     if num_experts == 0:
         return
-    for layer in matching_linear_names(model, expert_modules, exclude_modules):
+    patterns, known_layers = repr((expert_modules, exclude_modules)), {} if known_layers is None else known_layers
+    if patterns not in known_layers:
+        known_layers[patterns] = matching_linear_names(model, expert_modules, exclude_modules)
+    for layer in known_layers[patterns]:
         module = model.get_submodule(layer)
         assert isinstance(module, nn.Linear)
         if not isinstance(module, DomainLinear):
