@@ -24,7 +24,7 @@ from .held_out import Compared, compare, comparison_table, means, percent
 from .start import find_start
 
 RESULTS_FILE, PICTURE = "adaptation.json", "adaptation.png"
-# What the gate refuses more of than this is worth a word.
+# If the gate refuses more than this, the user is told what to do.
 MANY_REFUSED = 0.1
 
 # Of a domain of the small models that come with the package: beside every linear layer but the decoder's.
@@ -108,10 +108,10 @@ class Adaptation:
             return "\n".join(lines)
         count, own_count = sum(self.left_out.values()), self.left_out.get(name, 0)
         advice = f": give more videos, or {name_it}" if self.refused > MANY_REFUSED else ""
-        score = f"expect a J&F of {percent(own)} where it is chosen ({percent(base)} without it), and "
+        score = f"a J&F of {percent(own)} where it is chosen ({percent(base)} without it), and " if own == own else ""
         lines.append(
-            f"{known}. Left out in turn, {own_count} of {count} were known by the others: {score * (own == own)}expect "
-            f"the gate to refuse {self.refused:.0%} or fewer of your own further videos{advice}."
+            f"{known}. Left out in turn, {own_count} of {count} were known by the others. Expect {score}the gate to "
+            f"refuse {self.refused:.0%} or fewer of your own further videos{advice}."
         )
         return "\n".join(lines)
 

@@ -39,7 +39,7 @@ def plot_domains(
     places = _placed(np.log1p((distances + distances.T) / 2))
     for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
         chart.plot(x, y, "o", color=LINES[number % len(LINES)])
-        chart.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        chart.annotate(name, (x, y), xytext=(5, (5, -12)[number % 2]), textcoords="offset points", fontsize=9)
         if name in examples:
             picture = read_pixels(examples[name])
             picture, _ = resized(picture, np.zeros(picture.shape[:2], dtype=bool), EXAMPLE_HEIGHT)
