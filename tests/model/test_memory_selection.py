@@ -141,7 +141,7 @@ def clip():
     return list(video.frames), torch.nn.functional.interpolate(first, (side, side))
 
 
-@pytest.mark.parametrize("kind", ["score", "distractor"])
+@pytest.mark.parametrize("kind", [pytest.param("score", marks=pytest.mark.slow), "distractor"])
 def test_clips_read_the_memories_that_sessions_read(clip, kind):
     """So that experts learn with the memories that they will have."""
     frames, first = clip
@@ -160,7 +160,7 @@ def test_clips_read_the_memories_that_sessions_read(clip, kind):
     assert (masks - others).abs().mean() > 5e-3
 
 
-@pytest.mark.parametrize("kind", ["score", "distractor"])
+@pytest.mark.parametrize("kind", ["score", pytest.param("distractor", marks=pytest.mark.slow)])
 def test_experts_learn_with_them(clip, kind):
     _, first = clip
     model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).train()
