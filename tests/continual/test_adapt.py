@@ -287,8 +287,9 @@ def test_of_few_videos_more_frames_are_read(first, monkeypatch):
     assert [max(numbers[:2]), max(numbers[2:22]), max(numbers[22:])] == [32, 12, 4] and len(numbers) == 122
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "name"), [([], "former"), (["--former", "earlier"], "earlier")])
+@pytest.mark.parametrize(
+    ("options", "name"), [pytest.param([], "former", marks=pytest.mark.slow), (["--former", "earlier"], "earlier")]
+)
 def test_experts_of_no_domain_become_the_former_one(base, tmp_path, capsys, options, name):
     model = SamoeModel.from_pretrained(base)
     with torch.no_grad():

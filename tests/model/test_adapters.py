@@ -344,12 +344,14 @@ class TestTraining:
         videos = SyntheticVideos(1, 2, (96, 96), seed=2)
         return SamoeTrainer(wrapped, args, recipe, train_dataset=clips, eval_dataset=videos)
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         "wrap",
         [
-            lambda m: get_peft_model(m, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)),
-            lambda m: torch.compile(m, backend="eager"),
+            pytest.param(
+                lambda m: get_peft_model(m, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)),
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(lambda m: torch.compile(m, backend="eager"), marks=pytest.mark.slow),
             lambda m: torch.compile(get_peft_model(m, LoraConfig(r=2, target_modules=["q_proj"])), backend="eager"),
         ],
         ids=["peft", "compiled", "compiled-peft"],
