@@ -89,6 +89,18 @@ def test_videos_are_labelled_from_their_first_masks(model_folder, data, tmp_path
     assert f"; {summary['worth_a_look']} frames are worth a look" in printed
 
 
+def test_videos_are_labelled_at_once_as_one_by_one(model_folder, data, tmp_path, capsys):
+    for count in ("1", "2", "auto"):
+        label(model_folder, "--dataset", data, "--output", tmp_path / count, "--videos-at-once", count)
+        assert same(read_masks(tmp_path / count), read_masks(tmp_path / "1"))
+    summaries = [json.loads((tmp_path / count / "labels.json").read_text()) for count in ("1", "2", "auto")]
+    assert [summary["videos_at_once"] for summary in summaries] == [1, 2, 8]
+    for wrong in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            label(model_folder, "--dataset", data, "--output", tmp_path / "no", f"--videos-at-once={wrong}")
+        assert f"--videos-at-once: must be an integer from 1 on, or auto, got '{wrong}'" in capsys.readouterr().err
+
+
 def test_what_tracking_says_lies_beside_the_masks(model_folder, data, tmp_path):
     label(model_folder, "--dataset", data, "--output", tmp_path / "out", "--layout", "sa_v")
     summary, looks = json.loads((tmp_path / "out" / "labels.json").read_text()), []
