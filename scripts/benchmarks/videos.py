@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/videos.py --at-once 1 2 4 8 --repeats 5
 
-Each run labels all videos anew, from files of H.264, or scores them (`--evaluate`). The ways take turns, and the fastest
-run of each counts. Masks are compared with those of the first way.
+Each run labels all videos anew, from files of H.264, or scores them (`--evaluate`). The ways take turns, and the
+fastest run of each counts. Masks are compared with those of the first way.
 """
 
 import argparse
@@ -37,9 +37,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--objects", type=int, default=1, help="at most, in each video")
     parser.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
-    parser.add_argument(
-        "--even", action="store_true", help="videos are equally long; else from half to all of `--frames`"
-    )
+    parser.add_argument("--even", action="store_true", help="equally long videos; else half to all of `--frames`")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -106,6 +104,8 @@ def read_masks(folder: Path) -> dict[str, np.ndarray]:
 
 def differing(masks: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> str:
     """How many pixels of how many differ."""
+    if not masks:
+        return ""
     assert masks.keys() == others.keys()
     count = sum(int((mask != others[name]).sum()) for name, mask in masks.items())
     return f"{count} of {sum(mask.size for mask in masks.values())}"
