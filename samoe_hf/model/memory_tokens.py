@@ -5,7 +5,7 @@ It follows `sam2/modeling/sam2_base.py`. Objects of a batch may read different m
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -57,10 +57,10 @@ def memory_tokens(
         read = [read_memories(banks, [t for t, _ in place], "features", like.device) for place in maps]
         features = [model.base.pool_memory(model, x, n) for x, n in zip(read, pooling, strict=True)]
         own = [read_memories(banks, [t for t, _ in place], "pointers", like.device) for place in pointers]
-        # Each type is joined by itself, and converted once. A pointer is cut into several tokens of the memory's width.
-        kinds = [torch.cat(features, dim=1)] if features else []
-        kinds += [torch.cat(own, dim=1).unflatten(1, (-1, model.mem_dim))] if own else []
-        memory = torch.cat([x.to(like.dtype) for x in kinds], dim=1)
+        # A pointer is cut into several tokens of the memory's width. Each type is joined by itself, then all at once.
+        tokens = [*features, *(x.unflatten(1, (-1, model.mem_dim)) for x in own)]
+        kinds = [torch.cat([*kind], dim=1) for _, kind in groupby(tokens, lambda x: x.dtype)]
+        memory = (torch.cat(kinds, dim=1) if len(kinds) > 1 else kinds[0]).to(like.dtype)
     rows = max(map(len, positions))
     position = torch.cat([x.expand(rows, -1, -1) for x in positions], dim=1)
     places = partial(model.base.memory_places, model)

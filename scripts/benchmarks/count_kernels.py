@@ -2,28 +2,39 @@
 
 python scripts/benchmarks/count_kernels.py --objects 1 4 16 --dtypes float32 bfloat16
 python scripts/benchmarks/count_kernels.py --model model_micro --contenders "ten experts" transformers sam2
+python scripts/benchmarks/count_kernels.py --model model_base_plus --image-size 256 --bytes --objects 64
 
 Any machine counts them: what starts a kernel on a GPU is an operation of a profile that has no others within it. Views
 and empty tensors start none. What a CPU does within a matrix product is part of it; but a product that is added to more
 than one row of a bias copies that first, also on a GPU. The memory is full, and the frame is encoded alone, though
-propagation encodes some together. bfloat16 is that of the weights; of `sam2`, which has no other, by autocast.
+propagation encodes some together. bfloat16 is that of the weights; of `sam2`, which has no other, by autocast. With
+`--bytes` it counts what the operations of ours read and write for each further object, from the memory attention to
+the memory encoder.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from measure import at_least, autocast
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf import SamoeConfig, SamoeModel, small_base
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.evaluation.report import format_table
+from samoe_hf.model.frame_step import encode_frames, frame_step, memory_limits
+from samoe_hf.model.kept import keep_between
+from samoe_hf.model.memory_bank import FrameMemory, MemoryBank
+from samoe_hf.model.memory_selection import select_memories
 
 # The last of so many frames is counted. It reads all memories and object pointers that a frame can.
 NUM_FRAMES = 18
@@ -133,6 +144,69 @@ def count_frame(config: SamoeConfig, contender: str, num_objects: int, dtype: to
         return count_kernels(lambda: next(tracked), tracker.model)
 
 
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes that operations read and write, by part of a model and by kind, and how many they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.bytes, self.kernels = "rest", Counter[tuple[str, str]](), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output, name = func(*args, **(kwargs or {})), func.name().removeprefix("aten::").partition(".")[0]
+        is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
+        if not is_view and name not in NOTHING:
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)}
+            moved = (min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors.values())
+            kinds = {"product": PRODUCTS, "attention": ("_scaled_dot_product_flash_attention_for_cpu",), **KINDS}
+            kinds |= {"cast": ("_to_copy",), "experts": ("topk", "scatter_", "_softmax", "zeros_like")}
+            self.bytes[self.part, next((kind for kind in kinds if name in kinds[kind]), "other")] += sum(moved)
+            self.kernels += 1
+        return output
+
+
+@torch.no_grad()
+def count_bytes(config: SamoeConfig, num_objects: int, dtype: torch.dtype) -> ByteCounter:
+    """What a frame of objects with full memory reads and writes, but for its image encoder."""
+    torch.manual_seed(0)
+    model, counter = SamoeModel(config).eval().to(dtype), ByteCounter()
+    image = encode_frames(model, torch.randn(1, 3, config.image_size, config.image_size, dtype=dtype))
+    banks, tokens = [MemoryBank() for _ in range(num_objects)], image.coarse.shape[-2:].numel()
+    for t in range(NUM_FRAMES - 1):
+        features = torch.randn(num_objects, tokens, model.mem_dim, dtype=torch.bfloat16)
+        memory = FrameMemory(torch.randn(num_objects, model.hidden_dim, dtype=dtype), features)
+        for index, bank in enumerate(banks):
+            bank.write(t, memory.row(index), conditioning=t == 0)
+    limits = memory_limits(model, num_frames=None)
+    selections = [select_memories("recent", bank, NUM_FRAMES - 1, limits) for bank in banks]
+    for part, (name, *_) in list(PARTS.items())[1:]:
+        module = model.get_submodule("mask_decoder" if part == "decoder" else name)
+        module.register_forward_pre_hook(lambda *_, part=part: setattr(counter, "part", part))
+        module.register_forward_hook(lambda *_: setattr(counter, "part", "rest"))
+
+    def steps() -> Iterator[None]:
+        for watch in (nullcontext(), counter):  # what is kept is computed first
+            with watch:
+                frame_step(model, image, None, banks, selections, num_objects=num_objects)
+            yield
+
+    list(keep_between(steps()))
+    return counter
+
+
+def bytes_table(config: SamoeConfig, num_objects: Sequence[int], dtypes: Sequence[str]) -> str:
+    """Kernels of a frame, and MB for each object beyond the first, by part and kind."""
+    kinds = ("product", "attention", *KINDS, "cast", "experts", "other")
+    rows = []
+    for dtype in dtypes:
+        one = count_bytes(config, 1, getattr(torch, dtype))
+        for count in num_objects:
+            found = count_bytes(config, count, getattr(torch, dtype))
+            for part in (*list(PARTS)[1:], "rest"):
+                cells = [(found.bytes[part, kind] - one.bytes[part, kind]) / (count - 1) / 1e6 for kind in kinds]
+                rows.append([dtype, str(count), str(found.kernels), part, *(f"{x:.2f}" for x in (sum(cells), *cells))])
+    return format_table(["type", "objects", "kernels", "part", "MB an object", *kinds], rows, markdown=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a YAML, or one of the package's sizes; by default the small base")
@@ -141,8 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--contenders", nargs="+", default=CONTENDERS[:-1], choices=CONTENDERS, help="(all that can be the small base)"
     )
+    parser.add_argument("--bytes", action="store_true", help="count bytes instead; of at least 2 objects")
+    parser.add_argument("--image-size", type=at_least(32), help="(that of the model)")
     parsed = parser.parse_args(arguments)
     config = SamoeConfig(**read_yaml(parsed.model)) if parsed.model else SamoeConfig.from_pretrained(small_base())
+    if parsed.image_size:
+        config.resize(parsed.image_size)
+    if parsed.bytes:
+        config = SamoeConfig(**{**config.to_dict(), "num_experts": 10, "num_experts_per_tok": 2})
+        print(bytes_table(config, [count for count in parsed.objects if count > 1], parsed.dtypes))
+        return
     kinds = ("product", *KINDS, "other")
     rows = []
     for dtype in parsed.dtypes:

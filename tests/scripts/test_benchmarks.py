@@ -11,7 +11,7 @@ import exported
 import memory
 import tracking
 import training
-from count_kernels import count_frame
+from count_kernels import count_bytes, count_frame
 from experts import dense_forward
 from measure import Measurement, to_markdown, without_dropout
 from memory import tracking_memory
@@ -149,3 +149,12 @@ def test_a_frame_takes_few_kernels():
     contenders = ("ten experts", "one-expert domain", "no experts", "transformers")
     experts, one, none, peer = (count_frame(config, contender, 1, torch.float32).total() for contender in contenders)
     assert experts <= 0.7 * peer and one == none <= 0.55 * peer
+
+
+def test_further_objects_move_bytes_and_start_no_kernels():
+    config = SamoeConfig(**read_yaml("model_nano"))
+    one, two, four = (count_bytes(config, count, torch.float32) for count in (1, 2, 4))
+    assert two.kernels == four.kernels
+    for part in ("memory attention", "decoder", "memory encoder"):
+        a, b, c = (sum(x for (own, _), x in found.bytes.items() if own == part) for found in (one, two, four))
+        assert 0 < (c - b) / 2 <= 1.5 * (b - a)
