@@ -68,6 +68,8 @@ def _encoder_size(model: SamoeModel) -> int:
     size = vision.fpn_hidden_size * sum(height * width for height, width in vision.backbone_feature_sizes)
     if hasattr(backbone, "num_hidden_layers"):
         return size + backbone.num_hidden_layers * backbone.hidden_size * (side // backbone.patch_size) ** 2
+    if not hasattr(backbone, "blocks_per_stage"):
+        raise InputError("`fit` does not know how much this base's image encoder holds; freeze it, or leave out `fit`.")
     stages = zip(backbone.blocks_per_stage, backbone.embed_dim_per_stage, strict=True)
     return size + sum(blocks * width * (side // 4 >> i) ** 2 for i, (blocks, width) in enumerate(stages))
 
