@@ -1,4 +1,4 @@
-"""With EdgeTAM as base: a domain is learned, merged for transformers, exported and evaluated."""
+"""With EdgeTAM as base: a domain is learned, merged for transformers and exported."""
 
 import pytest
 import torch
@@ -74,13 +74,10 @@ def test_it_is_merged_for_transformers(base, learned, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_exported_and_evaluated(learned, tmp_path):
+def test_it_is_exported(learned, tmp_path):
     main(["export", str(learned), "--domain", "soft", "--output", str(tmp_path / "out")])
     model, processor = load_tracker(learned, "cpu")
     frames, masks = drawn_video(6, (128, 128))
     prompts = [{"frame": 0, "object": 1, "mask": masks[1]}, {"frame": 1, "object": 2, "box": [20, 20, 90, 80]}]
     result = compare(model, processor, load_exported(tmp_path / "out"), frames, prompts, domain="soft")
     assert result.mean < 1e-3 and result.iou > 0.99
-    data = ["--dataset", "synthetic", "--num_videos", "1", "--num_frames", "3"]
-    main(["evaluate", str(learned), *data, "--output", str(tmp_path / "report")])
-    assert any((tmp_path / "report").iterdir())

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from helpers.edgetam import edgetam_model, needs_timm
 from helpers.hub_client import Client, ClientError
 from helpers.hub_server import HubServer, Repository, use_hub
 from helpers.reference import ROOT, assert_same_tensors, reference_folder
@@ -24,6 +25,7 @@ from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import fit_domain, rename_domain
+from samoe_hf.surgery.merge import merge_into_base
 from samoe_hf.training.arguments import ModelArguments
 from samoe_hf.training.trainer import build_trainer
 
@@ -140,6 +142,26 @@ def test_experts_on_sam3_are_pushed_and_pulled(server, reader, tmp_path):
     assert b"- sam3" in files["README.md"] and b"[SAM 3's tracker](" in files["README.md"]
     found = pull_apart(reader, "tester/on-sam3", tmp_path / "expected.pt", tmp_path / "cache")
     expected = {"same": True, "difference": pytest.approx(0, abs=1e-4), "processor": ["Sam3TrackerVideoProcessor", 112]}
+    assert found == expected | {"module": "transformers_modules"}
+
+
+@needs_timm
+@pytest.mark.slow
+def test_experts_on_edgetam_are_pushed_and_pulled(server, reader, tmp_path):
+    model = edgetam_model(previous_mask_with_clicks=True)
+    merge_into_base(model, "base").save_pretrained(tmp_path / "base")
+    build_processor(model.config).save_pretrained(tmp_path / "base")
+    base = server.repositories["tester/edgetam"] = Repository()
+    base.commit({path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    model = SamoeModel.from_pretrained("tester/edgetam")
+    change_experts(model, 0.1)
+    push_with_code(model, "tester/on-edgetam", experts_only=True)
+    assert save_expected(model, tmp_path / "expected.pt") > 1e-4
+    files = server.repositories["tester/on-edgetam"].files
+    assert all(map(is_expert_parameter, load(files["model.safetensors"])))
+    assert b"- edgetam" in files["README.md"] and b"[EdgeTAM](" in files["README.md"]
+    found = pull_apart(reader, "tester/on-edgetam", tmp_path / "expected.pt", tmp_path / "cache")
+    expected = {"same": True, "difference": pytest.approx(0, abs=1e-4), "processor": ["Sam2VideoProcessor", 128]}
     assert found == expected | {"module": "transformers_modules"}
 
 
