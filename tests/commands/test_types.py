@@ -69,7 +69,7 @@ def test_commands_compute_in_half_precision(samoe, words, compiled, tmp_path, co
 @pytest.mark.parametrize("command", ["track", "label", "evaluate"])
 def test_commands_run_what_they_compiled(samoe, words, graphs, tmp_path, command):
     samoe(*words(command), *HALF, "--compile")
-    assert graphs["unique_graphs"] > 4  # one is of the check that anything can be compiled
+    assert graphs["unique_graphs"] > 2  # one is of the check that anything can be compiled
     check_files(tmp_path)
 
 
