@@ -137,6 +137,10 @@ def enter(folder: str, guide: str) -> dict[str, Any]:
     model, other = copy.deepcopy(loaded), copy.deepcopy(loaded)
     if guide == "domains.md":
         rename_domain(other, None, "others")
+    if guide in ("domains.md", "README.md"):
+        night = copy.deepcopy(loaded)
+        rename_domain(night, None, "night")
+        night.save_pretrained("someone/night", experts_only=True)
     side = model.config.image_size
     labels = torch.zeros(1, 1, 2, side, side, dtype=torch.bool)
     labels[..., 20:60, 20:60] = True
