@@ -1,0 +1,164 @@
+"""What the gate decides of videos of domains that it knows by few videos, or beside many others."""
+
+import copy
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from read_looks import VARIANTS, read_look
+from samoe_hf import SamoeModel
+from samoe_hf.continual.adapt import Adaptation
+from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, evenly_chosen, leave_out
+from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features
+from samoe_hf.surgery.domains import add_domain
+
+Looks = dict[str, tuple[list[Tensor], Tensor]]
+
+
+def read_looks(model: SamoeModel, looks: Sequence[str], num_known: int, num_held_out: int) -> Looks:
+    """Of each look: videos that a gate may know, (frames, features), and first frames of others, (videos, features)."""
+    read = {}
+    for look in looks:
+        held_out = read_look(model, look, range(num_known, num_known + num_held_out), MAX_FRAMES, 1)
+        read[look] = read_look(model, look, range(num_known), MAX_FRAMES, MAX_FRAMES), torch.cat(held_out)
+    return read
+
+
+def frames_read(videos: Sequence[Tensor], most: int = MAX_FRAMES) -> tuple[Tensor, Tensor]:
+    """Features and numbers of so many videos, with as many frames of each as `samoe adapt` reads, or `most`."""
+    count = min(most, MAX_FRAMES, max(MIN_FRAMES, FRAMES_IN_ALL // len(videos)))
+    chosen = [video[evenly_chosen(range(len(video)), count)] for video in videos]
+    return torch.cat(chosen), torch.arange(len(videos)).repeat_interleave(torch.tensor([len(one) for one in chosen]))
+
+
+def gate_of(kinds: Any, *domains: tuple[Tensor, Tensor]) -> DomainGate:
+    """A gate that knows domains by their features and numbers."""
+    gate = DomainGate(kinds, [str(i) for i in range(len(domains))])
+    for index, (features, numbers) in enumerate(domains):
+        gate.fit(index, features, numbers)
+    return gate
+
+
+def share(gate: DomainGate, features: Tensor, domain: int = 0) -> float:
+    """The share of first frames that the gate gives to a domain."""
+    return (gate.decide(features).domain == domain).float().mean().item()
+
+
+def let_in(gate: DomainGate, looks: Looks, own: str) -> dict[str, float]:
+    """The share that the gate lets in of each other look."""
+    return {look: share(gate, held_out) for look, (_, held_out) in looks.items() if look != own}
+
+
+def mean(shares: dict[str, float]) -> float:
+    return statistics.mean(shares.values())
+
+
+def choose(videos: Sequence[Tensor], count: int, choice: int) -> list[Tensor]:
+    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(100 * count + choice))
+    return [videos[i] for i in order[:count]]
+
+
+def measure_known(model: SamoeModel, looks: Looks, num_choices: int) -> list[dict[str, Any]]:
+    """Each look beside all others, known by half of the videos: right, in a wrong domain; and to the base if it is not
+    known, by both that the gate reads and by the encoder's features alone."""
+    kinds, rows = num_pooled_features(model.config), []
+    for choice in range(num_choices):
+        known = {name: frames_read(choose(videos, len(videos) // 2, choice)) for name, (videos, _) in looks.items()}
+        gate = gate_of(kinds, *known.values())
+        for index, (look, (_, held_out)) in enumerate(looks.items()):
+            others = [one for name, one in known.items() if name != look]
+            right, refused = (share(gate, held_out, domain) for domain in (index, NO_DOMAIN))
+            unseen = share(gate_of(kinds, *others), held_out, NO_DOMAIN)
+            encoder = gate_of(kinds[:1], *((features[:, : kinds[0]], numbers) for features, numbers in others))
+            alone = share(encoder, held_out[:, : kinds[0]], NO_DOMAIN)
+            rows.append({"look": look, "right": right, "wrong": 1 - right - refused, "unseen": unseen, "alone": alone})
+    return rows
+
+
+def measure_few(model: SamoeModel, looks: Looks, counts: Sequence[int], num_choices: int) -> list[dict[str, Any]]:
+    """One domain alone, known by so many videos: own refused, what `samoe adapt` says, and other looks let in; and the
+    same with 4 frames of each video."""
+    model, kinds, rows = copy.deepcopy(model), num_pooled_features(model.config), []
+    add_domain(model, "0", num_experts=0)
+    for count in counts:
+        for look, (videos, held_out) in looks.items():
+            for choice in range(num_choices if count < len(videos) else 1):
+                chosen = choose(videos, count, choice)
+                known = frames_read(chosen)
+                gate, gate_4 = (gate_of(kinds, one) for one in (known, frames_read(chosen, MIN_FRAMES)))
+                rows.append(
+                    {
+                        "known": count,
+                        "look": look,
+                        "refused": 1 - share(gate, held_out),
+                        "said": Adaptation("0", count, {}, left_out=leave_out(model, "0", *known)).refused,
+                        "let in": mean(let_in(gate, looks, look)),
+                        "each let in": let_in(gate, looks, look),
+                        "4 frames: refused": 1 - share(gate_4, held_out),
+                        "4 frames: let in": mean(let_in(gate_4, looks, look)),
+                    }
+                )
+    return rows
+
+
+def measure_confirm(model: SamoeModel, looks: Looks, counts: Sequence[int], num_choices: int) -> list[dict[str, Any]]:
+    """A gate that learns three videos and confirms the rest, one that confirms what it refuses, and one that learns all
+    at once: own videos that are recognized, and other looks let in."""
+    kinds, rows = num_pooled_features(model.config), []
+    for look, (videos, held_out) in looks.items():
+        for choice in range(num_choices):
+            order = choose(videos, len(videos), choice)
+            confirmed, refused = (gate_of(kinds, frames_read(order[:3])) for _ in range(2))
+            for count in range(3, max(counts) + 1):
+                if count > 3:
+                    video = order[count - 1]
+                    confirmed.confirm(0, video)
+                    if share(refused, video[:1]) == 0:
+                        refused.confirm(0, video)
+                if count in counts:
+                    row = {"known": count, "look": look, "told": int(refused.counts[0]) - 3}
+                    gates = {"at once": gate_of(kinds, frames_read(order[:count])), "confirmed": confirmed}
+                    for name, gate in {**gates, "refused ones": refused}.items():
+                        row |= {name: share(gate, held_out), f"{name}, let in": mean(let_in(gate, looks, look))}
+                    rows.append(row)
+    return rows
+
+
+def measure_many(
+    model: SamoeModel, counts: Sequence[int], num_known: int, num_held_out: int, num_choices: int
+) -> list[dict[str, Any]]:
+    """Variants of the looks, so many of them known: shares of their further videos that are right, get the base or
+    another domain; the share of videos of all others that get the base; and the pairs that are confused most often."""
+    features = {}
+    for look, change in VARIANTS[: max(counts) + 2]:
+        features[look, change] = read_look(model, look, range(num_known + num_held_out), 7, MIN_FRAMES, change)
+    rows, rng = [], random.Random(0)
+    for count in counts:
+        totals, pairs, seconds = Counter(), Counter(), []
+        for _ in range(num_choices if count < 100 else max(1, num_choices // 2)):
+            names = rng.sample(list(features), len(features))
+            domains = [frames_read(features[name][:num_known], MIN_FRAMES) for name in names[:count]]
+            gate = gate_of(num_pooled_features(model.config), *domains)
+            for index, name in enumerate(names):
+                held_out = torch.stack([video[0] for video in features[name][num_known:]])
+                for domain in gate.decide(held_out).domain.tolist():
+                    kind = "base" if domain == NO_DOMAIN else "right" if domain == index else "wrong"
+                    totals[kind if index < count else f"unknown, {kind}"] += 1
+                    if index < count and kind == "wrong":
+                        pairs[f"{' '.join(name)}, {' '.join(names[domain])}"] += 1
+            for _ in range(20):
+                start = time.perf_counter()
+                gate.decide(features[names[0]][0][:1])
+                seconds.append(time.perf_counter() - start)
+        unknown = sum(number for kind, number in totals.items() if kind.startswith("unknown"))
+        shares = {kind: totals[kind] / (totals.total() - unknown) for kind in ("right", "base", "wrong")}
+        shares["unknown to base"] = totals["unknown, base"] / unknown
+        milliseconds = 1000 * statistics.median(seconds)
+        rows.append({"domains": count, **shares, "ms": milliseconds, "confused": pairs.most_common(12)})
+    return rows

@@ -1,0 +1,42 @@
+"""The measures of the guide to domains, at the smallest sizes."""
+
+import json
+
+import pytest
+
+from measure_domains import TABLES, main, table
+
+
+def run(folder, *parts):
+    main(["--quick", "--only", *parts, "--output", str(folder)])
+    return {part: json.loads((folder / f"{part}.json").read_text())["rows"] for part in parts}
+
+
+def test_the_gates_figures_are_shares_of_videos(tmp_path):
+    rows = run(tmp_path, "known", "few", "confirm", "many")
+    assert [(row["known"], row["look"]) for row in rows["few"]] == [
+        (count, look) for count in (2, 3) for look in ("stripes", "blobs")
+    ]
+    for part, found in rows.items():
+        shares = [value for row in found for value in row.values() if isinstance(value, float)]
+        assert shares and (part == "many" or all(0 <= share <= 1 for share in shares))
+        assert (tmp_path / f"{part}.md").read_text() == table(part, found)
+    assert sum(rows["many"][1][kind] for kind in ("right", "base", "wrong")) == pytest.approx(1)
+    assert (tmp_path / "domains.png").exists()
+
+
+def test_a_table_has_means_and_the_most_frequent_neighbour():
+    scores = {"base": 0.5, "experts": 0.25, "mean of 2": 0.5, "mean of 3": 0.5, "base and nearest": 0.5}
+    rows = [{"look": "night", "nearest": "paper", "own": None, **scores}] * 2
+    rows.append({"look": "paper", "nearest": "night", "own": 0.75, **scores, "experts": 1.0})
+    lines = table("strangers", rows).splitlines()
+    assert lines[2] == "| night | paper | 50.0 | 25.0 | 50.0 | 50.0 | 50.0 |  |"
+    assert lines[-1] == "| mean |  | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |  |"
+
+
+@pytest.mark.slow
+def test_models_are_loaded_and_strangers_tracked(tmp_path):
+    rows = run(tmp_path, "load", "strangers")
+    assert [row["domains"] for row in rows["load"]] == [1, 2] and all(row["tracking"] > 0 for row in rows["load"])
+    assert [row["look"] for row in rows["strangers"]] == ["blobs", "stripes", "shapes"]
+    assert {row["nearest"] for row in rows["strangers"]} <= {"blobs", "stripes"} and "load" in TABLES
