@@ -5,17 +5,18 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from read_looks import VARIANTS, read_look
-from samoe_hf import SamoeModel
+from samoe_hf import SamoeModel, load_videos
 from samoe_hf.continual.adapt import Adaptation
-from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, evenly_chosen, leave_out
+from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, evenly_chosen, gate_features, leave_out
 from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain
 
 Looks = dict[str, tuple[list[Tensor], Tensor]]
@@ -64,20 +65,45 @@ def choose(videos: Sequence[Tensor], count: int, choice: int) -> list[Tensor]:
     return [videos[i] for i in order[:count]]
 
 
-def measure_known(model: SamoeModel, looks: Looks, num_choices: int) -> list[dict[str, Any]]:
-    """Each look beside all others, known by half of the videos: right, in a wrong domain; and to the base if it is not
-    known, by both that the gate reads and by the encoder's features alone."""
+def read_dataset(model: SamoeModel, folder: str) -> list[Tensor]:
+    """Videos of a folder: (frames, features) each."""
+    processor, videos = build_processor(model.config), load_videos(folder)
+    return [gate_features(model, processor, folder, [video], show_progress_bar=False)[0] for video in videos]
+
+
+def measure_known(
+    model: SamoeModel, looks: Looks, num_choices: int, datasets: Mapping[str, list[Tensor]]
+) -> list[dict[str, Any]]:
+    """Each look beside all others, known by half of its videos, and datasets by three quarters of theirs: right, in a
+    wrong domain; and to the base if it was never seen, by all that the gate reads and by the encoder alone."""
     kinds, rows = num_pooled_features(model.config), []
     for choice in range(num_choices):
         known = {name: frames_read(choose(videos, len(videos) // 2, choice)) for name, (videos, _) in looks.items()}
+        all_held_out = {name: held_out for name, (_, held_out) in looks.items()}
+        for name, videos in datasets.items():
+            order, count = choose(videos, len(videos), choice), 3 * len(videos) // 4
+            known[name], all_held_out[name] = frames_read(order[:count]), torch.cat(order[count:])
         gate = gate_of(kinds, *known.values())
-        for index, (look, (_, held_out)) in enumerate(looks.items()):
+        for index, (look, held_out) in enumerate(all_held_out.items()):
             others = [one for name, one in known.items() if name != look]
             right, refused = (share(gate, held_out, domain) for domain in (index, NO_DOMAIN))
             unseen = share(gate_of(kinds, *others), held_out, NO_DOMAIN)
             encoder = gate_of(kinds[:1], *((features[:, : kinds[0]], numbers) for features, numbers in others))
             alone = share(encoder, held_out[:, : kinds[0]], NO_DOMAIN)
             rows.append({"look": look, "right": right, "wrong": 1 - right - refused, "unseen": unseen, "alone": alone})
+    return rows
+
+
+def measure_changed(model: SamoeModel, looks: Looks, num_videos: int) -> list[dict[str, Any]]:
+    """Videos of known looks that are changed: the base, the look's experts, or another's."""
+    gate = gate_of(num_pooled_features(model.config), *(frames_read(videos) for videos, _ in looks.values()))
+    rows = []
+    for look, change in VARIANTS:
+        if look in looks and change != "plain":
+            start = len(looks[look][0])
+            first = torch.cat(read_look(model, look, range(start, start + num_videos), 7, 1, change))
+            base, own = (share(gate, first, domain) for domain in (NO_DOMAIN, list(looks).index(look)))
+            rows.append({"change": change, "look": look, "base": base, "own": own, "another": 1 - base - own})
     return rows
 
 

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from gate_parts import measure_confirm, measure_few, measure_known, measure_many, read_looks
+from gate_parts import (
+    measure_changed,
+    measure_confirm,
+    measure_few,
+    measure_known,
+    measure_many,
+    read_dataset,
+    read_looks,
+)
 from load_part import measure_load
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SYNTHETIC_DOMAINS
@@ -72,6 +80,9 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
         ("right", "right", percent), ("in a wrong domain", "wrong", percent),
         ("if it was never seen: to the base", "unseen", percent),
         ("to the base by the encoder's features alone", "alone", percent),
+    ]),
+    "changed": ("change", [
+        ("base", "base", percent), ("the look's experts", "own", percent), ("another's", "another", percent),
     ]),
     "few": ("known", [
         ("own refused", "refused", percent), ('as `adapt` says, "or fewer"', "said", percent),
@@ -169,6 +180,9 @@ def draw(output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="parts, by default all")
+    parser.add_argument(
+        "--dataset", action="append", default=[], metavar="FOLDER", help="`known` also knows these videos"
+    )
     parser.add_argument("--quick", action="store_true", help="as little as can be, which shows that it runs")
     parser.add_argument("--output", type=Path, default=Path("outputs/domains"), metavar="DIR", help="(%(default)s)")
     parsed = parser.parse_args(arguments)
@@ -176,11 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     model = SamoeModel.from_pretrained(small_base()).eval()
-    looks = {}
-    if {"known", "few", "confirm"} & set(only):
+    looks, datasets = {}, {Path(folder).name: read_dataset(model, folder) for folder in parsed.dataset}
+    if {"known", "changed", "few", "confirm"} & set(only):
         looks = read_looks(model, sizes.looks, sizes.known, sizes.held_out)
     measures: dict[str, Callable[[], Any]] = {
-        "known": lambda: measure_known(model, looks, sizes.choices),
+        "known": lambda: measure_known(model, looks, sizes.choices, datasets),
+        "changed": lambda: measure_changed(model, looks, sizes.many_videos[1]),
         "few": lambda: measure_few(model, looks, sizes.few, sizes.choices),
         "confirm": lambda: measure_confirm(model, looks, sizes.confirm, sizes.choices),
         "many": lambda: measure_many(model, sizes.many, *sizes.many_videos, sizes.choices),

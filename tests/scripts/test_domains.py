@@ -13,7 +13,7 @@ def run(folder, *parts):
 
 
 def test_the_gates_figures_are_shares_of_videos(tmp_path):
-    rows = run(tmp_path, "known", "few", "confirm", "many")
+    rows = run(tmp_path, "known", "changed", "few", "confirm", "many")
     assert [(row["known"], row["look"]) for row in rows["few"]] == [
         (count, look) for count in (2, 3) for look in ("stripes", "blobs")
     ]
