@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from read_looks import VARIANTS, read_look
 from samoe_hf import SamoeModel, load_videos
@@ -25,7 +26,7 @@ Looks = dict[str, tuple[list[Tensor], Tensor]]
 def read_looks(model: SamoeModel, looks: Sequence[str], num_known: int, num_held_out: int) -> Looks:
     """Of each look: videos that a gate may know, (frames, features), and first frames of others, (videos, features)."""
     read = {}
-    for look in looks:
+    for look in tqdm(looks, desc="what the gate reads", unit="look"):
         held_out = read_look(model, look, range(num_known, num_known + num_held_out), MAX_FRAMES, 1)
         read[look] = read_look(model, look, range(num_known), MAX_FRAMES, MAX_FRAMES), torch.cat(held_out)
     return read

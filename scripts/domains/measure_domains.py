@@ -62,8 +62,8 @@ QUICK = Sizes(
 )  # fmt: skip
 
 
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2g} %" if share < 0.995 else "100 %"
+def percent(share: float) -> str:
+    return "100 %" if share > 0.995 else f"{100 * abs(round(share, 6)):.2g} %"
 
 
 def jf(score: float | None) -> str:
