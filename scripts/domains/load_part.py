@@ -1,7 +1,10 @@
 """Time to load, RAM and time of tracking of a model with more and more domains, on one core."""
 
 import gc
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,11 +44,18 @@ def build_models(counts: Sequence[int], folder: Path) -> None:
 
 
 def measure_load(counts: Sequence[int], folder: Path, num_frames: int, repeats: int) -> list[dict[str, Any]]:
+    """Builds the models and measures them in a process of its own, where no freed memory is found."""
+    build_models(counts, folder)
+    words = [sys.executable, __file__, str(folder), str(num_frames), str(repeats), *map(str, counts)]
+    return json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def measure_models(folder: Path, num_frames: int, repeats: int, counts: Sequence[int]) -> list[dict[str, Any]]:
     """For each count: MB of the file, seconds to load, MB of RAM, and ms a frame of tracking.
 
-    Models take turns at tracking the same video, and times are of the process, the median of tracking.
+    Models take turns at tracking the same video. Times are of the process, the median of tracking.
     """
-    build_models(counts, folder)
+    torch.set_num_threads(1)
     warm, models, rams, loads = [SamoeModel.from_pretrained(small_base()) for _ in range(2)], [], [], []
     for source in (folder / str(count) for count in counts):
         gc.collect()
@@ -74,3 +84,9 @@ def measure_load(counts: Sequence[int], folder: Path, num_frames: int, repeats: 
         }
         for count, load, ram, measured in zip(counts, loads, rams, seconds, strict=True)
     ]
+
+
+if __name__ == "__main__":
+    _, of, *numbers = sys.argv
+    frames, times, *of_domains = map(int, numbers)
+    print(json.dumps(measure_models(Path(of), frames, times, of_domains)))
