@@ -40,9 +40,13 @@ def reference(request) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def nano() -> SimpleNamespace:
+def nano(request) -> SimpleNamespace:
+    """SAM 2's small model, or another base's that a test asks for (see `over_bases`)."""
+    from helpers.edgetam import edgetam_model
     from helpers.reference import load_reference
 
+    if getattr(request, "param", "sam2") == "edgetam":
+        return SimpleNamespace(name="edgetam", model=edgetam_model(with_experts=True))
     return load_reference("nano")
 
 

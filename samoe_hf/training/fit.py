@@ -46,13 +46,14 @@ def step_bytes(
     all_frames = any(not name.startswith("memory_attention.") for name in trained)
     clicked = min(recipe.max_corrected_frames, num_frames) if recipe.point_probability > 0 else 0
     of_object = LOSS + DECODER * all_frames
+    height, width = config.memory_attention_rope_feat_sizes
     if checkpointing:
         of_object += TRACKED + KEPT * num_frames + CLICK * recipe.num_correction_clicks * min(clicked, 1)
     else:
         of_object += TRACKED * (num_frames - 1 + all_frames)
-        of_object += MEMORY * sum(min(t, config.num_maskmem) for t in range(num_frames))
+        latents = len(model.base.memory_places(model, 1)) / (height * width)  # of a memory, for each token of a map
+        of_object += MEMORY * latents * sum(min(t, config.num_maskmem) for t in range(num_frames))
         of_object += CLICK * recipe.num_correction_clicks * max(clicked - 1 + all_frames, 0)
-    height, width = config.memory_attention_rope_feat_sizes
     clip = height * width * config.memory_attention_hidden_size * (num_objects * of_object + FRAME * num_frames)
     if any(name.startswith("vision_encoder.") for name in trained):
         clip += num_frames * _encoder_size(model) * (ENCODER_RECOMPUTED if checkpointing else ENCODER)

@@ -63,7 +63,7 @@ def test_it_is_merged_for_transformers(base, learned, tmp_path):
     assert not any(info.values()), info
     model, processor = load_tracker(learned, "cpu")
     model.config.previous_mask_with_clicks = False
-    sessions = processor, PROMPTS["objects"]
+    sessions = processor, PROMPTS["box"]
     outputs = [track(x.eval(), *sessions) for x in (merge_into_base(model, "soft"), theirs)]
     # A file's tensors lie elsewhere in memory, where kernels add up in another order.
     assert (outputs[0] - outputs[1])[:3].abs().mean() < 1e-4

@@ -12,6 +12,8 @@ from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.base import config_of_base
 
 needs_timm = pytest.mark.skipif(not is_timm_available(), reason="EdgeTAM's encoder needs timm")
+over_bases = pytest.mark.parametrize("nano", ["sam2", pytest.param("edgetam", marks=needs_timm)], indirect=True)
+"""Runs a test whose fixtures are made of `nano` with SAM 2's small model and with EdgeTAM's."""
 
 
 def edgetam_model(seed: int = 0, with_experts: bool = False, **settings) -> SamoeModel:
@@ -24,11 +26,20 @@ def edgetam_model(seed: int = 0, with_experts: bool = False, **settings) -> Samo
     model = SamoeModel(SamoeConfig(**{**read_yaml("model_edgetam_nano"), **settings})).eval()
     with torch.no_grad():
         draw_weights(model, with_experts)
-        for module in model.vision_encoder.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.2, 0.5)
+        # With statistics of frames, features are about 1: if they were large, masks would be lost in memories.
+        norms = [x for x in model.vision_encoder.modules() if isinstance(x, nn.BatchNorm2d)]
+        hooks = [x.register_forward_pre_hook(_draw_statistics) for x in norms]
+        model.vision_encoder(torch.randn(2, 3, *[model.config.image_size] * 2))
+        for hook in hooks:
+            hook.remove()
     return model
+
+
+def _draw_statistics(norm: nn.BatchNorm2d, args: tuple) -> None:
+    """Near those of what the norm is given."""
+    variance, mean = torch.var_mean(args[0], (0, 2, 3))
+    norm.running_mean.copy_(mean + 0.1 * torch.randn_like(mean))
+    norm.running_var.copy_((variance + 0.01) * torch.rand_like(variance).add(0.5))
 
 
 def edgetam_peer(model: SamoeModel, kind: type = EdgeTamVideoModel) -> EdgeTamVideoModel:

@@ -42,7 +42,9 @@ def test_masks_are_those_of_transformers(ours, theirs, processor, prompt, start,
     click = [60, 40] if prompt == "point" else None
     prompts = PROMPTS[prompt], start, reverse, click, torch.float64
     masks, expected = (track(x, processor, *prompts) for x in (ours, theirs))
-    assert (masks - expected).abs().mean() < (1e-6 if prompt == "mask" else 1e-10)  # a mask is resized in float32
+    # transformers rotates queries and keys in float32, and a mask is resized so.
+    assert (masks - expected).abs().mean() < (1e-6 if prompt == "mask" else 1e-7)
+    assert prompt == "mask" or (masks - expected)[0].abs().mean() < 1e-10  # without memories
     assert (expected[-1] - expected[-2]).abs().mean() > 0.1  # of two frames
     assert click is None or (masks[1] - masks[0]).abs().mean() > 1e-4
 
@@ -89,14 +91,15 @@ def test_gradients_are_those_of_transformers_modules(processor):
     pixels = torch.stack([session.get_frame(t) for t in range(3)])[None]
     masks = ours(pixels, input_points=points, input_labels=labels).pred_masks[0]
     expected = reference_masks(theirs, session, 3)
-    torch.testing.assert_close(masks, expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(masks[:, 0], expected[:, 0], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(masks, expected, atol=1e-6, rtol=1e-6)  # transformers rotates keys in float32
     weights = torch.randn(masks.shape, generator=torch.Generator().manual_seed(0), dtype=masks.dtype)
     for output in (masks, expected):
         (output * weights).sum().backward()
     own = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None:
-            # transformers rotates keys and queries in float32; some gradients are zero but for rounding.
+            # Some gradients are zero but for rounding.
             error = (own[name].grad - parameter.grad).norm()
             assert error < 1e-5 * parameter.grad.norm() + 1e-9, name
     learned = {name.split(".")[0] for name, p in theirs.named_parameters() if p.grad is not None and p.grad.any()}

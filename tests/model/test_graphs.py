@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.domains import with_two_domains
+from helpers.edgetam import needs_timm, over_bases
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.model.memory_tokens import MemoryTokens, fill_up, full_length
 from samoe_hf.model.processing_samoe import build_processor
@@ -53,6 +54,7 @@ def run(model, num_frames, domain=None):
     return torch.stack(masks)
 
 
+@pytest.mark.parametrize("nano", ["sam2", pytest.param("edgetam", marks=[needs_timm, pytest.mark.slow])], indirect=True)
 @pytest.mark.parametrize(
     ("backend", "num_frames"), [("eager", 12), pytest.param("inductor", 100, marks=pytest.mark.slow)]
 )
@@ -67,6 +69,7 @@ def test_a_session_is_three_graphs(model, graphs, backend, num_frames):
     assert (found - expected).abs().mean() < 1e-5
 
 
+@over_bases
 def test_what_fills_memories_up_is_not_read(nano):
     calls, model = [], nano.model
     watch = model.memory_attention.register_forward_pre_hook(lambda _, args: calls.append(args))
@@ -82,7 +85,7 @@ def test_what_fills_memories_up_is_not_read(nano):
         with torch.inference_mode():
             found, expected = (model.memory_attention(*frame, *x) for x in (filled, tokens))
         torch.testing.assert_close(found[: len(memory)], expected, atol=1e-5, rtol=1e-5)
-    assert kinds == {64 * 7 + 16 * 2}
+    assert kinds == {len(model.base.memory_places(model, 1)) * 7 + 16 * 2}
 
 
 @pytest.mark.slow

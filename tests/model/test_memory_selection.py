@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.edgetam import edgetam_model, needs_timm
 from helpers.sam3 import sam3_config
 from samoe_hf import SamoeConfig, SamoeModel, VideoSession, small_base
 from samoe_hf.data import SyntheticVideos
@@ -132,20 +133,33 @@ def test_what_is_forgotten_is_read_by_no_later_frame(kind):
 
 
 @pytest.fixture(scope="module")
-def clip():
+def clip(request):
     """Frames of the model's size and the first masks of three objects, one of which is not seen there."""
-    side = SamoeConfig.from_pretrained(small_base()).image_size
+    is_sam2 = getattr(request, "param", "sam2") == "sam2"
+    side = SamoeConfig.from_pretrained(small_base()).image_size if is_sam2 else 128
     video = SyntheticVideos(1, 12, (side, side), domain="scenes", seed=5)[0]
     first = torch.zeros(1, 3, 16, 16)
     first[0, 0, 3:6, 4:9] = first[0, 1, 9:14, 8:13] = 1
     return list(video.frames), torch.nn.functional.interpolate(first, (side, side))
 
 
+BASES = pytest.mark.parametrize(
+    ("clip", "base"), [("sam2",) * 2, pytest.param("edgetam", "edgetam", marks=needs_timm)], indirect=["clip"]
+)
+
+
+def model_of(base, kind):
+    if base == "edgetam":
+        return edgetam_model(memory_selection=kind, with_experts=True)
+    return SamoeModel.from_pretrained(small_base(), memory_selection=kind).eval()
+
+
+@BASES
 @pytest.mark.parametrize("kind", [pytest.param("score", marks=pytest.mark.slow), "distractor"])
-def test_clips_read_the_memories_that_sessions_read(clip, kind):
+def test_clips_read_the_memories_that_sessions_read(clip, kind, base):
     """So that experts learn with the memories that they will have."""
     frames, first = clip
-    model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).eval()
+    model = model_of(base, kind)
     processor = build_processor(model.config)
     pixel_values = processor.video_processor(videos=[np.stack(frames)], return_tensors="pt").pixel_values_videos
     with torch.no_grad():
@@ -160,10 +174,11 @@ def test_clips_read_the_memories_that_sessions_read(clip, kind):
     assert (masks - others).abs().mean() > 5e-3
 
 
+@BASES
 @pytest.mark.parametrize("kind", ["score", pytest.param("distractor", marks=pytest.mark.slow)])
-def test_experts_learn_with_them(clip, kind):
+def test_experts_learn_with_them(clip, kind, base):
     _, first = clip
-    model = SamoeModel.from_pretrained(small_base(), memory_selection=kind).train()
+    model = model_of(base, kind).train()
     side = first.shape[-1]
     pixel_values = torch.randn(2, 5, 3, side, side)
     labels = first.bool().unsqueeze(2).expand(2, 3, 5, side, side)

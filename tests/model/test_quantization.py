@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, Sam2VideoModel, TorchAoConfig
 
+from helpers.edgetam import over_bases
 from samoe_hf import SamoeModel
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
@@ -61,6 +62,7 @@ def plain_weights(model):
     return {name: tensor.clone() for name, tensor in plain_tensors(model.state_dict().items())}
 
 
+@over_bases
 def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, model_folder, clip):
     full = SamoeModel.from_pretrained(model_folder)
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
@@ -91,6 +93,7 @@ def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, 
     assert 0 < error < 0.2
 
 
+@over_bases
 def test_experts_learn_over_it_and_are_saved_alone_for_the_full_base(quantization, model_folder, tmp_path, clip):
     full = SamoeModel.from_pretrained(model_folder)
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.edgetam import over_bases
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
+pytestmark = over_bases
 POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
 
