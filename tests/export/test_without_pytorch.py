@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.domains import with_two_domains
-from helpers.edgetam import edgetam_model, needs_timm
+from helpers.edgetam import edgetam_model, needs_timm, over_bases
 from helpers.export import compare, difference, drawn_video, load_tracker, tracked, tracked_with_corrections
 from helpers.sam3 import sam3_config, sam3_models
 from samoe_hf import small_base
@@ -118,6 +118,7 @@ def test_other_models(name, tmp_path):
     assert result.mean < 1e-3 and result.iou > 0.999
 
 
+@over_bases
 def test_programs_of_torch_export_give_what_the_parts_give(nano, tmp_path):
     model = nano.model.eval()
     export_model(model, build_processor(model.config), tmp_path / "model", format="torch")
