@@ -105,7 +105,7 @@ def test_videos_of_different_domains_have_their_own_experts(gated, domain_videos
 @over_bases
 @pytest.mark.parametrize("prompt", ["point", "clicks:2@3", "clicks:1@2:offline", "box@2:even"])
 def test_evaluated_videos_are_scored_as_alone(nano, processor, prompt):
-    videos = [SyntheticVideos(1, 4 + n, SIZES[n], seed=n, domain=kind)[0] for n, kind in KINDS]
+    videos = [SyntheticVideos(1, 6 - n, SIZES[n], seed=n, domain=kind)[0] for n, kind in KINDS]  # the last ends first
     one_by_one, at_once = (
         evaluate_videos(nano.model, processor, videos, False, prompt, videos_at_once=n) for n in (1, 3)
     )

@@ -159,13 +159,10 @@ class VideoScorer:
 
 
 def score_predictions(
-    video: Video,
-    predictions: Iterable[PredictedFrame],
-    surface_tolerance: float = SURFACE_TOLERANCE,
-    write: MaskWriter | None = None,
+    video: Video, predictions: Iterable[PredictedFrame], surface_tolerance: float = SURFACE_TOLERANCE
 ) -> VideoResult:
-    """Scores a video's predicted frames one by one, as they come; `write` gets the masks of all."""
-    scorer = VideoScorer(video, surface_tolerance, write)
+    """Scores all frames of a video, see [`VideoScorer`]."""
+    scorer = VideoScorer(video, surface_tolerance)
     for frame in predictions:
         scorer.add(frame)
     return scorer.result()
@@ -262,17 +259,18 @@ def evaluate_videos(
     [`segment_video`]. Each video needs an annotated frame, and a domain and id of its own. So many as `videos_at_once`
     are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
     """
-    total, order = len(videos) if isinstance(videos, Sized) else None, []
+    total, keys = len(videos) if isinstance(videos, Sized) else None, []
     progress = tqdm(total=total, desc="evaluate", disable=not show_progress_bar)
     with evaluation_mode(model), progress, Together(model, choose_videos_at_once(model, videos_at_once)) as together:
 
         def works() -> Iterator[Work[VideoResult]]:
             for video in videos:
-                order.append(video_key(video))
+                keys.append(video_key(video))
                 yield evaluation_steps(together, processor, video, prompt, seed, domain=domain)
 
         results = []
         for result in together.run(works()):
             results.append(result)
             progress.update()
-    return results_by_key(sorted(results, key=lambda result: order.index(result.key)))
+    by_key = results_by_key(results)
+    return {key: by_key[key] for key in keys}  # in the order of the videos, not of their ends

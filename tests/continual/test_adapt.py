@@ -16,7 +16,7 @@ from samoe_hf.commands import adapt as command
 from samoe_hf.continual import fit_gate as gate_fitting
 from samoe_hf.continual import start
 from samoe_hf.continual.adapt import Adaptation, adapt
-from samoe_hf.continual.fit_gate import fit_gate
+from samoe_hf.continual.fit_gate import fit_gate, leave_out
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.expert_layer import expert_modules
@@ -269,6 +269,17 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
     with pytest.raises(ValueError, match=r"`output_dir` .* holds the base model"):
         run_command([*words, str(base)])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_video_that_is_left_out_is_told_by_the_others_alone(first):
+    model = SamoeModel.from_pretrained(first[0])
+    before, draw = model.domain_gate.counts.clone(), torch.Generator().manual_seed(0)
+    usual, odd = 4 * torch.randn(2, model.domain_gate.num_features, generator=draw)
+    numbers = torch.arange(9).repeat_interleave(4)
+    centers = torch.where((numbers == 8)[:, None], odd, usual)
+    features = centers + 0.3 * torch.randn(centers.shape, generator=draw)
+    assert leave_out(model, "soft", features, numbers) == {"soft": 8, "base": 1}
+    assert torch.equal(model.domain_gate.counts, before)
 
 
 def test_of_few_videos_more_frames_are_read(first, monkeypatch):

@@ -14,6 +14,7 @@ from samoe_hf.data.frames import ArrayFrames, SampleError
 from samoe_hf.data.predictions import MaskFiles
 from samoe_hf.evaluation.evaluate import (
     VideoResult,
+    VideoScorer,
     evaluate_masks,
     evaluate_video,
     evaluate_videos,
@@ -37,7 +38,10 @@ def video():
 def test_frames_are_scored_one_by_one_as_the_video_is_as_a_whole():
     video = random_video(spacing=(0.5, 0.75, 5.0))
     predictions, written = perturbed(video), []
-    result = score_predictions(video, iter(predictions), 1.5, lambda v, t, masks: written.append((v, t, masks.sum())))
+    scorer = VideoScorer(video, 1.5, lambda v, t, masks: written.append((v, t, masks.sum())))
+    for frame in predictions:
+        scorer.add(frame)
+    result = scorer.result()
     predicted = np.stack([frame.masks for frame in predictions])
     target = np.stack([video.masks(t) for t in range(len(video))])
     logits = np.stack([frame.scores for frame in predictions])
