@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -25,12 +26,13 @@ from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.expert_layer import DOMAIN_GATE
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.weights_io import new_folder, write_text
 from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
 from samoe_hf.surgery.loras import export_expert
-from study_gate import held_out_features, measure_gate, measure_time
+from study_gate import build_prototypes, held_out_features, measure_gate, measure_time, nearest_prototype
 from study_methods import (
     BASE_PARAMETERS,
     LABELS,
@@ -71,11 +73,12 @@ class Study:
         self._check_folder()
         restore_units(self.folder)
         self.videos = StudyVideos(plan, self._new_model().config.image_size)
-        per_order = (len(SEQUENTIAL) + 2) * plan.num_domains + len(self._seed_units(0, plan.orders[0]))
+        per_order = (len(SEQUENTIAL) + 3) * plan.num_domains + len(self._seed_units(0, plan.orders[0]))
         total = len(plan.seeds) * len(plan.orders) * per_order
         self._progress = tqdm(total=total, unit="unit", disable=not show_progress_bar)
         self._models: dict[tuple[int, str, str | None], SamoeModel] = {}  # with one domain each
         self._starts: dict[tuple[int, str, tuple[str, ...]], str | None] = {}
+        self._prototypes: dict[int, dict[str, Tensor]] = {}
 
     def _check_folder(self) -> None:
         path, identity = self.folder / RESULTS_FILE, json.loads(json.dumps(self.plan.identity()))
@@ -104,7 +107,11 @@ class Study:
         for path, (description, compute) in self._seed_units(seed, order).items():
             self._unit(path, description, compute)
         folder = self._seed_folder(seed) / f"order_{'-'.join(order)}"
-        for method, compute in (("domains", self._score_domains), ("token_routers", self._score_routers)):
+        for method, compute in (
+            ("domains", self._score_domains),
+            ("token_routers", self._score_routers),
+            ("prototypes", self._score_prototypes),
+        ):
             for stage in range(1, len(order) + 1):
                 path = folder / method / f"stage_{stage}.json"
                 self._unit(path, f"{LABELS[method]}: stage {stage}", partial(compute, seed, order[:stage]))
@@ -242,9 +249,11 @@ class Study:
             model = SamoeModel.from_pretrained(self.base_folder(seed))
         self._progress.set_description(f"seed {seed}: {method.label}, {order[stage - 1]} ({stage} of {len(order)})")
         set_seed(seed + stage)
-        method.prepare(model, self.plan, stage - 1)
+        finish = method.prepare(model, self.plan, stage - 1)
         rate = self.plan.full_learning_rate if method.trains_base else self.plan.learning_rate
         self._train(model, order[stage - 1], method.trainable, rate, seed)
+        if finish is not None:
+            finish()
         with new_folder(after) as temporary:
             model.save_pretrained(temporary)
         shutil.rmtree(before, ignore_errors=True)
@@ -263,7 +272,7 @@ class Study:
     ) -> dict[str, Any]:
         """Scores of domains, all by default, and what the model is larger by than its base."""
         base = SamoeModel.from_pretrained(self.base_folder(seed)).state_dict()
-        return {"scores": self._score_all(model, seed, names, domain), "added": added_size(model, base)}
+        return {"scores": self._score_all(model, seed, names, domain), "added": added_size(model.state_dict(), base)}
 
     def domains_model(
         self, seed: int, names: Sequence[str], with_base: bool = True, likes: Mapping[str, str] | None = None
@@ -328,6 +337,23 @@ class Study:
             device=self.device,
         )
         return self._scored(model.eval(), seed)
+
+    def _score_prototypes(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
+        """Scores where each video gets the experts of the domain whose prototype its first object's frame is nearest
+        to."""
+        plan, base = self.plan, self._base(seed).to(self.device)
+        names = [plan.base.name, *learned]
+        if seed not in self._prototypes:
+            every = [plan.base.name, *plan.orders[0]]
+            some = {name: evenly_chosen(self.videos.train(name), plan.gate_videos) for name in every}
+            self._prototypes[seed] = build_prototypes(base, some)
+        known = {name: self._prototypes[seed][name] for name in names}
+        model, scores = self.domains_model(seed, learned), {}
+        for name in [plan.base.name, *plan.orders[0]]:
+            videos = self.videos.scored(name, seed)
+            scores[name] = score(model, videos, [nearest_prototype(base, known, video) for video in videos])
+        tensors = {key: x for key, x in model.state_dict().items() if not key.startswith(f"{DOMAIN_GATE}.")}
+        return {"scores": scores, "added": added_size(tensors | known, base.state_dict())}
 
     # --- The gate
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import OSFConfig, inject_adapter_in_model
+from peft.tuners.osf.layer import OSFLayer
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from samoe_hf.data import ClipDataset
@@ -17,10 +19,11 @@ from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.expert_layer import is_expert_parameter, matching_linear_names, replace_module
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.prompt_recipe import PromptRecipe
-from samoe_hf.surgery.experts import freeze_experts, grow_experts, replace_experts
+from samoe_hf.surgery.experts import freeze_experts, grow_experts, remove_experts, replace_experts
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 from study_plan import StudyDomain, StudyPlan
@@ -34,6 +37,7 @@ MEMORY_PARAMETERS = (
 EXPERTS_PER_TOKEN = 2
 WARMUP_STEPS = 30
 ROUTER_AUX_LOSS_COEF = 0.01
+SUBSPACES = r".*osf_svd_params.*"
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,14 @@ class Method:
     Attributes:
         label: for reports.
         trainable: set of parameters, see [`SamoeModel.set_trainable`].
-        prepare: gets the model, the study and how many domains it has learned, before it is trained on the next.
+        prepare: gets the model, the study and how many domains it has learned, before it is trained on the next; what
+            it returns is called afterwards.
         trains_base: whether the base's own parameters are trained, at `full_learning_rate`.
     """
 
     label: str
     trainable: str
-    prepare: Callable[[SamoeModel, StudyPlan, int], None]
+    prepare: Callable[[SamoeModel, StudyPlan, int], Callable[[], None] | None]
     trains_base: bool = False
 
 
@@ -108,6 +113,30 @@ def _frozen_experts(model: SamoeModel, plan: StudyPlan, num_learned: int) -> Non
     freeze_experts(model, old)
 
 
+def _orthogonal_subspaces(model: SamoeModel, plan: StudyPlan, num_learned: int) -> Callable[[], None]:
+    """PEFT's OSF: of each weight, the strongest directions are frozen, more of them with each domain, and what is
+    trained stays orthogonal to them. Afterwards the weights hold what was learned."""
+    experts = {name: tensor.clone() for name, tensor in model.state_dict().items() if is_expert_parameter(name)}
+    remove_experts(model)  # without effect, and in the way of PEFT
+    layers = matching_linear_names(model, plan.expert_modules, plan.exclude_modules)
+    frozen = (num_learned + 1) / (plan.num_domains + 1)
+    inject_adapter_in_model(OSFConfig(target_modules=layers, effective_rank=frozen), model)
+    del model.peft_config  # never saved as an adapter
+
+    def merge() -> None:
+        for name in layers:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, OSFLayer)
+            layer.merge()
+            linear = layer.get_base_layer()
+            assert isinstance(linear, nn.Linear)
+            replace_module(model, name, linear)
+        replace_experts(model)
+        model.load_state_dict(experts, strict=False)
+
+    return merge
+
+
 # Trained on domain after domain, in this order in reports.
 SEQUENTIAL = {
     "full": Method("full fine-tuning", BASE_PARAMETERS, _leave, trains_base=True),
@@ -116,11 +145,13 @@ SEQUENTIAL = {
     "moe": Method("SAM2-MoE", "experts", _one_mixture),
     "moe_balanced": Method("SAM2-MoE, balanced", "experts", _balanced_mixture),
     "frozen_experts": Method("old experts frozen, router trained", "experts", _frozen_experts),
+    "osf": Method("orthogonal subspaces (OSF)", SUBSPACES, _orthogonal_subspaces, trains_base=True),
 }
 LABELS = {
     "base": "base alone",
     **{name: method.label for name, method in SEQUENTIAL.items()},
     "token_routers": "own LoRAs, computed token routers",
+    "prototypes": "own LoRAs, nearest prototype",
     "domains": "domains with the gate",
     "own_lora": "own LoRAs from nothing, the right one given",
 }
@@ -194,23 +225,28 @@ def train(
 # --- Measuring
 
 
-def score(model: SamoeModel, videos: Iterable[Video], domain: str | None = AUTO) -> dict[str, float]:
+def score(
+    model: SamoeModel, videos: Sequence[Video], domains: str | Sequence[str | None] | None = AUTO
+) -> dict[str, float]:
     """J, F and J&F, 0 to 1, over all objects and the frames after the first that shows each.
 
     Args:
-        domain: of a model with domains, whose experts are run.
+        domains: of a model with domains, whose experts are run; or one for each video.
     """
-    processor = build_processor(model.config)
-    results = evaluate_videos(model, processor, videos, show_progress_bar=False, domain=domain)
+    processor, results = build_processor(model.config), {}
+    each = [domains] * len(videos) if domains is None or isinstance(domains, str) else domains
+    for domain in dict.fromkeys(each):
+        own = [video for video, its in zip(videos, each, strict=True) if its == domain]
+        results |= evaluate_videos(model, processor, own, show_progress_bar=False, domain=domain)
     summarized = summarize({key: result.scores for key, result in results.items()}, protocol="youtube_vos")
     return {name: summarized[f"{name}_mean"] for name in ("J", "F", "J&F")} | {"num_videos": len(results)}
 
 
-def added_size(model: SamoeModel, base: Mapping[str, Tensor]) -> dict[str, int]:
+def added_size(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, int]:
     """Parameters, and bytes, of what a model has beside its base: tensors that the base lacks or that differ."""
     own = [
         tensor
-        for name, tensor in model.state_dict().items()
-        if name not in base or base[name].shape != tensor.shape or not torch.equal(base[name], tensor.cpu())
+        for name, tensor in tensors.items()
+        if name not in base or base[name].shape != tensor.shape or not torch.equal(base[name].cpu(), tensor.cpu())
     ]
     return {"parameters": sum(t.numel() for t in own), "bytes": sum(t.numel() * t.element_size() for t in own)}

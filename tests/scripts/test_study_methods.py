@@ -1,0 +1,57 @@
+"""What methods of a study change of a model."""
+
+import pytest
+import torch
+
+from helpers.domains import new_model
+from samoe_hf.data import SyntheticVideos
+from samoe_hf.model.expert_layer import matching_linear_names
+from samoe_hf.model.modeling_samoe import SamoeModel
+from study_gate import build_prototypes, nearest_prototype
+from study_methods import SEQUENTIAL, train
+from study_plan import StudyDomain, StudyPlan
+
+DOMAIN = StudyDomain("blobs", [], [], steps=2)
+LAYERS = {"expert_modules": ["*"], "exclude_modules": ["mask_decoder.*"]}
+PLAN = StudyPlan(
+    "",
+    StudyDomain("shapes", [], [], steps=2),
+    [DOMAIN],
+    [["blobs"]],
+    [0],
+    **LAYERS,
+    num_frames=2,
+    max_objects=1,
+    batch_size=1,
+)
+
+
+def videos(look, count, seed):
+    return [SyntheticVideos(count, 2, (64, 64), domain=look, seed=seed)[i] for i in range(count)]
+
+
+@pytest.mark.parametrize("rate, moves", [(0.0, False), (1e-2, True)])
+def test_orthogonal_subspaces_leave_a_plain_model_in_which_linear_layers_alone_have_moved(tmp_path, rate, moves):
+    model, method = new_model(), SEQUENTIAL["osf"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    finish = method.prepare(model, PLAN, 0)
+    train(
+        model, videos("blobs", 2, 0), DOMAIN, PLAN,
+        trainable=method.trainable, learning_rate=rate, seed=0, on_step=lambda _: None,
+    )  # fmt: skip
+    finish()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    layers = {f"{name}.weight" for name in matching_linear_names(model, *LAYERS.values())}
+    moved = {name for name in before if not torch.allclose(before[name], after[name], atol=1e-6)}
+    assert moved <= layers and bool(moved) == moves
+    model.save_pretrained(tmp_path)
+    loaded = SamoeModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in after.items())
+
+
+def test_a_video_gets_the_domain_of_the_nearest_prototype():
+    base = new_model().eval()
+    prototypes = build_prototypes(base, {look: videos(look, 4, 0) for look in ("stripes", "paper")})
+    for look in prototypes:
+        assert [nearest_prototype(base, prototypes, video) for video in videos(look, 4, 1)] == [look] * 4
