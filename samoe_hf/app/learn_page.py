@@ -20,6 +20,10 @@ CLOSED = (
     "Nothing can be learned here: this app was started without a place for corrected videos. "
     "`samoe app MODEL --data DIR` has one."
 )
+CHANGED = (
+    "You changed the domains of {}, and learning reads its files. In *Domains*, save it or take the changes back, and "
+    "start your video anew with a model that is not changed."
+)
 OTHERS = "**Somebody else learns here now.** It can begin when that is done or stopped by who began it."
 WORDS = {
     "new": "",
@@ -84,6 +88,8 @@ class LearnPart(Part):
     def begin(self, person: Person, domain: object, steps: object) -> Shown:
         """Learning starts."""
         loaded = person.session.loaded if person.session else self.app.first
+        if loaded.is_changed or loaded.name in person.changed:
+            raise InputError(CHANGED.format(loaded.name))
         self.learner.start(person.secret, loaded, str(domain)[:100], integer(steps, "steps", 1, MAX_STEPS))
         return self.refresh(person)
 

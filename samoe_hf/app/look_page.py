@@ -109,10 +109,10 @@ class LookPart(Part):
 
     # --- Whose experts
 
-    def sides(self) -> dict[str, Side]:
+    def sides(self, person: Person) -> dict[str, Side]:
         """What can be compared, by what it is called."""
         sides = {}
-        for name, loaded in self.app.models.items():
+        for name, loaded in self.app.models_of(person).items():
             for choice, domain in (loaded.domain_choices or {"": None}).items():
                 label = f"{name}: {choice}" if choice else name
                 sides[label] = Side(label, loaded, domain)
@@ -120,8 +120,8 @@ class LookPart(Part):
 
     def refresh(self, person: Person, first: object = None, second: object = None) -> Shown:
         """The part is opened: menus show what there is, and keep what was chosen to be compared."""
-        session, names = person.session, list(self.sides())
-        loaded = session.loaded if session else self.app.first
+        session, names, models = person.session, list(self.sides(person)), self.app.models_of(person)
+        loaded = models[session.loaded.name if session else self.app.first.name]
         choices = loaded.domain_choices
         current = next((c for c, domain in choices.items() if session and domain == session.domain), None)
         note = "" if session and session.prompts else FIRST
@@ -131,7 +131,7 @@ class LookPart(Part):
         right = second if isinstance(second, str) and second in names and second != left else names[-1]
         return {
             self.note: note,
-            self.model: gr.Dropdown(list(self.app.models), value=loaded.name),
+            self.model: gr.Dropdown(list(models), value=loaded.name),
             self.domain: gr.Dropdown(list(choices), value=current, visible=bool(choices)),
             self.memories: session.memory_selection if session else loaded.model.memory_selection,
             self.whose: how_tracked(session),
@@ -141,14 +141,16 @@ class LookPart(Part):
 
     def choose_model(self, person: Person, name: object) -> Shown:
         """Another model was chosen in the menu: its domains and its selection of memories are shown."""
-        loaded = self.app.models[one_of(name, self.app.models, "model")]
+        models = self.app.models_of(person)
+        loaded = models[one_of(name, models, "model")]
         choices = list(loaded.domain_choices)
         domain = gr.Dropdown(choices, value=choices[0] if choices else None, visible=bool(choices))
         return {self.domain: domain, self.memories: loaded.model.memory_selection}
 
     def start_anew(self, person: Person, name: object, choice: object, memories: object, frame: object) -> Shown:
         """The video starts anew with another model, another domain's experts, or another selection of memories."""
-        session, loaded = person.the_session(), self.app.models[one_of(name, self.app.models, "model")]
+        session, models = person.the_session(), self.app.models_of(person)
+        loaded = models[one_of(name, models, "model")]
         frame, choices = frame_of(session, frame), loaded.domain_choices
         domain = choices[one_of(choice, choices, "experts")] if choices else AUTO
         session.use(loaded, domain, one_of(memories, MEMORY_SELECTIONS, "memory selection"))
@@ -183,7 +185,7 @@ class LookPart(Part):
 
     def compare(self, person: Person, first: object, second: object, only_first: object) -> Iterator[Shown]:
         """The video is tracked with both sides."""
-        session, sides = person.the_session(), self.sides()
+        session, sides = person.the_session(), self.sides(person)
         pair = sides[one_of(first, sides, "left")], sides[one_of(second, sides, "right")]
         comparison = Comparison(session, pair, person.folder, only_first is True)
         person.compare(comparison)

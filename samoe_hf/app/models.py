@@ -1,8 +1,9 @@
 """The models that a page can choose from."""
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
@@ -10,8 +11,10 @@ from typing import TypeVar
 import torch
 
 from samoe_hf import small_base
+from samoe_hf.continual.manage_domains import find_example
 from samoe_hf.inference import load_tracker
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.domain_gate import DomainGate
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 
@@ -26,7 +29,9 @@ Step = TypeVar("Step")
 class LoadedModel:
     """A model that is ready to track: its name on the page, unique in the app, and what it was loaded from.
 
-    `original` are the keys of a run that go with an original checkpoint.
+    `original` are the keys of a run that go with an original checkpoint. Once it is used nothing changes it, since
+    several people may track with it; `is_changed` of a copy that is not as its source is. `origins` has domains that
+    come from elsewhere: name -> source, and name there.
     """
 
     name: str
@@ -34,6 +39,8 @@ class LoadedModel:
     model: SamoeModel
     processor: VideoProcessor
     original: Mapping[str, str] = field(default_factory=dict)
+    is_changed: bool = False
+    origins: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def is_small(self) -> bool:
@@ -49,6 +56,20 @@ class LoadedModel:
     def domain_choices(self) -> dict[str, str | None]:
         """What a page offers -> the `domain` of a session; nothing without domains."""
         return {GATE: AUTO, BASE: None} | {name: name for name in self.domains} if self.domains else {}
+
+    def copied(self) -> "LoadedModel":
+        """A copy whose domains can be changed. Both share all tensors but the gate's, into which it writes."""
+        written = {id(x) for part in self.model.modules() if isinstance(part, DomainGate) for x in part.buffers()}
+        shared = {id(x): x for x in chain(self.model.parameters(), self.model.buffers()) if id(x) not in written}
+        return replace(self, model=copy.deepcopy(self.model, shared), is_changed=True, origins=dict(self.origins))
+
+    def origin(self, domain: str) -> tuple[str, str]:
+        """Where a domain was loaded from, and its name there."""
+        return self.origins.get(domain, (self.source, domain))
+
+    def example(self, domain: str) -> str | None:
+        """The picture of a domain, if its owner gave one."""
+        return find_example(*self.origin(domain))
 
 
 def load_model(source: str, device: torch.device | str, name: str | None = None, **options) -> LoadedModel:

@@ -2,6 +2,7 @@
 
 import gradio as gr
 
+from .domains_page import DomainsPart
 from .learn_page import LearnPart
 from .look_page import LookPart
 from .page_parts import App, Part, Shown, messages
@@ -61,8 +62,11 @@ class Page(Part):
                 look = LookPart(app, self.key, self.track)
             with gr.Tab("Learn", elem_id="learn-tab") as learn_tab:
                 learn = LearnPart(app, self.key, self.track)
+            with gr.Tab("Domains", elem_id="domains-tab") as domains_tab:
+                domains = DomainsPart(app, self.key)
         self.on(look_tab.select, look.refresh, [look.first, look.second], look.shown, show_progress="hidden")
         self.on(learn_tab.select, learn.refresh, [], learn.shown, show_progress="hidden")
+        self.on(domains_tab.select, domains.view, [domains.model], domains.shown, show_progress="hidden")
         loaded = blocks.load(
             self.enter,
             [self.kept],
@@ -82,7 +86,7 @@ class Page(Part):
         """
         people, page = self.app.people, request.session_hash or ""
         secret, _, learner = kept.partition(" ") if isinstance(kept, str) else ("", "", "")
-        with messages(self.app.folder):
+        with messages(self.app):
             person = people.enter(secret or (learner if people.is_away(learner) else ""), page)
             return {self.key: (person.secret, page), self.kept: person.secret, **self.track.opened(person)}
 

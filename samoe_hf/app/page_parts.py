@@ -22,7 +22,7 @@ from samoe_hf.errors import InputError
 from .learning import Learner
 from .models import LoadedModel, free_name
 from .page_picture import Picture
-from .people import People
+from .people import People, Person
 from .pictures import shown_size, to_video
 from .session import TrackingSession
 from .uploads import Limits, hide_paths
@@ -43,6 +43,7 @@ class App:
         folder: of all that the app keeps for its people; no message names it.
         models: by their names; a new page gets the first. [`add`] takes in another.
         learner: None where nothing may be learned.
+        store: the folder of models that are saved; None where there is none.
         url: where the page is served.
     """
 
@@ -51,12 +52,21 @@ class App:
     people: People
     limits: Limits
     learner: Learner | None = None
+    store: Path | None = None
     url: str = ""
 
     @property
     def first(self) -> LoadedModel:
         """The model that a new page gets."""
         return next(iter(self.models.values()))
+
+    def models_of(self, person: Person) -> dict[str, LoadedModel]:
+        """The models as a person has them, who may have changed domains of some."""
+        return self.models | person.changed
+
+    def first_of(self, person: Person) -> LoadedModel:
+        """The model that a person's next video gets."""
+        return person.changed.get(self.first.name, self.first)
 
     def add(self, loaded: LoadedModel) -> LoadedModel:
         """Takes in a model, under its name with a number behind it if another one has it."""
@@ -106,24 +116,25 @@ class Part:
     def _for_person(self, handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)
         def handle(key: tuple[str, str], *values: Any) -> Any:
-            with messages(self.app.folder):
+            with messages(self.app):
                 return handler(self.app.people[key], *values)
 
         @functools.wraps(handler)
         def handle_steps(key: tuple[str, str], *values: Any) -> Iterator[Any]:
-            with messages(self.app.folder):
+            with messages(self.app):
                 yield from handler(self.app.people[key], *values)
 
         return handle_steps if inspect.isgeneratorfunction(handler) else handle
 
 
 @contextmanager
-def messages(folder: Path) -> Iterator[None]:
-    """What a person can mend becomes a message on the page, without paths below `folder`."""
+def messages(app: App) -> Iterator[None]:
+    """What a person can mend becomes a message on the page, without paths of the app's folders."""
     try:
         yield
     except (InputError, OSError) as error:
-        raise gr.Error(hide_paths(str(error), folder), print_exception=False) from error
+        text = hide_paths(str(error), app.folder)
+        raise gr.Error(hide_paths(text, app.store) if app.store else text, print_exception=False) from error
 
 
 # --- What a page sends

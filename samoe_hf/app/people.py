@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
@@ -22,6 +22,7 @@ from samoe_hf.errors import InputError
 
 from .comparison import Comparison
 from .experts_view import ExpertsView
+from .models import LoadedModel
 from .session import TrackingSession
 from .uploads import Limits
 
@@ -42,6 +43,7 @@ class Person:
     corner: tuple[int, int, float, float] | None = None  # first one of a box: object, frame, x, y in the video's pixels
     comparison: Comparison | None = None
     experts: ExpertsView | None = None
+    changed: dict[str, LoadedModel] = field(default_factory=dict)  # in place of the app's models of these names
 
     def the_session(self) -> TrackingSession:
         """Its video; InputError where there is none yet."""

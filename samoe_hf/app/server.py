@@ -41,21 +41,22 @@ def serving(
     Args:
         loaded: the models, the first of which a new page gets.
         data: the folder of corrected videos; None where nothing may be learned.
-        models: the folder of what is learned; needed with `data`.
+        models: the folder of models that are learned or saved; needed with `data`. None where none may be.
         host, port, share: what is not given is as Gradio's environment variables say (`GRADIO_SERVER_NAME`, …), else
             this machine alone, and the first free port from 7860 on.
 
     Raises:
         InputError: the host is none of this machine, or the port is taken.
     """
-    learner = None if data is None or models is None else Learner(data.resolve(), models.resolve())
+    store = None if models is None else models.resolve()
+    learner = None if data is None or store is None else Learner(data.resolve(), store)
     host = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     _check_address(host.strip("[]"), port)
     parent = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
     Path(parent).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="samoe-app-", dir=parent) as name, _environment(Path(name), host):
         people = People(Path(name, "people"), limits)
-        app = App(Path(name), {}, people, limits, learner)
+        app = App(Path(name), {}, people, limits, learner, store)
         for one in loaded:
             app.add(one)
         bounds = Middleware(BoundedRequests, upload_bytes=limits.upload_bytes, folder=Path(name))

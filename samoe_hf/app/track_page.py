@@ -254,7 +254,7 @@ class TrackPart(Part):
 
     def open_files(self, person: Person, files: list[str] | None) -> Shown:
         """A video, frames, or a project were uploaded."""
-        model, limits, paths = self.app.first, self.app.limits, [Path(file) for file in files or []]
+        model, limits, paths = self.app.first_of(person), self.app.limits, [Path(file) for file in files or []]
         with person.opening() as folder:
             if [path.suffix.lower() for path in paths] == [".zip"] and is_project(paths[0], limits):
                 person.take(open_project(paths[0], folder, model, limits))
@@ -266,7 +266,7 @@ class TrackPart(Part):
         """An example was asked for."""
         name, limits = one_of(name, EXAMPLES, "example"), self.app.limits
         with person.opening() as folder:
-            person.take(TrackingSession(folder, open_example(name, folder, limits), self.app.first, limits))
+            person.take(TrackingSession(folder, open_example(name, folder, limits), self.app.first_of(person), limits))
         return self.opened(person)
 
     def ask_another(self, person: Person) -> Shown:

@@ -10,7 +10,8 @@ shall be. The small model needs no download, and knows drawn shapes alone.
 
 It is served to this machine alone, unless `--host` or `--share` opens it to others. What options do not say, Gradio's
 environment variables do, such as GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. Corrected videos are collected in the
-folder `--data`, which `samoe adapt` and `load_videos` read. Without it nothing can be learned on the page.
+folder `--data`, which `samoe adapt` and `load_videos` read. Without it nothing can be learned on the page. With
+`--models` alone, domains can be taken from others, and models with changed domains be saved in that folder.
 """
 
 import argparse
@@ -43,7 +44,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_memory_option(model)
     learning = parser.add_argument_group("learning")
     learning.add_argument("--data", type=Path, metavar="DIR", help="collect corrected videos here; allows learning")
-    learning.add_argument("--models", type=Path, metavar="DIR", help="for what is learned; DATA_models if not given")
+    learning.add_argument(
+        "--models",
+        type=Path,
+        metavar="DIR",
+        help="for models that are learned, or saved with other domains; DATA_models if not given",
+    )
     server = parser.add_argument_group("server")
     server.add_argument("--host", metavar="NAME", help="0.0.0.0 for all networks (127.0.0.1)")
     server.add_argument("--port", type=int, metavar="N", help="(the first free one from 7860 on)")
@@ -64,8 +70,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(parsed, name)}")
     if parsed.space is None and (parsed.wheel or parsed.push):
         parser.error("--wheel and --push go with --space")
-    if parsed.models is not None and parsed.data is None:
-        parser.error("--models goes with --data")
     return parsed
 
 

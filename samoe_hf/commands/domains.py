@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.continual import manage_domains as domains
+    from samoe_hf.evaluation.report import format_table
     from samoe_hf.inference import load_tracker
+    from samoe_hf.model.weights_io import whole_file
+    from samoe_hf.plots.masks import DPI
 
     if getattr(parsed, "in_place", False) and not os.path.isdir(parsed.model):
         raise InputError(f"`--in-place` goes with a folder, and {parsed.model} is none; give `--output`.")
@@ -79,22 +84,32 @@ def run(parsed: argparse.Namespace) -> None:
         raise InputError(f"`--output` {parsed.output} exists; give a new folder, or `--in-place` to change MODEL.")
     with input_errors(parsed.model):
         model, processor = load_tracker(parsed.model, parsed.device, dtype=None)
-    if parsed.action == "list":
-        return print(find_on_hub(model, parsed.model) if parsed.hub else describe_domains(model))
+    if parsed.action == "list" and parsed.hub:
+        base, found = domains.find_on_hub(model, parsed.model)
+        rows = [[repository, ", ".join(names) or "cannot be read"] for repository, names in found.items()]
+        table = format_table(["repository", f"domains on {base}"], rows, left=(0, 1))
+        return print(table if rows else f"Nothing on the Hub has domains on {base}.")
+    written = ""
     if parsed.action == "show":
-        return show(model, parsed)
-    print(change(model, processor, parsed))
-    source, output = os.path.abspath(parsed.model), parsed.output or parsed.model
-    # As it came: whole, or only what was trained.
-    base = (model.origin.source or {}).get("name_or_path")
-    with input_errors():
-        model.save_pretrained(output, experts_only=base not in (source, parsed.model), processor=processor)
-    print(f"{describe_domains(model)}\nWritten: the model in {output}")
+        figure = domains.draw_map(model, partial(domains.find_example, parsed.model))
+        with whole_file(parsed.output / MAP) as path:
+            figure.savefig(path, dpi=DPI)
+        written = f"\nWritten: {parsed.output / MAP}"
+    elif parsed.action != "list":
+        print(change(model, processor, parsed))
+        output = parsed.output or parsed.model
+        with input_errors():
+            domains.save_as_it_came(model, processor, parsed.model, output)
+        written = f"\nWritten: the model in {output}"
+    rows = domains.list_domains(model)
+    print((format_table(domains.HEADINGS, rows) if rows else "The model has no domains.") + written)
 
 
 def change(model: SamoeModel, processor: VideoProcessor, parsed: argparse.Namespace) -> str:
     """Changes the model as the command says, and says what was done."""
-    from samoe_hf.surgery.domains import find_domain, merge_domains, remove_domain, rename_domain
+    from samoe_hf.continual.manage_domains import confirm, take_domains
+    from samoe_hf.data.video_io import read_video
+    from samoe_hf.surgery.domains import find_domain, remove_domain, rename_domain
 
     if parsed.action == "remove":
         remove_domain(model, parsed.name)
@@ -104,91 +119,8 @@ def change(model: SamoeModel, processor: VideoProcessor, parsed: argparse.Namesp
         return f"{parsed.name} is now {parsed.new_name}."
     if parsed.action == "confirm":
         find_domain(model, parsed.domain)
-        return confirm(model, processor, parsed.video, parsed.domain)
+        with input_errors(str(parsed.video)):
+            return f"{parsed.video}: {confirm(model, processor, read_video(parsed.video), parsed.domain)}"
     with input_errors(parsed.other):
         other = type(model).from_pretrained(parsed.other, dtype=model.dtype).to(parsed.device)
-    for name in parsed.domain or []:
-        find_domain(other, name)
-    for name in other.config.domain_names if parsed.domain else []:
-        if name not in parsed.domain:
-            remove_domain(other, name)
-    if parsed.new_name is not None:
-        if len(names := other.config.domain_names) != 1:
-            raise InputError(
-                f"`--as` names one domain, but {len(names)} are taken: {', '.join(names)}; see `--domain`."
-            )
-        rename_domain(other, names[0], parsed.new_name)
-    return f"Added {', '.join(merge_domains(model, other))}, of {parsed.other}."
-
-
-def confirm(model: SamoeModel, processor: VideoProcessor, path: Path, domain: str) -> str:
-    """Tells the gate of a video, and says what it took it for before and after."""
-    from samoe_hf.continual.fit_gate import confirm_video, decide_frame
-    from samoe_hf.data.annotations import RleMasks
-    from samoe_hf.data.schema import Video
-    from samoe_hf.data.video_io import read_video
-    from samoe_hf.evaluation.report import describe_choice
-
-    with input_errors(str(path)):
-        video = Video(path.stem, read_video(path), RleMasks({}, []))
-        before = decide_frame(model, processor, video, 0)
-        confirm_video(model, processor, domain, video)
-        after = decide_frame(model, processor, video, 0)
-    said = [describe_choice(one.domain or "base", one.confidence) for one in (before, after)]
-    return f"{path}: the gate took it for {said[0]}; now for {said[1]}."
-
-
-def describe_domains(model: SamoeModel) -> str:
-    """A table of a model's domains."""
-    from samoe_hf.evaluation.report import format_table
-    from samoe_hf.model.domain_experts import domain_modules
-
-    if not model.config.domains:
-        return "The model has no domains."
-    assert model.domain_gate is not None
-    rows = []
-    for domain, count in zip(model.config.domains, model.domain_gate.counts.tolist(), strict=True):
-        tensors = [p for _, experts in domain_modules(model, domain["name"]) for p in experts.parameters()]
-        megabytes = sum(p.numel() * p.element_size() for p in tensors) / 1e6
-        rank = domain["lora_rank"] if domain["num_experts"] else "–"
-        rows.append([domain["name"], domain["num_experts"], rank, f"{megabytes:.2f}", count])
-    return format_table(["domain", "experts", "rank", "MB", "videos that the gate knows"], rows)
-
-
-def find_on_hub(model: SamoeModel, source: str) -> str:
-    """A table of the repositories of the Hub that have domains on the model's base."""
-    from samoe_hf.evaluation.report import format_table
-    from samoe_hf.hub.repository import find_domains
-
-    base = (model.origin.source or {}).get("name_or_path") or source
-    if os.path.isabs(base):
-        raise InputError(f"The base of {source} is {base}, which only this machine has, so nobody else builds on it.")
-    with input_errors():
-        found = find_domains(base)
-    if not found:
-        return f"Nothing on the Hub has domains on {base}."
-    rows = [[repository, ", ".join(names) or "cannot be read"] for repository, names in found.items()]
-    return format_table(["repository", f"domains on {base}"], rows, left=(0, 1))
-
-
-def show(model: SamoeModel, parsed: argparse.Namespace) -> None:
-    """Writes the map of a model's domains."""
-    from transformers.utils import cached_file
-
-    from samoe_hf.model.weights_io import whole_file
-    from samoe_hf.plots.domains import plot_domains
-
-    gate = model.domain_gate
-    known = [] if gate is None else [name for name, count in zip(gate.domains, gate.counts, strict=True) if count]
-    if gate is None or not known:
-        raise InputError(f"{parsed.model} has no domain that its gate knows.")
-    examples = {}
-    for name in known:
-        for file in (f"examples/{name}.jpg", f"examples/{name}.png"):
-            options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-            if (path := cached_file(parsed.model, file, **options)) is not None:
-                examples[name] = path
-                break
-    with whole_file(parsed.output / MAP) as path:
-        plot_domains(gate.domains, gate.distances_between(), examples, path)
-    print(f"{describe_domains(model)}\nWritten: {parsed.output / MAP}")
+    return f"Added {', '.join(take_domains(model, other, parsed.domain or (), parsed.new_name))}, of {parsed.other}."

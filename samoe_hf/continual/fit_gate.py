@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -116,11 +116,22 @@ def frame_features(model: SamoeModel, processor: VideoProcessor, video: Video, f
 
 
 @torch.no_grad()
-def confirm_video(model: SamoeModel, processor: VideoProcessor, domain: str, video: Video) -> None:
-    """Lets the gate know one more video of a domain, by frames that may have no masks; see [`confirm_domain`]."""
+def confirm_video(
+    model: SamoeModel,
+    processor: VideoProcessor,
+    domain: str,
+    video: Video,
+    turns: Callable[[Iterator[Tensor]], Iterable[Tensor]] = iter,
+) -> None:
+    """Lets the gate know one more video of a domain, by frames that may have no masks; see [`confirm_domain`].
+
+    Args:
+        turns: goes through the frames, whose features are computed one by one.
+    """
     with evaluation_mode(model):
         frames = evenly_chosen(range(len(video)), MAX_FRAMES)
-        confirm_domain(model, domain, frame_features(model, processor, video, frames))
+        features = (frame_features(model, processor, video, [frame]) for frame in frames)
+        confirm_domain(model, domain, torch.cat([*turns(features)]))
 
 
 def decide_videos(

@@ -10,7 +10,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from samoe_hf.data.images import read_pixels
 
 from .evaluation import LINES
-from .masks import DPI, plain_text, resized
+from .masks import plain_text, resized
 
 EXAMPLE_HEIGHT = 48
 # Of more domains numbers cannot be read.
@@ -18,16 +18,13 @@ MAX_NUMBERS = 16
 
 
 @plain_text
-def plot_domains(
-    names: Sequence[str], distances: np.ndarray, examples: Mapping[str, str | Path], path: str | Path
-) -> None:
+def draw_domains(names: Sequence[str], distances: np.ndarray, examples: Mapping[str, str | Path]) -> Figure:
     """Draws domains on a map, with example pictures of some, and the table of their distances.
 
     Args:
         distances: (domains, domains), how far the middle of one is from another as its threshold counts, which is 1.
             Those of a domain that is not known yet are infinite, and it is left out.
         examples: name of a domain -> an image file.
-        path: of the picture.
     """
     known = np.isfinite(distances.diagonal())
     names, distances = (
@@ -62,7 +59,7 @@ def plot_domains(
                 text = f"{distances[row, column]:.2g}" if distances[row, column] < 100 else ">99"
                 color = "white" if distances[row, column] < 3 else "black"
                 table.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
 def _placed(distances: np.ndarray) -> np.ndarray:

@@ -123,7 +123,10 @@ def test_a_confirmed_video_changes_one_row_of_the_gate_alone(samoe, folder, copy
         (["remove", "FOLDER", "z", "--output", "OUT"], "The model has no domain 'z'; there are 'a', 'b'"),
         (["rename", "FOLDER", "a", "b", "--output", "OUT"], "`new_name` 'b' is the name of a domain"),
         (["add", "FOLDER", "FOLDER", "--output", "OUT"], "Both models have a domain 'a'"),
-        (["add", "FOLDER", "FOLDER", "--as", "x", "--output", "OUT"], "`--as` names one domain, but 2 are taken: a, b"),
+        (
+            ["add", "FOLDER", "FOLDER", "--as", "x", "--output", "OUT"],
+            "(`--as`) is for one domain, but 2 are taken: a, b",
+        ),
         (["add", "FOLDER", "FOLDER", "--domain", "z", "--output", "OUT"], "The model has no domain 'z'"),
         (["add", "FOLDER", "OTHER", "--as", "x", "--output", "OUT"], "The models have different bases"),
         (["confirm", "FOLDER", "nothing.mp4", "--domain", "z", "--output", "OUT"], "The model has no domain 'z'"),

@@ -1,0 +1,131 @@
+"""What `samoe domains` and the page of `samoe app` tell of a model's domains, and take from others."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from transformers.utils import cached_file
+
+from samoe_hf.data.annotations import RleMasks
+from samoe_hf.data.frames import FrameSequence
+from samoe_hf.data.schema import Video
+from samoe_hf.errors import InputError, input_errors
+from samoe_hf.evaluation.report import NO_NUMBER, describe_choice
+from samoe_hf.hub.repository import find_domains
+from samoe_hf.model.domain_experts import domain_modules
+from samoe_hf.model.modeling_samoe import SamoeModel
+from samoe_hf.model.processing_samoe import VideoProcessor
+from samoe_hf.plots.domains import draw_domains
+from samoe_hf.surgery.domains import find_domain, merge_domains, remove_domain, rename_domain
+
+from .fit_gate import confirm_video, decide_frame
+
+EXAMPLES = "examples"  # the folder of pictures, NAME.jpg or NAME.png
+HEADINGS = ("domain", "experts", "rank", "MB", "videos that the gate knows")
+
+
+def list_domains(model: SamoeModel) -> list[list[object]]:
+    """A row for each domain of a model, as [`HEADINGS`] say."""
+    rows = []
+    counts = [] if model.domain_gate is None else model.domain_gate.counts.tolist()
+    for domain, count in zip(model.config.domains or [], counts, strict=True):
+        tensors = [p for _, experts in domain_modules(model, domain["name"]) for p in experts.parameters()]
+        megabytes = sum(p.numel() * p.element_size() for p in tensors) / 1e6
+        rank = domain["lora_rank"] if domain["num_experts"] else NO_NUMBER
+        rows.append([domain["name"], domain["num_experts"], rank, f"{megabytes:.2f}", count])
+    return rows
+
+
+def find_example(source: str, name: str) -> str | None:
+    """The picture of a domain that the owner of a folder or Hub repository put there; None without one."""
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    pictures = (cached_file(source, f"{EXAMPLES}/{name}.{suffix}", **options) for suffix in ("jpg", "png"))
+    return next((path for path in pictures if path is not None), None)
+
+
+def draw_map(model: SamoeModel, find: Callable[[str], str | None]) -> Figure:
+    """Draws how near domains are to each other for the gate; InputError where it knows none.
+
+    Args:
+        find: gives the picture of a domain, if there is one.
+    """
+    gate = model.domain_gate
+    known = [] if gate is None else [name for name, count in zip(gate.domains, gate.counts, strict=True) if count]
+    if gate is None or not known:
+        raise InputError("The model has no domain that its gate knows.")
+    examples = {name: path for name in known if (path := find(name)) is not None}
+    return draw_domains(gate.domains, gate.distances_between(), examples)
+
+
+def take_domains(
+    model: SamoeModel, other: SamoeModel, names: Sequence[str] = (), new_name: str | None = None
+) -> dict[str, str]:
+    """Adds domains of another model as [`~surgery.domains.merge_domains`] does; the other one is of no use afterwards.
+
+    Args:
+        names: of those that are taken; all if there are none.
+        new_name: of the one that is taken.
+
+    Returns:
+        what each is called now -> what the other model calls it.
+    """
+    for name in names:
+        find_domain(other, name)
+    for name in other.config.domain_names if names else []:
+        if name not in names:
+            remove_domain(other, name)
+    taken = other.config.domain_names
+    if new_name is not None:
+        if len(taken) != 1:
+            raise InputError(
+                f"Another name (`--as`) is for one domain, but {len(taken)} are taken: {', '.join(taken)}; say which "
+                "(`--domain`)."
+            )
+        rename_domain(other, taken[0], new_name)
+    return dict(zip(merge_domains(model, other), taken, strict=True))
+
+
+def confirm(
+    model: SamoeModel,
+    processor: VideoProcessor,
+    frames: FrameSequence,
+    domain: str,
+    turns: Callable[[Iterator[Any]], Iterable[Any]] = iter,
+) -> str:
+    """Tells the gate of one more video of a domain, see [`confirm_video`]; says what it took it for, and does now."""
+    video = Video("", frames, RleMasks({}, []))
+    (before,) = turns(decide_frame(model, processor, video, t) for t in (0,))
+    confirm_video(model, processor, domain, video, turns)
+    (after,) = turns(decide_frame(model, processor, video, t) for t in (0,))
+    said = [describe_choice(one.domain or "base", one.confidence) for one in (before, after)]
+    return f"the gate took it for {said[0]}; now for {said[1]}."
+
+
+def find_on_hub(model: SamoeModel, source: str) -> tuple[str, dict[str, list[str]]]:
+    """The base of a model that was loaded from `source`, and as [`find_domains`] who has domains on it."""
+    base = (model.origin.source or {}).get("name_or_path") or source
+    if os.path.isabs(base):
+        raise InputError(
+            f"The base, {os.path.basename(base)}, is one which only this machine has, so nobody else builds on it."
+        )
+    with input_errors():
+        return base, find_domains(base)
+
+
+def save_as_it_came(
+    model: SamoeModel,
+    processor: VideoProcessor,
+    source: str,
+    output: str | os.PathLike,
+    examples: Mapping[str, str] | None = None,
+) -> None:
+    """Saves a model that was loaded from `source`: whole, or only what was trained; `examples`: pictures by domain."""
+    base = (model.origin.source or {}).get("name_or_path")
+    model.save_pretrained(output, experts_only=base not in (os.path.abspath(source), source), processor=processor)
+    for name, path in (examples or {}).items():
+        target = Path(output, EXAMPLES, name).with_suffix(Path(path).suffix)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
