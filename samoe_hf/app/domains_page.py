@@ -27,6 +27,7 @@ CLOSED = (
 )
 CHANGED = "**Changed for you alone, and not saved.** Your next video gets the changed model"
 OPEN = "; the one that is open keeps what it has until *Start anew with these* in *Look inside*"
+LABEL = "Domains, and how many videos the gate knows each by"
 EMPTY = "It has no domains: all its videos get the same experts."
 
 
@@ -37,7 +38,7 @@ class DomainsPart(Part):
         super().__init__(app, key)
         self.model = gr.Dropdown(list(app.models), value=app.first.name, label="Model", elem_id="domains-model")
         self.note = gr.Markdown("", elem_id="domains-note")
-        self.table = gr.Dataframe(interactive=False, elem_id="domains-table")
+        self.table = gr.Dataframe(label=LABEL, interactive=False, elem_id="domains-table")
         self.map = picture("How near domains are to each other for the gate", "domains-map", visible=False)
         with gr.Column(visible=False) as self.changes:
             with gr.Row():
@@ -59,7 +60,7 @@ class DomainsPart(Part):
             with gr.Row():
                 add = button("Add", "domains-add", scale=2)
                 find = button("Find some on the Hub", "domains-find")
-            with gr.Row():
+            with gr.Row(elem_classes="middle"):
                 name = gr.Textbox("", label="Save the changed model as", elem_id="domains-name", max_lines=1, scale=2)
                 self.keep = button("Save", "domains-save", "primary", interactive=False)
         self.back = button("Take my changes back", "domains-back", interactive=False)
@@ -76,12 +77,13 @@ class DomainsPart(Part):
         self.on(self.keep.click, self.save, [self.model, name], shown, concurrency_limit=1)
         self.on(self.back.click, self.take_back, [self.model], shown)
 
-    def view(self, person: Person, name: object = None, said: str = "") -> Shown:
-        """A model was chosen, or the part is opened; `said` of what was done."""
+    def view(self, person: Person, name: object = None, said: str = "", domain: object = None) -> Shown:
+        """A model was chosen, or the part is opened; `said` of what was done, with a `domain` that stays chosen."""
         models, session = self.app.models_of(person), person.session
         known = name if isinstance(name, str) and name in models else session.loaded.name if session else None
         loaded = models[known or self.app.first.name]
         rows = manage_domains.list_domains(loaded.model)
+        chosen = [one for one in loaded.domains if one == domain] or loaded.domains or [None]
         is_known = any(row[-1] for row in rows)  # a domain, by the gate
         words = [said, "" if rows else EMPTY]
         if loaded.is_changed:
@@ -91,10 +93,10 @@ class DomainsPart(Part):
         return {
             self.model: gr.Dropdown(list(models), value=loaded.name),
             self.note: " ".join(filter(None, words)),
-            self.table: gr.Dataframe(rows, headers=list(manage_domains.HEADINGS), visible=bool(rows)),
+            self.table: gr.Dataframe(rows, headers=[*manage_domains.HEADINGS[:-1], "videos"], visible=bool(rows)),
             self.map: shown_picture(manage_domains.draw_map(loaded.model, loaded.example) if is_known else None),
             self.changes: gr.Column(visible=bool(rows)),
-            self.domain: gr.Dropdown(loaded.domains, value=next(iter(loaded.domains), None)),
+            self.domain: gr.Dropdown(loaded.domains, value=chosen[0]),
             self.other: gr.Dropdown(others, value=None),
             self.keep: gr.Button(interactive=loaded.is_changed),
             self.back: gr.Button(interactive=loaded.is_changed),
@@ -111,32 +113,35 @@ class DomainsPart(Part):
 
     # --- Changes
 
-    def _change(self, person: Person, name: object, change: Callable[[LoadedModel], str]) -> Shown:
-        """Changes a copy of a model, which the person goes on with if that succeeds; `change` says what was done."""
+    def _change(self, person: Person, name: object, change: Callable[[LoadedModel], tuple[str, str]]) -> Shown:
+        """Changes a copy of a model, for the person; `change` says what was done, and to which domain."""
         loaded = self._model(person, name)
         with DEVICE_LOCK:
             changed = loaded.copied()
-        said = change(changed)
+        said, domain = change(changed)
+        if self._model(person, name) is not loaded:
+            raise InputError("Another change of yours came first. Do this one again.")
         person.changed[loaded.name] = changed
-        return self.view(person, loaded.name, said)
+        return self.view(person, loaded.name, said, domain)
 
     def rename(self, person: Person, name: object, domain: object, new_name: object) -> Shown:
         """A domain gets another name."""
 
-        def change(changed: LoadedModel) -> str:
+        def change(changed: LoadedModel) -> tuple[str, str]:
             old, new = one_of(domain, changed.domains, "domain"), _typed(new_name)
             rename_domain(changed.model, old, new)
             changed.origins[new] = changed.origin(old)
-            return f"{old} is now {new}."
+            return f"{old} is now {new}.", new
 
         return self._change(person, name, change)
 
     def remove(self, person: Person, name: object, domain: object) -> Shown:
         """A domain is not wanted any more."""
 
-        def change(changed: LoadedModel) -> str:
-            remove_domain(changed.model, one_of(domain, changed.domains, "domain"))
-            return f"Removed {domain}."
+        def change(changed: LoadedModel) -> tuple[str, str]:
+            known = one_of(domain, changed.domains, "domain")
+            remove_domain(changed.model, known)
+            return f"Removed {known}.", known
 
         return self._change(person, name, change)
 
@@ -144,10 +149,10 @@ class DomainsPart(Part):
         """The video that is open is of a domain."""
         video = person.the_session().video
 
-        def change(changed: LoadedModel) -> str:
+        def change(changed: LoadedModel) -> tuple[str, str]:
             known, frames = one_of(domain, changed.domains, "domain"), video.frames_again()
             said = manage_domains.confirm(changed.model, changed.processor, frames, known, taking_turns)
-            return f"{video.name}: {said}"
+            return f"{video.name}: {said}", known
 
         return self._change(person, name, change)
 
@@ -162,10 +167,10 @@ class DomainsPart(Part):
         """Domains of another model are wanted."""
         whose, only = self._load(person, _typed(other), self._model(person, name)), _typed(only)
 
-        def change(changed: LoadedModel) -> str:
+        def change(changed: LoadedModel) -> tuple[str, str]:
             taken = manage_domains.take_domains(changed.model, whose.model, [only] * bool(only), _typed(called) or None)
             changed.origins.update({new: whose.origin(old) for new, old in taken.items()})
-            return f"Added {', '.join(taken)}, of {whose.name}."
+            return f"Added {', '.join(taken)}, of {whose.name}.", next(iter(taken), "")
 
         return self._change(person, name, change)
 
@@ -213,7 +218,8 @@ class DomainsPart(Part):
         examples = {one: path for one in loaded.domains if (path := loaded.example(one)) is not None}
         manage_domains.save_as_it_came(loaded.model, loaded.processor, loaded.source, target, examples)
         saved = self.app.add(LoadedModel(called, str(target), loaded.model, loaded.processor))
-        del person.changed[loaded.name]
+        if person.changed.get(loaded.name) is loaded:
+            del person.changed[loaded.name]
         return self.view(person, saved.name, f"Saved, as it runs here ({loaded.model.dtype}), as {saved.name}.")
 
 

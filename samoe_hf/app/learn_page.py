@@ -42,7 +42,7 @@ class LearnPart(Part):
         gr.Markdown(CLOSED, visible=app.learner is None)
         with gr.Column(visible=app.learner is not None):
             gr.Markdown("**1. Collect.** Correct the masks in *Track*, then add the video. It stays on the server.")
-            with gr.Row():
+            with gr.Row(elem_classes="middle"):
                 collect = button("Add this video to the data set", "collect")
                 self.count = gr.Markdown(self._count(), elem_id="count")
             gr.Markdown("**2. Learn.** New experts are trained on the collected videos; all else stays as it is.")

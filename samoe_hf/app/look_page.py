@@ -68,7 +68,7 @@ class LookPart(Part):
         self.track = track
         self.note = gr.Markdown(FIRST, elem_id="look-note")
         with gr.Accordion("Whose experts, and which memories", open=True):
-            with gr.Row():
+            with gr.Row(elem_classes="middle"):
                 self.model = gr.Dropdown(list(app.models), value=app.first.name, label="Model")
                 self.domain = gr.Dropdown([], label="Experts of", elem_id="domain", interactive=True)
                 choices, value = list(MEMORY_SELECTIONS), app.first.model.memory_selection
@@ -76,7 +76,7 @@ class LookPart(Part):
                 use = button("Start anew with these", "use")
             self.whose = gr.Markdown("", elem_id="look-whose")
         with gr.Accordion("Where the experts work", open=True):
-            with gr.Row():
+            with gr.Row(elem_classes="middle"):
                 look = button("Look at the frame shown in Track", "look", "primary")
                 self.layer = gr.Dropdown([], label="Layer", elem_id="layer", interactive=True)
                 self.object = gr.Dropdown([], label="Object", elem_id="look-object", interactive=True)

@@ -24,7 +24,9 @@ CSS = """
 .gradio-container { width: 100%; max-width: 1280px !important; margin: auto; padding: 0 12px !important; }
 .gradio-container main { width: 100%; padding: 8px 0 !important; }
 .gradio-container .app, .gradio-container main { padding-left: 4px !important; padding-right: 4px !important; }
-#click-row { align-items: center; }
+.middle { align-items: center; }
+#domains-map :has(> img) { justify-content: start; overflow-x: auto; }
+#domains-map img { min-width: 720px; }
 #example-row { align-items: center; padding: 0 12px 12px 0; background: var(--block-background-fill); }
 #take-example { min-height: 44px; }
 #frame img { cursor: crosshair; width: 100%; object-fit: contain; max-height: 62vh; }

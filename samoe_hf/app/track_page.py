@@ -138,7 +138,7 @@ class TrackPart(Part):
     def _build_frame(self) -> None:
         with gr.Column(visible=False) as self.stage:
             self.frame = picture("The frame", "frame")
-            with gr.Row(elem_id="click-row"):
+            with gr.Row(elem_classes="middle"):
                 modes = [POSITIVE, NEGATIVE, BOX]
                 self.mode = gr.Radio(modes, value=POSITIVE, show_label=False, container=False, elem_id="mode", scale=4)
                 self.undo = button("Undo", "undo", size="sm", interactive=False)

@@ -12,7 +12,8 @@ from samoe_hf.data.images import read_pixels
 from .evaluation import LINES
 from .masks import plain_text, resized
 
-EXAMPLE_HEIGHT = 48
+EXAMPLE_HEIGHT = 48  # at most, in points; the table is some TABLE_POINTS high
+TABLE_POINTS = 240
 # Of more domains numbers cannot be read.
 MAX_NUMBERS = 16
 
@@ -36,16 +37,12 @@ def draw_domains(names: Sequence[str], distances: np.ndarray, examples: Mapping[
     places = _placed(np.log1p((distances + distances.T) / 2))
     for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
         chart.plot(x, y, "o", color=LINES[number % len(LINES)])
-        chart.annotate(name, (x, y), xytext=(5, (5, -12)[number % 2]), textcoords="offset points", fontsize=9)
-        if name in examples:
-            picture = read_pixels(examples[name])
-            picture, _ = resized(picture, np.zeros(picture.shape[:2], dtype=bool), EXAMPLE_HEIGHT)
-            chart.add_artist(AnnotationBbox(OffsetImage(picture), (x, y), xybox=(0, -32), boxcoords="offset points"))
+        # Names of near domains stand at different sides.
+        (right, side), up = ((5, "left"), (-5, "right"))[number // 2 % 2], (5, -12)[number % 2]
+        chart.annotate(name, (x, y), xytext=(right, up), textcoords="offset points", fontsize=9, ha=side)
     chart.set_title("near domains look alike to the gate", fontsize=10)
-    chart.margins(0.25)
-    chart.set_aspect("equal", "datalim")
-    chart.set_xticks([])
-    chart.set_yticks([])
+    half = 1.3 * np.abs(places).max() or 1
+    chart.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
     table.imshow(np.log1p(distances), cmap="Blues_r")
     ticks = range(len(names))
     table.set_xticks(ticks, names, rotation=90, fontsize=8)
@@ -53,6 +50,14 @@ def draw_domains(names: Sequence[str], distances: np.ndarray, examples: Mapping[
     table.set_title(
         "how far the middle of a row's domain is from a column's;\nwithin 1 it would be taken for it", fontsize=10
     )
+    height = min(EXAMPLE_HEIGHT, TABLE_POINTS / len(names))
+    for row, name in enumerate(names):
+        if name in examples:
+            picture = read_pixels(examples[name])
+            picture, _ = resized(picture, np.zeros(picture.shape[:2], dtype=bool), EXAMPLE_HEIGHT)
+            image, right = OffsetImage(picture, zoom=height / EXAMPLE_HEIGHT), 1.02 * len(names) - 0.5
+            options = {"box_alignment": (0, 0.5), "frameon": False, "pad": 0.2, "annotation_clip": False}
+            table.add_artist(AnnotationBbox(image, (right, row), **options))
     if len(names) <= MAX_NUMBERS:
         for row in ticks:
             for column in ticks:

@@ -180,6 +180,49 @@ def test_it_learns_from_corrections_and_tracks_again(page, open_page, small_vide
 
 
 @pytest.mark.slow
+def test_a_domain_is_renamed_and_removed_for_oneself_tracked_with_and_saved_for_all(page, open_page, small_video):
+    page.open(small_video)
+    page.click(0.3, 0.5)
+    page.track()
+    page.tab("Domains")
+    page.page.wait_for_selector("#domains-map img")
+    table = "domains-table"
+    page.wait_for_text(table, "second")
+    page.choose("domains-domain", "second")
+    page.page.click("#domains-confirm")
+    page.wait_for_text("domains-note", "the gate took it for")
+    page.page.fill("#domains-new-name input, #domains-new-name textarea", "night")
+    page.page.click("#domains-rename")
+    page.wait_for_text("domains-note", "second is now night.")
+    page.wait_for_text(table, "night")
+    assert page.page.locator("#domains-domain input").input_value() == "night"
+    page.choose("domains-domain", "first")
+    page.page.click("#domains-remove")
+    page.wait_for_text("domains-note", "Removed first.")
+    page.tab("Track")
+    page.track("onward")  # with the model as it was
+    page.tab("Look inside")
+    page.choose("domain", "night")
+    page.page.click("#use")
+    page.wait_for_text("look-whose", "night, as you chose")
+    page.tab("Track")
+    page.track()
+    page.page.reload()
+    page.page.wait_for_selector("#frame img")
+    page.tab("Domains")
+    page.wait_for_text("domains-note", "Changed for you alone")
+    page.page.fill("#domains-name input, #domains-name textarea", "renamed")
+    page.page.click("#domains-save")
+    page.wait_for_text("domains-note", "as renamed.")
+    other = open_page()
+    other.tab("Domains")
+    other.wait_for_text(table, "second")
+    other.choose("domains-model", "renamed")
+    other.wait_for_text(table, "night")
+    assert "second" not in other.text(table) and not page.errors + other.errors
+
+
+@pytest.mark.slow
 def test_pages_that_are_closed_leave_no_files_and_no_ram(open_page, two_domains, tmp_path):
     from samoe_hf.app.server import serving
 

@@ -5,15 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.app import state_of, track_by_hand
+from helpers.app import state_of
 from helpers.app_server import Visitor, file_data
 from helpers.domains import add_learned_domain, new_model
 from helpers.hub_server import HubServer, use_hub
 from samoe_hf import SamoeModel
 from samoe_hf.app.models import load_model
 from samoe_hf.app.uploads import Limits
-from samoe_hf.data.video_io import read_video
-from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import rename_domain
 
