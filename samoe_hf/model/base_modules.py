@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
 from .joint_linear import runs_own_code
-from .kept import keep, keeps
+from .kept import keep, keeps, once_for_clip
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -149,19 +149,26 @@ def _run_side_by_side(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
 
     Equal layers of all are one product where their weights can be kept, see [`keeps`], and nobody watches them.
     """
+    stacked = once_for_clip(tuple(heads), lambda: _stack_layers(heads))
+    if stacked is None:
+        return [head(token) for head, token in zip(heads, tokens.unbind(2), strict=True)]
+    states = tokens[:, 0].transpose(0, 1)
+    for index, (weight, bias) in enumerate(stacked):
+        states = torch.baddbmm(bias, heads[0].activation(states) if index else states, weight)
+    outputs = [x[..., : head.proj_out.out_features].unsqueeze(1) for x, head in zip(states, heads, strict=True)]
+    return [x.sigmoid() if head.sigmoid_output else x for head, x in zip(heads, outputs, strict=True)]
+
+
+def _stack_layers(heads: Sequence[Any]) -> list[tuple[Tensor, Tensor]] | None:
+    """Weights and biases of each step of the perceptrons, or None where they are to run one by one."""
     layers = [(head.proj_in, *head.layers, head.proj_out) for head in heads]
     parts = [layer for own in layers for layer in own]
     sources = [x for layer in parts for x in (layer.weight, layer.bias)]
     inner = {(len(own), *(layer.weight.shape for layer in own[:-1])) for own in layers}
     are_plain = all(map(runs_own_code, (*heads, *parts))) and all(type(layer) is nn.Linear for layer in parts)
     if len(inner) > 1 or not keeps(sources) or not are_plain:
-        return [head(token) for head, token in zip(heads, tokens.unbind(2), strict=True)]
-    states = tokens[:, 0].transpose(0, 1)
-    stacked = keep((*heads,), sources, lambda: [_stack(step) for step in zip(*layers, strict=True)])
-    for index, (weight, bias) in enumerate(stacked):
-        states = torch.baddbmm(bias, heads[0].activation(states) if index else states, weight)
-    outputs = [x[..., : own[-1].out_features].unsqueeze(1) for x, own in zip(states, layers, strict=True)]
-    return [x.sigmoid() if head.sigmoid_output else x for head, x in zip(heads, outputs, strict=True)]
+        return None
+    return keep(tuple(heads), sources, lambda: [_stack(step) for step in zip(*layers, strict=True)])
 
 
 def _stack(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from .errors import InputError
 from .expert_layer import expert_modules
 from .expert_router import RouterCall, load_balancing_loss, recomputable, record_router_logits
 from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
+from .kept import keep_for_clip
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
 from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, remember, select_memories
@@ -271,7 +272,7 @@ def _segment_by_domain(
         of_domain = [clip for clip, other in enumerate(domains) if other == name]
         is_all = len(of_domain) == len(clips)
         own = clips if is_all else clips.select(of_domain)
-        with use_domain(name):
+        with use_domain(name), keep_for_clip():
             if features is None:
                 own_features = _encode(model, own)
             else:
@@ -358,7 +359,8 @@ def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *
     backward pass."""
     is_due = frame_idx % model.clip_settings.checkpoint_every_n_frames == 0
     if model.gradient_checkpointing and model.training and torch.is_grad_enabled() and is_due:
-        return model._gradient_checkpointing_func(recomputable(segment), *image)
+        # It keeps what it computes for itself, in both passes.
+        return model._gradient_checkpointing_func(recomputable(keep_for_clip()(segment)), *image)
     return segment(*image)
 
 

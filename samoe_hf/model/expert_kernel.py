@@ -5,11 +5,13 @@ in Triton, which PyTorch for GPUs brings, and is used for inference where it wor
 Triton is imported, runs it on a CPU, slowly. Nothing here knows of SAM 2.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
 from .expert_router import top_k_gates
@@ -160,15 +162,109 @@ def add_by_kernel(
     return _agrees[key]
 
 
-def by_pytorch(
-    outputs: Tensor, tokens: Tensor, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float
+def add_mixtures(
+    outputs: Tensor,
+    tokens: Tensor,
+    down: Tensor,
+    router_bias: Tensor,
+    up: Tensor,
+    *,
+    per_token: int,
+    scaling: float,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    show: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The outputs with experts' part, by PyTorch; see [`add_by_kernel`]. They may be changed in place."""
+    """The outputs (tokens, n x out_features) with experts' part, in the fastest way there is; they may be changed in
+    place. The other arguments are those of [`by_pytorch`]."""
+    by_layer = outputs.unflatten(1, (len(up), -1)).transpose(0, 1)
+    settings = {"per_token": per_token, "scaling": scaling}
+    if dropout is not None or show is not None or torch.compiler.is_compiling():
+        settings |= {"dropout": dropout, "show": show}
+    elif add_by_kernel(by_layer, tokens, down, router_bias, up, **settings):
+        return outputs
+    elif torch.is_grad_enabled():
+        return AddExperts.apply(outputs, tokens, down, router_bias, up, per_token, scaling)
+    return by_pytorch(by_layer, tokens, down, router_bias, up, **settings).transpose(0, 1).flatten(1)
+
+
+def by_pytorch(
+    outputs: Tensor,
+    tokens: Tensor,
+    down: Tensor,
+    router_bias: Tensor,
+    up: Tensor,
+    *,
+    per_token: int,
+    scaling: float,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    show: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The outputs with experts' part, by PyTorch; see [`add_by_kernel`]. They may be changed in place.
+
+    Args:
+        dropout: of what each router reads, and between A and B.
+        show: what the logits (n, experts, tokens) pass through.
+    """
+    gates, low_rank = _route(tokens, down, router_bias, len(up), per_token, dropout, show)
+    gated = (low_rank * gates.unsqueeze(2)).flatten(1, 2)
+    # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
+    add = outputs.baddbmm if torch.is_grad_enabled() else outputs.baddbmm_
+    return add(gated.mT, up, alpha=scaling)
+
+
+def _route(
+    tokens: Tensor,
+    down: Tensor,
+    router_bias: Tensor,
+    num_layers: int,
+    per_token: int,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+    show: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gates (n, experts, tokens), and what all A put out (n, experts, rank, tokens)."""
     # Tokens lie along the last dimension, since they are many, and operations along a short last one are slow.
-    logits, low_rank = (down @ tokens.mT).tensor_split([len(router_bias)])
-    gates = top_k_gates((logits + router_bias).unflatten(0, (len(up), -1)), per_token, dim=1)
-    gated = low_rank.unflatten(0, (*gates.shape[:2], -1)).mul_(gates.unsqueeze(2)).flatten(1, 2)
-    return outputs.baddbmm_(gated.mT, up, alpha=scaling)
+    if dropout is None:
+        logits, low_rank = (down @ tokens.mT).tensor_split([len(router_bias)])
+        logits = logits.unflatten(0, (num_layers, -1))
+    else:
+        routers, A = down.tensor_split([len(router_bias)])
+        logits = routers.unflatten(0, (num_layers, -1)) @ dropout(tokens.mT.expand(num_layers, -1, -1))
+        low_rank = dropout(A @ tokens.mT)
+    logits = logits + router_bias.unflatten(0, (num_layers, -1))
+    gates = top_k_gates(logits if show is None else show(logits), per_token, dim=1)
+    return gates, low_rank.unflatten(0, (*gates.shape[:2], -1))
+
+
+class AddExperts(torch.autograd.Function):
+    """What [`by_pytorch`] does to outputs (tokens, n x out_features), in place, with gradients that take half as many
+    kernels as PyTorch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, *inputs: Any) -> Tensor:
+        tokens, down, router_bias, up, per_token, ctx.scaling = inputs
+        gates, low_rank = _route(tokens, down, router_bias, len(up), per_token)
+        gated = (low_rank * gates.unsqueeze(2)).flatten(1, 2)
+        outputs.unflatten(1, (len(up), -1)).transpose(0, 1).baddbmm_(gated.mT, up, alpha=ctx.scaling)
+        ctx.mark_dirty(outputs)
+        ctx.save_for_backward(tokens, down, up, gates, low_rank, gated)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        tokens, down, up, gates, low_rank, gated = ctx.saved_tensors
+        _, needs_tokens, needs_down, _, needs_up, *_ = ctx.needs_input_grad
+        by_layer = gradient.unflatten(1, (len(up), -1)).transpose(0, 1)
+        of_up = torch.baddbmm(up, gated, by_layer, beta=0, alpha=ctx.scaling) if needs_up else None
+        of_gated = torch.baddbmm(gated, up, by_layer.mT, beta=0, alpha=ctx.scaling).view_as(low_rank)
+        of_gates = (of_gated * low_rank).sum(dim=2)
+        of_all = down.new_empty(len(down), len(tokens))
+        of_logits, of_low_rank = of_all.tensor_split([gates[..., 0].numel()])
+        torch.ops.aten._softmax_backward_data(of_gates, gates, 1, gates.dtype, grad_input=of_logits.view_as(gates))
+        torch.mul(of_gated, gates.unsqueeze(2), out=of_low_rank.view_as(low_rank))
+        of_tokens = of_all.mT @ down if needs_tokens else None
+        of_down = of_all @ tokens if needs_down else None
+        return gradient, of_tokens, of_down, of_logits.sum(dim=1, keepdim=True), of_up, None, None
 
 
 def launch(

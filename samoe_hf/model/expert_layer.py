@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import InputError
-from .expert_kernel import add_by_kernel
+from .expert_kernel import add_mixtures
 from .expert_router import Router, RouterLogits, top_k_gates
 
 # What a layer with experts has beside the base layer's tensors.
@@ -95,32 +95,12 @@ class ExpertMixture(nn.Module):
         """The linear layer's output with the experts': (..., in_features) -> (..., out_features)."""
         tokens, shape = hidden_states.flatten(0, -2), hidden_states.shape[:-1]
         output = linear(tokens)
-        dtype, A = output.dtype, self.lora_A.flatten(0, 1)
-        tokens, bias = tokens.to(dtype), self.router.bias.to(dtype).unsqueeze(1)
-        up = self.lora_B.mT.flatten(0, 1).to(dtype)
-        # Tokens lie along the last dimension, since they are many, and operations along a short last one are slow.
-        if self.training and self.dropout.p > 0:
-            # The router and A see other inputs.
-            logits = self.router.weight.to(dtype) @ self.dropout(tokens).mT
-            low_rank = self.dropout(A.to(dtype) @ tokens.mT)
-        else:
-            down = torch.cat([self.router.weight, A]).to(dtype)
-            mixing = {"per_token": self.num_experts_per_tok, "scaling": self.scaling}
-            is_watched = self.router_logits.is_watched()
-            if not is_watched and add_by_kernel(output[None], tokens, down, bias, up[None], **mixing):
-                return output.unflatten(0, shape)
-            logits, low_rank = (down @ tokens.mT).split_with_sizes([self.num_experts, len(A)])
-        logits = self._show_router_logits(logits + bias, shape)
-        gates = top_k_gates(logits, self.num_experts_per_tok, dim=0)
-        gated = low_rank.unflatten(0, (self.num_experts, self.lora_rank)) * gates.unsqueeze(1)
-        # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
-        return output.addmm_(gated.flatten(0, 1).mT, up, alpha=self.scaling).unflatten(0, shape)
+        tensors = [tensor.to(output.dtype) for tensor in joined_weights([self])]
+        return run_mixtures([self], output, tokens.to(output.dtype), tensors, shape).unflatten(0, shape)
 
-    def _show_router_logits(self, logits: Tensor, shape: torch.Size) -> Tensor:
-        """Passes the logits (experts, tokens) through `router_logits` if it has hooks, which see (..., experts)."""
-        if not self.router_logits.is_watched():
-            return logits
-        return self.router_logits(logits.mT.unflatten(0, shape)).flatten(0, -2).mT
+    def drops(self) -> bool:
+        """Whether there is dropout now."""
+        return self.training and self.dropout.p > 0
 
     def describe_experts(self) -> str:
         """Settings of the experts, for `extra_repr`."""
@@ -128,6 +108,43 @@ class ExpertMixture(nn.Module):
             f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}, "
             f"lora_rank={self.lora_rank}, scaling={self.scaling}"
         )
+
+
+def joined_weights(mixtures: Sequence[ExpertMixture]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of several mixtures of one input, as arguments of [`~expert_kernel.add_by_kernel`]: all routers' weights,
+    then all A; the routers' biases; all B."""
+    down = torch.cat([m.router.weight for m in mixtures] + [m.lora_A.flatten(0, 1) for m in mixtures])
+    router_bias = torch.cat([m.router.bias for m in mixtures]).unsqueeze(1)
+    return down, router_bias, torch.stack([m.lora_B.mT.flatten(0, 1) for m in mixtures])
+
+
+def run_mixtures(
+    mixtures: Sequence[ExpertMixture], outputs: Tensor, tokens: Tensor, tensors: Sequence[Tensor], shape: torch.Size
+) -> Tensor:
+    """Outputs (tokens, n x out_features) of n linear layers with what their alike mixtures add; they may be changed in
+    place.
+
+    Args:
+        tokens: (tokens, in_features), the input of all.
+        tensors: of the mixtures, see [`joined_weights`].
+        shape: of the input without its channels, which hooks of `router_logits` see.
+    """
+
+    def show(logits: Tensor) -> Tensor:
+        """Passes the logits (n, experts, tokens) through `router_logits`, whose hooks see (..., experts)."""
+        shown = [m.router_logits(own.mT.unflatten(0, shape)) for m, own in zip(mixtures, logits, strict=True)]
+        return torch.stack([own.flatten(0, -2).mT for own in shown])
+
+    first = mixtures[0]
+    return add_mixtures(
+        outputs,
+        tokens,
+        *tensors,
+        per_token=first.num_experts_per_tok,
+        scaling=first.scaling,
+        dropout=first.dropout if first.drops() else None,
+        show=show if any(mixture.router_logits.is_watched() for mixture in mixtures) else None,
+    )
 
 
 class BaseLinear(nn.Linear):

@@ -1,6 +1,7 @@
-"""Linear layers of one input, with experts or without, as few products: how a video is tracked while it is propagated.
+"""Linear layers of one input, with experts or without, as few products: how a video is propagated and a clip trained.
 
-A layer with one expert is one product, with the expert in its weight. The layers' own weights stay as they are.
+In a propagated video a layer with one expert is one product, with the expert in its weight. The layers' own weights
+stay as they are.
 """
 
 from collections.abc import Sequence
@@ -11,31 +12,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoFeedForward
 
-from .domain_experts import DomainExperts, DomainLinear
-from .expert_kernel import add_by_kernel, by_pytorch
-from .expert_layer import BaseLinear, ExpertLinear, ExpertMixture
-from .expert_router import Router, RouterLogits
-from .kept import keep, keeps
+from .domain_experts import DomainExperts, DomainLinear, active_domain
+from .expert_layer import BaseLinear, ExpertLinear, ExpertMixture, joined_weights, run_mixtures
+from .expert_router import Router
+from .kept import keep, keeps, once_for_clip
 
 # Whose own code is known here. Parametrized modules, and what PEFT wraps around layers, are of other classes.
 OWN_KINDS = (
     *(nn.Linear, BaseLinear, ExpertLinear, DomainLinear, DomainExperts),
-    *(Router, RouterLogits, Sam2VideoFeedForward),
+    *(Router, Sam2VideoFeedForward),
 )
 
 
-class JointWeights(NamedTuple):
-    """Weights of n layers, each with as many inputs, outputs and experts.
+class JointLayers(NamedTuple):
+    """What n layers with as many inputs, outputs and experts put out together.
 
-    `weight` (n x out, in), `bias` (n x out,). Where layers have several experts: `down` (n x experts x (1 + rank), in),
-    all routers, then all A; `router_bias` (n x experts, 1); `up` (n, experts x rank, out), all B.
+    `weight` (n x out, in), `bias` (n x out,). `mixtures`: their experts, and `tensors` of these, see
+    [`joined_weights`]; none where each has one expert, which is in the weight, and no gradients are
+    computed.
     """
 
     weight: Tensor
     bias: Tensor | None
-    down: Tensor | None = None
-    router_bias: Tensor | None = None
-    up: Tensor | None = None
+    mixtures: Sequence[ExpertMixture] = ()
+    tensors: Sequence[Tensor] = ()
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """(..., in) -> (..., n x out)."""
+        shape = hidden_states.shape[:-1]
+        tokens = hidden_states.flatten(0, -2).to(self.weight.dtype)
+        outputs = F.linear(tokens, self.weight, self.bias)
+        if self.mixtures:
+            outputs = run_mixtures(self.mixtures, outputs, tokens, self.tensors, shape)
+        return outputs.unflatten(0, shape)
 
 
 def run_jointly(layers: Sequence[Any], hidden_states: Tensor) -> Sequence[Tensor]:
@@ -43,29 +52,28 @@ def run_jointly(layers: Sequence[Any], hidden_states: Tensor) -> Sequence[Tensor
 
     They run one by one unless their weights can be kept, see [`keeps`], they are alike, and nobody watches them.
     """
-    experts = [_experts_of(layer) for layer in layers]
-    sources = [x for layer, mixture in zip(layers, experts, strict=True) for x in _tensors(layer, mixture)]
-    first, count = experts[0], len(layers)
-    if (count == 1 and first is None) or not keeps(sources) or not _can_be_joined(layers, experts):
-        return [layer(hidden_states) for layer in layers]
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    of = dtype, first and first.scaling
-    joint = keep((*layers, *experts), sources, lambda: _join(layers, experts, dtype), of)
-    tokens = hidden_states.flatten(0, -2).to(dtype)
-    outputs = F.linear(tokens, joint.weight, joint.bias).unflatten(1, (count, -1)).transpose(0, 1)
-    if first is not None and joint.down is not None and joint.router_bias is not None and joint.up is not None:
-        parts = outputs, tokens, joint.down, joint.router_bias, joint.up
-        mixing = {"per_token": first.num_experts_per_tok, "scaling": first.scaling}
-        if not add_by_kernel(*parts, **mixing):
-            outputs = by_pytorch(*parts, **mixing)
-    return outputs.unflatten(1, hidden_states.shape[:-1]).unbind()
+    joint = once_for_clip((*layers, active_domain(), dtype), lambda: _joint_layers(layers, dtype))
+    if joint is None:
+        return [layer(hidden_states) for layer in layers]
+    return joint(hidden_states).unflatten(-1, (len(layers), -1)).unbind(-2)
+
+
+def _joint_layers(layers: Sequence[Any], dtype: torch.dtype) -> JointLayers | None:
+    """Layers as they are now as one, or None where they are to run one by one."""
+    experts = [_experts_of(layer) for layer in layers]
+    sources = [x for layer, mixture in zip(layers, experts, strict=True) for x in _tensors(layer, mixture)]
+    if (len(layers) == 1 and experts[0] is None) or not keeps(sources) or not _can_be_joined(layers, experts):
+        return None
+    of = dtype, experts[0] and experts[0].scaling
+    return keep((*layers, *experts), sources, lambda: _join(layers, experts, dtype), of)
 
 
 def runs_own_code(module: nn.Module) -> bool:
-    """Whether nothing but a module's own code for evaluation runs in it: it is not trained, watched or changed."""
+    """Whether nothing but a module's own code runs in it: it is not watched or changed."""
     is_known = type(module) in OWN_KINDS and "forward" not in vars(module)
-    return is_known and not (module.training or module._forward_hooks or module._forward_pre_hooks)
+    return is_known and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _experts_of(layer: nn.Module) -> ExpertMixture | None:
@@ -83,9 +91,10 @@ def _can_be_joined(layers: Sequence[Any], experts: Sequence[ExpertMixture | None
             return False
         own: tuple = (layer.in_features, layer.out_features, layer.bias is None)
         if mixture is not None:
-            if not all(map(runs_own_code, (mixture, mixture.router, mixture.router_logits))):
+            if not all(map(runs_own_code, (mixture, mixture.router))):
                 return False
             own += (mixture.num_experts, mixture.num_experts_per_tok, mixture.lora_rank, mixture.scaling)
+            own += (mixture.drops() and mixture.dropout.p,)
         sizes.add(own)
     return len(sizes) == 1
 
@@ -98,16 +107,14 @@ def _tensors(layer: nn.Linear, mixture: ExpertMixture | None) -> list[Tensor]:
     return own
 
 
-def _join(layers: Sequence[nn.Linear], experts: Sequence[ExpertMixture | None], dtype: torch.dtype) -> JointWeights:
+def _join(layers: Sequence[nn.Linear], experts: Sequence[ExpertMixture | None], dtype: torch.dtype) -> JointLayers:
     weights: list[Tensor] = [layer.weight for layer in layers]
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat(biases).to(dtype) if biases else None
     mixtures = [mixture for mixture in experts if mixture is not None]
-    if not mixtures or mixtures[0].num_experts == 1:
-        if mixtures:
-            weights = [mixture.merge_into(weight) for mixture, weight in zip(mixtures, weights, strict=True)]
-        return JointWeights(torch.cat(weights).to(dtype), bias)
-    down = torch.cat([m.router.weight for m in mixtures] + [m.lora_A.flatten(0, 1) for m in mixtures])
-    router_bias = torch.cat([m.router.bias for m in mixtures]).unsqueeze(1)
-    up = torch.stack([m.lora_B.mT.flatten(0, 1) for m in mixtures])
-    return JointWeights(torch.cat(weights).to(dtype), bias, *(x.to(dtype) for x in (down, router_bias, up)))
+    if mixtures and (mixtures[0].num_experts > 1 or torch.is_grad_enabled()):
+        tensors = [x.to(dtype) for x in joined_weights(mixtures)]
+        return JointLayers(torch.cat(weights).to(dtype), bias, mixtures, tensors)
+    if mixtures:
+        weights = [mixture.merge_into(weight) for mixture, weight in zip(mixtures, weights, strict=True)]
+    return JointLayers(torch.cat(weights).to(dtype), bias)

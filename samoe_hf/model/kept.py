@@ -1,9 +1,10 @@
-"""What is computed of a model's weights alone, once while a video is propagated instead of on each frame.
+"""What is computed of a model's weights alone, once for a propagated video or a clip instead of on each frame.
 
 Nothing here knows of models.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,32 @@ class _Known(NamedTuple):
 
 Kept = dict[Hashable, _Known]
 _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
+_during_clip: ContextVar[dict[Hashable, Any] | None] = ContextVar("during_clip", default=None)
+
+
+@contextmanager
+def keep_for_clip() -> Iterator[None]:
+    """While the context is open, values are kept though gradients flow through them: all of it in one backward pass.
+
+    Weights, hooks and settings must not be changed meanwhile.
+    """
+    tokens = _kept.set({}), _during_clip.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(tokens[0])
+        _during_clip.reset(tokens[1])
+
+
+def once_for_clip(name: Hashable, compute: Callable[[], T]) -> T:
+    """What `compute` gives: in [`keep_for_clip`] that of the first call with a name, unless a graph is compiled."""
+    known = _during_clip.get()
+    if known is None or torch.compiler.is_compiling():
+        return compute()
+    name = name, torch.is_grad_enabled()
+    if name not in known:
+        known[name] = compute()
+    return known[name]
 
 
 def keep_between(steps: Iterator[T]) -> Iterator[T]:
@@ -46,10 +73,12 @@ def keep_between(steps: Iterator[T]) -> Iterator[T]:
 def keeps(sources: Sequence[Tensor]) -> bool:
     """Whether what is computed of some tensors is kept at the moment.
 
-    Nothing is where gradients are computed, in a graph that is compiled or exported, or of tensors that are sharded,
-    quantized, or were made in inference mode.
+    Nothing is where gradients are computed, but in [`keep_for_clip`], in a graph that is compiled or exported, or of
+    tensors that are sharded, quantized, or were made in inference mode.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _kept.get() is None:
+    if torch.compiler.is_compiling() or _kept.get() is None:
+        return False
+    if torch.is_grad_enabled() and _during_clip.get() is None:
         return False
     return all(type(x) in (Tensor, nn.Parameter) and not x.is_inference() for x in sources)
 
@@ -60,14 +89,15 @@ def keep(name: Hashable, sources: Sequence[Tensor], compute: Callable[[], T], of
     Args:
         name: one value is kept under each name, the last.
         sources: all tensors that the value depends on.
-        compute: its value depends on `name`, `sources`, `of` and autocast alone. Nobody may write to it.
+        compute: its value depends on `name`, `sources`, `of`, autocast and whether gradients are computed alone. Nobody
+            may write to it.
     """
     kept = _kept.get()
     if kept is None or not keeps(sources):
         return compute()
     device = sources[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    state = [of, autocast, *((x.data_ptr(), x._version) for x in sources)]
+    state = [of, autocast, torch.is_grad_enabled(), *((x.data_ptr(), x._version) for x in sources)]
     known = kept.get(name)
     if known is None or known.state != state:
         known = kept[name] = _Known(state, [x.detach() for x in sources], compute())

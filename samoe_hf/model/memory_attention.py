@@ -67,6 +67,9 @@ class MemoryAttention(nn.Module):
         keys, mask = memory + memory_position, None
         if is_read is not None:
             mask = torch.zeros_like(is_read, dtype=image.dtype).masked_fill(~is_read, -torch.inf)[:, None, None]
+        # Of all layers at once, unless several objects would take much memory for nothing.
+        at_once = len(self.layers) if torch.is_grad_enabled() or len(memory) == 1 else 1
+        projected: list[tuple[Tensor, Tensor]] = []
         layer: Any  # as transformers' Sam2VideoMemoryAttentionLayer
         for index, layer in enumerate(self.layers):
             own, cross = layer.self_attn, layer.cross_attn_image
@@ -77,9 +80,13 @@ class MemoryAttention(nn.Module):
                 attended = _attend(own, query, key, value, rotation, rotation)
                 hidden = hidden + layer.dropout1(*run_jointly((own.o_proj,), attended))
                 (query,) = run_jointly((cross.q_proj,), layer.layer_norm2(hidden))
-            with use_own_tokens(is_read):
-                (key,), (value,) = run_jointly((cross.k_proj,), keys), run_jointly((cross.v_proj,), memory)
-            attended = _attend(cross, query, key, value, rotation, memory_rotation, mask)
+            if not projected:
+                following: list[Any] = [other.cross_attn_image for other in self.layers[index : index + at_once]]
+                with use_own_tokens(is_read):
+                    of_keys = run_jointly([other.k_proj for other in following], keys)
+                    of_values = run_jointly([other.v_proj for other in following], memory)
+                projected = list(zip(of_keys, of_values, strict=True))
+            attended = _attend(cross, query, *projected.pop(0), rotation, memory_rotation, mask)
             attended = run_jointly((cross.o_proj,), attended)[0]
             hidden = _for_rows(hidden, memory.shape[0]) + layer.dropout2(attended)
             normed = layer.layer_norm3(hidden)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from samoe_hf.model import expert_kernel, expert_layer, joint_linear
+from samoe_hf.model import expert_kernel, expert_layer
 from samoe_hf.model.domain_experts import DomainLinear, use_domain
 from samoe_hf.model.expert_layer import ExpertLinear
 from samoe_hf.model.expert_router import route_all_to
@@ -99,8 +99,7 @@ def interpreted():
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         assert module.IS_INTERPRETED
-        for user in (expert_layer, joint_linear):
-            patch.setattr(user, "add_by_kernel", module.add_by_kernel)
+        patch.setattr(expert_layer, "add_mixtures", module.add_mixtures)
         yield module
         for name in of_triton():
             del sys.modules[name]
@@ -149,8 +148,7 @@ def launches(interpreted, monkeypatch):
 
 def without_kernel(run):
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        for user in (expert_layer, joint_linear):
-            patch.setattr(user, "add_by_kernel", lambda *_, **__: False)
+        patch.setattr(expert_layer, "add_mixtures", expert_kernel.add_mixtures)
         return run()
 
 

@@ -14,7 +14,7 @@ from samoe_hf.model.domain_experts import DomainLinear, use_domain
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from samoe_hf.model.expert_router import record_router_logits
 from samoe_hf.model.joint_linear import run_jointly
-from samoe_hf.model.kept import keep, keep_between
+from samoe_hf.model.kept import keep, keep_between, keep_for_clip
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import remove_domain
 
@@ -146,16 +146,18 @@ def test_layers_give_together_what_each_gives_alone(kind, bias, mode):
         torch.testing.assert_close(own, alone, **tolerance)
 
 
-@pytest.mark.parametrize("unlike", ["size", "settings", "hook", "training", "forward"])
-def test_layers_that_are_unlike_or_watched_run_one_by_one(unlike):
+@pytest.mark.parametrize("unlike", ["size", "settings", "hook", "router's hook", "dropout", "forward"])
+def test_layers_that_are_unlike_or_watched_give_what_each_gives_alone(unlike):
     layers, seen = [layer.eval() for layer in layers_of("experts")], []
     if unlike == "size":
         layers[1] = nn.Linear(8, 5).eval()
     elif unlike == "settings":
         layers[1].scaling *= 2
     elif unlike == "hook":
-        layers[1].router_logits.register_forward_hook(lambda _, __, logits: seen.append(1) or -logits)
-    elif unlike == "training":
+        layers[1].register_forward_hook(lambda _, __, output: seen.append(1) or -output)
+    elif unlike == "router's hook":
+        layers[1].router_logits.register_forward_hook(lambda _, __, logits: seen.append(logits) or -logits)
+    elif unlike == "dropout":
         layers[1].train().dropout.p = 0.5
     else:
         layers[1].forward = lambda hidden_states: hidden_states[..., :6] * 0
@@ -170,8 +172,48 @@ def test_layers_that_are_unlike_or_watched_run_one_by_one(unlike):
         expected = [layer(hidden_states) for layer in layers]
     for found in steps(together, together):
         for own, alone in zip(found, expected, strict=True):
-            torch.testing.assert_close(own, alone, rtol=0, atol=0)
-    assert len(seen) == (3 if unlike == "hook" else 0)
+            torch.testing.assert_close(own, alone, **({} if "router" in unlike else {"rtol": 0, "atol": 0}))
+    assert len(seen) == (3 if "hook" in unlike else 0)
+    if "router" in unlike:
+        torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("kind", ["plain", "one expert", "experts", "domain", "watched"])
+def test_layers_of_a_clip_have_the_gradients_that_each_has_alone(kind):
+    layers, inputs = [layer.double() for layer in layers_of(kind.replace("watched", "experts"))], []
+    if kind == "watched":
+        layers[0].router_logits.register_forward_hook(lambda _, __, logits: inputs.append(logits) or logits * 2)
+    first, second = (torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def gradients(run):
+        with use_domain("night"):
+            outputs = torch.cat([*run(first), *run(second)])
+            weights = [x for layer in layers for x in layer.parameters()]
+            return torch.autograd.grad(outputs.sin().sum(), [first, second, *weights])
+
+    expected = gradients(lambda x: [layer(x) for layer in layers])
+    with keep_for_clip(), Operations() as joint:
+        found = gradients(lambda x: run_jointly(layers, x))
+    for own, alone in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, alone)
+    with Operations() as apart:
+        gradients(lambda x: run_jointly(layers, x))
+    assert joint.count < apart.count
+    assert len(inputs) == (6 if kind == "watched" else 0)
+
+
+def test_dropout_of_layers_of_a_clip_is_drawn_for_each():
+    layers = [layer.train() for layer in layers_of("experts")]
+    for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
+        layer.dropout.p = 0.5
+    x = torch.randn(2, 5, 8)
+    with keep_for_clip():
+        means = torch.stack([torch.stack([*run_jointly(layers, x)]) for _ in range(3000)])
+    alone = torch.stack([layers[0](x) for _ in range(3000)])
+    assert (means[0, 0] - means[0, 1]).abs().max() > 0.1
+    for found in means.unbind(1):
+        torch.testing.assert_close(found.mean(dim=0), alone.mean(dim=0), rtol=0, atol=0.15)
 
 
 # Of videos
