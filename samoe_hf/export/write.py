@@ -80,7 +80,7 @@ def export_model(
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
     model = with_plain_layers(copy.deepcopy(model).cpu().eval().requires_grad_(False), domain)
-    with new_folder(directory) as folder, use_domain(None if domain == BASE_ALONE else domain):
+    with new_folder(directory) as folder, use_domain(None if domain == BASE_ALONE else domain, model):
         for name, signature in SIGNATURES.items():
             write_part(model, signature, folder / description["parts"][name]["file"])
         (folder / "model.json").write_text(json.dumps(description, indent=1))

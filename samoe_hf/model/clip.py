@@ -272,7 +272,7 @@ def _segment_by_domain(
         of_domain = [clip for clip, other in enumerate(domains) if other == name]
         is_all = len(of_domain) == len(clips)
         own = clips if is_all else clips.select(of_domain)
-        with use_domain(name), keep_for_clip():
+        with use_domain(name, model), keep_for_clip():
             if features is None:
                 own_features = _encode(model, own)
             else:

@@ -1,5 +1,6 @@
 """Configuration of SAMoE: SAM 2 video plus the settings of its experts."""
 
+import copy
 import itertools
 import math
 import re
@@ -243,6 +244,12 @@ class SamoeConfig(Sam2VideoConfig):
     def domain_names(self) -> list[str]:
         """Names of the domains, in order."""
         return [domain["name"] for domain in self.domains or ()]
+
+    def without_domain_experts(self) -> "SamoeConfig":
+        """A copy whose domains have no experts."""
+        config = copy.deepcopy(self)
+        config.domains = self.domains and [{**domain, "num_experts": 0} for domain in self.domains]
+        return config
 
     def expert_settings(self) -> dict[str, Any]:
         """The settings of a mixture of experts in a layer: those in [`EXPERT_SETTINGS`] but which layers it is of."""

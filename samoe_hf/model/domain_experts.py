@@ -1,18 +1,25 @@
 """Experts that belong to domains: a layer has a mixture of experts for each, and runs that of the active domain alone.
 
+Experts of a model that was loaded stay in its file until they are needed. What tracks reads those of its video's domain,
+and they are let go again; whatever trains, changes, enumerates, copies or saves a layer's tensors first reads them all.
+
 Nothing here knows of SAM 2, nor of how the domain of a video is found; see `domain_gate.py` for that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any
+from threading import RLock
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from .domain_store import StoredTensors
 from .errors import InputError
 from .expert_layer import (
+    EXPERT_TENSORS,
     META,
     BaseLinear,
     ExpertMixture,
@@ -24,33 +31,59 @@ from .expert_layer import (
 
 # Before the domain's name, since modules have attributes such as `train` and `type`.
 PREFIX = "domain_"
+# Experts that were read to track are let go when those of so many other domains were read after them.
+MOST_LENT = 16
 
-_active_domain: ContextVar[str | None] = ContextVar("active_domain", default=None)
+
+class _Active(NamedTuple):
+    """A domain, and its experts by layer, None where a layer has none; compiled graphs take these as inputs, so that
+    they are the same for all domains of equal settings."""
+
+    domain: str
+    experts: "dict[nn.Module, DomainExperts | None]"
+
+
+_active: ContextVar[_Active | None] = ContextVar("active_domain", default=None)
+_reading = RLock()
 
 
 def active_domain() -> str | None:
     """The domain whose experts are run at the moment, in this thread."""
-    return _active_domain.get()
+    active = _active.get()
+    return None if active is None else active.domain
 
 
 @contextmanager
-def use_domain(domain: str | None) -> Iterator[None]:
-    """While the context is open, in this thread, layers run the experts of a domain; with None, no domain's."""
-    token = _active_domain.set(domain)
+def use_domain(domain: str | None, model: Any = None) -> Iterator[None]:
+    """While the context is open, in this thread, layers run the experts of a domain; with None, no domain's.
+
+    Args:
+        model: a SamoeModel, whose experts of the domain are read at once; by default each layer does when it runs.
+    """
+    active = None
+    if domain is not None:
+        layers = () if model is None else map(model.get_submodule, model.expert_module_names)
+        # What PEFT puts around a layer is another.
+        own = (layer for layer in layers if isinstance(layer, DomainLinear))
+        active = _Active(domain, {layer: layer.experts_of(domain) for layer in own})
+    token = _active.set(active)
     try:
         yield
     finally:
-        _active_domain.reset(token)
+        _active.reset(token)
 
 
 def keep_domain(function: Callable) -> Callable:
     """`function` for a later call, such as gradient checkpointing's: it runs the experts that are active now."""
-    domain = _active_domain.get()
+    active = _active.get()
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with use_domain(domain):
+        token = _active.set(active)
+        try:
             return function(*args, **kwargs)
+        finally:
+            _active.reset(token)
 
     return run
 
@@ -71,12 +104,29 @@ class DomainExperts(ExpertMixture):
         return self.describe_experts()
 
 
+class StoredExperts(NamedTuple):
+    """Experts of a domain in a layer that were not read yet: where they are, what their names begin with there, and
+    their settings."""
+
+    tensors: StoredTensors
+    prefix: str
+    settings: dict[str, Any]
+
+
 class DomainLinear(BaseLinear):
     """A linear layer with experts of domains beside it. `weight` and `bias` are the base layer's.
 
     The experts of a domain are the submodule `domain_NAME`, a [`DomainExperts`]. Where no domain is active, or the
     active one has no experts here, the output is the base layer's to the bit.
+
+    `stored`: by domain, experts that are in a file. They become submodules as soon as gradients are computed, or anybody
+    asks for the layer's modules, parameters or state. `lent`: by domain, those of them that were read meanwhile to track.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.stored: dict[str, StoredExperts] = {}
+        self.lent: dict[str, DomainExperts] = {}
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "DomainLinear":
@@ -98,8 +148,81 @@ class DomainLinear(BaseLinear):
 
     def active_experts(self) -> DomainExperts | None:
         """Those of the active domain, if it has any here."""
-        domain = _active_domain.get()
-        return None if domain is None else getattr(self, PREFIX + domain, None)
+        active = _active.get()
+        if active is None:
+            return None
+        return active.experts[self] if self in active.experts else self.experts_of(active.domain)
+
+    def experts_of(self, domain: str) -> DomainExperts | None:
+        """Those of a domain, if it has any here.
+
+        Raises:
+            InputError: if they had to be read, and the file was written to or has values that are not finite.
+        """
+        if domain in self.stored:
+            if not (self.training or torch.is_grad_enabled()):
+                return self.lent.get(domain) or self._lend(domain)
+            self.read_stored()
+        return getattr(self, PREFIX + domain, None)
+
+    def _lend(self, domain: str) -> DomainExperts:
+        with _reading:
+            if domain not in self.lent:
+                while len(self.lent) >= MOST_LENT:
+                    del self.lent[next(iter(self.lent))]
+                self.lent[domain] = self._read(self.stored[domain])
+            return self.lent[domain]
+
+    def _read(self, stored: StoredExperts) -> DomainExperts:
+        with torch.inference_mode(False):  # whose tensors could neither be kept nor trained
+            experts = DomainExperts(self.in_features, self.out_features, **stored.settings, device=META)
+            tensors = {name: stored.tensors.read(stored.prefix + name) for name in EXPERT_TENSORS}
+            place = self.weight.device, floating_type(self)
+            experts.load_state_dict({name: tensor.to(*place) for name, tensor in tensors.items()}, assign=True)
+        return experts.train(self.training)
+
+    def read_stored(self) -> None:
+        """Makes submodules of all experts that are in a file."""
+        with _reading:
+            while self.stored:
+                domain, stored = next(iter(self.stored.items()))
+                self.add_module(PREFIX + domain, self.lent.get(domain) or self._read(stored))
+                del self.stored[domain]
+            self.lent.clear()
+
+    # What reaches the layer's tensors from outside; `_apply` and `train` need no tensors of those that are in a file.
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in the base class, of all domains; parameters and buffers are found by it too."""
+        self.read_stored()
+        return super().named_modules(*args, **kwargs)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "DomainLinear":
+        """As in the base class, to the experts of all domains too."""
+        self.read_stored()
+        return super().apply(fn)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in the base class, of all domains."""
+        self.read_stored()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.read_stored()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> Any:
+        self.read_stored()
+        return super().__getstate__()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DomainLinear":
+        self.lent.clear()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "DomainLinear":
+        """As in the base class."""
+        self.lent.clear()
+        return super().train(mode)
 
 
 def add_configured_experts(model: nn.Module, config: Any) -> list[str]:
@@ -110,38 +233,75 @@ def add_configured_experts(model: nn.Module, config: Any) -> list[str]:
     """
     if config.domains is None:
         return add_experts(model, config.expert_modules, config.exclude_modules, **config.expert_settings())
-    layers: dict[str, list[str]] = {}
-    for domain in config.domains:
-        add_domain_experts(model, **domain, known_layers=layers)
+    add_domain_experts(model, config.domains)
     return [name for name, module in model.named_modules() if isinstance(module, DomainLinear)]
 
 
-def add_domain_experts(
-    model: nn.Module,
-    name: str,
-    num_experts: int,
-    expert_modules: str | list[str],
-    exclude_modules: str | list[str] | None = None,
-    known_layers: dict[str, list[str]] | None = None,
-    **settings,
+def add_domain_experts(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> None:
+    """Gives layers of a model new experts of domains, as a configuration describes them."""
+    for domain, layer, settings in _mixtures(model, domains):
+        _domain_layer(model, layer).add_domain(domain, **settings)
+
+
+def store_domain_experts(
+    model: Any, domains: Sequence[dict[str, Any]], tensors: StoredTensors, new: Collection[str] = ()
 ) -> None:
-    """Gives layers of a model experts of a domain; none for `num_experts` 0.
+    """Gives a SamoeModel that was built without them the experts of its domains, which stay in a file until needed.
 
     Args:
-        known_layers: what patterns select, for several domains: of many, each search would take longer than the last.
+        tensors: those of [`domain_tensors`].
+        new: names of mixtures that are not there, and begin without effect.
     """
-    if num_experts == 0:
-        return
-    patterns, known_layers = repr((expert_modules, exclude_modules)), {} if known_layers is None else known_layers
-    if patterns not in known_layers:
-        known_layers[patterns] = matching_linear_names(model, expert_modules, exclude_modules)
-    for layer in known_layers[patterns]:
-        module = model.get_submodule(layer)
-        assert isinstance(module, nn.Linear)
-        if not isinstance(module, DomainLinear):
-            module = DomainLinear.from_linear(module)
-            replace_module(model, layer, module)
-        module.add_domain(name, num_experts=num_experts, **settings)
+    mixtures = _mixtures(model, domains)
+    layers = {layer: _domain_layer(model, layer) for _, layer, _ in mixtures}
+    model.config.domains = list(domains)
+    model.expert_module_names = [name for name, _ in model.named_modules() if name in layers]
+    for domain, layer, settings in mixtures:
+        if (name := f"{layer}.{PREFIX}{domain}") in new:
+            layers[layer].add_domain(domain, **settings)
+        else:
+            layers[layer].stored[domain] = StoredExperts(tensors, f"{name}.", settings)
+
+
+def domain_tensors(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """The experts that a model without them is to have of domains: name of the mixture -> names and tensors, on the
+    meta device."""
+    known: dict[str, dict[str, Tensor]] = {}
+    found = {}
+    for domain, layer, settings in _mixtures(model, domains):
+        linear = model.get_submodule(layer)
+        kind = repr((linear.in_features, linear.out_features, settings))
+        if kind not in known:
+            experts = DomainExperts(linear.in_features, linear.out_features, **settings, device=META)
+            known[kind] = experts.state_dict()
+        name = f"{layer}.{PREFIX}{domain}"
+        found[name] = {f"{name}.{tensor}": value for tensor, value in known[kind].items()}
+    return found
+
+
+def _mixtures(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Each mixture of experts of domains: the domain, the name of its layer, and its settings."""
+    known: dict[str, list[str]] = {}
+    found = []
+    for domain in domains:
+        settings = dict(domain)
+        name, patterns = settings.pop("name"), (settings.pop("expert_modules"), settings.pop("exclude_modules", None))
+        if settings["num_experts"] == 0:
+            continue
+        if repr(patterns) not in known:
+            known[repr(patterns)] = matching_linear_names(model, *patterns)
+        found += [(name, layer, settings) for layer in known[repr(patterns)]]
+    return found
+
+
+def _domain_layer(model: nn.Module, name: str) -> DomainLinear:
+    """A layer, which becomes one with experts of domains if it is not yet."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    if not isinstance(module, DomainLinear):
+        module = DomainLinear.from_linear(module)
+        replace_module(model, name, module)
+    return module
 
 
 def domain_modules(model: nn.Module, domain: str) -> Iterator[tuple[str, DomainExperts]]:

@@ -15,12 +15,14 @@ from .adapters import load_adapters
 from .base import base_of, needs_renaming
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig, check_old_names
+from .domain_experts import store_domain_experts
+from .domain_store import StoredTensors
 from .errors import InputError
-from .expert_layer import EXPERT_TENSORS, ExpertMixture
+from .expert_layer import EXPERT_TENSORS, ExpertMixture, is_expert_parameter
 from .quantization import quantize_base, without_load_report
 from .trainable import train_experts
 from .weights_check import check_values, check_weights
-from .weights_files import HUB_ARGUMENTS, own_headers, read_headers, read_own_tensors, resolve_commit
+from .weights_files import HUB_ARGUMENTS, own_headers, read_headers, read_own_tensors, resolve_commit, weight_files
 from .weights_io import unchanged_model
 from .weights_trained import is_original_checkpoint, load_trained
 
@@ -153,11 +155,14 @@ def _load_whole(
     new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes)
     if renamed is not None:
         arguments["state_dict"] = read_own_tensors(base, renamed, hub, variant)
+    stored = None
+    if config.domains and source is not None and "state_dict" not in arguments:
+        stored = StoredTensors(weight_files(source, hub, variant))
     with without_load_report():
         # What does not fit are experts that give place to new ones.
         model, info = request.load_weights(
             None if "state_dict" in arguments else source,
-            config=config,
+            config=config if stored is None else config.without_domain_experts(),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **arguments,
@@ -165,12 +170,17 @@ def _load_whole(
     if any(tensor.is_meta for tensor in model.parameters()):
         raise InputError(OFFLOADING.format(arguments.get("device_map")))
     _align_memory(model)
-    for layer in map(model.get_submodule, new_layers):
+    new = {f"{layer}.{tensor}" for layer in new_layers for tensor in EXPERT_TENSORS}
+    for layer in map(model.get_submodule, new_layers if stored is None else ()):
         # Within the vision encoder, transformers leaves them uninitialized.
         assert isinstance(layer, ExpertMixture)
         layer.reset_experts()
     check_values(source, model)
     train_experts(model)
+    if stored is not None:
+        store_domain_experts(model, config.domains or (), stored, new_layers)
+        info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not is_expert_parameter(name)}
+        info["missing_keys"] = {*info["missing_keys"], *new}
     if source is not None:
         # What to load it from again: a Hub id with its commit, local files by their absolute paths.
         original_config = request.original_config
@@ -180,7 +190,7 @@ def _load_whole(
             "subfolder": arguments.get("subfolder") or None,
             "original_config": None if original_config is None else os.path.abspath(original_config),
         }
-    return model, info, {f"{layer}.{tensor}" for layer in new_layers for tensor in EXPERT_TENSORS}
+    return model, info, new
 
 
 def _read_config(config: PreTrainedConfig | str | os.PathLike | None, hub: dict[str, Any]) -> SamoeConfig:

@@ -378,7 +378,7 @@ def run_steps(model: SamoePreTrainedModel, steps: Sequence[TrackingStep]) -> Non
         for batch in _batches(model, objects, task, calls):
             placed = [(one, calls[id(one.session)].frame_idx) for one in batch.objects]
             rows = (BatchRow(numbers[id(one.session)], t, one.object_id) for one, t in placed)
-            with use_rows(rows), use_domain(domain):
+            with use_rows(rows), use_domain(domain, model):
                 output = frame_step(
                     model,
                     _image_features(model, placed),
@@ -557,7 +557,7 @@ def _encode_frames(
         own = [(session, t) for session, t in wanted if _encoder_domain(model, session) == domain]
         frames = torch.stack([session.get_frame(t) for session, t in own]).to(model.dtype)
         numbers = {id(session): number for number, session in enumerate(sessions)}
-        with use_rows(BatchRow(numbers[id(session)], t) for session, t in own), use_domain(domain):
+        with use_rows(BatchRow(numbers[id(session)], t) for session, t in own), use_domain(domain, model):
             features = encode_frames(model, frames)
         encoder = (weakref.ref(model), model.dtype, domain)
         for row, (session, t) in enumerate(own):

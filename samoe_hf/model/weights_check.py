@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .base_model import build_on_meta
 from .configuration_samoe import SamoeConfig, named_integers
+from .domain_experts import domain_tensors
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
 
@@ -77,12 +78,14 @@ def check_weights(
     check_repeats(source, config, len(found))
     try:
         config.check_feature_sizes()
-        model = build_on_meta(config)
+        model = build_on_meta(config.without_domain_experts())
+        of_domains = domain_tensors(model, config.domains or ())
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
-    expected = model.state_dict()
+    expected = dict(itertools.chain(*(x.items() for x in (model.state_dict(), *of_domains.values()))))
     problems = find_mismatches(found, expected)
     layers = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name, _ in expert_modules(model)}
+    layers |= {name: {*tensors} for name, tensors in of_domains.items()}
     unfit = set().union(*problems.values()) if any_experts else set(problems["missing"])
     new = [name for name, tensors in layers.items() if (tensors & unfit if any_experts else tensors <= unfit)]
     tolerated = set()

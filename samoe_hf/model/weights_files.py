@@ -3,6 +3,7 @@
 Nobody vouches for what they say. So headers are read first, and compared with what a configuration describes.
 """
 
+import functools
 import json
 import os
 import re
@@ -49,7 +50,7 @@ def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
         raise InputError(
             f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
         )
-    return {name: x for path in _weight_files(source, hub, variant) for name, x in read_header(path).items()}
+    return {name: x for path in weight_files(source, hub, variant) for name, x in read_header(path).items()}
 
 
 def own_headers(base: Base, source: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ def read_own_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a base model, by their names in the model, from a folder or Hub id that may hold others."""
     tensors = {}
-    for path in _weight_files(source, hub, variant):
+    for path in weight_files(source, hub, variant):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if (own := base.own_name(name)) is not None:
@@ -109,7 +110,13 @@ def fetch_file(source: str | os.PathLike, name: str, hub: Mapping[str, Any], is_
         return None
 
 
-def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
+def weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
+    """The safetensors of a model; fetched if need be.
+
+    Raises:
+        OSError: if there are none.
+        ValueError: if an index is damaged, or names a file that lies elsewhere.
+    """
     part = f".{variant}." if variant else "."
     name, index_name = SAFE_WEIGHTS_NAME.replace(".", part), SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{part}json")
     if (path := _find(source, name, hub)) is not None:
@@ -131,14 +138,16 @@ def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: st
     return [path for path in paths if path is not None]
 
 
+@functools.lru_cache(maxsize=1024)  # experts of many domains have few shapes
+def _header(shape: tuple[int, ...], dtype: str) -> Tensor:
+    return torch.empty(shape, dtype=FLOAT_TYPES.get(dtype, torch.int64), device="meta")
+
+
 def read_header(path: str | os.PathLike) -> dict[str, Tensor]:
     """A safetensors file's tensors on the meta device. All types but floating-point ones are taken as int64."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: torch.empty(x.get_shape(), dtype=FLOAT_TYPES.get(x.get_dtype(), torch.int64), device="meta")
-                for name, x in slices.items()
-            }
+            return {name: _header(tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
     except (SafetensorError, RuntimeError) as error:
         raise InputError(f"{path} is truncated, damaged or no safetensors file: {error}") from error

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
@@ -27,6 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
+from .domain_experts import domain_tensors, store_domain_experts
+from .domain_store import StoredTensors
 from .errors import InputError
 from .expert_layer import is_expert_parameter
 from .weights_check import check_values, describe_mismatches, find_mismatches
@@ -180,25 +182,31 @@ def load_trained(
         where = {key: base[key] for key in ("revision", "subfolder") if base.get(key)}
         if not is_original_checkpoint(name) and SamoeConfig.from_pretrained(name, **fetch, **where).base_model:
             raise InputError("it holds only what was trained itself")
-        model = _load_base(cls, _whole(config), base, {**fetch, **others})
+        model = _load_base(cls, _whole(config).without_domain_experts(), base, {**fetch, **others})
+        of_domains = domain_tensors(model, config.domains or ())
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{names}, which cannot be loaded for it: {error}") from error
-    expected = model.state_dict()
-    problems = find_mismatches(found, expected)
+    own = model.state_dict()
+    kept = {name: header for tensors in of_domains.values() for name, header in tensors.items()}
+    problems = find_mismatches(found, {**own, **kept})
     # The base has the rest.
     lacking = {name for name in problems["missing"] if is_expert_parameter(name)}
     problems["missing"] = [] if more_experts else sorted(lacking)
     if any(problems.values()):
         raise InputError(f"{names}, which it does not fit: {describe_mismatches(problems)}.")
-    if _fingerprint(expected, set(found), model.dtype) != digest:
+    if _fingerprint(own, set(found), model.dtype) != digest:
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
-    model.load_state_dict(load_file(path), strict=False)
+    new = [name for name, tensors in of_domains.items() if lacking & tensors.keys()]
+    stored = StoredTensors([path])
+    model.load_state_dict({name: stored.read(name) for name in found if name not in kept}, strict=False)
     check_values(source, model)
     model.origin.changed = {name for name in found if not is_expert_parameter(name)}
     dtype = arguments.get("dtype", arguments.get("torch_dtype"))
     if dtype not in (None, "auto"):
         _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model, lacking
+    if config.domains:
+        store_domain_experts(model, config.domains, stored, new)
+    return model, lacking.union(*(of_domains[name] for name in new))
 
 
 def _cast(model: SamoePreTrainedModel, dtype: torch.dtype) -> None:

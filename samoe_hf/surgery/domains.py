@@ -57,7 +57,7 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
             )
         remove_experts(model)
         _begin_domains(model)
-    add_domain_experts(model, **domain)
+    add_domain_experts(model, [domain])
     _set_domains(model, [*_domains(model), domain])
     _gate(model).append_unknown(name)
     if like is not None:
@@ -163,7 +163,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
         remove_experts(model)
         _begin_domains(model)
     for domain in _domains(other):
-        add_domain_experts(model, **domain)
+        add_domain_experts(model, [domain])
         _copy_experts(other, domain["name"], model, domain["name"])
     _set_domains(model, [*_domains(model), *copy.deepcopy(_domains(other))])
     _gate(model).merge(_gate(other))
