@@ -1,7 +1,7 @@
 """Experts that belong to domains: a layer has a mixture of experts for each, and runs that of the active domain alone.
 
-Experts of a model that was loaded stay in its file until they are needed. What tracks reads those of its video's domain,
-and they are let go again; whatever trains, changes, enumerates, copies or saves a layer's tensors first reads them all.
+Experts of a model that was loaded stay in its file until they are needed. Tracking reads those of its video's domain,
+and lets them go again; whatever trains, changes, enumerates, copies or saves a layer's tensors first reads them all.
 
 Nothing here knows of SAM 2, nor of how the domain of a video is found; see `domain_gate.py` for that.
 """
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .domain_store import StoredTensors
 from .errors import InputError
 from .expert_layer import (
     EXPERT_TENSORS,
@@ -28,6 +27,7 @@ from .expert_layer import (
     matching_linear_names,
     replace_module,
 )
+from .weights_store import StoredTensors
 
 # Before the domain's name, since modules have attributes such as `train` and `type`.
 PREFIX = "domain_"
@@ -119,8 +119,8 @@ class DomainLinear(BaseLinear):
     The experts of a domain are the submodule `domain_NAME`, a [`DomainExperts`]. Where no domain is active, or the
     active one has no experts here, the output is the base layer's to the bit.
 
-    `stored`: by domain, experts that are in a file. They become submodules as soon as gradients are computed, or anybody
-    asks for the layer's modules, parameters or state. `lent`: by domain, those of them that were read meanwhile to track.
+    `stored`: by domain, experts that are in a file. They become submodules as soon as gradients are computed, or
+    anybody asks for the layer's modules, parameters or state. `lent`: by domain, those of them that were read to track.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -253,7 +253,7 @@ def store_domain_experts(
         new: names of mixtures that are not there, and begin without effect.
     """
     mixtures = _mixtures(model, domains)
-    layers = {layer: _domain_layer(model, layer) for _, layer, _ in mixtures}
+    layers = {layer: _domain_layer(model, layer) for layer in {layer for _, layer, _ in mixtures}}
     model.config.domains = list(domains)
     model.expert_module_names = [name for name, _ in model.named_modules() if name in layers]
     for domain, layer, settings in mixtures:
@@ -266,14 +266,15 @@ def store_domain_experts(
 def domain_tensors(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
     """The experts that a model without them is to have of domains: name of the mixture -> names and tensors, on the
     meta device."""
-    known: dict[str, dict[str, Tensor]] = {}
+    known: dict[tuple, dict[str, Tensor]] = {}
     found = {}
-    for domain, layer, settings in _mixtures(model, domains):
-        linear = model.get_submodule(layer)
-        kind = repr((linear.in_features, linear.out_features, settings))
+    mixtures = _mixtures(model, domains)
+    linear: Any = {layer: model.get_submodule(layer) for layer in {layer for _, layer, _ in mixtures}}
+    for domain, layer, settings in mixtures:
+        sizes = linear[layer].in_features, linear[layer].out_features
+        kind = (*sizes, *settings.values())
         if kind not in known:
-            experts = DomainExperts(linear.in_features, linear.out_features, **settings, device=META)
-            known[kind] = experts.state_dict()
+            known[kind] = DomainExperts(*sizes, **settings, device=META).state_dict()
         name = f"{layer}.{PREFIX}{domain}"
         found[name] = {f"{name}.{tensor}": value for tensor, value in known[kind].items()}
     return found

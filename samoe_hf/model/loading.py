@@ -16,13 +16,12 @@ from .base import base_of, needs_renaming
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig, check_old_names
 from .domain_experts import store_domain_experts
-from .domain_store import StoredTensors
 from .errors import InputError
 from .expert_layer import EXPERT_TENSORS, ExpertMixture, is_expert_parameter
 from .quantization import quantize_base, without_load_report
 from .trainable import train_experts
 from .weights_check import check_values, check_weights
-from .weights_files import HUB_ARGUMENTS, own_headers, read_headers, read_own_tensors, resolve_commit, weight_files
+from .weights_files import HUB_ARGUMENTS, open_weights, own_headers, read_own_tensors, resolve_commit
 from .weights_io import unchanged_model
 from .weights_trained import is_original_checkpoint, load_trained
 
@@ -146,23 +145,22 @@ def _load_whole(
     """Loads a model from files that hold all of it but experts, or from the tensors of an original checkpoint."""
     source, arguments = request.source, request.arguments
     base, variant = base_of(config), arguments.get("variant")
-    found, renamed = arguments.get("state_dict"), None
+    found, stored, renamed = arguments.get("state_dict"), None, None
     if found is None:
         assert source is not None  # without a source there are tensors
-        found = read_headers(source, hub, variant)
+        stored = open_weights(source, hub, variant)
+        found = stored.headers
         if needs_renaming(base, found):  # such as SAM 3's tracker among its detector
             found, renamed = own_headers(base, source, found), source
     new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes)
     if renamed is not None:
         arguments["state_dict"] = read_own_tensors(base, renamed, hub, variant)
-    stored = None
-    if config.domains and source is not None and "state_dict" not in arguments:
-        stored = StoredTensors(weight_files(source, hub, variant))
+    domains = None if stored is None or "state_dict" in arguments else config.domains
     with without_load_report():
         # What does not fit are experts that give place to new ones.
         model, info = request.load_weights(
             None if "state_dict" in arguments else source,
-            config=config if stored is None else config.without_domain_experts(),
+            config=config.without_domain_experts() if domains else config,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **arguments,
@@ -171,14 +169,14 @@ def _load_whole(
         raise InputError(OFFLOADING.format(arguments.get("device_map")))
     _align_memory(model)
     new = {f"{layer}.{tensor}" for layer in new_layers for tensor in EXPERT_TENSORS}
-    for layer in map(model.get_submodule, new_layers if stored is None else ()):
+    for layer in map(model.get_submodule, () if domains else new_layers):
         # Within the vision encoder, transformers leaves them uninitialized.
         assert isinstance(layer, ExpertMixture)
         layer.reset_experts()
     check_values(source, model)
     train_experts(model)
-    if stored is not None:
-        store_domain_experts(model, config.domains or (), stored, new_layers)
+    if domains and stored is not None:
+        store_domain_experts(model, domains, stored, new_layers)
         info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not is_expert_parameter(name)}
         info["missing_keys"] = {*info["missing_keys"], *new}
     if source is not None:

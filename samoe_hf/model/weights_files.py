@@ -3,7 +3,6 @@
 Nobody vouches for what they say. So headers are read first, and compared with what a configuration describes.
 """
 
-import functools
 import json
 import os
 import re
@@ -11,19 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .base_interface import Base
 from .errors import InputError
+from .weights_store import StoredTensors
 
 # Arguments of `from_pretrained` that say where and how files are fetched.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | None:
@@ -38,8 +36,8 @@ def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | N
     return None if os.path.isdir(source) else extract_commit_hash(path, None)
 
 
-def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> dict[str, Tensor]:
-    """Names, shapes and types of a model's tensors, on the meta device, from the headers of its safetensors.
+def open_weights(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> StoredTensors:
+    """A model's safetensors, of which nothing but the headers is read yet.
 
     Raises:
         OSError: if there are no safetensors.
@@ -50,7 +48,7 @@ def read_headers(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
         raise InputError(
             f"{source} holds a model and a PEFT adapter at once; load the adapter from a place of its own."
         )
-    return {name: x for path in weight_files(source, hub, variant) for name, x in read_header(path).items()}
+    return StoredTensors(_weight_files(source, hub, variant))
 
 
 def own_headers(base: Base, source: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,7 +72,7 @@ def read_own_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a base model, by their names in the model, from a folder or Hub id that may hold others."""
     tensors = {}
-    for path in weight_files(source, hub, variant):
+    for path in _weight_files(source, hub, variant):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if (own := base.own_name(name)) is not None:
@@ -110,13 +108,7 @@ def fetch_file(source: str | os.PathLike, name: str, hub: Mapping[str, Any], is_
         return None
 
 
-def weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
-    """The safetensors of a model; fetched if need be.
-
-    Raises:
-        OSError: if there are none.
-        ValueError: if an index is damaged, or names a file that lies elsewhere.
-    """
+def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> list[str]:
     part = f".{variant}." if variant else "."
     name, index_name = SAFE_WEIGHTS_NAME.replace(".", part), SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{part}json")
     if (path := _find(source, name, hub)) is not None:
@@ -136,18 +128,3 @@ def weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
             raise InputError(f"{source}: {index_name} names {shard!r}, which is no safetensors file of its folder.")
     paths = [fetch_file(source, shard, hub, is_needed=True) for shard in sorted(shards)]
     return [path for path in paths if path is not None]
-
-
-@functools.lru_cache(maxsize=1024)  # experts of many domains have few shapes
-def _header(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return torch.empty(shape, dtype=FLOAT_TYPES.get(dtype, torch.int64), device="meta")
-
-
-def read_header(path: str | os.PathLike) -> dict[str, Tensor]:
-    """A safetensors file's tensors on the meta device. All types but floating-point ones are taken as int64."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: _header(tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path} is truncated, damaged or no safetensors file: {error}") from error

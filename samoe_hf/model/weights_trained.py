@@ -28,12 +28,11 @@ from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .domain_experts import domain_tensors, store_domain_experts
-from .domain_store import StoredTensors
 from .errors import InputError
 from .expert_layer import is_expert_parameter
 from .weights_check import check_values, describe_mismatches, find_mismatches
-from .weights_files import read_header
 from .weights_io import hash_tensors
+from .weights_store import StoredTensors
 
 # What says where a model comes from: a Hub id or a path, and how it is fetched.
 Source = Mapping[str, str | None]
@@ -173,16 +172,17 @@ def load_trained(
     names = f"{source} builds on {name}"
     path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
     assert path is not None and name is not None
-    found = read_header(path)
+    stored = StoredTensors([path])
+    found = stored.headers
     fetch = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
     # First in the type that it was saved in, which the fingerprint is of. `adapter_kwargs` are AutoModel's, with the
     # revision of `source`.
-    others = {key: x for key, x in arguments.items() if key not in ("dtype", "torch_dtype", "adapter_kwargs")}
+    options = {key: x for key, x in arguments.items() if key not in ("dtype", "torch_dtype", "adapter_kwargs")}
     try:
         where = {key: base[key] for key in ("revision", "subfolder") if base.get(key)}
         if not is_original_checkpoint(name) and SamoeConfig.from_pretrained(name, **fetch, **where).base_model:
             raise InputError("it holds only what was trained itself")
-        model = _load_base(cls, _whole(config).without_domain_experts(), base, {**fetch, **others})
+        model = _load_base(cls, _whole(config).without_domain_experts(), base, {**fetch, **options})
         of_domains = domain_tensors(model, config.domains or ())
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{names}, which cannot be loaded for it: {error}") from error
@@ -197,10 +197,10 @@ def load_trained(
     if _fingerprint(own, set(found), model.dtype) != digest:
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     new = [name for name, tensors in of_domains.items() if lacking & tensors.keys()]
-    stored = StoredTensors([path])
-    model.load_state_dict({name: stored.read(name) for name in found if name not in kept}, strict=False)
+    others = [name for name in found if name not in kept]
+    model.load_state_dict({name: stored.read(name) for name in others}, strict=False)
     check_values(source, model)
-    model.origin.changed = {name for name in found if not is_expert_parameter(name)}
+    model.origin.changed = {name for name in others if not is_expert_parameter(name)}
     dtype = arguments.get("dtype", arguments.get("torch_dtype"))
     if dtype not in (None, "auto"):
         _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)

@@ -17,7 +17,7 @@ from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, is_expert_parameter
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_check import describe_mismatches, find_mismatches
-from samoe_hf.model.weights_files import own_headers, read_headers
+from samoe_hf.model.weights_files import open_weights, own_headers
 from samoe_hf.model.weights_io import new_folder
 from samoe_hf.surgery.domains import find_domain
 
@@ -110,7 +110,7 @@ def save_into_sam3(
             f"{CONFIG_NAME} and safetensors)."
         )
     tensors = merge_into_base(model, domain).state_dict()
-    problems = find_mismatches(own_headers(SAM3, combined, read_headers(combined, {}, None)), tensors)
+    problems = find_mismatches(own_headers(SAM3, combined, open_weights(combined, {}, None).headers), tensors)
     if any(problems.values()):
         raise InputError(f"{combined} does not fit the model: {describe_mismatches(problems)}.")
     encoder_changed = False

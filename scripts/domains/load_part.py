@@ -53,16 +53,19 @@ def measure_load(counts: Sequence[int], folder: Path, num_frames: int, repeats: 
 def measure_models(folder: Path, num_frames: int, repeats: int, counts: Sequence[int]) -> list[dict[str, Any]]:
     """For each count: MB of the file, seconds to load, MB of RAM, and ms a frame of tracking.
 
-    Models take turns at tracking the same video. Times are of the process, the median of tracking.
+    Models take turns at being loaded, and at tracking the same video. Times are of the process, and medians.
     """
     torch.set_num_threads(1)
     warm, models, rams, loads = [SamoeModel.from_pretrained(small_base()) for _ in range(2)], [], [], []
-    for source in (folder / str(count) for count in counts):
-        gc.collect()
-        before, start = psutil.Process().memory_info().rss, time.process_time()
-        models.append(SamoeModel.from_pretrained(source).eval())
-        loads.append(time.process_time() - start)
-        rams.append((psutil.Process().memory_info().rss - before) / 1e6)
+    for turn in range(repeats):
+        for source in (folder / str(count) for count in counts):
+            gc.collect()
+            before, start = psutil.Process().memory_info().rss, time.process_time()
+            model = SamoeModel.from_pretrained(source).eval()
+            loads.append(time.process_time() - start)
+            if turn == 0:
+                models.append(model)
+                rams.append((psutil.Process().memory_info().rss - before) / 1e6)
     size = warm[0].config.image_size  # models that were loaded before: the first are slower, and find freed memory
     video = SyntheticVideos(1, num_frames, (size, size), domain=LOOK, seed=SEED)[0]
     prompts = [VideoPrompt(i, mask=mask) for i, mask in zip(video.object_ids, video.masks(0), strict=True)]
@@ -78,11 +81,11 @@ def measure_models(folder: Path, num_frames: int, repeats: int, counts: Sequence
         {
             "domains": count,
             "file": (folder / str(count) / "model.safetensors").stat().st_size / 1e6,
-            "load": load,
+            "load": statistics.median(loads[index :: len(counts)]),
             "RAM": ram,
             "tracking": 1000 * statistics.median(measured),
         }
-        for count, load, ram, measured in zip(counts, loads, rams, seconds, strict=True)
+        for index, (count, ram, measured) in enumerate(zip(counts, rams, seconds, strict=True))
     ]
 
 

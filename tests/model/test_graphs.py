@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers.domains import with_two_domains
+from helpers.domains import add_learned_domain, with_two_domains
 from helpers.edgetam import needs_timm, over_bases
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.model.memory_tokens import MemoryTokens, fill_up, full_length
@@ -126,3 +126,21 @@ def test_graphs_are_recorded_for_few_sizes_and_what_they_put_out_is_copied(model
     assert len(recorded) == 5  # the image encoder; 1, 2, 4 and 8 objects
     run(changed, 20)
     assert len(recorded) == 5
+
+
+@pytest.mark.slow
+def test_domains_of_equal_settings_share_their_graphs(graphs, tmp_path):
+    """More of them than TorchDynamo compiles versions of a graph."""
+    model, names = with_two_domains(), [f"domain_{index}" for index in range(10)]
+    for seed, name in enumerate(names):
+        add_learned_domain(model, name, seed, num_experts=3, num_experts_per_tok=1, lora_rank=2)
+    expected = {name: run(model, 8, name) for name in names}
+    model.save_pretrained(tmp_path)
+    for compiled in (model, type(model).from_pretrained(tmp_path)):
+        torch._dynamo.reset()
+        graphs.clear()
+        compiled.compile_for_tracking(backend="eager", fullgraph=True)
+        before = graphs["unique_graphs"]
+        for name in names:
+            assert (run(compiled, 8, name) - expected[name]).abs().mean() < 1e-5
+        assert graphs["unique_graphs"] - before == 3
