@@ -1,6 +1,7 @@
 """Fixtures that several folders share. Slow imports are in functions, since the controller of xdist needs none."""
 
 import copy
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,11 @@ def pytest_collection(session) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so the garbage collector need not look at it again and again: a fifth of the time."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

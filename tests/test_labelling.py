@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset, load_from_disk
 from PIL import Image
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import slow_over_bases
 from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
@@ -66,7 +66,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@over_bases
+@slow_over_bases
 @pytest.mark.parametrize("prompt", ["mask", "box"])
 def test_videos_are_labelled_from_their_first_masks(model_folder, data, tmp_path, capsys, prompt):
     label(model_folder, "--dataset", data, "--prompt", prompt, "--output", tmp_path / "out")
@@ -91,7 +91,7 @@ def test_videos_are_labelled_from_their_first_masks(model_folder, data, tmp_path
     assert f"; {summary['worth_a_look']} frames are worth a look" in printed
 
 
-@over_bases
+@slow_over_bases
 def test_videos_are_labelled_at_once_as_one_by_one(model_folder, data, tmp_path, capsys):
     for count in ("1", "2", "auto"):
         label(model_folder, "--dataset", data, "--output", tmp_path / count, "--videos-at-once", count)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf.data import SyntheticVideos, Video, write_video
 from samoe_hf.data.annotations import RleMasks
 from samoe_hf.data.frames import ArrayFrames, SampleError
@@ -102,7 +102,7 @@ def test_videos_of_different_domains_have_their_own_experts(gated, domain_videos
             assert ((own[one.frame_idx][0] > 0) == (one.logits.numpy() > 0)).mean() > 0.999
 
 
-@over_bases
+@slow_over_bases
 @pytest.mark.parametrize("prompt", ["point", "clicks:2@3", "clicks:1@2:offline", "box@2:even"])
 def test_evaluated_videos_are_scored_as_alone(nano, processor, prompt):
     videos = [SyntheticVideos(1, 6 - n, SIZES[n], seed=n, domain=kind)[0] for n, kind in KINDS]  # the last ends first

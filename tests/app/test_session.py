@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of, track_by_hand
-from helpers.edgetam import over_bases
+from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf import VideoSession
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.timeline import draw_timeline, frame_at
@@ -48,7 +48,7 @@ def test_a_direction_is_tracked_from_the_shown_frame(session, direction, frames)
     assert steps == [(frame, done, len(frames)) for done, frame in enumerate(frames, 1)]
 
 
-@over_bases
+@slow_over_bases
 @pytest.mark.parametrize("tracked_before", [False, True])
 def test_undo_leads_back_to_the_bit_even_for_what_is_tracked_later(make_session, tracked_before):
     session, other = make_session(), make_session()
@@ -95,7 +95,7 @@ def test_scores_are_the_models_of_objects_that_have_begun(session):
     assert [(row.frame, row.object) for row in session.all_rows()] == [*((t, 1) for t in range(5)), (5, 2)]
 
 
-@over_bases
+@slow_over_bases
 def test_an_object_has_no_mask_before_its_first_prompt_unless_tracking_back_found_it(session):
     late, early = session.add_object(), session.add_object()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import slow_over_bases
 from helpers.processes import LAUNCH
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
@@ -78,7 +78,7 @@ def test_scores_of_other_masks_are_not_taken_for_the_new_ones(run, model_folder,
     assert evaluate()[1] == second and mask.exists()
 
 
-@over_bases
+@slow_over_bases
 def test_a_model_on_a_dataset(run, model_folder, davis, leave_out_pictures, tmp_path):
     arguments = [model_folder, *davis, "--split", "val", "--seeds", 3, "--output", tmp_path]
     printed = run(*arguments)

@@ -115,9 +115,14 @@ def change_config(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def assert_same_tensors(model, expected):
-    """Both models have the same tensors, of the same types, to the bit."""
-    found, expected = model.state_dict(), expected.state_dict()
-    assert found.keys() == expected.keys()
-    different = [n for n, x in expected.items() if found[n].dtype != x.dtype or not torch.equal(found[n], x)]
-    assert not different
+def assert_same_tensors(model, expected, but=None):
+    """Both models have the same tensors, of the same types, to the bit, but for some that are given."""
+    expected = {**expected.state_dict(), **(but or {})}
+    assert model.state_dict().keys() == expected.keys()
+    assert_tensors(model, expected)
+
+
+def assert_tensors(model, expected):
+    """A model has these tensors, of the same types, to the bit."""
+    found = model.state_dict()
+    assert not [n for n, x in expected.items() if found[n].dtype != x.dtype or not torch.equal(found[n], x)]

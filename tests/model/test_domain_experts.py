@@ -199,7 +199,8 @@ def test_saved_and_loaded_it_is_the_same(gated, two_clips, tmp_path):
     half = SamoeModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     gate = {name: x for name, x in half.state_dict().items() if name.startswith("domain_gate.")}
     assert half.dtype == torch.bfloat16 and len(gate) == 6
-    assert all(torch.equal(tensor, gated.state_dict()[name]) for name, tensor in gate.items())
+    own = gated.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in gate.items())
 
 
 def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, two_clips, tmp_path, processor, domain_videos):

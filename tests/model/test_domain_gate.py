@@ -100,7 +100,7 @@ def test_an_added_domain_leaves_all_others_as_they_were():
     known.append_unknown("2")
     known.fit(2, *domain(2))
     after = known.decide(held_out(0))
-    assert all(torch.equal(known.state_dict()[k][:2], v) for k, v in state.items())
+    assert all(torch.equal(x[:2], state[k]) for k, x in known.state_dict().items())
     assert torch.equal(after.domain, before.domain)
     assert torch.equal(after.distances[:, :2], before.distances)
 

@@ -17,7 +17,7 @@ from samoe_hf.surgery.domains import add_domain, keep_former_experts
 BOX = [[[20.0, 10.0, 90.0, 80.0]]]
 
 
-@pytest.fixture(scope="module", params=["sam2", "sam3", pytest.param("edgetam", marks=needs_timm)])
+@pytest.fixture(scope="module", params=["sam2", "sam3", pytest.param("edgetam", marks=[needs_timm, pytest.mark.slow])])
 def saved(request, tmp_path_factory):
     """A folder of a base's model, another size for it, and transformers' own class."""
     torch.manual_seed(0)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, Sam2VideoModel, TorchAoConfig
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import over_bases, slow_over_bases
+from helpers.reference import assert_same_tensors
 from samoe_hf import SamoeModel
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
@@ -93,7 +94,7 @@ def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, 
     assert 0 < error < 0.2
 
 
-@over_bases
+@slow_over_bases
 def test_experts_learn_over_it_and_are_saved_alone_for_the_full_base(quantization, model_folder, tmp_path, clip):
     full = SamoeModel.from_pretrained(model_folder)
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())
@@ -110,9 +111,8 @@ def test_experts_learn_over_it_and_are_saved_alone_for_the_full_base(quantizatio
     assert all(is_expert_parameter(name) for name in load_file(tmp_path / "experts" / "model.safetensors"))
     loaded = SamoeModel.from_pretrained(tmp_path / "experts")
     assert not loaded.origin.quantized
-    for name, tensor in loaded.state_dict().items():
-        expected = model.get_parameter(name) if is_expert_parameter(name) else full.state_dict()[name]
-        assert torch.equal(tensor, expected), name
+    learned = {name: tensor for name, tensor in model.named_parameters() if is_expert_parameter(name)}
+    assert_same_tensors(loaded, full, learned)
     again = SamoeModel.from_pretrained(tmp_path / "experts", quantization_config=quantization())
     for (name, tensor), other in zip(plain_weights(again).items(), plain_weights(model).values(), strict=True):
         assert torch.equal(tensor, other), name

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.session import VideoSession
 
-pytestmark = over_bases
 POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
 
@@ -55,6 +54,7 @@ def held_bytes(session) -> int:
     return sum(storages.values())
 
 
+@over_bases
 def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
     """Prompts on two frames, a correction later, forward and then backward, farther than is kept."""
     frames = Frames(36)
@@ -86,6 +86,7 @@ def test_frames_are_prepared_as_those_of_a_whole_video(processor):
         torch.testing.assert_close(session.get_frame(t), whole.get_frame(t), rtol=0, atol=0)
 
 
+@slow_over_bases
 def test_memory_does_not_grow_with_the_video(nano, processor):
     frames = Frames(49)  # the prompted one, and 12 times the four that are encoded at once
     session = VideoSession(frames, processor, keep_frames=16)
@@ -97,6 +98,7 @@ def test_memory_does_not_grow_with_the_video(nano, processor):
     assert sorted(frames.reads[1:]) == list(range(49))  # the first read is for the size
 
 
+@slow_over_bases
 def test_streams_may_be_endless(nano, processor):
     session = VideoSession(keep_frames=16)
     plain = processor.init_video_session()
@@ -121,6 +123,7 @@ def encoded(nano):
     handle.remove()
 
 
+@slow_over_bases
 def test_small_frames_are_encoded_a_few_at_a_time_while_a_video_is_propagated(nano, processor, encoded, monkeypatch):
     def session(size=1, count=12, prompted=11):
         session = VideoSession(Frames(count), processor, max_vision_features_cache_size=size)

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from helpers.reference import ROOT, assert_same_tensors, change_config
+from helpers.reference import ROOT, assert_same_tensors, assert_tensors, change_config
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model import loading
@@ -88,7 +88,7 @@ def test_settings_can_be_given_and_layers_added(experts_folder, nano):
     model = SamoeModel.from_pretrained(experts_folder, fill_hole_area=8, expert_modules=more)
     assert model.config.fill_hole_area == 8 and len(model.expert_module_names) == 17
     tensors = load_file(experts_folder / "model.safetensors")
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tensors.items())
+    assert_tensors(model, tensors)
     with pytest.raises(ValueError, match="`num_experts_per_tok`"):
         SamoeModel.from_pretrained(experts_folder, num_experts_per_tok=99)
 
@@ -102,7 +102,7 @@ def test_experts_give_place_to_others_only_if_asked(model_folder, nano, settings
     assert module.num_experts == settings.get("num_experts", 4) and not module.lora_B.any()
     assert module.lora_A.abs().max() > 0
     plain = {name: t for name, t in nano.model.state_dict().items() if not is_expert_parameter(name)}
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.items())
+    assert_tensors(model, plain)
 
 
 def test_a_base_of_another_size_gives_no_place_to_new_experts(model_folder, tmp_path):

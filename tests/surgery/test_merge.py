@@ -18,6 +18,7 @@ from transformers import (
 
 from helpers.domains import add_learned_domain, with_two_domains
 from helpers.interaction import draw_weights, tiny_config
+from helpers.reference import assert_tensors
 from helpers.sam3 import sam3_config, sam3_models, save_combined
 from samoe_hf import SamoeConfig, SamoeModel, small_base
 from samoe_hf.cli import main
@@ -253,15 +254,12 @@ def test_sam3s_tracker_is_put_into_the_combined_folder(tmp_path):
     combined, info = Sam3VideoModel.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     before = Sam3VideoModel.from_pretrained(tmp_path / "sam3").state_dict()
-    plain = merge_into_base(model, "lora")
-    for name, tensor in combined.tracker_model.state_dict().items():
-        if not name.startswith("vision_encoder."):
-            assert torch.equal(tensor, plain.state_dict()[name]), name
+    plain, tracker = merge_into_base(model, "lora"), combined.tracker_model.state_dict()
+    assert_tensors(plain, {name: x for name, x in tracker.items() if not name.startswith("vision_encoder.")})
     for name, tensor in combined.state_dict().items():
         if name.startswith("detector_model.") and ".vision_encoder.backbone." not in name:
             assert torch.equal(tensor, before[name]), name
-    again = SamoeModel.from_pretrained(out)
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
+    assert_tensors(SamoeModel.from_pretrained(out), plain.state_dict())
 
 
 def test_sam3s_tracker_alone_is_a_folder_of_transformers(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf import SamoeModel
 from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.frame_step import encode_frames
@@ -93,7 +93,7 @@ def test_features_are_those_of_the_weights_as_they_are_now(model, frames, tmp_pa
         assert sum(encoded) == 0
 
 
-@over_bases
+@slow_over_bases
 def test_training_with_a_cache_gives_the_same_losses(run_config, tmp_path):
     results = []
     videos = "{kind: synthetic, num_videos: 2, num_frames: 3, image_size: [64, 64]}"

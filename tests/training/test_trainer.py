@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
 from helpers.processes import LAUNCH, run_two
-from helpers.reference import ROOT
+from helpers.reference import ROOT, assert_same_tensors
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 from samoe_hf.model.prompt_recipe import PromptRecipe
@@ -73,8 +73,7 @@ def test_checkpoints_are_small_and_load_as_models(run_config, model_folder, tmp_
     for load in (SamoeModel.from_pretrained, AutoModel.from_pretrained):
         loaded, info = load(folder, output_loading_info=True)
         assert type(loaded) is SamoeModel and not any(info.values())
-        for name, tensor in trainer.model.state_dict().items():
-            torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+        assert_same_tensors(loaded, trainer.model)
     assert loaded.origin.source == trainer.model.origin.source
 
 
