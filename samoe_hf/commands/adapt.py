@@ -24,6 +24,7 @@ from samoe_hf.errors import InputError
 from . import train
 from .options import add_output_option, command_parser
 
+AUTO, DEFAULT_BUDGET = "auto", "4MB"
 # Keys of a run that have other words here.
 OPTIONS_OF_KEYS = {
     "output_dir": "--output",
@@ -56,6 +57,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="start from the experts of a domain; auto: those that track the training videos best (%(default)s)",
     )
     domain.add_argument(
+        "--lora_rank",
+        metavar="N|auto",
+        help="the experts' rank; auto: train a high one, and keep of each layer what matters (the run's)",
+    )
+    domain.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help=f"with `--lora_rank auto`: what the domain's experts may have on disk, such as 500kB ({DEFAULT_BUDGET})",
+    )
+    domain.add_argument(
         "--former",
         metavar="NAME",
         help="the domain that experts of no domain become, such as those of a SAM2-MoE checkpoint (former)",
@@ -66,6 +77,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         train.print_all_keys("The options of the run:")
         raise SystemExit(0)
     parsed, parsed.overrides = parser.parse_known_args(arguments)
+    if parsed.budget is not None and parsed.lora_rank != AUTO:
+        raise InputError("`--budget` goes with `--lora_rank auto`, which chooses ranks within it.")
     for word in parsed.overrides:
         option = OPTIONS_OF_KEYS.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
         if word.startswith("--") and option is not None:
@@ -85,15 +98,20 @@ def describe_run_options() -> str:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from samoe_hf.continual.adapt import PICTURE, RESULTS_FILE, adapt
+    from samoe_hf.continual.adapt import PICTURE, RESULTS_FILE, SIZES_PICTURE, adapt
 
     like = None if parsed.like == "none" else parsed.like
     is_folder = os.path.exists(parsed.dataset) and not names_config(parsed.dataset)
     of_dataset = ["adapt", "--train_data", parsed.dataset] if is_folder else [parsed.dataset]
     former = [] if parsed.former is None else ["--former", parsed.former]
-    result = adapt(parsed.model, parsed.domain, [*of_dataset, *former, *parsed.overrides], parsed.output, like)
+    budget = (parsed.budget or DEFAULT_BUDGET) if parsed.lora_rank == AUTO else None
+    if budget is not None and parsed.budget is None:
+        print(f"The experts may have {budget}; `--budget` says otherwise.")
+    rank = [] if parsed.lora_rank in (None, AUTO) else ["--lora_rank", parsed.lora_rank]
+    words = [*of_dataset, *former, *rank, *parsed.overrides]
+    result = adapt(parsed.model, parsed.domain, words, parsed.output, like, budget)
     print(result.describe())
-    files = [RESULTS_FILE, *([PICTURE] if result.kept_aside else [])]
+    files = [RESULTS_FILE, *([PICTURE] if result.kept_aside else []), *([SIZES_PICTURE] if result.sizes else [])]
     if is_folder and not result.after:
         print("Of fewer than three videos none is kept aside, so nothing says what was won.")
-    print(f"Written: the model, {' and '.join(files)} in {parsed.output}")
+    print(f"Written: the model, {', '.join(files)} in {parsed.output}")

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from samoe_hf.data.clip_datasets import MixedDataset
-from samoe_hf.errors import input_errors
+from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.statistics import to_json
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.weights_io import write_text
+from samoe_hf.model.weights_io import whole_file, write_text
+from samoe_hf.plots.domains import plot_sizes
 from samoe_hf.surgery.domains import copy_domain_experts, fit_domain
+from samoe_hf.training.arguments import parse_size
 from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 from .fit_gate import decide_videos, gate_features, leave_out
 from .held_out import Compared, compare, comparison_table, means, percent
+from .sizes import Sizes, choose_size, raise_ranks
 from .start import find_start
 
-RESULTS_FILE, PICTURE = "adaptation.json", "adaptation.png"
+RESULTS_FILE, PICTURE, SIZES_PICTURE = "adaptation.json", "adaptation.png", "sizes.png"
 # If the gate refuses more than this, the user is told what to do.
 MANY_REFUSED = 0.1
 
@@ -53,6 +57,7 @@ class Adaptation:
         kept_aside: training videos that were not trained on, tracked by the base and by the domain.
         left_out: what the gate took the domain's videos for while it did not know them, each left out in turn: a domain
             or "base" -> how many.
+        sizes: those of the experts that were tried, if they were to be chosen.
     """
 
     domain: str
@@ -63,6 +68,7 @@ class Adaptation:
     started_from: str | None = None
     kept_aside: list[Compared] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
+    sizes: Sizes | None = None
 
     def table(self) -> str:
         """The scores of each domain before and after, and where its videos went, as text."""
@@ -90,6 +96,8 @@ class Adaptation:
         """What was won, and what to expect of the domain, in sentences."""
         name, lines = self.domain, []
         base, own = means(self.kept_aside)
+        if self.sizes is not None:
+            lines += [self.sizes.describe(), ""]
         if self.kept_aside:
             lines += [comparison_table(name, self.kept_aside), ""]
         elif self.after:
@@ -122,6 +130,7 @@ def adapt(
     run: Sequence[str],
     output: str | os.PathLike,
     like: str | None = AUTO,
+    budget: str | None = None,
 ) -> Adaptation:
     """Adds a domain to a model and writes the new one.
 
@@ -138,25 +147,31 @@ def adapt(
         like: a domain of the model whose experts the new ones start from; "auto" for the one whose experts track
             the training videos best, if they are clearly better than the base, see [`~start.find_start`]; None for
             experts without effect.
+        budget: bytes that the domain's experts may have, such as "4MB": they are trained at a high rank, and what does
+            not matter is left out, see [`~sizes.choose_size`]. With None, their rank is the run's.
 
     Raises:
         InputError: if the domain cannot be added, or something of the run is wrong.
     """
+    limit = None if budget is None else parse_size(budget, "budget", "of experts such as 4MB")
     arguments = [*run, "--model_name_or_path", str(model), "--domain", domain, "--output_dir", str(output)]
     if like not in (AUTO, None):
         arguments += ["--domain_like", like]
-    trainer = build_trainer(arguments)
+    change = None if limit is None else partial(raise_ranks, domain=domain, budget=limit)
+    trainer = build_trainer(arguments, change, spares=limit is not None)
+    if limit is not None and trainer.is_fsdp_enabled:
+        raise InputError("`budget` does not go with FSDP, which shards the experts; use DDP, or give a rank.")
     trainer.eval_domain = AUTO
     trainer.depends_on = {"like": like}
     with trainer.writer:
         check_output_dir(trainer.args, None)  # another process may have written there meanwhile
         if trainer.is_world_process_zero() and trainer.args.overwrite_output_dir:
-            for name in (RESULTS_FILE, PICTURE):
+            for name in (RESULTS_FILE, PICTURE, SIZES_PICTURE):
                 Path(output, name).unlink(missing_ok=True)
-        return _adapt(trainer, domain, like, Path(output))
+        return _adapt(trainer, domain, like, limit, Path(output))
 
 
-def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, output: Path) -> Adaptation:
+def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | None, output: Path) -> Adaptation:
     resume = trainer.args.resume_from_checkpoint
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
@@ -164,26 +179,34 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, output: Path) -
     assert isinstance(clips, MixedDataset)
     parts: Any = [dataset.videos for dataset in clips.datasets.values()]
     videos: Any = ConcatDataset(parts)
-    features, numbers = gate_features(learner, trainer.processor, domain, videos, shows_progress)
+    spared: Any = trainer.spared
+    known: Any = ConcatDataset([*parts, spared]) if spared else videos
+    features, numbers = gate_features(learner, trainer.processor, domain, known, shows_progress)
     fit_domain(learner, domain, features, numbers)
     if like == AUTO:
         start = find_start(learner, trainer.processor, domain, videos, shows_progress)
         if start is not None and copy_domain_experts(learner, start, domain):
             result.started_from = start
     trainer.train(resume_from_checkpoint=resume)
+    if budget is not None:
+        result.sizes = choose_size(learner, trainer.processor, domain, budget, spared or videos, not spared)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
     if trainer.kept_aside:
         picture = output / PICTURE if trainer.is_world_process_zero() else None
         result.kept_aside = compare(learner, trainer.processor, domain, trainer.kept_aside, picture)
         # Now that it was measured, the gate may know them as well.
         more = gate_features(learner, trainer.processor, domain, trainer.kept_aside, show_progress_bar=False)
-        features, numbers = torch.cat([features, more[0]]), torch.cat([numbers, more[1] + len(videos)])
+        features, numbers = torch.cat([features, more[0]]), torch.cat([numbers, more[1] + len(known)])
         fit_domain(learner, domain, features, numbers)
     result.gate_videos = len(numbers.unique())
     result.left_out = leave_out(learner, domain, features, numbers)
     with input_errors():
         trainer.save_model()
         if trainer.is_world_process_zero():
+            if result.sizes is not None:
+                with whole_file(output / SIZES_PICTURE) as path:
+                    tried, title = result.sizes.tried, f"What {domain} needs"
+                    plot_sizes([x.bytes for x in tried], [x.score for x in tried], result.sizes.chosen, title, path)
             write_text(output / RESULTS_FILE, to_json(asdict(result)) + "\n")
     return result
 

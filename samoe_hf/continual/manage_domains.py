@@ -35,6 +35,7 @@ def list_domains(model: SamoeModel) -> list[list[object]]:
         tensors = [p for _, experts in domain_modules(model, domain["name"]) for p in experts.parameters()]
         megabytes = sum(p.numel() * p.element_size() for p in tensors) / 1e6
         rank = domain["lora_rank"] if domain["num_experts"] else NO_NUMBER
+        rank = f"up to {rank}" if "rank_pattern" in domain else rank
         rows.append([domain["name"], domain["num_experts"], rank, f"{megabytes:.2f}", count])
     return rows
 

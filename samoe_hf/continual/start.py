@@ -14,7 +14,7 @@ from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.surgery.domains import find_domain
+from samoe_hf.surgery.domains import find_domain, fits_in
 
 from .fit_gate import evenly_chosen, first_visible
 
@@ -32,8 +32,8 @@ def find_start(
 ) -> str | None:
     """The domain whose experts a new one should start from.
 
-    Some of the new domain's training videos are tracked by the experts of each domain whose experts are of the same
-    number, rank and place.
+    Some of the new domain's training videos are tracked by the experts of each domain whose experts fit into the new
+    ones, see [`~surgery.domains.fits_in`].
 
     Args:
         domain: the new one, which the model has.
@@ -45,20 +45,28 @@ def find_start(
     Raises:
         InputError: if there is no such domain.
     """
-    kind = {**find_domain(model, domain), "name": None}
-    others = [other for other in model.config.domains or [] if other["name"] != domain]
-    candidates: list[str] = [other["name"] for other in others if {**other, "name": None} == kind]
-    if not candidates or any(experts.lora_B.any() for _, experts in domain_modules(model, domain)):
+    find_domain(model, domain)
+    candidates = [
+        name
+        for name in model.config.domain_names
+        if fits_in(model, name, domain) and any(experts.lora_B.any() for _, experts in domain_modules(model, name))
+    ]
+    if not candidates:
         return None
-    size = model.config.image_size
-    assert isinstance(size, int)
-    excerpts = [_excerpt(video, size) for video in evenly_chosen(videos, NUM_VIDEOS)]
-    excerpts = [video for video in excerpts if video is not None]
+    excerpts = read_excerpts(model, videos)
     base = domain_score(model, processor, excerpts, None)
     tried = tqdm(candidates, desc=f"start of {domain}", unit="domain", disable=not show_progress_bar)
     scores = {name: domain_score(model, processor, excerpts, name) for name in tried}
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best] >= base + MIN_ADVANTAGE else None
+
+
+def read_excerpts(model: SamoeModel, videos: Sequence[Video]) -> list[Video]:
+    """The first frames of some videos, of the model's size, in RAM; those without two to track are left out."""
+    size = model.config.image_size
+    assert isinstance(size, int)
+    excerpts = [_excerpt(video, size) for video in evenly_chosen(videos, NUM_VIDEOS)]
+    return [video for video in excerpts if video is not None]
 
 
 def _excerpt(video: Video, size: int) -> Video | None:
@@ -70,10 +78,17 @@ def _excerpt(video: Video, size: int) -> Video | None:
 
 def domain_score(model: SamoeModel, processor: VideoProcessor, videos: Sequence[Video], domain: str | None) -> float:
     """J&F, 0 to 1, of tracking with a domain's experts, or with none; 0 where there is nothing to score."""
-    with evaluation_mode(model):  # several datasets may have videos of one name
+    scores = [score for score in video_scores(model, processor, videos, domain) if not math.isnan(score)]
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def video_scores(
+    model: SamoeModel, processor: VideoProcessor, videos: Sequence[Video], domain: str | None
+) -> list[float]:
+    """J&F of each video, 0 to 1, of tracking with a domain's experts, or with none; NaN where nothing is to score."""
+    with evaluation_mode(model):
         results = [evaluate_video(model, processor, video, domain=domain) for video in videos]
-    score = summarize({str(n): result.scores for n, result in enumerate(results)}, protocol="youtube_vos")["J&F_mean"]
-    return 0.0 if math.isnan(score) else score
+    return [summarize({"": result.scores}, protocol="youtube_vos")["J&F_mean"] for result in results]
 
 
 def reduced(video: Video, size: int, frames: Sequence[int]) -> Video:

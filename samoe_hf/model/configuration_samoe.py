@@ -111,6 +111,10 @@ EXPERT_RULES = {
     "exclude_modules": Rule(f"{MODULES}, or None", lambda value: value is None or _are_modules(value)),
 }
 EXPERT_SETTINGS = tuple(EXPERT_RULES)
+RANK_PATTERN = Rule(
+    "a mapping from names of layers to ranks of at least 1",
+    lambda value: isinstance(value, dict) and all(isinstance(k, str) and integer(1).holds(v) for k, v in value.items()),
+)
 OTHER_RULES = {
     "router_aux_loss_coef": number("at least 0", lambda x: x >= 0),
     "output_router_logits": Rule("True or False", lambda value: isinstance(value, bool)),
@@ -150,8 +154,9 @@ class SamoeConfig(Sam2VideoConfig):
         domains (`list[dict]`, *optional*):
             Domains whose experts are apart, in the order in which they were learned. Each is a dictionary of its `name`
             and its own `num_experts` (0 for a domain on which the base is good as it is), `num_experts_per_tok`,
-            `lora_rank`, `lora_alpha`, `lora_dropout`, `expert_modules` and `exclude_modules`. With None, all experts
-            are for all videos.
+            `lora_rank`, `lora_alpha`, `lora_dropout`, `expert_modules` and `exclude_modules`; and, if layers differ,
+            `rank_pattern`, from names of layers to ranks other than `lora_rank`, scaled by `lora_alpha / rank`. With
+            None, all experts are for all videos.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the routers' load-balancing loss; 0 turns it off.
         output_router_logits (`bool`, *optional*, defaults to `False`):
@@ -405,11 +410,14 @@ def check_domains(domains: Any) -> None:
     if domains is None:
         return
     fields = ("name", *EXPERT_SETTINGS)
-    is_fit = isinstance(domains, list | tuple) and all(isinstance(x, Mapping) and {*x} == {*fields} for x in domains)
+    is_fit = isinstance(domains, list | tuple) and all(
+        isinstance(x, Mapping) and {*x} - {"rank_pattern"} == {*fields} for x in domains
+    )
     if not is_fit:
         raise InputError(f"`domains` must be a list of dictionaries of {', '.join(fields)}, or None, got {domains!r}.")
     for domain in domains:
         check_domain_name(domain["name"])
+        _check("rank_pattern", domain.get("rank_pattern", {}), RANK_PATTERN, f"Domain {domain['name']!r}: ")
         if not (domain["num_experts"] == 0 and integer(0).holds(domain["num_experts"])):
             check_expert_settings(domain, f"Domain {domain['name']!r}: ")
     names = [domain["name"] for domain in domains]

@@ -287,11 +287,13 @@ def _mixtures(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> list[tu
     for domain in domains:
         settings = dict(domain)
         name, patterns = settings.pop("name"), (settings.pop("expert_modules"), settings.pop("exclude_modules", None))
+        ranks, rank = settings.pop("rank_pattern", {}), settings["lora_rank"]
         if settings["num_experts"] == 0:
             continue
         if repr(patterns) not in known:
             known[repr(patterns)] = matching_linear_names(model, *patterns)
-        found += [(name, layer, settings) for layer in known[repr(patterns)]]
+        layers = known[repr(patterns)]
+        found += [(name, layer, {**settings, "lora_rank": ranks.get(layer, rank)}) for layer in layers]
     return found
 
 

@@ -93,8 +93,9 @@ def _can_be_joined(layers: Sequence[Any], experts: Sequence[ExpertMixture | None
         if mixture is not None:
             if not all(map(runs_own_code, (mixture, mixture.router))):
                 return False
-            own += (mixture.num_experts, mixture.num_experts_per_tok, mixture.lora_rank, mixture.scaling)
-            own += (mixture.drops() and mixture.dropout.p,)
+            own += (mixture.num_experts, mixture.num_experts_per_tok, mixture.drops() and mixture.dropout.p)
+            if mixture.num_experts > 1 or torch.is_grad_enabled():  # else it becomes part of its layer's weight
+                own += (mixture.lora_rank, mixture.scaling)
         sizes.add(own)
     return len(sizes) == 1
 

@@ -75,3 +75,21 @@ def _placed(distances: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(-centering @ squares @ centering / 2)
     best = vectors[:, ::-1][:, :2] * np.sqrt(values[::-1][:2].clip(min=0))
     return np.pad(best, ((0, 0), (0, 2 - best.shape[1])))
+
+
+@plain_text
+def plot_sizes(sizes: Sequence[int], scores: Sequence[float], chosen: int, title: str, path: str | Path) -> None:
+    """Draws the scores of experts of several sizes.
+
+    Args:
+        sizes: bytes; `chosen` is one of them.
+        scores: J&F of each from 0 to 1.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(np.array(sizes) / 1e3, 100 * np.array(scores), "o-", color=LINES[0], label="tried")
+    axes.plot(chosen / 1e3, 100 * scores[sizes.index(chosen)], "D", color=LINES[1], markersize=10, label="chosen")
+    axes.set(title=title, xlabel="kB of the experts' tensors", ylabel="J&F of what was tracked", xscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=DPI)

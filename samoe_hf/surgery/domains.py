@@ -5,6 +5,7 @@ experts' parameters are new ones, so optimizers must be made afterwards.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
         InputError: if the name is taken or cannot be one, a setting is out of range, modules do not exist, the
             model has adapters of PEFT, or experts of no domain that have an effect.
     """
-    _check_no_adapters(model)
+    check_no_adapters(model)
     domain = _describe_domain(model, name, like, settings)
     if model.config.domains is None:
         if has_effect(model):
@@ -84,14 +85,24 @@ def _describe_domain(model: SamoeModel, name: str, like: str | None, settings: d
 def remove_domain(model: SamoeModel, name: str) -> None:
     """Takes a domain's experts away, and what the gate knows of it."""
     index = _domain_index(model, name)
-    for layer, _ in list(domain_modules(model, name)):
+    remove_domain_layers(model, name, [layer for layer, _ in domain_modules(model, name)])
+    _gate(model).remove(index)
+    _set_domains(model, [domain for domain in _domains(model) if domain["name"] != name])
+
+
+def remove_domain_layers(model: SamoeModel, name: str, layers: Sequence[str]) -> None:
+    """Takes a domain's experts of some layers away."""
+    for layer in layers:
         module = model.get_submodule(layer)
         assert isinstance(module, DomainLinear)
         delattr(module, PREFIX + name)
         if not any(child.startswith(PREFIX) for child, _ in module.named_children()):
             replace_module(model, layer, to_plain_linear(module))
-    _gate(model).remove(index)
-    _set_domains(model, [domain for domain in _domains(model) if domain["name"] != name])
+    if layers:
+        domain = find_domain(model, name)
+        before = domain["exclude_modules"] or []
+        domain["exclude_modules"] = [*([before] if isinstance(before, str) else before), *layers]
+        _set_domains(model, _domains(model))
 
 
 def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
@@ -124,7 +135,7 @@ def _make_domain(model: SamoeModel, name: str) -> None:
     """Makes a domain of the experts of a model without domains."""
     if model.config.domains is not None:
         raise InputError("`name` must be a domain of the model, whose experts all belong to one, got None.")
-    _check_no_adapters(model)
+    check_no_adapters(model)
     if any(frozen_experts(module) for _, module in expert_modules(model)):
         raise InputError("Some experts are frozen; `freeze_experts([])` lets them become a domain's.")
     for layer, module in list(expert_modules(model)):
@@ -156,7 +167,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
         raise InputError(f"{which} model's experts belong to no domain; `rename_domain(None, NAME)` gives them one.")
     if both := sorted(set(model.config.domain_names) & set(other.config.domain_names)):
         raise InputError(f"Both models have a domain {both[0]!r}; rename one of them.")
-    _check_no_adapters(model)
+    check_no_adapters(model)
     if base_fingerprint(model, set()) != base_fingerprint(other, set()):
         raise InputError("The models have different bases, whose experts do not fit each other.")
     if has_none:
@@ -170,13 +181,29 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
     return other.config.domain_names
 
 
+@torch.no_grad()
 def copy_domain_experts(model: SamoeModel, source: str, target: str) -> bool:
-    """Copies experts to a domain whose own have no effect yet, if number, rank and place are the same; says whether."""
-    kinds = [{**find_domain(model, name), "name": None} for name in (source, target)]
-    is_new = not any(experts.lora_B.any() for _, experts in domain_modules(model, target))
-    if copied := source != target and is_new and kinds[0] == kinds[1]:
-        _copy_experts(model, source, model, target)
+    """Copies experts to a domain whose own have no effect yet, if they fit in, see [`fits_in`]; says whether."""
+    if copied := fits_in(model, source, target):
+        own = dict(domain_modules(model, target))
+        for layer, experts in domain_modules(model, source):
+            new, rank = own[layer], experts.lora_rank
+            new.router.load_state_dict(experts.router.state_dict())
+            new.lora_A[:, :rank] = experts.lora_A
+            new.lora_B[..., :rank] = experts.lora_B * (experts.scaling / new.scaling)
     return copied
+
+
+def fits_in(model: SamoeModel, source: str, target: str) -> bool:
+    """Whether a domain's experts can be copied to another's without effect: as many, in layers that the other has as
+    well, of no higher rank."""
+    first, second = (find_domain(model, name) for name in (source, target))
+    known, own = (dict(domain_modules(model, name)) for name in (source, target))
+    is_new = not any(experts.lora_B.any() for experts in own.values())
+    are_as_many = all(first[key] == second[key] for key in ("num_experts", "num_experts_per_tok"))
+    if source == target or not (is_new and are_as_many and known.keys() <= own.keys()):
+        return False
+    return all(experts.lora_rank <= own[layer].lora_rank for layer, experts in known.items())
 
 
 def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -> None:
@@ -244,6 +271,7 @@ def _check_new_name(model: SamoeModel, name: str, argument: str) -> None:
         raise InputError(f"`{argument}` {name!r} is the name of a domain that the model has.")
 
 
-def _check_no_adapters(model: SamoeModel) -> None:
+def check_no_adapters(model: SamoeModel) -> None:
+    """Refuses a model with adapters of PEFT."""
     if names := adapter_names(model):
         raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")

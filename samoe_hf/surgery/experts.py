@@ -218,12 +218,13 @@ def check_experts(experts: Sequence[int], count: int, name: str = "experts") -> 
 
 
 @torch.no_grad()
-def new_experts(module: ExpertMixture, num_new: int) -> tuple[Tensor, Tensor]:
-    """A (new, rank, in), drawn as a LoRA's, and B (new, out, rank), zero."""
-    A = module.lora_A.new_empty(num_new, *module.lora_A.shape[1:])
+def new_experts(module: ExpertMixture, num_new: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """A (new, rank, in), drawn as a LoRA's, and B (new, out, rank), zero; by default of the others' rank."""
+    rank = rank or module.lora_rank
+    A = module.lora_A.new_empty(num_new, rank, module.in_features)
     for expert in A:
         nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
-    return A, module.lora_B.new_zeros(num_new, *module.lora_B.shape[1:])
+    return A, module.lora_B.new_zeros(num_new, module.out_features, rank)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Arguments of a training run, from its YAML and the command line."""
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ from samoe_hf.surgery.domains import add_domain, find_domain, keep_former_expert
 from .keys import DataKeys, ModelKeys, TrainingKeys
 
 DATASETS = ("train_data", "eval_data")
+# Of so many videos some can be spared from training, to choose ranks by.
+MANY_VIDEOS, SPARED_FRACTION, MOST_SPARED = 8, 0.2, 8
 
 # Where the model comes from: one of them.
 MODEL_KEYS = {"model_name_or_path", "model_config"}
@@ -107,11 +110,16 @@ class DataArguments(DataKeys):
         if self.eval_fraction > 0.5:
             raise InputError(f"`eval_fraction` must be at most 0.5, got {self.eval_fraction}.")
         self.kept_aside: list[Video] = []
+        self.spared: list[Video] = []
         for name in DATASETS:
             setattr(self, name, dataset_entries({name: getattr(self, name)}, name, "a run"))
 
-    def train_dataset(self, processor: VideoProcessor, seed: int) -> MixedDataset:
-        """All training clips, each dataset by its domain's name; fills `kept_aside`."""
+    def train_dataset(self, processor: VideoProcessor, seed: int, spares: bool = False) -> MixedDataset:
+        """All training clips, each dataset by its domain's name; fills `kept_aside`.
+
+        Args:
+            spares: fill `spared` with some of the other videos of each dataset that has many.
+        """
         if not self.train_data:
             raise InputError("`train_data` must name at least one dataset.")
         clips, weights = {}, {}
@@ -125,6 +133,10 @@ class DataArguments(DataKeys):
             if aside := set(() if self.eval_data else choose_aside(videos, self.eval_fraction)):
                 self.kept_aside += [videos[i] for i in sorted(aside)]
                 videos = Subset(videos, [i for i in range(len(videos)) if i not in aside])
+            if spares and len(videos) >= MANY_VIDEOS:
+                spared = set(choose_aside(videos, min(SPARED_FRACTION, MOST_SPARED / len(videos))))
+                self.spared += [videos[i] for i in sorted(spared)]
+                videos = Subset(videos, [i for i in range(len(videos)) if i not in spared])
             domain = options.get("domain") or videos[0].domain
             if domain in clips:
                 raise InputError(
@@ -198,14 +210,14 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         return Path(self.output_dir or ".")
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size of device memory, such as "16GB" or "24GiB"."""
+def parse_size(text: str, name: str = "fit", of: str = "of device memory such as 16GB or 24GiB") -> int:
+    """Bytes of a size, such as "16GB" or "24GiB"; `name` and `of` are for the error's message."""
     try:
         size = convert_file_size_to_int(text.upper())
     except (ValueError, OverflowError):
         size = 0
     if size == 0:
-        raise InputError(f"`fit` must be a size of device memory such as 16GB or 24GiB, got {text!r}.")
+        raise InputError(f"`{name}` must be a size {of}, got {text!r}.")
     return size
 
 
@@ -233,7 +245,15 @@ def run_parser(**kwargs: Any) -> HfArgumentParser:
     for action in parser._actions:
         if action.dest in (*DATASETS, "augmentation", "quantization_config", "learning_rates"):
             action.type = _mapping_or_text
+        if action.dest == "lora_rank":
+            action.type = _rank
     return parser
+
+
+def _rank(text: str) -> int:
+    if text == "auto":
+        raise argparse.ArgumentTypeError("auto is chosen by `samoe adapt … --lora_rank auto` alone")
+    return int(text)
 
 
 def _mapping_or_text(text: str) -> dict[str, Any] | str:

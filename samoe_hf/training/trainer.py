@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,9 @@ class SamoeTrainer(Trainer):
         self.domain = domain
         # Whose experts evaluation runs; "auto" where the gate knows the domain.
         self.eval_domain = domain
-        # Training videos that are evaluated in place of being trained on.
+        # Training videos that are evaluated in place of being trained on, and others that were spared to choose by.
         self.kept_aside: list[Video] = []
+        self.spared: list[Video] = []
         self.learning_rates = rates_by_set(model, args, domain)
         if train_dataset is not None:
             train_dataset = as_clips(train_dataset, self.processor, args.seed)
@@ -472,8 +473,16 @@ def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | 
 
 
 @input_errors()
-def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
-    """The trainer of a run, with its model and data; `arguments` as in [`parse_run`]."""
+def build_trainer(
+    arguments: Sequence[str] | None = None, change: Callable[[SamoeModel], None] | None = None, spares: bool = False
+) -> SamoeTrainer:
+    """The trainer of a run, with its model and data.
+
+    Args:
+        arguments: as in [`parse_run`].
+        change: changes the model before it is trained.
+        spares: some training videos are spared, see [`DataArguments.train_dataset`].
+    """
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
     if training_arguments.feature_cache is not None and data_arguments.augmentation is not None:
         raise InputError("`feature_cache` and `augmentation` do not go together: augmented frames never come again.")
@@ -482,6 +491,8 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
     seed = enable_full_determinism if training_arguments.full_determinism else set_seed
     seed(training_arguments.seed)
     model = model_arguments.load()
+    if change is not None:
+        change(model)
     source = model_arguments.model_name_or_path
     # The same processor prepares the clips and evaluates.
     processor = build_processor(model.config) if source is None else load_processor(source, model)
@@ -492,8 +503,8 @@ def build_trainer(arguments: Sequence[str] | None = None) -> SamoeTrainer:
         segmentation_loss,
         processing_class=processor,
         domain=model_arguments.domain,
-        train_dataset=data_arguments.train_dataset(processor, training_arguments.seed),
+        train_dataset=data_arguments.train_dataset(processor, training_arguments.seed, spares),
         eval_dataset=data_arguments.eval_videos() or None,
     )
-    trainer.kept_aside = data_arguments.kept_aside
+    trainer.kept_aside, trainer.spared = data_arguments.kept_aside, data_arguments.spared
     return trainer

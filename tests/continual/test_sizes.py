@@ -1,0 +1,149 @@
+"""`--lora_rank auto`: what does not matter of a domain's experts is left out, within a budget."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers.domains import add_learned_domain, new_model
+from samoe_hf import SamoeModel
+from samoe_hf.commands import adapt as command
+from samoe_hf.continual import sizes
+from samoe_hf.continual.adapt import adapt
+from samoe_hf.data.synthetic import SyntheticVideos
+from samoe_hf.model.domain_experts import domain_modules
+from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.surgery.ranks import set_ranks
+from samoe_hf.training.trainer import build_trainer
+
+RUN = """
+train_data: [{kind: synthetic, domain: blobs, num_videos: NUM, num_frames: 3, seed: 1}]
+eval_fraction: 0.2
+num_frames: 2
+max_steps: 2
+num_experts: 2
+expert_modules: [qkv, q_proj, v_proj]
+learning_rate: 1.0e-2
+report_to: none
+save_strategy: "no"
+disable_tqdm: true
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model with a domain."""
+    folder, model = tmp_path_factory.mktemp("base"), new_model()
+    add_learned_domain(model, "first", 1, num_experts=3, num_experts_per_tok=1, lora_rank=2)
+    model.save_pretrained(folder, processor=build_processor(model.config))
+    return folder
+
+
+def write_run(folder, num):
+    (folder / "run.yaml").write_text(RUN.replace("NUM", str(num)))
+    return str(folder / "run.yaml")
+
+
+def run_command(*words):
+    command.run(command.parse_arguments([*map(str, words)]))
+
+
+def num_bytes(model, name):
+    return sum(4 * p.numel() for _, experts in domain_modules(model, name) for p in experts.parameters())
+
+
+@pytest.mark.parametrize(
+    ("num", "spared", "trained_on"), [(10, 2, False), pytest.param(4, 3, True, marks=pytest.mark.slow)]
+)
+def test_a_domain_is_as_large_as_it_needs_to_be(base, tmp_path, capsys, num, spared, trained_on):
+    words = [base, "--domain", "new", "--dataset", write_run(tmp_path, num), "--output", tmp_path / "out"]
+    run_command(*words, "--lora_rank", "auto", "--budget", "150kB")
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    found, model = written["sizes"], SamoeModel.from_pretrained(tmp_path / "out")
+    assert (found["budget"], found["videos"], found["trained_on"]) == (150_000, spared, trained_on)
+    assert num_bytes(model, "new") == found["chosen"] <= 150_000 < found["tried"][0]["bytes"]
+    assert found["tried"][0]["ranks"] == [16, 16, 16] and found["tried"][0]["loss"] == 0
+    assert all(one["bytes"] > other["bytes"] for one, other in zip(found["tried"], found["tried"][1:], strict=False))
+    assert found["reason"] in printed and "Written: the model, adaptation.json, adaptation.png, sizes.png" in printed
+    assert Image.open(tmp_path / "out" / "sizes.png").width > 400
+    before = SamoeModel.from_pretrained(base).state_dict()
+    for name, tensor in model.state_dict().items():
+        kept = tensor[: len(before[name])] if name.startswith("domain_gate.") else tensor
+        assert ".domain_new." in name or torch.equal(kept, before[name])
+    (tmp_path / "again").mkdir()
+    words = [tmp_path / "out", *words[1:-1], tmp_path / "again" / "out"]
+    run_command(*words, "--lora_rank", "auto")  # goes on from ranks that differ
+    assert "The experts may have 4MB; `--budget` says otherwise." in capsys.readouterr().out
+
+
+@pytest.fixture
+def domain(monkeypatch):
+    """A model whose domain is scored as a function of how much of it is left: the bytes, and the share of B."""
+    model = new_model()
+    add_learned_domain(model, "a", 1, num_experts=1, num_experts_per_tok=1, lora_rank=8)
+    whole = num_bytes(model, "a")
+
+    def choose(score, budget=10**9, num_videos=4):
+        def scores(model, *_):
+            left = sum(float(experts.lora_B.any(dim=1).sum()) for _, experts in domain_modules(model, "a"))
+            share = left / sum(experts.lora_rank for _, experts in domain_modules(model, "a"))
+            return [score(share, number) for number in range(num_videos)]
+
+        monkeypatch.setattr(sizes, "video_scores", scores)
+        videos = SyntheticVideos(num_videos, 3, (64, 64), domain="blobs")
+        return model, whole, sizes.choose_size(model, build_processor(model.config), "a", budget, videos, False)
+
+    return choose
+
+
+@pytest.mark.parametrize("needed", [0.2, 0.6])
+def test_the_smallest_size_that_loses_nothing_is_found(domain, needed):
+    model, whole, found = domain(lambda share, _: 0.8 if share >= needed else 0.7)
+    left = sum(experts.lora_rank for _, experts in domain_modules(model, "a"))
+    assert needed <= left / (8 * found.tried[0].layers) <= needed * sizes.PRECISION + 0.05
+    assert num_bytes(model, "a") == found.chosen < whole == found.tried[0].bytes
+    assert found.reason == "The next smaller one may lose more than 1 point of J&F."
+
+
+def test_a_loss_counts_with_its_error(domain):
+    _, whole, found = domain(lambda share, number: 0.8 if share == 1 else 0.8 + (0.05 if number % 2 else -0.05))
+    assert found.chosen == whole and found.tried[1].loss == pytest.approx(0) and found.tried[1].error > 0.02
+
+
+def test_the_budget_comes_first(domain):
+    model, whole, found = domain(lambda share, _: share, budget=20_000)
+    assert num_bytes(model, "a") == found.chosen <= 20_000 < whole
+    assert found.reason == "The budget of 20 kB allows no more, which costs more than 1 point of J&F."
+
+
+def test_where_nothing_is_scored_or_all_is_equal(domain):
+    _, whole, found = domain(lambda *_: math.nan)
+    assert found.chosen == whole and found.reason.startswith("No video could be scored")
+    model, whole, found = domain(lambda *_: 0.5)
+    assert found.chosen < whole / 20 and found.reason == "There is nothing smaller."
+    assert sum(experts.lora_rank for _, experts in domain_modules(model, "a")) <= 2
+
+
+def test_what_does_not_go_with_it_is_refused(base, tmp_path, capsys):
+    run = write_run(tmp_path, 3)
+    words = [base, "--domain", "new", "--dataset", run, "--output", tmp_path / "out"]
+    for options, message in (
+        (["--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
+        (["--lora_rank", "2", "--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
+        (["--lora_rank", "auto", "--budget", "big"], "`budget` must be a size of experts such as 4MB, got 'big'"),
+        (["--lora_rank", "auto", "--budget", "1kB"], r"`budget` 1 kB is too little: experts of rank 1 in the \d+ lay"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_command(*words, *options)
+    for rank, message in (("auto", "auto is chosen by `samoe adapt … --lora_rank auto` alone"), ("x", "invalid")):
+        with pytest.raises(SystemExit):
+            build_trainer([run, "--model_name_or_path", str(base), "--output_dir", "o", "--lora_rank", rank])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    model = new_model()
+    with pytest.raises(ValueError, match="The model has no domain 'x'"):
+        set_ranks(model, "x", 2)
+    result = adapt(base, "new", [run, "--max_steps", "1"], tmp_path / "fixed")
+    assert result.sizes is None and not (tmp_path / "fixed" / "sizes.png").exists()
