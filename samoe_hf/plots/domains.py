@@ -1,4 +1,4 @@
-"""How near domains are to each other for the gate, as a map and in numbers."""
+"""How near domains are to each other for the gate, as a map and in numbers; how large one needs to be."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from samoe_hf.data.images import read_pixels
 
 from .evaluation import LINES
-from .masks import plain_text, resized
+from .masks import DPI, plain_text, resized
 
 EXAMPLE_HEIGHT = 48  # at most, in points; the table is some TABLE_POINTS high
 TABLE_POINTS = 240
