@@ -74,7 +74,7 @@ def check_masks(output: SamoeTrackingOutput, dtype: torch.dtype, subject: str = 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """While the context is open, the model is in evaluation mode. Each module's own mode is restored at the end."""
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in _present_modules(model)}
     model.eval()
     try:
         yield
@@ -82,6 +82,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             if module.training != training:
                 module.training = training
+
+
+def _present_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, without those that `modules()` would read from a file."""
+    yield module
+    for child in module.children():
+        yield from _present_modules(child)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from helpers.domains import add_learned_domain, clip_masks
 from helpers.reference import assert_same_tensors
 from samoe_hf import SamoeModel
+from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model import domain_experts
 from samoe_hf.model.processing_samoe import build_processor
@@ -87,6 +88,11 @@ def test_a_video_reads_its_domain_alone(folders, folder, whole, domain_videos):
         assert unread(model) == left
     assert_same_tensors(model, whole)
     assert unread(model) == set()
+
+
+def test_scoring_videos_reads_their_domain_alone(stored, domain_videos):
+    evaluate_videos(stored, build_processor(stored.config), domain_videos["shapes"], False, domain="b")
+    assert unread(stored) == {"a", "c"}
 
 
 def test_what_was_read_is_let_go_when_others_are_read(stored, whole, two_clips, monkeypatch):
