@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,27 +85,36 @@ def model_folder(nano, tmp_path_factory) -> Path:
 
 
 READ = {}
+# Options that draw nothing; anything that is drawn is drawn anew.
+READ_WITH = {"dtype", "memory_selection", "image_size"}
+
+
+def files_of(source) -> list[Path]:
+    """The files that a model with experts is read from, its base's too; none where they are not all in folders."""
+    files = sorted(Path(source or "nowhere").glob("*"))
+    config = next((json.loads(file.read_bytes()) for file in files if file.name == "config.json"), {})
+    base = (config.get("base_model") or {}).get("name_or_path")
+    of_base = sorted(Path(base).glob("*")) if base else files
+    return [*files, *of_base] if config.get("model_type") == "samoe" and of_base else []
 
 
 @pytest.fixture(autouse=True)
 def read_once(monkeypatch):
-    """A folder of a whole model is read once while its files are the same; further loads are copies, much faster."""
+    """A folder of a model is read once while its files are the same; further loads are copies, much faster."""
     from samoe_hf import SamoeModel
 
     read = SamoeModel.from_pretrained
 
     def from_pretrained(pretrained_model_name_or_path=None, *args, **options):
         source = pretrained_model_name_or_path
-        files = sorted(Path(source or "nowhere").glob("*"))
         given = {name for name, value in options.items() if value is not None and value is not False}
-        config = next((file.read_bytes() for file in files if file.name == "config.json"), b"")
-        # What has experts and needs no other folder. Anything that is drawn is drawn anew.
-        if args or given - {"dtype"} or b'"model_type": "samoe"' not in config or b'"base_model": {' in config:
+        files = [] if args or given - READ_WITH else files_of(source)
+        if not files:
             return read(source, *args, **options)
         key = (str(source), str(options), *((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
         if key not in READ:
             READ[key] = read(source, **options)
-            if len(READ) > 4:
+            if len(READ) > 6:
                 del READ[next(iter(READ))]
         return copy.deepcopy(READ[key])
 

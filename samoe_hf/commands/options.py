@@ -182,10 +182,7 @@ def write_format(
     from samoe_hf.model.weights_io import new_folder
 
     with input_errors(), new_folder(folder, overwrite) as place:
-        try:
-            kept = write_videos(kind, videos, place, polygons)
-        except InputError as error:
-            raise InputError(str(error).replace(str(place), str(folder))) from error
+        kept = write_videos(kind, videos, place, polygons)
     print(f"Written and read back in {folder}: {kept.videos} videos, {kept.frames} frames, {kept.objects} objects.")
     print(f"Of {kept.pixels} pixels of masks, {kept.lost} differ.")
     for difference in kept.differences:

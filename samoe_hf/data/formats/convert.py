@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from samoe_hf.data.frames import unsaid
+from samoe_hf.data.frames import SampleError, unsaid
 from samoe_hf.data.layouts import LAYOUTS, WRITTEN
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
@@ -59,8 +59,11 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
     options = layout.detect(folder)
     if options is None:
         raise InputError(f"{kind} cannot be written without any object, and none of the {len(videos)} videos has one")
-    with unsaid():
-        kept = compare(videos, layout.read(root=folder, **options[0]))
+    try:
+        with unsaid():
+            kept = compare(videos, layout.read(root=folder, **options[0]))
+    except SampleError as error:  # a fault of the writer, and no user's
+        raise RuntimeError(f"what was written as {kind} cannot be read back") from error
     return kept._replace(differences=renamed + kept.differences)
 
 
