@@ -108,7 +108,7 @@ def raise_ranks(model: SamoeModel, domain: str, budget: int) -> None:
     Raises:
         InputError: if not even rank 1 is within the budget.
     """
-    costs, fixed = _costs(model, domain)
+    costs, fixed = expert_costs(model, domain)
     if (least := sum(costs.values()) + sum(fixed.values())) > budget:
         raise InputError(
             f"`budget` {format_bytes(budget)} is too little: experts of rank 1 in the {len(costs)} layers that "
@@ -133,12 +133,12 @@ def choose_size(
     """
     excerpts = read_excerpts(model, videos)
     energies = sort_directions(model, domain)
-    costs, fixed = _costs(model, domain)
+    costs, fixed = expert_costs(model, domain)
     modules = dict(domain_modules(model, domain))
     trained = {layer: experts.lora_B.clone() for layer, experts in modules.items()}
 
     def try_size(limit: float) -> tuple[TriedSize, dict[str, int], list[float]]:
-        ranks, size = _ranks_within(limit, energies, costs, fixed)
+        ranks, size = ranks_within(limit, energies, costs, fixed)
         for layer, rank in ranks.items():
             modules[layer].lora_B.copy_(trained[layer])[..., rank:] = 0
         scores = broadcast_object_list([video_scores(model, processor, excerpts, domain)])[0]
@@ -188,7 +188,7 @@ def choose_size(
     return result
 
 
-def _costs(model: SamoeModel, domain: str) -> tuple[dict[str, int], dict[str, int]]:
+def expert_costs(model: SamoeModel, domain: str) -> tuple[dict[str, int], dict[str, int]]:
     """By layer: bytes of one rank of its experts, and of their router."""
     costs, fixed = {}, {}
     for layer, experts in domain_modules(model, domain):
@@ -198,7 +198,7 @@ def _costs(model: SamoeModel, domain: str) -> tuple[dict[str, int], dict[str, in
     return costs, fixed
 
 
-def _ranks_within(
+def ranks_within(
     limit: float, energies: Mapping[str, Tensor], costs: Mapping[str, int], fixed: Mapping[str, int]
 ) -> tuple[dict[str, int], int]:
     """The rank of each layer, and the bytes: directions of most energy for a byte, as many as the limit allows."""

@@ -26,7 +26,7 @@ def sort_directions(model: SamoeModel, name: str) -> dict[str, Tensor]:
     for layer, experts in domain_modules(model, name):
         left, A_rest = torch.linalg.qr(experts.lora_B.double())
         right, B_rest = torch.linalg.qr(experts.lora_A.double().mT)
-        U, values, Vh = torch.linalg.svd(A_rest @ B_rest.mT)
+        U, values, Vh = torch.linalg.svd(A_rest @ B_rest.mT, full_matrices=False)
         roots, rank = values.sqrt(), experts.lora_rank
         experts.lora_A.zero_()[:, : values.shape[1]] = (roots[..., None] * (Vh @ right.mT)).to(experts.lora_A)
         experts.lora_B.zero_()[..., : values.shape[1]] = (left @ U * roots[:, None]).to(experts.lora_B)
