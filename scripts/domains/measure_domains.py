@@ -27,6 +27,7 @@ from gate_parts import (
     read_looks,
 )
 from load_part import measure_load
+from ranks_part import FIXED_RANKS, draw_ranks, measure_ranks
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SYNTHETIC_DOMAINS
 from samoe_hf.evaluation.report import format_table
@@ -53,12 +54,14 @@ class Sizes:
     steps: int = 70
     training_videos: int = 200
     videos: int = 8
+    rank_looks: Sequence[str] = ("blobs", "stripes", "echoes")
+    rank_steps: int = 30
 
 
 QUICK = Sizes(
     looks=("stripes", "blobs"), known=4, held_out=2, choices=1, few=(2, 3), confirm=(3, 4), many=(1, 2),
     many_videos=(2, 1), load=(1, 2), repeats=1, learned=("blobs", "stripes"), unknown=("shapes",), steps=1,
-    training_videos=4, videos=1,
+    training_videos=4, videos=1, rank_looks=("blobs",), rank_steps=1,
 )  # fmt: skip
 
 
@@ -107,6 +110,11 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
     "strangers": ("look", [
         ("nearest", "nearest", str), ("base", "base", jf), ("nearest", "experts", jf), ("mean of 2", "mean of 2", jf),
         ("mean of 3", "mean of 3", jf), ("base and nearest", "base and nearest", jf), ("own experts", "own", jf),
+    ]),
+    "ranks": ("look", [
+        ("base", "base", jf), *((f"rank {rank}", f"rank {rank}", jf) for rank in FIXED_RANKS),
+        *((f"32 cut to the size of {rank}", f"cut to {rank}", jf) for rank in FIXED_RANKS[-2::-1]),
+        ("auto", "auto", jf), ("its size", "chosen", lambda x: f"{x / 1e3:.0f} kB"),
     ]),
 }  # fmt: skip
 
@@ -203,12 +211,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "strangers": lambda: measure_strangers(
             sizes.learned, sizes.unknown, output / "strangers", sizes.steps, sizes.training_videos, sizes.videos
         ),
+        "ranks": lambda: measure_ranks(
+            sizes.rank_looks, output / "ranks", sizes.rank_steps, sizes.training_videos, sizes.videos
+        ),
     }
     for part in only:
         rows = measures[part]()
         (output / f"{part}.json").write_text(json.dumps({"rows": rows}, indent=1))
         (output / f"{part}.md").write_text(table(part, rows))
         print(f"{part}\n\n{table(part, rows)}")
+        if part == "ranks":
+            draw_ranks(rows, output / "ranks.png")
     draw(output)
     print(f"Written: tables and figures of {', '.join(only)}, and domains.png, in {output}")
 

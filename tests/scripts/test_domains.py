@@ -36,7 +36,9 @@ def test_a_table_has_means_and_the_most_frequent_neighbour():
 
 @pytest.mark.slow
 def test_models_are_loaded_and_strangers_tracked(tmp_path):
-    rows = run(tmp_path, "load", "strangers")
+    rows = run(tmp_path, "load", "strangers", "ranks")
+    (ranks,) = rows["ranks"]
+    assert ranks["chosen"] <= ranks["bytes"]["32"] and (tmp_path / "ranks.png").exists()
     assert [row["domains"] for row in rows["load"]] == [1, 2] and all(row["tracking"] > 0 for row in rows["load"])
     assert [row["look"] for row in rows["strangers"]] == ["blobs", "stripes", "shapes"]
     assert {row["nearest"] for row in rows["strangers"]} <= {"blobs", "stripes"} and "load" in TABLES
