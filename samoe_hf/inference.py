@@ -210,7 +210,7 @@ def masks_of(logits: np.ndarray, overlapping: bool = False) -> np.ndarray:
 class TrackedFrame(NamedTuple):
     """Masks of one frame at the video's size: `logits` (objects, H, W), rows in the order of `object_ids`.
 
-    `scores`: how sure the model is of each object. `domain`, `domain_confidence`: see
+    `scores`: how sure the model is of each object. `domain`, `domain_confidence`, `domain_rivals`: see
     [`~samoe_hf.model.tracking.SamoeTrackingOutput`].
     """
 
@@ -220,6 +220,7 @@ class TrackedFrame(NamedTuple):
     scores: ObjectScores
     domain: str | None = None
     domain_confidence: float | None = None
+    domain_rivals: dict[str, float] | None = None
 
     def id_map(self) -> np.ndarray:
         """Each pixel's object, that of the largest positive logit, or 0: (H, W), of the smallest type for the ids.
@@ -311,4 +312,5 @@ def tracking_steps(
         check_masks(output, model.dtype)
         logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
         scores = ObjectScores.of(output)
-        yield TrackedFrame(output.frame_idx, output.object_ids, logits, scores, output.domain, output.domain_confidence)
+        experts = output.domain, output.domain_confidence, output.domain_rivals
+        yield TrackedFrame(output.frame_idx, output.object_ids, logits, scores, *experts)

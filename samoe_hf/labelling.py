@@ -320,6 +320,7 @@ class LabelRun(RunFolder):
             }
             if tracked is not None and together.model.config.domains is not None:
                 entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
+                entry |= {"rivals": tracked.domain_rivals}
             return writer(self._finish, prompted, video, files, table, entry)
         except InputError as error:
             raise InputError(f"{video.video_id}: {error}") from error

@@ -112,7 +112,13 @@ def run(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialState) -> None:
     """Evaluates the models and masks, and writes and prints the results."""
-    from samoe_hf.evaluation.report import comparison_table, describe_choices, summary_table, write_evaluation_report
+    from samoe_hf.evaluation.report import (
+        CHOICE,
+        comparison_table,
+        describe_choices,
+        summary_table,
+        write_evaluation_report,
+    )
     from samoe_hf.evaluation.statistics import to_json
     from samoe_hf.model.weights_io import write_text
     from samoe_hf.model.weights_trained import is_original_checkpoint
@@ -152,7 +158,7 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
         chosen = {f"{v['domain']}/{v['video']}": v for v in model["videos"] if "experts_of" in v}
         if chosen:
             print(f"\n{model['label']}:")
-            print(describe_choices({name: (v["experts_of"], v["confidence"]) for name, v in chosen.items()}))
+            print(describe_choices({name: [v[key] for key in CHOICE] for name, v in chosen.items()}))
         if model["speed"]["fps"]:
             print(f"{model['label']}: {model['speed']['fps']:.1f} frames per second")
     for label, folder in for_tool.items():

@@ -85,8 +85,9 @@ def run(parsed: argparse.Namespace) -> None:
             dataset.push_to_hub(parsed.push_to_hub)
     if for_tool is not None:
         options.write_for_tool(parsed.layout, labelled_videos(labels, videos), for_tool, parsed.overwrite)
+    videos_of_domains = {key: one for key, one in summary["videos"].items() if "domain" in one}
     chosen = {
-        key: (one["domain"] or "base", one["confidence"]) for key, one in summary["videos"].items() if "domain" in one
+        key: (one["domain"] or "base", one["confidence"], one.get("rivals")) for key, one in videos_of_domains.items()
     }
     if chosen:
         print(describe_choices(chosen))

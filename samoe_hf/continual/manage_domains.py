@@ -101,7 +101,7 @@ def confirm(
     (before,) = turns(decide_frame(model, processor, video, t) for t in (0,))
     confirm_video(model, processor, domain, video, turns)
     (after,) = turns(decide_frame(model, processor, video, t) for t in (0,))
-    said = [describe_choice(one.domain or "base", one.confidence) for one in (before, after)]
+    said = [describe_choice(one.domain or "base", one.confidence, one.rivals) for one in (before, after)]
     return f"the gate took it for {said[0]}; now for {said[1]}."
 
 

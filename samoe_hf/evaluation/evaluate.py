@@ -79,6 +79,7 @@ class VideoResult:
         made_from: the fingerprint of the frames and masks that it was computed from.
         experts_of: of a model with domains, the one whose experts the video got, or "base".
         confidence: from 0 to 1, how sure the gate was, if it has decided.
+        rivals: domains that the video looks like, where there are several, and how likely each is.
     """
 
     video_id: str
@@ -92,6 +93,7 @@ class VideoResult:
     made_from: str = ""
     experts_of: str | None = None
     confidence: float | None = None
+    rivals: dict[str, float] | None = None
 
     @property
     def key(self) -> str:
@@ -216,6 +218,7 @@ def evaluation_steps(
     about = {"prompts": [asdict(given) | {"mask": given.mask is not None} for given in user.given]}
     if (decision := user.decision) is not None:
         about |= {"experts_of": decision.domain or "base", "confidence": decision.confidence}
+        about |= {"rivals": decision.rivals}
     return writer(lambda: replace(scorer.result(), seconds=steps.seconds, **about))
 
 

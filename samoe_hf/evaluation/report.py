@@ -147,23 +147,33 @@ def _video_table(videos: Sequence[Mapping[str, Any]]) -> str:
     rows = [{**row, "speed": format_number(row["fps"], 1)} for row in videos]
     if any("experts_of" in row for row in videos):
         columns["experts of"] = "{chosen}"
-        rows = [{**row, "chosen": describe_choice(row.get("experts_of"), row.get("confidence"))} for row in rows]
+        rows = [{**row, "chosen": describe_choice(*map(row.get, CHOICE))} for row in rows]
     return _row_table(rows, columns, MAIN_METRICS)
 
 
-def describe_choice(experts_of: str | None, confidence: float | None) -> str:
+# What tells of a video whose experts it got, see [`describe_choice`].
+CHOICE = ("experts_of", "confidence", "rivals")
+
+
+def describe_choice(experts_of: str | None, confidence: float | None, rivals: Mapping[str, float] | None = None) -> str:
     """Whose experts a video got, and how sure the gate was, if it has decided."""
-    return (experts_of or NO_NUMBER) + ("" if confidence is None else f", {confidence:.0%} sure")
+    among = f" ({list_rivals(rivals)})" if rivals else ""
+    return (experts_of or NO_NUMBER) + ("" if confidence is None else f", {confidence:.0%} sure") + among
 
 
-def describe_choices(choices: Mapping[str, tuple[str, float | None]]) -> str:
+def list_rivals(rivals: Mapping[str, float]) -> str:
+    """Domains that a video looks like, and how likely each is."""
+    return ", ".join(f"{likelihood:.0%} {name}" for name, likelihood in rivals.items())
+
+
+def describe_choices(choices: Mapping[str, Sequence[Any]]) -> str:
     """The same of some videos, by their names, a line for each; of many, how many got whose."""
     if len(choices) <= MAX_CHOICES:
         rows = [[name, describe_choice(*choice)] for name, choice in choices.items()]
         return format_table(["video", "experts of"], rows, left=(0, 1))
     rows = []
-    for name in sorted({name for name, _ in choices.values()}):
-        sure = [confidence for other, confidence in choices.values() if other == name]
+    for name in sorted({name for name, *_ in choices.values()}):
+        sure = [confidence for other, confidence, _ in choices.values() if other == name]
         known = [value for value in sure if value is not None]
         rows.append([name, len(sure), format_number(100 * sum(known) / len(known) if known else None, 0)])
     return format_table(["experts of", "videos", "% sure, on average"], rows)

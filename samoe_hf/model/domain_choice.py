@@ -15,22 +15,26 @@ from .base import InferenceSession
 from .base_model import SamoePreTrainedModel
 from .base_modules import ImageFeatures
 from .domain_experts import use_domain
-from .domain_gate import pooled_features
+from .domain_gate import NO_DOMAIN, pooled_features
 from .errors import InputError
 from .frame_step import encode_frames
 
 # Lets the gate decide.
 AUTO = "auto"
+# Where a domain is less likely than this among all, its rivals are told: those that are likelier than `RIVAL`.
+CLEAR, RIVAL = 0.95, 0.05
 
 
 class DomainDecision(NamedTuple):
     """Whose experts a video gets: a domain's name, or None for the base model.
 
-    `confidence`: from 0 to 1, the gate's; None where the user has decided.
+    `confidence`: from 0 to 1, the gate's; None where the user has decided. `rivals`: where the gate took one of several
+    domains that look alike, how likely each of them is, the domain itself first.
     """
 
     domain: str | None
     confidence: float | None = None
+    rivals: dict[str, float] | None = None
 
 
 class SessionDecision(NamedTuple):
@@ -73,8 +77,15 @@ def decide_domains(
     assert model.domain_gate is not None  # a model with domains has one
     decided = model.domain_gate.decide(pooled_features(features, pixel_values))
     names = [*model.config.domain_names, None]  # an index of -1 stands for none
-    pairs = zip(decided.domain.tolist(), decided.confidence.tolist(), strict=True)
-    return [DomainDecision(names[index], confidence) for index, confidence in pairs]
+    found = zip(*(part.tolist() for part in (decided.domain, decided.confidence, decided.likelihoods)), strict=True)
+    return [DomainDecision(names[index], sure, _rivals(index, likely, names)) for index, sure, likely in found]
+
+
+def _rivals(index: int, likelihoods: Sequence[float], names: Sequence[str]) -> dict[str, float] | None:
+    if index == NO_DOMAIN or likelihoods[index] >= CLEAR:
+        return None
+    order = sorted(range(len(likelihoods)), key=lambda i: -likelihoods[i])
+    return {names[i]: likelihoods[i] for i in order if i == index or likelihoods[i] > RIVAL}
 
 
 def resolve_clip_domains(

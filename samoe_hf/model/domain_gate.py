@@ -31,6 +31,9 @@ QUANTILE, FOLDS = 0.99, 25
 # The widest thresholds for the encoder's features and for the picture's, where 1 is the expected distance: few videos
 # left out one by one seem too far away. Beyond so many videos they may be wider in proportion.
 MAX_THRESHOLDS, ENOUGH_VIDEOS = (4.0, 2.0), 32
+# Features vary together in more ways than a domain's description has: the logarithms of likelihoods differ by so many
+# times more than they should. Measured on a hundred domains, see docs/domains.md.
+OVERCONFIDENCE = 6.0
 # What the gate sees of a picture: mixtures of its normalized red, green and blue (lightness, red against green, yellow
 # against blue), at so many scales. Contrast below the smallest is rounding or compression.
 COLOURS = ((1 / 3, 1 / 3, 1 / 3), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))
@@ -42,11 +45,13 @@ class GateDecision(NamedTuple):
 
     `domain` (rows,): index of the domain, or `NO_DOMAIN`. `confidence` (rows,): 1 is certain, 0.5 is on the threshold,
     and less is for a domain that another one rivals. `distances` (rows, domains): a domain's threshold is at 1.
+    `likelihoods` (rows, domains): how likely each is, if the row is of one of them; they sum to 1.
     """
 
     domain: Tensor
     confidence: Tensor
     distances: Tensor
+    likelihoods: Tensor
 
 
 def pooled_features(image: ImageFeatures, pixel_values: Tensor) -> Tensor:
@@ -214,18 +219,20 @@ class DomainGate(nn.Module):
         rows, known = len(features), self.counts > 0
         if not known.any():
             domain = torch.full((rows,), NO_DOMAIN, device=features.device)
-            return GateDecision(domain, features.new_ones(rows), features.new_full((rows, len(self)), torch.inf))
+            distances = features.new_full((rows, len(self)), torch.inf)
+            return GateDecision(domain, features.new_ones(rows), distances, torch.zeros_like(distances))
         parts = [x.double().split(self.kinds, -1) for x in (self.means, self.noises, self.factors)]
         kinds = zip(zip(*parts, strict=True), features.split(self.kinds, 1), strict=True)
         squares, log_densities = zip(*(_Normal(*normal).measure(values) for normal, values in kinds), strict=True)
         ratios = (torch.stack(squares, -1) / self.thresholds.double()[:, None]).amax(-1)  # (domains, rows)
         ratios = ratios.T.masked_fill(~known, torch.inf)
-        probabilities = torch.stack(log_densities).sum(0).T.masked_fill(~known, -torch.inf).softmax(dim=1)
-        probability, domain = probabilities.max(dim=1)
+        log_density = torch.stack(log_densities).sum(0).T.masked_fill(~known, -torch.inf)
+        domain, likelihoods = log_density.argmax(dim=1), (log_density / OVERCONFIDENCE).softmax(dim=1)
+        probability = likelihoods.gather(1, domain[:, None])[:, 0]
         ratio = ratios.gather(1, domain[:, None])[:, 0]
         inside = ratio <= 1
         confidence = torch.where(inside, torch.minimum(probability, 1 / (1 + ratio)), ratio / (1 + ratio))
-        return GateDecision(domain.where(inside, NO_DOMAIN), confidence, ratios.sqrt())
+        return GateDecision(domain.where(inside, NO_DOMAIN), confidence, ratios.sqrt(), likelihoods)
 
     @torch.no_grad()
     def fit(self, index: int, features: Tensor, videos: Sequence | Tensor) -> None:

@@ -61,11 +61,13 @@ class SamoeTrackingOutput(Sam2VideoSegmentationOutput):
         iou_scores: (objects, 1), the IoU that the model expects of each mask; 1 for a mask that was given.
         domain: of a model with domains: whose experts the video got; None for the base's output.
         domain_confidence: from 0 to 1, how sure the gate is; None where the user has decided.
+        domain_rivals: where the gate took one of several domains that look alike, how likely each is, the taken first.
     """
 
     iou_scores: Tensor | None = None
     domain: str | None = None
     domain_confidence: float | None = None
+    domain_rivals: dict[str, float] | None = None
 
 
 class FrameCall(NamedTuple):
@@ -492,6 +494,7 @@ def _frame_result(
         frame_idx=frame_idx,
         domain=decision.domain,
         domain_confidence=decision.confidence,
+        domain_rivals=decision.rivals,
     )
 
 

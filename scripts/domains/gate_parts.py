@@ -20,6 +20,7 @@ from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_feature
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain
 
+LEAST_LIKELIHOODS = (0.5, 0.8, 0.95)
 Looks = dict[str, tuple[list[Tensor], Tensor]]
 
 
@@ -161,21 +162,25 @@ def measure_many(
     model: SamoeModel, counts: Sequence[int], num_known: int, num_held_out: int, num_choices: int
 ) -> list[dict[str, Any]]:
     """Variants of the looks, so many of them known: shares of their further videos that are right, get the base or
-    another domain; the share of videos of all others that get the base; and the pairs that are confused most often."""
+    another domain, also if a domain is taken only where it is at least so likely; the share of videos of all others
+    that get the base; and the pairs that are confused most often."""
     features = {}
     for look, change in VARIANTS[: max(counts) + 2]:
         features[look, change] = read_look(model, look, range(num_known + num_held_out), 7, MIN_FRAMES, change)
     rows, rng = [], random.Random(0)
     for count in counts:
-        totals, pairs, seconds = Counter(), Counter(), []
+        totals, surer, pairs, seconds = Counter(), Counter(), Counter(), []
         for _ in range(num_choices if count < 100 else max(1, num_choices // 2)):
             names = rng.sample(list(features), len(features))
             domains = [frames_read(features[name][:num_known], MIN_FRAMES) for name in names[:count]]
             gate = gate_of(num_pooled_features(model.config), *domains)
             for index, name in enumerate(names):
                 held_out = torch.stack([video[0] for video in features[name][num_known:]])
-                for domain in gate.decide(held_out).domain.tolist():
+                decided = gate.decide(held_out)
+                for domain, likelihood in zip(decided.domain.tolist(), decided.likelihoods.amax(1), strict=True):
                     kind = "base" if domain == NO_DOMAIN else "right" if domain == index else "wrong"
+                    for least in LEAST_LIKELIHOODS if index < count else ():
+                        surer[f"{kind if likelihood >= least else 'base'} from {least:.0%} on"] += 1
                     totals[kind if index < count else f"unknown, {kind}"] += 1
                     if index < count and kind == "wrong":
                         pairs[f"{' '.join(name)}, {' '.join(names[domain])}"] += 1
@@ -186,6 +191,7 @@ def measure_many(
         unknown = sum(number for kind, number in totals.items() if kind.startswith("unknown"))
         shares = {kind: totals[kind] / (totals.total() - unknown) for kind in ("right", "base", "wrong")}
         shares["unknown to base"] = totals["unknown, base"] / unknown
+        surer = {name: number * len(LEAST_LIKELIHOODS) / surer.total() for name, number in sorted(surer.items())}
         milliseconds = 1000 * statistics.median(seconds)
-        rows.append({"domains": count, **shares, "ms": milliseconds, "confused": pairs.most_common(12)})
+        rows.append({"domains": count, **shares, **surer, "ms": milliseconds, "confused": pairs.most_common(12)})
     return rows

@@ -129,6 +129,20 @@ def test_the_gate_decides_for_a_session_and_says_how_sure_it_is(gated, base, pro
     assert same_logits(frames, track(base, processor, domain_videos["shapes"][21]))
 
 
+def test_domains_that_look_alike_are_told_with_their_likelihoods(gated, processor, domain_videos):
+    model, videos = copy.deepcopy(gated), domain_videos["blobs"]
+    add_domain(model, "like_a", num_experts=0)
+    fit_gate(model, processor, "like_a", [videos[i] for i in range(0, 24, 2)], show_progress_bar=False)
+    rivals = [track(model, processor, videos[i]) for i in range(6)]
+    told = [frames[0] for frames in rivals if frames[0].domain_rivals]
+    assert told
+    for frame in told:
+        assert set(frame.domain_rivals) == {"a", "like_a"} and next(iter(frame.domain_rivals)) == frame.domain
+        assert 0.9 < sum(frame.domain_rivals.values()) <= 1.001
+    for video, domain in ((domain_videos["stripes"][20], "auto"), (videos[0], "a")):
+        assert track(model, processor, video, domain)[0].domain_rivals is None
+
+
 def test_a_user_overrules_the_gate_in_the_middle_of_a_video(gated, processor, domain_videos):
     video = domain_videos["blobs"][22]
     session = start(video.frames, processor, video)

@@ -62,6 +62,16 @@ def test_further_videos_go_to_their_domain_or_to_none_and_those_of_no_domain_to_
     assert (decision.domain == NO_DOMAIN).all() and (decision.distances > 1).all() and (decision.confidence > 0.5).all()
 
 
+def test_it_says_how_likely_each_domain_is():
+    (first, videos), far = domain(0), domain(1)
+    halves = [(first[videos % 2 == half], videos[videos % 2 == half]) for half in (0, 1)]
+    decision = gate(*halves, far).decide(held_out(0))
+    near = decision.likelihoods[:, :2]
+    torch.testing.assert_close(decision.likelihoods.sum(1), torch.ones(len(near), dtype=near.dtype))
+    assert (near.sum(1) > 0.99).all() and near.amin(1).mean() > 0.05
+    assert torch.equal(decision.likelihoods.argmax(1)[decision.domain >= 0], decision.domain[decision.domain >= 0])
+
+
 def test_what_is_unlike_a_domain_in_one_kind_of_features_is_refused():
     (first, videos), (second, _) = domain(0), domain(1)
     known = gate((torch.cat([first, second], 1), videos), num_features=(FEATURES, FEATURES))
