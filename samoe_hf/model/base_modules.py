@@ -147,8 +147,19 @@ class MaskDecoder(Sam2VideoMaskDecoder):
 def _run_side_by_side(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
     """What perceptrons put out, each for its own token: (N, 1, tokens, hidden) -> (N, 1, outputs) each.
 
-    Equal layers of all are one product where their weights can be kept, see [`keeps`], and nobody watches them.
+    Equal layers of those with equal hidden sizes are one product where their weights can be kept, see [`keeps`], and
+    nobody watches them.
     """
+    sizes = [tuple(layer.weight.shape for layer in (head.proj_in, *head.layers)) for head in heads]
+    found: dict[int, Tensor] = {}
+    for size in dict.fromkeys(sizes):
+        alike = [index for index, other in enumerate(sizes) if other == size]
+        own = tokens if len(alike) == len(heads) else torch.stack([tokens[:, :, index] for index in alike], dim=2)
+        found |= zip(alike, _run_alike([heads[index] for index in alike], own), strict=True)
+    return [found[index] for index in range(len(heads))]
+
+
+def _run_alike(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
     stacked = once_for_clip(tuple(heads), lambda: _stack_layers(heads))
     if stacked is None:
         return [head(token) for head, token in zip(heads, tokens.unbind(2), strict=True)]
@@ -164,9 +175,8 @@ def _stack_layers(heads: Sequence[Any]) -> list[tuple[Tensor, Tensor]] | None:
     layers = [(head.proj_in, *head.layers, head.proj_out) for head in heads]
     parts = [layer for own in layers for layer in own]
     sources = [x for layer in parts for x in (layer.weight, layer.bias)]
-    inner = {(len(own), *(layer.weight.shape for layer in own[:-1])) for own in layers}
     are_plain = all(map(runs_own_code, (*heads, *parts))) and all(type(layer) is nn.Linear for layer in parts)
-    if len(inner) > 1 or not keeps(sources) or not are_plain:
+    if len(heads) == 1 or not keeps(sources) or not are_plain:
         return None
     return keep(tuple(heads), sources, lambda: [_stack(step) for step in zip(*layers, strict=True)])
 
