@@ -29,6 +29,8 @@ class ImageFeatures(NamedTuple):
         coarse: (rows, hidden, S / 16, S / 16), for the memory and the mask decoder.
         position: (tokens, 1, hidden), position encoding of `coarse` for the memory attention.
         decoder_position: (1, hidden, S / 16, S / 16), the same for the mask decoder.
+        together: which of the frames that were encoded together these are, and `coarse` of all of them as
+            (frames, tokens, hidden), where that is known.
     """
 
     fine: Tensor
@@ -36,6 +38,7 @@ class ImageFeatures(NamedTuple):
     coarse: Tensor
     position: Tensor
     decoder_position: Tensor
+    together: tuple[slice, Tensor] | None = None
 
     def select(self, index: Any) -> "ImageFeatures":
         """The rows of an index."""

@@ -322,6 +322,7 @@ def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFea
     banks = [MemoryBank() for _ in range(num_objects)]
     limits = memory_limits(model, num_frames)
     outputs: dict[int, FrameOutput] = {}
+    all_frames = features.coarse.flatten(0, 1).flatten(2).mT
     for frame_idx in order:
         prompt, corrections = initial.get(frame_idx), clips.prompts.corrected.get(frame_idx)
         selections = []
@@ -335,6 +336,8 @@ def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFea
         # The image's tensors are arguments because checkpointing keeps the random state of its arguments' devices.
         with use_rows(clips.object_rows(frame_idx)):
             image = features.select((slice(None), frame_idx))
+            if not model.gradient_checkpointing:
+                image = image._replace(together=(slice(frame_idx, None, num_frames), all_frames))
             output, frame_parts = _run_frame(model, frame_idx, segment, *image)
         is_conditioning = prompt is not None or corrections is not None
         for row, bank in enumerate(banks):
@@ -354,7 +357,7 @@ def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFea
     )
 
 
-def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *image: Tensor) -> Any:
+def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *image: Any) -> Any:
     """Calls a function on an image's tensors; where frames are checkpointed, so that it is computed again in the
     backward pass."""
     is_due = frame_idx % model.clip_settings.checkpoint_every_n_frames == 0
@@ -365,7 +368,7 @@ def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *
 
 
 def _segment_frame(
-    model: SamoePreTrainedModel, banks: list[MemoryBank], frame: ClipFrame, *image: Tensor
+    model: SamoePreTrainedModel, banks: list[MemoryBank], frame: ClipFrame, *image: Any
 ) -> tuple[FrameOutput, list[LossParts]]:
     """The frame step and, with true masks, the loss of each of its predictions.
 

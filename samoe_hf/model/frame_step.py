@@ -207,7 +207,7 @@ def _run_graph(
         varying(rotation, 0),
         None if is_read is None else varying(is_read, 0, 1),
     )
-    image = image._replace(fine=fine, middle=middle, coarse=coarse)
+    image = image._replace(fine=fine, middle=middle, coarse=coarse, together=None)
     outputs = graphs.run(_track, model, image, tokens, fill_hole_area)
     candidates, ious, masks, best_iou, scores, pointers, features = graphs.outlive([x[:num_objects] for x in outputs])
     return FrameOutput(candidates, ious, masks, best_iou, scores, FrameMemory(pointers, features))
@@ -236,7 +236,8 @@ def _use_multimask(model: SamoePreTrainedModel, prompt: Prompt | None, is_initia
 
 def _condition_on_memory(model: SamoePreTrainedModel, image: ImageFeatures, tokens: MemoryTokens) -> Tensor:
     """Features of the frame, conditioned on the memories: (objects, hidden, S / 16, S / 16)."""
-    conditioned = model.memory_attention(image.coarse.flatten(2).mT, image.position.transpose(0, 1), *tokens)
+    arguments = image.coarse.flatten(2).mT, image.position.transpose(0, 1), *tokens
+    conditioned = model.memory_attention(*arguments, together=image.together)
     return model.outlive_graphs(conditioned).mT.unflatten(2, image.coarse.shape[-2:])
 
 

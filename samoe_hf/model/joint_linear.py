@@ -37,6 +37,10 @@ class JointLayers(NamedTuple):
     mixtures: Sequence[ExpertMixture] = ()
     tensors: Sequence[Tensor] = ()
 
+    def is_watched(self) -> bool:
+        """Whether anybody watches the routers."""
+        return any(mixture.router_logits.is_watched() for mixture in self.mixtures)
+
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """(..., in) -> (..., n x out)."""
         shape = hidden_states.shape[:-1]
@@ -52,19 +56,24 @@ def run_jointly(layers: Sequence[Any], hidden_states: Tensor) -> Sequence[Tensor
 
     They run one by one unless their weights can be kept, see [`keeps`], they are alike, and nobody watches them.
     """
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    joint = once_for_clip((*layers, active_domain(), dtype), lambda: _joint_layers(layers, dtype))
+    joint = joint_layers(layers, hidden_states)
     if joint is None:
         return [layer(hidden_states) for layer in layers]
     return joint(hidden_states).unflatten(-1, (len(layers), -1)).unbind(-2)
 
 
+def joint_layers(layers: Sequence[Any], like: Tensor) -> JointLayers | None:
+    """Layers as they are now as one for inputs like this, or None where they are to run one by one. While nothing
+    changes it is the same object."""
+    device = like.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    return once_for_clip((*layers, active_domain(), dtype), lambda: _joint_layers(layers, dtype))
+
+
 def _joint_layers(layers: Sequence[Any], dtype: torch.dtype) -> JointLayers | None:
-    """Layers as they are now as one, or None where they are to run one by one."""
     experts = [_experts_of(layer) for layer in layers]
     sources = [x for layer, mixture in zip(layers, experts, strict=True) for x in _tensors(layer, mixture)]
-    if (len(layers) == 1 and experts[0] is None) or not keeps(sources) or not _can_be_joined(layers, experts):
+    if not keeps(sources) or not _can_be_joined(layers, experts):
         return None
     of = dtype, experts[0] and experts[0].scaling
     return keep((*layers, *experts), sources, lambda: _join(layers, experts, dtype), of)

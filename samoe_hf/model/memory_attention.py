@@ -17,7 +17,8 @@ from transformers.models.sam2_video.modeling_sam2_video import (
 )
 
 from .batch_rows import use_frames, use_own_tokens
-from .joint_linear import run_jointly
+from .joint_linear import joint_layers, run_jointly
+from .kept import keep, keeps
 
 
 class MemoryAttention(nn.Module):
@@ -44,6 +45,7 @@ class MemoryAttention(nn.Module):
         memory_position: Tensor,
         memory_rotation: Tensor,
         is_read: Tensor | None = None,
+        together: tuple[slice, Tensor] | None = None,
     ) -> Tensor:
         """Conditions a frame on memories.
 
@@ -56,13 +58,13 @@ class MemoryAttention(nn.Module):
                 (memory tokens, channels of keys / 2, 2). Object pointers have no place.
             is_read: (objects, memory tokens) bool, false where an object has fewer memories than others; None if all
                 have as many.
+            together: which of some frames `image` is, and all of them (frames, tokens, hidden). What does not depend on
+                memories is computed for all of them at once, where it can be kept.
 
         Returns:
             (objects, tokens, hidden).
         """
-        hidden = image + 0.1 * position
-        if self.training and self._draws_dropout():
-            hidden = _for_rows(hidden, memory.shape[0])  # dropout is drawn for each object
+        hidden, query = self._begin_together(position, together) or self._begin(image, position, len(memory))
         rotation = self.rotary_emb.of_map(self.position_ids)
         keys, mask = memory + memory_position, None
         if is_read is not None:
@@ -72,14 +74,9 @@ class MemoryAttention(nn.Module):
         projected: list[tuple[Tensor, Tensor]] = []
         layer: Any  # as transformers' Sam2VideoMemoryAttentionLayer
         for index, layer in enumerate(self.layers):
-            own, cross = layer.self_attn, layer.cross_attn_image
-            # Up to the first queries for memories, nothing of the objects is known.
-            with use_frames(len(hidden) if index == 0 else -1):
-                normed = layer.layer_norm1(hidden)
-                query, key, value = run_jointly((own.q_proj, own.k_proj, own.v_proj), normed)
-                attended = _attend(own, query, key, value, rotation, rotation)
-                hidden = hidden + layer.dropout1(*run_jointly((own.o_proj,), attended))
-                (query,) = run_jointly((cross.q_proj,), layer.layer_norm2(hidden))
+            cross = layer.cross_attn_image
+            if index > 0:
+                hidden, query = self._attend_to_itself(layer, hidden)
             if not projected:
                 following: list[Any] = [other.cross_attn_image for other in self.layers[index : index + at_once]]
                 with use_own_tokens(is_read):
@@ -92,6 +89,46 @@ class MemoryAttention(nn.Module):
             normed = layer.layer_norm3(hidden)
             hidden = hidden + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(normed)))))
         return self.layer_norm(hidden)
+
+    def _begin(self, image: Tensor, position: Tensor, num_objects: int) -> tuple[Tensor, Tensor]:
+        """What a frame is up to the first queries for memories, and these: nothing of the objects is known yet."""
+        hidden = image + 0.1 * position
+        if self.training and self._draws_dropout():
+            hidden = _for_rows(hidden, num_objects)  # dropout is drawn for each object
+        with use_frames(len(hidden)):
+            return self._attend_to_itself(self.layers[0], hidden)
+
+    def _begin_together(self, position: Tensor, together: tuple[slice, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """The same, kept from the first of some frames for the others, or None where it cannot be."""
+        if together is None or len(together[1]) == 1 or (self.training and self._draws_dropout()):
+            return None
+        rows, frames = together
+        layer: Any = self.layers[0]
+        joint = [joint_layers(group, frames) for group in self._groups(layer)]
+        norms = [*layer.layer_norm1.parameters(), *layer.layer_norm2.parameters()]
+        if not keeps(norms) or any(one is None or one.is_watched() for one in joint):
+            return None
+        # While they are held, no others have their ids.
+        known: dict[str, Any] = keep((self, "begun"), norms, lambda: {"joint": joint}, of=(*map(id, joint),))
+        if known.get("frames") is not frames:
+            known |= {"frames": frames, "begun": self._attend_to_itself(layer, frames + 0.1 * position)}
+        hidden, query = known["begun"]
+        return hidden[rows], query[rows]
+
+    def _attend_to_itself(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Self-attention of (rows, tokens, hidden); its output, and the queries for memories."""
+        projections, output, queries = self._groups(layer)
+        rotation = self.rotary_emb.of_map(self.position_ids)
+        query, key, value = run_jointly(projections, layer.layer_norm1(hidden))
+        attended = _attend(layer.self_attn, query, key, value, rotation, rotation)
+        hidden = hidden + layer.dropout1(*run_jointly(output, attended))
+        return hidden, run_jointly(queries, layer.layer_norm2(hidden))[0]
+
+    @staticmethod
+    def _groups(layer: Any) -> tuple[tuple, tuple, tuple]:
+        """Linear layers of one input each: of the self-attention, of its output, and for queries for memories."""
+        own = layer.self_attn
+        return (own.q_proj, own.k_proj, own.v_proj), (own.o_proj,), (layer.cross_attn_image.q_proj,)
 
     def _draws_dropout(self) -> bool:
         """Whether there is dropout up to the first queries for memories."""

@@ -522,7 +522,7 @@ def _image_features(model: SamoePreTrainedModel, placed: Sequence[tuple[SessionO
     if len(rows) == 1:
         return rows[0]
     fine, middle, coarse = (torch.cat(level) for level in list(zip(*rows, strict=True))[:3])
-    return rows[0]._replace(fine=fine, middle=middle, coarse=coarse)
+    return rows[0]._replace(fine=fine, middle=middle, coarse=coarse, together=None)
 
 
 def _cached_features(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> ImageFeatures | None:
@@ -532,7 +532,7 @@ def _cached_features(model: SamoePreTrainedModel, session: InferenceSession, fra
         return None
     encoder, dtype, domain = cached["encoder"]
     is_same = encoder() is model and dtype == model.dtype and domain == _encoder_domain(model, session)
-    return ImageFeatures(*cached["image_features"]) if is_same else None
+    return ImageFeatures(*cached["image_features"], together=cached["together"]) if is_same else None
 
 
 def _encoder_domain(model: SamoePreTrainedModel, session: InferenceSession) -> str | None:
@@ -562,11 +562,12 @@ def _encode_frames(
         numbers = {id(session): number for number, session in enumerate(sessions)}
         with use_rows(BatchRow(numbers[id(session)], t) for session, t in own), use_domain(domain, model):
             features = encode_frames(model, frames)
-        encoder = (weakref.ref(model), model.dtype, domain)
+        encoder, coarse = (weakref.ref(model), model.dtype, domain), features.coarse.flatten(2).mT
         for row, (session, t) in enumerate(own):
             # Strides as those of a frame that was encoded alone, by which layers choose how they compute.
-            one = [*(level[row].unsqueeze(0) for level in features[:3]), *features[3:]]
-            session.cache.cache_vision_features(t, {"image_features": one, "encoder": encoder})
+            one = [*(level[row].unsqueeze(0) for level in features[:3]), *features[3:5]]
+            together = slice(row, row + 1), coarse
+            session.cache.cache_vision_features(t, {"image_features": one, "encoder": encoder, "together": together})
 
 
 @contextmanager

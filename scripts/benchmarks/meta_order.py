@@ -96,7 +96,9 @@ class _ByModule(nn.Module):
         self.position_ids, self._run = attention.position_ids, attention.forward
         self.rotary_emb = RotaryEmbedding(attention.rotary_emb)
 
-    def forward(self, image: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, *_: Any) -> Tensor:
+    def forward(
+        self, image: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
         num_objects, num_tokens = image.shape[:2]
         conditioned = self._run(
             current_vision_features=image.transpose(0, 1),
