@@ -266,6 +266,15 @@ def test_a_propagated_video_has_the_masks_of_frames_one_by_one(tracked_model, do
         assert (expected - masks(one_by_one(tracked_model, start(tracked_model, None)))).abs().max() > 0.05
 
 
+def test_what_depends_on_no_memory_is_computed_once_for_frames_that_are_encoded_together(tracked_model):
+    rows = []
+    norm = tracked_model.memory_attention.layers[0].layer_norm1
+    watch = norm.register_forward_hook(lambda _, __, output: rows.append(len(output)))
+    masks(propagate(tracked_model, start(tracked_model, "several")))
+    watch.remove()
+    assert rows == [4, 1]
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def change_weights(model, session):
