@@ -23,6 +23,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Libraries that count what is left at the end find nothing."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """One process for each file, and one for the page's tests, which share an app, a browser and Gradio's import."""
