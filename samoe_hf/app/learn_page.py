@@ -25,6 +25,7 @@ CHANGED = (
     "start your video anew with a model that is not changed."
 )
 OTHERS = "**Somebody else learns here now.** It can begin when that is done or stopped by who began it."
+WORSE = " **It is no better on them:** more videos, better masks or other steps may help; else go on without it."
 WORDS = {
     "new": "",
     "running": "**Learning.** The curve grows with each checkpoint; you can stop and resume.",
@@ -116,6 +117,7 @@ class LearnPart(Part):
             if scores := learning.scores():
                 before, after = (100 * score for score in scores)
                 text += f" J&F on the collected videos: {before:.0f} before, {after:.0f} after."
+                text += WORSE if after <= before else ""
             curves = learning.curves()
             drawn = draw_curves(curves) if any(curves.values()) else None
         return {

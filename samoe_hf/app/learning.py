@@ -202,7 +202,7 @@ def draw_curves(curves: dict[str, list[tuple[int, float]]]) -> Figure:
         axes.set(xlabel="step", title=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    score.set_ylim(0, 1)
+    score.set_ylim(0, 1.03)
     return figure
 
 

@@ -15,7 +15,7 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.report import NO_NUMBER, describe_choice
 from samoe_hf.hub.repository import find_domains
-from samoe_hf.model.domain_experts import domain_modules
+from samoe_hf.model.domain_experts import count_domain_parameters
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.plots.domains import draw_domains
@@ -28,12 +28,11 @@ HEADINGS = ("domain", "experts", "rank", "MB", "videos that the gate knows")
 
 
 def list_domains(model: SamoeModel) -> list[list[object]]:
-    """A row for each domain of a model, as [`HEADINGS`] say."""
+    """A row for each domain of a model, as [`HEADINGS`] say. No experts are read for it."""
     rows = []
     counts = [] if model.domain_gate is None else model.domain_gate.counts.tolist()
     for domain, count in zip(model.config.domains or [], counts, strict=True):
-        tensors = [p for _, experts in domain_modules(model, domain["name"]) for p in experts.parameters()]
-        megabytes = sum(p.numel() * p.element_size() for p in tensors) / 1e6
+        megabytes = count_domain_parameters(model, domain["name"]) * model.dtype.itemsize / 1e6
         rank = domain["lora_rank"] if domain["num_experts"] else NO_NUMBER
         rank = f"up to {rank}" if "rank_pattern" in domain else rank
         rows.append([domain["name"], domain["num_experts"], rank, f"{megabytes:.2f}", count])
