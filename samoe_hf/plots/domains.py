@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from samoe_hf.data.images import read_pixels
 
@@ -90,6 +91,9 @@ def plot_sizes(sizes: Sequence[int], scores: Sequence[float], chosen: int, title
     axes.plot(np.array(sizes) / 1e3, 100 * np.array(scores), "o-", color=LINES[0], label="tried")
     axes.plot(chosen / 1e3, 100 * scores[sizes.index(chosen)], "D", color=LINES[1], markersize=10, label="chosen")
     axes.set(title=title, xlabel="kB of the experts' tensors", ylabel="J&F of what was tracked", xscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")  # by default powers in TeX
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=DPI)
