@@ -79,6 +79,7 @@ def use_hub(server: HubServer, monkeypatch, cache) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # its own, made at first use
 
 
 class _Refused(Exception):
