@@ -64,13 +64,14 @@ class MemoryAttention(nn.Module):
         Returns:
             (objects, tokens, hidden).
         """
-        hidden, query = self._begin_together(position, together) or self._begin(image, position, len(memory))
+        hidden, query = self._begin_together(position, together) or self._begin(image, position, memory.shape[0])
         rotation = self.rotary_emb.of_map(self.position_ids)
         keys, mask = memory + memory_position, None
         if is_read is not None:
             mask = torch.zeros_like(is_read, dtype=image.dtype).masked_fill(~is_read, -torch.inf)[:, None, None]
         # Of all layers at once, unless several objects would take much memory for nothing.
-        at_once = len(self.layers) if torch.is_grad_enabled() or len(memory) == 1 else 1
+        is_small = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or memory.shape[0] == 1)
+        at_once = len(self.layers) if is_small else 1
         projected: list[tuple[Tensor, Tensor]] = []
         layer: Any  # as transformers' Sam2VideoMemoryAttentionLayer
         for index, layer in enumerate(self.layers):
