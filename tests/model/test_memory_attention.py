@@ -122,3 +122,20 @@ def test_what_an_object_does_not_read_changes_nothing(model_with_effect):
     masked, without = (attention(image, position, memory, places, rotation, x) for x in (is_read, None))
     torch.testing.assert_close(masked, attention(image, position, *shorter), atol=1e-5, rtol=1e-4)
     assert (masked - without).abs().mean() > 1e-4
+
+
+@torch.no_grad()
+def test_a_program_of_it_takes_any_number_of_objects(model_with_effect):
+    torch.manual_seed(0)
+    attention, rotation = model_with_effect.eval().memory_attention, rotations(model_with_effect, 1)
+    image, position = torch.randn(1, 64, 128), torch.randn(1, 64, 128)
+
+    def inputs(count):
+        return image, position, torch.randn(count, 64, 64), torch.randn(1, 64, 64), rotation
+
+    objects = {0: torch.export.Dim("objects", min=1)}
+    varying = (None, None, objects, None, None)
+    program = torch.export.export(attention, inputs(2), dynamic_shapes=varying).module()
+    for count in (1, 3):
+        given = inputs(count)
+        torch.testing.assert_close(program(*given), attention(*given), atol=1e-5, rtol=1e-4)
