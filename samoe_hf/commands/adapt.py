@@ -99,14 +99,17 @@ def describe_run_options() -> str:
 
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual.adapt import PICTURE, RESULTS_FILE, SIZES_PICTURE, adapt
+    from samoe_hf.training.arguments import parse_size
 
     like = None if parsed.like == "none" else parsed.like
     is_folder = os.path.exists(parsed.dataset) and not names_config(parsed.dataset)
     of_dataset = ["adapt", "--train_data", parsed.dataset] if is_folder else [parsed.dataset]
     former = [] if parsed.former is None else ["--former", parsed.former]
-    budget = (parsed.budget or DEFAULT_BUDGET) if parsed.lora_rank == AUTO else None
-    if budget is not None and parsed.budget is None:
-        print(f"The experts may have {budget}; `--budget` says otherwise.")
+    budget = None
+    if parsed.lora_rank == AUTO:
+        budget = parse_size(parsed.budget or DEFAULT_BUDGET, "--budget", "of experts such as 4MB")
+        if parsed.budget is None:
+            print(f"The experts may have {DEFAULT_BUDGET}; `--budget` says otherwise.")
     rank = [] if parsed.lora_rank in (None, AUTO) else ["--lora_rank", parsed.lora_rank]
     words = [*of_dataset, *former, *rank, *parsed.overrides]
     result = adapt(parsed.model, parsed.domain, words, parsed.output, like, budget)

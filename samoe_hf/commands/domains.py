@@ -96,17 +96,27 @@ def run(parsed: argparse.Namespace) -> None:
             figure.savefig(path, dpi=DPI)
         written = f"\nWritten: {parsed.output / MAP}"
     elif parsed.action != "list":
-        print(change(model, processor, parsed))
+        names = model.config.domain_names
+        origins = {name: (parsed.model, name) for name in names}
+        print(change(model, processor, parsed, origins))
         output = parsed.output or parsed.model
         with input_errors():
-            domains.save_as_it_came(model, processor, parsed.model, output)
+            found = {name: domains.find_example(*origins[name]) for name in model.config.domain_names}
+            examples = {name: path for name, path in found.items() if path is not None}
+            domains.save_as_it_came(model, processor, parsed.model, output, examples)
+            for name in set(names).difference(found) if parsed.in_place else ():
+                if (picture := domains.find_example(parsed.model, name)) is not None:
+                    os.remove(picture)
         written = f"\nWritten: the model in {output}"
     rows = domains.list_domains(model)
     print((format_table(domains.HEADINGS, rows) if rows else "The model has no domains.") + written)
 
 
-def change(model: SamoeModel, processor: VideoProcessor, parsed: argparse.Namespace) -> str:
-    """Changes the model as the command says, and says what was done."""
+def change(
+    model: SamoeModel, processor: VideoProcessor, parsed: argparse.Namespace, origins: dict[str, tuple[str, str]]
+) -> str:
+    """Changes the model as the command says, and says what was done; `origins`: where each domain is from, and its name
+    there."""
     from samoe_hf.continual.manage_domains import confirm, take_domains
     from samoe_hf.data.video_io import read_video
     from samoe_hf.surgery.domains import find_domain, remove_domain, rename_domain
@@ -116,6 +126,7 @@ def change(model: SamoeModel, processor: VideoProcessor, parsed: argparse.Namesp
         return f"Removed {parsed.name}."
     if parsed.action == "rename":
         rename_domain(model, parsed.name, parsed.new_name)
+        origins[parsed.new_name] = origins.pop(parsed.name)
         return f"{parsed.name} is now {parsed.new_name}."
     if parsed.action == "confirm":
         find_domain(model, parsed.domain)
@@ -123,4 +134,6 @@ def change(model: SamoeModel, processor: VideoProcessor, parsed: argparse.Namesp
             return f"{parsed.video}: {confirm(model, processor, read_video(parsed.video), parsed.domain)}"
     with input_errors(parsed.other):
         other = type(model).from_pretrained(parsed.other, dtype=model.dtype).to(parsed.device)
-    return f"Added {', '.join(take_domains(model, other, parsed.domain or (), parsed.new_name))}, of {parsed.other}."
+    taken = take_domains(model, other, parsed.domain or (), parsed.new_name)
+    origins.update({name: (parsed.other, theirs) for name, theirs in taken.items()})
+    return f"Added {', '.join(taken)}, of {parsed.other}."

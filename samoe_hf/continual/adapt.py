@@ -18,7 +18,6 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.weights_io import whole_file, write_text
 from samoe_hf.plots.domains import plot_sizes
 from samoe_hf.surgery.domains import copy_domain_experts, fit_domain
-from samoe_hf.training.arguments import parse_size
 from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
@@ -130,7 +129,7 @@ def adapt(
     run: Sequence[str],
     output: str | os.PathLike,
     like: str | None = AUTO,
-    budget: str | None = None,
+    budget: int | None = None,
 ) -> Adaptation:
     """Adds a domain to a model and writes the new one.
 
@@ -147,19 +146,18 @@ def adapt(
         like: a domain of the model whose experts the new ones start from; "auto" for the one whose experts track
             the training videos best, if they are clearly better than the base, see [`~start.find_start`]; None for
             experts without effect.
-        budget: bytes that the domain's experts may have, such as "4MB": they are trained at a high rank, and what does
-            not matter is left out, see [`~sizes.choose_size`]. With None, their rank is the run's.
+        budget: bytes that the domain's experts may have: they are trained at a high rank, and what does not matter is
+            left out, see [`~sizes.choose_size`]. With None, their rank is the run's.
 
     Raises:
         InputError: if the domain cannot be added, or something of the run is wrong.
     """
-    limit = None if budget is None else parse_size(budget, "budget", "of experts such as 4MB")
     arguments = [*run, "--model_name_or_path", str(model), "--domain", domain, "--output_dir", str(output)]
     if like not in (AUTO, None):
         arguments += ["--domain_like", like]
-    change = None if limit is None else partial(raise_ranks, domain=domain, budget=limit)
-    trainer = build_trainer(arguments, change, spares=limit is not None)
-    if limit is not None and trainer.is_fsdp_enabled:
+    change = None if budget is None else partial(raise_ranks, domain=domain, budget=budget)
+    trainer = build_trainer(arguments, change, spares=budget is not None)
+    if budget is not None and trainer.is_fsdp_enabled:
         raise InputError("`budget` does not go with FSDP, which shards the experts; use DDP, or give a rank.")
     trainer.eval_domain = AUTO
     trainer.depends_on = {"like": like}
@@ -168,7 +166,7 @@ def adapt(
         if trainer.is_world_process_zero() and trainer.args.overwrite_output_dir:
             for name in (RESULTS_FILE, PICTURE, SIZES_PICTURE):
                 Path(output, name).unlink(missing_ok=True)
-        return _adapt(trainer, domain, like, limit, Path(output))
+        return _adapt(trainer, domain, like, budget, Path(output))
 
 
 def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | None, output: Path) -> Adaptation:

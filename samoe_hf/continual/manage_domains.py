@@ -128,4 +128,5 @@ def save_as_it_came(
     for name, path in (examples or {}).items():
         target = Path(output, EXAMPLES, name).with_suffix(Path(path).suffix)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+        if not (target.exists() and target.samefile(path)):
+            shutil.copyfile(path, target)

@@ -111,7 +111,7 @@ def raise_ranks(model: SamoeModel, domain: str, budget: int) -> None:
     costs, fixed = expert_costs(model, domain)
     if (least := sum(costs.values()) + sum(fixed.values())) > budget:
         raise InputError(
-            f"`budget` {format_bytes(budget)} is too little: experts of rank 1 in the {len(costs)} layers that "
+            f"A budget of {format_bytes(budget)} is too little: experts of rank 1 in the {len(costs)} layers that "
             f"`expert_modules` selects have {format_bytes(least)}."
         )
     modules = [experts for _, experts in domain_modules(model, domain)]

@@ -253,7 +253,10 @@ def run_parser(**kwargs: Any) -> HfArgumentParser:
 def _rank(text: str) -> int:
     if text == "auto":
         raise argparse.ArgumentTypeError("auto is chosen by `samoe adapt … --lora_rank auto` alone")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}") from None
 
 
 def _mapping_or_text(text: str) -> dict[str, Any] | str:

@@ -100,6 +100,23 @@ def test_a_domain_is_renamed_removed_and_added_again_and_nothing_else_changes(sa
     assert (tmp_path / "two" / "model.safetensors").stat().st_size < 2e6 and "processor_config.json" in files
 
 
+def test_pictures_of_domains_go_with_them(samoe, copy_of, tmp_path):
+    def pictures(model):
+        return {path.name: path.read_bytes() for path in (model / "examples").glob("*")}
+
+    (copy_of / "examples").mkdir()
+    for name in ("a.jpg", "b.png"):
+        (copy_of / "examples" / name).write_bytes(name.encode())
+    samoe("domains", "rename", copy_of, "b", "lines", "--in-place")
+    assert pictures(copy_of) == {"a.jpg": b"a.jpg", "lines.png": b"b.png"}
+    samoe("domains", "remove", copy_of, "a", "--output", tmp_path / "one")
+    assert pictures(tmp_path / "one") == {"lines.png": b"b.png"} and "a.jpg" in pictures(copy_of)
+    samoe("domains", "add", tmp_path / "one", copy_of, "--domain", "a", "--as", "new", "--output", tmp_path / "two")
+    assert pictures(tmp_path / "two") == {"lines.png": b"b.png", "new.jpg": b"a.jpg"}
+    samoe("domains", "remove", copy_of, "a", "--in-place")
+    assert pictures(copy_of) == {"lines.png": b"b.png"}
+
+
 def test_domains_are_added_to_a_base_without_any(samoe, folder, tmp_path):
     base = json.loads((folder / "config.json").read_text())["base_model"]["name_or_path"]
     samoe("domains", "add", base, folder, "--output", tmp_path / "out")

@@ -132,12 +132,18 @@ def test_what_does_not_go_with_it_is_refused(base, tmp_path, capsys):
     for options, message in (
         (["--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
         (["--lora_rank", "2", "--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
-        (["--lora_rank", "auto", "--budget", "big"], "`budget` must be a size of experts such as 4MB, got 'big'"),
-        (["--lora_rank", "auto", "--budget", "1kB"], r"`budget` 1 kB is too little: experts of rank 1 in the \d+ lay"),
+        (["--lora_rank", "auto", "--budget", "big"], "`--budget` must be a size of experts such as 4MB, got 'big'"),
+        (
+            ["--lora_rank", "auto", "--budget", "1kB"],
+            r"A budget of 1 kB is too little: experts of rank 1 in the",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run_command(*words, *options)
-    for rank, message in (("auto", "auto is chosen by `samoe adapt … --lora_rank auto` alone"), ("x", "invalid")):
+    for rank, message in (
+        ("auto", "auto is chosen by `samoe adapt … --lora_rank auto` alone"),
+        ("x", "expected an integer"),
+    ):
         with pytest.raises(SystemExit):
             build_trainer([run, "--model_name_or_path", str(base), "--output_dir", "o", "--lora_rank", rank])
         assert message in capsys.readouterr().err

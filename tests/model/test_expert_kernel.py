@@ -32,7 +32,9 @@ def embedded(x: torch.Tensor) -> torch.Tensor:
     return around[1000:-1000].view(x.shape)
 
 
-def compare(module: ModuleType, dtype, layers, tokens, inputs, outputs, experts, per_token, rank, device="cpu"):
+def assert_equals_pytorch(
+    module: ModuleType, dtype, layers, tokens, inputs, outputs, experts, per_token, rank, device="cpu"
+):
     """The kernel beside PyTorch in float32, of the same numbers."""
     torch.manual_seed(0)
     rows = layers * experts
@@ -81,7 +83,7 @@ def test_the_kernel_compiles_for_gpus_and_fits_them(architecture, dtype, rank, t
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_compiled_kernel_equals_pytorch(dtype, sizes):
-    compare(expert_kernel, dtype, *sizes, device="cuda")
+    assert_equals_pytorch(expert_kernel, dtype, *sizes, device="cuda")
 
 
 # Interpreted
@@ -113,7 +115,7 @@ def of_triton() -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_kernel_equals_pytorch(interpreted, dtype, sizes):
-    compare(interpreted, dtype, *sizes)
+    assert_equals_pytorch(interpreted, dtype, *sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,7 +126,7 @@ def test_the_kernel_equals_pytorch(interpreted, dtype, sizes):
     "experts", [pytest.param(n, marks=[] if n in (1, 2, 5, 10, 16) else [pytest.mark.slow]) for n in range(1, 17)]
 )
 def test_any_number_of_experts_and_any_k(interpreted, dtype, experts, per_token):
-    compare(interpreted, dtype, 2, 33, 5, 6, experts, min(per_token, experts), 3)
+    assert_equals_pytorch(interpreted, dtype, 2, 33, 5, 6, experts, min(per_token, experts), 3)
 
 
 def layer(dtype=torch.float32, **changes) -> ExpertLinear:

@@ -1,8 +1,8 @@
 """Experts of domains stay in the file of a loaded model until they are needed, and all else is as if they did not."""
 
 import copy
-import io
 import os
+import pickle
 import shutil
 import threading
 
@@ -124,10 +124,7 @@ def deepcopy(model):
 
 
 def pickled(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False).state_dict()
+    return pickle.loads(pickle.dumps(model)).state_dict()
 
 
 def applied(model):
