@@ -51,7 +51,7 @@ class OneWriter:
         return {self._file.name, self._about.name}
 
     def __enter__(self) -> "OneWriter":
-        if self._depth == 0 and _is_first_process():
+        if self._depth == 0 and is_first_process():
             with input_errors(f"{self.option} {self.target} cannot be written"):
                 self._acquire()
             self.cleared = clear_unfinished(self.target)
@@ -104,7 +104,8 @@ class OneWriter:
         return {}
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that `accelerate launch` or `torchrun` started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

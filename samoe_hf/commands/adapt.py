@@ -99,6 +99,7 @@ def describe_run_options() -> str:
 
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual.adapt import PICTURE, RESULTS_FILE, SIZES_PICTURE, adapt
+    from samoe_hf.one_writer import is_first_process
     from samoe_hf.training.arguments import parse_size
 
     like = None if parsed.like == "none" else parsed.like
@@ -108,11 +109,13 @@ def run(parsed: argparse.Namespace) -> None:
     budget = None
     if parsed.lora_rank == AUTO:
         budget = parse_size(parsed.budget or DEFAULT_BUDGET, "--budget", "of experts such as 4MB")
-        if parsed.budget is None:
+        if parsed.budget is None and is_first_process():
             print(f"The experts may have {DEFAULT_BUDGET}; `--budget` says otherwise.")
     rank = [] if parsed.lora_rank in (None, AUTO) else ["--lora_rank", parsed.lora_rank]
     words = [*of_dataset, *former, *rank, *parsed.overrides]
     result = adapt(parsed.model, parsed.domain, words, parsed.output, like, budget)
+    if not is_first_process():
+        return
     print(result.describe())
     files = [RESULTS_FILE, *([PICTURE] if result.kept_aside else []), *([SIZES_PICTURE] if result.sizes else [])]
     if is_folder and not result.after:

@@ -1,6 +1,7 @@
 """One command adds a domain: new experts are trained, the gate learns it, and nothing else changes."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from PIL import Image
 
 from helpers.own_videos import save, save_ids
-from helpers.processes import run_two
+from helpers.processes import ENVIRONMENT, LAUNCH, run_two
 from helpers.reference import ROOT, assert_tensors
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
@@ -253,6 +254,17 @@ def test_two_processes_change_no_other_domain(base, tmp_path, mode):
     before, after = model.state_dict(), torch.load(tmp_path / "trained.pt", weights_only=True)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed and all(".domain_b." in name for name in changed)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_says_what_was_done(base, tmp_path):
+    data = write_folder(tmp_path / "data", 2)
+    words = [base, "--domain", "soft", "--dataset", data, "--output", tmp_path / "out", "--lora_rank", "auto"]
+    command = [*LAUNCH, "-m", "samoe_hf", "adapt", *map(str, words), *FOLDER_RUN, "--use_cpu"]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for line in ("The experts may have 4MB", "The gate knows soft", "Of fewer than three videos", "Written: the model"):
+        assert result.stdout.count(line) == 1, result.stdout
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
