@@ -20,6 +20,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.session import PreparedFrames
 from samoe_hf.surgery.domains import confirm_domain, find_domain, fit_domain
+from samoe_hf.surgery.gate import fit_row
 
 # More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
 MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256
@@ -102,7 +103,7 @@ def leave_out(model: SamoeModel, domain: str, features: Tensor, numbers: Tensor)
     decided: Counter[str] = Counter()
     for number in evenly_chosen(ids, MAX_LEFT_OUT) if len(ids) > 1 else []:
         others = numbers != number
-        gate.fit(names.index(domain), features[others], numbers[others])
+        fit_row(gate, names.index(domain), features[others], numbers[others])
         decided[names[int(gate.decide(features[~others][:1]).domain)]] += 1
     return dict(decided)
 

@@ -20,6 +20,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.plots.domains import draw_domains
 from samoe_hf.surgery.domains import find_domain, merge_domains, remove_domain, rename_domain
+from samoe_hf.surgery.gate import distances_between
 
 from .fit_gate import confirm_video, decide_frame
 
@@ -57,7 +58,7 @@ def draw_map(model: SamoeModel, find: Callable[[str], str | None]) -> Figure:
     if gate is None or not known:
         raise InputError("The model has no domain that its gate knows.")
     examples = {name: path for name in known if (path := find(name)) is not None}
-    return draw_domains(gate.domains, gate.distances_between(), examples)
+    return draw_domains(gate.domains, distances_between(gate), examples)
 
 
 def take_domains(

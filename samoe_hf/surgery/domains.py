@@ -30,6 +30,7 @@ from samoe_hf.model.expert_sleep import frozen_experts
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_trained import base_fingerprint
 from samoe_hf.surgery.experts import complete_settings, remove_experts
+from samoe_hf.surgery.gate import append_rows, confirm_row, fit_row, remove_row, rename_row
 
 
 def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **settings: Any) -> None:
@@ -60,7 +61,7 @@ def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **setti
         _begin_domains(model)
     add_domain_experts(model, [domain])
     _set_domains(model, [*_domains(model), domain])
-    _gate(model).append_unknown(name)
+    _append_unknown(model, name)
     if like is not None:
         _copy_experts(model, like, model, name)
 
@@ -86,7 +87,7 @@ def remove_domain(model: SamoeModel, name: str) -> None:
     """Takes a domain's experts away, and what the gate knows of it."""
     index = _domain_index(model, name)
     remove_domain_layers(model, name, [layer for layer, _ in domain_modules(model, name)])
-    _gate(model).remove(index)
+    remove_row(_gate(model), index)
     _set_domains(model, [domain for domain in _domains(model) if domain["name"] != name])
 
 
@@ -111,7 +112,7 @@ def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
     if name is None:
         _make_domain(model, new_name)
         return
-    _gate(model).rename(_domain_index(model, name), new_name)
+    rename_row(_gate(model), _domain_index(model, name), new_name)
     for layer, experts in list(domain_modules(model, name)):
         module = model.get_submodule(layer)
         delattr(module, PREFIX + name)
@@ -148,7 +149,7 @@ def _make_domain(model: SamoeModel, name: str) -> None:
         replace_module(model, layer, with_domains)
     _begin_domains(model)
     _set_domains(model, [{"name": name, **_own_settings(model)}])
-    _gate(model).append_unknown(name)
+    _append_unknown(model, name)
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
         add_domain_experts(model, [domain])
         _copy_experts(other, domain["name"], model, domain["name"])
     _set_domains(model, [*_domains(model), *copy.deepcopy(_domains(other))])
-    _gate(model).merge(_gate(other))
+    append_rows(_gate(model), _gate(other))
     return other.config.domain_names
 
 
@@ -213,12 +214,12 @@ def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -
         features: (frames, features), what [`~domain_gate.pooled_features`] gives for frames of the domain.
         videos: (frames,) integers, which video each frame is of.
     """
-    _gate(model).fit(_domain_index(model, name), features, videos)
+    fit_row(_gate(model), _domain_index(model, name), features, videos)
 
 
 def confirm_domain(model: SamoeModel, name: str, features: Tensor) -> None:
     """Lets the gate know one more video of a domain, without any training: (frames, features) as in [`fit_domain`]."""
-    _gate(model).confirm(_domain_index(model, name), features)
+    confirm_row(_gate(model), _domain_index(model, name), features)
 
 
 def _own_settings(model: SamoeModel) -> dict[str, Any]:
@@ -250,6 +251,11 @@ def find_domain(model: SamoeModel, name: str) -> dict[str, Any]:
 
 def _domains(model: SamoeModel) -> list[dict[str, Any]]:
     return model.config.domains or []
+
+
+def _append_unknown(model: SamoeModel, name: str) -> None:
+    """Gives the gate a row for a domain that it does not know yet."""
+    append_rows(_gate(model), DomainGate(_gate(model).kinds, [name]))
 
 
 def _gate(model: SamoeModel) -> DomainGate:

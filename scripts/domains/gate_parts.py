@@ -19,6 +19,7 @@ from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, e
 from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain
+from samoe_hf.surgery.gate import confirm_row, fit_row
 
 LEAST_LIKELIHOODS = (0.5, 0.8, 0.95)
 Looks = dict[str, tuple[list[Tensor], Tensor]]
@@ -44,7 +45,7 @@ def gate_of(kinds: Any, *domains: tuple[Tensor, Tensor]) -> DomainGate:
     """A gate that knows domains by their features and numbers."""
     gate = DomainGate(kinds, [str(i) for i in range(len(domains))])
     for index, (features, numbers) in enumerate(domains):
-        gate.fit(index, features, numbers)
+        fit_row(gate, index, features, numbers)
     return gate
 
 
@@ -146,9 +147,9 @@ def measure_confirm(model: SamoeModel, looks: Looks, counts: Sequence[int], num_
             for count in range(3, max(counts) + 1):
                 if count > 3:
                     video = order[count - 1]
-                    confirmed.confirm(0, video)
+                    confirm_row(confirmed, 0, video)
                     if share(refused, video[:1]) == 0:
-                        refused.confirm(0, video)
+                        confirm_row(refused, 0, video)
                 if count in counts:
                     row = {"known": count, "look": look, "told": int(refused.counts[0]) - 3}
                     gates = {"at once": gate_of(kinds, frames_read(order[:count])), "confirmed": confirmed}

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features, pooled_features
 from samoe_hf.model.frame_step import encode_frames
+from samoe_hf.surgery.gate import append_rows, confirm_row, distances_between, fit_row, remove_row, rename_row
 
 FEATURES = 24
 
@@ -29,8 +30,8 @@ def domain(seed, num_videos=40, num_frames=3, num_features=FEATURES, center_seed
 def gate(*domains, num_features=FEATURES):
     result = DomainGate(num_features)
     for number, one in enumerate(domains):
-        result.append_unknown(str(number))
-        result.fit(number, *one)
+        append_rows(result, DomainGate(result.kinds, [str(number)]))
+        fit_row(result, number, *one)
     return result
 
 
@@ -107,8 +108,8 @@ def test_constant_features_are_recognized_and_nothing_else(num_videos, num_frame
 def test_an_added_domain_leaves_all_others_as_they_were():
     known = gate(domain(0), domain(1))
     before, state = known.decide(held_out(0)), {k: v.clone() for k, v in known.state_dict().items()}
-    known.append_unknown("2")
-    known.fit(2, *domain(2))
+    append_rows(known, DomainGate(known.kinds, ["2"]))
+    fit_row(known, 2, *domain(2))
     after = known.decide(held_out(0))
     assert all(torch.equal(x[:2], state[k]) for k, x in known.state_dict().items())
     assert torch.equal(after.domain, before.domain)
@@ -122,7 +123,7 @@ def test_a_confirmed_video_is_known_as_if_it_had_been_there_before(num_videos):
     last, other = videos == num_videos, domain(1, num_features=16)
     known = gate((features[~last], videos[~last]), other, num_features=16)
     before = {name: buffer.clone() for name, buffer in known.state_dict().items()}
-    known.confirm(0, features[last])
+    confirm_row(known, 0, features[last])
     expected = gate((features, videos), other, num_features=16)
     assert known.counts.tolist() == expected.counts.tolist()
     for name in ("means", "noises"):
@@ -137,18 +138,18 @@ def test_a_confirmed_video_that_was_refused_lets_others_like_it_in():
     odd = domain(0, 30)[0][:3] + 4
     near = odd + 0.1 * torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(9))
     assert known.decide(near).domain.tolist() == [NO_DOMAIN] * 3
-    known.confirm(0, odd)
+    confirm_row(known, 0, odd)
     assert known.decide(near).domain.tolist() == [0] * 3
     assert (known.decide(held_out(0)).domain == 0).float().mean() > 0.95
     unknown = DomainGate(FEATURES, "a")
-    unknown.confirm(0, odd)
+    confirm_row(unknown, 0, odd)
     assert unknown.counts.tolist() == [1] and unknown.decide(odd[:1]).domain.tolist() == [0]
 
 
 def test_distances_between_domains_are_those_of_their_means():
     known = gate(domain(0), domain(1))
-    known.append_unknown("new")
-    distances = known.distances_between()
+    append_rows(known, DomainGate(known.kinds, ["new"]))
+    distances = distances_between(known)
     assert (distances.diagonal()[:2] < 0.1).all() and distances[0, 1] > 1 < distances[1, 0]
     assert not torch.tensor(distances)[2].isfinite().any() and not torch.tensor(distances)[:, 2].isfinite().any()
 
@@ -156,18 +157,18 @@ def test_distances_between_domains_are_those_of_their_means():
 def test_rows_are_fitted_merged_removed_and_forgotten(tmp_path):
     known = DomainGate(FEATURES, "01")
     assert (known.decide(held_out(1)).domain == NO_DOMAIN).all() and len(known) == 2
-    known.fit(1, *domain(1))
+    fit_row(known, 1, *domain(1))
     assert (known.decide(held_out(1, num_videos=20)).domain == 1).float().mean() >= 0.9
     assert known.decide(held_out(1)).distances[:, 0].isinf().all()
     frames, videos = domain(0)
-    known.fit(0, frames, [f"video {int(i)}" for i in videos])
+    fit_row(known, 0, frames, [f"video {int(i)}" for i in videos])
     assert same_buffers(known, gate(domain(0), domain(1)))
     others = gate(domain(2), domain(3))
-    others.rename(0, "2"), others.rename(1, "3")
-    known.merge(others)
+    rename_row(others, 0, "2"), rename_row(others, 1, "3")
+    append_rows(known, others)
     assert same_buffers(known, gate(domain(0), domain(1), domain(2), domain(3)))
-    known.remove(1)
-    known.rename(1, "1"), known.rename(2, "2")
+    remove_row(known, 1)
+    rename_row(known, 1, "1"), rename_row(known, 2, "2")
     assert same_buffers(known, gate(domain(0), domain(2), domain(3))) and known.domains == ["0", "1", "2"]
     save_file(known.state_dict(), tmp_path / "gate.safetensors")
     loaded = DomainGate(FEATURES, "012")
@@ -196,7 +197,7 @@ def test_values_that_are_not_finite_are_refused(value):
     frames[7, 3] = value
     known = gate(domain(1))
     before = {k: v.clone() for k, v in known.state_dict().items()}
-    for call in (lambda: known.fit(0, frames, videos), lambda: known.decide(frames)):
+    for call in (lambda: fit_row(known, 0, frames, videos), lambda: known.decide(frames)):
         with pytest.raises(ValueError, match="not finite"):
             call()
     assert all(torch.equal(known.state_dict()[k], v) for k, v in before.items())
@@ -206,12 +207,9 @@ def test_values_that_are_not_finite_are_refused(value):
     ("call", "message"),
     [
         (lambda g: g.decide(torch.zeros(2, 7)), r"\(rows, 24\), not \(2, 7\)"),
-        (lambda g: g.fit(0, torch.zeros(3, FEATURES), [0, 1]), "each of the 3 frames.* not 2"),
-        (lambda g: g.fit(0, torch.zeros(0, FEATURES), []), "at least one"),
-        (lambda g: g.merge(DomainGate(7)), "7 features, and this one 24"),
-        (lambda g: g.fit(3, *domain(0)), "one of 1 domains, not 3"),
-        (lambda g: DomainGate(0), "at least 1, not 0"),
-        (lambda g: DomainGate((4, 4, 4)), "at most 2 kinds, not 3"),
+        (lambda g: fit_row(g, 0, torch.zeros(3, FEATURES), [0, 1]), "each of the 3 frames.* not 2"),
+        (lambda g: fit_row(g, 0, torch.zeros(0, FEATURES), []), "at least one"),
+        (lambda g: append_rows(g, DomainGate(7)), "7 features, and this one 24"),
     ],
 )
 def test_wrong_sizes_are_refused(call, message):

@@ -1,0 +1,208 @@
+"""What a gate learns of domains, a row of each: fitted, confirmed, appended, renamed and removed.
+
+Each domain is described by itself: a normal distribution of pooled features, and how far from it a video may be. So a
+domain is added without the data of others, and no other row changes when one is added, removed or merged. Nothing of
+single frames is kept.
+"""
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samoe_hf.errors import InputError
+from samoe_hf.model.domain_gate import RANK, DomainGate, Normal, hashed_name
+
+# A covariance of n videos is shrunk to its diagonal as if this many videos had shown no correlation, at least by this.
+PRIOR_VIDEOS, MIN_SHRINKAGE = 3, 0.1
+# Added to each variance, as a fraction of the mean variance and of the mean square: constant features are no knowledge.
+VARIANCE_FLOOR, SQUARE_FLOOR, SMALLEST_VARIANCE = 1e-3, 1e-6, 1e-30
+# The part of a domain's own videos that the threshold lets in, and in how many groups they are left out in turn.
+QUANTILE, FOLDS = 0.99, 25
+# The widest thresholds for the encoder's features and for the picture's, where 1 is the expected distance: few videos
+# left out one by one seem too far away. Beyond so many videos they may be wider in proportion.
+MAX_THRESHOLDS, ENOUGH_VIDEOS = (4.0, 2.0), 32
+
+
+@torch.no_grad()
+def fit_row(gate: DomainGate, index: int, features: Tensor, videos: Sequence | Tensor) -> None:
+    """Learns one domain, anew if it is known. What is known of the others does not change.
+
+    Of a single video, only frames like its own are recognized later, since it does not show how videos differ.
+
+    Args:
+        features: (frames, features) of frames of the domain.
+        videos: (frames,) which video each frame is of: numbers or names.
+
+    Raises:
+        ValueError: no frames, another number of features or of videos, or values that are not finite.
+    """
+    features = gate.checked(features)
+    ids = videos.tolist() if isinstance(videos, Tensor) else list(videos)
+    if len(ids) != len(features) or not ids:
+        raise InputError(
+            f"videos must name the video of each of the {len(features)} frames (at least one), not {len(ids)}"
+        )
+    order = {name: number for number, name in enumerate(sorted(set(ids), key=str))}
+    videos = torch.tensor([order[name] for name in ids], device=features.device)
+    kinds = features.split(gate.kinds, 1)
+    _set_row(gate, index, [_fitted(values, videos) for values in kinds], len(order))
+    gate.thresholds[index] = torch.stack(
+        [_threshold(values, videos, limit) for values, limit in zip(kinds, MAX_THRESHOLDS, strict=False)]
+    )
+
+
+@torch.no_grad()
+def confirm_row(gate: DomainGate, index: int, features: Tensor) -> None:
+    """Learns of one more video of a domain, without the others: (frames, features).
+
+    Its threshold lets in what is as far away as this video was, up to what so many videos allow.
+    """
+    count = int(gate.counts[index])
+    if count == 0:
+        return fit_row(gate, index, features, [0] * len(features))
+    kinds = gate.checked(features).split(gate.kinds, 1)
+    normals = gate.normals(index)
+    for kind, (known, values) in enumerate(zip(normals, kinds, strict=True)):
+        farthest = known.measure(values)[0].max() * (1 + (count + 1) ** -0.5)
+        allowed = farthest.clamp(max=_limit(MAX_THRESHOLDS[kind], count + 1))
+        gate.thresholds[index, kind] = allowed.float().maximum(gate.thresholds[index, kind])
+    seen = [_with_video(known, values, count) for known, values in zip(normals, kinds, strict=True)]
+    _set_row(gate, index, seen, count + 1)
+
+
+def _set_row(gate: DomainGate, index: int, normals: Sequence[Normal], count: int) -> None:
+    gate.counts[index] = count
+    parts = (torch.cat(part, -1) for part in zip(*normals, strict=True))
+    gate.means[index], gate.noises[index], gate.factors[index] = parts
+
+
+def distances_between(gate: DomainGate) -> np.ndarray:
+    """How far the mean of each domain, a row, is from each: (domains, domains), where a domain's threshold is at 1.
+
+    Distances of and from domains that are not known yet are infinite.
+    """
+    distances = gate.decide(gate.means).distances
+    return distances.masked_fill(gate.counts[:, None] == 0, torch.inf).cpu().numpy()
+
+
+def append_rows(gate: DomainGate, other: DomainGate) -> None:
+    """Appends another gate's domains, which were learned with the same encoder."""
+    if other.kinds != gate.kinds:
+        raise InputError(f"other gate has {_listed(other.kinds)} features, and this one {_listed(gate.kinds)}")
+    gate.domains += other.domains
+    for name, buffer in list(gate.named_buffers()):
+        setattr(gate, name, torch.cat([buffer, other.get_buffer(name).to(buffer.device)]))
+
+
+def _listed(kinds: Sequence[int]) -> str:
+    return " + ".join(map(str, kinds))
+
+
+def rename_row(gate: DomainGate, index: int, domain: str) -> None:
+    """Gives a domain another name."""
+    gate.domains[index] = domain
+    gate.names[index] = hashed_name(domain)
+
+
+def remove_row(gate: DomainGate, index: int) -> None:
+    """Forgets a domain; those after it move up by one."""
+    del gate.domains[index]
+    for name, buffer in list(gate.named_buffers()):
+        setattr(gate, name, torch.cat([buffer[:index], buffer[index + 1 :]]))
+
+
+def _fitted(features: Tensor, videos: Tensor) -> Normal:
+    """The distribution of a further video's frames. All videos weigh the same, however many frames they have."""
+    _, video, frames = videos.unique(return_inverse=True, return_counts=True)
+    count = len(frames)
+    weights = (1 / (count * frames.double()))[video, None]
+    mean = (weights * features).sum(0)
+    centered = features - mean
+    return _of_moments(mean, (weights * centered).T @ centered, count)
+
+
+def _of_moments(mean: Tensor, covariance: Tensor, count: int) -> Normal:
+    """The same by the mean and covariance of `count` videos."""
+    # A few videos vary less around their own mean than a further one does.
+    covariance = covariance * _widening(count)
+    variances = covariance.diagonal()
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    strongest = eigenvalues[-RANK:].clamp(min=0) * (1 - _shrinkage(count))
+    factors = mean.new_zeros(RANK, len(mean))
+    factors[: len(strongest)] = strongest.sqrt()[:, None] * eigenvectors[:, -RANK:].T
+    floor = VARIANCE_FLOOR * variances.mean() + _least_floor(mean)
+    return Normal(mean, variances - factors.square().sum(0) + floor, factors)
+
+
+def _least_floor(mean: Tensor) -> Tensor:
+    return SQUARE_FLOOR * mean.square().mean() + SMALLEST_VARIANCE
+
+
+def _with_video(known: Normal, features: Tensor, count: int) -> Normal:
+    """The distribution, of `count` videos, once it has seen one more: (frames, features).
+
+    It is what [`_fitted`] gives of all of them, but for correlations beyond the rank.
+    """
+    least, variances = _least_floor(known.mean), known.noise + known.factors.square().sum(0)
+    floor = least + VARIANCE_FLOOR * (variances.mean() - least) / (1 + VARIANCE_FLOOR)
+    factors = known.factors / (1 - _shrinkage(count)) ** 0.5
+    covariance = factors.T @ factors
+    covariance.diagonal().copy_((variances - floor).maximum(covariance.diagonal()))
+    mean = features.mean(0)
+    centered, step = features - mean, (mean - known.mean) / (count + 1)
+    within = centered.T @ centered / len(features)
+    covariance = (count * covariance / _widening(count) + within) / (count + 1) + count * step.outer(step)
+    return _of_moments(known.mean + step, covariance, count + 1)
+
+
+def _threshold(features: Tensor, videos: Tensor, limit: float) -> Tensor:
+    """The squared distance per feature within which a further video of a domain is expected.
+
+    The distances of the domain's own videos are measured, each while it is left out. Many show how far away a further
+    one may be: the threshold is their quantile, with room for the videos that were not there. The largest of a few
+    distances says little: then it is the bound of a further one if their logarithms are normally distributed, and at
+    most `limit`. Where nothing can be left out, it is twice the expected distance.
+    """
+    count = int(videos.max()) + 1
+    # Frames of a single video are left out one by one.
+    units = videos if count > 1 else torch.arange(len(features), device=features.device)
+    num_units = int(units.max()) + 1
+    if num_units == 1:
+        return features.new_tensor(2.0)
+    farthest = features.new_zeros(num_units)
+    for fold in range(min(num_units, FOLDS)):
+        left_out = units % FOLDS == fold
+        squares, _ = _fitted(features[~left_out], videos[~left_out]).measure(features[left_out])
+        farthest.scatter_reduce_(0, units[left_out], squares, "amax")
+    # The largest of n distances is exceeded by the next video's with probability 1 / (n + 1).
+    seen = farthest.quantile(QUANTILE, interpolation="higher") * (1 + count**-0.5)
+    threshold = torch.maximum(seen, _prediction_bound(farthest.clamp(min=SMALLEST_VARIANCE).log()).exp())
+    return threshold.clamp(SQUARE_FLOOR, _limit(limit, count))
+
+
+def _limit(few: float, count: int) -> float:
+    """The widest threshold of a domain of `count` videos; `few` is that of a few."""
+    return few * max(1.0, count / ENOUGH_VIDEOS)
+
+
+def _widening(count: int) -> float:
+    """By how much a further video varies more than `count` videos around their own mean."""
+    return (count + 1) / max(count - 1, 0.5)
+
+
+def _shrinkage(count: int) -> float:
+    """The part of a covariance of `count` videos that is not believed."""
+    return max(PRIOR_VIDEOS / (count + PRIOR_VIDEOS), MIN_SHRINKAGE)
+
+
+def _prediction_bound(values: Tensor) -> Tensor:
+    """What a further value of a normal distribution that is known by n values stays below with probability QUANTILE."""
+    count = len(values)
+    z = NormalDist().inv_cdf(QUANTILE)
+    # Student's t of count - 1 degrees of freedom, by its expansion (Abramowitz and Stegun, 26.7.5).
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96)
+    t = sum(term / (count - 1) ** power for power, term in enumerate(terms))
+    return values.mean() + t * (1 + 1 / count) ** 0.5 * values.std()
