@@ -36,10 +36,11 @@ from samoe_hf.inference import TrackedFrame, VideoPrompt, evaluation_mode, masks
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.tracking import TrackingStep
-from samoe_hf.model.weights_io import sync, whole_file, write_text
+from samoe_hf.model.weights_io import sync
 from samoe_hf.together import Timed, Together, Work, choose_videos_at_once
 from samoe_hf.tracks import ObjectScores, TrackRow, read_tracks, write_tracks
 from samoe_hf.where_to_look import Look, where_to_look
+from samoe_hf.whole_files import whole_file, write_text
 
 FirstFramePrompt = Literal["mask", "box"]
 # Where masks of a video are written until all of them are there.

@@ -16,7 +16,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from samoe_hf.errors import InputError, input_errors
-from samoe_hf.model.weights_io import clear_unfinished, write_text
+from samoe_hf.whole_files import clear_unfinished, write_text
 
 # Data loader workers of a process that was killed hold its lock until they notice.
 WAIT_FOR_WORKERS = 20

@@ -10,7 +10,7 @@ import torch
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.tracking import SamoeTrackingOutput
-from samoe_hf.model.weights_io import whole_file
+from samoe_hf.whole_files import whole_file
 
 STABILITY_LOGIT = 1.0  # SAM's `stability_score_offset`
 

@@ -28,8 +28,8 @@ from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.processing_samoe import load_processor
-from samoe_hf.model.weights_io import write_text
 from samoe_hf.plots.masks import DPI, OBJECT_COLORS, PANEL_INCHES, object_color, overlay_masks, plain_text
+from samoe_hf.whole_files import write_text
 
 # Looks that the small base knows, of those that are shown beside the new domains.
 KNOWN_LOOKS = ("shapes", "scenes")

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.weights_io import clear_unfinished, write_text
 from samoe_hf.one_writer import OneWriter
+from samoe_hf.whole_files import clear_unfinished, write_text
 
 
 def hold(target, place, writing):

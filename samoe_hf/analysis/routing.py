@@ -19,11 +19,11 @@ from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.batch_rows import BatchRow, batch_rows
 from samoe_hf.model.domain_experts import module_domain, module_layer
 from samoe_hf.model.expert_layer import expert_modules
-from samoe_hf.model.expert_router import open_hooks
+from samoe_hf.model.expert_router import open_hooks, router_outputs
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
-from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.experts import plot_routing, routing_video
+from samoe_hf.whole_files import whole_file
 
 # Projections whose tokens are the image's positions; keys and values of the cross attention are of the memory.
 IMAGE_PROJECTIONS = re.compile(r"memory_attention\.layers\.\d+\.(self_attn\.[qkvo]|cross_attn_image\.[qo])_proj")
@@ -56,6 +56,20 @@ def observe_routers(model: SamoeModel, observe: Callable[[str, Sequence[BatchRow
 
     hooks = (module.router_logits.register_forward_hook(hook(name)) for name, module in expert_modules(model))
     with evaluation_mode(model), open_hooks(hooks):
+        yield
+
+
+@contextmanager
+def route_all_to(model: SamoeModel, expert: int) -> Iterator[None]:
+    """While the context is open, each token of each layer goes to one expert alone, with a gate of 1."""
+
+    def force(_, __, logits: Tensor) -> Tensor:
+        # float16 holds it, and beside 0 its softmax is 0.
+        forced = torch.full_like(logits, -1e4)
+        forced[..., expert] = 0
+        return forced
+
+    with open_hooks(output.register_forward_hook(force) for _, output in router_outputs(model)):
         yield
 
 

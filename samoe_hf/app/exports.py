@@ -20,9 +20,9 @@ from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.data.schema import Video
 from samoe_hf.data.video_io import write_video
 from samoe_hf.errors import InputError
-from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.masks import overlay_masks
 from samoe_hf.tracks import write_tracks
+from samoe_hf.whole_files import whole_file
 
 from .session import TrackingSession
 

@@ -24,8 +24,8 @@ from samoe_hf.data.images import write_palette_png
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import check_domain_name
-from samoe_hf.model.weights_io import new_folder, write_text
 from samoe_hf.training.checkpoints import list_checkpoints
+from samoe_hf.whole_files import new_folder, write_text
 
 from .models import LoadedModel, free_name
 from .session import TrackingSession

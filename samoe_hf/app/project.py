@@ -15,8 +15,8 @@ import numpy as np
 from samoe_hf.data.frames import SampleError, named_errors
 from samoe_hf.data.image_files import open_image
 from samoe_hf.inference import VideoPrompt, check_prompts
-from samoe_hf.model.weights_io import whole_file
 from samoe_hf.tracks import ObjectScores, TrackRow
+from samoe_hf.whole_files import whole_file
 
 from .models import LoadedModel
 from .session import MAX_ID, ROWS, TrackingSession

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from samoe_hf import __version__
 from samoe_hf.errors import InputError
-from samoe_hf.model.weights_io import new_folder
+from samoe_hf.whole_files import new_folder
 
 from .models import load_model, small_model
 from .uploads import Limits

@@ -95,8 +95,8 @@ def match_domains(
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual.assemble import assemble
     from samoe_hf.model.processing_samoe import load_processor
-    from samoe_hf.model.weights_io import new_folder
     from samoe_hf.one_writer import OneWriter
+    from samoe_hf.whole_files import new_folder
 
     loras, videos = match_domains(parsed.loras, parsed.dataset)
     with OneWriter(parsed.output, inside=False), input_errors(), new_folder(parsed.output) as folder:

@@ -115,8 +115,8 @@ def run(parsed: argparse.Namespace) -> None:
     """Writes the output folder whole or not at all, and uploads the model if asked to."""
     import torch
 
-    from samoe_hf.model.weights_io import new_folder
     from samoe_hf.one_writer import OneWriter
+    from samoe_hf.whole_files import new_folder
 
     torch.manual_seed(0)  # experts that the checkpoint lacks are the same at every conversion
     if parsed.push_to_hub and parsed.output.is_dir() and any(parsed.output.iterdir()):

@@ -103,7 +103,7 @@ def run(parsed: argparse.Namespace) -> None:
         with OneWriter(parsed.output, inside=False):
             return write_format(parsed.to, dataset.videos(parsed.video), parsed.output, parsed.polygons)
     from samoe_hf.data.check import report_table
-    from samoe_hf.model.weights_io import whole_file
+    from samoe_hf.whole_files import whole_file
 
     reports, usable = check_all(parsed)
     print(report_table(reports))

@@ -75,8 +75,8 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual import manage_domains as domains
     from samoe_hf.evaluation.report import format_table
     from samoe_hf.inference import load_tracker
-    from samoe_hf.model.weights_io import whole_file
     from samoe_hf.plots.masks import DPI
+    from samoe_hf.whole_files import whole_file
 
     if getattr(parsed, "in_place", False) and not os.path.isdir(parsed.model):
         raise InputError(f"`--in-place` goes with a folder, and {parsed.model} is none; give `--output`.")

@@ -120,8 +120,8 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
         write_evaluation_report,
     )
     from samoe_hf.evaluation.statistics import to_json
-    from samoe_hf.model.weights_io import write_text
     from samoe_hf.model.weights_trained import is_original_checkpoint
+    from samoe_hf.whole_files import write_text
 
     if parsed.overwrite and state.is_main_process:
         (parsed.output / "results.json").unlink(missing_ok=True)

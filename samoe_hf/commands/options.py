@@ -179,7 +179,7 @@ def write_format(
 ) -> None:
     """Writes videos into a new folder as a label tool reads them, and prints what is not kept."""
     from samoe_hf.data.formats.convert import write_videos
-    from samoe_hf.model.weights_io import new_folder
+    from samoe_hf.whole_files import new_folder
 
     with input_errors(), new_folder(folder, overwrite) as place:
         kept = write_videos(kind, videos, place, polygons)

@@ -192,9 +192,9 @@ def track(
     from samoe_hf.data.video_io import write_video
     from samoe_hf.evaluation.report import list_rivals
     from samoe_hf.inference import track_video
-    from samoe_hf.model.weights_io import new_folder, whole_file
     from samoe_hf.plots.masks import overlay_masks
     from samoe_hf.tracks import write_tracks
+    from samoe_hf.whole_files import new_folder, whole_file
 
     model, processor = options.load_model(parsed, parsed.device)
     domain, tracked, rows = None if parsed.domain == "none" else parsed.domain, None, []

@@ -15,11 +15,11 @@ from samoe_hf.data.clip_datasets import MixedDataset
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.statistics import to_json
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.weights_io import whole_file, write_text
 from samoe_hf.plots.domains import plot_sizes
 from samoe_hf.surgery.domains import copy_domain_experts, fit_domain
 from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
+from samoe_hf.whole_files import whole_file, write_text
 
 from .fit_gate import decide_videos, gate_features, leave_out
 from .held_out import Compared, compare, comparison_table, means, percent

@@ -14,8 +14,8 @@ from samoe_hf.evaluation.report import format_number, format_table
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.weights_io import whole_file
 from samoe_hf.plots.masks import overlay_masks, plot_sheet
+from samoe_hf.whole_files import whole_file
 
 from .fit_gate import decide_videos, evenly_chosen
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.report import NO_NUMBER, describe_choice
 from samoe_hf.hub.repository import find_domains
-from samoe_hf.model.domain_experts import count_domain_parameters
+from samoe_hf.model.base_model import build_on_meta
+from samoe_hf.model.domain_experts import domain_tensors, module_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.plots.domains import draw_domains
@@ -30,10 +32,14 @@ HEADINGS = ("domain", "experts", "rank", "MB", "videos that the gate knows")
 
 def list_domains(model: SamoeModel) -> list[list[object]]:
     """A row for each domain of a model, as [`HEADINGS`] say. No experts are read for it."""
-    rows = []
+    rows, sizes = [], Counter()
+    if model.config.domains:
+        plain = build_on_meta(model.config.without_domain_experts())
+        for name, tensors in domain_tensors(plain, model.config.domains).items():
+            sizes[module_domain(name)] += sum(tensor.numel() for tensor in tensors.values())
     counts = [] if model.domain_gate is None else model.domain_gate.counts.tolist()
     for domain, count in zip(model.config.domains or [], counts, strict=True):
-        megabytes = count_domain_parameters(model, domain["name"]) * model.dtype.itemsize / 1e6
+        megabytes = sizes[domain["name"]] * model.dtype.itemsize / 1e6
         rank = domain["lora_rank"] if domain["num_experts"] else NO_NUMBER
         rank = f"up to {rank}" if "rank_pattern" in domain else rank
         rows.append([domain["name"], domain["num_experts"], rank, f"{megabytes:.2f}", count])

@@ -22,10 +22,10 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.tracking import TrackingStep
-from samoe_hf.model.weights_io import whole_file
 from samoe_hf.together import Timed, Together, Work, choose_videos_at_once
 from samoe_hf.tracks import TrackRow
 from samoe_hf.where_to_look import doubts
+from samoe_hf.whole_files import whole_file
 
 from .metrics import VideoScores, score_video, surface_dice
 from .simulated_user import PredictedFrame, PromptStrategy, SimulatedUser

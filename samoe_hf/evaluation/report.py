@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult
 from jinja2 import Template
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.weights_io import write_text
 from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
+from samoe_hf.whole_files import write_text
 
 from .metrics import MAIN_METRICS, METRICS
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.weights_io import write_text
 from samoe_hf.one_writer import OneWriter
+from samoe_hf.whole_files import write_text
 
 
 class RunFolder(ABC):

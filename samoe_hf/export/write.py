@@ -21,13 +21,14 @@ from samoe_hf.errors import InputError, input_errors
 from samoe_hf.export.parts import COUNTS, SIGNATURES, Signature, Value, sizes
 from samoe_hf.export.run import prepare
 from samoe_hf.model.domain_experts import use_domain
-from samoe_hf.model.expert_layer import replace_module, to_plain_linear
+from samoe_hf.model.expert_layer import replace_module
 from samoe_hf.model.memory_selection import MIN_SCORE
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompts import PREVIOUS_MASK_LIMIT
-from samoe_hf.model.weights_io import new_folder
+from samoe_hf.surgery.experts import to_plain_linear
 from samoe_hf.surgery.merge import BASE_ALONE, chosen_experts
+from samoe_hf.whole_files import new_folder
 
 OPSET = 20
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}

@@ -129,16 +129,6 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, tuner_layer))
 
 
-def adapter_state(module: nn.Module) -> str:
-    """What adapters within a module do beside their tensors: which are in use, and their scales."""
-    layers = [
-        (name, layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
-        for name, layer in module.named_modules()
-        if hasattr(layer, "active_adapters") and hasattr(layer, "disable_adapters")
-    ]
-    return str(layers) if "peft" in sys.modules else ""
-
-
 def check_adapters_can_be_saved(model: SamoePreTrainedModel) -> None:
     """Refuses adapters of other kinds than LoRA, which PEFT may have put into a model, or settings that change others'
     tensors."""

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
 from .expert_layer import (
     EXPERT_TENSORS,
     META,
@@ -315,22 +314,6 @@ def domain_modules(model: nn.Module, domain: str) -> Iterator[tuple[str, DomainE
             yield name, experts
 
 
-def count_domain_parameters(model: Any, domain: str) -> int:
-    """How many parameters the experts of a SamoeModel's domain have; those that are in a file are not read."""
-    known: dict[tuple, int] = {}
-    count = 0
-    for layer in map(model.get_submodule, model.expert_module_names):
-        if isinstance(layer, DomainLinear) and (stored := layer.stored.get(domain)):
-            kind = (layer.in_features, layer.out_features, *stored.settings.values())
-            if kind not in known:
-                experts = DomainExperts(layer.in_features, layer.out_features, **stored.settings, device=META)
-                known[kind] = sum(x.numel() for x in experts.parameters())
-            count += known[kind]
-        elif (experts := getattr(layer, PREFIX + domain, None)) is not None:
-            count += sum(x.numel() for x in experts.parameters())
-    return count
-
-
 def module_domain(name: str) -> str | None:
     """The domain that a mixture of experts of this name, as `expert_modules` gives it, belongs to, if any."""
     leaf = name.rpartition(".")[2]
@@ -340,12 +323,3 @@ def module_domain(name: str) -> str | None:
 def module_layer(name: str) -> str:
     """The layer that a mixture of experts of this name belongs to, whatever its domain."""
     return name if module_domain(name) is None else name.rpartition(".")[0]
-
-
-def check_has_no_domains(config: Any) -> None:
-    """Refuses a configuration whose experts belong to domains."""
-    if config.domains is not None:
-        raise InputError(
-            "The experts of this model belong to domains, which are added and removed as a whole (`add_domain`, "
-            "`remove_domain`) and trained apart."
-        )

@@ -286,17 +286,6 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def to_plain_linear(module: nn.Linear) -> nn.Linear:
-    """A layer with experts as a linear layer without them, whose parameters are shared."""
-    is_quantized = isinstance(module, BaseLinear) and module.quantized is not None
-    plain = (BaseLinear if is_quantized else nn.Linear)(module.in_features, module.out_features, device=META)
-    if isinstance(plain, BaseLinear):
-        plain.take_over(module)
-    else:
-        plain.weight, plain.bias = module.weight, module.bias
-    return plain
-
-
 def floating_type(linear: nn.Linear) -> torch.dtype:
     """The type that a layer computes in, which may not be the one that its weights are stored in."""
     stored = [tensor.dtype for tensor in (linear.weight, linear.bias) if tensor is not None]

@@ -125,20 +125,6 @@ def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[RouterCall
         yield records
 
 
-@contextmanager
-def route_all_to(model: nn.Module, expert: int) -> Iterator[None]:
-    """While the context is open, each token of each layer goes to one expert alone, with a gate of 1."""
-
-    def force(_, __, logits: Tensor) -> Tensor:
-        # float16 holds it, and beside 0 its softmax is 0.
-        forced = torch.full_like(logits, -1e4)
-        forced[..., expert] = 0
-        return forced
-
-    with open_hooks(output.register_forward_hook(force) for _, output in router_outputs(model)):
-        yield
-
-
 def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int | Mapping[str, int]) -> Tensor:
     """The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) in Mixtral's form for top k.
 

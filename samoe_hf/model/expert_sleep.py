@@ -85,12 +85,6 @@ def stacked_owner(module: ExpertMixture, tensor: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), leaf
 
 
-def stacked_tensor(module: ExpertMixture, tensor: str) -> Tensor:
-    """A stacked tensor with its frozen rows."""
-    owner, leaf = stacked_owner(module, tensor)
-    return getattr(owner, leaf)
-
-
 def stacked_parameter(module: ExpertMixture, tensor: str) -> nn.Parameter:
     """The parameter behind a stacked tensor."""
     owner, leaf = stacked_owner(module, tensor)

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and a hash of tensors."""
+"""A model's folder, which is written whole or not at all, and a hash of tensors."""
 
 import errno
 import hashlib
@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,33 +23,7 @@ from .errors import InputError
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 # In a folder: a save that is being written, and one that is written, until its files are in their places.
 # Trainer does not upload names that begin with an underscore.
-_UNSAVED, _SAVED, _FILES, _LOCK = "_unsaved_", "_saved", "_files.json", "_lock"
-_HEX = "[0-9a-f]{32}"
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`. What was written there becomes `path` when the block ends.
-
-    If the block raises, `path` is as it was before. Missing folders are made. The temporary file has the same suffix,
-    and several processes may write the same file at once.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, as a whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text)
+UNSAVED, _SAVED, _FILES, _LOCK = "_unsaved_", "_saved", "_files.json", "_lock"
 
 
 def sync(path: str | os.PathLike, below: bool = False) -> None:
@@ -71,39 +44,6 @@ def sync(path: str | os.PathLike, below: bool = False) -> None:
 
 
 @contextmanager
-def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `folder` when the block ends, and is removed if the block raises.
-
-    Args:
-        overwrite: whether it takes the place of a folder that is not empty.
-
-    Raises:
-        FileExistsError: at once, if `folder` is a file, or a folder that is not empty, unless `overwrite`.
-    """
-    target = Path(folder).resolve()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    old = temporary.with_name(f"{temporary.name}.old")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written: {error}") from error
-    try:
-        yield temporary
-        sync(temporary, below=True)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder whose files are moved into `folder` when the block ends.
 
@@ -118,7 +58,7 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
     target.mkdir(parents=True, exist_ok=True)
     finish_save(target)
     # Inside the folder, to be on the same file system.
-    temporary = Path(tempfile.mkdtemp(prefix=_UNSAVED, dir=target))
+    temporary = Path(tempfile.mkdtemp(prefix=UNSAVED, dir=target))
     try:
         yield temporary
         files = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
@@ -184,43 +124,6 @@ def _stamps(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
                 status = os.stat(entry.path)
                 found[entry.name] = (status.st_ino, status.st_mtime_ns)
     return found
-
-
-def clear_unfinished(target: str | os.PathLike) -> list[str]:
-    """Removes what killed processes left of a file or folder: temporary files and folders, beside it and within it.
-
-    What one had put aside to replace it, it gets back. To be called where no other process writes it.
-
-    Returns:
-        the names of what was removed or put back.
-    """
-    target = Path(os.path.abspath(target))
-    finish_save(target)
-    cleared = []
-    stem, suffix = (re.escape(text) for text in (target.stem, target.suffix))
-    beside = re.compile(rf"\.{re.escape(target.name)}\.{_HEX}(\.old)?|\.{stem}\.{_HEX}{suffix}")
-    for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        if beside.fullmatch(path.name):
-            cleared.append(path.name)
-            if path.suffix == ".old" and not target.exists():
-                path.rename(target)
-            else:
-                _remove(path)
-    within = re.compile(rf"\..+\.{_HEX}(\.\w+)?|{_UNSAVED}.+")
-    for folder, folders, files in os.walk(target):
-        for name in [*folders, *files]:
-            if within.fullmatch(name):
-                cleared.append(name)
-                _remove(Path(folder, name))
-        folders[:] = [name for name in folders if name not in cleared and name != "masks"]
-    return cleared
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:

@@ -18,7 +18,7 @@ from yaml.composer import ComposerError
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
-from samoe_hf.model.weights_io import write_text
+from samoe_hf.whole_files import write_text
 
 REQUIRED = object()
 IGNORED = object()  # a field without effect on the model's numbers

@@ -24,12 +24,11 @@ from samoe_hf.model.expert_layer import (
     has_effect,
     matching_linear_names,
     replace_module,
-    to_plain_linear,
 )
 from samoe_hf.model.expert_sleep import frozen_experts
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_trained import base_fingerprint
-from samoe_hf.surgery.experts import complete_settings, remove_experts
+from samoe_hf.surgery.experts import complete_settings, remove_experts, to_plain_linear
 from samoe_hf.surgery.gate import append_rows, confirm_row, fit_row, remove_row, rename_row
 
 

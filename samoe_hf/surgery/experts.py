@@ -16,16 +16,16 @@ from torch.nn.utils import parametrize
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, integer
-from samoe_hf.model.domain_experts import check_has_no_domains
 from samoe_hf.model.expert_layer import (
     EXPERT_TENSORS,
+    META,
+    BaseLinear,
     ExpertLinear,
     ExpertMixture,
     add_experts,
     expert_modules,
     matching_linear_names,
     replace_module,
-    to_plain_linear,
 )
 from samoe_hf.model.expert_sleep import (
     ASLEEP,
@@ -34,7 +34,6 @@ from samoe_hf.model.expert_sleep import (
     frozen_rows,
     stacked_owner,
     stacked_parameter,
-    stacked_tensor,
 )
 from samoe_hf.model.modeling_samoe import SamoeModel
 
@@ -61,7 +60,7 @@ def prune_experts(
         usage: instead of `keep`, name of each layer with experts -> (experts,). Each layer keeps its most used.
         num_experts: with `usage`, how many stay, at least `num_experts_per_tok`.
     """
-    check_has_no_domains(model.config)
+    check_has_no_domains(model)
     if sum(given is not None for given in (keep, drop, usage)) != 1:
         raise InputError("Exactly one of `keep`, `drop` and `usage` must be given.")
     if (usage is None) != (num_experts is None):
@@ -100,7 +99,7 @@ def merge_experts(model: SamoeModel, experts: Sequence[int], *, usage: Usage | N
     Returns:
         The index of the merged expert.
     """
-    check_has_no_domains(model.config)
+    check_has_no_domains(model)
     experts = sorted(check_experts(experts, model.config.num_experts))
     if len(experts) < 2:
         raise InputError(f"`experts` must be at least two experts to merge, got {experts}.")
@@ -130,7 +129,7 @@ def reset_expert(model: SamoeModel, expert: int) -> None:
 
     Its tokens get the base's output.
     """
-    check_has_no_domains(model.config)
+    check_has_no_domains(model)
     check_experts([expert], model.config.num_experts, "expert")
     _check_not_frozen(model, [expert], "expert")
     for _, module in expert_modules(model):
@@ -152,7 +151,7 @@ def replace_experts(model: SamoeModel, **settings: Any) -> None:
             `lora_rank`, `lora_alpha` and `lora_dropout`; the others stay as they are, but `expert_modules` alone
             excludes none.
     """
-    check_has_no_domains(model.config)
+    check_has_no_domains(model)
     settings = complete_settings(settings)
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
@@ -175,6 +174,17 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"exclude_modules": None} if "expert_modules" in settings else {}), **settings}
 
 
+def to_plain_linear(module: nn.Linear) -> nn.Linear:
+    """A layer with experts as a linear layer without them, whose parameters are shared."""
+    is_quantized = isinstance(module, BaseLinear) and module.quantized is not None
+    plain = (BaseLinear if is_quantized else nn.Linear)(module.in_features, module.out_features, device=META)
+    if isinstance(plain, BaseLinear):
+        plain.take_over(module)
+    else:
+        plain.weight, plain.bias = module.weight, module.bias
+    return plain
+
+
 def remove_experts(model: SamoeModel) -> None:
     """Takes all experts that belong to no domain away."""
     for name, module in list(expert_modules(model)):
@@ -184,7 +194,7 @@ def remove_experts(model: SamoeModel) -> None:
 
 def grow_experts(model: SamoeModel, num_new: int) -> list[int]:
     """Adds new experts without effect behind the others, asleep until the first training step: their indices."""
-    check_has_no_domains(model.config)
+    check_has_no_domains(model)
     if not integer(1).holds(num_new):
         raise InputError(f"`num_new` must be {integer(1).allowed}, got {num_new!r}.")
     return append_experts(model, {name: new_experts(module, num_new) for name, module in expert_modules(model)})
@@ -200,11 +210,20 @@ def freeze_experts(model: SamoeModel, experts: Sequence[int]) -> None:
     Args:
         experts: their indices; an empty list lets all be trained.
     """
-    check_has_no_domains(model.config)
+    check_has_no_domains(model)
     experts = check_experts(experts, model.config.num_experts)
     for _, module in expert_modules(model):
         _freeze_rows(module, experts)
     model.may_have_sleeping_experts = True
+
+
+def check_has_no_domains(model: SamoeModel) -> None:
+    """Refuses a model whose experts belong to domains."""
+    if model.config.domains is not None:
+        raise InputError(
+            "The experts of this model belong to domains, which are added and removed as a whole (`add_domain`, "
+            "`remove_domain`) and trained apart."
+        )
 
 
 def check_experts(experts: Sequence[int], count: int, name: str = "experts") -> list[int]:
@@ -257,6 +276,12 @@ def replace_tensors(module: ExpertMixture, values: Mapping[str, Tensor], frozen:
         setattr(owner, leaf, nn.Parameter(value.detach().clone(), requires_grad=requires_grad))
     module.num_experts = len(module.lora_A)
     _freeze_rows(module, frozen)
+
+
+def stacked_tensor(module: ExpertMixture, tensor: str) -> Tensor:
+    """A stacked tensor with its frozen rows."""
+    owner, leaf = stacked_owner(module, tensor)
+    return getattr(owner, leaf)
 
 
 def _freeze_rows(module: ExpertMixture, experts: Sequence[int]) -> None:

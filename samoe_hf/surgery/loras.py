@@ -23,12 +23,12 @@ from samoe_hf.model.adapters import (
     read_adapter_config,
     read_adapter_tensors,
 )
-from samoe_hf.model.domain_experts import check_has_no_domains, domain_modules
+from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.weights_io import new_folder
 from samoe_hf.surgery.domains import add_domain, find_domain, remove_domain
-from samoe_hf.surgery.experts import append_experts, check_experts, new_experts
+from samoe_hf.surgery.experts import append_experts, check_experts, check_has_no_domains, new_experts
+from samoe_hf.whole_files import new_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -66,7 +66,7 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
     from peft import LoraConfig
 
     if domain is None:
-        check_has_no_domains(model.config)
+        check_has_no_domains(model)
         settings, modules = model.config.to_dict(), expert_modules(model)
     else:
         settings, modules = find_domain(model, domain), domain_modules(model, domain)
@@ -143,7 +143,7 @@ def add_expert(model: SamoeModel, source: str | os.PathLike, **hub) -> int:
         InputError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.
         OSError: if there is no such adapter.
     """
-    check_has_no_domains(model.config)
+    check_has_no_domains(model)
     return append_experts(model, expert_tensors(model, read_lora(source, **hub)))[0]
 
 

@@ -18,8 +18,8 @@ from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, is_expert
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_check import describe_mismatches, find_mismatches
 from samoe_hf.model.weights_files import open_weights, own_headers
-from samoe_hf.model.weights_io import new_folder
 from samoe_hf.surgery.domains import find_domain
+from samoe_hf.whole_files import new_folder
 
 if TYPE_CHECKING:
     from transformers import Sam2VideoModel, Sam3TrackerVideoModel

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.adapters import adapter_state
 from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.base_modules import ImageFeatures
 from samoe_hf.model.batch_rows import batch_rows, use_rows
 from samoe_hf.model.domain_choice import encoder_has_experts
 from samoe_hf.model.domain_experts import active_domain
 from samoe_hf.model.frame_step import encode_frames, with_positions
-from samoe_hf.model.weights_io import hash_tensors, plain_tensors, whole_file
+from samoe_hf.model.weights_io import hash_tensors, plain_tensors
+from samoe_hf.whole_files import whole_file
 
 LEVELS = ("fine", "middle", "coarse")
 
@@ -71,7 +72,7 @@ class FeatureCache:
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             raise InputError("`feature_cache` needs whole weights, but the model is sharded.")
         tensors = dict(plain_tensors(tensors.items()))
-        structure = f"{model.config.vision_config.to_json_string()} {adapter_state(model.vision_encoder)}"
+        structure = f"{model.config.vision_config.to_json_string()} {_adapter_state(model.vision_encoder)}"
         if encoder_has_experts(model):
             structure += f" {active_domain()}"
         kinds, known = ({n: (t.shape, t.dtype, t.device) for n, t in x.items()} for x in (tensors, self._weights))
@@ -98,3 +99,13 @@ def encoder_tensors(model: SamoePreTrainedModel) -> Iterator[tuple[str, Tensor]]
     for module in ("vision_encoder", "mask_decoder.conv_s0", "mask_decoder.conv_s1"):
         for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items():
             yield f"{module}.{name}", tensor
+
+
+def _adapter_state(module: nn.Module) -> str:
+    """What adapters within a module do beside their tensors: which are in use, and their scales."""
+    layers = [
+        (name, layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for name, layer in module.named_modules()
+        if hasattr(layer, "active_adapters") and hasattr(layer, "disable_adapters")
+    ]
+    return str(layers) if "peft" in sys.modules else ""

@@ -41,8 +41,9 @@ from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor, load_processor
 from samoe_hf.model.prompt_recipe import PromptRecipe
-from samoe_hf.model.weights_io import sync, whole_file, write_text
+from samoe_hf.model.weights_io import sync
 from samoe_hf.one_writer import OneWriter
+from samoe_hf.whole_files import whole_file, write_text
 
 from .arguments import SamoeTrainingArguments, parse_run
 from .checkpoints import (

@@ -36,7 +36,7 @@ from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompt_recipe import PromptRecipe
-from samoe_hf.model.weights_io import write_text
+from samoe_hf.whole_files import write_text
 from tracking import FIRST_TIMED_FRAME, track_once
 from training import example_clip
 

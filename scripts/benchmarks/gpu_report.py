@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from measure import COLORS
 from samoe_hf.evaluation.report import format_table
-from samoe_hf.model.weights_io import whole_file, write_text
+from samoe_hf.whole_files import whole_file, write_text
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 

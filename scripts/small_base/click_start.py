@@ -18,7 +18,7 @@ import torch
 
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.weights_io import new_folder
+from samoe_hf.whole_files import new_folder
 
 # Of what was learned for masks, this much stays; the components of the encoding are multiplied by the gain.
 KEPT, GAIN = 0.1, 2.0

@@ -24,7 +24,7 @@ from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import CardContent, score_entry, write_model_card
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.weights_io import new_folder
+from samoe_hf.whole_files import new_folder
 
 NAME = "samoe-small-base"
 NUM_VIDEOS, NUM_FRAMES, SEED = 32, 8, 3  # of each look; no run has seen this seed

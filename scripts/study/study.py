@@ -29,9 +29,9 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.expert_layer import DOMAIN_GATE
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.weights_io import new_folder, write_text
 from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
 from samoe_hf.surgery.loras import export_expert
+from samoe_hf.whole_files import new_folder, write_text
 from study_gate import build_prototypes, held_out_features, measure_gate, measure_time, nearest_prototype
 from study_methods import (
     BASE_PARAMETERS,

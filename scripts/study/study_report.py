@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.weights_io import whole_file, write_text
+from samoe_hf.whole_files import whole_file, write_text
 from study_gate import UNKNOWN
 from study_methods import LABELS
 from study_plan import StudyPlan

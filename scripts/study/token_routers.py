@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.commands.assemble import match_domains
 from samoe_hf.commands.options import add_device_option
 from samoe_hf.continual.fit_gate import first_visible
@@ -28,12 +29,12 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
 from samoe_hf.model.expert_layer import expert_modules
-from samoe_hf.model.expert_router import open_hooks, route_all_to
+from samoe_hf.model.expert_router import open_hooks
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
-from samoe_hf.model.weights_io import new_folder
 from samoe_hf.surgery.experts import replace_experts
 from samoe_hf.surgery.loras import expert_tensors, read_lora
+from samoe_hf.whole_files import new_folder
 
 # Frames of a video that are tracked to see a domain: more videos tell more of it than long ones.
 FRAMES_PER_VIDEO = 8

@@ -10,12 +10,12 @@ from transformers import AutoModel, Sam3TrackerVideoModel
 from helpers.reference import ROOT, run_memory_attention
 from peers import base_of
 from samoe_hf import SamoeConfig, SamoeModel, VideoSession
+from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.cli import main
 from samoe_hf.continual.adapt import adapt
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.loras import add_expert, export_expert
 

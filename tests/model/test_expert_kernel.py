@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.model import expert_kernel, expert_layer
 from samoe_hf.model.domain_experts import DomainLinear, use_domain
 from samoe_hf.model.expert_layer import ExpertLinear
-from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.expert_sleep import ASLEEP, FrozenRows
 from samoe_hf.model.joint_linear import run_jointly
 from samoe_hf.model.kept import keep_between

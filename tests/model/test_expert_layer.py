@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.model.expert_layer import ExpertLinear, add_experts, is_expert_parameter, matching_linear_names
-from samoe_hf.model.expert_router import load_balancing_loss, record_router_logits, route_all_to, top_k_gates
+from samoe_hf.model.expert_router import load_balancing_loss, record_router_logits, top_k_gates
 
 SETTINGS = {"num_experts": 5, "num_experts_per_tok": 2, "lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.0}
 

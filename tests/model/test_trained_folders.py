@@ -18,7 +18,8 @@ from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model import loading
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.weights_io import clear_unfinished, new_folder, updated_folder, whole_file, write_text
+from samoe_hf.model.weights_io import updated_folder
+from samoe_hf.whole_files import clear_unfinished, new_folder, whole_file, write_text
 
 
 def contents(folder):

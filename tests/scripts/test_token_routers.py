@@ -7,8 +7,8 @@ from torch import nn
 import token_routers
 from helpers.loras import DOMAINS, save_base_and_loras
 from samoe_hf import SamoeModel
+from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.data import SyntheticVideos
-from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.loras import read_lora
 from token_routers import assemble_with_routers, discriminants, routed_right

@@ -14,8 +14,8 @@ from helpers.reference import (
     track_reference,
 )
 from samoe_hf import SamoeModel
+from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules
-from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.expert_sleep import ASLEEP, frozen_experts
 from samoe_hf.surgery.experts import (
     freeze_experts,

@@ -11,8 +11,8 @@ from torch import nn
 
 from helpers.reference import assert_same_tensors, attend
 from peers import base_of
+from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.model.expert_layer import expert_modules
-from samoe_hf.model.expert_router import route_all_to
 from samoe_hf.model.expert_sleep import ASLEEP
 from samoe_hf.surgery.loras import add_expert, export_expert, read_lora
 

@@ -1,0 +1,108 @@
+"""Files and folders that are written whole or not at all, and what killed processes left of them."""
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from samoe_hf.model.weights_io import UNSAVED, finish_save, sync
+
+_HEX = "[0-9a-f]{32}"
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`. What was written there becomes `path` when the block ends.
+
+    If the block raises, `path` is as it was before. Missing folders are made. The temporary file has the same suffix,
+    and several processes may write the same file at once.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, as a whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `folder` when the block ends, and is removed if the block raises.
+
+    Args:
+        overwrite: whether it takes the place of a folder that is not empty.
+
+    Raises:
+        FileExistsError: at once, if `folder` is a file, or a folder that is not empty, unless `overwrite`.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    old = temporary.with_name(f"{temporary.name}.old")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    try:
+        yield temporary
+        sync(temporary, below=True)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_unfinished(target: str | os.PathLike) -> list[str]:
+    """Removes what killed processes left of a file or folder: temporary files and folders, beside it and within it.
+
+    What one had put aside to replace it, it gets back. To be called where no other process writes it.
+
+    Returns:
+        the names of what was removed or put back.
+    """
+    target = Path(os.path.abspath(target))
+    finish_save(target)
+    cleared = []
+    stem, suffix = (re.escape(text) for text in (target.stem, target.suffix))
+    beside = re.compile(rf"\.{re.escape(target.name)}\.{_HEX}(\.old)?|\.{stem}\.{_HEX}{suffix}")
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        if beside.fullmatch(path.name):
+            cleared.append(path.name)
+            if path.suffix == ".old" and not target.exists():
+                path.rename(target)
+            else:
+                _remove(path)
+    within = re.compile(rf"\..+\.{_HEX}(\.\w+)?|{UNSAVED}.+")
+    for folder, folders, files in os.walk(target):
+        for name in [*folders, *files]:
+            if within.fullmatch(name):
+                cleared.append(name)
+                _remove(Path(folder, name))
+        folders[:] = [name for name in folders if name not in cleared and name != "masks"]
+    return cleared
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
