@@ -242,46 +242,25 @@ class _Stack:
     """An open file of several pages, which come fastest in ascending order; for one thread."""
 
     def __init__(self, path: Path):
-        self.path, self.page = path, -1
-        self.image: Any = Image.open(path, formats=IMAGE_FORMATS)
-        self.container: Any = None
+        self.path, self.page, self.image = path, 0, Image.open(path, formats=IMAGE_FORMATS)
         self.picture = self.first = _picture(self.image)
 
     def read(self, number: int) -> Picture:
         """A page, which is valid until the next one is read."""
         if number != self.page:
-            is_back, kind = number < self.page, self.first.image.format
-            self.picture = self._decode_gif(number, is_back) if kind == "GIF" else self._seek(number, is_back)
+            is_tiff = self.image.format == "TIFF"
+            if number < self.page and not is_tiff:  # Pillow fails where an animated PNG goes on from its beginning
+                self.image.close()
+                self.image = Image.open(self.path, formats=IMAGE_FORMATS)
+            self.image.seek(number)
+            _check_pixels(self.image)
+            self.picture = _picture(self.image) if is_tiff else self.first._replace(image=self.image)
             self.page = number
         return self.picture
 
-    def _seek(self, number: int, is_back: bool) -> Picture:
-        is_tiff = self.image.format == "TIFF"
-        if is_back and not is_tiff:  # Pillow fails where an animated PNG goes on from its beginning
-            self.image.close()
-            self.image = Image.open(self.path, formats=IMAGE_FORMATS)
-        self.image.seek(number)
-        _check_pixels(self.image)
-        return _picture(self.image) if is_tiff else self.first._replace(image=self.image)
-
-    def _decode_gif(self, number: int, is_back: bool) -> Picture:
-        """FFmpeg's page, since Pillow gives the first gray page in place of the second."""
-        if self.container is None or is_back:
-            if self.container is not None:
-                self.container.close()
-            self.container, self.page = av.open(f"file:{self.path}", "r", format="gif"), -1
-            self.decoder = self.container.decode(video=0)
-        for _ in range(self.page + 1, number):
-            next(self.decoder, None)
-        frame = next(self.decoder, None)
-        if frame is None:
-            raise SampleError("this page is missing")
-        return Picture(Image.fromarray(frame.to_ndarray(format="rgba")))
-
     def __del__(self) -> None:
-        for opened in (getattr(self, "image", None), getattr(self, "container", None)):
-            if opened is not None:
-                opened.close()
+        if hasattr(self, "image"):
+            self.image.close()
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ from .image_files import IMAGE_SUFFIXES, describe_unread, open_image
 from .images import ImageFrames
 from .layouts import choose_split, has_words
 from .pair_lists import LIST_SUFFIXES, read_pairs
-from .pairing import FRAME_WORDS, MASK_WORDS, PICTURE_WORDS, MaskFile, Source, is_stack, pair_stacks, split_by_name
+from .pairing import FRAME_WORDS, MASK_WORDS, PICTURE_WORDS, MaskFile, Source, is_stack, pair_masks, split_by_name
 from .schema import Video, VideoList
 from .video_io import VIDEO_SUFFIXES, read_video
 
@@ -141,7 +141,7 @@ def read_files(
 def _open_source(options: dict[str, Any], video_id: str, source: Source) -> Video:
     """Opens a video; all its errors name a file."""
     frames = read_video(source.frames) if isinstance(source.frames, Path) else ImageFrames(source.frames)
-    return Video(video_id, frames, pair_stacks(frames, source.masks, **options))
+    return Video(video_id, frames, pair_masks(frames, source.masks, **options))
 
 
 @dataclass

@@ -49,12 +49,18 @@ HINT = 'name them: `masks` takes a pattern such as "masks/{video}/{frame}_{objec
 
 
 class MaskFile(NamedTuple):
-    """A mask of a video: an image, and what is told of it otherwise than by the image's name."""
+    """A mask of a video: an image or a page of one, and what is told of it otherwise than by the image's name."""
 
     path: Path
     object_name: str | None = None
-    frame_name: str | int | None = None  # or its index
+    frame_name: str | int | None = None  # or its number
     folder: str | None = None  # its folder's name, where that may be the object's or the frame's
+    page: int | None = None
+
+    @property
+    def image(self) -> Path | Page:
+        """What is read."""
+        return self.path if self.page is None else Page(self.path, self.page)
 
 
 @dataclass
@@ -84,13 +90,13 @@ class Told(NamedTuple):
     def before(self) -> str:
         return self.text[: self.start]
 
+    @property
+    def behind(self) -> str:
+        return self.text[self.end :]
+
     def overlaps(self, other: Told) -> bool:
         """Whether both are of one name, and of the same part of it."""
         return self.text == other.text and self.start < other.end and other.start < self.end
-
-    @property
-    def rest(self) -> str:
-        return self.before + self.text[self.end :]
 
 
 def pair_masks(
@@ -101,7 +107,7 @@ def pair_masks(
     Args:
         frames: the video's.
         masks: all its masks: a label image for each frame, or a binary image for each object and frame. Frames may have
-            none.
+            none. They may be files of several pages, see [`pages_of`].
         first: the number that masks give the first frame; by default, what the frames' names say.
         values: what their values mean, `binary` and `ignore_ids` of [`LabelImages`].
 
@@ -110,42 +116,51 @@ def pair_masks(
             names the file.
     """
     masks, notes = _without_pictures(masks)
-    pairs = _Names(frames, first, notes).pair(masks)
-    paths: dict[str | None, dict[int, Path]] = {}
-    for mask, (frame, name) in zip(masks, pairs, strict=True):
-        before = paths.setdefault(name, {}).setdefault(frame, mask.path)
-        if before is not mask.path:
+    if are_pages := is_stack(masks[0].path):
+        masks = pages_of(frames, masks, first or 0, notes, **values)
+    if isinstance(masks[0].frame_name, int):
+        first = first or 0
+    pairs = list(zip(masks, _Names(frames, first, notes).pair(masks), strict=True))
+    of_names: dict[str | None, dict[int, MaskFile]] = {}
+    for mask, (frame, name) in pairs:
+        before = of_names.setdefault(name, {}).setdefault(frame, mask)
+        if before is not mask:
             whose = "" if name is None else f" of object {name}"
-            raise SampleError(f"{mask.path}: frame {frames.names[frame]} has another mask{whose}, {before}")
-    ids = object_ids([name for name in paths if name is not None])
+            raise SampleError(f"{mask.image}: frame {frames.names[frame]} has another mask{whose}, {before.image}")
+    images = {name: {frame: mask.image for frame, mask in own.items()} for name, own in of_names.items()}
+    ids = object_ids([name for name in images if name is not None])
     if not ids:
-        annotations: Annotations = LabelImages(paths[None], **values)
-    elif None in paths:
-        stray = next(iter(paths[None].values()))
+        annotations: Annotations = LabelImages(images[None], **values)
+    elif None in images:
+        stray = next(iter(images[None].values()))
         raise SampleError(f"{stray}: names no object, as other masks of the video do, such as {masks[0].path.name}")
     else:
-        of_ids = {ids[name]: of_frame for name, of_frame in paths.items() if name is not None}
-        annotations = ObjectImages(of_ids, **values)
+        annotations = ObjectImages({ids[name]: own for name, own in images.items() if name is not None}, **values)
     for note in notes:
         annotations.note(note)
-    exact = not ids and all(
-        frames.names[frame] == mask.path.stem for mask, (frame, _) in zip(masks, pairs, strict=True)
-    )
-    for place in () if exact else dict.fromkeys((0, len(masks) - 1)):
-        (frame, name), path = pairs[place], masks[place].path
-        whose = "" if name is None else f"object {ids[name]} of "
-        annotations.notes.append(f"{'/'.join(path.parts[-3:])}: {whose}frame {frame} ({frames.names[frame]})")
+    if not are_pages and (ids or any(frames.names[frame] != mask.path.stem for mask, (frame, _) in pairs)):
+        for mask, (frame, name) in dict.fromkeys((pairs[0], pairs[-1])):
+            whose = "" if name is None else f"object {ids[name]} of "
+            annotations.notes.append(f"{'/'.join(mask.path.parts[-3:])}: {whose}frame {frame} ({frames.names[frame]})")
     return annotations
 
 
 def object_ids(names: Sequence[str]) -> dict[str, int]:
     """Name of each object -> id above 0: a number that tells them apart, plus 1 where one is 0; else their order."""
+    values = [int(number) for number in _telling_numbers(names)]
+    if values:
+        return {name: value + (0 in values) for name, value in zip(names, values, strict=True)}
+    return {name: place for place, name in enumerate(sorted(names, key=natural_key), 1)}
+
+
+def _telling_numbers(names: Sequence[str]) -> list[str]:
+    """The last number of each name, or one before it, in which all differ; none where there is no such."""
     found = [re.findall(r"\d+", name) for name in names]
     for position in range(1, min(map(len, found), default=0) + 1):
-        values = [int(numbers[-position]) for numbers in found]
-        if len(set(values)) == len(names):
-            return {name: value + (0 in values) for name, value in zip(names, values, strict=True)}
-    return {name: place for place, name in enumerate(sorted(names, key=natural_key), 1)}
+        numbers = [own[-position] for own in found]
+        if len({int(number) for number in numbers}) == len(names):
+            return numbers
+    return []
 
 
 def plain_name(stem: str) -> str:
@@ -182,29 +197,23 @@ class _Names:
         if len(self.index) < self.length:
             twice = Counter(self.names).most_common(1)[0][0]
             raise SampleError(f"{masks[0].path.parent}: the video has several frames of one name, {twice}")
-        if masks[0].frame_name is not None:
-            names = [plain_name(str(mask.frame_name)) for mask in masks]
-            if isinstance(masks[0].frame_name, int):
-                self.first = self.first or 0
-            frames = self._frames(self._choose(masks, [names]), masks)
-            return [(frame, mask.object_name) for frame, mask in zip(frames, masks, strict=True)]
-        stems = [plain_name(mask.path.stem) for mask in masks]
+        is_named = masks[0].frame_name is not None
+        stems = [plain_name(str(mask.frame_name) if is_named else mask.path.stem) for mask in masks]
         if LABEL_STUDIO.match(stems[0]):
             raise SampleError(
                 f"{masks[0].path}: Label Studio's masks name tasks instead of frames; export its JSON, which is read"
             )
         folders = [mask.folder or "" for mask in masks]
-        told = self._choose(masks, [stems, folders] if all(folders) else [stems])
+        told = self._choose(masks, [stems, folders] if all(folders) and not is_named else [stems])
         frames = self._frames(told, masks)
-        if masks[0].object_name is not None:
+        if is_named or masks[0].object_name is not None:
             return [(frame, mask.object_name) for frame, mask in zip(frames, masks, strict=True)]
         of_stems = [one.text for one in told] == stems
         rests = [
-            f"{folder}/{one.rest}".strip("/")
-            if of_stems
-            else f"{one.rest}/{stem.removeprefix(folder) or stem}".strip("/")
+            (f"{folder}/{one.before}{one.behind}" if of_stems
+             else f"{one.before}{one.behind}/{stem.removeprefix(folder) or stem}").strip("/")
             for one, stem, folder in zip(told, stems, folders, strict=True)
-        ]
+        ]  # fmt: skip
         is_told = self._tells_objects(frames, rests, masks, of_stems and folders[0])
         return [(frame, rest if is_told else None) for frame, rest in zip(frames, rests, strict=True)]
 
@@ -234,11 +243,9 @@ class _Names:
                 )
             if ways:
                 return ways[0]
-        path, name = masks[0].path, parts[0][0]
-        for mask, text in zip(masks, parts[0], strict=True):
-            if not any(level([text]) for level in self._levels()):
-                path, name = mask.path, text
-                break
+        named = zip((mask.path for mask in masks), parts[0], strict=True)
+        unknown = (one for one in named if not any(level([one[1]]) for level in self._levels()))
+        path, name = next(unknown, (masks[0].path, parts[0][0]))
         last = (_numbers(name) or (-1,))[-1]
         wanted = f"named {name} or numbered {last}" if last >= 0 and self.of_number else f"of this name ({name})"
         raise SampleError(f"{path}: no frame {wanted}; the frames are {self.names[0]} to {self.names[-1]}; {HINT}")
@@ -306,12 +313,8 @@ class _Names:
         """Number -> frame, and as they are written, of the last numbers in the names that tell all of them apart."""
         if self.is_counted:  # from 0 or from 1, as is known when all masks are
             return {number: number for number in range(self.length + 1)}, set()
-        found = [re.findall(r"\d+", name) for name in self.names]
-        for position in range(1, min(map(len, found)) + 1):
-            values = {int(numbers[-position]): i for i, numbers in enumerate(found)}
-            if len(values) == self.length:
-                return values, {numbers[-position] for numbers in found}
-        return {}, set()
+        numbers = _telling_numbers(self.names)
+        return {int(number): i for i, number in enumerate(numbers)}, set(numbers)
 
     def _frames(self, told: Sequence[Told], masks: Sequence[MaskFile]) -> list[int]:
         """The frames that names tell."""
@@ -399,68 +402,50 @@ def is_stack(path: Path) -> bool:
         return False
 
 
-def pair_stacks(
-    frames: FrameSequence, masks: Sequence[MaskFile], first: Literal[0, 1] | None = None, **values: Any
-) -> Annotations:
-    """The annotations of a video whose masks may be files of several pages; see [`pair_masks`] for arguments.
+def pages_of(
+    frames: FrameSequence, masks: Sequence[MaskFile], first: int, notes: list[str], **values: Any
+) -> list[MaskFile]:
+    """The pages of masks that are files of several pages, each with its frame, and its object if it is of one.
 
     A file with as many pages as the video has frames has their masks in order. One such file is of all objects; of
-    several, each is of an object. Else a file is of a frame, and its pages are of objects. Others are a `SampleError`.
+    several, each is of an object. Else a file is of a frame, and its pages are of objects: that of their value, or of
+    their place if they have one value. Others are a `SampleError`. What is guessed goes into `notes`.
     """
-    if not is_stack(masks[0].path):
-        return pair_masks(frames, masks, first, **values)
     pages = {mask.path: image_info(mask.path).pages for mask in masks}
-    are_frames = all(len(own) == len(frames) for own in pages.values())
-    if are_frames and len(masks) == 1:
-        annotations: Annotations = LabelImages(dict(enumerate(_pages(masks[0].path))), **values)
-        annotations.note(f"{masks[0].path}: its pages are the masks of the video's frames, in order")
-    elif are_frames and not {mask.path.stem for mask in masks} <= set(frames.names):
-        names = {mask.path: mask.object_name or mask.path.stem for mask in masks}
-        ids = object_ids(list(names.values()))
-        of_ids = {ids[name]: dict(enumerate(_pages(path))) for path, name in names.items()}
-        annotations = ObjectImages(of_ids, **values)
-        annotations.note(f"{masks[0].path.parent}: each file has the masks of an object, a page for each frame")
-    elif len(masks) == 1 and len(frames) > 1:
-        count = len(pages[masks[0].path])
-        raise SampleError(f"{masks[0].path}: {count} pages for {len(frames)} frames; a mask is expected for each")
-    else:
-        by_name = pair_masks(frames, [mask._replace(folder=None) for mask in masks], first)
-        if not isinstance(by_name, LabelImages):
-            raise SampleError(f"{masks[0].path}: names an object, and has {len(pages[masks[0].path])} pages of objects")
-        of_frames = {frame: Path(str(path)) for frame, path in by_name.images.items()}
-        annotations = _objects_by_page(of_frames, **values)
-    return annotations
-
-
-def _pages(path: Path) -> list[Page]:
-    return [Page(path, number) for number in image_info(path).pages]
-
-
-def _objects_by_page(
-    of_frames: dict[int, Path], binary: bool | None = None, ignore_ids: Collection[int] | None = None
-) -> Annotations:
-    """Objects that are the pages of each frame's file: by the value of each page, or its number if all are the same."""
-    values: dict[Page, int] = {}
-    for page in (page for path in of_frames.values() for page in _pages(path)):
-        present = np.setdiff1d(read_label_png(page), [0, *(ignore_ids or ())]).tolist()
-        if len(present) > 1 and not binary:
-            raise SampleError(f"{page}: holds the values {present[:5]}; expected the mask of one object on each page")
-        values[page] = present[0] if present else 0
-    by_value = len(set(values.values()) - {0}) > 1 and not binary
-    counts = {len(_pages(path)): path for path in of_frames.values()}
+    path = masks[0].path
+    of_frames = all(len(own) == len(frames) for own in pages.values())
+    if of_frames and (len(masks) == 1 or not {mask.path.stem for mask in masks} <= set(frames.names)):
+        whose = {mask.path: mask.object_name or mask.path.stem if len(masks) > 1 else None for mask in masks}
+        notes.append(
+            f"{path.parent}: each file has the masks of an object, a page for each frame" if len(masks) > 1
+            else f"{path}: its pages are the masks of the video's frames, in order"
+        )  # fmt: skip
+        return [MaskFile(p, whose[p], t, page=n) for p, own in pages.items() for t, n in enumerate(own, first)]
+    if len(masks) == 1 and len(frames) > 1:
+        raise SampleError(f"{path}: {len(pages[path])} pages for {len(frames)} frames; a mask is expected for each")
+    seen = {Page(p, n): _value_of(Page(p, n), **values) for p, own in pages.items() for n in own}
+    by_value = len({*seen.values()} - {0}) > 1 and not values.get("binary")
+    counts = {len(own): p for p, own in pages.items()}
     if not by_value and len(counts) > 1:
         few, many = min(counts), max(counts)
         raise SampleError(f"{counts[few]}: {few} pages, but {counts[many]} has {many}: which page is which object's?")
-    of_ids: dict[int, dict[int, Page]] = {value: {} for value in sorted({*values.values()} - {0}) if by_value}
-    for frame, path in of_frames.items():
-        for place, page in enumerate(_pages(path), 1):
-            if values[page] and frame in of_ids.get(values[page], {}):
-                raise SampleError(f"{page}: another page of this frame has the value {values[page]} as well")
-            if values[page] or not by_value:
-                of_ids.setdefault(values[page] if by_value else place, {})[frame] = page
-        if not any(frame in own for own in of_ids.values()):
-            next(iter(of_ids.values()))[frame] = _pages(path)[0]  # no object is on this frame
-    annotations = ObjectImages(of_ids, binary, ignore_ids)
     told = "the values of the pages" if by_value else "the pages' numbers, from 1"
-    annotations.note(f"{next(iter(of_frames.values())).parent}: a file has the masks of a frame; objects are {told}")
-    return annotations
+    notes.append(f"{path.parent}: a file has the masks of a frame; objects are {told}")
+    found = []
+    for mask in masks:
+        own = list(enumerate((Page(mask.path, n) for n in pages[mask.path]), 1))
+        named = [(seen[page] if by_value else place, page) for place, page in own if seen[page] or not by_value]
+        absent = [(min({*seen.values()} - {0}), own[0][1])] if by_value else []  # of a frame without any object
+        found += [
+            MaskFile(mask.path, str(name), mask.frame_name or mask.path.stem, page=page.number)
+            for name, page in named or absent
+        ]
+    return found
+
+
+def _value_of(page: Page, binary: bool | None = None, ignore_ids: Collection[int] | None = None) -> int:
+    """The value of the object on a page, 0 where there is none."""
+    present = np.setdiff1d(read_label_png(page), [0, *(ignore_ids or ())]).tolist()
+    if len(present) > 1 and not binary:
+        raise SampleError(f"{page}: holds the values {present[:5]}; expected the mask of one object on each page")
+    return present[0] if present else 0
