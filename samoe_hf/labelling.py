@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from samoe_hf.data.annotations import RleMasks
+from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.fingerprints import fingerprint, frames_fingerprint
 from samoe_hf.data.frames import check_inside
 from samoe_hf.data.images import image_paths, read_label_png
@@ -180,7 +180,7 @@ def _about_files(prompts: Sequence[FilePrompt], folder: Path, video: Path) -> An
 
 
 def _open(domain: str, video_id: str, path: Path, object_ids: set[int]) -> Video:
-    return Video(video_id, read_video(path), RleMasks({}, object_ids), domain)
+    return Video(video_id, read_video(path), Shapes({}, object_ids), domain)
 
 
 def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:

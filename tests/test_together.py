@@ -8,7 +8,7 @@ import pytest
 
 from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf.data import SyntheticVideos, Video, write_video
-from samoe_hf.data.annotations import RleMasks
+from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.frames import ArrayFrames, SampleError
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError
@@ -116,7 +116,7 @@ def test_evaluated_videos_are_scored_as_alone(nano, processor, prompt):
 
 
 def prompted(name, frames, prompts):
-    return PromptedVideo("d", name, lambda: Video(name, frames, RleMasks({}, {1}), "d"), lambda _: prompts, name)
+    return PromptedVideo("d", name, lambda: Video(name, frames, Shapes({}, {1}), "d"), lambda _: prompts, name)
 
 
 class Broken(ArrayFrames):

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers.utils import cached_file
 
-from samoe_hf.data.annotations import RleMasks
+from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.frames import FrameSequence
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors
@@ -103,7 +103,7 @@ def confirm(
     turns: Callable[[Iterator[Any]], Iterable[Any]] = iter,
 ) -> str:
     """Tells the gate of one more video of a domain, see [`confirm_video`]; says what it took it for, and does now."""
-    video = Video("", frames, RleMasks({}, []))
+    video = Video("", frames, Shapes({}, []))
     (before,) = turns(decide_frame(model, processor, video, t) for t in (0,))
     confirm_video(model, processor, domain, video, turns)
     (after,) = turns(decide_frame(model, processor, video, t) for t in (0,))

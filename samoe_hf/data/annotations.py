@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.mask import encode, frPyObjects
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from samoe_hf.errors import InputError
-
-from .frames import SampleError, say_once
+from .frames import SampleError, named_errors, say_once
 from .image_files import Page
 from .images import read_label_png
+from .shapes import draw
 
 HINT = "`binary: true` (`year: 2016` for the kind davis) reads every value above 0 as the object"
 
@@ -290,77 +288,16 @@ class MaskArrays(MasksOfObjects):
         return self.stored[frame][object_id]
 
 
-class RleMasks(MasksOfObjects):
-    """COCO run-length encodings `{"size": [H, W], "counts": …}` (SA-V training, COCO, rows of a `datasets.Dataset`)."""
+class Shapes(MasksOfObjects):
+    """Masks of which each is the union of its [`Part`]s, such as run-length encodings and polygons; of a known size."""
 
     def _read(self, frame: int, object_id: int) -> np.ndarray:
         assert self.size is not None
-        try:
-            return decode_rle(self.stored[frame][object_id], self.size)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise SampleError(
-                f"{self.source(frame)}: object {object_id} is no COCO run-length encoded mask ({error!r})"
-            ) from error
-
-
-def decode_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """The mask (H, W) bool of a COCO run-length encoding; any error where it does not fit the size (height, width).
-
-    Args:
-        rle: `{"size": [H, W], "counts": …}`, with counts compressed (a string) or not (a list). pycocotools, which
-            reads and writes beyond its memory where runs do not fit, is not trusted with it.
-        size: of the frame.
-    """
-    counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
-    runs = decompress_counts(counts) if isinstance(counts, bytes) else np.array(counts)
-    area = size[0] * size[1]
-    is_whole = runs.ndim == 1 and runs.dtype == np.int64 and ((runs >= 0) & (runs <= area)).all() and runs.sum() == area
-    if list(rle["size"]) != list(size) or not is_whole:
-        raise InputError(f"its size is {rle['size']}, or its runs do not add up to {size[0]} x {size[1]} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
-
-
-def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) bool as a COCO run-length encoding, with compressed counts."""
-    encoded: Any = encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
-
-
-def encode_polygon(polygon: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
-    """The run-length encoding of a polygon x, y, x, y, … in an image of a size (height, width).
-
-    An error are too few points, and points so far outside the image or an outline so long that pycocotools would take
-    more memory than the image is worth.
-    """
-    height, width = size
-    flat = np.array(polygon, dtype=np.float64)
-    if flat.ndim != 1 or flat.size < 6 or flat.size % 2:
-        raise InputError("a polygon must have at least three points x, y")
-    points = flat.reshape(-1, 2)
-    if not (np.abs(points - (width / 2, height / 2)) <= 2 * max(size)).all():
-        raise InputError(f"a polygon has points far outside the image of {height} x {width} pixels")
-    steps = np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1)
-    if steps.sum() > 4 * (height + width) + 2 * height * width:
-        raise InputError("a polygon's outline is longer than twice the image's pixels")
-    shapes: Any = [flat.tolist()]  # pycocotools' types leave out such lists
-    return dict(frPyObjects(shapes, *size)[0])
-
-
-def decompress_counts(counts: bytes) -> np.ndarray:
-    """The runs of compressed counts, integers of 5 bits a character; each but the first three is a difference."""
-    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((codes & 0x20) == 0)
-    if codes.size == 0 or codes.min() < 0 or codes.max() > 63 or ends.size == 0 or ends[-1] != codes.size - 1:
-        raise InputError("damaged counts")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, ends + 1 - starts))
-    if shifts.max() > 30:
-        raise InputError("damaged counts")
-    runs = np.add.reduceat((codes & 0x1F) << shifts, starts)
-    runs -= np.where(codes[ends] & 0x10, 1 << (shifts[ends] + 5), 0)  # the last character's highest bit is the sign
-    for first in (1, 2):
-        runs[first::2] = runs[first::2].cumsum()
-    return runs
+        mask = np.zeros(self.size, dtype=bool)
+        with named_errors(f"{self.source(frame)}, object {object_id}", "its shape is no mask"):
+            for part in self.stored[frame][object_id]:
+                mask |= draw(part, self.size)
+        return mask
 
 
 def check_object_ids(object_ids: Collection[int], name: str = "") -> None:

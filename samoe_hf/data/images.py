@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
@@ -73,8 +74,6 @@ class ImageFrames(FrameSequence):
                 names = [f"{i:05d}" for i in range(len(info.pages))]
         self.names = numbers if names is None else list(names)
         self.size = image_info(self.sources[0], self._name(0)).size
-        self._is_deep: bool | None = None
-        self._found_window: Window | None = None
 
     def _name(self, index: int) -> str:
         source = self.sources[index]
@@ -92,24 +91,22 @@ class ImageFrames(FrameSequence):
         """Whether the frames are pages of one file."""
         return isinstance(self.sources[0], Page)
 
-    @property
+    @cached_property
     def is_deep(self) -> bool:
         """Whether the frames have more than 8 bits per channel."""
-        if self._is_deep is None:
-            self._is_deep = self._pixels(0).dtype != np.uint8
-        return self._is_deep
+        return self._pixels(0).dtype != np.uint8
 
     def _read(self, index: int) -> np.ndarray:
         pixels = self._pixels(index)
         if (pixels.dtype != np.uint8) != self.is_deep:
             bits = "more than 8 bits" if self.is_deep else "8 bits"
             raise SampleError(f"{self._name(index)}: frame of {pixels.dtype}, but the video's first one has {bits}")
-        if self.is_deep and self.window is None and self._found_window is None:
-            self._found_window = self._find_window()
-        pixels = to_uint8(pixels, self.window or self._found_window)
+        pixels = to_uint8(pixels, self.window or (self._found_window if self.is_deep else None))
         return np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels
 
-    def _find_window(self) -> Window:
+    @cached_property
+    def _found_window(self) -> Window:
+        """The 0.5 and 99.5 percentiles over the video, which is said."""
         owner = self.owner or (self.paths[0].parent if len(self.paths) > 1 else self.paths[0])
         chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_FRAMES)).astype(int)).tolist()
         with named_errors(owner, "no intensities"):

@@ -259,7 +259,7 @@ def _join(
     for path, names in of_frames.items():
         paths[names["video"]].append(path)
     for path, names in of_masks.items():
-        mask_files[names["video"]].append(MaskFile(path, *map(names.get, ("object", "frame", "part"))))
+        mask_files[names["video"]].append(MaskFile(path, names.get("object"), names.get("frame"), names.get("part")))
     sources = {}
     for key in sorted(paths.keys() & mask_files.keys(), key=natural_key):
         first, *others = paths[key]

@@ -17,7 +17,7 @@ import numpy as np
 
 from samoe_hf.errors import InputError
 
-from .annotations import LabelImages, ObjectImages, RleMasks
+from .annotations import LabelImages, ObjectImages, Shapes
 from .frames import SampleError, named_errors, natural_key
 from .images import ImageFrames, image_paths, read_label_png
 from .schema import Video, VideoList
@@ -130,8 +130,12 @@ def _open_masklets(frame_step: int, video_id: str, path: Path) -> Video:
     with named_errors(path, "not SA-V annotations"):
         data = json.loads(path.read_bytes())
         masklets, size = data["masklet"], (int(data["video_height"]), int(data["video_width"]))
-        rles = {i * frame_step: dict(enumerate(rle, 1)) for i, rle in enumerate(masklets) if rle and None not in rle}
-        masks = RleMasks(rles, sorted(set().union(*rles.values())), size, str(path))
+        rles = {
+            i * frame_step: {number: [one] for number, one in enumerate(rle, 1)}
+            for i, rle in enumerate(masklets)
+            if rle and None not in rle
+        }
+        masks = Shapes(rles, sorted(set().union(*rles.values())), size, str(path))
         return Video(video_id, read_video(path.with_name(f"{video_id}.mp4")), masks)
 
 

@@ -20,9 +20,10 @@ from PIL import Image
 
 from samoe_hf.errors import InputError
 
-from .annotations import Annotations, MaskArrays, RleMasks, encode_rle
+from .annotations import Annotations, MaskArrays, Shapes
 from .frames import ArrayFrames, FrameSequence, SampleError, named_errors
 from .images import ImageFrames, encode_png
+from .shapes import encode_rle
 
 FEATURES = datasets.Features(
     {
@@ -238,13 +239,13 @@ def video_from_row(row: dict[str, Any]) -> Video:
         if len(set(row["annotated_frames"])) < len(row["annotated_frames"]):
             raise SampleError(f"{video_id}: a frame that is annotated twice")
         rles = {
-            frame: {i: {"size": frames.size, "counts": counts} for i, counts in zip(ids, frame_counts, strict=True)}
+            frame: {i: [{"size": frames.size, "counts": counts}] for i, counts in zip(ids, frame_counts, strict=True)}
             for frame, frame_counts in zip(row["annotated_frames"], row["masks"], strict=True)
         }
         spacing = tuple(row["spacing"]) or None
         names = row.get("classes") or [None] * len(ids)
         classes = {i: str(name) for i, name in zip(ids, names, strict=True) if name is not None}
-        return Video(video_id, frames, RleMasks(rles, ids, frames.size, video_id), domain, spacing, classes)
+        return Video(video_id, frames, Shapes(rles, ids, frames.size, video_id), domain, spacing, classes)
 
 
 def to_datasets(videos: Sequence[Video], cache_dir: str | None = None) -> datasets.Dataset:

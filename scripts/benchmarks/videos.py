@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 
 from samoe_hf import small_base
-from samoe_hf.data.annotations import MaskArrays, RleMasks
+from samoe_hf.data.annotations import MaskArrays, Shapes
 from samoe_hf.data.images import read_label_png
 from samoe_hf.data.schema import Video
 from samoe_hf.data.synthetic import SyntheticVideos
@@ -87,7 +87,7 @@ def make_videos(place: Path, parsed: argparse.Namespace) -> list[Video]:
 def prompted(video: Video) -> PromptedVideo:
     ids = video.visible(0)
     prompts = [prompt_from_mask("box", i, 0, m) for i, m in zip(ids, video.masks(0, ids), strict=True)]
-    only = Video(video.video_id, read_video(video.frames.path), RleMasks({}, set(ids)), video.domain)
+    only = Video(video.video_id, read_video(video.frames.path), Shapes({}, set(ids)), video.domain)
     return PromptedVideo(video.domain, video.video_id, lambda: only, lambda _: prompts, video.video_id)
 
 

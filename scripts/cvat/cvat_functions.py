@@ -19,8 +19,8 @@ import torch
 
 from samoe_hf import VideoSession
 from samoe_hf.data.formats.cvat import draw_runs
-from samoe_hf.data.formats.shapes import cropped, draw, joined, polygons_of, runs_of
 from samoe_hf.data.images import read_pixels
+from samoe_hf.data.shapes import cropped, draw, joined, polygons_of, runs_of
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, load_tracker
 

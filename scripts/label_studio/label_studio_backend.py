@@ -30,8 +30,8 @@ import torch
 
 from samoe_hf import VideoSession
 from samoe_hf.data.formats.label_studio import encode_brush
-from samoe_hf.data.formats.shapes import cropped
 from samoe_hf.data.frames import DAMAGE, FrameSequence, SampleError, check_inside, named_errors
+from samoe_hf.data.shapes import cropped
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.inference import VideoPrompt, check_masks, check_prompts, load_tracker, masks_of

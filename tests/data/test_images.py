@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from samoe_hf.data import image_files, load_videos, read_label_png, video_from_item
-from samoe_hf.data.annotations import RleMasks
+from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.frames import SampleError
 from samoe_hf.data.hub_datasets import videos_from_dataset
 from samoe_hf.data.image_files import Page
@@ -234,7 +234,7 @@ def test_pages_of_one_file_are_frames(tmp_path, picture, format):
         assert np.abs(frames[i].astype(int) - pages[i]).mean() < 4, i
     with pytest.raises(SampleError, match="5 pages"):
         ImageFrames([path, path])[0]
-    row = video_to_row(Video("a", frames, RleMasks({}, [1])))
+    row = video_to_row(Video("a", frames, Shapes({}, [1])))
     assert all(np.array_equal(a, b) for a, b in zip(video_from_row(row).frames, frames, strict=True))
 
 

@@ -103,7 +103,10 @@ def test_a_frame_whose_pages_are_empty_has_no_object(tmp_path):
         ({"m.tif": IDS[[0, 1, 2, 3, 4, 5, 5]]}, "m.tif: 7 pages for 6 frames"),
         ({f"{t:05d}.tif": [IDS[t], IDS[t]] for t in range(6)}, r"holds the values \[1, 2\]"),
         ({f"{t:05d}.tif": [IDS[t] > 0] * (2 + t % 2) for t in range(6)}, "which page is which object"),
-        ({f"{t:05d}.tif": [(IDS[t] == 1) * np.uint8(i) for i in (1, 2, 2)] for t in range(6)}, "another mask of object 2"),
+        (
+            {f"{t:05d}.tif": [(IDS[t] == 1) * np.uint8(i) for i in (1, 2, 2)] for t in range(6)},
+            "another mask of object",
+        ),
     ],
     ids=["too few", "too many", "several objects on a page", "different counts", "an object twice"],
 )

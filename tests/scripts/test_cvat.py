@@ -19,7 +19,7 @@ from PIL import Image
 
 import cvat_functions
 from samoe_hf import small_base
-from samoe_hf.data.formats.shapes import draw, joined, polygons_of
+from samoe_hf.data.shapes import draw, joined, polygons_of
 from samoe_hf.data.synthetic import SyntheticVideos
 
 FOLDER = Path(cvat_functions.__file__).parent

@@ -9,14 +9,13 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from samoe_hf.data.annotations import encode_rle
 from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key, say_once
 from samoe_hf.data.layouts import YTVIS
 from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.shapes import Part, encode_rle, polygons_of
 
 from . import labels
 from .labels import LabelledFrame, LabelledObject
-from .shapes import Part, polygons_of
 
 
 def read_coco(

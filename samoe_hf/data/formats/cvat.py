@@ -12,16 +12,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from samoe_hf.data.annotations import decode_rle
 from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import CVAT
 from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.shapes import Part, box, cropped, decode_rle, joined, place, polygons_of, runs_of
 from samoe_hf.data.video_io import VIDEO_SUFFIXES, read_video
 
 from . import labels
 from .labels import LabelledFrame, LabelledVideo
-from .shapes import Part, box, cropped, joined, place, polygons_of, runs_of
 
 LABELLED = "labelled_frames"  # in the file's `meta`, which CVAT does not read
 

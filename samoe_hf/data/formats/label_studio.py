@@ -18,10 +18,10 @@ from samoe_hf.data.frames import SampleError, named_errors, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import LABEL_STUDIO
 from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.shapes import Part, box, runs_of
 
 from . import labels
 from .labels import LabelledFrame
-from .shapes import Part, box, runs_of
 
 NO_PLACE = ("choices", "textarea", "rating", "taxonomy", "number", "relation", "datetime", "pairwise", "ranker")
 RUN_BITS = (3, 4, 8, 16)  # in which a run's length less 1 is written

@@ -17,10 +17,10 @@ from samoe_hf.data.frames import SampleError, named_errors, say_once
 from samoe_hf.data.image_files import open_image
 from samoe_hf.data.layouts import LABELME
 from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.shapes import Part, box, cropped, place, polygons_of
 
 from . import labels
 from .labels import LabelledFrame
-from .shapes import Part, box, cropped, place, polygons_of
 
 FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes besides polygons and masks, their points
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.clips import warn_one_frame
 from samoe_hf.data.frames import SampleError, check_inside, frame_order, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
@@ -20,9 +21,8 @@ from samoe_hf.data.layouts import has_words
 from samoe_hf.data.pairing import object_ids
 from samoe_hf.data.readers import check_folder
 from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.shapes import Part
 from samoe_hf.data.video_io import read_video
-
-from .shapes import Part, Shapes
 
 NO_CLASS = "object"
 UPRIGHT = (".jpg", ".jpeg", ".png")  # files that every tool reads

@@ -12,10 +12,10 @@ import yaml
 from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key
 from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
 from samoe_hf.data.schema import Video, VideoList
+from samoe_hf.data.shapes import joined, polygons_of
 
 from . import labels
 from .labels import LabelledFrame, LabelledObject
-from .shapes import joined, polygons_of
 
 
 def read_yolo(root: str | Path, split: str = "train") -> VideoList:

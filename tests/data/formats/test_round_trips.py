@@ -12,10 +12,10 @@ from helpers.formats import SIZE, odd_videos, save
 from samoe_hf.data import SyntheticVideos, Video, load_videos, write_video
 from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.formats.convert import compare, write_videos
-from samoe_hf.data.formats.shapes import draw, joined, polygons_of
 from samoe_hf.data.frames import ArrayFrames
 from samoe_hf.data.images import ImageFrames
 from samoe_hf.data.layouts import WRITTEN, recognize
+from samoe_hf.data.shapes import draw, joined, polygons_of
 from samoe_hf.errors import InputError
 
 KINDS = ["coco", "ytvis", "yolo", "cvat", "labelme", "labelstudio", "davis"]
