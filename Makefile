@@ -10,12 +10,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest lint docs format clean
+.PHONY: demo test test-fast test-slow test-oldest lint docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.installed lint
+# Lint beside the tests: its type checker is one process.
+test: $(VENV)/.installed
+	$(MAKE) --no-print-directory -j 2 lint test-fast
+
+test-fast: $(VENV)/.installed
 	$(PYTEST) -n 2
 
 # Full-size parity with the sam2 package, end-to-end runs: needs about an hour on 2 cores.
