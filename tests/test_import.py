@@ -2,25 +2,35 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
+import transformers
 from transformers import AutoModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import samoe_hf
 from helpers.reference import ROOT
-from samoe_hf.auto import MODEL_TYPE, register
+from samoe_hf.auto import MODEL_TYPE, TABLES, register
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["thread", "names"], *(pytest.param([order], marks=pytest.mark.slow) for order in ("ours", "theirs", "thread"))],
-    ids=" ".join,
-)
-def test_transformers_knows_the_types_in_any_order_of_imports(words):
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["ours", "theirs", "thread"])
+def test_transformers_knows_the_types_in_any_order_of_imports(order):
     program = ROOT / "tests" / "programs" / "import_orders.py"
-    result = subprocess.run([sys.executable, program, *words], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, program, order], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_tables_that_transformers_imports_later_have_the_types(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    for path in TABLES:
+        name = path.rpartition(".")[2]
+        monkeypatch.setattr(transformers.models.auto, name, sys.modules[path])  # a second import puts another there
+        monkeypatch.delitem(sys.modules, path)
+    register()
+    for path, (table, kind) in TABLES.items():
+        assert getattr(import_module(path), table)[MODEL_TYPE] == kind
 
 
 def test_where_transformers_is_loaded_the_types_are_known_at_once(monkeypatch):

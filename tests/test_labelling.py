@@ -243,8 +243,8 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
 
 @pytest.fixture
 def one_video(tmp_path):
-    """A folder with a video of 10 frames, whose first one has a mask, and that mask."""
-    video = SyntheticVideos(1, 10, (64, 80), seed=3)[0]
+    """A folder with a video of 6 frames, whose first one has a mask, and that mask."""
+    video = SyntheticVideos(1, 6, (64, 80), seed=3)[0]
     (tmp_path / "data" / "v" / "masks").mkdir(parents=True)
     (tmp_path / "data" / "v" / "frames").mkdir()
     for t, frame in enumerate(video.frames):
@@ -264,8 +264,8 @@ def test_labels_of_other_masks_or_frames_are_not_taken_for_the_new_ones(model_fo
     shutil.copy(mask, tmp_path / "mask.png")
     first = ["--dataset", data, "--output", tmp_path / "first"]
     second = ["--dataset", data, "--prompts", prompts, "--output", tmp_path / "second"]
-    frame = data / "v" / "frames" / "7.png"
-    for words, changed in [(first, mask), (second, tmp_path / "mask.png"), (first, frame), (second, frame)]:
+    frame = data / "v" / "frames" / "4.png"
+    for words, changed in [(first, mask), (second, tmp_path / "mask.png"), (second, frame)]:
         label(model_folder, *words, "--overwrite")
         before = changed.read_bytes()
         Image.fromarray(moved(np.asarray(Image.open(changed)))).save(changed)
@@ -284,7 +284,7 @@ def test_a_video_is_finished_when_its_masks_are_there(model_folder, one_video, t
     path = next(stale)
     path.rename(path.with_name("from_another_attempt.png"))
     label(model_folder, *words)
-    assert "v is labelled anew: 9 of 10 masks are there" in capsys.readouterr().out
+    assert "v is labelled anew: 5 of 6 masks are there" in capsys.readouterr().out
     assert same(before, read_masks(tmp_path / "out"))
     (tracks,) = (tmp_path / "out" / "tracks").rglob("*.csv")
     tracks.unlink()
@@ -323,7 +323,7 @@ def test_a_second_process_disturbs_no_labels(model_folder, one_video, tmp_path, 
 
     def track_twice(model, processor, frames, prompts):
         for tracked in tracking_steps(model, processor, frames, prompts):
-            if getattr(tracked, "frame_idx", 0) == 8 and not refused:
+            if getattr(tracked, "frame_idx", 0) == 4 and not refused:
                 with pytest.raises(SystemExit) as error:
                     label(model_folder, *words, "--overwrite")
                 refused.append(str(error.value))
@@ -332,7 +332,7 @@ def test_a_second_process_disturbs_no_labels(model_folder, one_video, tmp_path, 
     monkeypatch.setattr(labelling, "tracking_steps", track_twice)
     label(model_folder, *words)
     assert "is being written by another process: `" in refused[0] and f"process {os.getpid()}" in refused[0]
-    assert len(read_masks(tmp_path / "out")) == 10
+    assert len(read_masks(tmp_path / "out")) == 6
 
 
 def test_labels_are_pushed_as_a_dataset(model_folder, data, tmp_path, monkeypatch):

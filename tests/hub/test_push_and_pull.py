@@ -10,14 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+from transformers import AutoProcessor, dynamic_module_utils
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
 
 from helpers.edgetam import edgetam_model, needs_timm
 from helpers.hub_client import Client, ClientError
 from helpers.hub_server import HubServer, Repository, use_hub
 from helpers.reference import ROOT, assert_same_tensors, reference_folder
 from helpers.sam3 import save_combined
-from programs.hub_pull import pull
+from programs.hub_pull import compare, pull
 from samoe_hf import SamoeModel
 from samoe_hf.cli import main
 from samoe_hf.model.domain_gate import pooled_features
@@ -114,13 +115,23 @@ def test_what_is_pushed_is_what_was_trained(server):
     assert not any(name.endswith(".py") for name in base.files) and "modeling_samoe.py" in experts.files
 
 
-def test_pulled_it_is_the_same_with_and_without_the_package(server, reader, tmp_path):
-    """With it, registered, by the package's code; without it by the repository's."""
-    apart = pull_apart(reader, "tester/experts", server.expected, tmp_path / "apart")
-    same = {"same": True, "difference": pytest.approx(0, abs=1e-4), "processor": ["Sam2VideoProcessor", 128]}
-    assert apart == same | {"module": "transformers_modules"}
+SAME = {"same": True, "difference": pytest.approx(0, abs=1e-4), "processor": ["Sam2VideoProcessor", 128]}
+
+
+def test_pulled_it_is_the_same_by_the_packages_code_and_by_its_own(server, tmp_path, monkeypatch):
     for name in ("experts", "full"):
-        assert pull(f"tester/{name}", server.expected, tmp_path / "own") == same | {"module": "samoe_hf"}
+        assert pull(f"tester/{name}", server.expected, tmp_path / "cache") == SAME | {"module": "samoe_hf"}
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = get_class_from_dynamic_module("modeling_samoe.SamoeModel", "tester/experts", cache_dir=tmp_path / "cache")
+    model, processor = (kind.from_pretrained("tester/experts") for kind in (own, AutoProcessor))
+    assert compare(model, processor, server.expected) == SAME | {"module": "transformers_modules"}
+
+
+@pytest.mark.slow
+def test_pulled_it_is_the_same_without_the_package(server, reader, tmp_path):
+    apart = pull_apart(reader, "tester/experts", server.expected, tmp_path)
+    assert apart == SAME | {"module": "transformers_modules"}
 
 
 @pytest.mark.slow
@@ -141,8 +152,7 @@ def test_experts_on_sam3_are_pushed_and_pulled(server, reader, tmp_path):
     assert (stated["name_or_path"], stated["revision"]) == ("facebook/sam3", revision)
     assert b"- sam3" in files["README.md"] and b"[SAM 3's tracker](" in files["README.md"]
     found = pull_apart(reader, "tester/on-sam3", tmp_path / "expected.pt", tmp_path / "cache")
-    expected = {"same": True, "difference": pytest.approx(0, abs=1e-4), "processor": ["Sam3TrackerVideoProcessor", 112]}
-    assert found == expected | {"module": "transformers_modules"}
+    assert found == SAME | {"module": "transformers_modules", "processor": ["Sam3TrackerVideoProcessor", 112]}
 
 
 @needs_timm
@@ -161,10 +171,10 @@ def test_experts_on_edgetam_are_pushed_and_pulled(server, reader, tmp_path):
     assert all(map(is_expert_parameter, load(files["model.safetensors"])))
     assert b"- edgetam" in files["README.md"] and b"[EdgeTAM](" in files["README.md"]
     found = pull_apart(reader, "tester/on-edgetam", tmp_path / "expected.pt", tmp_path / "cache")
-    expected = {"same": True, "difference": pytest.approx(0, abs=1e-4), "processor": ["Sam2VideoProcessor", 128]}
-    assert found == expected | {"module": "transformers_modules"}
+    assert found == SAME | {"module": "transformers_modules"}
 
 
+@pytest.mark.slow
 def test_a_folder_with_its_own_code_and_domains_is_the_same_in_another_process(reader, nano, tmp_path, monkeypatch):
     """Of a folder, transformers loads the configuration's class twice."""
     for kind in (SamoeModel, SamoeModel.config_class):
@@ -186,6 +196,7 @@ def test_a_folder_with_its_own_code_and_domains_is_the_same_in_another_process(r
     assert (found["module"], found["same"]) == ("transformers_modules", True) and found["difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_code_of_a_repository_runs_only_where_trusted(server, reader):
     load = "from transformers import AutoModel\nAutoModel.from_pretrained('tester/experts', trust_remote_code=False)"
     with pytest.raises(ClientError, match="trust_remote_code=True"):
@@ -279,7 +290,7 @@ def add_adapters(model):
     return model
 
 
-def test_adapters_are_pushed_and_pulled(server, reader, tmp_path):
+def test_adapters_are_pushed_and_pulled(server):
     model = add_adapters(SamoeModel.from_pretrained("tester/experts"))
     push_with_code(model, "adapted", experts_only=True, base_model="tester/base")
     pulled = SamoeModel.from_pretrained("tester/adapted")
@@ -288,8 +299,13 @@ def test_adapters_are_pushed_and_pulled(server, reader, tmp_path):
     parts = ("adapter_config.json", "adapter_model.safetensors")
     files = server.repositories["tester/adapted"].files
     assert {name for name in files if "/" in name} == {f"{a}/{part}" for a in ("first", "second") for part in parts}
-    with pytest.raises(ClientError, match=r"ImportError: \s*\w+ requires the peft library"):  # the reader has none
-        pull_apart(reader, "tester/adapted", server.expected, tmp_path / "reader")
+
+
+@pytest.mark.slow
+def test_adapters_are_not_pulled_where_peft_is_missing(server, reader, tmp_path):
+    push_with_code(add_adapters(SamoeModel.from_pretrained("tester/experts")), "adapted", base_model="tester/base")
+    with pytest.raises(ClientError, match=r"ImportError: \s*\w+ requires the peft library"):
+        pull_apart(reader, "tester/adapted", server.expected, tmp_path)
 
 
 @pytest.mark.parametrize(

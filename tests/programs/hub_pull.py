@@ -3,11 +3,16 @@
 
 def pull(repo_id: str, expected: str, cache: str) -> dict:
     """Loads a model by its own code, or the package's where it is installed, and compares it with what was pushed."""
-    import torch
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(repo_id, trust_remote_code=True, cache_dir=cache)
-    processor = AutoProcessor.from_pretrained(repo_id, cache_dir=cache)
+    return compare(model, AutoProcessor.from_pretrained(repo_id, cache_dir=cache), expected)
+
+
+def compare(model, processor, expected: str) -> dict:
+    """Compares a model with what was pushed."""
+    import torch
+
     saved = torch.load(expected, weights_only=True)
     pixel_values, boxes = saved["inputs"]
     with torch.no_grad():
