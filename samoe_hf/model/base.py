@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from .base_edgetam import EDGETAM
-from .base_interface import FINEST_RATIO, Base, VideoConfig
+from .base_interface import FINEST_RATIO, TYPED_PARTS, Base, VideoConfig
 from .base_sam2 import SAM2
 from .base_sam3 import SAM3
 
@@ -48,7 +48,7 @@ def config_of_base(config: VideoConfig) -> PreTrainedConfig:
     """The configuration of a model's base alone, as transformers knows it."""
     base = base_of(config)
     settings = {name: x for name, x in config.to_dict().items() if name in base.config_class.__dataclass_fields__}
-    for name in ("prompt_encoder_config", "mask_decoder_config"):
+    for name in TYPED_PARTS:
         settings[name].pop("model_type", None)
     return base.own_config({**settings, "image_size": config.image_size})
 

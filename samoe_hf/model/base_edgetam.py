@@ -39,7 +39,6 @@ SAM2_FIELDS = {f"memory_attention_feed_forward_hidden_{x}": f"memory_attention_m
 # timm opens files and repositories that names and arguments tell it to: these tell of sizes alone.
 ARCHITECTURE = re.compile(r"(timm/)?repvit_\w+(\.\w+)?", re.ASCII)
 ENCODER_SETTINGS = ("in_chans", "features_only", "out_indices", "embed_dim", "depth", "mlp_ratio", "kernel_size")
-TYPED_PARTS = ("prompt_encoder_config", "mask_decoder_config")
 
 
 class MemoryAttentionLayer(EdgeTamVideoMemoryAttentionLayer):
@@ -172,12 +171,7 @@ class EdgeTam(Base):
         return torch.cat([of_windows.new_zeros(config.perceiver_resampler_num_latents, 2), of_windows])
 
     def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
-        # Files leave out what is as in their own class, which has other defaults.
-        settings = EdgeTamVideoConfig.from_dict(dict(config_dict)).to_dict()
-        for name in TYPED_PARTS:
-            settings[name].pop("model_type", None)
-        settings.pop("model_type")
-        return settings
+        return self.complete_settings(config_dict)
 
 
 def _windows(config: Any) -> int:

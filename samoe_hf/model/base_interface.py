@@ -19,6 +19,9 @@ from transformers.image_utils import PILImageResampling
 # Levels of features that are read. The finest has this many positions per side for one of the coarsest.
 NUM_LEVELS, FINEST_RATIO = 3, 4
 
+# Parts of a configuration that are written with a `model_type` of their own.
+TYPED_PARTS = ("prompt_encoder_config", "mask_decoder_config")
+
 
 class VideoConfig(Protocol):
     """What a base reads of a model's configuration. Its parts are of other classes in other bases."""
@@ -119,6 +122,14 @@ class Base(ABC):
     def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a configuration of one of `model_types` stands for, without its `model_type`."""
         return {name: value for name, value in config_dict.items() if name != "model_type"}
+
+    def complete_settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, where `config_class` has other defaults than SAM 2's, which files leave out."""
+        settings = self.config_class.from_dict(dict(config_dict)).to_dict()
+        for name in TYPED_PARTS:
+            settings[name].pop("model_type", None)
+        settings.pop("model_type")
+        return settings
 
     def own_config(self, settings: dict[str, Any]) -> PreTrainedConfig:
         """The configuration of the base alone, as transformers knows it, from a SamoeConfig's settings."""

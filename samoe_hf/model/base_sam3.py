@@ -27,8 +27,6 @@ PREFIXES = {
     "tracker_neck.": "vision_encoder.neck.",
     "detector_model.vision_encoder.backbone.": "vision_encoder.backbone.",
 }
-# Parts of the configuration that are written with a `model_type` of their own.
-TYPED_PARTS = ("prompt_encoder_config", "mask_decoder_config")
 
 
 class Sam3Neck(Sam3VisionNeck):
@@ -68,14 +66,9 @@ class Sam3(MapBase):
             model.vision_encoder.add_module("neck", rebuild(neck, Sam3Neck, neck.config))
 
     def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
-        # Files leave out what is as in their own class, which has other defaults.
         is_combined = config_dict["model_type"] == Sam3VideoConfig.model_type
         tracker = (config_dict.get("tracker_config") or {}) if is_combined else config_dict
-        settings = Sam3TrackerVideoConfig.from_dict(dict(tracker)).to_dict()
-        for name in TYPED_PARTS:
-            settings[name].pop("model_type", None)
-        settings.pop("model_type")
-        return settings
+        return self.complete_settings(tracker)
 
     def own_config(self, settings: dict[str, Any]) -> PreTrainedConfig:
         settings["vision_config"].pop("num_feature_levels", None)

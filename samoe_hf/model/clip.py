@@ -24,7 +24,7 @@ from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_obj
 from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, remember, select_memories
 from .prompt_recipe import Corrections, PromptRecipe, resolve_recipe
-from .prompts import Prompt, prompt_from_inputs
+from .prompts import Prompt, check_tensor, prompt_from_inputs
 
 
 @dataclass
@@ -41,7 +41,6 @@ class SamoeClipOutput(ModelOutput):
         object_score_logits: (B, N, T), positive where the object is seen.
         router_logits: on request: name of each layer with experts -> (tokens, experts).
         domains: of a model with domains: whose experts each video got, None for the base's.
-        vision_hidden_states, vision_attentions: on request: those of the vision encoder, for all B * T frames.
     """
 
     loss: Tensor | None = None
@@ -51,8 +50,6 @@ class SamoeClipOutput(ModelOutput):
     object_score_logits: Tensor | None = None
     router_logits: dict[str, Tensor] | None = None
     domains: list[str | None] | None = None
-    vision_hidden_states: tuple[Tensor, ...] | None = None
-    vision_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,32 +143,18 @@ class TrackedClips(NamedTuple):
 
 
 def check_clip(pixel_values: Any, labels: Tensor | None, object_mask: Tensor | None, image_size: int) -> None:
-    """Raises a `ValueError` where the shapes of a clip's tensors do not agree."""
-    shape: tuple[int, ...] = tuple(getattr(pixel_values, "shape", ()))
-    if len(shape) != 5 or shape[2:] != (3, image_size, image_size):
-        got = f"shape {shape}" if shape else type(pixel_values).__name__
-        raise InputError(
-            f"`pixel_values` must be an inference session or of shape (videos, frames, 3, {image_size}, {image_size}), "
-            f"got {got}."
-        )
-    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        got = getattr(pixel_values, "dtype", None) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-        raise InputError(f"`pixel_values` must be a torch.Tensor of normalized frames, got {got}.")
-    for name, value in {"labels": labels, "object_mask": object_mask}.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise InputError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}.")
-    videos, frames = shape[:2]
-    if labels is None:
-        return
-    expected = f"({videos}, objects, {frames}, {image_size}, {image_size})"
-    if labels.dtype.is_floating_point or labels.dim() != 5 or labels.shape[1] == 0:
-        raise InputError(
-            f"`labels` must be bool or integers of shape {expected}, got {labels.dtype} of shape {tuple(labels.shape)}."
-        )
-    if (labels.shape[0], *labels.shape[2:]) != (videos, frames, image_size, image_size):
-        raise InputError(f"`labels` must be of shape {expected} as `pixel_values` is, got {tuple(labels.shape)}.")
-    if object_mask is not None and object_mask.shape != labels.shape[:2]:
-        raise InputError(f"`object_mask` must be of shape {tuple(labels.shape[:2])}, got {tuple(object_mask.shape)}.")
+    """Raises an `InputError` where tensors of a clip are of a wrong type, or their shapes do not agree."""
+    size = (image_size, image_size)
+    check_tensor("pixel_values", pixel_values, (..., ..., 3, *size))
+    if not pixel_values.is_floating_point():
+        raise InputError(f"`pixel_values` must be normalized frames, floating-point numbers, got {pixel_values.dtype}.")
+    if labels is not None:
+        videos, frames = pixel_values.shape[:2]
+        check_tensor("labels", labels, (videos, ..., frames, *size))
+        if labels.is_floating_point():
+            raise InputError(f"`labels` must be bool or integers, got {labels.dtype}.")
+        if object_mask is not None:
+            check_tensor("object_mask", object_mask, labels.shape[:2])
 
 
 def read_clips(

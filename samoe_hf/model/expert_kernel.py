@@ -6,8 +6,7 @@ Triton is imported, runs it on a CPU, slowly. Nothing here knows of SAM 2.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ else:
         PRECISION: tl.constexpr,
         IN_FLOAT32: tl.constexpr,
     ):
-        """A block of tokens of one layer; the arguments are those of [`add_by_kernel`]."""
+        """A block of tokens of one layer; the arguments are those of [`launch`]."""
         TYPE = tl.float32 if IN_FLOAT32 else outputs.dtype.element_ty
         layer = tl.program_id(1).to(tl.int64)
         rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -104,12 +103,31 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, MIN_EXPERTS, MAX_COLUMNS = 32, 16, 256
 # Of each device, type and size: whether the kernel agreed with PyTorch.
 _agrees: dict[tuple, bool] = {}
+Through = Callable[[Tensor], Tensor]
 
 
-def add_by_kernel(
-    outputs: Tensor, tokens: Tensor, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float
-) -> bool:
-    """Adds experts' part to what linear layers of one input put out, in place, if the kernel can be used here.
+class JoinedExperts(NamedTuple):
+    """Experts of n linear layers of one input, alike in all sizes.
+
+    `down` (n x experts x (1 + rank), in_features): all routers' weights, then all A. `router_bias` (n x experts, 1).
+    `up` (n, experts x rank, out_features): all B, transposed. `per_token`: experts kept for each token. `scaling`: of
+    the experts' part.
+    """
+
+    down: Tensor
+    router_bias: Tensor
+    up: Tensor
+    per_token: int
+    scaling: float
+
+    def to(self, dtype: torch.dtype) -> "JoinedExperts":
+        """The same with tensors of a type."""
+        down, router_bias, up = (x.to(dtype) for x in self[:3])
+        return self._replace(down=down, router_bias=router_bias, up=up)
+
+
+def add_by_kernel(outputs: Tensor, tokens: Tensor, experts: JoinedExperts) -> bool:
+    """Adds experts' part to what n linear layers put out, in place, if the kernel can be used here.
 
     That is for inference on a GPU, uncompiled, with plain tensors of one type. Before a device, type and size are
     first used, the kernel is compared with PyTorch on random numbers; if it fails or differs, a warning says so, and it
@@ -120,18 +138,13 @@ def add_by_kernel(
     not say which.
 
     Args:
-        outputs: of n layers, (n, tokens, out_features).
+        outputs: (n, tokens, out_features).
         tokens: (tokens, in_features).
-        down: all routers' weights, then all A, (n x experts x (1 + rank), in_features).
-        router_bias: (n x experts, 1).
-        up: all B, transposed, (n, experts x rank, out_features).
-        per_token: experts kept for each token.
-        scaling: of the experts' part.
 
     Returns:
         whether it was added. If not, `outputs` are as they were.
     """
-    weights = down, router_bias, up
+    weights, up = experts[:3], experts.up
     if kernel is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     if not (outputs.is_cuda or IS_INTERPRETED) or outputs.dtype not in DTYPES:
@@ -141,63 +154,42 @@ def add_by_kernel(
         return False
     if not (outputs.transpose(0, 1).is_contiguous() and all(x.is_contiguous() for x in weights)):
         return False
-    num_experts = len(router_bias) // len(up)
+    num_experts = len(experts.router_bias) // len(up)
     if _filled(num_experts) * _filled(up.shape[1] // num_experts, 1) > MAX_COLUMNS:
         return False
-    run = partial(launch, per_token=per_token, scaling=scaling)
-    key = (up.device, up.dtype, *up.shape, num_experts, tokens.shape[1], per_token)
+    key = (up.device, up.dtype, *up.shape, num_experts, tokens.shape[1], experts.per_token)
     if key not in _agrees:
         if up.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         reason = "it differs from PyTorch"
         try:
             with torch.autocast(up.device.type, enabled=False):
-                _agrees[key] = _compare(run, *weights, per_token=per_token, scaling=scaling)
+                _agrees[key] = _compare(experts)
         except Exception as error:  # of Triton's compilers, whatever they raise
             _agrees[key], reason = False, f"{type(error).__name__}: {error}"
         if not _agrees[key]:
             logger.warning(f"No kernel for experts is used for {up.dtype} on {up.device}, which is slower: {reason}")
     if _agrees[key]:
-        run(outputs, tokens.contiguous(), *weights)
+        launch(outputs, tokens.contiguous(), experts)
     return _agrees[key]
 
 
 def add_mixtures(
-    outputs: Tensor,
-    tokens: Tensor,
-    down: Tensor,
-    router_bias: Tensor,
-    up: Tensor,
-    *,
-    per_token: int,
-    scaling: float,
-    dropout: Callable[[Tensor], Tensor] | None = None,
-    show: Callable[[Tensor], Tensor] | None = None,
+    outputs: Tensor, tokens: Tensor, experts: JoinedExperts, dropout: Through | None = None, show: Through | None = None
 ) -> Tensor:
     """The outputs (tokens, n x out_features) with experts' part, in the fastest way there is; they may be changed in
     place. The other arguments are those of [`by_pytorch`]."""
-    by_layer = outputs.unflatten(1, (len(up), -1)).transpose(0, 1)
-    settings = {"per_token": per_token, "scaling": scaling}
-    if dropout is not None or show is not None or torch.compiler.is_compiling():
-        settings |= {"dropout": dropout, "show": show}
-    elif add_by_kernel(by_layer, tokens, down, router_bias, up, **settings):
-        return outputs
-    elif torch.is_grad_enabled():
-        return AddExperts.apply(outputs, tokens, down, router_bias, up, per_token, scaling)
-    return by_pytorch(by_layer, tokens, down, router_bias, up, **settings).transpose(0, 1).flatten(1)
+    by_layer = outputs.unflatten(1, (len(experts.up), -1)).transpose(0, 1)
+    if dropout is None and show is None and not torch.compiler.is_compiling():
+        if add_by_kernel(by_layer, tokens, experts):
+            return outputs
+        if torch.is_grad_enabled():
+            return AddExperts.apply(outputs, tokens, *experts)
+    return by_pytorch(by_layer, tokens, experts, dropout, show).transpose(0, 1).flatten(1)
 
 
 def by_pytorch(
-    outputs: Tensor,
-    tokens: Tensor,
-    down: Tensor,
-    router_bias: Tensor,
-    up: Tensor,
-    *,
-    per_token: int,
-    scaling: float,
-    dropout: Callable[[Tensor], Tensor] | None = None,
-    show: Callable[[Tensor], Tensor] | None = None,
+    outputs: Tensor, tokens: Tensor, experts: JoinedExperts, dropout: Through | None = None, show: Through | None = None
 ) -> Tensor:
     """The outputs with experts' part, by PyTorch; see [`add_by_kernel`]. They may be changed in place.
 
@@ -205,33 +197,28 @@ def by_pytorch(
         dropout: of what each router reads, and between A and B.
         show: what the logits (n, experts, tokens) pass through.
     """
-    gates, low_rank = _route(tokens, down, router_bias, len(up), per_token, dropout, show)
+    gates, low_rank = _route(tokens, experts, dropout, show)
     gated = (low_rank * gates.unsqueeze(2)).flatten(1, 2)
     # All experts in one product: nothing of size experts x tokens x out_features is ever formed.
     add = outputs.baddbmm if torch.is_grad_enabled() else outputs.baddbmm_
-    return add(gated.mT, up, alpha=scaling)
+    return add(gated.mT, experts.up, alpha=experts.scaling)
 
 
 def _route(
-    tokens: Tensor,
-    down: Tensor,
-    router_bias: Tensor,
-    num_layers: int,
-    per_token: int,
-    dropout: Callable[[Tensor], Tensor] | None = None,
-    show: Callable[[Tensor], Tensor] | None = None,
+    tokens: Tensor, experts: JoinedExperts, dropout: Through | None = None, show: Through | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gates (n, experts, tokens), and what all A put out (n, experts, rank, tokens)."""
+    down, router_bias, by_layer = experts.down, experts.router_bias, (len(experts.up), -1)
     # Tokens lie along the last dimension, since they are many, and operations along a short last one are slow.
     if dropout is None:
         logits, low_rank = (down @ tokens.mT).tensor_split([len(router_bias)])
-        logits = logits.unflatten(0, (num_layers, -1))
+        logits = logits.unflatten(0, by_layer)
     else:
         routers, A = down.tensor_split([len(router_bias)])
-        logits = routers.unflatten(0, (num_layers, -1)) @ dropout(tokens.mT.expand(num_layers, -1, -1))
+        logits = routers.unflatten(0, by_layer) @ dropout(tokens.mT.expand(len(experts.up), -1, -1))
         low_rank = dropout(A @ tokens.mT)
-    logits = logits + router_bias.unflatten(0, (num_layers, -1))
-    gates = top_k_gates(logits if show is None else show(logits), per_token, dim=1)
+    logits = logits + router_bias.unflatten(0, by_layer)
+    gates = top_k_gates(logits if show is None else show(logits), experts.per_token, dim=1)
     return gates, low_rank.unflatten(0, (*gates.shape[:2], -1))
 
 
@@ -241,8 +228,9 @@ class AddExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, *inputs: Any) -> Tensor:
-        tokens, down, router_bias, up, per_token, ctx.scaling = inputs
-        gates, low_rank = _route(tokens, down, router_bias, len(up), per_token)
+        tokens, experts = inputs[0], JoinedExperts(*inputs[1:])
+        down, up, ctx.scaling = experts.down, experts.up, experts.scaling
+        gates, low_rank = _route(tokens, experts)
         gated = (low_rank * gates.unsqueeze(2)).flatten(1, 2)
         outputs.unflatten(1, (len(up), -1)).transpose(0, 1).baddbmm_(gated.mT, up, alpha=ctx.scaling)
         ctx.mark_dirty(outputs)
@@ -267,21 +255,19 @@ class AddExperts(torch.autograd.Function):
         return gradient, of_tokens, of_down, of_logits.sum(dim=1, keepdim=True), of_up, None, None
 
 
-def launch(
-    outputs: Tensor, tokens: Tensor, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float
-) -> None:
+def launch(outputs: Tensor, tokens: Tensor, experts: JoinedExperts) -> None:
     """Runs the kernel; see [`add_by_kernel`]."""
     num_layers, num_tokens, num_outputs = outputs.shape
-    num_experts = len(router_bias) // num_layers
-    rank = up.shape[1] // num_experts
-    sizes = num_layers, tokens.shape[1], num_outputs, num_experts, rank, per_token
+    num_experts = len(experts.router_bias) // num_layers
+    rank = experts.up.shape[1] // num_experts
+    sizes = num_layers, tokens.shape[1], num_outputs, num_experts, rank, experts.per_token
     blocks = _filled(num_experts), _filled(rank, 1), BLOCK
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     if num_tokens == 0:
         return
     with torch.cuda.device_of(outputs):
         kernel[-(-num_tokens // BLOCK), num_layers](
-            *(outputs, tokens, down, router_bias, up, num_tokens, scaling),
+            *(outputs, tokens, *experts[:3], num_tokens, experts.scaling),
             *(*sizes, *blocks, precision, IS_INTERPRETED),  # the interpreter's products of bfloat16 are wrong
             num_stages=2,
         )
@@ -292,19 +278,20 @@ def _filled(count: int, least: int = MIN_EXPERTS) -> int:
     return 1 << (max(count, least) - 1).bit_length()
 
 
-def _compare(run: partial, down: Tensor, router_bias: Tensor, up: Tensor, *, per_token: int, scaling: float) -> bool:
+def _compare(experts: JoinedExperts) -> bool:
     """Whether the kernel and PyTorch agree on random numbers in place of all that it reads."""
-    (num_layers, _, num_outputs), num_inputs = up.shape, down.shape[1]
+    down, router_bias, up = experts[:3]
     generator = torch.Generator(up.device).manual_seed(0)
 
     def draw(*shape: int, std: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=up.device) * std).to(up.dtype)
 
-    outputs = draw(100, num_layers, num_outputs).transpose(0, 1)
+    outputs = draw(100, len(up), up.shape[2]).transpose(0, 1)
     before = outputs.float().clone()
-    inputs = (draw(100, num_inputs), draw(*down.shape, std=num_inputs**-0.5), draw(*router_bias.shape), draw(*up.shape))
-    expected = by_pytorch(*(x.float() for x in (before, *inputs)), per_token=per_token, scaling=scaling)
-    run(outputs, *inputs)
+    tokens, down = draw(100, down.shape[1]), draw(*down.shape, std=down.shape[1] ** -0.5)
+    experts = experts._replace(down=down, router_bias=draw(*router_bias.shape), up=draw(*up.shape))
+    expected = by_pytorch(before, tokens.float(), experts.to(torch.float32))
+    launch(outputs, tokens, experts)
     # Rounding may choose another expert where logits are close.
     error = (outputs.float() - expected).abs().amax(dim=2)
     return bool((error < 0.02 * expected.abs().max()).float().mean() > 0.95)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import InputError
-from .expert_kernel import add_mixtures
+from .expert_kernel import JoinedExperts, add_mixtures
 from .expert_router import Router, RouterLogits, top_k_gates
 
 # What a layer with experts has beside the base layer's tensors.
@@ -95,8 +95,8 @@ class ExpertMixture(nn.Module):
         """The linear layer's output with the experts': (..., in_features) -> (..., out_features)."""
         tokens, shape = hidden_states.flatten(0, -2), hidden_states.shape[:-1]
         output = linear(tokens)
-        tensors = [tensor.to(output.dtype) for tensor in joined_weights([self])]
-        return run_mixtures([self], output, tokens.to(output.dtype), tensors, shape).unflatten(0, shape)
+        joined = joined_experts([self]).to(output.dtype)
+        return run_mixtures([self], output, tokens.to(output.dtype), joined, shape).unflatten(0, shape)
 
     def drops(self) -> bool:
         """Whether there is dropout now."""
@@ -110,23 +110,23 @@ class ExpertMixture(nn.Module):
         )
 
 
-def joined_weights(mixtures: Sequence[ExpertMixture]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors of several mixtures of one input, as arguments of [`~expert_kernel.add_by_kernel`]: all routers' weights,
-    then all A; the routers' biases; all B."""
+def joined_experts(mixtures: Sequence[ExpertMixture]) -> JoinedExperts:
+    """The experts of alike mixtures of one input."""
     down = torch.cat([m.router.weight for m in mixtures] + [m.lora_A.flatten(0, 1) for m in mixtures])
     router_bias = torch.cat([m.router.bias for m in mixtures]).unsqueeze(1)
-    return down, router_bias, torch.stack([m.lora_B.mT.flatten(0, 1) for m in mixtures])
+    up = torch.stack([m.lora_B.mT.flatten(0, 1) for m in mixtures])
+    return JoinedExperts(down, router_bias, up, mixtures[0].num_experts_per_tok, mixtures[0].scaling)
 
 
 def run_mixtures(
-    mixtures: Sequence[ExpertMixture], outputs: Tensor, tokens: Tensor, tensors: Sequence[Tensor], shape: torch.Size
+    mixtures: Sequence[ExpertMixture], outputs: Tensor, tokens: Tensor, joined: JoinedExperts, shape: torch.Size
 ) -> Tensor:
     """Outputs (tokens, n x out_features) of n linear layers with what their alike mixtures add; they may be changed in
     place.
 
     Args:
         tokens: (tokens, in_features), the input of all.
-        tensors: of the mixtures, see [`joined_weights`].
+        joined: of the mixtures, see [`joined_experts`].
         shape: of the input without its channels, which hooks of `router_logits` see.
     """
 
@@ -135,16 +135,9 @@ def run_mixtures(
         shown = [m.router_logits(own.mT.unflatten(0, shape)) for m, own in zip(mixtures, logits, strict=True)]
         return torch.stack([own.flatten(0, -2).mT for own in shown])
 
-    first = mixtures[0]
-    return add_mixtures(
-        outputs,
-        tokens,
-        *tensors,
-        per_token=first.num_experts_per_tok,
-        scaling=first.scaling,
-        dropout=first.dropout if first.drops() else None,
-        show=show if any(mixture.router_logits.is_watched() for mixture in mixtures) else None,
-    )
+    dropout = mixtures[0].dropout if mixtures[0].drops() else None
+    is_watched = any(mixture.router_logits.is_watched() for mixture in mixtures)
+    return add_mixtures(outputs, tokens, joined, dropout, show if is_watched else None)
 
 
 class BaseLinear(nn.Linear):

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoFeedForward
 
 from .domain_experts import DomainExperts, DomainLinear, active_domain
-from .expert_layer import BaseLinear, ExpertLinear, ExpertMixture, joined_weights, run_mixtures
+from .expert_kernel import JoinedExperts
+from .expert_layer import BaseLinear, ExpertLinear, ExpertMixture, joined_experts, run_mixtures
 from .expert_router import Router
 from .kept import keep, keeps, once_for_clip
 
@@ -27,15 +28,14 @@ OWN_KINDS = (
 class JointLayers(NamedTuple):
     """What n layers with as many inputs, outputs and experts put out together.
 
-    `weight` (n x out, in), `bias` (n x out,). `mixtures`: their experts, and `tensors` of these, see
-    [`joined_weights`]; none where each has one expert, which is in the weight, and no gradients are
-    computed.
+    `weight` (n x out, in), `bias` (n x out,). `mixtures`: their experts, which are `joined`; none where each has one
+    expert, which is in the weight, and no gradients are computed.
     """
 
     weight: Tensor
     bias: Tensor | None
     mixtures: Sequence[ExpertMixture] = ()
-    tensors: Sequence[Tensor] = ()
+    joined: JoinedExperts | None = None
 
     def is_watched(self) -> bool:
         """Whether anybody watches the routers."""
@@ -46,8 +46,8 @@ class JointLayers(NamedTuple):
         shape = hidden_states.shape[:-1]
         tokens = hidden_states.flatten(0, -2).to(self.weight.dtype)
         outputs = F.linear(tokens, self.weight, self.bias)
-        if self.mixtures:
-            outputs = run_mixtures(self.mixtures, outputs, tokens, self.tensors, shape)
+        if self.joined is not None:
+            outputs = run_mixtures(self.mixtures, outputs, tokens, self.joined, shape)
         return outputs.unflatten(0, shape)
 
 
@@ -123,8 +123,7 @@ def _join(layers: Sequence[nn.Linear], experts: Sequence[ExpertMixture | None], 
     bias = torch.cat(biases).to(dtype) if biases else None
     mixtures = [mixture for mixture in experts if mixture is not None]
     if mixtures and (mixtures[0].num_experts > 1 or torch.is_grad_enabled()):
-        tensors = [x.to(dtype) for x in joined_weights(mixtures)]
-        return JointLayers(torch.cat(weights).to(dtype), bias, mixtures, tensors)
+        return JointLayers(torch.cat(weights).to(dtype), bias, mixtures, joined_experts(mixtures).to(dtype))
     if mixtures:
         weights = [mixture.merge_into(weight) for mixture, weight in zip(mixtures, weights, strict=True)]
     return JointLayers(torch.cat(weights).to(dtype), bias)

@@ -21,7 +21,7 @@ from .expert_layer import EXPERT_TENSORS, ExpertMixture, is_expert_parameter
 from .quantization import quantize_base, without_load_report
 from .trainable import train_experts
 from .weights_check import check_values, check_weights
-from .weights_files import HUB_ARGUMENTS, open_weights, own_headers, read_own_tensors, resolve_commit
+from .weights_files import HUB_ARGUMENTS, open_weights, own_names, resolve_commit
 from .weights_io import unchanged_model
 from .weights_trained import is_original_checkpoint, load_trained
 
@@ -145,16 +145,17 @@ def _load_whole(
     """Loads a model from files that hold all of it but experts, or from the tensors of an original checkpoint."""
     source, arguments = request.source, request.arguments
     base, variant = base_of(config), arguments.get("variant")
-    found, stored, renamed = arguments.get("state_dict"), None, None
+    found, stored, renamed = arguments.get("state_dict"), None, {}
     if found is None:
         assert source is not None  # without a source there are tensors
         stored = open_weights(source, hub, variant)
         found = stored.headers
         if needs_renaming(base, found):  # such as SAM 3's tracker among its detector
-            found, renamed = own_headers(base, source, found), source
+            renamed = own_names(base, source, found)
+            found = {own: stored.headers[name] for own, name in renamed.items()}
     new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes)
-    if renamed is not None:
-        arguments["state_dict"] = read_own_tensors(base, renamed, hub, variant)
+    if stored is not None and renamed:
+        arguments["state_dict"] = {own: stored.read(name) for own, name in renamed.items()}
     domains = None if stored is None or "state_dict" in arguments else config.domains
     with without_load_report():
         # What does not fit are experts that give place to new ones.

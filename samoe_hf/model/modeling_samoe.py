@@ -3,7 +3,6 @@
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -80,8 +79,6 @@ class ForwardOptions(TypedDict, total=False):
     input_labels: Tensor
     steps: Sequence[TrackingStep]
     return_dict: bool
-    output_attentions: bool
-    output_hidden_states: bool
 
 
 class SamoeModel(SamoePreTrainedModel):
@@ -132,13 +129,6 @@ class SamoeModel(SamoePreTrainedModel):
         if self.may_have_sleeping_experts:  # looking at the biases would wait for the GPU in each training step
             wake_experts(self)
             self.may_have_sleeping_experts = False
-
-    def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trainable, as PEFT does."""
-        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
 
     def summary(self) -> ModelSummary:
         """All parameters, the trainable and the frozen ones, and the experts of each domain; it can be printed."""
@@ -198,8 +188,7 @@ class SamoeModel(SamoePreTrainedModel):
                 [`~transformers.Trainer`] counts them; by default those of this batch, averaged over processes.
             domain: of a model with domains, whose experts are run: a domain's name, None for the base model, or "auto"
                 for what the gate decides; of clips, also one for each. A session keeps it as its `domain`.
-            options: `input_labels`; `return_dict=False` for a tuple; of a clip, `output_hidden_states` and
-                `output_attentions` of the vision encoder, by default as the configuration says.
+            options: `input_labels`; `return_dict=False` for a tuple.
         """
         if unknown := sorted(set(options) - ForwardOptions.__annotations__.keys()):
             raise TypeError(f"`forward` has no argument {unknown[0]!r}.")
@@ -222,10 +211,7 @@ class SamoeModel(SamoePreTrainedModel):
             output_router_logits = self.config.output_router_logits
         if self.training and torch.is_grad_enabled():
             self.wake_experts()
-        with _recorded_vision_outputs(self, options) as recorded:
-            output = clip_forward(self, clips, domain, output_router_logits, num_items_in_batch)
-        output.vision_hidden_states, output.vision_attentions = recorded["hidden_states"], recorded["attentions"]
-        return output
+        return clip_forward(self, clips, domain, output_router_logits, num_items_in_batch)
 
     @torch.inference_mode()
     def _session_forward(
@@ -626,33 +612,3 @@ class SamoeModel(SamoePreTrainedModel):
 def _expect_sleeping_experts(model: SamoePreTrainedModel, _: Any) -> None:
     """After tensors were loaded, `wake_experts` has to look again."""
     model.may_have_sleeping_experts = True
-
-
-@contextmanager
-def _recorded_vision_outputs(model: SamoeModel, options: ForwardOptions) -> Iterator[dict[str, tuple | None]]:
-    """While the context is open, the vision encoder also gives the outputs that are asked for, which are yielded."""
-    recorded: dict[str, tuple | None] = {"hidden_states": None, "attentions": None}
-    flags = {
-        name: options.get(name, getattr(model.config, name, False))
-        for name in ("output_hidden_states", "output_attentions")
-    }
-    if not any(flags.values()):
-        yield recorded
-        return
-
-    def record(_, __, ___, outputs: Any) -> None:
-        for name in recorded:
-            parts = getattr(outputs, name, None)
-            if parts is not None:
-                before = recorded[name]
-                recorded[name] = parts if before is None else tuple(map(torch.cat, zip(before, parts, strict=True)))
-
-    handles = [
-        model.vision_encoder.register_forward_pre_hook(lambda _, a, k: (a, {**k, **flags}), with_kwargs=True),
-        model.vision_encoder.register_forward_hook(record, with_kwargs=True),
-    ]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()

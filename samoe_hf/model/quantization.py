@@ -162,15 +162,6 @@ def weight_bytes(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if isinstance(module, BaseLinear) and module.quantized is not None:
             del tensors[f"{name}.weight"]
-            tensors |= {f"{name}.{key}": tensor for key, tensor in _weights(module).items()}
-    return _bytes(tensors)
-
-
-def _weights(layer: BaseLinear) -> dict[str, Tensor]:
-    """What a library holds of the weights of a quantized layer."""
-    held = layer.quantized[0].layer.state_dict(keep_vars=True) if layer.quantized else {"weight": layer.weight}
-    return {name: tensor for name, tensor in held.items() if name != "bias"}
-
-
-def _bytes(tensors: Mapping[str, Any]) -> int:
+            held = module.quantized[0].layer.state_dict(keep_vars=True)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in held.items() if key != "bias"}
     return sum(x.nbytes for _, x in plain_tensors(tensors.items()) if isinstance(x, Tensor))

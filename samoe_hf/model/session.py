@@ -230,23 +230,12 @@ def session_objects(session: InferenceSession) -> list[SessionObject]:
 
 
 def clear_prompts(session: InferenceSession, frame_idx: int, obj_id: int) -> None:
-    """Removes the prompts of an object on a frame.
-
-    Raises:
-        ValueError: if there is no such object.
-    """
+    """See [`SamoeModel.clear_prompts`]."""
     _object_of(session, obj_id).clear(frame_idx)
 
 
 def end_object(session: InferenceSession, frame_idx: int | None, obj_id: int) -> None:
-    """Says that an object is gone from a frame on. What tracking gave of it there is dropped.
-
-    Args:
-        frame_idx: a frame after all of its prompts, in place of an earlier end; None takes the end back.
-
-    Raises:
-        ValueError: if there is no such object, or no such frame.
-    """
+    """See [`SamoeModel.end_object`]. What tracking gave of the object from that frame on is dropped."""
     one = _object_of(session, obj_id)
     if frame_idx is None:
         one.outputs.pop("end", None)
@@ -276,11 +265,7 @@ def _object_of(session: InferenceSession, obj_id: int) -> SessionObject:
 
 
 def remove_object(session: InferenceSession, obj_id: int, strict: bool = False) -> None:
-    """Removes an object with all its prompts, outputs and memories; the others keep theirs.
-
-    Args:
-        strict: whether an unknown `obj_id` is a `ValueError`.
-    """
+    """See [`SamoeModel.remove_object`]."""
     obj_id = operator.index(obj_id)
     if obj_id not in session._obj_id_to_idx and not strict:
         return

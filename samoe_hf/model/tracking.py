@@ -8,7 +8,7 @@ import operator
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -111,6 +111,11 @@ class TrackingStep:
     tasks: Sequence[tuple[SessionObject, FrameTask]]
     call: FrameCall
     seconds: float = 0.0
+
+    @property
+    def session(self) -> InferenceSession:
+        """That of its objects; a step without tasks has none."""
+        return self.tasks[0][0].session
 
 
 # What is done for a session: each step is to be run before the iterator goes on; beside them, what comes of them.
@@ -322,9 +327,8 @@ def _object_tasks(
             one.mark_as_tracked(call.frame_idx, call.reverse)
         else:
             tasks.append((one, _tracking_task(model, one, call)))
-    for session in _unique_sessions(objects):
-        if isinstance(session, VideoSession):
-            session.forget(call.frame_idx)
+    if objects and isinstance(objects[0].session, VideoSession):
+        objects[0].session.forget(call.frame_idx)
     return tasks
 
 
@@ -367,19 +371,18 @@ def run_steps(model: SamoePreTrainedModel, steps: Sequence[TrackingStep]) -> Non
 
     Those of equal tasks and domains are one batch. No two steps may be of one session.
     """
-    calls = {id(one.session): step.call for step in steps for one, _ in step.tasks}
-    sessions = _unique_sessions(one for step in steps for one, _ in step.tasks)
-    domains = {id(session): _decide_domain(model, session, calls[id(session)]).domain for session in sessions}
+    steps = [step for step in steps if step.tasks]
     batches = defaultdict(list)
-    for step in steps:
+    for number, step in enumerate(steps):
+        domain = _decide_domain(model, step.session, step.call).domain
         for one, task in step.tasks:
-            batches[domains[id(one.session)], task, step.call.run_mem_encoder].append(one)
-    _encode_frames(model, sessions, calls)
-    numbers = {id(session): number for number, session in enumerate(sessions)}
+            placed = PlacedObject(one, step.call, number)
+            batches[domain, task, step.call.run_mem_encoder].append(placed)
+    _encode_frames(model, [(step.session, step.call) for step in steps])
     for (domain, task, run_mem_encoder), objects in batches.items():
-        for batch in _batches(model, objects, task, calls):
-            placed = [(one, calls[id(one.session)].frame_idx) for one in batch.objects]
-            rows = (BatchRow(numbers[id(one.session)], t, one.object_id) for one, t in placed)
+        for batch in _batches(model, objects, task):
+            placed = batch.objects
+            rows = (BatchRow(number, call.frame_idx, one.object_id) for one, call, number in placed)
             with use_rows(rows), use_domain(domain, model):
                 output = frame_step(
                     model,
@@ -392,35 +395,41 @@ def run_steps(model: SamoePreTrainedModel, steps: Sequence[TrackingStep]) -> Non
                     fill_hole_area=model.config.fill_hole_area,
                     memory_selection=task.memory_selection,
                 )
-            memory, device = output.memory, batch.objects[0].session.inference_state_device
+            memory, device = output.memory, placed[0].one.session.inference_state_device
             if memory.features is not None:
                 memory.features = memory.features.to(device)
             output.masks = output.masks.to(device)
-            for index, (one, t) in enumerate(placed):
-                _store_output(one, t, task, output, index)
+            for index, (one, call, _) in enumerate(placed):
+                _store_output(one, call.frame_idx, task, output, index)
+
+
+class PlacedObject(NamedTuple):
+    """An object of a session, the frame that it is segmented on, and the number of its session among others."""
+
+    one: SessionObject
+    call: FrameCall
+    number: int
 
 
 class Batch(NamedTuple):
     """Objects that are segmented together, their memories, and which of these each of them reads."""
 
-    objects: list[SessionObject]
+    objects: list[PlacedObject]
     banks: list[MemoryBank]
     selections: list[MemorySelection]
 
 
-def _batches(
-    model: SamoePreTrainedModel, objects: list[SessionObject], task: FrameTask, calls: Mapping[int, FrameCall]
-) -> Iterator[Batch]:
+def _batches(model: SamoePreTrainedModel, objects: list[PlacedObject], task: FrameTask) -> Iterator[Batch]:
     """Objects of one task in one batch; but not with those that read more than twice as many memories as most."""
-    banks = [one.bank_after_commit() if task.for_show else one.state.bank for one in objects]
+    banks = [one.bank_after_commit() if task.for_show else one.state.bank for one, _, _ in objects]
     if not task.reads_memory:
         yield Batch(objects, banks, [])
         return
     rows = []
-    for one, bank in zip(objects, banks, strict=True):
-        call = calls[id(one.session)]
-        limits = memory_limits(model, None if call.streaming else one.session.num_frames)
-        rows.append((one, bank, select_memories(task.memory_selection, bank, call.frame_idx, limits, task.reverse)))
+    for placed, bank in zip(objects, banks, strict=True):
+        call = placed.call
+        limits = memory_limits(model, None if call.streaming else placed.one.session.num_frames)
+        rows.append((placed, bank, select_memories(task.memory_selection, bank, call.frame_idx, limits, task.reverse)))
     usual = median(len(selection.spatial) for _, _, selection in rows)
     can_mask = model.config._attn_implementation in MASKED_ATTENTION
     parts = defaultdict(list)
@@ -439,22 +448,20 @@ def _decide_domain(model: SamoePreTrainedModel, session: InferenceSession, call:
         return known
     pixel_values, features = session.get_frame(call.frame_idx).to(model.dtype)[None], None
     if not encoder_has_experts(model):
-        _encode_frames(model, [session], {id(session): call})
+        _encode_frames(model, [(session, call)])
         features = _cached_features(model, session, call.frame_idx)
     (decision,) = decide_domains(model, pixel_values, features)
     store_decision(model, session, call.frame_idx, decision)
     return decision
 
 
-def _batch_prompt(
-    model: SamoePreTrainedModel, placed: Sequence[tuple[SessionObject, int]], task: FrameTask
-) -> Prompt | None:
+def _batch_prompt(model: SamoePreTrainedModel, placed: Sequence[PlacedObject], task: FrameTask) -> Prompt | None:
     """The prompts of a batch of objects, each on its frame."""
     if not task.prompted:
         return None
-    outputs = [one.output(t) for one, t in placed] if task.has_previous_mask else []
+    outputs = [one.output(call.frame_idx) for one, call, _ in placed] if task.has_previous_mask else []
     previous = [output["pred_masks"] for output in outputs if output is not None] or None
-    prompts = [prompt for one, t in placed if (prompt := one.prompt(t)) is not None]
+    prompts = [prompt for one, call, _ in placed if (prompt := one.prompt(call.frame_idx)) is not None]
     return join_prompts(prompts, model.config.image_size, previous)
 
 
@@ -507,17 +514,13 @@ def _no_output(model: SamoePreTrainedModel, device: torch.device | str) -> dict[
     }
 
 
-def _unique_sessions(objects: Iterable[SessionObject]) -> list[InferenceSession]:
-    return list({id(one.session): one.session for one in objects}.values())
-
-
-def _image_features(model: SamoePreTrainedModel, placed: Sequence[tuple[SessionObject, int]]) -> ImageFeatures:
+def _image_features(model: SamoePreTrainedModel, placed: Sequence[PlacedObject]) -> ImageFeatures:
     """Features of the frames of a batch's objects: a row for each session where all have as many objects, or else for
     each object."""
-    counts = Counter(id(one.session) for one, _ in placed)
+    counts = Counter(number for _, _, number in placed)
     if len({*counts.values()}) == 1:
-        placed = placed[:: counts[id(placed[0][0].session)]]  # those of a session follow each other
-    cached = [_cached_features(model, one.session, t) for one, t in placed]
+        placed = placed[:: counts[placed[0].number]]  # those of a session follow each other
+    cached = [_cached_features(model, one.session, call.frame_idx) for one, call, _ in placed]
     rows = [features for features in cached if features is not None]  # all were encoded before
     if len(rows) == 1:
         return rows[0]
@@ -541,29 +544,25 @@ def _encoder_domain(model: SamoePreTrainedModel, session: InferenceSession) -> s
     return None if decision is None else decision.domain
 
 
-def _encode_frames(
-    model: SamoePreTrainedModel, sessions: Sequence[InferenceSession], calls: Mapping[int, FrameCall]
-) -> None:
+def _encode_frames(model: SamoePreTrainedModel, calls: Sequence[tuple[InferenceSession, FrameCall]]) -> None:
     """Encodes the frames of sessions that have not cached their features, and those ahead that their caches hold."""
     wanted = []
-    for session in sessions:
-        call = calls[id(session)]
+    for number, (session, call) in enumerate(calls):
         step = -1 if call.reverse else 1
         if _cached_features(model, session, call.frame_idx) is None:
             count = min(max(session.cache.max_vision_features_cache_size, 1), MAX_FRAMES_AHEAD)
             ahead = range(call.frame_idx, call.frame_idx + step * count, step)
             if ahead[-1] not in (session.processed_frames or ()):
                 ahead = ahead[:1]  # so that a compiled encoder meets two sizes of batches only
-            wanted += [(session, t) for t in ahead]
+            wanted += [(session, t, number) for t in ahead]
             session.cache.clear_all()
-    for domain in dict.fromkeys(_encoder_domain(model, session) for session, _ in wanted):
-        own = [(session, t) for session, t in wanted if _encoder_domain(model, session) == domain]
-        frames = torch.stack([session.get_frame(t) for session, t in own]).to(model.dtype)
-        numbers = {id(session): number for number, session in enumerate(sessions)}
-        with use_rows(BatchRow(numbers[id(session)], t) for session, t in own), use_domain(domain, model):
+    for domain in dict.fromkeys(_encoder_domain(model, session) for session, _, _ in wanted):
+        own = [one for one in wanted if _encoder_domain(model, one[0]) == domain]
+        frames = torch.stack([session.get_frame(t) for session, t, _ in own]).to(model.dtype)
+        with use_rows(BatchRow(number, t) for _, t, number in own), use_domain(domain, model):
             features = encode_frames(model, frames)
         encoder, coarse = (weakref.ref(model), model.dtype, domain), features.coarse.flatten(2).mT
-        for row, (session, t) in enumerate(own):
+        for row, (session, t, _) in enumerate(own):
             # Strides as those of a frame that was encoded alone, by which layers choose how they compute.
             one = [*(level[row].unsqueeze(0) for level in features[:3]), *features[3:5]]
             together = slice(row, row + 1), coarse

@@ -1,4 +1,4 @@
-"""The safetensors of a model's folder or Hub repository: their headers, and the tensors of a base among others.
+"""The safetensors of a model's folder or Hub repository, and the tensors of a base among others.
 
 Nobody vouches for what they say. So headers are read first, and compared with what a configuration describes.
 """
@@ -6,13 +6,11 @@ Nobody vouches for what they say. So headers are read first, and compared with w
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
-from torch import Tensor
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -51,33 +49,20 @@ def open_weights(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
     return StoredTensors(_weight_files(source, hub, variant))
 
 
-def own_headers(base: Base, source: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The headers of a checkpoint that are a base model's, by their names in the model.
+def own_names(base: Base, source: Any, found: Iterable[str]) -> dict[str, str]:
+    """The tensors of a checkpoint that are a base model's: their names in the model -> those in the checkpoint.
 
     Raises:
         ValueError: if two tensors would have the same name.
     """
-    headers, names = {}, {}
-    for name, header in found.items():
+    names = {}
+    for name in found:
         own = base.own_name(name)
         if own in names:
             raise InputError(f"{source}: {names[own]!r} and {name!r} are the same tensor of {base.title}.")
         if own is not None:
-            headers[own], names[own] = header, name
-    return headers
-
-
-def read_own_tensors(
-    base: Base, source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a base model, by their names in the model, from a folder or Hub id that may hold others."""
-    tensors = {}
-    for path in _weight_files(source, hub, variant):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if (own := base.own_name(name)) is not None:
-                    tensors[own] = file.get_tensor(name)
-    return tensors
+            names[own] = name
+    return names
 
 
 def _find(source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, is_expert_parameter
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_check import describe_mismatches, find_mismatches
-from samoe_hf.model.weights_files import open_weights, own_headers
+from samoe_hf.model.weights_files import open_weights, own_names
 from samoe_hf.surgery.domains import find_domain
 from samoe_hf.whole_files import new_folder
 
@@ -110,7 +110,9 @@ def save_into_sam3(
             f"{CONFIG_NAME} and safetensors)."
         )
     tensors = merge_into_base(model, domain).state_dict()
-    problems = find_mismatches(own_headers(SAM3, combined, open_weights(combined, {}, None).headers), tensors)
+    headers = open_weights(combined, {}, None).headers
+    found = {own: headers[name] for own, name in own_names(SAM3, combined, headers).items()}
+    problems = find_mismatches(found, tensors)
     if any(problems.values()):
         raise InputError(f"{combined} does not fit the model: {describe_mismatches(problems)}.")
     encoder_changed = False

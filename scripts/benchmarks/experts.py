@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from measure import Measurement, at_least, benchmark_parser, measure, prepare, to_markdown, write_results
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.expert_kernel import add_by_kernel, by_pytorch
+from samoe_hf.model.expert_kernel import JoinedExperts, add_by_kernel, by_pytorch
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules
 from samoe_hf.model.expert_router import top_k_gates
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -90,24 +90,23 @@ def benchmark_kernel(repeats: int, device: torch.device, dtype: torch.dtype, tok
     }
     shapes |= {"router_bias": (layers * experts, 1), "up": (layers, experts * rank, width)}
     x = {name: torch.randn(shape, device=device, dtype=dtype) * width**-0.5 for name, shape in shapes.items()}
-    parts = x["inputs"], x["down"], x["router_bias"], x["up"]
-    settings = {"per_token": 2, "scaling": 1.0}
+    joined = JoinedExperts(x["down"], x["router_bias"], x["up"], per_token=2, scaling=1.0)
 
     def plain() -> Tensor:
         return F.linear(x["inputs"], x["weight"]).unflatten(1, (layers, width)).transpose(0, 1)
 
     def with_kernel() -> Tensor:
         outputs = plain()
-        assert add_by_kernel(outputs, *parts, **settings), "the kernel for experts does not run here"
+        assert add_by_kernel(outputs, x["inputs"], joined), "the kernel for experts does not run here"
         return outputs
 
     contenders = {
         "plain linear": plain,
         "kernel": with_kernel,
-        "PyTorch": lambda: by_pytorch(plain(), *parts, **settings),
+        "PyTorch": lambda: by_pytorch(plain(), x["inputs"], joined),
     }
     with torch.inference_mode():
-        exact = by_pytorch(plain().float().clone(), *(part.float() for part in parts), **settings)
+        exact = by_pytorch(plain().float().clone(), x["inputs"].float(), joined.to(torch.float32))
         distance = (with_kernel() - exact).abs().amax(dim=2)
         # Half precision may choose another expert where logits are close.
         assert (distance < 0.02 * exact.abs().max()).float().mean() > 0.99, "the kernel differs from PyTorch"

@@ -41,12 +41,11 @@ def assert_equals_pytorch(
     shapes = [(tokens, layers, outputs), (tokens, inputs), (rows * (1 + rank), inputs), (rows, 1)]
     before, *parts = (torch.randn(shape).to(device, dtype) for shape in [*shapes, (layers, experts * rank, outputs)])
     parts[1] *= inputs**-0.5
-    settings = {"per_token": per_token, "scaling": 0.3}
     with torch.inference_mode():
-        exact = [x.float().clone() for x in (before.transpose(0, 1), *parts)]
-        expected = module.by_pytorch(*exact, **settings)
-        found = embedded(before)
-        assert module.add_by_kernel(found.transpose(0, 1), *map(embedded, parts), **settings)
+        exact, x, *weights = (x.float().clone() for x in (before.transpose(0, 1), *parts))
+        expected = module.by_pytorch(exact, x, module.JoinedExperts(*weights, per_token, 0.3))
+        found, (x, *weights) = embedded(before), map(embedded, parts)
+        assert module.add_by_kernel(found.transpose(0, 1), x, module.JoinedExperts(*weights, per_token, 0.3))
     torch.testing.assert_close(found.transpose(0, 1), expected.to(dtype), **tolerance(dtype))
     around = torch.as_strided(found, (found.numel() + 2000,), (1,), 0)
     assert int(around.isnan().sum()) == 2000
@@ -141,9 +140,7 @@ def layer(dtype=torch.float32, **changes) -> ExpertLinear:
 def launches(interpreted, monkeypatch):
     """One entry for each time that the kernel is run."""
     calls, launch = [], interpreted.launch
-    monkeypatch.setattr(
-        interpreted, "launch", lambda *args, **settings: (calls.append(args), launch(*args, **settings))
-    )
+    monkeypatch.setattr(interpreted, "launch", lambda *args: (calls.append(args), launch(*args)))
     monkeypatch.setattr(interpreted, "_agrees", {})
     return calls
 
@@ -231,7 +228,7 @@ def test_where_the_kernel_is_not_for(launches, kind):
 
 @pytest.mark.parametrize("fault", ["it differs", "RuntimeError: no compiler"])
 def test_a_kernel_that_fails_is_not_used_and_a_warning_says_so(interpreted, monkeypatch, caplog, fault):
-    def broken(outputs, *_, **__):
+    def broken(outputs, *_):
         if fault.startswith("Runtime"):
             raise RuntimeError("no compiler")
         outputs += 1
