@@ -20,11 +20,7 @@ from helpers.sam3 import save_combined
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ON_THE_HUB = {
-    "facebook/sam2.1-hiera-base-plus": "sam2",
-    "facebook/sam3": "sam3",
-    "someone/night-lora": "someones-lora",
-}
+ON_THE_HUB = {"facebook/sam2.1-hiera-base-plus": "sam2", "facebook/sam3": "sam3", "someone/night-lora": "someones-lora"}
 ENTER = """
 import sys
 sys.path.insert(0, tests)

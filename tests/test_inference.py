@@ -27,10 +27,7 @@ SIZE = (96, 128)
         ([VideoPrompt(1, box=(7, 2, 7, 4))], "finite and with an area"),
         ([VideoPrompt(1, box=(128, 2, 140, 4))], "lies outside of the video"),
         ([VideoPrompt(1, mask=np.ones((128, 96), bool))], r"size \(128, 96\), but the video has \(96, 128\)"),
-        (
-            [VideoPrompt(1, box=(1, 2, 3, 4), mask=np.ones(SIZE, bool))],
-            "A mask and points or a box are given",
-        ),
+        ([VideoPrompt(1, box=(1, 2, 3, 4), mask=np.ones(SIZE, bool))], "A mask and points or a box are given"),
         ([VideoPrompt(2, box=(1, 2, 3, 4)), VideoPrompt(2, points=[(1, 2)], labels=[1])], "Object 2 has two prompts"),
         ([VideoPrompt(1, 2, box=(1, 2, 3, 4), end=True)], "prompt is given of object 1 on frame 2, where it is said"),
         ([VideoPrompt(3, 1, end=True)], r"end of object 3 must be after all .* \(on the frames \[\]\), got frame 1"),

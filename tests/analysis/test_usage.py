@@ -10,14 +10,7 @@ import torch
 from torch import nn
 
 from helpers.pictures import overlapping_texts
-from samoe_hf.analysis.usage import (
-    ExpertUsage,
-    RouterSums,
-    Source,
-    expert_similarity,
-    expert_usage,
-    mutual_information,
-)
+from samoe_hf.analysis.usage import ExpertUsage, RouterSums, Source, expert_similarity, expert_usage, mutual_information
 from samoe_hf.data import SyntheticVideos, Video
 from samoe_hf.model.expert_layer import ExpertLinear
 from samoe_hf.model.expert_router import top_k_gates

@@ -135,10 +135,7 @@ def test_what_does_not_go_with_it_is_refused(base, tmp_path, capsys):
         (["--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
         (["--lora_rank", "2", "--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
         (["--lora_rank", "auto", "--budget", "big"], "`--budget` must be a size of experts such as 4MB, got 'big'"),
-        (
-            ["--lora_rank", "auto", "--budget", "1kB"],
-            r"A budget of 1 kB is too little: experts of rank 1 in the",
-        ),
+        (["--lora_rank", "auto", "--budget", "1kB"], r"A budget of 1 kB is too little: experts of rank 1 in the"),
     ):
         with pytest.raises(ValueError, match=message):
             run_command(*words, *options)

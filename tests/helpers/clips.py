@@ -5,10 +5,7 @@ import torch
 from transformers import Sam2ImageProcessor, Sam2VideoProcessor, Sam2VideoVideoProcessor
 from transformers.image_utils import PILImageResampling
 
-from samoe_hf.data import (
-    ClipDataset,
-    Video,
-)
+from samoe_hf.data import ClipDataset, Video
 from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.data.frames import ArrayFrames
 

@@ -10,11 +10,7 @@ PROMPTS = {
     "point": {"input_points": [[[[20, 30]]]], "input_labels": [[[1]]]},
     "clicks": {"input_points": [[[[20, 30], [50, 20], [70, 40]]]], "input_labels": [[[1, 1, 0]]]},
     "box": {"input_boxes": [[[10, 10, 50, 40]]]},
-    "box and click": {
-        "input_boxes": [[[10, 10, 50, 40]]],
-        "input_points": [[[[20, 30]]]],
-        "input_labels": [[[1]]],
-    },
+    "box and click": {"input_boxes": [[[10, 10, 50, 40]]], "input_points": [[[[20, 30]]]], "input_labels": [[[1]]]},
     "objects": {"input_points": [[[[20, 30]], [[60, 30]], [[40, 50]]]], "input_labels": [[[1], [1], [1]]]},
     "mask": {"input_masks": [MASK]},
 }

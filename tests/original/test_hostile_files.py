@@ -66,8 +66,7 @@ def try_to_load(checkpoint: Path, experts: Path | None, config: Path, hostile: P
 
 
 @pytest.mark.parametrize(
-    ("step", "least"),
-    [pytest.param(1, 100, marks=pytest.mark.slow, id="all"), pytest.param(26, 4, id="some")],
+    ("step", "least"), [pytest.param(1, 100, marks=pytest.mark.slow, id="all"), pytest.param(26, 4, id="some")]
 )
 def test_hostile_files_are_refused_by_name(tmp_path, step, least):
     folder, log = tmp_path / "files", tmp_path / "log"

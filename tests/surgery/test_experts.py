@@ -7,12 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.reference import (
-    assert_same_tensors,
-    attend,
-    load_reference,
-    track_reference,
-)
+from helpers.reference import assert_same_tensors, attend, load_reference, track_reference
 from samoe_hf import SamoeModel
 from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.model.expert_layer import EXPERT_TENSORS, expert_modules

@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoProcessor,
-    Sam2VideoInferenceSession,
-    Sam2VideoModel,
-    Sam3TrackerVideoModel,
-    Sam3VideoModel,
-)
+from transformers import AutoProcessor, Sam2VideoInferenceSession, Sam2VideoModel, Sam3TrackerVideoModel, Sam3VideoModel
 
 from helpers.domains import add_learned_domain, with_two_domains
 from helpers.interaction import draw_weights, tiny_config
