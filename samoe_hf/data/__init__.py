@@ -1,4 +1,5 @@
 """Video segmentation data: readers for dataset layouts, one schema for all of them, and clips for training."""
+# ruff: noqa: F401
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -16,33 +17,6 @@ if TYPE_CHECKING:
     from .transforms import training_transforms
     from .video_io import read_video, write_video
 
-__all__ = [
-    "FEATURES",
-    "SYNTHETIC_DOMAINS",
-    "SYNTHETIC_KINDS",
-    "ClipCollator",
-    "ClipDataset",
-    "ClipSampler",
-    "ClipStream",
-    "FrameSequence",
-    "MixedDataset",
-    "SampleError",
-    "SyntheticVideos",
-    "Video",
-    "VideoList",
-    "load_videos",
-    "read_label_png",
-    "read_video",
-    "to_datasets",
-    "training_transforms",
-    "video_from_item",
-    "video_from_row",
-    "videos_from_dataset",
-    "videos_from_items",
-    "voc_palette",
-    "write_palette_png",
-    "write_video",
-]
 # Each name is imported at its first use: module -> names.
 _MODULES = {
     "clip_datasets": "ClipDataset ClipStream MixedDataset",
@@ -57,10 +31,11 @@ _MODULES = {
     "transforms": "training_transforms",
     "video_io": "read_video write_video",
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names.split():
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any, BinaryIO
+from typing import BinaryIO
+from uuid import uuid4
 from zlib import crc32
 
 import av
@@ -204,15 +204,13 @@ def remember(place: Path, index: ContainerIndex) -> None:
     """Writes an index; failing to write is no error."""
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        fields: dict[str, Any] = asdict(index) | {"fps": index.fps or 0.0}
-        with NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as file:
-            try:
-                np.savez(file, **fields)
-                file.close()
-                os.replace(file.name, place)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        part = place.with_suffix(f".{uuid4().hex}.part")
+        try:
+            with part.open("xb") as file:
+                np.savez(file, **{**asdict(index), "fps": index.fps or 0.0})  # pyright: ignore[reportArgumentType]
+            os.replace(part, place)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def recall(place: Path) -> ContainerIndex | None:

@@ -113,6 +113,13 @@ class ArrayFrames(FrameSequence):
         return np.repeat(frame[..., None], 3, axis=-1) if frame.ndim == 2 else frame
 
 
+def check_folder(folder: str | Path) -> Path:
+    """The folder as a path; raises `FileNotFoundError` if there is none."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    return Path(folder)
+
+
 def check_inside(name: str, source: str | Path) -> None:
     """Raises `SampleError` for a name, held by `source`, that leads out of the folder that it is joined to."""
     parts = Path(name).parts if isinstance(name, str) else ()

@@ -142,6 +142,11 @@ class ImageColumns:
         name = None if self.video is None else row[self.video]
         return self.open(f"row_{index}" if name is None else str(name), row[self.frames], row[self.masks], row)
 
+    def open_rows(self, dataset: EncodedRows, video_id: str, indices: list[int]) -> Video:
+        """The video of some rows, of a frame each."""
+        rows = dataset.read(indices)
+        return self.open(video_id, [row[self.frames] for row in rows], [row[self.masks] for row in rows], rows[0])
+
     def open(self, video_id: str, images: list[Any], labels: list[Any], row: Mapping[str, Any]) -> Video:
         """The video of encoded frames and label images; `row` may name its domain."""
         if not images or not labels or len(images) != len(labels) or None in images:
@@ -235,12 +240,7 @@ def _group_frames(dataset: AnyDataset, columns: ImageColumns) -> VideoList:
         place = natural_key(place) if isinstance(place, str) else place
         groups.setdefault(name_of(row[columns.video]), []).append((place, index))
     entries = {video_id: [index for _, index in sorted(rows)] for video_id, rows in groups.items()}
-    return VideoList(entries, partial(_open_group, EncodedRows(dataset.select_columns(columns.all())), columns))
-
-
-def _open_group(dataset: EncodedRows, columns: ImageColumns, video_id: str, indices: list[int]) -> Video:
-    rows = dataset.read(indices)
-    return columns.open(video_id, [r[columns.frames] for r in rows], [r[columns.masks] for r in rows], rows[0])
+    return VideoList(entries, partial(columns.open_rows, EncodedRows(dataset.select_columns(columns.all()))))
 
 
 class EncodedRows:

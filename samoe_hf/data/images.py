@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from samoe_hf.errors import InputError
 
-from .frames import FrameSequence, SampleError, frame_order, named_errors, say_once
+from .frames import FrameSequence, SampleError, check_folder, frame_order, named_errors, say_once
 from .image_files import (
     IMAGE_SUFFIXES,
     Page,
@@ -139,10 +139,7 @@ def image_paths(folder: str | Path) -> list[Path]:
         FileNotFoundError: there is no such folder.
         SampleError: it holds no images.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of images")
-    with os.scandir(folder) as entries:
+    with os.scandir(check_folder(folder)) as entries:
         files = [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
     paths, unread = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES], describe_unread(files)
     if not paths:

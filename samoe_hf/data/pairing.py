@@ -253,31 +253,25 @@ class _Names:
     def _levels(self) -> Iterator[Callable[[Sequence[str]], list[list[Told]]]]:
         """Ways to read names, the most exact first; each gives the readings that fit all of some names."""
         if self.first is None:
-            yield self._whole
+            yield self._held
             if not self.is_file:
-                yield self._held
                 yield self._all_numbers
         yield lambda texts: self._number_at(texts, self._is_written)
         yield lambda texts: self._number_at(texts, lambda number: int(number) in self.of_number)
 
-    def _whole(self, texts: Sequence[str]) -> list[list[Told]]:
-        """The frame's name is the whole name."""
-        known = all(text in self.index for text in texts)
-        return [[Told(text, 0, len(text), self.index[text]) for text in texts]] if known else []
-
     def _held(self, texts: Sequence[str]) -> list[list[Told]]:
-        """The frame's name is at the beginning of each name, at the end, or within, between characters such as `_`."""
-        found: list[list[list[Told]]] = [[], [], []]
-        for text in texts:
-            borders = [i for i in range(len(text) + 1) if re.match(r"[\W_]|$", text[i:])]
-            starts = [0, *(i + 1 for i in borders[:-1])]
-            spans = [(s, e) for s in starts for e in borders if s < e and text[s:e] in self.index]
-            spans.sort(key=lambda span: span[0] - span[1])
-            kinds = ([s for s in spans if s[0] == 0], [s for s in spans if s[1] == len(text)])
-            kinds += ([s for s in spans if s not in kinds[0] and s not in kinds[1]],)
-            for kind, own in zip(found, kinds, strict=True):
-                kind.append([Told(text, start, end, self.index[text[start:end]]) for start, end in own[:1]])
-        return [[one for (one,) in kind] for kind in found if all(kind)]
+        """The frame's name is at the beginning of each name (or all of it), at the end, or within."""
+        held = [self._names_in(text) for text in texts]
+        places = (lambda one: not one.before, lambda one: not one.behind, lambda one: one.before and one.behind)
+        ways = [[next(filter(place, own), None) for own in held] for place in places]
+        return [[*filter(None, way)] for way in ways if all(way)]
+
+    def _names_in(self, text: str) -> list[Told]:
+        """Frames' names within a name, between characters such as `_`, the longest first."""
+        borders = [match.start() for match in re.finditer(r"[\W_]|$", text)]
+        starts = [0, *(border + 1 for border in borders[:-1])]
+        spans = sorted(((s, e) for s in starts for e in borders if s < e), key=lambda span: span[0] - span[1])
+        return [Told(text, s, e, self.index[text[s:e]]) for s, e in spans if text[s:e] in self.index]
 
     def _all_numbers(self, texts: Sequence[str]) -> list[list[Told]]:
         """The numbers in a name are those of one frame."""
@@ -300,7 +294,7 @@ class _Names:
         common = len(commonprefix([*texts, *self.names]))  # noqa: RUF071 (characters; numbers within are a camera's)
         ways = [way for way in ways if way[0].end > common] or ways
         # What is before the number, or behind it, is the same in all names.
-        even = [way for way in ways if len({t.before for t in way}) == 1 or len({t.text[t.end :] for t in way}) == 1]
+        even = [way for way in ways if len({t.before for t in way}) == 1 or len({t.behind for t in way}) == 1]
         return even or ways
 
     def _is_written(self, number: str) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from samoe_hf.errors import InputError
 
 from .annotations import LabelImages, ObjectImages, Shapes
-from .frames import SampleError, named_errors, natural_key
+from .frames import SampleError, check_folder, named_errors, natural_key
 from .images import ImageFrames, image_paths, read_label_png
 from .schema import Video, VideoList
 from .video_io import read_video
@@ -185,13 +185,6 @@ def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, P
             raise SampleError(f"{path}: no frame of this name in {frames.paths[0].parent}")
         paths[index[path.stem]] = path
     return paths
-
-
-def check_folder(folder: str | Path) -> Path:
-    """The folder as a path; raises `FileNotFoundError` if there is none."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    return Path(folder)
 
 
 def _folder_names(folder: Path) -> list[str]:

@@ -62,8 +62,6 @@ class Video:
     classes: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.frames) == 0:
-            raise SampleError(f"{self.video_id}: a video without frames")
         frames = self.annotations.frames
         if frames and not 0 <= frames[0] <= frames[-1] < len(self.frames):
             raise SampleError(f"{self.video_id}: annotations up to frame {frames[-1]}, but {len(self.frames)} frames")

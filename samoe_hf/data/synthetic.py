@@ -136,18 +136,15 @@ def _gray_noise(strength: float) -> Callable[[_Rng, np.ndarray], np.ndarray]:
     return lambda rng, frames: _noisy(rng, frames, strength, (*frames.shape[:3], 1))
 
 
-def _cloudy(rng: _Rng, size: _Size) -> np.ndarray:
-    return 0.25 + 0.4 * _smooth_noise(rng, size, max(2, min(size) // 8), 3)
+def _clouds(dark: float, contrast: float, count: int, channels: int) -> Callable[[_Rng, _Size], np.ndarray]:
+    """`count` clouds along the shorter side."""
+    return lambda rng, size: dark + contrast * _smooth_noise(rng, size, max(2, min(size) // count), channels)
 
 
 def _textured(rng: _Rng, order: int) -> _Painter:
     colour = _float32(0.15 + 0.7 * rng.permutation([0.0, rng.uniform(0, 1), 1.0]))
     fu, fv = rng.uniform(3, 9, 2).astype(np.float32)
     return lambda u, v, depth: (colour + 0.2 * (np.sin(fu * u) * np.sin(fv * v))[..., None], _sharp(depth))
-
-
-def _tissue(rng: _Rng, size: _Size) -> np.ndarray:
-    return 0.3 + 0.1 * _smooth_noise(rng, size, max(2, min(size) // 4), 1)
 
 
 def _blob(rng: _Rng, order: int) -> _Painter:
@@ -256,9 +253,9 @@ def _drawn(rng: _Rng, order: int) -> _Painter:
 
 
 _LOOKS = {
-    "shapes": _Look(_cloudy, _textured, _gray_noise(0.02)),
-    "blobs": _Look(_tissue, _blob, _speckle),
-    "echoes": _Look(_tissue, _blob, _weak_speckle),
+    "shapes": _Look(_clouds(0.25, 0.4, 8, 3), _textured, _gray_noise(0.02)),
+    "blobs": _Look(_clouds(0.3, 0.1, 4, 1), _blob, _speckle),
+    "echoes": _Look(_clouds(0.3, 0.1, 4, 1), _blob, _weak_speckle),
     "stripes": _Look(_diagonal_stripes, _striped, lambda rng, frames: frames),
     "scenes": _Look(_ground, _wavy, _changing_light, (0.07, 0.2), 2),
     "night": _Look(_ground, _wavy, _cone_of_light, (0.07, 0.2), 2),

@@ -21,7 +21,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from .annotations import IdVolume
-from .frames import DAMAGE, ArrayFrames, SampleError, named_errors, natural_key, say_once
+from .frames import DAMAGE, ArrayFrames, SampleError, check_folder, named_errors, natural_key, say_once
 from .images import Window, to_uint8
 from .schema import Video, VideoList
 
@@ -176,9 +176,7 @@ def _axial_slices(image: Any, path: Path) -> tuple[np.ndarray, tuple[float, floa
 
 def _files(folder: Path, *suffixes: str) -> dict[str, Path]:
     """Name without suffixes -> file."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    paths = [p for p in folder.iterdir() if p.name.endswith(suffixes) and not p.name.startswith(".")]
+    paths = [p for p in check_folder(folder).iterdir() if p.name.endswith(suffixes) and not p.name.startswith(".")]
     if not paths:
         raise FileNotFoundError(f"{folder}: no files *{' or *'.join(suffixes)}")
     files: dict[str, Path] = {}

@@ -1,6 +1,5 @@
 """Frames, containers and label images."""
 
-import pickle
 import struct
 import zlib
 from fractions import Fraction
@@ -35,46 +34,6 @@ def test_a_folder_of_frames_is_read_in_natural_order_and_lazily(tmp_path, gradie
     (tmp_path / "frame10.png").unlink()  # nothing was decoded before it was asked for
     with pytest.raises(FileNotFoundError, match=r"frame10\.png"):
         frames[3]
-
-
-def test_a_container_gives_every_frame_in_any_order(tmp_path, gradient):
-    path = tmp_path / "clip.mp4"
-    write_video(path, gradient, fps=12.5)
-    frames = read_video(path)
-    assert len(frames) == 30 and frames.size == (48, 64) and frames.fps == 12.5
-    assert frames.names[:2] == ["00000", "00001"]
-    for i in (0, 1, 2, 29, 3, 17, 17, 4, 28):
-        assert np.abs(frames[i].astype(int) - gradient[i]).mean() < 3, f"frame {i}"
-    assert np.array_equal(pickle.loads(pickle.dumps(frames))[17], frames[17])
-
-
-def test_seeking_by_key_frames_finds_the_same_frames(tmp_path, gradient):
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=24, options={"g": "5", "bf": "2"})
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        for frame in gradient:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    in_order = list(read_video(path))
-    frames = read_video(path)
-    for i in (22, 3, 4, 29, 11, 7, 6):
-        assert np.array_equal(frames[i], in_order[i]), f"frame {i}"
-
-
-def test_a_rotated_recording_is_turned_upright(tmp_path, gradient):
-    path = tmp_path / "phone.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=24)
-        if not hasattr(stream, "set_display_rotation"):
-            pytest.skip("this PyAV cannot write a rotation")
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        stream.set_display_rotation(90)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(gradient[5], format="rgb24")))
-        container.mux(stream.encode())
-    frame = read_video(path)[0]
-    assert frame.shape == (64, 48, 3) and read_video(path).size == (64, 48)
-    assert frame[-16:, :16].mean() > frame.mean() + 20, "a quarter turn to the left brings the upper left corner down"
 
 
 def test_odd_sizes_are_extended_by_repeating_the_border_and_other_frames_refused(tmp_path, gradient):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pycocotools import mask as coco_mask
 
@@ -49,13 +49,8 @@ def read_coco(
     path = root / annotations if annotations else next(filter(Path.is_file, files), files[0])
     with named_errors(path, "not COCO annotations"):
         data = json.loads(path.read_bytes())
-        classes, of_image = _classes(data), {image["id"]: [] for image in data["images"]}
-        labels.check_unlike("ids of images", [image["id"] for image in data["images"]])
         labels.check_unlike("file names", [image["file_name"] for image in data["images"]])
-        for annotation in _objects(data, path):
-            if annotation["image_id"] not in of_image:
-                raise SampleError(f"an annotation of image {annotation['image_id']!r}, which is not in `images`")
-            of_image[annotation["image_id"]].append(annotation)
+        classes, of_image = _classes(data), _annotations(data, "image", path)
         tracks = {_track(annotation) for own in of_image.values() for annotation in own}
         if None in tracks and len(tracks) > 1:
             raise SampleError("some annotations have a track_id, and some have none")
@@ -69,12 +64,8 @@ def read_coco(
             video = videos.get(image.get("video_id"), str(image.get("video_id", parent)))
             number = image.get("frame_id", image.get("frame_index"))
             order = natural_key(name) if number is None else [(0, number)]
-            objects = [
-                LabelledObject(_track(one), _class(one, classes), _parts(one["segmentation"]))
-                for one in of_image[image["id"]]
-            ]
-            size = (int(image["height"]), int(image["width"]))
-            frame = LabelledFrame(video, folder / name, size, objects, str(path), alone=name)
+            objects = [_object(_track(one), one, _parts(one["segmentation"]), classes) for one in of_image[image["id"]]]
+            frame = LabelledFrame(video, folder / name, _size(image), objects, str(path), alone=name)
             frames.append(((image["id"],) if None in tracks else (video, order), frame))
         ordered = [frame for _, frame in sorted(frames, key=lambda pair: pair[0])]
     return labels.read_frames(ordered, str(root))
@@ -84,19 +75,32 @@ def _classes(data: Mapping[str, Any]) -> dict[Any, str]:
     return {one["id"]: str(one["name"]) for one in data.get("categories", ())}
 
 
-def _class(annotation: Mapping[str, Any], classes: Mapping[Any, str]) -> str:
+def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
+    return int(entry["height"]), int(entry["width"])
+
+
+def _annotations(data: Mapping[str, Any], kind: Literal["image", "video"], path: Path) -> dict[Any, list[Any]]:
+    """The annotations of each image or video by its id; crowds only where CVAT or Datumaro have given `attributes`."""
+    ids = [entry["id"] for entry in data[f"{kind}s"]]
+    labels.check_unlike(f"ids of {kind}s", ids)
+    found: dict[Any, list[Any]] = {number: [] for number in ids}
+    kept = [one for one in data["annotations"] if not one.get("iscrowd") or "attributes" in one]
+    if crowds := len(data["annotations"]) - len(kept):
+        say_once(f"{path}: {crowds} annotations of crowds are left out")
+    for one in kept:
+        if one[f"{kind}_id"] not in found:
+            raise SampleError(f"an annotation of {kind} {one[f'{kind}_id']!r}, which is not in `{kind}s`")
+        found[one[f"{kind}_id"]].append(one)
+    return found
+
+
+def _object(
+    key: int | None, annotation: Mapping[str, Any], parts: list[Part], classes: Mapping[Any, str]
+) -> LabelledObject:
     number = annotation.get("category_id")
     if classes and number not in classes:
         raise SampleError(f"the category {number!r} is none of {classes}")
-    return classes.get(number, labels.NO_CLASS)
-
-
-def _objects(data: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The annotations without crowds; those of CVAT and Datumaro, with `attributes`, are masks of objects."""
-    objects = [one for one in data["annotations"] if not one.get("iscrowd") or "attributes" in one]
-    if crowds := len(data["annotations"]) - len(objects):
-        say_once(f"{path}: {crowds} annotations of crowds are left out")
-    return objects
+    return LabelledObject(key, classes.get(number, labels.NO_CLASS), parts)
 
 
 def _track(annotation: Mapping[str, Any]) -> int | None:
@@ -141,10 +145,7 @@ def read_ytvis(
     (path,) = files
     with named_errors(path, "not YouTube-VIS annotations"):
         data = json.loads(path.read_bytes())
-        classes, of_video = _classes(data), {video["id"]: [] for video in data["videos"]}
-        labels.check_unlike("ids of videos", [video["id"] for video in data["videos"]])
-        for annotation in _objects(data, path):
-            of_video[annotation["video_id"]].append(annotation)
+        classes, of_video = _classes(data), _annotations(data, "video", path)
         places = [root / images] if images else [
             place / name for place in (path.parent, *[root / s for s in (split or "", path.stem)], root)
             for name in ("JPEGImages", "images", "")
@@ -157,23 +158,20 @@ def read_ytvis(
             folders = {Path(name).parent.as_posix() for name in names}
             by_folder = folders.pop() if len(folders) == 1 and "." not in folders else video["id"]
             video_ids.append(str(video.get("name") or by_folder))
-            labels.check_unlike(f"ids of objects in {video_ids[-1]}", [one.get("track_id", one["id"]) for one in own])
+            keys = [int(str(one.get("track_id", one["id"]))) for one in own]
+            labels.check_unlike(f"ids of objects in {video_ids[-1]}", keys)
             for one in own:
                 if len(one["segmentations"]) != len(names):
                     counts = f"{len(one['segmentations'])} segmentations for {len(names)} frames"
                     raise SampleError(f"annotation {one.get('id')} has {counts}")
             for t, name in enumerate(names):
                 check_inside(name, path)
+                shown = [one["segmentations"][t] for one in own]
                 objects = [
-                    LabelledObject(
-                        int(str(one.get("track_id", one["id"]))),
-                        _class(one, classes),
-                        [] if one["segmentations"][t] is None else _parts(one["segmentations"][t]),
-                    )
-                    for one in own
+                    _object(key, one, [] if segmentation is None else _parts(segmentation), classes)
+                    for key, one, segmentation in zip(keys, own, shown, strict=True)
                 ]
-                size = int(video["height"]), int(video["width"])
-                frames.append(LabelledFrame(video_ids[-1], folder / name, size, objects, str(path)))
+                frames.append(LabelledFrame(video_ids[-1], folder / name, _size(video), objects, str(path)))
         labels.check_unlike("names of videos", video_ids)
     return labels.read_frames(frames, str(root))
 
@@ -187,6 +185,14 @@ def _segmentation(mask: Any, polygons: bool) -> dict[str, Any]:
     return {"segmentation": shape, "area": int(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()}
 
 
+def _numbered_classes(videos: Sequence[Video]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(labels.classes_of(videos), 1)}
+
+
+def _write(path: Path, classes: Mapping[str, int], **content: Any) -> None:
+    labels.write_json(path, content | {"categories": [{"id": i, "name": name} for name, i in classes.items()]})
+
+
 def annotation_of(
     number: int, image_id: int, category_id: int, object_id: int, mask: Any, polygons: bool = False
 ) -> dict[str, Any]:
@@ -197,8 +203,7 @@ def annotation_of(
 
 def write_coco(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
     """Writes `annotations/instances_default.json` and `images/<video>/`, as [`read_coco`] reads frames of videos."""
-    classes = {name: i for i, name in enumerate(labels.classes_of(videos), 1)}
-    images, annotations = [], []
+    images, annotations, classes = [], [], _numbered_classes(videos)
     for number, video in enumerate(videos, 1):
         names = labels.write_frames(video, folder / "images" / video.video_id)
         height, width = video.size
@@ -210,19 +215,14 @@ def write_coco(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
                 places = len(annotations) + 1, len(images), classes[class_name]
                 own = annotation_of(*places, object_id, mask, polygons)
                 annotations.append(own | {"attributes": {"track_id": object_id}})
-    content = {
-        "images": images,
-        "videos": [{"id": number, "name": video.video_id} for number, video in enumerate(videos, 1)],
-        "categories": [{"id": i, "name": name} for name, i in classes.items()],
-        "annotations": annotations,
-    }
-    labels.write_json(folder / "annotations" / "instances_default.json", content)
+    named = [{"id": number, "name": video.video_id} for number, video in enumerate(videos, 1)]
+    path = folder / "annotations" / "instances_default.json"
+    _write(path, classes, images=images, videos=named, annotations=annotations)
 
 
 def write_ytvis(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
     """Writes `instances.json` and `JPEGImages/<video>/`; frames without annotation are not in the file."""
-    classes = {name: i for i, name in enumerate(labels.classes_of(videos), 1)}
-    entries, annotations = [], []
+    entries, annotations, classes = [], [], _numbered_classes(videos)
     for number, video in enumerate(videos, 1):
         names, (height, width) = labels.write_frames(video, folder / "JPEGImages" / video.video_id), video.size
         shown = [f"{video.video_id}/{names[t]}" for t in video.annotated_frames]
@@ -239,9 +239,4 @@ def write_ytvis(videos: Sequence[Video], folder: Path, polygons: bool = False) -
             own["category_id"] = classes[video.classes.get(object_id, labels.NO_CLASS)]
             lists = {"segmentations": "segmentation", "areas": "area", "bboxes": "bbox"}
             annotations.append(own | {name: [t[key] for t in seen] for name, key in lists.items()})
-    content = {
-        "videos": entries,
-        "categories": [{"id": i, "name": name} for name, i in classes.items()],
-        "annotations": annotations,
-    }
-    labels.write_json(folder / "instances.json", content)
+    _write(folder / "instances.json", classes, videos=entries, annotations=annotations)

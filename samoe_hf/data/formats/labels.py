@@ -14,12 +14,11 @@ from PIL import Image
 
 from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.clips import warn_one_frame
-from samoe_hf.data.frames import SampleError, check_inside, frame_order, natural_key, say_once
+from samoe_hf.data.frames import SampleError, check_folder, check_inside, frame_order, natural_key, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.images import ImageFrames, encode_png
 from samoe_hf.data.layouts import has_words
 from samoe_hf.data.pairing import object_ids
-from samoe_hf.data.readers import check_folder
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.shapes import Part
 from samoe_hf.data.video_io import read_video
