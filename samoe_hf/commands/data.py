@@ -74,7 +74,7 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
     entries = [(videos, i) for videos in open_dataset(parsed).parts for i in range(len(videos))]
     bar = tqdm(unit="frame", leave=False)
     for number, (videos, i) in enumerate(entries, start=1):
-        video_id = videos.video_ids[i] if isinstance(videos, VideoList) else None
+        video_id = videos.video_ids[i] if isinstance(videos, VideoList) and videos.video_ids else None
         if parsed.video and video_id is not None and video_id not in parsed.video:
             continue
         bar.set_description(f"video {number} of {len(entries)}")

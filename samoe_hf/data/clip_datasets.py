@@ -23,7 +23,7 @@ from samoe_hf.errors import InputError
 from .clips import Clip, ClipSampler, FrameProcessor
 from .frames import SampleError
 from .hub_datasets import videos_from_dataset
-from .items import ItemStream, is_iterable_dataset, videos_from_items
+from .items import VideoStream, is_iterable_dataset, open_item, videos_from_items
 from .options import check_types
 from .schema import Video
 
@@ -221,7 +221,7 @@ class ClipStream(EpochDataset, IterableDataset):
     ):
         super().__init__(on_error)
         opened = as_videos(videos)
-        self.videos = opened if isinstance(opened, ItemStream) else ItemStream(opened)
+        self.videos = opened if isinstance(opened, VideoStream) else VideoStream(opened, open_item)
         self.seed = seed
         self.sampler = ClipSampler(processor, **sampling)
 

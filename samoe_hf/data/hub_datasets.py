@@ -19,7 +19,7 @@ from samoe_hf.errors import InputError
 from .annotations import LabelImages
 from .frames import DAMAGE, SampleError, named_errors, natural_key
 from .images import Window, check_window
-from .items import ItemStream, ItemVideos, shown_as, videos_from_items
+from .items import VideoStream, shown_as, videos_from_items
 from .schema import FEATURES, Video, VideoList, encoded_frames, encoded_source, video_from_row
 
 # What columns are called, the likeliest first.
@@ -137,7 +137,7 @@ class ImageColumns:
         """The columns that are read for a video."""
         return [c for c in (self.frames, self.masks, self.video, self.domain) if c is not None]
 
-    def open_row(self, row: Mapping[str, Any], index: int) -> Video:
+    def open_row(self, index: int, row: Mapping[str, Any]) -> Video:
         """The video of a row with lists of images."""
         name = None if self.video is None else row[self.video]
         return self.open(f"row_{index}" if name is None else str(name), row[self.frames], row[self.masks], row)
@@ -207,19 +207,19 @@ def _describe(features: Mapping[str, Any]) -> str:
     return f"It has: {', '.join(columns) or 'none, but what a transform or a generator makes'}"
 
 
-def _open_own(row: dict[str, Any], index: int) -> Video:
+def _open_own(index: int, row: dict[str, Any]) -> Video:
     return video_from_row(row)
 
 
 def _rows_as_videos(
-    dataset: AnyDataset, columns: list[str], image_columns: list[str], open_row: Callable[[dict[str, Any], int], Video]
-) -> ItemVideos | ItemStream:
+    dataset: AnyDataset, columns: list[str], image_columns: list[str], open_row: Callable[[int, dict[str, Any]], Video]
+) -> VideoList | VideoStream:
     dataset = dataset.select_columns(columns)
     if isinstance(dataset, datasets.Dataset):
-        return ItemVideos(EncodedRows(dataset), open_row)
+        return VideoList(EncodedRows(dataset), open_row)
     for column in image_columns:
         dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))  # pyright: ignore[reportArgumentType]
-    return ItemStream(dataset, open_row)
+    return VideoStream(dataset, open_row)
 
 
 def _group_frames(dataset: AnyDataset, columns: ImageColumns) -> VideoList:

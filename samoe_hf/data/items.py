@@ -23,7 +23,7 @@ from samoe_hf.errors import InputError
 from .annotations import Annotations, IdVolume, MaskArrays, check_object_ids, has_soft_edges
 from .frames import ArrayFrames, SampleError, say_once
 from .images import ImageFrames, Window, read_label_png, read_pixels
-from .schema import Video, VideoList, VideoSequence
+from .schema import Video, VideoList
 
 FORM = '{"frames": (T, C, H, W) or (T, H, W, C), "masks": (T, H, W) ids or (T, N, H, W)}'
 
@@ -88,29 +88,33 @@ def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
     Raises:
         ValueError: neither of them.
     """
-    if isinstance(items, ItemVideos | ItemStream):
+    if isinstance(items, VideoList | VideoStream):
         return items
     kind, is_map = type(items).__name__, hasattr(items, "__getitem__") and not is_iterable_dataset(items)
     if isinstance(items, Mapping | str | Video) or not (is_map or hasattr(items, "__iter__")):
         raise InputError(f"a dataset must be a sequence or an iterable of items, not {kind}; put one item into a list")
     if is_map and not hasattr(items, "__len__"):
         raise InputError(f"a dataset with `__getitem__` needs `__len__`, which {kind} lacks")
-    return ItemVideos(items) if is_map else ItemStream(items)
+    return VideoList(items, open_item) if is_map else VideoStream(items, open_item)
+
+
+def open_item(index: int, item: Any) -> Video:
+    """[`video_from_item`], as [`VideoList`] opens its entries."""
+    return video_from_item(item, index)
 
 
 def shown_as(videos: Any, domain: str | None = None, window: Window | None = None) -> Any:
     """The same videos under another domain, and with other intensities that become black and white."""
     if domain is None and window is None:
         return videos
-    if isinstance(videos, VideoList):
-        return VideoList(videos.entries, partial(_open_as, videos.open_entry, domain, window))
-    if isinstance(videos, ItemVideos | ItemStream):
-        return type(videos)(videos.items, partial(_open_as, videos.open_item, domain, window))
-    raise InputError(f"`window` goes with image files, and not with {type(videos).__name__}")
+    kind = VideoStream if isinstance(videos, VideoStream) else VideoList
+    return kind(videos.entries, partial(_open_as, videos.open_entry, domain, window))
 
 
-def _open_as(open_video: Callable[..., Video], domain: str | None, window: Window | None, *which: Any) -> Video:
-    video = open_video(*which)
+def _open_as(
+    open_entry: Callable[[Any, Any], Video], domain: str | None, window: Window | None, key: Any, entry: Any
+) -> Video:
+    video = open_entry(key, entry)
     if window is not None:
         if not isinstance(video.frames, ImageFrames):
             raise SampleError(f"{video.video_id}: `window` goes with image files, which its frames are not")
@@ -123,38 +127,26 @@ def is_iterable_dataset(items: Any) -> bool:
     return isinstance(items, IterableDataset | datasets.IterableDataset)
 
 
-class ItemVideos(VideoSequence):
-    """Videos of a map-style dataset, see [`videos_from_items`]."""
+class VideoStream(Iterable[Video]):
+    """Videos of an iterable: what [`~samoe_hf.data.VideoList`] is of a sequence."""
 
-    def __init__(self, items: Any, open_item: Callable[[Any, int], Video] = video_from_item):
-        self.items, self.open_item = items, open_item
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def _open(self, position: int) -> Video:
-        return self.open_item(self.items[position], position)
-
-
-class ItemStream(Iterable[Video]):
-    """Videos of an iterable, see [`videos_from_items`]."""
-
-    def __init__(self, items: Any, open_item: Callable[[Any, int], Video] = video_from_item):
-        self.items, self.open_item = items, open_item
+    def __init__(self, entries: Iterable[Any], open_entry: Callable[[int, Any], Video]):
+        self.entries, self.open_entry = entries, open_entry
 
     def __iter__(self) -> Iterator[Video]:
         worker = get_worker_info()
-        first, step = (0, 1) if worker is None or is_iterable_dataset(self.items) else (worker.id, worker.num_workers)
-        # Unlike generators and islice, these go on after an item that is no video.
-        if isinstance(self.items, Sequence):
-            return map(lambda index: self.open_item(self.items[index], index), range(first, len(self.items), step))
-        own = filter(lambda pair: pair[0] % step == first, enumerate(self.items))
-        return map(lambda pair: self.open_item(pair[1], pair[0]), own)
+        first, step = (0, 1) if worker is None or is_iterable_dataset(self.entries) else (worker.id, worker.num_workers)
+        # Unlike generators and islice, these go on after an entry that is no video.
+        if isinstance(self.entries, Sequence):
+            entries = self.entries
+            return map(lambda index: self.open_entry(index, entries[index]), range(first, len(entries), step))
+        own = filter(lambda pair: pair[0] % step == first, enumerate(self.entries))
+        return map(lambda pair: self.open_entry(*pair), own)
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on to the dataset, if it has an epoch."""
-        if hasattr(self.items, "set_epoch"):
-            self.items.set_epoch(epoch)
+        if hasattr(self.entries, "set_epoch"):
+            self.entries.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _read_frames(value: Any, size: tuple[int, ...], owner: str) -> np.ndarray:

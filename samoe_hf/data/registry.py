@@ -62,7 +62,7 @@ def load_videos(
     check_options(layout.read, options, owner)
     videos = layout.read(**options)
     if video_ids is not None:
-        if not isinstance(videos, VideoList):
+        if not isinstance(videos, VideoList) or not videos.video_ids:
             raise InputError(f"video_ids cannot choose among the videos of kind {kind!r}")
         videos = videos.select(video_ids)
     default = {"files": Path(str(root)).resolve().stem, "sa_v_val": "sa_v", "dataset": None}.get(kind, kind)

@@ -8,7 +8,6 @@ ids of any size and frames without annotation.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -139,41 +138,33 @@ class Video:
         return self.annotations
 
 
-class VideoSequence(Sequence[Video]):
-    """Videos that are opened when they are asked for; a slice is a list of them."""
+class VideoList(Sequence[Video]):
+    """Videos that are opened when they are asked for; a slice is a list of them.
 
-    @abstractmethod
-    def _open(self, position: int) -> Video:
-        """Opens the video at a position from 0."""
+    Args:
+        entries: what `open_entry` takes to open each: a mapping of video ids, or a sequence or map-style dataset.
+        open_entry: (video id or index, entry) -> `Video`; must be picklable for data loader workers that are spawned.
+
+    Attributes:
+        video_ids: of all videos, in order; none where `entries` does not tell them.
+    """
+
+    def __init__(self, entries: Any, open_entry: Callable[[Any, Any], Video]):
+        self.entries, self.open_entry = entries, open_entry
+        self.video_ids: list[str] = list(entries) if isinstance(entries, Mapping) else []
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
     @overload
     def __getitem__(self, index: int) -> Video: ...
     @overload
     def __getitem__(self, index: slice) -> list[Video]: ...
     def __getitem__(self, index: int | slice) -> Video | list[Video]:
+        keys: Sequence[Any] = self.video_ids or range(len(self))
         if isinstance(index, slice):
-            return [self._open(i) for i in range(len(self))[index]]
-        return self._open(range(len(self))[index])
-
-
-class VideoList(VideoSequence):
-    """The videos of a reader.
-
-    Args:
-        entries: video id -> what `open_entry` takes to open it.
-        open_entry: (video_id, entry) -> `Video`; must be picklable for data loader workers that are spawned.
-    """
-
-    def __init__(self, entries: dict[str, Any], open_entry: Callable[[str, Any], Video]):
-        self.entries, self.open_entry = entries, open_entry
-        self.video_ids = list(entries)
-
-    def __len__(self) -> int:
-        return len(self.video_ids)
-
-    def _open(self, position: int) -> Video:
-        video_id = self.video_ids[position]
-        return self.open_entry(video_id, self.entries[video_id])
+            return [self.open_entry(key, self.entries[key]) for key in keys[index]]
+        return self.open_entry(keys[index], self.entries[keys[index]])
 
     def select(self, video_ids: Sequence[str]) -> VideoList:
         """The videos with these ids, in this order; raises `ValueError` for an unknown id."""

@@ -18,7 +18,7 @@ from samoe_hf.errors import InputError
 
 from .frames import SampleError
 from .options import check_types
-from .schema import Video, VideoSequence
+from .schema import Video, VideoList
 
 _float32 = partial(np.asarray, dtype=np.float32)
 _Rng = np.random.Generator
@@ -341,7 +341,7 @@ def _paint(
                 masks[t, column, rows, cols] = depth > 0
 
 
-class SyntheticVideos(VideoSequence):
+class SyntheticVideos(VideoList):
     """Videos of objects that move, turn, change size, bounce, occlude each other, and at times leave and return.
 
     Video i depends on i and on the arguments but `num_videos` only. Every object is seen on the first frame, unless it
@@ -389,11 +389,9 @@ class SyntheticVideos(VideoSequence):
                 raise InputError(f"unknown kind {kind!r} of synthetic videos; there are {', '.join(SYNTHETIC_KINDS)}")
             if num_frames < _MIN_FRAMES[kind]:
                 raise InputError(f"{kind!r} videos need num_frames of at least {_MIN_FRAMES[kind]}, not {num_frames}")
+        super().__init__(range(num_videos), self._draw)
 
-    def __len__(self) -> int:
-        return self.num_videos
-
-    def _open(self, position: int) -> Video:
+    def _draw(self, position: int, _: int) -> Video:
         seed = [self.seed, zlib.crc32(self.domain.encode()), position]
         name, kind = self.domain, self.kinds[position % len(self.kinds)] if self.kinds else ""
         if not kind:

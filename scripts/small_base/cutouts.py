@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from samoe_hf.cli import main
 from samoe_hf.data import Video
 from samoe_hf.data.layouts import LAYOUTS, Layout
-from samoe_hf.data.schema import VideoSequence
+from samoe_hf.data.schema import VideoList
 
 SIDE = 96  # of a picture that is moved, in pixels
 
 
-class CutOuts(VideoSequence):
+class CutOuts(VideoList):
     """Videos of 1 to `max_objects` objects among others that are none, over a moving photograph.
 
     Video i depends on i and on the arguments but `num_videos` only. An object is a figure or a region of a photograph,
@@ -45,16 +45,14 @@ class CutOuts(VideoSequence):
         seed: int = 0,
         domain: str = "cutouts",
     ):
-        self.num_videos, self.num_frames, self.side = num_videos, num_frames, side
+        super().__init__(range(num_videos), self._draw)
+        self.num_frames, self.side = num_frames, side
         self.max_objects, self.seed, self.domain = max_objects, seed, domain
         with np.load(root) as file:
             self.figures = file["figures"]
             self.photos = [file[name] for name in file.files if name.startswith("photo")]
 
-    def __len__(self) -> int:
-        return self.num_videos
-
-    def _open(self, position: int) -> Video:
+    def _draw(self, position: int, _: int) -> Video:
         rng = np.random.default_rng([self.seed, position])
         frames, masks = self._render(rng)
         for _ in range(20):
