@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
@@ -406,34 +406,42 @@ def pages_of(
     their place if they have one value. Others are a `SampleError`. What is guessed goes into `notes`.
     """
     pages = {mask.path: image_info(mask.path).pages for mask in masks}
-    path = masks[0].path
-    of_frames = all(len(own) == len(frames) for own in pages.values())
-    if of_frames and (len(masks) == 1 or not {mask.path.stem for mask in masks} <= set(frames.names)):
-        whose = {mask.path: mask.object_name or mask.path.stem if len(masks) > 1 else None for mask in masks}
-        notes.append(
-            f"{path.parent}: each file has the masks of an object, a page for each frame" if len(masks) > 1
-            else f"{path}: its pages are the masks of the video's frames, in order"
-        )  # fmt: skip
-        return [MaskFile(p, whose[p], t, page=n) for p, own in pages.items() for t, n in enumerate(own, first)]
-    if len(masks) == 1 and len(frames) > 1:
+    path, *others = pages
+    if others:
+        of_objects = {mask.path: mask.object_name or mask.path.stem for mask in masks}
+        note = f"{path.parent}: each file has the masks of an object, a page for each frame"
+    else:
+        of_objects, note = {}, f"{path}: its pages are the masks of the video's frames, in order"
+    if all(len(own) == len(frames) for own in pages.values()):
+        if not others or not {path.stem for path in pages} <= set(frames.names):
+            notes.append(note)
+            numbered = ((path, t, page) for path, own in pages.items() for t, page in enumerate(own, first))
+            return [MaskFile(path, of_objects.get(path), t, page=page) for path, t, page in numbered]
+    elif not others and len(frames) > 1:
         raise SampleError(f"{path}: {len(pages[path])} pages for {len(frames)} frames; a mask is expected for each")
-    seen = {Page(p, n): _value_of(Page(p, n), **values) for p, own in pages.items() for n in own}
-    by_value = len({*seen.values()} - {0}) > 1 and not values.get("binary")
-    counts = {len(own): p for p, own in pages.items()}
+    return _pages_of_frames(masks, pages, notes, **values)
+
+
+def _pages_of_frames(
+    masks: Sequence[MaskFile], pages: Mapping[Path, Sequence[int]], notes: list[str], **values: Any
+) -> list[MaskFile]:
+    """The pages of masks that are a frame's each."""
+    value_of = {(path, page): _value_of(Page(path, page), **values) for path, own in pages.items() for page in own}
+    present = {*value_of.values()} - {0}
+    by_value = len(present) > 1 and not values.get("binary")
+    counts = {len(own): path for path, own in pages.items()}
     if not by_value and len(counts) > 1:
         few, many = min(counts), max(counts)
         raise SampleError(f"{counts[few]}: {few} pages, but {counts[many]} has {many}: which page is which object's?")
     told = "the values of the pages" if by_value else "the pages' numbers, from 1"
-    notes.append(f"{path.parent}: a file has the masks of a frame; objects are {told}")
+    notes.append(f"{masks[0].path.parent}: a file has the masks of a frame; objects are {told}")
     found = []
-    for mask in masks:
-        own = list(enumerate((Page(mask.path, n) for n in pages[mask.path]), 1))
-        named = [(seen[page] if by_value else place, page) for place, page in own if seen[page] or not by_value]
-        absent = [(min({*seen.values()} - {0}), own[0][1])] if by_value else []  # of a frame without any object
-        found += [
-            MaskFile(mask.path, str(name), mask.frame_name or mask.path.stem, page=page.number)
-            for name, page in named or absent
-        ]
+    for path, _, frame_name, *_ in masks:
+        named = enumerate(pages[path], 1)
+        if by_value:
+            own = [(value_of[path, page], page) for page in pages[path] if value_of[path, page]]
+            named = own or [(min(present), pages[path][0])]  # no object is on this frame
+        found += [MaskFile(path, str(name), frame_name or path.stem, page=page) for name, page in named]
     return found
 
 
