@@ -19,8 +19,9 @@ def pytest_collection(session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays, so the garbage collector need not look at it again and again: a fifth of the time."""
+    """What is imported stays, so the garbage collector need not look at it, nor at the rest very often."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:
@@ -57,7 +58,7 @@ def nano(request) -> SimpleNamespace:
     from helpers.edgetam import edgetam_model
     from helpers.reference import load_reference
 
-    if getattr(request, "param", "sam2") == "edgetam":
+    if getattr(request, "param", None) == "edgetam":
         return SimpleNamespace(name="edgetam", model=edgetam_model(with_experts=True))
     return load_reference("nano")
 
@@ -106,8 +107,8 @@ def files_of(source) -> list[Path]:
         return []
 
 
-@pytest.fixture(autouse=True)
-def read_once(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
     """A folder of a model is read once while its files are the same; further loads are copies, much faster."""
     from samoe_hf import SamoeModel
 
@@ -122,11 +123,13 @@ def read_once(monkeypatch):
         key = (str(source), str(options), *((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
         if key not in READ:
             READ[key] = read(source, **options)
-            if len(READ) > 6:
+            if len(READ) > 12:
                 del READ[next(iter(READ))]
         return copy.deepcopy(READ[key])
 
-    monkeypatch.setattr(SamoeModel, "from_pretrained", from_pretrained)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamoeModel, "from_pretrained", from_pretrained)
+        yield
 
 
 @pytest.fixture(scope="module")

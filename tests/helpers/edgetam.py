@@ -12,10 +12,11 @@ from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.base import config_of_base
 
 needs_timm = pytest.mark.skipif(not is_timm_available(), reason="EdgeTAM's encoder needs timm")
-over_bases = pytest.mark.parametrize("nano", ["sam2", pytest.param("edgetam", marks=needs_timm)], indirect=True)
+SAM2 = pytest.param(None, id="sam2")  # None is the fixture as other tests have it, which is not made again
+over_bases = pytest.mark.parametrize("nano", [SAM2, pytest.param("edgetam", marks=needs_timm)], indirect=True)
 """Runs a test whose fixtures are made of `nano` with SAM 2's small model and with EdgeTAM's."""
 slow_over_bases = pytest.mark.parametrize(
-    "nano", ["sam2", pytest.param("edgetam", marks=[needs_timm, pytest.mark.slow])], indirect=True
+    "nano", [SAM2, pytest.param("edgetam", marks=[needs_timm, pytest.mark.slow])], indirect=True
 )
 """With EdgeTAM's among the slow tests, where faster ones would find what differs between bases."""
 
