@@ -72,6 +72,7 @@ def test_click_undo_box_track_correct_and_take_away_as_the_python_api_does(page,
     assert not page.errors
 
 
+@pytest.mark.slow
 def test_the_chosen_object_leaves_where_it_is_said_to_and_stays_after_all(page, small_video):
     page.open(small_video)
     page.click(0.3, 0.5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of, track_by_hand
-from helpers.edgetam import over_bases, slow_over_bases
+from helpers.edgetam import slow_over_bases
 from samoe_hf import VideoSession
 from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.timeline import draw_timeline, frame_at
@@ -16,7 +16,7 @@ from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.tracks import ObjectScores
 
 
-@over_bases
+@slow_over_bases
 def test_clicks_tracking_and_corrections_are_those_of_the_python_api(session):
     first, second = session.add_object(), session.add_object()
     session.click(first, 2, 30, 30)
@@ -72,7 +72,7 @@ def test_undo_leads_back_to_the_bit_even_for_what_is_tracked_later(make_session,
         session.undo()
 
 
-@over_bases
+@slow_over_bases
 def test_scores_are_the_models_of_objects_that_have_begun(session):
     session.click(session.add_object(), 2, 30, 30)
     session.click(session.add_object(), 5, 70, 30)

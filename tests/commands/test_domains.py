@@ -75,20 +75,29 @@ def test_domains_are_listed_and_drawn(samoe, folder, copy_of, tmp_path):
     assert is_magenta.sum() > 500 and not (np.abs(plain.astype(int) - (255, 0, 255)) < 8).all(-1).any()
 
 
+def pictures(model):
+    return {path.name: path.read_bytes() for path in (model / "examples").glob("*")}
+
+
 def test_a_domain_is_renamed_removed_and_added_again_and_nothing_else_changes(samoe, folder, copy_of, tmp_path):
-    before = tensors(folder)
+    (copy_of / "examples").mkdir()
+    for name in ("a.jpg", "b.png"):
+        (copy_of / "examples" / name).write_bytes(name.encode())
+    before, source = tensors(folder), shutil.copytree(copy_of, tmp_path / "source")
     assert "b is now lines." in samoe("domains", "rename", copy_of, "b", "lines", "--in-place")
     renamed = tensors(copy_of)
     assert_kept(before, renamed, "a", "lines")
+    assert pictures(copy_of) == {"a.jpg": b"a.jpg", "lines.png": b"b.png"}
     samoe("domains", "remove", copy_of, "lines", "--output", tmp_path / "one")
     one = tensors(tmp_path / "one")
     assert_kept(before, one, "a")
     assert not any("lines" in name for name in one) and same_row(row(one, 0), row(before, 0))
     assert torch.equal(tensors(copy_of)["domain_gate.means"], renamed["domain_gate.means"])
+    assert pictures(tmp_path / "one") == {"a.jpg": b"a.jpg"} and "lines.png" in pictures(copy_of)
     printed = samoe(
-        "domains", "add", tmp_path / "one", folder, "--domain", "b", "--as", "new", "--output", tmp_path / "two"
+        "domains", "add", tmp_path / "one", source, "--domain", "b", "--as", "new", "--output", tmp_path / "two"
     )
-    assert f"Added new, of {folder}." in printed
+    assert f"Added new, of {source}." in printed and pictures(tmp_path / "two").keys() == {"a.jpg", "new.png"}
     two = tensors(tmp_path / "two")
     assert_kept(before, two, "a", "new")
     assert same_row(row(two, 0), row(before, 0))
@@ -98,21 +107,6 @@ def test_a_domain_is_renamed_removed_and_added_again_and_nothing_else_changes(sa
         assert torch.equal(before[name], two[name.replace("domain_b.", "domain_new.")]) or "domain_gate.names" in name
     files = {file.name for file in (tmp_path / "two").iterdir()}
     assert (tmp_path / "two" / "model.safetensors").stat().st_size < 2e6 and "processor_config.json" in files
-
-
-def test_pictures_of_domains_go_with_them(samoe, copy_of, tmp_path):
-    def pictures(model):
-        return {path.name: path.read_bytes() for path in (model / "examples").glob("*")}
-
-    (copy_of / "examples").mkdir()
-    for name in ("a.jpg", "b.png"):
-        (copy_of / "examples" / name).write_bytes(name.encode())
-    samoe("domains", "rename", copy_of, "b", "lines", "--in-place")
-    assert pictures(copy_of) == {"a.jpg": b"a.jpg", "lines.png": b"b.png"}
-    samoe("domains", "remove", copy_of, "a", "--output", tmp_path / "one")
-    assert pictures(tmp_path / "one") == {"lines.png": b"b.png"} and "a.jpg" in pictures(copy_of)
-    samoe("domains", "add", tmp_path / "one", copy_of, "--domain", "a", "--as", "new", "--output", tmp_path / "two")
-    assert pictures(tmp_path / "two") == {"lines.png": b"b.png", "new.jpg": b"a.jpg"}
     samoe("domains", "remove", copy_of, "a", "--in-place")
     assert pictures(copy_of) == {"lines.png": b"b.png"}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import slow_over_bases
 from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
 from samoe_hf.tracks import read_tracks
@@ -33,7 +33,7 @@ def refused(*arguments: object) -> str:
     return caught.value.code
 
 
-@over_bases
+@slow_over_bases
 def test_a_video_file(model_folder, file, video, tmp_path, capfd):
     mask = tmp_path / "mask.png"
     write_palette_png(mask, video.masks(0)[0].astype(np.uint8))

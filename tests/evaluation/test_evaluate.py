@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from helpers.edgetam import over_bases
+from helpers.edgetam import slow_over_bases
 from helpers.results import assert_same_scores, perturbed, random_video
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png
 from samoe_hf.data.annotations import MaskArrays
@@ -57,7 +57,7 @@ def test_frames_are_scored_one_by_one_as_the_video_is_as_a_whole():
     np.testing.assert_array_equal(result.scores.j, score_video(predicted[[0, 2, 3]], masks).j)
 
 
-@over_bases
+@slow_over_bases
 def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
     masks, scores = segment_video(nano.model, processor, video)
     assert masks.shape == (5, len(video.object_ids), 96, 128) and np.isfinite(scores).all()

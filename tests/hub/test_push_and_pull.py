@@ -303,7 +303,8 @@ def test_adapters_are_pushed_and_pulled(server):
 
 @pytest.mark.slow
 def test_adapters_are_not_pulled_where_peft_is_missing(server, reader, tmp_path):
-    push_with_code(add_adapters(SamoeModel.from_pretrained("tester/experts")), "adapted", base_model="tester/base")
+    model = add_adapters(SamoeModel.from_pretrained("tester/experts"))
+    push_with_code(model, "adapted", experts_only=True, base_model="tester/base")
     with pytest.raises(ClientError, match=r"ImportError: \s*\w+ requires the peft library"):
         pull_apart(reader, "tester/adapted", server.expected, tmp_path)
 

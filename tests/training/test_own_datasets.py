@@ -17,7 +17,7 @@ from samoe_hf.model.prompt_recipe import PROMPT_RECIPES
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.trainer import SamoeTrainer
 
-VIDEOS = SyntheticVideos(4, 4, (48, 64))
+VIDEOS = SyntheticVideos(2, 4, (48, 64))
 
 
 def frames_of(video):
@@ -108,7 +108,7 @@ def test_evaluation_tracks_items_as_it_tracks_their_videos(model_folder, tmp_pat
         samoe_trainer(model_folder, tmp_path, FloatsAndMasks()).evaluate()
     trainer = samoe_trainer(model_folder, tmp_path, FloatsAndMasks(), eval_dataset=FloatsAndMasks())
     expected = trainer.evaluate(list(VIDEOS))
-    for data in (None, [FloatsAndMasks()[i] for i in range(4)]):
+    for data in (None, [FloatsAndMasks()[i] for i in range(2)]):
         assert trainer.evaluate(data)["eval_J&F"] == expected["eval_J&F"]
     streamed = trainer.evaluate(Stream())
     assert streamed["eval_J&F"] == trainer.evaluate(image_lists())["eval_J&F"] == streamed["eval_lab_J&F"]

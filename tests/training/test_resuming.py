@@ -64,7 +64,7 @@ def same(a, b):
     ("options", "num_steps", "tried"),
     [
         pytest.param([], 7, [7], marks=pytest.mark.slow),  # an epoch has 5 steps
-        (["--gradient_accumulation_steps", 2, "--augmentation", "{}"], 7, [4]),  # 3 steps, the last of one clip
+        (["--gradient_accumulation_steps", 2, "--augmentation", "{}", "--max_steps", 5], 5, [4]),  # 3, the last of one
         pytest.param(["--max_steps", -1, "--num_train_epochs", 1.5, "--gradient_accumulation_steps", 3], 3, [1, 2, 3],
                      marks=pytest.mark.slow),
         pytest.param(["--lora_dropout", 0.2], 7, range(1, 8), marks=pytest.mark.slow),
