@@ -19,10 +19,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from samoe_hf.data.annotations import Shapes
+from samoe_hf.data.annotations import Shapes, read_object_mask
 from samoe_hf.data.fingerprints import fingerprint, frames_fingerprint
 from samoe_hf.data.frames import check_inside
-from samoe_hf.data.images import image_paths, read_label_png
+from samoe_hf.data.images import image_paths
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
@@ -87,7 +87,8 @@ class FilePrompt:
 
     def read(self, folder: Path) -> VideoPrompt:
         """The prompt, with its mask; `folder` is that of the file of prompts."""
-        mask = None if self.mask is None else read_label_png(folder / self.mask) > 0
+        advice = "a prompt's mask is of its object alone"
+        mask = None if self.mask is None else read_object_mask(folder / self.mask, self.object, advice)
         labels = [1] * len(self.points) if self.labels is None else self.labels
         return VideoPrompt(self.object, self.frame, self.points, labels, self.box, mask, self.end)
 
@@ -187,7 +188,7 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
     """Video id -> prompts of a JSON file, which holds a list, or of one with an object on each line (`.jsonl`).
 
     An entry has `video`, `object` (1 if not given), `frame` (0), and `points` with `labels` (1 each), a `box`, a `mask`
-    (an image below the folder of the file, where every value above 0 is the object), or a true `end`: it is gone from
+    (an image below the folder of the file, of the object alone: 0 and another value), or a true `end`: it is gone from
     there on.
 
     Raises:

@@ -24,7 +24,7 @@ from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode, tracking_steps
-from samoe_hf.labelling import read_prompts, video_paths
+from samoe_hf.labelling import from_prompt_file, read_prompts, video_paths
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.tracks import TrackRow, read_tracks
@@ -382,6 +382,10 @@ def test_wrong_prompts_are_told_before_anything_is_written(model_folder, clips, 
     words = ["--prompts", prompts, "--output", tmp_path / "out", "--dataset"]
     with pytest.raises(SystemExit, match="`video` 'nobody' is not in"):
         label(model_folder, *words, clips)
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(tmp_path / "map.png")
+    write_prompts(prompts, [{"video": "b", "object": 2, "mask": "map.png"}])
+    with pytest.raises(InputError, match=r"map.png: read as the mask of one object, 2, but holds the values 1, 2"):
+        from_prompt_file(prompts, clips)[0].prompts(None)
     with pytest.raises(SystemExit, match="neither video files nor folders of images"):
         (tmp_path / "empty").mkdir()
         label(model_folder, *words, tmp_path / "empty")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -82,8 +83,7 @@ def parse_numbers(name: str, text: str, count: int) -> list[float]:
 
 def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
     """What the options give of each object on each frame, as one prompt."""
-    import numpy as np
-
+    from samoe_hf.data.annotations import LabelImages, has_soft_edges, read_object_mask
     from samoe_hf.data.images import read_label_png
     from samoe_hf.inference import VideoPrompt
 
@@ -112,13 +112,18 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
         prompt.box = (x0, y0, x1, y1)
     for text in parsed.mask:
         object_id, given, frame_idx = split_prompt(text, parsed.frame)
-        ids = read_label_png(given)
-        values = np.unique(ids[ids > 0]).tolist()
-        if not values:
+        if object_id is None and not has_soft_edges(read_label_png(given)):
+            labels = LabelImages({0: given})
+            # A map of one value is one object, whatever the value.
+            ids = [None] if len(labels.object_ids) == 1 else labels.object_ids
+            masks = dict(zip(ids, labels.masks(0, labels.object_ids), strict=True))
+        else:
+            advice = "give a map of ids without an id before it"
+            mask = read_object_mask(given, object_id or 1, advice)
+            masks = {object_id: mask} if mask.any() else {}
+        if not masks:
             raise InputError(f"`--mask` {given} holds no object.")
-        # A map of one value is one object, whatever the value.
-        single = object_id is not None or len(values) == 1
-        for value, mask in [(object_id, ids > 0)] if single else [(value, ids == value) for value in values]:
+        for value, mask in masks.items():
             prompt = prompt_of(value, frame_idx)
             if prompt.mask is not None:
                 raise InputError(f"Object {prompt.object_id} has two masks on frame {frame_idx}.")
@@ -128,6 +133,8 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
         if match is None:
             raise InputError(f"`--end` must be [ID=]FRAME, got {text!r}.")
         prompt_of(int(match[1] or 1), int(match[2])).end = True
+    if not prompts:
+        raise InputError("Give at least one object, by `--point`, `--box` or `--mask`.")
     return list(prompts.values())
 
 
@@ -215,7 +222,8 @@ def track(
         if parsed.layout:
             ids = sorted({prompt.object_id for prompt in prompts})
             labels = LabelImages(dict(enumerate(paths)), object_ids=ids)
-            options.write_format(parsed.layout, [Video(parsed.video.stem, frames, labels)], target, overwrite=overwrite)
+            video = Video(Path(os.path.abspath(parsed.video)).stem, frames, labels)
+            options.write_format(parsed.layout, [video], target, overwrite=overwrite)
     if model.config.domains is not None and tracked is not None:
         whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
         sure, how = tracked.domain_confidence, "as given by --domain"

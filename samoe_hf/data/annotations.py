@@ -169,6 +169,35 @@ class LabelImages(LabelMaps):
         return f"{video_id}, frame {frame} of {column!r}" if isinstance(image, bytes) else str(image)
 
 
+def read_object_mask(
+    path: str | Path | Page,
+    object_id: int,
+    advice: str,
+    binary: bool | None = None,
+    ignore_ids: Collection[int] | None = None,
+) -> np.ndarray:
+    """The mask (H, W) bool of an object, whose image is of one value and 0, or has soft edges.
+
+    Args:
+        path: the image.
+        object_id: for the message, as `advice` is, on what to do where there are several values.
+        binary: True if all values above 0 are the object.
+        ignore_ids: values that are not the object.
+
+    Raises:
+        SampleError: several values.
+    """
+    values = read_label_png(path)
+    mask = (values > 0) & ~np.isin(values, list(ignore_ids or ()))
+    kinds = [] if binary else np.unique(values[mask]).tolist()
+    if len(kinds) > 1 and not has_soft_edges(values):
+        shown = ", ".join(map(str, kinds[:5]))
+        raise SampleError(
+            f"{path}: read as the mask of one object, {object_id}, but holds the values {shown}; {advice}"
+        )
+    return mask
+
+
 @lru_cache(maxsize=16384)
 def _values_of_files(paths: tuple[str, ...], modified_ns: int) -> frozenset[int]:
     """All values in some label images; `modified_ns` tells changed files."""
@@ -256,17 +285,11 @@ class ObjectImages(MasksOfObjects):
         self.binary, self.ignore_ids = binary, ignore_ids
 
     def _read(self, frame: int, object_id: int) -> np.ndarray:
-        path = self.stored[frame][object_id]
-        values = read_label_png(path)
-        mask = (values > 0) & ~np.isin(values, list(self.ignore_ids or ()))
-        kinds = [] if self.binary else np.unique(values[mask]).tolist()
-        if len(kinds) > 1 and not has_soft_edges(values):
-            shown = ", ".join(map(str, kinds[:5]))
-            raise SampleError(
-                f"{path}: read as the mask of one object, {object_id}, but holds the values {shown}; if it is a label "
-                "image, give a pattern of masks without {object}; `binary: true` takes all values for the object"
-            )
-        return mask
+        advice = (
+            "if it is a label image, give a pattern of masks without {object}; `binary: true` takes all values for the "
+            "object"
+        )
+        return read_object_mask(self.stored[frame][object_id], object_id, advice, self.binary, self.ignore_ids)
 
     def source(self, frame: int) -> str:
         return str(next(iter(self.stored[frame].values())))

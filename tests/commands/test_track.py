@@ -1,11 +1,14 @@
 """`samoe track`: what it writes, what it leaves alone and what it refuses before it loads a model, here "nowhere"."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from helpers.edgetam import slow_over_bases
 from samoe_hf.cli import main
+from samoe_hf.commands.track import parse_arguments, read_prompts
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
 from samoe_hf.tracks import read_tracks
 from samoe_hf.where_to_look import where_to_look
@@ -89,6 +92,8 @@ def test_a_folder_of_frames_from_a_frame_in_the_middle(model_folder, video, tmp_
         (["--point", "4,5", "--end", "1=5@3"], "`--end` must be [ID=]FRAME, got '1=5@3'"),
         (["--mask", "large.png"], "ids of objects must be from 1 to 255, got 300"),
         (["--mask", "mask.png", "--mask", "mask.png"], "Object 1 has two masks on frame 0"),
+        (["--mask", "3=large.png"], "one object, 3, but holds the values 2, 300; give a map of ids without an id"),
+        ([], "at least one object, by `--point`, `--box` or `--mask`"),
     ],
 )
 def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, arguments, message):
@@ -96,7 +101,7 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, argum
     ids[:40], ids[40:60] = 300, 2
     Image.fromarray(ids).save(tmp_path / "large.png")
     write_palette_png(tmp_path / "mask.png", np.ones((96, 128), np.uint8))
-    arguments = [tmp_path / word if word.endswith(".png") else word for word in arguments]
+    arguments = [re.sub(r"\w+\.png", rf"{tmp_path}/\g<0>", word) for word in arguments]
     assert message in refused("nowhere", file, *arguments, "--output", tmp_path / "o.mp4")
     assert not list(tmp_path.glob("o*"))
 
@@ -104,7 +109,6 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, argum
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "`prompts` is empty"),
         (["--point", "2=4,5@2", "--end", "2=2"], "prompt is given of object 2 on frame 2, where it is said to be gone"),
         (
             ["--point", "4,5@2", "--end", "1"],
@@ -116,6 +120,25 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, argum
 def test_prompts_that_do_not_fit_leave_nothing_behind(model_folder, file, tmp_path, arguments, message):
     assert message in refused(model_folder, file, *arguments, "--output", tmp_path / "o.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_a_mask_is_read_as_those_of_data_sets_are(tmp_path):
+    """White around ids is a border, and shades of gray are the edge of one object."""
+    ids = np.zeros((24, 32), np.uint8)
+    ids[4:12, 4:12], ids[4:20, 18:30] = 3, 9
+    border, soft = ids.copy(), np.zeros_like(ids)
+    border[:2] = 255
+    soft[5:20, 5:25] = 255
+    soft = np.array(Image.fromarray(soft).resize((16, 12)).resize((32, 24), Image.Resampling.BILINEAR))
+
+    def masks(values, word="{}"):
+        Image.fromarray(values).save(tmp_path / "m.png")
+        words = ["nowhere", "v.mp4", "--output", "o.mp4", "--mask", word.format(tmp_path / "m.png")]
+        return {prompt.object_id: prompt.mask.tolist() for prompt in read_prompts(parse_arguments(words))}
+
+    assert masks(border) == {3: (ids == 3).tolist(), 9: (ids == 9).tolist()}
+    assert masks(soft) == {1: (soft > 0).tolist()} and masks(soft, "4={}") == {4: (soft > 0).tolist()}
+    assert masks((ids == 9) * np.uint8(255)) == masks((ids == 9) * np.uint8(7)) == {1: (ids == 9).tolist()}
 
 
 def test_outputs_are_checked_before_anything_is_loaded(file, tmp_path):
