@@ -261,7 +261,7 @@ def track_video(
     backward. An object that is gone has logits of -1024. See [`SamoeModel.propagate_from_prompts_iterator`].
 
     Args:
-        frames: (H, W, 3) uint8 arrays of one size, each read when it is tracked.
+        frames: as in [`VideoSession`], each read when it is tracked.
         prompts: at least one, and at most one for each object on each frame.
         domain: of a model with domains, whose experts are run; see [`VideoSession`].
         memory_selection: which memories a frame reads; see [`VideoSession`].
@@ -284,8 +284,6 @@ def tracking_steps(
     memory_selection: str | None = None,
 ) -> Steps[TrackedFrame]:
     """What [`track_video`] does, in steps that run with those of other videos; see [`SamoeModel.frame_steps`]."""
-    if not len(frames):
-        raise InputError("`frames` is empty.")
     check_domain(model, domain)
     session = VideoSession(
         frames,

@@ -157,7 +157,7 @@ def first_visible(video: Video) -> int | None:
 
 def _pixel_values(model: SamoeModel, processor: VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:
     """Frames as a session prepares them, (frames, 3, S, S)."""
-    prepared = PreparedFrames(video.frames, processor, model.device, model.dtype)
+    prepared = PreparedFrames(video.frames, video.size, processor, model.device, model.dtype)
     return torch.stack([prepared[t] for t in frames])
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import Sam2VideoInferenceSession
 
@@ -289,7 +290,8 @@ class VideoSession(Sam2VideoInferenceSession):
     corrected frame reads less, and a prompt on a forgotten frame is taken as the object's first there.
 
     Args:
-        frames: (H, W, 3) uint8 arrays of one size, each read when it is needed; None where frames are streamed.
+        frames: (H, W, 3), (3, H, W) or (H, W) uint8 arrays or tensors of one size, or PIL images, each read when it is
+            needed; None where frames are streamed.
         processor: prepares the frames.
         keep_frames: at least the model's reach.
         corrections_condition: whether prompts on tracked frames make conditioning frames of them, as SAM 2 is trained
@@ -306,7 +308,7 @@ class VideoSession(Sam2VideoInferenceSession):
 
     def __init__(
         self,
-        frames: Sequence[np.ndarray] | None = None,
+        frames: Sequence[Any] | None = None,
         processor: VideoProcessor | None = None,
         *,
         keep_frames: int = KEPT_FRAMES,
@@ -325,10 +327,13 @@ class VideoSession(Sam2VideoInferenceSession):
             names = ", ".join(map(repr, MEMORY_SELECTIONS))
             raise InputError(f"`memory_selection` must be one of {names} or None, got {memory_selection!r}.")
         if frames is not None:
-            kwargs["video_height"], kwargs["video_width"] = frames[0].shape[:2]
+            if not len(frames):
+                raise InputError("`frames` is empty.")
+            kwargs["video_height"], kwargs["video_width"] = read_frame(frames, 0).shape[:2]
         super().__init__(dtype=dtype, **kwargs)
         if frames is not None and processor is not None:
-            self.processed_frames = PreparedFrames(frames, processor, self.inference_device, dtype)
+            size = kwargs["video_height"], kwargs["video_width"]
+            self.processed_frames = PreparedFrames(frames, size, processor, self.inference_device, dtype)
         self.keep_frames, self.corrections_condition = keep_frames, corrections_condition
         self.domain, self.domain_interval, self.memory_selection = domain, domain_interval, memory_selection
         self.domain_decision: SessionDecision | None = None
@@ -384,12 +389,14 @@ class PreparedFrames(Mapping):
 
     def __init__(
         self,
-        frames: Sequence[np.ndarray],
+        frames: Sequence[Any],
+        size: tuple[int, int],
         processor: VideoProcessor,
         device: torch.device | str,
         dtype: torch.dtype,
     ):
-        self.frames, self.processor, self.device, self.dtype = frames, processor, device, dtype
+        self.frames, self.size = frames, size
+        self.processor, self.device, self.dtype = processor, device, dtype
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -403,6 +410,33 @@ class PreparedFrames(Mapping):
     def __getitem__(self, frame_idx: int) -> Tensor:
         if frame_idx not in self:
             raise KeyError(frame_idx)
-        video = np.array(self.frames[frame_idx])[None]
-        prepared = self.processor.video_processor(videos=video, device=self.device, return_tensors="pt")
+        frame = read_frame(self.frames, frame_idx)
+        if frame.shape[:2] != self.size:
+            raise InputError(
+                f"`frames` must be of one size, got {self.size} and on frame {frame_idx} {frame.shape[:2]}."
+            )
+        video = {"videos": frame[None], "input_data_format": "channels_last"}  # else told by the height where it is 3
+        prepared = self.processor.video_processor(**video, device=self.device, return_tensors="pt")
         return prepared.pixel_values_videos[0, 0].to(self.dtype)
+
+
+def read_frame(frames: Sequence[Any], index: int) -> np.ndarray:
+    """A frame (H, W, 3) uint8 of what [`VideoSession`] takes.
+
+    Raises:
+        InputError: if it is of another type or shape.
+    """
+    frame = frames[index]
+    if isinstance(frame, Image.Image):
+        frame = frame.convert("RGB")
+    array = np.array(frame.cpu().numpy() if isinstance(frame, Tensor) else frame)
+    if array.ndim == 2:
+        array = np.stack([array] * 3, axis=-1)
+    elif array.ndim == 3 and array.shape[0] == 3 != array.shape[2]:
+        array = np.moveaxis(array, 0, -1)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise InputError(
+            f"`frames` must be (H, W, 3), (3, H, W) or (H, W) of uint8, got {array.dtype} {array.shape} on frame "
+            f"{index}."
+        )
+    return array

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf.model.processing_samoe import build_processor
@@ -152,7 +153,36 @@ def test_small_frames_are_encoded_a_few_at_a_time_while_a_video_is_propagated(na
     assert encoded == [1] * 5
 
 
+def test_frames_of_all_forms_are_the_same(processor):
+    """Points are in pixels of the frame, so its height and width must be told from its channels."""
+    video = np.random.default_rng(0).integers(0, 255, (2, 60, 40, 3), dtype=np.uint8)
+    low, gray = video[:, :3], video[..., 0]  # of three rows, as there are channels
+    for frames, form in (
+        (video, torch.tensor(video)),
+        (video, torch.tensor(video).permute(0, 3, 1, 2)),
+        (video, [*video.transpose(0, 3, 1, 2)]),
+        (video, [Image.fromarray(frame) for frame in video]),
+        (low, [Image.fromarray(frame) for frame in low]),
+        (np.stack([gray] * 3, axis=-1), gray),
+    ):
+        session = VideoSession(form, processor)
+        assert (session.video_height, session.video_width) == frames.shape[1:3]
+        expected = processor.video_processor(videos=frames[1:], input_data_format="channels_last", return_tensors="pt")
+        assert torch.equal(session.get_frame(1), expected.pixel_values_videos[0, 0])
+
+
 def test_bad_arguments_are_named(nano, processor):
+    frame = np.zeros((40, 60, 3), np.uint8)
+    for frames, message in (
+        ([], "`frames` is empty"),
+        ([frame / 255], r"of uint8, got float64 \(40, 60, 3\) on frame 0"),
+        ([np.zeros((40, 60, 4), np.uint8)], r"got uint8 \(40, 60, 4\)"),
+        ("video.mp4", "got <U1"),
+    ):
+        with pytest.raises(ValueError, match=f"`frames`.*{message.removeprefix('`frames`')}"):
+            VideoSession(frames, processor)
+    with pytest.raises(ValueError, match=r"`frames` must be of one size, got \(40, 60\) and on frame 1 \(60, 40\)"):
+        VideoSession([frame, frame.swapaxes(0, 1)], processor).get_frame(1)
     with pytest.raises(ValueError, match="`frames` and `processor`"):
         VideoSession(Frames(2))
     session = VideoSession(Frames(2), processor, keep_frames=3)
