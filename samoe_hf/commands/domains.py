@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,16 +73,27 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.one_writer import OneWriter
+
+    in_place = getattr(parsed, "in_place", False)
+    if in_place and not os.path.isdir(parsed.model):
+        raise InputError(f"`--in-place` goes with a folder, and {parsed.model} is none; give `--output`.")
+    if getattr(parsed, "output", None) is not None and parsed.action != "show" and parsed.output.exists():
+        raise InputError(f"`--output` {parsed.output} exists; give a new folder, or `--in-place` to change MODEL.")
+    changes = parsed.action not in ("list", "show")
+    # From before the model is read, or of two processes that change it the later one undoes what the other did.
+    with OneWriter(parsed.model if in_place else parsed.output, inside=in_place) if changes else nullcontext():
+        act(parsed)
+
+
+def act(parsed: argparse.Namespace) -> None:
+    """Does what the command says, while no other process writes the model."""
     from samoe_hf.continual import manage_domains as domains
     from samoe_hf.evaluation.report import format_table
     from samoe_hf.inference import load_tracker
     from samoe_hf.plots.masks import DPI
     from samoe_hf.whole_files import whole_file
 
-    if getattr(parsed, "in_place", False) and not os.path.isdir(parsed.model):
-        raise InputError(f"`--in-place` goes with a folder, and {parsed.model} is none; give `--output`.")
-    if getattr(parsed, "output", None) is not None and parsed.action != "show" and parsed.output.exists():
-        raise InputError(f"`--output` {parsed.output} exists; give a new folder, or `--in-place` to change MODEL.")
     with input_errors(parsed.model):
         model, processor = load_tracker(parsed.model, parsed.device, dtype=None)
     if parsed.action == "list" and parsed.hub:

@@ -12,6 +12,7 @@ from helpers.domains import new_model
 from samoe_hf import SamoeModel
 from samoe_hf.data import SyntheticVideos, write_video
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.one_writer import OneWriter
 from samoe_hf.surgery.domains import add_domain, remove_domain
 
 DATA = ["--dataset", "synthetic", "--domain", "blobs", "--option", "num_videos=2", "--option", "num_frames=3"]
@@ -158,6 +159,15 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(samoe, gated, folder, 
     assert message in samoe("domains", *(names.get(word, word) for word in words), fails=True)
     assert not (tmp_path / "out").exists()
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_two_processes_do_not_change_a_model_at_once(samoe, copy_of, monkeypatch):
+    """Each would save what it had read, and the later one undo what the other did."""
+    before = (copy_of / "model.safetensors").read_bytes()
+    monkeypatch.setattr("samoe_hf.inference.load_tracker", lambda *_: pytest.fail("the model was read"))
+    with OneWriter(copy_of), pytest.raises(SystemExit, match="copy is being written by another process"):
+        samoe("domains", "rename", copy_of, "a", "c", "--in-place")
+    assert (copy_of / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["evaluate", "label"])
