@@ -59,10 +59,12 @@ def check_files(folder):
 
 
 @pytest.mark.parametrize("command", ["track", "label", "evaluate"])
-def test_commands_compute_in_half_precision(samoe, words, compiled, tmp_path, command):
-    samoe(*words(command), *HALF, "--compile", "--memory-selection", "distractor")
-    assert [model.dtype for model in compiled] == [torch.bfloat16]
+def test_commands_compute_in_half_precision_and_at_another_size(samoe, words, compiled, tmp_path, command):
+    samoe(*words(command), *HALF, "--compile", "--memory-selection", "distractor", "--image-size", "64")
+    assert [(model.dtype, model.config.image_size) for model in compiled] == [(torch.bfloat16, 64)]
     check_files(tmp_path)
+    sizes = {read_label_png(file).shape for file in tmp_path.rglob("*masks/**/*.png")}
+    assert sizes == {(96, 128) if command == "track" else (96, 96)}, "masks are as large as the video"
 
 
 @pytest.mark.slow
@@ -166,14 +168,6 @@ def test_several_selections_are_compared_each_once(samoe, words, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [model["memory_selection"] for model in results["models"]] == ["recent", "distractor"]
     assert [model["label"].rpartition("-")[2] for model in results["models"]] == ["recent", "distractor"]
-
-
-@pytest.mark.parametrize("command", ["track", "label", "evaluate"])
-def test_what_is_written_has_the_size_of_the_video_whatever_the_model_takes(words, samoe, tmp_path, command):
-    samoe(*words(command), "--image-size", "64")
-    check_files(tmp_path)
-    sizes = {read_label_png(file).shape for file in tmp_path.rglob("*masks/**/*.png")}
-    assert sizes == {(96, 128) if command == "track" else (96, 96)}
 
 
 @pytest.mark.parametrize("command", ["track", "label", "evaluate", "experts", "convert", "app"])

@@ -66,12 +66,6 @@ def image_lists():
     )
 
 
-FORMS = {
-    "floats": FloatsAndMasks, "ids": ArraysAndIds, "images": image_lists, "stream": Stream,
-    "image stream": lambda: image_lists().to_iterable_dataset(),
-}  # fmt: skip
-
-
 def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, seed=42):
     model, processor = SamoeModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
     arguments = SamoeTrainingArguments(
@@ -82,9 +76,9 @@ def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, seed=4
     return SamoeTrainer(model, arguments, PROMPT_RECIPES["mask"], processing_class=processor, **data)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_samoe_trainer_draws_clips_itself(form, model_folder, tmp_path):
-    trainer = samoe_trainer(model_folder, tmp_path, FORMS[form](), seed=7)
+@pytest.mark.parametrize("make", [FloatsAndMasks, Stream, lambda: image_lists().to_iterable_dataset()])
+def test_samoe_trainer_draws_clips_itself(make, model_folder, tmp_path):
+    trainer = samoe_trainer(model_folder, tmp_path, make(), seed=7)
     clips = trainer.train_dataset
     assert isinstance(clips, ClipDataset | ClipStream) and clips.seed == 7
     assert clips.sampler.processor is trainer.processor
