@@ -28,16 +28,6 @@ class SampleError(InputError):
     """A file or a sample of a dataset cannot be used; the message names it."""
 
 
-@contextmanager
-def unsaid() -> Iterator[None]:
-    """Within it, [`say_once`] is silent: where the package reads what it has just written, and compares."""
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = False
-
-
 @cache
 def say_once(text: str) -> None:
     """Logs a sentence as a warning, the first time in this process."""

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from samoe_hf.data.frames import SampleError, unsaid
+from samoe_hf.data.check import caught_sentences
+from samoe_hf.data.frames import SampleError
 from samoe_hf.data.layouts import LAYOUTS, WRITTEN
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
@@ -60,7 +61,7 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
     if options is None:
         raise InputError(f"{kind} cannot be written without any object, and none of the {len(videos)} videos has one")
     try:
-        with unsaid():
+        with caught_sentences():  # of guesses at what was just written
             kept = compare(videos, layout.read(root=folder, **options[0]))
     except SampleError as error:  # a fault of the writer, and no user's
         raise RuntimeError(f"what was written as {kind} cannot be read back") from error
