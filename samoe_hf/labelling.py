@@ -35,9 +35,8 @@ from samoe_hf.evaluation.simulated_user import prompt_from_mask
 from samoe_hf.inference import TrackedFrame, VideoPrompt, evaluation_mode, masks_of, tracking_steps
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.tracking import TrackingStep
 from samoe_hf.model.weights_io import sync
-from samoe_hf.together import Timed, Together, Work, choose_videos_at_once
+from samoe_hf.together import Together, Work, choose_videos_at_once, through
 from samoe_hf.tracks import ObjectScores, TrackRow, read_tracks, write_tracks
 from samoe_hf.where_to_look import Look, where_to_look
 from samoe_hf.whole_files import whole_file, write_text
@@ -51,14 +50,14 @@ LOOKS = "where_to_look.csv"
 class PromptedVideo(NamedTuple):
     """A video by its domain and id, what opens it, and what then gives the prompts of its objects.
 
-    `about` is, or gives, what the prompts and the video's frames are made from, for `fingerprint`.
+    `about` gives what the prompts and the video's frames are made from, for `fingerprint`.
     """
 
     domain: str
     video_id: str
     open: Callable[[], Video]
     prompts: Callable[[Video], list[VideoPrompt]]
-    about: Any
+    about: Callable[[], Any]
 
     @property
     def key(self) -> str:
@@ -69,7 +68,7 @@ class PromptedVideo(NamedTuple):
     def fingerprint(self) -> str:
         """A short hash of the prompts, their masks, and the video's frames, which are read for it."""
         with input_errors(self.video_id):
-            return fingerprint(self.about() if callable(self.about) else self.about)
+            return fingerprint(self.about())
 
 
 @dataclass(frozen=True)
@@ -302,27 +301,28 @@ class LabelRun(RunFolder):
         """The steps in which a video is tracked; its masks are written, all or none, its tracks, and whose experts it
         got."""
         files, writer = MaskFiles(self.folder / UNFINISHED / uuid.uuid4().hex, self.layout), together.writer()
-        made_from, tracked, table = prompted.fingerprint, None, []
+        made_from, last, table = prompted.fingerprint, None, []
+
+        def take(tracked: TrackedFrame) -> None:
+            nonlocal last
+            last = tracked._replace(logits=tracked.logits.float().cpu())
+            writer(_write_frame, files, video, prompts, last, table)
+
         with input_errors(prompted.video_id):
             video = prompted.open()
             prompts = prompted.prompts(video)
         try:
-            steps = Timed(tracking_steps(together.model, processor, together.read_ahead(video.frames), prompts))
-            for step in steps:
-                if isinstance(step, TrackingStep):
-                    yield step
-                    continue
-                tracked = step._replace(logits=step.logits.float().cpu())
-                writer(_write_frame, files, video, prompts, tracked, table)
+            steps = tracking_steps(together.model, processor, together.read_ahead(video.frames), prompts)
+            seconds = yield from through(steps, take)
             entry = {
                 "frames": len(video),
                 "objects": len(video.object_ids),
-                "seconds": round(steps.seconds, 3),
+                "seconds": round(seconds, 3),
                 "prompts": made_from,
             }
-            if tracked is not None and together.model.config.domains is not None:
-                entry |= {"domain": tracked.domain, "confidence": tracked.domain_confidence}
-                entry |= {"rivals": tracked.domain_rivals}
+            if last is not None and together.model.config.domains is not None:
+                entry |= {"experts_of": last.domain or "base", "confidence": last.domain_confidence}
+                entry |= {"rivals": last.domain_rivals}
             return writer(self._finish, prompted, video, files, table, entry)
         except InputError as error:
             raise InputError(f"{video.video_id}: {error}") from error
@@ -405,51 +405,39 @@ def label_videos(
     if len(set(keys)) < len(keys):
         raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
     with run.writer:
-        together = Together(model, choose_videos_at_once(model, videos_at_once))
-        return _label_videos(together, processor, videos, run, state, show_progress_bar)
-
-
-def _label_videos(
-    together: Together,
-    processor: VideoProcessor,
-    videos: Sequence[PromptedVideo],
-    run: LabelRun,
-    state: PartialState,
-    show_progress_bar: bool,
-) -> dict[str, Any] | None:
-    run.check_same()
-    share = range(state.process_index, len(videos), state.num_processes)
-    own = [videos[index] for index in share if not run.is_finished(videos[index])]
-    start, model = time.perf_counter(), together.model
-    is_shown = show_progress_bar and bool(own)
-    with (
-        evaluation_mode(model),
-        together,
-        tqdm(total=len(own), desc="label", unit="video", disable=not is_shown) as progress,
-    ):
-        for video in together.run(run.label(together, processor, video) for video in own):
-            progress.set_postfix_str(video.video_id)
-            progress.update()
-    num_new = sum(gather_object([len(own)]))  # when all are done
-    if not state.is_main_process:
-        return None
-    shutil.rmtree(run.folder / UNFINISHED, ignore_errors=True)
-    seconds = time.perf_counter() - start
-    entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in videos}
-    summary = {
-        "videos": entries,
-        "num_frames": sum(entry["frames"] for entry in entries.values()),
-        "num_objects": sum(entry["objects"] for entry in entries.values()),
-        "num_processes": state.num_processes,
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        "labelled_now": num_new,
-        "videos_at_once": together.at_once,
-        "seconds": round(seconds, 3),
-        "videos_per_hour": num_new / seconds * 3600 if num_new else None,
-    }
-    summary["worth_a_look"] = _write_looks(videos, run)
-    write_text(run.folder / "labels.json", json.dumps(summary, indent=2))
-    return summary
+        run.check_same()
+        own = videos[state.process_index :: state.num_processes]
+        left = [video for video in own if not run.is_finished(video)]
+        start, together = time.perf_counter(), Together(model, choose_videos_at_once(model, videos_at_once))
+        is_shown = show_progress_bar and bool(left)
+        with (
+            evaluation_mode(model),
+            together,
+            tqdm(total=len(left), desc="label", unit="video", disable=not is_shown) as progress,
+        ):
+            for video in together.run(run.label(together, processor, video) for video in left):
+                progress.set_postfix_str(video.video_id)
+                progress.update()
+        num_new = sum(gather_object([len(left)]))  # when all are done
+        if not state.is_main_process:
+            return None
+        shutil.rmtree(run.folder / UNFINISHED, ignore_errors=True)
+        seconds = time.perf_counter() - start
+        entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in videos}
+        summary = {
+            "videos": entries,
+            "num_frames": sum(entry["frames"] for entry in entries.values()),
+            "num_objects": sum(entry["objects"] for entry in entries.values()),
+            "num_processes": state.num_processes,
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+            "labelled_now": num_new,
+            "videos_at_once": together.at_once,
+            "seconds": round(seconds, 3),
+            "videos_per_hour": num_new / seconds * 3600 if num_new else None,
+            "worth_a_look": _write_looks(videos, run),
+        }
+        write_text(run.folder / "labels.json", json.dumps(summary, indent=2))
+        return summary
 
 
 def _write_looks(videos: Sequence[PromptedVideo], run: LabelRun) -> int:

@@ -192,22 +192,21 @@ def _next_step(work: Work[Any]) -> TrackingStep:
     return step
 
 
-class Timed(Iterator[T]):
-    """The steps of a video, and what comes of them; in `seconds`, how long it took, with the video's share of the time
-    of steps that ran together with those of other videos."""
+def through(steps: Iterator[Any], take: Callable[[Any], object]) -> Generator[TrackingStep, None, float]:
+    """Goes through the steps of a video, and gives `take` what comes of them.
 
-    def __init__(self, steps: Iterator[T]):
-        self._steps, self._last, self.seconds = steps, None, 0.0
-
-    def __next__(self) -> T:
-        if isinstance(self._last, TrackingStep):
-            self.seconds += self._last.seconds
-        start, self._last = time.perf_counter(), None
-        try:
-            self._last = next(self._steps)
-        finally:
-            self.seconds += time.perf_counter() - start
-        return self._last
+    Returns how many seconds they took, with the video's share of the time of steps that ran with those of others.
+    """
+    seconds, start = 0.0, time.perf_counter()
+    for one in steps:
+        seconds += time.perf_counter() - start
+        if isinstance(one, TrackingStep):
+            yield one
+            seconds += one.seconds
+        else:
+            take(one)
+        start = time.perf_counter()
+    return seconds + time.perf_counter() - start
 
 
 class _FramesAhead(FrameSequence):

@@ -17,7 +17,7 @@ from samoe_hf.inference import VideoPrompt, track_video, tracking_steps
 from samoe_hf.labelling import LabelRun, PromptedVideo, label_videos
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.tracking import TrackingStep
-from samoe_hf.together import Timed, Together, choose_videos_at_once
+from samoe_hf.together import Together, choose_videos_at_once, through
 
 SIZES = ((64, 80), (96, 64), (48, 48))
 KINDS = [*enumerate(("shapes", "blobs", "stripes"))]
@@ -58,11 +58,8 @@ def together_with(model, at_once, videos, processor, watched=None):
         if watched is not None:
             watched.append(frames)
         found, writer = {}, together.writer()
-        for step in tracking_steps(model, processor, together.read_ahead(frames), prompts):
-            if isinstance(step, TrackingStep):
-                yield step
-            else:
-                writer(found.update, {step.frame_idx: (step.logits.numpy(), step.domain)})
+        steps = tracking_steps(model, processor, together.read_ahead(frames), prompts)
+        yield from through(steps, lambda one: writer(found.update, {one.frame_idx: (one.logits.numpy(), one.domain)}))
         return writer(lambda: found)
 
     with Together(model, at_once) as together:
@@ -116,7 +113,8 @@ def test_evaluated_videos_are_scored_as_alone(nano, processor, prompt):
 
 
 def prompted(name, frames, prompts):
-    return PromptedVideo("d", name, lambda: Video(name, frames, Shapes({}, {1}), "d"), lambda _: prompts, name)
+    video = Video(name, frames, Shapes({}, {1}), "d")
+    return PromptedVideo("d", name, lambda: video, lambda _: prompts, lambda: name)
 
 
 class Broken(ArrayFrames):
@@ -234,10 +232,13 @@ def test_the_time_of_a_step_is_shared():
         yield step
         yield "what came of it"
 
-    timed = Timed(work())
-    next(timed)
-    own, step.seconds = timed.seconds, 3.0
-    assert own >= 0.02 and list(timed) == ["what came of it"] and 3 <= timed.seconds - own < 3.5
+    took = []
+    steps = through(work(), took.append)
+    assert next(steps) is step
+    step.seconds = 3.0
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    assert took == ["what came of it"] and 3.02 <= end.value.value < 3.5
 
 
 def test_how_many_videos_pay_is_chosen_by_the_size_of_images(nano):

@@ -112,13 +112,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialState) -> None:
     """Evaluates the models and masks, and writes and prints the results."""
-    from samoe_hf.evaluation.report import (
-        CHOICE,
-        comparison_table,
-        describe_choices,
-        summary_table,
-        write_evaluation_report,
-    )
+    from samoe_hf.evaluation.report import comparison_table, describe_choices, summary_table, write_evaluation_report
     from samoe_hf.evaluation.statistics import to_json
     from samoe_hf.model.weights_trained import is_original_checkpoint
     from samoe_hf.whole_files import write_text
@@ -155,10 +149,9 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     for comparison in results["comparisons"]:
         print(f"\n{comparison['model']} less {comparison['baseline']}\n{comparison_table(comparison)}")
     for model in results["models"]:
-        chosen = {f"{v['domain']}/{v['video']}": v for v in model["videos"] if "experts_of" in v}
-        if chosen:
-            print(f"\n{model['label']}:")
-            print(describe_choices({name: [v[key] for key in CHOICE] for name, v in chosen.items()}))
+        if any("experts_of" in video for video in model["videos"]):
+            videos = {f"{video['domain']}/{video['video']}": video for video in model["videos"]}
+            print(f"\n{model['label']}:\n{describe_choices(videos)}")
         if model["speed"]["fps"]:
             print(f"{model['label']}: {model['speed']['fps']:.1f} frames per second")
     for label, folder in for_tool.items():

@@ -85,12 +85,8 @@ def run(parsed: argparse.Namespace) -> None:
             dataset.push_to_hub(parsed.push_to_hub)
     if for_tool is not None:
         options.write_for_tool(parsed.layout, labelled_videos(labels, videos), for_tool, parsed.overwrite)
-    videos_of_domains = {key: one for key, one in summary["videos"].items() if "domain" in one}
-    chosen = {
-        key: (one["domain"] or "base", one["confidence"], one.get("rivals")) for key, one in videos_of_domains.items()
-    }
-    if chosen:
-        print(describe_choices(chosen))
+    if any("experts_of" in video for video in summary["videos"].values()):
+        print(describe_choices(summary["videos"]))
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
     names = ("masks", "tracks", "where_to_look.csv", "labels.json")

@@ -197,7 +197,7 @@ def track(
     from samoe_hf.data.images import read_label_png, write_palette_png
     from samoe_hf.data.schema import Video
     from samoe_hf.data.video_io import write_video
-    from samoe_hf.evaluation.report import list_rivals
+    from samoe_hf.evaluation.report import describe_choice
     from samoe_hf.inference import track_video
     from samoe_hf.plots.masks import overlay_masks
     from samoe_hf.tracks import write_tracks
@@ -225,11 +225,10 @@ def track(
             video = Video(Path(os.path.abspath(parsed.video)).stem, frames, labels)
             options.write_format(parsed.layout, [video], target, overwrite=overwrite)
     if model.config.domains is not None and tracked is not None:
-        whose = "no domain's, the base model's output" if tracked.domain is None else f"{tracked.domain}'s"
-        sure, how = tracked.domain_confidence, "as given by --domain"
-        print(f"Experts: {whose}, {how if sure is None else f'by the gate with confidence {sure:.2f}'}")
+        choice = tracked.domain or "base", tracked.domain_confidence, tracked.domain_rivals
+        print(f"Experts of: {describe_choice(*choice)}")
         if tracked.domain_rivals:
-            print(f"It looks like {list_rivals(tracked.domain_rivals)}: `--domain` names the one that is meant.")
+            print("It looks like several domains: `--domain` names the one that is meant.")
     print(f"Memory selection: {model.memory_selection}. Computed in {str(model.dtype).removeprefix('torch.')}.")
     given = sum(not prompt.end for prompt in prompts)
     print(f"Tracked {given} prompts through {len(frames)} frames.")

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,15 @@ from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.tracking import TrackingStep
-from samoe_hf.together import Timed, Together, Work, choose_videos_at_once
+from samoe_hf.together import Together, Work, choose_videos_at_once, through
 from samoe_hf.tracks import TrackRow
 from samoe_hf.where_to_look import doubts
 from samoe_hf.whole_files import whole_file
 
 from .metrics import VideoScores, score_video, surface_dice
-from .simulated_user import PredictedFrame, PromptStrategy, SimulatedUser
+from .simulated_user import FIRST_SEED, PredictedFrame, PromptStrategy, SimulatedUser
 
 SURFACE_TOLERANCE = 2.0  # mm
-
 
 MaskWriter = Callable[[Video, int, np.ndarray], None]  # takes a video, a frame's index and its masks (N, H, W)
 
@@ -41,21 +40,19 @@ def segment_video(
     processor: VideoProcessor,
     video: Video,
     prompt: str | PromptStrategy = "mask",
-    seed: int = 42,
     domain: str | None = AUTO,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tracks all objects of a video, each prompted on the first annotated frame that shows it.
 
     Args:
         prompt: see [`PromptStrategy`].
-        seed: of prompts that are drawn.
         domain: of a model with domains, whose experts are run; see [`~samoe_hf.model.session.VideoSession`].
 
     Returns:
         masks (T, N, H, W) bool, in the order of `video.object_ids`, empty before an object was prompted and possibly
         overlapping; and object score logits (T, N), -inf before.
     """
-    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), seed, domain)
+    user = SimulatedUser(model, processor, video, PromptStrategy.parse(prompt), domain=domain)
     masks, scores = zip(*((frame.masks, frame.scores) for frame in user.track(overlapping=True)), strict=True)
     return np.stack(masks), np.stack(scores)
 
@@ -174,23 +171,16 @@ def evaluate_video(
     model: SamoeModel,
     processor: VideoProcessor,
     video: Video,
-    prompt: str | PromptStrategy = "mask",
-    seed: int = 42,
-    overlapping: bool = False,
-    surface_tolerance: float = SURFACE_TOLERANCE,
-    write: MaskWriter | None = None,
     domain: str | None = AUTO,
+    write: MaskWriter | None = None,
 ) -> VideoResult:
-    """Tracks a video's objects and scores them on its annotated frames; see [`evaluate_videos`].
+    """Tracks a video's objects from their masks and scores them on its annotated frames; see [`evaluate_videos`].
 
     Args:
-        overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
-        surface_tolerance: in mm, for volumes.
         write: takes the masks of each frame, such as [`MaskFiles.write`]; it is called in another thread.
     """
     with Together(model) as together:
-        work = evaluation_steps(together, processor, video, prompt, seed, overlapping, surface_tolerance, write, domain)
-        return next(together.run([work]))
+        return next(together.run([evaluation_steps(together, processor, video, write=write, domain=domain)]))
 
 
 def evaluation_steps(
@@ -198,28 +188,30 @@ def evaluation_steps(
     processor: VideoProcessor,
     video: Video,
     prompt: str | PromptStrategy = "mask",
-    seed: int = 42,
+    seed: int = FIRST_SEED,
     overlapping: bool = False,
     surface_tolerance: float = SURFACE_TOLERANCE,
     write: MaskWriter | None = None,
     domain: str | None = AUTO,
 ) -> Work[VideoResult]:
-    """What [`evaluate_video`] does, in steps that are run with those of other videos."""
+    """The steps in which a video is tracked, and then its scores.
+
+    Args:
+        prompt: see [`PromptStrategy`].
+        seed: of prompts that are drawn.
+        overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
+        surface_tolerance: in mm, for volumes.
+        write: takes the masks of each frame, in another thread.
+    """
     check_annotated(video)
     scorer, writer = VideoScorer(video, surface_tolerance, write), together.writer()
     watched = replace(video, frames=together.read_ahead(video.frames))
     user = SimulatedUser(together.model, processor, watched, PromptStrategy.parse(prompt), seed, domain)
-    steps = Timed(user.steps(overlapping))
-    for step in steps:
-        if isinstance(step, TrackingStep):
-            yield step
-        else:
-            writer(scorer.add, step)
+    seconds = yield from through(user.steps(overlapping), partial(writer, scorer.add))
     about = {"prompts": [asdict(given) | {"mask": given.mask is not None} for given in user.given]}
     if (decision := user.decision) is not None:
-        about |= {"experts_of": decision.domain or "base", "confidence": decision.confidence}
-        about |= {"rivals": decision.rivals}
-    return writer(lambda: replace(scorer.result(), seconds=steps.seconds, **about))
+        about |= {"experts_of": decision.domain or "base", "confidence": decision.confidence, "rivals": decision.rivals}
+    return writer(lambda: replace(scorer.result(), seconds=seconds, **about))
 
 
 def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
@@ -252,13 +244,12 @@ def evaluate_videos(
     videos: Iterable[Video],
     show_progress_bar: bool = True,
     prompt: str | PromptStrategy = "mask",
-    seed: int = 42,
     domain: str | None = AUTO,
     videos_at_once: int | None = 1,
 ) -> dict[str, VideoResult]:
     """Tracks videos with a model, and scores their annotated frames: [`VideoResult.key`] -> result.
 
-    Where objects overlap, a pixel belongs to that of the largest logit. For `prompt`, `seed` and `domain` see
+    Where objects overlap, a pixel belongs to that of the largest logit. For `prompt` and `domain` see
     [`segment_video`]. Each video needs an annotated frame, and a domain and id of its own. So many as `videos_at_once`
     are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
     """
@@ -269,7 +260,7 @@ def evaluate_videos(
         def works() -> Iterator[Work[VideoResult]]:
             for video in videos:
                 keys.append(video_key(video))
-                yield evaluation_steps(together, processor, video, prompt, seed, domain=domain)
+                yield evaluation_steps(together, processor, video, prompt, domain=domain)
 
         results = []
         for result in together.run(works()):

@@ -156,23 +156,20 @@ CHOICE = ("experts_of", "confidence", "rivals")
 
 
 def describe_choice(experts_of: str | None, confidence: float | None, rivals: Mapping[str, float] | None = None) -> str:
-    """Whose experts a video got, and how sure the gate was, if it has decided."""
-    among = f" ({list_rivals(rivals)})" if rivals else ""
-    return (experts_of or NO_NUMBER) + ("" if confidence is None else f", {confidence:.0%} sure") + among
+    """Whose experts a video got, how sure the gate was, if it has decided, and which domains the video looks like."""
+    sure = "" if confidence is None else f", {confidence:.0%} sure"
+    among = ", ".join(f"{likelihood:.0%} {name}" for name, likelihood in (rivals or {}).items())
+    return (experts_of or NO_NUMBER) + sure + (f" ({among})" if among else "")
 
 
-def list_rivals(rivals: Mapping[str, float]) -> str:
-    """Domains that a video looks like, and how likely each is."""
-    return ", ".join(f"{likelihood:.0%} {name}" for name, likelihood in rivals.items())
-
-
-def describe_choices(choices: Mapping[str, Sequence[Any]]) -> str:
-    """The same of some videos, by their names, a line for each; of many, how many got whose."""
+def describe_choices(videos: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whose experts videos got, by their names, a line for each that tells it; of many, how many got whose."""
+    choices = {name: [video[key] for key in CHOICE] for name, video in videos.items() if "experts_of" in video}
     if len(choices) <= MAX_CHOICES:
         rows = [[name, describe_choice(*choice)] for name, choice in choices.items()]
         return format_table(["video", "experts of"], rows, left=(0, 1))
     rows = []
-    for name in sorted({name for name, *_ in choices.values()}):
+    for name in sorted({experts_of for experts_of, *_ in choices.values()}):
         sure = [confidence for other, confidence, _ in choices.values() if other == name]
         known = [value for value in sure if value is not None]
         rows.append([name, len(sure), format_number(100 * sum(known) / len(known) if known else None, 0)])

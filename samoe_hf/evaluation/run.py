@@ -34,12 +34,12 @@ from samoe_hf.together import Together, Work, choose_videos_at_once
 from .evaluate import SURFACE_TOLERANCE, VideoResult, check_annotated, evaluate_masks, evaluation_steps, video_key
 from .metrics import Protocol
 from .run_folder import RunFolder
-from .simulated_user import PromptStrategy
+from .simulated_user import FIRST_SEED, PromptStrategy
 from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, combine_runs, compare_models, to_json
 
 Pairs = Sequence[tuple[Video, int | None]]  # with a seed
 
-FIRST_SEED, SEED_STEP = 42, 1000  # those of the original's evaluation
+SEED_STEP = 1000  # with the first one, as in the original's evaluation
 
 
 class EvaluationRun(RunFolder):
@@ -47,9 +47,21 @@ class EvaluationRun(RunFolder):
 
     `scores/<domain>/<video>.npz` holds a [`VideoResult`], `masks/<domain>/` its masks as [`MaskFiles`]. Where prompts
     depend on a seed, both are in `seed_<seed>/`.
+
+    Args:
+        layout: of the masks.
+        predictions: masks that something else has written, in place of those of the folder: of all videos, or in a
+            folder for each domain.
     """
 
     kind = "an evaluation"
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], layout: MaskFormat = "davis", predictions: Path | None = None
+    ):
+        super().__init__(folder, identity)
+        self.layout: MaskFormat = layout
+        self.predictions = predictions
 
     def clear(self) -> None:
         """Removes the results of an earlier run: first the scores, which say that a video is finished."""
@@ -73,30 +85,23 @@ class EvaluationRun(RunFolder):
 
         return save
 
-    def masks(self, video: Video, seed: int | None, layout: MaskFormat) -> MaskFiles:
+    def masks(self, video: Video, seed: int | None) -> MaskFiles:
         """The files of a video's masks."""
+        if self.predictions is not None:
+            of_domain = self.predictions / video.domain
+            return MaskFiles(of_domain if of_domain.is_dir() else self.predictions, self.layout)
         folder = self.inside(self._seed_folder(seed) / "masks", video.domain)
         self.inside(folder, video.video_id)
-        return MaskFiles(folder, layout)
+        return MaskFiles(folder, self.layout)
 
     def _seed_folder(self, seed: int | None) -> Path:
         return self.folder if seed is None else self.folder / f"seed_{seed}"
 
-    def unfinished(self, videos: Iterable[Video], seed: int | None, layout: MaskFormat | None = None) -> list[Video]:
-        """The videos without a result that was computed from the frames and masks that they have now.
-
-        Args:
-            layout: of the predicted masks, which must be there as well; None where they are not written.
-        """
-        return [video for video in videos if not self._is_finished(video, seed, layout)]
-
-    def _is_finished(self, video: Video, seed: int | None, layout: MaskFormat | None) -> bool:
-        path = self.scores_path(video, seed)
+    def is_finished(self, video: Video, seed: int | None) -> bool:
+        """Whether there are all masks of a video, and a result that was computed from its frames and masks of now."""
+        path, files = self.scores_path(video, seed), self.masks(video, seed)
         if not path.is_file() or VideoResult.load(path).made_from != video_fingerprint(video):
             return False
-        if layout is None:
-            return True
-        files = self.masks(video, seed, layout)
         return all(path.is_file() for t in range(len(video)) for path in files.paths(video, t, video.object_ids))
 
     def load(self, videos: Iterable[Video], seed: int | None) -> list[VideoResult]:
@@ -237,19 +242,23 @@ class Evaluation:
         assert state.device is not None
         with input_errors(source):
             model, processor = load_tracker(source, state.device, **options)
-        identity = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
-        about: Any = identity["model"]
+        identity: dict[str, Any] = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
         run = self._folder(label, identity)
         together = Together(model, choose_videos_at_once(model, videos_at_once))
 
         def work(video: Video, seed: int | None) -> Work[Video]:
-            save = run.begin(video, seed)
-            files, tolerance = run.masks(video, seed, self.layout), self.surface_tolerance
-            own_seed = FIRST_SEED if seed is None else seed
+            save, files = run.begin(video, seed), run.masks(video, seed)
             for earlier in files.files(video.video_id):  # of frames of other names
                 earlier.unlink()
             scored = yield from evaluation_steps(
-                together, processor, video, self.prompt, own_seed, files.overlapping, tolerance, files.write
+                together,
+                processor,
+                video,
+                self.prompt,
+                FIRST_SEED if seed is None else seed,
+                files.overlapping,
+                self.surface_tolerance,
+                files.write,
             )
             return together.writer()(lambda: save(scored.result()))
 
@@ -257,10 +266,7 @@ class Evaluation:
             with together:
                 yield from together.run(work(*pair) for pair in unfinished)
 
-        def shown(video: Video) -> tuple[MaskFiles, Sequence[int]]:
-            return run.masks(video, self.seeds[0], self.layout), range(len(video))
-
-        return self._run(run, about, self.seeds, evaluate, shown, state, overwrite)
+        return self._run(run, identity["model"], self.seeds, evaluate, state, overwrite)
 
     def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
         """Scores masks that were written before, always anew.
@@ -279,28 +285,19 @@ class Evaluation:
         if source.is_relative_to((self.output / "runs" / label).resolve()):
             raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
 
-        run = self._folder(label, {"predictions": str(source)})
-
-        def find_files(video: Video) -> MaskFiles:
-            return MaskFiles(folder / video.domain if (folder / video.domain).is_dir() else folder, self.layout)
+        run = self._folder(label, {"predictions": str(source)}, folder)
 
         def evaluate(unfinished: Pairs) -> Iterator[Video]:
             for video, seed in unfinished:
                 save = run.begin(video, seed)
-                yield save(evaluate_masks(video, find_files(video), self.surface_tolerance))
+                yield save(evaluate_masks(video, run.masks(video, seed), self.surface_tolerance))
 
-        def shown(video: Video) -> tuple[MaskFiles, Sequence[int]]:
-            return find_files(video), video.annotated_frames
-
-        about = {"source": str(source)}
-        return self._run(run, about, [None], evaluate, shown, state, overwrite=True)
+        return self._run(run, {"source": str(source)}, [None], evaluate, state, overwrite=True)
 
     def predicted(self, label: str) -> list[Video]:
         """The videos with the masks of a model's run, of the first seed."""
         run, seed = self._folder(label, {}), self.seeds[0]
-        return [
-            replace(video, annotations=run.masks(video, seed, self.layout).annotations(video)) for video in self.videos
-        ]
+        return [replace(video, annotations=run.masks(video, seed).annotations(video)) for video in self.videos]
 
     def results(self, models: Sequence[Mapping[str, Any]], state: PartialState) -> dict[str, Any]:
         """What `results.json` holds of these entries; all but the first are compared with the first.
@@ -334,9 +331,9 @@ class Evaluation:
         }
         return json.loads(to_json(results))
 
-    def _folder(self, label: str, identity: dict[str, Any]) -> EvaluationRun:
+    def _folder(self, label: str, identity: dict[str, Any], predictions: Path | None = None) -> EvaluationRun:
         common = {"dataset": self.dataset, "layout": self.layout, "surface_tolerance": self.surface_tolerance}
-        return EvaluationRun(self.output / "runs" / label, identity | common)
+        return EvaluationRun(self.output / "runs" / label, identity | common, self.layout, predictions)
 
     def _run(
         self,
@@ -344,7 +341,6 @@ class Evaluation:
         about: Mapping[str, Any],
         seeds: Sequence[int | None],
         evaluate: Callable[[Pairs], Iterator[Video]],
-        shown: Callable[[Video], tuple[MaskFiles, Sequence[int]]],
         state: PartialState,
         overwrite: bool,
     ) -> dict[str, Any] | None:
@@ -352,7 +348,6 @@ class Evaluation:
 
         Args:
             evaluate: evaluates videos with seeds, and yields each video when its result is written.
-            shown: gives a video's masks, and the frames to draw.
 
         Returns:
             The entry of the finished runs in the results, with pictures of the best and worst objects of the first;
@@ -360,58 +355,47 @@ class Evaluation:
         """
         label = run.folder.name
         with run.writer:
-            runs = self._finish(run, seeds, evaluate, state, overwrite)
-        if runs is None:
-            return None
+            if state.is_main_process:
+                run.start(overwrite)
+            state.wait_for_everyone()
+            own = [self.videos[i] for i in range(state.process_index, len(self.videos), state.num_processes)]
+            pairs = [(video, seed) for seed in seeds for video in own]
+            unfinished = [pair for pair in pairs if not run.is_finished(*pair)]
+            replaced = sum(run.scores_path(*pair).is_file() for pair in unfinished)
+            if len(unfinished) < len(pairs) and state.is_main_process:
+                print(f"{label}: {len(pairs) - len(unfinished)} of {len(pairs)} results are there already")
+            if replaced and state.is_main_process:
+                why = "were of other frames or masks, or have lost theirs; they are replaced."
+                print(f"{label}: {replaced} results {why}")
+            num_frames = sum(len(video) for video, _ in unfinished)
+            is_shown = state.is_local_main_process and num_frames > 0
+            with tqdm(total=num_frames, desc=label, unit="frame", disable=not is_shown) as progress:
+                for video in evaluate(unfinished):
+                    progress.set_postfix_str(video.video_id)
+                    progress.update(len(video))
+            state.wait_for_everyone()
+            if not state.is_main_process:
+                return None
+            runs = {seed: run.load(self.videos, seed) for seed in seeds}
         first = {result.key: (video, result) for video, result in zip(self.videos, runs[seeds[0]], strict=True)}
         highlights = choose_highlights(combine_runs({None: runs[seeds[0]]}, self.protocol)["objects"])
         for highlight in highlights:
             video, result = first[f"{highlight['domain']}/{highlight['video']}"]
-            highlight |= self._draw(label, highlight, video, result, *shown(video))
+            highlight |= self._draw(run, seeds[0], highlight, video, result)
         figures = combine_runs(runs, self.protocol, self.groups)
         return {"label": label, **about, "expert_domains": about.get("domains"), **figures, "highlights": highlights}
 
-    def _finish(
-        self,
-        run: EvaluationRun,
-        seeds: Sequence[int | None],
-        evaluate: Callable[[Pairs], Iterator[Video]],
-        state: PartialState,
-        overwrite: bool,
-    ) -> dict[int | None, list[VideoResult]] | None:
-        """All results, those that are there and those that were not; None in processes other than the main one."""
-        if state.is_main_process:
-            run.start(overwrite)
-        state.wait_for_everyone()
-        own = [self.videos[i] for i in range(state.process_index, len(self.videos), state.num_processes)]
-        layout = None if "predictions" in run.identity else self.layout
-        unfinished = [(video, seed) for seed in seeds for video in run.unfinished(own, seed, layout)]
-        total, label = len(own) * len(seeds), run.folder.name
-        replaced = sum(run.scores_path(*pair).is_file() for pair in unfinished)
-        if len(unfinished) < total and state.is_main_process:
-            print(f"{label}: {total - len(unfinished)} of {total} results are there already")
-        if replaced and state.is_main_process:
-            print(f"{label}: {replaced} results were of other frames or masks, or have lost theirs; they are replaced.")
-        num_frames = sum(len(video) for video, _ in unfinished)
-        is_shown = state.is_local_main_process and num_frames > 0
-        with tqdm(total=num_frames, desc=label, unit="frame", disable=not is_shown) as progress:
-            for video in evaluate(unfinished):
-                progress.set_postfix_str(video.video_id)
-                progress.update(len(video))
-        state.wait_for_everyone()
-        return {seed: run.load(self.videos, seed) for seed in seeds} if state.is_main_process else None
-
     def _draw(
         self,
-        label: str,
+        run: EvaluationRun,
+        seed: int | None,
         highlight: Mapping[str, Any],
         video: Video,
         result: VideoResult,
-        files: MaskFiles,
-        frames: Sequence[int],
     ) -> dict[str, str]:
         """Draws an object, and returns the paths of the picture and the video."""
         object_id, rank, scores = highlight["object_id"], highlight["rank"], result.scores
+        label, files = run.folder.name, run.masks(video, seed)
         name = " ".join(dict.fromkeys((video.domain, video.video_id)))
         title = f"{label}, {rank.replace('_', ' ')}: {name}, object {object_id}, J&F {highlight['J&F_mean']:.3f}"
         path = Path("pictures") / label / rank
@@ -421,7 +405,7 @@ class Evaluation:
             video,
             object_id,
             lambda frame: files.read(video, frame, [object_id])[0],
-            frames,
+            range(len(video)) if run.predictions is None else video.annotated_frames,
             scores.j[:, column].tolist(),
             occupied or result.frames,
             title,

@@ -3,7 +3,7 @@
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class RunFolder(ABC):
             earlier = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} does not say what was done ({error}). {advice}") from error
-        if differences := list(_differences(earlier, self.identity)):
-            raise InputError(f"{self.folder} holds the results of another run: {'; '.join(differences)}. {advice}")
+        if found := differences(earlier, self.identity):
+            raise InputError(f"{self.folder} holds the results of another run: {'; '.join(found.values())}. {advice}")
 
     @staticmethod
     def inside(folder: Path, name: str) -> Path:
@@ -60,10 +60,10 @@ class RunFolder(ABC):
         return path
 
 
-def _differences(earlier: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What differs, each by its name, with a dot between those of dictionaries in each other."""
+def differences(earlier: Any, now: Any, name: str = "") -> dict[str, str]:
+    """What differs, by its name, with a dot between the names of dictionaries in each other -> in words."""
     if isinstance(earlier, dict) and isinstance(now, dict):
-        for key in sorted({*earlier, *now}):
-            yield from _differences(earlier.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-    elif earlier != now:
-        yield f"`{name}` is {earlier!r}, not {now!r}"
+        keys = sorted({*earlier, *now})
+        parts = (differences(earlier.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return {name: words for part in parts for name, words in part.items()}
+    return {} if earlier == now else {name: f"`{name}` is {earlier!r}, not {now!r}"}

@@ -22,11 +22,13 @@ from samoe_hf.model.prompt_recipe import bounding_boxes
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE
 from samoe_hf.model.session import KEPT_FRAMES, VideoSession
 from samoe_hf.model.tracking import Steps, TrackingStep, run_alone
+from samoe_hf.together import through
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 from samoe_hf.where_to_look import where_to_look
 
 T = TypeVar("T")
 Asking = Generator[TrackingStep, None, T]  # steps that are to be run, and then what came of them
+FIRST_SEED = 42  # the original evaluation's
 PAUSE_IOU = 0.75  # the user corrects an object whose IoU is below this (arXiv:2408.00714, section 6.1)
 
 _SYNTAX = re.compile(r"(mask|box|point|clicks)(?::([1-9]\d*))?(?:@([1-9]\d*)(?::(offline|look|even))?)?", re.ASCII)
@@ -157,7 +159,7 @@ class SimulatedUser:
         processor: VideoProcessor,
         video: Video,
         strategy: PromptStrategy,
-        seed: int = 42,
+        seed: int = FIRST_SEED,
         domain: str | None = AUTO,
     ):
         self.model, self.processor, self.video, self.strategy, self.seed = model, processor, video, strategy, seed
@@ -304,25 +306,21 @@ class SimulatedUser:
     def _correct_worst_frames(self) -> Asking[None]:
         """Tracks the whole video, and then clicks on the frame on which each object's IoU is lowest."""
         worst: dict[int, tuple[float, int, np.ndarray]] = {}
-        for reading in self._pass():
-            if isinstance(reading, TrackingStep):
-                yield reading
-                continue
+
+        def look(reading: _Reading) -> None:
             frame_idx = reading.frame_idx
             for object_id, iou in self._ious(frame_idx, reading.logits).items() if frame_idx in self._annotated else ():
                 if iou < worst.get(object_id, (1.0,))[0]:
                     worst[object_id] = iou, frame_idx, self._mask(reading.logits, object_id)
+
+        yield from through(self._pass(), look)
         for object_id, (_, frame_idx, mask) in worst.items():
             yield from self._click(frame_idx, {object_id: mask})
 
     def _correct_some_frames(self) -> Asking[None]:
         """Tracks the whole video, and then corrects what is wrong on frames that are worth a look, or on even ones."""
         rows, annotated = [], np.array(self.video.annotated_frames)
-        for reading in self._pass():
-            if isinstance(reading, TrackingStep):
-                yield reading
-            else:
-                rows += self._rows(reading, reading.logits > 0)
+        yield from through(self._pass(), lambda reading: rows.extend(self._rows(reading, reading.logits > 0)))
         count = self.strategy.num_frames - 1
         if self.strategy.corrections == "look":
             chosen = [look.frame for look in where_to_look(rows, count, least=0)]

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from samoe_hf.data.clip_datasets import ClipDataset, MixedDataset
 from samoe_hf.data.fingerprints import fingerprint, video_fingerprint
 from samoe_hf.data.frames import SampleError
 from samoe_hf.errors import InputError
+from samoe_hf.evaluation.run_folder import differences
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.weights_io import hash_tensors
@@ -81,17 +82,14 @@ def _describe_clips(clips: Any) -> dict[str, Any]:
 
 
 def _videos_fingerprint(videos: Any) -> str:
-    chosen = _evenly(range(len(videos)), VIDEOS)
-    return fingerprint(list(_video_fingerprints(videos, chosen)))
-
-
-def _video_fingerprints(videos: Any, chosen: list[int]) -> Iterator[str]:
+    chosen, found = _evenly(range(len(videos)), VIDEOS), []
     for number in chosen:
         try:
             video = videos[number]
-            yield video_fingerprint(video, _evenly(video.annotated_frames, max(1, FRAMES // len(chosen))))
+            found.append(video_fingerprint(video, _evenly(video.annotated_frames, max(1, FRAMES // len(chosen)))))
         except (SampleError, OSError) as error:  # training says so, or leaves it out
-            yield type(error).__name__
+            found.append(type(error).__name__)
+    return fingerprint(found)
 
 
 def _evenly(values: Any, count: int) -> list[Any]:
@@ -99,7 +97,7 @@ def _evenly(values: Any, count: int) -> list[Any]:
     return [values[i * len(values) // number] for i in range(number)]
 
 
-def check_goes_on(checkpoint: Path, now: Mapping[str, Any]) -> list[str]:
+def check_goes_on(checkpoint: Path, now: dict[str, Any]) -> list[str]:
     """Raises an `InputError`, which names what differs, if a checkpoint is of a run that was made from other things.
 
     Returns:
@@ -111,24 +109,16 @@ def check_goes_on(checkpoint: Path, now: Mapping[str, Any]) -> list[str]:
         raise InputError(f"`{unit}` is {now[unit]}, but {checkpoint} was trained for {done} already.")
     if not (checkpoint / FILE).is_file():
         return []
-    then, now = (dict(_flat(one)) for one in (json.loads((checkpoint / FILE).read_text()), now))
-    differences = {n: f"`{n}` is {then.get(n)!r}, not {now.get(n)!r}" for n in then | now if then.get(n) != now.get(n)}
-    names = [one.get("model_name_or_path") for one in (then, now)]
-    differences.pop("model_name_or_path", None)  # the same model may lie elsewhere now
-    if "model" in differences:
-        differences["model"] = f"the model was {names[0]}, which differs from {names[1]} as it is now"
-    longer = [f"{checkpoint}: {differences.pop(name)} any more." for name in LENGTH if name in differences]
-    if differences:
+    then = json.loads((checkpoint / FILE).read_text())
+    found = differences(then, now)
+    found.pop("model_name_or_path", None)  # the same model may lie elsewhere now
+    if "model" in found:
+        names = [one.get("model_name_or_path") for one in (then, now)]
+        found["model"] = f"the model was {names[0]}, which differs from {names[1]} as it is now"
+    longer = [f"{checkpoint}: {found.pop(name)} any more." for name in LENGTH if name in found]
+    if found:
         raise InputError(
-            f"{checkpoint} is of another run: {'; '.join(sorted(differences.values()))}. Give the same as then, or "
+            f"{checkpoint} is of another run: {'; '.join(found.values())}. Give the same as then, or "
             "start anew in another folder or with `overwrite_output_dir: true`."
         )
     return longer
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value

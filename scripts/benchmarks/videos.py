@@ -88,7 +88,7 @@ def prompted(video: Video) -> PromptedVideo:
     ids = video.visible(0)
     prompts = [prompt_from_mask("box", i, 0, m) for i, m in zip(ids, video.masks(0, ids), strict=True)]
     only = Video(video.video_id, read_video(video.frames.path), Shapes({}, set(ids)), video.domain)
-    return PromptedVideo(video.domain, video.video_id, lambda: only, lambda _: prompts, video.video_id)
+    return PromptedVideo(video.domain, video.video_id, lambda: only, lambda _: prompts, lambda: video.video_id)
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:

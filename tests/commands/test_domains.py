@@ -174,12 +174,12 @@ def test_two_processes_do_not_change_a_model_at_once(samoe, copy_of, monkeypatch
 def test_evaluate_and_label_say_whose_experts_each_video_got(samoe, folder, tmp_path, command):
     printed = samoe(command, folder, *DATA, "--output", tmp_path / "out")
     if command == "evaluate":
-        found = json.loads((tmp_path / "out" / "results.json").read_text())["models"][0]["videos"]
-        chosen = {f"{one['domain']}/{one['video']}": (one["experts_of"], one["confidence"]) for one in found}
+        (model,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+        found = {f"{one['domain']}/{one['video']}": one for one in model["videos"]}
         assert "| experts of |" in (tmp_path / "out" / "report.md").read_text()
     else:
         found = json.loads((tmp_path / "out" / "labels.json").read_text())["videos"]
-        chosen = {key: (one["domain"] or "base", one["confidence"]) for key, one in found.items()}
+    chosen = {key: (one["experts_of"], one["confidence"]) for key, one in found.items()}
     assert len(chosen) == 2 and "a" in {name for name, _ in chosen.values()}
     for key, (name, sure) in chosen.items():
         assert f"{key}  {name}, {sure:.0%} sure" in printed

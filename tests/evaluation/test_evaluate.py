@@ -18,11 +18,13 @@ from samoe_hf.evaluation.evaluate import (
     evaluate_masks,
     evaluate_video,
     evaluate_videos,
+    evaluation_steps,
     score_predictions,
     segment_video,
 )
 from samoe_hf.evaluation.metrics import score_video, surface_dice
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.together import Together
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,9 @@ def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
     masks, scores = segment_video(nano.model, processor, video)
     assert masks.shape == (5, len(video.object_ids), 96, 128) and np.isfinite(scores).all()
     written = {}
-    result = evaluate_video(
-        nano.model, processor, video, overlapping=True, write=lambda v, t, m: written.update({t: m.copy()})
-    )
+    write = {"overlapping": True, "write": lambda v, t, m: written.update({t: m.copy()})}
+    with Together(nano.model) as together:
+        (result,) = together.run([evaluation_steps(together, processor, video, **write)])
     np.testing.assert_array_equal(np.stack([written[t] for t in range(5)]), masks)
     target = np.stack([video.masks(t) for t in range(5)])
     assert_same_scores(result.scores, score_video(masks, target, video.object_ids, scores))
@@ -83,7 +85,8 @@ def test_a_model_is_scored_on_what_it_tracks(nano, processor, video):
 
 def test_videos_of_one_frame_or_without_objects_are_scored_and_others_refused(nano, processor):
     one = SyntheticVideos(1, 1, (96, 128), seed=3)[0]
-    assert evaluate_video(nano.model, processor, one, "clicks:2@3:offline").scores.j.shape == (1, len(one.object_ids))
+    (result,) = evaluate_videos(nano.model, processor, [one], False, "clicks:2@3:offline").values()
+    assert result.scores.j.shape == (1, len(one.object_ids))
     frames = ArrayFrames(np.zeros((2, 32, 32, 3), np.uint8))
     none = Video("empty", frames, MaskArrays(np.zeros((2, 0, 32, 32), bool), []), spacing=(1, 1, 2))
     scores = evaluate_video(nano.model, processor, none).scores

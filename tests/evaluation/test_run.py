@@ -26,8 +26,10 @@ def scored(video, seed=42):
 
 def finish(run, videos, seed=None):
     """Evaluates what is left, and says what that was."""
-    left = run.unfinished(videos, seed)
+    left = [video for video in videos if not run.is_finished(video, seed)]
     for video in left:
+        for t in range(len(video)):
+            run.masks(video, seed).write(video, t, video.masks(t))
         result = replace(scored(video, 42 if seed is None else seed), made_from=video_fingerprint(video))
         result.save(run.scores_path(video, seed))
     return [video.video_id for video in left]
@@ -46,7 +48,7 @@ def test_a_stopped_run_goes_on_with_what_is_left(tmp_path):
     for video, result in zip(videos, again.load(videos, None), strict=True):
         assert_same_scores(result.scores, scored(video).scores)
     assert len(finish(again, videos, seed=7)) == 4  # another seed's results are apart
-    assert again.masks(videos[0], 7, "davis").folder != again.masks(videos[0], None, "davis").folder
+    assert again.masks(videos[0], 7).folder != again.masks(videos[0], None).folder
 
 
 def test_another_evaluation_in_the_same_folder_is_refused_by_what_differs(tmp_path):
@@ -54,17 +56,16 @@ def test_another_evaluation_in_the_same_folder_is_refused_by_what_differs(tmp_pa
     video, run = random_video(), EvaluationRun(tmp_path, identity)
     run.start()
     finish(run, [video])
-    run.masks(video, None, "davis").write(video, 0, video.masks(0))
     other = EvaluationRun(tmp_path, identity | {"prompt": "box"})
     with pytest.raises(ValueError, match=r"`prompt` is 'mask', not 'box'.*--overwrite"):
         other.start()
-    assert json.loads((tmp_path / "run.json").read_text()) == identity and not run.unfinished([video], None)
+    assert json.loads((tmp_path / "run.json").read_text()) == identity and run.is_finished(video, None)
     for damaged in ("{", "[1]", "3"):
         (tmp_path / "run.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"run\.json does not say what was done.*--overwrite"):
             other.start()
     other.start(overwrite=True)
-    assert other.unfinished([video], None) == [video] and not (tmp_path / "masks").exists()
+    assert not other.is_finished(video, None) and not (tmp_path / "masks").exists()
     (tmp_path / "run.json").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     for overwrite in (False, True):
@@ -79,7 +80,7 @@ def test_videos_cannot_lead_out_of_the_folder(tmp_path, video_id, domain):
     video = Video(video_id, random_video().frames, random_video().annotations, domain)
     with pytest.raises(ValueError, match="must name a file within a folder"):
         run.scores_path(video, None)
-        run.masks(video, None, "davis")
+        run.masks(video, None)
 
 
 def test_seeds_are_those_of_the_original():
