@@ -5,9 +5,10 @@ Gradio reads an event as a whole before a handler sees it, and remembers every p
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from gradio.route_utils import GradioMultiPartParser
 from gradio.state_holder import StateHolder
-from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -41,57 +42,27 @@ class BoundedRequests:
         if is_upload and shutil.disk_usage(self.folder).free < 2 * (declared or most):
             answer = JSONResponse({"detail": "The server's disk has no room for this upload."}, 507)
             return await answer(scope, receive, send)
-        fields, received, is_complete = _Fields(headers.get("content-type", "")), 0, False
+        received, is_complete = 0, False
 
         async def bounded() -> Message:
             nonlocal received, is_complete
             message = await receive()
-            body, is_broken_off = message.get("body", b""), message["type"] == "http.disconnect" and not is_complete
-            received, is_complete = received + len(body), not message.get("more_body", False)
-            if is_upload:
-                fields.write(body)
-                if received > most or fields.received > EVENT_BYTES or is_broken_off:
-                    raise MultiPartException(too_large)  # Gradio removes what it has written
-            elif received > most:
+            is_broken_off = message["type"] == "http.disconnect" and not is_complete
+            received, is_complete = received + len(message.get("body", b"")), not message.get("more_body", False)
+            if is_upload and (received > most or is_broken_off):
+                raise MultiPartException(too_large)  # Gradio removes what it has written
+            if received > most:
                 raise HTTPException(413, too_large)
             return message
 
         await self.app(scope, bounded, send)
 
 
-class _Fields:
-    """Counts the bytes of an upload that are of no file: Gradio keeps them in RAM, however many."""
+class FilesAlone(GradioMultiPartParser):
+    """Gradio's reader of uploads, which refuses all that is no file: that would be kept in RAM, however much it is."""
 
-    def __init__(self, content_type: str):
-        self.received, self._is_file, self._name, self._value = 0, False, b"", b""
-        boundary = parse_options_header(content_type)[1].get(b"boundary") or b"-"
-        self.write = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._read_name,
-                "on_header_value": self._read_value,
-                "on_header_end": self._end_header,
-                "on_part_data": self._count,
-            },
-        ).write
-
-    def _begin(self) -> None:
-        self._is_file = False
-
-    def _read_name(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def _read_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _end_header(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            self._is_file = b"filename" in parse_options_header(self._value)[1]
-        self._name = self._value = b""
-
-    def _count(self, data: bytes, start: int, end: int) -> None:
-        self.received += 0 if self._is_file else end - start
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options | {"max_fields": 0})
 
 
 class KnownPages(StateHolder):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+from gradio import route_utils
 from gradio.themes import Default
 from starlette.middleware import Middleware
 
@@ -20,7 +21,7 @@ from .learning import Learner
 from .models import LoadedModel
 from .page import CSS, build_page
 from .page_parts import App
-from .page_requests import BoundedRequests, KnownPages
+from .page_requests import BoundedRequests, FilesAlone, KnownPages
 from .people import People, freeing_unused
 from .uploads import Limits
 
@@ -60,7 +61,7 @@ def serving(
         for one in loaded:
             app.add(one)
         bounds = Middleware(BoundedRequests, upload_bytes=limits.upload_bytes, folder=Path(name))
-        with freeing_unused(people):
+        with freeing_unused(people), patch.object(route_utils, "GradioMultiPartParser", FilesAlone):
             page = build_page(app)
             try:
                 with input_errors():

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
 
-from .masks import captioned, outline, overlay_masks, plain_text, resized
+from .masks import captioned, near_edges, overlay_masks, plain_text, resized
 
 # Paul Tol's "muted" colours, which people with any kind of colour vision tell apart.
 DISTINCT_COLORS = (
@@ -189,7 +189,7 @@ def _overlay_experts(frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, s
     image = np.where(experts[..., None] >= 0, blend, grey)
     line = max(1, min(height, width) // 240)
     for thickness, color in ((2 * line, 0), (line, 255)):
-        image[outline(mask, thickness)] = color
+        image[near_edges(mask, thickness)] = color
     return image
 
 

@@ -98,14 +98,14 @@ def hatching(height: int, width: int, line: int, direction: int) -> np.ndarray:
 def _draw_outlines(picture: np.ndarray, numbers: np.ndarray, ids: Sequence[int], line: int) -> None:
     """Draws outlines in place: a black line outside of the edge, a white and a coloured one inside."""
     colors = np.array([(0, 0, 0), *map(object_color, ids)], dtype=np.uint8)
-    near = _near_edges(numbers, line)
+    near = near_edges(numbers, line)
     y, x = np.nonzero(_grown(near, 2 * line) & (numbers > 0))
     picture[y, x] = colors[numbers[y, x]]
     y, x = np.nonzero(near)
     picture[y, x] = np.where(numbers[y, x, None] > 0, np.uint8(255), np.uint8(0))
 
 
-def _near_edges(numbers: np.ndarray, distance: int) -> np.ndarray:
+def near_edges(numbers: np.ndarray, distance: int) -> np.ndarray:
     """Pixels at most so far from one of another number, bool (H, W)."""
     near = np.zeros(numbers.shape, dtype=bool)
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
@@ -179,11 +179,6 @@ def captioned(picture: np.ndarray, lines: Sequence[str], legend: Mapping[str, np
         draw.rectangle((x, y + 1, x + size, y + 1 + size), outline="black")
         draw.text((x + size + 5, y), name, "black", font)
     return np.asarray(canvas)
-
-
-def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
-    """Pixels at most `thickness` from the edge of a mask (H, W), on either side: bool (H, W)."""
-    return _grown(mask, thickness) & _grown(~mask, thickness)
 
 
 @plain_text
