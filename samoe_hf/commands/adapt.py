@@ -6,22 +6,19 @@
 `my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. Of three
 or more, a fifth (`--eval-fraction`) is kept aside and tracked by the base and by the new domain: the command says what
 was won. A run is as for `samoe train`, a YAML file or the name of one that comes with the package: the new experts are
-trained on its `train_data`, and its other keys are options here too, see below. The videos of its `eval_data`, of old
-domains as well, are tracked before and after. Nothing of the model changes but what is new. DIR gets what was trained,
-all experts and the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares; adaptation.json with the
-scores; and adaptation.png with the videos that were kept aside.
+trained on its `train_data`. Its other keys, which `samoe train --help` lists, are options here too. The videos of its
+`eval_data`, of old domains as well, are tracked before and after. Nothing of the model changes but what is new. DIR
+gets what was trained, all experts and the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares;
+adaptation.json with the scores; and adaptation.png with the videos that were kept aside.
 """
 
 import argparse
 import os
-import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
 
 from samoe_hf.data.configs import names_config
 from samoe_hf.errors import InputError
 
-from . import train
 from .options import add_output_option, command_parser
 
 AUTO, DEFAULT_BUDGET = "auto", "4MB"
@@ -38,8 +35,6 @@ OPTIONS_OF_KEYS = {
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with further ones of the run in `overrides`."""
     parser = command_parser("adapt", __doc__)
-    parser.epilog = describe_run_options()
-    parser.add_argument("--help-all", action="store_true", help=train.HELP_ALL)
     parser.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     videos = parser.add_argument_group("videos")
     videos.add_argument(
@@ -72,10 +67,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="the domain that experts of no domain become, such as those of a SAM2-MoE checkpoint (former)",
     )
     add_output_option(parser, "folder for the new model")
-    if "--help-all" in arguments:
-        parser.print_help()
-        train.print_all_keys("The options of the run:")
-        raise SystemExit(0)
     parsed, parsed.overrides = parser.parse_known_args(arguments)
     if parsed.budget is not None and parsed.lora_rank != AUTO:
         raise InputError("`--budget` goes with `--lora_rank auto`, which chooses ranks within it.")
@@ -84,17 +75,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         if word.startswith("--") and option is not None:
             raise InputError(f"`{word.partition('=')[0]}` is given by `{option}` here.")
     return parsed
-
-
-def describe_run_options() -> str:
-    """The options of a run, in their groups, but those that this command has in other words."""
-    lines = ["options of the run, which `samoe train --help` explains:"]
-    for kind in train.KINDS:
-        names = [f"--{key.name}" for key in fields(kind) if key.name not in (*OPTIONS_OF_KEYS, "model_config")]
-        text = f"{kind._argument_group_name}: {' '.join(names)}"
-        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
-    others = "    and all of transformers' TrainingArguments, such as --learning_rate and --max_steps"
-    return "\n".join([*lines, others])
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -75,21 +75,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(parsed: argparse.Namespace) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if parsed.space is not None:
-        make_space(parsed)
-    else:
-        serve_page(parsed)
-
-
-@input_errors()
-def make_space(parsed: argparse.Namespace) -> None:
-    """Writes a Space, and uploads it if asked to."""
+    if parsed.space is None:
+        return serve_page(parsed)
     from samoe_hf.app.space import push_space, write_space
 
-    write_space(parsed.space, parsed.model, parsed.wheel)
-    print(f"Written: a Space in {parsed.space}")
-    if parsed.push:
-        print(f"Uploaded: {push_space(parsed.space, parsed.push)}")
+    with input_errors():
+        write_space(parsed.space, parsed.model, parsed.wheel)
+        print(f"Written: a Space in {parsed.space}")
+        if parsed.push:
+            print(f"Uploaded: {push_space(parsed.space, parsed.push)}")
 
 
 def serve_page(parsed: argparse.Namespace) -> None:

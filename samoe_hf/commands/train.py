@@ -22,7 +22,6 @@ from samoe_hf.training.keys import DataKeys, ModelKeys, TrainingKeys
 
 from .options import command_parser
 
-HELP_ALL = "show the keys of transformers' TrainingArguments as well"
 KINDS = (ModelKeys, DataKeys, PromptSettings, LossSettings, TrainingKeys)
 
 
@@ -33,7 +32,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The words of a run, in `run`; they are parsed with the run's YAML."""
     if "--help-all" in arguments:
-        print_all_keys(__doc__)
+        from samoe_hf.training.arguments import run_parser
+
+        run_parser(description=__doc__, formatter_class=HelpFormatter).print_help()
         raise SystemExit(0)
     if {"-h", "--help"} & set(arguments):
         help_parser().print_help()
@@ -49,7 +50,8 @@ def help_parser() -> argparse.ArgumentParser:
     """A parser for the help text, with this package's keys of a run as options, in groups."""
     parser = command_parser("train", __doc__)
     parser.usage, parser.formatter_class = "samoe train RUN.yaml|NAME [--KEY VALUE ...]", HelpFormatter
-    parser.add_argument("--help-all", action="store_true", default=argparse.SUPPRESS, help=HELP_ALL)
+    help_text = "show the keys of transformers' TrainingArguments as well"
+    parser.add_argument("--help-all", action="store_true", default=argparse.SUPPRESS, help=help_text)
     for kind in KINDS:
         group = parser.add_argument_group(kind._argument_group_name)
         for key in fields(kind):
@@ -61,13 +63,6 @@ def help_parser() -> argparse.ArgumentParser:
                 help=key.metadata.get("help", " "),
             )
     return parser
-
-
-def print_all_keys(description: str | None) -> None:
-    """Prints the help text with all keys of a run, those of transformers' `TrainingArguments` among them."""
-    from samoe_hf.training.arguments import run_parser
-
-    run_parser(description=description, formatter_class=HelpFormatter).print_help()
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -225,14 +225,11 @@ def _without_unused_tensors(program: torch.export.ExportedProgram) -> torch.expo
 @contextmanager
 def _quiet() -> Iterator[None]:
     """While the context is open, nothing is said of how exporting goes on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
