@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from datasets import Dataset, load_from_disk
 from PIL import Image
 
 from helpers.edgetam import slow_over_bases
+from helpers.own_videos import save_videos
 from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
 from samoe_hf.data import load_videos, write_video
-from samoe_hf.data.images import read_label_png, write_palette_png
+from samoe_hf.data.images import read_label_png
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
@@ -31,27 +33,14 @@ from samoe_hf.tracks import TrackRow, read_tracks
 from samoe_hf.where_to_look import where_to_look
 
 NUM_VIDEOS, NUM_FRAMES = 3, 4
-
-
-def save_videos(folder, num_videos=NUM_VIDEOS, num_frames=NUM_FRAMES, size=(64, 80)):
-    """Videos as folders of frames, each with the mask of its first frame alone."""
-    videos = SyntheticVideos(num_videos, num_frames, size, max_objects=2, seed=3)
-    for video in videos:
-        for t in range(len(video)):
-            path = folder / "frames" / video.video_id / f"{t:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(video.frames[t]).save(path)
-        path = folder / "masks" / video.video_id / "000.png"
-        path.parent.mkdir(parents=True)
-        write_palette_png(path, video.id_map(0))
-    return videos
+PLACES = ("frames/{v}/{t:03d}.png", "masks/{v}/{t:03d}.png")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "clips"
-    save_videos(folder)
-    return folder
+    """Videos as folders of frames, each with the mask of its first frame alone."""
+    videos = SyntheticVideos(NUM_VIDEOS, NUM_FRAMES, (64, 80), max_objects=2, seed=3)
+    return save_videos(tmp_path_factory.mktemp("data") / "clips", videos, *PLACES, num_masks=1)
 
 
 def label(model, *words, device="cpu"):
@@ -244,14 +233,8 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
 @pytest.fixture
 def one_video(tmp_path):
     """A folder with a video of 6 frames, whose first one has a mask, and that mask."""
-    video = SyntheticVideos(1, 6, (64, 80), seed=3)[0]
-    (tmp_path / "data" / "v" / "masks").mkdir(parents=True)
-    (tmp_path / "data" / "v" / "frames").mkdir()
-    for t, frame in enumerate(video.frames):
-        Image.fromarray(frame).save(tmp_path / "data" / "v" / "frames" / f"{t}.png")
-    mask = tmp_path / "data" / "v" / "masks" / "0.png"
-    write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
-    return tmp_path / "data", mask
+    video = replace(SyntheticVideos(1, 6, (64, 80), seed=3)[0], video_id="v")
+    return save_videos(tmp_path / "data", [video], num_masks=1), tmp_path / "data" / "v" / "masks" / "0.png"
 
 
 def moved(ids):
@@ -403,7 +386,7 @@ def start(model_folder, data, output):
 @pytest.mark.slow
 def test_two_processes_that_are_killed_three_times_label_as_one(model_folder, tmp_path):
     data, num_videos = tmp_path / "clips", 200
-    save_videos(data, num_videos, 6)
+    save_videos(data, SyntheticVideos(num_videos, 6, (64, 80), max_objects=2, seed=3), *PLACES, num_masks=1)
     finished = tmp_path / "two" / "finished"
     stamps = {}
     for kill in range(4):

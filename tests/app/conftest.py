@@ -59,14 +59,21 @@ def two_domains(small_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served(two_domains, small_model, tmp_path_factory):
-    """An app that is served to this machine. Its people leave nothing to each other, so tests may share it."""
+def serve():
+    """What serves an app to this machine."""
     pytest.importorskip("gradio", reason="needs the `app` extra")
     from samoe_hf.app.server import serving
+
+    return serving
+
+
+@pytest.fixture(scope="session")
+def served(serve, two_domains, small_model, tmp_path_factory):
+    """An app that is served. Its people leave nothing to each other, so tests may share it."""
     from samoe_hf.app.uploads import Limits
 
     folder, limits = tmp_path_factory.mktemp("served"), Limits(upload_bytes=8 * 2**20, sessions=200)
-    with serving([two_domains, small_model], limits, folder / "data", folder / "models") as running:
+    with serve([two_domains, small_model], limits, folder / "data", folder / "models") as running:
         yield running
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from samoe_hf.app.uploads import Limits
 from samoe_hf.commands.app import TINY, default_model, parse_arguments
 from samoe_hf.errors import InputError
 
@@ -73,25 +74,19 @@ def test_elsewhere_the_small_model_runs(hub, monkeypatch, where):
     assert ("no network. The small model" in hub.said.getvalue()) is (where == "no network")
 
 
-def test_a_host_and_a_port_that_cannot_be_served_are_named(small_model):
-    from samoe_hf.app.server import serving
-    from samoe_hf.app.uploads import Limits
-
+def test_a_host_and_a_port_that_cannot_be_served_are_named(serve, small_model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for place in ({"port": port}, {"host": "no.such.host.invalid"}, {"host": "203.0.113.7"}, {"port": 70_000}):
             with (
                 pytest.raises(InputError, match="The page cannot be served at host"),
-                serving([small_model], Limits(), **place),
+                serve([small_model], Limits(), **place),
             ):
                 pass
 
 
-def test_a_taken_port_makes_way_for_the_next_one_and_gradios_variables_are_read(small_model, monkeypatch, tmp_path):
+def test_a_taken_port_makes_way_and_gradios_variables_are_read(serve, small_model, monkeypatch, tmp_path):
     from gradio import http_server
-
-    from samoe_hf.app.server import serving
-    from samoe_hf.app.uploads import Limits
 
     monkeypatch.setenv("GRADIO_SERVER_NAME", "localhost")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
@@ -99,29 +94,25 @@ def test_a_taken_port_makes_way_for_the_next_one_and_gradios_variables_are_read(
     without_proxy = os.environ.get("no_proxy")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(http_server, "INITIAL_PORT_VALUE", taken.getsockname()[1])
-        with serving([small_model], Limits()) as app:
+        with serve([small_model], Limits()) as app:
             host, port = app.url.rstrip("/").rpartition("/")[2].split(":")
             assert host == "localhost" and 0 < int(port) - taken.getsockname()[1] < 100
             assert app.folder.parent == tmp_path / "uploads"
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "uploads") and os.environ.get("no_proxy") == without_proxy
 
 
-def test_models_of_one_name_are_told_apart(small_model):
-    from samoe_hf.app.server import serving
-    from samoe_hf.app.uploads import Limits
-
-    with serving([small_model, small_model], Limits()) as app:
+def test_models_of_one_name_are_told_apart(serve, small_model):
+    with serve([small_model, small_model], Limits()) as app:
         assert list(app.models) == ["nano", "nano-2"] == [one.name for one in app.models.values()]
 
 
-def test_where_the_page_is_served_is_said_when_it_is(small_model, capsys, monkeypatch):
-    from samoe_hf.app.server import serving, until_stopped
-    from samoe_hf.app.uploads import Limits
+def test_where_the_page_is_served_is_said_when_it_is(serve, small_model, capsys, monkeypatch):
+    from samoe_hf.app.server import until_stopped
 
     monkeypatch.setattr("samoe_hf.app.server.signal.signal", lambda *_: None)
     monkeypatch.setattr("samoe_hf.app.server.threading.Event.wait", lambda *_: True)
     with pytest.raises(InputError):
-        until_stopped(serving([small_model], Limits(), host="203.0.113.7"))
+        until_stopped(serve([small_model], Limits(), host="203.0.113.7"))
     assert "served at http" not in capsys.readouterr().err
 
 

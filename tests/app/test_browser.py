@@ -11,6 +11,7 @@ import pytest
 
 from helpers.app import track_by_hand, write_small_video
 from helpers.browser import Page
+from helpers.processes import wait_until
 from samoe_hf.app.uploads import Limits
 from samoe_hf.data.images import read_label_png
 from samoe_hf.data.video_io import read_video
@@ -23,13 +24,6 @@ def masks_of_zip(path, folder) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         archive.extractall(folder)
     return np.stack([read_label_png(file) for file in sorted(folder.rglob("*.png"))])
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def test_click_undo_box_track_correct_and_take_away_as_the_python_api_does(page, small_video, two_domains, tmp_path):
@@ -181,54 +175,9 @@ def test_it_learns_from_corrections_and_tracks_again(page, open_page, small_vide
 
 
 @pytest.mark.slow
-def test_a_domain_is_renamed_and_removed_for_oneself_tracked_with_and_saved_for_all(page, open_page, small_video):
-    page.open(small_video)
-    page.click(0.3, 0.5)
-    page.track()
-    page.tab("Domains")
-    page.page.wait_for_selector("#domains-map img")
-    table = "domains-table"
-    page.wait_for_text(table, "second")
-    page.choose("domains-domain", "second")
-    page.page.click("#domains-confirm")
-    page.wait_for_text("domains-note", "the gate took it for")
-    page.page.fill("#domains-new-name input, #domains-new-name textarea", "night")
-    page.page.click("#domains-rename")
-    page.wait_for_text("domains-note", "second is now night.")
-    page.wait_for_text(table, "night")
-    assert page.page.locator("#domains-domain input").input_value() == "night"
-    page.choose("domains-domain", "first")
-    page.page.click("#domains-remove")
-    page.wait_for_text("domains-note", "Removed first.")
-    page.tab("Track")
-    page.track("onward")  # with the model as it was
-    page.tab("Look inside")
-    page.choose("domain", "night")
-    page.page.click("#use")
-    page.wait_for_text("look-whose", "night, as you chose")
-    page.tab("Track")
-    page.track()
-    page.page.reload()
-    page.page.wait_for_selector("#frame img")
-    page.tab("Domains")
-    page.wait_for_text("domains-note", "Changed for you alone")
-    page.page.fill("#domains-name input, #domains-name textarea", "renamed")
-    page.page.click("#domains-save")
-    page.wait_for_text("domains-note", "as renamed.")
-    other = open_page()
-    other.tab("Domains")
-    other.wait_for_text(table, "second")
-    other.choose("domains-model", "renamed")
-    other.wait_for_text(table, "night")
-    assert "second" not in other.text(table) and not page.errors + other.errors
-
-
-@pytest.mark.slow
-def test_pages_that_are_closed_leave_no_files_and_no_ram(open_page, two_domains, tmp_path):
-    from samoe_hf.app.server import serving
-
+def test_pages_that_are_closed_leave_no_files_and_no_ram(serve, open_page, two_domains, tmp_path):
     video = write_small_video(tmp_path / "video.mp4", num_frames=60, size=(240, 320))
-    with serving([two_domains], Limits(grace_seconds=0.0)) as running:
+    with serve([two_domains], Limits(grace_seconds=0.0)) as running:
         people = running.people
 
         def megabytes_after(visits: int) -> float:

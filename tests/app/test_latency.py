@@ -41,13 +41,11 @@ def load(name: str) -> LoadedModel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "tiny"])
-def test_the_mask_comes_soon_after_the_model_has_it(open_page, name, tmp_path, monkeypatch):
+def test_the_mask_comes_soon_after_the_model_has_it(serve, open_page, name, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="needs the `app` extra")
-    from samoe_hf.app.server import serving
-
     loaded, positions = load(name), np.random.default_rng(0).uniform(0.1, 0.9, (CLICKS, 2)).tolist()
     video, seen = write_small_video(tmp_path / "video.mp4", num_frames=4, size=SIZE), []
-    with serving([loaded], Limits(grace_seconds=0)) as running:
+    with serve([loaded], Limits(grace_seconds=0)) as running:
         page = open_page(running.url)
         page.open(video)
         for x, y in positions:

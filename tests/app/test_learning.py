@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from helpers.app import maps_of, run_all
+from helpers.processes import wait_until
 from samoe_hf import SamoeModel, load_videos, small_base
 from samoe_hf.app.learning import Learner, Learning, collect_video, collected, draw_curves
 from samoe_hf.app.models import load_model
@@ -37,10 +38,7 @@ def data(corrected, tmp_path):
 
 
 def wait(learning: Learning, until=lambda learning: learning.state != "running") -> None:
-    end = time.monotonic() + 120
-    while not until(learning):
-        assert time.monotonic() < end, learning.problem()
-        time.sleep(0.2)
+    wait_until(lambda: until(learning), 120, learning.problem)
 
 
 def test_collected_videos_are_what_load_videos_reads(corrected, tmp_path):
@@ -190,23 +188,6 @@ def test_what_a_run_left_beside_its_folder_is_not_the_next_ones(small_model, two
 
 
 @pytest.mark.slow
-def test_a_domain_is_learned_in_another_process(small_model, data, tmp_path):
-    learner = Learner(data, tmp_path / "models")
-    learning = learner.start("me", small_model, "mine", 3)
-    with pytest.raises(ValueError, match="one thing at a time"):
-        learner.start("you", small_model, "other", 3)
-    with pytest.raises(ValueError, match="You have not started"):
-        learner.of("you")
-    with pytest.raises(ValueError, match="runs already"):
-        learning.start()
-    wait(learning)
-    assert learning.state == "done", learning.problem()
-    assert [[step for step, _ in points] for points in learning.curves().values()] == [[1, 2, 3], [1, 2, 3]]
-    assert all(0 <= score <= 1 for score in learning.scores())
-    assert SamoeModel.from_pretrained(learning.output).config.domain_names == ["former", "mine"]
-
-
-@pytest.mark.slow
 def test_a_run_that_fails_says_why(small_model, data, tmp_path):
     learning = Learning(small_model, "mine", 3, data, tmp_path / "out")
     for path in data.glob("*/frames/*"):
@@ -219,8 +200,12 @@ def test_a_run_that_fails_says_why(small_model, data, tmp_path):
 
 @pytest.mark.slow
 def test_learning_is_stopped_and_resumed(small_model, data, tmp_path):
-    learning = Learning(small_model, "mine", 120, data, tmp_path / "out")
-    learning.start()
+    learner = Learner(data, tmp_path / "models")
+    learning = learner.start("me", small_model, "mine", 120)
+    with pytest.raises(ValueError, match="one thing at a time"):
+        learner.start("you", small_model, "other", 3)
+    with pytest.raises(ValueError, match="You have not started"):
+        learner.of("you")
     learning.stop()  # before its first checkpoint, so that it starts anew
     assert learning.state == "stopped"
     learning.start()
@@ -234,3 +219,5 @@ def test_learning_is_stopped_and_resumed(small_model, data, tmp_path):
     wait(learning)
     assert learning.state == "done", learning.problem()
     assert [step for step, _ in learning.curves()["J&F"]] == list(range(10, 121, 10))
+    assert all(0 <= score <= 1 for score in learning.scores())
+    assert SamoeModel.from_pretrained(learning.output).config.domain_names == ["former", "mine"]

@@ -299,14 +299,6 @@ def test_another_session_gets_the_device_between_two_frames(make_session):
     assert run_all(steps) == 7
 
 
-def test_a_new_start_keeps_the_prompts_and_their_frames_only(session):
-    session.click(session.add_object(), 2, 30, 30)
-    run_all(session.propagate())
-    session.use(session.loaded)
-    assert session.masks.frames == {2} and list(session.prompts) == [(1, 2)]
-    assert run_all(session.propagate()) == 8
-
-
 @pytest.mark.parametrize("selection,used", [("score", "score"), ("distractor", "distractor"), (None, "recent")])
 def test_memories_are_chosen_as_a_new_start_says_or_else_as_the_model_does(session, selection, used):
     assert session.memory_selection == "recent"

@@ -1,10 +1,9 @@
 """`samoe evaluate`: what it prints and writes, and how it goes on; scores and reports are in tests/evaluation."""
 
 import json
-import multiprocessing
 import re
 import subprocess
-import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,11 +12,11 @@ import torch
 from PIL import Image
 
 from helpers.edgetam import slow_over_bases
+from helpers.own_videos import save_videos
 from helpers.processes import LAUNCH
 from helpers.reference import ROOT
 from samoe_hf import SamoeModel
-from samoe_hf.cli import main
-from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png
+from samoe_hf.data import SyntheticVideos, read_video
 from samoe_hf.evaluation.report import eval_results
 from samoe_hf.model.processing_samoe import build_processor
 
@@ -33,13 +32,10 @@ def run(samoe):
 @pytest.fixture(scope="module")
 def davis(tmp_path_factory) -> list:
     """The options of six short videos in the layout of DAVIS 2017, two of which are its split val."""
-    root = tmp_path_factory.mktemp("davis")
-    for number, video in enumerate(SyntheticVideos(6, NUM_FRAMES, (90, 120), seed=3)):
-        for kind in ("JPEGImages", "Annotations"):
-            (root / kind / "480p" / f"v{number}").mkdir(parents=True)
-        for t, frame in enumerate(video.frames):
-            Image.fromarray(frame).save(root / "JPEGImages" / "480p" / f"v{number}" / f"{t:05d}.jpg")
-            write_palette_png(root / "Annotations" / "480p" / f"v{number}" / f"{t:05d}.png", video.id_map(t))
+    videos = SyntheticVideos(6, NUM_FRAMES, (90, 120), seed=3)
+    named = (replace(video, video_id=f"v{number}") for number, video in enumerate(videos))
+    places = "JPEGImages/480p/{v}/{t:05d}.jpg", "Annotations/480p/{v}/{t:05d}.png"
+    root = save_videos(tmp_path_factory.mktemp("davis"), named, *places)
     (root / "ImageSets" / "2017").mkdir(parents=True)
     (root / "ImageSets" / "2017" / "val.txt").write_text("v0\nv1\n")
     return ["--dataset", "davis", "--root", root]
@@ -140,32 +136,6 @@ def test_models_side_by_side(run, model_folder, davis, tmp_path):
     # The positional model is the same as one given by its option, and what it did is kept.
     assert run(model_folder, "--model", other, *data).count("2 of 2 results are there already") == 2
     assert without_times(read(output)) == without_times(results)
-
-
-@pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_results(run, model_folder, davis, tmp_path):
-    arguments = [model_folder, *davis, "--prompt", "clicks:2@2", "--video", "v0", "--video", "v2", "--video", "v5"]
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    # Not a fork, in which locks of the test process' threads may never be opened.
-    command = ["evaluate", *map(str, arguments), "--output", str(stopped)]
-    process = multiprocessing.get_context("spawn").Process(target=main, args=(command,))
-    process.start()
-    scores = stopped / "runs" / model_folder.name / "scores" / "davis"
-    until = time.time() + 120
-    while not list(scores.glob("v*.npz")) and time.time() < until:
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    finished = len(list(scores.glob("v*.npz")))
-    assert 0 < finished < 3 and not (stopped / "results.json").exists()
-    assert f"{finished} of 3 results are there already" in run(*arguments, "--output", stopped)
-    run(*arguments, "--output", whole)
-    assert without_times(read(stopped)) == without_times(read(whole))
-    masks = [folder / "runs" / model_folder.name / "masks" for folder in (stopped, whole)]
-    names = [sorted(path.relative_to(folder) for path in folder.rglob("*.png")) for folder in masks]
-    assert names[0] == names[1] and len(names[0]) == 3 * NUM_FRAMES
-    for name in names[0]:
-        np.testing.assert_array_equal(*(read_label_png(folder / name) for folder in masks))
 
 
 @pytest.mark.slow

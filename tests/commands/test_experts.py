@@ -1,10 +1,15 @@
 """`samoe experts`, run as users run it."""
 
+import fnmatch
+import re
 from pathlib import Path
 
 import pytest
 
+from helpers.reference import ROOT
 from samoe_hf import SamoeModel
+from samoe_hf.commands.experts import choose_videos
+from samoe_hf.data import SyntheticVideos
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
 
@@ -17,17 +22,26 @@ def two_domains(tmp_path) -> Path:
     return path
 
 
-def test_it_shows_two_domains_and_maps_the_chosen_video_and_layer(samoe, base_folder, two_domains, tmp_path):
-    """That it maps the first video of each domain by default is in the walk-through."""
+def test_it_shows_two_domains_and_maps_the_first_video_of_each_in_the_chosen_layer(
+    samoe, base_folder, two_domains, tmp_path
+):
     layers = ["memory_attention.layers.0.self_attn.v_proj", QUERY]
     SamoeModel.from_pretrained(base_folder, expert_modules=layers).save_pretrained(tmp_path / "model")
-    words = [tmp_path / "model", "--dataset", two_domains, "--output", tmp_path / "out", "--routing-video", 1]
+    words = [tmp_path / "model", "--dataset", two_domains, "--output", tmp_path / "out"]
     words += ["--routing-module", "memory_attention.layers.0.self_attn.v_proj", "--routing-object", 1]
     printed = samoe("experts", *words)
     assert "layer 1 cross q" in printed and "domain_information" in printed and "2/2" in printed
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {name for name in names if "routing" in name} == {f"routing_blobs_blobs_5_00000.{s}" for s in ("png", "mp4")}
-    assert "domains.png" in names
+    assert {name for name in names if "routing" in name} == {
+        f"routing_{kind}_{kind}_5_00000.{suffix}" for kind in ("shapes", "blobs") for suffix in ("png", "mp4")
+    }
+    promised = re.findall(r"`([\w*]+\.(?:csv|json|png|mp4))`", (ROOT / "docs" / "experts.md").read_text())
+    assert len(promised) > 5 and all(fnmatch.filter(names, pattern) for pattern in promised)
+
+
+def test_videos_are_chosen_by_number_or_id():
+    videos = [SyntheticVideos(1, 2, (32, 32), domain=domain)[0] for domain in ("shapes", "blobs")]
+    assert choose_videos(videos, ["1", videos[1].video_id], None) == [videos[1]]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """`samoe track`: what it writes, what it leaves alone and what it refuses before it loads a model, here "nowhere"."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from helpers.edgetam import slow_over_bases
-from samoe_hf.cli import main
 from samoe_hf.commands.track import parse_arguments, read_prompts
 from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
 from samoe_hf.tracks import read_tracks
@@ -25,26 +25,19 @@ def file(video, tmp_path):
     return tmp_path / "in.mp4"
 
 
-def track(*arguments: object) -> None:
-    main(["track", *map(str, arguments)])
-
-
-def refused(*arguments: object) -> str:
-    with pytest.raises(SystemExit) as caught:
-        track(*arguments)
-    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
-    return caught.value.code
+@pytest.fixture
+def track(samoe):
+    return partial(samoe, "track")
 
 
 @slow_over_bases
-def test_a_video_file(model_folder, file, video, tmp_path, capfd):
+def test_a_video_file(track, model_folder, file, video, tmp_path):
     mask = tmp_path / "mask.png"
     write_palette_png(mask, video.masks(0)[0].astype(np.uint8))
-    track(
+    said = track(
         model_folder, file, "--point", "40,30", "--point", "100,80:0", "--box", "2=10,10,60,60@1",
         "--mask", f"3={mask}", "--end", "3=2", "--output", tmp_path / "out.mp4",
     )  # fmt: skip
-    said = "".join(capfd.readouterr())
     assert "propagate in video" in said and "Tracked 3 prompts through 5 frames" in said
     overlay = read_video(tmp_path / "out.mp4")
     assert len(overlay) == 5 and overlay.size == (96, 128)
@@ -64,7 +57,7 @@ def test_a_video_file(model_folder, file, video, tmp_path, capfd):
     assert looks and "\n".join(["Worth a look, the most important first:", *lines]) in said
 
 
-def test_a_folder_of_frames_from_a_frame_in_the_middle(model_folder, video, tmp_path):
+def test_a_folder_of_frames_from_a_frame_in_the_middle(track, model_folder, video, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()
     for t, frame in enumerate(video.frames):
@@ -96,13 +89,13 @@ def test_a_folder_of_frames_from_a_frame_in_the_middle(model_folder, video, tmp_
         ([], "at least one object, by `--point`, `--box` or `--mask`"),
     ],
 )
-def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, arguments, message):
+def test_bad_prompts_are_refused_before_anything_is_loaded(track, file, tmp_path, arguments, message):
     ids = np.zeros((96, 128), np.uint16)
     ids[:40], ids[40:60] = 300, 2
     Image.fromarray(ids).save(tmp_path / "large.png")
     write_palette_png(tmp_path / "mask.png", np.ones((96, 128), np.uint8))
     arguments = [re.sub(r"\w+\.png", rf"{tmp_path}/\g<0>", word) for word in arguments]
-    assert message in refused("nowhere", file, *arguments, "--output", tmp_path / "o.mp4")
+    assert message in track("nowhere", file, *arguments, "--output", tmp_path / "o.mp4", fails=True)
     assert not list(tmp_path.glob("o*"))
 
 
@@ -117,8 +110,8 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(file, tmp_path, argum
         (["--point", "128,5"], "point (128.0, 5.0) of object 1 on frame 0 lies outside of the video of 128 x 96"),
     ],
 )
-def test_prompts_that_do_not_fit_leave_nothing_behind(model_folder, file, tmp_path, arguments, message):
-    assert message in refused(model_folder, file, *arguments, "--output", tmp_path / "o.mp4")
+def test_prompts_that_do_not_fit_leave_nothing_behind(track, model_folder, file, tmp_path, arguments, message):
+    assert message in track(model_folder, file, *arguments, "--output", tmp_path / "o.mp4", fails=True)
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
@@ -141,7 +134,7 @@ def test_a_mask_is_read_as_those_of_data_sets_are(tmp_path):
     assert masks((ids == 9) * np.uint8(255)) == masks((ids == 9) * np.uint8(7)) == {1: (ids == 9).tolist()}
 
 
-def test_outputs_are_checked_before_anything_is_loaded(file, tmp_path):
+def test_outputs_are_checked_before_anything_is_loaded(track, file, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()
     Image.new("RGB", (128, 96)).save(frames / "0.png")
@@ -164,29 +157,29 @@ def test_outputs_are_checked_before_anything_is_loaded(file, tmp_path):
         (file, ["--output", tmp_path / "o"], "`--output` must end in"),
         (frames, ["--output", tmp_path / "o.mp4", "--masks", frames], "`--masks` must not be the video itself"),
     ):
-        assert message in refused("nowhere", video, "--point", "40,30", *arguments)
+        assert message in track("nowhere", video, "--point", "40,30", *arguments, fails=True)
     assert before == (file.read_bytes(), (frames / "0.png").read_bytes())
     assert not (tmp_path / "o_masks").exists()
 
 
-def test_a_frame_that_cannot_be_read_leaves_nothing_behind(model_folder, video, tmp_path):
+def test_a_frame_that_cannot_be_read_leaves_nothing_behind(track, model_folder, video, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()
     for t, frame in enumerate(video.frames):
         Image.fromarray(frame).save(frames / f"{t}.png")
     (frames / "3.png").write_bytes(b"no picture")
-    assert "3.png" in refused(model_folder, frames, "--point", "40,30", "--output", tmp_path / "o.mp4")
+    assert "3.png" in track(model_folder, frames, "--point", "40,30", "--output", tmp_path / "o.mp4", fails=True)
     assert [path.name for path in tmp_path.iterdir()] == ["frames"]
 
 
-def test_an_earlier_run_is_replaced_whole_if_asked_to(monkeypatch, model_folder, file, tmp_path):
+def test_an_earlier_run_is_replaced_whole_if_asked_to(track, monkeypatch, model_folder, file, tmp_path):
     output, masks = tmp_path / "o.mp4", tmp_path / "o_masks"
     masks.mkdir()
     for name in ("00000.png", "00099.png"):
         write_palette_png(masks / name, np.zeros((9, 9), np.uint8))
     output.write_bytes(b"old")
     arguments = [model_folder, file, "--point", "40,30", "--output", output]
-    assert "o.mp4 exists" in refused(*arguments)
+    assert "o.mp4 exists" in track(*arguments, fails=True)
     track(*arguments, "--overwrite")
     assert len(read_video(output)) == 5
     assert sorted(path.name for path in masks.iterdir()) == [f"{t:05d}.png" for t in range(5)]

@@ -1,7 +1,6 @@
 """`--dtype`, `--compile` and `--image-size` of the commands that run a model."""
 
 import json
-from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -25,16 +24,6 @@ def compiled(monkeypatch):
     models = []
     monkeypatch.setattr(SamoeModel, "compile_for_tracking", lambda model: models.append(model))
     return models
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Models compile with the backend `eager`; gives the counts of TorchDynamo."""
-    eager = partialmethod(SamoeModel.compile_for_tracking, backend="eager")
-    monkeypatch.setattr(SamoeModel, "compile_for_tracking", eager)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    return torch._dynamo.utils.counters["stats"]
 
 
 @pytest.fixture
@@ -65,20 +54,6 @@ def test_commands_compute_in_half_precision_and_at_another_size(samoe, words, co
     check_files(tmp_path)
     sizes = {read_label_png(file).shape for file in tmp_path.rglob("*masks/**/*.png")}
     assert sizes == {(96, 128) if command == "track" else (96, 96)}, "masks are as large as the video"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["track", "label", "evaluate"])
-def test_commands_run_what_they_compiled(samoe, words, graphs, tmp_path, command):
-    samoe(*words(command), *HALF, "--compile")
-    assert graphs["unique_graphs"] > 2  # one is of the check that anything can be compiled
-    check_files(tmp_path)
-
-
-@pytest.mark.slow
-def test_experts_are_shown_in_half_precision(samoe, words, tmp_path):
-    assert "layer 1 cross q" in samoe(*words("experts"), *HALF)
-    assert list((tmp_path / "out").glob("routing*.mp4"))
 
 
 def test_what_was_tracked_in_half_precision_is_nearly_what_it_is_in_float32(samoe, words, tmp_path):

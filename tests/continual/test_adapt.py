@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from helpers.own_videos import save, save_ids
+from helpers.own_videos import save_videos
 from helpers.processes import ENVIRONMENT, LAUNCH, run_two
 from helpers.reference import ROOT, assert_tensors
 from samoe_hf import SamoeConfig, SamoeModel
@@ -177,11 +178,8 @@ def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
 
 def write_folder(root, count):
     """Videos of blobs as people keep them."""
-    for number, video in enumerate(SyntheticVideos(count, 3, (64, 64), domain="blobs", seed=3)):
-        for t, frame in enumerate(video.frames):
-            save(root / f"v{number}" / "frames" / f"{t}.png", frame)
-            save_ids(root / f"v{number}" / "masks" / f"{t}.png", video, t)
-    return root
+    videos = SyntheticVideos(count, 3, (64, 64), domain="blobs", seed=3)
+    return save_videos(root, (replace(video, video_id=f"v{number}") for number, video in enumerate(videos)))
 
 
 FOLDER_RUN = ["--max_steps=1", "--num_frames=2", "--num_experts=2", "--expert_modules=q_proj", "--disable_tqdm=true"]

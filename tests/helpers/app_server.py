@@ -3,6 +3,7 @@
 import json
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -71,6 +72,18 @@ class Visitor:
     def act(self, element: str, event: str, *values: Any, event_data: Any = None) -> Answer:
         """Does what a page does, with the values of its inputs."""
         return self.send(self.endpoint(element, event), [None, *values], event_data)
+
+    def person(self, app: Any) -> Any:
+        """Who this page is on the server."""
+        return next(person for person in app.people if person.page == self.session_hash)
+
+    def open(self, path: Path) -> str:
+        """Uploads a video, and clicks on its first frame; gives what the server calls the file."""
+        (stored,) = self.upload(path.name, path.read_bytes())
+        click = {"index": [100, 100], "value": None}
+        assert self.act("upload", "upload", [file_data(stored)]).success
+        assert self.act("frame", "select", 0, None, "+ is the object", event_data=click).success
+        return stored
 
     def upload(self, name: str, content: bytes) -> list[str]:
         """Uploads a file; gives what the server calls it."""

@@ -1,6 +1,8 @@
 """Videos as people keep them: one function for each layout, which writes two videos with known frames and masks."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ SIZE = (48, 64)
 
 def truth() -> dict[str, Video]:
     """Two videos of two objects each."""
-    return dict(zip(("cat", "dog 2"), SyntheticVideos(2, NUM_FRAMES, SIZE, max_objects=2, seed=13), strict=True))
+    videos = SyntheticVideos(2, NUM_FRAMES, SIZE, max_objects=2, seed=13)
+    return {name: replace(video, video_id=name) for name, video in zip(("cat", "dog 2"), videos, strict=True)}
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -27,13 +30,25 @@ def save_ids(path: Path, video: Video, t: int) -> None:
     write_palette_png(path, video.id_map(t))
 
 
-def write(root: Path, frame: str, mask: str, only: int | None = None) -> Path:
-    """Writes frames and label images; `{v}` is the video, `{t}` the frame."""
-    for name, video in list(truth().items())[:only]:
-        for t in range(NUM_FRAMES):
-            save(root / frame.format(v=name, t=t), video.frames[t])
-            save_ids(root / mask.format(v=name, t=t), video, t)
+def save_videos(
+    root: Path,
+    videos: Iterable[Video],
+    frame: str = "{v}/frames/{t}.png",
+    mask: str = "{v}/masks/{t}.png",
+    num_masks: int | None = None,
+) -> Path:
+    """Writes frames and label images, of all frames or the first ones; `{v}` is the video, `{t}` the frame."""
+    for video in videos:
+        for t, image in enumerate(video.frames):
+            save(root / frame.format(v=video.video_id, t=t), image)
+        for t in range(len(video))[:num_masks]:
+            save_ids(root / mask.format(v=video.video_id, t=t), video, t)
     return root
+
+
+def write(root: Path, frame: str, mask: str, only: int | None = None) -> Path:
+    """Writes frames and label images as [`save_videos`]."""
+    return save_videos(root, list(truth().values())[:only], frame, mask)
 
 
 def write_objects(root: Path, frame: str, mask: str) -> Path:

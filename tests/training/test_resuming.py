@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers.own_videos import save_videos
 from samoe_hf import SamoeModel
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.errors import InputError
@@ -31,14 +32,7 @@ use_cpu: true
 @pytest.fixture
 def data(tmp_path):
     """Five videos of three frames, as files."""
-    for video in SyntheticVideos(5, 3, (64, 64), seed=1):
-        for kind in ("frames", "masks"):
-            folder = tmp_path / "data" / video.video_id / kind
-            folder.mkdir(parents=True)
-            for t in range(3):
-                image = video.frames[t] if kind == "frames" else video.id_map(t).astype(np.uint8)
-                Image.fromarray(image).save(folder / f"{t}.png")
-    return tmp_path / "data"
+    return save_videos(tmp_path / "data", SyntheticVideos(5, 3, (64, 64), seed=1))
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from samoe_hf import SamoeModel
 from samoe_hf.data import ClipCollator, ClipDataset, SyntheticVideos
 from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.training.arguments import SamoeTrainingArguments
-from samoe_hf.training.checkpoints import resolve_checkpoint
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 
@@ -230,31 +229,6 @@ def test_trainers_own_evaluation_shows_which_objects_are_absent(model_folder, cl
     for i, label in enumerate(labels):
         expected = clips[i]["labels"].numpy()
         assert (label[len(expected) :] == -100).all() and (label[: len(expected)] == expected).all()
-
-
-@pytest.mark.slow
-def test_a_kill_while_a_checkpoint_is_written_loses_that_checkpoint_alone(run_config, tmp_path, monkeypatch):
-    options = ["--max_steps", "4", "--logging_strategy", "no", "--point_probability", "0"]
-    trainer = make_trainer(run_config, *options)
-    write_state = trainer._save_rng_state
-
-    def die(output_dir):
-        if output_dir.endswith("checkpoint-4"):
-            Path(output_dir, "rng_state.pth").write_bytes(b"PK half")
-            raise KeyboardInterrupt
-        write_state(output_dir)
-
-    monkeypatch.setattr(trainer, "_save_rng_state", die)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()
-    resumed = make_trainer(run_config, *options, "--resume_from_checkpoint", "last")
-    resumed.train(resume_from_checkpoint="last")
-    whole = make_trainer(run_config, *options, "--output_dir", str(tmp_path / "whole"))
-    whole.train()
-    expected, found = (t.model.state_dict() for t in (whole, resumed))
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert resolve_checkpoint("last", resumed.args).endswith("checkpoint-4")
 
 
 @pytest.mark.slow
