@@ -60,9 +60,9 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
             shutil.copytree(model, target / MODEL_FOLDER, ignore=shutil.ignore_patterns("checkpoint-*", "*.bin"))
 
 
-def push_space(folder: Path, name: str, token: str | None = None) -> str:
+def push_space(folder: Path, name: str) -> str:
     """Makes a Space OWNER/NAME of the Hub of a folder, or updates it; gives its address."""
-    api = HfApi(token=token)
+    api = HfApi()
     url = api.create_repo(name, repo_type="space", space_sdk="gradio", exist_ok=True)
     api.upload_folder(folder_path=folder, repo_id=name, repo_type="space", commit_message="The page of samoe app")
     return str(url)

@@ -9,7 +9,6 @@ from typing import Any
 from huggingface_hub import EvalResult
 from jinja2 import Template
 
-from samoe_hf.errors import InputError
 from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
 from samoe_hf.whole_files import write_text
 
@@ -187,17 +186,12 @@ def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:
     return _row_table(rows, columns, (*MAIN_METRICS, "J_recall", "J_decay"))
 
 
-def eval_results(results: Mapping[str, Any], label: str | None = None) -> list[EvalResult]:
-    """A model's figures by domain, for `huggingface_hub.ModelCardData(eval_results=...)`.
+def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """The first model's figures by domain, for `huggingface_hub.ModelCardData(eval_results=...)`.
 
     Args:
         results: what `statistics.read_results` gives.
-        label: of the model; the first by default.
     """
-    models = {model["label"]: model for model in results["models"]}
-    label = next(iter(models)) if label is None else label
-    if label not in models:
-        raise InputError(f"the results have no model {label!r}; there are {', '.join(models)}")
     dataset = results["dataset"]
     arguments = {key: results[key] for key in ("prompt", "protocol") if results[key] is not None}
     return [
@@ -213,6 +207,6 @@ def eval_results(results: Mapping[str, Any], label: str | None = None) -> list[E
             metric_name=METRICS[name].title,
             metric_value=round(about["summary"][name], 4),
         )
-        for domain, about in models[label]["domains"].items()
+        for domain, about in results["models"][0]["domains"].items()
         for name in _present([about["summary"]], MAIN_METRICS)
     ]

@@ -78,13 +78,12 @@ def test_what_is_there_stays(tmp_path, fake_wheel):
     assert not (tmp_path / "other").exists() and (tmp_path / "space" / "file").read_text() == "mine"
 
 
-def test_a_space_is_uploaded_with_a_token(tmp_path, monkeypatch):
+def test_a_space_is_uploaded(tmp_path, monkeypatch):
     api = MagicMock()
     monkeypatch.setattr("samoe_hf.app.space.HfApi", api)
     api.return_value.create_repo.return_value = "https://hub/me/space"
     write_space(tmp_path / "space")
-    assert push_space(tmp_path / "space", "me/space", "hf_x") == "https://hub/me/space"
-    api.assert_called_once_with(token="hf_x")
+    assert push_space(tmp_path / "space", "me/space") == "https://hub/me/space"
     made, uploaded = api.return_value.create_repo.call_args, api.return_value.upload_folder.call_args.kwargs
     assert made.args == ("me/space",) and (made.kwargs["repo_type"], made.kwargs["space_sdk"]) == ("space", "gradio")
     assert (uploaded["repo_id"], uploaded["repo_type"], uploaded["folder_path"].name) == ("me/space", "space", "space")
