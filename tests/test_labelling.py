@@ -248,7 +248,7 @@ def test_labels_of_other_masks_or_frames_are_not_taken_for_the_new_ones(model_fo
     first = ["--dataset", data, "--output", tmp_path / "first"]
     second = ["--dataset", data, "--prompts", prompts, "--output", tmp_path / "second"]
     frame = data / "v" / "frames" / "4.png"
-    for words, changed in [(first, mask), (second, tmp_path / "mask.png"), (second, frame)]:
+    for words, changed in [(first, mask), (second, tmp_path / "mask.png"), (first, frame), (second, frame)]:
         label(model_folder, *words, "--overwrite")
         before = changed.read_bytes()
         Image.fromarray(moved(np.asarray(Image.open(changed)))).save(changed)
