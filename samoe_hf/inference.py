@@ -5,20 +5,33 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
+from transformers.utils import logging as transformers_logging
 
 from samoe_hf.errors import InputError
+from samoe_hf.model.base import base_of, mask_size
 from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import VideoProcessor, load_processor
+from samoe_hf.model.processing_samoe import OWN_CLASSES, VideoProcessor, build_processor
 from samoe_hf.model.session import VideoSession, end_object
 from samoe_hf.model.tracking import SamoeTrackingOutput, Steps, TrackingStep, run_alone
+from samoe_hf.model.weights_files import fetch_file
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 
+# As loud as transformers is told to be.
+logger = transformers_logging.get_logger(f"transformers.{__name__}")
+
+# Any of them means that a processor was saved.
+PROCESSOR_FILES = (PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+# How far apart black and white lie at least in normalized frames, and the largest value there.
+LEAST_CONTRAST, LARGEST_VALUE = 0.5, 50
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -51,6 +64,77 @@ def load_tracker(
     if compiled:
         model.compile_for_tracking()
     return model, load_processor(source, model)
+
+
+def load_processor(source: str | os.PathLike, model: SamoeModel) -> VideoProcessor:
+    """The processor saved with a model; `build_processor`'s for an original checkpoint, or where none was saved.
+
+    Of a model that was loaded for another `image_size`, it prepares frames of that size.
+
+    Args:
+        source: the file, folder or Hub id that `model` was loaded from.
+
+    Raises:
+        ValueError: if the saved processor is of another kind, or prepares frames of another size than the model takes.
+    """
+    if Path(source).is_file() or not any(
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES
+    ):
+        if not Path(source).exists():
+            try:
+                fetch_file(source, PROCESSOR_NAME, {})
+            except OSError as error:
+                logger.warning(f"{error} Frames are prepared as its base's are, as if it had none.")
+        return build_processor(model.config)
+    base = base_of(model.config)
+    expected = base.processor_class
+    loader: Any = expected if base.loads_own_processor else AutoProcessor
+    try:
+        processor = loader.from_pretrained(source, trust_remote_code=False)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise InputError(f"{source}: its processor cannot be read: {error}") from error
+    if not isinstance(processor, expected):
+        raise InputError(f"{source}: its processor is a {type(processor).__name__}, expected a {expected.__name__}.")
+    assert isinstance(processor, VideoProcessor)
+    parts = (processor.image_processor, processor.video_processor)
+    sizes = [dict(part.size) for part in parts]
+    # That of coordinates.
+    sizes.append({"height": processor.target_size, "width": processor.target_size})
+    side = model.config.image_size
+    saved_side = model.origin.image_size or side
+    for size in sizes:
+        height, width = size.get("height"), size.get("width")
+        if (height, width) != (saved_side, saved_side):
+            raise InputError(
+                f"{source}: its processor makes frames of {height} x {width} pixels, but the model takes "
+                f"{saved_side} x {saved_side}."
+            )
+    for part in parts:
+        part.size = type(part.size)(height=side, width=side)
+    processor.image_processor.mask_size = {"height": mask_size(model.config), "width": mask_size(model.config)}
+    _check_prepared_frames(source, processor, side)
+    return OWN_CLASSES[expected](*parts, side, processor.point_pad_value)
+
+
+def _check_prepared_frames(source: Any, processor: VideoProcessor, side: int) -> None:
+    """Prepares a black and a white frame, and refuses a processor that makes of them what no model can use."""
+    frames = np.stack([np.zeros((24, 32, 3), np.uint8), np.full((24, 32, 3), 255, np.uint8)])
+    try:
+        videos = processor.video_processor(videos=frames, return_tensors="pt").pixel_values_videos[0]
+        images = processor.image_processor(images=[*frames], return_tensors="pt").pixel_values
+        prepared = [torch.as_tensor(videos), torch.as_tensor(images)]
+    except Exception as error:  # whatever its settings lead to
+        raise InputError(f"{source}: its processor cannot prepare a frame: {error}") from error
+    for black, white in prepared:
+        is_fit = black.shape == white.shape == (3, side, side) and black.isfinite().all() and white.isfinite().all()
+        contrast = (white - black).flatten(1) if is_fit else torch.zeros(1, 1)
+        largest = max(black.abs().max(), white.abs().max())
+        if not (is_fit and contrast.min() >= LEAST_CONTRAST and largest <= LARGEST_VALUE):
+            raise InputError(
+                f"{source}: its processor makes of a black and a white frame values from {black.min():g} to "
+                f"{white.max():g} of shape {tuple(black.shape)}; expected normalized frames of {(3, side, side)}. "
+                "Its `do_resize`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean` and `image_std` say how."
+            )
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -25,9 +25,8 @@ from samoe_hf.commands.options import add_original_options
 from samoe_hf.continual.adapt import SMALL_MODEL_EXPERTS, Adaptation, adapt
 from samoe_hf.data import SyntheticVideos, Video, write_palette_png, write_video
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.inference import VideoPrompt, load_processor, track_video
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.plots.masks import DPI, OBJECT_COLORS, PANEL_INCHES, object_color, overlay_masks, plain_text
 from samoe_hf.whole_files import write_text
 

@@ -19,7 +19,7 @@ from samoe_hf.data import SYNTHETIC_KINDS, SyntheticVideos, Video
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.evaluation.statistics import combine_runs, compare_models
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.inference import load_processor
 
 COUNTS = (1, 3, 5)
 EASY = "easy"

@@ -25,10 +25,9 @@ from samoe_hf.data.images import read_label_png
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
-from samoe_hf.inference import evaluation_mode, tracking_steps
+from samoe_hf.inference import evaluation_mode, load_processor, tracking_steps
 from samoe_hf.labelling import from_prompt_file, read_prompts, video_paths
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.tracks import TrackRow, read_tracks
 from samoe_hf.where_to_look import where_to_look
 

@@ -94,7 +94,7 @@ def match_domains(
 
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual.assemble import assemble
-    from samoe_hf.model.processing_samoe import load_processor
+    from samoe_hf.inference import load_processor
     from samoe_hf.one_writer import OneWriter
     from samoe_hf.whole_files import new_folder
 

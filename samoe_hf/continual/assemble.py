@@ -7,9 +7,9 @@ import torch
 
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
+from samoe_hf.inference import load_processor
 from samoe_hf.model.expert_layer import has_effect
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.surgery.domains import add_domain
 from samoe_hf.surgery.loras import add_lora_domain
 

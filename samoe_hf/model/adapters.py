@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
@@ -151,12 +151,8 @@ def suitable_adapter(model: SamoePreTrainedModel, config: "PeftConfig", name: st
     check_adapter_name(name)
     if not is_lora(config):
         raise InputError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
-    odd = [setting for setting in ("layer_replication", "megatron_config") if getattr(config, setting, None)]
-    odd += [] if config.bias == "none" else ["bias"]
-    odd += [] if config.init_lora_weights in PLAIN_INITIALIZATIONS else ["init_lora_weights"]
-    if odd:
-        settings = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in odd)
-        raise InputError(f"`adapter_config` must leave the base model's tensors as they are, got {settings}.")
+    if odd := odd_settings(config, ("layer_replication", "megatron_config")):
+        raise InputError(f"`adapter_config` must leave the base model's tensors as they are, got {odd}.")
     config = copy.deepcopy(config)
     targets = config.target_modules
     if config.exclude_modules is None and isinstance(targets, str):
@@ -165,6 +161,14 @@ def suitable_adapter(model: SamoePreTrainedModel, config: "PeftConfig", name: st
         if targets == "all-linear" or any(re.fullmatch(targets, name) for name in inner):
             config.exclude_modules = rf".*\.({'|'.join(PARTS_OF_EXPERT_LAYERS)})"
     return config
+
+
+def odd_settings(config: "LoraConfig", unsupported: Sequence[str]) -> str:
+    """The settings of a LoRA that change the base model's tensors, and those among `unsupported` that are set."""
+    odd = [setting for setting in unsupported if getattr(config, setting, None)]
+    odd += [] if config.bias == "none" else ["bias"]
+    odd += [] if config.init_lora_weights in PLAIN_INITIALIZATIONS else ["init_lora_weights"]
+    return ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in odd)
 
 
 def check_adapter_name(name: str) -> None:

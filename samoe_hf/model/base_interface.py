@@ -12,9 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
+
+from .errors import InputError
 
 # Levels of features that are read. The finest has this many positions per side for one of the coarsest.
 NUM_LEVELS, FINEST_RATIO = 3, 4
@@ -97,27 +100,35 @@ class Base(ABC):
         """Puts the base's modules into a model that transformers has built, and this package's in place of those that
         do work for nobody."""
 
-    # What a memory is kept as: tokens, which may be averaged over squares with `pooling` tokens a side.
+    # What a memory is kept as: here a map, with a token for each place of the coarsest features. Tokens may be averaged
+    # over squares with `pooling` of them a side.
 
-    @abstractmethod
     def check_pooling(self, config: VideoConfig) -> None:
         """Raises an `InputError` where memories of this base cannot be pooled as the configuration says."""
+        sides = [int(side) for side in config.memory_attention_rope_feat_sizes]
+        for name in ("recent_memory_pooling", "older_memory_pooling"):
+            if any(side % getattr(config, name) for side in sides):
+                raise InputError(
+                    f"`{name}` must divide the sides of a memory's map, {sides}, got {getattr(config, name)}."
+                )
 
-    @abstractmethod
     def memory_tokens(self, model: Sam2VideoModel, features: Tensor) -> Tensor:
         """What is kept of the memory encoder's output (objects, channels, H, W): (objects, tokens, channels)."""
+        return features.flatten(2).mT
 
-    @abstractmethod
     def pool_memory(self, model: Sam2VideoModel, tokens: Tensor, pooling: int) -> Tensor:
         """Averages the tokens of memories (objects, tokens, channels)."""
+        return tokens if pooling == 1 else _pooled(tokens.mT.unflatten(-1, _size(model)), pooling)
 
-    @abstractmethod
     def memory_positions(self, model: Sam2VideoModel, pooling: int, like: Tensor) -> Tensor:
         """Encodes the places of a memory's tokens, (1, tokens, channels), in the type and on the device of `like`."""
+        size = torch.Size((1, model.mem_dim, *_size(model)))
+        return _pooled(model.memory_encoder.position_encoding(size, like.device, like.dtype), pooling)
 
-    @abstractmethod
     def memory_places(self, model: Sam2VideoModel, pooling: int) -> Tensor:
         """Column and row in the image by which a memory's tokens are rotated, (tokens, 2). At (0, 0) none is."""
+        places = model.memory_attention.position_ids
+        return places if pooling == 1 else _pooled(places.T.unflatten(-1, _size(model)).float(), pooling)
 
     def settings(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a configuration of one of `model_types` stands for, without its `model_type`."""
@@ -138,3 +149,12 @@ class Base(ABC):
     def own_name(self, name: str) -> str | None:
         """What a tensor of this name in a checkpoint is called in the model; None for one that is not the model's."""
         return name
+
+
+def _size(model: Sam2VideoModel) -> tuple[int, ...]:
+    return tuple(model.backbone_feature_sizes[-1])
+
+
+def _pooled(maps: Tensor, side: int) -> Tensor:
+    """Averages maps (..., channels, H, W) over squares: (..., tokens, channels)."""
+    return F.avg_pool2d(maps, side).flatten(-2).mT

@@ -13,8 +13,7 @@ from transformers.models.sam2.modeling_sam2 import (
     eager_attention_forward,
 )
 
-from .base_interface import VideoConfig
-from .base_maps import MapBase
+from .base_interface import Base, VideoConfig
 from .base_modules import rebuild
 
 
@@ -59,7 +58,7 @@ class VisionNeck(Sam2VisionNeck):
         return tuple(levels), (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
 
 
-class Sam2(MapBase):
+class Sam2(Base):
     """What is particular to SAM 2."""
 
     def has(self, config: VideoConfig) -> bool:

@@ -16,8 +16,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
-from .base_interface import NUM_LEVELS, VideoConfig
-from .base_maps import MapBase
+from .base_interface import NUM_LEVELS, Base, VideoConfig
 from .base_modules import rebuild
 
 # How names of the tracker's tensors begin in the combined checkpoint, after `tracker_model.`. The detector has the
@@ -38,7 +37,7 @@ class Sam3Neck(Sam3VisionNeck):
         return levels, (self.position_encoding(coarse.shape, coarse.device, coarse.dtype),)
 
 
-class Sam3(MapBase):
+class Sam3(Base):
     """What is particular to SAM 3's tracker."""
 
     def has(self, config: VideoConfig) -> bool:

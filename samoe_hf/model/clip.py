@@ -22,7 +22,7 @@ from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
 from .kept import keep_for_clip
 from .losses import PADDING_LABEL, LossParts, mean_num_objects, num_labelled_objects
 from .memory_bank import MemoryBank
-from .memory_selection import MemorySelection, remember, select_memories
+from .memory_selection import remember, select_memories
 from .prompt_recipe import Corrections, PromptRecipe, resolve_recipe
 from .prompts import Prompt, check_tensor, prompt_from_inputs
 
@@ -175,7 +175,10 @@ def read_clips(
     """
     check_clip(pixel_values, labels, object_mask, image_size)
     if labels is not None:
-        labels, object_mask = split_labels(labels, object_mask)
+        real = torch.ones_like(labels[:, :, 0, 0, 0], dtype=torch.bool)
+        if labels.dtype != torch.bool:
+            real, labels = (labels != PADDING_LABEL).flatten(2).any(dim=2), labels > 0
+        object_mask = real if object_mask is None else real & object_mask
     if labels is not None and all(value is None for value in inputs):
         num_objects = labels.shape[1]
         given = ClipPrompts.simulate(resolve_recipe(prompts), labels)
@@ -185,21 +188,6 @@ def read_clips(
             raise InputError(f"`labels` are of {labels.shape[1]} objects, but the prompts of {num_objects}.")
         given = ClipPrompts({0: prompt})
     return Clips(pixel_values, given, num_objects, labels, object_mask, range(len(pixel_values)))
-
-
-def split_labels(labels: Tensor, object_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The true masks (B, N, T, S, S) bool and which objects are real (B, N) bool.
-
-    Args:
-        labels: (B, N, T, S, S), bool, or integers with -100 for padded objects.
-        object_mask: (B, N) bool, False for further padded objects.
-    """
-    if labels.dtype == torch.bool:
-        real = torch.ones(labels.shape[:2], dtype=torch.bool, device=labels.device)
-    else:
-        real = (labels != PADDING_LABEL).flatten(2).any(dim=2)
-        labels = labels > 0
-    return labels, real if object_mask is None else real & object_mask
 
 
 def clip_forward(
@@ -284,18 +272,6 @@ def _encode(model: SamoePreTrainedModel, clips: Clips) -> ImageFeatures:
     return features._replace(fine=fine, middle=middle, coarse=coarse)
 
 
-class ClipFrame(NamedTuple):
-    """What is to be done on a frame of clips: the prompt and corrections, the memories to read, whether it is read
-    later, and the true masks (objects, S, S) with which objects are real (objects,)."""
-
-    prompt: Prompt | None
-    corrections: Corrections | None
-    selections: list[MemorySelection]
-    encode_memory: bool
-    targets: Tensor | None
-    is_real: Tensor | None
-
-
 def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFeatures) -> TrackedClips:
     """Segments conditioning frames first, then the others in time order; with labels, also gives each one's loss."""
     num_videos, num_frames = features.coarse.shape[:2]
@@ -308,14 +284,25 @@ def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFea
     all_frames = features.coarse.flatten(0, 1).flatten(2).mT
     for frame_idx in order:
         prompt, corrections = initial.get(frame_idx), clips.prompts.corrected.get(frame_idx)
-        selections = []
+        kind, selections = model.memory_selection, []
         if prompt is None:
-            kind = model.memory_selection
             selections = [select_memories(kind, bank, frame_idx, limits) for bank in banks]
-        targets = None if clips.labels is None else clips.labels[:, :, frame_idx].flatten(0, 1)
-        is_real = None if clips.object_mask is None else clips.object_mask.flatten()
-        frame = ClipFrame(prompt, corrections, selections, frame_idx != order[-1], targets, is_real)
-        segment = partial(_segment_frame, model, banks, frame)
+        step = partial(
+            frame_step,
+            model,
+            prompt=prompt,
+            banks=banks,
+            selections=selections,
+            num_objects=num_objects,
+            corrections=corrections,
+            encode_memory=frame_idx != order[-1],
+            memory_selection=kind,
+        )
+        loss = None
+        if clips.labels is not None and clips.object_mask is not None:
+            targets = clips.labels[:, :, frame_idx].flatten(0, 1)
+            loss = partial(model.clip_settings.loss, targets=targets, object_mask=clips.object_mask.flatten())
+        segment = partial(_segment_frame, step, loss)
         # The image's tensors are arguments because checkpointing keeps the random state of its arguments' devices.
         with use_rows(clips.object_rows(frame_idx)):
             image = features.select((slice(None), frame_idx))
@@ -351,31 +338,18 @@ def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *
 
 
 def _segment_frame(
-    model: SamoePreTrainedModel, banks: list[MemoryBank], frame: ClipFrame, *image: Any
+    step: Callable[..., FrameOutput], loss: Callable[..., LossParts] | None, *image: Any
 ) -> tuple[FrameOutput, list[LossParts]]:
     """The frame step and, with true masks, the loss of each of its predictions.
 
     Both in one function, so that gradient checkpointing also spares what the loss needs. `image` are the tensors of
     [`ImageFeatures`].
     """
-    output = frame_step(
-        model,
-        ImageFeatures(*image),
-        frame.prompt,
-        banks,
-        frame.selections,
-        num_objects=len(banks),
-        corrections=frame.corrections,
-        encode_memory=frame.encode_memory,
-        memory_selection=model.memory_selection,
-    )
-    if frame.targets is None:
+    output = step(image=ImageFeatures(*image))
+    if loss is None:
         return output, []
-    compute = model.clip_settings.loss
-    parts = [
-        compute(step.candidates, step.iou_scores, step.object_score_logits, frame.targets, frame.is_real)
-        for step in [*output.before_clicks, output]
-    ]
+    predicted = [*output.before_clicks, output]
+    parts = [loss(one.candidates, one.iou_scores, one.object_score_logits) for one in predicted]
     output.before_clicks = []
     return output, parts
 

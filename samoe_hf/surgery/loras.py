@@ -16,10 +16,10 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, requires_backends
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import (
-    PLAIN_INITIALIZATIONS,
     PREFIX,
     is_lora,
     name_layers,
+    odd_settings,
     read_adapter_config,
     read_adapter_tensors,
 )
@@ -218,13 +218,8 @@ def _read_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "LoraConf
     config = read_adapter_config(source, hub)
     if not is_lora(config):
         raise InputError(f"{source} is an adapter of type {config.peft_type}; an expert can only be a LoRA.")
-    given = [f"{name}={value!r}" for name in UNSUPPORTED if (value := getattr(config, name, None))]
-    if config.bias != "none":
-        given.append(f"bias={config.bias!r}")
-    if config.init_lora_weights not in PLAIN_INITIALIZATIONS:
-        given.append(f"init_lora_weights={config.init_lora_weights!r}, which changes the base model's weights")
-    if given:
-        raise InputError(f"{source} is more than a plain LoRA, so it cannot be an expert: {', '.join(given)}.")
+    if odd := odd_settings(config, UNSUPPORTED):
+        raise InputError(f"{source} is more than a plain LoRA, so it cannot be an expert: {odd}.")
     return config
 
 

@@ -35,11 +35,12 @@ from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import TRAINING_SETTINGS, CardContent, evaluation_results, write_model_card
 from samoe_hf.hub.repository import check_base_is_public
+from samoe_hf.inference import load_processor
 from samoe_hf.model.adapters import adapter_names, check_adapters_can_be_saved, is_adapter_parameter, load_adapter
 from samoe_hf.model.base_model import ClipSettings
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import VideoProcessor, build_processor, load_processor
+from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
 from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.weights_io import sync
 from samoe_hf.one_writer import OneWriter

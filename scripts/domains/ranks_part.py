@@ -12,7 +12,7 @@ from samoe_hf.continual.adapt import SMALL_MODEL_EXPERTS, adapt
 from samoe_hf.continual.sizes import choose_size, expert_costs, ranks_within
 from samoe_hf.continual.start import domain_score
 from samoe_hf.data import SyntheticVideos
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.inference import load_processor
 from samoe_hf.plots.evaluation import LINES
 from samoe_hf.surgery.ranks import set_ranks, sort_directions
 from strangers_part import TRAINING

@@ -12,8 +12,7 @@ from samoe_hf.continual.adapt import SMALL_MODEL_EXPERTS, adapt
 from samoe_hf.continual.fit_gate import frame_features
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.evaluation.metrics import score_video, summarize
-from samoe_hf.inference import VideoPrompt, masks_of, track_video
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.inference import VideoPrompt, load_processor, masks_of, track_video
 
 TRAINING = {
     "num_frames": 4, "point_probability": 0.0, "max_initial_frames": 1, "per_device_train_batch_size": 4,

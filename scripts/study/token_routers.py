@@ -27,11 +27,10 @@ from samoe_hf.commands.options import add_device_option
 from samoe_hf.continual.fit_gate import first_visible
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
-from samoe_hf.inference import VideoPrompt, evaluation_mode, track_video
+from samoe_hf.inference import VideoPrompt, evaluation_mode, load_processor, track_video
 from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.expert_router import open_hooks
 from samoe_hf.model.modeling_samoe import SamoeModel
-from samoe_hf.model.processing_samoe import load_processor
 from samoe_hf.surgery.experts import replace_experts
 from samoe_hf.surgery.loras import expert_tensors, read_lora
 from samoe_hf.whole_files import new_folder

@@ -20,8 +20,9 @@ from helpers.reference import ROOT, reference_folder
 from samoe_hf import SamoeModel, load_videos
 from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, Video, read_video, write_video
+from samoe_hf.inference import load_processor
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.processing_samoe import build_processor, load_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import rename_domain
 from samoe_hf.surgery.loras import export_expert
 

@@ -9,9 +9,9 @@ from helpers.edgetam import edgetam_model, needs_timm
 from helpers.interaction import tiny_config
 from helpers.sam3 import sam3_config
 from samoe_hf import SamoeConfig, SamoeModel
-from samoe_hf.inference import load_tracker
+from samoe_hf.inference import load_processor, load_tracker
 from samoe_hf.model.base import config_of_base
-from samoe_hf.model.processing_samoe import build_processor, load_processor
+from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain, keep_former_experts
 
 BOX = [[[20.0, 10.0, 90.0, 80.0]]]

@@ -16,8 +16,9 @@ from helpers.prompted import PROMPTS, OriginalsMasks, track
 from helpers.reference import change_config
 from helpers.sam3 import AS_TRANSFORMERS, sam3_config, sam3_models, save_combined
 from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf.inference import load_processor
 from samoe_hf.model.expert_layer import is_expert_parameter
-from samoe_hf.model.processing_samoe import build_processor, load_processor
+from samoe_hf.model.processing_samoe import build_processor
 
 
 @pytest.fixture(scope="module")

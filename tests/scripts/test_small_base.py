@@ -12,7 +12,7 @@ from helpers.results import mean_j
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos
-from samoe_hf.model.processing_samoe import load_processor
+from samoe_hf.inference import load_processor
 
 RUNS = [ROOT / "scripts" / "small_base" / name for name in ("base_first.yaml", "base.yaml")]
 
