@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from samoe_hf.data import load_videos
     from samoe_hf.model.configuration_samoe import SamoeConfig
     from samoe_hf.model.modeling_samoe import SamoeModel
-    from samoe_hf.model.session import VideoSession
     from samoe_hf.training.trainer import SamoeTrainer
+    from samoe_hf.video_session import VideoSession
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +32,7 @@ _MODULES = {
     "SamoeConfig": "model.configuration_samoe",
     "SamoeModel": "model.modeling_samoe",
     "SamoeTrainer": "training.trainer",
-    "VideoSession": "model.session",
+    "VideoSession": "video_session",
     "adapt": "continual.adapt",
     "load_videos": "data",
 }

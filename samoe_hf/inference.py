@@ -20,10 +20,11 @@ from samoe_hf.model.base import base_of, mask_size
 from samoe_hf.model.domain_choice import AUTO, check_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import OWN_CLASSES, VideoProcessor, build_processor
-from samoe_hf.model.session import VideoSession, end_object
+from samoe_hf.model.session import end_object
 from samoe_hf.model.tracking import SamoeTrackingOutput, Steps, TrackingStep, run_alone
 from samoe_hf.model.weights_files import fetch_file
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
+from samoe_hf.video_session import VideoSession
 
 # As loud as transformers is told to be.
 logger = transformers_logging.get_logger(f"transformers.{__name__}")

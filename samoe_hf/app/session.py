@@ -25,9 +25,9 @@ from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, check_prompts
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.session import VideoSession
 from samoe_hf.model.tracking import SamoeTrackingOutput
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
+from samoe_hf.video_session import VideoSession
 from samoe_hf.where_to_look import Look, doubts, where_to_look
 
 from .models import DEVICE_LOCK, LoadedModel, taking_turns
@@ -122,8 +122,8 @@ class TrackingSession:
     Attributes:
         objects: ids, in the order in which they came.
         prompts: (object, frame) -> all that was given of it there, in the order in which it came.
-        domain: whose experts it runs, see [`~samoe_hf.model.session.VideoSession`].
-        memory_selection: which memories a frame reads, see [`~samoe_hf.model.session.VideoSession`].
+        domain: whose experts it runs, see [`~samoe_hf.video_session.VideoSession`].
+        memory_selection: which memories a frame reads, see [`~samoe_hf.video_session.VideoSession`].
         tracked_domain, confidence: whose experts the video got last, and how sure the gate was of that.
     """
 

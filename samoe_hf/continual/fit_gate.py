@@ -18,9 +18,9 @@ from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
-from samoe_hf.model.session import PreparedFrames
 from samoe_hf.surgery.domains import confirm_domain, find_domain, fit_domain
 from samoe_hf.surgery.gate import fit_row
+from samoe_hf.video_session import PreparedFrames
 
 # More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
 MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256

@@ -46,7 +46,7 @@ def segment_video(
 
     Args:
         prompt: see [`PromptStrategy`].
-        domain: of a model with domains, whose experts are run; see [`~samoe_hf.model.session.VideoSession`].
+        domain: of a model with domains, whose experts are run; see [`~samoe_hf.video_session.VideoSession`].
 
     Returns:
         masks (T, N, H, W) bool, in the order of `video.object_ids`, empty before an object was prompted and possibly

@@ -20,10 +20,10 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompt_recipe import bounding_boxes
 from samoe_hf.model.prompts import NEGATIVE, POSITIVE
-from samoe_hf.model.session import KEPT_FRAMES, VideoSession
 from samoe_hf.model.tracking import Steps, TrackingStep, run_alone
 from samoe_hf.together import through
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
+from samoe_hf.video_session import KEPT_FRAMES, VideoSession
 from samoe_hf.where_to_look import where_to_look
 
 T = TypeVar("T")

@@ -134,7 +134,7 @@ def session_domain(model: SamoePreTrainedModel, session: InferenceSession) -> Do
 
 
 def is_decision_due(session: InferenceSession, frame_idx: int) -> bool:
-    """Whether a session wants the gate to look again on a frame, see [`~session.VideoSession`]."""
+    """Whether a session wants the gate to look again on a frame, see [`samoe_hf.VideoSession`]."""
     interval, decided = getattr(session, "domain_interval", None), getattr(session, "domain_decision", None)
     return interval is not None and decided is not None and abs(frame_idx - decided.frame_idx) >= interval
 

@@ -1,4 +1,4 @@
-"""What a session keeps of each object, and a session for videos of any length.
+"""What a session keeps of each object.
 
 It follows `sam2`'s `SAM2VideoPredictor`. A prompt is segmented at once, but other frames read what came of it only
 after the next tracking step (`sam2`'s `propagate_in_video_preflight`): until then the output is pending. The first
@@ -10,27 +10,18 @@ import math
 import operator
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
-from transformers import Sam2VideoInferenceSession
 
 from .base import InferenceSession
 from .base_model import SamoePreTrainedModel
-from .domain_choice import AUTO, SessionDecision
 from .errors import InputError
 from .memory_bank import MemoryBank, ObjectMemory
-from .memory_selection import MEMORY_SELECTIONS, forget, remember
-from .processing_samoe import VideoProcessor
+from .memory_selection import remember
 from .prompts import SessionPrompt, order_box, prompt_problem
-
-KEPT_FRAMES = 32
 
 
 class FrameRecord(NamedTuple):
@@ -243,7 +234,7 @@ def end_object(session: InferenceSession, frame_idx: int | None, obj_id: int) ->
         return
     frame_idx, prompted = operator.index(frame_idx), one.prompted_frames
     frames = session.processed_frames
-    is_beyond = isinstance(frames, PreparedFrames) and frame_idx not in frames  # others may be of a stream
+    is_beyond = getattr(session, "has_all_frames", False) and frame_idx not in (frames or ())
     if not prompted or frame_idx <= prompted[-1] or is_beyond:
         raise InputError(
             f"The end of object {obj_id} must be a frame of the video after its prompts (on the frames {prompted}), "
@@ -279,164 +270,3 @@ def remove_object(session: InferenceSession, obj_id: int, strict: bool = False) 
         table = getattr(session, name)
         setattr(session, name, {new: table[old] for new, old in enumerate(kept)})
     session.obj_with_new_inputs = [other for other in session.obj_with_new_inputs if other != obj_id]
-
-
-class VideoSession(Sam2VideoInferenceSession):
-    """A [`~transformers.Sam2VideoInferenceSession`] for videos of any length; it is used in the same way.
-
-    Outputs and memories are kept of prompted frames, and of frames within `keep_frames` of a prompted frame or of the
-    last one that was tracked. So tracking onward, or backward from a prompted frame, gives what a session that keeps
-    all gives, and so does a correction up to `keep_frames` less the model's reach (16 for SAM 2) back. Farther back, a
-    corrected frame reads less, and a prompt on a forgotten frame is taken as the object's first there.
-
-    Args:
-        frames: (H, W, 3), (3, H, W) or (H, W) uint8 arrays or tensors of one size, or PIL images, each read when it is
-            needed; None where frames are streamed.
-        processor: prepares the frames.
-        keep_frames: at least the model's reach.
-        corrections_condition: whether prompts on tracked frames make conditioning frames of them, as SAM 2 is trained
-            and as `sam2` does with `add_all_frames_to_correct_as_cond`. By default they do not, and a corrected frame
-            is tracked anew when the video is propagated again.
-        domain: whose experts a model with domains runs: a domain's name, None for the base model, or "auto" for what
-            the gate decides on the frame that is segmented first. It can be set anew at any time.
-        domain_interval: for videos whose look changes on the way: the gate decides anew after so many frames.
-        memory_selection: which memories a frame reads: "recent", "score" or "distractor" (see `memory_selection.py`),
-            or None for the model's own. Those of frames that may be read however long ago they were are kept longer.
-        kwargs: as in the base class: `inference_device`, `inference_state_device`, `dtype`, and
-            `max_vision_features_cache_size`, so many frames (16 at most) are encoded at once, ahead of tracking.
-    """
-
-    def __init__(
-        self,
-        frames: Sequence[Any] | None = None,
-        processor: VideoProcessor | None = None,
-        *,
-        keep_frames: int = KEPT_FRAMES,
-        corrections_condition: bool = False,
-        domain: str | None = AUTO,
-        domain_interval: int | None = None,
-        memory_selection: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        **kwargs: Any,
-    ):
-        if (frames is None) != (processor is None):
-            raise InputError("`frames` and `processor` must be given together, or neither where frames are streamed.")
-        if domain_interval is not None and domain_interval < 1:
-            raise InputError(f"`domain_interval` must be at least 1 frame or None, got {domain_interval}.")
-        if memory_selection not in (None, *MEMORY_SELECTIONS):
-            names = ", ".join(map(repr, MEMORY_SELECTIONS))
-            raise InputError(f"`memory_selection` must be one of {names} or None, got {memory_selection!r}.")
-        if frames is not None:
-            if not len(frames):
-                raise InputError("`frames` is empty.")
-            kwargs["video_height"], kwargs["video_width"] = read_frame(frames, 0).shape[:2]
-        super().__init__(dtype=dtype, **kwargs)
-        if frames is not None and processor is not None:
-            size = kwargs["video_height"], kwargs["video_width"]
-            self.processed_frames = PreparedFrames(frames, size, processor, self.inference_device, dtype)
-        self.keep_frames, self.corrections_condition = keep_frames, corrections_condition
-        self.domain, self.domain_interval, self.memory_selection = domain, domain_interval, memory_selection
-        self.domain_decision: SessionDecision | None = None
-
-    def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
-        """Adds a frame of a stream, by default behind the last one, and returns its index."""
-        if frame_idx is None:
-            frame_idx = max(self.processed_frames or [-1]) + 1
-        return super().add_new_frame(pixel_values, frame_idx)
-
-    def obj_id_to_idx(self, obj_id: int) -> int:
-        """The row of an object, which is made if need be; its id may be an integer of NumPy or a tensor."""
-        return super().obj_id_to_idx(operator.index(obj_id))
-
-    def add_point_inputs(self, obj_idx: int, frame_idx: int, inputs: dict[str, Tensor]) -> None:
-        """Adds points or a box of an object. Those that cannot be used are refused, see [`check_prompt`]."""
-        super().add_point_inputs(obj_idx, frame_idx, inputs)
-        self._check_prompt(obj_idx, frame_idx)
-
-    def add_mask_inputs(self, obj_idx: int, frame_idx: int, inputs: Tensor) -> None:
-        """Adds a mask of an object. One that cannot be used is refused, see [`check_prompt`]."""
-        super().add_mask_inputs(obj_idx, frame_idx, inputs)
-        self._check_prompt(obj_idx, frame_idx)
-
-    def _check_prompt(self, obj_idx: int, frame_idx: int) -> None:
-        if isinstance(self.processed_frames, PreparedFrames):
-            image_size = self.processed_frames.processor.target_size
-            check_prompt(SessionObject(self, obj_idx), frame_idx, image_size, upcoming=False)
-
-    @property
-    def has_checked_prompts(self) -> bool:
-        """Whether prompts are checked as they are added. Those of a stream are when it goes on."""
-        return isinstance(self.processed_frames, PreparedFrames)
-
-    def forget(self, frame_idx: int) -> None:
-        """Drops what tracking does not reach again from frame `frame_idx`."""
-        for row, outputs in self.output_dict_per_obj.items():
-            state, kept = outputs["state"], outputs["non_cond_frame_outputs"]
-            bank, model = state.bank, state.model()
-            anchors = [frame_idx, *bank.conditioning]
-            far = {t for t in kept if all(abs(t - anchor) > self.keep_frames for anchor in anchors)}
-            for t in far.difference(SessionObject(self, row).prompted_frames):
-                del kept[t]
-                self.frames_tracked_per_obj[row].pop(t, None)
-            forget(bank, self.memory_selection or model.memory_selection, frame_idx, kept, self.keep_frames)
-        if isinstance(self.processed_frames, dict):
-            for t in [t for t in self.processed_frames if abs(t - frame_idx) > self.keep_frames]:
-                del self.processed_frames[t]
-
-
-class PreparedFrames(Mapping):
-    """Frame index -> pixel values (3, S, S), prepared by the processor on each access."""
-
-    def __init__(
-        self,
-        frames: Sequence[Any],
-        size: tuple[int, int],
-        processor: VideoProcessor,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ):
-        self.frames, self.size = frames, size
-        self.processor, self.device, self.dtype = processor, device, dtype
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __iter__(self):
-        return iter(range(len(self.frames)))
-
-    def __contains__(self, frame_idx: object) -> bool:
-        return isinstance(frame_idx, Integral) and int(frame_idx) in range(len(self.frames))
-
-    def __getitem__(self, frame_idx: int) -> Tensor:
-        if frame_idx not in self:
-            raise KeyError(frame_idx)
-        frame = read_frame(self.frames, frame_idx)
-        if frame.shape[:2] != self.size:
-            raise InputError(
-                f"`frames` must be of one size, got {self.size} and on frame {frame_idx} {frame.shape[:2]}."
-            )
-        video = {"videos": frame[None], "input_data_format": "channels_last"}  # else told by the height where it is 3
-        prepared = self.processor.video_processor(**video, device=self.device, return_tensors="pt")
-        return prepared.pixel_values_videos[0, 0].to(self.dtype)
-
-
-def read_frame(frames: Sequence[Any], index: int) -> np.ndarray:
-    """A frame (H, W, 3) uint8 of what [`VideoSession`] takes.
-
-    Raises:
-        InputError: if it is of another type or shape.
-    """
-    frame = frames[index]
-    if isinstance(frame, Image.Image):
-        frame = frame.convert("RGB")
-    array = np.array(frame.cpu().numpy() if isinstance(frame, Tensor) else frame)
-    if array.ndim == 2:
-        array = np.stack([array] * 3, axis=-1)
-    elif array.ndim == 3 and array.shape[0] == 3 != array.shape[2]:
-        array = np.moveaxis(array, 0, -1)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise InputError(
-            f"`frames` must be (H, W, 3), (3, H, W) or (H, W) of uint8, got {array.dtype} {array.shape} on frame "
-            f"{index}."
-        )
-    return array

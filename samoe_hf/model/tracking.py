@@ -39,7 +39,7 @@ from .kept import keep_between
 from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, select_memories
 from .prompts import Prompt, join_prompts, num_points
-from .session import FrameRecord, SessionObject, VideoSession, check_prompt, session_objects
+from .session import FrameRecord, SessionObject, check_prompt, session_objects
 
 T = TypeVar("T")
 
@@ -198,8 +198,8 @@ def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame
             f"`frame_idx` must be a frame of the session ({session.num_frames or 0} frames), got {frame_idx}."
         )
     reach = max(model.num_maskmem, model.config.max_object_pointers_in_encoder)
-    if isinstance(session, VideoSession) and session.keep_frames < reach:
-        raise InputError(f"`keep_frames` must be at least the model's reach of {reach}, got {session.keep_frames}.")
+    if (kept := getattr(session, "keep_frames", reach)) < reach:  # of a VideoSession
+        raise InputError(f"`keep_frames` must be at least the model's reach of {reach}, got {kept}.")
 
 
 def new_prompt_steps(
@@ -224,7 +224,7 @@ def new_prompt_steps(
         for frame_idx in tracked_object.prompted_frames:
             if tracked_object.new_prompt(frame_idx) is None:
                 continue
-            if not (isinstance(session, VideoSession) and session.has_checked_prompts):
+            if not getattr(session, "has_all_frames", False):
                 check_prompt(tracked_object, frame_idx, model.config.image_size, upcoming=streaming)
             if frame_idx in (session.processed_frames or ()) and frame_idx != except_frame:
                 by_frame[frame_idx].append(tracked_object)
@@ -327,8 +327,8 @@ def _object_tasks(
             one.mark_as_tracked(call.frame_idx, call.reverse)
         else:
             tasks.append((one, _tracking_task(model, one, call)))
-    if objects and isinstance(objects[0].session, VideoSession):
-        objects[0].session.forget(call.frame_idx)
+    if objects and (forget := getattr(objects[0].session, "forget", None)) is not None:
+        forget(call.frame_idx)
     return tasks
 
 

@@ -20,7 +20,7 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.session import PreparedFrames, VideoSession
+from samoe_hf.video_session import PreparedFrames, VideoSession
 
 UNKNOWN = "unknown"  # the decision where a frame looks like no domain that the gate knows
 NUM_COMPARED_VIDEOS = 2
@@ -94,7 +94,7 @@ def nearest_prototype(base: SamoeModel, prototypes: Mapping[str, Tensor], video:
 
 
 def _pooled(base: SamoeModel, video: Video) -> Tensor:
-    frames = PreparedFrames(video.frames, build_processor(base.config), base.device, base.dtype)
+    frames = PreparedFrames(video.frames, video.size, build_processor(base.config), base.device, base.dtype)
     with evaluation_mode(base):
         return encode_frames(base, frames[first_visible(video) or 0][None]).coarse.mean((0, 2, 3))
 

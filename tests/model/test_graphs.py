@@ -10,7 +10,7 @@ from helpers.edgetam import slow_over_bases
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.model.memory_tokens import MemoryTokens, fill_up, full_length
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.session import VideoSession
+from samoe_hf.video_session import VideoSession
 
 POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 POINTS = {"input_points": [[[[60, 60], [10, 10]]]], "input_labels": [[[1, 0]]]}

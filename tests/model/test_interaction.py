@@ -14,7 +14,7 @@ from helpers.interaction import FRAME_IDX, NUM_FRAMES, SETTINGS, Interaction, Se
 from peers import base_of
 from samoe_hf import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.session import VideoSession
+from samoe_hf.video_session import VideoSession
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (NUM_FRAMES, 32, 32, 3), dtype=np.uint8)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.session import VideoSession
+from samoe_hf.video_session import VideoSession
 
 
 @pytest.mark.parametrize("make", [torch.as_tensor, np.asarray], ids=["torch", "numpy"])

@@ -7,7 +7,7 @@ from PIL import Image
 
 from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.model.session import VideoSession
+from samoe_hf.video_session import VideoSession
 
 POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
