@@ -360,13 +360,19 @@ def _mean_product(A: Tensor, B: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]
     rank = A.shape[1]
     left = (B.double() * shares.to(B.device)[:, None, None]).transpose(0, 1).flatten(1)  # (out, n * rank)
     right = A.double().flatten(0, 1)  # (n * rank, in)
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    U, S, Vh = torch.linalg.svd(r_left @ r_right.T)
+    U, S, Vh = svd_of_product(left, right)
     count = int((S[:rank] > S[0] * 1e-12).sum())
     # Where the product needs no more rank, B is zero and A any, so that it can be learned.
     new_A, new_B = A[0].clone(), torch.zeros_like(B[0])
     roots = S[:count].sqrt()
-    new_A[:count] = (roots[:, None] * (Vh[:count] @ q_right.T)).to(A)
-    new_B[:, :count] = (q_left @ U[:, :count] * roots).to(B)
+    new_A[:count] = (roots[:, None] * Vh[:count]).to(A)
+    new_B[:, :count] = (U[:, :count] * roots).to(B)
     return new_A, new_B
+
+
+def svd_of_product(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of B A, without forming it: (..., out, k), (..., k) and (..., k, in)."""
+    left, B_rest = torch.linalg.qr(B.double())
+    right, A_rest = torch.linalg.qr(A.double().mT)
+    U, values, Vh = torch.linalg.svd(B_rest @ A_rest.mT, full_matrices=False)
+    return left @ U, values, Vh @ right.mT

@@ -10,7 +10,7 @@ from samoe_hf.model.domain_experts import DomainExperts, domain_modules
 from samoe_hf.model.modeling_samoe import SamoeModel
 
 from .domains import check_no_adapters, find_domain, remove_domain_layers
-from .experts import new_experts
+from .experts import new_experts, svd_of_product
 
 
 @torch.no_grad()
@@ -24,12 +24,10 @@ def sort_directions(model: SamoeModel, name: str) -> dict[str, Tensor]:
     """
     energies = {}
     for layer, experts in domain_modules(model, name):
-        left, A_rest = torch.linalg.qr(experts.lora_B.double())
-        right, B_rest = torch.linalg.qr(experts.lora_A.double().mT)
-        U, values, Vh = torch.linalg.svd(A_rest @ B_rest.mT, full_matrices=False)
+        U, values, Vh = svd_of_product(experts.lora_B, experts.lora_A)
         roots, rank = values.sqrt(), experts.lora_rank
-        experts.lora_A.zero_()[:, : values.shape[1]] = (roots[..., None] * (Vh @ right.mT)).to(experts.lora_A)
-        experts.lora_B.zero_()[..., : values.shape[1]] = (left @ U * roots[:, None]).to(experts.lora_B)
+        experts.lora_A.zero_()[:, : values.shape[1]] = (roots[..., None] * Vh).to(experts.lora_A)
+        experts.lora_B.zero_()[..., : values.shape[1]] = (U * roots[:, None]).to(experts.lora_B)
         squares = (experts.scaling * values).square().sum(dim=0)
         energies[layer] = nn.functional.pad(squares, (0, rank - len(squares))).cpu()
     return energies
