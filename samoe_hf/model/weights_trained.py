@@ -56,7 +56,8 @@ def base_fingerprint(
     known, key = model.origin.fingerprints, frozenset(saved)
     if key not in known:
         assert model.origin.source is not None  # what is quantized was loaded
-        known[key] = _fingerprint(_load_again(model, model.origin.source).state_dict(), saved, model.dtype)
+        base = _load_base(type(model), model.config, model.origin.source, {"dtype": model.dtype})
+        known[key] = _fingerprint(base.state_dict(), saved, model.dtype)
     return known[key]
 
 
@@ -65,22 +66,13 @@ def _fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch
     return hash_tensors(((name, state_dict[name]) for name in names), dtype)
 
 
-def _load_again(model: SamoePreTrainedModel, source: Source) -> SamoePreTrainedModel:
-    """A base in full, with the configuration of a model that was trained on it."""
-    return _load_base(type(model), _whole(model.config), source, {"dtype": model.dtype})
-
-
-def _whole(config: SamoeConfig) -> SamoeConfig:
-    """The configuration of a model that is neither split from its base nor has adapters."""
-    config = copy.deepcopy(config)
-    config.base_model = config.adapters = None
-    return config
-
-
 def _load_base(
     cls: type[SamoePreTrainedModel], config: SamoeConfig, source: Source, arguments: Mapping[str, Any]
 ) -> SamoePreTrainedModel:
-    """Loads a base model with the configuration of what was trained on it, whose experts take the place of its own."""
+    """Loads a base model with the configuration of what was trained on it, whose experts take the place of its own,
+    but without adapters."""
+    config = copy.deepcopy(config)
+    config.base_model = config.adapters = None
     where: dict[str, Any] = {name: value for name, value in source.items() if value is not None}
     options = {**where, **arguments, "ignore_mismatched_sizes": True, "output_loading_info": True}
     loaded: Any = cls.from_pretrained(options.pop("name_or_path"), config=config, **options)
@@ -124,7 +116,7 @@ def save_trained(
     saved = trainable | model.origin.changed
     digest = base_fingerprint(model, saved, state_dict)
     if base_model is not None:
-        base = _load_again(model, {"name_or_path": base_model})
+        base = _load_base(type(model), model.config, {"name_or_path": base_model}, {"dtype": model.dtype})
         if base_fingerprint(base, saved) != digest:
             loaded = (source or {}).get("name_or_path")
             raise InputError(f"`base_model` {base_model} is not the base that the model was loaded from ({loaded}).")
@@ -182,7 +174,7 @@ def load_trained(
         where = {key: base[key] for key in ("revision", "subfolder") if base.get(key)}
         if not is_original_checkpoint(name) and SamoeConfig.from_pretrained(name, **fetch, **where).base_model:
             raise InputError("it holds only what was trained itself")
-        model = _load_base(cls, _whole(config).without_domain_experts(), base, {**fetch, **options})
+        model = _load_base(cls, config.without_domain_experts(), base, {**fetch, **options})
         of_domains = domain_tensors(model, config.domains or ())
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{names}, which cannot be loaded for it: {error}") from error
