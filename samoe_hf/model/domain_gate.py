@@ -20,8 +20,10 @@ NO_DOMAIN = -1
 # Directions in which a domain's features vary together; beyond them, features count as independent.
 RANK = 16
 # Features vary together in more ways than a domain's description has: the logarithms of likelihoods differ by so many
-# times more than they should. Measured on a hundred domains, see docs/domains.md.
-OVERCONFIDENCE = 6.0
+# times more than they should, without and with further features. Measured on a hundred domains, see docs/domains.md.
+OVERCONFIDENCE = (6.0, 8.0)
+# How many kinds of features may refuse a row, and what names of buffers begin with that are of further ones too.
+KINDS, FURTHER = 2, "further_"
 # What the gate sees of a picture: mixtures of its normalized red, green and blue (lightness, red against green, yellow
 # against blue), at so many scales. Contrast below the smallest is rounding or compression.
 COLOURS = ((1 / 3, 1 / 3, 1 / 3), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))
@@ -43,11 +45,12 @@ class GateDecision(NamedTuple):
 
 
 def pooled_features(image: ImageFeatures, pixel_values: Tensor) -> Tensor:
-    """What the gate sees of frames: (rows, hidden / 4 + 15) float32.
+    """What the gate sees of frames: (rows, hidden / 4 + 45) float32.
 
     First mean and standard deviation of each channel of the finest features, which show texture and noise as the
     encoder knows them. Then the logarithm of the picture's contrast in each colour at each scale: what an encoder that
-    saw one domain alone ignores of others still tells kinds of pictures apart.
+    saw one domain alone ignores of others still tells kinds of pictures apart. Then what else there is of each
+    contrast: how much it differs over the picture, as it does with edges, and whether it grows with the lightness.
 
     Args:
         image: of the plain encoder.
@@ -59,21 +62,30 @@ def pooled_features(image: ImageFeatures, pixel_values: Tensor) -> Tensor:
 
 
 def _contrasts(pixel_values: Tensor) -> list[Tensor]:
-    """For each scale from fine to coarse, the logarithm of the contrast in each colour that the next scale loses."""
+    """For each scale from fine to coarse, the logarithm of the contrast in each colour that the next scale loses; then
+    for each scale how much it differs over the picture, and its correlation with the lightness, each (rows, colours).
+    """
     colours = pixel_values.new_tensor(COLOURS, dtype=torch.float32)[..., None, None]
     picture = (colours * pixel_values.float()[:, None]).sum(2)  # no matrix product, which autocast would round
-    contrasts = []
+    contrasts, further = [], []
     for _ in range(SCALES):
         coarser = F.avg_pool2d(picture, 2, ceil_mode=True)
         lost = picture - F.interpolate(coarser, scale_factor=2)[..., : picture.shape[2], : picture.shape[3]]
         contrasts.append((lost.square().mean((2, 3)).sqrt() + SMALLEST_CONTRAST).log())
+        local = (F.avg_pool2d(lost.square(), 2, ceil_mode=True).sqrt() + SMALLEST_CONTRAST).log()
+        local, light = (x - x.mean((2, 3), keepdim=True) for x in (local, coarser[:, :1]))
+        spread = local.square().mean((2, 3)).sqrt()
+        covariance, light_spread = (local * light).mean((2, 3)), light.square().mean((2, 3)).sqrt()
+        further += [spread, covariance / (spread * light_spread + 0.01)]  # no correlation where either hardly varies
         picture = coarser
-    return contrasts
+    return contrasts + further
 
 
-def num_pooled_features(config: Any) -> tuple[int, int]:
-    """How many features [`pooled_features`] gives for a model of this configuration: the encoder's, the picture's."""
-    return config.mask_decoder_config.hidden_size // 4, SCALES * len(COLOURS)
+def num_pooled_features(config: Any) -> tuple[int, int, int]:
+    """How many features [`pooled_features`] gives for a model of this configuration: the encoder's, the picture's, and
+    further ones of the picture."""
+    picture = SCALES * len(COLOURS)
+    return config.mask_decoder_config.hidden_size // 4, picture, 2 * picture
 
 
 class Normal(NamedTuple):
@@ -105,14 +117,17 @@ class DomainGate(nn.Module):
 
     A row is given to the domain under which it is most likely, if it is not farther from it than the domain's own
     videos are when they are left out of its description; otherwise to none. Features may be of several kinds, which
-    count as independent: a row must be near enough in each of them.
+    count as independent: a row must be near enough in each of them. Further features tell which domain is likelier,
+    together with those of the last kind. Domains of older files are not known by them: beside these they do not count.
 
     The buffers are `names` (domains,), a hash of each domain's name; `counts` (domains,), the number of videos, 0 for
     a domain that is not known yet and is never chosen; `means` and `noises` (domains, features), and `factors`
-    (domains, RANK, features), see [`Normal`]; `thresholds` (domains, kinds), squared Mahalanobis distances.
+    (domains, RANK, features), see [`Normal`]; `thresholds` (domains, kinds), squared Mahalanobis distances; and
+    `further_means`, `further_noises` and `further_factors` of the last kind and the further features, 0 if not known.
 
     Args:
-        num_features: length of the pooled features, or how many there are of each kind, one kind after the other.
+        num_features: length of the pooled features, or how many there are of each of two kinds, one kind after the
+            other, and of further features.
         domains: names of domains that are not known yet, to be loaded or fitted.
     """
 
@@ -122,18 +137,23 @@ class DomainGate(nn.Module):
     noises: Tensor
     factors: Tensor
     thresholds: Tensor
+    further_means: Tensor
+    further_noises: Tensor
+    further_factors: Tensor
 
     def __init__(self, num_features: int | Sequence[int], domains: Sequence[str] = ()):
         super().__init__()
-        self.kinds = (num_features,) if isinstance(num_features, int) else tuple(num_features)
-        self.num_features = sum(self.kinds)
+        self.sizes = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        self.num_features, self.kinds = sum(self.sizes), self.sizes[:KINDS]
         self.domains, num_domains = list(domains), len(domains)
-        shape = (num_domains, self.num_features)
         self.register_buffer("names", torch.empty(num_domains, dtype=torch.long))
         self.register_buffer("counts", torch.empty(num_domains, dtype=torch.long))
-        self.register_buffer("means", torch.empty(shape, dtype=torch.float32))
-        self.register_buffer("noises", torch.empty(shape, dtype=torch.float32))
-        self.register_buffer("factors", torch.empty(num_domains, RANK, self.num_features, dtype=torch.float32))
+        described = {"": sum(self.kinds), FURTHER: sum(self.sizes[KINDS - 1 :])}
+        for prefix in described if self.has_further else [""]:
+            count = described[prefix]
+            self.register_buffer(f"{prefix}means", torch.empty(num_domains, count, dtype=torch.float32))
+            self.register_buffer(f"{prefix}noises", torch.empty(num_domains, count, dtype=torch.float32))
+            self.register_buffer(f"{prefix}factors", torch.empty(num_domains, RANK, count, dtype=torch.float32))
         self.register_buffer("thresholds", torch.empty(num_domains, len(self.kinds), dtype=torch.float32))
         self.reset_parameters()
 
@@ -154,6 +174,26 @@ class DomainGate(nn.Module):
         parts = [x[rows].double().split(self.kinds, -1) for x in (self.means, self.noises, self.factors)]
         return [Normal(*kind) for kind in zip(*parts, strict=True)]
 
+    @property
+    def has_further(self) -> bool:
+        """Whether there are further features."""
+        return self.sizes != self.kinds
+
+    def further_normal(self, rows: int | Tensor) -> Normal | None:
+        """The distribution of the last kind with further features: of one domain, or of all, of which those in `rows`,
+        a mask, are known. None if any of these is not known by further features."""
+        if not self.has_further or not (self.further_noises[rows] > 0).all():
+            return None
+        normal = Normal(*(x.double() for x in (self.further_means, self.further_noises, self.further_factors)))
+        if isinstance(rows, int):
+            return Normal(*(part[rows] for part in normal))
+        return normal._replace(noise=normal.noise.where(rows[:, None], 1))
+
+    def split(self, features: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features of each kind; and those of the last kind with further ones."""
+        kinds = features[:, : sum(self.kinds)].split(self.kinds, 1)
+        return [*kinds], features[:, sum(self.kinds[:-1]) :]
+
     @torch.no_grad()
     def decide(self, features: Tensor) -> GateDecision:
         """Which domain each row of (rows, features) belongs to.
@@ -167,12 +207,16 @@ class DomainGate(nn.Module):
             domain = torch.full((rows,), NO_DOMAIN, device=features.device)
             distances = features.new_full((rows, len(self)), torch.inf)
             return GateDecision(domain, features.new_ones(rows), distances, torch.zeros_like(distances))
-        kinds = zip(self.normals(), features.split(self.kinds, 1), strict=True)
-        squares, log_densities = zip(*(normal.measure(values) for normal, values in kinds), strict=True)
+        kinds, further = self.split(features)
+        squares, log_densities = zip(*map(Normal.measure, self.normals(), kinds), strict=True)
+        overconfidence, normal = OVERCONFIDENCE[0], self.further_normal(known)
+        if normal is not None:
+            overconfidence = OVERCONFIDENCE[1]
+            log_densities = *log_densities[:-1], normal.measure(further)[1]
         ratios = (torch.stack(squares, -1) / self.thresholds.double()[:, None]).amax(-1)  # (domains, rows)
         ratios = ratios.T.masked_fill(~known, torch.inf)
         log_density = torch.stack(log_densities).sum(0).T.masked_fill(~known, -torch.inf)
-        domain, likelihoods = log_density.argmax(dim=1), (log_density / OVERCONFIDENCE).softmax(dim=1)
+        domain, likelihoods = log_density.argmax(dim=1), (log_density / overconfidence).softmax(dim=1)
         probability = likelihoods.gather(1, domain[:, None])[:, 0]
         ratio = ratios.gather(1, domain[:, None])[:, 0]
         inside = ratio <= 1

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from .base_model import build_on_meta
 from .configuration_samoe import SamoeConfig, named_integers
 from .domain_experts import domain_tensors
+from .domain_gate import FURTHER
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
 
 # Fields of the configuration that say how often something is built.
 REPEAT_FIELDS = re.compile(r"blocks_per_stage|\w*num_(hidden_)?layers|num_multimask_outputs|\w*depth")
+# Gates of older folders lack names, their rows are in the configuration's order, and what is known by further features.
+MAY_LACK = re.compile(rf"{DOMAIN_GATE}\.(names|{FURTHER}\w+)")
 # New experts may at most have so many times the values that the files hold.
 MAX_NEW_VALUES_RATIO = 10
 
@@ -38,8 +41,7 @@ def find_mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         return [name for name in common if are_wrong(found[name], expected[name])] if is_any else []
 
     return {
-        # Gates of older folders lack names: their rows are in the configuration's order.
-        "missing": [name for name in expected if name not in found and name != f"{DOMAIN_GATE}.names"],
+        "missing": [name for name in expected if name not in found and not MAY_LACK.fullmatch(name)],
         "unexpected": [name for name in found if name not in expected],
         "of another shape": those(lambda x, y: x.shape != y.shape),
         "of no floating-point type": those(lambda x, y: y.is_floating_point() and not x.is_floating_point()),

@@ -254,7 +254,7 @@ def _domains(model: SamoeModel) -> list[dict[str, Any]]:
 
 def _append_unknown(model: SamoeModel, name: str) -> None:
     """Gives the gate a row for a domain that it does not know yet."""
-    append_rows(_gate(model), DomainGate(_gate(model).kinds, [name]))
+    append_rows(_gate(model), DomainGate(_gate(model).sizes, [name]))
 
 
 def _gate(model: SamoeModel) -> DomainGate:

@@ -11,9 +11,10 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.domain_gate import RANK, DomainGate, Normal, hashed_name
+from samoe_hf.model.domain_gate import FURTHER, RANK, DomainGate, Normal, hashed_name
 
 # A covariance of n videos is shrunk to its diagonal as if this many videos had shown no correlation, at least by this.
 PRIOR_VIDEOS, MIN_SHRINKAGE = 3, 0.1
@@ -47,8 +48,11 @@ def fit_row(gate: DomainGate, index: int, features: Tensor, videos: Sequence | T
         )
     order = {name: number for number, name in enumerate(sorted(set(ids), key=str))}
     videos = torch.tensor([order[name] for name in ids], device=features.device)
-    kinds = features.split(gate.kinds, 1)
-    _set_row(gate, index, [_fitted(values, videos) for values in kinds], len(order))
+    kinds, further = gate.split(features)
+    gate.counts[index] = len(order)
+    _set_row(gate, index, [_fitted(values, videos) for values in kinds])
+    if gate.has_further:
+        _set_row(gate, index, [_fitted(further, videos)], FURTHER)
     gate.thresholds[index] = torch.stack(
         [_threshold(values, videos, limit) for values, limit in zip(kinds, MAX_THRESHOLDS, strict=False)]
     )
@@ -63,20 +67,21 @@ def confirm_row(gate: DomainGate, index: int, features: Tensor) -> None:
     count = int(gate.counts[index])
     if count == 0:
         return fit_row(gate, index, features, [0] * len(features))
-    kinds = gate.checked(features).split(gate.kinds, 1)
+    kinds, further = gate.split(gate.checked(features))
     normals = gate.normals(index)
     for kind, (known, values) in enumerate(zip(normals, kinds, strict=True)):
         farthest = known.measure(values)[0].max() * (1 + (count + 1) ** -0.5)
         allowed = farthest.clamp(max=_limit(MAX_THRESHOLDS[kind], count + 1))
         gate.thresholds[index, kind] = allowed.float().maximum(gate.thresholds[index, kind])
-    seen = [_with_video(known, values, count) for known, values in zip(normals, kinds, strict=True)]
-    _set_row(gate, index, seen, count + 1)
+    gate.counts[index] = count + 1
+    _set_row(gate, index, [_with_video(known, values, count) for known, values in zip(normals, kinds, strict=True)])
+    if (known := gate.further_normal(index)) is not None:
+        _set_row(gate, index, [_with_video(known, further, count)], FURTHER)
 
 
-def _set_row(gate: DomainGate, index: int, normals: Sequence[Normal], count: int) -> None:
-    gate.counts[index] = count
-    parts = (torch.cat(part, -1) for part in zip(*normals, strict=True))
-    gate.means[index], gate.noises[index], gate.factors[index] = parts
+def _set_row(gate: DomainGate, index: int, normals: Sequence[Normal], prefix: str = "") -> None:
+    for name, parts in zip(("means", "noises", "factors"), zip(*normals, strict=True), strict=True):
+        gate.get_buffer(prefix + name)[index] = torch.cat(parts, -1)
 
 
 def distances_between(gate: DomainGate) -> np.ndarray:
@@ -84,21 +89,21 @@ def distances_between(gate: DomainGate) -> np.ndarray:
 
     Distances of and from domains that are not known yet are infinite.
     """
-    distances = gate.decide(gate.means).distances
+    distances = gate.decide(F.pad(gate.means, (0, gate.num_features - gate.means.shape[1]))).distances
     return distances.masked_fill(gate.counts[:, None] == 0, torch.inf).cpu().numpy()
 
 
 def append_rows(gate: DomainGate, other: DomainGate) -> None:
     """Appends another gate's domains, which were learned with the same encoder."""
-    if other.kinds != gate.kinds:
-        raise InputError(f"other gate has {_listed(other.kinds)} features, and this one {_listed(gate.kinds)}")
+    if other.sizes != gate.sizes:
+        raise InputError(f"other gate has {_listed(other.sizes)} features, and this one {_listed(gate.sizes)}")
     gate.domains += other.domains
     for name, buffer in list(gate.named_buffers()):
         setattr(gate, name, torch.cat([buffer, other.get_buffer(name).to(buffer.device)]))
 
 
-def _listed(kinds: Sequence[int]) -> str:
-    return " + ".join(map(str, kinds))
+def _listed(sizes: Sequence[int]) -> str:
+    return " + ".join(map(str, sizes))
 
 
 def rename_row(gate: DomainGate, index: int, domain: str) -> None:

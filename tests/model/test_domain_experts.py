@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from helpers.domains import ENCODER_AND_MEMORY, add_learned_domain, clip_masks, new_model, with_two_domains
 from helpers.reference import assert_same_tensors
@@ -14,6 +15,7 @@ from samoe_hf.analysis.routing import routing_maps
 from samoe_hf.analysis.usage import expert_usage
 from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.inference import VideoPrompt, track_video
+from samoe_hf.model.domain_gate import DomainGate
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain
 
@@ -212,7 +214,7 @@ def test_saved_and_loaded_it_is_the_same(gated, two_clips, tmp_path):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(gated, two_clips, name))
     half = SamoeModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     gate = {name: x for name, x in half.state_dict().items() if name.startswith("domain_gate.")}
-    assert half.dtype == torch.bfloat16 and len(gate) == 6
+    assert half.dtype == torch.bfloat16 and len(gate) == 9
     own = gated.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in gate.items())
 
@@ -232,6 +234,28 @@ def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, two_clips, tm
     for name in ("a", "b", None):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(model, two_clips, name))
     assert torch.equal(clip_masks(loaded, two_clips, None), clip_masks(base, two_clips, None))
+    assert_known_without_further_features(tmp_path / "b", loaded)
+
+
+def test_a_whole_model_of_an_older_version_is_loaded(gated, tmp_path):
+    gated.save_pretrained(tmp_path)
+    assert_known_without_further_features(tmp_path, gated)
+
+
+def assert_known_without_further_features(folder, model):
+    """A file as older versions wrote it is loaded, and its gate decides by the features that there were."""
+    tensors = load_file(folder / "model.safetensors")
+    older = {name: tensor for name, tensor in tensors.items() if not name.startswith("domain_gate.further_")}
+    assert len(older) == len(tensors) - 3
+    save_file(older, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded, gate = SamoeModel.from_pretrained(folder), model.domain_gate
+    own, before = loaded.state_dict(), model.state_dict()
+    assert all(torch.equal(own[name], before[name]) for name in older)
+    rows = gate.means.new_zeros(len(gate), gate.num_features)
+    rows[:, : gate.means.shape[1]] = gate.means
+    decided, without = loaded.domain_gate.decide(rows), DomainGate(gate.kinds, gate.domains)
+    without.load_state_dict({name: buffer for name, buffer in gate.state_dict().items() if "further" not in name})
+    assert all(map(torch.equal, decided, without.decide(gate.means)))
 
 
 def test_a_file_that_contradicts_its_domains_is_refused(base, tmp_path):

@@ -30,7 +30,7 @@ def domain(seed, num_videos=40, num_frames=3, num_features=FEATURES, center_seed
 def gate(*domains, num_features=FEATURES):
     result = DomainGate(num_features)
     for number, one in enumerate(domains):
-        append_rows(result, DomainGate(result.kinds, [str(number)]))
+        append_rows(result, DomainGate(result.sizes, [str(number)]))
         fit_row(result, number, *one)
     return result
 
@@ -84,18 +84,66 @@ def test_what_is_unlike_a_domain_in_one_kind_of_features_is_refused():
 
 
 def test_the_contrast_of_a_picture_tells_its_scale_and_colour():
-    size, features = 64, 15
+    size = 64
     checks = (torch.arange(size)[:, None] + torch.arange(size)) % 2 * 2 - 1.0
     coarse = checks[:16, :16].repeat_interleave(4, 0).repeat_interleave(4, 1)
     gray = torch.ones(3)[:, None, None]
     green = torch.tensor([1.0, -1.0, 0.0])[:, None, None]
     image = SimpleNamespace(fine=torch.zeros(4, 2, 16, 16))
     pictures = torch.stack([gray * checks, gray * coarse, green * checks, 0 * gray * checks])
-    pooled = pooled_features(image, pictures)[:, -features:].exp().reshape(4, 5, 3) - 0.02
+    pooled = pooled_features(image, pictures)[:, 4:19].exp().reshape(4, 5, 3) - 0.02
     expected = torch.zeros(4, 5, 3)
     expected[0, 0, 0] = expected[1, 2, 0] = 1  # lightness, at the scale of one pixel and of four
     expected[2, 0, 1] = 2  # red against green
     assert_close(pooled, expected, atol=1e-5, rtol=0)
+
+
+def test_further_features_tell_edges_from_noise_and_whether_contrast_grows_with_lightness():
+    draw = torch.Generator().manual_seed(0)
+    noise, light = torch.randn(1, 64, 64, generator=draw), torch.linspace(0, 2, 64).expand(3, 64, 64)
+    edge = (torch.arange(64) > 30).float().expand(3, 64, 64)
+    pictures = torch.stack([noise.expand(3, 64, 64), edge, light * (1 + 0.3 * noise), -light * (1 + 0.3 * noise)])
+    further = pooled_features(SimpleNamespace(fine=torch.zeros(4, 2, 16, 16)), pictures)[:, 19:].reshape(4, 5, 2, 3)
+    spread, growth = further[:, 0, 0, 0], further[:, 0, 1, 0]
+    assert spread[1] > spread[0] and abs(growth[0]) < 0.2 and growth[2] > 0.5 and growth[3] < -0.5
+    assert further.isfinite().all() and (further[:, :, :, 1:].abs() < 1e-5).all()  # no colours
+
+
+def with_further(features, seed):
+    """The same, with 8 further features of other values for each seed."""
+    return torch.cat([features, seed + torch.randn(len(features), 8, generator=torch.Generator().manual_seed(seed))], 1)
+
+
+def test_further_features_tell_rivals_apart_and_let_in_what_was_let_in():
+    (first, videos), sizes = domain(0), (4, FEATURES - 4, 8)
+    rivals = gate((with_further(first, 0), videos), (with_further(first, 9), videos), num_features=sizes)
+    alike = gate((first, videos), (first, videos), num_features=sizes[:2])
+    for seed, index in ((0, 0), (9, 1)):
+        decision, before = rivals.decide(with_further(held_out(0), seed)), alike.decide(held_out(0))
+        assert torch.equal(decision.distances, before.distances) and (before.likelihoods == 0.5).all()
+        assert torch.equal(decision.domain == index, before.domain == 0)
+        assert (decision.likelihoods[:, index] > 0.9).all()
+    assert torch.equal(rivals.thresholds, alike.thresholds)
+
+
+def test_domains_of_older_files_decide_as_they_did_alone_and_beside_new_ones():
+    (first, videos), (second, _), sizes = domain(0), domain(1), (4, FEATURES - 4, 8)
+    old = gate((first, videos), (second, videos), num_features=sizes[:2])
+    loaded = DomainGate(sizes, "01")
+    missing, unexpected = loaded.load_state_dict(old.state_dict(), strict=False)
+    assert {*missing} == {f"further_{name}" for name in ("means", "noises", "factors")} and not unexpected
+    for name, further in (("2", 5), ("3", 7)):
+        for rows in (held_out(0), held_out(1), held_out(2)):
+            assert all(map(torch.equal, loaded.decide(with_further(rows, 3)), old.decide(rows)))
+        assert (distances_between(loaded) == distances_between(old)).all() and loaded.problem() is None
+        frames = domain(int(name))[0]
+        for known, features in ((loaded, with_further(frames, further)), (old, frames)):
+            append_rows(known, DomainGate(known.sizes, [name]))
+            fit_row(known, int(name), features, videos)
+    odd = first[:3] + 4
+    confirm_row(loaded, 0, with_further(odd, 3)), confirm_row(old, 0, odd)
+    assert all(map(torch.equal, loaded.decide(with_further(odd, 3)), old.decide(odd)))
+    assert not loaded.further_noises[:2].any() and (loaded.further_noises[2:] > 0).all()
 
 
 @pytest.mark.parametrize(("num_videos", "num_frames", "value"), [(1, 1, 0.0), (4, 5, 3.0)])
@@ -108,7 +156,7 @@ def test_constant_features_are_recognized_and_nothing_else(num_videos, num_frame
 def test_an_added_domain_leaves_all_others_as_they_were():
     known = gate(domain(0), domain(1))
     before, state = known.decide(held_out(0)), {k: v.clone() for k, v in known.state_dict().items()}
-    append_rows(known, DomainGate(known.kinds, ["2"]))
+    append_rows(known, DomainGate(known.sizes, ["2"]))
     fit_row(known, 2, *domain(2))
     after = known.decide(held_out(0))
     assert all(torch.equal(x[:2], state[k]) for k, x in known.state_dict().items())
@@ -116,20 +164,23 @@ def test_an_added_domain_leaves_all_others_as_they_were():
     assert torch.equal(after.distances[:, :2], before.distances)
 
 
+@pytest.mark.parametrize("sizes", [(16,), (8, 6, 2)])
 @pytest.mark.parametrize("num_videos", [1, 2, 12])
-def test_a_confirmed_video_is_known_as_if_it_had_been_there_before(num_videos):
+def test_a_confirmed_video_is_known_as_if_it_had_been_there_before(num_videos, sizes):
     """With no more features than directions are kept of how they vary together."""
     features, videos = domain(0, num_videos + 1, num_features=16)
     last, other = videos == num_videos, domain(1, num_features=16)
-    known = gate((features[~last], videos[~last]), other, num_features=16)
+    known = gate((features[~last], videos[~last]), other, num_features=sizes)
     before = {name: buffer.clone() for name, buffer in known.state_dict().items()}
     confirm_row(known, 0, features[last])
-    expected = gate((features, videos), other, num_features=16)
+    expected = gate((features, videos), other, num_features=sizes)
     assert known.counts.tolist() == expected.counts.tolist()
-    for name in ("means", "noises"):
-        assert_close(known.get_buffer(name)[0], expected.get_buffer(name)[0], rtol=1e-3, atol=1e-3)
-    one, two = (x.factors[0].T @ x.factors[0] for x in (known, expected))
-    assert_close(one, two, rtol=1e-3, atol=1e-3)
+    for prefix in ("", "further_") if known.has_further else [""]:
+        for name in ("means", "noises"):
+            one, two = (x.get_buffer(prefix + name)[0] for x in (known, expected))
+            assert_close(one, two, rtol=1e-3, atol=1e-3)
+        one, two = (x.get_buffer(f"{prefix}factors")[0] for x in (known, expected))
+        assert_close(one.T @ one, two.T @ two, rtol=1e-3, atol=1e-3)
     assert all(torch.equal(known.get_buffer(name)[1], buffer[1]) for name, buffer in before.items())
 
 
@@ -148,7 +199,7 @@ def test_a_confirmed_video_that_was_refused_lets_others_like_it_in():
 
 def test_distances_between_domains_are_those_of_their_means():
     known = gate(domain(0), domain(1))
-    append_rows(known, DomainGate(known.kinds, ["new"]))
+    append_rows(known, DomainGate(known.sizes, ["new"]))
     distances = distances_between(known)
     assert (distances.diagonal()[:2] < 0.1).all() and distances[0, 1] > 1 < distances[1, 0]
     assert not torch.tensor(distances)[2].isfinite().any() and not torch.tensor(distances)[:, 2].isfinite().any()
@@ -224,7 +275,7 @@ def test_pooled_features_are_mean_and_deviation_of_the_finest_features_and_contr
     pooled = pooled_features(image, pixels)
     channels = image.fine.shape[1]
     sizes = num_pooled_features(nano.model.config)
-    assert sizes == (2 * channels, 15) and pooled.shape == (2, sum(sizes)) and pooled.dtype == torch.float32
+    assert sizes == (2 * channels, 15, 30) and pooled.shape == (2, sum(sizes)) and pooled.dtype == torch.float32
     assert_close(pooled[1, :channels], image.fine[1].mean((1, 2)))
     assert_close(pooled[1, channels : 2 * channels], image.fine[1].flatten(1).std(1, correction=0))
     half = pooled_features(image._replace(fine=image.fine.bfloat16()), pixels.bfloat16())
