@@ -116,7 +116,7 @@ class LearnPart(Part):
             text = f"**It failed:** {learning.problem()}" if state == "failed" else WORDS[state]
             if scores := learning.scores():
                 before, after = (100 * score for score in scores)
-                text += f" J&F on the collected videos: {before:.0f} before, {after:.0f} after."
+                text += f" J&F on the collected videos, which it learned from: {before:.0f} before, {after:.0f} after."
                 text += WORSE if after <= before else ""
             curves = learning.curves()
             drawn = draw_curves(curves) if any(curves.values()) else None

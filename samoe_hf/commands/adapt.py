@@ -3,13 +3,14 @@
     samoe adapt MODEL --domain ultrasound --dataset my_videos --output DIR
     samoe adapt MODEL --domain ultrasound --dataset RUN.yaml --output DIR --num_experts 4 --learning_rate 2e-4
 
-`my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. Of three
-or more, a fifth (`--eval-fraction`) is kept aside and tracked by the base and by the new domain: the command says what
-was won. A run is as for `samoe train`, a YAML file or the name of one that comes with the package: the new experts are
-trained on its `train_data`. Its other keys, which `samoe train --help` lists, are options here too. The videos of its
-`eval_data`, of old domains as well, are tracked before and after. Nothing of the model changes but what is new. DIR
-gets what was trained, all experts and the gate, which `SamoeModel.from_pretrained` loads and `push_to_hub` shares;
-adaptation.json with the scores; and adaptation.png with the videos that were kept aside.
+`my_videos` is a folder of videos and masks, which are trained on as `adapt.yaml` of the package says. Of three or more,
+a fifth (`--eval-fraction`) is kept aside and tracked by the base and by the new domain: the command says what was won.
+Of fewer, it says this of those that were trained on. A run is as for `samoe train`, a YAML file or the name of one that
+comes with the package: the new experts are trained on its `train_data`. Its other keys, which `samoe train --help`
+lists, are options here too. The videos of its `eval_data`, of old domains as well, are tracked before and after.
+Nothing of the model changes but what is new. DIR gets what was trained, all experts and the gate, which
+`SamoeModel.from_pretrained` loads and `push_to_hub` shares; adaptation.json with the scores; and adaptation.png with
+the videos that were kept aside, or trained on.
 """
 
 import argparse
@@ -97,7 +98,6 @@ def run(parsed: argparse.Namespace) -> None:
     if not is_first_process():
         return
     print(result.describe())
-    files = [RESULTS_FILE, *([PICTURE] if result.kept_aside else []), *([SIZES_PICTURE] if result.sizes else [])]
-    if is_folder and not result.after:
-        print("Of fewer than three videos none is kept aside, so nothing says what was won.")
+    is_drawn = result.kept_aside or result.trained_on
+    files = [RESULTS_FILE, *([PICTURE] if is_drawn else []), *([SIZES_PICTURE] if result.sizes else [])]
     print(f"Written: the model, {', '.join(files)} in {parsed.output}")

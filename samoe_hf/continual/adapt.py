@@ -21,8 +21,8 @@ from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 from samoe_hf.whole_files import whole_file, write_text
 
-from .fit_gate import decide_videos, gate_features, leave_out
-from .held_out import Compared, compare, comparison_table, means, percent
+from .fit_gate import decide_videos, evenly_chosen, gate_features, leave_out
+from .held_out import KEPT_ASIDE, SHOWN_VIDEOS, TRAINED_ON, Compared, compare, comparison_table, means, percent
 from .sizes import Sizes, choose_size, raise_ranks
 from .start import find_start
 
@@ -54,6 +54,7 @@ class Adaptation:
             names (`eval_NAME_J`); empty where there are no evaluation videos.
         routed: by the domain that the data names: whose experts its videos got ("base" for none) -> how many.
         kept_aside: training videos that were not trained on, tracked by the base and by the domain.
+        trained_on: where nothing was kept aside or is to be evaluated, some that were trained on, tracked likewise.
         left_out: what the gate took the domain's videos for while it did not know them, each left out in turn: a domain
             or "base" -> how many.
         sizes: those of the experts that were tried, if they were to be chosen.
@@ -66,6 +67,7 @@ class Adaptation:
     routed: dict[str, dict[str, int]] = field(default_factory=dict)
     started_from: str | None = None
     kept_aside: list[Compared] = field(default_factory=list)
+    trained_on: list[Compared] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     sizes: Sizes | None = None
 
@@ -94,18 +96,21 @@ class Adaptation:
     def describe(self) -> str:
         """What was won, and what to expect of the domain, in sentences."""
         name, lines = self.domain, []
-        base, own = means(self.kept_aside)
+        compared, which = (self.trained_on, TRAINED_ON) if self.trained_on else (self.kept_aside, KEPT_ASIDE)
+        base, own = means(compared)
         if self.sizes is not None:
             lines += [self.sizes.describe(), ""]
-        if self.kept_aside:
-            lines += [comparison_table(name, self.kept_aside), ""]
+        if compared:
+            lines += [comparison_table(name, compared, which), ""]
+            if self.trained_on:
+                lines.append("No video was kept aside: what is won on videos that were not trained on is not known.")
         elif self.after:
             lines.append(self.table())
         if self.started_from is not None:
             lines.append(f"Its experts started from those of {self.started_from}.")
         if own <= base:
             lines.append(
-                f"Warning: {name} is no better than the base on the videos that were kept aside ({percent(own)} "
+                f"Warning: {name} is no better than the base on the videos that were {which} ({percent(own)} "
                 f"against {percent(base)}). Train it longer or on more videos, or leave it out."
             )
         known = f"The gate knows {name} by {self.gate_videos} video{'s' * (self.gate_videos > 1)}"
@@ -115,7 +120,8 @@ class Adaptation:
             return "\n".join(lines)
         count, own_count = sum(self.left_out.values()), self.left_out.get(name, 0)
         advice = f": give more videos, or {name_it}" if self.refused > MANY_REFUSED else ""
-        score = f"a J&F of {percent(own)} where it is chosen ({percent(base)} without it), and " if own == own else ""
+        kept = self.kept_aside and own == own
+        score = f"a J&F of {percent(own)} where it is chosen ({percent(base)} without it), and " if kept else ""
         lines.append(
             f"{known}. Left out in turn, {own_count} of {count} were known by the others. Expect {score}the gate to "
             f"refuse {self.refused:.0%} or fewer of your own further videos{advice}."
@@ -136,7 +142,8 @@ def adapt(
     The gate learns the domain from the videos of the run's `train_data`, and then new experts are trained on them.
     Videos of `eval_data`, of any domains, are tracked before and after, each with the experts that the gate chooses.
     Where there are none, those that the run's `eval_fraction` keeps aside; these are also tracked by the base and by
-    the new experts, whatever the gate chooses, and drawn in `adaptation.png`. The gate learns them at last.
+    the new experts, whatever the gate chooses, and drawn in `adaptation.png`. The gate learns them at last. Where none
+    is kept aside either, up to three videos that were trained on are tracked and drawn so.
 
     Args:
         model: what `SamoeModel.from_pretrained` takes; it is left as it is.
@@ -189,8 +196,11 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     if budget is not None:
         result.sizes = choose_size(learner, trainer.processor, domain, budget, spared or videos, not spared)
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
+    picture = output / PICTURE if trainer.is_world_process_zero() else None
+    if not trainer.eval_dataset:
+        some = [v for v in evenly_chosen(videos, SHOWN_VIDEOS) if v.object_ids and len(v.annotated_frames) > 1]
+        result.trained_on = compare(learner, trainer.processor, domain, some, picture, TRAINED_ON)
     if trainer.kept_aside:
-        picture = output / PICTURE if trainer.is_world_process_zero() else None
         result.kept_aside = compare(learner, trainer.processor, domain, trainer.kept_aside, picture)
         # Now that it was measured, the gate may know them as well.
         more = gate_features(learner, trainer.processor, domain, trainer.kept_aside, show_progress_bar=False)

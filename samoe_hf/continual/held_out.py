@@ -1,4 +1,4 @@
-"""What a domain has won: videos that it was not trained on, tracked by the base and by its experts, side by side."""
+"""What a domain has won: videos tracked by the base and by its experts, side by side."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,12 @@ from samoe_hf.whole_files import whole_file
 from .fit_gate import decide_videos, evenly_chosen
 
 SHOWN_VIDEOS, SHOWN_FRAMES, HEIGHT = 3, 6, 240
+KEPT_ASIDE, TRAINED_ON = "kept aside", "trained on"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A video that a domain was not trained on.
+    """A video, tracked by the base and by a domain.
 
     Attributes:
         base, own: J&F from 0 to 1 of the base, and of the domain's experts.
@@ -40,13 +41,19 @@ class Compared:
 
 
 def compare(
-    model: SamoeModel, processor: VideoProcessor, domain: str, videos: Sequence[Video], picture: Path | None = None
+    model: SamoeModel,
+    processor: VideoProcessor,
+    domain: str,
+    videos: Sequence[Video],
+    picture: Path | None = None,
+    which: str = KEPT_ASIDE,
 ) -> list[Compared]:
     """Tracks videos from the masks of the first frames, without experts and with a domain's, and scores both.
 
     Args:
         videos: each with an object.
         picture: a file that shows some frames of up to [`SHOWN_VIDEOS`] of them.
+        which: which videos they are, in words, for its title.
     """
     compared, rows = [], {}
     decisions = decide_videos(model, processor, videos)
@@ -66,7 +73,7 @@ def compare(
                 rows[f"{title}{label}, J&F {percent(scores[name])}"] = _drawn(video, masks[name])
     if picture is not None and rows:
         with whole_file(picture) as path:
-            plot_sheet(rows, path, "Videos that were kept aside, tracked from the masks of the first frame")
+            plot_sheet(rows, path, f"Videos that were {which}, tracked from the masks of the first frame")
     return compared
 
 
@@ -102,13 +109,13 @@ def means(compared: Sequence[Compared]) -> tuple[float, float]:
     return tuple(scores.mean(axis=0).tolist()) if len(scores) else (math.nan, math.nan)
 
 
-def comparison_table(domain: str, compared: Sequence[Compared]) -> str:
-    """The videos, and their mean, as text."""
+def comparison_table(domain: str, compared: Sequence[Compared], which: str) -> str:
+    """The videos, which are kept aside or trained on, and their mean, as text."""
     rows = [
         [one.video, *_scores(one.base, one.own), f"{one.experts_of}, {one.confidence:.0%} sure"] for one in compared
     ]
     mean = [["mean", *_scores(*means(compared)), ""]] if len(compared) > 1 else []
-    heading = ["kept aside", "J&F of the base", f"of {domain}", "change", "the gate gives it"]
+    heading = [which, "J&F of the base", f"of {domain}", "change", "the gate gives it"]
     return format_table(heading, [*rows, *mean], left=(0, len(heading) - 1))
 
 

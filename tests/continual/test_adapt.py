@@ -193,6 +193,7 @@ def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(base, 
     results = json.loads((tmp_path / "out" / "adaptation.json").read_text())
     (kept,) = results["kept_aside"]
     assert kept["video"] == "v3" and kept["own"] == kept["base"] == results["before"]["eval_J&F"]
+    assert not results["trained_on"]
     assert kept["experts_of"] in ("base", "soft") and results["after"].keys() == results["before"].keys()
     assert Image.open(tmp_path / "out" / "adaptation.png").width > 400
     assert "Warning: soft is no better than the base on the videos that were kept aside" in printed
@@ -202,6 +203,20 @@ def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(base, 
     assert (
         f"refuse {(4 - known + 0.5) / 5:.0%} or fewer of your own further videos: give more videos, or name" in printed
     )
+
+
+def test_of_too_few_to_keep_one_aside_those_that_were_trained_on_are_tracked(base, tmp_path, capsys):
+    data = write_folder(tmp_path / "data", 2)
+    words = [str(base), "--domain", "soft", "--dataset", str(data), "--output", str(tmp_path / "out"), *FOLDER_RUN]
+    run_command([*words, "--learning_rate", "0"])
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    assert [one["video"] for one in results["trained_on"]] == ["v0", "v1"] and not results["kept_aside"]
+    assert all(one["own"] == one["base"] for one in results["trained_on"])
+    assert "what is won on videos that were not trained on is not known" in printed
+    assert "Warning: soft is no better than the base on the videos that were trained on" in printed
+    assert "Expect the gate to refuse" in printed  # and no J&F
+    assert Image.open(tmp_path / "out" / "adaptation.png").width > 400
 
 
 @pytest.mark.parametrize(
