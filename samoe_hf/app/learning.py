@@ -158,6 +158,7 @@ class Learning:
             "save_strategy": "steps",
             "save_steps": every,
             "save_total_limit": 2,
+            "load_best_model_at_end": True,
             "disable_tqdm": True,
             **self.loaded.original,
         }

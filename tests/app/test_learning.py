@@ -16,6 +16,7 @@ from helpers.processes import wait_until
 from samoe_hf import SamoeModel, load_videos, small_base
 from samoe_hf.app.learning import Learner, Learning, collect_video, collected, draw_curves
 from samoe_hf.app.models import load_model
+from samoe_hf.continual.adapt import adapt
 from samoe_hf.training.arguments import parse_run
 
 
@@ -91,6 +92,17 @@ def test_the_run_is_one_that_samoe_adapt_takes(small_model, data, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(Learning(original, "mine", 24, learning.data, tmp_path).run()))
     model, *_ = parse_run([str(tmp_path / "run.yaml"), "--model_name_or_path", "moe.pt", *words[2:]])
     assert (model.experts, model.config) == ("experts.pt", "sizes.yaml")
+
+
+def test_of_all_checkpoints_the_best_is_kept(corrected, tmp_path):
+    collect_video(corrected, tmp_path / "data")
+    loaded = load_model(small_base(), "cpu", image_size=64)
+    settings = Learning(loaded, "mine", 3, tmp_path / "data", tmp_path / "x").run()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings | {"learning_rate": 100.0}))  # which spoils everything
+    result = adapt(loaded.source, "mine", [str(tmp_path / "run.yaml")], tmp_path / "out")
+    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    scores = [log["eval_J&F"] for log in history if "eval_J&F" in log]
+    assert scores[-1] < max(scores) == result.after["eval_J&F"]
 
 
 def test_it_is_learned_at_the_size_that_the_page_tracks_at(data, tmp_path):
