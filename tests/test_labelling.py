@@ -243,7 +243,7 @@ def moved(ids):
 def test_labels_of_other_masks_or_frames_are_not_taken_for_the_new_ones(model_folder, one_video, tmp_path):
     data, mask = one_video
     prompts = write_prompts(tmp_path / "p.json", [{"video": "v/frames", "mask": "mask.png"}])
-    shutil.copy(mask, tmp_path / "mask.png")
+    Image.fromarray((read_label_png(mask) == 1).astype(np.uint8)).save(tmp_path / "mask.png")
     first = ["--dataset", data, "--output", tmp_path / "first"]
     second = ["--dataset", data, "--prompts", prompts, "--output", tmp_path / "second"]
     frame = data / "v" / "frames" / "4.png"
