@@ -434,19 +434,31 @@ class Images(Sequence):
 
 
 def read_video(path: Path) -> list[np.ndarray]:
-    """All frames of a video file."""
+    """All frames of a video file, turned and mirrored as it says."""
     try:
         import av
     except ImportError as error:
         raise InputError(f"{path} is no folder, and a video file needs PyAV: pip install av") from error
     try:
         with av.open(path) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            stream = container.streams.best("video") or container.streams.video[0]  # no cover
+            frames = [upright(frame) for frame in container.decode(stream)]
     except (av.FFmpegError, IndexError) as error:
         raise InputError(f"{path} must be a folder of images or a video file: {error}") from error
     if not frames:
         raise InputError(f"{path} must be a video file, but no frame of it can be read.")
     return frames
+
+
+def upright(frame) -> np.ndarray:
+    """A frame's pixels, so that those of a phone that was held upright are, as prompts take them."""
+    pixels, matrix = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def read_prompts(path: Path) -> list[dict]:

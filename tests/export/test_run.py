@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from helpers.export import EagerTracker, compare, difference, drawn_video, tracked_with_corrections
-from samoe_hf.export.run import TrackedObject, Tracker, check_prompts, main, prepare, resize
+from samoe_hf import data
+from samoe_hf.export.run import TrackedObject, Tracker, check_prompts, main, prepare, read_video, resize
 from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
 from samoe_hf.model.memory_selection import MemoryLimits, select_memories
 
@@ -201,6 +203,28 @@ def test_the_program_writes_a_map_of_ids_for_each_frame_of_a_folder(reference, t
     for t, _, logits in reference.tracker.track(FRAMES, given):
         expected = np.where(logits.max(axis=0) > 0, np.array([7, 9])[logits.argmax(axis=0)], 0)
         assert (masks[f"frame{2 * t}"] == expected).all()
+
+
+@pytest.mark.parametrize("turn", [None, (90, False), (180, False), (270, True)])
+def test_frames_of_a_video_are_those_that_the_package_reads(tmp_path, turn):
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as target:
+        cover, stream = target.add_stream("mjpeg"), target.add_stream("libx264", rate=25)
+        cover.height, cover.width, cover.pix_fmt, cover.disposition = (
+            16,
+            16,
+            "yuvj420p",
+            av.stream.Disposition.attached_pic,
+        )
+        stream.height, stream.width, stream.pix_fmt = *FRAMES[0].shape[:2], "yuv420p"
+        if turn is not None:
+            stream.set_display_rotation(turn[0], hflip=turn[1])
+        target.mux(cover.encode(av.VideoFrame(16, 16, "yuvj420p")))
+        for frame in FRAMES:
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        target.mux(stream.encode())
+    for frame, expected in zip(read_video(path), data.read_video(path), strict=True):
+        assert frame.shape == expected.shape and np.abs(frame - expected.astype(int)).mean() < 5
 
 
 @pytest.mark.parametrize(
