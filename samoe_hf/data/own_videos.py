@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, product
@@ -76,6 +77,7 @@ EXPORTS = {
     "an export of Datumaro": '"items" "categories" "infos"',
     "a file of boxes, as Pascal VOC has them": "<annotation> <bndbox>",
 }
+COCO = '"images" "annotations" "categories" "segmentation"'
 EXPORT_SUFFIXES = (*LIST_SUFFIXES, ".xml")
 MAX_NAMED, MAX_LISTED = 8, 100_000
 
@@ -281,7 +283,7 @@ def _join(
 
 
 def guess(root: Path) -> Found:
-    """The videos of a folder, or of a list of pairs, by the first of `PATTERNS` that fits.
+    """The videos of a list of pairs, or of a folder, by the one list in it, or by the first of `PATTERNS` that fits.
 
     It is an error if none fits, or if two folders could be the frames, or the masks, of one video.
     """
@@ -289,6 +291,10 @@ def guess(root: Path) -> Found:
         if root.suffix.lower() in LIST_SUFFIXES:
             return _by_list(root)
         raise InputError(f"{root}: a folder is expected, or a list of pairs ({', '.join(LIST_SUFFIXES)})")
+    lists = [path for path in root.iterdir() if path.suffix.lower() in LIST_SUFFIXES]
+    if len(lists) == 1:  # it was written to say what names may not
+        with suppress(SampleError, OSError):
+            return _by_list(lists[0])
     folders = read_folders(root)
     is_picture = re.compile(rf"{MASK_WORDS}[\W_]?(?i:{PICTURE_WORDS})(?:png)?")
     pictures = [folder for folder in folders if is_picture.fullmatch((folder.parts or ("",))[-1])]
@@ -313,6 +319,12 @@ def guess(root: Path) -> Found:
         except SampleError as error:
             reason = f"{error}. "
     tools = ((path, tool) for path in files[:MAX_NAMED] for tool in EXPORTS if has_words(path, EXPORTS[tool]))
+    for path in files[:MAX_NAMED]:
+        if has_words(path, COCO):
+            name = path.relative_to(root).as_posix()
+            reason = (
+                f"{path} is COCO's JSON: name the kind `coco` with `annotations: {name}`, and `images`, its folder. "
+            )
     for path, tool in tools:
         reason = f"{path} is {tool}, which is not read: export masks as images, or COCO's JSON (the kind coco). "
     raise InputError(

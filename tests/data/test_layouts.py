@@ -169,6 +169,26 @@ def test_frames_of_a_list_are_in_the_order_of_their_numbers_or_names(columns, ro
     assert ("rows are put in the order of the names" in caplog.text) == (columns == "frame,mask")
 
 
+def test_a_list_goes_before_what_names_tell(tmp_path):
+    """By their names the masks would be those of other frames. A list of classes tells no masks."""
+    for t in range(4):
+        save(tmp_path / "frames" / f"{t}.png", np.full((*SIZE, 3), 20 * t, np.uint8))
+        save(tmp_path / "masks" / f"{t}.png", np.full(SIZE, t + 1, np.uint8))
+    for row, expected in (("frames/{t}.png,masks/{other}.png", [4, 1, 2, 3]), ("frames/{t}.png,cat", [1, 2, 3, 4])):
+        rows = [row.format(t=t, other=(t + 3) % 4) for t in range(4)]
+        (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]))
+        (video,) = load_videos(str(tmp_path))
+        assert [video.visible(t) for t in range(4)] == [[value] for value in expected]
+
+
+@pytest.mark.parametrize("name", ["any.json", "any.coco.json"])
+def test_annotations_of_coco_of_any_name_are_told(tmp_path, name):
+    save(tmp_path / "images" / "0.png", np.zeros((*SIZE, 3), np.uint8))
+    (tmp_path / name).write_text('{"images": [], "annotations": [{"segmentation": []}], "categories": []}')
+    with pytest.raises(ValueError, match=f"{name} is COCO's JSON: name the kind `coco` with `annotations: {name}`"):
+        load_videos(str(tmp_path))
+
+
 def test_names_without_numbers_leave_a_list_as_it_is(tmp_path):
     for name in "cab":
         save(tmp_path / f"{name}.png", np.zeros((*SIZE, 3), np.uint8))
@@ -270,7 +290,10 @@ def broken(root, what):
     [
         ("empty", r"mine: no layout.* Found: no files\. Expected: \{video\}/frames"),
         ("no masks", r"mine: no layout.* Found: 8 \.jpg \(such as cat/frames/00000\.jpg\).*kind: files, root: "),
-        ("a mask without a frame", r"00009\.png: no frame named 00009 or numbered 9; the frames are 00000 to 00003"),
+        (
+            "a mask without a frame",
+            r"00009\.png: no frame named 00009 or numbered 9; the frames are 00000 to 00003.*`first`",
+        ),
         ("another size", r"masks of size \(5, 5\).*masks/00001\.png"),
         ("JPEG masks", r"00001\.jpg: JPEG image; labels must be"),
         ("two masks of a frame", r"00001\.png: frame 00001 has another mask|1\.png: frame 00001 has another mask"),
