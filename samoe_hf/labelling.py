@@ -194,8 +194,9 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
         InputError: for anything else; names the file and the number of the entry.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    data = path.read_bytes()
     try:
+        text = data.decode(json.detect_encoding(data))  # with a mark of it too, as Windows writes one
         lines = [line for line in text.splitlines() if line.strip()]
         entries = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -359,6 +359,12 @@ def test_files_of_prompts_that_are_wrong_are_refused(tmp_path, content, message)
         read_prompts(tmp_path / "prompts.json")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_of_prompts_may_have_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "p.json").write_text('[{"video": "é", "box": [1, 2, 3, 4]}]', encoding=encoding)
+    assert [*read_prompts(tmp_path / "p.json")] == ["é"]
+
+
 def test_wrong_prompts_are_told_before_anything_is_written(model_folder, clips, tmp_path):
     prompts = write_prompts(tmp_path / "p.json", [{"video": "nobody", "points": [[1, 1]]}])
     words = ["--prompts", prompts, "--output", tmp_path / "out", "--dataset"]

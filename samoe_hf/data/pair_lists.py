@@ -113,7 +113,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     """The rows of a list. In JSON, those of a video may be one, with lists of frames and masks."""
     if path.suffix.lower() == ".csv":
         return pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     is_lines = path.suffix.lower() == ".jsonl"
     rows = [json.loads(line) for line in text.splitlines() if line.strip()] if is_lines else json.loads(text)
     if isinstance(rows, dict):

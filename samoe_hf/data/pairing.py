@@ -247,8 +247,10 @@ class _Names:
         unknown = (one for one in named if not any(level([one[1]]) for level in self._levels()))
         path, name = next(unknown, (masks[0].path, parts[0][0]))
         last = (_numbers(name) or (-1,))[-1]
-        wanted = f"named {name} or numbered {last}" if last >= 0 and self.of_number else f"of this name ({name})"
-        raise SampleError(f"{path}: no frame {wanted}; the frames are {self.names[0]} to {self.names[-1]}; {HINT}")
+        is_numbered = last >= 0 and self.of_number
+        wanted = f"named {name} or numbered {last}" if is_numbered else f"of this name ({name})"
+        hint = f"{HINT}, `first` the number that masks give the first frame" if is_numbered else HINT
+        raise SampleError(f"{path}: no frame {wanted}; the frames are {self.names[0]} to {self.names[-1]}; {hint}")
 
     def _levels(self) -> Iterator[Callable[[Sequence[str]], list[list[Told]]]]:
         """Ways to read names, the most exact first; each gives the readings that fit all of some names."""

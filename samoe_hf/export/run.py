@@ -464,7 +464,7 @@ def upright(frame) -> np.ndarray:
 def read_prompts(path: Path) -> list[dict]:
     """prompts.json with its masks, whose files are named as seen from there."""
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} must be a JSON file of prompts: {error}") from error
     for prompt in prompts if isinstance(prompts, list) else []:
