@@ -121,4 +121,7 @@ class MaskFiles:
         missing = [str(path.relative_to(self.folder)) for path in paths if not path.is_file()]
         if missing:
             shown = f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}"
-            raise FileNotFoundError(f"{self.folder}: {len(missing)} of {len(paths)} predictions are missing: {shown}")
+            layout = f" in the layout {self.layout} (`--layout` names another)" if len(missing) == len(paths) else ""
+            raise FileNotFoundError(
+                f"{self.folder}: {len(missing)} of {len(paths)} predictions are missing{layout}: {shown}"
+            )

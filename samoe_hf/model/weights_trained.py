@@ -185,7 +185,10 @@ def load_trained(
     lacking = {name for name in problems["missing"] if is_expert_parameter(name)}
     problems["missing"] = [] if more_experts else sorted(lacking)
     if any(problems.values()):
-        raise InputError(f"{names}, which it does not fit: {describe_mismatches(problems)}.")
+        reshaped = problems["of another shape"]
+        is_of_experts = bool(reshaped) and all(map(is_expert_parameter, reshaped))
+        hint = " `replace_experts` gives a loaded model other experts." if is_of_experts else ""
+        raise InputError(f"{names}, which it does not fit: {describe_mismatches(problems)}.{hint}")
     if _fingerprint(own, set(found), model.dtype) != digest:
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     new = [name for name, tensors in of_domains.items() if lacking & tensors.keys()]

@@ -92,3 +92,10 @@ def test_predictions_take_the_place_of_a_videos_masks(layout, tmp_path):
     back = files.annotations(video)
     assert (back.object_ids, back.frames) == ([3, 300], [0, 1])
     assert all(np.array_equal(back.masks(t, [3, 300]), masks[t]) for t in range(2))
+
+
+def test_where_none_is_there_the_layout_is_told(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"1 of 1 .* missing in the layout youtube_vos \(`--layout` names another"
+    ):
+        MaskFiles(tmp_path, "youtube_vos").check(make_video([2]), [0])

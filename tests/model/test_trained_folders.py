@@ -103,6 +103,14 @@ def test_experts_give_place_to_others_only_if_asked(model_folder, nano, settings
     assert_tensors(model, plain)
 
 
+def test_a_folder_of_experts_says_how_to_get_others(experts_folder):
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(
+            ValueError, match=r"of another shape.* `replace_experts` gives a loaded model other experts"
+        ):
+            SamoeModel.from_pretrained(experts_folder, num_experts=7, **options)
+
+
 def test_a_base_of_another_size_gives_no_place_to_new_experts(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "folder")
     change_config(folder, mask_decoder_config__mlp_dim=64)
