@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from samoe_hf.data import video_io
-from samoe_hf.data.frames import FrameSequence, SampleError, check_inside, named_errors, natural_key
+from samoe_hf.data.frames import FrameSequence, SampleError, check_inside, frame_order, named_errors, natural_key
 from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
 from samoe_hf.data.images import ImageFrames
 from samoe_hf.data.synthetic import SyntheticVideos
@@ -173,7 +173,7 @@ def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVi
         raise SampleError("No file was uploaded.")
     if sum(path.stat().st_size for path in paths) > limits.upload_bytes:
         raise SampleError(f"What was uploaded has more than {limits.upload_bytes} bytes.")
-    ordered = sorted((str(path) for path in paths), key=natural_key)
+    ordered = [str(path) for path in frame_order(paths)]  # each lies in a folder that Gradio names by its content
     if len(paths) > 1 or paths[0].suffix.lower() != ".zip":
         return open_files(safe_name(ordered[0]), ordered, shutil.copyfile, folder, limits)
     with open_archive(paths[0], limits) as archive:
