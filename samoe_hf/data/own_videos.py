@@ -7,7 +7,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, product
@@ -291,10 +290,17 @@ def guess(root: Path) -> Found:
         if root.suffix.lower() in LIST_SUFFIXES:
             return _by_list(root)
         raise InputError(f"{root}: a folder is expected, or a list of pairs ({', '.join(LIST_SUFFIXES)})")
-    lists = [path for path in root.iterdir() if path.suffix.lower() in LIST_SUFFIXES]
-    if len(lists) == 1:  # it was written to say what names may not
-        with suppress(SampleError, OSError):
-            return _by_list(lists[0])
+    reason, lists = "", {}  # which were written to say what names may not
+    for path in sorted(path for path in root.iterdir() if path.suffix.lower() in LIST_SUFFIXES)[:MAX_NAMED]:
+        try:
+            if not has_words(path, COCO):  # which may be large
+                lists[path] = _by_list(path)
+        except (SampleError, OSError) as error:
+            reason = f"{error}. "
+    if len(lists) > 1:
+        raise InputError(f"{root} holds several lists of pairs; give one in place of it: {', '.join(map(str, lists))}")
+    if lists:
+        return lists.popitem()[1]
     folders = read_folders(root)
     is_picture = re.compile(rf"{MASK_WORDS}[\W_]?(?i:{PICTURE_WORDS})(?:png)?")
     pictures = [folder for folder in folders if is_picture.fullmatch((folder.parts or ("",))[-1])]
@@ -309,24 +315,16 @@ def guess(root: Path) -> Found:
             if found is not None:
                 found.left_out["pictures of masks are left out"] = ["/".join(folder.parts) for folder in pictures]
                 return _by_name(found)
-    reason = ""
     held = [path for path in islice(root.rglob("*"), MAX_LISTED) if path.is_file()]
     files = sorted(path for path in held if path.suffix.lower() in EXPORT_SUFFIXES)
-    for path in files:
-        try:
-            if path.parent == root and path.suffix.lower() in LIST_SUFFIXES:
-                return _by_list(path)
-        except SampleError as error:
-            reason = f"{error}. "
-    tools = ((path, tool) for path in files[:MAX_NAMED] for tool in EXPORTS if has_words(path, EXPORTS[tool]))
     for path in files[:MAX_NAMED]:
         if has_words(path, COCO):
             name = path.relative_to(root).as_posix()
             reason = (
                 f"{path} is COCO's JSON: name the kind `coco` with `annotations: {name}`, and `images`, its folder. "
             )
-    for path, tool in tools:
-        reason = f"{path} is {tool}, which is not read: export masks as images, or COCO's JSON (the kind coco). "
+        for tool in (tool for tool in EXPORTS if has_words(path, EXPORTS[tool])):
+            reason = f"{path} is {tool}, which is not read: export masks as images, or COCO's JSON (the kind coco). "
     raise InputError(
         f"{root}: no layout of videos and masks is recognized. {reason}Found: {_describe_contents(root, held)}. "
         f"Expected: {EXPECTED}. If it is another, name it: "

@@ -179,6 +179,10 @@ def test_a_list_goes_before_what_names_tell(tmp_path):
         (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]))
         (video,) = load_videos(str(tmp_path))
         assert [video.visible(t) for t in range(4)] == [[value] for value in expected]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.csv").write_text("image,label\nframes/0.png,masks/1.png")
+    with pytest.raises(ValueError, match=r"several lists of pairs; give one in place of it: .*train\.csv, .*val\.csv"):
+        load_videos(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["any.json", "any.coco.json"])
