@@ -188,7 +188,7 @@ def test_shapes_are_tracked_frame_by_frame_each_from_its_own(tracker, video, kin
         if t == LATE:
             own = track(tracker, image=image_of(video.frames[t]), shapes=[second], states=[])[1]
             states += own
-    assert np.mean([own[0] for own in overlaps]) > 0.6 and np.mean([own[1] for own in overlaps[LATE:]]) > 0.6
+    assert np.mean([own[0] for own in overlaps]) > 0.6 and np.mean([own[1] for own in overlaps[LATE:]]) > 0.5
 
 
 @pytest.mark.parametrize("kind", cvat_functions.SHAPES)

@@ -68,7 +68,15 @@ def test_runs_can_start(path, data, pictures, model_folder, tmp_path, monkeypatc
     assert "../" not in text, "a path outside the repository"
     run = tmp_path / path.name
     base = "model_name_or_path: facebook/sam2.1-hiera-base-plus"
-    for earlier in ("base_first", "click_start", "base_clicks_first", "base_clicks"):  # what an earlier run has left
+    for earlier in (
+        "base_first",
+        "click_start",
+        "base_clicks_first",
+        "base_clicks",
+        "base_three",
+        "base_frames",
+        "base_clips",
+    ):  # what an earlier run has left
         text = text.replace(f"model_name_or_path: outputs/{earlier}\n", f"{base}\n")
     monkeypatch.setitem(LAYOUTS, "cutouts", LAYOUT)
     text = text.replace("outputs/pictures.npz", str(pictures))
