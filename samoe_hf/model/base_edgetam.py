@@ -24,6 +24,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.edgetam_video.modeling_edgetam_video import (
     EdgeTamVideoMemoryAttention,
     EdgeTamVideoMemoryAttentionLayer,
+    EdgeTamVideoModel,
     EdgeTamVideoPerceiverResampler,
 )
 from transformers.utils import is_timm_available
@@ -77,6 +78,13 @@ class Perceiver(EdgeTamVideoPerceiverResampler):
         for layer in self.layers:
             of_map, of_windows = layer(of_map, whole, position), layer(of_windows, windows)
         return self.layer_norm(torch.cat([of_map, of_windows.unflatten(0, (objects, -1)).squeeze(2)], dim=1))
+
+
+class QuantizedEdgeTam(EdgeTamVideoModel):
+    """EdgeTAM with an answer to what torchao is asked of every model: which layer embeds its inputs."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared_image_embedding
 
 
 class EdgeTam(Base):
@@ -193,4 +201,5 @@ EDGETAM = EdgeTam(
     no_split_modules=("TimmWrapperModel", "Sam2VideoTwoWayAttentionBlock"),
     # transformers keeps memories as they are.
     memory_dtype=None,
+    quantized_class=QuantizedEdgeTam,
 )

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, ProcessorMixin, Sam2VideoModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Sam2VideoModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
@@ -55,6 +55,7 @@ class Base(ABC):
         memory_selection: which memories a frame reads, unless the configuration says otherwise.
         loads_own_processor: whether a saved processor is loaded as `processor_class`, whatever it was saved as.
         memory_dtype: the type that memories are rounded to while tracking; None for none.
+        quantized_class: the model that transformers quantizes, if it is not that of the configuration.
     """
 
     title: str
@@ -71,6 +72,7 @@ class Base(ABC):
     loads_own_processor: bool = False
     memory_selection: str = "recent"
     memory_dtype: torch.dtype | None = torch.bfloat16
+    quantized_class: type[PreTrainedModel] | None = None
 
     @abstractmethod
     def has(self, config: VideoConfig) -> bool:

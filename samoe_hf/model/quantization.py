@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import plain_name
-from .base import config_of_base
+from .base import base_of, config_of_base
 from .base_model import SamoePreTrainedModel
 from .errors import InputError
 from .expert_layer import META, BaseLinear, QuantizedProduct, is_expert_parameter, replace_module
@@ -99,7 +99,7 @@ def _quantized_base(model: SamoePreTrainedModel, quantization_config: Any, devic
     with without_load_report() as reports:
         try:
             config = config_of_base(model.config)
-            kind: Any = MODEL_MAPPING[type(config)]
+            kind: Any = base_of(model.config).quantized_class or MODEL_MAPPING[type(config)]
             return kind.from_pretrained(
                 None,
                 config=config,
