@@ -140,7 +140,9 @@ def test_models_side_by_side(run, model_folder, davis, tmp_path):
 
 @pytest.mark.slow
 def test_processes_share_the_videos(run, model_folder, davis, tmp_path):
-    arguments = [str(word) for word in (model_folder, *davis, "--prompt", "point", "--output")]
+    # Batches of other sizes round otherwise, so each process tracks its videos one by one.
+    alone = "--videos-at-once", 1, "--output"
+    arguments = [str(word) for word in (model_folder, *davis, "--prompt", "point", *alone)]
     # As `accelerate launch` does for GPUs; on a CPU it starts one process only.
     command = [*LAUNCH, "-m", "samoe_hf", "evaluate", *arguments, str(tmp_path / "two")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

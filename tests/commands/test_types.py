@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from samoe_hf import SamoeModel, VideoSession
+from samoe_hf import SamoeModel, VideoSession, small_base
 from samoe_hf.commands import app
 from samoe_hf.data import SyntheticVideos, read_label_png, write_video
 from samoe_hf.errors import InputError
@@ -130,9 +130,10 @@ def test_unknown_types_and_backends_are_named(model_folder):
 
 @pytest.mark.slow
 def test_inductor_compiles_half_precision(samoe, words, tmp_path):
-    maps = []
+    maps, (command, _, *rest) = [], words("track")
     for option in ([], ["--compile"]):
-        samoe(*words("track"), *HALF, *option, "--overwrite")
+        # A trained model: masks of random weights hang on how sums are rounded.
+        samoe(command, small_base(), *rest, *HALF, *option, "--overwrite")
         maps.append(np.stack([read_label_png(file) for file in sorted((tmp_path / "out_masks").iterdir())]))
     assert maps[0].any() and (maps[0] == maps[1]).mean() > 0.95
 

@@ -185,12 +185,21 @@ def write_folder(root, count):
 FOLDER_RUN = ["--max_steps=1", "--num_frames=2", "--num_experts=2", "--expert_modules=q_proj", "--disable_tqdm=true"]
 
 
-def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(base, tmp_path, capsys):
-    data = write_folder(tmp_path / "data", 4)
-    words = [str(base), "--domain", "soft", "--dataset", str(data), "--output", str(tmp_path / "out"), *FOLDER_RUN]
-    run_command([*words, "--learning_rate", "0"])
-    printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+@pytest.fixture
+def learn_nothing(base, tmp_path, capsys):
+    """Runs the command on a folder of videos, at a learning rate of 0; gives its results and what it printed."""
+
+    def run(count):
+        data = write_folder(tmp_path / "data", count)
+        words = [str(base), "--domain", "soft", "--dataset", str(data), "--output", str(tmp_path / "out"), *FOLDER_RUN]
+        run_command([*words, "--learning_rate", "0"])
+        return json.loads((tmp_path / "out" / "adaptation.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(learn_nothing, tmp_path):
+    results, printed = learn_nothing(4)
     (kept,) = results["kept_aside"]
     assert kept["video"] == "v3" and kept["own"] == kept["base"] == results["before"]["eval_J&F"]
     assert not results["trained_on"]
@@ -205,12 +214,8 @@ def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(base, 
     )
 
 
-def test_of_too_few_to_keep_one_aside_those_that_were_trained_on_are_tracked(base, tmp_path, capsys):
-    data = write_folder(tmp_path / "data", 2)
-    words = [str(base), "--domain", "soft", "--dataset", str(data), "--output", str(tmp_path / "out"), *FOLDER_RUN]
-    run_command([*words, "--learning_rate", "0"])
-    printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+def test_of_too_few_to_keep_one_aside_those_that_were_trained_on_are_tracked(learn_nothing, tmp_path):
+    results, printed = learn_nothing(2)
     assert [one["video"] for one in results["trained_on"]] == ["v0", "v1"] and not results["kept_aside"]
     assert all(one["own"] == one["base"] for one in results["trained_on"])
     assert "what is won on videos that were not trained on is not known" in printed
