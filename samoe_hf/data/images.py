@@ -185,8 +185,9 @@ def read_label_png(source: Source, name: str | None = None) -> np.ndarray:
     """Reads a label image: palette indices, gray values or 16-bit values as they are stored.
 
     A binary mask stored as 0 and 255 stays 0 and 255 here. Gray values of 2 and 4 bits, and those of a TIFF in which
-    white is zero, are the stored numbers, not the shown grays; of 1 bit, white is 1. Of an RGB image, grays are the
-    values, and DAVIS' colours stand for ids. Transparent pixels are background. An EXIF orientation turns labels too.
+    white is zero, are the stored numbers, not the shown grays; of 1 bit, white is 1. Of an RGB image and a GIF, grays
+    are the values, and DAVIS' colours stand for ids. Transparent pixels are background. An EXIF orientation turns
+    labels too.
 
     Args:
         source: a path, the file's bytes, a page or a PIL image.
@@ -217,6 +218,8 @@ def read_label_png(source: Source, name: str | None = None) -> np.ndarray:
 def _stored_values(picture: Picture, name: str) -> np.ndarray:
     """The values (H, W) of an upright label image as they are stored."""
     image, maximum = ImageOps.exif_transpose(picture.image), picture.maximum
+    if picture.image.format == "GIF":  # whose writers number colours anew
+        image = image.convert("RGBA")
     values = np.array(image)
     if image.mode in ("1", "P"):
         return values.astype(np.uint8)
@@ -226,9 +229,9 @@ def _stored_values(picture: Picture, name: str) -> np.ndarray:
     if image.mode in ("LA", "PA"):
         return np.where(_is_hidden(values[..., 1]), 0, values[..., 0])
     if image.mode == "RGBA":
-        return _ids_of_colors(np.where(_is_hidden(values[..., 3])[..., None], 0, values[..., :3]), name)
-    if image.mode == "RGB":
-        return _ids_of_colors(values, name)
+        values = np.where(_is_hidden(values[..., 3])[..., None], 0, values[..., :3])
+    if image.mode in ("RGB", "RGBA"):
+        return _ids_of_colors(values, name, "a GIF" if picture.image.format == "GIF" else "an RGB image")
     if image.mode[0] != "I":
         raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
     return np.rint(values * (maximum / 65535)).astype(np.int64) if picture.image.format == "PPM" else values
@@ -255,8 +258,8 @@ def _keeps_values(image: Image.Image, source: Source) -> bool:
     return True
 
 
-def _ids_of_colors(colors: np.ndarray, name: str) -> np.ndarray:
-    """Ids (H, W) of an RGB image (H, W, 3) of grays, or of DAVIS' colours."""
+def _ids_of_colors(colors: np.ndarray, name: str, kind: str) -> np.ndarray:
+    """Ids (H, W) of an image (H, W, 3) of grays, or of DAVIS' colours; `kind` is for messages."""
     if (colors[..., :1] == colors[..., 1:]).all():
         return colors[..., 0].copy()
     packed, known = (rgb.astype(int) @ np.array([1 << 16, 1 << 8, 1]) for rgb in (colors, voc_palette()))
@@ -264,9 +267,9 @@ def _ids_of_colors(colors: np.ndarray, name: str) -> np.ndarray:
     ids_of = {color: i for i, color in enumerate(known.tolist())}
     if not ids_of.keys() >= set(present.tolist()):
         raise SampleError(
-            f"{name}: an RGB image of {len(present)} colours, such as "
-            f"{', '.join(f'#{color:06x}' for color in present[:6])}; labels must be a palette, gray or 16-bit image of "
-            "ids, 0 for background, or have DAVIS' colours"
+            f"{name}: {kind} of {len(present)} colours, such as "
+            f"{', '.join(f'#{color:06x}' for color in present[:6])}; labels must be a PNG or TIFF of ids as palette "
+            "indices or grays, 0 for background, or have DAVIS' colours"
         )
     return np.array([ids_of[color] for color in present.tolist()], np.uint8)[places].reshape(packed.shape)
 

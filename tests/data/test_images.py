@@ -18,7 +18,7 @@ from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.frames import SampleError
 from samoe_hf.data.hub_datasets import videos_from_dataset
 from samoe_hf.data.image_files import Page
-from samoe_hf.data.images import ImageFrames
+from samoe_hf.data.images import ImageFrames, voc_palette
 from samoe_hf.data.schema import Video, to_datasets, video_from_row, video_to_row
 from samoe_hf.data.video_io import read_video
 
@@ -246,6 +246,20 @@ def test_pages_of_gray_labels_keep_their_ids(tmp_path, ids, format):
         assert np.array_equal(read_label_png(Page(path, i)), np.roll(ids, i, axis=1)), i
     with pytest.raises(SampleError, match="4 pages"):
         read_label_png(path)
+
+
+def test_a_gif_tells_ids_by_its_colours_since_its_writer_may_number_them_anew(ids):
+    ids = np.array([0, 2, 5, 200], np.uint8)[ids]
+    davis, other = Image.fromarray(ids), Image.fromarray(ids)
+    davis.putpalette(voc_palette().tobytes())
+    for image in (Image.fromarray(ids), davis):
+        buffer = BytesIO()
+        image.save(buffer, "GIF")
+        assert np.array_equal(read_label_png(buffer.getvalue()), ids)
+    other.putpalette(np.random.default_rng(0).bytes(768))
+    other.save(buffer := BytesIO(), "GIF")
+    with pytest.raises(SampleError, match=r"a GIF of 4 colours, such as .*PNG"):
+        read_label_png(buffer.getvalue())
 
 
 def test_lossy_labels_are_refused(ids):
