@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain, dropwhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+NUM_HELD = 32  # frames of a video file
 NO_OBJECT = -1024.0  # the logit of an object that is gone
 MAX_ID = 255  # of a PNG of 8 bits
 MAX_LOGITS = 2**28  # of the memory attention at once: 1 GB, which onnxruntime holds twice
@@ -433,21 +435,54 @@ class Images(Sequence):
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def read_video(path: Path) -> list[np.ndarray]:
-    """All frames of a video file, turned and mirrored as it says."""
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(f"{path} is no folder, and a video file needs PyAV: pip install av") from error
-    try:
-        with av.open(path) as container:
-            stream = container.streams.best("video") or container.streams.video[0]  # no cover
-            frames = [upright(frame) for frame in container.decode(stream)]
-    except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"{path} must be a folder of images or a video file: {error}") from error
-    if not frames:
-        raise InputError(f"{path} must be a video file, but no frame of it can be read.")
-    return frames
+class Film(Sequence):
+    """The frames of a video file, turned and mirrored as it says. The last `NUM_HELD` that were decoded are held; for
+    earlier ones the file is read again from a key frame."""
+
+    def __init__(self, path: Path):
+        try:
+            import av
+        except ImportError as error:
+            raise InputError(f"{path} is no folder, and a video file needs PyAV: pip install av") from error
+        self.path, self.open, self.errors = path, av.open, (av.FFmpegError, IndexError)
+        self.times = [frame.pts for frame in self.decode()]
+        if not self.times:
+            raise InputError(f"{path} must be a video file, but no frame of it can be read.")
+        self.coming: Iterator[tuple[int, Any]] = enumerate(self.decode())
+        self.last, self.held = -1, dict[int, Any]()
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index <= self.last and index not in self.held:
+            self.coming, self.held = self.start(max(index - NUM_HELD + 1, 0)), {}
+        while index not in self.held:
+            self.last, self.held[self.last] = next(self.coming)
+            self.held.pop(self.last - NUM_HELD, None)
+        return upright(self.held[index])
+
+    def start(self, index: int) -> Iterator[tuple[int, Any]]:
+        """Frames, each after its number, from one that is not after `index`."""
+        for place in (index, max(index - 300, 0)):  # some files are not sought by key frames
+            frames = dropwhile(lambda frame: not frame.key_frame, self.decode(self.times[place]))
+            first = next(frames, None)
+            if first is not None and self.times[: index + 1].count(first.pts) == 1:
+                return enumerate(chain([first], frames), self.times.index(first.pts))
+        return enumerate(self.decode())
+
+    def decode(self, time: int | None = None) -> Iterator[Any]:
+        """Decoded frames, from the first or from the key frame before a time."""
+        try:
+            with self.open(self.path) as container:
+                stream = container.streams.best("video") or container.streams.video[0]  # no cover
+                if time is not None:
+                    container.seek(time, stream=stream)
+                yield from container.decode(stream)
+        except self.errors as error:
+            raise InputError(f"{self.path} must be a folder of images or a video file: {error}") from error
 
 
 def upright(frame) -> np.ndarray:
@@ -485,7 +520,7 @@ def main() -> None:
             raise InputError(f"MASKS must be a new folder, but {parsed.masks} exists.")
         if not parsed.frames.exists():
             raise InputError(f"FRAMES must be a folder of images or a video file, but {parsed.frames} is not there.")
-        frames = Images(parsed.frames) if parsed.frames.is_dir() else read_video(parsed.frames)
+        frames = Images(parsed.frames) if parsed.frames.is_dir() else Film(parsed.frames)
         names = frames.names if isinstance(frames, Images) else [f"{t:05d}" for t in range(len(frames))]
         tracked = Tracker(Path(__file__).parent).track(frames, read_prompts(parsed.prompts))
         parsed.masks.parent.mkdir(parents=True, exist_ok=True)

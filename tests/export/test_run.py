@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers.export import EagerTracker, compare, difference, drawn_video, tracked_with_corrections
 from samoe_hf import data
-from samoe_hf.export.run import TrackedObject, Tracker, check_prompts, main, prepare, read_video, resize
+from samoe_hf.export.run import Film, TrackedObject, Tracker, check_prompts, main, prepare, resize
 from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
 from samoe_hf.model.memory_selection import MemoryLimits, select_memories
 
@@ -223,8 +223,26 @@ def test_frames_of_a_video_are_those_that_the_package_reads(tmp_path, turn):
         for frame in FRAMES:
             target.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         target.mux(stream.encode())
-    for frame, expected in zip(read_video(path), data.read_video(path), strict=True):
+    for frame, expected in zip(Film(path), data.read_video(path), strict=True):
         assert frame.shape == expected.shape and np.abs(frame - expected.astype(int)).mean() < 5
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "h264", "avi"])
+def test_few_frames_of_a_video_are_held_whatever_their_order(tmp_path, monkeypatch, suffix):
+    path, shape, codec = tmp_path / f"long.{suffix}", (64, 64, 3), "mjpeg" if suffix == "avi" else "libx264"
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream(codec, rate=25, options={"g": "12", "bf": "2"} if codec == "libx264" else {})
+        stream.height, stream.width = shape[:2]
+        stream.pix_fmt = "yuv420p" if codec == "libx264" else "yuvj420p"
+        for t in range(50):
+            frame = av.VideoFrame.from_ndarray(np.full(shape, 5 * t, np.uint8), format="rgb24")
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+    monkeypatch.setattr("samoe_hf.export.run.NUM_HELD", 5)
+    film, order = Film(path), [0, 20, 40, *range(3, 50), *reversed(range(40)), 49, 0, 30]
+    assert len(film) == 50
+    assert [round(float(film[t].mean()) / 5) for t in order] == order
+    assert len(film.held) == 5
 
 
 @pytest.mark.parametrize(
