@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from samoe_hf.data.annotations import Shapes, read_object_mask
 from samoe_hf.data.fingerprints import fingerprint, frames_fingerprint
-from samoe_hf.data.frames import check_inside
+from samoe_hf.data.frames import check_inside, on_disk, one_form
 from samoe_hf.data.images import image_paths
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
@@ -87,7 +87,7 @@ class FilePrompt:
     def read(self, folder: Path) -> VideoPrompt:
         """The prompt, with its mask; `folder` is that of the file of prompts."""
         advice = "a prompt's mask is of its object alone"
-        mask = None if self.mask is None else read_object_mask(folder / self.mask, self.object, advice)
+        mask = None if self.mask is None else read_object_mask(on_disk(folder / self.mask), self.object, advice)
         labels = [1] * len(self.points) if self.labels is None else self.labels
         return VideoPrompt(self.object, self.frame, self.points, labels, self.box, mask, self.end)
 
@@ -142,6 +142,7 @@ def video_paths(root: str | Path) -> dict[str, Path]:
         if len(folder.images) > len(folder.stacks) and folder.parts:
             paths.append(("/".join(folder.parts), root.joinpath(*folder.parts)))
         for name, path in paths:
+            name = one_form(name)
             if name in found:
                 raise InputError(f"{found[name]} and {path} are videos of the same name.")
             found[name] = path
@@ -174,7 +175,7 @@ def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
 
 
 def _about_files(prompts: Sequence[FilePrompt], folder: Path, video: Path) -> Any:
-    masks = [folder / prompt.mask for prompt in prompts if prompt.mask is not None]
+    masks = [on_disk(folder / prompt.mask) for prompt in prompts if prompt.mask is not None]
     frames = [video] if video.is_file() else image_paths(video)
     return prompts, masks, [frame.name for frame in frames], frames
 
@@ -215,7 +216,7 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
             raise InputError(f"{owner} must have an `object` from 1 and a `frame` from 0 on.")
         if prompt.mask is not None:
             check_inside(prompt.mask, owner)
-        own = prompts.setdefault(prompt.video, [])
+        own = prompts.setdefault(one_form(prompt.video), [])
         if any((one.object, one.frame) == (prompt.object, prompt.frame) for one in own):
             raise InputError(f"{owner} must be one for an object of {prompt.video!r} on a frame.")
         own.append(prompt)

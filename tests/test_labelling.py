@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from datasets import Dataset, load_from_disk
 from PIL import Image
 
 from helpers.edgetam import slow_over_bases
-from helpers.own_videos import save_videos
+from helpers.own_videos import save, save_videos
 from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
@@ -363,6 +364,15 @@ def test_files_of_prompts_that_are_wrong_are_refused(tmp_path, content, message)
 def test_a_file_of_prompts_may_have_a_byte_order_mark(tmp_path, encoding):
     (tmp_path / "p.json").write_text('[{"video": "é", "box": [1, 2, 3, 4]}]', encoding=encoding)
     assert [*read_prompts(tmp_path / "p.json")] == ["é"]
+
+
+def test_a_file_of_prompts_may_have_names_of_another_unicode_form(tmp_path):
+    video, mask = (unicodedata.normalize("NFD", name) for name in ("bébé", "tête.png"))
+    save(tmp_path / "videos" / video / "0.png", np.zeros((8, 8, 3), np.uint8))
+    save(tmp_path / mask, np.eye(8, dtype=np.uint8))
+    (tmp_path / "prompts.json").write_text('[{"video": "bébé", "mask": "tête.png"}]')
+    (prompted,) = from_prompt_file(tmp_path / "prompts.json", tmp_path / "videos")
+    assert prompted.fingerprint and prompted.prompts(prompted.open())[0].mask.sum() == 8
 
 
 def test_wrong_prompts_are_told_before_anything_is_written(model_folder, clips, tmp_path):

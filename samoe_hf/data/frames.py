@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import struct
+import unicodedata
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,6 +109,20 @@ def check_folder(folder: str | Path) -> Path:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     return Path(folder)
+
+
+def one_form(name: str) -> str:
+    """A name in the Unicode form that most systems write, NFC, to compare it; macOS writes another one, NFD."""
+    return unicodedata.normalize("NFC", name)
+
+
+def on_disk(path: Path) -> Path:
+    """A path in the Unicode form that it has on disk, if there is one; else as it is."""
+    if path.exists() or path.parent == path:
+        return path
+    parent = on_disk(path.parent)
+    forms = (parent / unicodedata.normalize(form, path.name) for form in ("NFC", "NFD"))
+    return next(filter(Path.exists, forms), path)
 
 
 def check_inside(name: str, source: str | Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from samoe_hf.errors import InputError
 
-from .frames import SampleError, frame_order, natural_key, say_once
+from .frames import SampleError, frame_order, natural_key, one_form, say_once
 from .image_files import IMAGE_SUFFIXES, describe_unread, open_image
 from .images import ImageFrames
 from .layouts import choose_split, has_words
@@ -235,10 +235,10 @@ def match_files(
             expression += f"(?P={name})"
         else:
             expression += f"(?P<{name}>{r'[^/]+?' if part == '{video}' and folders else tokens[part]})"
-    compiled, matched = re.compile(expression), {}
+    compiled, matched = re.compile(one_form(expression)), {}
     for path in files:
         place = path.with_suffix("") / "0" if path in stacks else path
-        match = compiled.fullmatch(place.relative_to(root).as_posix())
+        match = compiled.fullmatch(one_form(place.relative_to(root).as_posix()))
         if match:
             names = match.groupdict()
             above = "".join(names[f"folders{i}"] for i in range(folders))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .frames import SampleError, check_inside, frame_order, named_errors, say_once
+from .frames import SampleError, check_inside, frame_order, named_errors, on_disk, say_once
 from .pairing import FRAME_WORDS, MaskFile, Source
 from .video_io import VIDEO_SUFFIXES
 
@@ -103,7 +103,7 @@ def _in_order(files: list[Path], numbers: Mapping[Path, float], owner: str) -> l
 
 def _existing(name: str, path: Path, where: str) -> Path:
     check_inside(name, where)
-    file = path.parent / name
+    file = on_disk(path.parent / name)
     if not file.is_file():
         raise FileNotFoundError(f"{where}: no such file {file}")
     return file

@@ -20,7 +20,7 @@ import numpy as np
 
 from .annotations import Annotations, LabelImages, ObjectImages
 from .containers import ContainerFrames
-from .frames import FrameSequence, SampleError, natural_key
+from .frames import FrameSequence, SampleError, natural_key, one_form
 from .image_files import Page, image_info
 from .images import ImageFrames, read_label_png
 
@@ -164,8 +164,8 @@ def _telling_numbers(names: Sequence[str]) -> list[str]:
 
 
 def plain_name(stem: str) -> str:
-    """A file's name without what tools add: a second suffix (`00001.jpg.png`), Roboflow's hash."""
-    return re.sub(r"(?i)\.(?:jpe?g|png|bmp|tiff?|webp)$", "", ROBOFLOW.sub("", stem))
+    """A file's name, to compare it, without what tools add: a second suffix (`00001.jpg.png`), Roboflow's hash."""
+    return re.sub(r"(?i)\.(?:jpe?g|png|bmp|tiff?|webp)$", "", ROBOFLOW.sub("", one_form(stem)))
 
 
 def _without_pictures(masks: Sequence[MaskFile]) -> tuple[Sequence[MaskFile], list[str]]:
@@ -203,7 +203,7 @@ class _Names:
             raise SampleError(
                 f"{masks[0].path}: Label Studio's masks name tasks instead of frames; export its JSON, which is read"
             )
-        folders = [mask.folder or "" for mask in masks]
+        folders = [one_form(mask.folder or "") for mask in masks]
         told = self._choose(masks, [stems, folders] if all(folders) and not is_named else [stems])
         frames = self._frames(told, masks)
         if is_named or masks[0].object_name is not None:
@@ -375,7 +375,7 @@ def split_by_name(source: Source) -> dict[str, Source]:
     if len(groups) < 2 or ("", "") in groups or min(len(images) for images, _ in groups.values()) < 2:
         return {}
     for mask in source.masks:
-        text = f"{mask.folder or ''}/{plain_name(mask.path.stem)}"
+        text = f"{one_form(mask.folder or '')}/{plain_name(mask.path.stem)}"
         own = [g for g in groups if all(re.search(rf"(?<![^\W_]){re.escape(p)}(?:[\W_\d]|$)", text) for p in g if p)]
         if not own:
             names = ", ".join(" ".join(filter(None, parts)) for parts in sorted(groups)[:3])

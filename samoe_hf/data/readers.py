@@ -18,7 +18,7 @@ import numpy as np
 from samoe_hf.errors import InputError
 
 from .annotations import LabelImages, ObjectImages, Shapes
-from .frames import SampleError, check_folder, named_errors, natural_key
+from .frames import SampleError, check_folder, named_errors, natural_key, on_disk, one_form
 from .images import ImageFrames, image_paths, read_label_png
 from .schema import Video, VideoList
 from .video_io import read_video
@@ -72,8 +72,8 @@ def read_vos(
 
 
 def _open_labelled(values: dict[str, Any], video_id: str, folders: tuple[Path, Path]) -> Video:
-    frames = ImageFrames(image_paths(folders[0]))
-    return Video(video_id, frames, LabelImages(_match_to_frames(frames, image_paths(folders[1])), **values))
+    frames = ImageFrames(image_paths(on_disk(folders[0])))
+    return Video(video_id, frames, LabelImages(_match_to_frames(frames, image_paths(on_disk(folders[1]))), **values))
 
 
 def read_sa_v_val(root: str | Path, split: str = "sav_val") -> VideoList:
@@ -93,12 +93,12 @@ def read_sa_v_val(root: str | Path, split: str = "sav_val") -> VideoList:
 
 
 def _open_per_object(video_id: str, folders: tuple[Path, Path]) -> Video:
-    frames = ImageFrames(image_paths(folders[0]))
+    frames, masks = ImageFrames(image_paths(on_disk(folders[0]))), on_disk(folders[1])
     paths = {}
-    for name in _folder_names(folders[1]):
+    for name in _folder_names(masks):
         if not name.isdecimal() or int(name) + 1 in paths:
-            raise SampleError(f"{folders[1] / name}: an object's folder must be named by a number of its own")
-        paths[int(name) + 1] = _match_to_frames(frames, image_paths(folders[1] / name))
+            raise SampleError(f"{masks / name}: an object's folder must be named by a number of its own")
+        paths[int(name) + 1] = _match_to_frames(frames, image_paths(masks / name))
     return Video(video_id, frames, ObjectImages(paths))
 
 
@@ -136,7 +136,7 @@ def _open_masklets(frame_step: int, video_id: str, path: Path) -> Video:
             if rle and None not in rle
         }
         masks = Shapes(rles, sorted(set().union(*rles.values())), size, str(path))
-        return Video(video_id, read_video(path.with_name(f"{video_id}.mp4")), masks)
+        return Video(video_id, read_video(on_disk(path.with_name(f"{video_id}.mp4"))), masks)
 
 
 def read_ocid(
@@ -176,14 +176,15 @@ def _open_ocid(ignore_ids: frozenset[int], video_id: str, folder: Path) -> Video
 
 def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:
     """Frame index -> label image, matched by the files' names."""
-    index = {name: i for i, name in enumerate(frames.names)}
+    index = {one_form(name): i for i, name in enumerate(frames.names)}
     if len(index) < len(frames):
         raise SampleError(f"{frames.paths[0].parent}: several frames of one name")
     paths = {}
     for path in labels:
-        if path.stem not in index:
+        name = one_form(path.stem)
+        if name not in index:
             raise SampleError(f"{path}: no frame of this name in {frames.paths[0].parent}")
-        paths[index[path.stem]] = path
+        paths[index[name]] = path
     return paths
 
 

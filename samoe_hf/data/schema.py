@@ -20,7 +20,7 @@ from PIL import Image
 from samoe_hf.errors import InputError
 
 from .annotations import Annotations, MaskArrays, Shapes
-from .frames import ArrayFrames, FrameSequence, SampleError, named_errors
+from .frames import ArrayFrames, FrameSequence, SampleError, named_errors, one_form
 from .images import ImageFrames, encode_png
 from .shapes import encode_rle
 
@@ -168,6 +168,8 @@ class VideoList(Sequence[Video]):
 
     def select(self, video_ids: Sequence[str]) -> VideoList:
         """The videos with these ids, in this order; raises `ValueError` for an unknown id."""
+        known = {one_form(str(video_id)): video_id for video_id in self.entries}
+        video_ids = [known.get(one_form(video_id), video_id) for video_id in video_ids]
         missing = [video_id for video_id in video_ids if video_id not in self.entries]
         if missing:
             raise InputError(f"no videos {missing}; there are {self.video_ids[:10]}{'…' if len(self) > 10 else ''}")

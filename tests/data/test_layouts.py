@@ -1,14 +1,29 @@
 """Videos of one's own: every layout is recognized, and what is none is answered with the remedy."""
 
 import json
+import unicodedata
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from helpers import layouts
-from helpers.own_videos import LAYOUTS, NUM_FRAMES, SIZE, save, save_ids, truth, write, write_objects, write_videos
+from helpers.own_videos import (
+    LAYOUTS,
+    NUM_FRAMES,
+    SIZE,
+    save,
+    save_ids,
+    save_videos,
+    truth,
+    write,
+    write_objects,
+    write_videos,
+)
 from samoe_hf.data import SampleError, load_videos, write_palette_png, write_video
+from samoe_hf.data.formats import convert
+from samoe_hf.data.layouts import WRITTEN
 
 
 def check_videos(videos) -> None:
@@ -102,6 +117,35 @@ def test_vos_datasets_are_recognized_by_name_with_their_splits(name, kind, tmp_p
     assert load_videos(tmp_path / name / "valid")[0].domain == kind
     with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, valid"):
         load_videos(tmp_path / name, split="dev")
+
+
+@pytest.mark.parametrize(
+    "frames, masks, kind",
+    [
+        ("frames/{v}/{t}.jpg", "masks/{v}/{t}.png", None),
+        ("{v}_frames/{t}.jpg", "{v}_masks/{t}.png", None),
+        ("{v}/frames/{v}_{t}.jpg", "{v}/masks/{v}_{t}_mask.png", None),
+        ("JPEGImages/{v}/{v}{t}.jpg", "Annotations/{v}/{v}{t}.png", "frames"),
+        *[("frames/{v}/{v}{t}.jpg", "masks/{v}/{v}{t}.png", kind) for kind in ("csv", *WRITTEN)],
+    ],
+)
+def test_names_of_the_unicode_form_of_macos_are_the_same(frames, masks, kind, tmp_path):
+    videos = [replace(video, video_id="bébé") for video in list(truth().values())[:1]]
+    root = save_videos(tmp_path / "made", videos, frames, masks)
+    if kind == "csv":
+        rows = [f"{frames},{masks}".format(v="bébé", t=t) for t in range(NUM_FRAMES)]
+        (root / "pairs.csv").write_text("\n".join(["frame,mask", *rows]))
+    elif kind in WRITTEN:
+        written, root = load_videos(root), tmp_path / "written"
+        root.mkdir()
+        convert.write_videos(kind, written, root)
+    images = list(root.rglob("*.jpg"))
+    for path in (*images, *{image.parent for image in images}):
+        path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
+    (video,) = load_videos(root) if kind != "frames" else load_videos("frames", root)
+    expected = truth()["cat"]
+    assert len(video.annotated_frames) == NUM_FRAMES
+    assert all(np.array_equal(video.id_map(t), expected.id_map(t)) for t in range(NUM_FRAMES))
 
 
 def test_masks_of_some_frames_leave_the_others_without_annotation(tmp_path, caplog):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pycocotools import mask as coco_mask
 
-from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key, say_once
+from samoe_hf.data.frames import SampleError, check_inside, named_errors, natural_key, on_disk, say_once
 from samoe_hf.data.layouts import YTVIS
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.shapes import Part, encode_rle, polygons_of
@@ -151,7 +151,7 @@ def read_ytvis(
             for name in ("JPEGImages", "images", "")
         ]  # fmt: skip
         first = next((name for video in data["videos"] for name in video["file_names"]), "")
-        folder = next((place for place in places if (place / first).is_file()), places[0])
+        folder = next((place for place in places if on_disk(place / first).is_file()), places[0])
         frames, video_ids = [], []
         for video in data["videos"]:
             names, own = video["file_names"], of_video[video["id"]]

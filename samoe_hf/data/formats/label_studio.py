@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, quote, unquote, urlparse
 
 import numpy as np
 
-from samoe_hf.data.frames import SampleError, named_errors, say_once
+from samoe_hf.data.frames import SampleError, named_errors, one_form, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import LABEL_STUDIO
 from samoe_hf.data.schema import Video, VideoList
@@ -45,7 +45,7 @@ def read_label_studio(root: str | Path, split: str | None = None) -> VideoList:
     files: dict[tuple[str, ...], list[Path]] = defaultdict(list)  # by the ends of their paths
     for file in root.rglob("*"):
         if file.suffix.lower() in IMAGE_SUFFIXES:
-            parts = file.relative_to(root).parts
+            parts = PurePosixPath(one_form(file.relative_to(root).as_posix())).parts
             for start in range(len(parts)):
                 files[parts[start:]].append(file)
     frames: list[LabelledFrame] = []
@@ -79,7 +79,7 @@ def _image(task: dict[str, Any], root: Path, files: Mapping[tuple[str, ...], lis
         raise SampleError(
             f"task {task.get('id')} is of {urls[0]!r}, which is no image; videos have boxes there, no masks"
         )
-    parts = PurePosixPath(name).parts
+    parts = PurePosixPath(one_form(name)).parts
     for start in range(len(parts)):
         own = files.get(parts[start:], ())
         if len(own) == 1:

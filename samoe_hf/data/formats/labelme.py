@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from samoe_hf.data.frames import SampleError, named_errors, say_once
+from samoe_hf.data.frames import SampleError, named_errors, on_disk, say_once
 from samoe_hf.data.image_files import open_image
 from samoe_hf.data.layouts import LABELME
 from samoe_hf.data.schema import Video, VideoList
@@ -44,8 +44,8 @@ def read_labelme(root: str | Path, split: str | None = None) -> VideoList:
         with named_errors(path, "not LabelMe's JSON"):
             data = json.loads(path.read_bytes())
             name = PureWindowsPath(data["imagePath"]).as_posix()
-            image: Path | bytes = path.parent / PureWindowsPath(name).name
-            if not image.is_file() and not Path(name).is_absolute() and (path.parent / name).is_file():
+            image: Path | bytes = on_disk(path.parent / PureWindowsPath(name).name)
+            if not image.is_file() and not Path(name).is_absolute() and on_disk(path.parent / name).is_file():
                 image = path.parent / name
             if not image.is_file() and data.get("imageData"):
                 image = base64.b64decode(data["imageData"], validate=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.clips import warn_one_frame
-from samoe_hf.data.frames import SampleError, check_folder, check_inside, frame_order, natural_key, say_once
+from samoe_hf.data.frames import SampleError, check_folder, check_inside, frame_order, natural_key, on_disk, say_once
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.images import ImageFrames, encode_png
 from samoe_hf.data.layouts import has_words
@@ -49,6 +49,8 @@ class LabelledFrame:
     alone: str = ""  # its video's name where that is of this frame alone; by default `video/name`
 
     def __post_init__(self) -> None:
+        if isinstance(self.image, Path):
+            self.image = on_disk(self.image)
         if not self.name and isinstance(self.image, Path):
             self.name = self.image.stem
 
@@ -235,7 +237,8 @@ def open_labelled(video_id: str, entry: LabelledVideo) -> Video:
 def find_image(name: str, folders: Sequence[Path], source: str | Path) -> Path:
     """The file of a name below one of some folders; in the first of them where there is none."""
     check_inside(name, source)
-    return next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
+    files = [on_disk(folder / name) for folder in folders]
+    return next(filter(Path.is_file, files), files[0])
 
 
 # --- Writing

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key
+from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key, on_disk
 from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.shapes import joined, polygons_of
@@ -77,7 +77,7 @@ def _beside(image: Path, name: str) -> Path:
     parts = list(image.parts)
     if "images" in parts[:-1]:
         parts[len(parts) - 2 - parts[-2::-1].index("images")] = name
-    return Path(*parts).with_suffix(".txt")
+    return on_disk(Path(*parts).with_suffix(".txt"))
 
 
 def _frame(video: str, image: Path, names: dict[int, str]) -> LabelledFrame:
