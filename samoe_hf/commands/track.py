@@ -204,6 +204,9 @@ def track(
     from samoe_hf.whole_files import new_folder, whole_file
 
     model, processor = options.load_model(parsed, parsed.device)
+    if parsed.domain not in ("auto", "none", *(names := model.config.domain_names)):
+        known = ", ".join(names) or "it has none"
+        raise InputError(f"`--domain` must be auto, none or one of the model's ({known}), got {parsed.domain!r}.")
     domain, tracked, rows = None if parsed.domain == "none" else parsed.domain, None, []
     with (
         whole_file(parsed.output) as overlay,

@@ -108,6 +108,7 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(track, file, tmp_path
             "end of object 1 must be after all that is given of it (on the frames [2])",
         ),
         (["--point", "128,5"], "point (128.0, 5.0) of object 1 on frame 0 lies outside of the video of 128 x 96"),
+        (["--point", "4,5", "--domain", "fog"], "`--domain` must be auto, none or one of the model's (it has none)"),
     ],
 )
 def test_prompts_that_do_not_fit_leave_nothing_behind(track, model_folder, file, tmp_path, arguments, message):
