@@ -25,12 +25,18 @@ CHANGED = (
     "start your video anew with a model that is not changed."
 )
 OTHERS = "**Somebody else learns here now.** It can begin when that is done or stopped by who began it."
-WORSE = " **It is no better on them:** more videos, better masks or other steps may help; else go on without it."
+WON = (
+    "**Learned.** J&F on the collected videos, which it learned from: {:.1f} before, {:.1f} after. Now track the video "
+    "again with what was learned."
+)
+LOST = (
+    "**Nothing was won.** J&F on the collected videos, which it learned from: {:.1f} before, {:.1f} after, at best. "
+    "More videos, better masks or other steps may help. *Track again* shows both; the model stays as it is."
+)
 WORDS = {
     "new": "",
     "running": "**Learning.** The curve grows with each checkpoint; you can stop and resume.",
     "stopped": "**Stopped.** *Resume* goes on from the last checkpoint.",
-    "done": "**Learned.** Now track the video again with what was learned.",
 }
 
 
@@ -113,11 +119,12 @@ class LearnPart(Part):
         state, text, drawn = "new", OTHERS if is_others else "", None
         if learning is not None:
             state = learning.state
-            text = f"**It failed:** {learning.problem()}" if state == "failed" else WORDS[state]
-            if scores := learning.scores():
-                before, after = (100 * score for score in scores)
-                text += f" J&F on the collected videos, which it learned from: {before:.0f} before, {after:.0f} after."
-                text += WORSE if after <= before else ""
+            if state == "failed":
+                text = f"**It failed:** {learning.problem()}"
+            elif scores := learning.scores():
+                text = (WON if learning.has_won else LOST).format(*(100 * score for score in scores))
+            else:
+                text = WORDS[state]
             curves = learning.curves()
             drawn = draw_curves(curves) if any(curves.values()) else None
         return {
@@ -148,6 +155,8 @@ class LearnPart(Part):
         comparison = Comparison(session, sides, person.folder, first_prompts_only=True)
         person.compare(comparison)
         yield from self.result.run(comparison)
-        session.use(after, learning.domain, comparison.memory_selection)
-        words = f"The model is now {after.name}. Left: before. Right: after."
+        words = "The model is as before. Left: before. Right: after."
+        if learning.has_won:
+            session.use(after, learning.domain, comparison.memory_selection)
+            words = f"The model is now {after.name}. Left: before. Right: after."
         yield {self.result.progress: words, **self.track.view(person)}

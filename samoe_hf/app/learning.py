@@ -187,6 +187,12 @@ class Learning:
         results = json.loads((self.output / RESULTS_FILE).read_text())
         return results["before"]["eval_J&F"], results["after"]["eval_J&F"]
 
+    @property
+    def has_won(self) -> bool:
+        """Whether what was learned tracks the collected videos better than the model did before."""
+        scores = self.scores()
+        return scores is not None and scores[1] > scores[0]
+
     def problem(self) -> str:
         """The last line of what a failed run has printed."""
         printed = self._beside(".log").read_text(errors="replace").strip()

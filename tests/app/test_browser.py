@@ -165,12 +165,14 @@ def test_it_learns_from_corrections_and_tracks_again(page, open_page, small_vide
     page.page.click("#stop-learning")
     page.wait_for_text("learn-state", "Stopped.")
     page.page.click("#resume")
-    page.wait_for_text("learn-state", "Learned.", seconds=180)
+    page.wait_for_text("learn-state", "J&F on the collected videos", seconds=180)
+    has_won = "Learned." in page.page.inner_text("#learn-state")
     page.page.click("#again")
     page.page.wait_for_selector("#again-both img")
-    page.wait_for_text("again-progress", "The model is now mine-1")
+    page.wait_for_text("again-progress", "The model is now mine-1" if has_won else "The model is as before")
     page.tab("Track")
-    page.wait_for_text("whose", "mine")
+    if has_won:
+        page.wait_for_text("whose", "mine")
     page.track()
 
 

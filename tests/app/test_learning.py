@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from helpers.app import maps_of, run_all
 from helpers.processes import wait_until
 from samoe_hf import SamoeModel, load_videos, small_base
+from samoe_hf.app.learn_page import LearnPart
 from samoe_hf.app.learning import Learner, Learning, collect_video, collected, draw_curves
 from samoe_hf.app.models import load_model
 from samoe_hf.continual.adapt import adapt
@@ -197,6 +199,25 @@ def test_what_a_run_left_beside_its_folder_is_not_the_next_ones(small_model, two
     ]
     sources = [command[command.index("adapt") + 1] for command in processes]
     assert sources == [small_model.source, two_domains.source, small_model.source]
+
+
+@pytest.mark.parametrize("after, said", [(0.7, "Nothing was won.** "), (0.71, "Learned.** ")])
+def test_the_page_goes_on_with_what_was_learned_where_that_is_better(
+    small_model, data, tmp_path, processes, monkeypatch, after, said
+):
+    learner, person = Learner(data, tmp_path / "models"), Mock(secret="me")
+    learning = learner.start("me", small_model, "mine", 5)
+    learning.output.mkdir()
+    learning._process.code = 0
+    scores = {"before": {"eval_J&F": 0.7}, "after": {"eval_J&F": after}}
+    (learning.output / "adaptation.json").write_text(json.dumps(scores))
+    part = Mock(learner=learner)
+    part.app.learner, part.result.run, part.track.view = learner, lambda _: [], lambda _: {}
+    assert said in LearnPart.refresh(part, person)[part.state]
+    monkeypatch.setattr("samoe_hf.app.learn_page.load_model", Mock())
+    monkeypatch.setattr("samoe_hf.app.learn_page.Comparison", Mock())
+    assert len(list(LearnPart.track_again(part, person))) == 1
+    assert person.the_session().use.called == (after > 0.7)
 
 
 @pytest.mark.slow
