@@ -78,7 +78,7 @@ def draw_weights(model: SamoeModel, with_experts: bool, seed: int = 0) -> None:
             parameter.uniform_(0.5, 1.0, generator=generator) if is_scale else parameter.normal_(
                 std=0.1, generator=generator
             )
-        elif "embed" in name or "token" in name or "no_" in name:
+        elif "proj" not in name and ("embed" in name or "token" in name or "no_" in name):
             parameter.normal_(std=0.5, generator=generator)
         else:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
@@ -86,7 +86,7 @@ def draw_weights(model: SamoeModel, with_experts: bool, seed: int = 0) -> None:
     model.prompt_encoder.mask_embed.conv3.weight *= 0.3
     model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(5.0)  # or most masks would be empty
     image_embedding, point_embedding = model.shared_image_embedding, model.prompt_encoder.shared_embedding
-    point_embedding.positional_embedding.copy_(image_embedding.positional_embedding)
+    point_embedding.positional_embedding.copy_(image_embedding.positional_embedding.normal_(generator=generator))
 
 
 class Sessions:

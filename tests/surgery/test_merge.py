@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -132,8 +131,7 @@ def check_in_sam2(model: SamoeModel, folder: Path, domain: str | None = "lora", 
 def test_a_domain_of_one_expert_tracks_the_same_in_transformers(tmp_path):
     figure = check_in_transformers(with_lora(), tmp_path)
     print(figure)
-    # 1e-5 on one thread, 7e-5 on two: random weights enlarge in what order sums are rounded.
-    assert figure < 2e-4
+    assert figure < 2e-5
 
 
 @pytest.mark.slow
@@ -149,16 +147,7 @@ def test_the_shipped_base_with_a_domain_of_one_expert_tracks_the_same_in_transfo
 def test_a_domain_of_one_expert_tracks_the_same_in_sam2(tmp_path, mask):
     figure = check_in_sam2(with_lora(), tmp_path, mask=mask)
     print(figure)
-    assert figure < 2e-4
-
-
-def moved_by_one_ulp(plain: Sam2VideoModel, layers: Iterable[str]) -> Sam2VideoModel:
-    """The same with weights that are, at random, the next larger or smaller float."""
-    moved, generator = copy.deepcopy(plain), torch.Generator().manual_seed(1)
-    for weight in (moved.get_submodule(layer).weight.data for layer in layers):
-        is_up = torch.rand(weight.shape, generator=generator) < 0.5
-        weight.copy_(torch.nextafter(weight, torch.where(is_up, torch.inf, -torch.inf)))
-    return moved
+    assert figure < 2e-5
 
 
 @pytest.mark.slow
@@ -171,18 +160,8 @@ def test_sizes_of_meta_track_the_same_in_both(tmp_path, monkeypatch, size, image
     monkeypatch.setattr(sys.modules[__name__], "NUM_FRAMES", 3)
     (tmp_path / "sam2").mkdir()
     figures = check_in_sam2(model, tmp_path / "sam2"), check_in_transformers(model, tmp_path)
-    frames, given, plain = video(model), prompts(model), merge_into_base(model, "lora")
-    moved = moved_by_one_ulp(plain, [name for name, _ in domain_modules(model, "lora")])
-    tracked = [track(one, model.config, frames, given) for one in (plain, moved)]
-    floor = (tracked[0] - tracked[1]).abs().mean().item()
-    print(figures, floor)
-    # Random weights of these sizes enlarge what float32 rounds a thousandfold: 2e-3 to 4e-3 of logits of 7 on average.
-    assert max(figures) < 3 * floor and floor < 0.01
-    monkeypatch.setattr(sys.modules[__name__], "NUM_FRAMES", 1)
-    model.double()
-    frames, given = video(model).double(), prompts(model)
-    plain = track(merge_into_base(model, "lora"), model.config, frames, given)
-    assert (plain - track(model, model.config, frames, given, "lora")).abs().max() < 1e-9
+    print(figures)
+    assert max(figures) < 1e-4  # measured: 3e-6; the domain changes masks by 0.09
 
 
 def test_merged_weights_are_rounded_once():
@@ -261,12 +240,11 @@ def test_sam3s_tracker_alone_is_a_folder_of_transformers(tmp_path):
     out = convert(model, tmp_path, "--domain", "lora", "--to", "transformers")
     plain, info = Sam3TrackerVideoModel.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
-    frames, given, errors = video(model), prompts(model), []
-    for theirs, domain in ((plain.eval(), "lora"), (merge_into_base(model, "base"), None)):
-        tracked = [track(one, model.config, frames, given, domain) for one in (theirs, model)]
-        errors.append((tracked[0] - tracked[1]).abs().mean(dim=(1, 2, 3)))
-    # Memories are rounded to bfloat16, and by a random model differences grow: the base itself is no nearer.
-    assert errors[0][:3].max() < 3e-5 and errors[0].mean() < 3 * errors[1].mean()
+    frames, given = video(model), prompts(model)
+    tracked, expected, base = (
+        track(m, model.config, frames, given, d) for m, d in ((plain.eval(), None), (model, "lora"), (model, None))
+    )
+    assert (tracked - expected).abs().mean() < 1e-5 and (expected - base).abs().mean() > 1e-3
 
 
 def test_what_sam3_cannot_take_is_refused(tmp_path):
