@@ -186,8 +186,8 @@ def read_label_png(source: Source, name: str | None = None) -> np.ndarray:
 
     A binary mask stored as 0 and 255 stays 0 and 255 here. Gray values of 2 and 4 bits, and those of a TIFF in which
     white is zero, are the stored numbers, not the shown grays; of 1 bit, white is 1. Of an RGB image and a GIF, grays
-    are the values, and DAVIS' colours stand for ids. Transparent pixels are background. An EXIF orientation turns
-    labels too.
+    are the values. DAVIS' colours stand for ids there, and where a palette has no others, but in another order.
+    Transparent pixels are background. An EXIF orientation turns labels too.
 
     Args:
         source: a path, the file's bytes, a page or a PIL image.
@@ -221,15 +221,20 @@ def _stored_values(picture: Picture, name: str) -> np.ndarray:
     if picture.image.format == "GIF":  # whose writers number colours anew
         image = image.convert("RGBA")
     values = np.array(image)
-    if image.mode in ("1", "P"):
+    if image.mode == "1":
         return values.astype(np.uint8)
+    if image.mode == "P":
+        return _ids_of_palette(image)[values]
     if image.mode == "L":
         values = 255 - values if picture.white_is_zero else values
         return values if maximum == 255 else np.rint(values * (maximum / 255)).astype(np.uint8)
+    if image.mode in ("LA", "PA", "RGBA"):
+        is_hidden = _is_hidden(values[..., -1:])
+        if is_hidden.any() and not is_hidden.all() and not values[..., :-1][~is_hidden[..., 0]].any():
+            raise SampleError(f"{name}: black on transparent pixels; labels must be numbers or colours above 0")
+        values = np.where(is_hidden, 0, values[..., :-1])
     if image.mode in ("LA", "PA"):
-        return np.where(_is_hidden(values[..., 1]), 0, values[..., 0])
-    if image.mode == "RGBA":
-        values = np.where(_is_hidden(values[..., 3])[..., None], 0, values[..., :3])
+        return values[..., 0]
     if image.mode in ("RGB", "RGBA"):
         return _ids_of_colors(values, name, "a GIF" if picture.image.format == "GIF" else "an RGB image")
     if image.mode[0] != "I":
@@ -256,6 +261,19 @@ def _keeps_values(image: Image.Image, source: Source) -> bool:
             return False
         place += 24 if kind == b"ANMF" else 8 + size + size % 2  # what is in a page follows its header
     return True
+
+
+def _ids_of_palette(image: Image.Image) -> np.ndarray:
+    """The id (256,) of each index of a palette image: itself, or that of its colour where all used ones are DAVIS' in
+    another order. Some tools number them anew."""
+    ids, palette = np.arange(256, dtype=np.uint8), np.reshape(image.getpalette("RGB") or [], (-1, 3))
+    used = np.flatnonzero(image.histogram())
+    colors = palette[used[used < len(palette)]]
+    known = {tuple(color): i for i, color in enumerate(voc_palette().tolist())}
+    told = [known.get(tuple(color)) for color in colors.tolist()]
+    if None not in told and len({*told}) == len(used) and (colors != colors[:, :1]).any():
+        ids[used] = told
+    return ids
 
 
 def _ids_of_colors(colors: np.ndarray, name: str, kind: str) -> np.ndarray:

@@ -262,6 +262,27 @@ def test_a_gif_tells_ids_by_its_colours_since_its_writer_may_number_them_anew(id
         read_label_png(buffer.getvalue())
 
 
+def test_indices_that_a_tool_has_numbered_anew_are_told_by_daviss_colours(ids):
+    """As ImageMagick does, and what makes files smaller."""
+    ids, colors = np.array([0, 2, 5, 200], np.uint8)[ids], voc_palette()
+    few = Image.fromarray(colors[ids]).quantize(4)  # its first colour is any one
+    dropped = Image.fromarray(np.searchsorted([0, 2, 5, 200], ids).astype(np.uint8))
+    dropped.putpalette(colors[[0, 2, 5, 200]].tobytes())
+    grays, own = Image.fromarray(ids), Image.fromarray(ids)
+    grays.putpalette(np.arange(256, dtype=np.uint8).repeat(3).tobytes())
+    own.putpalette((colors[:, ::-1] // 2 + 3).tobytes())
+    for image in (few, dropped, grays, own):
+        assert image.mode == "P" and np.array_equal(read_label_png(encode(image, "PNG")), ids)
+
+
+def test_black_on_transparent_pixels_is_no_label_image(ids):
+    for mode in ("LA", "RGBA"):
+        image = Image.new(mode, SIZE[::-1])
+        image.putalpha(Image.fromarray((ids > 0) * np.uint8(255)))
+        with pytest.raises(SampleError, match="black on transparent pixels"):
+            read_label_png(encode(image, "PNG"))
+
+
 def test_lossy_labels_are_refused(ids):
     for format in ("JPEG", "WEBP"):
         with pytest.raises(SampleError, match=f"{format} image; labels must be .*without losses"):
