@@ -297,6 +297,8 @@ def guess(root: Path) -> Found:
                 lists[path] = _by_list(path)
         except (SampleError, OSError) as error:
             reason = f"{error}. "
+            if f"{path}, row" in reason:
+                logger.warning("%sThe list is not used", reason)
     if len(lists) > 1:
         raise InputError(f"{root} holds several lists of pairs; give one in place of it: {', '.join(map(str, lists))}")
     if lists:

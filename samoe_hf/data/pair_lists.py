@@ -51,6 +51,9 @@ def read_pairs(path: Path) -> tuple[dict[str, Source], tuple[str, str]]:
     for row_number, row in enumerate(table.to_dict("records"), 1):
         where = f"{path}, row {row_number}"
         values = {role: "" if column is None else str(row[column]).strip() for role, column in columns.items()}
+        for role in ("video", "frame", "mask"):
+            if not (path.parent / values[role]).exists():
+                values[role] = values[role].replace("\\", "/")  # as Windows writes paths
         video, frame, number = values["video"], values["frame"], values["number"]
         of_file = Path(video).suffix.lower() in VIDEO_SUFFIXES and frame.isdecimal()
         file = _existing(video if of_file else frame, path, where)
@@ -112,7 +115,9 @@ def _existing(name: str, path: Path, where: str) -> Path:
 def _read_table(path: Path) -> pd.DataFrame:
     """The rows of a list. In JSON, those of a video may be one, with lists of frames and masks."""
     if path.suffix.lower() == ".csv":
-        return pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+        with path.open(encoding="utf-8-sig") as file:
+            separator = ";" if "," not in file.readline() else ","
+        return pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, sep=separator)
     text = path.read_text(encoding="utf-8-sig")
     is_lines = path.suffix.lower() == ".jsonl"
     rows = [json.loads(line) for line in text.splitlines() if line.strip()] if is_lines else json.loads(text)

@@ -213,6 +213,20 @@ def test_frames_of_a_list_are_in_the_order_of_their_numbers_or_names(columns, ro
     assert ("rows are put in the order of the names" in caplog.text) == (columns == "frame,mask")
 
 
+def test_a_list_may_be_written_on_windows_and_one_of_other_files_is_told(tmp_path, caplog):
+    for t in range(3):
+        for name in "ab":
+            save(tmp_path / "frames" / name / f"{t}.png", np.full((*SIZE, 3), t, np.uint8))
+            save(tmp_path / "masks" / name / f"{t}.png", np.full(SIZE, t + 1, np.uint8))
+    rows = "".join(f"frames\\{v}\\{t}.png;masks\\{v}\\{2 - t}.png;{t}\n" for v in "ab" for t in range(3))
+    (tmp_path / "pairs.csv").write_text(f"\ufeffframe;mask;frame_number\n{rows}", encoding="utf-8")
+    videos = load_videos(tmp_path)
+    assert videos.video_ids == ["a", "b"] and [videos[1].visible(t) for t in range(3)] == [[3], [2], [1]]
+    (tmp_path / "pairs.csv").write_text("frame,mask\nf/0.png,m/9.png\n")
+    video = load_videos(tmp_path)[0]
+    assert video.visible(0) == [1] and "f/0.png. The list is not used" in caplog.text
+
+
 def test_a_list_goes_before_what_names_tell(tmp_path):
     """By their names the masks would be those of other frames. A list of classes tells no masks."""
     for t in range(4):
