@@ -80,11 +80,14 @@ def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _annotations(data: Mapping[str, Any], kind: Literal["image", "video"], path: Path) -> dict[Any, list[Any]]:
-    """The annotations of each image or video by its id; crowds only where CVAT or Datumaro have given `attributes`."""
+    """The annotations of each image or video by its id; crowds only where they have a track, or CVAT or
+    Datumaro have given `attributes`."""
     ids = [entry["id"] for entry in data[f"{kind}s"]]
     labels.check_unlike(f"ids of {kind}s", ids)
     found: dict[Any, list[Any]] = {number: [] for number in ids}
-    kept = [one for one in data["annotations"] if not one.get("iscrowd") or "attributes" in one]
+    kept = [
+        one for one in data["annotations"] if not one.get("iscrowd") or "attributes" in one or _track(one) is not None
+    ]
     if crowds := len(data["annotations"]) - len(kept):
         say_once(f"{path}: {crowds} annotations of crowds are left out")
     for one in kept:

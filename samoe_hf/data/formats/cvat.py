@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 import numpy as np
 
 from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key, say_once
-from samoe_hf.data.image_files import IMAGE_SUFFIXES
 from samoe_hf.data.layouts import CVAT
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.shapes import Part, box, cropped, decode_rle, joined, place, polygons_of, runs_of
@@ -72,12 +71,12 @@ def _open(video_id: str, entry: tuple[Path, ElementTree.Element]) -> Video:
 def _frames(path: Path, source: str) -> Path | list[Path]:
     """The frames beside an XML: images, or the task's video file."""
     folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
-    found = sorted(folder.rglob("*"), key=lambda file: natural_key(file.as_posix()))
+    found = (file for file in folder.rglob("*") if not file.name.startswith("."))
     videos = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
     own = [file for file in videos if file.name == Path(source).name] or videos
     if len(own) == 1:
         return own[0]
-    images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = sorted(labels.images_in(folder, "**/*"), key=lambda file: natural_key(file.as_posix()))
     if not images:
         raise SampleError(f"no frames beside it: `images/` (export with images), or the video file {source}")
     return frame_order(images) if len({image.parent for image in images}) == 1 else images

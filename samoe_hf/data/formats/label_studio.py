@@ -43,11 +43,10 @@ def read_label_studio(root: str | Path, split: str | None = None) -> VideoList:
     """
     root = Path(root) / (split or "")
     files: dict[tuple[str, ...], list[Path]] = defaultdict(list)  # by the ends of their paths
-    for file in root.rglob("*"):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            parts = PurePosixPath(one_form(file.relative_to(root).as_posix())).parts
-            for start in range(len(parts)):
-                files[parts[start:]].append(file)
+    for file in labels.images_in(root, "**/*"):
+        parts = PurePosixPath(one_form(file.relative_to(root).as_posix())).parts
+        for start in range(len(parts)):
+            files[parts[start:]].append(file)
     frames: list[LabelledFrame] = []
     for path in labels.files_with(root, ".json", LABEL_STUDIO):
         with named_errors(path, "not Label Studio's JSON"):

@@ -175,7 +175,7 @@ def _with_unlabelled(frames: list[LabelledFrame], owners: Mapping[Path, set[str]
     folders = {path.parent for path in own}
     if len(folders) != 1 or len(own) < len(frames) or len(owners[min(folders)]) > 1:
         return frames
-    paths = frame_order(path for path in min(folders).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = frame_order(images_in(min(folders)))
     if [path for path in paths if path in own] != list(own):
         return frames
     return [own.get(path) or LabelledFrame(frames[0].video, path, None, None, frames[0].source) for path in paths]
@@ -232,6 +232,12 @@ def open_labelled(video_id: str, entry: LabelledVideo) -> Video:
         )
     shapes = Shapes(entry.shapes, entry.classes, size, f"{entry.source}: {video_id}")
     return Video(video_id, frames, shapes, classes=entry.classes)
+
+
+def images_in(folder: Path, pattern: str = "*") -> list[Path]:
+    """The images in a folder, without hidden files, such as macOS leaves beside each."""
+    found = (path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def find_image(name: str, folders: Sequence[Path], source: str | Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from samoe_hf.data.frames import DAMAGE, SampleError, frame_order, named_errors, natural_key, on_disk
-from samoe_hf.data.image_files import IMAGE_SUFFIXES, image_info
+from samoe_hf.data.image_files import image_info
 from samoe_hf.data.schema import Video, VideoList
 from samoe_hf.data.shapes import joined, polygons_of
 
@@ -55,9 +55,8 @@ def read_yolo(root: str | Path, split: str = "train") -> VideoList:
 def _found(folder: Path) -> list[tuple[str, Path]]:
     """The images below a folder, each with its folder's name within it."""
     videos: dict[Path, list[Path]] = defaultdict(list)
-    for path in sorted(folder.rglob("*"), key=lambda path: natural_key(path.as_posix())):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            videos[path.parent].append(path)
+    for path in sorted(labels.images_in(folder, "**/*"), key=lambda path: natural_key(path.as_posix())):
+        videos[path.parent].append(path)
     names = {video: video.relative_to(folder).as_posix().removeprefix(".") for video in videos}
     return [(names[video], path) for video, own in videos.items() for path in frame_order(own)]
 

@@ -116,6 +116,9 @@ COCO = {
     ),
     "no tracks": (coco([(0, {}, [SQUARE]), (0, {}, [OTHER])], TWO), {"v/0.png": [{1: 48, 2: 40}]}),
     "tracks as attributes": (coco([(0, {"attributes": {"track_id": 3}}, [SQUARE])]), {"v": [{3: 48}]}),
+    "a crowd that is one object": (
+        coco([(0, {"iscrowd": 1, "track_id": 3}, RLE), (0, {"iscrowd": 1}, RLE)]), {"v": [{3: 154}]},
+    ),
     "crowd of Datumaro": (
         coco([(0, {"iscrowd": 1, "attributes": {"track_id": 3}}, RLE), (0, {"iscrowd": 1}, RLE)]), {"v": [{3: 154}]},
     ),

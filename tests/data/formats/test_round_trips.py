@@ -32,6 +32,8 @@ def test_all_is_kept(kind, tmp_path):
     kept = write_videos(kind, videos, tmp_path / "out")
     assert kept.differences == (["set/b is called set_b"] if kind == "davis" else [])
     assert kept.pixels > 900 and kept.lost == 0
+    for path in [path for path in (tmp_path / "out").rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"of macOS")
     back = {video.video_id: video for video in load_videos(tmp_path / "out")}
     for video in videos if kind != "davis" else ():
         assert np.array_equal(back[video.video_id].frames[0], video.frames[0])
