@@ -270,8 +270,8 @@ def _ids_of_palette(image: Image.Image) -> np.ndarray:
     used = np.flatnonzero(image.histogram())
     colors = palette[used[used < len(palette)]]
     known = {tuple(color): i for i, color in enumerate(voc_palette().tolist())}
-    told = [known.get(tuple(color)) for color in colors.tolist()]
-    if None not in told and len({*told}) == len(used) and (colors != colors[:, :1]).any():
+    told = [known.get(tuple(color), -1) for color in colors.tolist()]
+    if -1 not in told and len({*told}) == len(used) and (colors != colors[:, :1]).any():
         ids[used] = told
     return ids
 
