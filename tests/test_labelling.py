@@ -384,6 +384,9 @@ def test_wrong_prompts_are_told_before_anything_is_written(model_folder, clips, 
     write_prompts(prompts, [{"video": "b", "object": 2, "mask": "map.png"}])
     with pytest.raises(InputError, match=r"map.png: read as the mask of one object, 2, but holds the values 1, 2"):
         from_prompt_file(prompts, clips)[0].prompts(None)
+    for option in (["--video", "b"], ["--prompt", "box"], ["--option", "window=[0, 9]"]):
+        with pytest.raises(SystemExit, match=f"`{option[0]}` does not go with `--prompts`"):
+            label(model_folder, *words, clips, *option)
     with pytest.raises(SystemExit, match="neither video files nor folders of images"):
         (tmp_path / "empty").mkdir()
         label(model_folder, *words, tmp_path / "empty")

@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_memory_option(options.add_model_option(parser))
     options.add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--prompt", choices=("mask", "box"), default="mask", help="(%(default)s)")
+    prompts.add_argument("--prompt", choices=("mask", "box"), help="(mask)")
     prompts.add_argument("--prompts", type=Path, metavar="FILE.json", help="prompts of a folder of videos")
     output = options.add_output_option(parser, "folder for the masks")
     options.add_layout_option(output)
@@ -43,6 +43,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.prompts is not None and (parsed.dataset in LAYOUTS or parsed.root is not None):
         parser.error("`--prompts` goes with a folder of videos as `--dataset`, not with a kind")
+    for name in ("split", "domain", "option", "video", "prompt"):
+        if parsed.prompts is not None and getattr(parsed, name):
+            raise InputError(f"`--{name}` does not go with `--prompts`.")
     return parsed
 
 
@@ -61,7 +64,7 @@ def run(parsed: argparse.Namespace) -> None:
     state, device = options.start_processes(parsed.device)
     if parsed.prompts is None:
         dataset = options.open_dataset(parsed)
-        videos = from_first_frames(dataset.videos(parsed.video), parsed.prompt)
+        videos = from_first_frames(dataset.videos(parsed.video), parsed.prompt or "mask")
     else:
         dataset = options.ChosenDataset("files", Path(parsed.dataset), [])
         with input_errors():

@@ -46,6 +46,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     video = parser.add_argument_group("video")
     video.add_argument("video", type=Path, metavar="VIDEO", help="a video file or a folder of frames")
+    help_text = "what becomes black and white in images of 16 bits; by default the video's 0.5 and 99.5 percentiles"
+    video.add_argument("--window", metavar="BLACK,WHITE", help=help_text)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--point", action="append", default=[], metavar="X,Y[:LABEL]", help="label 1: in, 0: out")
     prompts.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1", help="around an object")
@@ -169,6 +171,7 @@ def check_outputs(
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf.data.images import ImageFrames
     from samoe_hf.data.video_io import read_video
     from samoe_hf.one_writer import OneWriter
 
@@ -177,6 +180,13 @@ def run(parsed: argparse.Namespace) -> None:
     with input_errors():
         prompts = read_prompts(parsed)
         frames = read_video(parsed.video)
+        if parsed.window is not None:
+            if not isinstance(frames, ImageFrames):
+                raise InputError(f"`--window` goes with images, which the frames of {parsed.video} are not.")
+            black, white = parse_numbers("window", parsed.window, 2)
+            if black >= white:
+                raise InputError(f"`--window` must have the smaller intensity first, got {parsed.window!r}.")
+            frames.window = black, white
     with OneWriter(parsed.output, inside=False) as writer, OneWriter(target, "`--masks`", inside=False):
         # The overlay is written last: masks without it are those of a process that was killed just before.
         overwrite = parsed.overwrite or (bool(writer.cleared) and not parsed.output.exists())

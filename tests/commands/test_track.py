@@ -61,11 +61,12 @@ def test_a_folder_of_frames_from_a_frame_in_the_middle(track, model_folder, vide
     frames = tmp_path / "frames"
     frames.mkdir()
     for t, frame in enumerate(video.frames):
-        Image.fromarray(frame).save(frames / f"frame_{t}.png")
+        Image.fromarray(frame[..., 0].astype(np.uint16)).save(frames / f"frame_{t}.png")
     ids = (video.masks(3) * np.array(video.object_ids)[:, None, None]).max(axis=0)
     write_palette_png(tmp_path / "ids.png", ids)
-    track(model_folder, frames, "--mask", tmp_path / "ids.png", "--frame", 3, "--output", tmp_path / "o.mp4",
-          "--masks", tmp_path / "masks")  # fmt: skip
+    said = track(model_folder, frames, "--mask", tmp_path / "ids.png", "--frame", 3, "--output", tmp_path / "o.mp4",
+                 "--masks", tmp_path / "masks", "--window", "0,255")  # fmt: skip
+    assert "percentiles" not in said
     written = {file.stem: read_label_png(file) for file in (tmp_path / "masks").iterdir()}
     assert sorted(written) == [f"frame_{t}" for t in range(5)]
     assert (written["frame_3"] == ids).mean() > 0.97
@@ -108,6 +109,7 @@ def test_bad_prompts_are_refused_before_anything_is_loaded(track, file, tmp_path
             "end of object 1 must be after all that is given of it (on the frames [2])",
         ),
         (["--point", "128,5"], "point (128.0, 5.0) of object 1 on frame 0 lies outside of the video of 128 x 96"),
+        (["--point", "4,5", "--window", "0,255"], "`--window` goes with images"),
         (["--point", "4,5", "--domain", "fog"], "`--domain` must be auto, none or one of the model's (it has none)"),
     ],
 )
