@@ -359,7 +359,8 @@ def _try(
     files = videos if "{movie}" in frames else [path for path in images if path not in of_masks]
     of_frames = match_files(root, files, frames, stacks) if of_masks else {}
     keys = {names["video"] for names in of_frames.values()} & {names["video"] for names in of_masks.values()}
-    if not keys or ("{masks}" not in masks and not is_label_image(next(iter(of_masks)))):
+    first = next((path for path, names in of_masks.items() if names["video"] in keys), None)
+    if first is None or ("{masks}" not in masks and not is_label_image(first)):
         return None
     shown = {"frames": _show(frames, list(of_frames.values())), "masks": _show(masks, list(of_masks.values()))}
     for role, matched in (("frames", of_frames), ("masks", of_masks)):

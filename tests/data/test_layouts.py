@@ -407,6 +407,16 @@ def test_wrong_lists_name_the_row(text, message, tmp_path):
         load_videos(tmp_path / "pairs.csv")
 
 
+def test_frames_beside_a_video_are_no_masks_because_other_folders_are_gray(tmp_path):
+    frame = np.zeros((*SIZE, 3), np.uint8)
+    write_video(tmp_path / "clip.mp4", [frame])
+    save(tmp_path / "clip" / "0.png", frame)
+    for name in "ab":
+        save(tmp_path / name / "0.png", frame[..., 0])
+    with pytest.raises(ValueError, match="no layout of videos and masks is recognized"):
+        load_videos(tmp_path)
+
+
 def test_links_are_followed_once(tmp_path):
     write(tmp_path / "real", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
     (tmp_path / "linked").mkdir()
