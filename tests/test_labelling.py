@@ -375,6 +375,14 @@ def test_a_file_of_prompts_may_have_names_of_another_unicode_form(tmp_path):
     assert prompted.fingerprint and prompted.prompts(prompted.open())[0].mask.sum() == 8
 
 
+def test_frames_of_one_name_are_refused_since_masks_have_it(tmp_path):
+    for suffix in ("png", "jpg"):
+        save(tmp_path / "videos" / "a" / f"0.{suffix}", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "prompts.json").write_text('[{"video": "a", "box": [1, 2, 3, 4]}]')
+    with pytest.raises(InputError, match="a: 2 frames are called 0"):
+        from_prompt_file(tmp_path / "prompts.json", tmp_path / "videos")[0].open()
+
+
 def test_wrong_prompts_are_told_before_anything_is_written(model_folder, clips, tmp_path):
     prompts = write_prompts(tmp_path / "p.json", [{"video": "nobody", "points": [[1, 1]]}])
     words = ["--prompts", prompts, "--output", tmp_path / "out", "--dataset"]

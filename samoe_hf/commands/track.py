@@ -15,7 +15,6 @@ import argparse
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,9 +139,7 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
     return list(prompts.values())
 
 
-def check_outputs(
-    output: Path, masks: Path, tracks: Path, video: Path, frames: FrameSequence, overwrite: bool, layout: str | None
-) -> None:
+def check_outputs(output: Path, masks: Path, tracks: Path, video: Path, overwrite: bool, layout: str | None) -> None:
     """Raises an `InputError` for what would be found only after the video was tracked.
 
     With `overwrite` only files, and a folder that holds nothing but PNG files or is of `layout`, may be there, and not
@@ -165,9 +162,6 @@ def check_outputs(
         is_replaced, what = options.is_of_format(masks, layout), f"the format {layout}"
     if masks.exists() and not (is_replaced and (overwrite or not any(masks.iterdir()))):
         raise InputError(f"{masks} must be a new folder, or with `--overwrite` one of {what}.")
-    name, count = Counter(frames.names).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"Masks are named after frames, but two frames are called {name}.")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -190,7 +184,7 @@ def run(parsed: argparse.Namespace) -> None:
     with OneWriter(parsed.output, inside=False) as writer, OneWriter(target, "`--masks`", inside=False):
         # The overlay is written last: masks without it are those of a process that was killed just before.
         overwrite = parsed.overwrite or (bool(writer.cleared) and not parsed.output.exists())
-        check_outputs(parsed.output, target, tracks, parsed.video, frames, overwrite, parsed.layout)
+        check_outputs(parsed.output, target, tracks, parsed.video, overwrite, parsed.layout)
         track(parsed, prompts, frames, target, tracks, overwrite)
 
 

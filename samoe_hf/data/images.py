@@ -7,6 +7,7 @@ what is stored: numbers, whatever gray or colour a viewer would show for them.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from io import BytesIO
@@ -18,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from samoe_hf.errors import InputError
 
-from .frames import FrameSequence, SampleError, check_folder, frame_order, named_errors, say_once
+from .frames import FrameSequence, SampleError, check_folder, frame_order, named_errors, one_form, say_once
 from .image_files import (
     IMAGE_SUFFIXES,
     Page,
@@ -48,8 +49,8 @@ class ImageFrames(FrameSequence):
         owner: the video, for messages about images that are no files.
 
     Raises:
-        SampleError: no frames, or a first one that cannot be read; on access, a frame that cannot be read, differs in
-            size or depth from the first, or has colours of 16 bits and no window.
+        SampleError: no frames, two files of one name, or a first one that cannot be read; on access, a frame that
+            cannot be read, differs in size or depth from the first, or has colours of 16 bits and no window.
     """
 
     def __init__(
@@ -68,6 +69,9 @@ class ImageFrames(FrameSequence):
         numbers = [f"{i:05d}" for i in range(len(sources))]
         if names is None and len(self.paths) == len(sources):
             names = [path.stem for path in self.paths]
+            name, count = Counter(map(one_form, names)).most_common(1)[0]
+            if count > 1:  # masks are named after frames
+                raise SampleError(f"{self.paths[0].parent}: {count} frames are called {name}")
             info = image_info(self.sources[0])
             if len(info.pages) > 1 and len(sources) == 1:
                 self.sources, self.fps = [Page(self.paths[0], page) for page in info.pages], info.fps

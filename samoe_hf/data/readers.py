@@ -177,8 +177,6 @@ def _open_ocid(ignore_ids: frozenset[int], video_id: str, folder: Path) -> Video
 def _match_to_frames(frames: ImageFrames, labels: Iterable[Path]) -> dict[int, Path]:
     """Frame index -> label image, matched by the files' names."""
     index = {one_form(name): i for i, name in enumerate(frames.names)}
-    if len(index) < len(frames):
-        raise SampleError(f"{frames.paths[0].parent}: several frames of one name")
     paths = {}
     for path in labels:
         name = one_form(path.stem)

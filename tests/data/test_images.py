@@ -232,8 +232,10 @@ def test_pages_of_one_file_are_frames(tmp_path, picture, format):
     assert len(frames) == 5 and frames.size == SIZE and frames.fps == (None if format == "TIFF" else 20)
     for i in (3, 0, 4, 4, 1, 2):
         assert np.abs(frames[i].astype(int) - pages[i]).mean() < 4, i
+    other = path.with_stem("b")
+    other.write_bytes(path.read_bytes())
     with pytest.raises(SampleError, match="5 pages"):
-        ImageFrames([path, path])[0]
+        ImageFrames([path, other])[0]
     row = video_to_row(Video("a", frames, Shapes({}, [1])))
     assert all(np.array_equal(a, b) for a, b in zip(video_from_row(row).frames, frames, strict=True))
 
