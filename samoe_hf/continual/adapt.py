@@ -106,6 +106,8 @@ class Adaptation:
                 lines.append("No video was kept aside: what is won on videos that were not trained on is not known.")
         elif self.after:
             lines.append(self.table())
+        else:
+            lines.append("What is won is not known: no video has masks on several frames, so that it could be tracked.")
         if self.started_from is not None:
             lines.append(f"Its experts started from those of {self.started_from}.")
         if own <= base:
