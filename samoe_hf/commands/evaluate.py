@@ -112,7 +112,13 @@ def run(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialState) -> None:
     """Evaluates the models and masks, and writes and prints the results."""
-    from samoe_hf.evaluation.report import comparison_table, describe_choices, summary_table, write_evaluation_report
+    from samoe_hf.evaluation.report import (
+        comparison_table,
+        describe_choices,
+        describe_left_out,
+        summary_table,
+        write_evaluation_report,
+    )
     from samoe_hf.evaluation.statistics import to_json
     from samoe_hf.model.weights_trained import is_original_checkpoint
     from samoe_hf.whole_files import write_text
@@ -146,6 +152,8 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     write_text(parsed.output / "results.json", to_json(results))
     report = write_evaluation_report(results, parsed.output)
     print(f"\n{summary_table(results)}")
+    if left_out := describe_left_out(results["models"][0]):
+        print(left_out)
     for comparison in results["comparisons"]:
         print(f"\n{comparison['model']} less {comparison['baseline']}\n{comparison_table(comparison)}")
     for model in results["models"]:

@@ -56,6 +56,13 @@ def summary_table(results: Mapping[str, Any], markdown: bool = False) -> str:
     return format_table(["", "videos", "objects", *_titles(names)], rows, markdown)
 
 
+def describe_left_out(model: Mapping[str, Any]) -> str:
+    """A sentence on objects that are not scored; "" where all are."""
+    count = sum(video["num_objects"] for video in model["videos"])
+    left = count - int(model["summary"]["num_objects"])
+    return f"{left} of {count} objects have no frame that counts and are left out." if left else ""
+
+
 def comparison_table(comparison: Mapping[str, Any], markdown: bool = False) -> str:
     """The differences of two models with their intervals."""
     rows = []
@@ -86,7 +93,6 @@ def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> P
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     plot_over_time(models, folder / "pictures" / "j_over_time.png")
     plot_by_size(models, folder / "pictures" / "j_by_size.png")
-    num_objects = sum(video["num_objects"] for video in models[0]["videos"])
     shown = {
         "comparisons": [{**one, "table": comparison_table(one, markdown=True)} for one in results["comparisons"]],
         "models": [
@@ -102,8 +108,7 @@ def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> P
         "metrics_table": _all_metrics(results),
         "groups_table": _groups(models) if any("groups" in model["summary"] for model in models) else "",
         "has_std": any(model.get("std") for model in models),
-        "num_objects": num_objects,
-        "num_left_out": num_objects - int(models[0]["summary"]["num_objects"]),
+        "left_out": describe_left_out(models[0]),
     }
     template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
     write_text(folder / "report.md", template.render({**results, **shown}).strip() + "\n")

@@ -51,6 +51,14 @@ def without_times(results):
     return [without_times(value) for value in results] if isinstance(results, list) else results
 
 
+def test_objects_that_are_not_scored_are_told(run, model_folder, leave_out_pictures, tmp_path):
+    leave_out_pictures()
+    words = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=1"]
+    said = run(model_folder, *words, "--option", "image_size=[64, 64]", "--output", tmp_path / "out")
+    sentence = "objects have no frame that counts and are left out."
+    assert sentence in said and sentence in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_scores_of_other_masks_are_not_taken_for_the_new_ones(run, model_folder, leave_out_pictures, tmp_path):
     leave_out_pictures()
     video = SyntheticVideos(1, 4, (64, 64), domain="shapes", seed=1)[0]
