@@ -27,7 +27,7 @@ def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):
     base = {f"samoe_hf/base/{path.name}" for path in Path(small_base()).iterdir()}
     base |= {"samoe_hf/app/space_files/app.py.txt", "samoe_hf/app/space_files/README.md"}
     data = {"samoe_hf/py.typed", "samoe_hf/hub/model_card.md", "samoe_hf/evaluation/report_template.md"}
-    data |= {"samoe_hf/original/architecture.yaml"}
+    data |= {"samoe_hf/original/architecture.yaml", "samoe_hf/surgery/video_spread.safetensors"}
     assert code | configs | base | data <= names
     assert not any(name.startswith(("tests/", "docs/", "scripts/")) for name in names)
     (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))

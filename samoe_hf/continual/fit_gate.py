@@ -19,7 +19,7 @@ from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.surgery.domains import confirm_domain, find_domain, fit_domain
-from samoe_hf.surgery.gate import fit_row
+from samoe_hf.surgery.gate import fit_row, video_spread
 from samoe_hf.video_session import PreparedFrames
 
 # More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
@@ -101,9 +101,10 @@ def leave_out(model: SamoeModel, domain: str, features: Tensor, numbers: Tensor)
     assert model.domain_gate is not None
     gate, names = copy.deepcopy(model.domain_gate), [*model.config.domain_names, "base"]
     decided: Counter[str] = Counter()
+    spread = video_spread(model.config.image_size)
     for number in evenly_chosen(ids, MAX_LEFT_OUT) if len(ids) > 1 else []:
         others = numbers != number
-        fit_row(gate, names.index(domain), features[others], numbers[others])
+        fit_row(gate, names.index(domain), features[others], numbers[others], spread)
         decided[names[int(gate.decide(features[~others][:1]).domain)]] += 1
     return dict(decided)
 

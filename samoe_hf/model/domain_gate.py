@@ -22,8 +22,9 @@ RANK = 16
 # Features vary together in more ways than a domain's description has: the logarithms of likelihoods differ by so many
 # times more than they should, without and with further features. Measured on a hundred domains, see docs/domains.md.
 OVERCONFIDENCE = (6.0, 8.0)
-# How many kinds of features may refuse a row, and what names of buffers begin with that are of further ones too.
-KINDS, FURTHER = 2, "further_"
+# How many kinds of features refuse a row, and what names of buffers begin with that are of further ones too: of what
+# tells the likelier domain, and of what refuses a row.
+KINDS, FURTHER, REFUSING = 2, "further_", "further_refusing_"
 # What the gate sees of a picture: mixtures of its normalized red, green and blue (lightness, red against green, yellow
 # against blue), at so many scales. Contrast below the smallest is rounding or compression.
 COLOURS = ((1 / 3, 1 / 3, 1 / 3), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))
@@ -117,13 +118,15 @@ class DomainGate(nn.Module):
 
     A row is given to the domain under which it is most likely, if it is not farther from it than the domain's own
     videos are when they are left out of its description; otherwise to none. Features may be of several kinds, which
-    count as independent: a row must be near enough in each of them. Further features tell which domain is likelier,
-    together with those of the last kind. Domains of older files are not known by them: beside these they do not count.
+    count as independent: a row must be near enough in each of them. Further features, together with those of the last
+    kind, tell which domain is likelier, and instead of the last kind alone whether a row is near enough. Domains of
+    older files are not known by them: they refuse as they did, and beside them the last kind tells what is likelier.
 
     The buffers are `names` (domains,), a hash of each domain's name; `counts` (domains,), the number of videos, 0 for
     a domain that is not known yet and is never chosen; `means` and `noises` (domains, features), and `factors`
     (domains, RANK, features), see [`Normal`]; `thresholds` (domains, kinds), squared Mahalanobis distances; and
     `further_means`, `further_noises` and `further_factors` of the last kind and the further features, 0 if not known.
+    `further_refusing_means` and so on, with `further_refusing_thresholds` (domains,), tell how near a row is.
 
     Args:
         num_features: length of the pooled features, or how many there are of each of two kinds, one kind after the
@@ -140,6 +143,10 @@ class DomainGate(nn.Module):
     further_means: Tensor
     further_noises: Tensor
     further_factors: Tensor
+    further_refusing_means: Tensor
+    further_refusing_noises: Tensor
+    further_refusing_factors: Tensor
+    further_refusing_thresholds: Tensor
 
     def __init__(self, num_features: int | Sequence[int], domains: Sequence[str] = ()):
         super().__init__()
@@ -148,13 +155,16 @@ class DomainGate(nn.Module):
         self.domains, num_domains = list(domains), len(domains)
         self.register_buffer("names", torch.empty(num_domains, dtype=torch.long))
         self.register_buffer("counts", torch.empty(num_domains, dtype=torch.long))
-        described = {"": sum(self.kinds), FURTHER: sum(self.sizes[KINDS - 1 :])}
+        with_further = sum(self.sizes[KINDS - 1 :])
+        described = {"": sum(self.kinds), FURTHER: with_further, REFUSING: with_further}
         for prefix in described if self.has_further else [""]:
             count = described[prefix]
             self.register_buffer(f"{prefix}means", torch.empty(num_domains, count, dtype=torch.float32))
             self.register_buffer(f"{prefix}noises", torch.empty(num_domains, count, dtype=torch.float32))
             self.register_buffer(f"{prefix}factors", torch.empty(num_domains, RANK, count, dtype=torch.float32))
         self.register_buffer("thresholds", torch.empty(num_domains, len(self.kinds), dtype=torch.float32))
+        if self.has_further:
+            self.register_buffer(f"{REFUSING}thresholds", torch.empty(num_domains, dtype=torch.float32))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -179,15 +189,17 @@ class DomainGate(nn.Module):
         """Whether there are further features."""
         return self.sizes != self.kinds
 
-    def further_normal(self, rows: int | Tensor) -> Normal | None:
-        """The distribution of the last kind with further features: of one domain, or of all, of which those in `rows`,
-        a mask, are known. None if any of these is not known by further features."""
-        if not self.has_further or not (self.further_noises[rows] > 0).all():
-            return None
-        normal = Normal(*(x.double() for x in (self.further_means, self.further_noises, self.further_factors)))
-        if isinstance(rows, int):
-            return Normal(*(part[rows] for part in normal))
-        return normal._replace(noise=normal.noise.where(rows[:, None], 1))
+    def knows_further(self, prefix: str = FURTHER) -> Tensor:
+        """Which domains are known by further features, or refuse by them: (domains,)."""
+        known = self.counts > 0
+        return known & (self.get_buffer(f"{prefix}noises") > 0).all(1) if self.has_further else known & False
+
+    def further_normal(self, prefix: str = FURTHER, rows: int | slice = slice(None)) -> Normal:
+        """The distribution of the last kind with further features, of one domain or of all; any, of those that are not
+        known by them."""
+        parts = (self.get_buffer(prefix + name)[rows].double() for name in ("means", "noises", "factors"))
+        mean, noise, factors = parts
+        return Normal(mean, noise.where(noise > 0, 1), factors)
 
     def split(self, features: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of each kind; and those of the last kind with further ones."""
@@ -209,12 +221,16 @@ class DomainGate(nn.Module):
             return GateDecision(domain, features.new_ones(rows), distances, torch.zeros_like(distances))
         kinds, further = self.split(features)
         squares, log_densities = zip(*map(Normal.measure, self.normals(), kinds), strict=True)
-        overconfidence, normal = OVERCONFIDENCE[0], self.further_normal(known)
-        if normal is not None:
+        ratios = torch.stack(squares, -1) / self.thresholds.double()[:, None]  # (domains, rows, kinds)
+        overconfidence, refusing = OVERCONFIDENCE[0], self.knows_further(REFUSING)
+        if refusing.any():
+            further_squares = self.further_normal(REFUSING).measure(further)[0]
+            further_ratios = further_squares / self.further_refusing_thresholds.double()[:, None]
+            ratios[..., -1] = further_ratios.where(refusing[:, None], ratios[..., -1])
+        if (self.knows_further() == known).all():
             overconfidence = OVERCONFIDENCE[1]
-            log_densities = *log_densities[:-1], normal.measure(further)[1]
-        ratios = (torch.stack(squares, -1) / self.thresholds.double()[:, None]).amax(-1)  # (domains, rows)
-        ratios = ratios.T.masked_fill(~known, torch.inf)
+            log_densities = *log_densities[:-1], self.further_normal().measure(further)[1]
+        ratios = ratios.amax(-1).T.masked_fill(~known, torch.inf)
         log_density = torch.stack(log_densities).sum(0).T.masked_fill(~known, -torch.inf)
         domain, likelihoods = log_density.argmax(dim=1), (log_density / overconfidence).softmax(dim=1)
         probability = likelihoods.gather(1, domain[:, None])[:, 0]
@@ -230,7 +246,10 @@ class DomainGate(nn.Module):
             return "are of other domains than the configuration's, or in another order"
         if (self.counts < 0).any():
             return "count fewer than 0 videos"
-        if not (self.noises[known] > 0).all() or not (self.thresholds[known] > 0).all():
+        thresholds = [self.thresholds[known]]
+        if self.has_further:
+            thresholds.append(self.further_refusing_thresholds[self.knows_further(REFUSING)])
+        if not (self.noises[known] > 0).all() or not all((values > 0).all() for values in thresholds):
             return "have a spread or a threshold that is not above 0, so that distances are not finite"
         return None
 

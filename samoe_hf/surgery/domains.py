@@ -29,7 +29,7 @@ from samoe_hf.model.expert_sleep import frozen_experts
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_trained import base_fingerprint
 from samoe_hf.surgery.experts import complete_settings, remove_experts, to_plain_linear
-from samoe_hf.surgery.gate import append_rows, confirm_row, fit_row, remove_row, rename_row
+from samoe_hf.surgery.gate import append_rows, confirm_row, fit_row, remove_row, rename_row, video_spread
 
 
 def add_domain(model: SamoeModel, name: str, *, like: str | None = None, **settings: Any) -> None:
@@ -213,12 +213,14 @@ def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -
         features: (frames, features), what [`~domain_gate.pooled_features`] gives for frames of the domain.
         videos: (frames,) integers, which video each frame is of.
     """
-    fit_row(_gate(model), _domain_index(model, name), features, videos)
+    spread = video_spread(model.config.image_size)
+    fit_row(_gate(model), _domain_index(model, name), features, videos, spread)
 
 
 def confirm_domain(model: SamoeModel, name: str, features: Tensor) -> None:
     """Lets the gate know one more video of a domain, without any training: (frames, features) as in [`fit_domain`]."""
-    confirm_row(_gate(model), _domain_index(model, name), features)
+    spread = video_spread(model.config.image_size)
+    confirm_row(_gate(model), _domain_index(model, name), features, spread)
 
 
 def _own_settings(model: SamoeModel) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, e
 from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain
-from samoe_hf.surgery.gate import confirm_row, fit_row
+from samoe_hf.surgery.gate import SPREAD_SIZE, confirm_row, fit_row, video_spread
 
 LEAST_LIKELIHOODS = (0.5, 0.8, 0.95)
 Looks = dict[str, tuple[list[Tensor], Tensor]]
@@ -41,11 +41,11 @@ def frames_read(videos: Sequence[Tensor], most: int = MAX_FRAMES) -> tuple[Tenso
     return torch.cat(chosen), torch.arange(len(videos)).repeat_interleave(torch.tensor([len(one) for one in chosen]))
 
 
-def gate_of(kinds: Any, *domains: tuple[Tensor, Tensor]) -> DomainGate:
-    """A gate that knows domains by their features and numbers."""
+def gate_of(kinds: Any, *domains: tuple[Tensor, Tensor], without: Sequence[str] = ()) -> DomainGate:
+    """A gate that knows domains by their features and numbers, and not how videos of the looks `without` vary."""
     gate = DomainGate(kinds, [str(i) for i in range(len(domains))])
     for index, (features, numbers) in enumerate(domains):
-        fit_row(gate, index, features, numbers)
+        fit_row(gate, index, features, numbers, video_spread(SPREAD_SIZE, without))
     return gate
 
 
@@ -112,34 +112,32 @@ def measure_changed(model: SamoeModel, looks: Looks, num_videos: int) -> list[di
 
 def measure_few(model: SamoeModel, looks: Looks, counts: Sequence[int], num_choices: int) -> list[dict[str, Any]]:
     """One domain alone, known by so many videos: own refused, what `samoe adapt` says, and other looks let in; and the
-    same with 4 frames of each video."""
+    same with 4 frames of each video. Of how videos vary, the gate knows nothing by the look and the other one."""
     model, kinds, rows = copy.deepcopy(model), num_pooled_features(model.config), []
     add_domain(model, "0", num_experts=0)
     for count in counts:
         for look, (videos, held_out) in looks.items():
             for choice in range(num_choices if count < len(videos) else 1):
                 chosen = choose(videos, count, choice)
-                known = frames_read(chosen)
-                gate, gate_4 = (gate_of(kinds, one) for one in (known, frames_read(chosen, MIN_FRAMES)))
-                rows.append(
-                    {
-                        "known": count,
-                        "look": look,
-                        "refused": 1 - share(gate, held_out),
-                        "said": Adaptation("0", count, {}, left_out=leave_out(model, "0", *known)).refused,
-                        "let in": mean(let_in(gate, looks, look)),
-                        "each let in": let_in(gate, looks, look),
-                        "4 frames: refused": 1 - share(gate_4, held_out),
-                        "4 frames: let in": mean(let_in(gate_4, looks, look)),
-                    }
-                )
+                known, row = frames_read(chosen), {"known": count, "look": look}
+                row["said"] = Adaptation("0", count, {}, left_out=leave_out(model, "0", *known)).refused
+                for prefix, one in (("", known), ("4 frames: ", frames_read(chosen, MIN_FRAMES))):
+                    refused, each = [], {}
+                    for other, (_, others) in looks.items():
+                        if other != look:
+                            gate = gate_of(kinds, one, without=(look, other))
+                            refused.append(1 - share(gate, held_out))
+                            each[other] = share(gate, others)
+                    row |= {f"{prefix}refused": statistics.mean(refused), f"{prefix}each let in": each}
+                    row[f"{prefix}let in"] = mean(each)
+                rows.append(row)
     return rows
 
 
 def measure_confirm(model: SamoeModel, looks: Looks, counts: Sequence[int], num_choices: int) -> list[dict[str, Any]]:
     """A gate that learns three videos and confirms the rest, one that confirms what it refuses, and one that learns all
     at once: own videos that are recognized, and other looks let in."""
-    kinds, rows = num_pooled_features(model.config), []
+    kinds, rows, spread = num_pooled_features(model.config), [], video_spread(SPREAD_SIZE)
     for look, (videos, held_out) in looks.items():
         for choice in range(num_choices):
             order = choose(videos, len(videos), choice)
@@ -147,9 +145,9 @@ def measure_confirm(model: SamoeModel, looks: Looks, counts: Sequence[int], num_
             for count in range(3, max(counts) + 1):
                 if count > 3:
                     video = order[count - 1]
-                    confirm_row(confirmed, 0, video)
+                    confirm_row(confirmed, 0, video, spread)
                     if share(refused, video[:1]) == 0:
-                        confirm_row(refused, 0, video)
+                        confirm_row(refused, 0, video, spread)
                 if count in counts:
                     row = {"known": count, "look": look, "told": int(refused.counts[0]) - 3}
                     gates = {"at once": gate_of(kinds, frames_read(order[:count])), "confirmed": confirmed}

@@ -60,11 +60,17 @@ def changed(video: Video, change: str, position: int) -> Video:
 
 
 def read_look(
-    model: SamoeModel, look: str, positions: Iterable[int], num_frames: int, num_read: int, change: str = "plain"
+    model: SamoeModel,
+    look: str,
+    positions: Iterable[int],
+    num_frames: int,
+    num_read: int,
+    change: str = "plain",
+    seed: int = SEED,
 ) -> list[Tensor]:
     """What the gate reads of some videos of a look: (frames, features) of each, evenly chosen, with the first."""
     size, processor = model.config.image_size, build_processor(model.config)
-    videos = SyntheticVideos(max(positions) + 1, num_frames, (size, size), domain=look, seed=SEED)
+    videos = SyntheticVideos(max(positions) + 1, num_frames, (size, size), domain=look, seed=seed)
     frames = evenly_chosen(range(num_frames), num_read)
     with evaluation_mode(model):
         return [frame_features(model, processor, changed(videos[i], change, i), frames) for i in positions]

@@ -101,7 +101,7 @@ def test_experts_of_no_domain_become_a_domain(two_clips):
     rename_domain(model, None, "old")
     assert torch.equal(clip_masks(model, two_clips, "old"), expected)
     assert_same_masks(model, new_model(), two_clips, None)
-    assert len(model.state_dict()) == tensors + 9
+    assert len(model.state_dict()) == tensors + 13
     add_domain(model, "new", like="old")
     assert torch.equal(clip_masks(model, two_clips, "new"), expected)
 
