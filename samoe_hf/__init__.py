@@ -41,7 +41,7 @@ _MODULES = {
 def small_base() -> str:
     """The folder of the small model that comes with the package, for `from_pretrained`.
 
-    It has 1.8 million parameters, and is there to try things out within minutes on a CPU. Its card, in the folder, says
+    It has 2.3 million parameters, and is there to try things out within minutes on a CPU. Its card, in the folder, says
     what it has seen, and how well it tracks from masks and clicks.
     """
     return str(Path(__file__).parent / "base")

@@ -1,12 +1,9 @@
 """Natural videos made of pictures: cut-outs that move, bend and turn over photographs that move as well.
 
-    python scripts/small_base/cutouts.py train scripts/small_base/base.yaml
-
-runs `samoe` with a further kind of dataset, "cutouts", of the pictures that `pictures.py` has gathered. A clip of four
+They are a kind of dataset, "cutouts", of the pictures that `pictures.py` has gathered, for `learn.py`. A clip of four
 frames takes about 25 ms.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from samoe_hf.cli import main
 from samoe_hf.data import Video
-from samoe_hf.data.layouts import LAYOUTS, Layout
+from samoe_hf.data.layouts import Layout
 from samoe_hf.data.schema import VideoList
 
 SIDE = 96  # of a picture that is moved, in pixels
@@ -49,7 +45,7 @@ class CutOuts(VideoList):
         self.num_frames, self.side = num_frames, side
         self.max_objects, self.seed, self.domain = max_objects, seed, domain
         with np.load(root) as file:
-            self.figures = file["figures"]
+            self.figures, self.stamps = file["figures"], file["stamps"]
             self.photos = [file[name] for name in file.files if name.startswith("photo")]
 
     def _draw(self, position: int, _: int) -> Video:
@@ -87,15 +83,19 @@ class CutOuts(VideoList):
             if column >= 0:
                 masks[:, column] |= covered
         frames = _filmed(rng, frames)
+        if rng.random() < 0.5:
+            frames, masks = _squeezed(rng, frames, masks)
         return frames.permute(0, 2, 3, 1).mul(255).byte().numpy(), masks.numpy()
 
     def _object(self, rng: np.random.Generator) -> Tensor:
         """(4, SIDE, SIDE) in 0..1, colour and opacity."""
-        figure = torch.from_numpy(self.figures[rng.integers(len(self.figures))]).permute(2, 0, 1).float() / 255
+        of_stamps = rng.random() < 0.4
+        figures = self.stamps if of_stamps else self.figures
+        figure = torch.from_numpy(figures[rng.integers(len(figures))]).permute(2, 0, 1).float() / 255
         colour, alpha = figure[:3], figure[3:]
         if rng.random() < 0.25:
             alpha = _outline(rng)
-        kind = rng.random()
+        kind = rng.random() * (2.5 if of_stamps else 1)
         if kind < 0.4:
             colour = self._patch(rng)
         elif kind < 0.6:
@@ -254,6 +254,16 @@ def _filmed(rng: np.random.Generator, frames: Tensor) -> Tensor:
     return frames.clamp(0, 1)
 
 
+def _squeezed(rng: np.random.Generator, frames: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Part of the height, or of the width, as large as all: what the model sees of wide and of tall frames."""
+    side = frames.shape[-1]
+    length = int(side * rng.uniform(0.5, 1))
+    start, axis = int(rng.integers(side - length + 1)), 2 if rng.random() < 0.8 else 3
+    frames, masks = frames.narrow(axis, start, length), masks.narrow(axis, start, length)
+    frames = F.interpolate(frames, (side, side), mode="bilinear", align_corners=False)
+    return frames, F.interpolate(masks.float(), (side, side), mode="bilinear", align_corners=False) > 0.5
+
+
 class CutOutsLayout(Layout):
     """Datasets of the kind "cutouts"."""
 
@@ -263,7 +273,3 @@ class CutOutsLayout(Layout):
 
 
 LAYOUT = CutOutsLayout("cutouts", "")
-
-if __name__ == "__main__":
-    LAYOUTS[LAYOUT.kind] = LAYOUT
-    main(sys.argv[1:])

@@ -2,10 +2,12 @@
 
     pip install scikit-image scikit-learn matplotlib PyWavelets OpenEXR
     npm pack @pmndrs/assets @lobehub/fluent-emoji-3d
-    python scripts/small_base/pictures.py pmndrs-*.tgz lobehub-*.tgz --output outputs/pictures.npz
+    apt-get download tuxpaint-stamps-default mate-backgrounds
+    for package in *.deb; do dpkg -x $package debian; done
+    python scripts/small_base/pictures.py pmndrs-*.tgz lobehub-*.tgz debian --output outputs/pictures.npz
 
 The README beside this file names each picture's licence. `photos` are of any size; `figures` (N, 96, 96, 4) are
-cut-outs with their opacity: the emoji, and regions of the photographs.
+cut-outs with their opacity, the emoji and regions of the photographs; `stamps` are Tux Paint's.
 """
 
 import argparse
@@ -60,6 +62,16 @@ def panoramas(archive: Path) -> Iterator[Image.Image]:
                 yield Image.fromarray((255 * (exposed / (1 + exposed)) ** 0.6).astype(np.uint8))
 
 
+def stamps(folder: Path) -> Iterator[np.ndarray]:
+    """Tux Paint's stamps, most of them photographs of animals, plants, vehicles and tools."""
+    for path in sorted(folder.glob("usr/share/tuxpaint/stamps/**/*.png")):
+        if not {"symbols", "cartoon"} & {*path.parts}:
+            picture = Image.open(path).convert("RGBA")
+            square = Image.new("RGBA", (max(picture.size),) * 2)
+            square.paste(picture, tuple((max(picture.size) - length) // 2 for length in picture.size))
+            yield np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+
 def emoji(archive: Path) -> Iterator[np.ndarray]:
     """Microsoft's emoji in three dimensions, without those that differ in the colour of skin only."""
     with tarfile.open(archive) as tar:
@@ -93,19 +105,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("assets", type=Path, help="archive of @pmndrs/assets")
     parser.add_argument("emoji", type=Path, help="archive of @lobehub/fluent-emoji-3d")
+    parser.add_argument("debian", type=Path, help="folder with tuxpaint-stamps-default and mate-backgrounds")
     parser.add_argument("--output", required=True, type=Path)
     parsed = parser.parse_args(arguments)
     photos = []
-    for picture in (*package_photos(), *panoramas(parsed.assets)):
+    nature = sorted(parsed.debian.glob("usr/share/backgrounds/mate/nature/*.jpg"))
+    for picture in (*package_photos(), *panoramas(parsed.assets), *map(Image.open, nature)):
         picture = picture.convert("RGB")
         picture.thumbnail((LARGEST, LARGEST))
         photos.append(np.asarray(picture))
-    figures = [*emoji(parsed.emoji), *(figure for photo in photos for figure in regions(photo))]
-    figures = [figure for figure in figures if 0.08 < (figure[..., 3] > 127).mean() < 0.95]
+    cut = [*emoji(parsed.emoji), *(figure for photo in photos for figure in regions(photo))]
+    figures, stamped = (
+        np.stack([figure for figure in kind if 0.08 < (figure[..., 3] > 127).mean() < 0.95])
+        for kind in (cut, stamps(parsed.debian))
+    )
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"photo_{i:03d}": photo for i, photo in enumerate(photos)}
-    np.savez(parsed.output, figures=np.stack(figures), **arrays)
-    print(f"{len(photos)} photographs, {len(figures)} figures")
+    np.savez(parsed.output, figures=figures, stamps=stamped, **arrays)
+    print(f"{len(photos)} photographs, {len(figures)} figures, {len(stamped)} stamps")
 
 
 if __name__ == "__main__":

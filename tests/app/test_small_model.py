@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
-from click_start import let_points_find_their_place
 from helpers.app import run_all
-from samoe_hf import SamoeModel, small_base
+from samoe_hf import small_base
 from samoe_hf.app.models import load_model
 from samoe_hf.app.session import TrackingSession
 from samoe_hf.app.uploads import EXAMPLE_FRAMES, EXAMPLE_SIZE, EXAMPLES, Limits, open_example
@@ -32,16 +30,3 @@ def test_objects_of_examples_are_found_and_tracked(tmp_path, name):
         both = [(session.id_map(t) == ids, truth.masks(t)) for t in range(EXAMPLE_FRAMES)]
         iou = np.stack([(a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1) for a, b in both])
         assert iou[0].mean() > 0.6 and iou.mean() > 0.4, iou.mean(axis=0)
-
-
-def test_points_find_their_place_in_the_start_of_its_training():
-    """The attention from a point to the image is largest where the point is."""
-    model = SamoeModel.from_pretrained(small_base()).eval()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    let_points_find_their_place(model)
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed and all("attn_token_to_image" in name and ("q_proj" in name or "k_proj" in name) for name in changed)
-    attention = model.mask_decoder.transformer.final_attn_token_to_image
-    place = model.get_image_wide_positional_embeddings()[0].flatten(1).T  # (h * w, channels)
-    scores = attention.q_proj(place) @ attention.k_proj(place).T
-    assert (scores.argmax(dim=1) == torch.arange(len(place))).all()

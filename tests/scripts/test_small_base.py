@@ -14,7 +14,7 @@ from samoe_hf.data import SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.inference import load_processor
 
-RUNS = [ROOT / "scripts" / "small_base" / name for name in ("base_first.yaml", "base.yaml")]
+RUNS = [ROOT / "scripts" / "small_base" / name for name in ("frames.yaml", "clips.yaml")]
 
 
 def stored_types(folder: Path) -> set[str]:
@@ -43,6 +43,6 @@ def test_it_is_made_of_a_model_that_was_trained(model_folder, tmp_path, monkeypa
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a.bfloat16().float(), rtol=0, atol=0, msg=name)
     card = (output / "README.md").read_text()
-    assert "| base_first: max_steps | 800 |" in card and "synthetic videos: cutouts" in card
+    assert "| frames: max_steps | 4500 |" in card and "synthetic videos: cutouts" in card
     with pytest.raises(FileExistsError):
         maker.main([str(model_folder), *map(str, RUNS), "--output", str(output)])

@@ -18,7 +18,7 @@ from samoe_hf.training.trainer import build_trainer
 
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "scripts" / "small_base").glob("*.yaml")])
 RUNS = [path for path in CONFIGS if not path.name.startswith("model_")]
-SIZES = [path for path in CONFIGS if path.name.startswith("model_")]
+SIZES = sorted((ROOT / "configs").glob("model_*.yaml"))
 
 
 def write_frames(frames, labels, num_frames=10):
@@ -68,16 +68,8 @@ def test_runs_can_start(path, data, pictures, model_folder, tmp_path, monkeypatc
     assert "../" not in text, "a path outside the repository"
     run = tmp_path / path.name
     base = "model_name_or_path: facebook/sam2.1-hiera-base-plus"
-    for earlier in (
-        "base_first",
-        "click_start",
-        "base_clicks_first",
-        "base_clicks",
-        "base_three",
-        "base_frames",
-        "base_clips",
-    ):  # what an earlier run has left
-        text = text.replace(f"model_name_or_path: outputs/{earlier}\n", f"{base}\n")
+    text = text.replace("model_name_or_path: outputs/frames\n", f"{base}\n")  # what an earlier run has left
+    text = text.replace("model_192.yaml", str(ROOT / "scripts" / "small_base" / "model_192.yaml"))
     monkeypatch.setitem(LAYOUTS, "cutouts", LAYOUT)
     text = text.replace("outputs/pictures.npz", str(pictures))
     run.write_text(text.replace("data/", f"{data}/").replace(base, f"model_name_or_path: {model_folder}"))
