@@ -31,7 +31,7 @@ NUM_VIDEOS, NUM_FRAMES, SEED = 32, 8, 3  # of each look; no run has seen this se
 PROMPTS = {"mask": "the mask of the first frame", "clicks:3": "three clicks on the first frame"}
 SETTINGS = ("max_steps", "per_device_train_batch_size", "learning_rate", "point_probability", "num_frames", "seed")
 LIMITS = (
-    "It has seen nothing but made videos. It is there to try things out, not for real videos.",
+    "It has seen nothing but made videos. It is there to try things out: on real videos it often loses the object.",
     "It knows the looks it was trained on; the others in the table of results are there to be learned as domains.",
     "Objects that are small, that leave, or that look like others near them are lost within some ten frames.",
 )
