@@ -115,7 +115,7 @@ def test_the_timeline_and_its_list_lead_to_frames_by_mouse_and_by_keys(page, sma
 @pytest.mark.slow
 def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path):
     page = open_page()
-    page.open(write_small_video(tmp_path / "long.mp4", num_frames=300))
+    page.open(write_small_video(tmp_path / "long.mp4", num_frames=1500))
     page.click(0.3, 0.5)
     page.page.click("#add")
     page.wait_for_text("objects", "object 2")
@@ -132,7 +132,7 @@ def test_a_refresh_in_the_middle_and_while_it_tracks(open_page, served, tmp_path
     page.wait_for_text("progress", "Tracking:")
     page.page.reload()
     page.page.wait_for_selector("#frame img")
-    (person,) = (person for person in served.people if person.session and person.session.num_frames == 300)
+    (person,) = (person for person in served.people if person.session and person.session.num_frames == 1500)
     time.sleep(2)  # what was running before the refresh lets go of the video
     page.click(0.5, 0.5)
     page.context.close()
