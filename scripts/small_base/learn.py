@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from cutouts import LAYOUT
 from muon import MuonAndAdamW
+from samoe_hf.commands.train import parse_arguments
 from samoe_hf.data.layouts import LAYOUTS
+from samoe_hf.errors import InputError
 from samoe_hf.model.base_modules import ImageFeatures
 from samoe_hf.model.frame_step import embed_prompt, encode_frames, resize
 from samoe_hf.model.losses import SegmentationLoss, focal_and_dice, mask_iou
@@ -118,7 +120,16 @@ def build(arguments: Sequence[str]) -> SamoeTrainer:
     return kind(run.model, run.args, run.recipe, processing_class=run.processor, train_dataset=run.train_dataset)
 
 
-if __name__ == "__main__":
-    trainer = build(sys.argv[1:])
-    trainer.train(trainer.args.resume_from_checkpoint)
+def main(arguments: Sequence[str]) -> None:
+    """Trains, and writes the model to `output_dir`."""
+    try:
+        trainer = build(parse_arguments(arguments).run)
+        trainer.train(trainer.args.resume_from_checkpoint)
+    except InputError as error:
+        raise SystemExit(str(error)) from error
     trainer.save_model()
+    print(f"Written: the model, in {trainer.args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

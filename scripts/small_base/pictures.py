@@ -62,14 +62,16 @@ def panoramas(archive: Path) -> Iterator[Image.Image]:
                 yield Image.fromarray((255 * (exposed / (1 + exposed)) ** 0.6).astype(np.uint8))
 
 
-def stamps(folder: Path) -> Iterator[np.ndarray]:
+def stamps(folder: Path) -> list[np.ndarray]:
     """Tux Paint's stamps, most of them photographs of animals, plants, vehicles and tools."""
+    figures = []
     for path in sorted(folder.glob("usr/share/tuxpaint/stamps/**/*.png")):
         if not {"symbols", "cartoon"} & {*path.parts}:
             picture = Image.open(path).convert("RGBA")
             square = Image.new("RGBA", (max(picture.size),) * 2)
             square.paste(picture, tuple((max(picture.size) - length) // 2 for length in picture.size))
-            yield np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+            figures.append(np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)))
+    return figures
 
 
 def emoji(archive: Path) -> Iterator[np.ndarray]:
@@ -108,6 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("debian", type=Path, help="folder with tuxpaint-stamps-default and mate-backgrounds")
     parser.add_argument("--output", required=True, type=Path)
     parsed = parser.parse_args(arguments)
+    stamped = stamps(parsed.debian)
+    if not stamped:
+        parser.error(f"{parsed.debian} must hold what `dpkg -x` gives of tuxpaint-stamps-default, but has no stamps")
     photos = []
     nature = sorted(parsed.debian.glob("usr/share/backgrounds/mate/nature/*.jpg"))
     for picture in (*package_photos(), *panoramas(parsed.assets), *map(Image.open, nature)):
@@ -116,8 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         photos.append(np.asarray(picture))
     cut = [*emoji(parsed.emoji), *(figure for photo in photos for figure in regions(photo))]
     figures, stamped = (
-        np.stack([figure for figure in kind if 0.08 < (figure[..., 3] > 127).mean() < 0.95])
-        for kind in (cut, stamps(parsed.debian))
+        np.stack([figure for figure in kind if 0.08 < (figure[..., 3] > 127).mean() < 0.95]) for kind in (cut, stamped)
     )
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"photo_{i:03d}": photo for i, photo in enumerate(photos)}

@@ -112,3 +112,8 @@ def test_the_schedule_reaches_both(run):
     steps(model, optimizer, x, 1)
     schedule.step()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_what_is_wrong_with_a_run_is_said():
+    with pytest.raises(SystemExit, match="none.yaml is no file"):
+        learn.main(["none.yaml"])
