@@ -35,7 +35,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 part = kind(groups, **options)
                 part.state = self.state
                 self.parts.append(part)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -115,5 +115,5 @@ def test_the_schedule_reaches_both(run):
 
 
 def test_what_is_wrong_with_a_run_is_said():
-    with pytest.raises(SystemExit, match="none.yaml is no file"):
+    with pytest.raises(SystemExit, match=r"none\.yaml is no file"):
         learn.main(["none.yaml"])
