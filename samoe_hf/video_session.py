@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Sam2VideoInferenceSession
 
+from samoe_hf.data.images import read_pixels
 from samoe_hf.errors import InputError
 from samoe_hf.model.domain_choice import AUTO, SessionDecision
 from samoe_hf.model.memory_selection import MEMORY_SELECTIONS, forget
@@ -29,8 +30,8 @@ class VideoSession(Sam2VideoInferenceSession):
     corrected frame reads less, and a prompt on a forgotten frame is taken as the object's first there.
 
     Args:
-        frames: (H, W, 3), (3, H, W) or (H, W) uint8 arrays or tensors of one size, or PIL images, each read when it is
-            needed; None where frames are streamed.
+        frames: (H, W, 3), (3, H, W) or (H, W) uint8 arrays or tensors of one size, or PIL images of 8 bits, which are
+            shown upright and on white, each read when it is needed; None where frames are streamed.
         processor: prepares the frames.
         keep_frames: at least the model's reach.
         corrections_condition: whether prompts on tracked frames make conditioning frames of them, as SAM 2 is trained
@@ -167,7 +168,7 @@ def read_frame(frames: Sequence[Any], index: int) -> np.ndarray:
     """
     frame = frames[index]
     if isinstance(frame, Image.Image):
-        frame = frame.convert("RGB")
+        frame = read_pixels(frame, f"`frames`, frame {index}")
     array = np.array(frame.cpu().numpy() if isinstance(frame, Tensor) else frame)
     if array.ndim == 2:
         array = np.stack([array] * 3, axis=-1)

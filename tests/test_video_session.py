@@ -171,6 +171,15 @@ def test_frames_of_all_forms_are_the_same(processor):
         assert torch.equal(session.get_frame(1), expected.pixel_values_videos[0, 0])
 
 
+def test_pillows_images_are_shown_as_a_viewer_does(processor):
+    """Upright, and on white where they are transparent."""
+    turned, clear = Image.fromarray(np.full((40, 60, 3), 9, np.uint8)), Image.new("RGBA", (60, 40))
+    turned.getexif()[0x0112] = 6
+    assert VideoSession([turned], processor).video_height == 60
+    white = VideoSession([np.full((40, 60, 3), 255, np.uint8)], processor).get_frame(0)
+    assert torch.equal(VideoSession([clear], processor).get_frame(0), white)
+
+
 def test_bad_arguments_are_named(nano, processor):
     frame = np.zeros((40, 60, 3), np.uint8)
     for frames, message in (
@@ -178,6 +187,7 @@ def test_bad_arguments_are_named(nano, processor):
         ([frame / 255], r"of uint8, got float64 \(40, 60, 3\) on frame 0"),
         ([np.zeros((40, 60, 4), np.uint8)], r"got uint8 \(40, 60, 4\)"),
         ("video.mp4", "got <U1"),
+        ([Image.fromarray(np.zeros((40, 60), np.uint16))], "got uint16"),
     ):
         with pytest.raises(ValueError, match=f"`frames`.*{message.removeprefix('`frames`')}"):
             VideoSession(frames, processor)
