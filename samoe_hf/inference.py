@@ -259,7 +259,7 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
 
     Raises:
         InputError: for no prompts, two prompts for one object on one frame, an end that is not after all other prompts
-            of its object, or a prompt that does not fit the video.
+            of its object, an object with negative points alone, or a prompt that does not fit the video.
     """
     if not prompts:
         raise InputError("`prompts` is empty; at least one point, box or mask is needed.")
@@ -278,6 +278,10 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
                 "box in one."
             )
         seen.add((prompt.object_id, prompt.frame_idx))
+    for object_id in {prompt.object_id for prompt in prompts}:
+        own = [prompt for prompt in prompts if prompt.object_id == object_id]
+        if not any(1 in prompt.labels or prompt.box is not None or prompt.mask is not None for prompt in own):
+            raise InputError(f"Object {object_id} must have a positive point, a box or a mask, which say where it is.")
 
 
 def masks_of(logits: np.ndarray, overlapping: bool = False) -> np.ndarray:

@@ -40,6 +40,10 @@ SIZE = (96, 128)
         ([VideoPrompt(1, mask=np.ones((128, 96), bool))], r"size \(128, 96\), but the video has \(96, 128\)"),
         ([VideoPrompt(1, box=(1, 2, 3, 4), mask=np.ones(SIZE, bool))], "A mask and points or a box are given"),
         ([VideoPrompt(2, box=(1, 2, 3, 4)), VideoPrompt(2, points=[(1, 2)], labels=[1])], "Object 2 has two prompts"),
+        (
+            [VideoPrompt(1, points=[(1, 2)], labels=[0]), VideoPrompt(1, 3, points=[(1, 2)], labels=[0])],
+            "positive point",
+        ),
         ([VideoPrompt(1, 2, box=(1, 2, 3, 4), end=True)], "prompt is given of object 1 on frame 2, where it is said"),
         ([VideoPrompt(3, 1, end=True)], r"end of object 3 must be after all .* \(on the frames \[\]\), got frame 1"),
         ([VideoPrompt(3, 2, box=(1, 2, 3, 4)), VideoPrompt(3, 1, end=True)], r"the frames \[2\]\), got frame 1"),
@@ -61,6 +65,32 @@ def test_prompts_at_the_edges_are_fine():
         ],
         5,
         SIZE,
+    )
+
+
+@pytest.mark.parametrize("side", [1, 8])
+def test_a_given_mask_of_few_pixels_is_not_lost(nano, side):
+    """Of the model's pixels it covers less than half of one, of those of its masks less than half of several."""
+    frames, mask = np.zeros((2, 480, 640, 3), np.uint8), np.zeros((480, 640), bool)
+    mask[200 : 200 + side, 300 : 300 + side] = True
+    first, _ = track_video(nano.model, build_processor(nano.model.config), frames, [VideoPrompt(1, mask=mask)])
+    assert first.scores.score[0] > 0.99
+    found = np.argwhere(first.logits[0].numpy() > 0)
+    assert len(found) and abs(found.mean(0) - (200, 300)).max() < 20
+
+
+def test_an_object_that_nothing_shows_is_absent(nano):
+    """Only empty masks are given of it; others, and itself once it is shown, are tracked as ever."""
+    frames, processor = SyntheticVideos(1, 4, SIZE, seed=3)[0].frames, build_processor(nano.model.config)
+    box, nothing = VideoPrompt(1, 1, box=(10, 10, 60, 60)), np.zeros(SIZE, bool)
+    alone = {one.frame_idx: one for one in track_video(nano.model, processor, frames, [box])}
+    both = [box, VideoPrompt(2, 1, mask=nothing), VideoPrompt(2, 2, mask=nothing)]
+    for one in track_video(nano.model, processor, frames, both):
+        assert torch.allclose(one.logits[0], alone[one.frame_idx].logits[0], atol=1e-3)
+        assert (one.logits[1] < 0).all() and one.scores.score[1] < 1e-3
+    shown = [VideoPrompt(2, 1, mask=nothing), VideoPrompt(2, 2, box=(10, 10, 60, 60))]
+    assert any(
+        (one.logits > 0).any() for one in track_video(nano.model, processor, frames, shown) if one.frame_idx != 2
     )
 
 

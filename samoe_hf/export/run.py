@@ -60,6 +60,7 @@ class TrackedObject:
 
     def __init__(self, first: int, end: float):
         self.first, self.end = first, end
+        self.is_shown = False  # by a prompt; an object that empty masks alone are given of is absent
         self.conditioning: dict[int, Memory] = {}
         self.tracked: dict[int, Memory] = {}
 
@@ -116,9 +117,8 @@ class Tracker:
             own = {i: one for i, one in self.objects.items() if (t >= one.first) == (step > 0)}
             masks = waiting[t]
             masks.update({i: prompted[t].get(i, self.no_mask + NO_OBJECT) for i in own})
-            masks.update(
-                self.follow(t, step, [i for i, one in own.items() if t < one.end and t not in one.conditioning])
-            )
+            there = {i: one for i, one in own.items() if one.is_shown and t < one.end}
+            masks.update(self.follow(t, step, [i for i, one in there.items() if t not in one.conditioning]))
             if step > 0:
                 masks.update(self.segment(t, corrections[t], masks))
             for one in own.values():
@@ -147,9 +147,11 @@ class Tracker:
         masks, batches, side = {}, defaultdict(list), self.image["side"]
         for prompt in prompts:
             i, points, labels = prompt["object"], *points_of(prompt, side, self.size)
+            self.objects[i].is_shown |= bool(np.any(prompt.get("mask", True)))
             if "mask" in prompt:
                 image = Image.fromarray((prompt["mask"] != 0).astype(np.float32))
-                fitted = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)) >= 0.5
+                share = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+                fitted = (share >= min(share.max(), 0.5)) & (share > 0)  # a small one keeps what it covers most
                 batches["mask"].append((i, fitted[None].astype(np.float32), None, None))
             else:
                 reads = ([], []) if before is None else self.read(self.objects[i], t, step=1)
@@ -400,6 +402,8 @@ def check_prompts(prompts: list[dict], num_frames: int, size: tuple[int, int]) -
             raise InputError(f"The first prompt of object {i} must be no correction and no end.")
         if any(t < max(given) for t in own.keys() - {*given}):
             raise InputError(f"The end of object {i} must be after all its prompts.")
+        if not any("box" in p or "mask" in p or 1 in numbers(p.get("labels", []), 1) for p in own.values()):
+            raise InputError(f"Object {i} must have a positive point, a box or a mask, which say where it is.")
 
 
 @contextmanager

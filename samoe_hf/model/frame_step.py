@@ -344,6 +344,10 @@ def take_mask(model: SamoePreTrainedModel, image: ImageFeatures, mask: Tensor) -
     high_res_masks = _at_least_float32(mask) * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS
     low_res_size = model.prompt_encoder.mask_input_size
     low_res_masks = F.interpolate(high_res_masks, low_res_size, mode="bilinear", antialias=True)
+    # A mask that is too small for that size keeps the pixel of which it covers most.
+    largest = low_res_masks.amax((-2, -1), keepdim=True)
+    is_kept = visible[..., None, None] & (largest <= 0) & (low_res_masks == largest)
+    low_res_masks = torch.where(is_kept, MASK_PROMPT_SCALE + MASK_PROMPT_BIAS, low_res_masks)
     return FrameOutput(
         candidates=high_res_masks,
         iou_scores=torch.ones_like(output.iou_scores),

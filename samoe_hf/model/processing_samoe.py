@@ -11,14 +11,16 @@ from transformers import Sam2VideoVideoProcessor
 from .base import InferenceSession, base_of, mask_size
 from .configuration_samoe import SamoeConfig
 from .errors import InputError
-from .prompts import read_mask
+from .prompts import fit_mask, read_mask
 
 # The processors of the bases.
 VideoProcessor = transformers.Sam2VideoProcessor | transformers.Sam3TrackerVideoProcessor
 
 
 class CheckedPrompts:
-    """What a processor of transformers takes without a word, is checked: ids become numbers, and masks bool."""
+    """What a processor of transformers takes without a word, is checked: ids become numbers, and masks 0 and 1."""
+
+    target_size: int
 
     def add_inputs_to_inference_session(
         self,
@@ -36,16 +38,23 @@ class CheckedPrompts:
 
         Args:
             obj_ids: one or several, also as arrays or tensors of integers.
-            input_masks: a mask (H, W) of the video's size, or one for each object; see [`~prompts.read_mask`].
+            input_masks: a mask (H, W) of the video's size, or one for each object, a list or (objects, H, W); see
+                [`~prompts.read_mask`]. Those that are too small for the model's pixels keep one, see
+                [`~prompts.fit_mask`].
 
         Raises:
-            InputError: for ids that are no integers, or masks of other values or another shape.
+            InputError: for ids that are no integers or not different, or masks of other values or another shape.
         """
         ids = _integers("obj_ids", obj_ids)
+        if len(set(ids)) < len(ids):
+            raise InputError(f"`obj_ids` must be different, got {ids}; give all of an object's points in one prompt.")
         if input_masks is not None:
-            input_masks = list(input_masks) if isinstance(input_masks, list | tuple) else [input_masks]
+            is_list = isinstance(input_masks, list | tuple)
+            if not is_list and (np.ndim(input_masks) != 3 or len(input_masks) != len(ids)):
+                input_masks = [input_masks]
             size = (inference_session.video_height, inference_session.video_width)
-            input_masks = [_checked_mask(mask, size) for mask in input_masks]
+            masks = [_checked_mask(mask, size).to(inference_session.inference_device) for mask in input_masks]
+            input_masks = [fit_mask(mask[(None,) * (4 - mask.dim())], self.target_size) for mask in masks]
         inputs = (input_points, input_labels, input_boxes, input_masks, original_size, clear_old_inputs)
         parent: Any = super()
         return parent.add_inputs_to_inference_session(
@@ -77,7 +86,7 @@ def _integers(name: str, values: Any) -> list[int]:
 def _checked_mask(mask: Any, video_size: tuple[int | None, int | None]) -> Tensor:
     """A mask as a bool tensor; it must be of the video's proportions, or square as the model's input is."""
     mask = read_mask(mask)
-    height, width = mask.shape[-2:] if mask.dim() >= 2 else (0, 0)
+    height, width = mask.shape[-2:] if 2 <= mask.dim() <= 4 else (0, 0)
     rows, columns = video_size[0] or height, video_size[1] or width  # a stream's size is not known yet
     is_fit = height == width or abs(height * columns - width * rows) <= max(rows, columns)
     if not height * width or not is_fit:

@@ -150,6 +150,17 @@ def order_box(prompt: dict[str, Tensor]) -> None:
         prompt["point_coords"] = torch.cat([ordered_corners(points[..., :2, :]), points[..., 2:, :]], dim=-2)
 
 
+def fit_mask(mask: Tensor, size: int) -> Tensor:
+    """A mask (N, M, H, W) of 0 and 1 at (size, size), as floats: a pixel is of it where half of it is.
+
+    Of one that is too small for that, those stay of which it covers most, since an empty mask says something else.
+    """
+    if mask.shape[-2:] == (size, size):
+        return mask.float()
+    share = F.interpolate(mask.float(), (size, size), mode="bilinear", antialias=True)
+    return ((share >= share.amax((-2, -1), keepdim=True).clamp(max=0.5)) & (share > 0)).float()
+
+
 # What a session holds of one object on a frame, as transformers' processor gives it: a mask (1, 1, H, W), or points
 # (1, 1, P, 2) and labels (1, 1, P) as "point_coords" and "point_labels".
 SessionPrompt = Tensor | dict[str, Tensor]
@@ -178,10 +189,7 @@ def join_prompts(
     """
     masks = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     if masks:
-        joined = torch.cat(masks)
-        if joined.shape[-2:] != (image_size, image_size):
-            joined = F.interpolate(joined.float(), (image_size, image_size), mode="bilinear", antialias=True)
-        return Prompt(mask=(joined >= 0.5).to(joined.dtype))
+        return Prompt(mask=fit_mask(torch.cat(masks), image_size))
     pairs = [points_and_labels(prompt) for prompt in prompts if isinstance(prompt, dict)]
     points, labels = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
     previous = None

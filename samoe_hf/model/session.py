@@ -43,7 +43,8 @@ class ObjectState:
     """What a session keeps of one object beside transformers' outputs.
 
     `model`: a reference to the model that made it. `bank`: memories that other frames read.
-    `segmented_prompts`: frame -> the prompt on it that was segmented last. `pending`: frame -> record of its prompt,
+    `segmented_prompts`: frame -> the prompt on it that was segmented last. `showing`: those of them whose prompts are
+    no empty masks; without any, the object is absent, and not tracked. `pending`: frame -> record of its prompt,
     until the next tracking step. `shown`: frame -> record of a frame that was tracked only to be shown beside another
     object's prompt; it counts as tracked if tracking goes on by single calls, and is dropped by a propagation.
     """
@@ -51,6 +52,7 @@ class ObjectState:
     model: "weakref.ref[SamoePreTrainedModel]"
     bank: MemoryBank = field(default_factory=MemoryBank)
     segmented_prompts: dict[int, Any] = field(default_factory=dict)
+    showing: set[int] = field(default_factory=set)
     pending: dict[int, FrameRecord] = field(default_factory=dict)
     shown: dict[int, FrameRecord] = field(default_factory=dict)
 
@@ -131,7 +133,11 @@ class SessionObject(NamedTuple):
         """Keeps what a prompt gave, for the next tracking step."""
         self.state.pending[frame_idx] = record
         self.state.shown.pop(frame_idx, None)
-        self.state.segmented_prompts[frame_idx] = self.prompt(frame_idx)
+        prompt = self.state.segmented_prompts[frame_idx] = self.prompt(frame_idx)
+        if isinstance(prompt, Tensor) and not prompt.any():
+            self.state.showing.discard(frame_idx)
+        else:
+            self.state.showing.add(frame_idx)
 
     def store_tracked(self, frame_idx: int, record: FrameRecord) -> None:
         """Keeps what tracking gave on a frame without a conditioning output."""
@@ -176,6 +182,7 @@ class SessionObject(NamedTuple):
         if "state" not in self.outputs:
             return
         self.state.segmented_prompts.pop(frame_idx, None)
+        self.state.showing.discard(frame_idx)
         self.state.pending.pop(frame_idx, None)
         output = self.outputs["cond_frame_outputs"].pop(frame_idx, None)
         if output is not None:

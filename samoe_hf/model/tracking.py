@@ -318,14 +318,15 @@ def _object_tasks(
     tasks = [(one, _prompt_task(model, one, call)) for one in prompted]
     if prompted and not call.streaming:
         for one in others:
-            if one.bank_after_commit().conditioning and one.output(call.frame_idx, with_shown=True) is None:
+            is_known = one.state.showing and one.bank_after_commit().conditioning
+            if is_known and one.output(call.frame_idx, with_shown=True) is None:
                 tasks.append((one, _tracking_task(model, one, call, for_show=True)))
         return tasks
     for one in others:
         _commit(one)
         if call.frame_idx in one.state.bank.conditioning:
             one.mark_as_tracked(call.frame_idx, call.reverse)
-        else:
+        elif one.state.showing:
             tasks.append((one, _tracking_task(model, one, call)))
     if objects and (forget := getattr(objects[0].session, "forget", None)) is not None:
         forget(call.frame_idx)

@@ -27,6 +27,7 @@ PROMPTS = {
     "box and point": [{"frame": 0, "object": 1, "box": BOX, "points": [POINT], "labels": [1]}],
     "mask": [{"frame": 0, "object": 1, "mask": MASK}],
     "empty mask": [{"frame": 0, "object": 2, "box": BOX}, {"frame": 0, "object": 3, "mask": np.zeros_like(MASK)}],
+    "mask of a pixel": [{"frame": 1, "object": 1, "mask": np.arange(MASK.size).reshape(MASK.shape) == 5000}],
     "late and leaving": [
         {"frame": 3, "object": 1, "mask": MASK},
         {"frame": 1, "object": 2, "box": BOX},
@@ -155,6 +156,7 @@ def test_a_prompt_that_cannot_be_used_is_refused_by_name(prompt, rule):
         (["box"], "a list of at least one"),
         ([PROMPTS["box"][0] | {"correction": True}], "first prompt of object 1"),
         ([{"frame": 2, "object": 1, "end": True}], "first prompt of object 1"),
+        ([PROMPTS["point"][0] | {"labels": [0]}], "Object 1 must have a positive point, a box or a mask"),
         ([PROMPTS["box"][0] | {"frame": 3}, {"frame": 2, "object": 1, "end": True}], "end of object 1"),
         (PROMPTS["box"] * 2, "no other one of its object"),
     ],

@@ -45,8 +45,20 @@ def test_ids_of_objects_become_numbers(nano, ids):
     assert (points[0] < points[1]).all()
     nano.model.remove_object(session, torch.tensor(3), strict=True)
     assert session.obj_ids == [5]
-    with pytest.raises(ValueError, match="`obj_ids` must be integers"):
-        processor.add_inputs_to_inference_session(session, 0, 2.5, input_boxes=[[[1, 2, 30, 40]]])
+    for wrong, message in ((2.5, "integers"), ([5, 5], r"different, got \[5, 5\]; .* object's points in one")):
+        with pytest.raises(ValueError, match=f"`obj_ids` must be {message}"):
+            processor.add_inputs_to_inference_session(session, 0, wrong, input_boxes=boxes)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], 1])
+def test_masks_of_several_objects_may_be_one_array(nano, ids):
+    masks = np.zeros((np.size(ids), 96, 128), bool)
+    masks[0, :50, :60], masks[-1, 30:, 20:] = True, True
+    given = [build_processor(nano.model.config).init_video_session(video=np.zeros((1, 96, 128, 3))) for _ in "ab"]
+    for session, inputs in zip(given, (masks, [*masks]), strict=True):
+        build_processor(nano.model.config).add_inputs_to_inference_session(session, 0, ids, input_masks=inputs)
+    one, other = ([own[0] for own in session.mask_inputs_per_obj.values()] for session in given)
+    assert all(map(torch.equal, one, other)) and len(one) == np.size(ids)
 
 
 @pytest.mark.parametrize(
