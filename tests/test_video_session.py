@@ -1,5 +1,7 @@
 """Sessions for videos of any length: the same masks as a session that keeps all, in memory that does not grow."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,20 @@ def test_memory_does_not_grow_with_the_video(nano, processor):
     assert held[5] > held[0]
     assert max(held[36:]) == held[36] == held[-1]
     assert sorted(frames.reads[1:]) == list(range(49))  # the first read is for the size
+
+
+def test_masks_that_wait_for_a_late_object_are_not_held(nano, processor):
+    def held(count):
+        session = VideoSession(Frames(count), processor, keep_frames=16)
+        for obj_id, frame_idx in enumerate((0, count - 1)):
+            processor.add_inputs_to_inference_session(session, frame_idx, obj_id, **POINT)
+        for output in nano.model.propagate_from_prompts_iterator(session):
+            if output.frame_idx == count - 1:
+                return sum(one.nbytes for one in gc.get_objects() if type(one) is torch.Tensor)
+
+    held(40)  # what is computed once
+    longer, shorter = held(70), held(40)
+    assert longer - shorter < 10 * 4 * 32 * 32  # bytes of 10 masks
 
 
 @slow_over_bases

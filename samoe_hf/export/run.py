@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, dropwhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,8 @@ class Tracker:
     def track(self, frames: Sequence[np.ndarray], prompts: list[dict]) -> Iterator[tuple[int, list[int], np.ndarray]]:
         """Gives each frame once: its index, all ids, and the logits of their masks (objects, height, width).
 
-        Frames come in the order in which the last of their objects is tracked.
+        Frames come in the order in which the last of their objects is tracked. Until then, masks are in a temporary
+        file.
 
         Args:
             frames: (height, width, 3) uint8, each read when it is needed.
@@ -111,21 +112,27 @@ class Tracker:
             prompted[t] = self.segment(t, initial[t])
         firsts = [one.first for one in self.objects.values()]
         way = [(t, 1) for t in range(min(firsts), self.num_frames)] + [(t, -1) for t in reversed(range(max(firsts)))]
-        waiting = defaultdict(dict)  # masks, until all objects were tracked on their frame
-        for t, step in way:
-            self.look(frames, t)
-            own = {i: one for i, one in self.objects.items() if (t >= one.first) == (step > 0)}
-            masks = waiting[t]
-            masks.update({i: prompted[t].get(i, self.no_mask + NO_OBJECT) for i in own})
-            there = {i: one for i, one in own.items() if one.is_shown and t < one.end}
-            masks.update(self.follow(t, step, [i for i, one in there.items() if t not in one.conditioning]))
-            if step > 0:
-                masks.update(self.segment(t, corrections[t], masks))
-            for one in own.values():
-                self.forget(one, t)
-            if len(masks) == len(self.objects):
+        places: dict[int, int] = {}
+        with TemporaryFile() as waiting:  # masks of frames on which not all objects were tracked yet
+            for t, step in way:
+                self.look(frames, t)
+                own = {i: one for i, one in self.objects.items() if (t >= one.first) == (step > 0)}
+                masks = {i: prompted[t].get(i, self.no_mask + NO_OBJECT) for i in own}
+                there = {i: one for i, one in own.items() if one.is_shown and t < one.end}
+                masks.update(self.follow(t, step, [i for i, one in there.items() if t not in one.conditioning]))
+                if step > 0:
+                    masks.update(self.segment(t, corrections[t], masks))
+                for one in own.values():
+                    self.forget(one, t)
+                others = [i for i in self.objects if i not in own]
+                if others and step > 0:
+                    places[t] = waiting.tell()
+                    np.save(waiting, np.stack([masks[i] for i in own]))
+                    continue
+                if t in places:
+                    waiting.seek(places[t])
+                    masks.update(zip(others, np.load(waiting), strict=True))
                 yield t, list(self.objects), resize(np.stack([masks[i][0] for i in self.objects]), self.size)
-                del waiting[t]
 
     def look(self, frames: Sequence[np.ndarray], t: int) -> None:
         """Encodes a frame, for all objects, unless it is the one that was encoded last."""

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from statistics import median
-from typing import NamedTuple, TypeVar
+from tempfile import SpooledTemporaryFile
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -48,6 +50,8 @@ T = TypeVar("T")
 FRAMES_AHEAD, SMALL_IMAGE_SIZE, MAX_FRAMES_AHEAD = 4, 256, 16
 
 
+# Of masks that wait for further objects; more are in a temporary file.
+HELD_BYTES = 2**26
 # Where objects of a batch read unequally many memories, these leave some out. Others cannot, and run them apart.
 MASKED_ATTENTION = ("eager", "sdpa")
 
@@ -256,8 +260,8 @@ def propagate_from_prompts(
     reverse: bool = False,
     show_progress_bar: bool = False,
 ) -> Steps[Sam2VideoSegmentationOutput]:
-    """See [`SamoeModel.propagate_from_prompts_iterator`]. Low-resolution masks of frames between first prompts are
-    kept until all objects have been tracked there.
+    """See [`SamoeModel.propagate_from_prompts_iterator`]. Low-resolution masks of frames between first prompts wait
+    until all objects have been tracked there, and many of them in a temporary file.
 
     Raises:
         ValueError: as [`track_frame`].
@@ -274,8 +278,8 @@ def propagate_from_prompts(
         passes += [(t, True) for t in range(max(starts.values()) - 1, -1, -1)]
     else:
         passes = [(t, reverse) for t in (range(start_frame_idx, -1, -1) if reverse else range(start_frame_idx, end))]
-    waiting: dict[int, Sam2VideoSegmentationOutput] = {}
-    with encoding_ahead(model, session):
+    waiting: dict[int, tuple[int, dict[str, Any]]] = {}  # where masks begin in the file, and the rest of an output
+    with SpooledTemporaryFile(HELD_BYTES) as file, encoding_ahead(model, session):
         for frame_idx, back in tqdm(passes, desc="propagate in video", disable=not show_progress_bar):
             ahead = [starts[one.object_id] - frame_idx for one in objects]
             has_begun = [(distance >= (1 if is_whole else 0)) if back else distance <= 0 for distance in ahead]
@@ -284,17 +288,22 @@ def propagate_from_prompts(
             yield TrackingStep(_object_tasks(model, own, call), call)
             output = _frame_result(model, session, own if is_whole else objects, frame_idx)
             if frame_idx in waiting:
-                output = _joined(session, waiting.pop(frame_idx), output)
+                place, first = waiting.pop(frame_idx)
+                file.seek(place)
+                first["pred_masks"] = torch.from_numpy(np.load(file)).to(output.pred_masks.device)
+                output = _joined(session, first, output)
             elif is_whole and len(own) < len(objects):
-                waiting[frame_idx] = output
+                first = dict(output)
+                waiting[frame_idx] = file.tell(), first
+                np.save(file, first.pop("pred_masks").cpu().numpy())
             yield output
 
 
 def _joined(
-    session: InferenceSession, first: Sam2VideoSegmentationOutput, second: Sam2VideoSegmentationOutput
+    session: InferenceSession, first: dict[str, Any], second: Sam2VideoSegmentationOutput
 ) -> Sam2VideoSegmentationOutput:
     """The outputs of two parts of a session's objects on a frame as one, in the session's order."""
-    ids = [*(first.object_ids or ()), *(second.object_ids or ())]
+    ids = [*first["object_ids"], *(second.object_ids or ())]
     order = [ids.index(object_id) for object_id in session.obj_ids]
     for name in ("pred_masks", "object_score_logits", "iou_scores"):
         second[name] = torch.cat([first[name], second[name]])[order]

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import av
 import numpy as np
@@ -303,6 +304,27 @@ def test_few_objects_at_once_are_tracked_as_all_are(parts, monkeypatch):
     monkeypatch.setattr("samoe_hf.export.run.MAX_LOGITS", 3 * 64 * 64)
     apart = {t: logits for t, _, logits in parts.tracker.track(FRAMES, prompts)}
     assert difference(together, apart).mean < 1e-3
+
+
+def test_masks_that_wait_for_a_late_object_are_not_held(parts, monkeypatch):
+    def masks(ids):
+        return {i: np.ones_like(parts.tracker.no_mask) for i in ids}
+
+    def held(count):
+        tracked = parts.tracker.track(FRAMES[:1] * count, [box, box | {"frame": count - 1, "object": 2}])
+        tracemalloc.start()
+        try:
+            next(tracked)
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    (box,) = PROMPTS["box"]
+    monkeypatch.setattr(parts.tracker, "look", lambda *_: None)
+    monkeypatch.setattr(parts.tracker, "segment", lambda t, prompts, *_: masks(one["object"] for one in prompts))
+    monkeypatch.setattr(parts.tracker, "follow", lambda t, step, ids: masks(ids))
+    longer, shorter = held(200), held(100)
+    assert longer - shorter < 50 * 4 * 32 * 32  # bytes of 50 masks
 
 
 def test_frames_of_different_sizes_are_refused(parts):
