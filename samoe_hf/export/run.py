@@ -424,7 +424,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 class Images(Sequence):
-    """The images of a folder, in the order of the numbers in their names."""
+    """The images of a folder, in the order of the numbers in their names, upright and on white."""
 
     def __init__(self, folder: Path):
         def key(path: Path) -> list:
@@ -443,7 +443,10 @@ class Images(Sequence):
         with opened(self.paths[index]) as image:
             if image.mode[0] in "IF":
                 raise InputError(f"{self.paths[index]} must have 8 bits for each color, got mode {image.mode}.")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return np.asarray(image.convert("RGB"))
 
 
 class Film(Sequence):
@@ -516,7 +519,7 @@ def read_prompts(path: Path) -> list[dict]:
     for prompt in prompts if isinstance(prompts, list) else []:
         if isinstance(prompt, dict) and "mask" in prompt:
             with opened(path.parent / str(prompt["mask"])) as image:
-                prompt["mask"] = np.asarray(image)
+                prompt["mask"] = np.asarray(ImageOps.exif_transpose(image))
     return prompts
 
 

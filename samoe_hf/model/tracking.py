@@ -290,7 +290,7 @@ def propagate_from_prompts(
             if frame_idx in waiting:
                 place, first = waiting.pop(frame_idx)
                 file.seek(place)
-                first["pred_masks"] = torch.from_numpy(np.load(file)).to(output.pred_masks.device)
+                first["pred_masks"] = torch.from_numpy(np.load(file)).to(session.inference_device)
                 output = _joined(session, first, output)
             elif is_whole and len(own) < len(objects):
                 first = dict(output)

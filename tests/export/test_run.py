@@ -13,7 +13,7 @@ from PIL import Image
 
 from helpers.export import EagerTracker, compare, difference, drawn_video, tracked_with_corrections
 from samoe_hf import data
-from samoe_hf.export.run import Film, TrackedObject, Tracker, check_prompts, main, prepare, resize
+from samoe_hf.export.run import Film, Images, TrackedObject, Tracker, check_prompts, main, prepare, read_prompts, resize
 from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
 from samoe_hf.model.memory_selection import MemoryLimits, select_memories
 
@@ -206,6 +206,19 @@ def test_the_program_writes_a_map_of_ids_for_each_frame_of_a_folder(reference, t
     for t, _, logits in reference.tracker.track(FRAMES, given):
         expected = np.where(logits.max(axis=0) > 0, np.array([7, 9])[logits.argmax(axis=0)], 0)
         assert (masks[f"frame{2 * t}"] == expected).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK"])
+def test_images_are_shown_as_the_package_shows_them(tmp_path, mode):
+    image, exif = Image.fromarray(FRAMES[0]), Image.Exif()
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(MASK))
+    exif[0x0112] = 6
+    image.convert(mode).save(tmp_path / ("0.jpg" if mode == "CMYK" else "0.png"), exif=exif)
+    np.testing.assert_array_equal(Images(tmp_path)[0], data.read_video(tmp_path)[0])
+    Image.fromarray(MASK).save(tmp_path / "mask.png", exif=exif)
+    (tmp_path / "prompts.json").write_text('[{"mask": "mask.png"}]')
+    np.testing.assert_array_equal(read_prompts(tmp_path / "prompts.json")[0]["mask"], np.rot90(MASK, -1))
 
 
 @pytest.mark.parametrize("turn", [None, (90, False), (180, False), (270, True)])
