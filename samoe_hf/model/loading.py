@@ -174,6 +174,8 @@ def _load_whole(
         # Within the vision encoder, transformers leaves them uninitialized.
         assert isinstance(layer, ExpertMixture)
         layer.reset_experts()
+    if (gate := model.domain_gate) is not None:  # with another `dtype`, transformers makes its integers float32 too
+        gate.names, gate.counts = gate.names.long(), gate.counts.long()
     check_values(source, model)
     train_experts(model)
     if domains and stored is not None:

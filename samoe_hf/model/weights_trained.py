@@ -29,7 +29,7 @@ from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .domain_experts import domain_tensors, store_domain_experts
 from .errors import InputError
-from .expert_layer import is_expert_parameter
+from .expert_layer import DOMAIN_GATE, is_expert_parameter
 from .weights_check import check_values, describe_mismatches, find_mismatches
 from .weights_io import hash_tensors
 from .weights_store import StoredTensors
@@ -174,6 +174,8 @@ def load_trained(
         where = {key: base[key] for key in ("revision", "subfolder") if base.get(key)}
         if not is_original_checkpoint(name) and SamoeConfig.from_pretrained(name, **fetch, **where).base_model:
             raise InputError("it holds only what was trained itself")
+        saved = SamoeConfig.from_pretrained(source, **hub).dtype  # that of `config` may be what is asked for
+        options["dtype"] = saved or "auto"
         model = _load_base(cls, config.without_domain_experts(), base, {**fetch, **options})
         of_domains = domain_tensors(model, config.domains or ())
     except (RuntimeError, ValueError, OSError) as error:
@@ -197,6 +199,8 @@ def load_trained(
     check_values(source, model)
     model.origin.changed = {name for name in others if not is_expert_parameter(name)}
     dtype = arguments.get("dtype", arguments.get("torch_dtype"))
+    if dtype in (None, "auto") and config.dtype != saved:
+        dtype = config.dtype
     if dtype not in (None, "auto"):
         _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if config.domains:
@@ -205,8 +209,9 @@ def load_trained(
 
 
 def _cast(model: SamoePreTrainedModel, dtype: torch.dtype) -> None:
-    """As `from_pretrained(dtype=…)`: what is computed at construction, such as frequencies, keeps its precision."""
-    stored = set(model.state_dict())
+    """As `from_pretrained(dtype=…)`: the gate, and what is computed at construction, such as frequencies, keep their
+    precision."""
+    stored = {name for name in model.state_dict() if not name.startswith(f"{DOMAIN_GATE}.")}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if name in stored and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

@@ -205,6 +205,14 @@ def test_two_threads_track_in_different_domains(gated, processor, domain_videos)
     assert all(same_logits(frames, found[domain]) for domain, frames in expected.items())
 
 
+def assert_same_gate_in_half(folder, model):
+    half = SamoeModel.from_pretrained(folder, dtype=torch.float16)
+    gate = {name: x for name, x in half.state_dict().items() if name.startswith("domain_gate.")}
+    assert half.dtype == torch.float16 and len(gate) == 13
+    own = model.state_dict()
+    assert all(torch.equal(x, own[name]) and x.dtype == own[name].dtype for name, x in gate.items())
+
+
 def test_saved_and_loaded_it_is_the_same(gated, two_clips, tmp_path):
     gated.save_pretrained(tmp_path)
     loaded = SamoeModel.from_pretrained(tmp_path)
@@ -212,11 +220,7 @@ def test_saved_and_loaded_it_is_the_same(gated, two_clips, tmp_path):
     assert_same_tensors(loaded, gated)
     for name in ("a", "b", None):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(gated, two_clips, name))
-    half = SamoeModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    gate = {name: x for name, x in half.state_dict().items() if name.startswith("domain_gate.")}
-    assert half.dtype == torch.bfloat16 and len(gate) == 13
-    own = gated.state_dict()
-    assert all(torch.equal(tensor, own[name]) for name, tensor in gate.items())
+    assert_same_gate_in_half(tmp_path, gated)
 
 
 def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, two_clips, tmp_path, processor, domain_videos):
@@ -234,6 +238,7 @@ def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, two_clips, tm
     for name in ("a", "b", None):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(model, two_clips, name))
     assert torch.equal(clip_masks(loaded, two_clips, None), clip_masks(base, two_clips, None))
+    assert_same_gate_in_half(tmp_path / "b", loaded)
     assert_known_without_further_features(tmp_path / "b", loaded)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from helpers.reference import ROOT, assert_same_tensors, assert_tensors, change_config
 from samoe_hf import SamoeConfig, SamoeModel
@@ -79,6 +79,9 @@ def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folde
     loaded, expected = (SamoeModel.from_pretrained(tmp_path / name, dtype=dtype) for name in ("experts", "whole"))
     assert_same_tensors(loaded, expected)
     assert {name: x.dtype for name, x in loaded.named_buffers()} == {n: x.dtype for n, x in expected.named_buffers()}
+    assert_same_tensors(AutoModel.from_pretrained(tmp_path / "experts", dtype=dtype), expected)
+    config = AutoConfig.from_pretrained(tmp_path / "experts", dtype=dtype)
+    assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "experts", config=config), expected)
 
 
 def test_settings_can_be_given_and_layers_added(experts_folder, nano):
