@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, metadata_save
 
 from samoe_hf.model.base import base_of
 from samoe_hf.model.base_model import SamoePreTrainedModel
@@ -71,9 +71,7 @@ def build_model_card(
     content, base, kind = content or CardContent(), base or model.origin.source or {}, base_of(model.config)
     name = base.get("name_or_path")
     is_public = name is not None and not os.path.isabs(name)
-    datasets, tags = ([v] if isinstance(v, str) else list(v or []) for v in (content.datasets, content.tags))
-    if model.config.domains and name is not None and is_public:
-        tags.append(domains_tag(name))
+    datasets = _listed(content.datasets)
     data = ModelCardData(
         base_model=name if is_public else None,
         base_model_relation=("adapter" if experts_only else "finetune") if is_public else None,
@@ -84,7 +82,7 @@ def build_model_card(
         license=content.license,
         model_name=model_id.split("/")[-1],
         pipeline_tag="mask-generation",
-        tags=sorted({"samoe", kind.tag, "video-object-segmentation", *tags}),
+        tags=sorted({"samoe", kind.tag, "video-object-segmentation", *card_tags(model, content.tags, base)}),
     )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     others = sorted(name for name in trained | model.origin.changed if not is_expert_parameter(name))
@@ -105,6 +103,26 @@ def build_model_card(
         num_expert_parameters=sum(p.numel() for n, p in model.named_parameters() if is_expert_parameter(n)),
         also_trained=f"{len(others)} tensors, such as `{others[0]}`" if others else "nothing",
     )
+
+
+def card_tags(model: SamoePreTrainedModel, tags: Sequence[str] | str | None, base: Mapping[str, Any]) -> list[str]:
+    """The given tags, and the one by which others find a model with domains on a base of the Hub."""
+    name = base.get("name_or_path")
+    is_found = model.config.domains and name is not None and not os.path.isabs(name)
+    return [*_listed(tags), *([domains_tag(name)] if is_found else [])]
+
+
+def add_tags(card: str | os.PathLike, directory: str | os.PathLike, tags: Sequence[str]) -> None:
+    """Writes `README.md` with the tags that a card lacks, and nothing else changed; nothing if it has them all."""
+    data = metadata_load(card) or {}
+    known = _listed(data.get("tags"))
+    if not set(tags) <= set(known):
+        target = shutil.copyfile(card, Path(directory, "README.md"))
+        metadata_save(target, {**data, "tags": [*known, *sorted(set(tags) - set(known))]})
+
+
+def _listed(value: Sequence[str] | str | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def domains_tag(base: str) -> str:

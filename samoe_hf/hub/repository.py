@@ -25,7 +25,7 @@ from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.processing_samoe import build_processor
 
-from .model_card import CardContent, domains_tag, write_model_card
+from .model_card import CardContent, add_tags, card_tags, domains_tag, write_model_card
 
 MAX_FOUND = 50
 
@@ -73,11 +73,13 @@ def push(
             )
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # As with other models, a card that was written by hand stays.
+        base = json.loads((Path(folder) / CONFIG_NAME).read_text())["base_model"] or loaded
         if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
-            base = json.loads((Path(folder) / CONFIG_NAME).read_text())["base_model"] or loaded
             content = CardContent(**{"tags": tags, **(card or {})})
             write_model_card(model, folder, repo_id, content, base=base, experts_only=experts_only)
+        else:  # as with other models, a card that was written by hand stays
+            own = api.hf_hub_download(repo_id, "README.md", revision=revision)
+            add_tags(own, folder, card_tags(model, tags, base))
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -492,7 +492,8 @@ class SamoeModel(SamoePreTrainedModel):
             experts_only, base_model: as in [`save_pretrained`].
             processor: by default the one that prepares videos as `sam2` does.
             card: what the card is to say beside what the model knows, arguments of
-                [`model_card.build_model_card`]. A card that the repository has stays if this is None.
+                [`model_card.build_model_card`]. A card that the repository has stays if this is None, but for
+                `tags`.
             commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in the
                 base class.
 

@@ -21,6 +21,7 @@ from helpers.sam3 import save_combined
 from programs.hub_pull import compare, pull
 from samoe_hf import SamoeModel
 from samoe_hf.cli import main
+from samoe_hf.hub.repository import find_domains
 from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import encode_frames
@@ -240,8 +241,21 @@ def test_pushing_again_replaces_weights_and_keeps_the_card(server, base):
     for revision in ("other", "main"):
         base.push_to_hub("again", experts_only=True, tags=["second"], revision=revision)
     assert [name for name in repository.files if "safetensors" in name] == ["model.safetensors"]
-    assert b"- first" in repository.files["README.md"], "a card that is there stays"
+    card = repository.files["README.md"].decode()
+    assert "- first" in card and "- second" in card, "a card that is there stays, but for tags"
     assert set(repository.branches) == {"main", "other"}
+
+
+def test_domains_are_found_also_where_a_card_was_written_by_hand(server, base):
+    repository = server.repositories["tester/own"] = Repository()
+    repository.commit({"README.md": b"---\nlicense: mit\n---\n# Mine\n"})
+    rename_domain(base, None, "first")
+    base.push_to_hub("own", experts_only=True)
+    card = repository.files["README.md"].decode()
+    assert "license: mit" in card and card.endswith("# Mine\n")
+    assert find_domains("tester/base")["tester/own"] == ["first"]
+    base.push_to_hub("own", experts_only=True)
+    assert repository.files["README.md"].decode() == card
 
 
 def test_saving_can_push(server, base, tmp_path):
