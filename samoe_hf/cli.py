@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from samoe_hf import __version__
+from samoe_hf.data.configs import expand_home
 from samoe_hf.errors import InputError, is_disk_full
 
 COMMANDS = {
@@ -27,7 +28,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `samoe COMMAND ARGUMENTS`; `sys.argv` if no arguments are given."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_home(list(sys.argv[1:] if arguments is None else arguments))
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
     table = "\n".join(f"  {name:10s} {description}" for name, description in COMMANDS.items())

@@ -1,10 +1,13 @@
 """The YAML files of a run, a model or a study: the user's own, or those that come with the package, by their names."""
 
 import os
+import re
 from pathlib import Path
+from typing import Any, TypeVar
 
 from samoe_hf.errors import did_you_mean
 
+Value = TypeVar("Value")
 SHIPPED = Path(__file__).parents[1] / "configs"
 
 
@@ -27,3 +30,16 @@ def find_config(name: str | Path) -> Path:
 def names_config(text: str) -> bool:
     """Whether a text is meant as a configuration rather than as a folder or a kind: a YAML, or a name that has one."""
     return not os.path.isdir(text) and (Path(text).suffix in (".yaml", ".yml") or text in shipped_configs())
+
+
+def expand_home(value: Value) -> Value:
+    """Words, or what a YAML holds, with the home folder for `~/`, also behind `=`, where a shell leaves it."""
+    found: Any = value
+    if isinstance(found, list):
+        found = [expand_home(one) for one in found]
+    elif isinstance(found, dict):
+        found = {key: expand_home(one) for key, one in found.items()}
+    elif isinstance(found, str):
+        home = os.path.expanduser("~")
+        found = re.sub("(?<![^=])~(?=/)", lambda _: home, found)
+    return found

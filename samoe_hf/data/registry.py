@@ -12,7 +12,7 @@ import yaml
 
 from samoe_hf.errors import InputError, did_you_mean
 
-from .configs import find_config
+from .configs import expand_home, find_config
 from .images import check_window
 from .items import shown_as
 from .layouts import LAYOUTS, recognize
@@ -148,6 +148,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_yaml(text: str | bytes, name: str) -> Any:
     """YAML as data; `ValueError` where it is none."""
     try:
-        return yaml.safe_load(text)
+        return expand_home(yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:  # dates raise ValueError
         raise InputError(f"{name} is not YAML: {error}") from error

@@ -108,11 +108,12 @@ def build_model_card(
 def card_tags(model: SamoePreTrainedModel, tags: Sequence[str] | str | None, base: Mapping[str, Any]) -> list[str]:
     """The given tags, and the one by which others find a model with domains on a base of the Hub."""
     name = base.get("name_or_path")
-    is_found = model.config.domains and name is not None and not os.path.isabs(name)
-    return [*_listed(tags), *([domains_tag(name)] if is_found else [])]
+    if not model.config.domains or name is None or os.path.isabs(name):
+        return _listed(tags)
+    return [*_listed(tags), domains_tag(name)]
 
 
-def add_tags(card: str | os.PathLike, directory: str | os.PathLike, tags: Sequence[str]) -> None:
+def add_tags(card: str | Path, directory: str | os.PathLike, tags: Sequence[str]) -> None:
     """Writes `README.md` with the tags that a card lacks, and nothing else changed; nothing if it has them all."""
     data = metadata_load(card) or {}
     known = _listed(data.get("tags"))

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from helpers.reference import ROOT
 from samoe_hf import cli
 from samoe_hf.cli import COMMANDS, main
+from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.training.arguments import run_parser
 
@@ -70,6 +71,19 @@ def command(monkeypatch):
 
 def fail(error: Exception) -> None:
     raise error
+
+
+def test_the_home_folder_is_found_where_no_shell_does(monkeypatch, tmp_path):
+    given = []
+    known = SimpleNamespace(parse_arguments=lambda words: given.append(words) or words, run=lambda _: None)
+    monkeypatch.setattr(cli, "import_module", lambda _: known)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["track", "~/a b", "--output=~/c", "--mask", "2=~/m.png@1", "x~/y", "~"])
+    assert given == [[f"{tmp_path}/a b", f"--output={tmp_path}/c", "--mask", f"2={tmp_path}/m.png@1", "x~/y", "~"]]
+    (tmp_path / "run.yaml").write_text("{train_data: [~/a, {root: ~/b}], output_dir: ~/c, note: a ~/b}")
+    (a, b) = (run := read_yaml(tmp_path / "run.yaml"))["train_data"]
+    assert a == f"{tmp_path}/a" and b == {"root": f"{tmp_path}/b"}
+    assert run["output_dir"] == f"{tmp_path}/c" and run["note"] == "a ~/b"
 
 
 def test_an_error_of_ours_is_a_line_or_a_traceback_if_asked(command):
