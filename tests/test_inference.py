@@ -88,10 +88,10 @@ def test_an_object_that_nothing_shows_is_absent(nano):
     for one in track_video(nano.model, processor, frames, both):
         assert torch.allclose(one.logits[0], alone[one.frame_idx].logits[0], atol=1e-3)
         assert (one.logits[1] < 0).all() and one.scores.score[1] < 1e-3
-    shown = [VideoPrompt(2, 1, mask=nothing), VideoPrompt(2, 2, box=(10, 10, 60, 60))]
-    assert any(
-        (one.logits > 0).any() for one in track_video(nano.model, processor, frames, shown) if one.frame_idx != 2
-    )
+    shown = [VideoPrompt(2, 0, mask=nothing), VideoPrompt(2, 2, box=(10, 10, 60, 60))]
+    tracked = list(track_video(nano.model, processor, frames, shown))
+    assert [one.frame_idx for one in tracked] == [2, 3, 1, 0], "onward and back from where it is shown"
+    assert [bool((one.logits > 0).any()) for one in tracked] == [True, True, True, False]
 
 
 def test_points_and_boxes_may_be_arrays(nano):

@@ -12,11 +12,11 @@ MASKS is a new folder, for a PNG of each frame that holds ids. prompts.json list
      {"frame": 40, "object": 2, "end": true}]
 
 Labels are 1 on the object and 0 beside it. A box is x0, y0, x1, y1, and may have points too. Of a mask's file, what is
-not 0 is the object. An object with an end is gone from that frame on.
+not 0 is the object; an empty one says that it is not there. An object with an end is gone from that frame on.
 
-Each object is tracked from its first prompt onward to the end, and then back from there to the start. Its prompts are
-segmented before, each by itself. A correction waits until its frame was tracked on the way onward: it reads memories,
-and its points refine the mask that is there.
+Each object is tracked from the first prompt that shows it onward to the end, and then back from there to the start. Its
+prompts are segmented before, each by itself. A correction waits until its frame was tracked on the way onward: it reads
+memories, and its points refine the mask that is there.
 """
 
 import argparse
@@ -101,7 +101,8 @@ class Tracker:
         initial, corrections = defaultdict(list), defaultdict(list)
         for prompt in sorted(prompts, key=lambda prompt: prompt["object"]):
             own = [p for p in prompts if p["object"] == prompt["object"]]
-            first = min(p["frame"] for p in own if not (p.get("end") or p.get("correction")))
+            given = [p for p in own if not (p.get("end") or p.get("correction"))]
+            first = min(p["frame"] for p in [p for p in given if np.any(p.get("mask", True))] or given)
             end = min((p["frame"] for p in own if p.get("end")), default=math.inf)
             self.objects.setdefault(prompt["object"], TrackedObject(first, end))
             if not prompt.get("end"):

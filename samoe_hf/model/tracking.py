@@ -271,7 +271,8 @@ def propagate_from_prompts(
         _check_session(model, session, frame_idx)
     yield from start_propagation(model, session, None)
     objects = session_objects(session)
-    starts = {one.object_id: min(one.state.bank.conditioning) for one in objects}
+    banks = {one.object_id: (one.state.bank.conditioning, one.state.showing) for one in objects}
+    starts = {i: min(frames.keys() & showing or frames) for i, (frames, showing) in banks.items()}
     is_whole = start_frame_idx is None
     if is_whole:
         passes = [(t, False) for t in range(min(starts.values()), end)]

@@ -28,6 +28,7 @@ PROMPTS = {
     "box and point": [{"frame": 0, "object": 1, "box": BOX, "points": [POINT], "labels": [1]}],
     "mask": [{"frame": 0, "object": 1, "mask": MASK}],
     "empty mask": [{"frame": 0, "object": 2, "box": BOX}, {"frame": 0, "object": 3, "mask": np.zeros_like(MASK)}],
+    "empty mask, then shown": [{"frame": 0, "object": 1, "mask": 0 * MASK}, {"frame": 2, "object": 1, "mask": MASK}],
     "mask of a pixel": [{"frame": 1, "object": 1, "mask": np.arange(MASK.size).reshape(MASK.shape) == 5000}],
     "late and leaving": [
         {"frame": 3, "object": 1, "mask": MASK},
