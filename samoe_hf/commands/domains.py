@@ -82,7 +82,8 @@ def run(parsed: argparse.Namespace) -> None:
         raise InputError(f"`--output` {parsed.output} exists; give a new folder, or `--in-place` to change MODEL.")
     changes = parsed.action not in ("list", "show")
     # From before the model is read, or of two processes that change it the later one undoes what the other did.
-    with OneWriter(parsed.model if in_place else parsed.output, inside=in_place) if changes else nullcontext():
+    where = (parsed.model, "MODEL") if in_place else (getattr(parsed, "output", ""),)
+    with OneWriter(*where, inside=in_place) if changes else nullcontext():
         act(parsed)
 
 
@@ -110,7 +111,7 @@ def act(parsed: argparse.Namespace) -> None:
     elif parsed.action != "list":
         names = model.config.domain_names
         origins = {name: (parsed.model, name) for name in names}
-        print(change(model, processor, parsed, origins))
+        done = change(model, processor, parsed, origins)
         output = parsed.output or parsed.model
         with input_errors():
             found = {name: domains.find_example(*origins[name]) for name in model.config.domain_names}
@@ -119,6 +120,7 @@ def act(parsed: argparse.Namespace) -> None:
             for name in set(names).difference(found) if parsed.in_place else ():
                 if (picture := domains.find_example(parsed.model, name)) is not None:
                     os.remove(picture)
+        print(done)
         written = f"\nWritten: the model in {output}"
     rows = domains.list_domains(model)
     print((format_table(domains.HEADINGS, rows) if rows else "The model has no domains.") + written)

@@ -124,9 +124,12 @@ class Adaptation:
         advice = f": give more videos, or {name_it}" if self.refused > MANY_REFUSED else ""
         kept = self.kept_aside and own == own
         score = f"a J&F of {percent(own)} where it is chosen ({percent(base)} without it), and " if kept else ""
+        rivals = {domain: n for domain, n in self.left_out.items() if domain not in (name, "base")}
+        taken = f" ({', '.join(f'{n} were taken for {domain}' for domain, n in rivals.items())})" if rivals else ""
+        refuse = "refuse, or take for another domain," if rivals else "refuse"
         lines.append(
-            f"{known}. Left out in turn, {own_count} of {count} were known by the others. Expect {score}the gate to "
-            f"refuse {self.refused:.0%} or fewer of your own further videos{advice}."
+            f"{known}. Left out in turn, {own_count} of {count} were known by the others{taken}. Expect {score}the "
+            f"gate to {refuse} {self.refused:.0%} or fewer of your own further videos{advice}."
         )
         return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
@@ -162,6 +162,11 @@ def load_trained(
     _check_base(source, base)
     name = base["name_or_path"]
     names = f"{source} builds on {name}"
+    if os.path.isabs(name or "") and not os.path.exists(name or ""):
+        raise InputError(
+            f"{names}, which is not there. If it was moved, write its new place into `base_model`, `name_or_path`, of "
+            f"{source}/{CONFIG_NAME}."
+        )
     path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
     assert path is not None and name is not None
     stored = StoredTensors([path])

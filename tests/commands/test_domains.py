@@ -1,7 +1,9 @@
 """`samoe domains`, and what `evaluate` and `label` say of the domains that videos got."""
 
+import errno
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -159,6 +161,14 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(samoe, gated, folder, 
     assert message in samoe("domains", *(names.get(word, word) for word in words), fails=True)
     assert not (tmp_path / "out").exists()
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_what_cannot_be_written_is_not_said_to_be_done(samoe, copy_of, monkeypatch, capfd):
+    monkeypatch.setattr(SamoeModel, "save_pretrained", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    samoe("domains", "rename", copy_of, "a", "c", "--in-place", fails=True)
+    assert "is now" not in capfd.readouterr().out
+    (copy_of / ".lock").mkdir()
+    assert samoe("domains", "rename", copy_of, "a", "c", "--in-place", fails=True).startswith("error: MODEL ")
 
 
 def test_two_processes_do_not_change_a_model_at_once(samoe, copy_of, monkeypatch):

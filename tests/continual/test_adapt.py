@@ -259,6 +259,8 @@ def test_what_the_gate_refuses_is_estimated_by_leaving_videos_out(first):
     said = Adaptation("soft", 1, {}).describe()
     assert "give more, or name the domain where you track (`--domain soft`)" in said
     assert said.startswith("What is won is not known: no video has masks on several frames")
+    said = Adaptation("soft", 4, {}, left_out={"soft": 1, "hard": 3}).describe()
+    assert "1 of 4 were known by the others (3 were taken for hard). Expect the gate to refuse, or take" in said
 
 
 @pytest.mark.slow

@@ -63,8 +63,9 @@ def test_a_base_of_another_size_or_none_is_refused_with_both_names(experts_folde
     SamoeModel(config).save_pretrained(tmp_path / "deeper")
     for base in ("deeper", "nowhere.pt"):
         change_config(experts_folder, base_model__name_or_path=str(tmp_path / base))
-        with pytest.raises(ValueError, match=rf"experts builds on \S*{base}"):
+        with pytest.raises(ValueError, match=rf"experts builds on \S*{base}") as error:
             SamoeModel.from_pretrained(experts_folder)
+    assert "If it was moved, write its new place into `base_model`" in str(error.value)
 
 
 @pytest.mark.parametrize(
