@@ -111,6 +111,11 @@ EXPERT_RULES = {
     "exclude_modules": Rule(f"{MODULES}, or None", lambda value: value is None or _are_modules(value)),
 }
 EXPERT_SETTINGS = tuple(EXPERT_RULES)
+# What all domains of a model share, and track by.
+SHARED_SETTINGS = (
+    "image_size", "memory_selection", "recent_memory_pooling", "older_memory_pooling", "fill_hole_area",
+    "previous_mask_with_clicks",
+)  # fmt: skip
 RANK_PATTERN = Rule(
     "a mapping from names of layers to ranks of at least 1",
     lambda value: isinstance(value, dict) and all(isinstance(k, str) and integer(1).holds(v) for k, v in value.items()),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import adapter_names
-from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, check_domain_name, check_domains
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SHARED_SETTINGS, check_domain_name, check_domains
 from samoe_hf.model.domain_experts import PREFIX, DomainExperts, DomainLinear, add_domain_experts, domain_modules
 from samoe_hf.model.domain_gate import DomainGate, build_domain_gate
 from samoe_hf.model.expert_layer import (
@@ -159,7 +159,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
 
     Raises:
         InputError: if either has experts that belong to no domain, both have a domain of the same name, or their bases
-            differ.
+            or what they track by differ.
     """
     has_none = model.config.domains is None
     if (has_none and has_effect(model)) or other.config.domains is None:
@@ -170,6 +170,13 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
     check_no_adapters(model)
     if base_fingerprint(model, set()) != base_fingerprint(other, set()):
         raise InputError("The models have different bases, whose experts do not fit each other.")
+    for name in SHARED_SETTINGS:
+        own, others = getattr(model.config, name), getattr(other.config, name)
+        if own != others:
+            raise InputError(
+                f"`{name}` is {own!r} in this model, but {others!r} in the other, whose domains would track otherwise "
+                f"here. If they are to, save it so before: {saved_with(name, own)}."
+            )
     if has_none:
         remove_experts(model)
         _begin_domains(model)
@@ -276,6 +283,11 @@ def _check_new_name(model: SamoeModel, name: str, argument: str) -> None:
     check_domain_name(name)
     if name in model.config.domain_names:
         raise InputError(f"`{argument}` {name!r} is the name of a domain that the model has.")
+
+
+def saved_with(name: str, value: Any) -> str:
+    """How a model gets another value of one of [`SHARED_SETTINGS`], in Python."""
+    return f"`SamoeModel.from_pretrained(MODEL, {name}={value!r}).save_pretrained(FOLDER)`"
 
 
 def check_no_adapters(model: SamoeModel) -> None:

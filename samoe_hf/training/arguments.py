@@ -20,12 +20,12 @@ from samoe_hf.data.registry import dataset_entries, parse_yaml, read_yaml, video
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.errors import InputError, did_you_mean
-from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SamoeConfig
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SHARED_SETTINGS, SamoeConfig
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompt_recipe import PromptRecipe
-from samoe_hf.surgery.domains import add_domain, find_domain, keep_former_experts
+from samoe_hf.surgery.domains import add_domain, find_domain, keep_former_experts, saved_with
 
 from .keys import DataKeys, ModelKeys, TrainingKeys
 
@@ -77,9 +77,22 @@ class ModelArguments(ModelKeys):
                 quantization_config=self.quantization_config,
                 **settings,
             )
+            if self.domain is not None and model.config.domains:
+                self._check_others(SamoeConfig.from_pretrained(self.model_name_or_path), settings)
         if self.domain is not None:
             self._prepare_domain(model, self.domain, of_domain)
         return model.train()
+
+    def _check_others(self, saved: SamoeConfig, settings: dict[str, Any]) -> None:
+        """Refuses settings that all domains share, and so would change what the others of a model do."""
+        others = ", ".join(name for name in saved.domain_names if name != self.domain)
+        for name in SHARED_SETTINGS if others else ():
+            value, known = settings.get(name), getattr(saved, name)
+            if value not in (None, known):
+                raise InputError(
+                    f"`{name}` is {known!r} in the model, and with {value!r} its other domains ({others}) would track "
+                    f"otherwise. If they are to, save it so before: {saved_with(name, value)}."
+                )
 
     def _prepare_domain(self, model: SamoeModel, domain: str, settings: dict[str, Any]) -> None:
         """Adds the domain, if the model lacks it; else its experts must be as the settings say."""

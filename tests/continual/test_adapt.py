@@ -167,10 +167,12 @@ def test_a_run_of_training_trains_one_domain_alone(first, tmp_path):
         ("--domain_like soft", "`domain_like` goes with `domain`"),
         ("--domain hard --domain_like z", "The model has no domain 'z'"),
         ("--domain soft --domain_like soft", "`domain_like` is for a new domain, but the model has 'soft'"),
+        ("--domain hard --memory_selection score", "`memory_selection` is 'recent' in the model, and with 'score' its"),
+        ("--domain hard --image_size 64", r"`image_size` is 128 in the model, .* other domains \(soft\) would track"),
     ):
         with pytest.raises(ValueError, match=message):
             build_trainer([*run, *options.split()])
-    trainer = build_trainer([*run, "--domain", "hard", "--learning_rates", "{experts: 0.5}"])
+    trainer = build_trainer([*run, "--domain", "hard", "--learning_rates", "{experts: 0.5}", "--image_size", "128"])
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained and all(".domain_hard." in name for name in trained)
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5}

@@ -77,6 +77,10 @@ def test_two_peoples_domains_are_put_side_by_side(gated, model, two_clips, proce
     mine, yours = model, copy.deepcopy(gated)
     remove_domain(mine, "b")
     remove_domain(yours, "a")
+    yours.config.older_memory_pooling = 2
+    with pytest.raises(ValueError, match="`older_memory_pooling` is 1 in this model, but 2 in the other"):
+        merge_domains(mine, yours)
+    yours.config.older_memory_pooling = 1
     assert merge_domains(mine, yours) == ["b"]
     assert_same_masks(mine, gated, two_clips, "a", "b", None)
     videos = [domain_videos[kind][23] for kind in ("blobs", "stripes")]
