@@ -15,7 +15,7 @@ from pathlib import Path
 
 from samoe_hf.commands.options import add_device_option
 from samoe_hf.errors import InputError
-from study import Study
+from study import METHODS, Study
 from study_plan import read_plan
 
 CONFIG = Path(__file__).parent / "study_forgetting.yaml"
@@ -30,6 +30,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     study.add_argument(
         "--orders", type=int, nargs="+", metavar="NUMBER", help="only these of the YAML's orders, counted from 0"
     )
+    study.add_argument(
+        "--methods",
+        choices=METHODS,
+        nargs="+",
+        default=METHODS,
+        metavar="METHOD",
+        help=f"only these of {', '.join(METHODS)}",
+    )
     videos = parser.add_argument_group("videos")
     videos.add_argument(
         "--root", action="append", default=[], metavar="DOMAIN=DIR", help="folder of a domain's data; may be repeated"
@@ -43,14 +51,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = parse_arguments(arguments)
+    try:
+        run(parse_arguments(arguments))
+    except InputError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(parsed: argparse.Namespace) -> None:
     roots = {}
     for text in parsed.root:
         name, equals_sign, root = text.partition("=")
         if not equals_sign or not root:
             raise InputError(f"`--root` must be DOMAIN=DIR, got {text!r}.")
         if not Path(root).is_dir():
-            raise FileNotFoundError(f"`--root` {text} names no folder.")
+            raise InputError(f"`--root` {text} names no folder.")
         roots[name] = root
     plan = read_plan(parsed.config, roots, parsed.quick)
     if parsed.seeds is not None:
@@ -62,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"`--orders` has {unknown[0]}, but the study has {len(plan.orders)} orders.")
         plan = replace(plan, orders=[plan.orders[number] for number in parsed.orders])
     print(f"{plan.base.name}, then {', '.join(plan.orders[0])}; seeds {plan.seeds}")
-    Study(plan, parsed.output, parsed.device).run()
+    Study(plan, parsed.output, parsed.device, parsed.methods).run()
     print((parsed.output / "report.md").read_text())
     print(f"Written: report.md, results.json and pictures in {parsed.output}")
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from samoe_hf.continual.fit_gate import evenly_chosen, fit_gate
+from samoe_hf.continual.sizes import choose_size, expert_costs, raise_ranks
 from samoe_hf.continual.start import find_start
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
@@ -29,10 +30,10 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.expert_layer import DOMAIN_GATE
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.surgery.domains import add_domain, merge_domains, remove_domain
+from samoe_hf.surgery.domains import add_domain, copy_domain_experts, merge_domains, remove_domain
 from samoe_hf.surgery.loras import export_expert
 from samoe_hf.whole_files import new_folder, write_text
-from study_gate import build_prototypes, held_out_features, measure_gate, measure_time, nearest_prototype
+from study_gate import held_out_features, measure_gate, measure_time
 from study_methods import (
     BASE_PARAMETERS,
     LABELS,
@@ -43,10 +44,12 @@ from study_methods import (
     train,
 )
 from study_plan import StudyPlan, StudyVideos, config_name
-from study_report import RESULTS_FILE, read_results, restore_units, write_report
+from study_report import BASE, CEILING, RESULTS_FILE, read_results, restore_units, write_report
+from study_selectors import SELECTORS, selector_features
 from token_routers import assemble_with_routers
 
 Scores = dict[str, Any]
+METHODS = tuple(name for name in LABELS if name not in (BASE, CEILING))
 
 
 class Study:
@@ -56,6 +59,7 @@ class Study:
         plan: what it does.
         folder: for all that it writes; made if it is not there.
         device: that models are evaluated on; they are trained where `Trainer` puts them.
+        methods: names of `LABELS`, which alone are run; all by default.
         show_progress_bar: whether to show one bar for the whole study.
 
     Raises:
@@ -67,18 +71,19 @@ class Study:
         plan: StudyPlan,
         folder: str | Path,
         device: str | torch.device = "cpu",
+        methods: Sequence[str] = METHODS,
         show_progress_bar: bool = True,
     ):
-        self.plan, self.folder, self.device = plan, Path(folder), device
+        self.plan, self.folder, self.device, self.methods = plan, Path(folder), device, methods
         self._check_folder()
         restore_units(self.folder)
         self.videos = StudyVideos(plan, self._new_model().config.image_size)
-        per_order = (len(SEQUENTIAL) + 3) * plan.num_domains + len(self._seed_units(0, plan.orders[0]))
+        per_order = len(methods) * plan.num_domains + len(self._seed_units(0, plan.orders[0]))
         total = len(plan.seeds) * len(plan.orders) * per_order
         self._progress = tqdm(total=total, unit="unit", disable=not show_progress_bar)
-        self._models: dict[tuple[int, str, str | None], SamoeModel] = {}  # with one domain each
-        self._starts: dict[tuple[int, str, tuple[str, ...]], str | None] = {}
-        self._prototypes: dict[int, dict[str, Tensor]] = {}
+        self._models: dict[tuple[int, str, str | None, bool], SamoeModel] = {}  # with one domain each
+        self._starts: dict[tuple[int, str, tuple[str, ...], bool], str | None] = {}
+        self._features: dict[tuple[int, str, str], Tensor] = {}
 
     def _check_folder(self) -> None:
         path, identity = self.folder / RESULTS_FILE, json.loads(json.dumps(self.plan.identity()))
@@ -107,17 +112,20 @@ class Study:
         for path, (description, compute) in self._seed_units(seed, order).items():
             self._unit(path, description, compute)
         folder = self._seed_folder(seed) / f"order_{'-'.join(order)}"
-        for method, compute in (
-            ("domains", self._score_domains),
-            ("token_routers", self._score_routers),
-            ("prototypes", self._score_prototypes),
-        ):
-            for stage in range(1, len(order) + 1):
-                path = folder / method / f"stage_{stage}.json"
-                self._unit(path, f"{LABELS[method]}: stage {stage}", partial(compute, seed, order[:stage]))
-            write_report(self.plan, self.folder)
-        for method in SEQUENTIAL:
-            self._run_chain(seed, order, method, folder / method)
+        by_method: dict[str, Callable[[int, Sequence[str]], Any]] = {
+            "auto": partial(self._score_domains, sized=True),
+            "domains": self._score_domains,
+            "token_routers": self._score_routers,
+            **{name: partial(self._score_selected, name) for name in SELECTORS},
+        }
+        for method in self.methods:
+            if method in SEQUENTIAL:
+                self._run_chain(seed, order, method, folder / method)
+            else:
+                for stage in range(1, len(order) + 1):
+                    path = folder / method / f"stage_{stage}.json"
+                    compute = partial(by_method[method], seed, order[:stage])
+                    self._unit(path, f"{LABELS[method]}: stage {stage}", compute)
             write_report(self.plan, self.folder)
 
     def _seed_units(self, seed: int, order: Sequence[str]) -> dict[Path, tuple[str, Callable[[], Any]]]:
@@ -189,31 +197,54 @@ class Study:
         )
         model.to(self.device)
 
-    def experts_folder(self, seed: int, name: str, like: str | None = None) -> Path:
+    def experts_folder(self, seed: int, name: str, like: str | None = None, sized: bool = False) -> Path:
         """The folder of a seed's base with a domain's experts, which are a LoRA, and of these as a LoRA of PEFT.
 
         The experts are trained if they are not there, and the gate learns the domain.
 
         Args:
             like: the domain that they start from, itself trained from nothing.
+            sized: whether their ranks are chosen, within the bytes of the study's rank, and said in `sizes.txt`.
         """
-        folder = self._own_folder(seed, name if like is None else f"{name}_like_{like}")
+        label = name if like is None else f"{name}_like_{like}"
+        folder = self._own_folder(seed, f"{label}_sized" if sized else label)
         if not folder.is_dir():
             self._progress.set_description(f"seed {seed}: {folder.name}")
             set_seed(seed)
             if like is None:
                 model = SamoeModel.from_pretrained(self.base_folder(seed))
-                add_domain(model, name, **lora_settings(self.plan))
             else:
-                model = copy.deepcopy(self._one_domain(seed, like))
-                add_domain(model, name, like=like)
+                model = copy.deepcopy(self._one_domain(seed, like, sized=sized))
+            self._add_domain(model, seed, name, sized)
+            if like is not None:
+                copy_domain_experts(model, like, name)
                 remove_domain(model, like)
             self._fit_gate(model, name)
             self._train(model, name, "experts", self.plan.learning_rate, seed, experts_of=name)
+            sizes = None
+            if sized:
+                videos, budget = self.videos.train(name), self._budget(seed)
+                sizes = choose_size(model, build_processor(model.config), name, budget, videos, trained_on=True)
             with new_folder(folder) as temporary:
                 model.save_pretrained(temporary)
-                export_expert(model, 0, temporary / "lora", domain=name)
+                if sizes is None:
+                    export_expert(model, 0, temporary / "lora", domain=name)
+                else:
+                    write_text(temporary / "sizes.txt", sizes.describe() + "\n")
         return folder
+
+    def _add_domain(self, model: SamoeModel, seed: int, name: str, sized: bool) -> None:
+        """Gives a model a new domain's experts, which have no effect yet."""
+        add_domain(model, name, **lora_settings(self.plan))
+        if sized:
+            raise_ranks(model, name, self._budget(seed))
+
+    def _budget(self, seed: int) -> int:
+        """The bytes of a domain's experts where all have the study's rank."""
+        model = SamoeModel.from_pretrained(self.base_folder(seed))
+        add_domain(model, "any", **lora_settings(self.plan))
+        costs, fixed = expert_costs(model, "any")
+        return self.plan.lora_rank * sum(costs.values()) + sum(fixed.values())
 
     def _fit_gate(self, model: SamoeModel, name: str) -> None:
         videos = self.videos.train(name)
@@ -275,42 +306,49 @@ class Study:
         return {"scores": self._score_all(model, seed, names, domain), "added": added_size(model.state_dict(), base)}
 
     def domains_model(
-        self, seed: int, names: Sequence[str], with_base: bool = True, likes: Mapping[str, str] | None = None
+        self,
+        seed: int,
+        names: Sequence[str],
+        with_base: bool = True,
+        likes: Mapping[str, str] | None = None,
+        sized: bool = False,
     ) -> SamoeModel:
         """The base with the experts of domains, and a gate that knows them.
 
         Args:
             with_base: whether the gate knows the base's domain as well, which has no experts.
             likes: domain -> the one that its experts started from.
+            sized: whether ranks are chosen.
         """
         names = [self.plan.base.name, *names] if with_base else names
-        parts = [self._one_domain(seed, name, (likes or {}).get(name)) for name in names]
+        parts = [self._one_domain(seed, name, (likes or {}).get(name), sized) for name in names]
         model = copy.deepcopy(parts[0])
         for part in parts[1:]:
             merge_domains(model, part)
         return model.to(self.device).eval()
 
-    def _one_domain(self, seed: int, name: str, like: str | None = None) -> SamoeModel:
-        if (seed, name, like) not in self._models:
+    def _one_domain(self, seed: int, name: str, like: str | None = None, sized: bool = False) -> SamoeModel:
+        key = (seed, name, like, sized)
+        if key not in self._models:
             if name == self.plan.base.name:
                 model = SamoeModel.from_pretrained(self.base_folder(seed))
                 add_domain(model, name, num_experts=0)
                 self._fit_gate(model, name)
             else:
-                model = SamoeModel.from_pretrained(self.experts_folder(seed, name, like))
-            self._models[seed, name, like] = model.eval()
-        return self._models[seed, name, like]
+                model = SamoeModel.from_pretrained(self.experts_folder(seed, name, like, sized))
+            self._models[key] = model.eval()
+        return self._models[key]
 
-    def _find_likes(self, seed: int, learned: Sequence[str]) -> dict[str, str]:
+    def _find_likes(self, seed: int, learned: Sequence[str], sized: bool) -> dict[str, str]:
         """Domain -> the one that its experts start from, of some that are learned one after the other."""
-        starts = {name: self._find_start(seed, name, learned[:number]) for number, name in enumerate(learned)}
+        starts = {name: self._find_start(seed, name, learned[:number], sized) for number, name in enumerate(learned)}
         return {name: start for name, start in starts.items() if start is not None}
 
-    def _find_start(self, seed: int, name: str, learned: Sequence[str]) -> str | None:
-        key = (seed, name, tuple(learned))
+    def _find_start(self, seed: int, name: str, learned: Sequence[str], sized: bool) -> str | None:
+        key = (seed, name, tuple(learned), sized)
         if learned and key not in self._starts:
-            model = self.domains_model(seed, learned, with_base=False)
-            add_domain(model, name, **lora_settings(self.plan))
+            model = self.domains_model(seed, learned, with_base=False, sized=sized)
+            self._add_domain(model, seed, name, sized)
             self._starts[key] = find_start(
                 model, build_processor(model.config), name, self.videos.train(name), show_progress_bar=False
             )
@@ -319,9 +357,10 @@ class Study:
     def _score_own(self, seed: int, name: str) -> dict[str, Any]:
         return self._scored(self.domains_model(seed, [name], with_base=False), seed, [name], domain=name)
 
-    def _score_domains(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
-        likes = self._find_likes(seed, learned)
-        return {**self._scored(self.domains_model(seed, learned, likes=likes), seed), "started_from": likes}
+    def _score_domains(self, seed: int, learned: Sequence[str], sized: bool = False) -> dict[str, Any]:
+        likes = self._find_likes(seed, learned, sized)
+        model = self.domains_model(seed, learned, likes=likes, sized=sized)
+        return {**self._scored(model, seed), "started_from": likes}
 
     def _score_routers(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
         plan_base = self.plan.base.name
@@ -338,22 +377,22 @@ class Study:
         )
         return self._scored(model.eval(), seed)
 
-    def _score_prototypes(self, seed: int, learned: Sequence[str]) -> dict[str, Any]:
-        """Scores where each video gets the experts of the domain whose prototype its first object's frame is nearest
-        to."""
-        plan, base = self.plan, self._base(seed).to(self.device)
-        names = [plan.base.name, *learned]
-        if seed not in self._prototypes:
-            every = [plan.base.name, *plan.orders[0]]
-            some = {name: evenly_chosen(self.videos.train(name), plan.gate_videos) for name in every}
-            self._prototypes[seed] = build_prototypes(base, some)
-        known = {name: self._prototypes[seed][name] for name in names}
+    def _score_selected(self, selector: str, seed: int, learned: Sequence[str]) -> dict[str, Any]:
+        """Scores where each video gets the experts of the domain that a selector chooses by its first frame."""
+        base, kind = self._base(seed).to(self.device), SELECTORS[selector]
+        for name in [self.plan.base.name, *learned]:
+            if (seed, selector, name) not in self._features:
+                features = selector_features(kind, base, self.videos.train(name), self.plan.gate_videos)
+                self._features[seed, selector, name] = features
+        set_seed(seed)
+        choose, tensors = kind.fit({n: self._features[seed, selector, n] for n in [self.plan.base.name, *learned]})
         model, scores = self.domains_model(seed, learned), {}
-        for name in [plan.base.name, *plan.orders[0]]:
+        for name in [self.plan.base.name, *self.plan.orders[0]]:
             videos = self.videos.scored(name, seed)
-            scores[name] = score(model, videos, [nearest_prototype(base, known, video) for video in videos])
-        tensors = {key: x for key, x in model.state_dict().items() if not key.startswith(f"{DOMAIN_GATE}.")}
-        return {"scores": scores, "added": added_size(tensors | known, base.state_dict())}
+            chosen = [choose(selector_features(kind, base, [video], 1)[0]) for video in videos]
+            scores[name] = score(model, videos, chosen)
+        own = {key: x for key, x in model.state_dict().items() if not key.startswith(f"{DOMAIN_GATE}.")}
+        return {"scores": scores, "added": added_size(own | tensors, base.state_dict())}
 
     # --- The gate
 
@@ -363,7 +402,9 @@ class Study:
         held_out = {name: held_out_features(base, self.videos.held_out(name), plan.gate_videos) for name in names}
         scored = {name: self.videos.scored(name, seed) for name in names}
         build = partial(self.domains_model, seed)
-        pairs = [(domain.name, domain.looks_like) for domain in plan.domains if domain.looks_like is not None]
+        pairs = [
+            (domain.name, domain.looks_like) for domain in plan.domains if {domain.name, domain.looks_like} <= {*names}
+        ]
         wrong = {}
         for name, other in [*pairs, *((b, a) for a, b in pairs)]:
             wrong[name] = {"experts_of": other, **self._score_all(build([other]), seed, [name], other)[name]}

@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samoe_hf.continual.fit_gate import decide_videos, evenly_chosen, first_visible, frame_features
+from samoe_hf.continual.fit_gate import decide_videos, evenly_chosen, frame_features
 from samoe_hf.data.schema import Video
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import AUTO
-from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.video_session import PreparedFrames, VideoSession
+from samoe_hf.video_session import VideoSession
 
 UNKNOWN = "unknown"  # the decision where a frame looks like no domain that the gate knows
 NUM_COMPARED_VIDEOS = 2
@@ -77,26 +76,6 @@ def held_out_features(model: SamoeModel, videos: Sequence[Video], count: int) ->
         shown = [t for t in video.annotated_frames if video.visible(t)]
         features.append(frame_features(model, processor, video, evenly_chosen(shown, max(1, count // len(videos)))))
     return torch.cat(features)
-
-
-@torch.no_grad()
-def build_prototypes(base: SamoeModel, videos: Mapping[str, Sequence[Video]]) -> dict[str, Tensor]:
-    """Domain -> its prototype (channels,), as MILE (arXiv:2605.03555) tells domains apart: the mean over its videos of
-    the plain encoder's coarsest features, averaged over the first frame that shows an object."""
-    return {name: torch.stack([_pooled(base, video) for video in own]).mean(0) for name, own in videos.items()}
-
-
-@torch.no_grad()
-def nearest_prototype(base: SamoeModel, prototypes: Mapping[str, Tensor], video: Video) -> str:
-    """The domain whose prototype points most nearly where a video's features do."""
-    pooled = _pooled(base, video)
-    return max(prototypes, key=lambda name: float(torch.cosine_similarity(pooled, prototypes[name], dim=0)))
-
-
-def _pooled(base: SamoeModel, video: Video) -> Tensor:
-    frames = PreparedFrames(video.frames, video.size, build_processor(base.config), base.device, base.dtype)
-    with evaluation_mode(base):
-        return encode_frames(base, frames[first_visible(video) or 0][None]).coarse.mean((0, 2, 3))
 
 
 def _decisions(model: SamoeModel, features: Tensor) -> dict[str, int]:

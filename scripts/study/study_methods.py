@@ -152,7 +152,9 @@ LABELS = {
     **{name: method.label for name, method in SEQUENTIAL.items()},
     "token_routers": "own LoRAs, computed token routers",
     "prototypes": "own LoRAs, nearest prototype",
+    "samcl": "own LoRAs, SAMCL's selector",
     "domains": "domains with the gate",
+    "auto": "domains with the gate, ranks chosen",
     "own_lora": "own LoRAs from nothing, the right one given",
 }
 

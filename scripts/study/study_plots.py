@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from samoe_hf.plots.masks import plain_text
 
-MARKERS = "osD^v<>PX*"
+MARKERS = "osD^v<>PX*hdp8"
 OURS_COLOR, OTHERS_COLOR, BOUND_COLOR = "#D55E00", "#0072B2", "#777777"
 
 
@@ -55,6 +56,34 @@ def plot_trade_off(
     axes.set_title("Learning domain after domain: what is won, and what is lost", fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)
+    return figure
+
+
+@plain_text
+def plot_finals(
+    summary: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    labels: Mapping[str, str],
+    megabytes: Mapping[str, float],
+) -> Figure:
+    """A matrix of methods and domains: J&F in points after the last domain was learned. The best of a column is framed.
+
+    Args:
+        summary: method -> `final`, domain -> mean J&F in points, as in `results.json`.
+        names: of the columns, the base's domain first.
+        labels: method -> what it is called.
+        megabytes: method -> what it adds to the base, or changes of it.
+    """
+    table = np.array([[values["final"][name] for name in names] for values in summary.values()], dtype=float)
+    rows = [f"{labels[method]} ({megabytes[method]:.2f} MB)" for method in summary]
+    figure = Figure(figsize=(0.8 * len(names) + 4.6, 0.34 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    image = _draw_matrix(axes, table, rows, names, "{:.1f}", 100)
+    for column, row in enumerate(np.nanargmax(table, axis=0)):
+        frame = Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, fill=False, edgecolor=OURS_COLOR, linewidth=2)
+        axes.add_patch(frame)
+    axes.set_title("J&F of each domain at the end (points; framed: the best)", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 

@@ -18,10 +18,10 @@ from samoe_hf.whole_files import whole_file, write_text
 from study_gate import UNKNOWN
 from study_methods import LABELS
 from study_plan import StudyPlan
-from study_plots import plot_confusion, plot_stages, plot_trade_off
+from study_plots import plot_confusion, plot_finals, plot_stages, plot_trade_off
 
 SCORES = ("J", "F", "J&F")
-OURS, CEILING, BASE = "domains", "own_lora", "base"
+OURS, CEILING, BASE = "auto", "own_lora", "base"
 RESULTS_FILE = "results.json"
 # What a study's units of work leave, within its folder.
 UNIT_FILE = re.compile(r"seed_\d+/(\w+|own_lora/\w+|order_[\w-]+/\w+/stage_\d+)\.json")
@@ -49,6 +49,8 @@ def write_report(plan: StudyPlan, folder: Path) -> dict[str, Any]:
     if results["summary"]:
         figure = plot_trade_off(results["summary"], LABELS, OURS, (BASE, CEILING))
         _save(figure, folder / "gain_and_forgetting.png")
+        megabytes = {method: _size(added, method)["bytes"] / 1e6 for method in results["summary"]}
+        _save(plot_finals(results["summary"], names, LABELS, megabytes), folder / "domains.png")
         _save(plot_stages(stage_tables(entries, names), names, LABELS), folder / "stages.png")
     if gates:
         _save(plot_confusion(results["gate"]["confusion"], names, UNKNOWN), folder / "gate.png")
@@ -257,14 +259,15 @@ def report_text(results: Mapping[str, Any], plan: StudyPlan, names: Sequence[str
         + "; or ".join(order.replace("-", ", ") for order in orders)
         + f". Seeds: {', '.join(map(str, seeds))}. Figures are J&F in points (0 to 100) on held-out videos, means over "
         "seeds and orders; ± is the standard deviation over seeds.",
-        "Gain: the mean over learned domains of the final score less the base's. Forgetting: the mean, over the base's "
-        "domain and all learned domains but the last, of the score right after learning less the final score.",
-        _summary_table(summary, results["added"], names),
         "![gain and forgetting](gain_and_forgetting.png)",
+        "![scores by domain](domains.png)",
         "## Is ours beaten?",
         compare_with_ours(summary, names),
-        "## Stage by stage",
-        "![stages](stages.png)",
+        "## All methods",
+        "Gain: the mean over learned domains of the final score less the base's. Forgetting: the mean, over the base's "
+        "domain and all learned domains but the last, of the score right after learning less the final score. "
+        "[Stage by stage](stages.png).",
+        _summary_table(summary, results["added"], names),
     ]
     if results["gate"]["by_seed"]:
         parts += ["## The gate", _gate_text(results, plan), "![decisions of the gate](gate.png)"]
@@ -275,13 +278,18 @@ def _summary_table(summary: Mapping[str, Any], added: Mapping[str, Any], names: 
     head = ["method", "gain", "forgetting", *names, "parameters added or changed", "MB", "runs"]
     rows = []
     for method, values in summary.items():
-        size = added.get(method, {"parameters": 0, "bytes": 0})
+        size = _size(added, method)
         figures = [_with_spread(values["J&F"][what]) for what in ("gain", "forgetting")]
         finals = [f"{values['final'][name]:.1f}" for name in names]
         sizes = [f"{size['parameters']:,}", f"{size['bytes'] / 1e6:.2f}", str(values["runs"])]
         rows.append([LABELS[method], *figures, *finals, *sizes])
     lines = [" | ".join(row) for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _size(added: Mapping[str, Any], method: str) -> Mapping[str, int]:
+    """What a method adds to the base; nothing of one whose last stage is not there."""
+    return added.get(method, {"parameters": 0, "bytes": 0})
 
 
 def _with_spread(value: Mapping[str, float | None]) -> str:
@@ -291,7 +299,7 @@ def _with_spread(value: Mapping[str, float | None]) -> str:
 def compare_with_ours(summary: Mapping[str, Any], names: Sequence[str]) -> str:
     """In plain words, which methods beat domains with the gate, in what and by how much."""
     if OURS not in summary:
-        return "Domains with the gate are not finished yet."
+        return f"{LABELS[OURS].capitalize()} are not finished yet."
     ours, lines = summary[OURS], []
     for method, values in summary.items():
         if method in (OURS, CEILING, BASE):
@@ -307,14 +315,17 @@ def compare_with_ours(summary: Mapping[str, Any], names: Sequence[str]) -> str:
             if values["final"][name] > ours["final"][name]
         ]
         if better:
-            lines.append(f"- {LABELS[method]} beats domains with the gate in {', '.join(better)}.")
-    text = "\n".join(lines) or "No method of the table beats domains with the gate, in gain, forgetting or any domain."
+            lines.append(f"- {LABELS[method]} beats it in {', '.join(better)}.")
+    which = "These methods are" if lines else "No method is"
+    beaten = f"Ours is {LABELS[OURS]!r}. {which} ahead of it in gain, forgetting or the final score on a domain"
+    beaten += ":" if lines else "."
+    text = "\n".join([beaten, "", *lines]).rstrip()
     if CEILING in summary:
         gain, ceiling = _mean(ours, "gain"), _mean(summary[CEILING], "gain")
-        text += f"\n\nDomains with the gate reach a gain of {gain:.1f} points, own LoRAs {ceiling:.1f}"
+        text += f"\n\nOurs reaches a gain of {gain:.1f} points, own LoRAs {ceiling:.1f}"
         text += f" ({100 * gain / ceiling:.1f} %)." if ceiling > 0 else "."
     if "full" in summary:
-        text += f" They forget {_mean(ours, 'forgetting'):.1f} points, full fine-tuning "
+        text += f" It forgets {_mean(ours, 'forgetting'):.1f} points, full fine-tuning "
         text += f"{_mean(summary['full'], 'forgetting'):.1f}."
     return text
 
@@ -325,7 +336,7 @@ def _mean(values: Mapping[str, Any], what: str) -> float:
 
 def _gate_text(results: Mapping[str, Any], plan: StudyPlan) -> str:
     gates, confusion = results["gate"]["by_seed"], results["gate"]["confusion"]
-    alike = {name for d in plan.domains if d.looks_like for name in (d.name, d.looks_like)}
+    alike = {name for d in plan.domains if d.looks_like for name in (d.name, d.looks_like)} & set(confusion)
     right = {name: counts.get(name, 0) for name, counts in confusion.items()}
     base = plan.base.name
     right[base] = right.get(base, 0) + confusion.get(base, {}).get(UNKNOWN, 0)

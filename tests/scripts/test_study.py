@@ -68,15 +68,12 @@ def test_gain_and_forgetting(plan):
 
 
 def test_the_report_says_what_beats_ours(plan):
-    summary = summarize_methods([*entries(0.4, "domains"), *entries(0.6, "full")], plan)
+    summary = summarize_methods([*entries(0.4, "auto"), *entries(0.6, "full")], plan)
     text = compare_with_ours(summary, ["shapes", "blobs", "stripes"])
-    assert (
-        "full fine-tuning beats domains with the gate in gain (by 10.0 points), forgetting (less by 10.0 points)"
-        in text
-    )
+    assert "full fine-tuning beats it in gain (by 10.0 points), forgetting (less by 10.0 points)" in text
     assert "the final score on blobs (by 20.0 points)" in text and "shapes" not in text
-    summary = summarize_methods([*entries(0.7, "domains"), *entries(0.6, "full")], plan)
-    assert "No method of the table beats" in compare_with_ours(summary, ["shapes", "blobs", "stripes"])
+    summary = summarize_methods([*entries(0.7, "auto"), *entries(0.6, "full")], plan)
+    assert "No method is ahead" in compare_with_ours(summary, ["shapes", "blobs", "stripes"])
 
 
 # --- Runs
@@ -93,6 +90,23 @@ def finished(tmp_path_factory):
 
 def modified(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("seed_*/**/*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_chosen_ranks_take_no_more_bytes_than_the_studys_rank(finished):
+    plan, folder = finished
+    added = json.loads((folder / "results.json").read_text())["added"]
+    assert added["auto"]["bytes"] <= added["domains"]["bytes"]
+    for name in plan.orders[0]:
+        (said,) = folder.glob(f"seed_0/own_lora/{name}*_sized/sizes.txt")
+        assert "Sizes of the experts" in said.read_text()
+
+
+@pytest.mark.slow
+def test_methods_that_are_not_chosen_are_left_out(tmp_path):
+    plan = read_plan(tiny_config(tmp_path, orders=[["blobs"]]), quick=True)
+    Study(plan, tmp_path / "out", methods=["samcl"], show_progress_bar=False).run()
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["summary"]) == {"base", "samcl", "own_lora"}
 
 
 @pytest.mark.slow
@@ -126,11 +140,12 @@ def run(*arguments):
     [
         (["--root", "davis"], "`--root` must be DOMAIN=DIR, got 'davis'"),
         (["--root", f"night={ROOT}"], "`--root` names 'night'"),
+        (["--root", "davis=nowhere"], "`--root` davis=nowhere names no folder"),
         (["--seeds", "7"], "`--seeds` has 7, which is none of the study's"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, arguments, message):
-    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+    with pytest.raises(SystemExit, match=re.escape(message)):
         run(CONFIG, "--output", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 

@@ -7,9 +7,9 @@ from helpers.domains import new_model
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.model.expert_layer import matching_linear_names
 from samoe_hf.model.modeling_samoe import SamoeModel
-from study_gate import build_prototypes, nearest_prototype
 from study_methods import SEQUENTIAL, train
 from study_plan import StudyDomain, StudyPlan
+from study_selectors import SELECTORS, selector_features
 
 DOMAIN = StudyDomain("blobs", [], [], steps=2)
 LAYERS = {"expert_modules": ["*"], "exclude_modules": ["mask_decoder.*"]}
@@ -50,8 +50,15 @@ def test_orthogonal_subspaces_leave_a_plain_model_in_which_linear_layers_alone_h
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in after.items())
 
 
-def test_a_video_gets_the_domain_of_the_nearest_prototype():
-    base = new_model().eval()
-    prototypes = build_prototypes(base, {look: videos(look, 4, 0) for look in ("stripes", "paper")})
-    for look in prototypes:
-        assert [nearest_prototype(base, prototypes, video) for video in videos(look, 4, 1)] == [look] * 4
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selector_gives_videos_the_domain_that_they_look_like(name):
+    torch.manual_seed(0)
+    base, selector = new_model().eval(), SELECTORS[name]
+    looks = ("stripes", "paper")
+    features = {look: selector_features(selector, base, videos(look, 16, 0), 32) for look in looks}
+    assert {len(of) for of in features.values()} == {32}
+    choose, tensors = selector.fit(features)
+    for look in looks:
+        further = [selector_features(selector, base, [video], 1) for video in videos(look, 4, 1)]
+        assert [choose(frame[0]) for frame in further] == [look] * 4
+    assert tensors.keys() >= set(looks)
