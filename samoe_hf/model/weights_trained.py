@@ -167,6 +167,8 @@ def load_trained(
             f"{names}, which is not there. If it was moved, write its new place into `base_model`, `name_or_path`, of "
             f"{source}/{CONFIG_NAME}."
         )
+    saved = SamoeConfig.from_pretrained(source, **hub).dtype  # that of `config` may be what is asked for
+    dtype = _wanted_type(arguments.get("dtype", arguments.get("torch_dtype")), config.dtype, saved)
     path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
     assert path is not None and name is not None
     stored = StoredTensors([path])
@@ -179,7 +181,6 @@ def load_trained(
         where = {key: base[key] for key in ("revision", "subfolder") if base.get(key)}
         if not is_original_checkpoint(name) and SamoeConfig.from_pretrained(name, **fetch, **where).base_model:
             raise InputError("it holds only what was trained itself")
-        saved = SamoeConfig.from_pretrained(source, **hub).dtype  # that of `config` may be what is asked for
         options["dtype"] = saved or "auto"
         model = _load_base(cls, config.without_domain_experts(), base, {**fetch, **options})
         of_domains = domain_tensors(model, config.domains or ())
@@ -203,14 +204,21 @@ def load_trained(
     model.load_state_dict({name: stored.read(name) for name in others}, strict=False)
     check_values(source, model)
     model.origin.changed = {name for name in others if not is_expert_parameter(name)}
-    dtype = arguments.get("dtype", arguments.get("torch_dtype"))
-    if dtype in (None, "auto") and config.dtype != saved:
-        dtype = config.dtype
-    if dtype not in (None, "auto"):
-        _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if dtype is not None:
+        _cast(model, dtype)
     if config.domains:
         store_domain_experts(model, config.domains, stored, new)
     return model, lacking.union(*(of_domains[name] for name in new))
+
+
+def _wanted_type(given: Any, configured: Any, saved: Any) -> torch.dtype | None:
+    """The type that is asked for, if it is not the saved one; InputError if weights cannot have it."""
+    if given in (None, "auto"):
+        given = None if configured == saved else configured
+    wanted = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise InputError(f'`dtype` must be a floating-point type such as "bfloat16", "auto" or None, got {given!r}.')
+    return wanted
 
 
 def _cast(model: SamoePreTrainedModel, dtype: torch.dtype) -> None:

@@ -85,6 +85,12 @@ def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folde
     assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "experts", config=config), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, "fp16", {"vision_encoder": "float16"}])
+def test_a_type_that_weights_cannot_have_is_refused(experts_folder, dtype):
+    with pytest.raises(ValueError, match="`dtype` must be a floating-point type"):
+        SamoeModel.from_pretrained(experts_folder, dtype=dtype)
+
+
 def test_settings_can_be_given_and_layers_added(experts_folder, nano):
     more = [*nano.model.expert_module_names, "mask_decoder.iou_prediction_head.proj_in"]
     model = SamoeModel.from_pretrained(experts_folder, fill_hole_area=8, expert_modules=more)
