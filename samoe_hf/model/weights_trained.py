@@ -28,6 +28,7 @@ from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .domain_experts import domain_tensors, store_domain_experts
+from .domain_gate import build_domain_gate
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, is_expert_parameter
 from .weights_check import check_values, describe_mismatches, find_mismatches
@@ -70,9 +71,10 @@ def _load_base(
     cls: type[SamoePreTrainedModel], config: SamoeConfig, source: Source, arguments: Mapping[str, Any]
 ) -> SamoePreTrainedModel:
     """Loads a base model with the configuration of what was trained on it, whose experts take the place of its own,
-    but without adapters."""
+    but without adapters and domains, of which it may have others."""
     config = copy.deepcopy(config)
     config.base_model = config.adapters = None
+    config.domains = config.domains and []
     where: dict[str, Any] = {name: value for name, value in source.items() if value is not None}
     options = {**where, **arguments, "ignore_mismatched_sizes": True, "output_loading_info": True}
     loaded: Any = cls.from_pretrained(options.pop("name_or_path"), config=config, **options)
@@ -182,7 +184,9 @@ def load_trained(
         if not is_original_checkpoint(name) and SamoeConfig.from_pretrained(name, **fetch, **where).base_model:
             raise InputError("it holds only what was trained itself")
         options["dtype"] = saved or "auto"
-        model = _load_base(cls, config.without_domain_experts(), base, {**fetch, **options})
+        model = _load_base(cls, config, base, {**fetch, **options})
+        if (gate := build_domain_gate(config)) is not None:
+            model.domain_gate = gate.to(model.device)
         of_domains = domain_tensors(model, config.domains or ())
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{names}, which cannot be loaded for it: {error}") from error

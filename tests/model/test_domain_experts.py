@@ -17,7 +17,7 @@ from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_gate import DomainGate
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.surgery.domains import add_domain
+from samoe_hf.surgery.domains import add_domain, rename_domain
 
 DOMAIN_OF = {"blobs": "a", "stripes": "b", "shapes": None}  # what the gate knows
 
@@ -240,6 +240,18 @@ def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, two_clips, tm
     assert torch.equal(clip_masks(loaded, two_clips, None), clip_masks(base, two_clips, None))
     assert_same_gate_in_half(tmp_path / "b", loaded)
     assert_known_without_further_features(tmp_path / "b", loaded)
+
+
+def test_domains_are_changed_over_a_base_that_has_domains_itself(gated, two_clips, tmp_path):
+    gated.save_pretrained(tmp_path / "base")
+    model = SamoeModel.from_pretrained(tmp_path / "base")
+    rename_domain(model, "a", "c")
+    model.save_pretrained(tmp_path / "renamed", experts_only=True)
+    loaded = SamoeModel.from_pretrained(tmp_path / "renamed")
+    assert_same_tensors(loaded, model)
+    for name, before in (("c", "a"), ("b", "b"), (None, None)):
+        assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(gated, two_clips, before))
+    assert_known_without_further_features(tmp_path / "renamed", loaded)
 
 
 def test_a_whole_model_of_an_older_version_is_loaded(gated, tmp_path):
