@@ -49,6 +49,7 @@ class Adaptation:
     Attributes:
         domain: its name.
         gate_videos: how many videos of it the gate saw.
+        known_before: how many it knew it by before, of a domain that was there.
         started_from: the domain whose experts its own started from, if any.
         before, after: J, F and J&F from 0 to 1, of all evaluation videos (`eval_J`) and by the domain that the data
             names (`eval_NAME_J`); empty where there are no evaluation videos.
@@ -70,6 +71,7 @@ class Adaptation:
     trained_on: list[Compared] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     sizes: Sizes | None = None
+    known_before: int = 0
 
     def table(self) -> str:
         """The scores of each domain before and after, and where its videos went, as text."""
@@ -114,6 +116,11 @@ class Adaptation:
             lines.append(
                 f"Warning: {name} is no better than the base on the videos that were {which} ({percent(own)} "
                 f"against {percent(base)}). Train it longer or on more videos, or leave it out."
+            )
+        if self.known_before:
+            lines.append(
+                f"The gate knew {name} by {self.known_before} videos before. It learned it anew, from those of this "
+                "run alone: if these are others, give all, or tell it of the former ones (`samoe domains confirm`)."
             )
         known = f"The gate knows {name} by {self.gate_videos} video{'s' * (self.gate_videos > 1)}"
         name_it = f"name the domain where you track (`--domain {name}`)"
@@ -191,6 +198,8 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     videos: Any = ConcatDataset(parts)
     spared: Any = trainer.spared
     known: Any = ConcatDataset([*parts, spared]) if spared else videos
+    assert learner.domain_gate is not None
+    result.known_before = int(learner.domain_gate.counts[learner.config.domain_names.index(domain)])
     features, numbers = gate_features(learner, trainer.processor, domain, known, shows_progress)
     fit_domain(learner, domain, features, numbers)
     if like == AUTO:

@@ -103,6 +103,12 @@ def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
     assert after.config.base_model == before.config.base_model
 
 
+def test_of_a_domain_that_goes_on_it_is_said_that_the_gate_learns_it_anew(first, tmp_path):
+    result = adapt(first[0], "soft", [str(write_run(tmp_path, "blobs"))], tmp_path / "more")
+    assert "The gate knew soft by 12 videos before. It learned it anew" in result.describe()
+    assert "The gate knew" not in first[1].describe()
+
+
 def test_a_domain_starts_from_experts_that_are_good_at_it(first, tmp_path, capsys, monkeypatch):
     def score(model, processor, videos, domain):
         assert len(videos) == 8 and all(1 < len(video) <= 8 and video.visible(0) for video in videos)
