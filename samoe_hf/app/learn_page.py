@@ -97,7 +97,7 @@ class LearnPart(Part):
         loaded = person.session.loaded if person.session else self.app.first
         if loaded.is_changed or loaded.name in person.changed:
             raise InputError(CHANGED.format(loaded.name))
-        self.learner.start(person.secret, loaded, str(domain)[:100], integer(steps, "steps", 1, MAX_STEPS))
+        self.learner.start(person.secret, loaded, str(domain).strip()[:100], integer(steps, "steps", 1, MAX_STEPS))
         return self.refresh(person)
 
     def end(self, person: Person) -> Shown:

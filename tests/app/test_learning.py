@@ -77,6 +77,13 @@ def test_names_that_are_no_domains(small_model, data, tmp_path, name):
     assert learner.current is None and not (tmp_path / "models").exists()
 
 
+def test_spaces_around_a_name_do_not_count():
+    part, person = Mock(), Mock(changed={})
+    person.session.loaded.is_changed = False
+    LearnPart.begin(part, person, " mine ", 3)
+    assert part.learner.start.call_args.args[2:] == ("mine", 3)
+
+
 def test_without_videos_nothing_is_learned(small_model, tmp_path):
     with pytest.raises(ValueError, match="No video was collected yet"):
         Learning(small_model, "mine", 3, tmp_path / "data", tmp_path / "out")
