@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
@@ -249,12 +249,19 @@ def _check_rates(rates: Any, trainable: Sequence[str]) -> dict[str, float]:
     return numbers
 
 
-def run_parser(**kwargs: Any) -> HfArgumentParser:
+class RunParser(HfArgumentParser):
+    """What is wrong with an option is an `InputError`, whoever gives it."""
+
+    def error(self, message: str) -> NoReturn:
+        """As in the base class, but does not end the process."""
+        raise InputError(f"{message}.")
+
+
+def run_parser(**kwargs: Any) -> RunParser:
     """A parser with all keys of a run as options, in groups; `kwargs` of [`~transformers.HfArgumentParser`]."""
     kinds: Any = (ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments)
-    # All options in the usage would hide the message behind them.
     usage = {"prog": "samoe train", "usage": "samoe train RUN.yaml|NAME [--KEY VALUE ...]"}
-    parser = HfArgumentParser(kinds, **usage | kwargs)
+    parser = RunParser(kinds, **usage | kwargs)
     for action in parser._actions:
         if action.dest in (*DATASETS, "augmentation", "quantization_config", "learning_rates"):
             action.type = _mapping_or_text
