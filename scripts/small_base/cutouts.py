@@ -29,6 +29,8 @@ class CutOuts(VideoList):
     Args:
         root: the file that `pictures.py` wrote.
         side: of the square frames, in pixels.
+        parts: the share of objects that have several parts, each of other colours, as a rider and a horse have.
+        slow: the share of videos in which all moves a third as fast.
     """
 
     def __init__(
@@ -40,10 +42,13 @@ class CutOuts(VideoList):
         max_objects: int = 3,
         seed: int = 0,
         domain: str = "cutouts",
+        parts: float = 0.0,
+        slow: float = 0.0,
     ):
         super().__init__(range(num_videos), self._draw)
         self.num_frames, self.side = num_frames, side
         self.max_objects, self.seed, self.domain = max_objects, seed, domain
+        self.parts, self.slow = parts, slow
         with np.load(root) as file:
             self.figures, self.stamps = file["figures"], file["stamps"]
             self.photos = [file[name] for name in file.files if name.startswith("photo")]
@@ -61,17 +66,22 @@ class CutOuts(VideoList):
         """Frames (T, H, W, 3) uint8, and what is seen of each object (T, N, H, W) bool."""
         num_objects = int(rng.integers(1, self.max_objects + 1))
         columns = [*range(num_objects), *[-1] * int(rng.integers(0, 4))]
+        time = np.arange(self.num_frames)[:, None] * (0.33 if self.slow and rng.random() < self.slow else 1)
         pictures, own = [], []
         for _ in columns:
             double = pictures and rng.random() < 0.25
             pictures.append(pictures[rng.integers(len(pictures))] if double else self._object(rng))
-            own.append(self._motion(rng))
-        camera = self._camera(rng)
+            own.append(_motion(rng, time))
+        camera = _camera(rng, time)
         layers: list[tuple[int, Tensor, np.ndarray]] = []  # column, picture and motion, the farthest first
         for i in rng.permutation(len(columns)):
             layers.append((columns[i], pictures[i], own[i]))
-            if rng.random() < 0.35:
-                layers.insert(len(layers) - int(rng.integers(2)), (columns[i], self._object(rng), _limb(rng, own[i])))
+            limbs = int(rng.random() < 0.35)
+            if self.parts and rng.random() < self.parts / 2:
+                limbs = int(rng.integers(1, 4))
+            for _ in range(limbs):
+                place = len(layers) - int(rng.integers(2))
+                layers.insert(place, (columns[i], self._object(rng), _limb(rng, own[i], time)))
         frames = self._background(rng, camera)
         seen = self._warp(rng, torch.stack([one[1] for one in layers]), np.stack([one[2] for one in layers]), camera)
         masks = torch.zeros(self.num_frames, num_objects, self.side, self.side, dtype=torch.bool)
@@ -100,7 +110,27 @@ class CutOuts(VideoList):
             colour = self._patch(rng)
         elif kind < 0.6:
             colour = (colour + self._patch(rng)) / 2
-        return torch.cat([_recoloured(rng, colour), alpha])
+        colour = _recoloured(rng, colour)
+        if self.parts and rng.random() < self.parts:
+            colour = self._in_parts(rng, colour)
+        return torch.cat([colour, alpha])
+
+    def _in_parts(self, rng: np.random.Generator, colour: Tensor) -> Tensor:
+        """Colours (3, SIDE, SIDE) of which up to three parts are others: recoloured, of another picture, or plain."""
+        where = torch.from_numpy(_fields(rng, SIDE, 1.6, 3)).float()
+        height = torch.linspace(-1, 1, SIDE)[None, :, None]  # what lies above and below is often of two parts
+        where = where + float(rng.choice([0, 2])) * height * torch.from_numpy(rng.normal(0, 1, (3, 1, 1))).float()
+        for part in where[: int(rng.integers(1, 4))]:
+            kind = rng.random()
+            if kind < 0.35:
+                other = _recoloured(rng, colour)
+            elif kind < 0.65:
+                other = _recoloured(rng, self._patch(rng))
+            else:
+                plain = torch.from_numpy(rng.random((3, 1, 1))).float()
+                other = (plain + float(rng.uniform(0, 0.4)) * (colour.mean(0, keepdim=True) - 0.5)).clamp(0, 1)
+            colour = torch.where(part > float(rng.uniform(-0.3, 0.8)), other, colour)
+        return colour
 
     def _patch(self, rng: np.random.Generator) -> Tensor:
         """Colours (3, SIDE, SIDE): a part of a photograph, or noise with structures of many sizes."""
@@ -128,27 +158,6 @@ class CutOuts(VideoList):
         return F.grid_sample(
             picture.expand(self.num_frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False
         )
-
-    def _camera(self, rng: np.random.Generator) -> np.ndarray:
-        """(T, 4): x and y in half frames, angle, and the logarithm of the scale."""
-        time = np.arange(self.num_frames)[:, None]
-        pace = rng.choice([0, 0.3, 1, 2], p=[0.25, 0.25, 0.35, 0.15])
-        velocity = pace * rng.normal(0, (0.04, 0.03, 0.015, 0.015))
-        shake = pace * rng.normal(0, (0.01, 0.01, 0.005, 0.004), (self.num_frames, 4))
-        return time * velocity + shake
-
-    def _motion(self, rng: np.random.Generator) -> np.ndarray:
-        """(T, 4) as of the camera, of an object; its scale is half of its side, in half frames."""
-        time = np.arange(self.num_frames)[:, None]
-        pace = rng.choice([0.2, 1, 2.5], p=[0.25, 0.5, 0.25])
-        start = [
-            *rng.uniform(-0.75, 0.75, 2),
-            rng.normal(0, 0.6),
-            np.log(rng.uniform(0.12, 0.32) * rng.choice([1, 2.2])),
-        ]
-        velocity = pace * rng.normal(0, (0.05, 0.035, 0.04, 0.02))
-        turn = pace * rng.normal(0, (0.008, 0.008, 0.01, 0.004))
-        return start + time * velocity + time**2 * turn
 
     def _warp(self, rng: np.random.Generator, pictures: Tensor, motion: np.ndarray, camera: np.ndarray) -> Tensor:
         """Pictures (L, 4, SIDE, SIDE) as they are seen: (L, T, 4, side, side)."""
@@ -180,9 +189,31 @@ class CutOuts(VideoList):
         return F.grid_sample(repeated, bent, align_corners=False).unflatten(0, (count, self.num_frames))
 
 
-def _limb(rng: np.random.Generator, body: np.ndarray) -> np.ndarray:
+def _camera(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
+    """(T, 4): x and y in half frames, angle, and the logarithm of the scale."""
+    pace = rng.choice([0, 0.3, 1, 2], p=[0.25, 0.25, 0.35, 0.15])
+    velocity = pace * rng.normal(0, (0.04, 0.03, 0.015, 0.015))
+    tempo = 1 if len(time) < 2 else time[1]
+    shake = pace * tempo * rng.normal(0, (0.01, 0.01, 0.005, 0.004), (len(time), 4))
+    return time * velocity + shake
+
+
+def _motion(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
+    """(T, 4) as of the camera, of an object; its scale is half of its side, in half frames."""
+    pace = rng.choice([0.2, 1, 2.5], p=[0.25, 0.5, 0.25])
+    start = [
+        *rng.uniform(-0.75, 0.75, 2),
+        rng.normal(0, 0.6),
+        np.log(rng.uniform(0.12, 0.32) * rng.choice([1, 2.2])),
+    ]
+    velocity = pace * rng.normal(0, (0.05, 0.035, 0.04, 0.02))
+    turn = pace * rng.normal(0, (0.008, 0.008, 0.01, 0.004))
+    return start + time * velocity + time**2 * turn
+
+
+def _limb(rng: np.random.Generator, body: np.ndarray, time: np.ndarray) -> np.ndarray:
     """The motion of a part that swings at a body's edge."""
-    swing = rng.uniform(0, 6) + rng.normal(0, 0.35) + rng.normal(0, 0.25) * np.arange(len(body))
+    swing = rng.uniform(0, 6) + rng.normal(0, 0.35) + rng.normal(0, 0.25) * time[:, 0]
     reach = 0.75 * np.exp(body[:, 3])
     limb = body.copy()
     limb[:, 0] += reach * np.cos(body[:, 2] + swing)
@@ -201,12 +232,17 @@ def _inverse(placed: np.ndarray, size: np.ndarray | float, scaled: bool = False)
     return torch.from_numpy(np.concatenate([rows, shift], axis=2)).float()
 
 
-def _noise(rng: np.random.Generator, side: int) -> Tensor:
-    """Colours (3, side, side) of noise whose power falls with frequency, at times in patches with sharp edges."""
+def _fields(rng: np.random.Generator, side: int, low: float, high: float) -> np.ndarray:
+    """Three fields (3, side, side) of noise of mean 0 and variance 1, whose power falls with frequency."""
     y, x = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)
     spectrum = rng.normal(size=(3, side, len(x))) * np.exp(2j * np.pi * rng.random((3, side, len(x))))
-    fields = np.fft.irfft2(spectrum / (np.hypot(x, y) + 1 / side) ** rng.uniform(0.8, 1.9), (side, side))
-    fields = (fields - fields.mean((1, 2), keepdims=True)) / fields.std((1, 2), keepdims=True)
+    fields = np.fft.irfft2(spectrum / (np.hypot(x, y) + 1 / side) ** rng.uniform(low, high), (side, side))
+    return (fields - fields.mean((1, 2), keepdims=True)) / fields.std((1, 2), keepdims=True)
+
+
+def _noise(rng: np.random.Generator, side: int) -> Tensor:
+    """Colours (3, side, side) of noise whose power falls with frequency, at times in patches with sharp edges."""
+    fields = _fields(rng, side, 0.8, 1.9)
     if rng.random() < 0.4:
         fields = np.round(fields * rng.uniform(0.8, 2)) / 2
     mixed = np.einsum("ij,jhw->ihw", rng.normal(0, 0.12, (3, 3)) + 0.1, fields)

@@ -1,8 +1,9 @@
-"""Makes the small base that comes with the package of the model that the last of its runs has trained.
+"""Makes the small base that comes with the package of what the last of its runs has trained.
 
-    python scripts/small_base/make_base.py outputs/base RUN.yaml ... --output outputs/small_base
+    python scripts/small_base/make_base.py RUN.yaml ... --models outputs/clips ... --output outputs/small_base
 
-Weights are stored in bfloat16, and are computed with in float32. The model that is written is scored as it is loaded,
+Of several models the mean of their weights is taken; each must have gone on from another one. Weights are stored in bfloat16, and are computed with in
+float32. The model that is written is scored as it is loaded,
 from masks and from three clicks; with `--dataset FOLDER` on videos of yours as well, which it must not have seen.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
+from torch.optim.swa_utils import AveragedModel
 
 from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos, load_videos
 from samoe_hf.data.registry import read_yaml
@@ -40,18 +42,30 @@ LIMITS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the folder, which must be new or empty, whole or not at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the trained model")
     parser.add_argument("runs", nargs="+", type=Path, help="the YAMLs that it was trained with, in their order")
+    parser.add_argument(
+        "--models", nargs="+", required=True, metavar="FOLDER", help="what runs have trained; of several, their mean"
+    )
     parser.add_argument("--dataset", metavar="FOLDER", help="real videos, to be scored as well")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; it must be new or empty")
     parsed = parser.parse_args(arguments)
     with new_folder(parsed.output) as folder:
-        save_rounded(SamoeModel.from_pretrained(parsed.model), folder)
+        save_rounded(mean_model(parsed.models), folder)
         model = SamoeModel.from_pretrained(folder)
         results = score_looks(model, parsed.dataset)
         write_card(model, folder, results, {path.stem: read_yaml(path) for path in parsed.runs})
     for result in results:
         print(f"{result.dataset_name:44s} {result.metric_name:4s} {result.metric_value:.4f}")
+
+
+def mean_model(folders: Sequence[str]) -> SamoeModel:
+    """The model whose weights are the mean of those of several, each of which has gone on from another one."""
+    models = [SamoeModel.from_pretrained(folder) for folder in folders]
+    mean = AveragedModel(models[0])
+    for model in models:
+        mean.update_parameters(model)
+    models[0].load_state_dict(mean.module.state_dict())
+    return models[0]
 
 
 def save_rounded(model: SamoeModel, folder: Path) -> None:

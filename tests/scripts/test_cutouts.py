@@ -8,8 +8,13 @@ from helpers.cutouts import write_pictures
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> CutOuts:
-    return CutOuts(write_pictures(tmp_path_factory.mktemp("pictures") / "p.npz"), 20, 3, side=64, seed=4)
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "p.npz")
+
+
+@pytest.fixture(scope="module")
+def videos(pictures) -> CutOuts:
+    return CutOuts(pictures, 20, 3, side=64, seed=4)
 
 
 def test_a_video_depends_on_its_number_alone(videos):
@@ -25,3 +30,30 @@ def test_objects_are_seen_move_and_do_not_overlap(videos):
         assert video.frames[0].shape == (64, 64, 3) and masks[0].any() and masks.sum(axis=1).max() <= 1
         moved += not np.array_equal(masks[0], masks[2])
     assert moved > 15
+
+
+def test_objects_in_parts_have_more_colours(pictures):
+    def spread(parts):
+        """The mean over objects of how much the colours differ within each."""
+        own = [
+            np.asarray(video.frames[0])[mask].std(axis=0).mean()
+            for video in CutOuts(pictures, 30, 1, side=64, seed=4, parts=parts)
+            for mask in video.masks(0)
+            if mask.sum() > 50
+        ]
+        return np.mean(own)
+
+    assert spread(1.0) > 1.15 * spread(0.0)
+
+
+def test_slow_videos_move_less(pictures):
+    def change(slow):
+        """The mean over objects of how much of the mask changes from the first frame to the third."""
+        both = [
+            (video.masks(0)[i], video.masks(2)[i])
+            for video in CutOuts(pictures, 30, 3, side=64, seed=4, slow=slow)
+            for i in range(len(video.object_ids))
+        ]
+        return np.mean([(a ^ b).sum() / max(1, (a | b).sum()) for a, b in both])
+
+    assert change(1.0) < 0.75 * change(0.0)

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 import make_base as maker
+from helpers.domains import new_model
 from helpers.reference import ROOT
 from helpers.results import mean_j
 from samoe_hf import SamoeModel, small_base
@@ -14,7 +15,7 @@ from samoe_hf.data import SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.inference import load_processor
 
-RUNS = [ROOT / "scripts" / "small_base" / name for name in ("frames.yaml", "clips.yaml")]
+RUNS = [ROOT / "scripts" / "small_base" / name for name in ("frames.yaml", "clips.yaml", "parts.yaml", "long.yaml")]
 
 
 def stored_types(folder: Path) -> set[str]:
@@ -35,7 +36,7 @@ def test_it_is_made_of_a_model_that_was_trained(model_folder, tmp_path, monkeypa
     for name, value in (("NUM_VIDEOS", 1), ("NUM_FRAMES", 2), ("SYNTHETIC_DOMAINS", ("shapes", "paper"))):
         monkeypatch.setattr(maker, name, value)
     output = tmp_path / "base"
-    maker.main([str(model_folder), *map(str, RUNS), "--output", str(output)])
+    maker.main([*map(str, RUNS), "--models", str(model_folder), "--output", str(output)])
     assert capsys.readouterr().out.count("J&F") == 4
     assert stored_types(output) == {"BF16"}
     before, after = SamoeModel.from_pretrained(model_folder), SamoeModel.from_pretrained(output)
@@ -45,4 +46,15 @@ def test_it_is_made_of_a_model_that_was_trained(model_folder, tmp_path, monkeypa
     card = (output / "README.md").read_text()
     assert "| frames: max_steps | 4500 |" in card and "synthetic videos: cutouts" in card
     with pytest.raises(FileExistsError):
-        maker.main([str(model_folder), *map(str, RUNS), "--output", str(output)])
+        maker.main([*map(str, RUNS), "--models", str(model_folder), "--output", str(output)])
+
+
+def test_of_several_models_the_mean_is_taken(tmp_path):
+    models, folders = [new_model() for _ in range(3)], [str(tmp_path / str(i)) for i in range(3)]
+    for number, (model, folder) in enumerate(zip(models, folders, strict=True)):
+        for parameter in model.parameters():
+            parameter.data.add_(number**2 * torch.rand_like(parameter))
+        model.save_pretrained(folder)
+    mean = maker.mean_model(folders).state_dict()
+    for name, tensors in {n: [model.state_dict()[n] for model in models] for n in mean}.items():
+        torch.testing.assert_close(mean[name], torch.stack(tensors).mean(0), msg=name)
