@@ -2,9 +2,9 @@
 
     python scripts/small_base/make_base.py RUN.yaml ... --models outputs/clips ... --output outputs/small_base
 
-Of several models the mean of their weights is taken; each must have gone on from another one. Weights are stored in bfloat16, and are computed with in
-float32. The model that is written is scored as it is loaded,
-from masks and from three clicks; with `--dataset FOLDER` on videos of yours as well, which it must not have seen.
+Of several models the mean of their weights is taken; each must have gone on from another one. Weights are stored in
+bfloat16, and are computed with in float32. The model that is written is scored as it is loaded, from masks and from
+three clicks; with `--dataset FOLDER` on videos of yours as well, which it must not have seen.
 """
 
 import argparse
