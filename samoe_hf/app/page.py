@@ -10,8 +10,8 @@ from .track_page import TrackPart
 
 TITLE = "samoe: track, correct, learn"
 SMALL = (
-    "This small model knows drawn videos, such as the examples, but *Stripes*. For videos of your own, start "
-    "the page with a real one: `samoe app facebook/sam2.1-hiera-tiny`"
+    "This small model knows drawn videos, such as the examples other than *Stripes*. For videos of your own, "
+    "start the page with a real one: `samoe app facebook/sam2.1-hiera-tiny`"
 )
 # The page keeps its secret for as long as its tab is open, so that a refresh finds everything again, and the secret of
 # who began to learn for longer, so that learning can be stopped after the browser was closed. It sends both, with a
