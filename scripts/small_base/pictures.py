@@ -14,6 +14,7 @@ import argparse
 import base64
 import io
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,10 +55,9 @@ def panoramas(archive: Path) -> Iterator[Image.Image]:
             if member.name.endswith(".exr.js"):
                 text = tar.extractfile(member).read().decode()
                 data = base64.b64decode(text.split("base64,")[1].rstrip("'\"`;\n "))
-                path = Path(f"/tmp/{Path(member.name).stem}")
-                path.write_bytes(data)
-                pixels = OpenEXR.File(str(path)).channels()["RGB"].pixels.astype(np.float32)
-                path.unlink()
+                with tempfile.NamedTemporaryFile(suffix=".exr") as file:
+                    Path(file.name).write_bytes(data)
+                    pixels = OpenEXR.File(file.name).channels()["RGB"].pixels.astype(np.float32)
                 exposed = np.clip(pixels / (2 * np.median(pixels) + 1e-6), 0, None)
                 yield Image.fromarray((255 * (exposed / (1 + exposed)) ** 0.6).astype(np.uint8))
 
