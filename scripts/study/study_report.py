@@ -297,7 +297,7 @@ def _with_spread(value: Mapping[str, float | None]) -> str:
 
 
 def compare_with_ours(summary: Mapping[str, Any], names: Sequence[str]) -> str:
-    """In plain words, which methods beat domains with the gate, in what and by how much."""
+    """In plain words, which methods beat ours, in what and by how much."""
     if OURS not in summary:
         return f"{LABELS[OURS].capitalize()} are not finished yet."
     ours, lines = summary[OURS], []

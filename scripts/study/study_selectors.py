@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from samoe_hf.continual.fit_gate import evenly_chosen, first_visible
+from samoe_hf.continual.fit_gate import evenly_chosen
 from samoe_hf.data.schema import Video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.frame_step import encode_frames
@@ -45,12 +45,12 @@ def selector_features(selector: Selector, base: SamoeModel, videos: Sequence[Vid
 
     Args:
         base: the model without domains.
-        count: 1 for the first such frame of one video, which is what is prompted.
+        count: 1 gives the first such frame of a video, which is what is prompted.
     """
     processor, features = build_processor(base.config), []
     for video in evenly_chosen(videos, count):
-        shown = [t for t in video.annotated_frames if video.visible(t)] or [first_visible(video) or 0]
-        chosen = [shown[0]] if count == 1 else evenly_chosen(shown, max(1, count // len(videos)))
+        shown = [t for t in video.annotated_frames if video.visible(t)] or [0]
+        chosen = evenly_chosen(shown, max(1, count // len(videos)))
         frames = PreparedFrames(video.frames, video.size, processor, base.device, base.dtype)
         with evaluation_mode(base):
             features.append(selector.features(base, torch.stack([frames[t] for t in chosen])))
