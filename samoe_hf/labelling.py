@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -326,7 +327,7 @@ class LabelRun(RunFolder):
                 entry |= {"experts_of": last.domain or "base", "confidence": last.domain_confidence}
                 entry |= {"rivals": last.domain_rivals}
             return writer(self._finish, prompted, video, files, table, entry)
-        except InputError as error:
+        except (InputError, FileNotFoundError) as error:
             raise InputError(f"{video.video_id}: {error}") from error
         finally:
             writer.always(shutil.rmtree, files.folder, True)
@@ -390,6 +391,8 @@ def label_videos(
 ) -> dict[str, Any] | None:
     """Tracks the videos that are not finished, those of this process' share, and waits for the other processes.
 
+    Videos that cannot be read, or whose prompts do not fit them, are left out, and named at the end.
+
     Processes started by `accelerate launch` or `torchrun` share the videos; all must see the folder.
 
     Args:
@@ -400,9 +403,19 @@ def label_videos(
         what `labels.json` says; None in processes other than the main one.
 
     Raises:
-        InputError: if two videos have the same domain and id, one was labelled from other prompts, or prompts do not
-            fit their video.
+        InputError: if two videos have the same domain and id, or one was labelled from other prompts; in the main
+            process also, after `labels.json` was written, if videos were left out.
     """
+    failed: dict[str, str] = {}
+
+    def attempt(video: PromptedVideo) -> Work[PromptedVideo]:
+        try:
+            return (yield from run.label(together, processor, video))
+        except InputError as error:
+            failed[video.key] = str(error)
+            tqdm.write(f"{error}\nThis video is left out.", file=sys.stderr)
+            return together.writer()(lambda: video)
+
     keys = [video.key for video in videos]
     if len(set(keys)) < len(keys):
         raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
@@ -417,17 +430,20 @@ def label_videos(
             together,
             tqdm(total=len(left), desc="label", unit="video", disable=not is_shown) as progress,
         ):
-            for video in together.run(run.label(together, processor, video) for video in left):
+            for video in together.run(map(attempt, left)):
                 progress.set_postfix_str(video.video_id)
                 progress.update()
-        num_new = sum(gather_object([len(left)]))  # when all are done
+        failed = {key: words for part in gather_object([failed]) for key, words in part.items()}
+        num_new = sum(gather_object([len(left)])) - len(failed)  # when all are done
         if not state.is_main_process:
             return None
         shutil.rmtree(run.folder / UNFINISHED, ignore_errors=True)
         seconds = time.perf_counter() - start
-        entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in videos}
+        finished = [video for video in videos if video.key not in failed]
+        entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in finished}
         summary = {
             "videos": entries,
+            "failed": failed,
             "num_frames": sum(entry["frames"] for entry in entries.values()),
             "num_objects": sum(entry["objects"] for entry in entries.values()),
             "num_processes": state.num_processes,
@@ -436,9 +452,14 @@ def label_videos(
             "videos_at_once": together.at_once,
             "seconds": round(seconds, 3),
             "videos_per_hour": num_new / seconds * 3600 if num_new else None,
-            "worth_a_look": _write_looks(videos, run),
+            "worth_a_look": _write_looks(finished, run),
         }
         write_text(run.folder / "labels.json", json.dumps(summary, indent=2))
+        if failed:
+            raise InputError(
+                f"{len(failed)} of {len(videos)} videos are not labelled; the same command tries them again: "
+                + "; ".join(failed.values())
+            )
         return summary
 
 

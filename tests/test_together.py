@@ -1,5 +1,6 @@
 """Videos that are tracked at once are tracked as each is alone, and none is lost by what happens to another."""
 
+import json
 import threading
 import time
 
@@ -144,12 +145,16 @@ def test_a_video_that_fails_takes_no_other_with_it(nano, processor, tmp_path, at
     frames, box = frames_of(0), [VideoPrompt(1, 0, box=BOX)]
     broken = Broken(np.stack(list(frames)))
     videos = [prompted(name, broken if name == "b" else frames, box) for name in "bacd"]
-    with pytest.raises(InputError, match="b: the third frame is damaged"):
+    with pytest.raises(InputError, match=r"1 of 4 videos are not labelled;.* b: the third frame is damaged"):
         label(nano, processor, tmp_path, videos, at_once)
-    assert finished(tmp_path) == ([] if at_once == 1 else ["a"])
-    assert ("those that have begun are finished" in capsys.readouterr().err) == (at_once > 1)
+    assert finished(tmp_path) == [*"acd"]
+    assert "b: the third frame is damaged\nThis video is left out." in capsys.readouterr().err
+    summary = json.loads((tmp_path / "labels.json").read_text())
+    assert summary["failed"].keys() == {"d/b"} and summary["videos"].keys() == {"d/a", "d/c", "d/d"}
+    assert summary["labelled_now"] == 3
     videos[0] = prompted("b", frames, box)
-    assert label(nano, processor, tmp_path, videos, at_once)["labelled_now"] == 5 - at_once
+    summary = label(nano, processor, tmp_path, videos, at_once)
+    assert summary["labelled_now"] == 1 and not summary["failed"]
     assert finished(tmp_path) == [*"abcd"] and len([*tmp_path.rglob("*.png")]) == 20
 
 
