@@ -2,8 +2,10 @@
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -43,6 +45,13 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def file_in_the_way(folder: str | os.PathLike) -> Path | None:
+    """The file for which a folder cannot be made: it has its name, or that of one that it would lie in."""
+    folder = Path(os.path.abspath(folder))
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return None if nearest.is_dir() else nearest
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

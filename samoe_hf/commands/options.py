@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from samoe_hf.data.layouts import LAYOUTS, WRITTEN, MaskFormat, layout_of
-from samoe_hf.errors import InputError, did_you_mean, input_errors
+from samoe_hf.errors import InputError, did_you_mean, file_in_the_way, input_errors
 
 if TYPE_CHECKING:
     import torch
@@ -142,8 +142,15 @@ def add_output_option(
     """Adds `--output`, a folder that must be given if there is no default, and returns its group."""
     group = parser.add_argument_group("output")
     default_path = None if default is None else Path(default)
-    group.add_argument("--output", type=Path, required=default is None, default=default_path, metavar="DIR", help=help)
+    is_required = default is None
+    group.add_argument("--output", type=_folder, required=is_required, default=default_path, metavar="DIR", help=help)
     return group
+
+
+def _folder(text: str) -> Path:
+    if (file := file_in_the_way(text)) is not None:
+        raise argparse.ArgumentTypeError(f"must be a folder, but {file} is a file")
+    return Path(text)
 
 
 def add_layout_option(group: argparse._ArgumentGroup) -> None:

@@ -97,7 +97,7 @@ def name_kind(
 
 
 def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Video]:
-    """The videos of an entry of a run's `train_data` or `eval_data`; errors are those of [`load_videos`].
+    """The videos of an entry of a run's `train_data` or `eval_data`; errors name it.
 
     Args:
         entry: the arguments of [`load_videos`], or a folder.
@@ -112,7 +112,7 @@ def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Vi
         raise InputError(f"{owner} names no `kind` or `root`, but {', '.join(map(repr, entry))}")
     try:
         videos = load_videos(**{str(name): value for name, value in entry.items()})
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{owner}: {error}") from error
     if not isinstance(videos, Sequence):
         raise InputError(f"{owner}: videos that are streamed have no length; leave out `streaming`")

@@ -66,4 +66,7 @@ def differences(earlier: Any, now: Any, name: str = "") -> dict[str, str]:
         keys = sorted({*earlier, *now})
         parts = (differences(earlier.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
         return {name: words for part in parts for name, words in part.items()}
-    return {} if earlier == now else {name: f"`{name}` is {earlier!r}, not {now!r}"}
+    words = f"is {earlier!r}, not {now!r}"
+    if isinstance(earlier, dict) or isinstance(now, dict):
+        words = "is missing now" if now is None else "is new" if earlier is None else "is another"
+    return {} if earlier == now else {name: f"`{name}` {words}"}

@@ -124,8 +124,11 @@ class DataArguments(DataKeys):
             raise InputError(f"`eval_fraction` must be at most 0.5, got {self.eval_fraction}.")
         self.kept_aside: list[Video] = []
         self.spared: list[Video] = []
+        if self.augmentation == "none":
+            self.augmentation = None
         for name in DATASETS:
-            setattr(self, name, dataset_entries({name: getattr(self, name)}, name, "a run"))
+            entries = dataset_entries({name: getattr(self, name)}, name, "a run")
+            setattr(self, name, [] if entries == ["none"] else entries)
 
     def train_dataset(self, processor: VideoProcessor, seed: int, spares: bool = False) -> MixedDataset:
         """All training clips, each dataset by its domain's name; fills `kept_aside`.

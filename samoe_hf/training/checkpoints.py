@@ -11,7 +11,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, file_in_the_way
 
 from .arguments import SamoeTrainingArguments
 
@@ -104,6 +104,8 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool, args: SamoeTrainingAr
 def check_output_dir(args: SamoeTrainingArguments, source: str | None) -> None:
     """Refuses to write where a run would destroy another run's result or its own base model, the `source`."""
     output = args.folder.resolve()
+    if (file := file_in_the_way(output)) is not None:
+        raise InputError(f"`output_dir` {args.output_dir} must be a folder, but {file} is a file.")
     base = None if source is None or not Path(source).is_dir() else Path(source).resolve()
     if base is not None and (base == output or output in base.parents):
         raise InputError(

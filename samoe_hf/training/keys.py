@@ -62,7 +62,7 @@ class DataKeys:
         [],
         metavar="FOLDER|{...}",
     )
-    eval_data: list[dict] = key("As train_data; these videos are tracked.", [], metavar="FOLDER|{...}")
+    eval_data: list[dict] = key("As train_data; these videos are tracked. none: no others.", [], metavar="FOLDER|{...}")
     eval_fraction: float = key(
         "Where `eval_data` names none: the share of the training videos that is kept aside and tracked instead; one of "
         "three at least.",

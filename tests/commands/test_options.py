@@ -57,6 +57,7 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
         ("convert m --to original --domain d --output o", "--domain does not go with --to original"),
         ("evaluate --dataset davis --output o", "at least one MODEL or --predictions is needed"),
         ("label m --dataset davis --prompts p.json --output o", "`--prompts` goes with a folder of videos"),
+        (f"experts m --dataset davis --output {__file__}/x", f"must be a folder, but {__file__} is a file"),
     ],
 )
 def test_mistaken_options_are_named_at_once(words, message, capsys):

@@ -55,6 +55,16 @@ def test_bad_options_of_train_and_adapt(run, tmp_path, options, message):
         assert message in str(error.value.code)
 
 
+def test_none_is_what_a_run_has_not(run):
+    path = run("eval_data: [{kind: davis}]", "augmentation: {}", "num_frames: 3")
+    for words in (
+        [path, "--eval_data", "none", "--augmentation", "none"],
+        [run("eval_data: none", "augmentation: none")],
+    ):
+        data = parse_run(words)[1]
+        assert data.eval_data == [] and data.augmentation is None
+
+
 def test_numbers_may_be_written_as_text(run):
     """YAML takes 1e-4, without a point, for text."""
     lines = ("learning_rate: 1e-4", "trainable: [experts, decoder]", "learning_rates: {decoder: 1e-5}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from samoe_hf.errors import InputError
 from samoe_hf.training.arguments import SamoeTrainingArguments
 from samoe_hf.training.checkpoints import check_output_dir, resolve_checkpoint
 from samoe_hf.training.trainer import build_trainer
@@ -70,6 +71,10 @@ def test_a_folder_with_another_run_is_refused_unless_it_is_asked_for(args, tmp_p
     check_output_dir(args, None)
     args.resume_from_checkpoint, args.overwrite_output_dir = None, True
     check_output_dir(args, None)
+    (tmp_path / "file").touch()
+    args.output_dir = str(tmp_path / "file" / "out")
+    with pytest.raises(InputError, match=r"`output_dir` .*file/out must be a folder, but .*file is a file"):
+        check_output_dir(args, None)
 
 
 def test_a_run_does_not_overwrite_its_base_model(tmp_path, model_folder):

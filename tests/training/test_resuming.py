@@ -91,6 +91,10 @@ def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data
         (["--point_probability", 1], "`point_probability` is 0.5, not 1.0"),
         (["--stride", 2], r"`train_data\.\w+\.stride` is 1, not 2"),
         (["--recent_memory_pooling", 2], r"`config\.recent_memory_pooling` is 1, not 2"),
+        (
+            ["--train_data", f"{{root: {data}, domain: z}}"],
+            r"`train_data\.\w+` is missing now; `train_data\.z` is new\.",
+        ),
     ]:
         with pytest.raises(InputError, match=f"checkpoint-1 is of another run: .*{differs}"):
             train("out", *resume, *options)
