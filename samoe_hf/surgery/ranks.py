@@ -1,5 +1,6 @@
 """The ranks of a domain's experts, layer by layer: raised without effect, or cut to the directions that do most."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -37,8 +38,9 @@ def sort_directions(model: SamoeModel, name: str) -> dict[str, Tensor]:
 def set_ranks(model: SamoeModel, name: str, ranks: int | Mapping[str, int]) -> None:
     """Gives a domain's experts other ranks. The first directions stay, and new ones have no effect yet.
 
-    The scale `lora_alpha / lora_rank` of the layers of the highest rank stays; others' changes are made up for in B.
-    Optimizers must be made afterwards.
+    The scale `lora_alpha / lora_rank` of the layers of the highest rank changes with the square root of that rank, as in
+    rsLoRA (arXiv:2312.03732): where it stays, experts of raised ranks learn too fast, and may lose what they have
+    learned. B makes up for it. Optimizers must be made afterwards.
 
     Args:
         ranks: of all layers, or by the name of each; 0 takes the domain's experts of that layer away.
@@ -53,7 +55,7 @@ def set_ranks(model: SamoeModel, name: str, ranks: int | Mapping[str, int]) -> N
     if wanted.keys() != layers.keys() or min(wanted.values()) < 0 or not any(wanted.values()):
         raise InputError(f"`ranks` must be a rank of each of the {len(layers)} layers of {name!r}, got {ranks!r}.")
     most = max(wanted.values())
-    alpha = domain["lora_alpha"] * most / domain["lora_rank"]
+    alpha = domain["lora_alpha"] * math.sqrt(most / domain["lora_rank"])
     for layer, rank in wanted.items():
         if rank:
             _resize(layers[layer], rank, alpha / rank)

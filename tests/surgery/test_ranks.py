@@ -46,6 +46,14 @@ def test_raised_ranks_and_sorted_directions_change_nothing(model, name):
         assert len(energies[layer]) == 80
 
 
+def test_the_scale_falls_with_the_root_of_the_rank_so_that_raised_experts_do_not_learn_too_fast(model):
+    scales = {n: x.scaling for n, x in domain_modules(model, "b")}
+    for rank, factor in ((16, 0.5), (4, 1.0)):  # from 4, and back
+        set_ranks(model, "b", rank)
+        assert {n: x.scaling for n, x in domain_modules(model, "b")} == {n: factor * v for n, v in scales.items()}
+        assert model.config.domains[1]["lora_alpha"] / rank == factor * next(iter(scales.values()))
+
+
 @torch.no_grad()
 def test_layers_of_other_ranks_are_saved_and_loaded_and_other_domains_stay(model, tmp_path):
     others = {n: x.clone() for n, x in model.state_dict().items() if ".domain_b." not in n}
