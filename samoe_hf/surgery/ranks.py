@@ -38,9 +38,9 @@ def sort_directions(model: SamoeModel, name: str) -> dict[str, Tensor]:
 def set_ranks(model: SamoeModel, name: str, ranks: int | Mapping[str, int]) -> None:
     """Gives a domain's experts other ranks. The first directions stay, and new ones have no effect yet.
 
-    The scale `lora_alpha / lora_rank` of the layers of the highest rank changes with the square root of that rank, as in
-    rsLoRA (arXiv:2312.03732): where it stays, experts of raised ranks learn too fast, and may lose what they have
-    learned. B makes up for it. Optimizers must be made afterwards.
+    The scale `lora_alpha / lora_rank` of the layers of the highest rank falls with the square root of that rank, as in
+    rsLoRA (arXiv:2312.03732): where it stays, experts of raised ranks learn too fast, and may lose what they knew. B
+    makes up for it. Optimizers must be made afterwards.
 
     Args:
         ranks: of all layers, or by the name of each; 0 takes the domain's experts of that layer away.
