@@ -5,7 +5,7 @@
 
 is `samoe train` with a further kind of dataset, "cutouts", and with Muon. Runs of single frames prompt more objects in
 less time than `samoe train`: each frame is encoded once, nothing is remembered, and masks are compared as they are
-predicted, at a quarter of the frame's size.
+predicted, at a quarter of the frame's size. With `--clicks` a run of clips learns this of their first frames as well.
 """
 
 import sys
@@ -29,6 +29,7 @@ from samoe_hf.model.prompt_recipe import sample_box, sample_point_from_errors
 from samoe_hf.model.prompts import PREVIOUS_MASK_LIMIT, Prompt
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
+CLICKS = "--clicks"
 SMALLEST = 60  # pixels of an object that is prompted
 OF_BOXES, OF_CLICKED_BOXES = 0.35, 0.3  # shares: of objects that are given by a box, of steps that correct those
 SINGLE = 0.25  # weight of the one mask that is wanted of what is known well, beside the best of three
@@ -65,7 +66,23 @@ class FrameTrainer(MuonTrainer):
                 points = sample_box(masks[chosen]) if boxes else sample_point_from_errors(masks[chosen])
                 rounds = 1 + int(torch.rand(()) < OF_CLICKED_BOXES) if boxes else int(torch.randint(1, 4, ()))
                 loss = loss + prompted_loss(self.model, image, frame[chosen], masks[chosen], points, rounds)
-        return (loss / len(masks), None) if return_outputs else loss / len(masks)
+        loss = loss / max(1, len(masks))
+        return (loss, None) if return_outputs else loss
+
+
+class ClickedClipTrainer(FrameTrainer):
+    """Trains on clips, and clicks and boxes on their first frames."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        of_clips, outputs = super(FrameTrainer, self).compute_loss(model, inputs, True, num_items_in_batch)
+        loss = of_clips + super().compute_loss(model, inputs)
+        return (loss, outputs) if return_outputs else loss
 
 
 def prompted_loss(
@@ -115,8 +132,10 @@ def candidates_loss(settings: SegmentationLoss, candidates: Tensor, ious: Tensor
 def build(arguments: Sequence[str]) -> SamoeTrainer:
     """The trainer of a run, from its YAML and options."""
     LAYOUTS[LAYOUT.kind] = LAYOUT
-    run = build_trainer(arguments)
-    kind = FrameTrainer if run.train_dataset[0]["pixel_values"].shape[0] == 1 else MuonTrainer
+    run = build_trainer([word for word in arguments if word != CLICKS])
+    kind = ClickedClipTrainer if CLICKS in arguments else MuonTrainer
+    if run.train_dataset[0]["pixel_values"].shape[0] == 1:
+        kind = FrameTrainer
     return kind(run.model, run.args, run.recipe, processing_class=run.processor, train_dataset=run.train_dataset)
 
 

@@ -49,6 +49,23 @@ def test_clips_are_learned_with_muon(run):
     assert isinstance(trainer.optimizer.optimizer, MuonAndAdamW)
 
 
+def test_clicks_on_first_frames_are_learned_beside_clips(run):
+    clips, clicked = (learn.build([*run, "--num_frames", "2", *more]) for more in ([], [learn.CLICKS]))
+    batch = clicked.data_collator([clicked.train_dataset[i] for i in range(4)])
+    batch["labels"] = torch.zeros_like(batch["labels"])
+    batch["labels"][:, :, :, 8:40, 8:40] = 1
+
+    def loss(trainer, **changed):
+        torch.manual_seed(0)
+        return trainer.compute_loss(trainer.model, batch | changed).item()
+
+    torch.manual_seed(0)
+    clicks = learn.FrameTrainer.compute_loss(clicked, clicked.model, batch).item()
+    assert clicks > 0.1 and loss(clicked) > loss(clips)
+    nothing = torch.zeros_like(batch["labels"])
+    assert loss(clicked, labels=nothing) == pytest.approx(loss(clips, labels=nothing))
+
+
 def test_the_loss_is_that_of_the_best_of_three_and_of_the_one():
     settings, truth = SegmentationLoss(), torch.zeros(1, 1, 4, 4)
     truth[..., :2] = 1

@@ -15,7 +15,7 @@ from samoe_hf.data import SyntheticVideos
 from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.inference import load_processor
 
-RUNS = [ROOT / "scripts" / "small_base" / name for name in ("frames.yaml", "clips.yaml", "parts.yaml", "long.yaml")]
+RUNS = [ROOT / "scripts" / "small_base" / f"{name}.yaml" for name in ("frames", "clips", "parts", "long", "sharp")]
 
 
 def stored_types(folder: Path) -> set[str]:
