@@ -15,6 +15,7 @@ from samoe_hf.data.clip_datasets import MixedDataset
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.statistics import to_json
 from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.plots.domains import plot_sizes
 from samoe_hf.surgery.domains import copy_domain_experts, fit_domain
 from samoe_hf.training.checkpoints import check_output_dir
@@ -23,8 +24,8 @@ from samoe_hf.whole_files import whole_file, write_text
 
 from .fit_gate import decide_videos, evenly_chosen, gate_features, leave_out
 from .held_out import KEPT_ASIDE, SHOWN_VIDEOS, TRAINED_ON, Compared, compare, comparison_table, means, percent
-from .sizes import Sizes, choose_size, raise_ranks
-from .start import find_start
+from .sizes import TOLERANCE, Sizes, choose_size, raise_ranks
+from .start import domain_score, find_start, read_excerpts
 
 RESULTS_FILE, PICTURE, SIZES_PICTURE = "adaptation.json", "adaptation.png", "sizes.png"
 # If the gate refuses more than this, the user is told what to do.
@@ -50,6 +51,8 @@ class Adaptation:
         domain: its name.
         gate_videos: how many videos of it the gate saw.
         known_before: how many it knew it by before, of a domain that was there.
+        at_start, at_end: J&F from 0 to 1 of the first frames of some training videos, with the experts that training
+            started from and with those that it left; None where they started without effect.
         started_from: the domain whose experts its own started from, if any.
         before, after: J, F and J&F from 0 to 1, of all evaluation videos (`eval_J`) and by the domain that the data
             names (`eval_NAME_J`); empty where there are no evaluation videos.
@@ -72,6 +75,8 @@ class Adaptation:
     left_out: dict[str, int] = field(default_factory=dict)
     sizes: Sizes | None = None
     known_before: int = 0
+    at_start: float | None = None
+    at_end: float | None = None
 
     def table(self) -> str:
         """The scores of each domain before and after, and where its videos went, as text."""
@@ -112,6 +117,14 @@ class Adaptation:
             lines.append("What is won is not known: no video has masks on several frames, so that it could be tracked.")
         if self.started_from is not None:
             lines.append(f"Its experts started from those of {self.started_from}.")
+        if self.at_start is not None and self.at_end is not None and self.at_end < self.at_start - TOLERANCE:
+            whose = self.started_from or f"{name} as it was"  # a domain that was there goes on
+            nothing = " or from nothing (`--like none`)" if self.started_from else ""
+            lines.append(
+                f"Warning: training has spoiled the experts of {whose}: its videos have a J&F of "
+                f"{percent(self.at_end)}, and had {percent(self.at_start)}. Train more slowly (`--learning_rate`)"
+                f"{nothing}."
+            )
         if own <= base:
             lines.append(
                 f"Warning: {name} is no better than the base on the videos that were {which} ({percent(own)} "
@@ -206,9 +219,14 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
         start = find_start(learner, trainer.processor, domain, videos, shows_progress)
         if start is not None and copy_domain_experts(learner, start, domain):
             result.started_from = start
+    track = partial(domain_score, learner, trainer.processor, domain=domain)
+    has_start = any(experts.lora_B.any() for _, experts in domain_modules(learner, domain))
+    excerpts = read_excerpts(learner, videos) if has_start else []
+    result.at_start = track(excerpts) if excerpts else None
     trainer.train(resume_from_checkpoint=resume)
     if budget is not None:
         result.sizes = choose_size(learner, trainer.processor, domain, budget, spared or videos, not spared)
+    result.at_end = track(excerpts) if excerpts else None
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
     picture = output / PICTURE if trainer.is_world_process_zero() else None
     if not trainer.eval_dataset:

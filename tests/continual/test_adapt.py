@@ -15,6 +15,7 @@ from helpers.processes import ENVIRONMENT, LAUNCH, run_two
 from helpers.reference import ROOT, assert_tensors
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.commands import adapt as command
+from samoe_hf.continual import adapt as adapting
 from samoe_hf.continual import fit_gate as gate_fitting
 from samoe_hf.continual import start
 from samoe_hf.continual.adapt import Adaptation, adapt
@@ -109,6 +110,18 @@ def test_of_a_domain_that_goes_on_it_is_said_that_the_gate_learns_it_anew(first,
     assert "The gate knew" not in first[1].describe()
 
 
+def test_training_that_spoils_what_it_starts_from_is_told(first, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.1])
+    monkeypatch.setattr(adapting, "domain_score", lambda *_, domain: {"soft": next(scores)}[domain])
+    spoiled = adapt(first[0], "soft", [str(write_run(tmp_path, "blobs"))], tmp_path / "out")
+    assert (spoiled.at_start, spoiled.at_end) == (0.5, 0.1)
+    assert "Warning: training has spoiled the experts of soft as it was: " in spoiled.describe()
+    assert "its videos have a J&F of 10.0, and had 50.0. Train more slowly (`--learning_rate`)." in spoiled.describe()
+    assert "(`--like none`)" in replace(spoiled, started_from="hard").describe()
+    assert "spoiled" not in replace(spoiled, at_end=0.495).describe() + first[1].describe()
+    assert first[1].at_start is None
+
+
 def test_a_domain_starts_from_experts_that_are_good_at_it(first, tmp_path, capsys, monkeypatch):
     def score(model, processor, videos, domain):
         assert len(videos) == 8 and all(1 < len(video) <= 8 and video.visible(0) for video in videos)
@@ -122,7 +135,9 @@ def test_a_domain_starts_from_experts_that_are_good_at_it(first, tmp_path, capsy
     run.write_text(yaml.safe_dump(other))
     options = ["--like", "auto", "--learning_rate", "0"]
     run_command([str(folder), "--domain", "new", "--dataset", str(run), "--output", str(tmp_path / "out"), *options])
-    assert json.loads((tmp_path / "out" / "adaptation.json").read_text())["started_from"] == "soft"
+    result = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    assert result["started_from"] == "soft" and isinstance(result["at_start"], float)
+    assert result["at_start"] == result["at_end"]
     assert "started from those of soft" in capsys.readouterr().out
     model = SamoeModel.from_pretrained(tmp_path / "out")
     pairs = zip(domain_modules(model, "soft"), domain_modules(model, "new"), strict=True)
