@@ -442,6 +442,8 @@ class SamoeModel(SamoePreTrainedModel):
         experts_only = self._saves_experts_only(experts_only)
         if experts_only:
             check_not_its_base(self, save_directory)
+            if (variant := kwargs.get("variant")) is not None:
+                raise InputError(f"`variant` does not go with `experts_only`, got {variant!r}.")
         is_main_process = kwargs.get("is_main_process", True)
         self.config.adapters = active_adapters(self)
         tensors = without_adapters(self.state_dict() if state_dict is None else state_dict)

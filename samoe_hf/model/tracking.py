@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
+from transformers.utils import logging as transformers_logging
 
 from .base import InferenceSession
 from .base_model import SamoePreTrainedModel
@@ -42,6 +43,9 @@ from .memory_bank import MemoryBank
 from .memory_selection import MemorySelection, select_memories
 from .prompts import Prompt, join_prompts, num_points
 from .session import FrameRecord, SessionObject, check_prompt, session_objects
+
+# As loud as transformers is told to be.
+logger = transformers_logging.get_logger(f"transformers.{__name__}")
 
 T = TypeVar("T")
 
@@ -217,6 +221,8 @@ def new_prompt_steps(
     Raises:
         ValueError: if a prompt cannot be used; it is removed.
     """
+    if model.training:
+        logger.warning_once("The model is in training mode, in which it tracks worse; call `model.eval()` before.")
     objects = session_objects(session)
     for tracked_object in objects:
         tracked_object.join(model)

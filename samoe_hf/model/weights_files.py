@@ -30,7 +30,8 @@ def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | N
     """
     path = fetch_file(source, CONFIG_NAME, hub, is_needed=True)
     if path is None:
-        raise OSError(f"{source} has no {CONFIG_NAME}; expected a model of SAMoE or SAM 2 video.")
+        place = "/".join(filter(None, (str(source), hub.get("subfolder"))))
+        raise OSError(f"{place} has no {CONFIG_NAME}; expected a model of SAMoE or SAM 2 video.")
     return None if os.path.isdir(source) else extract_commit_hash(path, None)
 
 

@@ -45,15 +45,19 @@ def is_original_checkpoint(source: str | os.PathLike | None) -> bool:
 
 
 def base_fingerprint(
-    model: SamoePreTrainedModel, saved: set[str], state_dict: Mapping[str, Tensor] | None = None
+    model: SamoePreTrainedModel,
+    saved: set[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Hash of the tensors of a model's base: all but the experts' and those in `saved`.
 
     Args:
         state_dict: the model's own tensors; taken from it if not given. Of a quantized base, the full one is loaded.
+        dtype: the type that they are hashed in; the model's if not given.
     """
     if not model.origin.quantized:
-        return _fingerprint(model.state_dict() if state_dict is None else state_dict, saved, model.dtype)
+        return _fingerprint(model.state_dict() if state_dict is None else state_dict, saved, dtype or model.dtype)
     known, key = model.origin.fingerprints, frozenset(saved)
     if key not in known:
         assert model.origin.source is not None  # what is quantized was loaded
@@ -103,7 +107,7 @@ def save_trained(
     Args:
         model: a SamoeModel that was loaded from a base.
         directory: where to write.
-        state_dict: the model's own tensors.
+        state_dict: the model's own tensors; they may be of another type than the model.
         base_model: Hub id to refer to instead of where the base was loaded from. It is loaded and compared.
 
     Raises:
@@ -116,9 +120,10 @@ def save_trained(
         )
     trainable = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = trainable | model.origin.changed
-    digest = base_fingerprint(model, saved, state_dict)
+    dtype = next((x.dtype for x in state_dict.values() if x.is_floating_point()), model.dtype)
+    digest = base_fingerprint(model, saved, state_dict, dtype)
     if base_model is not None:
-        base = _load_base(type(model), model.config, {"name_or_path": base_model}, {"dtype": model.dtype})
+        base = _load_base(type(model), model.config, {"name_or_path": base_model}, {"dtype": dtype})
         if base_fingerprint(base, saved) != digest:
             loaded = (source or {}).get("name_or_path")
             raise InputError(f"`base_model` {base_model} is not the base that the model was loaded from ({loaded}).")
@@ -126,7 +131,7 @@ def save_trained(
     assert source is not None
     config = SamoeConfig.from_dict(model.config.to_dict())
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    config.dtype = dtype
     config.base_model = {**source, "fingerprint": digest}
     if model._auto_class is not None:
         custom_object_save(model, directory, config=config)  # pyright: ignore[reportArgumentType]  # it takes both

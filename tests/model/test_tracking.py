@@ -9,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModel, AutoProcessor, Sam2VideoModel
+from transformers.utils import logging as transformers_logging
 
 from samoe_hf import SamoeModel
 from samoe_hf.model.frame_step import fill_holes
@@ -75,6 +76,13 @@ def test_reverse_propagation_mirrors_forward_propagation(nano, processor, video)
     backward = list(nano.model.propagate_in_video_iterator(session, start_frame_idx=5, reverse=True))
     assert [output.frame_idx for output in backward] == [5, 4, 3, 2, 1, 0]
     torch.testing.assert_close(masks(backward), masks(forward), atol=1e-4, rtol=0)
+
+
+def test_tracking_in_training_mode_is_told_of(model, processor, video, caplog):
+    transformers_logging.warning_once.cache_clear()
+    for is_training in (False, True):
+        list(model.train(is_training).propagate_in_video_iterator(start(processor, video[:2], (1, 0, BOX))))
+        assert ("call `model.eval()` before" in caplog.text) == is_training
 
 
 CORRECTION = {"input_points": [[[[120, 70]]]], "input_labels": [[[1]]]}

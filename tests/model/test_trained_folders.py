@@ -85,6 +85,15 @@ def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folde
     assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "experts", config=config), expected)
 
 
+def test_tensors_of_another_type_than_the_model_are_saved_as_they_are(model_folder, tmp_path):
+    """As libraries gather them that train in a type of their own."""
+    model = SamoeModel.from_pretrained(model_folder)
+    tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, experts_only=True, state_dict=tensors)
+    loaded = SamoeModel.from_pretrained(tmp_path)
+    assert_tensors(loaded, tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, "fp16", {"vision_encoder": "float16"}])
 def test_a_type_that_weights_cannot_have_is_refused(experts_folder, dtype):
     with pytest.raises(ValueError, match="`dtype` must be a floating-point type"):
@@ -219,4 +228,6 @@ def test_unknown_arguments_of_saving_are_refused(nano, tmp_path):
         nano.model.save_pretrained(tmp_path / "out", expert_only=True)
     with pytest.raises(TypeError):
         nano.model.save_pretrained(tmp_path / "out", True)
+    with pytest.raises(ValueError, match="`variant` does not go with `experts_only`, got 'fp16'"):
+        nano.model.save_pretrained(tmp_path / "out", experts_only=True, variant="fp16")
     assert not (tmp_path / "out").exists()
