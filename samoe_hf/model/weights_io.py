@@ -20,6 +20,11 @@ from transformers.utils import CONFIG_NAME
 
 from .errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 # In a folder: a save that is being written, and one that is written, until its files are in their places.
 # Trainer does not upload names that begin with an underscore.
@@ -48,7 +53,7 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder whose files are moved into `folder` when the block ends.
 
     If the block raises, `folder` is as it was before. Weights of an earlier save are removed when new ones come. All
-    files become valid by one renaming, see [`finish_save`].
+    files become valid by one renaming, see [`finish_save`]. Of several processes, the last one's files are there.
 
     Raises:
         OSError: if safetensors cannot be written, which safetensors reports by an exception of its own.
@@ -65,8 +70,10 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
         if files:
             (temporary / _FILES).write_text(json.dumps(files))
             sync(temporary, below=True)
-            temporary.rename(target / _SAVED)
-            finish_save(target)
+            with _locked(target):
+                _finish(target)
+                temporary.rename(target / _SAVED)
+                _finish(target)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written: {error}") from error
     finally:
@@ -81,10 +88,30 @@ def finish_save(folder: str | os.PathLike) -> None:
     Until all are there, the folder has no configuration, which names the others. So no reader takes a mixture of two
     saves for a model.
     """
-    target, saved = Path(folder), Path(folder, _SAVED)
+    if Path(folder, _SAVED).is_dir():
+        with _locked(folder):
+            _finish(Path(folder))
+
+
+@contextmanager
+def _locked(folder: str | os.PathLike) -> Iterator[None]:
+    """One process at a time, where folders can be locked: not on Windows and some network file systems."""
+    number = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None and number is not None:
+            with suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
+
+
+def _finish(target: Path) -> None:
+    saved = target / _SAVED
     if not saved.is_dir():
         return
-    # Another process may move them as well, and have finished when this one has the lock.
+    # Where the folder is not locked, another process may move them as well, and have finished when this one goes on.
     with suppress(FileNotFoundError), WeakFileLock(saved / _LOCK):
         names = json.loads((saved / _FILES).read_text())
         if (saved / CONFIG_NAME).exists():
@@ -109,10 +136,15 @@ def unchanged_model(folder: str | os.PathLike) -> Iterator[None]:
         finish_save(folder)
     except OSError as error:
         raise InputError(f"{folder} holds a save that was stopped, and cannot be written: {error}") from error
-    before = _stamps(folder)
-    yield
-    if _stamps(folder) != before:
-        raise InputError(f"{folder} was saved anew while it was loaded; load it again.")
+    before, failure = _stamps(folder), None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if _stamps(folder) != before or _SAVED in before:
+        raise InputError(f"{folder} was saved anew while it was loaded; load it again.") from failure
+    if failure is not None:
+        raise failure
 
 
 def _stamps(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:

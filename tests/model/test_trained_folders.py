@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from helpers.reference import ROOT, assert_same_tensors, assert_tensors, change_config
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.errors import InputError
 from samoe_hf.model import loading
 from samoe_hf.model.expert_layer import is_expert_parameter
+from samoe_hf.model.weights_io import unchanged_model, updated_folder
 
 
 def contents(folder):
@@ -204,6 +208,22 @@ def test_a_model_that_is_saved_while_it_is_loaded_is_refused(model_folder, tmp_p
     monkeypatch.setattr(loading, "check_values", lambda *given: (model.save_pretrained(tmp_path), read(*given)))
     with pytest.raises(ValueError, match="was saved anew while it was loaded; load it again"):
         SamoeModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no folder can be locked there")
+def test_saves_into_one_folder_at_once_all_succeed_and_are_read_as_wholes(tmp_path):
+    def save(number):
+        with updated_folder(tmp_path) as folder:
+            for name in ("config.json", "model.safetensors"):
+                (folder / name).write_text(str(number))
+        with suppress(InputError), unchanged_model(tmp_path):
+            first, second = ((tmp_path / name).read_text() for name in ("config.json", "model.safetensors"))
+            return first == second
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(save, range(64)))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_what_was_trained_does_not_take_its_bases_place(model_folder, tmp_path, monkeypatch):
