@@ -202,7 +202,8 @@ class DomainsPart(Part):
         assert self._store
         base, found = manage_domains.find_on_hub(loaded.model, loaded.source)
         choices = [(f"{one}: {', '.join(names) or 'cannot be read'}", one) for one, names in found.items()]
-        said = f"Found {len(found)} on {base}; choose one." if found else f"Nothing on the Hub has domains on {base}."
+        nothing = manage_domains.NOTHING_FOUND.format(base)
+        said = f"Found {len(found)} on {base}; choose one." if found else nothing
         return {self.other: gr.Dropdown(choices, value=None), self.note: said}
 
     def save(self, person: Person, name: object, folder: object) -> Shown:

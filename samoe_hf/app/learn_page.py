@@ -33,6 +33,10 @@ LOST = (
     "**Nothing was won.** J&F on the collected videos, which it learned from: {:.1f} before, {:.1f} after, at best. "
     "More videos, better masks or other steps may help. *Track again* shows both; the model stays as it is."
 )
+FORGOTTEN = (
+    " The gate knew *{}* by {} videos before. What is learned knows it by those that are collected here alone; "
+    "*Domains* can tell it of others."
+)
 WORDS = {
     "new": "",
     "running": "**Learning.** The curve grows with each checkpoint; you can stop and resume.",
@@ -125,6 +129,8 @@ class LearnPart(Part):
                 text = (WON if learning.has_won else LOST).format(*(100 * score for score in scores))
             else:
                 text = WORDS[state]
+            if state in ("running", "done") and learning.known_before:
+                text += FORGOTTEN.format(learning.domain, learning.known_before)
             curves = learning.curves()
             drawn = draw_curves(curves) if any(curves.values()) else None
         return {

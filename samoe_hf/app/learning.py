@@ -188,6 +188,13 @@ class Learning:
         return results["before"]["eval_J&F"], results["after"]["eval_J&F"]
 
     @property
+    def known_before(self) -> int:
+        """By how many videos the gate of `loaded` knows the domain."""
+        gate = self.loaded.model.domain_gate
+        known = {} if gate is None else dict(zip(gate.domains, gate.counts.tolist(), strict=True))
+        return known.get(self.domain, 0)
+
+    @property
     def has_won(self) -> bool:
         """Whether what was learned tracks the collected videos better than the model did before."""
         scores = self.scores()

@@ -101,7 +101,7 @@ def act(parsed: argparse.Namespace) -> None:
         base, found = domains.find_on_hub(model, parsed.model)
         rows = [[repository, ", ".join(names) or "cannot be read"] for repository, names in found.items()]
         table = format_table(["repository", f"domains on {base}"], rows, left=(0, 1))
-        return print(table if rows else f"Nothing on the Hub has domains on {base}.")
+        return print(table if rows else domains.NOTHING_FOUND.format(base))
     written = ""
     if parsed.action == "show":
         figure = domains.draw_map(model, partial(domains.find_example, parsed.model))

@@ -27,6 +27,7 @@ from samoe_hf.surgery.gate import distances_between
 from .fit_gate import confirm_video, decide_frame
 
 EXAMPLES = "examples"  # the folder of pictures, NAME.jpg or NAME.png
+NOTHING_FOUND = "Nothing on the Hub has domains on {0}. If {0} is a whole copy of its base, ask for that base."
 HEADINGS = ("domain", "experts", "rank", "MB", "videos that the gate knows")
 
 

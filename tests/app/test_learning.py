@@ -222,10 +222,19 @@ def test_the_page_goes_on_with_what_was_learned_where_that_is_better(
     part = Mock(learner=learner)
     part.app.learner, part.result.run, part.track.view = learner, lambda _: [], lambda _: {}
     assert said in LearnPart.refresh(part, person)[part.state]
+    assert "The gate knew" not in LearnPart.refresh(part, person)[part.state]
     monkeypatch.setattr("samoe_hf.app.learn_page.load_model", Mock())
     monkeypatch.setattr("samoe_hf.app.learn_page.Comparison", Mock())
     assert len(list(LearnPart.track_again(part, person))) == 1
     assert person.the_session().use.called == (after > 0.7)
+
+
+def test_a_domain_that_goes_on_is_told_to_be_known_anew(two_domains, data, tmp_path, processes):
+    learner = Learner(data, tmp_path / "models")
+    learner.start("me", two_domains, "first", 5)
+    part = Mock(learner=learner)
+    part.app.learner = learner
+    assert "The gate knew *first* by 8 videos before." in LearnPart.refresh(part, Mock(secret="me"))[part.state]
 
 
 @pytest.mark.slow
