@@ -41,6 +41,12 @@ def person(served):
 
 
 @pytest.fixture(scope="module")
+def refused(served):
+    """Whose wishes change nothing."""
+    return Person(served)
+
+
+@pytest.fixture(scope="module")
 def other(two_domains, served):
     """Another's domain `lines` on the same base, with a picture, in the place for models."""
     model, folder = two_domains.copied().model, served.store / "other"
@@ -109,9 +115,9 @@ def test_a_domain_of_others_is_added_with_its_picture_and_saved_for_everybody(pe
         ("domains-find", ["domains"], "which only this machine has"),
     ],
 )
-def test_what_cannot_be_is_refused_and_changes_nothing(person, served, other, element, values, message):
-    answer = person.do(element, *(str(other) if value == "FOLDER" else value for value in values))
-    assert message in answer and not person.on_server.changed and str(served.store) not in answer
+def test_what_cannot_be_is_refused_and_changes_nothing(refused, served, other, element, values, message):
+    answer = refused.do(element, *(str(other) if value == "FOLDER" else value for value in values))
+    assert message in answer and not refused.on_server.changed and str(served.store) not in answer
     assert not (served.store / "new").exists() and not (served.store.parent / "new").exists()
 
 
