@@ -63,10 +63,26 @@ def nano(request) -> SimpleNamespace:
     return load_reference("nano")
 
 
+def copy_model(model):
+    """As `copy.deepcopy`, but the dozen of empty dictionaries in each module, as of hooks, are made at once."""
+    from torch.nn import Module
+
+    def copy_module(module, memo):
+        make, arguments, state, *_ = module.__reduce_ex__(4)
+        copied = memo[id(module)] = make(*arguments)
+        is_empty = {name for name, x in state.items() if isinstance(x, dict) and not x}
+        copied.__setstate__({n: type(x)() if n in is_empty else copy.deepcopy(x, memo) for n, x in state.items()})
+        return copied
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Module, "__deepcopy__", copy_module, raising=False)
+        return copy.deepcopy(model)
+
+
 @pytest.fixture
 def model(nano):
     """A copy of the reference model (4 experts, 2 of them for each token), free to be changed."""
-    return copy.deepcopy(nano.model)
+    return copy_model(nano.model)
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +141,7 @@ def read_once():
             READ[key] = read(source, **options)
             if len(READ) > 12:
                 del READ[next(iter(READ))]
-        return copy.deepcopy(READ[key])
+        return copy_model(READ[key])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SamoeModel, "from_pretrained", from_pretrained)

@@ -22,7 +22,7 @@ RUN = """
 train_data: [{kind: synthetic, domain: blobs, num_videos: NUM, num_frames: 3, seed: 1}]
 eval_fraction: 0.2
 num_frames: 2
-max_steps: 2
+max_steps: 1
 num_experts: 2
 expert_modules: [qkv, q_proj, v_proj]
 learning_rate: 1.0e-2

@@ -33,7 +33,7 @@ def losses(trainer) -> list[float]:
 
 
 def test_clicks_and_boxes_are_learned_on_single_frames(run):
-    trainer = learn.build([*run, "--num_frames", "1", "--max_steps", "25"])
+    trainer = learn.build([*run, "--num_frames", "1", "--max_steps", "12", "--logging_steps", "3"])
     assert type(trainer) is learn.FrameTrainer
     memory = {name: p.clone() for name, p in trainer.model.named_parameters() if "memory_attention" in name}
     found = losses(trainer)

@@ -42,7 +42,7 @@ def test_it_is_made_of_a_model_that_was_trained(model_folder, tmp_path, monkeypa
     before, after = SamoeModel.from_pretrained(model_folder), SamoeModel.from_pretrained(output)
     assert after.dtype == torch.float32
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
-        torch.testing.assert_close(b, a.bfloat16().float(), rtol=0, atol=0, msg=name)
+        assert torch.equal(b, a.bfloat16().float()), name
     card = (output / "README.md").read_text()
     assert "| frames: max_steps | 4500 |" in card and "synthetic videos: cutouts" in card
     with pytest.raises(FileExistsError):
@@ -56,5 +56,5 @@ def test_of_several_models_the_mean_is_taken(tmp_path):
             parameter.data.add_(number**2 * torch.rand_like(parameter))
         model.save_pretrained(folder)
     mean = maker.mean_model(folders).state_dict()
-    for name, tensors in {n: [model.state_dict()[n] for model in models] for n in mean}.items():
-        torch.testing.assert_close(mean[name], torch.stack(tensors).mean(0), msg=name)
+    for (name, found), *tensors in zip(mean.items(), *(model.state_dict().values() for model in models), strict=True):
+        assert torch.allclose(found, torch.stack(tensors).mean(0), rtol=1e-5), name
