@@ -84,7 +84,13 @@ def _with_skips(model: SamoePreTrainedModel, quantization_config: Any) -> Quanti
             f"`quantization_config` must be one of transformers' or its values, got {quantization_config!r}."
         )
     if isinstance(quantization_config, Mapping):
-        quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
+        try:
+            quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            raise InputError(
+                f"`quantization_config` must hold what `to_dict()` of one of transformers' gives, got "
+                f"{dict(quantization_config)} ({error!r})."
+            ) from error
     quantization_config = copy.deepcopy(quantization_config)
     field = next((name for name in SKIP_FIELDS if hasattr(quantization_config, name)), None)
     if field is not None:

@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, Sam2VideoModel, TorchAoConfig
 from helpers.edgetam import over_bases, slow_over_bases
 from helpers.reference import assert_same_tensors
 from samoe_hf import SamoeModel
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_experts import DomainLinear
 from samoe_hf.model.expert_layer import ExpertLinear, expert_modules, is_expert_parameter
 from samoe_hf.model.weights_io import plain_tensors
@@ -164,6 +165,10 @@ def test_domains_come_and_go_over_a_quantized_base(quantization, model_folder, t
 def test_what_cannot_be_quantized_is_told(nano, model_folder, tmp_path):
     for wrong in ("int8", {"load_in_8bit": False}):
         with pytest.raises(ValueError, match="quant"):
+            SamoeModel.from_pretrained(model_folder, quantization_config=wrong)
+    outdated = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
+    for wrong in (outdated, {"quant_method": "bitsandbytes", "load_in_4bit": "yes"}, {"quant_method": "none such"}):
+        with pytest.raises(InputError, match="`quantization_config` must hold what `to_dict"):
             SamoeModel.from_pretrained(model_folder, quantization_config=wrong)
     weights = {"config": nano.model.config, "state_dict": nano.model.state_dict()}
     with pytest.raises(ValueError, match="needs `pretrained_model_name_or_path`"):
