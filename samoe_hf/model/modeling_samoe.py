@@ -434,6 +434,7 @@ class SamoeModel(SamoePreTrainedModel):
                 holds the base model; if it is False and the base is quantized.
             TypeError: for an argument that is none of these.
         """
+        kwargs.pop("save_function", None)  # accelerate's examples give one, which transformers does not use either
         of_saving = inspect.signature(PreTrainedModel.save_pretrained).parameters.keys()
         of_pushing = inspect.signature(SamoeModel.push_to_hub).parameters.keys() - of_saving
         if unknown := sorted(kwargs.keys() - of_saving - of_pushing):

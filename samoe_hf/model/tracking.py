@@ -198,10 +198,10 @@ def frame_steps(
     yield _frame_result(model, session, objects, call.frame_idx)
 
 
-def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> None:
+def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int | None) -> None:
     if session.get_obj_num() == 0:
         raise InputError("No objects are provided for tracking; please add inputs first.")
-    if session.processed_frames is None or frame_idx not in session.processed_frames:
+    if frame_idx is not None and frame_idx not in (session.processed_frames or ()):
         raise InputError(
             f"`frame_idx` must be a frame of the session ({session.num_frames or 0} frames), got {frame_idx}."
         )
@@ -251,8 +251,7 @@ def start_propagation(
     Raises:
         ValueError: as [`track_frame`].
     """
-    if start_frame_idx is not None:
-        _check_session(model, session, start_frame_idx)
+    _check_session(model, session, start_frame_idx)
     yield from new_prompt_steps(model, session)
     for tracked_object in session_objects(session):
         tracked_object.state.shown.clear()

@@ -1,6 +1,7 @@
 """A Trainer for clips that tracks videos while it evaluates."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -38,6 +39,7 @@ from samoe_hf.hub.repository import check_base_is_public
 from samoe_hf.inference import load_processor
 from samoe_hf.model.adapters import adapter_names, check_adapters_can_be_saved, is_adapter_parameter, load_adapter
 from samoe_hf.model.base_model import ClipSettings
+from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
@@ -60,6 +62,8 @@ from .fit import fit_arguments
 from .logs import TrainingLogs
 from .made_from import FILE as RUN_FILE
 from .made_from import check_goes_on, made_from
+
+logger = logging.getLogger(__name__)
 
 # What wrappers put before the names of tensors.
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
@@ -115,10 +119,17 @@ class SamoeTrainer(Trainer):
         self.learning_rates = rates_by_set(model, args, domain)
         if train_dataset is not None:
             train_dataset = as_clips(train_dataset, self.processor, args.seed)
-        adapters = [p for n, p in model.named_parameters() if p.requires_grad and is_adapter_parameter(n)]
+        chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
         model.set_trainable(*self.learning_rates)
-        for parameter in adapters:
-            parameter.requires_grad_(True)
+        for name, parameter in chosen.items():
+            if is_adapter_parameter(name):
+                parameter.requires_grad_(True)
+        frozen = [name for name, p in chosen.items() if not (p.requires_grad or is_expert_parameter(name))]
+        if frozen:
+            logger.warning(
+                f"`trainable` is {list(args.trainable)}, so {len(frozen)} tensors that the model had trainable are "
+                f"frozen, such as {frozen[0]!r}; name their set there to train them."
+            )
         if args.fit is not None:
             args = fit_arguments(model, args, self.recipe, train_dataset)
         if model.origin.quantized and not (args.save_only_trained and model.origin.source):

@@ -158,6 +158,8 @@ def test_sessions_are_used_again(tiny, processor, kind):
         if len(results) < 4:
             with pytest.raises(ValueError, match="No objects"):
                 tiny(session, frame_idx=2)
+            with pytest.raises(ValueError, match="No objects"):
+                next(tiny.propagate_in_video_iterator(session))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 

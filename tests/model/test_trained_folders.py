@@ -248,6 +248,7 @@ def test_unknown_arguments_of_saving_are_refused(nano, tmp_path):
         nano.model.save_pretrained(tmp_path / "out", expert_only=True)
     with pytest.raises(TypeError):
         nano.model.save_pretrained(tmp_path / "out", True)
+    nano.model.save_pretrained(tmp_path / "as_with_accelerate", save_function=torch.save, is_main_process=True)
     with pytest.raises(ValueError, match="`variant` does not go with `experts_only`, got 'fp16'"):
         nano.model.save_pretrained(tmp_path / "out", experts_only=True, variant="fp16")
     assert not (tmp_path / "out").exists()

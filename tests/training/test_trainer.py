@@ -276,3 +276,14 @@ def test_what_a_trainer_is_given_stays_as_it_is(model_folder, clips, tmp_path):
     assert trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps == 8
     assert arguments.to_dict() == before
     assert trainer.train_dataset is clips and trainer.processor is processor
+
+
+def test_what_was_trainable_and_is_not_trained_is_told(model_folder, clips, tmp_path, caplog):
+    model = SamoeModel.from_pretrained(model_folder)
+    for trainable in (["experts", "decoder"], ["experts"]):
+        model.set_trainable("experts", "decoder")
+        arguments = SamoeTrainingArguments(tmp_path, trainable=trainable, report_to="none", use_cpu=True)
+        SamoeTrainer(model, arguments, processing_class=clips.sampler.processor, train_dataset=clips)
+        assert ("the model had trainable are frozen, such as 'mask_decoder." in caplog.text) == (
+            trainable == ["experts"]
+        )
