@@ -85,6 +85,13 @@ def model(nano):
     return copy_model(nano.model)
 
 
+@pytest.fixture(scope="module")
+def processor(nano):
+    from samoe_hf.model.processing_samoe import build_processor
+
+    return build_processor(nano.model.config)
+
+
 @pytest.fixture(scope="session")
 def base_folder(nano, tmp_path_factory) -> Path:
     """The reference without experts, saved as transformers' own model."""

@@ -33,11 +33,6 @@ def no_threads_are_left():
     assert not [thread for thread in left if "ThreadPoolExecutor" in thread.name]
 
 
-@pytest.fixture(scope="module")
-def processor(nano):
-    return build_processor(nano.model.config)
-
-
 def frames_of(number, num_frames=5):
     return SyntheticVideos(1, num_frames, SIZES[number % 3], seed=number)[0].frames
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from helpers.edgetam import over_bases, slow_over_bases
-from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.video_session import VideoSession
 
 POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
@@ -27,11 +26,6 @@ class Frames:
     def __getitem__(self, index: int) -> np.ndarray:
         self.reads.append(index)
         return np.random.default_rng(index % self.count).integers(0, 255, (90, 160, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def processor(nano):
-    return build_processor(nano.model.config)
 
 
 def track(model, session, start_frame_idx=None, reverse=False):

@@ -23,13 +23,7 @@ from samoe_hf.evaluation.evaluate import (
     segment_video,
 )
 from samoe_hf.evaluation.metrics import score_video, surface_dice
-from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.together import Together
-
-
-@pytest.fixture(scope="module")
-def processor(nano):
-    return build_processor(nano.model.config)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import gc
 import gzip
 import json
+import multiprocessing
 import random
 import resource
 import shutil
@@ -12,9 +13,11 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -244,39 +247,68 @@ def check(video: Video) -> None:
     assert video.spacing is None or all(0 < length < float("inf") for length in video.spacing)
 
 
-def read_damaged_files(folder: Path, seed: int, count: int) -> None:
-    """Reads `count` damaged datasets below a folder; to be called in a process of its own.
+def outcomes_in_a_process(
+    make_cases: Callable[..., Iterator], folder: Path, number: int, *arguments: object
+) -> Counter:
+    """How often each outcome came of so many damaged cases, which are tried in a process of their own.
 
-    That may take 1 GB beyond what it takes at the start, and 5 seconds of computing for each case; where it takes more
-    it ends. To `folder/log` goes a line of JSON before and after each case: its name, then "read", or "refused" and the
-    error.
+    It may take 1 GB beyond what it takes at the start, and 5 seconds of computing for each case; where it takes more it
+    ends. To `folder/log` goes a line of JSON before and after each case: its name, then what came of it.
+
+    Args:
+        make_cases: of `folder` and `arguments`; yields once when it is prepared, and then cases: their name, their
+            folder, which is removed afterwards, and what tries them.
     """
+    process = multiprocessing.get_context("fork").Process(
+        target=_try_cases, args=(make_cases, folder, number, *arguments)
+    )
+    process.start()
+    process.join()
+    lines = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    assert process.exitcode == 0, f"ended with {process.exitcode} after {lines[-1]}"
+    results = [(case["case"], result) for case, result in zip(lines[::2], lines[1::2], strict=True)]
+    wrong = [f"{case}: {result['error']}" for case, result in results if result["outcome"] in ("raw", "not named")]
+    assert not wrong, f"{len(wrong)} of {number}\n" + "\n".join(wrong[:8])
+    assert len(results) == number
+    return Counter(result["outcome"] for _, result in results)
+
+
+def _try_cases(make_cases: Callable[..., Iterator], folder: Path, number: int, *arguments: object) -> None:
     warnings.simplefilter("ignore")
     gc.freeze()  # what the parent process held, some of which cannot be freed in a fork
-    templates = {kind: make(folder / kind) for kind, make in MAKERS.items()}
-    for options in templates.values():
-        read(options)  # unharmed, all can be read; also imports what is imported late
+    cases = make_cases(folder, *arguments)
+    next(cases)
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, used + GIGABYTE))
     for signal_of_timer in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(signal_of_timer, signal.SIG_DFL)  # ends the process, in whichever library it is
     with open(folder / "log", "w", buffering=1) as log:
-        for number in range(count):
-            kind = list(MAKERS)[number % len(MAKERS)]
-            rng, case = random.Random(f"{seed} {number}"), folder / f"case_{number}"
-            shutil.copytree(folder / kind, case)
-            options = {  # with the paths of the copy
-                name: case / value.relative_to(folder / kind) if isinstance(value, Path) else value
-                for name, value in templates[kind].items()
-            }
-            log.write(json.dumps({"case": f"{number} {kind}: {damage(case, rng)}"}) + "\n")
+        for index, (name, case, attempt) in enumerate(islice(cases, number)):
+            log.write(json.dumps({"case": f"{index} {name}"}) + "\n")
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             signal.setitimer(signal.ITIMER_REAL, 60 * SECONDS)  # where it waits; a busy machine may take long, too
-            outcome = try_to_read(options, case)
+            outcome = attempt()
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_PROF, 0)
             log.write(json.dumps(outcome) + "\n")
             shutil.rmtree(case)
+
+
+def damaged_datasets(folder: Path, seed: int) -> Iterator[tuple[str, Path, Callable[[], dict]] | None]:
+    """Damaged datasets, for [`outcomes_in_a_process`]."""
+    templates = {kind: make(folder / kind) for kind, make in MAKERS.items()}
+    for options in templates.values():
+        read(options)  # unharmed, all can be read; also imports what is imported late
+    yield
+    for number in count():
+        kind = list(MAKERS)[number % len(MAKERS)]
+        rng, case = random.Random(f"{seed} {number}"), folder / f"case_{number}"
+        shutil.copytree(folder / kind, case)
+        options = {  # with the paths of the copy
+            name: case / value.relative_to(folder / kind) if isinstance(value, Path) else value
+            for name, value in templates[kind].items()
+        }
+        yield f"{kind}: {damage(case, rng)}", case, partial(try_to_read, options, case)
 
 
 def try_to_read(options: dict, case: Path) -> dict:

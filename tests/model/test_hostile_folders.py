@@ -2,28 +2,25 @@
 
 import ast
 import json
-import multiprocessing
 import pickle
 import random
 import re
-import resource
 import shutil
-import signal
 import struct
 import time
 import traceback
-import warnings
-from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from helpers.hostile_files import BYTES, GIGABYTE, SECONDS, damage_json
+from helpers.hostile_files import BYTES, damage_json, outcomes_in_a_process
 from helpers.reference import ROOT, change_config
 from samoe_hf import SamoeModel
 
@@ -76,23 +73,13 @@ def try_to_load(folder: Path) -> dict:
     return {"outcome": "loaded"}
 
 
-def load_damaged_folders(template: Path, work: Path, seed: int, count: int) -> None:
-    """As `read_damaged_files`: 1 GB and 5 seconds of processor time for each case, or the process ends."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def damaged_folders(work: Path, seed: int, template: Path) -> Iterator[tuple[str, Path, Callable[[], dict]] | None]:
+    """For [`outcomes_in_a_process`]."""
     try_to_load(template)  # imports what is imported late
-    used = psutil.Process().memory_info().vms
-    resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, used + GIGABYTE))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with open(work / "log", "w", buffering=1) as log:
-        for number in range(count):
-            case = shutil.copytree(template, work / f"case_{number}")
-            log.write(json.dumps({"case": f"{number} {damage(case, random.Random(f'{seed} {number}'))}"}) + "\n")
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            outcome = try_to_load(case)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            log.write(json.dumps(outcome) + "\n")
-            shutil.rmtree(case)
+    yield
+    for number in count():
+        case = shutil.copytree(template, work / f"case_{number}")
+        yield damage(case, random.Random(f"{seed} {number}")), case, partial(try_to_load, case)
 
 
 @pytest.fixture
@@ -104,23 +91,14 @@ def template(model_folder, tmp_path):
     return tmp_path / "template"
 
 
-@pytest.mark.parametrize("seed, count", [(0, 8), pytest.param(1, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed, number", [(0, 8), pytest.param(1, 400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["whole", "experts"])
-def test_damaged_folders_are_loaded_or_refused_by_name(template, model_folder, tmp_path, kind, seed, count):
+def test_damaged_folders_are_loaded_or_refused_by_name(template, model_folder, tmp_path, kind, seed, number):
     if kind == "experts":
         template = tmp_path / "experts"
         SamoeModel.from_pretrained(model_folder).save_pretrained(template, experts_only=True)
-    arguments = (template, tmp_path, seed, count)
-    process = multiprocessing.get_context("fork").Process(target=load_damaged_folders, args=arguments)
-    process.start()
-    process.join()
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert process.exitcode == 0, f"ended with {process.exitcode} after {lines[-1]}"
-    results = [(case["case"], result) for case, result in zip(lines[::2], lines[1::2], strict=True)]
-    wrong = [f"{case}: {result['error']}" for case, result in results if result["outcome"] in ("raw", "not named")]
-    assert not wrong, f"{len(wrong)} of {count}\n" + "\n".join(wrong[:8])
-    outcomes = Counter(result["outcome"] for _, result in results)
-    assert len(results) == count and outcomes["refused"] > 0.3 * count
+    outcomes = outcomes_in_a_process(damaged_folders, tmp_path, number, seed, template)
+    assert outcomes["refused"] > 0.3 * number
 
 
 # Configurations

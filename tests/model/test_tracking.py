@@ -13,17 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from samoe_hf import SamoeModel
 from samoe_hf.model.frame_step import fill_holes
-from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.model.tracking import TrackingStep
 
 POINT_1 = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 POINT_2 = {"input_points": [[[[100, 30], [20, 80]]]], "input_labels": [[[1, 0]]]}
 BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
-
-
-@pytest.fixture(scope="module")
-def processor(nano):
-    return build_processor(nano.model.config)
 
 
 @pytest.fixture(scope="module")
