@@ -323,7 +323,7 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
         # Braces of a pattern are none of YAML.
         options[name] = value if name in ("frames", "masks") else parse_yaml(value, f"`--option {name}`")
     if kind not in LAYOUTS and root is None:
-        kind, root, found = name_kind(kind, None, parsed.split)
+        kind, root, found = name_kind(kind, None, parsed.split, options)
         options = found | options
     options |= {name: getattr(parsed, name) for name in ("split", "domain") if getattr(parsed, name) is not None}
     videos = load_videos(kind, root, **options)

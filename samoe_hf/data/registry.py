@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def load_videos(
         ValueError: an unknown kind, layout, option or video (names the nearest known one), or a value of another type.
         FileNotFoundError: root does not exist.
     """
-    kind, root, recognized = name_kind(kind, root, split)
+    kind, root, recognized = name_kind(kind, root, split, options)
     owner, layout = f"datasets of kind {kind!r}", LAYOUTS[kind]
     check_types(load_videos, {"domain": domain, "video_ids": video_ids, "window": window}, owner)
     check_window(window)
@@ -71,11 +71,11 @@ def load_videos(
 
 
 def name_kind(
-    kind: str | Path | None, root: str | Path | None, split: str | None = None
+    kind: str | Path | None, root: str | Path | None, split: str | None = None, options: Collection[str] = ()
 ) -> tuple[str, str | Path | None, dict[str, Any]]:
     """The kind of a dataset, its root, and options of its reader that its layout tells.
 
-    Arguments are those of [`load_videos`].
+    Arguments are those of [`load_videos`]; of `options`, those that only videos of one's own have tell the kind.
     """
     if isinstance(kind, str) and kind in LAYOUTS:
         return kind, root, {}
@@ -87,13 +87,15 @@ def name_kind(
         raise FileNotFoundError(f"{path}: no such folder")
     if kind is not None and (root is not None or not path.exists()):
         raise InputError(f"unknown kind of dataset {str(kind)!r}, and no folder{did_you_mean(kind, LAYOUTS)}")
+    if {"frames", "masks"} & set(options):
+        return "files", path, {}
     try:
-        layout, options, reason = recognize(path, split)
+        layout, recognized, reason = recognize(path, split)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     if reason:
         logger.warning("%s: read as %s (%s)", path, layout.kind, reason)
-    return layout.kind, path, options
+    return layout.kind, path, recognized
 
 
 def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Video]:

@@ -8,6 +8,7 @@ import pytest
 
 from helpers import layouts
 from helpers.layouts import SIZE
+from helpers.own_videos import save_videos
 from samoe_hf.data import SampleError, SyntheticVideos, load_videos, to_datasets
 from samoe_hf.data.registry import read_yaml, videos_from_entry
 
@@ -38,6 +39,14 @@ def test_synthetic_videos_and_saved_datasets_are_kinds_too(tmp_path):
     assert [video.video_id for video in streamed] == [video.video_id for video in videos]
     with pytest.raises(ValueError, match="video_ids cannot choose"):
         load_videos("dataset", tmp_path / "saved", video_ids=["x"])
+
+
+def test_patterns_are_of_videos_of_ones_own_whatever_else_a_folder_holds(tmp_path):
+    save_videos(tmp_path / "mine", SyntheticVideos(1, 2, SIZE))
+    (tmp_path / "data.yaml").write_text("of a label tool")
+    places = {"frames": "mine/{video}/frames/*.png", "masks": "mine/{video}/masks/*.png"}
+    assert len(load_videos(tmp_path, **places)[0].annotated_frames) == 2
+    assert len(videos_from_entry({"root": tmp_path, **places}, "train_data[0]")) == 1
 
 
 @pytest.mark.parametrize(
