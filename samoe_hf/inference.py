@@ -234,9 +234,10 @@ class VideoPrompt:
             if not (0 <= x < width and 0 <= y < height):  # true for NaN
                 raise InputError(f"The point ({x}, {y}) of {subject} {outside}.")
         if self.box is not None:
-            (x0, x1), (y0, y1) = sorted(self.box[::2]), sorted(self.box[1::2])
-            if not (-math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf):
+            sides = sorted(self.box[::2]), sorted(self.box[1::2])
+            if len(self.box) != 4 or not all(-math.inf < low < high < math.inf for low, high in sides):
                 raise InputError(f"The box {self.box} of {subject} must be (x0, y0, x1, y1), finite and with an area.")
+            (x0, x1), (y0, y1) = sides
             if x0 >= width or y0 >= height or x1 < 0 or y1 < 0:
                 raise InputError(f"The box {self.box} of {subject} {outside}.")
 

@@ -36,6 +36,7 @@ SIZE = (96, 128)
         ([VideoPrompt(1, points=[(float("nan"), 2)], labels=[1])], r"point \(nan, 2\)"),
         ([VideoPrompt(1, box=(1, 2, float("nan"), 4))], "nan, 4.* must be"),
         ([VideoPrompt(1, box=(7, 2, 7, 4))], "finite and with an area"),
+        ([VideoPrompt(1, box=(7, 2, 9))], r"The box \(7, 2, 9\) .* must be \(x0, y0, x1, y1\)"),
         ([VideoPrompt(1, box=(128, 2, 140, 4))], "lies outside of the video"),
         ([VideoPrompt(1, mask=np.ones((128, 96), bool))], r"size \(128, 96\), but the video has \(96, 128\)"),
         ([VideoPrompt(1, box=(1, 2, 3, 4), mask=np.ones(SIZE, bool))], "A mask and points or a box are given"),

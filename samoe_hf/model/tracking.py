@@ -575,6 +575,11 @@ def _encode_frames(model: SamoePreTrainedModel, calls: Sequence[tuple[InferenceS
     for domain in dict.fromkeys(_encoder_domain(model, session) for session, _, _ in wanted):
         own = [one for one in wanted if _encoder_domain(model, one[0]) == domain]
         frames = torch.stack([session.get_frame(t) for session, t, _ in own]).to(model.dtype)
+        if frames.shape[-2:] != (size := (model.config.image_size,) * 2):
+            raise InputError(
+                f"The session's frames are of {tuple(frames.shape[-2:])} pixels, but the model takes {size}; prepare "
+                "them with a processor of its size, as `build_processor(model.config)` gives one."
+            )
         with use_rows(BatchRow(number, t) for _, t, number in own), use_domain(domain, model):
             features = encode_frames(model, frames)
         encoder, coarse = (weakref.ref(model), model.dtype, domain), features.coarse.flatten(2).mT

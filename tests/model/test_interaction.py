@@ -187,6 +187,15 @@ def test_a_session_is_tracked_by_one_model(tiny, processor, kind):
 
 
 @KINDS
+def test_frames_of_another_size_than_the_models_are_refused(tiny, kind):
+    larger = build_processor(tiny_config(64))
+    session = start(kind, larger)
+    larger.add_inputs_to_inference_session(session, 0, 1, **BOX)
+    with pytest.raises(ValueError, match=r"frames are of \(64, 64\) pixels, but the model takes \(32, 32\)"):
+        tiny(session, frame_idx=0)
+
+
+@KINDS
 def test_a_cached_frame_is_encoded_anew_for_weights_of_another_type(tiny, processor, kind):
     def mask(model, session):
         processor.add_inputs_to_inference_session(session, 0, 1, **BOX)
