@@ -32,6 +32,14 @@ WEIRD = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_processes():
+    """Some of what is sent to all endpoints starts learning, whose process would compute beside all further tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("samoe_hf.app.learning.subprocess", Mock(**{"Popen.return_value.poll.return_value": 1}))
+        yield
+
+
 @pytest.fixture(scope="module")
 def victim(served, tmp_path_factory):
     """Somebody with a video and masks."""

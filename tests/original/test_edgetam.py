@@ -37,18 +37,8 @@ def test_all_tensors_are_read_and_written_as_they_were(checkpoint, tensors, tmp_
     add_learned_domain(model, "lora", 1, num_experts=1, num_experts_per_tok=1, lora_rank=4)
     model.save_pretrained(tmp_path / "model")
     for domain in ("base", "lora"):
-        main(
-            [
-                "convert",
-                str(tmp_path / "model"),
-                "--domain",
-                domain,
-                "--to",
-                "edgetam",
-                "--output",
-                str(tmp_path / domain),
-            ]
-        )
+        words = ["--domain", domain, "--to", "edgetam", "--output", str(tmp_path / domain)]
+        main(["convert", str(tmp_path / "model"), *words])
         written = torch.load(tmp_path / domain / "edgetam.pt", weights_only=True)["model"]
         assert written.keys() == tensors.keys()
         changed = {name for name, x in tensors.items() if not torch.equal(written[name], x)}
