@@ -1,5 +1,6 @@
 """What domains of fixed ranks win, and what is left of the highest rank where its experts are cut to fewer bytes."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ FIXED_RANKS = (4, 8, 16, 32)
 
 
 def learn_rank(look: str, rank: int, folder: Path, steps: int, num_videos: int) -> Path:
-    """The small model with a domain of one expert of some rank, scaled as its other domains; trained if not there."""
+    """The small model with a domain of one expert of some rank, scaled as `set_ranks` does; trained if not there."""
     target = folder / f"{look}_{rank}"
     if not (target / "config.json").exists():
         size = SamoeModel.config_class.from_pretrained(small_base()).image_size
         videos = {"kind": "synthetic", "domain": look, "num_videos": num_videos, "num_frames": 4, "seed": 1}
-        scale = SMALL_MODEL_EXPERTS["lora_alpha"] / SMALL_MODEL_EXPERTS["lora_rank"]
-        expert = {"num_experts": 1, "num_experts_per_tok": 1, "lora_rank": rank, "lora_alpha": scale * rank}
+        of_all = SMALL_MODEL_EXPERTS["num_experts"]
+        usual, alpha = of_all * SMALL_MODEL_EXPERTS["lora_rank"], of_all * SMALL_MODEL_EXPERTS["lora_alpha"]
+        alpha *= math.sqrt(rank / usual)
+        expert = {"num_experts": 1, "num_experts_per_tok": 1, "lora_rank": rank, "lora_alpha": alpha}
         run = {"train_data": [{**videos, "image_size": [size, size]}], "eval_fraction": 0, "max_steps": steps}
         run |= {"warmup_steps": steps // 10, **TRAINING, **SMALL_MODEL_EXPERTS, **expert}
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,7 @@ NUM_VIDEOS, NUM_FRAMES, SEED = 20, 7, 101
 
 def main() -> None:
     torch.set_num_threads(1)
-    model = SamoeModel.from_pretrained(small_base()).eval()
-    assert model.config.image_size == SPREAD_SIZE
+    model = SamoeModel.from_pretrained(small_base(), image_size=SPREAD_SIZE).eval()
     skipped, spreads = num_pooled_features(model.config)[0], {}
     for look, change in tqdm(VARIANTS, unit="look"):
         videos = read_look(model, look, range(NUM_VIDEOS), NUM_FRAMES, MIN_FRAMES, change, SEED)

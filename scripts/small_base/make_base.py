@@ -59,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def mean_model(folders: Sequence[str]) -> SamoeModel:
-    """The model whose weights are the mean of those of several, each of which has gone on from another one."""
-    models = [SamoeModel.from_pretrained(folder) for folder in folders]
+    """The model whose weights are the mean of those of several, each of which has gone on from another one.
+
+    Its frames have the size of the first one's.
+    """
+    size = SamoeModel.config_class.from_pretrained(folders[0]).image_size
+    models = [SamoeModel.from_pretrained(folder, image_size=size) for folder in folders]
     mean = AveragedModel(models[0])
     for model in models:
         mean.update_parameters(model)

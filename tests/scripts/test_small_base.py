@@ -55,6 +55,11 @@ def test_of_several_models_the_mean_is_taken(tmp_path):
         for parameter in model.parameters():
             parameter.data.add_(number**2 * torch.rand_like(parameter))
         model.save_pretrained(folder)
-    mean = maker.mean_model(folders).state_dict()
+    size = models[0].config.image_size
+    models[1].config.resize(2 * size)
+    models[1].config.save_pretrained(folders[1])  # it was trained on larger frames
+    made = maker.mean_model(folders)
+    assert made.config.image_size == size and maker.mean_model(folders[1:]).config.image_size == 2 * size
+    mean = made.state_dict()
     for (name, found), *tensors in zip(mean.items(), *(model.state_dict().values() for model in models), strict=True):
         assert torch.allclose(found, torch.stack(tensors).mean(0), rtol=1e-5), name
