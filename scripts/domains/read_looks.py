@@ -24,6 +24,11 @@ def _coarse(x: np.ndarray, size: int) -> np.ndarray:
     return x.reshape(len(x), x.shape[1] // size, size, x.shape[2] // size, size, 3).mean((2, 4))
 
 
+def _pixelated(x: np.ndarray) -> np.ndarray:
+    size = 6 if x.shape[1] % 6 == 0 else 8
+    return _coarse(x, size).repeat(size, 1).repeat(size, 2)
+
+
 # What is done to frames (T, H, W, 3) of 0..1.
 CHANGES: dict[str, Callable[[np.ndarray, Rng], np.ndarray]] = {
     "plain": lambda x, rng: x,
@@ -38,7 +43,7 @@ CHANGES: dict[str, Callable[[np.ndarray, Rng], np.ndarray]] = {
     "noisy": lambda x, rng: x + rng.normal(0, 0.12, x.shape),
     "salted": lambda x, rng: np.where(rng.random((*x.shape[:3], 1)) < 0.04, 1, x),
     "posterized": lambda x, rng: (3 * x).round() / 3,
-    "pixels": lambda x, rng: _coarse(x, 6).repeat(6, 1).repeat(6, 2),
+    "pixels": lambda x, rng: _pixelated(x),
     "mosaic": lambda x, rng: np.tile(_coarse(x, 2), (1, 2, 2, 1)),
     "edges": lambda x, rng: x - _blurred(_blurred(x)) + 0.5,
 }

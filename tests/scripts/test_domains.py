@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import gate_parts
 from measure_domains import TABLES, main, table
+from read_looks import CHANGES
 
 
 def run(folder, *parts):
@@ -44,3 +46,9 @@ def test_models_are_loaded_and_strangers_tracked(tmp_path):
     assert [row["domains"] for row in rows["load"]] == [1, 2] and all(row["tracking"] > 0 for row in rows["load"])
     assert [row["look"] for row in rows["strangers"]] == ["blobs", "stripes", "shapes"]
     assert {row["nearest"] for row in rows["strangers"]} <= {"blobs", "stripes"} and "load" in TABLES
+
+
+@pytest.mark.parametrize("size", [192, 256])
+def test_looks_are_changed_at_any_size_of_a_base(size):
+    frames, rng = np.random.default_rng(0).random((1, size, size, 3)), np.random.default_rng(1)
+    assert all(change(frames, rng).shape == frames.shape for change in CHANGES.values())
