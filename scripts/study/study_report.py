@@ -102,13 +102,13 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def collect(plan: StudyPlan, folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
-    """All scores that are there, and what each method adds to the base after the last stage.
+    """All scores that are there, and what each method adds to the base after the last stage, in the mean of its runs.
 
     Returns:
         entries of `method`, `order`, `seed`, `stage` (0 before the first domain), `domain`, J, F and J&F; and
         method -> `parameters` and `bytes`.
     """
-    entries, added = [], {}
+    entries, sizes = [], defaultdict(list)
     for seed_folder in sorted(folder.glob("seed_*")):
         seed, base = int(seed_folder.name.removeprefix("seed_")), _read(seed_folder / "base.json")
         if base is None:
@@ -140,7 +140,9 @@ def collect(plan: StudyPlan, folder: Path) -> tuple[list[dict[str, Any]], dict[s
                 for number, stage in enumerate(stages, start=1):
                     add(method, number, stage["scores"])
                 if len(stages) == len(order):
-                    added[method] = stages[-1].get("added", {"parameters": 0, "bytes": 0})
+                    sizes[method].append(stages[-1].get("added", {"parameters": 0, "bytes": 0}))
+    keys = ("parameters", "bytes")
+    added = {name: {key: round(statistics.fmean(x[key] for x in runs)) for key in keys} for name, runs in sizes.items()}
     return entries, added
 
 

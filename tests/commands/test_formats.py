@@ -39,11 +39,6 @@ def test_a_dataset_is_converted_and_what_differs_is_printed(samoe, data, tmp_pat
     assert "set/b is called set_b" in said and ", 0 differ" not in said, "overlaps are lost"
     taken = tmp_path / "davis"
     assert "not an empty folder" in samoe("data", "convert", data, "--to", "yolo", "--output", taken, fails=True)
-    (tmp_path / "file").touch()
-    unwritable = tmp_path / "file" / "new"
-    message = samoe("data", "convert", data, "--to", "yolo", "--output", unwritable, fails=True)
-    assert f"`--output` {unwritable} cannot be written: [Errno" in message
-    (tmp_path / "file").unlink()
     within = data / "new"
     assert "is in the dataset" in samoe("data", "convert", data, "--to", "yolo", "--output", within, fails=True)
     message = samoe("data", "convert", data, "--to", "yolo", "--polygons", "--output", tmp_path / "new", fails=True)
