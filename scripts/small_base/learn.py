@@ -44,10 +44,7 @@ class MuonTrainer(SamoeTrainer):
 
 
 class FrameTrainer(MuonTrainer):
-    """Trains clicks and boxes on clips of one frame.
-
-    An object gets a box and at times a click where the mask is wrong, or one to three clicks.
-    """
+    """Trains clicks and boxes on clips of one frame."""
 
     def compute_loss(
         self,
@@ -56,33 +53,37 @@ class FrameTrainer(MuonTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        masks = inputs["labels"][:, :, 0] == 1
-        frame, column = (masks.sum((2, 3)) >= SMALLEST).nonzero(as_tuple=True)
-        masks, image = masks[frame, column], encode_frames(self.model, inputs["pixel_values"][:, 0])
-        by_box, loss = torch.rand(len(masks)) < OF_BOXES, image.coarse.sum() * 0
-        for boxes in (False, True):
-            chosen = by_box == boxes
-            if chosen.any():
-                points = sample_box(masks[chosen]) if boxes else sample_point_from_errors(masks[chosen])
-                rounds = 1 + int(torch.rand(()) < OF_CLICKED_BOXES) if boxes else int(torch.randint(1, 4, ()))
-                loss = loss + prompted_loss(self.model, image, frame[chosen], masks[chosen], points, rounds)
-        loss = loss / max(1, len(masks))
+        loss = first_frames_loss(self.model, inputs)
         return (loss, None) if return_outputs else loss
 
 
-class ClickedClipTrainer(FrameTrainer):
+class ClickedClipTrainer(MuonTrainer):
     """Trains on clips, and clicks and boxes on their first frames."""
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        of_clips, outputs = super(FrameTrainer, self).compute_loss(model, inputs, True, num_items_in_batch)
-        loss = of_clips + super().compute_loss(model, inputs)
-        return (loss, outputs) if return_outputs else loss
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result, extra = super().compute_loss(model, inputs, *args, **kwargs), first_frames_loss(self.model, inputs)
+        return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
+
+
+def first_frames_loss(model: SamoeModel, inputs: dict[str, Any]) -> Tensor:
+    """The mean loss of the objects on the first frames of clips, 0 if none is large enough.
+
+    An object gets a box and at times a click where the mask is wrong, or one to three clicks.
+
+    Args:
+        inputs: a batch, with `pixel_values` (B, T, 3, S, S) and `labels` (B, N, T, S, S).
+    """
+    masks = inputs["labels"][:, :, 0] == 1
+    frame, column = (masks.sum((2, 3)) >= SMALLEST).nonzero(as_tuple=True)
+    masks, image = masks[frame, column], encode_frames(model, inputs["pixel_values"][:, 0])
+    by_box, loss = torch.rand(len(masks)) < OF_BOXES, image.coarse.sum() * 0
+    for boxes in (False, True):
+        chosen = by_box == boxes
+        if chosen.any():
+            points = sample_box(masks[chosen]) if boxes else sample_point_from_errors(masks[chosen])
+            rounds = 1 + int(torch.rand(()) < OF_CLICKED_BOXES) if boxes else int(torch.randint(1, 4, ()))
+            loss = loss + prompted_loss(model, image, frame[chosen], masks[chosen], points, rounds)
+    return loss / max(1, len(masks))
 
 
 def prompted_loss(

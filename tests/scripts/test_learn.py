@@ -59,9 +59,7 @@ def test_clicks_on_first_frames_are_learned_beside_clips(run):
         torch.manual_seed(0)
         return trainer.compute_loss(trainer.model, batch | changed).item()
 
-    torch.manual_seed(0)
-    clicks = learn.FrameTrainer.compute_loss(clicked, clicked.model, batch).item()
-    assert clicks > 0.1 and loss(clicked) > loss(clips)
+    assert loss(clicked) > loss(clips) + 0.1
     nothing = torch.zeros_like(batch["labels"])
     assert loss(clicked, labels=nothing) == pytest.approx(loss(clips, labels=nothing))
 

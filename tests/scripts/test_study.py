@@ -11,7 +11,7 @@ from helpers.reference import ROOT
 from study import Study
 from study_methods import LABELS, SEQUENTIAL
 from study_plan import read_plan
-from study_report import compare_with_ours, summarize_methods, write_report
+from study_report import collect, compare_with_ours, summarize_methods, write_report
 
 CONFIG = ROOT / "scripts" / "study" / "study_forgetting.yaml"
 
@@ -74,6 +74,19 @@ def test_the_report_says_what_beats_ours(plan):
     assert "the final score on blobs (by 20.0 points)" in text and "shapes" not in text
     summary = summarize_methods([*entries(0.7, "auto"), *entries(0.6, "full")], plan)
     assert "No method is ahead" in compare_with_ours(summary, ["shapes", "blobs", "stripes"])
+
+
+def test_what_a_method_adds_is_the_mean_of_its_runs(plan, tmp_path):
+    for seed, size in enumerate((10, 40)):
+        files = {"base": {}}
+        for stage in (1, 2):
+            added = {"parameters": size * stage, "bytes": 4 * size * stage}
+            files[f"order_blobs-stripes/auto/stage_{stage}"] = {"scores": {}, "added": added}
+        for name, content in files.items():
+            path = tmp_path / "out" / f"seed_{seed}" / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+    assert collect(plan, tmp_path / "out")[1]["auto"] == {"parameters": 50, "bytes": 200}
 
 
 # --- Runs
