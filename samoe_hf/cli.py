@@ -67,6 +67,15 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         advice = " Nothing that was there is lost. Make room, and run the command again." if is_full else ""
         subject = "the disk is full: " if is_full else ""
         sys.exit(f"error: {subject}{' '.join(str(error).split())}{advice}")
+    finally:
+        _leave_other_processes()
+
+
+def _leave_other_processes() -> None:
+    """Ends the group of `torchrun`'s processes, whose threads may abort a process that ends without."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python scripts/demo.py --model FOLDER                   # starts from any checkpoint
 
 Each domain gets experts of its own, and a gate chooses whose experts a video gets. It needs no download, and about
-three minutes on one CPU core. Pictures are left in `outputs/demo`.
+eight minutes on one CPU core. Pictures are left in `outputs/demo`.
 """
 
 import argparse

@@ -3,15 +3,17 @@
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import HfApi
 
 from helpers.reference import ROOT
 from samoe_hf import cli
-from samoe_hf.cli import COMMANDS, main
+from samoe_hf.cli import COMMANDS, main, run_command
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.training.arguments import run_parser
@@ -101,6 +103,17 @@ def test_other_errors_keep_their_traceback(command, error):
     command(lambda: fail(error))
     with pytest.raises(type(error)):
         main(["track"])
+
+
+@pytest.mark.parametrize("error", [None, InputError("no")])
+def test_a_command_leaves_the_other_processes_at_its_end(monkeypatch, error):
+    group = Mock(**{"is_initialized.return_value": True})
+    monkeypatch.setitem(sys.modules, "torch.distributed", group)
+    monkeypatch.setattr("samoe_hf.commands.data.parse_arguments", Mock())
+    monkeypatch.setattr("samoe_hf.commands.data.run", Mock(side_effect=error))
+    with nullcontext() if error is None else pytest.raises(SystemExit):
+        run_command("data", [])
+    group.destroy_process_group.assert_called_once_with()
 
 
 def test_what_a_user_can_mend_becomes_an_error_of_ours_where_it_is_met():

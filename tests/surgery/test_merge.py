@@ -140,7 +140,7 @@ def test_the_shipped_base_with_a_domain_of_one_expert_tracks_the_same_in_transfo
     add_learned_domain(model, "lora", 1, **ONE, expert_modules=["qkv", "q_proj", "v_proj"])
     figure = check_in_transformers(model, tmp_path)
     print(figure)
-    assert figure < 3e-5
+    assert figure < 5e-5
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["points and box", "mask"])
