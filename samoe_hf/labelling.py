@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
 from samoe_hf.data.predictions import MaskFiles
-from samoe_hf.data.schema import Video, to_datasets
+from samoe_hf.data.schema import Video, named_entries, to_datasets
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
@@ -51,7 +52,8 @@ LOOKS = "where_to_look.csv"
 class PromptedVideo(NamedTuple):
     """A video by its domain and id, what opens it, and what then gives the prompts of its objects.
 
-    `about` gives what the prompts and the video's frames are made from, for `fingerprint`.
+    `domain` is "" where the video cannot be opened. `about` gives what the prompts and the frames are made from, for
+    `fingerprint`.
     """
 
     domain: str
@@ -63,7 +65,7 @@ class PromptedVideo(NamedTuple):
     @property
     def key(self) -> str:
         """Unique among the videos of a run."""
-        return f"{self.domain}/{self.video_id}"
+        return f"{self.domain}/{self.video_id}".lstrip("/")
 
     @property
     def fingerprint(self) -> str:
@@ -99,19 +101,24 @@ class FilePrompt:
 def from_first_frames(videos: Sequence[Video], kind: FirstFramePrompt = "mask") -> list[PromptedVideo]:
     """Videos whose objects are prompted on the first frame that shows each, by its mask or the box around it.
 
-    Videos without objects are left out.
+    Videos without objects are left out. Those that cannot be read are not, and fail when they are labelled.
     """
-    return [
-        PromptedVideo(
-            video.domain,
-            video.video_id,
-            lambda video=video: video,
-            partial(_first_prompts, kind),
-            lambda video=video: (_first_prompts(kind, video), frames_fingerprint(video.frames)),
-        )
-        for video in videos
-        if video.object_ids
-    ]
+    prompted = []
+    for name, open_video in named_entries(videos):
+        domain = ""
+        with suppress(InputError, FileNotFoundError):  # what opens them raises it again
+            video = open_video()
+            domain, name, open_video = video.domain, video.video_id, lambda video=video: video
+            if not video.object_ids:
+                continue
+        about = partial(_about_first, kind, open_video)
+        prompted.append(PromptedVideo(domain, name, open_video, partial(_first_prompts, kind), about))
+    return prompted
+
+
+def _about_first(kind: FirstFramePrompt, open_video: Callable[[], Video]) -> Any:
+    video = open_video()
+    return _first_prompts(kind, video), frames_fingerprint(video.frames)
 
 
 def _first_prompts(kind: FirstFramePrompt, video: Video) -> list[VideoPrompt]:
@@ -278,7 +285,11 @@ class LabelRun(RunFolder):
         except (ValueError, TypeError):
             print(f"{video.key} is labelled anew: {path} is damaged.")
             return False
-        if entry.get("prompts") != video.fingerprint:
+        try:
+            made_from = video.fingerprint
+        except InputError:  # `label` raises it again
+            return False
+        if entry.get("prompts") != made_from:
             raise InputError(
                 f"{self.folder} has {video.key} from other prompts or frames. Choose another `--output`, or replace "
                 "all labels with `--overwrite`."

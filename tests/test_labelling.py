@@ -282,6 +282,25 @@ def test_a_video_is_finished_when_its_masks_are_there(model_folder, one_video, t
     assert same(before, read_masks(tmp_path / "out"))
 
 
+def test_videos_that_cannot_be_opened_are_left_out(model_folder, tmp_path):
+    """Those that were labelled before, too."""
+    videos = [replace(video, video_id=name) for video, name in zip(SyntheticVideos(3, 2, (64, 80)), "abc", strict=True)]
+    data = save_videos(tmp_path / "data", videos)
+    words, paths = ["--dataset", data, "--output", tmp_path / "out"], [data / "a/frames/0.png", data / "b/masks/0.png"]
+    whole = [path.read_bytes() for path in paths]
+    for is_damaged in (True, False, True):
+        for path, content in zip(paths, whole, strict=True):
+            path.write_bytes(b"damaged" if is_damaged else content)
+        if is_damaged:
+            with pytest.raises(SystemExit, match=r"2 of 3 videos are not labelled.*a/frames/0\.png.*b/masks/0\.png"):
+                label(model_folder, *words)
+        else:
+            label(model_folder, *words)
+        summary = json.loads((tmp_path / "out" / "labels.json").read_text())
+        assert [*summary["videos"]] == [f"data/{name}" for name in ("c" if is_damaged else "abc")]
+        assert [*summary["failed"]] == (["a", "data/b"] if is_damaged else [])
+
+
 def test_labels_that_are_being_replaced_are_not_finished(model_folder, one_video, tmp_path, monkeypatch):
     words = ["--dataset", one_video[0], "--output", tmp_path / "out"]
     label(model_folder, *words)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,25 +67,20 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
     from tqdm import tqdm
 
     from samoe_hf.data.check import check_video
-    from samoe_hf.data.schema import VideoList
+    from samoe_hf.data.schema import named_entries
 
     reports, usable = [], []
-    entries = [(videos, i) for videos in open_dataset(parsed).parts for i in range(len(videos))]
+    entries = [entry for videos in open_dataset(parsed).parts for entry in named_entries(videos)]
     bar = tqdm(unit="frame", leave=False)
-    for number, (videos, i) in enumerate(entries, start=1):
-        video_id = videos.video_ids[i] if isinstance(videos, VideoList) and videos.video_ids else None
-        if parsed.video and video_id is not None and video_id not in parsed.video:
-            continue
+    for number, (name, open_video) in enumerate(entries, start=1):
         bar.set_description(f"video {number} of {len(entries)}")
-        report, video = check_video(video_id or f"video {number}", partial(videos.__getitem__, i), bar.update)
-        if parsed.video and report.video_id not in parsed.video:
-            continue
+        report, video = check_video(name, open_video, bar.update)
         reports.append(report)
         if report.error is None and report.object_ids:
             usable.append(video)
     bar.close()
     if not reports:
-        raise InputError(f"{parsed.dataset} has no videos{' of these ids' if parsed.video else ''}.")
+        raise InputError(f"{parsed.dataset} has no videos.")
     return reports, usable
 
 
@@ -101,7 +95,7 @@ def run(parsed: argparse.Namespace) -> None:
         from samoe_hf.one_writer import OneWriter
 
         with OneWriter(parsed.output, inside=False):
-            return write_format(parsed.to, dataset.videos(parsed.video), parsed.output, parsed.polygons)
+            return write_format(parsed.to, dataset.videos(), parsed.output, parsed.polygons)
     from samoe_hf.data.check import report_table
     from samoe_hf.whole_files import whole_file
 

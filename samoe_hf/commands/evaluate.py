@@ -89,7 +89,7 @@ def build_evaluation(parsed: argparse.Namespace) -> Evaluation:
         groups = seen_and_unseen(*parsed.seen_unseen) if parsed.seen_unseen else None
     dataset = options.open_dataset(parsed)
     return Evaluation(
-        dataset.videos(parsed.video),
+        dataset.videos(),
         dataset.describe(parsed),
         parsed.output,
         prompt,

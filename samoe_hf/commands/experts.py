@@ -95,7 +95,7 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.analysis.routing import routing_maps, routing_module
     from samoe_hf.analysis.usage import expert_usage
 
-    videos = options.open_dataset(parsed).videos(parsed.video)
+    videos = options.open_dataset(parsed).videos()
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
     model, processor = options.load_model(parsed, parsed.device)
     module = routing_module(model, parsed.routing_module)

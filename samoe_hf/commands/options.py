@@ -247,22 +247,20 @@ def start_processes(device: torch.device | None) -> tuple[PartialState, torch.de
 class ChosenDataset(NamedTuple):
     """What the options of [`add_dataset_options`] name. Videos are opened when they are asked for.
 
-    `kind`: of the dataset, or the run's YAML. `parts`: the dataset, or those of the run.
+    `kind`: of the dataset, or the run's YAML. `parts`: the dataset, or those of the run, with the chosen videos.
     """
 
     kind: str
     root: Path | None
     parts: list[Sequence[Video]]
 
-    def videos(self, video_ids: Sequence[str] | None) -> list[Video]:
-        """The videos, or those of the given ids, each opened but not decoded."""
+    def videos(self) -> list[Video]:
+        """The videos, each opened but not decoded."""
         with input_errors():
             videos = [video for part in self.parts for video in part]
-        if unknown := set(video_ids or ()) - {video.video_id for video in videos}:
-            raise InputError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
         if not videos:
             raise InputError(f"`--dataset` {self.root or self.kind} has no videos.")
-        return [video for video in videos if not video_ids or video.video_id in video_ids]
+        return videos
 
     def describe(self, parsed: argparse.Namespace) -> dict[str, Any]:
         """What identifies the dataset among the results of a run."""
@@ -312,7 +310,7 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
         for name in ("root", "split", "domain", "option"):
             if getattr(parsed, name):
                 raise InputError(f"`--{name}` does not go with a run's YAML ({kind}).")
-        return ChosenDataset(kind, None, videos_of_run(kind, "eval_data"))
+        return ChosenDataset(kind, None, _choose(videos_of_run(kind, "eval_data"), parsed.video))
     options = {}
     for text in parsed.option:
         name, equals_sign, value = text.partition("=")
@@ -328,7 +326,27 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
     options |= {name: getattr(parsed, name) for name in ("split", "domain") if getattr(parsed, name) is not None}
     videos = load_videos(kind, root, **options)
     videos = videos if isinstance(videos, Sequence) else list(videos)
-    return ChosenDataset(kind, None if root is None else Path(root), [videos])
+    return ChosenDataset(kind, None if root is None else Path(root), _choose([videos], parsed.video))
+
+
+def _choose(parts: list[Sequence[Video]], video_ids: Sequence[str] | None) -> list[Sequence[Video]]:
+    """The videos of the given ids, or all. Others are opened only where ids are not told before."""
+    from samoe_hf.data.schema import VideoList
+
+    if not video_ids:
+        return parts
+    chosen, known = [], set()
+    for part in parts:
+        if isinstance(part, VideoList) and part.video_ids:
+            part = part.select([video_id for video_id in part.video_ids if video_id in video_ids])
+            known.update(part.video_ids)
+        else:
+            part = [video for video in part if video.video_id in video_ids]
+            known.update(video.video_id for video in part)
+        chosen.append(part)
+    if unknown := set(video_ids) - known:
+        raise InputError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
+    return chosen
 
 
 def unique_names(names: Iterable[str]) -> list[str]:

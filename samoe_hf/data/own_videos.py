@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, product
@@ -359,8 +360,9 @@ def _try(
     files = videos if "{movie}" in frames else [path for path in images if path not in of_masks]
     of_frames = match_files(root, files, frames, stacks) if of_masks else {}
     keys = {names["video"] for names in of_frames.values()} & {names["video"] for names in of_masks.values()}
-    first = next((path for path, names in of_masks.items() if names["video"] in keys), None)
-    if first is None or ("{masks}" not in masks and not is_label_image(first)):
+    shared = [path for path, names in of_masks.items() if names["video"] in keys]
+    told = (is_label for is_label in map(is_label_image, shared) if is_label is not None)
+    if not shared or ("{masks}" not in masks and not next(told, True)):
         return None
     shown = {"frames": _show(frames, list(of_frames.values())), "masks": _show(masks, list(of_masks.values()))}
     for role, matched in (("frames", of_frames), ("masks", of_masks)):
@@ -413,9 +415,10 @@ def _by_name(found: Found) -> Found:
     return found
 
 
-def is_label_image(path: Path) -> bool:
-    """Whether an image may hold ids: a palette, gray or 16-bit image in a format that keeps them."""
-    with open_image(path) as image:
+def is_label_image(path: Path) -> bool | None:
+    """Whether an image may hold ids: a palette, gray or 16-bit image in a format that keeps them; None where it is
+    damaged, which is said when it is read."""
+    with suppress(SampleError), open_image(path) as image:
         return image.format != "JPEG" and (image.mode in ("1", "L", "P") or image.mode.startswith("I"))
 
 

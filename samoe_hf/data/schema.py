@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, overload
 from uuid import uuid4
 
@@ -174,6 +175,13 @@ class VideoList(Sequence[Video]):
         if missing:
             raise InputError(f"no videos {missing}; there are {self.video_ids[:10]}{'…' if len(self) > 10 else ''}")
         return VideoList({video_id: self.entries[video_id] for video_id in video_ids}, self.open_entry)
+
+
+def named_entries(videos: Sequence[Video]) -> list[tuple[str, Callable[[], Video]]]:
+    """The id of each video, or "video 1" and so on where ids are not told before, and what opens it."""
+    ids = videos.video_ids if isinstance(videos, VideoList) else []
+    names = ids or [f"video {number}" for number in range(1, len(videos) + 1)]
+    return [(name, partial(videos.__getitem__, index)) for index, name in enumerate(names)]
 
 
 def encoded_source(image: Any, name: str) -> bytes | str:

@@ -62,7 +62,7 @@ def test_soft_edges_and_damaged_files_are_errors_of_their_videos(tmp_path, capsy
 
 def test_wrong_options_are_named(tmp_path):
     root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
-    with pytest.raises(SystemExit, match="no videos of these ids"):
+    with pytest.raises(SystemExit, match=r"`--video` names \['bird'\]"):
         check(root, "--video", "bird")
     with pytest.raises(SystemExit, match="no split 'dev'"):
         check(root, "--split", "dev")

@@ -2,9 +2,11 @@
 
 import argparse
 import re
+from dataclasses import replace
 
 import pytest
 
+from helpers.own_videos import save_videos
 from helpers.reference import ROOT
 from samoe_hf.cli import main
 from samoe_hf.commands import options
@@ -18,7 +20,7 @@ def chosen_videos(*given):
     parser = argparse.ArgumentParser()
     options.add_dataset_options(parser)
     parsed = parser.parse_args(["--dataset", *map(str, given)])
-    return options.open_dataset(parsed).videos(parsed.video)
+    return options.open_dataset(parsed).videos()
 
 
 def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
@@ -41,6 +43,11 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             chosen_videos(*given)
+    run.write_text(
+        f"eval_data: {save_videos(tmp_path / 'own', [replace(videos[0], video_id=name) for name in 'ab'])}\n"
+    )
+    (tmp_path / "own" / "a" / "frames" / "0.png").write_bytes(b"damaged")
+    assert [video.video_id for video in chosen_videos(run, "--video", "b")] == ["b"]
     run.write_text("train_data: []\n")
     with pytest.raises(InputError, match=r"run\.yaml has no videos"):
         chosen_videos(run)

@@ -57,6 +57,16 @@ def test_own_videos_are_read_without_naming_a_kind(layout, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    "layout", ["frames_and_masks", "unknown_names", "one_folder_by_suffix", "videos_beside_their_masks"]
+)
+def test_a_damaged_video_hides_no_layout(layout, tmp_path):
+    root = LAYOUTS[layout](tmp_path / "my_videos")
+    for path in [*(root / "cat").rglob("*0.*")]:
+        path.write_bytes(b"damaged")
+    assert load_videos(root).video_ids == list(truth())
+
+
+@pytest.mark.parametrize(
     "frames, masks, ids",
     [
         ("frames/{t:05d}.jpg", "masks/{t:05d}.png", ["my_videos"]),
