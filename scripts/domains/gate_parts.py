@@ -1,6 +1,7 @@
 """What the gate decides of videos of domains that it knows by few videos, or beside many others."""
 
 import copy
+import math
 import random
 import statistics
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from read_looks import VARIANTS, read_look
+from read_looks import SEED, VARIANTS, read_look
 from samoe_hf import SamoeModel, load_videos
 from samoe_hf.continual.adapt import Adaptation
 from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, evenly_chosen, gate_features, leave_out
@@ -23,6 +24,7 @@ from samoe_hf.surgery.gate import SPREAD_SIZE, confirm_row, fit_row, video_sprea
 
 LEAST_LIKELIHOODS = (0.5, 0.8, 0.95)
 Looks = dict[str, tuple[list[Tensor], Tensor]]
+Variants = Mapping[tuple[str, str], Sequence[Tensor]]
 
 
 def read_looks(model: SamoeModel, looks: Sequence[str], num_known: int, num_held_out: int) -> Looks:
@@ -158,39 +160,73 @@ def measure_confirm(model: SamoeModel, looks: Looks, counts: Sequence[int], num_
 
 
 def measure_many(
-    model: SamoeModel, counts: Sequence[int], num_known: int, num_held_out: int, num_choices: int
+    model: SamoeModel,
+    counts: Sequence[int],
+    num_known: int,
+    num_held_out: int,
+    num_choices: int,
+    others: tuple[int, int],
 ) -> list[dict[str, Any]]:
     """Variants of the looks, so many of them known: shares of their further videos that are right, get the base or
     another domain, also if a domain is taken only where it is at least so likely; the share of videos of all others
-    that get the base; and the pairs that are confused most often."""
-    features = {}
-    for look, change in VARIANTS[: max(counts) + 2]:
-        features[look, change] = read_look(model, look, range(num_known + num_held_out), 7, MIN_FRAMES, change)
-    rows, rng = [], random.Random(0)
-    for count in counts:
-        totals, surer, pairs, seconds = Counter(), Counter(), Counter(), []
-        for _ in range(num_choices if count < 100 else max(1, num_choices // 2)):
-            names = rng.sample(list(features), len(features))
-            domains = [frames_read(features[name][:num_known], MIN_FRAMES) for name in names[:count]]
-            gate = gate_of(num_pooled_features(model.config), *domains)
-            for index, name in enumerate(names):
-                held_out = torch.stack([video[0] for video in features[name][num_known:]])
-                decided = gate.decide(held_out)
-                for domain, likelihood in zip(decided.domain.tolist(), decided.likelihoods.amax(1), strict=True):
-                    kind = "base" if domain == NO_DOMAIN else "right" if domain == index else "wrong"
-                    for least in LEAST_LIKELIHOODS if index < count else ():
-                        surer[f"{kind if likelihood >= least else 'base'} from {least:.0%} on"] += 1
-                    totals[kind if index < count else f"unknown, {kind}"] += 1
-                    if index < count and kind == "wrong":
-                        pairs[f"{' '.join(name)}, {' '.join(names[domain])}"] += 1
-            for _ in range(20):
-                start = time.perf_counter()
-                gate.decide(features[names[0]][0][:1])
-                seconds.append(time.perf_counter() - start)
-        unknown = sum(number for kind, number in totals.items() if kind.startswith("unknown"))
-        shares = {kind: totals[kind] / (totals.total() - unknown) for kind in ("right", "base", "wrong")}
-        shares["unknown to base"] = totals["unknown, base"] / unknown
-        surer = {name: number * len(LEAST_LIKELIHOODS) / surer.total() for name, number in sorted(surer.items())}
-        milliseconds = 1000 * statistics.median(seconds)
-        rows.append({"domains": count, **shares, **surer, "ms": milliseconds, "confused": pairs.most_common(12)})
-    return rows
+    that get the base; and the pairs that are confused most often. Last, the same of those that [`tell_apart`] leaves,
+    by as many other videos of each as `others` says."""
+    kinds, names, rng = num_pooled_features(model.config), VARIANTS[: max(counts) + 2], random.Random(0)
+    features, more = {}, {}
+    for name in tqdm(names, desc="what the gate reads", unit="look"):
+        (look, change), count = name, num_known + num_held_out
+        features[name] = read_look(model, look, range(count), 7, MIN_FRAMES, change)
+        more[name] = read_look(model, look, range(sum(others)), 7, MIN_FRAMES, change, seed=SEED + 2)
+    different = tell_apart(kinds, more, others[0])
+    numbers = {count: num_choices if count < 100 else max(1, num_choices // 2) for count in counts}
+    chosen = {count: [rng.sample(names, len(names)) for _ in range(number)] for count, number in numbers.items()}
+    rows = [_tell(kinds, features, chosen[count], count, num_known) for count in counts]
+    alike = [name for name in names if name not in different]
+    last = _tell(kinds, features, [different + alike], len(different), num_known)
+    return [*rows, {**last, "domains": f"{len(different)} that differ"}]
+
+
+def tell_apart(kinds: Any, features: Variants, num_known: int) -> list[tuple[str, str]]:
+    """Variants without those that look alike: the one in most mistakes of a gate that knows so many videos of each is
+    left out, until the gate takes none of their further videos for one of another."""
+    names, known = list(features), [frames_read(videos[:num_known], MIN_FRAMES) for videos in features.values()]
+    first = torch.stack([video[0] for videos in features.values() for video in videos[num_known:]])
+    own, left = torch.arange(len(names)).repeat_interleave(len(first) // len(names)), torch.ones(len(names)).bool()
+    decided = gate_of(kinds, *known).decide(first)  # of each domain by itself, whatever others the gate knows
+    while True:
+        likeliest = decided.likelihoods.masked_fill(~left, -1).argmax(1)
+        inside = decided.distances.gather(1, likeliest[:, None])[:, 0] <= 1
+        mistakes = left[own] & inside & (likeliest != own)
+        if not mistakes.any():
+            return [name for name, stays in zip(names, left, strict=True) if stays]
+        counts = torch.bincount(torch.cat([own[mistakes], likeliest[mistakes]]), minlength=len(names))
+        left[counts.argmax()] = False
+
+
+def _tell(
+    kinds: Any, features: Variants, choices: Sequence[list[tuple[str, str]]], count: int, num_known: int
+) -> dict[str, Any]:
+    """What gates decide that know so many domains, the first of each choice of names."""
+    totals, surer, pairs, seconds = Counter(), Counter(), Counter(), []
+    for names in choices:
+        gate = gate_of(kinds, *(frames_read(features[name][:num_known], MIN_FRAMES) for name in names[:count]))
+        for index, name in enumerate(names):
+            held_out = torch.stack([video[0] for video in features[name][num_known:]])
+            decided = gate.decide(held_out)
+            for domain, likelihood in zip(decided.domain.tolist(), decided.likelihoods.amax(1), strict=True):
+                kind = "base" if domain == NO_DOMAIN else "right" if domain == index else "wrong"
+                for least in LEAST_LIKELIHOODS if index < count else ():
+                    surer[f"{kind if likelihood >= least else 'base'} from {least:.0%} on"] += 1
+                totals[kind if index < count else f"unknown, {kind}"] += 1
+                if index < count and kind == "wrong":
+                    pairs[f"{' '.join(name)}, {' '.join(names[domain])}"] += 1
+        for _ in range(20):
+            start = time.perf_counter()
+            gate.decide(features[names[0]][0][:1])
+            seconds.append(time.perf_counter() - start)
+    unknown = sum(number for kind, number in totals.items() if kind.startswith("unknown"))
+    shares = {kind: totals[kind] / (totals.total() - unknown) for kind in ("right", "base", "wrong")}
+    shares["unknown to base"] = totals["unknown, base"] / unknown if unknown else math.nan
+    surer = {name: number * len(LEAST_LIKELIHOODS) / surer.total() for name, number in sorted(surer.items())}
+    milliseconds = 1000 * statistics.median(seconds)
+    return {"domains": count, **shares, **surer, "ms": milliseconds, "confused": pairs.most_common(12)}

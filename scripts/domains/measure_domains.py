@@ -47,6 +47,7 @@ class Sizes:
     confirm: Sequence[int] = (3, 4, 6, 10, 18, 34, 64)
     many: Sequence[int] = (5, 20, 101)
     many_videos: tuple[int, int] = (12, 8)
+    many_others: tuple[int, int] = (32, 8)
     load: Sequence[int] = (1, 5, 20, 100)
     repeats: int = 7
     learned: Sequence[str] = ("blobs", "stripes", "night", "echoes", "paper")
@@ -60,8 +61,8 @@ class Sizes:
 
 QUICK = Sizes(
     looks=("stripes", "blobs"), known=4, held_out=2, choices=1, few=(2, 3), confirm=(3, 4), many=(1, 2),
-    many_videos=(2, 1), load=(1, 2), repeats=1, learned=("blobs", "stripes"), unknown=("shapes",), steps=1,
-    training_videos=4, videos=1, rank_looks=("blobs",), rank_steps=1,
+    many_videos=(2, 1), many_others=(2, 1), load=(1, 2), repeats=1, learned=("blobs", "stripes"), unknown=("shapes",),
+    steps=1, training_videos=4, videos=1, rank_looks=("blobs",), rank_steps=1,
 )  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "changed": lambda: measure_changed(model, looks, sizes.many_videos[1]),
         "few": lambda: measure_few(model, looks, sizes.few, sizes.choices),
         "confirm": lambda: measure_confirm(model, looks, sizes.confirm, sizes.choices),
-        "many": lambda: measure_many(model, sizes.many, *sizes.many_videos, sizes.choices),
+        "many": lambda: measure_many(model, sizes.many, *sizes.many_videos, sizes.choices, sizes.many_others),
         "load": lambda: measure_load(sizes.load, output / "models", 24, sizes.repeats),
         "strangers": lambda: measure_strangers(
             sizes.learned, sizes.unknown, output / "strangers", sizes.steps, sizes.training_videos, sizes.videos

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import gate_parts
+from gate_parts import tell_apart
 from measure_domains import TABLES, main, table
 from read_looks import CHANGES
 
@@ -27,6 +29,14 @@ def test_the_gates_figures_are_shares_of_videos(tmp_path, monkeypatch):
         assert (tmp_path / f"{part}.md").read_text() == table(part, found)
     assert sum(rows["many"][1][kind] for kind in ("right", "base", "wrong")) == pytest.approx(1)
     assert (tmp_path / "domains.png").exists()
+
+
+def test_variants_that_are_taken_for_each_other_are_left_out():
+    torch.manual_seed(0)
+    apart = {("shapes", str(index)): torch.randn(12, 4, 8) + 30 * index for index in range(3)}
+    alike = {("scenes", str(index)): torch.randn(12, 4, 8) - 30 for index in range(3)}
+    kept = tell_apart((4, 4), {**alike, **apart}, 8)
+    assert kept[-3:] == list(apart) and len(kept) == 4
 
 
 def test_a_table_has_means_and_the_most_frequent_neighbour():
