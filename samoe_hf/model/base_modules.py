@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
-from .joint_linear import runs_own_code
+from .domain_experts import active_domain
+from .joint_linear import is_plain, runs_own_code
 from .kept import keep, keeps, once_for_clip
 
 M = TypeVar("M", bound=nn.Module)
@@ -163,7 +164,7 @@ def _run_side_by_side(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
 
 
 def _run_alike(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
-    stacked = once_for_clip(tuple(heads), lambda: _stack_layers(heads))
+    stacked = once_for_clip((*heads, active_domain()), lambda: _stack_layers(heads))
     if stacked is None:
         return [head(token) for head, token in zip(heads, tokens.unbind(2), strict=True)]
     states = tokens[:, 0].transpose(0, 1)
@@ -178,7 +179,7 @@ def _stack_layers(heads: Sequence[Any]) -> list[tuple[Tensor, Tensor]] | None:
     layers = [(head.proj_in, *head.layers, head.proj_out) for head in heads]
     parts = [layer for own in layers for layer in own]
     sources = [x for layer in parts for x in (layer.weight, layer.bias)]
-    are_plain = all(map(runs_own_code, (*heads, *parts))) and all(type(layer) is nn.Linear for layer in parts)
+    are_plain = all(map(runs_own_code, heads)) and all(map(is_plain, parts))
     if len(heads) == 1 or not keeps(sources) or not are_plain:
         return None
     return keep(tuple(heads), sources, lambda: [_stack(step) for step in zip(*layers, strict=True)])

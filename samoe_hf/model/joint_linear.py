@@ -85,6 +85,12 @@ def runs_own_code(module: nn.Module) -> bool:
     return is_known and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer does nothing but its own full product at the moment; one with experts of other domains does."""
+    is_full = not (isinstance(layer, BaseLinear) and layer.quantized is not None)
+    return runs_own_code(layer) and is_full and _experts_of(layer) is None
+
+
 def _experts_of(layer: nn.Module) -> ExpertMixture | None:
     """The experts that a layer runs at the moment, if any."""
     if isinstance(layer, DomainLinear):

@@ -1,12 +1,17 @@
 """Domains are added, removed, renamed and merged: what others do stays as it was."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.domains import ENCODER_AND_MEMORY, add_learned_domain, clip_masks, new_model, with_two_domains
-from samoe_hf import SamoeModel
+from helpers.edgetam import edgetam_model, needs_timm
+from helpers.interaction import draw_weights, tiny_config
+from helpers.prompted import frames
+from helpers.sam3 import sam3_config, sam3_models
+from samoe_hf import SamoeModel, VideoSession
 from samoe_hf.continual.fit_gate import decide_videos, fit_gate
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.model.domain_experts import domain_modules
@@ -56,6 +61,44 @@ def test_adding_a_domain_changes_nothing_of_the_others(gated, model, domain_vide
         assert torch.equal(kept, tensor), name
     assert (segment_video(model, processor, video)[0] == expected).all()
     assert model.config.domain_names == ["a", "b", "c"]
+
+
+TINY = {
+    "sam2": lambda: drawn(SamoeModel(tiny_config())),
+    "sam3": lambda: sam3_models(sam3_config())[0],
+    "edgetam": edgetam_model,
+}
+
+
+def drawn(model):
+    draw_weights(model, with_experts=False)
+    return model.eval()
+
+
+@torch.no_grad()
+def tracked(model, domain):
+    """Logits (frames, 2, 1, H, W) of two objects that are propagated by a domain's experts."""
+    processor: Any = build_processor(model.config)
+    session = VideoSession(frames(3), processor, domain=domain)
+    points = {"input_points": [[[[20, 30]], [[60, 30]]]], "input_labels": [[[1], [1]]]}
+    processor.add_inputs_to_inference_session(session, 0, [1, 2], **points)
+    return torch.stack([x.pred_masks for x in model.propagate_in_video_iterator(session, 0)])
+
+
+@pytest.mark.parametrize("base", ["sam2", "sam3", pytest.param("edgetam", marks=[needs_timm, pytest.mark.slow])])
+def test_experts_of_any_layer_change_no_bit_of_what_others_track(base):
+    model = TINY[base]()
+    plain = tracked(model, None)
+    add_learned_domain(model, "old", 1, num_experts=3, expert_modules=["q_proj", "mask_decoder.iou_prediction_head.*"])
+    expected = tracked(model, "old")
+    assert not torch.equal(expected, plain)
+    for name, count in {"one": 1, "several": 2}.items():
+        add_learned_domain(model, name, 2, num_experts=count, num_experts_per_tok=1, expert_modules="*")
+        assert torch.equal(tracked(model, None), plain) and torch.equal(tracked(model, "old"), expected)
+        assert not torch.equal(tracked(model, name), plain)
+    remove_domain(model, "one")
+    remove_domain(model, "old")
+    assert torch.equal(tracked(model, None), plain)
 
 
 def test_domains_are_removed_and_renamed(gated, model, two_clips, processor, domain_videos):
