@@ -12,7 +12,8 @@
 `list --hub` finds repositories on the Hub with domains on the same base. `add` takes domains of another model, which
 must be on the very same base and of other names, with what its gate knows of them. `show` draws how near domains are to
 each other for the gate; at a domain stands the picture `examples/NAME.jpg` (or `.png`) of the model's folder or
-repository, if its owner put one there. `confirm` needs neither masks nor training. None changes what other domains do.
+repository, if its owner put one there. `confirm` needs neither masks nor training, and a video that the domain does not
+know yet: it would count twice. None changes what other domains do.
 
 The changed model is written into the new folder `--output`, or with `--in-place` into MODEL, which must be a folder.
 """
