@@ -1,5 +1,6 @@
 """A session for videos of any length, whose frames are read when they are needed, or streamed."""
 
+import copy
 import operator
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import Sam2VideoInferenceSession
 
 from samoe_hf.data.images import read_pixels
@@ -28,6 +30,9 @@ class VideoSession(Sam2VideoInferenceSession):
     last one that was tracked. So tracking onward, or backward from a prompted frame, gives what a session that keeps
     all gives, and so does a correction up to `keep_frames` less the model's reach (16 for SAM 2) back. Farther back, a
     corrected frame reads less, and a prompt on a forgotten frame is taken as the object's first there.
+
+    `copy.deepcopy` makes a session that goes on by itself from the same state, as to try another prompt. Both share the
+    model, and the frames and tensors that are there.
 
     Args:
         frames: (H, W, 3), (3, H, W) or (H, W) uint8 arrays or tensors of one size, or PIL images of 8 bits, which are
@@ -108,6 +113,15 @@ class VideoSession(Sam2VideoInferenceSession):
         """Whether all frames are known. Then prompts are checked as they are added, and those of a stream later."""
         return isinstance(self.processed_frames, PreparedFrames)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VideoSession":
+        memo[id(self)] = copied = object.__new__(type(self))
+        with _SharedTensors():
+            vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError("A VideoSession belongs to its model and cannot be pickled; `copy.deepcopy` copies it.")
+
     def forget(self, frame_idx: int) -> None:
         """Drops what tracking does not reach again from frame `frame_idx`."""
         for row, outputs in self.output_dict_per_obj.items():
@@ -124,8 +138,15 @@ class VideoSession(Sam2VideoInferenceSession):
                 del self.processed_frames[t]
 
 
+class _SharedTensors(TorchFunctionMode):
+    """Deep copies keep the tensors themselves: nobody writes into them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
 class PreparedFrames(Mapping):
-    """Frame index -> pixel values (3, S, S), prepared by the processor on each access."""
+    """Frame index -> pixel values (3, S, S), prepared by the processor on each access; a deep copy is itself."""
 
     def __init__(
         self,
@@ -137,6 +158,9 @@ class PreparedFrames(Mapping):
     ):
         self.frames, self.size = frames, size
         self.processor, self.device, self.dtype = processor, device, dtype
+
+    def __deepcopy__(self, memo: object) -> "PreparedFrames":
+        return self
 
     def __len__(self) -> int:
         return len(self.frames)

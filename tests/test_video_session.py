@@ -1,6 +1,8 @@
 """Sessions for videos of any length: the same masks as a session that keeps all, in memory that does not grow."""
 
+import copy
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def held_bytes(session) -> int:
         elif hasattr(value, "__dict__"):
             collect(vars(value))
 
-    collect(vars(session))
+    collect(session)
     return sum(storages.values())
 
 
@@ -71,6 +73,29 @@ def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
         assert kept_all.keys() == forgetful.keys() and len(kept_all) >= 18
         for frame_idx, masks in kept_all.items():
             torch.testing.assert_close(forgetful[frame_idx], masks, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_copy_goes_on_by_itself(nano, processor, is_streamed):
+    frames = Frames(8)
+    session, again = (VideoSession() if is_streamed else VideoSession(frames, processor) for _ in range(2))
+    for one in (session, again):
+        for t in range(8 * is_streamed):
+            one.add_new_frame(processor(images=frames[t], return_tensors="pt").pixel_values[0])
+        one.video_height, one.video_width = 90, 160
+        processor.add_inputs_to_inference_session(one, 0, 1, **POINT)
+        list(nano.model.propagate_in_video_iterator(one, 0, max_frame_num_to_track=2))
+    before, copied = held_bytes(session), copy.deepcopy(session)
+    assert held_bytes([session, copied]) == before
+    track(nano.model, copied, 3)
+    processor.add_inputs_to_inference_session(copied, 3, 2, **BOX)
+    assert len(track(nano.model, copied, 3)[3]) == 2 and session.obj_ids == [1]
+    if is_streamed:
+        assert copied.add_new_frame(torch.zeros(3, 1, 1)) == session.num_frames == 8
+    found, expected = track(nano.model, session, 3), track(nano.model, again, 3)
+    assert all(torch.equal(found[t], expected[t]) for t in range(3, 8))
+    with pytest.raises(TypeError, match=r"cannot be pickled; `copy\.deepcopy` copies it"):
+        pickle.dumps(session)
 
 
 def test_frames_are_prepared_as_those_of_a_whole_video(processor):

@@ -17,8 +17,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam2VideoSegmentationOutput
 
 from samoe_hf.data.images import read_label_png, write_palette_png
@@ -451,16 +449,5 @@ class TrackingSession:
 
 
 def copied(tracking: VideoSession) -> VideoSession:
-    """A copy that is tracked on by itself, to the bit as the original would be.
-
-    Tensors, frames and cached features are shared, since nobody writes into them.
-    """
-    with _SharedTensors():
-        return copy.deepcopy(tracking, {id(one): one for one in (tracking.processed_frames, tracking.cache)})
-
-
-class _SharedTensors(TorchFunctionMode):
-    """Deep copies keep the tensors themselves."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+    """A copy that shares the cached features, too: of many copies one is tracked at a time."""
+    return copy.deepcopy(tracking, {id(tracking.cache): tracking.cache})
