@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -153,8 +153,8 @@ class ClipCollator:
     keep_domain: bool = False
 
     def __call__(self, clips: Sequence[Clip]) -> dict[str, Any]:
-        if not all("pixel_values" in clip for clip in clips):
-            raise InputError("clips must have `pixel_values`; ClipDataset(dataset, processor) makes clips of a dataset")
+        if not all(isinstance(clip, Mapping) and "pixel_values" in clip for clip in clips):
+            raise InputError("clips must have `pixel_values`; ClipDataset(videos, processor) makes clips of videos")
         shapes = {tuple(clip["pixel_values"].shape) for clip in clips}
         if len(shapes) > 1:
             raise InputError(f"clips of a batch must have one number of frames and one size, not {sorted(shapes)}")

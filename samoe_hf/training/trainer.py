@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class SamoeTrainer(Trainer):
             domains and the gate build on stays as it is.
         train_dataset: clips, such as [`ClipDataset`] draws. Or what that takes: videos, or a dataset of your own whose
             items are mappings with `frames` and `masks`; then clips of 8 frames are drawn, by the run's seed.
-        eval_dataset: videos, or a dataset of your own as above.
+        eval_dataset: videos, or a dataset of your own as above; or several by name.
         kwargs: as in [`~transformers.Trainer`].
     """
 
@@ -98,8 +98,8 @@ class SamoeTrainer(Trainer):
 
     def __init__(
         self,
-        model: SamoeModel | nn.Module,
-        args: SamoeTrainingArguments,
+        model: SamoeModel | nn.Module | None = None,
+        args: SamoeTrainingArguments | None = None,
         recipe: PromptRecipe | None = None,
         segmentation_loss: SegmentationLoss | None = None,
         processing_class: VideoProcessor | None = None,
@@ -107,6 +107,8 @@ class SamoeTrainer(Trainer):
         train_dataset: Any = None,
         **kwargs,
     ):
+        if not isinstance(args, SamoeTrainingArguments):
+            raise InputError(f"`args` must be SamoeTrainingArguments, not {type(args).__name__}.")
         wrapped, model = model, unwrapped(model)
         self.recipe = recipe or PromptRecipe()
         self.processor = processing_class or build_processor(model.config)
@@ -305,10 +307,19 @@ class SamoeTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1."""
+        """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1.
+
+        Of several datasets in a dictionary, each is evaluated by itself, with its name in those of its metrics.
+        """
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         if videos is None:
             raise InputError("`eval_dataset` must be given, the videos to track.")
+        if isinstance(videos, Mapping) and "frames" not in videos:  # else an item by mistake
+            found = {
+                name: self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
+                for name, part in videos.items()
+            }
+            return {name: value for metrics in found.values() for name, value in metrics.items()}
         opened, start_time = as_videos(videos), time.time()
         videos: Any = opened if isinstance(opened, Sequence) else list(opened)
         model, state = unwrapped(self.model), PartialState()
@@ -442,18 +453,20 @@ class RunCallback(TrainerCallback):
             clips.set_epoch(int(state.epoch or 0))
 
 
-def unwrapped(model: nn.Module) -> SamoeModel:
+def unwrapped(model: nn.Module | None) -> SamoeModel:
     """The SamoeModel within what `torch.compile`, PEFT or training in several processes wraps around it.
 
     Raises:
         InputError: if it is another model, or has adapters that cannot be saved with a SamoeModel.
     """
-    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    is_module = isinstance(model, nn.Module)
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False) if is_module else model
     if hasattr(inner, "get_base_model"):  # a PeftModel
         inner = extract_model_from_parallel(inner.get_base_model(), keep_torch_compile=False)
     if not isinstance(inner, Sam2VideoModel):
         raise InputError(
-            f"`model` must be a SamoeModel, also within `torch.compile` or PEFT, got {type(model).__name__}."
+            f"`model` must be a SamoeModel, also within `torch.compile` or PEFT, not {type(model).__name__}; "
+            "`model_init` is not supported."
         )
     check_adapters_can_be_saved(inner)  # pyright: ignore[reportArgumentType]  # or remote code's class of that name
     return inner  # pyright: ignore[reportReturnType]

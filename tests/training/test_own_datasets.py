@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainingArguments
 
 from helpers.processes import run_two
 from samoe_hf import SamoeModel
@@ -85,6 +85,26 @@ def test_samoe_trainer_draws_clips_itself(make, model_folder, tmp_path):
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trainer.train().training_loss > 0
     assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+
+
+def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_path):
+    """Several datasets are evaluated one by one; what cannot be used is named."""
+    parts = {"one": VIDEOS[:1], "two": FloatsAndMasks()}
+    trainer = samoe_trainer(model_folder, tmp_path, FloatsAndMasks(), eval_dataset=parts)
+    found = trainer.evaluate()
+    for name, part in parts.items():
+        assert found[f"eval_{name}_J&F"] == trainer.evaluate(part)["eval_J&F"] > 0
+    model, args = trainer.model, trainer.args
+    for call, message in (
+        (lambda: trainer.predict(VIDEOS), r"clips must have `pixel_values`; ClipDataset\(videos, processor\)"),
+        (lambda: trainer.evaluate({"frames": 1}), "not dict; put one item into a list"),
+        (lambda: SamoeTrainer(model_init=lambda: model, args=args), "`model` must be .* not NoneType; `model_init` is"),
+        (lambda: SamoeTrainer(model), "`args` must be SamoeTrainingArguments, not NoneType"),
+        (lambda: SamoeTrainer(model, TrainingArguments()), "`args` must be SamoeTrainingArguments, not TrainingArg"),
+        (lambda: SamoeTrainer("facebook/sam2", args), "`model` must be .* not str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_every_form_of_a_video_gives_the_same_clips(model_folder, tmp_path):
