@@ -134,6 +134,8 @@ class SessionObject(NamedTuple):
         self.state.pending[frame_idx] = record
         self.state.shown.pop(frame_idx, None)
         prompt = self.state.segmented_prompts[frame_idx] = self.prompt(frame_idx)
+        if not record.is_conditioning and frame_idx in self.state.bank.conditioning:
+            return  # it will be left out
         if isinstance(prompt, Tensor) and not prompt.any():
             self.state.showing.discard(frame_idx)
         else:
@@ -144,6 +146,12 @@ class SessionObject(NamedTuple):
         self.outputs["non_cond_frame_outputs"][frame_idx] = record.output
         remember(self.state.bank, frame_idx, record.memory, conditioning=False, reverse=record.reverse)
         self.mark_as_tracked(frame_idx, record.reverse)
+
+    def drop_tracked(self, frame_idx: int) -> None:
+        """Drops what tracking gave on a frame without a conditioning output."""
+        bank, tracked = self.state.bank, self.session.frames_tracked_per_obj[self.row]
+        for table in (self.outputs["non_cond_frame_outputs"], bank.tracked, bank.anchors, tracked):
+            table.pop(frame_idx, None)
 
     def commit(self) -> None:
         """Makes pending outputs memories for other frames, and frames that were only shown tracked ones."""

@@ -343,6 +343,8 @@ def _object_tasks(
             one.mark_as_tracked(call.frame_idx, call.reverse)
         elif one.state.showing:
             tasks.append((one, _tracking_task(model, one, call)))
+        else:
+            one.drop_tracked(call.frame_idx)
     if objects and (forget := getattr(objects[0].session, "forget", None)) is not None:
         forget(call.frame_idx)
     return tasks

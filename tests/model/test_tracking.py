@@ -18,6 +18,7 @@ from samoe_hf.model.tracking import TrackingStep
 POINT_1 = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 POINT_2 = {"input_points": [[[[100, 30], [20, 80]]]], "input_labels": [[[1, 0]]]}
 BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
+NOTHING = {"input_masks": np.zeros((90, 160), bool)}
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +103,29 @@ def test_a_correction_changes_what_follows_until_its_frame_is_tracked_anew(nano,
 
 
 def test_the_first_prompted_frame_keeps_its_mask_after_a_click_on_the_tracked_video(nano, processor, video):
-    """As in `sam2`, which shows what the click gives, but does not use it."""
+    """As in `sam2`, which shows what the click gives, but does not use it; so with an empty mask."""
+    before = propagate(nano.model, start(processor, video, (1, 0, POINT_1)))
+    for correction in (CORRECTION, NOTHING):
+        session = start(processor, video, (1, 0, POINT_1))
+        propagate(nano.model, session, 0, 3)
+        processor.add_inputs_to_inference_session(session, 0, 1, **correction)
+        assert (nano.model(session, frame_idx=0).pred_masks - before[0]).abs().mean() > 1e-3
+        for frame_idx, masks in propagate(nano.model, session, 0).items():
+            torch.testing.assert_close(masks, before[frame_idx], atol=1e-4, rtol=0)
+
+
+def test_an_object_is_absent_once_an_empty_mask_is_in_place_of_what_showed_it(nano, processor, video):
     session = start(processor, video, (1, 0, POINT_1))
-    before = propagate(nano.model, session)
-    processor.add_inputs_to_inference_session(session, 0, 1, **CORRECTION)
-    assert (nano.model(session, frame_idx=0).pred_masks - before[0]).abs().mean() > 1e-3
-    for frame_idx, masks in propagate(nano.model, session).items():
-        torch.testing.assert_close(masks, before[frame_idx], atol=1e-4, rtol=0)
+    session.corrections_condition = True
+    assert all((masks > 0).any() for masks in propagate(nano.model, session).values())
+    processor.add_inputs_to_inference_session(session, 0, 1, **NOTHING)
+    assert all((masks < 0).all() for masks in propagate(nano.model, session, 0).values())
+    processor.add_inputs_to_inference_session(session, 3, 1, **POINT_1)
+    nano.model(session, frame_idx=3)
+    shown = start(processor, video, (1, 0, NOTHING), (1, 3, POINT_1))
+    expected = propagate(nano.model, shown, 0)
+    for frame_idx, masks in propagate(nano.model, session, 0).items():
+        torch.testing.assert_close(masks, expected[frame_idx], atol=1e-4, rtol=0)
 
 
 def test_cleared_prompts_count_no_more(nano, processor, video):
