@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(name: str, arguments: Sequence[str]) -> None:
     """Parses the arguments of a command and runs it.
 
-    An [`InputError`], and a full disk, end the process with exit status 1 and one line, `error: …`, or with a traceback
-    if `--traceback` is among the arguments. Other errors always have their traceback.
+    An [`InputError`], a missing file and a full disk end the process with exit status 1 and one line, `error: …`, or
+    with a traceback if `--traceback` is among the arguments. Other errors always have their traceback.
     """
     command = import_module(f"samoe_hf.commands.{name}")
     try:
@@ -61,9 +61,10 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         disable_progress_bar()  # of loading and saving, beside the command's own
         command.run(parsed)
     except Exception as error:
-        if "--traceback" in arguments or not (isinstance(error, InputError) or is_disk_full(error)):
+        is_ours = isinstance(error, InputError | FileNotFoundError)
+        if "--traceback" in arguments or not (is_ours or is_disk_full(error)):
             raise
-        is_full = not isinstance(error, InputError)
+        is_full = not is_ours
         advice = " Nothing that was there is lost. Make room, and run the command again." if is_full else ""
         subject = "the disk is full: " if is_full else ""
         sys.exit(f"error: {subject}{' '.join(str(error).split())}{advice}")

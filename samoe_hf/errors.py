@@ -11,7 +11,8 @@ from pathlib import Path
 class InputError(ValueError):
     """An argument, an option or a file cannot be used. The message names it, its value and what was expected.
 
-    The command line shows it as one line. Every other exception keeps its traceback.
+    The command line shows it as one line, as it does a missing file and a full disk. Every other exception keeps its
+    traceback.
     """
 
 

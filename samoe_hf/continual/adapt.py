@@ -1,7 +1,7 @@
 """Adds a domain to a model: new experts are trained for it, the gate learns it, and all else stays as it was."""
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -223,6 +223,14 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     has_start = any(experts.lora_B.any() for _, experts in domain_modules(learner, domain))
     excerpts = read_excerpts(learner, videos) if has_start else []
     result.at_start = track(excerpts) if excerpts else None
+    some = [] if trainer.eval_dataset else evenly_chosen(videos, SHOWN_VIDEOS)
+    some = [video for video in some if video.object_ids and len(video.annotated_frames) > 1]
+    # What is tracked after the training is read before it: an error would lose what was trained.
+    for video in some:
+        deque(video.frames, maxlen=0)
+        deque(map(video.masks, video.annotated_frames), maxlen=0)
+    if budget is not None:
+        read_excerpts(learner, spared or videos)
     trainer.train(resume_from_checkpoint=resume)
     if budget is not None:
         result.sizes = choose_size(learner, trainer.processor, domain, budget, spared or videos, not spared)
@@ -230,7 +238,6 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     result.after, result.routed = _scores(trainer), _count_routed(trainer)
     picture = output / PICTURE if trainer.is_world_process_zero() else None
     if not trainer.eval_dataset:
-        some = [v for v in evenly_chosen(videos, SHOWN_VIDEOS) if v.object_ids and len(v.annotated_frames) > 1]
         result.trained_on = compare(learner, trainer.processor, domain, some, picture, TRAINED_ON)
     if trainer.kept_aside:
         result.kept_aside = compare(learner, trainer.processor, domain, trainer.kept_aside, picture)

@@ -144,7 +144,7 @@ def image_paths(folder: str | Path) -> list[Path]:
         SampleError: it holds no images.
     """
     with os.scandir(check_folder(folder)) as entries:
-        files = [Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+        files = [Path(entry.path) for entry in entries if not (entry.is_dir() or entry.name.startswith("."))]
     paths, unread = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES], describe_unread(files)
     if not paths:
         others = f"; it holds {unread}" if unread else ""

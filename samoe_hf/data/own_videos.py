@@ -418,7 +418,7 @@ def _by_name(found: Found) -> Found:
 def is_label_image(path: Path) -> bool | None:
     """Whether an image may hold ids: a palette, gray or 16-bit image in a format that keeps them; None where it is
     damaged, which is said when it is read."""
-    with suppress(SampleError), open_image(path) as image:
+    with suppress(SampleError, FileNotFoundError), open_image(path) as image:
         return image.format != "JPEG" and (image.mode in ("1", "L", "P") or image.mode.startswith("I"))
 
 

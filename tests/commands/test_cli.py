@@ -89,11 +89,13 @@ def test_the_home_folder_is_found_where_no_shell_does(monkeypatch, tmp_path):
 
 
 def test_an_error_of_ours_is_a_line_or_a_traceback_if_asked(command):
-    command(lambda: fail(InputError("first\n   second")))
-    with pytest.raises(SystemExit, match=r"^error: first second$"):
-        main(["track"])
-    with pytest.raises(InputError):
-        main(["track", "--traceback"])
+    missing = FileNotFoundError(2, "No such file or directory", "a.png")  # as a frame is that was removed meanwhile
+    for error, message in ((InputError("first\n   second"), "first second"), (missing, f"{missing}")):
+        command(lambda error=error: fail(error))
+        with pytest.raises(SystemExit, match=rf"^error: {re.escape(message)}$"):
+            main(["track"])
+        with pytest.raises(type(error)):
+            main(["track", "--traceback"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -245,6 +246,16 @@ def test_of_too_few_to_keep_one_aside_those_that_were_trained_on_are_tracked(lea
     assert "Warning: soft is no better than the base on the videos that were trained on" in printed
     assert "Expect the gate to refuse" in printed  # and no J&F
     assert Image.open(tmp_path / "out" / "adaptation.png").width > 400
+
+
+def test_what_is_tracked_after_the_training_is_read_before(base, tmp_path, monkeypatch):
+    data, train = write_folder(tmp_path / "data", 1), Mock()
+    (data / "v0" / "masks" / "2.png").unlink()
+    (data / "v0" / "frames" / "2.png").write_bytes(b"damaged")
+    monkeypatch.setattr("samoe_hf.training.trainer.SamoeTrainer.train", train)
+    with pytest.raises(ValueError, match=r"frames/2\.png: not a readable image"):
+        run_command([str(base), "--domain", "d", "--dataset", str(data), "--output", str(tmp_path / "o"), *FOLDER_RUN])
+    assert not train.called
 
 
 @pytest.mark.parametrize(

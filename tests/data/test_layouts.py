@@ -61,8 +61,13 @@ def test_own_videos_are_read_without_naming_a_kind(layout, tmp_path, caplog):
 )
 def test_a_damaged_video_hides_no_layout(layout, tmp_path):
     root = LAYOUTS[layout](tmp_path / "my_videos")
-    for path in [*(root / "cat").rglob("*0.*")]:
+    paths = [*(root / "cat").rglob("*0.*")]
+    for path in paths:
         path.write_bytes(b"damaged")
+    assert load_videos(root).video_ids == list(truth())
+    for path in paths:
+        path.unlink()
+        path.symlink_to("nowhere")
     assert load_videos(root).video_ids == list(truth())
 
 

@@ -34,6 +34,8 @@ def test_a_folder_of_frames_is_read_in_natural_order_and_lazily(tmp_path, gradie
     (tmp_path / "frame10.png").unlink()  # nothing was decoded before it was asked for
     with pytest.raises(FileNotFoundError, match=r"frame10\.png"):
         frames[3]
+    (tmp_path / "frame10.png").symlink_to("nowhere.png")
+    assert len(read_video(tmp_path)) == 4, "no frame is left out for a link that leads nowhere"
 
 
 def test_odd_sizes_are_extended_by_repeating_the_border_and_other_frames_refused(tmp_path, gradient):
