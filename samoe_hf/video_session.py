@@ -114,7 +114,7 @@ class VideoSession(Sam2VideoInferenceSession):
         return isinstance(self.processed_frames, PreparedFrames)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VideoSession":
-        memo[id(self)] = copied = object.__new__(type(self))
+        memo[id(self)] = copied = type(self)()
         with _SharedTensors():
             vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
