@@ -381,7 +381,9 @@ def to_memory_size(model: SamoePreTrainedModel, masks: Tensor) -> Tensor:
     size = tuple(4 * side for side in model.prompt_encoder.mask_input_size)
     if masks.shape[-2:] == size:
         return masks
-    return F.interpolate(masks, size, mode="bilinear", align_corners=False, antialias=True)
+    # CPUs have no such kernel in 16 bits.
+    resized = F.interpolate(_at_least_float32(masks), size, mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(masks.dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """SAM 3's tracker as a base: the same numbers as transformers' model, from its files, and with experts all the rest."""
 
+import copy
 import re
 import shutil
 
@@ -80,6 +81,14 @@ def test_mask_prompts_differ_from_transformers_as_the_original_does(lively):
     )
     assert (masks[2] - expected[2]).abs().mean() < 1e-6 and (masks - expected).abs().mean() < 1e-5
     assert (masks - other).abs().mean() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_are_taken_in_16_bits(as_drawn, dtype):
+    ours, _, processor = as_drawn
+    masks = track(copy.deepcopy(ours).to(dtype), processor, PROMPTS["mask"], dtype=dtype)
+    expected = track(ours, processor, PROMPTS["mask"])
+    assert ((masks > 0) == (expected > 0)).float().mean() > 0.99 and (expected[2:] > 0).any()
 
 
 @pytest.mark.slow
