@@ -385,7 +385,11 @@ def save_edgetam(config: SamoeConfig, state_dict: Mapping[str, Tensor], director
     """
     tensors = state_dict_to_edgetam(config, state_dict)
     parts = config.enable_temporal_pos_encoding_for_object_pointers, config.enable_occlusion_spatial_embedding
-    _check_fit(state_dict, edgetam_tensors(edgetam_config(*parts)), "the model")
+    published = edgetam_config(*parts)
+    _check_fit(state_dict, edgetam_tensors(published), "the model")
+    if config.image_size != published.image_size:
+        message = "The model takes frames of %d pixels, and EdgeTAM by Meta's YAML those of %d."
+        logger.warning(message, config.image_size, published.image_size)
     Path(directory).mkdir(parents=True, exist_ok=True)
     _save({"model": {name: x.detach().cpu() for name, x in tensors.items()}}, Path(directory, "edgetam.pt"))
 

@@ -32,7 +32,7 @@ def checkpoint(tensors, tmp_path):
     return tmp_path / "edgetam.pt"
 
 
-def test_all_tensors_are_read_and_written_as_they_were(checkpoint, tensors, tmp_path):
+def test_all_tensors_are_read_and_written_as_they_were(checkpoint, tensors, tmp_path, caplog):
     model = SamoeModel.from_pretrained(checkpoint)
     add_learned_domain(model, "lora", 1, num_experts=1, num_experts_per_tok=1, lora_rank=4)
     model.save_pretrained(tmp_path / "model")
@@ -43,7 +43,11 @@ def test_all_tensors_are_read_and_written_as_they_were(checkpoint, tensors, tmp_
         assert written.keys() == tensors.keys()
         changed = {name for name, x in tensors.items() if not torch.equal(written[name], x)}
         assert all(".to_" in name or "_proj." in name for name in changed) and bool(changed) == (domain == "lora")
+    assert "pixels" not in caplog.text
     plain = merge_into_base(model, "lora").state_dict()
+    model.config.resize(256)  # which no tensor tells, and Meta's YAML says otherwise
+    save_edgetam(model.config, plain, tmp_path / "small")
+    assert "The model takes frames of 256 pixels, and EdgeTAM by Meta's YAML those of 1024." in caplog.text
     again = load_original(tmp_path / "lora" / "edgetam.pt")[1]
     assert again.keys() == plain.keys() and all(torch.equal(again[name], x) for name, x in plain.items())
 
