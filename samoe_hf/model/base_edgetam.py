@@ -146,6 +146,7 @@ class EdgeTam(Base):
         perceiver.add_module("positional_encoding", CachedPositionEncoding(perceiver.positional_encoding))
         model.add_module("spatial_perceiver", perceiver)
         encoder = model.vision_encoder
+        encoder._input_embed_layer = "backbone"  # PEFT asks every model what embeds its inputs
         encoder.add_module("neck", rebuild(encoder.get_submodule("neck"), VisionNeck, config.vision_config))
         for module in list(encoder.modules()):
             for name, child in list(module.named_children()):

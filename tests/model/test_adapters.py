@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from helpers.edgetam import needs_timm
 from helpers.reference import assert_same_tensors, track_reference
 from peers import base_of
-from samoe_hf import SamoeModel
+from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data import ClipDataset, SyntheticVideos
+from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.adapters import is_adapter_parameter, save_adapters
 from samoe_hf.model.expert_layer import expert_modules, is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor
@@ -135,6 +137,13 @@ def test_a_run_trains_both_and_resumes_to_the_bit(model_folder, tmp_path):
     resumed = start()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_same_tensors(resumed.model, trainer.model)
+
+
+@needs_timm
+def test_an_adapter_goes_around_edgetams_layers():
+    model = add(SamoeModel(SamoeConfig(**read_yaml("model_edgetam_nano"))), target_modules=["up_proj"])
+    parts = {name.split(".")[0] for name in trainable(model) if is_adapter_parameter(name)}
+    assert parts == {"memory_attention", "spatial_perceiver"}
 
 
 def test_what_is_no_adapter_is_refused_and_the_model_works_on(nano, model):
