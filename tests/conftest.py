@@ -3,10 +3,19 @@
 import copy
 import gc
 import json
+import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+# Most of what is imported and made stays, so the garbage collector need not look at it very often.
+gc.set_threshold(20_000, 20, 20)
+# Of the small models' tensors none is worth a thread.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+# transformers compiles an expression for each tensor that it loads, of which Python keeps 512.
+re._MAXCACHE = 8192
 
 
 def pytest_collection(session) -> None:
@@ -19,9 +28,8 @@ def pytest_collection(session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays, so the garbage collector need not look at it, nor at the rest very often."""
+    """The garbage collector need not look at what is imported."""
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:
@@ -113,7 +121,7 @@ def model_folder(nano, tmp_path_factory) -> Path:
     return folder
 
 
-READ = {}
+READ, BUILT = {}, {}
 # Options that draw nothing; anything that is drawn is drawn anew.
 READ_WITH = {"dtype", "memory_selection", "image_size"}
 
@@ -131,11 +139,16 @@ def files_of(source) -> list[Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """A folder of a model is read once while its files are the same; further loads are copies, much faster."""
-    from samoe_hf import SamoeModel
+def shortcuts():
+    """A folder of a model is read once while its files are the same; further loads are copies, much faster.
 
-    read = SamoeModel.from_pretrained
+    What tells the tensors of a configuration is built once, trainers collect no garbage, and saves do not wait for the
+    disk: processes are killed here, but no plug is pulled.
+    """
+    from samoe_hf import SamoeModel
+    from samoe_hf.model import weights_check
+
+    read, build = SamoeModel.from_pretrained, weights_check.build_on_meta
 
     def from_pretrained(pretrained_model_name_or_path=None, *args, **options):
         source = pretrained_model_name_or_path
@@ -150,8 +163,17 @@ def read_once():
                 del READ[next(iter(READ))]
         return copy_model(READ[key])
 
+    def build_on_meta(config):
+        key = str(config.to_dict())
+        if key not in BUILT:
+            BUILT[key] = build(config)
+        return BUILT[key]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)
         patch.setattr(SamoeModel, "from_pretrained", from_pretrained)
+        patch.setattr(weights_check, "build_on_meta", build_on_meta)
         yield
 
 

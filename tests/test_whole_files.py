@@ -11,6 +11,11 @@ from samoe_hf.model.weights_io import updated_folder
 from samoe_hf.whole_files import clear_unfinished, new_folder, whole_file, write_text
 
 
+@pytest.fixture(autouse=True)
+def shortcuts():
+    """Saves wait for the disk here: that is a step at which they may be killed."""
+
+
 class Killed(BaseException):
     """Ends a save as a kill does: nothing tidies up after it."""
 

@@ -107,7 +107,8 @@ def test_of_all_checkpoints_the_best_is_kept(corrected, tmp_path):
     collect_video(corrected, tmp_path / "data")
     loaded = load_model(small_base(), "cpu", image_size=64)
     settings = Learning(loaded, "mine", 3, tmp_path / "data", tmp_path / "x").run()
-    spoiling = {"learning_rate": 100.0, "warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"}
+    spoiling = {"learning_rate": 100.0, "warmup_steps": 3, "num_correction_clicks": 1}
+    spoiling["lr_scheduler_type"] = "constant_with_warmup"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings | spoiling))  # everything but the first step
     result = adapt(loaded.source, "mine", [str(tmp_path / "run.yaml")], tmp_path / "out")
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]

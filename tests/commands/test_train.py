@@ -16,6 +16,7 @@ model_name_or_path: {model_folder}
 train_data: [{{kind: synthetic, num_videos: 4, num_frames: 3, image_size: [96, 96]}}]
 eval_data: [{{kind: synthetic, num_videos: 1, num_frames: 3, image_size: [96, 96], seed: 5}}]
 num_frames: 3
+num_correction_clicks: 1
 max_steps: 2
 per_device_train_batch_size: 2
 learning_rate: 1.0e-3

@@ -20,7 +20,7 @@ from samoe_hf.continual import adapt as adapting
 from samoe_hf.continual import fit_gate as gate_fitting
 from samoe_hf.continual import start
 from samoe_hf.continual.adapt import Adaptation, adapt
-from samoe_hf.continual.fit_gate import fit_gate, leave_out
+from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.expert_layer import expert_modules
@@ -34,6 +34,7 @@ eval_data:
 - {kind: synthetic, domain: blobs, num_videos: 1, num_frames: 2, seed: 2}
 - {kind: synthetic, domain: stripes, num_videos: 1, num_frames: 2, seed: 2}
 num_frames: 2
+num_correction_clicks: 1
 per_device_train_batch_size: 2
 max_steps: 1
 num_experts: 2
@@ -206,7 +207,8 @@ def write_folder(root, count):
     return save_videos(root, (replace(video, video_id=f"v{number}") for number, video in enumerate(videos)))
 
 
-FOLDER_RUN = ["--max_steps=1", "--num_frames=2", "--num_experts=2", "--expert_modules=q_proj", "--disable_tqdm=true"]
+FOLDER_RUN = ["--max_steps=1", "--num_frames=2", "--num_correction_clicks=1", "--num_experts=2"]
+FOLDER_RUN += ["--expert_modules=q_proj", "--disable_tqdm=true"]
 
 
 @pytest.fixture
@@ -273,11 +275,6 @@ def test_videos_are_kept_aside_from_three_on(base, tmp_path, count, options, kep
     assert len(trainer.eval_dataset or []) == (3 if "--eval_data" in options else kept)
 
 
-def test_a_share_that_cannot_be_kept_aside_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match=r"`eval_fraction` must be at most 0.5, got 0.6"):
-        adapt(base, "x", [str(write_run(tmp_path, "blobs")), "--eval_fraction", "0.6"], tmp_path / "out")
-
-
 def test_what_the_gate_refuses_is_estimated_by_leaving_videos_out(first):
     folder, _ = first
     model = SamoeModel.from_pretrained(folder)
@@ -329,24 +326,16 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
     for named, other in (("--output_dir", "--output"), ("--model-name-or-path", "MODEL"), ("--domain_like", "--like")):
         with pytest.raises(ValueError, match=f"`{named}` is given by `{other}` here"):
             run_command([*words, str(tmp_path / "out"), f"{named}=y"])
-    with pytest.raises(ValueError, match="A domain's name must be"):
-        adapt(base, "not a name", [run], tmp_path / "out")
-    with pytest.raises(ValueError, match="`trainable` must be experts"):
-        adapt(base, "x", [run, "--trainable", "all"], tmp_path / "out")
+    for name, options, message in (
+        ("not a name", [], "A domain's name must be"),
+        ("x", ["--trainable", "all"], "`trainable` must be experts"),
+        ("x", ["--eval_fraction", "0.6"], r"`eval_fraction` must be at most 0.5, got 0.6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapt(base, name, [run, *options], tmp_path / "out")
     with pytest.raises(ValueError, match=r"`output_dir` .* holds the base model"):
         run_command([*words, str(base)])
     assert not (tmp_path / "out").exists()
-
-
-def test_a_video_that_is_left_out_is_told_by_the_others_alone(first):
-    model = SamoeModel.from_pretrained(first[0])
-    before, draw = model.domain_gate.counts.clone(), torch.Generator().manual_seed(0)
-    usual, odd = 4 * torch.randn(2, model.domain_gate.num_features, generator=draw)
-    numbers = torch.arange(9).repeat_interleave(4)
-    centers = torch.where((numbers == 8)[:, None], odd, usual)
-    features = centers + 0.3 * torch.randn(centers.shape, generator=draw)
-    assert leave_out(model, "soft", features, numbers) == {"soft": 8, "base": 1}
-    assert torch.equal(model.domain_gate.counts, before)
 
 
 def test_of_few_videos_more_frames_are_read(first, monkeypatch):

@@ -22,6 +22,7 @@ RUN = """
 train_data: [{kind: synthetic, domain: blobs, num_videos: NUM, num_frames: 3, seed: 1}]
 eval_fraction: 0.2
 num_frames: 2
+num_correction_clicks: 1
 max_steps: 1
 num_experts: 2
 expert_modules: [qkv, q_proj, v_proj]

@@ -349,9 +349,10 @@ def train(tmp_path, monkeypatch):
         data = {"kind": "synthetic", "num_videos": 2, "num_frames": 3, "image_size": [64, 64]}
         config = {
             "model_name_or_path": str(model), "train_data": [data], "eval_data": [{**data, "num_videos": 1, "seed": 5}],
-            "num_frames": 3, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3,
-            "report_to": "none", "disable_tqdm": True, "output_dir": str(tmp_path / "run"), "push_to_hub": True,
-            "hub_model_id": f"run-{strategy}", "hub_strategy": strategy, "hub_always_push": True,
+            "num_frames": 2, "num_correction_clicks": 0, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-3,
+            "per_device_train_batch_size": 1, "report_to": "none", "disable_tqdm": True, "push_to_hub": True,
+            "output_dir": str(tmp_path / "run"), "hub_model_id": f"run-{strategy}", "hub_strategy": strategy,
+            "hub_always_push": True,
         }  # fmt: skip
         (tmp_path / "run.yaml").write_text(json.dumps(config))
         load = ModelArguments.load

@@ -66,7 +66,7 @@ def test_both_get_gradients_and_the_base_does_not(model, clip):
     assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if ".lora_A." in n and "qkv" in n)
 
 
-def test_sets_of_parameters_with_adapters(nano, model):
+def test_sets_of_parameters_with_adapters(model):
     before = {s: set(model.parameter_names(s)) for s in ("experts", "memory", r"vision_encoder\..*qkv\.weight")}
     add(model)
     for chosen, names in before.items():

@@ -23,7 +23,7 @@ NAMES = ("a", "b", "c")
 
 
 @pytest.fixture(autouse=True)
-def read_once():
+def shortcuts():
     """Each model is loaded here: a copy of one has read all."""
 
 

@@ -1,13 +1,9 @@
 """CVAT's functions, served as Nuclio serves them, and called as CVAT's server calls them."""
 
 import base64
-import contextlib
 import io
 import json
 import logging
-import threading
-import urllib.error
-import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +14,7 @@ import yaml
 from PIL import Image
 
 import cvat_functions
+from helpers.label_tools import call, corners, iou, serving
 from samoe_hf import small_base
 from samoe_hf.data.shapes import draw, joined, polygons_of
 from samoe_hf.data.synthetic import SyntheticVideos
@@ -42,7 +39,6 @@ def context():
     return context
 
 
-@contextlib.contextmanager
 def deployed(context, name):
     """Serves a function as its YAML says: a JSON body is parsed, and what the handler gives is sent."""
     _, _, handler = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["spec"]["handler"].partition(":")
@@ -59,10 +55,7 @@ def deployed(context, name):
         def log_message(self, *_):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    return serving(HTTPServer(("127.0.0.1", 0), Handler))
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +70,12 @@ def tracker(context):
         yield url
 
 
-def call(url, **body):
-    """Status and answer."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+def ask(url, **body):
+    return call(url, body)[:2]
 
 
 def track(url, **body):
-    status, answer = call(url, **body)
+    status, answer = ask(url, **body)
     assert status == 200, answer
     assert set(answer) == {"shapes", "states"}
     return answer["shapes"], answer["states"]
@@ -98,11 +85,6 @@ def image_of(frame):
     file = io.BytesIO()
     Image.fromarray(frame).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def corners(mask):
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return [*map(int, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))]
 
 
 def shape_of(mask, kind):
@@ -138,10 +120,6 @@ def mask_of(shape):
     return mask
 
 
-def iou(a, b):
-    return (a & b).sum() / (a | b).sum()
-
-
 def test_the_functions_are_described_as_cvat_reads_them():
     for name in ("interactor", "tracker"):
         function = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
@@ -166,7 +144,7 @@ def test_what_is_clicked_becomes_a_mask(interactor, video, given):
         body["obj_bbox"] = [[x0, y0], [x1, y1]]
     if given == "box and points":
         body["neg_points"] = [[float(other_xs[0]), float(other_ys[0])]]
-    status, answer = call(interactor, image=image_of(video.frames[0]), **body)
+    status, answer = ask(interactor, image=image_of(video.frames[0]), **body)
     assert status == 200
     found = np.array(answer["mask"])
     assert found.shape == SIZE and set(np.unique(found)) <= {0, 255}
@@ -234,7 +212,7 @@ def test_a_state_that_was_gone_on_from_can_be_gone_on_from_again(tracker, video)
     go(early, 255 - video.frames[2])  # another image, and what came of it, are forgotten
     again, _ = go(early, video.frames[2])
     assert again == shapes
-    status, answer = call(tracker, image=image_of(video.frames[3]), states=late)
+    status, answer = ask(tracker, image=image_of(video.frames[3]), states=late)
     assert status == 400 and "not known here" in answer["message"]
 
 
@@ -261,18 +239,18 @@ def test_states_are_bounded_and_one_that_is_gone_is_said_so(tracker, context, vi
     kept = context.user_data.tracker.tracks.values()
     assert len(kept) == 2
     assert all(not one.session.processed_frames and one.session.cache.get_vision_features(0) is None for one in kept)
-    assert "not known here" in call(tracker, image=image, states=gone)[1]["message"]
-    assert all(call(tracker, image=image, states=states)[0] == 200 for states in others)
-    assert "most in a request" in call(tracker, image=image, shapes=[shape] * 3)[1]["message"]
+    assert "not known here" in ask(tracker, image=image, states=gone)[1]["message"]
+    assert all(ask(tracker, image=image, states=states)[0] == 200 for states in others)
+    assert "most in a request" in ask(tracker, image=image, shapes=[shape] * 3)[1]["message"]
 
 
-def test_only_so_many_frames_back_are_kept(tracker, context, video, monkeypatch):
+def test_only_so_many_frames_back_are_kept(tracker, video, monkeypatch):
     monkeypatch.setattr(cvat_functions, "MAX_BACK", 2)
     states = [track(tracker, image=image_of(video.frames[0]), shapes=[shape_of(video.masks(0)[0], "rectangle")])[1]]
     for t in range(1, 4):
         states.append(track(tracker, image=image_of(video.frames[t]), states=states[-1])[1])
-    assert call(tracker, image=image_of(video.frames[1]), states=states[0])[0] == 400
-    assert call(tracker, image=image_of(video.frames[3]), states=states[2])[0] == 200
+    assert ask(tracker, image=image_of(video.frames[1]), states=states[0])[0] == 400
+    assert ask(tracker, image=image_of(video.frames[3]), states=states[2])[0] == 200
 
 
 def test_an_object_that_is_not_seen_has_no_shape(tracker, video):
@@ -308,16 +286,16 @@ BOX = {"type": "rectangle", "points": [10, 10, 40, 40]}
     ],
 )
 def test_bad_requests_are_refused_with_the_reason(tracker, video, body, message):
-    status, answer = call(tracker, **{"image": image_of(video.frames[0]), **body})
+    status, answer = ask(tracker, **{"image": image_of(video.frames[0]), **body})
     assert status == 400 and message in answer["message"]
 
 
 def test_one_bad_shape_or_state_moves_no_object(tracker, video):
     states = track(tracker, image=image_of(video.frames[0]), shapes=[BOX])[1]
     for more in ({"states": [*states, "made-up"]}, {"states": states * 2}, {"states": states, "shapes": [None, {}]}):
-        assert call(tracker, image=image_of(video.frames[1]), **more)[0] == 400
-    assert call(tracker, image=image_of(video.frames[1][:64]), states=states)[0] == 400
-    assert call(tracker, image=image_of(video.frames[1]), states=states)[0] == 200
+        assert ask(tracker, image=image_of(video.frames[1]), **more)[0] == 400
+    assert ask(tracker, image=image_of(video.frames[1][:64]), states=states)[0] == 400
+    assert ask(tracker, image=image_of(video.frames[1]), states=states)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -331,11 +309,9 @@ def test_one_bad_shape_or_state_moves_no_object(tracker, video):
     ],
 )
 def test_bad_clicks_are_refused(interactor, video, body, message):
-    status, answer = call(interactor, image=image_of(video.frames[0]), **body)
+    status, answer = ask(interactor, image=image_of(video.frames[0]), **body)
     assert status == 400 and message in answer["message"]
 
 
 def test_a_body_that_is_no_object_is_refused(interactor):
-    request = urllib.request.Request(interactor, b"[1]", {"Content-Type": "application/json"})
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(request)
+    assert call(interactor, [1])[0] == 400

@@ -23,8 +23,8 @@ def table(printed: str) -> dict[str, list[float]]:
 
 
 def test_the_demo_does_all_it_says_with_less_to_do(tmp_path, monkeypatch, capsys, one_thread):
-    for name, value in (("NUM_TRAIN_VIDEOS", 6), ("NUM_TEST_VIDEOS", 1), ("NUM_TEST_FRAMES", 3)):
-        monkeypatch.setattr(demo, name, value)
+    for name, value in {"TRAIN_VIDEOS": 6, "TRAIN_FRAMES": 2, "TEST_VIDEOS": 1, "TEST_FRAMES": 3}.items():
+        monkeypatch.setattr(demo, f"NUM_{name}", value)
     monkeypatch.setattr(demo, "SHOWN_FRAMES", range(0, 3, 2))
     monkeypatch.setattr(demo, "KNOWN_LOOKS", ("shapes",))
     torch.set_num_threads(2)

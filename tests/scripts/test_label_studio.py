@@ -1,19 +1,16 @@
 """The backend for Label Studio, started, and called as Label Studio 1.23 calls it."""
 
 import base64
-import contextlib
 import copy
-import json
 import re
 import threading
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import label_studio_backend
+from helpers.label_tools import call, corners, iou, serving
 from label_studio_backend import Backend, Server
 from samoe_hf import small_base
 from samoe_hf.data.formats.label_studio import decode_brush
@@ -56,41 +53,21 @@ def backend(folder):
     return Backend(*load_tracker(small_base(), "cpu"), "base", [folder], num_frames=6)
 
 
-@contextlib.contextmanager
-def serving(backend, login=None):
-    with Server(("127.0.0.1", 0), backend, login) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def serve(backend, login=None):
+    return serving(Server(("127.0.0.1", 0), backend, login))
 
 
 @pytest.fixture(scope="module")
 def url(backend):
-    with serving(backend) as url:
+    with serve(backend) as url:
         yield url
-
-
-def call(url, body=None, kind="application/json", **headers):
-    """Status, answer, and the reason of the status."""
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": kind, **headers})
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, json.load(response), response.reason
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error), error.reason
 
 
 def percent(mask):
     """The box around a mask as Label Studio has it."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    height, width = mask.shape
-    return {
-        "x": 100 * columns[0] / width,
-        "y": 100 * rows[0] / height,
-        "width": 100 * (columns[-1] + 1 - columns[0]) / width,
-        "height": 100 * (rows[-1] + 1 - rows[0]) / height,
-    }
+    (x0, y0, x1, y1), (height, width) = corners(mask), mask.shape
+    box = {"x": x0 / width, "y": y0 / height, "width": (x1 - x0) / width, "height": (y1 - y0) / height}
+    return {name: 100 * value for name, value in box.items()}
 
 
 def key(video, object_id, frame):
@@ -145,10 +122,6 @@ def click(mask, is_positive=True, kind="keypointlabels"):
     middle = len(ys) // 2
     x, y = 100 * (xs[middle] + 0.5) / mask.shape[1], 100 * (ys[middle] + 0.5) / mask.shape[0]
     return drawn(None, kind, is_positive, x=x, y=y, width=0.5)
-
-
-def iou(a, b):
-    return (a & b).sum() / (a | b).sum()
 
 
 def filled(box, size):
@@ -311,7 +284,7 @@ def test_requests_are_bounded_and_of_json(url, monkeypatch):
 
 def test_no_more_requests_wait_than_fit(backend, monkeypatch):
     monkeypatch.setattr(label_studio_backend, "AT_ONCE", 1)
-    with serving(backend) as url:
+    with serve(backend) as url:
         began, done = threading.Event(), threading.Event()
         monkeypatch.setattr(backend, "predict", lambda _: [began.set(), done.wait(60)])
         thread = threading.Thread(target=call, args=(f"{url}/predict", {}))
@@ -329,7 +302,7 @@ def test_a_failure_is_answered_too(url, backend, monkeypatch):
 
 
 def test_a_login_is_asked_but_of_webhooks(backend):
-    with serving(backend, "anna:secret") as url:
+    with serve(backend, "anna:secret") as url:
         assert call(f"{url}/setup", {})[0] == call(f"{url}/predict", {})[0] == 401
         assert call(f"{url}/webhook", {})[0] == 200
         wrong, right = (base64.b64encode(text).decode() for text in (b"anna:other", b"anna:secret"))

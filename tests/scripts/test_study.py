@@ -27,12 +27,6 @@ def tiny_config(folder, **changes):
     return path
 
 
-# --- The plan
-
-
-# --- Videos
-
-
 # --- Figures
 
 

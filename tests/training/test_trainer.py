@@ -144,7 +144,7 @@ def test_one_processor_prepares_clips_and_evaluates(run_config, model_folder, tm
         (own / "processor_config.json").unlink(missing_ok=True)
 
 
-def test_one_seed_gives_the_same_tensors(run_config, model_folder, tmp_path):
+def test_one_seed_gives_the_same_tensors(run_config, tmp_path):
     """Whatever was drawn before: initial weights, and fresh experts on a base."""
     from_nothing = ["--model_config", str(ROOT / "configs" / "model_nano.yaml")]
     lines = run_config.read_text().splitlines()
@@ -245,7 +245,7 @@ def test_two_processes_recompute_frames_and_log_the_loss_of_both(run_config, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["load_in_8bit: true", "load_in_4bit: true, bnb_4bit_quant_type: nf4"])
-def test_experts_are_trained_over_a_quantized_base(run_config, model_folder, tmp_path, options):
+def test_experts_are_trained_over_a_quantized_base(run_config, tmp_path, options):
     pytest.importorskip("bitsandbytes")
     config = f"{{quant_method: bitsandbytes, {options}}}"
     overrides = ["--quantization_config", config, "--max_steps", "2", "--save_steps", "1", "--point_probability", "0"]
