@@ -182,5 +182,5 @@ def test_what_has_no_length_or_no_clips_is_refused():
         ClipDataset(Endless(), square(16))
     with pytest.raises(ValueError, match="give it to ClipStream"):
         ClipDataset(MyIterable(), square(16))
-    with pytest.raises(ValueError, match=r"ClipDataset\(dataset, processor\)"):
+    with pytest.raises(ValueError, match=r"ClipDataset\(videos, processor\)"):
         ClipCollator()([MyDataset()[0]])
