@@ -175,6 +175,7 @@ def draw(output: Path) -> None:
     for axes, part in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         title, label, lines = panels[part]
         rows = means(part, json.loads((output / f"{part}.json").read_text())["rows"])
+        rows = [row for row in rows if isinstance(row[TABLES[part][0]], int)]  # not those that differ
         for number, (name, key, scale) in enumerate(lines):
             style, values = ("o-", "s--", "^:", "v:")[number], [scale * row[key] for row in rows]
             axes.plot(range(len(rows)), values, style, color=LINES[number], label=name)
