@@ -1,8 +1,9 @@
 """Synthetic looks, as they are and changed, and what the gate reads of their videos."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from samoe_hf import SamoeModel
 from samoe_hf.continual.fit_gate import evenly_chosen, frame_features
 from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos, Video
 from samoe_hf.inference import evaluation_mode
+from samoe_hf.model.domain_gate import num_pooled_features
 from samoe_hf.model.processing_samoe import build_processor
 
 Rng = np.random.Generator
@@ -67,7 +69,7 @@ def changed(video: Video, change: str, position: int) -> Video:
 def read_look(
     model: SamoeModel,
     look: str,
-    positions: Iterable[int],
+    positions: Sequence[int],
     num_frames: int,
     num_read: int,
     change: str = "plain",
@@ -77,5 +79,9 @@ def read_look(
     size, processor = model.config.image_size, build_processor(model.config)
     videos = SyntheticVideos(max(positions) + 1, num_frames, (size, size), domain=look, seed=seed)
     frames = evenly_chosen(range(num_frames), num_read)
+    # Made before frames are encoded: a small tensor of each video, which stays, would split large blocks of memory.
+    read = torch.empty(len(positions), len(frames), sum(num_pooled_features(model.config)))
     with evaluation_mode(model):
-        return [frame_features(model, processor, changed(videos[i], change, i), frames) for i in positions]
+        for row, i in enumerate(positions):
+            read[row] = frame_features(model, processor, changed(videos[i], change, i), frames)
+    return [*read]
