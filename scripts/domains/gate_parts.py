@@ -183,7 +183,7 @@ def measure_many(
     rows = [_tell(kinds, features, chosen[count], count, num_known) for count in counts]
     alike = [name for name in names if name not in different]
     last = _tell(kinds, features, [different + alike], len(different), num_known)
-    return [*rows, {**last, "domains": f"{len(different)} that differ"}]
+    return [*rows, {**last, "domains": f"{len(different)} that differ", "left out": [" ".join(name) for name in alike]}]
 
 
 def tell_apart(kinds: Any, features: Variants, num_known: int) -> list[tuple[str, str]]:

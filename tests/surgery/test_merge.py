@@ -13,7 +13,7 @@ from helpers.domains import add_learned_domain, with_two_domains
 from helpers.interaction import draw_weights, tiny_config
 from helpers.reference import assert_tensors
 from helpers.sam3 import sam3_config, sam3_models, save_combined
-from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf import SamoeConfig, SamoeModel, small_base
 from samoe_hf.cli import main
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.domain_experts import domain_modules
@@ -132,6 +132,15 @@ def test_a_domain_of_one_expert_tracks_the_same_in_transformers(tmp_path):
     figure = check_in_transformers(with_lora(), tmp_path)
     print(figure)
     assert figure < 2e-5
+
+
+@pytest.mark.slow
+def test_the_shipped_base_with_a_domain_of_one_expert_tracks_the_same_in_transformers(tmp_path):
+    model = SamoeModel.from_pretrained(small_base())
+    add_learned_domain(model, "lora", 1, **ONE, expert_modules=["qkv", "q_proj", "v_proj"])
+    figure = check_in_transformers(model, tmp_path)
+    print(figure)
+    assert figure < 5e-5
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["points and box", "mask"])
