@@ -160,7 +160,7 @@ def draw(output: Path) -> None:
             ("learned at once", "at once", 100), ("3 learned, the rest confirmed", "confirmed", 100),
             ("others let in, at once", "at once, let in", 100), ("others let in, confirmed", "confirmed, let in", 100),
         ]),
-        "many": ("many look-alikes, 12 videos each", "domains", [
+        "many": ("many looks, 12 videos each", "domains", [
             ("right", "right", 100), ("in a wrong domain", "wrong", 100),
             ("unknown looks to the base", "unknown to base", 100),
         ]),
