@@ -1,6 +1,7 @@
 """What travels to the Hub: the files of a model's repository, uploaded in one commit.
 
 - `config.json` and `model*.safetensors`: a whole model, or only what was trained; adapters of PEFT beside them.
+- `domains/NAME.safetensors`: the experts of each domain.
 - The processor: `processor_config.json` and what belongs to it.
 - After `SamoeModel.register_for_auto_class()`, the code: the files of `samoe_hf/model/`.
 - `README.md`, the model card, and the picture that it shows.
@@ -23,6 +24,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from samoe_hf.errors import InputError
 from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.configuration_samoe import SamoeConfig
+from samoe_hf.model.domain_files import domain_file
 from samoe_hf.model.processing_samoe import build_processor
 
 from .model_card import CardContent, add_tags, card_tags, domains_tag, write_model_card
@@ -84,7 +86,7 @@ def push(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "pytorch_model*.bin*"],
+            delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "pytorch_model*.bin*", domain_file("*")],
             **commit,
         )
 

@@ -425,9 +425,9 @@ def check_domains(domains: Any) -> None:
         _check("rank_pattern", domain.get("rank_pattern", {}), RANK_PATTERN, f"Domain {domain['name']!r}: ")
         if not (domain["num_experts"] == 0 and integer(0).holds(domain["num_experts"])):
             check_expert_settings(domain, f"Domain {domain['name']!r}: ")
-    names = [domain["name"] for domain in domains]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"`domains` has two of the name {twice[0]!r}.")
+    names = [domain["name"].lower() for domain in domains]  # each is a file's, and some file systems know no case
+    if twice := [domain["name"] for domain in domains if names.count(domain["name"].lower()) > 1]:
+        raise InputError(f"`domains` has two of the name {twice[0]!r}, as far as files are told apart by it.")
 
 
 def check_domain_name(name: Any) -> None:

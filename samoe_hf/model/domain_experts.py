@@ -1,11 +1,13 @@
 """Experts that belong to domains: a layer has a mixture of experts for each, and runs that of the active domain alone.
 
-Experts of a model that was loaded stay in its file until they are needed. Tracking reads those of its video's domain,
-and lets them go again; whatever trains, changes, enumerates, copies or saves a layer's tensors first reads them all.
+Experts of a model that was loaded stay in their files until they are needed. Tracking reads those of its video's
+domain, and lets them go again; whatever trains, changes, enumerates, copies or saves a layer's tensors first reads them
+all.
 
 Nothing here knows of SAM 2, nor of how the domain of a video is found; see `domain_gate.py` for that.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,17 +18,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
 from .expert_layer import (
     EXPERT_TENSORS,
     META,
     BaseLinear,
     ExpertMixture,
     add_experts,
+    expert_values,
     floating_type,
     matching_linear_names,
     replace_module,
 )
-from .weights_store import StoredTensors
+from .weights_store import LateFile
 
 # Before the domain's name, since modules have attributes such as `train` and `type`.
 PREFIX = "domain_"
@@ -104,10 +108,10 @@ class DomainExperts(ExpertMixture):
 
 
 class StoredExperts(NamedTuple):
-    """Experts of a domain in a layer that were not read yet: where they are, what their names begin with there, and
-    their settings."""
+    """Experts of a domain in a layer that were not read yet: their file, what their names begin with there, and their
+    settings."""
 
-    tensors: StoredTensors
+    file: LateFile
     prefix: str
     settings: dict[str, Any]
 
@@ -156,7 +160,8 @@ class DomainLinear(BaseLinear):
         """Those of a domain, if it has any here.
 
         Raises:
-            InputError: if they had to be read, and the file was written to or has values that are not finite.
+            InputError: if they had to be read, and the file was written to, has other tensors, or values that are not
+                finite.
         """
         if domain in self.stored:
             if not (self.training or torch.is_grad_enabled()):
@@ -175,7 +180,11 @@ class DomainLinear(BaseLinear):
     def _read(self, stored: StoredExperts) -> DomainExperts:
         with torch.inference_mode(False):  # whose tensors could neither be kept nor trained
             experts = DomainExperts(self.in_features, self.out_features, **stored.settings, device=META)
-            tensors = {name: stored.tensors.read(stored.prefix + name) for name in EXPERT_TENSORS}
+            tensors = {name: stored.file.read(stored.prefix + name) for name in EXPERT_TENSORS}
+            for name, expected in experts.state_dict().items():
+                if (shape := tensors[name].shape) != expected.shape:
+                    odd = f"{stored.file.path} has {stored.prefix + name!r} of shape {tuple(shape)}"
+                    raise InputError(f"{odd}; expected {tuple(expected.shape)}.")
             place = self.weight.device, floating_type(self)
             experts.load_state_dict({name: tensor.to(*place) for name, tensor in tensors.items()}, assign=True)
         return experts.train(self.training)
@@ -243,12 +252,12 @@ def add_domain_experts(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -
 
 
 def store_domain_experts(
-    model: Any, domains: Sequence[dict[str, Any]], tensors: StoredTensors, new: Collection[str] = ()
+    model: Any, domains: Sequence[dict[str, Any]], files: Mapping[str, LateFile], new: Collection[str] = ()
 ) -> None:
-    """Gives a SamoeModel that was built without them the experts of its domains, which stay in a file until needed.
+    """Gives a SamoeModel that was built without them the experts of its domains, which stay in files until needed.
 
     Args:
-        tensors: those of [`domain_tensors`].
+        files: by domain, with the tensors of [`domain_tensors`].
         new: names of mixtures that are not there, and begin without effect.
     """
     mixtures = _mixtures(model, domains)
@@ -259,7 +268,7 @@ def store_domain_experts(
         if (name := f"{layer}.{PREFIX}{domain}") in new:
             layers[layer].add_domain(domain, **settings)
         else:
-            layers[layer].stored[domain] = StoredExperts(tensors, f"{name}.", settings)
+            layers[layer].stored[domain] = StoredExperts(files[domain], f"{name}.", settings)
 
 
 def domain_tensors(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
@@ -277,6 +286,16 @@ def domain_tensors(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> di
         name = f"{layer}.{PREFIX}{domain}"
         found[name] = {f"{name}.{tensor}": value for tensor, value in known[kind].items()}
     return found
+
+
+def count_domain_values(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many values the experts are to have that a model without them is to have of each domain, if of any."""
+    counts: Counter[str] = Counter()
+    linear: dict[str, Any] = {}
+    for domain, layer, settings in _mixtures(model, domains):
+        linear[layer] = linear.get(layer) or model.get_submodule(layer)
+        counts[domain] += expert_values(linear[layer].in_features, linear[layer].out_features, settings)
+    return dict(counts)
 
 
 def _mixtures(model: nn.Module, domains: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:

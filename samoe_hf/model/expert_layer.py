@@ -5,7 +5,7 @@ over the router's top k logits and zero elsewhere. Nothing here knows of SAM 2.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -293,6 +293,12 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertMixture]]:
 def has_effect(model: nn.Module) -> bool:
     """Whether any expert changes what its layer puts out."""
     return any(not module.lora_B.is_meta and bool(module.lora_B.any()) for _, module in expert_modules(model))
+
+
+def expert_values(in_features: int, out_features: int, settings: Mapping[str, Any]) -> int:
+    """How many values experts of these settings have beside a linear layer of these sizes, with their router."""
+    of_each = settings["lora_rank"] * (in_features + out_features) + in_features + 1
+    return settings["num_experts"] * of_each
 
 
 def is_expert_parameter(name: str) -> bool:

@@ -16,6 +16,7 @@ from .base import base_of, needs_renaming
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig, check_old_names
 from .domain_experts import store_domain_experts
+from .domain_files import open_domain_files
 from .errors import InputError
 from .expert_layer import EXPERT_TENSORS, ExpertMixture, is_expert_parameter
 from .quantization import quantize_base, without_load_report
@@ -23,6 +24,7 @@ from .trainable import train_experts
 from .weights_check import check_values, check_weights
 from .weights_files import HUB_ARGUMENTS, open_weights, own_names, resolve_commit
 from .weights_io import unchanged_model
+from .weights_store import StoredTensors
 from .weights_trained import is_original_checkpoint, load_trained
 
 # As loud as transformers is told to be.
@@ -146,6 +148,7 @@ def _load_whole(
     source, arguments = request.source, request.arguments
     base, variant = base_of(config), arguments.get("variant")
     found, stored, renamed = arguments.get("state_dict"), None, {}
+    lenient, files, late = more_experts or request.ignore_mismatched_sizes, {}, None
     if found is None:
         assert source is not None  # without a source there are tensors
         stored = open_weights(source, hub, variant)
@@ -153,7 +156,11 @@ def _load_whole(
         if needs_renaming(base, found):  # such as SAM 3's tracker among its detector
             renamed = own_names(base, source, found)
             found = {own: stored.headers[name] for own, name in renamed.items()}
-    new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes)
+        files = open_domain_files(source, hub, config.domains or (), variant)
+        late = None if lenient else files
+        if lenient:
+            found = {**found, **StoredTensors(file.path for file in files.values()).headers}
+    new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes, late)
     if stored is not None and renamed:
         arguments["state_dict"] = {own: stored.read(name) for own, name in renamed.items()}
     domains = None if stored is None or "state_dict" in arguments else config.domains
@@ -179,7 +186,7 @@ def _load_whole(
     check_values(source, model)
     train_experts(model)
     if domains and stored is not None:
-        store_domain_experts(model, domains, stored, new_layers)
+        store_domain_experts(model, domains, files, new_layers)
         info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not is_expert_parameter(name)}
         info["missing_keys"] = {*info["missing_keys"], *new}
     if source is not None:

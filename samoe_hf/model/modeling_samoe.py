@@ -36,6 +36,7 @@ from .base_model import SamoePreTrainedModel
 from .clip import SamoeClipOutput, checkpoint_frames, clip_forward, non_reentrant, read_clips
 from .configuration_samoe import SamoeConfig
 from .domain_choice import AUTO, check_domain
+from .domain_files import split_domains, write_domain_files
 from .errors import InputError
 from .expert_layer import has_effect
 from .expert_sleep import wake_experts
@@ -447,7 +448,7 @@ class SamoeModel(SamoePreTrainedModel):
                 raise InputError(f"`variant` does not go with `experts_only`, got {variant!r}.")
         is_main_process = kwargs.get("is_main_process", True)
         self.config.adapters = active_adapters(self)
-        tensors = without_adapters(self.state_dict() if state_dict is None else state_dict)
+        tensors, of_domains = split_domains(without_adapters(self.state_dict() if state_dict is None else state_dict))
         if is_main_process or not experts_only:
             with updated_folder(save_directory) as folder:
                 own_processor: VideoProcessor | None = processor
@@ -459,6 +460,7 @@ class SamoeModel(SamoePreTrainedModel):
                     with adapters_aside(self):
                         super().save_pretrained(folder, state_dict=tensors, **kwargs)
                 if is_main_process:
+                    write_domain_files(folder, of_domains, kwargs.get("variant"))
                     save_adapters(self, folder)
                 if own_processor is not None:
                     own_processor.save_pretrained(folder)

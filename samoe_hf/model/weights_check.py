@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from .base_model import build_on_meta
 from .configuration_samoe import SamoeConfig, named_integers
 from .domain_experts import domain_tensors
+from .domain_files import check_domain_sizes
 from .domain_gate import FURTHER
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, EXPERT_TENSORS, expert_modules, is_expert_parameter
+from .weights_store import LateFile
 
 # Fields of the configuration that say how often something is built.
 REPEAT_FIELDS = re.compile(r"blocks_per_stage|\w*num_(hidden_)?layers|num_multimask_outputs|\w*depth")
@@ -66,7 +68,12 @@ def check_repeats(source: Any, config: SamoeConfig, num_tensors: int) -> None:
 
 
 def check_weights(
-    source: Any, found: Mapping[str, Tensor], config: SamoeConfig, more_experts: bool, any_experts: bool
+    source: Any,
+    found: Mapping[str, Tensor],
+    config: SamoeConfig,
+    more_experts: bool,
+    any_experts: bool,
+    late: Mapping[str, LateFile] | None = None,
 ) -> list[str]:
     """Compares a checkpoint's tensors with what `config` describes.
 
@@ -76,6 +83,7 @@ def check_weights(
     Args:
         source: what to call the checkpoint in messages.
         found: names -> tensors, such as [`StoredTensors`] has.
+        late: files of the experts of domains, by domain, if these are not in `found`.
 
     Returns:
         The layers whose experts the checkpoint lacks, and which are to get new ones.
@@ -87,9 +95,10 @@ def check_weights(
     try:
         config.check_feature_sizes()
         model = build_on_meta(config.without_domain_experts())
-        of_domains = domain_tensors(model, config.domains or ())
+        of_domains = {} if late is not None else domain_tensors(model, config.domains or ())
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
+    check_domain_sizes(model, late or {}, config.domains or ())
     expected = dict(itertools.chain(*(x.items() for x in (model.state_dict(), *of_domains.values()))))
     problems = find_mismatches(found, expected)
     layers = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name, _ in expert_modules(model)}

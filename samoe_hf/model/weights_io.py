@@ -25,7 +25,11 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+# The folder of files with experts of domains.
+DOMAINS = "domains"
+_WEIGHTS = re.compile(
+    rf"(pytorch_)?model(-\d{{5}}-of-\d{{5}})?\.(safetensors|bin)(\.index\.json)?|{DOMAINS}/[\w-]+\.safetensors"
+)
 # In a folder: a save that is being written, and one that is written, until its files are in their places.
 # Trainer does not upload names that begin with an underscore.
 UNSAVED, _SAVED, _FILES, _LOCK = "_unsaved_", "_saved", "_files.json", "_lock"
@@ -66,7 +70,7 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=UNSAVED, dir=target))
     try:
         yield temporary
-        files = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
+        files = sorted(file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file())
         if files:
             (temporary / _FILES).write_text(json.dumps(files))
             sync(temporary, below=True)
@@ -117,9 +121,12 @@ def _finish(target: Path) -> None:
         if (saved / CONFIG_NAME).exists():
             (target / CONFIG_NAME).unlink(missing_ok=True)
         if any(map(_WEIGHTS.fullmatch, names)):
-            for old in target.iterdir():
-                if _WEIGHTS.fullmatch(old.name) and old.name not in names:
+            for old in [*target.iterdir(), *target.glob(f"{DOMAINS}/*")]:
+                name = old.relative_to(target).as_posix()
+                if _WEIGHTS.fullmatch(name) and name not in names:
                     old.unlink()
+            with suppress(OSError):  # of other files, or not there
+                (target / DOMAINS).rmdir()
         for name in sorted(names, key=lambda name: name == CONFIG_NAME):
             if (saved / name).exists():
                 (target / name).parent.mkdir(exist_ok=True)

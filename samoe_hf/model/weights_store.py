@@ -1,31 +1,25 @@
-"""Safetensors files whose tensors are read one by one, when they are needed. Nothing here knows of models."""
+"""Safetensors files: those that a model is loaded from, and those that are read when their tensors are needed. Nothing
+here knows of models."""
 
 import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from .errors import InputError
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class _OpenFile(NamedTuple):
-    """A file that is mapped into memory. `stamp` is another once it is written to."""
-
-    path: str
-    file: BinaryIO
-    mapped: Any
-    stamp: tuple[int, int]
+# A file begins with the length of its header, a number of so many bytes.
+LENGTH_BYTES = 8
 
 
 class StoredTensors:
-    """The tensors of safetensors files. A file that is removed or replaced, as by `save_pretrained`, can be read on.
+    """The tensors of safetensors files, of which each is read by itself.
 
     Attributes:
         headers: names, shapes and types of the tensors, which are on the meta device. All types but floating-point ones
@@ -37,37 +31,100 @@ class StoredTensors:
 
     def __init__(self, paths: Iterable[str | os.PathLike]):
         self.headers: dict[str, Tensor] = {}
-        self._files: dict[str, _OpenFile] = {}
+        self._files = {}
         for path in map(str, paths):
-            file = Path(path).open("rb")  # noqa: SIM115  # as long as the tensors may be read
             try:
-                opened = _OpenFile(path, file, safe_open(path, framework="pt"), _stamp(file))
-                slices = {name: opened.mapped.get_slice(name) for name in opened.mapped.keys()}  # noqa: SIM118
+                mapped = safe_open(path, framework="pt")
+                slices = {name: mapped.get_slice(name) for name in mapped.keys()}  # noqa: SIM118
                 self.headers |= {name: _header(tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
             except (SafetensorError, RuntimeError) as error:
-                raise InputError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
-            self._files |= dict.fromkeys(slices, opened)
+                raise _damaged(path, error) from error
+            self._files |= dict.fromkeys(slices, (path, mapped))
 
     def read(self, name: str) -> Tensor:
-        """A copy of a tensor, on the CPU.
+        """A copy of a tensor, on the CPU; InputError if values are NaN or infinite."""
+        path, mapped = self._files[name]
+        return _finite(path, name, mapped.get_tensor(name).clone())
+
+
+class LateFile:
+    """A safetensors file that is read when one of its tensors is needed, and then as a whole.
+
+    It may be removed or replaced before, as by `save_pretrained`. No open file is held, of which a process has few.
+
+    Attributes:
+        data_bytes: of all tensors together.
+
+    Raises:
+        InputError: if it is no safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        self._stamp = _stamp(path)
+        self._tensors: dict[str, Tensor] = {}
+        size = self._stamp[1]
+        if size < LENGTH_BYTES:
+            raise _damaged(path, f"it has {size} bytes")
+        try:
+            self._bytes = torch.from_file(self.path, shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(f"{path} cannot be read: {error}") from error
+        self.data_bytes = size - LENGTH_BYTES - int.from_bytes(self._bytes[:LENGTH_BYTES].numpy().tobytes(), "little")
+        if self.data_bytes < 0:
+            raise _damaged(path, f"it has {size} bytes, fewer than its header should have")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU.
 
         Raises:
-            InputError: if its file was written to since it was opened, or values are NaN or infinite.
+            InputError: if the file was written to since it was found, it lacks the tensor, or values are NaN or
+                infinite.
         """
-        path, file, mapped, stamp = self._files[name]
-        tensor = mapped.get_tensor(name).clone() if _stamp(file) == stamp else None
-        if tensor is None or _stamp(file) != stamp:
-            raise InputError(f"{path} was changed after the model was loaded from it; load the model again.")
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: the tensor {name!r} has NaN or infinite values.")
-        return tensor
+        if name not in self._tensors:
+            self._tensors = self._read_all()
+        if name not in self._tensors:
+            raise InputError(f"{self.path} has no tensor {name!r}; expected it of the experts that are described.")
+        # Whoever reads one reads the others as well, so none is kept.
+        return _finite(self.path, name, self._tensors.pop(name).clone())
+
+    def _read_all(self) -> dict[str, Tensor]:
+        changed = f"{self.path} was changed after the model was loaded from it; load the model again."
+        if self._is_written():
+            raise InputError(changed)
+        content = self._bytes.numpy().tobytes()
+        if self._is_written():
+            raise InputError(changed)
+        try:
+            return load(content)
+        except SafetensorError as error:
+            raise _damaged(self.path, error) from error
+
+    def _is_written(self) -> bool:
+        """Whether the file itself was written to; another one may have taken its name."""
+        try:
+            stamp = _stamp(self.path)
+        except FileNotFoundError:
+            return False
+        return stamp[0] == self._stamp[0] and stamp != self._stamp
 
 
-@functools.lru_cache(maxsize=1024)  # experts of many domains have few shapes
+@functools.lru_cache(maxsize=1024)
 def _header(shape: tuple[int, ...], dtype: str) -> Tensor:
     return torch.empty(shape, dtype=FLOAT_TYPES.get(dtype, torch.int64), device="meta")
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
+def _stamp(path: str | os.PathLike) -> tuple[int, int, int]:
+    """The file's number, its size and when it was written to."""
+    status = Path(path).stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _damaged(path: str | os.PathLike, reason: object) -> InputError:
+    return InputError(f"{path} is truncated, damaged or no safetensors file: {reason}")
+
+
+def _finite(path: str, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.isfinite().all():
+        raise InputError(f"{path}: the tensor {name!r} has NaN or infinite values.")
+    return tensor

@@ -1,8 +1,9 @@
 """Folders and Hub repositories that hold only what was trained: a few megabytes, and the name of the base model.
 
 Their `config.json` is a whole [`SamoeConfig`] with `base_model` = {"name_or_path", "revision", "subfolder",
-"original_config", "fingerprint"}; `model.safetensors` holds experts, routers and whatever else was trained. The
-fingerprint is that of the base's tensors, so that no other base takes its place unnoticed.
+"original_config", "fingerprint"}; `model.safetensors` holds experts, routers and whatever else was trained, and the
+experts of domains have files of their own, see `domain_files.py`. The fingerprint is that of the base's tensors, so
+that no other base takes its place unnoticed.
 
 Nobody vouches for what a repository says: it can name another repository as its base, but no file of the reader's
 machine.
@@ -28,6 +29,7 @@ from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
 from .configuration_samoe import SamoeConfig
 from .domain_experts import domain_tensors, store_domain_experts
+from .domain_files import check_domain_sizes, open_domain_files
 from .domain_gate import build_domain_gate
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, is_expert_parameter
@@ -178,7 +180,8 @@ def load_trained(
     dtype = _wanted_type(arguments.get("dtype", arguments.get("torch_dtype")), config.dtype, saved)
     path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
     assert path is not None and name is not None
-    stored = StoredTensors([path])
+    files = open_domain_files(source, hub, config.domains or ())
+    stored = StoredTensors([path, *(file.path for file in files.values() if more_experts)])
     found = stored.headers
     fetch = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
     # First in the type that it was saved in, which the fingerprint is of. `adapter_kwargs` are AutoModel's, with the
@@ -192,9 +195,10 @@ def load_trained(
         model = _load_base(cls, config, base, {**fetch, **options})
         if (gate := build_domain_gate(config)) is not None:
             model.domain_gate = gate.to(model.device)
-        of_domains = domain_tensors(model, config.domains or ())
+        of_domains = domain_tensors(model, config.domains or ()) if more_experts else {}
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{names}, which cannot be loaded for it: {error}") from error
+    check_domain_sizes(model, {} if more_experts else files, config.domains or ())
     own = model.state_dict()
     kept = {name: header for tensors in of_domains.values() for name, header in tensors.items()}
     problems = find_mismatches(found, {**own, **kept})
@@ -216,7 +220,7 @@ def load_trained(
     if dtype is not None:
         _cast(model, dtype)
     if config.domains:
-        store_domain_experts(model, config.domains, stored, new)
+        store_domain_experts(model, config.domains, files, new)
     return model, lacking.union(*(of_domains[name] for name in new))
 
 

@@ -107,7 +107,7 @@ def remove_domain_layers(model: SamoeModel, name: str, layers: Sequence[str]) ->
 
 def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
     """Gives a domain another name; with None for `name`, the experts of a model without domains become a domain's."""
-    _check_new_name(model, new_name, "new_name")
+    _check_new_name(model, new_name, "new_name", name)
     if name is None:
         _make_domain(model, new_name)
         return
@@ -165,7 +165,8 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
     if (has_none and has_effect(model)) or other.config.domains is None:
         which = "The other" if other.config.domains is None else "This"
         raise InputError(f"{which} model's experts belong to no domain; `rename_domain(None, NAME)` gives them one.")
-    if both := sorted(set(model.config.domain_names) & set(other.config.domain_names)):
+    own_names = {name.lower() for name in model.config.domain_names}
+    if both := sorted(name for name in other.config.domain_names if name.lower() in own_names):
         raise InputError(f"Both models have a domain {both[0]!r}; rename one of them.")
     check_no_adapters(model)
     if base_fingerprint(model, set()) != base_fingerprint(other, set()):
@@ -279,10 +280,12 @@ def _domain_index(model: SamoeModel, name: str) -> int:
     return names.index(name)
 
 
-def _check_new_name(model: SamoeModel, name: str, argument: str) -> None:
+def _check_new_name(model: SamoeModel, name: str, argument: str, old: str | None = None) -> None:
     check_domain_name(name)
-    if name in model.config.domain_names:
-        raise InputError(f"`{argument}` {name!r} is the name of a domain that the model has.")
+    for other in model.config.domain_names:
+        # Each domain has a file of its name, and some file systems know no case.
+        if other.lower() == name.lower() and (other == name or other != old):
+            raise InputError(f"`{argument}` {name!r} is the name of a domain that the model has, {other!r}.")
 
 
 def saved_with(name: str, value: Any) -> str:

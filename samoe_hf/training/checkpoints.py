@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from samoe_hf.errors import InputError, file_in_the_way
+from samoe_hf.model.domain_files import domain_file
 
 from .arguments import SamoeTrainingArguments
 
@@ -58,8 +59,9 @@ def checkpoint_problems(checkpoint: str | Path, args: SamoeTrainingArguments) ->
     if not (args.fsdp or args.deepspeed):  # whose sharded optimizers have formats of their own
         needed.append(OPTIMIZER_NAME)
     if _is_readable(folder / CONFIG_NAME):
-        adapters = json.loads((folder / CONFIG_NAME).read_text()).get("adapters") or []
-        needed += [f"{name}/{ADAPTER_SAFE_WEIGHTS_NAME}" for name in adapters]
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        needed += [f"{name}/{ADAPTER_SAFE_WEIGHTS_NAME}" for name in config.get("adapters") or []]
+        needed += [domain_file(domain["name"]) for domain in config.get("domains") or [] if domain["num_experts"]]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     needed.append(index.name if index.exists() else SAFE_WEIGHTS_NAME)
     files = dict.fromkeys([*(folder / name for name in needed), *sorted(folder.rglob("*.safetensors"))])

@@ -37,14 +37,23 @@ from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.hub.model_card import TRAINING_SETTINGS, CardContent, evaluation_results, write_model_card
 from samoe_hf.hub.repository import check_base_is_public
 from samoe_hf.inference import load_processor
-from samoe_hf.model.adapters import adapter_names, check_adapters_can_be_saved, is_adapter_parameter, load_adapter
+from samoe_hf.model.adapters import (
+    adapter_names,
+    check_adapters_can_be_saved,
+    is_adapter_parameter,
+    load_adapter,
+    without_adapters,
+)
 from samoe_hf.model.base_model import ClipSettings
+from samoe_hf.model.domain_files import domain_of_tensor, find_domain_files, split_domains
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
 from samoe_hf.model.prompt_recipe import PromptRecipe
-from samoe_hf.model.weights_io import sync
+from samoe_hf.model.weights_check import describe_mismatches, find_mismatches
+from samoe_hf.model.weights_io import DOMAINS, sync
+from samoe_hf.model.weights_store import StoredTensors
 from samoe_hf.one_writer import OneWriter
 from samoe_hf.whole_files import whole_file, write_text
 
@@ -371,6 +380,8 @@ class SamoeTrainer(Trainer):
             self.processor.save_pretrained(self.args.folder)
             for name in adapter_names(unwrapped(self.model)):
                 shutil.copytree(Path(checkpoint_folder, name), self.args.folder / name, dirs_exist_ok=True)
+            if (domains := Path(checkpoint_folder, DOMAINS)).is_dir():
+                shutil.copytree(domains, self.args.folder / DOMAINS, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -409,8 +420,9 @@ class SamoeTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result) -> None:
         # Checkpoints lack what is not trained.
         trainable = {name for name, parameter in unwrapped(self.model).named_parameters() if parameter.requires_grad}
-        # Adapters lie in folders of their own.
-        lacking = {name for name in trainable & set(load_result.missing_keys) if not is_adapter_parameter(name)}
+        # Adapters and experts of domains lie in files of their own.
+        apart = {name for name in trainable if is_adapter_parameter(name) or domain_of_tensor(name) is not None}
+        lacking = (trainable - apart) & set(load_result.missing_keys)
         if lacking or load_result.unexpected_keys:
             odd = sorted(lacking or load_result.unexpected_keys)[0]
             raise InputError(f"The checkpoint does not fit the model: {odd!r} is missing or unexpected.")
@@ -419,7 +431,7 @@ class SamoeTrainer(Trainer):
         # A checkpoint is of the SamoeModel, whatever wraps it.
         model = model if self.is_fsdp_enabled else unwrapped(model or self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_adapters(resume_from_checkpoint)
+        self._load_apart(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         wrapped = self.model
@@ -430,12 +442,23 @@ class SamoeTrainer(Trainer):
         finally:
             self.model = wrapped
         assert self.state.best_model_checkpoint is not None
-        self._load_adapters(self.state.best_model_checkpoint)
+        self._load_apart(self.state.best_model_checkpoint)
 
-    def _load_adapters(self, checkpoint: str) -> None:
+    def _load_apart(self, checkpoint: str) -> None:
         model = unwrapped(self.model)
+        if not self.is_fsdp_enabled:  # which has all in a file of its own
+            self._load_domains(checkpoint)
         for name in adapter_names(model):
             load_adapter(model, checkpoint, name, {"subfolder": name})
+
+    def _load_domains(self, checkpoint: str) -> None:
+        model = unwrapped(self.model)
+        own = split_domains(without_adapters(model.state_dict()))[1]
+        for name, path in find_domain_files(checkpoint, {}, model.config.domains or ()).items():
+            stored = StoredTensors([path])
+            if problems := describe_mismatches(find_mismatches(stored.headers, own[name])):
+                raise InputError(f"{path} does not fit the model: {problems}.")
+            model.load_state_dict({name: stored.read(name) for name in stored.headers}, strict=False)
 
 
 class RunCallback(TrainerCallback):

@@ -51,7 +51,7 @@ def measure_load(counts: Sequence[int], folder: Path, num_frames: int, repeats: 
 
 
 def measure_models(folder: Path, num_frames: int, repeats: int, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """For each count: MB of the file, seconds to load, MB of RAM, and ms a frame of tracking.
+    """For each count: MB of the files, seconds to load, MB of RAM, and ms a frame of tracking.
 
     Models take turns at being loaded, and at tracking the same video. Times are of the process, and medians.
     """
@@ -80,7 +80,7 @@ def measure_models(folder: Path, num_frames: int, repeats: int, counts: Sequence
     return [
         {
             "domains": count,
-            "file": (folder / str(count) / "model.safetensors").stat().st_size / 1e6,
+            "files": sum(path.stat().st_size for path in (folder / str(count)).rglob("*.safetensors")) / 1e6,
             "load": statistics.median(loads[index :: len(counts)]),
             "RAM": ram,
             "tracking": 1000 * statistics.median(measured),

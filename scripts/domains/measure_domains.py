@@ -105,7 +105,7 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
         ("looks that are unknown: to the base", "unknown to base", percent), ("the gate's time", "ms", milliseconds),
     ]),
     "load": ("domains", [
-        ("file", "file", lambda x: f"{x:.1f} MB"), ("load", "load", lambda x: f"{x:.2f} s"),
+        ("files", "files", lambda x: f"{x:.1f} MB"), ("load", "load", lambda x: f"{x:.2f} s"),
         ("RAM", "RAM", lambda x: f"{x:.0f} MB"), ("tracking", "tracking", milliseconds),
     ]),
     "strangers": ("look", [

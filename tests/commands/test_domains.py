@@ -110,6 +110,8 @@ def test_a_domain_is_renamed_removed_and_added_again_and_nothing_else_changes(sa
         assert torch.equal(before[name], two[name.replace("domain_b.", "domain_new.")]) or "domain_gate.names" in name
     files = {file.name for file in (tmp_path / "two").iterdir()}
     assert (tmp_path / "two" / "model.safetensors").stat().st_size < 2e6 and "processor_config.json" in files
+    names = sorted(file.name for file in (tmp_path / "two" / "domains").iterdir())
+    assert names == ["a.safetensors", "new.safetensors"]
     samoe("domains", "remove", copy_of, "a", "--in-place")
     assert pictures(copy_of) == {"lines.png": b"b.png"}
 

@@ -26,7 +26,7 @@ from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.surgery.domains import fit_domain, rename_domain
+from samoe_hf.surgery.domains import add_domain, fit_domain, rename_domain
 from samoe_hf.surgery.merge import merge_into_base
 from samoe_hf.training.arguments import ModelArguments
 from samoe_hf.training.trainer import build_trainer
@@ -246,6 +246,16 @@ def test_pushing_again_replaces_weights_and_keeps_the_card(server, base):
     assert set(repository.branches) == {"main", "other"}
 
 
+def test_experts_of_domains_are_files_that_go_and_come_with_them(server, base):
+    for name, other in ((None, "first"), ("first", "second")):
+        rename_domain(base, name, other)
+        add_domain(base, f"beside_{other}", like=other)
+        base.push_to_hub("two", experts_only=True)
+        assert_same_tensors(SamoeModel.from_pretrained("tester/two"), base)
+    files = [name for name in server.repositories["tester/two"].files if name.startswith("domains/")]
+    assert sorted(files) == [f"domains/{name}.safetensors" for name in ("beside_first", "beside_second", "second")]
+
+
 def test_domains_are_found_also_where_a_card_was_written_by_hand(server, base):
     repository = server.repositories["tester/own"] = Repository()
     repository.commit({"README.md": b"---\nlicense: mit\n---\n# Mine\n"})
@@ -345,14 +355,14 @@ def test_refusals_of_the_hub_are_told(server, load, message):
 def train(tmp_path, monkeypatch):
     """Trains two steps, pushing by the strategy to `run-STRATEGY`, which must hold the trained model."""
 
-    def run(model, strategy, subfolder="", change=lambda model: model):
+    def run(model, strategy, subfolder="", change=lambda model: model, **settings):
         data = {"kind": "synthetic", "num_videos": 2, "num_frames": 3, "image_size": [64, 64]}
         config = {
             "model_name_or_path": str(model), "train_data": [data], "eval_data": [{**data, "num_videos": 1, "seed": 5}],
             "num_frames": 2, "num_correction_clicks": 0, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-3,
             "per_device_train_batch_size": 1, "report_to": "none", "disable_tqdm": True, "push_to_hub": True,
             "output_dir": str(tmp_path / "run"), "hub_model_id": f"run-{strategy}", "hub_strategy": strategy,
-            "hub_always_push": True,
+            "hub_always_push": True, **settings,
         }  # fmt: skip
         (tmp_path / "run.yaml").write_text(json.dumps(config))
         load = ModelArguments.load
@@ -386,9 +396,10 @@ def test_runs_push_what_they_train(server, train, strategy, subfolder):
 
 
 @pytest.mark.slow
-def test_runs_push_adapters(server, train):
-    train("tester/base", "every_save", change=add_adapters)
+def test_runs_push_adapters_and_domains(server, train):
+    train("tester/base", "every_save", change=add_adapters, domain="new")
     files = server.repositories["tester/run-every_save"].files
+    assert "domains/new.safetensors" in files
     assert {"first/adapter_model.safetensors", "second/adapter_config.json"} <= set(files)
 
 

@@ -1,4 +1,4 @@
-"""Experts of domains stay in the file of a loaded model until they are needed, and all else is as if they did not."""
+"""Experts of domains stay in the files of a loaded model until they are needed, and all else is as if they did not."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ def whole(gated):
 
 @pytest.fixture(scope="module")
 def folders(whole, tmp_path_factory):
-    """The model in one file, in several, and what was trained alone."""
+    """The model with one file beside those of its domains, with several, and what was trained alone."""
     folder = tmp_path_factory.mktemp("stored")
     whole.save_pretrained(folder / "whole")
     whole.save_pretrained(folder / "shards", max_shard_size="300KB")
@@ -68,7 +68,7 @@ def layers_of(model):
 
 
 def unread(model) -> set[str]:
-    """Domains with experts that are in the file alone."""
+    """Domains with experts that are in a file alone."""
     return {name for layer in layers_of(model) for name in layer.stored if name not in layer.lent}
 
 
@@ -226,33 +226,65 @@ def replaced(path):
 
 @pytest.mark.parametrize("change", [os.remove, replaced])
 def test_a_file_that_was_removed_or_replaced_is_read_on(files, whole, two_clips, change):
-    change(files[0] / "model.safetensors")
+    for path in (files[0] / "domains").iterdir():
+        change(path)
     assert torch.equal(clip_masks(files[1], two_clips, "c"), clip_masks(whole, two_clips, "c"))
     assert_same_tensors(files[1], whole)
 
 
 def test_a_file_that_was_written_to_is_refused_by_name(files, two_clips):
     folder, model = files
-    path = folder / "model.safetensors"
+    path = folder / "domains" / "a.safetensors"
     content = bytearray(path.read_bytes())
     content[-4:] = b"\x00" * 4
     path.write_bytes(content)
     for use in (lambda: clip_masks(model, two_clips, "a"), lambda: model.save_pretrained(folder)):
-        with pytest.raises(ValueError, match=r"model\.safetensors was changed after the model was loaded"):
+        with pytest.raises(ValueError, match=r"a\.safetensors was changed after the model was loaded"):
             use()
-    clip_masks(model, two_clips, None)
+    clip_masks(model, two_clips, "b")
 
 
 def test_values_are_checked_when_they_are_read(files, two_clips):
-    path = files[0] / "model.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if ".domain_b." in name)
-    tensors[name].view(-1)[0] = torch.nan
-    save_file(tensors, path, metadata={"format": "pt"})
-    model = SamoeModel.from_pretrained(files[0])
-    clip_masks(model, two_clips, "a")
-    with pytest.raises(ValueError, match=rf"model\.safetensors: the tensor '{name}' has NaN"):
-        clip_masks(model, two_clips, "b")
+    path = files[0] / "domains" / "b.safetensors"
+    whole = load_file(path)
+    name = next(name for name in whole if name.endswith("lora_A"))
+    changes = (
+        (name, whole[name] * torch.nan, rf"b\.safetensors: the tensor '{name}' has NaN"),
+        (name, whole[name].mT.contiguous(), rf"b\.safetensors has '{name}' of shape .*; expected \("),
+        (f"{name}_", whole[name], rf"b\.safetensors has no tensor '{name}'"),
+    )
+    for other, tensor, message in changes:
+        tensors = {**{key: x for key, x in whole.items() if key != name}, other: tensor}
+        save_file(tensors, path, metadata={"format": "pt"})
+        model = SamoeModel.from_pretrained(files[0])
+        clip_masks(model, two_clips, "a")
+        with pytest.raises(ValueError, match=message):
+            clip_masks(model, two_clips, "b")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (os.remove, r"has no domains/b\.safetensors; expected the experts of the domain 'b' there"),
+        (cut, r"b\.safetensors holds tensors of [\d,]+ bytes, but .* [\d,]+ values .* for the domain 'b'"),
+        (pointer, r"b\.safetensors is truncated, damaged or no safetensors file"),
+        (lambda path: path.write_bytes(b""), r"b\.safetensors is truncated, damaged or no safetensors file"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["whole", "trained"])
+def test_a_file_that_lacks_or_is_of_another_size_is_found_at_once(folders, tmp_path, kind, change, message):
+    folder = shutil.copytree(folders / kind, tmp_path / "model")
+    change(folder / "domains" / "b.safetensors")
+    with pytest.raises((ValueError, OSError), match=message):
+        SamoeModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("experts_only", [False, True])
@@ -262,6 +294,7 @@ def test_a_model_is_saved_over_the_folder_that_it_was_loaded_from(folders, whole
     clip_masks(model, two_clips, "b")
     remove_domain(model, "a")
     model.save_pretrained(folder, experts_only=experts_only)
+    assert sorted(path.name for path in (folder / "domains").iterdir()) == ["b.safetensors", "c.safetensors"]
     assert SamoeModel.from_pretrained(folder).config.domain_names == ["b", "c"]
     assert_same_tensors(other, whole)  # somebody else's, who had loaded it before
 
@@ -269,12 +302,13 @@ def test_a_model_is_saved_over_the_folder_that_it_was_loaded_from(folders, whole
 def test_experts_that_a_file_lacks_are_new_where_that_is_allowed(folders, whole, tmp_path):
     for kind in ("whole", "trained"):
         folder = shutil.copytree(folders / kind, tmp_path / kind)
-        tensors = load_file(folder / "model.safetensors")
-        layer = next(name for name in tensors if ".domain_b." in name).partition("domain_b")[0]
+        path = folder / "domains" / "b.safetensors"
+        tensors = load_file(path)
+        layer = next(iter(tensors)).partition("domain_b")[0]
         for name in [name for name in tensors if name.startswith(f"{layer}domain_b")]:
             del tensors[name]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match="4 tensors are missing"):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"b\.safetensors holds tensors of"):
             SamoeModel.from_pretrained(folder)
         model, info = SamoeModel.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
         assert len(info["missing_keys"]) == 4 and not info["unexpected_keys"]

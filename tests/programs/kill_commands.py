@@ -118,8 +118,10 @@ def contents(command: str, output: Path) -> dict:
         results = json.loads((output / "results.json").read_text())["models"][0]
         masks = {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("masks/**/*.png"))}
         return masks | {"objects": results["objects"], "summary": results["summary"]}
-    with safe_open(output / "model.safetensors", framework="np") as file:
-        tensors = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+    tensors = {}
+    for path in [output / "model.safetensors", *output.glob("domains/*.safetensors")]:
+        with safe_open(path, framework="np") as file:
+            tensors |= {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
     config = json.loads((output / "config.json").read_text())
     results = (output / "adaptation.json").read_text() if command == "adapt" else ""
     return tensors | {"config": config, "results": results}

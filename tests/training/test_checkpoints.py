@@ -1,5 +1,6 @@
 """Resuming from the newest whole checkpoint, and where a run may write."""
 
+import json
 import shutil
 
 import pytest
@@ -18,9 +19,11 @@ def write_checkpoint(output_dir, step):
     save_file({"weight": torch.ones(1000)}, folder / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": torch.ones(1000)}, folder / name)
-    (folder / "config.json").write_text('{"adapters": ["mine"]}')
-    (folder / "mine").mkdir()
-    save_file({"weight": torch.ones(1000)}, folder / "mine" / "adapter_model.safetensors")
+    domains = [{"name": "one", "num_experts": 1}, {"name": "none_yet", "num_experts": 0}]
+    (folder / "config.json").write_text(json.dumps({"adapters": ["mine"], "domains": domains}))
+    for name in ("mine/adapter_model.safetensors", "domains/one.safetensors"):
+        (folder / name).parent.mkdir()
+        save_file({"weight": torch.ones(1000)}, folder / name)
     (folder / "trainer_state.json").write_text('{"global_step": 1}')
     return folder
 
@@ -31,7 +34,7 @@ def args(tmp_path):
 
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json")
-FILES += ("mine/adapter_model.safetensors",)
+FILES += ("mine/adapter_model.safetensors", "domains/one.safetensors")
 
 
 @pytest.mark.parametrize("name", FILES)

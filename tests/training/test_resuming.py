@@ -45,7 +45,8 @@ def train(model_folder, data, tmp_path):
         trainer = build_trainer(words)
         trainer.train(trainer.args.resume_from_checkpoint)
         trainer.save_model()
-        return load_file(tmp_path / name / "model.safetensors"), trainer.state
+        files = [tmp_path / name / "model.safetensors", *(tmp_path / name).glob("domains/*")]
+        return {key: tensor for file in files for key, tensor in load_file(file).items()}, trainer.state
 
     return train
 
@@ -59,6 +60,7 @@ def same(a, b):
     [
         pytest.param([], 7, [7], marks=pytest.mark.slow),  # an epoch has 5 steps
         (["--gradient_accumulation_steps", 2, "--augmentation", "{}", "--max_steps", 5], 5, [4]),  # 3, the last of one
+        (["--domain", "new", "--max_steps", 3], 3, [2]),
         pytest.param(["--max_steps", -1, "--num_train_epochs", 1.5, "--gradient_accumulation_steps", 3], 3, [1, 2, 3],
                      marks=pytest.mark.slow),
         pytest.param(["--lora_dropout", 0.2], 7, range(1, 8), marks=pytest.mark.slow),

@@ -76,9 +76,10 @@ def test_checkpoints_are_small_and_load_as_models(run_config, model_folder, tmp_
     assert loaded.origin.source == trainer.model.origin.source
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(run_config):
+@pytest.mark.parametrize("domain", [[], ["--domain", "new"]])
+def test_the_best_checkpoint_is_loaded_at_the_end(run_config, domain):
     trainer = make_trainer(
-        run_config,
+        run_config, *domain,
         "--eval_strategy", "steps", "--eval_steps", "1", "--load_best_model_at_end", "True", "--save_steps", "1",
         "--metric_for_best_model", "J&F", "--greater_is_better", "True", "--max_steps", "3",
     )  # fmt: skip
