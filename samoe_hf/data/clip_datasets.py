@@ -6,6 +6,7 @@ sees the clips that the stopped one would have seen.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import zlib
@@ -231,17 +232,39 @@ class ClipStream(EpochDataset, IterableDataset):
         self.videos.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Clip]:
-        videos = iter(self.videos)
+        videos, epoch = iter(self.videos), self.epoch
         while True:
             try:
                 video = next(videos)  # an item that is no video is a SampleError; the stream goes on after it
-                clip = self.sampler(video, (self.seed, self.epoch, zlib.crc32(video.video_id.encode())))
+                clip = self.sampler(video, (self.seed, epoch, zlib.crc32(video.video_id.encode())))
             except StopIteration:
                 return
             except (SampleError, OSError) as error:
                 self._raise_or_skip(error)
             else:
                 yield clip
+
+
+class RepeatedStream(IterableDataset):
+    """A stream again and again, each time of the next epoch.
+
+    So that Trainer, which knows no length of it, neither accumulates fewer batches at its end than in other steps, nor
+    takes its first pass for the one that a resumed run goes on in.
+    """
+
+    def __init__(self, stream: Iterable[Any]):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in itertools.count():
+            if hasattr(self.stream, "set_epoch"):
+                self.stream.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+            is_empty = True
+            for item in self.stream:
+                is_empty = False
+                yield item
+            if is_empty:
+                return
 
 
 def as_clips(data: Any, processor: FrameProcessor, seed: int) -> Any:

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import Sam2VideoModel, Trainer, TrainerCallback, enable_full_determinism, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
@@ -25,11 +25,12 @@ from transformers.trainer_utils import (
     IntervalStrategy,
     SaveStrategy,
     TrainOutput,
+    has_length,
     speed_metrics,
 )
 
 from samoe_hf.data import ClipCollator
-from samoe_hf.data.clip_datasets import as_clips, as_videos
+from samoe_hf.data.clip_datasets import RepeatedStream, as_clips, as_videos
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors, is_disk_full
 from samoe_hf.evaluation.evaluate import evaluate_videos, results_by_key
@@ -76,6 +77,8 @@ logger = logging.getLogger(__name__)
 
 # What wrappers put before the names of tensors.
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
+# Arguments of Trainer that have no effect here.
+UNUSED = ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 
 
 class SamoeTrainer(Trainer):
@@ -118,6 +121,13 @@ class SamoeTrainer(Trainer):
     ):
         if not isinstance(args, SamoeTrainingArguments):
             raise InputError(f"`args` must be SamoeTrainingArguments, not {type(args).__name__}.")
+        if unused := [name for name in UNUSED if kwargs.get(name) is not None]:
+            raise InputError(
+                f"`{unused[0]}` is for transformers.Trainer, which also trains a SamoeModel. A SamoeTrainer collates "
+                "clips itself, its loss is `segmentation_loss`, and it tracks videos to evaluate."
+            )
+        for part in parts_of(kwargs.get("eval_dataset") or []).values():
+            as_videos(part)  # refuses what holds no videos
         wrapped, model = model, unwrapped(model)
         self.recipe = recipe or PromptRecipe()
         self.processor = processing_class or build_processor(model.config)
@@ -163,6 +173,7 @@ class SamoeTrainer(Trainer):
         self.depends_on: dict[str, Any] = {}
         self._made_from: dict[str, Any] | None = None
         self._last_logged_step = 0
+        self._rates: dict[str, float] = {}  # of the last step, by set
         self.add_callback(RunCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
@@ -200,6 +211,16 @@ class SamoeTrainer(Trainer):
                 for other in others if self.is_world_process_zero() else []:
                     remove_checkpoint(other)
             return super().train(checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer. A dataset without a length starts again where it ends, which is no end of an epoch."""
+        given: Any = self.train_dataset
+        try:
+            if given is not None and not has_length(given):
+                self.train_dataset = RepeatedStream(given)
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = given
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Trainer sees only after a step that it was the last, also after one that a resumed run had taken already.
@@ -252,10 +273,7 @@ class SamoeTrainer(Trainer):
         if "loss" in logs:
             logs = logs | self.training_logs.collect(self.state.global_step - self._last_logged_step)
             self._last_logged_step = self.state.global_step
-            if self.optimizer is not None:
-                groups = self.optimizer.param_groups
-                rates = {f"learning_rate/{group['set']}": group["lr"] for group in groups if "set" in group}
-                logs |= rates if len(rates) > 1 else {}
+            logs |= self._rates if len(self._rates) > 1 else {}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -323,10 +341,10 @@ class SamoeTrainer(Trainer):
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
         if videos is None:
             raise InputError("`eval_dataset` must be given, the videos to track.")
-        if isinstance(videos, Mapping) and "frames" not in videos:  # else an item by mistake
+        if (parts := parts_of(videos)).keys() != {""}:
             found = {
                 name: self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
-                for name, part in videos.items()
+                for name, part in parts.items()
             }
             return {name: value for metrics in found.values() for name, value in metrics.items()}
         opened, start_time = as_videos(videos), time.time()
@@ -461,14 +479,25 @@ class SamoeTrainer(Trainer):
             model.load_state_dict({name: stored.read(name) for name in stored.headers}, strict=False)
 
 
+def parts_of(data: Any) -> Mapping[str, Any]:
+    """Several datasets by name, or one by none."""
+    are_several = isinstance(data, Mapping) and "frames" not in data  # else an item by mistake
+    return data if are_several else {"": data}
+
+
 class RunCallback(TrainerCallback):
-    """Tells a trainer from which step it logs, and its dataset the epoch, also of several processes."""
+    """Tells a trainer from which step and at which rates it logs, and its dataset the epoch, in each process."""
 
     def __init__(self, trainer: SamoeTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._last_logged_step = state.global_step
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # Before the schedule goes on.
+        groups: Any = kwargs["optimizer"].param_groups
+        self.trainer._rates = {f"learning_rate/{group['set']}": group["lr"] for group in groups if "set" in group}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         clips: Any = self.trainer.train_dataset

@@ -1,6 +1,7 @@
 """Datasets of one's own, of each form, through SamoeTrainer and plain Trainer."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoProcessor, TrainingArguments
 
 from helpers.processes import run_two
+from helpers.reference import assert_same_tensors
 from samoe_hf import SamoeModel
 from samoe_hf.data import ClipDataset, ClipStream, SyntheticVideos
 from samoe_hf.model.prompt_recipe import PROMPT_RECIPES
@@ -66,14 +68,15 @@ def image_lists():
     )
 
 
-def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, seed=42):
+def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, kind=SamoeTrainer, **options):
     model, processor = SamoeModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
+    options = {"max_steps": 1, "save_strategy": "no"} | options
     arguments = SamoeTrainingArguments(
-        folder, max_steps=1, per_device_train_batch_size=1, report_to="none", disable_tqdm=True, save_strategy="no",
-        use_cpu=True, learning_rate=1e-3, seed=seed,
+        folder, per_device_train_batch_size=1, report_to="none", disable_tqdm=True, use_cpu=True, learning_rate=1e-3,
+        **options,
     )  # fmt: skip
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    return SamoeTrainer(model, arguments, PROMPT_RECIPES["mask"], processing_class=processor, **data)
+    return kind(model, arguments, PROMPT_RECIPES["mask"], processing_class=processor, **data)
 
 
 @pytest.mark.parametrize("make", [FloatsAndMasks, Stream, lambda: image_lists().to_iterable_dataset()])
@@ -85,6 +88,27 @@ def test_samoe_trainer_draws_clips_itself(make, model_folder, tmp_path):
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trainer.train().training_loss > 0
     assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+
+
+class Recording(SamoeTrainer):
+    """Keeps the frames of each batch that it trains on."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.__dict__.setdefault("seen", []).append(inputs["pixel_values"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_each_step_takes_as_many_clips_of_a_stream_and_a_resumed_run_goes_on_with_the_next(model_folder, tmp_path):
+    """A step that begins at the end of the stream goes on at its start, where clips are other ones."""
+    options = {"max_steps": 2, "gradient_accumulation_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    clips = ClipStream(Stream(), AutoProcessor.from_pretrained(model_folder), num_frames=2)
+    whole, resumed = (samoe_trainer(model_folder, tmp_path, clips, kind=Recording, **options) for _ in range(2))
+    whole.train()
+    assert len(whole.seen) == 6 and len({frames.numpy().tobytes() for frames in whole.seen}) > 2
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    resumed.train(resume_from_checkpoint="last")
+    assert len(resumed.seen) == 3 and all(map(torch.equal, resumed.seen, whole.seen[3:]))
+    assert_same_tensors(resumed.model, whole.model)
 
 
 def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_path):
@@ -99,6 +123,9 @@ def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_pa
         (lambda: trainer.predict(VIDEOS), r"clips must have `pixel_values`; ClipDataset\(videos, processor\)"),
         (lambda: trainer.evaluate({"frames": 1}), "not dict; put one item into a list"),
         (lambda: SamoeTrainer(model_init=lambda: model, args=args), "`model` must be .* not NoneType; `model_init` is"),
+        (lambda: SamoeTrainer(model, args, compute_metrics=dict), "`compute_metrics` is for transformers.Trainer"),
+        (lambda: SamoeTrainer(model, args, eval_dataset={"one": "davis"}), "a dataset must be .*, not str"),
+        (lambda: SamoeTrainingArguments(label_smoothing_factor=0.1), "`label_smoothing_factor` must be 0, got 0.1"),
         (lambda: SamoeTrainer(model), "`args` must be SamoeTrainingArguments, not NoneType"),
         (lambda: SamoeTrainer(model, TrainingArguments()), "`args` must be SamoeTrainingArguments, not TrainingArg"),
         (lambda: SamoeTrainer("facebook/sam2", args), "`model` must be .* not str"),

@@ -37,6 +37,7 @@ def test_logs_tell_losses_rates_and_routing_by_domain(run_config):
     domains = {key.split("/")[1] for entry in logs for key in entry if key.startswith("router_entropy/")}
     assert domains == {"shapes", "blobs"}
     for entry in logs:
+        assert entry["learning_rate"] in (entry["learning_rate/experts"], entry["learning_rate/decoder"])
         for domain in domains:
             usage = [entry[key] for key in entry if key.startswith(f"expert_usage/{domain}/")]
             assert usage == [] or sum(usage) == pytest.approx(1, abs=1e-4)
