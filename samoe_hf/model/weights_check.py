@@ -96,9 +96,9 @@ def check_weights(
         config.check_feature_sizes()
         model = build_on_meta(config.without_domain_experts())
         of_domains = {} if late is not None else domain_tensors(model, config.domains or ())
+        check_domain_sizes(model, late or {}, config.domains or ())
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
-    check_domain_sizes(model, late or {}, config.domains or ())
     expected = dict(itertools.chain(*(x.items() for x in (model.state_dict(), *of_domains.values()))))
     problems = find_mismatches(found, expected)
     layers = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name, _ in expert_modules(model)}

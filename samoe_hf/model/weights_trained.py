@@ -196,9 +196,9 @@ def load_trained(
         if (gate := build_domain_gate(config)) is not None:
             model.domain_gate = gate.to(model.device)
         of_domains = domain_tensors(model, config.domains or ()) if more_experts else {}
+        check_domain_sizes(model, {} if more_experts else files, config.domains or ())
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{names}, which cannot be loaded for it: {error}") from error
-    check_domain_sizes(model, {} if more_experts else files, config.domains or ())
     own = model.state_dict()
     kept = {name: header for tensors in of_domains.values() for name, header in tensors.items()}
     problems = find_mismatches(found, {**own, **kept})

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from helpers.hostile_files import BYTES, damage_json, outcomes_in_a_process
 from helpers.reference import ROOT, change_config
 from samoe_hf import SamoeModel
+from samoe_hf.surgery.domains import rename_domain
 
 
 def damage_safetensors(data: bytes, rng: random.Random) -> bytes:
@@ -63,8 +64,8 @@ def damage(folder: Path, rng: random.Random) -> str:
 def try_to_load(folder: Path) -> dict:
     try:
         model = SamoeModel.from_pretrained(folder)
-        size = model.config.image_size
-        output = model(torch.zeros(1, 2, 3, size, size), input_boxes=torch.tensor([[[1.0, 1, 20, 20]]]))
+        size, domain = model.config.image_size, next(iter(model.config.domain_names), None)
+        output = model(torch.zeros(1, 2, 3, size, size), input_boxes=torch.tensor([[[1.0, 1, 20, 20]]]), domain=domain)
         assert output.pred_masks.isfinite().all()
     except (ValueError, OSError) as error:
         return {"outcome": "refused" if str(folder) in str(error) else "not named", "error": str(error)}
@@ -92,11 +93,13 @@ def template(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("seed, number", [(0, 8), pytest.param(1, 400, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["whole", "experts"])
+@pytest.mark.parametrize("kind", ["whole", "experts", "domains"])
 def test_damaged_folders_are_loaded_or_refused_by_name(template, model_folder, tmp_path, kind, seed, number):
-    if kind == "experts":
-        template = tmp_path / "experts"
-        SamoeModel.from_pretrained(model_folder).save_pretrained(template, experts_only=True)
+    if kind != "whole":
+        model, template = SamoeModel.from_pretrained(model_folder), tmp_path / kind
+        if kind == "domains":
+            rename_domain(model, None, "one")
+        model.save_pretrained(template, experts_only=True)
     outcomes = outcomes_in_a_process(damaged_folders, tmp_path, number, seed, template)
     assert outcomes["refused"] > 0.3 * number
 
