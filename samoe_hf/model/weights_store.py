@@ -66,13 +66,11 @@ class LateFile:
         size = self._stamp[1]
         if size < LENGTH_BYTES:
             raise _damaged(path, f"it has {size} bytes")
-        try:
-            self._bytes = torch.from_file(self.path, shared=False, size=size, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise OSError(f"{path} cannot be read: {error}") from error
-        self.data_bytes = size - LENGTH_BYTES - int.from_bytes(self._bytes[:LENGTH_BYTES].numpy().tobytes(), "little")
+        with Path(path).open("rb") as file:  # what is mapped and looked at counts as memory of the process
+            self.data_bytes = size - LENGTH_BYTES - int.from_bytes(file.read(LENGTH_BYTES), "little")
         if self.data_bytes < 0:
             raise _damaged(path, f"it has {size} bytes, fewer than its header should have")
+        self._bytes = torch.from_file(self.path, shared=False, size=size, dtype=torch.uint8)
 
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU.
