@@ -85,9 +85,13 @@ def load(parsed: argparse.Namespace) -> tuple[SamoeModel, VideoProcessor]:
 
 def write(parsed: argparse.Namespace, model: SamoeModel, processor: VideoProcessor, folder: Path) -> None:
     """Writes what is asked for to a new folder."""
+    from samoe_hf.model.base import EDGETAM, SAM2, SAM3, check_base
     from samoe_hf.original.checkpoint import save_edgetam, save_original, save_sam2, save_sam3
     from samoe_hf.surgery.merge import merge_into_base, save_into_sam3
 
+    bases = {"original": SAM2, "sam2": SAM2, "sam3": SAM3, "edgetam": EDGETAM}
+    if parsed.to in bases:  # before what merging asks for
+        check_base(model.config, bases[parsed.to])
     encoder_changed, selection = False, "recent"
     if parsed.to == "samoe":
         model.save_pretrained(folder, processor=processor)

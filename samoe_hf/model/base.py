@@ -16,6 +16,7 @@ from .base_edgetam import EDGETAM
 from .base_interface import FINEST_RATIO, TYPED_PARTS, Base, VideoConfig
 from .base_sam2 import SAM2
 from .base_sam3 import SAM3
+from .errors import InputError
 
 # The first one that recognizes a configuration is its base; SAM 2 takes what is left.
 BASES = (SAM3, EDGETAM, SAM2)
@@ -28,6 +29,12 @@ MODEL_TYPES = {model_type: base for base in BASES for model_type in base.model_t
 def base_of(config: VideoConfig) -> Base:
     """The base of a model of this configuration."""
     return next(base for base in BASES if base.has(config))
+
+
+def check_base(config: VideoConfig, expected: Base) -> None:
+    """Raises `InputError` where a model of this configuration has another base."""
+    if (base := base_of(config)) is not expected:
+        raise InputError(f"The model's base is {base.title}; expected {expected.title}.")
 
 
 def mask_size(config: VideoConfig) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Sam2VideoModel, Sam3TrackerVideoConfig
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.base import SAM2, SAM3, base_of, settings_of_base
+from samoe_hf.model.base import SAM2, SAM3, check_base, settings_of_base
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS, SamoeConfig
 from samoe_hf.model.expert_layer import matching_linear_names
@@ -306,6 +306,7 @@ def save_original(
         InputError: if the base is not SAM 2, the original has no place for some of the experts, among them those of
             domains, or the tensors do not fit the configuration.
     """
+    check_base(config, SAM2)
     if config.domains is not None:
         raise InputError(
             "SAM2-MoE has one mixture of experts for all videos, and no gate that chooses a domain's: a model with "
@@ -358,8 +359,7 @@ def save_sam3(
     Raises:
         InputError: if the model's base is not SAM 3, or `combined` is no such file, or of another size.
     """
-    if base_of(config) is not SAM3:
-        raise InputError(f"The model's base is {base_of(config).title}; expected {SAM3.title}.")
+    check_base(config, SAM3)
     content, tensors, names = _open(combined)
     found = {name: tensors[stored].detach() for name, stored in names.items()}
     if not is_sam3(found):
@@ -398,11 +398,7 @@ def _original_tensors(
     config: SamoeConfig, state_dict: Mapping[str, Tensor], with_experts: bool
 ) -> tuple[dict[str, Tensor], str]:
     """A model's tensors under the original's names, and Meta's name for a checkpoint of this family and size."""
-    if base_of(config) is not SAM2:
-        raise InputError(
-            f"The model's base is {base_of(config).title}, whose image encoder `sam2` and SAM2-MoE do not have; "
-            "expected a model on SAM 2."
-        )
+    check_base(config, SAM2)
     tensors = state_dict_to_original(state_dict)
     # Through the settings that the YAML can hold, so that nothing else makes the tensors fit.
     written_config = build_config(complete_settings(settings_of(config, with_experts)))

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from samoe_hf.data.registry import read_yaml
-from samoe_hf.errors import InputError
-from samoe_hf.model.base import base_of
-from samoe_hf.model.base_edgetam import EDGETAM
+from samoe_hf.model.base import EDGETAM, check_base
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.expert_layer import is_expert_parameter
@@ -73,8 +71,7 @@ def state_dict_to_edgetam(config: SamoeConfig, tensors: Mapping[str, Tensor]) ->
     Raises:
         InputError: if the base is not EdgeTAM.
     """
-    if base_of(config) is not EDGETAM:
-        raise InputError(f"The model's base is {base_of(config).title}; expected {EDGETAM.title}.")
+    check_base(config, EDGETAM)
     back, result = [(own, theirs) for theirs, own in _PERCEIVER], {}
     like_sam2 = {name: x for name, x in tensors.items() if not name.startswith("spatial_perceiver.")}
     for name in tensors.keys() - like_sam2.keys():

@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import adapter_names
-from samoe_hf.model.base import SAM3, base_of, config_of_base
+from samoe_hf.model.base import SAM3, check_base, config_of_base
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, is_expert_parameter
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -98,8 +98,7 @@ def save_into_sam3(
         InputError: if the model's base is not SAM 3, or `combined` is no such folder or of another size; and as
             [`merge_into_base`].
     """
-    if base_of(model.config) is not SAM3:
-        raise InputError(f"The model's base is {base_of(model.config).title}; expected {SAM3.title}.")
+    check_base(model.config, SAM3)
     try:
         is_combined = Sam3VideoConfig.get_config_dict(combined)[0].get("model_type") == Sam3VideoConfig.model_type
     except OSError:

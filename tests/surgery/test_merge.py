@@ -247,11 +247,18 @@ def test_sam3s_tracker_alone_is_a_folder_of_transformers(tmp_path):
     assert (tracked - expected).abs().mean() < 1e-5 and (expected - base).abs().mean() > 1e-3
 
 
+@pytest.mark.parametrize("target", ["original", "sam2", "edgetam"])
+def test_another_base_is_what_is_said_first(tmp_path, target):
+    """And not that domains do not fit, or that one must be named."""
+    with pytest.raises(SystemExit, match=r"base is SAM 3's tracker; expected (SAM 2|EdgeTAM)"):
+        convert(sam3_with_lora(), tmp_path, "--to", target)
+
+
 def test_what_sam3_cannot_take_is_refused(tmp_path):
     save_combined(tmp_path / "sam3")
     path = tmp_path / "sam3" / "model.safetensors"
     with pytest.raises(SystemExit, match="base is SAM 2; expected SAM 3"):
-        convert(with_lora(), tmp_path, "--domain", "lora", "--to", "sam3", "--into", tmp_path / "sam3")
+        convert(with_lora(), tmp_path, "--to", "sam3", "--into", tmp_path / "sam3")
     tensors = {name: tensor for name, tensor in load_file(path).items() if "no_memory_embedding" not in name}
     save_file(tensors, path, metadata={"format": "pt"})
     folder = tmp_path / "sam3"
