@@ -64,7 +64,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         is_ours = isinstance(error, InputError | FileNotFoundError)
         if "--traceback" in arguments or not (is_ours or is_disk_full(error)):
             raise
-        is_full = not is_ours
+        is_full = is_disk_full(error)
         advice = " Nothing that was there is lost. Make room, and run the command again." if is_full else ""
         subject = "the disk is full: " if is_full else ""
         sys.exit(f"error: {subject}{' '.join(str(error).split())}{advice}")

@@ -1,5 +1,6 @@
 """The table of commands, their help texts, and what becomes of an error."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -96,6 +97,17 @@ def test_an_error_of_ours_is_a_line_or_a_traceback_if_asked(command):
             main(["track"])
         with pytest.raises(type(error)):
             main(["track", "--traceback"])
+
+
+def test_a_full_disk_comes_with_advice_wherever_it_is_noticed(command):
+    def write() -> None:
+        with input_errors("a.onnx"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in (write, lambda: fail(OSError(errno.ENOSPC, "No space left on device"))):
+        command(function)
+        with pytest.raises(SystemExit, match=r"^error: the disk is full: .* Make room, and run the command again\.$"):
+            main(["export"])
 
 
 @pytest.mark.parametrize(
