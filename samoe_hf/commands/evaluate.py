@@ -123,8 +123,6 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     from samoe_hf.model.weights_trained import is_original_checkpoint
     from samoe_hf.whole_files import write_text
 
-    if parsed.overwrite and state.is_main_process:
-        (parsed.output / "results.json").unlink(missing_ok=True)
     if parsed.seeds > len(evaluation.seeds) and state.is_main_process:
         print(f"The prompt {evaluation.prompt} draws nothing at random: one run instead of {parsed.seeds}.")
 
@@ -135,20 +133,30 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     for source, label in zip(sources, label_sources(sources), strict=True):
         for selection in [None] if isinstance(source, Path) else several:
             runs.append((source, selection, f"{label}-{selection}" if selection and len(several) > 1 else label))
-    entries, labels = [], options.unique_names(label for *_, label in runs)
+    labels = options.unique_names(label for *_, label in runs)
     for_tool = {label: options.format_folder(parsed.layout, parsed.output / "runs" / label) for label in labels}
+    masks, models = {}, {}
     for (source, selection, _), label in zip(runs, labels, strict=True):
         if isinstance(source, Path):
-            with input_errors():  # these masks are the data
-                entries.append(evaluation.run_masks(source, label, state))
+            masks[label] = source
         else:
             own = of_original if is_original_checkpoint(source) or not has_original else {}
-            own = {**own, **options.tracking_options(parsed, selection)}
-            own["videos_at_once"] = parsed.videos_at_once
-            entries.append(evaluation.run_model(source, label, state, parsed.overwrite, **own))
+            models[label] = source, {**own, **options.tracking_options(parsed, selection)}
+    # What is wrong with a model or with masks is found before minutes of tracking, and before results are removed.
+    for label, (source, own) in [*models.items()][not parsed.overwrite :]:
+        evaluation.check_model(source, label, state, parsed.overwrite, **own)
+    if parsed.overwrite and state.is_main_process:
+        (parsed.output / "results.json").unlink(missing_ok=True)
+    entries = {}
+    for label, source in masks.items():
+        with input_errors():  # these masks are the data
+            entries[label] = evaluation.run_masks(source, label, state)
+    for label, (source, own) in models.items():
+        own["videos_at_once"] = parsed.videos_at_once
+        entries[label] = evaluation.run_model(source, label, state, parsed.overwrite, **own)
     if not state.is_main_process:
         return
-    results = evaluation.results(entries, state)
+    results = evaluation.results([entries[label] for label in labels], state)
     write_text(parsed.output / "results.json", to_json(results))
     report = write_evaluation_report(results, parsed.output)
     print(f"\n{summary_table(results)}")

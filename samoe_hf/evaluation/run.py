@@ -239,11 +239,7 @@ class Evaluation:
         Returns:
             The model's entry in the results; None in processes other than the main one.
         """
-        assert state.device is not None
-        with input_errors(source):
-            model, processor = load_tracker(source, state.device, **options)
-        identity: dict[str, Any] = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
-        run = self._folder(label, identity)
+        model, processor, run = self._load(source, label, state, **options)
         together = Together(model, choose_videos_at_once(model, videos_at_once))
 
         def work(video: Video, seed: int | None) -> Work[Video]:
@@ -266,7 +262,22 @@ class Evaluation:
             with together:
                 yield from together.run(work(*pair) for pair in unfinished)
 
-        return self._run(run, identity["model"], self.seeds, evaluate, state, overwrite)
+        return self._run(run, run.identity["model"], self.seeds, evaluate, state, overwrite)
+
+    def check_model(self, source: str, label: str, state: PartialState, overwrite: bool = False, **options) -> None:
+        """Raises what [`run_model`](Evaluation.run_model) would before it tracks: for a model that cannot be loaded, or
+        results of another one."""
+        *_, run = self._load(source, label, state, **options)
+        run.check(overwrite)
+
+    def _load(
+        self, source: str, label: str, state: PartialState, **options: Any
+    ) -> tuple[SamoeModel, VideoProcessor, EvaluationRun]:
+        assert state.device is not None
+        with input_errors(source):
+            model, processor = load_tracker(source, state.device, **options)
+        identity: dict[str, Any] = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
+        return model, processor, self._folder(label, identity)
 
     def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
         """Scores masks that were written before, always anew.

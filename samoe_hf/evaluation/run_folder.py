@@ -28,13 +28,17 @@ class RunFolder(ABC):
         """Makes the folder, or checks that it holds the same run; with `overwrite`, another run gives way."""
         path = self.folder / "run.json"
         with self.writer:
-            if not path.is_file() and any(file.name not in self.writer.files for file in self.folder.iterdir()):
-                raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
+            self.check(overwrite)
             if path.is_file() and overwrite:
                 self.clear()
-            elif path.is_file():
-                self.check_same()
             write_text(path, json.dumps(self.identity, indent=2))
+
+    def check(self, overwrite: bool = False) -> None:
+        """Raises an `InputError` where [`start`](RunFolder.start) would, and changes nothing."""
+        if (self.folder / "run.json").is_file():
+            return None if overwrite else self.check_same()
+        if self.folder.is_dir() and any(file.name not in self.writer.files for file in self.folder.iterdir()):
+            raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
 
     @abstractmethod
     def clear(self) -> None:

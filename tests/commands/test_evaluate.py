@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from functools import partial
@@ -144,6 +145,27 @@ def test_models_side_by_side(run, model_folder, davis, tmp_path):
     # The positional model is the same as one given by its option, and what it did is kept.
     assert run(model_folder, "--model", other, *data).count("2 of 2 results are there already") == 2
     assert without_times(read(output)) == without_times(results)
+
+
+def test_what_is_wrong_is_found_before_anything_is_tracked_or_removed(run, model_folder, davis, tmp_path):
+    other, out = tmp_path / "other", tmp_path / "out"
+    (out / "runs" / "other").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    (out / "results.json").touch()
+    data = [*davis, "--video", "v0", "--output", out]
+    for words, message in (
+        ([model_folder, "--model", other], f"{other}"),
+        ([model_folder, "--model", tmp_path / "empty"], "empty"),
+        ([model_folder, "--predictions", other], "no such folder of predictions"),
+        ([model_folder, "--predictions", tmp_path / "empty"], "00001.png"),
+        (["--model", other, "--overwrite"], f"{other}"),
+    ):
+        assert message in run(*words, *data, fails=True)
+        assert not (out / "runs" / model_folder.name).exists() and (out / "results.json").exists()
+    shutil.copytree(model_folder, other)
+    (out / "runs" / "other" / "file").touch()
+    assert "is not empty, and not the folder" in run(model_folder, "--model", other, *data, fails=True)
+    assert not (out / "runs" / model_folder.name).exists()
 
 
 @pytest.mark.slow
