@@ -130,7 +130,13 @@ def _video_row(results: Sequence[VideoResult], objects: Sequence[Mapping[str, An
 
 def _speed(results: Sequence[VideoResult]) -> dict[str, float]:
     seconds = sum(result.seconds for result in results)
-    return {"seconds": seconds, "fps": sum(r.num_frames for r in results) / seconds if seconds else math.nan}
+    return {"seconds": seconds, "fps": sum(map(_num_tracked, results)) / seconds if seconds else math.nan}
+
+
+def _num_tracked(result: VideoResult) -> int:
+    """Frames from the first prompt on, before which nothing is tracked; none of a video without objects."""
+    first = min((prompt["frame_idx"] for prompt in result.prompts), default=0)
+    return result.num_frames - first if result.scores.object_ids else 0
 
 
 def _over_time(results: Sequence[VideoResult], num_runs: int) -> dict[str, list[float]]:

@@ -36,6 +36,13 @@ def test_means_are_over_objects_and_spreads_over_seeds():
     assert figures["speed"] == {"seconds": 8.0, "fps": 1.0}
 
 
+def test_frames_per_second_are_of_frames_that_are_tracked():
+    late = replace(make_result([[1]] * 3, "late"), prompts=[{"frame_idx": 2}])
+    bare = make_result(np.zeros((3, 0)), "bare", seconds=0.0)
+    figures = combine_runs({None: [make_result([[1]] * 3), late, bare]}, "youtube_vos")
+    assert figures["speed"] == {"seconds": 4.0, "fps": 1.0}
+
+
 def test_curves_run_from_each_objects_first_frame_and_sizes_are_shares_of_the_image():
     # The second object appears on frame 8 and the first leaves; every fourth frame is annotated.
     j, target = [[1, 1], [0.8, 1], [0.6, 0.9], [1, 0.4]], [[100, 0], [100, 0], [95, 5000], [0, 5]]
