@@ -43,7 +43,8 @@ def list_domains(model: SamoeModel) -> list[list[object]]:
         megabytes = sizes[domain["name"]] * model.dtype.itemsize / 1e6
         rank = domain["lora_rank"] if domain["num_experts"] else NO_NUMBER
         rank = f"up to {rank}" if "rank_pattern" in domain else rank
-        rows.append([domain["name"], domain["num_experts"], rank, f"{megabytes:.2f}", count])
+        size = f"{megabytes:.2f}" if megabytes >= 0.1 else f"{megabytes:.1g}"
+        rows.append([domain["name"], domain["num_experts"], rank, size, count])
     return rows
 
 

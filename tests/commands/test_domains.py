@@ -70,6 +70,9 @@ def test_domains_are_listed_and_drawn(samoe, folder, copy_of, tmp_path):
     printed = samoe("domains", "list", folder)
     assert "a             3     2" in printed and "videos that the gate knows" in printed and "24" in printed
     samoe("domains", "show", folder, "--output", tmp_path / "plain")
+    size = sum(x.nbytes for name, x in tensors(folder).items() if ".domain_a." in name) / 1e6
+    shown = next(line.split()[3] for line in printed.splitlines() if line.startswith("a "))
+    assert float(shown) == pytest.approx(size, rel=0.5)
     (copy_of / "examples").mkdir()
     Image.fromarray(np.full((40, 60, 3), (255, 0, 255), np.uint8)).save(copy_of / "examples" / "b.png")
     samoe("domains", "show", copy_of, "--output", tmp_path / "pictures")
