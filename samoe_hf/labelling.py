@@ -38,6 +38,7 @@ from samoe_hf.inference import TrackedFrame, VideoPrompt, evaluation_mode, masks
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import sync
+from samoe_hf.one_writer import is_first_process
 from samoe_hf.together import Together, Work, choose_videos_at_once, through
 from samoe_hf.tracks import ObjectScores, TrackRow, read_tracks, write_tracks
 from samoe_hf.where_to_look import Look, where_to_look
@@ -98,21 +99,25 @@ class FilePrompt:
 # --- What to track
 
 
-def from_first_frames(videos: Sequence[Video], kind: FirstFramePrompt = "mask") -> list[PromptedVideo]:
+def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") -> list[PromptedVideo]:
     """Videos whose objects are prompted on the first frame that shows each, by its mask or the box around it.
 
-    Videos without objects are left out. Those that cannot be read are not, and fail when they are labelled.
+    Videos without objects are left out, which is said. Those that cannot be read are not: they fail when they are
+    labelled.
     """
-    prompted = []
-    for name, open_video in named_entries(videos):
+    prompted, empty = [], []
+    for name, open_video in named_entries(*parts):
         domain = ""
         with suppress(InputError, FileNotFoundError):  # what opens them raises it again
             video = open_video()
             domain, name, open_video = video.domain, video.video_id, lambda video=video: video
             if not video.object_ids:
+                empty.append(video.video_id)
                 continue
         about = partial(_about_first, kind, open_video)
         prompted.append(PromptedVideo(domain, name, open_video, partial(_first_prompts, kind), about))
+    if empty and is_first_process():
+        print(f"{len(empty)} videos show no object and are left out, such as {empty[0]}.")
     return prompted
 
 

@@ -121,6 +121,23 @@ def model_folder(nano, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def damaged_rows(tmp_path) -> Path:
+    """A run's YAML of two data sets as `datasets` saves them, each with a damaged row and a good one."""
+    from datasets import Dataset
+
+    from samoe_hf.data import FEATURES, SyntheticVideos
+    from samoe_hf.data.schema import video_to_row
+
+    for number, video in enumerate(SyntheticVideos(2, 2, (64, 80))):
+        bad, good = ({**video_to_row(video), "video_id": f"{name} {number}"} for name in ("bad", "good"))
+        bad["frames"] = [{"bytes": b"damaged", "path": None}] * 2
+        Dataset.from_list([bad, good], features=FEATURES).save_to_disk(tmp_path / f"rows_{number}")
+    run = tmp_path / "rows.yaml"
+    run.write_text(f"eval_data: [{tmp_path / 'rows_0'}, {tmp_path / 'rows_1'}]")
+    return run
+
+
 READ, BUILT = {}, {}
 # Options that draw nothing; anything that is drawn is drawn anew.
 READ_WITH = {"dtype", "memory_selection", "image_size"}

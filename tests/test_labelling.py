@@ -22,12 +22,13 @@ from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
 from samoe_hf.data import load_videos, write_video
+from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.images import read_label_png
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode, load_processor, tracking_steps
-from samoe_hf.labelling import from_prompt_file, read_prompts, video_paths
+from samoe_hf.labelling import from_first_frames, from_prompt_file, read_prompts, video_paths
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.tracks import TrackRow, read_tracks
 from samoe_hf.where_to_look import where_to_look
@@ -299,6 +300,20 @@ def test_videos_that_cannot_be_opened_are_left_out(model_folder, tmp_path):
         summary = json.loads((tmp_path / "out" / "labels.json").read_text())
         assert [*summary["videos"]] == [f"data/{name}" for name in ("c" if is_damaged else "abc")]
         assert [*summary["failed"]] == (["a", "data/b"] if is_damaged else [])
+
+
+def test_videos_without_objects_are_left_out_which_is_said(capsys):
+    video, other = SyntheticVideos(2, 2, (64, 80))
+    bare = replace(video, annotations=Shapes({0: {}}, []))
+    assert [one.video_id for one in from_first_frames([bare, other])] == [other.video_id]
+    assert capsys.readouterr().out == f"1 videos show no object and are left out, such as {video.video_id}.\n"
+
+
+def test_damaged_videos_of_several_datasets_are_told_apart(model_folder, damaged_rows, tmp_path):
+    with pytest.raises(SystemExit, match=r"2 of 4 videos .* bad 0, frame .* bad 1, frame "):
+        label(model_folder, "--dataset", damaged_rows, "--output", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert len(summary["videos"]) == 2 and [*summary["failed"]] == ["dataset 1, video 1", "dataset 2, video 1"]
 
 
 def test_labels_that_are_being_replaced_are_not_finished(model_folder, one_video, tmp_path, monkeypatch):

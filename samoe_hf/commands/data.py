@@ -70,7 +70,7 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
     from samoe_hf.data.schema import named_entries
 
     reports, usable = [], []
-    entries = [entry for videos in open_dataset(parsed).parts for entry in named_entries(videos)]
+    entries = named_entries(*open_dataset(parsed).parts)
     bar = tqdm(unit="frame", leave=False)
     for number, (name, open_video) in enumerate(entries, start=1):
         bar.set_description(f"video {number} of {len(entries)}")

@@ -64,7 +64,7 @@ def run(parsed: argparse.Namespace) -> None:
     state, device = options.start_processes(parsed.device)
     if parsed.prompts is None:
         dataset = options.open_dataset(parsed)
-        videos = [one for part in dataset.parts for one in from_first_frames(part, parsed.prompt or "mask")]
+        videos = from_first_frames(*dataset.parts, kind=parsed.prompt or "mask")
     else:
         dataset = options.ChosenDataset("files", Path(parsed.dataset), [])
         with input_errors():

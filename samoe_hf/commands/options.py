@@ -331,21 +331,30 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
 
 def _choose(parts: list[Sequence[Video]], video_ids: Sequence[str] | None) -> list[Sequence[Video]]:
     """The videos of the given ids, or all. Others are opened only where ids are not told before."""
-    from samoe_hf.data.schema import VideoList
+    from samoe_hf.data.schema import VideoList, named_entries
 
     if not video_ids:
         return parts
-    chosen, known = [], set()
+    chosen, known, unreadable = [], set(), []
     for part in parts:
         if isinstance(part, VideoList) and part.video_ids:
             part = part.select([video_id for video_id in part.video_ids if video_id in video_ids])
             known.update(part.video_ids)
         else:
-            part = [video for video in part if video.video_id in video_ids]
-            known.update(video.video_id for video in part)
+            entries, part = named_entries(part), []
+            for name, open_video in entries:
+                try:
+                    video = open_video()
+                except (InputError, OSError) as error:
+                    unreadable.append(f"{name}: {error}")
+                    continue
+                if video.video_id in video_ids:
+                    part.append(video)
+                    known.add(video.video_id)
         chosen.append(part)
     if unknown := set(video_ids) - known:
-        raise InputError(f"`--video` names {sorted(unknown)}, which the dataset does not have.")
+        also = f"; {len(unreadable)} of its videos cannot be read, the first: {unreadable[0]}" if unreadable else ""
+        raise InputError(f"`--video` names {sorted(unknown)}, which the dataset does not have{also}.")
     return chosen
 
 

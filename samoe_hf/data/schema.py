@@ -177,11 +177,18 @@ class VideoList(Sequence[Video]):
         return VideoList({video_id: self.entries[video_id] for video_id in video_ids}, self.open_entry)
 
 
-def named_entries(videos: Sequence[Video]) -> list[tuple[str, Callable[[], Video]]]:
-    """The id of each video, or "video 1" and so on where ids are not told before, and what opens it."""
-    ids = videos.video_ids if isinstance(videos, VideoList) else []
-    names = ids or [f"video {number}" for number in range(1, len(videos) + 1)]
-    return [(name, partial(videos.__getitem__, index)) for index, name in enumerate(names)]
+def named_entries(*parts: Sequence[Video]) -> list[tuple[str, Callable[[], Video]]]:
+    """A name of each video, and what opens it: its id, or "video 1" and so on where ids are not told before.
+
+    Of several datasets, each name begins with its dataset's number.
+    """
+    entries = []
+    for number, videos in enumerate(parts, start=1):
+        ids = videos.video_ids if isinstance(videos, VideoList) else []
+        owner = f"dataset {number}, " if len(parts) > 1 else ""
+        for index, name in enumerate(ids or [f"video {number}" for number in range(1, len(videos) + 1)]):
+            entries.append((f"{owner}{name}", partial(videos.__getitem__, index)))
+    return entries
 
 
 def encoded_source(image: Any, name: str) -> bytes | str:

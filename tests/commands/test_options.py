@@ -53,6 +53,15 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
         chosen_videos(run)
 
 
+def test_a_video_is_chosen_beside_damaged_ones_whose_ids_nothing_tells(damaged_rows):
+    """Two data sets as `datasets` saves them, each with a damaged row."""
+    assert [video.video_id for video in chosen_videos(damaged_rows, "--video", "good 1")] == ["good 1"]
+    with pytest.raises(
+        InputError, match=r"\['bad 1'\].*not have; 2 of its videos cannot be read, the first: video 1: 'bad 0'"
+    ):
+        chosen_videos(damaged_rows, "--video", "bad 1")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
