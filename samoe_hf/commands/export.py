@@ -41,7 +41,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     with OneWriter(parsed.output, inside=False), input_errors():
         model, processor = load_model(parsed, torch.device("cpu"))
-        export_model(model, processor, parsed.output, parsed.domain, parsed.format)
+        export_model(model, processor, parsed.output, parsed.domain, parsed.format, show_progress_bar=True)
     sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(parsed.output.iterdir())}
     written = ", ".join(f"{name} ({size:.1f} MB)" for name, size in sizes.items())
     print(f"Written to {parsed.output}: {written}")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers.image_utils import PILImageResampling
 
 from samoe_hf import __version__
@@ -46,6 +47,7 @@ def export_model(
     directory: str | os.PathLike,
     domain: str | None = None,
     format: str = "onnx",
+    show_progress_bar: bool = False,
 ) -> None:
     """Writes the parts of a model, each in a file of its own, with what runs them.
 
@@ -82,8 +84,8 @@ def export_model(
             import onnxscript  # noqa: F401
     model = with_plain_layers(copy.deepcopy(model).cpu().eval().requires_grad_(False), domain)
     with new_folder(directory) as folder, use_domain(None if domain == BASE_ALONE else domain, model):
-        for name, signature in SIGNATURES.items():
-            write_part(model, signature, folder / description["parts"][name]["file"])
+        for name in tqdm(SIGNATURES, desc="export", unit="part", disable=not show_progress_bar):
+            write_part(model, SIGNATURES[name], folder / description["parts"][name]["file"])
         (folder / "model.json").write_text(json.dumps(description, indent=1))
         if format == "onnx":
             shutil.copy(Path(__file__).with_name("run.py"), folder)

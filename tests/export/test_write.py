@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.domains import add_learned_domain, clip_masks, new_model, with_two_domains
+from samoe_hf.cli import main
 from samoe_hf.errors import InputError
 from samoe_hf.export.parts import SIGNATURES
 from samoe_hf.export.write import check, image_settings, with_plain_layers
@@ -66,6 +67,12 @@ def test_single_experts_are_merged_and_the_model_stays_as_it_is(two_clips):
     torch.testing.assert_close(
         clip_masks(plain, two_clips, None), clip_masks(model, two_clips, "one"), atol=1e-4, rtol=0
     )
+
+
+def test_the_command_shows_how_far_it_is(model_folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("samoe_hf.export.write.write_part", lambda model, signature, path: path.touch())
+    main(["export", str(model_folder), "--format", "torch", "--output", str(tmp_path / "out")])
+    assert "5/5" in capfd.readouterr().err
 
 
 @pytest.mark.slow
