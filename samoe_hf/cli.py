@@ -67,7 +67,9 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         is_full = is_disk_full(error)
         advice = " Nothing that was there is lost. Make room, and run the command again." if is_full else ""
         subject = "the disk is full: " if is_full else ""
-        sys.exit(f"error: {subject}{' '.join(str(error).split())}{advice}")
+        # Of a data loader's worker, the text ends a traceback.
+        words = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].split()
+        sys.exit(f"error: {subject}{' '.join(words)}{advice}")
     finally:
         _leave_other_processes()
 

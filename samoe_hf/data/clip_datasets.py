@@ -65,7 +65,7 @@ class EpochDataset:
 
     def _raise_or_skip(self, error: Exception) -> None:
         if self.on_error == "raise":
-            raise error
+            raise SampleError(f'{error}; `on_error` "skip" goes on without such samples') from error
         worker = get_worker_info()
         self._skipped[0 if worker is None else worker.id + 1] += 1
         logger.warning("skipped a sample, %d so far: %s", self.num_skipped, error)

@@ -11,10 +11,12 @@ from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
 
 from helpers.reference import ROOT
 from samoe_hf import cli
 from samoe_hf.cli import COMMANDS, main, run_command
+from samoe_hf.data.frames import SampleError
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.training.arguments import run_parser
@@ -108,6 +110,20 @@ def test_a_full_disk_comes_with_advice_wherever_it_is_noticed(command):
         command(function)
         with pytest.raises(SystemExit, match=r"^error: the disk is full: .* Make room, and run the command again\.$"):
             main(["export"])
+
+
+class Damaged:
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise SampleError(f"{index}.png: damaged")
+
+
+def test_an_error_in_a_data_loaders_worker_is_its_line_alone(command):
+    command(lambda: list(DataLoader(Damaged(), num_workers=1)))
+    with pytest.raises(SystemExit, match=r"^error: 0\.png: damaged$"):
+        main(["train"])
 
 
 @pytest.mark.parametrize(
