@@ -12,7 +12,7 @@ from PIL import Image
 
 from samoe_hf.errors import InputError
 
-from .annotations import LabelImages, ObjectImages
+from .annotations import LabelImages, ObjectImages, has_soft_edges
 from .frames import SampleError, check_inside
 from .images import read_label_png, write_palette_png
 from .layouts import MaskFormat
@@ -92,20 +92,27 @@ class MaskFiles:
 
         Raises:
             FileNotFoundError: there is no such file; see [`check`](MaskFiles.check).
-            SampleError: a damaged file, or one of another size than the video.
+            SampleError: a damaged file, soft edges, or another size than the video's.
         """
         ids = video.object_ids if object_ids is None else object_ids
         maps = []
-        for path in self.paths(video, frame, ids):
+        for path in (paths := self.paths(video, frame, ids)):
             maps.append(read_label_png(path))
             if maps[-1].shape != tuple(video.size):
                 raise SampleError(f"{path}: prediction of size {maps[-1].shape}, but the video's is {video.size}")
         if self.layout == "sa_v":
             return np.stack(maps) > 0 if maps else np.zeros((0, *video.size), dtype=bool)
         id_map = maps[0]
+        if np.iinfo(id_map.dtype).max not in video.object_ids and has_soft_edges(id_map):
+            raise SampleError(f"{paths[0]}: a prediction with soft edges, whose shades are no objects' ids")
         if video.object_ids == [1] and not ((id_map != 0) & (id_map != 255)).any():
             id_map = (id_map > 0).astype(np.uint8)
         return id_map[None] == np.asarray(ids, dtype=np.int64)[:, None, None]
+
+    def values(self, video: Video, frames: Sequence[int]) -> list[int]:
+        """All values above 0 in the masks of some frames, ascending."""
+        paths = (path for frame in frames for path in self.paths(video, frame, video.object_ids))
+        return sorted({value for path in paths for value in np.unique(read_label_png(path)).tolist()} - {0})
 
     def annotations(self, video: Video) -> LabelImages | ObjectImages:
         """The masks of all frames of a video, as what replaces its own."""

@@ -215,11 +215,22 @@ def evaluation_steps(
 
 
 def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
-    """Scores masks that were written before, by whatever method; see [`MaskFiles`] for what is wrong with them."""
+    """Scores masks that were written before, by whatever method; see [`MaskFiles`] for what is wrong with them.
+
+    Raises:
+        InputError: if they show none of the video's objects, and other values: their ids are other ones.
+    """
     check_annotated(video)
     files.check(video, video.annotated_frames)
     frames = (PredictedFrame(frame, files.read(video, frame), None) for frame in video.annotated_frames)
-    return score_predictions(video, frames, surface_tolerance)
+    result = score_predictions(video, frames, surface_tolerance)
+    is_empty = video.object_ids and not result.scores.prediction_area.any()
+    if is_empty and (values := files.values(video, video.annotated_frames)):
+        raise InputError(
+            f"{files.folder}: the masks of {video.video_id} have the values {', '.join(map(str, values[:8]))}, and its "
+            f"objects the ids {', '.join(map(str, video.object_ids[:8]))}, of which none is among them."
+        )
+    return result
 
 
 def check_annotated(video: Video) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.edgetam import slow_over_bases
 from helpers.results import assert_same_scores, perturbed, random_video
@@ -124,6 +125,22 @@ def test_written_masks_get_the_scores_of_the_masks(layout, tmp_path):
     np.testing.assert_array_equal(result.scores.f, expected.scores.f)
     assert result.scores.object_scores is None and math.isnan(result.seconds)
     assert np.isnan(result.scores.occlusion_correct).all()
+
+
+def test_predictions_with_other_ids_are_not_taken_for_empty_ones(tmp_path):
+    video, files = random_video(), MaskFiles(tmp_path)
+    for t in range(len(video)):
+        files.write(video, t, np.zeros_like(video.masks(t)))
+    assert evaluate_masks(video, files).scores.j[:, 0].tolist() == [0] * len(video)
+    (path,) = files.paths(video, 2, video.object_ids)
+    write_palette_png(path, 7 * video.masks(2)[0])
+    with pytest.raises(ValueError, match="video 0 have the values 7, and its objects the ids 2, 300, of which none"):
+        evaluate_masks(video, files)
+    soft = np.zeros(video.size, np.uint8)
+    soft[4:9, 4:9] = np.minimum.outer([60, 120, 255, 120, 60], [60, 120, 255, 120, 60])
+    Image.fromarray(soft).save(path)
+    with pytest.raises(ValueError, match=r"00002\.png: a prediction with soft edges"):
+        evaluate_masks(video, files)
 
 
 def test_missing_predictions_and_those_of_another_size_are_refused(tmp_path):
