@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samoe_hf.data.layouts import WRITTEN
-from samoe_hf.errors import InputError
+from samoe_hf.errors import InputError, input_errors
 
 from .options import add_dataset_options, add_output_option, command_parser, open_dataset, write_format
 
@@ -104,7 +104,8 @@ def run(parsed: argparse.Namespace) -> None:
     doubtful = sum(bool(report.warnings) for report in reports)
     print(f"{len(reports)} videos, {sum(len(r.object_ids) for r in reports)} objects; {doubtful} videos with warnings")
     if usable:
-        with whole_file(parsed.output / SHEET) as path:
+        refused = input_errors(f"`--output` {parsed.output} cannot be written")
+        with refused, whole_file(parsed.output / SHEET) as path:
             draw_sheet([usable[i] for i in evenly(len(usable), MAX_ROWS)], path)
         print(f"Written: {parsed.output / SHEET}")
     broken = sum(report.error is not None for report in reports)

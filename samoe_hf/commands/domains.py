@@ -106,7 +106,8 @@ def act(parsed: argparse.Namespace) -> None:
     written = ""
     if parsed.action == "show":
         figure = domains.draw_map(model, partial(domains.find_example, parsed.model))
-        with whole_file(parsed.output / MAP) as path:
+        refused = input_errors(f"`--output` {parsed.output} cannot be written")
+        with refused, whole_file(parsed.output / MAP) as path:
             figure.savefig(path, dpi=DPI)
         written = f"\nWritten: {parsed.output / MAP}"
     elif parsed.action != "list":

@@ -20,6 +20,8 @@ from . import options
 if TYPE_CHECKING:
     from samoe_hf.analysis.usage import ExpertUsage
     from samoe_hf.data.schema import Video
+    from samoe_hf.model.modeling_samoe import SamoeModel
+    from samoe_hf.model.processing_samoe import VideoProcessor
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -92,12 +94,22 @@ def print_usage(usage: ExpertUsage, dead_share: float) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    from samoe_hf.analysis.routing import routing_maps, routing_module
-    from samoe_hf.analysis.usage import expert_usage
+    from samoe_hf.one_writer import OneWriter
 
     videos = options.open_dataset(parsed).videos()
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
     model, processor = options.load_model(parsed, parsed.device)
+    with OneWriter(parsed.output):
+        show_experts(parsed, videos, chosen, model, processor)
+
+
+def show_experts(
+    parsed: argparse.Namespace, videos: list[Video], chosen: list[Video], model: SamoeModel, processor: VideoProcessor
+) -> None:
+    """Tracks the videos, and prints, draws and writes what the experts did; `chosen`: of which routing is drawn."""
+    from samoe_hf.analysis.routing import routing_maps, routing_module
+    from samoe_hf.analysis.usage import expert_usage
+
     module = routing_module(model, parsed.routing_module)
     usage = expert_usage(model, videos, processor)
     print_usage(usage, parsed.dead_share)

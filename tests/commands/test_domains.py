@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -174,6 +175,19 @@ def test_what_cannot_be_written_is_not_said_to_be_done(samoe, copy_of, monkeypat
     assert "is now" not in capfd.readouterr().out
     (copy_of / ".lock").mkdir()
     assert samoe("domains", "rename", copy_of, "a", "c", "--in-place", fails=True).startswith("error: MODEL ")
+
+
+def test_a_folder_that_cannot_be_made_is_named_in_a_line(samoe, folder, tmp_path, monkeypatch):
+    make = Path.mkdir
+
+    def refuse(path, *args, **options):
+        if path.name == "refused":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for words in (["domains", "show", folder], ["experts", folder, *DATA], ["data", "check", *DATA[1:]]):
+        assert "refused cannot be written: " in samoe(*words, "--output", tmp_path / "refused", fails=True)
 
 
 def test_two_processes_do_not_change_a_model_at_once(samoe, copy_of, monkeypatch):
