@@ -18,6 +18,7 @@ from .container_index import MAX_FRAMES, NO_TIME, checksum, index_by_decoding, i
 from .decoder import Decoder
 from .frames import FrameSequence, SampleError, named_errors, say_once
 
+RATE_TOLERANCE = 0.02  # of time stamps that are rounded
 MAX_IDLE = 4  # decoders that are kept open while nobody reads from them
 _max_idle = MAX_IDLE
 # Reader -> its decoder while it is idle, the one that was used last at the end. In use, it is its thread's alone.
@@ -66,6 +67,10 @@ class ContainerFrames(FrameSequence):
         self._index = index_container(self.path, *self._identity, max_frames)
         self.size, self.fps = self._index.size, self._index.fps
         self.names = [f"{i:05d}" for i in range(len(self._index.times))]
+        # Of frames at uneven times, a header tells the rate of the closest ones, or none.
+        if seconds := self.time(len(self.names) - 1):
+            mean = (len(self.names) - 1) / seconds
+            self.fps = self.fps if self.fps and abs(mean / self.fps - 1) < RATE_TOLERANCE else mean
         if self._index.problem:
             say_once(f"{self.path}: {self._index.problem}")
         self._own_decoder()

@@ -58,7 +58,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = 24)
         raise InputError(f"{path}: no frames to write")
     height, width = first.shape[:2]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream = container.add_stream("libx264", rate=Fraction(max(fps, 0.01)).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
         for i, frame in enumerate(chain([first], iterator)):
             if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
