@@ -179,12 +179,25 @@ def read_folders(root: Path) -> list[Folder]:
         )
         if unread := describe_unread(paths):
             say_once(f"{path} holds {unread}")
+        if overlays := [video for video in videos if _is_overlay(video)]:
+            videos = [video for video in videos if video not in overlays]
+            names_of = ", ".join(video.name for video in overlays[:5])
+            say_once(f"{path}: left out, since `samoe track` has drawn masks into them: {names_of}")
         if images or videos:
             firsts = {image.suffix: image for image in reversed(images)}
             paged = [suffix for suffix, image in firsts.items() if is_stack(image)]
             stacks = [image for image in images if image.suffix in paged and is_stack(image)]
             folders.append(Folder(Path(path).relative_to(root).parts, images, videos, stacks))
     return folders
+
+
+def _is_overlay(video: Path) -> bool:
+    """Whether `samoe track` wrote it: its table of tracks lies beside it."""
+    table = video.with_name(f"{video.stem}_tracks.csv")
+    if not table.is_file():
+        return False
+    with table.open("rb") as file:
+        return file.readline().startswith(b"frame,time,object,score,")
 
 
 # --- Patterns

@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers.edgetam import slow_over_bases
 from samoe_hf.commands.track import parse_arguments, read_prompts
-from samoe_hf.data import SyntheticVideos, read_label_png, read_video, write_palette_png, write_video
+from samoe_hf.data import SyntheticVideos, load_videos, read_label_png, read_video, write_palette_png, write_video
 from samoe_hf.tracks import read_tracks
 from samoe_hf.where_to_look import where_to_look
 
@@ -55,6 +55,10 @@ def test_a_video_file(track, model_folder, file, video, tmp_path):
     looks = where_to_look(rows, 5)
     lines = [f"  frame {look.frame} ({look.time:.2f} s): {look.reason}" for look in looks]
     assert looks and "\n".join(["Worth a look, the most important first:", *lines]) in said
+    mask.unlink()
+    (labelled,) = load_videos(tmp_path)  # not the overlay, in which masks are drawn
+    np.testing.assert_array_equal(labelled.frames[0], read_video(file)[0])
+    np.testing.assert_array_equal(labelled.id_map(0), maps[0])
 
 
 def test_a_folder_of_frames_from_a_frame_in_the_middle(track, model_folder, video, tmp_path):
