@@ -75,6 +75,8 @@ def as_videos(data: Any) -> Sequence[Video] | Iterable[Video]:
     """Videos of what holds them in any form: see `videos_from_dataset` and [`videos_from_items`]."""
     if isinstance(data, datasets.Dataset | datasets.IterableDataset):
         return videos_from_dataset(data)
+    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise InputError(f"a dataset must be one split, but this has {', '.join(map(repr, data))}; give one of them")
     return videos_from_items(data)
 
 

@@ -50,7 +50,9 @@ class RouterLogits(nn.Identity):
     """Passes a router's logits on. Its hooks see them, and may change them."""
 
     def is_watched(self) -> bool:
-        """Whether it has hooks."""
+        """Whether it has hooks, or had some in the forward pass that is computed again, see [`recomputable`]."""
+        if not torch.compiler.is_compiling() and _runs_hooks.get():
+            return True
         return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
 
@@ -94,8 +96,8 @@ def open_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def recomputable(function: Callable) -> Callable:
-    """`function` for gradient checkpointing: if its compiled parts run uncompiled now, they do in later calls too."""
-    return torch.compiler.set_stance("force_eager")(function) if _runs_hooks.get() else function
+    """`function` for gradient checkpointing: if hooks run now, later calls compute in the same way, without them."""
+    return open_hooks(())(function) if _runs_hooks.get() else function
 
 
 class RouterCall(NamedTuple):

@@ -78,7 +78,10 @@ logger = logging.getLogger(__name__)
 # What wrappers put before the names of tensors.
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
 # Arguments of Trainer that have no effect here.
-UNUSED = ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+UNUSED = (
+    "data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics",
+    "optimizer_cls_and_kwargs",
+)  # fmt: skip
 
 
 class SamoeTrainer(Trainer):
@@ -124,7 +127,7 @@ class SamoeTrainer(Trainer):
         if unused := [name for name in UNUSED if kwargs.get(name) is not None]:
             raise InputError(
                 f"`{unused[0]}` is for transformers.Trainer, which also trains a SamoeModel. A SamoeTrainer collates "
-                "clips itself, its loss is `segmentation_loss`, and it tracks videos to evaluate."
+                "clips itself, its loss is `segmentation_loss`, it tracks videos to evaluate, and takes `optimizers`."
             )
         for part in parts_of(kwargs.get("eval_dataset") or []).values():
             as_videos(part)  # refuses what holds no videos

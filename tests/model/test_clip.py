@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from samoe_hf import SamoeModel
 from samoe_hf.model.clip import router_logits_by_clip
+from samoe_hf.model.expert_layer import expert_modules
 from samoe_hf.model.expert_router import record_router_logits
 from samoe_hf.model.prompt_recipe import PromptRecipe
 
@@ -63,9 +64,13 @@ def test_videos_in_one_batch_give_what_each_gives_alone(model, num_maskmem, prom
     assert (together - torch.cat(alone[::-1])).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}])
-def test_checkpointing_draws_the_same_dropout_and_clicks(model, options):
+@pytest.mark.parametrize(("options", "lora_dropout"), [({}, 0.1), ({"every_n_layers": 2}, 0.0)])
+def test_checkpointing_draws_the_same_dropout_and_clicks(model, options, lora_dropout):
+    """Also where the routers are watched for their loss, and are not any more in the backward pass."""
     model.set_trainable("memory", "decoder")
+    model.config.router_aux_loss_coef = 0.1
+    for _, mixture in expert_modules(model):
+        mixture.dropout.p = lora_dropout
     batch = make_batch()
     expected = gradients(model, batch, prompts=CLICKS)
     model.gradient_checkpointing_enable(**options)

@@ -124,6 +124,7 @@ def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_pa
         (lambda: trainer.evaluate({"frames": 1}), "not dict; put one item into a list"),
         (lambda: SamoeTrainer(model_init=lambda: model, args=args), "`model` must be .* not NoneType; `model_init` is"),
         (lambda: SamoeTrainer(model, args, compute_metrics=dict), "`compute_metrics` is for transformers.Trainer"),
+        (lambda: SamoeTrainer(model, args, optimizer_cls_and_kwargs=(1, {})), "`optimizer_cls_and_kwargs` is for"),
         (lambda: SamoeTrainer(model, args, eval_dataset={"one": "davis"}), "a dataset must be .*, not str"),
         (lambda: SamoeTrainingArguments(label_smoothing_factor=0.1), "`label_smoothing_factor` must be 0, got 0.1"),
         (lambda: SamoeTrainer(model), "`args` must be SamoeTrainingArguments, not NoneType"),
@@ -162,6 +163,7 @@ def test_evaluation_tracks_items_as_it_tracks_their_videos(model_folder, tmp_pat
         (iter([]), "must not be an iterator"),
         ([], "without videos"),
         ({"frames": 1}, "not dict"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({})), "must be one split, but this has 'train'; give"),
         (datasets.Dataset.from_dict({"picture": [1]}), r"It has: picture \(int64\)"),
     ],
 )
