@@ -38,6 +38,7 @@ from .base_model import SamoePreTrainedModel, build_on_meta
 from .domain_experts import DomainLinear
 from .errors import InputError
 from .expert_layer import ExpertLinear
+from .weights_files import fetch_file
 
 if TYPE_CHECKING:
     try:  # noqa: SIM105  # what remote code imports elsewhere, transformers asks for
@@ -312,7 +313,7 @@ def check_adapters_on_experts(model: nn.Module) -> None:
 def read_adapter_config(source: str | os.PathLike, hub: Mapping[str, Any]) -> "PeftConfig":
     """The configuration of a PEFT folder or Hub repository; `hub` says how it is fetched."""
     # For its errors, which tell a missing file from no connection.
-    cached_file(source, ADAPTER_CONFIG_NAME, **hub)
+    fetch_file(source, ADAPTER_CONFIG_NAME, hub, is_needed=True)
     try:
         return _peft().PeftConfig.from_pretrained(str(source), **hub)
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:

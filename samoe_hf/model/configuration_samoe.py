@@ -434,8 +434,8 @@ def check_domain_name(name: Any) -> None:
     """Raises a `ValueError` if a domain cannot have this name."""
     if not isinstance(name, str) or not DOMAIN_NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
         raise InputError(
-            "A domain's name must be of letters, digits, _ and -, begin with a letter or digit, and be none of "
-            f"{', '.join(RESERVED_NAMES)}, got {name!r}."
+            "A domain's name must be of letters (a to z), digits, _ and -, begin with a letter or digit, and be none "
+            f"of {', '.join(RESERVED_NAMES)}, got {name!r}."
         )
 
 

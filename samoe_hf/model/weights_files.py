@@ -86,8 +86,7 @@ def fetch_file(source: str | os.PathLike, name: str, hub: Mapping[str, Any], is_
             ) from error
         if isinstance(error.__cause__, HFValidationError):
             raise OSError(
-                f"The model {str(source)!r} is neither a folder or file here, nor an id of the Hub, as NAME or "
-                "OWNER/NAME."
+                f"{str(source)!r} is neither a folder or file here, nor an id of the Hub, as NAME or OWNER/NAME."
             ) from error
         if is_needed or error.__cause__ is not None:
             raise

@@ -171,7 +171,7 @@ def test_what_a_user_can_mend_becomes_an_error_of_ours_where_it_is_met():
         (["evaluate", "m", "--dataset", "smok.yaml", "--output", "o"], "is no file, .* did you mean 'smoke'"),
         (["experts", "nowhere", *SYNTHETIC], "nowhere: "),
         (["experts", "gone.pt", *SYNTHETIC], "gone.pt: no such file"),
-        (["convert", "a/b/c", "--output", "o"], "The model 'a/b/c' is neither a folder or file"),
+        (["convert", "a/b/c", "--output", "o"], "'a/b/c' is neither a folder or file"),
     ],
 )
 def test_names_of_nothing_are_told_in_a_line_and_nothing_is_written(arguments, message, tmp_path, monkeypatch):

@@ -147,6 +147,8 @@ def test_wrong_settings_of_a_lora_are_refused_with_its_folders_name(lora, settin
 
 def test_only_safetensors_and_loras_are_read(model, lora):
     folder = lora()
+    with pytest.raises(OSError, match=r"^'no/such/lora' is neither a folder or file here, nor an id of the Hub"):
+        add_expert(model, "no/such/lora")
     tensors = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()
     torch.save(tensors, folder / "adapter_model.bin")
