@@ -386,7 +386,11 @@ def _try(
             before = places.setdefault(video, place)
             if before != place and video in keys:
                 one, other = (p.relative_to(root).as_posix() for p in (before, place))
-                shown[role] = one.replace(video, "{video}") + "/*" * (not is_video and path not in stacks)
+                named = Path(one).with_name("{video}" + path.suffix * is_video).as_posix()  # where none has one name
+                named = one.replace(video, "{video}") if video else named
+                shown[role] = named + "/*" * (not is_video and path not in stacks)
+                if is_video and not video:
+                    shown["masks"] = re.sub(r"/\*$", "/{video}_*", shown["masks"])
                 raise InputError(
                     f"{root}: both {one} and {other} could be the {role} of video {video or root.name}. Name them: "
                     f'{{kind: files, root: {root}, frames: "{shown["frames"]}", masks: "{shown["masks"]}"}}'

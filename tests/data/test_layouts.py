@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import yaml
 
 from helpers import layouts
 from helpers.own_videos import (
@@ -385,6 +386,14 @@ def test_what_is_wrong_is_named_with_the_remedy(what, message, tmp_path):
         video = load_videos(root)[0]
         for t in video.annotated_frames:
             video.masks(t)
+
+
+def test_video_files_whose_masks_lie_in_one_folder_are_read_as_the_remedy_says(tmp_path):
+    root = write_videos(tmp_path / "mine", "{v}.mp4", "masks/{v}_{t:05d}.png")
+    with pytest.raises(ValueError, match=r"both cat\.mp4 and dog 2\.mp4 could be the frames") as caught:
+        load_videos(root)
+    remedy = yaml.safe_load(str(caught.value).partition("Name them: ")[2])
+    check_videos(load_videos(**remedy))
 
 
 PATTERN = "{video}/frames/*"
