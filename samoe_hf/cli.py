@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import TracebackType
 
 from samoe_hf import __version__
 from samoe_hf.data.configs import expand_home
@@ -48,9 +49,12 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     """Parses the arguments of a command and runs it.
 
     An [`InputError`], a missing file and a full disk end the process with exit status 1 and one line, `error: …`, or
-    with a traceback if `--traceback` is among the arguments. Other errors always have their traceback.
+    with a traceback if `--traceback` is among the arguments; Ctrl-C ends it with `stopped`. Other errors always have
+    their traceback.
     """
     command = import_module(f"samoe_hf.commands.{name}")
+    if "--traceback" not in arguments:
+        sys.excepthook = _say_stopped
     try:
         parsed = command.parse_arguments(arguments)
         # torchao and bitsandbytes, which transformers and PEFT import, warn of what nobody asked for.
@@ -72,6 +76,14 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         sys.exit(f"error: {subject}{' '.join(words)}{advice}")
     finally:
         _leave_other_processes()
+
+
+def _say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A hook for what ends the process: of Ctrl-C a traceback would tell nothing. It is by SIGINT all the same."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _leave_other_processes() -> None:

@@ -74,7 +74,7 @@ def command(monkeypatch):
     return command
 
 
-def fail(error: Exception) -> None:
+def fail(error: BaseException) -> None:
     raise error
 
 
@@ -110,6 +110,17 @@ def test_a_full_disk_comes_with_advice_wherever_it_is_noticed(command):
         command(function)
         with pytest.raises(SystemExit, match=r"^error: the disk is full: .* Make room, and run the command again\.$"):
             main(["export"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--traceback"]])
+def test_a_user_who_stops_a_command_is_told_no_more(command, capsys, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # which Python calls at last
+    command(lambda: fail(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        main(["label", *arguments])
+    sys.excepthook(stopped.type, stopped.value, stopped.tb)
+    said = capsys.readouterr().err
+    assert "Traceback" in said if arguments else said == "stopped\n"
 
 
 class Damaged:
