@@ -129,8 +129,8 @@ def test_masks_that_wait_for_a_late_object_are_not_held(nano, processor):
             if output.frame_idx == count - 1:
                 return sum(one.nbytes for one in gc.get_objects() if type(one) is torch.Tensor)
 
-    held(40)  # what is computed once
-    longer, shorter = held(70), held(40)
+    held(20)  # what is computed once
+    longer, shorter = held(52), held(36)
     assert longer - shorter < 10 * 4 * 32 * 32  # bytes of 10 masks
 
 

@@ -11,8 +11,6 @@ from samoe_hf.app.uploads import Limits
 from samoe_hf.commands.app import TINY, default_model, parse_arguments
 from samoe_hf.errors import InputError
 
-pytest.importorskip("gradio", reason="needs the `app` extra")
-
 
 class Terminal(io.StringIO):
     def isatty(self):

@@ -17,8 +17,6 @@ from samoe_hf.data.images import read_label_png
 from samoe_hf.data.video_io import read_video
 from samoe_hf.inference import VideoPrompt
 
-pytest.importorskip("gradio", reason="needs the `app` extra")
-
 
 def masks_of_zip(path, folder) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:

@@ -15,8 +15,6 @@ from samoe_hf.app.uploads import Limits
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import rename_domain
 
-pytest.importorskip("gradio", reason="needs the `app` extra")
-
 
 class Person(Visitor):
     """A page, with the words of somebody who cares for domains."""

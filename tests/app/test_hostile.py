@@ -16,8 +16,6 @@ from helpers.app_server import Visitor, file_data
 from helpers.processes import wait_until
 from samoe_hf.app.uploads import Limits
 
-pytest.importorskip("gradio", reason="needs the `app` extra")
-
 POINT = "+ is the object"
 WEIRD = {
     "nothing": None,

@@ -15,7 +15,6 @@ import yaml
 from helpers.app import maps_of, run_all
 from helpers.processes import wait_until
 from samoe_hf import SamoeModel, load_videos, small_base
-from samoe_hf.app.learn_page import LearnPart
 from samoe_hf.app.learning import Learner, Learning, collect_video, collected, draw_curves
 from samoe_hf.app.models import load_model
 from samoe_hf.continual.adapt import adapt
@@ -77,10 +76,19 @@ def test_names_that_are_no_domains(small_model, data, tmp_path, name):
     assert learner.current is None and not (tmp_path / "models").exists()
 
 
-def test_spaces_around_a_name_do_not_count():
+@pytest.fixture
+def learn_part():
+    """The class, whose file imports Gradio."""
+    pytest.importorskip("gradio", reason="needs the `app` extra")
+    from samoe_hf.app.learn_page import LearnPart
+
+    return LearnPart
+
+
+def test_spaces_around_a_name_do_not_count(learn_part):
     part, person = Mock(), Mock(changed={})
     person.session.loaded.is_changed = False
-    LearnPart.begin(part, person, " mine ", 3)
+    learn_part.begin(part, person, " mine ", 3)
     assert part.learner.start.call_args.args[2:] == ("mine", 3)
 
 
@@ -212,7 +220,7 @@ def test_what_a_run_left_beside_its_folder_is_not_the_next_ones(small_model, two
 
 @pytest.mark.parametrize("after, said", [(0.7, "Nothing was won.** "), (0.71, "Learned.** ")])
 def test_the_page_goes_on_with_what_was_learned_where_that_is_better(
-    small_model, data, tmp_path, processes, monkeypatch, after, said
+    small_model, data, tmp_path, processes, monkeypatch, learn_part, after, said
 ):
     learner, person = Learner(data, tmp_path / "models"), Mock(secret="me")
     learning = learner.start("me", small_model, "mine", 5)
@@ -222,20 +230,20 @@ def test_the_page_goes_on_with_what_was_learned_where_that_is_better(
     (learning.output / "adaptation.json").write_text(json.dumps(scores))
     part = Mock(learner=learner)
     part.app.learner, part.result.run, part.track.view = learner, lambda _: [], lambda _: {}
-    assert said in LearnPart.refresh(part, person)[part.state]
-    assert "The gate knew" not in LearnPart.refresh(part, person)[part.state]
+    assert said in learn_part.refresh(part, person)[part.state]
+    assert "The gate knew" not in learn_part.refresh(part, person)[part.state]
     monkeypatch.setattr("samoe_hf.app.learn_page.load_model", Mock())
     monkeypatch.setattr("samoe_hf.app.learn_page.Comparison", Mock())
-    assert len(list(LearnPart.track_again(part, person))) == 1
+    assert len(list(learn_part.track_again(part, person))) == 1
     assert person.the_session().use.called == (after > 0.7)
 
 
-def test_a_domain_that_goes_on_is_told_to_be_known_anew(two_domains, data, tmp_path, processes):
+def test_a_domain_that_goes_on_is_told_to_be_known_anew(two_domains, data, tmp_path, processes, learn_part):
     learner = Learner(data, tmp_path / "models")
     learner.start("me", two_domains, "first", 5)
     part = Mock(learner=learner)
     part.app.learner = learner
-    assert "The gate knew *first* by 8 videos before." in LearnPart.refresh(part, Mock(secret="me"))[part.state]
+    assert "The gate knew *first* by 8 videos before." in learn_part.refresh(part, Mock(secret="me"))[part.state]
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -18,7 +20,7 @@ from helpers.wheel import build_wheel
 from samoe_hf.app.space import push_space, write_space
 from samoe_hf.cli import main
 
-gradio = pytest.importorskip("gradio", reason="needs the `app` extra")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs the `app` extra")
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def test_the_files_of_a_space(tmp_path, fake_wheel):
     ]  # fmt: skip
     assert (tmp_path / "space" / "requirements.txt").read_text() == f"./{fake_wheel.name}[app]\n"
     about = front_matter(tmp_path / "space")
-    assert (about["sdk"], about["app_file"], about["sdk_version"]) == ("gradio", "app.py", gradio.__version__)
+    assert (about["sdk"], about["app_file"], about["sdk_version"]) == ("gradio", "app.py", version("gradio"))
     assert about["models"] == ["me/my-model"] and about["title"] == "samoe my-model"
     assert 'MODEL = "me/my-model"' in (tmp_path / "space" / "app.py").read_text()
 

@@ -107,16 +107,12 @@ def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
     assert after.config.base_model == before.config.base_model
 
 
-def test_of_a_domain_that_goes_on_it_is_said_that_the_gate_learns_it_anew(first, tmp_path):
-    result = adapt(first[0], "soft", [str(write_run(tmp_path, "blobs"))], tmp_path / "more")
-    assert "The gate knew soft by 12 videos before. It learned it anew" in result.describe()
-    assert "The gate knew" not in first[1].describe()
-
-
-def test_training_that_spoils_what_it_starts_from_is_told(first, tmp_path, monkeypatch):
+def test_a_domain_that_goes_on_is_said_to_be_learned_anew_and_whether_it_was_spoiled(first, tmp_path, monkeypatch):
     scores = iter([0.5, 0.1])
     monkeypatch.setattr(adapting, "domain_score", lambda *_, domain: {"soft": next(scores)}[domain])
     spoiled = adapt(first[0], "soft", [str(write_run(tmp_path, "blobs"))], tmp_path / "out")
+    assert "The gate knew soft by 12 videos before. It learned it anew" in spoiled.describe()
+    assert "The gate knew" not in first[1].describe()
     assert (spoiled.at_start, spoiled.at_end) == (0.5, 0.1)
     assert "Warning: training has spoiled the experts of soft as it was: " in spoiled.describe()
     assert "its videos have a J&F of 10.0, and had 50.0. Train more slowly (`--learning_rate`)." in spoiled.describe()

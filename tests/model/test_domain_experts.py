@@ -221,6 +221,7 @@ def test_saved_and_loaded_it_is_the_same(gated, two_clips, tmp_path):
     for name in ("a", "b", None):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(gated, two_clips, name))
     assert_same_gate_in_half(tmp_path, gated)
+    assert_known_without_further_features(tmp_path, gated)
 
 
 def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, two_clips, tmp_path, processor, domain_videos):
@@ -252,11 +253,6 @@ def test_domains_are_changed_over_a_base_that_has_domains_itself(gated, two_clip
     for name, before in (("c", "a"), ("b", "b"), (None, None)):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(gated, two_clips, before))
     assert_known_without_further_features(tmp_path / "renamed", loaded)
-
-
-def test_a_whole_model_of_an_older_version_is_loaded(gated, tmp_path):
-    gated.save_pretrained(tmp_path)
-    assert_known_without_further_features(tmp_path, gated)
 
 
 def assert_known_without_further_features(folder, model):

@@ -35,7 +35,7 @@ def processor(ours):
 
 @pytest.mark.parametrize(
     ("prompt", "start", "reverse"),
-    [*((prompt, 0, False) for prompt in PROMPTS), ("objects", 4, True), ("box", 3, False), ("mask", 7, True)],
+    [("point", 0, False), ("objects", 0, False), ("objects", 4, True), ("box and click", 3, False), ("mask", 7, True)],
 )
 def test_masks_are_those_of_transformers(ours, theirs, processor, prompt, start, reverse):
     """Also those of a further click. Masks are taken by SAM 2's rules, as of the other bases."""

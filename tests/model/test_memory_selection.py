@@ -137,7 +137,7 @@ def clip(request):
     """Frames of the model's size and the first masks of three objects, one of which is not seen there."""
     is_sam2 = getattr(request, "param", "sam2") == "sam2"
     side = SamoeConfig.from_pretrained(small_base()).image_size if is_sam2 else 128
-    video = SyntheticVideos(1, 12, (side, side), domain="scenes", seed=5)[0]
+    video = SyntheticVideos(1, 8, (side, side), domain="scenes", seed=5)[0]
     first = torch.zeros(1, 3, 16, 16)
     first[0, 0, 3:6, 4:9] = first[0, 1, 9:14, 8:13] = 1
     return list(video.frames), torch.nn.functional.interpolate(first, (side, side))

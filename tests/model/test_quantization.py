@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, Sam2VideoModel, TorchAoConfig
 
-from helpers.edgetam import over_bases, slow_over_bases
+from helpers.edgetam import slow_over_bases
 from helpers.reference import assert_same_tensors
 from samoe_hf import SamoeModel
 from samoe_hf.errors import InputError
@@ -64,7 +64,7 @@ def plain_weights(model):
     return {name: tensor.clone() for name, tensor in plain_tensors(model.state_dict().items())}
 
 
-@over_bases
+@slow_over_bases
 def test_the_base_is_quantized_and_what_belongs_to_experts_is_not(quantization, model_folder, clip):
     full = SamoeModel.from_pretrained(model_folder)
     model = SamoeModel.from_pretrained(model_folder, quantization_config=quantization())

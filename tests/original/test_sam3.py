@@ -45,15 +45,20 @@ def draw_tensor(name: str, shape: list[int]) -> torch.Tensor:
     return drawn.bfloat16() if "language" in name else drawn
 
 
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, torch.Tensor]:
+    return {name: draw_tensor(name, shape) for name, shape in shapes("combined").items()}
+
+
 @pytest.fixture
-def small(monkeypatch) -> dict[str, torch.Tensor]:
+def small(drawn, monkeypatch) -> dict[str, torch.Tensor]:
     """A small combined checkpoint, whose architecture takes the published one's place."""
     config = sam3_config(4, SIZE, 2, STRIDE, memory_fuser_intermediate_dim=4 * HIDDEN)
     trunk = config.vision_config.backbone_config
     trunk.hidden_size, trunk.intermediate_size, trunk.global_attn_indexes = 64, 160, [1, 3]
     trunk.layer_norm_eps = SAM3_CONFIG.vision_config.backbone_config.layer_norm_eps
     monkeypatch.setattr(checkpoint, "SAM3_CONFIG", config)
-    return {name: draw_tensor(name, shape) for name, shape in shapes("combined").items()}
+    return dict(drawn)
 
 
 @pytest.fixture
@@ -127,29 +132,23 @@ def test_the_size_of_frames_is_known_from_rotary_positions(small, save):
         load_original(save({**small, f"{TRUNK}.blocks.0.attn.freqs_cis": torch.zeros(9, 16)}))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tracker.no_mem_embed": None}, "missing: no_memory_embedding"),
-        ({"tracker.extra.weight": torch.zeros(1)}, "no tensor or module of the name 'extra.weight'"),
-        (
-            {f"{TRUNK}.blocks.0.attn.qkv.weight": torch.zeros(())},
-            r"shape: vision_encoder.+q_proj.weight \(1,\) instead",
-        ),
-        ({f"{TRUNK}.pos_embed": torch.zeros(3)}, "another shape: vision_encoder.+position_embeddings"),
-        ({f"{TRUNK}.blocks.0.ls1.gamma": torch.zeros(64)}, "unexpected: vision_encoder.+ls1.gamma"),
-        ({TRUNK.replace("trunk", "sam2_convs.0.conv_1x1.bias"): None}, "missing: .+fpn_layers.0.proj1.bias"),
-        ({"tracker.no_mem_embed": torch.zeros(1, 1, HIDDEN).int()}, "of no floating-point type: no_memory"),
-    ],
-)
-def test_what_does_not_fit_is_named(small, save, tmp_path, change, message):
+def test_what_does_not_fit_is_named(small, save, tmp_path):
     model = load_original(save(small))
-    path = save({name: x for name, x in {**small, **change}.items() if x is not None})
-    for use in (load_original, lambda path: save_sam3(*model, path, tmp_path / "out")):
-        with pytest.raises(ValueError, match=message) as caught:
-            use(path)
-        assert "sam3.pt" in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    for name, tensor, message in (
+        ("tracker.no_mem_embed", None, "missing: no_memory_embedding"),
+        ("tracker.extra.weight", torch.zeros(1), "no tensor or module of the name 'extra.weight'"),
+        (f"{TRUNK}.blocks.0.attn.qkv.weight", torch.zeros(()), r"shape: vision_encoder.+q_proj.weight \(1,\) instead"),
+        (f"{TRUNK}.pos_embed", torch.zeros(3), "another shape: vision_encoder.+position_embeddings"),
+        (f"{TRUNK}.blocks.0.ls1.gamma", torch.zeros(64), "unexpected: vision_encoder.+ls1.gamma"),
+        (TRUNK.replace("trunk", "sam2_convs.0.conv_1x1.bias"), None, "missing: .+fpn_layers.0.proj1.bias"),
+        ("tracker.no_mem_embed", torch.zeros(1, 1, HIDDEN).int(), "of no floating-point type: no_memory"),
+    ):
+        path = save({n: x for n, x in {**small, name: tensor}.items() if x is not None})
+        for use in (load_original, lambda path: save_sam3(*model, path, tmp_path / "out")):
+            with pytest.raises(ValueError, match=message) as caught:
+                use(path)
+            assert "sam3.pt" in str(caught.value)
+        assert not (tmp_path / "out").exists()
 
 
 def test_settings_of_sam2_are_refused(small, save):

@@ -18,7 +18,8 @@ def run(folder, *parts):
 
 
 def test_the_gates_figures_are_shares_of_videos(tmp_path, monkeypatch):
-    monkeypatch.setattr(gate_parts, "MAX_FRAMES", 6)
+    monkeypatch.setattr(gate_parts, "MAX_FRAMES", 4)
+    monkeypatch.setattr(gate_parts, "MIN_FRAMES", 2)
     rows = run(tmp_path, "known", "changed", "few", "confirm", "many")
     assert [(row["known"], row["look"]) for row in rows["few"]] == [
         (count, look) for count in (2, 3) for look in ("stripes", "blobs")

@@ -43,7 +43,7 @@ def test_clicks_and_boxes_are_learned_on_single_frames(run):
 
 
 def test_clips_are_learned_with_muon(run):
-    trainer = learn.build([*run, "--num_frames", "2", "--max_steps", "2"])
+    trainer = learn.build([*run, "--num_frames", "2", "--max_steps", "2", "--per_device_train_batch_size", "1"])
     assert type(trainer) is learn.MuonTrainer
     losses(trainer)
     assert isinstance(trainer.optimizer.optimizer, MuonAndAdamW)

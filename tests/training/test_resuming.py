@@ -15,7 +15,7 @@ from samoe_hf.errors import InputError
 from samoe_hf.training.trainer import build_trainer
 
 RUN = """
-num_frames: 3
+num_frames: 2
 num_correction_clicks: 1
 max_objects: 1
 max_steps: 7
