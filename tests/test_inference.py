@@ -10,14 +10,7 @@ from transformers import Sam2Processor, Sam2VideoProcessor
 
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.data import SyntheticVideos
-from samoe_hf.inference import (
-    PROCESSOR_FILES,
-    TrackedFrame,
-    VideoPrompt,
-    check_prompts,
-    load_processor,
-    track_video,
-)
+from samoe_hf.inference import PROCESSOR_FILES, TrackedFrame, VideoPrompt, check_prompts, load_processor, track_video
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.tracks import ObjectScores
 

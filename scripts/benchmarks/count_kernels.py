@@ -45,10 +45,7 @@ PARTS = {
     "memory encoder": ("memory_encoder",),
 }
 PRODUCTS = ("addmm", "addmm_", "mm", "bmm", "baddbmm", "baddbmm_", "convolution", "scaled_dot_product_attention")
-KINDS = {
-    "copy": ("copy_", "cat", "fill_", "zero_", "index", "index_select"),
-    "norm": ("native_layer_norm",),
-}
+KINDS = {"copy": ("copy_", "cat", "fill_", "zero_", "index", "index_select"), "norm": ("native_layer_norm",)}
 # Beside views, which their schemas tell.
 NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "resize_", "resolve_conj", "resolve_neg", "dropout")
 NOTHING += ("result_type", "promote_types", "item", "_local_scalar_dense", "type_as", "detach_", "_unsafe_view")

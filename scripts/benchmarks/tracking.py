@@ -11,15 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from measure import (
-    Measurement,
-    at_least,
-    autocast,
-    benchmark_parser,
-    prepare,
-    to_markdown,
-    write_results,
-)
+from measure import Measurement, at_least, autocast, benchmark_parser, prepare, to_markdown, write_results
 from peers import Sam2Tracker, TransformersTracker, base_of, sam2_of
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.modeling_samoe import SamoeModel

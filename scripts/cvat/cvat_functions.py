@@ -151,10 +151,7 @@ class Tracker:
         tracks = []
         for prompt in prompts:
             session = VideoSession(
-                video_height=height,
-                video_width=width,
-                inference_device=self.model.device,
-                dtype=self.model.dtype,
+                video_height=height, video_width=width, inference_device=self.model.device, dtype=self.model.dtype
             )
             prompt.add_to(session, self.processor)
             tracks.append(Track(session, size, np.zeros(size, dtype=bool), frame=-1))

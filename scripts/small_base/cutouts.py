@@ -201,11 +201,7 @@ def _camera(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
 def _motion(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
     """(T, 4) as of the camera, of an object; its scale is half of its side, in half frames."""
     pace = rng.choice([0.2, 1, 2.5], p=[0.25, 0.5, 0.25])
-    start = [
-        *rng.uniform(-0.75, 0.75, 2),
-        rng.normal(0, 0.6),
-        np.log(rng.uniform(0.12, 0.32) * rng.choice([1, 2.2])),
-    ]
+    start = [*rng.uniform(-0.75, 0.75, 2), rng.normal(0, 0.6), np.log(rng.uniform(0.12, 0.32) * rng.choice([1, 2.2]))]
     velocity = pace * rng.normal(0, (0.05, 0.035, 0.04, 0.02))
     turn = pace * rng.normal(0, (0.008, 0.008, 0.01, 0.004))
     return start + time * velocity + time**2 * turn

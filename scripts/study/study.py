@@ -34,15 +34,7 @@ from samoe_hf.surgery.domains import add_domain, copy_domain_experts, merge_doma
 from samoe_hf.surgery.loras import export_expert
 from samoe_hf.whole_files import new_folder, write_text
 from study_gate import held_out_features, measure_gate, measure_time
-from study_methods import (
-    BASE_PARAMETERS,
-    LABELS,
-    SEQUENTIAL,
-    added_size,
-    lora_settings,
-    score,
-    train,
-)
+from study_methods import BASE_PARAMETERS, LABELS, SEQUENTIAL, added_size, lora_settings, score, train
 from study_plan import StudyPlan, StudyVideos, config_name
 from study_report import BASE, CEILING, RESULTS_FILE, read_results, restore_units, write_report
 from study_selectors import SELECTORS, selector_features

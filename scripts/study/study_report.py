@@ -349,7 +349,7 @@ def _gate_text(results: Mapping[str, Any], plan: StudyPlan) -> str:
 
     lines = [
         f"- Right on {share([n for n in confusion if n not in alike])} of distinct domains (a frame of {base} is right "
-        "where it gets the base's masks).",
+        "where it gets the base's masks)."
     ]
     if alike:
         lines.append(f"- Right on {share(sorted(alike))} of domains that look alike ({', '.join(sorted(alike))}).")

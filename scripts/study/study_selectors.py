@@ -120,7 +120,4 @@ def _joined(features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(list(features.values())), torch.cat(numbers)
 
 
-SELECTORS = {
-    "prototypes": Selector(_coarse_features, _fit_prototypes),
-    "samcl": Selector(_block_features, _fit_mlp),
-}
+SELECTORS = {"prototypes": Selector(_coarse_features, _fit_prototypes), "samcl": Selector(_block_features, _fit_mlp)}

@@ -8,16 +8,7 @@ import shutil
 
 import pytest
 import torch
-from peft import (
-    HRAConfig,
-    IA3Config,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    PeftModel,
-    VeraConfig,
-    get_peft_model,
-)
+from peft import HRAConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel

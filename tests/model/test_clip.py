@@ -27,10 +27,7 @@ def make_batch(
         for index in range(num_objects):
             y, x, side = torch.randint(8, 60, (3,), generator=generator).tolist()
             labels[video, index, :, y : y + side, x : x + side] = True
-    return {
-        "pixel_values": torch.randn(num_videos, num_frames, 3, 128, 128, generator=generator),
-        "labels": labels,
-    }
+    return {"pixel_values": torch.randn(num_videos, num_frames, 3, 128, 128, generator=generator), "labels": labels}
 
 
 def gradients(model: SamoeModel, batch: dict, **options) -> dict[str, torch.Tensor]:

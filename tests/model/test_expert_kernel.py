@@ -55,12 +55,7 @@ def tolerance(dtype):
     return {"rtol": 1e-2, "atol": 1e-2} if dtype in HALF else {"rtol": 1e-4, "atol": 1e-4}
 
 
-SIZES = [
-    (3, 70, 33, 50, 10, 2, 4),
-    (1, 32, 32, 32, 16, 4, 16),
-    (2, 1, 7, 3, 2, 1, 1),
-    (1, 33, 100, 1, 3, 3, 5),
-]
+SIZES = [(3, 70, 33, 50, 10, 2, 4), (1, 32, 32, 32, 16, 4, 16), (2, 1, 7, 3, 2, 1, 1), (1, 33, 100, 1, 3, 3, 5)]
 
 
 # As it is compiled. Once it is interpreted, Triton's modules are others.

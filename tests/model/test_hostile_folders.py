@@ -219,10 +219,7 @@ def test_shards_outside_of_the_folder_are_refused(folder, tmp_path, shard):
 
 @pytest.mark.parametrize(
     ("content", "missing"),
-    [
-        ("[]", "no `weight_map`"),
-        ('{"weight_map": {"a": "model.safetensors"}, "metadata": []}', ".* `metadata`"),
-    ],
+    [("[]", "no `weight_map`"), ('{"weight_map": {"a": "model.safetensors"}, "metadata": []}', ".* `metadata`")],
 )
 def test_an_index_without_a_map_or_metadata_is_refused(folder, content, missing):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")

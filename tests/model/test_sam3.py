@@ -7,11 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    Sam3TrackerVideoModel,
-    Sam3TrackerVideoProcessor,
-    Sam3VideoModel,
-)
+from transformers import Sam3TrackerVideoModel, Sam3TrackerVideoProcessor, Sam3VideoModel
 
 from helpers.prompted import PROMPTS, OriginalsMasks, track
 from helpers.reference import change_config

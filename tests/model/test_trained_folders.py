@@ -73,8 +73,7 @@ def test_a_base_of_another_size_or_none_is_refused_with_both_names(experts_folde
 
 
 @pytest.mark.parametrize(
-    "saved, dtype",
-    [(torch.bfloat16, torch.float32), pytest.param(torch.float32, "float16", marks=pytest.mark.slow)],
+    "saved, dtype", [(torch.bfloat16, torch.float32), pytest.param(torch.float32, "float16", marks=pytest.mark.slow)]
 )
 def test_the_fingerprint_does_not_depend_on_the_type_it_is_loaded_in(model_folder, tmp_path, saved, dtype):
     model = SamoeModel.from_pretrained(model_folder, dtype=saved)
