@@ -13,6 +13,7 @@ from samoe_hf.model.memory_bank import Evidence, FrameMemory, MemoryBank
 from samoe_hf.model.memory_selection import MemoryLimits, closest_frames, forget, remember, select_memories
 from samoe_hf.model.processing_samoe import build_processor
 
+SIDE = 128
 LIMITS = MemoryLimits(num_maskmem=7, max_object_pointers=16)
 SEEN = Evidence(score=0.9, iou=0.95, area=100)
 DOUBLE, HIDDEN = SEEN._replace(box_iou=0.4), Evidence(score=0.0, iou=0.3, area=0)
@@ -133,25 +134,21 @@ def test_what_is_forgotten_is_read_by_no_later_frame(kind):
 
 
 @pytest.fixture(scope="module")
-def clip(request):
-    """Frames of the model's size and the first masks of three objects, one of which is not seen there."""
-    is_sam2 = getattr(request, "param", "sam2") == "sam2"
-    side = SamoeConfig.from_pretrained(small_base()).image_size if is_sam2 else 128
-    video = SyntheticVideos(1, 8, (side, side), domain="scenes", seed=5)[0]
+def clip():
+    """Frames of the models' size and the first masks of three objects, one of which is not seen there."""
+    video = SyntheticVideos(1, 8, (SIDE, SIDE), domain="scenes", seed=5)[0]
     first = torch.zeros(1, 3, 16, 16)
     first[0, 0, 3:6, 4:9] = first[0, 1, 9:14, 8:13] = 1
-    return list(video.frames), torch.nn.functional.interpolate(first, (side, side))
+    return list(video.frames), torch.nn.functional.interpolate(first, (SIDE, SIDE))
 
 
-BASES = pytest.mark.parametrize(
-    ("clip", "base"), [("sam2",) * 2, pytest.param("edgetam", "edgetam", marks=needs_timm)], indirect=["clip"]
-)
+BASES = pytest.mark.parametrize("base", ["sam2", pytest.param("edgetam", marks=needs_timm)])
 
 
 def model_of(base, kind):
     if base == "edgetam":
         return edgetam_model(memory_selection=kind, with_experts=True)
-    return SamoeModel.from_pretrained(small_base(), memory_selection=kind).eval()
+    return SamoeModel.from_pretrained(small_base(), memory_selection=kind, image_size=SIDE).eval()
 
 
 @BASES
@@ -182,9 +179,8 @@ def test_clips_read_the_memories_that_sessions_read(clip, kind, base):
 def test_experts_learn_with_them(clip, kind, base):
     _, first = clip
     model = model_of(base, kind).train()
-    side = first.shape[-1]
-    pixel_values = torch.randn(2, 5, 3, side, side)
-    labels = first.bool().unsqueeze(2).expand(2, 3, 5, side, side)
+    pixel_values = torch.randn(2, 5, 3, SIDE, SIDE)
+    labels = first.bool().unsqueeze(2).expand(2, 3, 5, SIDE, SIDE)
     model.set_trainable("experts")
     model(pixel_values=pixel_values, labels=labels).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -193,7 +189,7 @@ def test_experts_learn_with_them(clip, kind, base):
 
 def test_routers_are_counted_where_an_object_reads_something(clip):
     """Tokens that only fill a row up to the length of others are nobody's."""
-    (frames, first), model = clip, SamoeModel.from_pretrained(small_base(), memory_selection="score").eval()
+    (frames, first), model = clip, model_of("sam2", "score")
     videos = build_processor(model.config).video_processor(videos=[np.stack(frames)], return_tensors="pt")
     layer = "memory_attention.layers.0.cross_attn_image.k_proj"
 

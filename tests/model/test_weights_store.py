@@ -91,7 +91,7 @@ def test_a_video_reads_its_domain_alone(folders, folder, whole, domain_videos):
 
 
 def test_scoring_videos_reads_their_domain_alone(stored, domain_videos):
-    evaluate_videos(stored, build_processor(stored.config), domain_videos["shapes"], False, domain="b")
+    evaluate_videos(stored, build_processor(stored.config), [domain_videos["shapes"][0]], False, domain="b")
     assert unread(stored) == {"a", "c"}
 
 
