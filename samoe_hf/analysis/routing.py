@@ -27,7 +27,7 @@ from samoe_hf.whole_files import whole_file
 
 # Projections whose tokens are the image's positions; keys and values of the cross attention are of the memory.
 IMAGE_PROJECTIONS = re.compile(r"memory_attention\.layers\.\d+\.(self_attn\.[qkvo]|cross_attn_image\.[qo])_proj")
-IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.blocks\.\d+\.mlp\..*")
+IMAGE_LAYERS = re.compile(r"vision_encoder\.backbone\.(blocks|layers)\.\d+\.mlp\..*")
 
 
 @contextmanager

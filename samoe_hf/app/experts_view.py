@@ -22,11 +22,16 @@ from .session import NOTHING_PROMPTED, TrackingSession, copied
 
 @dataclass
 class LayerView:
-    """A layer on a frame: by object (None where it runs once for all) the chosen experts (h, w), and mean weights."""
+    """A layer on a frame: by object (None where it runs once for all) chosen experts (h, w), and sums of weights."""
 
     num_experts: int
     maps: dict[int | None, np.ndarray] = field(default_factory=dict)
-    gates: dict[int | None, np.ndarray] = field(default_factory=dict)
+    sums: dict[int | None, RouterSums] = field(default_factory=dict)
+
+    @property
+    def gates(self) -> dict[int | None, np.ndarray]:
+        """By object the mean weight of each expert."""
+        return {object_id: sums.mean_gates for object_id, sums in self.sums.items()}
 
 
 @dataclass
@@ -73,7 +78,8 @@ def look_at_experts(session: TrackingSession, frame: int) -> ExpertsView:
         layer, module, side = module_layer(name), modules[name], math.isqrt(logits.shape[1])
         view = layers.setdefault(layer, LayerView(module.num_experts))
         sums = RouterSums.from_logits(logits, min(module.num_experts_per_tok, module.num_experts))
-        view.gates |= {row.object_id: one.mean_gates for row, one in zip(rows, sums, strict=True)}
+        for (_, _, object_id), one in zip(rows, sums, strict=True):
+            view.sums[object_id] = view.sums[object_id] + one if object_id in view.sums else one
         if image_modules([layer]) and side * side == logits.shape[1]:
             experts = logits.argmax(dim=-1).cpu().numpy().astype(np.int16).reshape(len(rows), side, side)
             view.maps |= {row.object_id: chosen for row, chosen in zip(rows, experts, strict=True)}

@@ -144,6 +144,10 @@ class SamoeModel(SamoePreTrainedModel):
         if enable:
             checkpoint_frames(self, every_n_layers)
 
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: what is recomputed here needs no gradients of its inputs, and a frozen image encoder with some
+        would be run backward. transformers and PEFT ask for them where a model has adapters and checkpoints."""
+
     # The forward pass
 
     @can_return_tuple

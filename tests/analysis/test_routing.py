@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import Sam2VideoInferenceSession
 
 from helpers.pictures import rgb
+from helpers.sam3 import sam3_config, sam3_models
 from samoe_hf.analysis.routing import observe_routers, routing_maps
 from samoe_hf.data import Video, read_video
 from samoe_hf.evaluation.evaluate import segment_video
@@ -78,15 +79,19 @@ def test_routing_maps_hold_the_expert_of_largest_gate(nano, entering):
     np.testing.assert_array_equal(maps.masks, masks)
 
 
-def test_routing_maps_are_laid_out_as_the_image_is(nano):
+@pytest.mark.parametrize("base", ["sam2", "sam3"])
+def test_routing_maps_are_laid_out_as_the_image_is(nano, base):
     """Only a corner of the image is lit, and the positions that are routed differently must be there."""
+    model, module = nano.model, "memory_attention.layers.0.self_attn.q_proj"
+    if base == "sam3":  # in its encoder, whose other layers see windows
+        module = "vision_encoder.backbone.layers.0.mlp.fc1"
+        model, _ = sam3_models(sam3_config(), with_experts=True, expert_modules=[module, "layers.*.attention.q_proj"])
     frames = np.zeros((2, 128, 128, 3), dtype=np.uint8)
     masks = np.zeros((2, 1, 128, 128), dtype=bool)
     masks[:, :, 40:90, 40:90] = True
-    module = "memory_attention.layers.0.self_attn.q_proj"
-    dark = routing_maps(nano.model, Video.from_arrays("dark", frames, masks), module=module)
+    dark = routing_maps(model, Video.from_arrays("dark", frames, masks), module=module)
     frames[1, :32, 96:] = 255
-    lit = routing_maps(nano.model, Video.from_arrays("lit", frames, masks), module=module)
+    lit = routing_maps(model, Video.from_arrays("lit", frames, masks), module=module)
     changed = np.argwhere(dark.experts[1, 0] != lit.experts[1, 0])
     assert len(changed) and changed[:, 0].mean() < 3.5 < changed[:, 1].mean()
 

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 
 from helpers.app import maps_of, run_all, state_of
+from helpers.edgetam import edgetam_model, needs_timm
 from samoe_hf.analysis.routing import observe_routers, short_name
 from samoe_hf.analysis.usage import RouterSums
 from samoe_hf.app.comparison import Comparison, Side
 from samoe_hf.app.experts_view import look_at_experts
-from samoe_hf.app.models import BASE, GATE
+from samoe_hf.app.models import BASE, GATE, LoadedModel
 from samoe_hf.app.pictures import draw_frame, jpeg_url, shown_size, to_video
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_experts import module_layer
+from samoe_hf.model.processing_samoe import build_processor
 
 
 @pytest.fixture
@@ -112,6 +114,30 @@ def test_experts_of_a_late_object_are_those_that_tracked_it_back(make_session, t
     seen = {name: view.gates[1] for name, view in views.items() if 1 in view.gates}
     tracked = {short_name(module_layer(name)): gate for (name, t, i), gate in gates.items() if (t, i) == (3, 1)}
     assert seen.keys() == tracked.keys() and all(np.allclose(seen[name], tracked[name]) for name in seen)
+
+
+@needs_timm
+def test_experts_of_a_layer_that_runs_twice_are_those_of_all_tokens(make_session):
+    """EdgeTAM's perceiver makes latents of a map, and then of windows."""
+    model = edgetam_model(with_experts=True, expert_modules="spatial_perceiver.*.[qv]_proj", num_experts_per_tok=1)
+    loaded, sums = LoadedModel("edgetam", "", model, build_processor(model.config)), {}
+    session = make_session(model=loaded)
+    session.click(session.add_object(), 1, 20, 30)
+    run_all(session.propagate())
+
+    def keep(name, rows, logits):
+        if rows[0].frame_idx == 3:
+            sums.setdefault(name, []).extend(RouterSums.from_logits(logits, 1))
+
+    with observe_routers(model, keep):
+        session.use(loaded)
+        run_all(session.propagate())
+    views = look_at_experts(session, 3).layers
+    assert views.keys() == sums.keys() and len(views) == 8
+    for name, (of_map, of_windows) in sums.items():
+        both = of_map + of_windows
+        assert views[name].sums[1].tokens == both.tokens
+        np.testing.assert_allclose(views[name].gates[1], both.mean_gates, atol=0.05)  # rounding may tip a choice
 
 
 def test_names_of_domains(small_model, two_domains):

@@ -43,9 +43,11 @@ def sam3_config(
     )  # fmt: skip
 
 
-def sam3_models(config: Sam3TrackerVideoConfig, with_experts: bool = False) -> tuple[SamoeModel, Sam3TrackerVideoModel]:
+def sam3_models(
+    config: Sam3TrackerVideoConfig, with_experts: bool = False, **settings
+) -> tuple[SamoeModel, Sam3TrackerVideoModel]:
     """Ours, whose experts have no effect unless asked for, and transformers' with the base's weights."""
-    ours = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), **AS_TRANSFORMERS})).eval()
+    ours = SamoeModel(SamoeConfig.from_dict({**config.to_dict(), **AS_TRANSFORMERS, **settings})).eval()
     draw_weights(ours, with_experts)
     theirs = Sam3TrackerVideoModel(config).eval()
     tensors = ours.state_dict()

@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from helpers.edgetam import needs_timm
+from helpers.edgetam import over_bases
 from helpers.reference import assert_same_tensors, track_reference
 from peers import base_of
-from samoe_hf import SamoeConfig, SamoeModel
+from samoe_hf import SamoeModel
 from samoe_hf.data import ClipDataset, SyntheticVideos
-from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.adapters import is_adapter_parameter, save_adapters
 from samoe_hf.model.expert_layer import expert_modules, is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor
@@ -130,11 +129,24 @@ def test_a_run_trains_both_and_resumes_to_the_bit(model_folder, tmp_path):
     assert_same_tensors(resumed.model, trainer.model)
 
 
-@needs_timm
-def test_an_adapter_goes_around_edgetams_layers():
-    model = add(SamoeModel(SamoeConfig(**read_yaml("model_edgetam_nano"))), target_modules=["up_proj"])
-    parts = {name.split(".")[0] for name in trainable(model) if is_adapter_parameter(name)}
-    assert parts == {"memory_attention", "spatial_perceiver"}
+@over_bases
+def test_checkpointing_gives_the_same_gradients_and_none_to_a_frozen_encoder(nano, model, two_clips):
+    add(model, target_modules=["q_proj"]).train()
+    encoded, parts = [], {name.split(".")[0] for name in trainable(model) if is_adapter_parameter(name)}
+    model.vision_encoder.register_forward_hook(lambda _, __, output: encoded.append(output.fpn_hidden_states[0]))
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(*two_clips).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(), expected)
+    assert {name.split(".")[0] for name in expected} == parts >= {"memory_attention", "mask_decoder"}
+    assert ("spatial_perceiver" in parts) == (nano.name == "edgetam")
+    assert len(encoded) == 2 and not any(features.requires_grad for features in encoded)
 
 
 def test_what_is_no_adapter_is_refused_and_the_model_works_on(nano, model):
