@@ -47,9 +47,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def choose_videos(videos: list[Video], chosen: list[str], object_id: int | None) -> list[Video]:
     """The videos that are named by id or number, each of which must have the object."""
+    from samoe_hf.data.frames import one_form
+
     found = []
     for text in chosen:
-        matches = [video for video in videos if video.video_id == text]
+        matches = [video for video in videos if one_form(video.video_id) == one_form(text)]
         if not matches and text.isdigit() and int(text) < len(videos):
             matches = [videos[int(text)]]
         if not matches:

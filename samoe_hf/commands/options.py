@@ -331,15 +331,17 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
 
 def _choose(parts: list[Sequence[Video]], video_ids: Sequence[str] | None) -> list[Sequence[Video]]:
     """The videos of the given ids, or all. Others are opened only where ids are not told before."""
+    from samoe_hf.data.frames import one_form
     from samoe_hf.data.schema import VideoList, named_entries
 
     if not video_ids:
         return parts
     chosen, known, unreadable = [], set(), []
+    video_ids = [one_form(video_id) for video_id in video_ids]
     for part in parts:
         if isinstance(part, VideoList) and part.video_ids:
-            part = part.select([video_id for video_id in part.video_ids if video_id in video_ids])
-            known.update(part.video_ids)
+            part = part.select([video_id for video_id in part.video_ids if one_form(video_id) in video_ids])
+            known.update(map(one_form, part.video_ids))
         else:
             entries, part = named_entries(part), []
             for name, open_video in entries:
@@ -348,9 +350,9 @@ def _choose(parts: list[Sequence[Video]], video_ids: Sequence[str] | None) -> li
                 except (InputError, OSError) as error:
                     unreadable.append(f"{name}: {error}")
                     continue
-                if video.video_id in video_ids:
+                if one_form(video.video_id) in video_ids:
                     part.append(video)
-                    known.add(video.video_id)
+                    known.add(one_form(video.video_id))
         chosen.append(part)
     if unknown := set(video_ids) - known:
         also = f"; {len(unreadable)} of its videos cannot be read, the first: {unreadable[0]}" if unreadable else ""

@@ -198,6 +198,7 @@ def track(
 ) -> None:
     """Tracks the prompts, and writes masks into the folder `target`, the table of `tracks`, and the overlay."""
     from samoe_hf.data.annotations import LabelImages
+    from samoe_hf.data.frames import bare_name
     from samoe_hf.data.images import read_label_png, write_palette_png
     from samoe_hf.data.schema import Video
     from samoe_hf.data.video_io import write_video
@@ -229,7 +230,7 @@ def track(
         if parsed.layout:
             ids = sorted({prompt.object_id for prompt in prompts})
             labels = LabelImages(dict(enumerate(paths)), object_ids=ids)
-            video = Video(Path(os.path.abspath(parsed.video)).stem, frames, labels)
+            video = Video(bare_name(Path(os.path.abspath(parsed.video))), frames, labels)
             options.write_format(parsed.layout, [video], target, overwrite=overwrite)
     if model.config.domains is not None and tracked is not None:
         choice = tracked.domain or "base", tracked.domain_confidence, tracked.domain_rivals

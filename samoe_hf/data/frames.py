@@ -111,6 +111,11 @@ def check_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
+def bare_name(path: Path) -> str:
+    """The name of a folder, or of a file without its suffix."""
+    return path.name if path.is_dir() else path.stem
+
+
 def one_form(name: str) -> str:
     """A name in the Unicode form that most systems write, NFC, to compare it; macOS writes another one, NFD."""
     return unicodedata.normalize("NFC", name)

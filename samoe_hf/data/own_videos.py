@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from samoe_hf.errors import InputError
 
-from .frames import SampleError, frame_order, natural_key, one_form, say_once
+from .frames import SampleError, bare_name, frame_order, natural_key, one_form, say_once
 from .image_files import IMAGE_SUFFIXES, describe_unread, open_image
 from .images import ImageFrames
 from .layouts import choose_split, has_words
@@ -132,7 +132,7 @@ def read_files(
                 "%s: %s: %s%s", root, reason, ", ".join(name or root.name for name in names[:MAX_NAMED]), more
             )
     sources = _of_split(found.sources, split, root)
-    name = root.resolve().stem
+    name = bare_name(root.resolve())
     while name in sources:  # the folder is a video, and one in it has its name
         name += "_"
     entries = {key or name: source for key, source in sources.items()}

@@ -13,6 +13,7 @@ import yaml
 from samoe_hf.errors import InputError, did_you_mean
 
 from .configs import expand_home, find_config
+from .frames import bare_name
 from .images import check_window
 from .items import shown_as
 from .layouts import LAYOUTS, recognize
@@ -65,7 +66,7 @@ def load_videos(
         if not isinstance(videos, VideoList) or not videos.video_ids:
             raise InputError(f"video_ids cannot choose among the videos of kind {kind!r}")
         videos = videos.select(video_ids)
-    default = {"files": Path(str(root)).resolve().stem, "sa_v_val": "sa_v", "dataset": None}.get(kind, kind)
+    default = {"files": bare_name(Path(str(root)).resolve()), "sa_v_val": "sa_v", "dataset": None}.get(kind, kind)
     shown = {"domain": domain or default, "window": window}
     return shown_as(videos, **{name: value for name, value in shown.items() if name not in of_reader})
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,17 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
     run.write_text("train_data: []\n")
     with pytest.raises(InputError, match=r"run\.yaml has no videos"):
         chosen_videos(run)
+
+
+@pytest.mark.parametrize("kind", ["files", "frames"])
+def test_a_video_is_chosen_by_its_name_in_either_form_of_unicode(tmp_path, kind):
+    name = "Käse"
+    video = replace(SyntheticVideos(1, 2, (32, 48))[0], video_id=unicodedata.normalize("NFD", name))
+    root = save_videos(tmp_path / "my.videos", [video], "JPEGImages/{v}/{t}.png", "Annotations/{v}/{t}.png")
+    for form in ("NFC", "NFD"):
+        (chosen,) = chosen_videos(kind, "--root", root, "--video", unicodedata.normalize(form, name))
+        assert unicodedata.normalize("NFC", chosen.video_id) == name
+        assert chosen.domain == {"files": "my.videos", "frames": "frames"}[kind]
 
 
 def test_a_video_is_chosen_beside_damaged_ones_whose_ids_nothing_tells(damaged_rows):
