@@ -41,8 +41,8 @@ def check_at_least(arguments: Any, **limits: float) -> None:
     """Raises an `InputError` for a field that is below its limit or no finite number; None is left alone."""
     for name, limit in limits.items():
         value = getattr(arguments, name)
-        if value is not None and not (math.isfinite(value) and value >= limit):
-            raise InputError(f"`{name}` must be at least {limit}, got {value}.")
+        if value is not None and (isinstance(value, str) or not (math.isfinite(value) and value >= limit)):
+            raise InputError(f"`{name}` must be at least {limit}, got {value!r}.")
 
 
 @dataclass

@@ -133,7 +133,12 @@ class SamoeTrainer(Trainer):
             as_videos(part)  # refuses what holds no videos
         wrapped, model = model, unwrapped(model)
         self.recipe = recipe or PromptRecipe()
+        if not isinstance(self.recipe, PromptRecipe):
+            raise InputError(f"`recipe` must be a PromptRecipe, not {type(recipe).__name__}.")
         self.processor = processing_class or build_processor(model.config)
+        if not hasattr(self.processor, "video_processor"):
+            kind = type(processing_class).__name__
+            raise InputError(f"`processing_class` must be a processor, as AutoProcessor loads it, not {kind}.")
         self.domain = domain
         # Whose experts evaluation runs; "auto" where the gate knows the domain.
         self.eval_domain = domain
@@ -321,6 +326,8 @@ class SamoeTrainer(Trainer):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups[sets.get(parameter, "adapters"), name in decaying].append(parameter)
+            if not groups:
+                raise InputError(f"`trainable` is {list(self.args.trainable)}, which leaves nothing to train.")
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rates = {"adapters": self.args.learning_rate, **self.learning_rates}
             decays = {True: self.args.weight_decay, False: 0.0}
