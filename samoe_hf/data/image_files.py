@@ -68,7 +68,6 @@ class ImageInfo(NamedTuple):
 
     size: tuple[int, int]  # (height, width) of the upright picture
     pages: tuple[int, ...] = (0,)  # numbers of those that a viewer plays or leafs through; one of a still image
-    fps: float | None = None  # pages per second, where the file says it
 
 
 class Picture(NamedTuple):
@@ -144,12 +143,23 @@ def _version(path: str | Path) -> tuple[int, int]:
 
 def _read_info(source: Path | bytes, name: str) -> ImageInfo:
     with open_image(source, name) as image:
-        size, pages = _upright_size(image), tuple(_find_pages(image))
-        if len(pages) == 1 or image.format == "TIFF":
-            return ImageInfo(size, pages)
-        image.load()  # only then a WebP tells the time
-        milliseconds = image.info.get("duration")
-        return ImageInfo(size, pages, 1000 / milliseconds if milliseconds else None)
+        return ImageInfo(_upright_size(image), tuple(_find_pages(image)))
+
+
+def page_times(path: Path) -> tuple[float, ...]:
+    """Seconds from an animation's first page to each of its pages; none where the file does not tell them."""
+    return _times_of_file(path, *_version(path))
+
+
+@lru_cache(maxsize=4096)
+def _times_of_file(path: Path, modified_ns: int, num_bytes: int) -> tuple[float, ...]:
+    times = [0]
+    with open_image(path) as image:
+        for page in _find_pages(image) if image.format != "TIFF" else ():
+            image.seek(page)
+            image.load()  # only then a WebP tells the time
+            times.append(times[-1] + (image.info.get("duration") or 0))
+    return tuple(time / 1000 for time in times[:-1]) if any(times[:-1]) else ()
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from .image_files import (
     describe_unread,
     image_info,
     open_page,
+    page_times,
 )
 
 Window = tuple[float, float]
@@ -74,7 +75,7 @@ class ImageFrames(FrameSequence):
                 raise SampleError(f"{self.paths[0].parent}: {count} frames are called {name}")
             info = image_info(self.sources[0])
             if len(info.pages) > 1 and len(sources) == 1:
-                self.sources, self.fps = [Page(self.paths[0], page) for page in info.pages], info.fps
+                self.sources = [Page(self.paths[0], page) for page in info.pages]
                 names = [f"{i:05d}" for i in range(len(info.pages))]
         self.names = numbers if names is None else list(names)
         self.size = image_info(self.sources[0], self._name(0)).size
@@ -94,6 +95,19 @@ class ImageFrames(FrameSequence):
     def has_pages(self) -> bool:
         """Whether the frames are pages of one file."""
         return isinstance(self.sources[0], Page)
+
+    @cached_property
+    def _times(self) -> tuple[float, ...]:
+        return page_times(self.paths[0]) if self.has_pages else ()
+
+    @property
+    def fps(self) -> float | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Pages per second, their mean, where the file tells their times."""
+        return (len(self) - 1) / self._times[-1] if self._times else None
+
+    def time(self, index: int) -> float | None:
+        """Seconds from the first page to another one, where the file tells them."""
+        return self._times[index] if self._times else None
 
     @cached_property
     def is_deep(self) -> bool:

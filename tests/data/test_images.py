@@ -223,6 +223,15 @@ PLAYED = {
 }
 
 
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_pages_have_times_of_their_own(tmp_path, picture, format):
+    pages = [np.ascontiguousarray(np.roll(picture, i, axis=1)) for i in range(3)]
+    path = tmp_path / f"a.{format.lower()}"
+    path.write_bytes(stack(pages, format, **{**PLAYED[format], "duration": [1000, 200, 5000]}))
+    frames = read_video(path)
+    assert [frames.time(t) for t in range(3)] == [0, 1, 1.2] and frames.fps == pytest.approx(2 / 1.2)
+
+
 @pytest.mark.parametrize("format", PLAYED)
 def test_pages_of_one_file_are_frames(tmp_path, picture, format):
     pages = [np.ascontiguousarray(np.roll(picture, i, axis=1)) for i in range(5)]
