@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.edgetam import over_bases, slow_over_bases
+from helpers.edgetam import slow_over_bases
 from samoe_hf.video_session import VideoSession
 
 POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
@@ -53,7 +53,7 @@ def held_bytes(session) -> int:
     return sum(storages.values())
 
 
-@over_bases
+@slow_over_bases
 def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
     """Prompts on two frames, a correction later, forward and then backward, farther than is kept."""
     frames = Frames(36)

@@ -22,7 +22,7 @@ pytestmark = needs_timm
 RUN = {
     "train_data": [{"kind": "synthetic", "domain": "blobs", "num_videos": 4, "num_frames": 3, "seed": 1}],
     "eval_data": [{"kind": "synthetic", "domain": "blobs", "num_videos": 1, "num_frames": 3, "seed": 2}],
-    "num_frames": 3, "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 0.3, "lora_rank": 2,
+    "num_frames": 3, "per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 0.3, "lora_rank": 2,
     "num_experts": 1, "num_experts_per_tok": 1, "num_correction_clicks": 1, "save_strategy": "no",
     "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": True,
     "expert_modules": ["memory_attention.*[qv]_proj", "spatial_perceiver.*_proj", "memory_attention.*.mlp.*_proj"],

@@ -61,7 +61,9 @@ SIZES = [(3, 70, 33, 50, 10, 2, 4), (1, 32, 32, 32, 16, 4, 16), (2, 1, 7, 3, 2, 
 # As it is compiled. Once it is interpreted, Triton's modules are others.
 
 
-@pytest.mark.parametrize(("architecture", "dtype", "rank"), [(80, "fp32", 4), (90, "bf16", 16)])
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "rank"), [pytest.param(80, "fp32", 4, marks=pytest.mark.slow), (90, "bf16", 16)]
+)
 def test_the_kernel_compiles_for_gpus_and_fits_them(architecture, dtype, rank, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = [parameter.name for parameter in expert_kernel.kernel.params]

@@ -327,8 +327,13 @@ def convert(model, session):
 EVENTS = (change_weights, change_settings, load_weights, change_times, choose_another, remove, add, adapt, convert)
 
 
+@pytest.fixture(scope="module")
+def unchanged(tracked_model):
+    return masks(propagate(tracked_model, start(tracked_model, "one")))
+
+
 @pytest.mark.parametrize("event", EVENTS)
-def test_what_changes_while_a_video_is_propagated_counts_from_the_next_frame_on(tracked_model, event):
+def test_what_changes_while_a_video_is_propagated_counts_from_the_next_frame_on(tracked_model, unchanged, event):
     results = []
     for run in (propagate, one_by_one):
         model = copy.deepcopy(tracked_model)
@@ -342,7 +347,6 @@ def test_what_changes_while_a_video_is_propagated_counts_from_the_next_frame_on(
         results.append((early, late))
     (early, late), (_, expected) = results
     torch.testing.assert_close(late, expected, rtol=1e-4, atol=1e-4)
-    unchanged = masks(propagate(tracked_model, start(tracked_model, "one")))
     torch.testing.assert_close(early, unchanged[:3])
     assert event is convert or (late - unchanged[3:]).abs().max() > 1e-2
 
