@@ -1,7 +1,6 @@
 """Safetensors files: those that a model is loaded from, and those that are read when their tensors are needed. Nothing
 here knows of models."""
 
-import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -107,7 +106,6 @@ class LateFile:
         return stamp[0] == self._stamp[0] and stamp != self._stamp
 
 
-@functools.lru_cache(maxsize=1024)
 def _header(shape: tuple[int, ...], dtype: str) -> Tensor:
     return torch.empty(shape, dtype=FLOAT_TYPES.get(dtype, torch.int64), device="meta")
 
