@@ -13,7 +13,6 @@ from transformers.utils import CONFIG_NAME
 
 from samoe_hf.continual import manage_domains
 from samoe_hf.errors import InputError, input_errors
-from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.surgery.domains import remove_domain, rename_domain
 
 from .models import DEVICE_LOCK, LoadedModel, taking_turns
@@ -165,16 +164,17 @@ class DomainsPart(Part):
 
     def add(self, person: Person, name: object, other: object, only: object, called: object) -> Shown:
         """Domains of another model are wanted."""
-        whose, only = self._load(person, _typed(other), self._model(person, name)), _typed(only)
+        names = [one] if (one := _typed(only)) else []
+        whose = self._load(person, _typed(other), names, self._model(person, name))
 
         def change(changed: LoadedModel) -> tuple[str, str]:
-            taken = manage_domains.take_domains(changed.model, whose.model, [only] * bool(only), _typed(called) or None)
+            taken = manage_domains.take_domains(changed.model, whose.model, names, _typed(called) or None)
             changed.origins.update({new: whose.origin(old) for new, old in taken.items()})
             return f"Added {', '.join(taken)}, of {whose.name}.", next(iter(taken), "")
 
         return self._change(person, name, change)
 
-    def _load(self, person: Person, other: str, like: LoadedModel) -> LoadedModel:
+    def _load(self, person: Person, other: str, names: list[str], like: LoadedModel) -> LoadedModel:
         """A copy of another model: of one here, of one in the place for models, or of the Hub, and of no other path."""
         models, store = self.app.models_of(person), self._store
         if other in models:
@@ -186,7 +186,7 @@ class DomainsPart(Part):
             raise InputError(f"Domains are added of a model here ({known}) or of OWNER/NAME on the Hub, got {other!r}.")
         with input_errors(other):
             validate_repo_id(source) if source == other else None
-            model = SamoeModel.from_pretrained(source, dtype=like.model.dtype).to(like.model.device)
+            model = manage_domains.load_for_domains(source, names, like.model)
         return LoadedModel(other, source, model, like.processor)
 
     @property

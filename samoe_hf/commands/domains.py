@@ -133,7 +133,7 @@ def change(
 ) -> str:
     """Changes the model as the command says, and says what was done; `origins`: where each domain is from, and its name
     there."""
-    from samoe_hf.continual.manage_domains import confirm, take_domains
+    from samoe_hf.continual.manage_domains import confirm, load_for_domains, take_domains
     from samoe_hf.data.video_io import read_video
     from samoe_hf.surgery.domains import find_domain, remove_domain, rename_domain
 
@@ -149,7 +149,7 @@ def change(
         with input_errors(str(parsed.video)):
             return f"{parsed.video}: {confirm(model, processor, read_video(parsed.video), parsed.domain)}"
     with input_errors(parsed.other):
-        other = type(model).from_pretrained(parsed.other, dtype=model.dtype).to(parsed.device)
+        other = load_for_domains(parsed.other, parsed.domain or (), model)
     taken = take_domains(model, other, parsed.domain or (), parsed.new_name)
     origins.update({name: (parsed.other, theirs) for name, theirs in taken.items()})
     return f"Added {', '.join(taken)}, of {parsed.other}."

@@ -17,9 +17,11 @@ from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.report import NO_NUMBER, describe_choice
 from samoe_hf.hub.repository import find_domains
 from samoe_hf.model.base_model import build_on_meta
+from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.domain_experts import domain_tensors, module_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
+from samoe_hf.model.weights_trained import is_original_checkpoint
 from samoe_hf.plots.domains import draw_domains
 from samoe_hf.surgery.domains import find_domain, merge_domains, remove_domain, rename_domain
 from samoe_hf.surgery.gate import distances_between
@@ -67,6 +69,15 @@ def draw_map(model: SamoeModel, find: Callable[[str], str | None]) -> Figure:
         raise InputError("The model has no domain that its gate knows.")
     examples = {name: path for name in known if (path := find(name)) is not None}
     return draw_domains(gate.domains, distances_between(gate), examples)
+
+
+def load_for_domains(source: str, names: Sequence[str], like: SamoeModel) -> SamoeModel:
+    """Loads the model that `like` gets domains of, see [`take_domains`]. Of domains but `names`, if any are named, no
+    experts are fetched."""
+    config = None
+    if names and not is_original_checkpoint(source):
+        config = SamoeConfig.from_pretrained(source).without_domain_experts(names)
+    return SamoeModel.from_pretrained(source, config=config, dtype=like.dtype).to(like.device)
 
 
 def take_domains(

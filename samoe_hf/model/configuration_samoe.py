@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field
 from functools import reduce
@@ -255,10 +255,12 @@ class SamoeConfig(Sam2VideoConfig):
         """Names of the domains, in order."""
         return [domain["name"] for domain in self.domains or ()]
 
-    def without_domain_experts(self) -> "SamoeConfig":
-        """A copy whose domains have no experts."""
+    def without_domain_experts(self, but: Collection[str] = ()) -> "SamoeConfig":
+        """A copy whose domains have no experts, except those of the names in `but`."""
         config = copy.deepcopy(self)
-        config.domains = self.domains and [{**domain, "num_experts": 0} for domain in self.domains]
+        config.domains = self.domains and [
+            domain if domain["name"] in but else {**domain, "num_experts": 0} for domain in self.domains
+        ]
         return config
 
     def expert_settings(self) -> dict[str, Any]:

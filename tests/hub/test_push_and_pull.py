@@ -26,7 +26,7 @@ from samoe_hf.model.domain_gate import pooled_features
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.surgery.domains import add_domain, fit_domain, rename_domain
+from samoe_hf.surgery.domains import add_domain, fit_domain, remove_domain, rename_domain
 from samoe_hf.surgery.merge import merge_into_base
 from samoe_hf.training.arguments import ModelArguments
 from samoe_hf.training.trainer import build_trainer
@@ -254,6 +254,26 @@ def test_experts_of_domains_are_files_that_go_and_come_with_them(server, base):
         assert_same_tensors(SamoeModel.from_pretrained("tester/two"), base)
     files = [name for name in server.repositories["tester/two"].files if name.startswith("domains/")]
     assert sorted(files) == [f"domains/{name}.safetensors" for name in ("beside_first", "beside_second", "second")]
+
+
+def test_of_many_domains_only_the_one_that_is_taken_is_fetched(server, base, tmp_path):
+    rename_domain(base, None, "mine")
+    base.push_to_hub("one", experts_only=True)
+    for name in ("first", "second"):
+        add_domain(base, name, like="mine")
+    fit_domain(base, "second", torch.randn(4, base.domain_gate.num_features), torch.arange(4))
+    rename_domain(base, "mine", "third")
+    base.push_to_hub("many", experts_only=True)
+    server.bytes_sent.clear()
+    words = ["--domain", "second", "--output", str(tmp_path / "out")]
+    main(["domains", "add", "tester/one", "tester/many", *words])
+    fetched = [name for name in server.bytes_sent if name.startswith("domains/")]
+    assert fetched == ["domains/mine.safetensors", "domains/second.safetensors"]
+    remove_domain(base, "first")
+    rename_domain(base, "third", "mine")
+    assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "out"), base)
+    with pytest.raises(SystemExit, match="tester/none"):
+        main(["domains", "add", "tester/one", "tester/none", *words[:3], str(tmp_path / "other")])
 
 
 def test_domains_are_found_also_where_a_card_was_written_by_hand(server, base):
