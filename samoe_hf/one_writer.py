@@ -25,16 +25,14 @@ WAIT_FOR_WORKERS = 20
 class OneWriter:
     """A context in which this process alone writes a file or folder. The process itself may enter it repeatedly.
 
-    What processes left that were killed while they wrote is removed, and told. Of several processes that
-    `accelerate launch` or `torchrun` started, the first one stands for all.
+    What processes left that were killed while they wrote is removed, and told. Of several processes that `accelerate
+    launch` or `torchrun` started, the first one stands for all. Where another process writes it, entering is an
+    `InputError` that says which, where, and since when.
 
     Args:
         target: the output.
         option: what names it, for messages.
         inside: whether the lock lies in `target`, a folder that is made if need be; otherwise beside it.
-
-    Raises:
-        InputError: on entering, if another process writes it: says which, where, and since when.
     """
 
     def __init__(self, target: str | Path, option: str = "`--output`", inside: bool = True):

@@ -39,9 +39,6 @@ def choose_videos_at_once(model: SamoeModel, wanted: int | None) -> int:
 
     On a CPU that is one where images are large, which fill it alone; on a GPU, what its free memory holds of videos
     with a few objects.
-
-    Raises:
-        InputError: if `wanted` is below 1.
     """
     if wanted is not None:
         if wanted < 1:
@@ -97,8 +94,7 @@ class Together:
     def run(self, works: Iterable[Work[T]]) -> Iterator[T]:
         """Tracks videos, and yields what each gives as they end. Where one ends, the next begins.
 
-        Raises:
-            Exception: the first one of a video. Those that had begun are finished before, and no others are begun.
+        The first error of a video is raised when those that had begun are finished.
         """
         return keep_between(self._run(iter(works)))
 

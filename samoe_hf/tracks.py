@@ -46,7 +46,6 @@ class TrackRow(NamedTuple):
     Args:
         frame: from 0 on.
         time: in seconds from the first frame on, where it is known.
-        object: its id.
         score, iou, stability: see [`ObjectScores`].
         area: pixels of its mask; 0 where it is not seen.
         x0, y0, x1, y1: the first and the last column and row of its mask, a box as prompts have it; None where it
@@ -90,11 +89,10 @@ def track_rows(
     time: float | None = None,
     prompted: Collection[int] = (),
 ) -> list[TrackRow]:
-    """The rows of a frame.
+    """The rows of a frame, at a time in seconds.
 
     Args:
         masks: of the objects, in the order of `object_ids`: (H, W) bool each.
-        time: of the frame, in seconds.
         prompted: ids of the objects that the user said something of on the frame.
     """
     rows = []

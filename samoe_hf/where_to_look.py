@@ -48,8 +48,7 @@ class Look(NamedTuple):
 def doubts(rows: Iterable[TrackRow]) -> Iterator[Look]:
     """The doubt of each object on each frame but those on which it was prompted.
 
-    Args:
-        rows: of a video. Of an object that was prompted nowhere, the first frame is not doubted.
+    Of an object that was prompted nowhere, the first frame is not doubted.
     """
     return (look for part in _parts(rows) for look in _doubts(part))
 

@@ -42,11 +42,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `folder` when the block ends, and is removed if the block raises.
 
-    Args:
-        overwrite: whether it takes the place of a folder that is not empty.
-
-    Raises:
-        FileExistsError: at once, if `folder` is a file, or a folder that is not empty, unless `overwrite`.
+    A file, and a folder that is not empty unless `overwrite`, are a `FileExistsError` at once.
     """
     target = Path(folder).resolve()
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
@@ -72,12 +68,9 @@ def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[P
 
 
 def clear_unfinished(target: str | os.PathLike) -> list[str]:
-    """Removes what killed processes left of a file or folder: temporary files and folders, beside it and within it.
+    """Removes what killed processes left of a file or folder, beside it and within it, and returns the names.
 
     What one had put aside to replace it, it gets back. To be called where no other process writes it.
-
-    Returns:
-        the names of what was removed or put back.
     """
     target = Path(os.path.abspath(target))
     finish_save(target)

@@ -121,9 +121,7 @@ class RoutingMaps:
 
     def save(self, path: str | Path, object_id: int | None = None) -> list[Path]:
         """Draws the maps of an object, by default the first: a strip of frames as `.png`, the whole video as `.mp4`.
-
-        Returns both files; `path` has no suffix.
-        """
+        `path` has no suffix."""
         ids = self.object_ids
         if object_id is not None and ids != [None] and object_id not in ids:
             raise InputError(f"`object_id` must be one of {ids}, got {object_id!r}.")

@@ -279,7 +279,7 @@ class ExpertUsage:
         )
 
     def save(self, folder: str | Path, dead_share: float = DEAD_SHARE) -> list[Path]:
-        """Writes `usage.csv` and `usage_by_object.csv` ([`to_pandas`]), `statistics.json` ([`statistics`] of all and of
+        """Writes `usage.csv`, `usage_by_object.csv` ([`to_pandas`]), `statistics.json` ([`statistics`] of all and of
         each domain, co-activation and similarity) and a PNG of each [`plot`] into a folder, all or none; returns them.
 
         `domains.png` is only made of more than one domain.
@@ -321,11 +321,6 @@ def expert_usage(
 
     Each object is prompted with its mask on the first frame that shows it. Layers of the memory attention do not run on
     that frame, since nothing is remembered yet. Layers that run once for all objects count once for each frame.
-
-    Only sums over tokens are kept. The processor is by default the one that fits the model's configuration.
-
-    Raises:
-        InputError: if something else than a video is among them, or no router ran.
     """
     processor = processor or build_processor(model.config)
     modules = dict(expert_modules(model))

@@ -1,7 +1,4 @@
-"""Corrected videos become a folder of data, and `samoe adapt` learns from it in a process of its own.
-
-The process can be watched, stopped and resumed.
-"""
+"""Corrected videos become a folder of data, and `samoe adapt` learns from it in a process of its own."""
 
 import json
 import os
@@ -70,18 +67,14 @@ def collect_video(session: TrackingSession, data: Path) -> Path:
 
 
 def collected(data: Path) -> list[Path]:
-    """The folders of the videos of a data set, none if it is not there.
-
-    Hidden ones are no videos: they are written, or were when the app was killed.
-    """
+    """The folders of the videos of a data set, none if it is not there; hidden ones are still being written."""
     return sorted(path.parent for path in data.glob("[!.]*/masks") if (path.parent / "frames").is_dir())
 
 
 class Learning:
     """A run of `samoe adapt` on the folder of videos `data`; InputError if it has none.
 
-    The source of `loaded` is loaded by the other process. The domain is a new one, or one of the model, whose training
-    goes on. `learned` is the new model of the folder `output`, once the page has loaded it.
+    The domain is a new one, or one of the model, whose training goes on. `learned` is the new model, once it is loaded.
     """
 
     def __init__(self, loaded: LoadedModel, domain: str, steps: int, data: Path, output: Path):

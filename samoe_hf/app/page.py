@@ -82,10 +82,7 @@ class Page(Part):
         blocks.unload(self.leave)
 
     def enter(self, kept: object, request: gr.Request) -> Shown:
-        """Gives a page that was loaded its secret, and shows what it had before a refresh.
-
-        What the browser has kept is the tab's secret, and that of who has learned, who may be in another tab now.
-        """
+        """Gives a page that was loaded its secret, which the browser keeps, and shows what it had before a refresh."""
         people, page = self.app.people, request.session_hash or ""
         secret, _, learner = kept.partition(" ") if isinstance(kept, str) else ("", "", "")
         with messages(self.app):

@@ -41,10 +41,9 @@ class App:
 
     Attributes:
         folder: of all that the app keeps for its people; no message names it.
-        models: by their names; a new page gets the first. [`add`] takes in another.
+        models: by their names; a new page gets the first.
         learner: None where nothing may be learned.
         store: the folder of models that are saved; None where there is none.
-        url: where the page is served.
     """
 
     folder: Path
@@ -78,7 +77,7 @@ class App:
 class Part:
     """A part of the page: its components, and the handlers of what happens there.
 
-    `key` says whose a page is, and which page it is. The server keeps it, so a page's own value counts for nothing.
+    `key` says whose a page is. The server keeps it, so a page's own value counts for nothing.
     """
 
     def __init__(self, app: App, key: gr.State):
@@ -94,8 +93,7 @@ class Part:
     ) -> None:
         """Connects an event of a component with a handler; `options` are of `gradio.on`.
 
-        The handler gets the page's person and the values of `inputs`, and gives new values of `outputs`, or yields
-        them step by step. What a person can mend becomes a message on the page.
+        The handler gets the page's person and the values of `inputs`, and gives, or yields, new values of `outputs`.
         """
         data = [self.key, *inputs]
         gr.on([trigger], self._for_person(handler), data, outputs or None, api_visibility="private", **options)

@@ -121,8 +121,7 @@ class People:
 
         A secret that was given stays good after its person was freed: who comes back with it is a new person under it.
         Where there are as many people as the limits allow, one without a video makes room if it is idle for as long as
-        a closed page is kept; else it raises an InputError. Anything but a secret that was given counts as none. The
-        page takes the place of an earlier page of the person.
+        a closed page is kept; else it raises an InputError. The page takes the place of an earlier page of the person.
         """
         self.free_unused()
         with self._lock:
@@ -180,10 +179,7 @@ class People:
 
 
 def give_back_ram() -> None:
-    """Gives freed RAM back to the machine.
-
-    Linux' C library keeps it for each of the server's threads, and a video leaves much of it in many.
-    """
+    """Gives freed RAM back to the machine, which Linux' C library keeps for each of the server's threads."""
     gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

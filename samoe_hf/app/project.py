@@ -57,10 +57,7 @@ def is_project(path: Path, limits: Limits) -> bool:
 
 
 def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) -> TrackingSession:
-    """Opens a project in an empty folder; InputError if it is damaged, no project, or breaks a limit.
-
-    What was unpacked until then is left in the folder, under names of this app.
-    """
+    """Opens a project in an empty folder; InputError if it is damaged, no project, or breaks a limit."""
     with open_archive(path, limits) as archive:
         content = archive.read(PROJECT, FRAME_BYTES * limits.frames + PROMPT_BYTES * limits.prompts)
         try:

@@ -43,11 +43,8 @@ def serving(
         loaded: the models, the first of which a new page gets.
         data: the folder of corrected videos; None where nothing may be learned.
         models: the folder of models that are learned or saved; needed with `data`. None where none may be.
-        host, port, share: what is not given is as Gradio's environment variables say (`GRADIO_SERVER_NAME`, …), else
-            this machine alone, and the first free port from 7860 on.
-
-    Raises:
-        InputError: the host is none of this machine, or the port is taken.
+        host, port, share: by default as Gradio's environment variables say (`GRADIO_SERVER_NAME`, …), else this machine
+            alone, and the first free port from 7860 on.
     """
     store = None if models is None else models.resolve()
     learner = None if data is None or store is None else Learner(data.resolve(), store)

@@ -26,13 +26,8 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
     """Writes the files of a Space into a new folder.
 
     Args:
-        model: an id of the Hub, or a folder, which is copied into the Space; by default the small model that comes with
-            the package.
+        model: an id of the Hub, or a folder, which is copied into the Space; by default the small model.
         wheel: of this package, which is put into the Space; by default it is installed from the package index.
-
-    Raises:
-        FileExistsError: the folder is there, and not empty.
-        InputError: the wheel is no wheel of this package, or the model is a file.
     """
     if wheel is not None and not (wheel.is_file() and wheel.name.startswith("samoe_hf-") and wheel.suffix == ".whl"):
         example = f"samoe_hf-{__version__}-py3-none-any.whl"

@@ -56,13 +56,9 @@ class Limits:
 class Archive:
     """A zip that came from outside, after a look at its directory; nothing is unpacked. Made by [`open_archive`].
 
-    Attributes:
-        entries: its files, by their paths below the archive. Folders, hidden files and what macOS adds (`__MACOSX`)
-            are left out.
-
-    Raises:
-        SampleError: a name leads out of it or comes twice, a file is encrypted or a link, or there are too many files
-            or bytes.
+    `entries` are its files, by their paths below the archive, without folders, hidden files and what macOS adds
+    (`__MACOSX`). A name that leads out of it or comes twice, an encrypted file, a link, and too many files or bytes are
+    a `SampleError`.
     """
 
     def __init__(self, archive: zipfile.ZipFile, limits: Limits):
@@ -167,7 +163,7 @@ def hide_paths(text: str, folder: Path) -> str:
 def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVideo:
     """Takes uploaded files into a session's empty folder and opens them; SampleError for more than the limits allow.
 
-    They are one video file, one zip of images, or images, which are frames in the natural order of their names.
+    They are one video file, one zip of images, or images in the natural order of their names.
     """
     if not paths:
         raise SampleError("No file was uploaded.")

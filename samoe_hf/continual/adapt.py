@@ -48,7 +48,6 @@ class Adaptation:
     """What adding a domain to a model did.
 
     Attributes:
-        domain: its name.
         gate_videos: how many videos of it the gate saw.
         known_before: how many it knew it by before, of a domain that was there.
         at_start, at_end: J&F from 0 to 1 of the first frames of some training videos, with the experts that training
@@ -175,14 +174,9 @@ def adapt(
         domain: name of the new domain. One that the model has is trained on.
         run: the YAML of a run, and further `--key value`, as [`~samoe_hf.training.arguments.parse_run`] takes them.
         output: folder for the model, its checkpoints and `adaptation.json`, which is the returned value.
-        like: a domain of the model whose experts the new ones start from; "auto" for the one whose experts track
-            the training videos best, if they are clearly better than the base, see [`~start.find_start`]; None for
-            experts without effect.
-        budget: bytes that the domain's experts may have: they are trained at a high rank, and what does not matter is
-            left out, see [`~sizes.choose_size`]. With None, their rank is the run's.
-
-    Raises:
-        InputError: if the domain cannot be added, or something of the run is wrong.
+        like: a domain of the model whose experts the new ones start from; "auto" for the one whose experts track the
+            training videos best, see [`~start.find_start`]; None for experts without effect.
+        budget: bytes that the domain's experts may have, see [`~sizes.choose_size`]. None: their rank is the run's.
     """
     arguments = [*run, "--model_name_or_path", str(model), "--domain", domain, "--output_dir", str(output)]
     if like not in (AUTO, None):

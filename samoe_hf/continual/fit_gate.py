@@ -37,14 +37,7 @@ def fit_gate(
 ) -> int:
     """Lets the gate know a domain of the model by some of its videos, in place of what it knew of it.
 
-    Args:
-        videos: with masks; see [`gate_features`].
-
-    Returns:
-        how many videos it saw.
-
-    Raises:
-        InputError: if there is no such domain, or no video with an object.
+    Returns how many videos it saw. No such domain, and no video with an object, are an `InputError`.
     """
     find_domain(model, domain)
     features, numbers = gate_features(model, processor, domain, videos, show_progress_bar)
@@ -60,16 +53,10 @@ def gate_features(
     videos: Sequence[Video],
     show_progress_bar: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What [`~surgery.domains.fit_domain`] takes of a domain's videos.
-
-    Args:
-        videos: with masks; of many, [`MAX_VIDEOS`] evenly chosen ones are read.
+    """What [`~surgery.domains.fit_domain`] takes of a domain's videos with masks: of many, of [`MAX_VIDEOS`] even ones.
 
     Returns:
         features (frames, features), and the number of the video of each frame, (frames,).
-
-    Raises:
-        InputError: if no video has an object.
     """
     chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)
     frames_per_video = min(MAX_FRAMES, max(MIN_FRAMES, FRAMES_IN_ALL // max(1, len(chosen))))
@@ -91,11 +78,8 @@ def gate_features(
 def leave_out(model: SamoeModel, domain: str, features: Tensor, numbers: Tensor) -> dict[str, int]:
     """What the gate takes a domain's videos for while it does not know them: each is left out in turn.
 
-    Args:
-        features, numbers: of [`gate_features`]; of many videos, [`MAX_LEFT_OUT`] are left out. The first frame decides.
-
-    Returns:
-        name of a domain, or "base" -> how many videos; nothing of a single video.
+    Takes what [`gate_features`] gives; of many videos, [`MAX_LEFT_OUT`] are left out. Gives the name of a domain, or
+    "base" -> how many videos; nothing of a single video.
     """
     ids = numbers.unique().tolist()
     assert model.domain_gate is not None
@@ -127,8 +111,7 @@ def confirm_video(
 ) -> None:
     """Lets the gate know one more video of a domain, by frames that may have no masks; see [`confirm_domain`].
 
-    Args:
-        turns: goes through the frames, whose features are computed one by one.
+    `turns` goes through the frames, whose features are computed one by one.
     """
     with evaluation_mode(model):
         frames = evenly_chosen(range(len(video)), MAX_FRAMES)

@@ -25,11 +25,9 @@ KEPT_ASIDE, TRAINED_ON = "kept aside", "trained on"
 
 @dataclass(frozen=True)
 class Compared:
-    """A video, tracked by the base and by a domain.
+    """A video, tracked by the base and by a domain's experts: J&F from 0 to 1 of both.
 
-    Attributes:
-        base, own: J&F from 0 to 1 of the base, and of the domain's experts.
-        experts_of: whose experts the gate gives it, a domain's or "base"; and how sure it is, from 0 to 1.
+    `experts_of`: whose experts the gate gives it, a domain's or "base", and how sure it is, from 0 to 1.
     """
 
     domain: str
@@ -50,10 +48,8 @@ def compare(
 ) -> list[Compared]:
     """Tracks videos from the masks of the first frames, without experts and with a domain's, and scores both.
 
-    Args:
-        videos: each with an object.
-        picture: a file that shows some frames of up to [`SHOWN_VIDEOS`] of them.
-        which: which videos they are, in words, for its title.
+    `picture` is a file that shows some frames of up to [`SHOWN_VIDEOS`] of them; `which` says in its title which they
+    are.
     """
     compared, rows = [], {}
     decisions = decide_videos(model, processor, videos)

@@ -60,8 +60,7 @@ def find_example(source: str, name: str) -> str | None:
 def draw_map(model: SamoeModel, find: Callable[[str], str | None]) -> Figure:
     """Draws how near domains are to each other for the gate; InputError where it knows none.
 
-    Args:
-        find: gives the picture of a domain, if there is one.
+    `find` gives the picture of a domain, if there is one.
     """
     gate = model.domain_gate
     known = [] if gate is None else [name for name, count in zip(gate.domains, gate.counts, strict=True) if count]
@@ -85,12 +84,7 @@ def take_domains(
 ) -> dict[str, str]:
     """Adds domains of another model as [`~surgery.domains.merge_domains`] does; the other one is of no use afterwards.
 
-    Args:
-        names: of those that are taken; all if there are none.
-        new_name: of the one that is taken.
-
-    Returns:
-        what each is called now -> what the other model calls it.
+    All are taken if `names` is empty; one may get a `new_name`. Returns new names -> those in the other model.
     """
     for name in names:
         find_domain(other, name)

@@ -56,14 +56,9 @@ class TriedSize:
 
 @dataclass
 class Sizes:
-    """Sizes that were tried, the one that was chosen, and why.
+    """Sizes that were tried, the largest first, the one that was chosen, and the reason, a sentence.
 
-    Attributes:
-        budget: bytes that were allowed.
-        tried: the largest first.
-        chosen: bytes of the chosen one.
-        reason: why no smaller or larger one, a sentence.
-        videos: how many were tracked, and whether they were trained on.
+    `budget` and `chosen` are bytes; `videos` says how many were tracked, and whether they were trained on.
     """
 
     budget: int
@@ -103,11 +98,7 @@ def format_bytes(count: float) -> str:
 
 
 def raise_ranks(model: SamoeModel, domain: str, budget: int) -> None:
-    """Gives a domain's experts the rank that is trained before some of it is left out; they do what they did.
-
-    Raises:
-        InputError: if not even rank 1 is within the budget.
-    """
+    """Gives a domain's experts the rank that is trained before some of it is left out; they do what they did."""
     costs, fixed = expert_costs(model, domain)
     if (least := sum(costs.values()) + sum(fixed.values())) > budget:
         raise InputError(
@@ -123,13 +114,10 @@ def raise_ranks(model: SamoeModel, domain: str, budget: int) -> None:
 def choose_size(
     model: SamoeModel, processor: VideoProcessor, domain: str, budget: int, videos: Sequence[Video], trained_on: bool
 ) -> Sizes:
-    """Leaves out of a domain's experts what does not matter on some videos, and what is over the budget.
+    """Leaves out of a domain's experts what does not matter on some videos, and what is over the budget in bytes.
 
-    Sizes are halved until the videos are tracked clearly worse, and then searched between the last two.
-
-    Args:
-        budget: bytes of the experts' tensors.
-        trained_on: whether they were trained on, for the report.
+    Sizes are halved until the videos are tracked clearly worse, and then searched between the last two. `trained_on`
+    says of the videos whether they were, for the report.
     """
     excerpts = read_excerpts(model, videos)
     energies = sort_directions(model, domain)

@@ -33,17 +33,8 @@ def find_start(
     """The domain whose experts a new one should start from.
 
     Some of the new domain's training videos are tracked by the experts of each domain whose experts fit into the new
-    ones, see [`~surgery.domains.fits_in`].
-
-    Args:
-        domain: the new one, which the model has.
-        videos: of the new domain, with masks.
-
-    Returns:
-        the best, if it is clearly better than the base alone; otherwise, and if `domain` has learned something, None.
-
-    Raises:
-        InputError: if there is no such domain.
+    ones, see [`~surgery.domains.fits_in`]. The best is given if it is clearly better than the base alone; otherwise,
+    and if the new `domain` has learned something, None.
     """
     find_domain(model, domain)
     candidates = [

@@ -1,7 +1,4 @@
-"""Masks of a video's objects, read from the forms in which datasets store them.
-
-One class per form, all with the interface of `Annotations`; a frame's masks are read when they are asked for.
-"""
+"""Masks of a video's objects, in the forms in which datasets store them. They are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -28,10 +25,9 @@ class Annotations(ABC):
     """Masks per annotated frame and object.
 
     Attributes:
-        frames: indices of the annotated frames, ascending. A frame that is not among them says nothing about the
-            objects; on one that is, an object without pixels is absent.
+        frames: indices of the annotated frames, ascending. On one, an object without pixels is absent.
         size: (height, width) of all masks, where it is known before they are read.
-        notes: sentences about what was guessed, which `samoe data check` prints; some are known when masks are read.
+        notes: what was guessed, which `samoe data check` prints; some is known when masks are read.
     """
 
     frames: list[int]
@@ -107,7 +103,7 @@ class LabelImages(LabelMaps):
     """One label image per annotated frame.
 
     White (255, or 65535 of 16 bits) is no object's id: where all labels of a video are white or 0, they are masks of
-    one object, 1; beside other ids it is the border or the void of datasets, and is left out.
+    one object, 1; beside other ids it is a border or void, and is left out.
 
     Args:
         images: frame index -> palette, gray or 16-bit label image: its path, the bytes of its file, or a page.
@@ -176,16 +172,12 @@ def read_object_mask(
     binary: bool | None = None,
     ignore_ids: Collection[int] | None = None,
 ) -> np.ndarray:
-    """The mask (H, W) bool of an object, whose image is of one value and 0, or has soft edges.
+    """The mask (H, W) bool of an object, whose image is of one value and 0, or has soft edges; else a `SampleError`.
 
     Args:
-        path: the image.
-        object_id: for the message, as `advice` is, on what to do where there are several values.
+        object_id, advice: for the message.
         binary: True if all values above 0 are the object.
         ignore_ids: values that are not the object.
-
-    Raises:
-        SampleError: several values.
     """
     values = read_label_png(path)
     mask = (values > 0) & ~np.isin(values, list(ignore_ids or ()))
@@ -223,7 +215,6 @@ class MasksOfObjects(Annotations):
 
     Args:
         stored: frame index -> object id -> a mask as it is stored. An object without one is absent on that frame.
-        object_ids: ids of all objects.
         size: (height, width) of the masks, where it is known; else that of the first one of a frame.
         name: the file, for messages.
     """
@@ -270,8 +261,7 @@ class ObjectImages(MasksOfObjects):
 
     Args:
         paths: object id -> frame index -> mask image. A frame is annotated where any object has an image.
-        binary: True if every value above 0 is the object, of whatever values; else one value may be.
-        ignore_ids: values that are not the object.
+        binary, ignore_ids: see [`read_object_mask`].
     """
 
     def __init__(

@@ -88,7 +88,6 @@ class ClipDataset(EpochDataset, Dataset):
             whose items are mappings with `frames` and `masks`, see [`video_from_item`].
         processor: prepares the clips, see [`ClipSampler`]; the one that also prepares videos for tracking.
         seed: with the epoch and the index, decides a clip.
-        clips_per_video: how often an epoch goes through the videos.
         on_error: "raise", or "skip": a sample that cannot be used is logged, counted in `num_skipped`, and replaced by
             one from the next video.
         sampling: the further arguments of `ClipSampler`.
@@ -147,9 +146,6 @@ class MixedDataset(EpochDataset, Dataset):
         datasets: domain name -> dataset, whose own seed and settings count.
         weights: domain name -> share, any positive numbers; in proportion to the datasets' lengths by default.
         seed: of the order.
-
-    Raises:
-        InputError: no datasets, weights for other names than theirs, weights that are not positive.
     """
 
     def __init__(self, datasets: Mapping[str, ClipDataset], weights: Mapping[str, float] | None = None, seed: int = 0):

@@ -39,7 +39,6 @@ class ClipSampler:
 
     Args:
         processor: resizes and normalizes the frames, as it does for tracking. Masks are resized to the same size.
-        num_frames: frames per clip.
         stride: step between a clip's frames, in annotated frames.
         max_objects: at most so many objects per clip.
         reverse_probability: of playing the clip backwards.
@@ -86,10 +85,7 @@ class ClipSampler:
         raise SampleError(f"{video.video_id}: no object on any annotated frame that a clip could start from")
 
     def _candidates(self, length: int, rng: np.random.Generator) -> Iterator[list[int]]:
-        """Clips, as positions among `length` annotated frames, from every start in random order.
-
-        Those that fit come first, then those that are reflected at the end.
-        """
+        """Clips as positions among `length` annotated frames, from every start at random; those that fit come first."""
         steps = np.arange(self.num_frames) * self.stride
         fitting = max(length - int(steps[-1]), 0)
         for start in (*rng.permutation(fitting), *rng.permutation(np.arange(fitting, length))):
@@ -141,8 +137,7 @@ class ClipCollator:
     """Collates clips of equal length and size, padding their objects.
 
     Args:
-        keep_domain: also return `domain`, a list of B names. Off by default: `transformers.Trainer` gives the model
-            every key of a batch.
+        keep_domain: also return `domain`, a list of B names; `transformers.Trainer` would give it to the model.
 
     Returns:
         `pixel_values` (B, T, 3, S, S) float32, `labels` (B, N, T, S, S) int8 with N the most objects of a clip: 1

@@ -54,11 +54,7 @@ class ContainerFrames(FrameSequence):
 
     In ascending order each frame is decoded once. Other access seeks to a key frame, and makes sure that this led to
     the same frame; where it did not, decoding starts at an earlier one, at last at the first. A copy has a decoder of
-    its own, and so has what was pickled.
-
-    Args:
-        path: the file.
-        max_frames: more are refused, before they cost memory.
+    its own, and so has what was pickled. More frames than `max_frames` are refused, before they cost memory.
     """
 
     def __init__(self, path: str | Path, max_frames: int = MAX_FRAMES):

@@ -45,10 +45,7 @@ class Decoder:
 
     FFmpeg reads this file alone, and no frames of more pixels than Pillow reads. In a worker of a data loader it takes
     one thread. Else threads may decode a frame each, `by_frames`; they report damage elsewhere than PyAV's default.
-
-    Raises:
-        FFmpegError: the file cannot be read.
-        SampleError: it has no video that can be decoded.
+    A file that cannot be read is an `FFmpegError`, one without a video that can be decoded a `SampleError`.
     """
 
     def __init__(self, path: Path, by_frames: bool):
@@ -126,8 +123,7 @@ def upright_size(frame: VideoFrame) -> tuple[int, int]:
 def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     """(a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y), but for a shift and a scale.
 
-    Raises:
-        SampleError: it turns by other than quarters.
+    One that turns by other than quarters is a `SampleError`.
     """
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:

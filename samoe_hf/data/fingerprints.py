@@ -23,9 +23,8 @@ DECODED_FRAMES = 16
 def fingerprint(*values: Any) -> str:
     """16 hexadecimal digits that depend on the values alone.
 
-    Args:
-        values: numbers, text, bytes, arrays, None, and dataclasses, mappings and sequences of them. A `Path` stands for
-            the content of its file.
+    Values are numbers, text, bytes, arrays, None, and dataclasses, mappings and sequences of them. A `Path` stands for
+    the content of its file.
     """
     digest = hashlib.sha256()
     for part in _parts(values):

@@ -39,10 +39,7 @@ def say_once(text: str) -> None:
 def named_errors(name: str | Path, problem: str, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
     """Makes what is raised for a damaged file a `SampleError` that names it; a file that is not there stays such.
 
-    Args:
-        name: the file, or what else is read.
-        problem: what to say of it, such as "not a readable image".
-        damage: what libraries raise.
+    `problem` is what to say of it, such as "not a readable image"; `damage` what libraries raise.
     """
     try:
         yield
@@ -60,7 +57,7 @@ class FrameSequence(Sequence, ABC):
     """A video's frames, decoded on access: (H, W, 3) uint8 RGB arrays, all of one size.
 
     Attributes:
-        names: one name per frame: file stems, or "00000", "00001"… where frames have no files.
+        names: file stems, or "00000", "00001"… where frames have no files.
         size: (height, width) in pixels.
         fps: frames per second where the source tells it, else None.
     """

@@ -46,12 +46,12 @@ class ImageFrames(FrameSequence):
     Args:
         sources: paths, encoded images as bytes, or PIL images, in order; or the path of one file of several pages.
         window: other intensities that become black and white.
-        names: the frames' names, by default the files' stems, or "00000", "00001"…
+        names: by default the files' stems, or "00000", "00001"…
         owner: the video, for messages about images that are no files.
 
     Raises:
-        SampleError: no frames, two files of one name, or a first one that cannot be read; on access, a frame that
-            cannot be read, differs in size or depth from the first, or has colours of 16 bits and no window.
+        SampleError: no frames, or two of one name; on access, a frame that cannot be read, differs in size or depth
+            from the first, or has colours of 16 bits and no window.
     """
 
     def __init__(
@@ -172,7 +172,6 @@ def read_pixels(source: Source, name: str | None = None, deep_colors: bool = Fal
     """Reads an image as it is shown: (H, W, 3) uint8 RGB; with more than 8 bits (H, W) of the type that is stored.
 
     Args:
-        source: a path, encoded bytes, a page or a PIL image.
         name: what to call it in messages.
         deep_colors: colours of 16 bits are read as (H, W, 3) uint16.
 
@@ -202,10 +201,10 @@ def read_pixels(source: Source, name: str | None = None, deep_colors: bool = Fal
 def read_label_png(source: Source, name: str | None = None) -> np.ndarray:
     """Reads a label image: palette indices, gray values or 16-bit values as they are stored.
 
-    A binary mask stored as 0 and 255 stays 0 and 255 here. Gray values of 2 and 4 bits, and those of a TIFF in which
-    white is zero, are the stored numbers, not the shown grays; of 1 bit, white is 1. Of an RGB image and a GIF, grays
-    are the values. DAVIS' colours stand for ids there, and where a palette has no others, but in another order.
-    Transparent pixels are background. An EXIF orientation turns labels too.
+    A binary mask of 0 and 255 stays so. Gray values of 2 and 4 bits, and those of a TIFF in which white is zero, are
+    the stored numbers, not the shown grays; of 1 bit, white is 1. Of an RGB image and a GIF, grays are the values.
+    DAVIS' colours stand for ids there, and where a palette has no others, but in another order. Transparent pixels are
+    background. An EXIF orientation turns labels too.
 
     Args:
         source: a path, the file's bytes, a page or a PIL image.
@@ -215,8 +214,7 @@ def read_label_png(source: Source, name: str | None = None) -> np.ndarray:
         (H, W) uint8, or uint16 for 16-bit files.
 
     Raises:
-        SampleError: a damaged file, a format that may change values, several pages, ids above 65535, or colours that
-            stand for none.
+        SampleError: a damaged file, a format that may change values, several pages, ids above 65535, or other colours.
     """
     name = name or str(source)
     with open_page(source, name) as picture:
@@ -318,10 +316,9 @@ def voc_palette() -> np.ndarray:
 
 
 def write_palette_png(path: str | Path, ids: np.ndarray, text: PngInfo | None = None) -> None:
-    """Writes (H, W) integer ids, 0 for background, as a palette PNG in DAVIS' colours, with text if it is given.
+    """Writes (H, W) integer ids 0 to 255, 0 for background, as a palette PNG in DAVIS' colours, with text if given.
 
-    Raises:
-        ValueError: ids outside 0..255, which a palette cannot hold, or another shape or dtype.
+    Other ids, and another shape or type, are an `InputError`.
     """
     if ids.ndim != 2 or ids.dtype.kind not in "iub":
         raise InputError(f"{path}: ids must be (H, W) integers, not {ids.dtype} {ids.shape}")
@@ -342,11 +339,7 @@ def check_window(window: Window | None) -> None:
 
 
 def find_window(values: np.ndarray) -> Window:
-    """The 0.5 and 99.5 percentiles of intensities of any shape and real dtype; those that are not finite do not count.
-
-    Raises:
-        SampleError: none is finite.
-    """
+    """The 0.5 and 99.5 percentiles of the finite ones of some intensities; a `SampleError` where there are none."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         raise SampleError("no finite intensities")
@@ -355,11 +348,9 @@ def find_window(values: np.ndarray) -> Window:
 
 
 def to_uint8(values: np.ndarray, window: Window | None = None) -> np.ndarray:
-    """Intensities as gray values 0…255.
+    """Intensities of any shape and real type as gray values 0…255; uint8 without a window is returned as it is.
 
-    Args:
-        values: any shape and real dtype; uint8 without a window is returned as it is.
-        window: intensities that become 0 and 255; by default the 0.5 and 99.5 percentiles. NaN becomes 0.
+    `window` has the intensities that become 0 and 255, by default the 0.5 and 99.5 percentiles. NaN becomes 0.
     """
     if values.dtype == np.uint8 and window is None:
         return values

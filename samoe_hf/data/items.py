@@ -41,7 +41,6 @@ def video_from_item(item: Any, index: int = 0) -> Video:
             - `video_id`, `domain`: names, "item_<index>" and "default" if not given.
             - `object_ids`: of masks (T, N, H, W) the objects' ids, 1 to N if not given; of ids (T, H, W) those that
               count, all above 0 if not given.
-            - `points`: not used, with a warning.
 
             Frames and masks are arrays, tensors, or lists of T of them or of PIL images. Other keys are left alone.
         index: of the item, for messages.
@@ -80,13 +79,8 @@ def video_from_item(item: Any, index: int = 0) -> Video:
 def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
     """Videos of a dataset whose items are such mappings, or `Video`.
 
-    Args:
-        items: a list or a map-style dataset, which give a sequence; or an iterable, which gives an iterable with
-            `set_epoch`. Data loader workers share out an iterable, but for a `torch.utils.data.IterableDataset`, which
-            does that itself.
-
-    Raises:
-        ValueError: neither of them.
+    A list or a map-style dataset gives a sequence, an iterable an iterable with `set_epoch`. Data loader workers share
+    out an iterable, but for a `torch.utils.data.IterableDataset`, which does that itself. All else is an `InputError`.
     """
     if isinstance(items, VideoList | VideoStream):
         return items
@@ -215,10 +209,7 @@ def _annotations(masks: np.ndarray, frames: list[int], object_ids: Any, owner: s
 
 
 def _to_array(value: Any, owner: str, rgb: bool = False) -> np.ndarray:
-    """The numbers of an array, a tensor, or a list of them or of PIL images (as they are shown, or as labels).
-
-    In masks, that are not RGB, what is None is left out.
-    """
+    """The numbers of an array, a tensor, or a list of them or of PIL images; what is None in masks is left out."""
     if not isinstance(value, list | tuple):
         return _numbers(value, owner, rgb)
     parts = {i: _numbers(part, f"{owner}[{i}]", rgb) for i, part in enumerate(value) if rgb or part is not None}

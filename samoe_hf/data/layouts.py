@@ -26,17 +26,14 @@ class Layout:
 
     Attributes:
         kind: its name in YAML files and on the command line.
-        reader: what opens a dataset, as "module.name" of `samoe_hf.data`, and is imported when it is needed. Its
-            parameters are the options of that kind, and are checked by their types.
+        reader: "module.name" of `samoe_hf.data`; its parameters are the options of that kind, checked by their types.
         patterns: what a folder of this layout holds; one of them suffices. A pattern is one or more globs with spaces
             between them; all must match. `{split}` is a folder that becomes the option `split`, and
             `{annotations:manual|auto}` the first of two values that fits.
         check: what else is asked of the folder, or of that of the split.
-        protocol: which frames count in the evaluation, see `samoe_hf.evaluation.metrics.counted_frames`. By default, an
-            object counts from the frame after its prompt.
+        protocol: which frames count in the evaluation, see `samoe_hf.evaluation.metrics.counted_frames`.
         masks: the format of predicted masks, see [`~samoe_hf.data.predictions.MaskFiles`].
-        writer: what writes a dataset, as the reader is named: it takes videos, a new folder and, where it can, whether
-            masks become `polygons`. See `write_videos` of `samoe_hf.data.formats.convert`.
+        writer: named as the reader is; takes videos, a new folder and, where it can, whether masks become `polygons`.
     """
 
     kind: str
@@ -59,10 +56,7 @@ class Layout:
         return _imported(self.writer)
 
     def detect(self, root: Path, split: str | None = None) -> tuple[dict[str, str], str] | None:
-        """The reader's options that a folder tells, and what it was recognized by; None if it has another layout.
-
-        The split is chosen as [`choose_split`] does.
-        """
+        """The reader's options that a folder tells, and what it was recognized by; None if it has another layout."""
         for pattern in self.patterns:
             option, values = _option_values(root, pattern)
             if values and (self.check is None or self.check(root / values[0] if option == "split" else root)):

@@ -15,15 +15,10 @@ from samoe_hf.errors import InputError, did_you_mean
 
 
 def check_options(function: Callable, options: Mapping[str, Any], owner: str) -> None:
-    """Checks options before a function, a class or a `functools.partial` is called with them.
+    """Checks options before a function, a class or a `functools.partial`, which is typed, is called with them.
 
-    Args:
-        function: what takes the options, typed.
-        options: name -> value.
-        owner: what the options belong to, for messages.
-
-    Raises:
-        ValueError: an unknown option (names the nearest known one), a missing one, or a value of another type.
+    An unknown option (the nearest known one is named), a missing one, and a value of another type are an `InputError`.
+    `owner` is what the options belong to, for messages.
     """
     parameters = inspect.signature(function).parameters
     for name in options:

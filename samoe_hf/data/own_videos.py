@@ -100,10 +100,10 @@ def read_files(
         root: the folder, or a CSV or JSON file with a row for each frame (`frame`, `mask`, `video`, `object`).
         split: the folder of a split (train, val, …), below or beside those of frames and masks; of several, the
             training split by default.
-        frames: where the frames are, such as `{video}/pictures/*.jpg` or `clips/{video}.mp4`. `**/` before it stands
-            for any number of folders.
-        masks: where the masks are, such as `{video}/outlines/*.png` or `masks/{video}/{object}/*.png`; also
-            `{video}/{frame}_{object}.png`. A last folder `*` is each object's or each frame's.
+        frames: where the frames are, such as `{video}/pictures/*.jpg` or `clips/{video}.mp4`; `**/` is any number of
+            folders.
+        masks: where the masks are, such as `masks/{video}/{object}/*.png` or `{video}/{frame}_{object}.png`. A last
+            folder `*` is each object's or each frame's.
         binary: True if every value above 0 is the object; False if white is an id as others are. By default, masks of
             black and white are one object.
         ignore_ids: values that are no objects. By default, white beside other ids.
@@ -296,10 +296,7 @@ def _join(
 
 
 def guess(root: Path) -> Found:
-    """The videos of a list of pairs, or of a folder, by the one list in it, or by the first of `PATTERNS` that fits.
-
-    It is an error if none fits, or if two folders could be the frames, or the masks, of one video.
-    """
+    """The videos of a list of pairs, or of a folder, by the one list in it, or by the first of `PATTERNS` that fits."""
     if root.is_file():
         if root.suffix.lower() in LIST_SUFFIXES:
             return _by_list(root)

@@ -33,11 +33,8 @@ def read_pairs(path: Path) -> tuple[dict[str, Source], tuple[str, str]]:
     """The videos of a list by their names, and what to call the columns of frames and masks.
 
     Rows without a mask are frames without annotation. Without a column `video`, frames of a folder are a video. Frames
-    are in the order of `frame_number`, else of the numbers in their names, else of the rows.
-
-    Raises:
-        SampleError: the file is no such list, or has no masks; or two frames of a video have one number.
-        FileNotFoundError: it names a file that is not there.
+    are in the order of `frame_number`, else of the numbers in their names, else of the rows. What is no such list is a
+    `SampleError`.
     """
     with named_errors(path, f"cannot be read as a list; expected {EXPECTED}"):
         table = _read_table(path)

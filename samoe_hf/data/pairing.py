@@ -105,15 +105,13 @@ def pair_masks(
     """The annotations of a video.
 
     Args:
-        frames: the video's.
-        masks: all its masks: a label image for each frame, or a binary image for each object and frame. Frames may have
-            none. They may be files of several pages, see [`pages_of`].
+        masks: a label image for each frame, or a binary image for each object and frame, or files of several pages, see
+            [`pages_of`]. Frames may have none.
         first: the number that masks give the first frame; by default, what the frames' names say.
-        values: what their values mean, `binary` and `ignore_ids` of [`LabelImages`].
+        values: `binary` and `ignore_ids` of [`LabelImages`].
 
     Raises:
-        SampleError: a mask without a frame, two of one frame (and object), or names that can be read in several ways;
-            names the file.
+        SampleError: a mask without a frame, two of one frame (and object), or names that can be read in several ways.
     """
     masks, notes = _without_pictures(masks)
     if are_pages := is_stack(masks[0].path):
@@ -220,10 +218,9 @@ class _Names:
     # --- Which part of a name is the frame's
 
     def _choose(self, masks: Sequence[MaskFile], parts: Sequence[Sequence[str]]) -> list[Told]:
-        """What each mask tells of its frame, read in the most exact way that fits all masks.
+        """What each mask tells of its frame, in the most exact way that fits all masks.
 
         Args:
-            masks: for messages.
             parts: the names of all masks, and of their folders if these may be the frames'.
         """
         for of_objects in (False, True):
@@ -361,10 +358,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 def split_by_name(source: Source) -> dict[str, Source]:
     """Videos whose images lie in one folder: what names have beside the last number or time -> its frames and masks.
 
-    Empty where the names are those of one video: all have the same beside the number, or one image alone has it.
-
-    Raises:
-        SampleError: the frames are those of several videos, but a mask names none of them.
+    Empty where all have the same beside the number, or one image alone has it. A mask that names none of several videos
+    is a `SampleError`.
     """
     groups: dict[tuple[str, str], tuple[list[Path], list[MaskFile]]] = {}
     for path in source.frames if isinstance(source.frames, list) else ():
@@ -403,9 +398,9 @@ def pages_of(
 ) -> list[MaskFile]:
     """The pages of masks that are files of several pages, each with its frame, and its object if it is of one.
 
-    A file with as many pages as the video has frames has their masks in order. One such file is of all objects; of
-    several, each is of an object. Else a file is of a frame, and its pages are of objects: that of their value, or of
-    their place if they have one value. Others are a `SampleError`. What is guessed goes into `notes`.
+    A file with as many pages as the video has frames has their masks in order: of all objects if it is the only one,
+    else of one object. Else a file is of a frame, and its pages are of objects: that of their value, or of their place
+    if they have one value. Others are a `SampleError`. What is guessed goes into `notes`.
     """
     pages = {mask.path: image_info(mask.path).pages for mask in masks}
     path, *others = pages

@@ -1,7 +1,6 @@
 """Readers for the layouts in which video segmentation datasets come.
 
-Each takes the dataset's folder and a split, and returns a `VideoList`: folders are listed at once, a
-video is opened (and its errors, which name the file, are raised) when it is asked for.
+Folders are listed at once. A video is opened, and its errors are raised, when it is asked for.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ def read_davis(
     Args:
         root: holds `JPEGImages`, `Annotations` and `ImageSets`.
         split: "train", "val"…, a list in `ImageSets`; all sequences by default.
-        year: whose lists to use, and for 2016 to take every label as object 1; by default 2017 where
-            `ImageSets/2017` exists.
+        year: whose lists to use; 2016 takes every label as object 1. By default 2017 where `ImageSets/2017` exists.
         resolution: "480p" or "Full-Resolution".
     """
     root = Path(root)
@@ -54,7 +52,7 @@ def read_vos(
 ) -> VideoList:
     """YouTube-VOS, MOSE, LVOS, and any `JPEGImages/<video>/*.jpg` with label images `Annotations/<video>/*.png`.
 
-    Labels may be missing for some frames; those are unannotated.
+    Frames without labels are not annotated.
 
     Args:
         root: holds `<split>/JPEGImages` and `<split>/Annotations`, or these two directly.
@@ -79,11 +77,7 @@ def _open_labelled(values: dict[str, Any], video_id: str, folders: tuple[Path, P
 def read_sa_v_val(root: str | Path, split: str = "sav_val") -> VideoList:
     """SA-V validation and test: frames at 24 per second, a folder of binary masks per object at 6 per second.
 
-    An object's id is its folder's number plus 1, as in SAM 2's code.
-
-    Args:
-        root: holds `sav_val` and `sav_test`, or is one of them.
-        split: "sav_val" or "sav_test".
+    An object's id is its folder's number plus 1, as in SAM 2's code. `root` holds `sav_val` and `sav_test`, or is one.
     """
     root = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
     frames = root / "JPEGImages_24fps"
@@ -103,15 +97,10 @@ def _open_per_object(video_id: str, folders: tuple[Path, Path]) -> Video:
 
 
 def read_sa_v(root: str | Path, annotations: Literal["manual", "auto"] = "manual", frame_step: int = 4) -> VideoList:
-    """SA-V training: `<video>.mp4` with COCO-RLE masklets in `<video>_manual.json` or `<video>_auto.json`.
+    """SA-V training: `<video>.mp4` with masklets in `<video>_manual.json` or `<video>_auto.json`, at any depth.
 
     An object's id is its position in the file plus 1. As in SAM 2's code, a frame for which an object has no masklet
-    entry counts as unannotated.
-
-    Args:
-        root: searched at any depth.
-        annotations: which masklets.
-        frame_step: video frames per annotated frame (24 and 6 per second).
+    entry counts as unannotated. `frame_step`: video frames per annotated frame (24 and 6 per second).
     """
     suffix = f"_{annotations}.json"
     files = sorted(check_folder(root).rglob(f"*{suffix}"))
@@ -149,9 +138,7 @@ def read_ocid(
 
     Args:
         root: `ARID10`, `ARID20`, `YCB10` or the folder of them.
-        split: all sequences by default.
-        ignore_ids: labels that are no objects, such as OCID's floor and table (1 and 2). The original counts them as
-            objects, and so does the default.
+        ignore_ids: labels that are no objects, such as OCID's floor and table (1 and 2), which the original counts.
     """
     root = check_folder(root)
     folders = [path.parent for path in root.rglob("rgb") if (path.parent / "label").is_dir()]

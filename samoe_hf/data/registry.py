@@ -100,11 +100,9 @@ def name_kind(
 
 
 def videos_from_entry(entry: Mapping[str, Any] | str, owner: str) -> Sequence[Video]:
-    """The videos of an entry of a run's `train_data` or `eval_data`; errors name it.
+    """The videos of an entry of a run's `train_data` or `eval_data`: the arguments of [`load_videos`], or a folder.
 
-    Args:
-        entry: the arguments of [`load_videos`], or a folder.
-        owner: what to call it in messages, such as "train_data[0]".
+    Errors name it by its `owner`, such as "train_data[0]".
     """
     if isinstance(entry, (str, Path)) and Path(entry).exists():
         entry = {"root": entry}
@@ -133,10 +131,7 @@ def dataset_entries(run: Mapping[str, Any], key: str, owner: str) -> list[Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML file as data.
-
-    Args:
-        path: a file, or the name of a configuration that comes with the package, see [`~configs.find_config`].
+    """Reads a YAML file, or a configuration that comes with the package (see [`~configs.find_config`]), as data.
 
     Raises:
         FileNotFoundError: if there is neither.

@@ -1,8 +1,7 @@
 """One schema for every dataset: `Video`, and its form as a row of a `datasets.Dataset`.
 
-A row holds standard feature types only, so a dataset can be saved, streamed and pushed to the Hub. Frames keep the
-bytes of their files, or become PNGs; masks are COCO run-length encodings, which are exact for overlapping objects,
-ids of any size and frames without annotation.
+Frames keep the bytes of their files, or become PNGs; masks are COCO run-length encodings, which are exact for
+overlapping objects, ids of any size and frames without annotation.
 """
 
 from __future__ import annotations
@@ -110,7 +109,6 @@ class Video:
         """The objects' masks on an annotated frame.
 
         Args:
-            frame: index of the frame.
             object_ids: objects to read, in this order; all of the video's by default.
 
         Returns:
@@ -230,10 +228,7 @@ def video_to_row(video: Video) -> dict[str, Any]:
 
 
 def video_from_row(row: dict[str, Any]) -> Video:
-    """The video of a row; frames and masks are decoded on access.
-
-    Raises:
-        SampleError: the row does not fit `FEATURES`, or its parts do not fit together; names the video.
+    """The video of a row; frames and masks are decoded on access. One that does not fit `FEATURES` is a `SampleError`.
 
     `datasets` itself decodes every image of a row with the feature `Image()`; `videos_from_dataset` prevents that.
     """
@@ -255,14 +250,9 @@ def video_from_row(row: dict[str, Any]) -> Video:
 
 
 def to_datasets(videos: Sequence[Video], cache_dir: str | None = None) -> datasets.Dataset:
-    """Videos as a `datasets.Dataset` with `FEATURES`.
+    """Videos as a `datasets.Dataset` with `FEATURES`, in `cache_dir` or `datasets`' own cache.
 
-    The dataset is written anew to the cache at each call, since a fingerprint of lazily read files would not notice
-    that they have changed.
-
-    Args:
-        videos: a list or a lazy sequence.
-        cache_dir: where to write, `datasets`' own cache by default.
+    It is written anew at each call, since a fingerprint of lazily read files would not notice that they have changed.
     """
     # A row is a whole video; Arrow's offsets end at 2 GB per written batch.
     return datasets.Dataset.from_generator(

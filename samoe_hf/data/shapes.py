@@ -25,10 +25,8 @@ def draw(part: Part, size: tuple[int, int]) -> np.ndarray:
 def decode_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     """The mask (H, W) bool of a COCO run-length encoding; any error where it does not fit the size (height, width).
 
-    Args:
-        rle: `{"size": [H, W], "counts": …}`, with counts compressed (a string) or not (a list). pycocotools, which
-            reads and writes beyond its memory where runs do not fit, is not trusted with it.
-        size: of the frame.
+    Its counts are compressed (a string) or not (a list). pycocotools reads and writes beyond its memory where runs do
+    not fit, so it is not trusted with them.
     """
     counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
     runs = decompress_counts(counts) if isinstance(counts, bytes) else np.array(counts)
@@ -48,8 +46,8 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
 def encode_polygon(polygon: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
     """The run-length encoding of a polygon x, y, x, y, … in an image of a size (height, width).
 
-    An error are too few points, and points so far outside the image or an outline so long that pycocotools would take
-    more memory than the image is worth.
+    Too few points, points so far outside or an outline so long that pycocotools would take more memory than the image
+    is worth are an error.
     """
     height, width = size
     flat = np.array(polygon, dtype=np.float64)

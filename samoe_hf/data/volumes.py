@@ -35,10 +35,7 @@ NIFTI_DAMAGE = (*DAMAGE, ImageFileError, OrientationError, HeaderDataError, Wrap
 def read_npz(root: str | Path, split: str | None = None, window: Window | None = None) -> VideoList:
     """Volumes `*.npz` with `imgs` (D, H, W), `gts` (D, H, W) object ids, 0 for background, and optionally `spacing`.
 
-    Args:
-        root: the folder of the files.
-        split: a folder of root.
-        window: see [`~samoe_hf.data.registry.load_videos`].
+    `split` is a folder of root; for `window` see [`~samoe_hf.data.registry.load_videos`].
     """
     return VideoList(_files(Path(root, split or ""), ".npz"), partial(_open_npz, window))
 
@@ -87,8 +84,6 @@ def read_nifti(root: str | Path, split: str = "Tr", window: Window | None = None
 
     Args:
         root: holds `images<split>/*.nii[.gz]` (or `…_0000.nii[.gz]`) and, under the same names, `labels<split>`.
-        split: "Tr", "Ts"…
-        window: see [`~samoe_hf.data.registry.load_videos`].
         by_voxels: labels are taken voxel by voxel as they are stored, wherever their headers say that they lie.
     """
     labels = _files(Path(root) / f"labels{split}", ".nii", ".nii.gz")

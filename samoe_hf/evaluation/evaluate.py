@@ -44,9 +44,7 @@ def segment_video(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tracks all objects of a video, each prompted on the first annotated frame that shows it.
 
-    Args:
-        prompt: see [`PromptStrategy`].
-        domain: of a model with domains, whose experts are run; see [`~samoe_hf.video_session.VideoSession`].
+    For `prompt` see [`PromptStrategy`], for `domain` [`~samoe_hf.video_session.VideoSession`].
 
     Returns:
         masks (T, N, H, W) bool, in the order of `video.object_ids`, empty before an object was prompted and possibly
@@ -68,7 +66,6 @@ class VideoResult:
 
     Attributes:
         frames: indices of the annotated frames in the video.
-        num_frames: all frames of the video.
         image_area: pixels of a frame.
         seconds: of prompting and tracking, with the decoding of frames; of frames that were tracked together with those
             of other videos an equal share of the time. NaN for masks that were read from files.
@@ -176,8 +173,7 @@ def evaluate_video(
 ) -> VideoResult:
     """Tracks a video's objects from their masks and scores them on its annotated frames; see [`evaluate_videos`].
 
-    Args:
-        write: takes the masks of each frame, such as [`MaskFiles.write`]; it is called in another thread.
+    `write` takes the masks of each frame, such as [`MaskFiles.write`], in another thread.
     """
     with Together(model) as together:
         return next(together.run([evaluation_steps(together, processor, video, write=write, domain=domain)]))
@@ -197,7 +193,6 @@ def evaluation_steps(
     """The steps in which a video is tracked, and then its scores.
 
     Args:
-        prompt: see [`PromptStrategy`].
         seed: of prompts that are drawn.
         overlapping: whether a pixel may belong to several objects, and not only to that of the largest logit.
         surface_tolerance: in mm, for volumes.
@@ -217,8 +212,7 @@ def evaluation_steps(
 def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
     """Scores masks that were written before, by whatever method; see [`MaskFiles`] for what is wrong with them.
 
-    Raises:
-        InputError: if they show none of the video's objects, and other values: their ids are other ones.
+    Masks that show none of the video's objects, but other ids, are an `InputError`.
     """
     check_annotated(video)
     files.check(video, video.annotated_frames)

@@ -181,9 +181,6 @@ def score_video(
         object_ids: the objects to score; by default those in the id maps of `target`, or 1..N for masks. All other ids
             are background.
         object_scores: logits (T, N) that the object is visible, for the occlusion accuracy.
-
-    Raises:
-        ValueError: if shapes differ (names both), or an argument is not as described.
     """
     prediction, target, ids = _check_pair(prediction, target, object_ids)
     table, (height, width) = (len(target), len(ids)), target.shape[-2:]
@@ -229,7 +226,6 @@ def surface_dice(
     Args:
         prediction, target: id maps (D, H, W) or boolean masks (D, N, H, W).
         spacing: size of a voxel along D, H and W (reverse of SimpleITK's x, y, z), in the unit of the tolerance, as mm.
-        tolerance: largest distance that counts as the same surface.
         object_ids: see `score_video`.
 
     Returns:
@@ -306,7 +302,7 @@ class Metric(NamedTuple):
         title: heading of its column in tables.
         meaning: what it is, for readers of a report. `{tolerance}` stands for the tolerance of surfaces in mm.
         table: the attribute of [`VideoScores`] that it is computed from: values of frames and objects (T, N), or (N,)
-            where it is `of_volume`. It is computed for each object, and then averaged over objects.
+            where it is `of_volume`.
         average: over an object's frames that count.
         of_volume: whether only volumes have it.
         is_main: whether short tables show it, and models are compared by it.
@@ -390,8 +386,8 @@ def summarize(
 
     Returns:
         `num_videos`, `num_objects` and `num_frames` (summed over objects) that count; the columns of `score_objects`
-        averaged over objects, as DAVIS does. With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and
-        `overall`, the mean of their J&F.
+        averaged over objects. With groups also `groups`, {group: {"J_mean", "F_mean", "J&F_mean"}}, and `overall`, the
+        mean of their J&F.
     """
     every = score_objects(videos, protocol)
     rows = [row for row in every if row["num_frames"]]

@@ -192,11 +192,7 @@ def _object_table(objects: Sequence[Mapping[str, Any]]) -> str:
 
 
 def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    """The first model's figures by domain, for `huggingface_hub.ModelCardData(eval_results=...)`.
-
-    Args:
-        results: what `statistics.read_results` gives.
-    """
+    """The first model's figures by domain, for `huggingface_hub.ModelCardData(eval_results=...)`."""
     dataset = results["dataset"]
     arguments = {key: results[key] for key in ("prompt", "protocol") if results[key] is not None}
     return [

@@ -46,12 +46,8 @@ class EvaluationRun(RunFolder):
     """A folder of results, one file per video, written as they are finished; a stopped run goes on with what is left.
 
     `scores/<domain>/<video>.npz` holds a [`VideoResult`], `masks/<domain>/` its masks as [`MaskFiles`]. Where prompts
-    depend on a seed, both are in `seed_<seed>/`.
-
-    Args:
-        layout: of the masks.
-        predictions: masks that something else has written, in place of those of the folder: of all videos, or in a
-            folder for each domain.
+    depend on a seed, both are in `seed_<seed>/`. `predictions` are masks of something else, in place of those of the
+    folder: of all videos, or in a folder for each domain.
     """
 
     kind = "an evaluation"
@@ -107,9 +103,8 @@ class EvaluationRun(RunFolder):
     def load(self, videos: Iterable[Video], seed: int | None) -> list[VideoResult]:
         """The results of all videos, in their order.
 
-        Raises:
-            ValueError: if a file is damaged, or holds the result of another video, as where a file system does not tell
-                upper from lower case.
+        A damaged file, and the result of another video, as where upper and lower case are the same, are an
+        `InputError`.
         """
         results = []
         for video in videos:
@@ -122,11 +117,7 @@ class EvaluationRun(RunFolder):
 
 
 def choose_seeds(prompt: PromptStrategy, count: int) -> list[int | None]:
-    """The seeds of `count` runs: 42, 1042, … as in the original; [None], one run, for a prompt that draws nothing.
-
-    Raises:
-        ValueError: if `count` is below 1.
-    """
+    """The seeds of `count` runs: 42, 1042, … as in the original; [None], one run, for a prompt that draws nothing."""
     if count < 1:
         raise InputError(f"`seeds` must be at least 1, got {count}.")
     return [FIRST_SEED + SEED_STEP * i for i in range(count)] if prompt.is_random else [None]
@@ -177,7 +168,7 @@ class Evaluation:
     `torchrun` share the videos; all must see the output folder.
 
     Args:
-        videos: told apart by domain and id.
+        videos: told apart by domain and id, each with an annotated frame.
         dataset: where they come from, as JSON holds it.
         output: folder of the results.
         prompt: what objects are prompted with.
@@ -186,10 +177,6 @@ class Evaluation:
         layout: of the masks, see [`MaskFiles`].
         surface_tolerance: in mm, for volumes.
         groups: group of every (video id, object id), see `summarize`.
-
-    Raises:
-        ValueError: if there are no videos, two have the same domain and id, one has no annotated frame, an object has
-            no group, or the tolerance is no length.
     """
 
     videos: Sequence[Video]
@@ -265,8 +252,7 @@ class Evaluation:
         return self._run(run, run.identity["model"], self.seeds, evaluate, state, overwrite)
 
     def check_model(self, source: str, label: str, state: PartialState, overwrite: bool = False, **options) -> None:
-        """Raises what [`run_model`](Evaluation.run_model) would before it tracks: for a model that cannot be loaded, or
-        results of another one."""
+        """Raises what [`run_model`](Evaluation.run_model) would before it tracks."""
         *_, run = self._load(source, label, state, **options)
         run.check(overwrite)
 
@@ -280,15 +266,10 @@ class Evaluation:
         return model, processor, self._folder(label, identity)
 
     def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
-        """Scores masks that were written before, always anew.
+        """Scores masks that were written before, always anew; see [`run_model`](Evaluation.run_model).
 
         Args:
             folder: masks in this layout; those of several domains in a folder for each.
-            label, state: see [`run_model`](Evaluation.run_model), and also for what is returned.
-
-        Raises:
-            InputError: if the folder is missing, or where the results are to be written.
-            FileNotFoundError: if predictions are missing; names them.
         """
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder of predictions")
@@ -311,11 +292,7 @@ class Evaluation:
         return [replace(video, annotations=run.masks(video, seed).annotations(video)) for video in self.videos]
 
     def results(self, models: Sequence[Mapping[str, Any]], state: PartialState) -> dict[str, Any]:
-        """What `results.json` holds of these entries; all but the first are compared with the first.
-
-        Raises:
-            ValueError: if two have the same label.
-        """
+        """What `results.json` holds of these entries; all but the first are compared with the first."""
         labels = [model["label"] for model in models]
         if len(set(labels)) < len(labels):
             raise InputError(f"Labels of models must differ, got {', '.join(labels)}.")
@@ -357,8 +334,7 @@ class Evaluation:
     ) -> dict[str, Any] | None:
         """Evaluates this process' share of the videos without a result, and waits for the other processes.
 
-        Args:
-            evaluate: evaluates videos with seeds, and yields each video when its result is written.
+        `evaluate` yields each video when its result is written.
 
         Returns:
             The entry of the finished runs in the results, with pictures of the best and worst objects of the first;

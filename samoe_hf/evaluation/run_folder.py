@@ -13,10 +13,8 @@ from samoe_hf.whole_files import write_text
 
 
 class RunFolder(ABC):
-    """A folder in which a stopped run goes on, as long as all that it depends on, its identity, is the same.
-
-    `run.json` holds the identity.
-    """
+    """A folder in which a stopped run goes on, as long as its identity in `run.json`, all that it depends on, is the
+    same."""
 
     kind = "a run"
 

@@ -52,9 +52,9 @@ def combine_runs(
         groups: group of every (video id, object id).
 
     Returns:
-        `summary` (see `metrics.summarize`; means over the runs), `std` (sample standard deviation over the runs, None
-        for one), `runs` (seed and summary of each), `domains` (summary and std of each), `videos`, `objects`,
-        `over_time`, `by_size`, `where_to_look` and `speed`.
+        `summary` (means over the runs), `std` (sample standard deviation over the runs, None for one), `runs` (seed and
+        summary of each), `domains` (summary and std of each), `videos`, `objects`, `over_time`, `by_size`,
+        `where_to_look` and `speed`.
     """
     first, every = next(iter(runs.values())), [result for run in runs.values() for result in run]
     objects = [_mean(rows) for rows in zip(*(_object_rows(run, protocol) for run in runs.values()), strict=True)]

@@ -66,11 +66,7 @@ class TrackedObject:
 
 
 class Tracker:
-    """The model in a folder. model.json says what each ONNX file takes and gives, and has the settings of the rules.
-
-    Args:
-        options: of `onnxruntime.InferenceSession`, such as `providers`.
-    """
+    """The model in a folder, as its model.json describes it; `options` are of `onnxruntime.InferenceSession`."""
 
     def __init__(self, folder: str | Path, **options: Any):
         import onnxruntime
@@ -88,11 +84,8 @@ class Tracker:
         """Gives each frame once: its index, all ids, and the logits of their masks (objects, height, width).
 
         Frames come in the order in which the last of their objects is tracked. Until then, masks are in a temporary
-        file.
-
-        Args:
-            frames: (height, width, 3) uint8, each read when it is needed.
-            prompts: as in prompts.json, but a mask is an array (height, width).
+        file. `frames` are (height, width, 3) uint8; `prompts` are as in prompts.json, but a mask is an array (height,
+        width).
         """
         self.num_frames, self.size = len(frames), frames[0].shape[:2]
         check_prompts(prompts, self.num_frames, self.size)
@@ -149,8 +142,7 @@ class Tracker:
     ) -> dict[int, np.ndarray]:
         """Masks (1, side, side) of the prompts on a frame, those of one kind together. It becomes a conditioning frame.
 
-        Args:
-            before: where the prompts are corrections, the masks that are there.
+        `before` has the masks that are there, where the prompts are corrections.
         """
         masks, batches, side = {}, defaultdict(list), self.image["side"]
         for prompt in prompts:
@@ -202,9 +194,7 @@ class Tracker:
 
         Of maps, those of prompted frames and of `num_maps - 1` others, of which pointers reach farther back. Others are
         the last ones ("recent", SAM 2), or those on which the model was sure, and the last one ("score", SAM 3).
-
-        Args:
-            step: 1 where time runs forward, -1 where it runs backward.
+        `step` is 1 where time runs forward, -1 where it runs backward.
         """
         rules = self.rules
         num_maps, num_pointers = rules["num_maps"], min(rules["max_pointers"], self.num_frames)
@@ -339,8 +329,7 @@ def resize(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def weights(old: int, new: int, cubic: bool = False, shrinks: bool = False) -> np.ndarray:
     """(new, old): the share of each of `old` pixels in each of `new` along the same length, linear or cubic.
 
-    Args:
-        shrinks: whether a pixel that covers several takes them all (antialiasing), or the nearest two.
+    With `shrinks` a pixel that covers several takes them all (antialiasing), else the nearest two.
     """
     scale = max(old / new, 1) if shrinks else 1
     x = abs(np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * old / new) / scale
@@ -352,8 +341,8 @@ def weights(old: int, new: int, cubic: bool = False, shrinks: bool = False) -> n
 
 
 def points_of(prompt: dict, side: int, size: tuple[int, int]) -> tuple[np.ndarray, list[float]]:
-    """Points (points, 2) in pixels of the model's input, and their labels: 2 and 3 for a box's corners, which come
-    first."""
+    """Points (points, 2) in pixels of the model's input, a box's corners first, and labels, which are 2 and 3 for
+    these."""
     box, points = (numbers(prompt.get(name, []), 2) for name in ("box", "points"))
     points = np.concatenate([np.sort(box, axis=0), points]).astype(np.float32)
     labels = [2, 3][: len(box)] + numbers(prompt.get("labels", []), 1)[:, 0].tolist()

@@ -52,11 +52,9 @@ def export_model(
     """Writes the parts of a model, each in a file of its own, with what runs them.
 
     `model.json` says what each part takes and gives. With ONNX files, `run.py` tracks a video with onnxruntime, NumPy
-    and Pillow. The parts compute in the model's type. Single experts are merged into their layers. The model stays as
-    it is.
+    and Pillow. Single experts are merged into their layers. The model stays as it is.
 
     Args:
-        processor: prepares the model's frames.
         directory: new or empty.
         domain: of a model with domains, the one whose experts are exported, or "base" for none.
         format: "onnx", or "torch" for programs of `torch.export` (`.pt2`).
@@ -110,11 +108,7 @@ def check(model: SamoeModel, domain: str | None) -> None:
 
 
 def image_settings(model: SamoeModel, processor: VideoProcessor) -> dict[str, Any]:
-    """How frames are prepared, in `run.py`'s words.
-
-    Raises:
-        InputError: if the processor does something else.
-    """
+    """How frames are prepared, in `run.py`'s words; an `InputError` if the processor does something else."""
     own = processor.video_processor
     resample = PILImageResampling(int(own.resample)).name
     if resample not in RESAMPLING:

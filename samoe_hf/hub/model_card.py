@@ -61,12 +61,10 @@ def build_model_card(
     base: Mapping[str, Any] | None = None,
     experts_only: bool = False,
 ) -> ModelCard:
-    """The card of a model.
+    """The card of a model, in the repository `model_id`.
 
-    Args:
-        model_id: its repository, or a name.
-        base: what it was loaded from, as `model.origin.source`, which is the default.
-        experts_only: whether the repository holds only what was trained.
+    `base` is what it was loaded from, by default `model.origin.source`; with `experts_only` the repository holds only
+    what was trained.
     """
     content, base, kind = content or CardContent(), base or model.origin.source or {}, base_of(model.config)
     name = base.get("name_or_path")

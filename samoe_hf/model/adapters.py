@@ -2,9 +2,7 @@
 
 Saved, each adapter is a PEFT folder of its name within the model's folder; the model's own tensors keep the names that
 they have without adapters, and the configuration's `adapters` says which there are and which of them are active.
-Folders of adapters that it does not name are left alone, and not read.
-
-PEFT is needed where there are adapters, not for models without them.
+Folders of adapters that it does not name are left alone. PEFT is needed only where there are adapters.
 """
 
 import copy
@@ -68,11 +66,8 @@ LEAST_PEFT = "0.21.0"
 
 
 def _peft(module: str = "peft") -> ModuleType:
-    """PEFT, which is slow to import. Whatever remote code imports by a statement, transformers asks for at once.
-
-    Raises:
-        InputError: if it is older than this package or transformers asks for.
-    """
+    """PEFT, which is slow to import; an `InputError` if it is too old. Whatever remote code imports by a statement,
+    transformers asks for at once."""
     requires_backends(_peft, "peft")
     for least in (LEAST_PEFT, MIN_PEFT_VERSION):
         try:
@@ -131,8 +126,7 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_adapters_can_be_saved(model: SamoePreTrainedModel) -> None:
-    """Refuses adapters of other kinds than LoRA, which PEFT may have put into a model, or settings that change others'
-    tensors."""
+    """Refuses adapters of other kinds than LoRA, or with settings that change others' tensors."""
     for name in adapter_names(model):
         config: Any = model.peft_config[name]
         suitable_adapter(model, config, name)
@@ -144,11 +138,8 @@ def is_lora(config: "PeftConfig") -> "TypeGuard[LoraConfig]":
 
 
 def suitable_adapter(model: SamoePreTrainedModel, config: "PeftConfig", name: str) -> "LoraConfig":
-    """A copy of an adapter's configuration that leaves out what lies within layers with experts.
-
-    Raises:
-        ValueError: if such an adapter cannot be saved with the model.
-    """
+    """A copy of an adapter's configuration that leaves out what lies within layers with experts; refuses others than
+    LoRAs."""
     check_adapter_name(name)
     if not is_lora(config):
         raise InputError(f"`adapter_config` must be a LoraConfig, got {type(config).__name__}.")
@@ -207,13 +198,8 @@ def save_adapters(model: SamoePreTrainedModel, directory: str | os.PathLike) -> 
 def load_adapters(
     model: SamoePreTrainedModel, source: str | os.PathLike, active: Mapping[str, bool] | None, hub: Mapping[str, Any]
 ) -> None:
-    """Loads the adapters that lie beside a model, frozen.
-
-    Args:
-        source: folder or Hub id of the model.
-        active: name of each adapter -> whether it is used.
-        hub: how to fetch it.
-    """
+    """Loads the adapters that lie beside a model in a folder or Hub id, frozen; `active`: name of each -> whether it is
+    used."""
     if not active:
         return
     for name in active:
@@ -250,11 +236,7 @@ def put_adapter(
 ) -> None:
     """Puts an adapter into a model under a name, as a new one or in place of the one of that name.
 
-    Args:
-        source: what to call it in messages.
-
-    Raises:
-        ValueError: if its tensors are not those of its configuration on this model, or not finite.
+    Tensors that are not those of its configuration on this model, or not finite, are an `InputError`.
     """
     settings = _peft().PeftConfig.from_peft_type(**config) if isinstance(config, dict) else copy.copy(config)
     name_layers(source, settings, tensors)
@@ -278,11 +260,8 @@ def put_adapter(
 
 
 def name_layers(source: Any, config: "PeftConfig", tensors: Mapping[str, Tensor]) -> None:
-    """Puts the names of an adapter's layers, which its tensors tell, in the place of expressions, which may never end.
-
-    Raises:
-        InputError: for an expression for whose places there are no tensors, of ranks and scales.
-    """
+    """Puts the names of an adapter's layers, which its tensors tell, in the place of expressions, which may never
+    end."""
     if not is_lora(config):
         return  # it is refused
     for setting in ("rank_pattern", "alpha_pattern"):

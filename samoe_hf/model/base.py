@@ -43,11 +43,7 @@ def mask_size(config: VideoConfig) -> int:
 
 
 def settings_of_base(config_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a base's own configuration stands for.
-
-    Args:
-        config_dict: the content of a `config.json` of one of `MODEL_TYPES`.
-    """
+    """The settings that a base's own configuration, the content of its `config.json`, stands for."""
     return MODEL_TYPES[config_dict["model_type"]].settings(config_dict)
 
 

@@ -45,8 +45,7 @@ class Base(ABC):
     """What is particular to a base.
 
     Attributes:
-        title: what people call it.
-        tag: its tag on the Hub.
+        title, tag: what people call it, and its tag on the Hub.
         paper: where it is described.
         config_class: the configuration of the model in transformers.
         model_types: `model_type` of the configurations in transformers that it can be read from.
@@ -93,14 +92,12 @@ class Base(ABC):
     def encoder_sizes(self, config: VideoConfig, sizes: list[list[int]]) -> dict[str, tuple[Any, Any]]:
         """Fields of the encoder's configuration that shapes of weights do not tell: name -> (value, expected).
 
-        Args:
-            sizes: height and width of each level of features, from fine to coarse.
+        `sizes` are height and width of each level of features, from fine to coarse.
         """
 
     @abstractmethod
     def use_own_modules(self, model: Sam2VideoModel) -> None:
-        """Puts the base's modules into a model that transformers has built, and this package's in place of those that
-        do work for nobody."""
+        """Puts the base's and this package's modules into a model that transformers has built."""
 
     # What a memory is kept as: here a map, with a token for each place of the coarsest features. Tokens may be averaged
     # over squares with `pooling` of them a side.

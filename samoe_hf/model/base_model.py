@@ -82,10 +82,7 @@ class Origin:
 
 
 class SamoePreTrainedModel(Sam2VideoModel):
-    """A [`~transformers.Sam2VideoModel`] with this package's modules, over any base, and with experts in its layers.
-
-    The tensors of the base model keep its names.
-    """
+    """A [`~transformers.Sam2VideoModel`] with this package's modules, over any base, and with experts in its layers."""
 
     config_class = SamoeConfig
     config: SamoeConfig
@@ -146,13 +143,12 @@ class SamoePreTrainedModel(Sam2VideoModel):
         """Compiles a frame's work as two graphs: the image encoder, and from memory attention to memory encoder.
 
         The first frames are slow. Nothing is compiled again as memory fills or the number of objects changes, except
-        between one object and several. Frames with prompts run uncompiled, so that no kind of them has to be compiled.
-        In training each module is compiled by itself.
+        between one object and several. Frames with prompts run uncompiled. In training each module is compiled by
+        itself.
 
-        Args:
-            kwargs: of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, objects are
-                filled up to 1, 2, 4, 8 ..., and memories to as many as there can be: one graph is recorded for each
-                such number of objects. What it puts out is copied, since its next run overwrites it.
+        `kwargs` are of [`torch.compile`], such as `mode="reduce-overhead"`. In modes with CUDA graphs, objects are
+        filled up to 1, 2, 4, 8 ..., and memories to as many as there can be: one graph is recorded for each such number
+        of objects. What it puts out is copied, since its next run overwrites it.
 
         Raises:
             InputError: if nothing can be compiled on the model's device, as without a compiler.
@@ -195,11 +191,7 @@ class SamoePreTrainedModel(Sam2VideoModel):
 
 
 def build_on_meta(config: SamoeConfig, with_experts: bool = True) -> Sam2VideoModel:
-    """A model, or the base model alone, without memory for its tensors.
-
-    Raises:
-        InputError: if the configuration describes none that can be built.
-    """
+    """A model, or the base model alone, without memory for its tensors; an `InputError` if none can be built."""
     kind = SamoePreTrainedModel if with_experts else Sam2VideoModel
     try:
         with torch.device("meta"), init.no_init_weights():

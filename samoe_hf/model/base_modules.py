@@ -54,11 +54,9 @@ class ImageFeatures(NamedTuple):
 
 
 def rebuild(module: nn.Module, kind: type[M], *args: object) -> M:
-    """A module of another class with the parameters and buffers of `module`.
+    """A module of another class, whose tensors have the same names, with the parameters and buffers of `module`.
 
-    Args:
-        kind: a class whose tensors have the same names.
-        args: of its constructor, which runs without memory and draws nothing.
+    `args` are of its constructor, which runs without memory and draws nothing.
     """
     with torch.device("meta"):
         built = kind(*args)
@@ -79,11 +77,7 @@ class MaskDecoder(Sam2VideoMaskDecoder):
         multimask_output: bool,
         high_resolution_features: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decodes the masks of N objects; shapes are as in the base class, with one prompt in each row.
-
-        Returns:
-            what [`candidates`] gives, of 3 masks with `multimask_output`, or else of 1.
-        """
+        """Decodes the masks of N objects, see [`candidates`]: 3 of each with `multimask_output`, else 1."""
         decoded = self.candidates(
             image_embeddings,
             image_positional_embeddings,

@@ -39,10 +39,7 @@ class MultiScaleAttention(Sam2MultiScaleAttention):
 
 
 class VisionNeck(Sam2VisionNeck):
-    """SAM 2's feature pyramid, which encodes the positions of the coarsest level alone.
-
-    The encoder hands on the last levels, from fine to coarse; the first of these is the coarsest.
-    """
+    """SAM 2's feature pyramid, which encodes the positions of the coarsest level that the encoder hands on alone."""
 
     def forward(self, hidden_states: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         top = len(self.convs) - 1

@@ -1,7 +1,6 @@
 """What the rows of a batch belong to while a model runs, for those who watch its modules, such as its routers.
 
-The model declares its rows where it makes a batch: frames in the image encoder, objects in a frame step. Nothing here
-knows of models.
+The model declares its rows where it makes a batch: frames in the image encoder, objects in a frame step.
 """
 
 from collections.abc import Iterable, Iterator

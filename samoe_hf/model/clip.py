@@ -89,7 +89,6 @@ class Clips:
     Attributes:
         pixel_values: (B, T, 3, S, S).
         prompts: for all B * N objects.
-        num_objects: N.
         labels: (B, N, T, S, S) bool, the true masks.
         object_mask: with labels, (B, N) bool, False for padded objects.
         numbers: which clips of the whole batch these are.
@@ -128,13 +127,8 @@ class Clips:
 
 
 class TrackedClips(NamedTuple):
-    """What was segmented of clips.
-
-    Attributes:
-        pred_masks: (B, N, T, S / 4, S / 4), logits.
-        iou_scores, object_score_logits: (B, N, T).
-        parts: with true masks, the loss of each frame and click.
-    """
+    """What was segmented of clips: logits `pred_masks` (B, N, T, S / 4, S / 4), `iou_scores` and `object_score_logits`
+    (B, N, T), and with true masks the loss of each frame and click."""
 
     pred_masks: Tensor
     iou_scores: Tensor
@@ -197,13 +191,8 @@ def clip_forward(
     output_router_logits: bool = False,
     num_items_in_batch: Tensor | int | None = None,
 ) -> SamoeClipOutput:
-    """Tracks all objects through each clip, and with labels computes the loss.
-
-    Args:
-        domain: whose experts are run, of all clips or of each; see [`~modeling_samoe.SamoeModel.forward`].
-        num_items_in_batch: elements of labels of all real objects that the loss is averaged over, as Trainer counts
-            them over micro-batches and processes; by default the objects of this batch, averaged over processes.
-    """
+    """Tracks all objects through each clip, and with labels computes the loss; see
+    [`~modeling_samoe.SamoeModel.forward`]."""
     has_router_loss = clips.labels is not None and model.config.router_aux_loss_coef > 0
     calls: dict[str, list[RouterCall]] = {}
     with record_router_logits(model) if output_router_logits or has_router_loss else nullcontext(calls) as calls:
@@ -230,10 +219,8 @@ def clip_forward(
 def _segment_by_domain(
     model: SamoePreTrainedModel, clips: Clips, domain: str | Sequence[str | None] | None
 ) -> tuple[TrackedClips, list[str | None]]:
-    """Segments the clips of each domain in one batch; also gives the domains.
-
-    So each call of a layer is of one domain, and its numbers are those that the clips give without the others.
-    """
+    """Segments the clips of each domain in one batch, so that each gives what it gives alone; also gives the
+    domains."""
     features = None if encoder_has_experts(model) else _encode(model, clips)
     first = min(clips.prompts.initial)
     first_features = None if features is None else features.select((slice(None), first))
@@ -328,8 +315,8 @@ def _segment_clips(model: SamoePreTrainedModel, clips: Clips, features: ImageFea
 
 
 def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *image: Any) -> Any:
-    """Calls a function on an image's tensors; where frames are checkpointed, so that it is computed again in the
-    backward pass."""
+    """Calls a function on an image's tensors; where frames are checkpointed, it is computed again in the backward
+    pass."""
     is_due = frame_idx % model.clip_settings.checkpoint_every_n_frames == 0
     if model.gradient_checkpointing and model.training and torch.is_grad_enabled() and is_due:
         # It keeps what it computes for itself, in both passes.
@@ -340,10 +327,9 @@ def _run_frame(model: SamoePreTrainedModel, frame_idx: int, segment: Callable, *
 def _segment_frame(
     step: Callable[..., FrameOutput], loss: Callable[..., LossParts] | None, *image: Any
 ) -> tuple[FrameOutput, list[LossParts]]:
-    """The frame step and, with true masks, the loss of each of its predictions.
+    """The frame step and, with true masks, the loss of each of its predictions, on the tensors of [`ImageFeatures`].
 
-    Both in one function, so that gradient checkpointing also spares what the loss needs. `image` are the tensors of
-    [`ImageFeatures`].
+    Both in one function, so that gradient checkpointing also spares what the loss needs.
     """
     output = step(image=ImageFeatures(*image))
     if loss is None:
@@ -355,11 +341,7 @@ def _segment_frame(
 
 
 def non_reentrant(checkpoint: Callable) -> Callable:
-    """The function for gradient checkpointing with `use_reentrant=False`, which recomputes with the same experts.
-
-    Raises:
-        ValueError: if it was made with `use_reentrant=True`.
-    """
+    """The function for gradient checkpointing with `use_reentrant=False`, which recomputes with the same experts."""
     keywords = getattr(checkpoint, "keywords", {})
     if keywords.get("use_reentrant"):
         raise InputError(
@@ -376,8 +358,8 @@ def non_reentrant(checkpoint: Callable) -> Callable:
 def checkpoint_frames(model: SamoePreTrainedModel, every_n_frames: int) -> None:
     """Sets that each n-th frame is checkpointed as a whole.
 
-    Layers within a frame step are not checkpointed again, although their `gradient_checkpointing` says so as that of
-    all layers does: they get no tensors as positional arguments, so that on a GPU their dropout would be drawn anew.
+    Layers within a frame step are not checkpointed again, although their `gradient_checkpointing` says so: they get no
+    tensors as positional arguments, so that on a GPU their dropout would be drawn anew.
     """
     model.clip_settings.checkpoint_every_n_frames = every_n_frames
     for part in (model.mask_decoder, model.memory_encoder):
@@ -396,14 +378,11 @@ def all_router_logits(calls: Mapping[str, Sequence[RouterCall]]) -> dict[str, Te
 
 
 def router_logits_by_clip(calls: Mapping[str, Sequence[RouterCall]], object_mask: Tensor) -> list[dict[str, Tensor]]:
-    """Router logits of the tokens of each clip's real objects.
+    """Router logits of the tokens of each clip's real objects: name of each layer -> (tokens, experts).
 
     Args:
         calls: name of each layer -> its calls, see [`~expert_layer.record_router_logits`].
         object_mask: (B, N) bool.
-
-    Returns:
-        for each clip, name of each layer -> (tokens, experts); nothing for a clip without real objects.
     """
     real = object_mask.tolist()
     by_clip: list[dict[str, Tensor]] = [{} for _ in real]
@@ -436,11 +415,7 @@ def _clip_loss(
     calls: Mapping[str, Sequence[RouterCall]],
     count: Tensor,
 ) -> tuple[Tensor, LossParts]:
-    """The total loss and its parts, summed over frames and clicks and divided by `count` objects.
-
-    Args:
-        calls: name of each layer -> what its router put out.
-    """
+    """The total loss and its parts, summed over frames and clicks and divided by `count` objects."""
     parts = {name: sum(step[name] for step in steps) / count for name in steps[0]}
     loss = model.clip_settings.loss.total(parts)
     parts["router"] = torch.zeros_like(loss)

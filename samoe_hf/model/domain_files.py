@@ -58,11 +58,7 @@ def write_domain_files(
 def find_domain_files(
     source: str | os.PathLike, hub: Mapping[str, Any], domains: Sequence[Mapping[str, Any]], variant: str | None = None
 ) -> dict[str, str]:
-    """The files of those domains that have experts: name of the domain -> path. Those of a repository are fetched.
-
-    Raises:
-        OSError: if there is no such file.
-    """
+    """The files of those domains that have experts: name of the domain -> path. Those of a repository are fetched."""
     files = {domain["name"]: domain_file(domain["name"], variant) for domain in domains if domain["num_experts"]}
     fetched = (
         cached_files(source, [*files.values()], **hub, _raise_exceptions_for_missing_entries=False) if files else ()
@@ -83,13 +79,9 @@ def open_domain_files(
 
 
 def check_domain_sizes(model: Any, files: Mapping[str, LateFile], domains: Sequence[Mapping[str, Any]]) -> None:
-    """Compares the sizes of files with what a configuration describes. Nothing else of them is read yet.
+    """Refuses files of another size than a configuration describes, of which nothing else is read yet.
 
-    Args:
-        model: without the experts of these domains; it may be on the meta device.
-
-    Raises:
-        InputError: if a file is of another size.
+    `model` is without the experts of these domains, and may be on the meta device.
     """
     counts = count_domain_values(model, domains) if files else {}
     for name, file in files.items():

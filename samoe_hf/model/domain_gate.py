@@ -46,16 +46,12 @@ class GateDecision(NamedTuple):
 
 
 def pooled_features(image: ImageFeatures, pixel_values: Tensor) -> Tensor:
-    """What the gate sees of frames: (rows, hidden / 4 + 45) float32.
+    """What the gate sees of frames (rows, 3, S, S), as the encoder gets them: (rows, hidden / 4 + 45) float32.
 
-    First mean and standard deviation of each channel of the finest features, which show texture and noise as the
+    First mean and standard deviation of each channel of the finest features, which show texture and noise as the plain
     encoder knows them. Then the logarithm of the picture's contrast in each colour at each scale: what an encoder that
     saw one domain alone ignores of others still tells kinds of pictures apart. Then what else there is of each
     contrast: how much it differs over the picture, as it does with edges, and whether it grows with the lightness.
-
-    Args:
-        image: of the plain encoder.
-        pixel_values: (rows, 3, S, S), the frames as the encoder gets them.
     """
     fine = image.fine.float()
     encoded = [fine.mean((2, 3)), fine.std((2, 3), correction=0)]
@@ -83,8 +79,7 @@ def _contrasts(pixel_values: Tensor) -> list[Tensor]:
 
 
 def num_pooled_features(config: Any) -> tuple[int, int, int]:
-    """How many features [`pooled_features`] gives for a model of this configuration: the encoder's, the picture's, and
-    further ones of the picture."""
+    """How many features [`pooled_features`] gives: the encoder's, the picture's, and further ones of the picture."""
     picture = SCALES * len(COLOURS)
     return config.mask_decoder_config.hidden_size // 4, picture, 2 * picture
 
@@ -195,8 +190,7 @@ class DomainGate(nn.Module):
         return known & (self.get_buffer(f"{prefix}noises") > 0).all(1) if self.has_further else known & False
 
     def further_normal(self, prefix: str = FURTHER, rows: int | slice = slice(None)) -> Normal:
-        """The distribution of the last kind with further features, of one domain or of all; any, of those that are not
-        known by them."""
+        """The distribution of the last kind with further features, where known, of one domain or of all."""
         parts = (self.get_buffer(prefix + name)[rows].double() for name in ("means", "noises", "factors"))
         mean, noise, factors = parts
         return Normal(mean, noise.where(noise > 0, 1), factors)
@@ -208,11 +202,7 @@ class DomainGate(nn.Module):
 
     @torch.no_grad()
     def decide(self, features: Tensor) -> GateDecision:
-        """Which domain each row of (rows, features) belongs to.
-
-        Raises:
-            ValueError: another number of features, or values that are not finite.
-        """
+        """Which domain each row of (rows, features) belongs to."""
         features = self.checked(features)
         rows, known = len(features), self.counts > 0
         if not known.any():

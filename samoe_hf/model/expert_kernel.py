@@ -127,7 +127,7 @@ class JoinedExperts(NamedTuple):
 
 
 def add_by_kernel(outputs: Tensor, tokens: Tensor, experts: JoinedExperts) -> bool:
-    """Adds experts' part to what n linear layers put out, in place, if the kernel can be used here.
+    """Adds experts' part to what n linear layers put out, in place; returns whether the kernel can be used here.
 
     That is for inference on a GPU, uncompiled, with plain tensors of one type. Before a device, type and size are
     first used, the kernel is compared with PyTorch on random numbers; if it fails or differs, a warning says so, and it
@@ -135,14 +135,7 @@ def add_by_kernel(outputs: Tensor, tokens: Tensor, experts: JoinedExperts) -> bo
 
     Products are summed in float32, where logits and gates stay. So in half precision experts are chosen as in float32
     with the same weights, and not by rounded logits. Of experts with equal logits the first is taken; `torch.topk` does
-    not say which.
-
-    Args:
-        outputs: (n, tokens, out_features).
-        tokens: (tokens, in_features).
-
-    Returns:
-        whether it was added. If not, `outputs` are as they were.
+    not say which. `outputs` are (n, tokens, out_features), `tokens` (tokens, in_features).
     """
     weights, up = experts[:3], experts.up
     if kernel is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -178,7 +171,7 @@ def add_mixtures(
     outputs: Tensor, tokens: Tensor, experts: JoinedExperts, dropout: Through | None = None, show: Through | None = None
 ) -> Tensor:
     """The outputs (tokens, n x out_features) with experts' part, in the fastest way there is; they may be changed in
-    place. The other arguments are those of [`by_pytorch`]."""
+    place."""
     by_layer = outputs.unflatten(1, (len(experts.up), -1)).transpose(0, 1)
     if dropout is None and show is None and not torch.compiler.is_compiling():
         if add_by_kernel(by_layer, tokens, experts):
@@ -193,9 +186,7 @@ def by_pytorch(
 ) -> Tensor:
     """The outputs with experts' part, by PyTorch; see [`add_by_kernel`]. They may be changed in place.
 
-    Args:
-        dropout: of what each router reads, and between A and B.
-        show: what the logits (n, experts, tokens) pass through.
+    `dropout` is of what each router reads, and between A and B; the logits (n, experts, tokens) pass through `show`.
     """
     gates, low_rank = _route(tokens, experts, dropout, show)
     gated = (low_rank * gates.unsqueeze(2)).flatten(1, 2)

@@ -50,9 +50,7 @@ class ExpertMixture(nn.Module):
         """Makes the tensors.
 
         Args:
-            num_experts: number of experts.
             num_experts_per_tok: experts kept for each token, at most `num_experts`.
-            lora_rank: rank of each expert.
             lora_alpha: the experts are scaled by `lora_alpha / lora_rank`.
             lora_dropout: dropout probability on the router's input and between A and B, in training.
         """
@@ -121,8 +119,7 @@ def joined_experts(mixtures: Sequence[ExpertMixture]) -> JoinedExperts:
 def run_mixtures(
     mixtures: Sequence[ExpertMixture], outputs: Tensor, tokens: Tensor, joined: JoinedExperts, shape: torch.Size
 ) -> Tensor:
-    """Outputs (tokens, n x out_features) of n linear layers with what their alike mixtures add; they may be changed in
-    place.
+    """Outputs (tokens, n x out_features) of n linear layers with what their alike mixtures add, changed in place.
 
     Args:
         tokens: (tokens, in_features), the input of all.
@@ -166,8 +163,7 @@ class BaseLinear(nn.Linear):
 
 
 class QuantizedProduct:
-    """Calls a library's quantized layer by rows: of inputs with more dimensions, bitsandbytes' 8 bits scale the wrong
-    ones on a CPU."""
+    """Calls a library's quantized layer by rows: else bitsandbytes' 8 bits scale the wrong ones on a CPU."""
 
     def __init__(self, layer: nn.Linear):
         self.layer = layer
@@ -178,12 +174,7 @@ class QuantizedProduct:
 
 
 class ExpertLinear(BaseLinear, ExpertMixture):
-    """A linear layer with LoRA experts beside it. `weight` and `bias` are the base layer's.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
-        settings: of the experts, see [`ExpertMixture.create_experts`].
-    """
+    """A linear layer with LoRA experts beside it; for `settings` see [`ExpertMixture.create_experts`]."""
 
     def __init__(
         self,
@@ -217,14 +208,9 @@ class ExpertLinear(BaseLinear, ExpertMixture):
 def matching_linear_names(
     model: nn.Module, patterns: str | Sequence[str], excluded: str | Sequence[str] | None = None
 ) -> list[str]:
-    """Names of the linear layers of `model` that patterns select.
+    """Names of the linear layers of `model` that patterns (see [`SamoeConfig`]) select.
 
-    Args:
-        patterns: names, ends of names, or patterns for either, see [`SamoeConfig`]; each selects a layer.
-        excluded: the same, of layers that are left out.
-
-    Raises:
-        InputError: if a pattern selects no linear layer, or none is left.
+    A pattern that selects no linear layer, and none that is left, are an `InputError`.
     """
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -258,12 +244,8 @@ def add_experts(
     exclude_modules: str | Sequence[str] | None = None,
     **settings,
 ) -> list[str]:
-    """Replaces the linear layers that patterns select by [`ExpertLinear`] and returns their names.
-
-    Args:
-        expert_modules, exclude_modules: see [`matching_linear_names`].
-        settings: keyword arguments of [`ExpertLinear`] from `num_experts` on.
-    """
+    """Replaces the linear layers that patterns select by [`ExpertLinear`] and returns their names; for `settings` see
+    there."""
     names = matching_linear_names(model, expert_modules, exclude_modules)
     for name in names:
         linear = model.get_submodule(name)

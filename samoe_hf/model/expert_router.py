@@ -113,11 +113,7 @@ class RouterCall(NamedTuple):
 
 @contextmanager
 def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[RouterCall]]]:
-    """Collects, while the context is open, what each router of `model` puts out; see [`open_hooks`].
-
-    Yields:
-        module name -> its calls, in order.
-    """
+    """Collects, while the context is open, what each router puts out: module name -> its calls, in order."""
     records: dict[str, list[RouterCall]] = {name: [] for name, _ in router_outputs(model)}
 
     def record(name: str) -> Callable:
@@ -128,18 +124,15 @@ def record_router_logits(model: nn.Module) -> Iterator[dict[str, list[RouterCall
 
 
 def load_balancing_loss(router_logits: Mapping[str, Tensor], num_experts_per_tok: int | Mapping[str, int]) -> Tensor:
-    """The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) in Mixtral's form for top k.
+    """The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4 to 6) in Mixtral's form for top k, a scalar.
 
     For each layer `experts * sum_e f_e P_e`, where `f_e` is the share of tokens that choose expert e and `P_e` the mean
-    of its probability over all experts; averaged over the layers, whose experts are not each other's. It is
+    of its probability over all experts, through which gradients flow; averaged over the layers. It is
     `num_experts_per_tok` when tokens are spread evenly, and grows to the number of experts as they gather on few.
 
     Args:
         router_logits: name of each layer -> (tokens, experts).
         num_experts_per_tok: of all layers, or the name of each -> its own.
-
-    Returns:
-        A scalar; gradients flow through `P_e`.
     """
     if not router_logits:
         raise InputError("`router_logits` is empty: no layer with experts was run.")

@@ -26,10 +26,7 @@ def wake_experts(model: nn.Module) -> None:
 
     Each row is a random mixture of the others, so that its logits are spread as theirs are, plus a new row of
     `nn.Linear`. It depends on PyTorch's seed, and is the same in all processes of a training run. Frozen experts
-    stay asleep.
-
-    Raises:
-        ValueError: if the weights are sharded (FSDP), so that there are no whole rows. Wake them before.
+    stay asleep. Sharded weights (FSDP), of which there are no whole rows, are an error: wake them before.
     """
     seed = None
     for layer, (_, module) in enumerate(expert_modules(model)):

@@ -114,7 +114,7 @@ def frame_step(
 
     Args:
         image: features of the frame, a row for each object, or for each video, of whose objects there are as many.
-        prompt: what is given on this frame, or None.
+        prompt: what is given on this frame.
         banks: memories of each object.
         selections: what each object reads of them; nothing at all on initially prompted frames.
         corrections: clicks that are drawn from the errors of the prediction (in training).
@@ -395,11 +395,8 @@ def resize(masks: Tensor, size: int) -> Tensor:
 
 
 def fill_holes(masks: Tensor, max_area: int) -> Tensor:
-    """Raises background regions (8-connected, logits <= 0) of at most `max_area` pixels to 0.1, as `sam2` does.
-
-    Args:
-        masks: logits (rows, 1, H, W).
-    """
+    """Raises background regions (8-connected, logits <= 0) of up to `max_area` pixels of (rows, 1, H, W) to 0.1, as
+    `sam2`."""
     background = masks <= 0
     height, width = masks.shape[-2:]
     index = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32).view(1, 1, height, width)

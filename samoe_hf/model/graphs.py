@@ -1,7 +1,4 @@
-"""Functions that are compiled once for any number of objects, memories and points.
-
-Nothing here knows of models.
-"""
+"""Functions that are compiled once for any number of objects, memories and points."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,11 +22,9 @@ def varying(x: Tensor, *dims: int) -> Tensor:
 
 
 class Graphs:
-    """Compiles functions as they are called first. Copies of it compile anew.
+    """Compiles functions as they are called first, by `options` of [`torch.compile`]. Copies of it compile anew.
 
-    Attributes:
-        options: of [`torch.compile`].
-        are_recorded: whether CUDA graphs are recorded, one for each size that occurs.
+    `are_recorded`: whether CUDA graphs are recorded, one for each size that occurs.
     """
 
     def __init__(self, options: dict[str, Any]):

@@ -63,8 +63,8 @@ def run_jointly(layers: Sequence[Any], hidden_states: Tensor) -> Sequence[Tensor
 
 
 def joint_layers(layers: Sequence[Any], like: Tensor) -> JointLayers | None:
-    """Layers as they are now as one for inputs like this, or None where they are to run one by one. While nothing
-    changes it is the same object."""
+    """Layers as they are now as one for inputs like this; the same object while nothing changes. None: run one by
+    one."""
     device = like.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
     return once_for_clip((*layers, active_domain(), dtype), lambda: _joint_layers(layers, dtype))

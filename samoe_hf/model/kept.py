@@ -1,7 +1,4 @@
-"""What is computed of a model's weights alone, once for a propagated video or a clip instead of on each frame.
-
-Nothing here knows of models.
-"""
+"""What is computed of a model's weights alone, once for a propagated video or a clip instead of on each frame."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,8 +86,7 @@ def keep(name: Hashable, sources: Sequence[Tensor], compute: Callable[[], T], of
     Args:
         name: one value is kept under each name, the last.
         sources: all tensors that the value depends on.
-        compute: its value depends on `name`, `sources`, `of`, autocast and whether gradients are computed alone. Nobody
-            may write to it.
+        compute: depends on `name`, `sources`, `of`, autocast and gradients alone. Nobody may write to its value.
     """
     kept = _kept.get()
     if kept is None or not keeps(sources):

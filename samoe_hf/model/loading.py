@@ -41,11 +41,9 @@ OFFLOADING = (
 
 @dataclass
 class LoadRequest:
-    """What `from_pretrained` is asked for; see [`~modeling_samoe.SamoeModel.from_pretrained`].
+    """What [`~modeling_samoe.SamoeModel.from_pretrained`] is asked for.
 
-    Attributes:
-        load_weights: transformers' own `from_pretrained` of the class.
-        arguments: transformers' own, and settings of the configuration.
+    `load_weights` is transformers' own `from_pretrained` of the class; `arguments` are its, and settings.
     """
 
     load_weights: Callable[..., Any]
@@ -79,11 +77,7 @@ class LoadRequest:
 
 
 def load_model(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoePreTrainedModel, dict[str, Any]]:
-    """Loads a model.
-
-    Returns:
-        the model, and what was missing and the like.
-    """
+    """Loads a model; also gives what was missing and the like."""
     request.check()
     if request.source is None or not os.path.isdir(request.source):
         return _load(cls, request)
@@ -222,10 +216,8 @@ def _read_original(request: LoadRequest) -> tuple[SamoeConfig, dict[str, Tensor]
 
 
 def _align_memory(model: nn.Module) -> None:
-    """Moves weights on the CPU that were mapped from a file at odd addresses, where kernels add up in another order.
-
-    So a model that was saved and loaded gives the same output to the bit.
-    """
+    """Moves weights on the CPU that were mapped from a file at odd addresses, where kernels add up in another order, so
+    that a saved model gives the same output to the bit."""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()

@@ -28,7 +28,7 @@ class SegmentationLoss(LossSettings):
         targets: Tensor,
         object_mask: Tensor | None = None,
     ) -> LossParts:
-        """Sums each part over the objects, without weights.
+        """Sums each part over the objects, without weights: `focal`, `dice`, `iou` and `object_score`, scalars.
 
         Args:
             mask_logits: (objects, M, H, W), the candidates.
@@ -36,9 +36,6 @@ class SegmentationLoss(LossSettings):
             object_score_logits: (objects, 1).
             targets: (objects, H, W), the true masks; logits of another size are resized to theirs.
             object_mask: (objects,), False for padded objects, which do not count.
-
-        Returns:
-            `focal`, `dice`, `iou` and `object_score`, scalars.
         """
         counts = mask_logits.new_ones(len(targets)) if object_mask is None else object_mask.to(mask_logits.dtype)
         targets = targets.to(mask_logits.dtype).unsqueeze(1)
@@ -80,16 +77,10 @@ def _resize(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def focal_and_dice(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Focal loss (arXiv:1708.02002) averaged over pixels, and soft dice loss smoothed by 1.
+    """Focal loss (arXiv:1708.02002) averaged over pixels, and soft dice loss smoothed by 1: (objects, M) each.
 
-    Both are made of how probable the wrong class is, which is computed once.
-
-    Args:
-        logits: (objects, M, H, W).
-        targets: (objects, 1, H, W), 0 or 1.
-
-    Returns:
-        focal and dice loss, (objects, M) each.
+    Of logits (objects, M, H, W) and targets (objects, 1, H, W), 0 or 1. Both are made of how probable the wrong class
+    is, which is computed once.
     """
     wrong_logits = logits * (1 - 2 * targets)
     miss = wrong_logits.sigmoid()
@@ -111,11 +102,9 @@ def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_num_objects(object_mask: Tensor, over_processes: bool = True) -> Tensor:
-    """Number of real objects in `object_mask`, at least 1: what the loss is divided by.
+    """Number of real objects in `object_mask`, at least 1, by which the loss is divided.
 
-    Args:
-        over_processes: whether to average the number over all processes, so that their mean gradient is that of all
-            clips in one process.
+    It is averaged `over_processes`, so that their mean gradient is that of all clips in one process.
     """
     count = object_mask.sum().float()
     if over_processes and dist.is_available() and dist.is_initialized():

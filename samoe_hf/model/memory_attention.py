@@ -22,11 +22,7 @@ from .kept import keep, keeps
 
 
 class MemoryAttention(nn.Module):
-    """The layers of a base's memory attention, for a batch of objects.
-
-    Args:
-        parts: transformers' module, or a base's, whose layers and tensors are taken over.
-    """
+    """The layers of a base's memory attention, for a batch of objects."""
 
     layers: nn.ModuleList
     layer_norm: nn.LayerNorm
@@ -140,11 +136,7 @@ class MemoryAttention(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """A rotary embedding of positions that never change: it is computed once, and kept.
-
-    Args:
-        embedding: transformers', which gives cosines and sines for positions.
-    """
+    """A rotary embedding of positions that never change: it is computed once, and kept."""
 
     def __init__(self, embedding: nn.Module):
         super().__init__()
@@ -152,12 +144,10 @@ class RotaryEmbedding(nn.Module):
         self._known: dict[str, tuple[tuple, Tensor]] = {}
 
     def of_map(self, position_ids: Tensor) -> Tensor:
-        """Cosine and sine for each pair of channels of a frame's own map, at the places (tokens, 2) of its tokens.
+        """Cosine and sine for each pair of channels of a frame's own map, (tokens, channels / 2, 2), at places (tokens,
+        2).
 
         They are kept until there are others, or another device; so are those of memories.
-
-        Returns:
-            (tokens, channels / 2, 2).
         """
         return self._keep("map", (position_ids.device,), lambda: self._compute(position_ids))
 
@@ -166,9 +156,8 @@ class RotaryEmbedding(nn.Module):
     ) -> Tensor:
         """The same for the tokens of some memories, and then of object pointers, which have no place.
 
-        Args:
-            places: of the tokens (tokens, 2) of a memory that is pooled over squares of so many tokens a side.
-            pooling: these sides, for each memory.
+        `places` gives those of the tokens of a memory that is pooled over squares of so many a side: `pooling`, for
+        each.
         """
 
         def compute() -> Tensor:

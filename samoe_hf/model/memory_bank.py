@@ -64,8 +64,8 @@ class ObjectMemory(NamedTuple):
 
 
 class MemoryBank:
-    """Memories of one object: of conditioning frames, of frames that were tracked, and those of these that show a
-    double of the object, which are kept as long."""
+    """Memories of one object: of conditioning frames, of tracked ones, and those of these that show a double of the
+    object."""
 
     def __init__(self):
         self.conditioning: dict[int, ObjectMemory] = {}

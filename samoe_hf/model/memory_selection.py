@@ -6,8 +6,6 @@
   ones whose score is above 0.01, and the previous frame.
 - "distractor": the memories of DAM4SAM (arXiv:2411.17576). The last frame and some before it, five frames apart, on
   all of which the object is seen; and as conditioning ones frames where something else was nearly taken for it.
-
-Nothing here knows of models.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -63,15 +61,7 @@ class MemoryLimits(NamedTuple):
 def select_memories(
     kind: str, bank: MemoryBank, frame_idx: int, limits: MemoryLimits, reverse: bool = False
 ) -> MemorySelection:
-    """Chooses the memories that a frame reads of an object.
-
-    Args:
-        kind: one of [`MEMORY_SELECTIONS`].
-        reverse: whether time runs backward.
-
-    Raises:
-        ValueError: if there is no conditioning frame yet.
-    """
+    """Chooses the memories that a frame reads of an object, by one of [`MEMORY_SELECTIONS`]."""
     if not bank.conditioning:
         raise InputError(f"Frame {frame_idx} cannot be tracked: no frame has been prompted yet.")
     return MEMORY_SELECTIONS[kind](bank, frame_idx, limits, -1 if reverse else 1)
@@ -121,10 +111,8 @@ def _selection(
 ) -> MemorySelection:
     """A selection of conditioning frames and others, from the last on, by whose place their time is encoded.
 
-    A conditioning frame that was not selected can still be read as one of the others.
-
-    Args:
-        by_distance: whether pointers' times are distances in frames all the same.
+    A conditioning frame that was not selected can still be read as one of the others. With `by_distance` pointers'
+    times are distances in frames all the same.
     """
     chosen = [(t, limits.num_maskmem - 1) for t in selected]
     chosen += [(t, place) for place, t in enumerate(spatial) if t not in selected][::-1]
@@ -193,8 +181,7 @@ def _shows_double(bank: MemoryBank, frame_idx: int, memory: ObjectMemory, step: 
 
 
 def forget(bank: MemoryBank, kind: str, frame_idx: int, kept: Collection[int], num_kept: int) -> None:
-    """Drops tracked frames but those in `kept`, and those that may be read however long ago they were: up to `num_kept`
-    that are closest to the frame, or to a conditioning one."""
+    """Drops tracked frames but those in `kept`, and up to `num_kept` that may be read however long ago they were."""
     lasting = {"score": [lambda t: _score(bank, t) > MIN_SCORE]}
     lasting["distractor"] = [lambda t: _is_seen(bank, t), lambda t: _is_seen(bank, t) and t % RECENT_STRIDE == 0]
     centers, keep = [frame_idx, *bank.conditioning], {*kept}

@@ -113,7 +113,7 @@ def _places(
     model: SamoePreTrainedModel, selections: Sequence[MemorySelection]
 ) -> tuple[tuple[int, ...], list[tuple], list[tuple]]:
     """Where in a batch each object's memories go: for each map the side of its pooling, and for each map and pointer
-    what every object reads there, (frame index or None, time). Objects that read less than others leave some empty."""
+    what every object reads there, (frame index or None, time)."""
     by_row = [[(_pooling(model, index), (t, index)) for t, index in one.spatial] for one in selections]
     sides = {tuple(side for side, _ in row) for row in by_row}
     if len(sides) == 1:

@@ -41,9 +41,6 @@ class CheckedPrompts:
             input_masks: a mask (H, W) of the video's size, or one for each object, a list or (objects, H, W); see
                 [`~prompts.read_mask`]. Those that are too small for the model's pixels keep one, see
                 [`~prompts.fit_mask`].
-
-        Raises:
-            InputError: for ids that are no integers or not different, or masks of other values or another shape.
         """
         ids = _integers("obj_ids", obj_ids)
         if len(set(ids)) < len(ids):
@@ -97,12 +94,7 @@ def _checked_mask(mask: Any, video_size: tuple[int | None, int | None]) -> Tenso
 
 
 def build_processor(config: SamoeConfig) -> VideoProcessor:
-    """The processor that prepares videos as the base's original does.
-
-    Returns:
-        for SAM 2 a [`~transformers.Sam2VideoProcessor`]: bicubic resize to a square, ImageNet's mean and std.
-        For SAM 3 a [`~transformers.Sam3TrackerVideoProcessor`]: bilinear resize to a square, mean and std of 0.5.
-    """
+    """The processor that prepares videos as the base's original does: they are resized to a square and normalized."""
     base = base_of(config)
     settings: dict[str, Any] = {
         "size": {"height": config.image_size, "width": config.image_size},

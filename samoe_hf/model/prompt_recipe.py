@@ -32,11 +32,8 @@ class Corrections(NamedTuple):
     of_absent_objects: bool = False
 
     def draw(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws a click for each object: points (objects, 1, 2) and labels (objects, 1).
-
-        Args:
-            predictions: (objects, S, S) bool.
-        """
+        """Draws a click for each object, of predictions (objects, S, S) bool: points (objects, 1, 2) and labels
+        (objects, 1)."""
         from_mask = _chance(self.from_mask_probability)
         clicks = sample_point_from_errors(self.masks, None if from_mask else predictions)
         return clicks if self.of_absent_objects else _of_seen_objects(self.masks, *clicks)
@@ -57,11 +54,10 @@ class PromptRecipe(PromptSettings):
     """How a clip's prompts are drawn, by the settings."""
 
     def draw(self, num_frames: int, shown: Tensor | None = None) -> PromptPlan:
-        """Draws the plan of a clip of `num_frames` frames.
+        """Draws the plan of a clip.
 
-        Args:
-            shown: (objects, num_frames) bool, where each object is seen, so that it is prompted there alone; objects
-                that are never seen do not count. None, or with `prompt_absent_objects`, for any frames.
+        `shown` (objects, num_frames) bool says where each object is seen, so that it is prompted there alone; objects
+        that are never seen do not count. None, or with `prompt_absent_objects`, for any frames.
         """
         firsts, candidates = [0], [*range(num_frames)]
         if shown is not None and not self.prompt_absent_objects:
@@ -106,11 +102,7 @@ PROMPT_RECIPES = {
 
 
 def resolve_recipe(prompts: "str | PromptRecipe") -> PromptRecipe:
-    """The recipe of that name, or the given one.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+    """The recipe of that name, or the given one."""
     if isinstance(prompts, PromptRecipe):
         return prompts
     if prompts not in PROMPT_RECIPES:
@@ -139,13 +131,9 @@ def _of_seen_objects(masks: Tensor, points: Tensor, labels: Tensor) -> tuple[Ten
 
 
 def sample_point_from_errors(masks: Tensor, predictions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Draws a click for each object, uniformly from where its prediction is wrong.
+    """Draws a click for each object, uniformly from where its prediction is wrong; masks are (objects, H, W) bool.
 
     Without predictions all of the mask is missed. Where nothing is wrong the click is a negative one on the background.
-
-    Args:
-        masks: (objects, H, W) bool, true masks.
-        predictions: (objects, H, W) bool.
 
     Returns:
         points (objects, 1, 2) as (x, y), and labels (objects, 1): 1 on missed pixels, 0 elsewhere.
@@ -161,10 +149,7 @@ def sample_point_from_errors(masks: Tensor, predictions: Tensor | None = None) -
 
 
 def sample_box(masks: Tensor, noise: float = 0.1, noise_bound: float = 20.0) -> tuple[Tensor, Tensor]:
-    """The bounding box of each mask, each side shifted by up to `noise` of its size and `noise_bound` pixels.
-
-    Args:
-        masks: (objects, H, W) bool.
+    """The bounding box of each mask (objects, H, W), each side shifted by up to `noise` of its size and some pixels.
 
     Returns:
         corners (objects, 2, 2) as (x, y), and their labels (objects, 2).

@@ -120,13 +120,9 @@ def check_tensor(name: str, value: Any, shape: Sequence[Any]) -> None:
 
 
 def read_mask(mask: Any) -> Tensor:
-    """A mask, or several, as a bool tensor of the same shape.
+    """A mask, or several, bool or of 0 and 1 or of 0 and 255, as a bool tensor of the same shape.
 
-    Args:
-        mask: tensor or array, bool or of 0 and 1, or of 0 and 255.
-
-    Raises:
-        InputError: for other values, such as logits or probabilities, which do not say where the object begins.
+    Other values, such as logits, which do not say where the object begins, are an `InputError`.
     """
     tensor = mask if isinstance(mask, Tensor) else torch.from_numpy(np.ascontiguousarray(mask))
     if tensor.dtype == torch.bool:
@@ -183,9 +179,7 @@ def join_prompts(
 ) -> Prompt:
     """One prompt for a batch of objects, from those that a session holds; all are masks, or all have as many points.
 
-    Args:
-        image_size: masks of another size are resized to this.
-        previous_masks: of each object (1, 1, S / 4, S / 4), logits of the mask that its points refine.
+    `previous_masks`: of each object (1, 1, S / 4, S / 4), logits of the mask that its points refine.
     """
     masks = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     if masks:
@@ -200,13 +194,9 @@ def join_prompts(
 
 
 def prompt_problem(prompt: Any, image_size: int, video_size: tuple[int, int]) -> str | None:
-    """What is wrong with a prompt of one object; None if nothing is.
+    """What is wrong with a prompt of one object, in pixels of the video; None if nothing is.
 
     A mask must be of shape (1, 1, H, W) and hold 0 and 1; for points see [`points_problem`].
-
-    Args:
-        image_size: points are in pixels of the model's input, a square of this size.
-        video_size: height and width of the video, in whose pixels the answer is.
     """
     if isinstance(prompt, Tensor):
         if prompt.dim() != 4 or prompt.shape[:2] != (1, 1):

@@ -91,11 +91,8 @@ class SessionObject(NamedTuple):
         return any(self.outputs[name] for name in ("cond_frame_outputs", "non_cond_frame_outputs"))
 
     def join(self, model: SamoePreTrainedModel) -> None:
-        """Prepares the object for tracking with a model.
-
-        Raises:
-            ValueError: if another model has segmented it in this session.
-        """
+        """Prepares the object for tracking with a model; an `InputError` if another one has segmented it in this
+        session."""
         if "state" not in self.outputs and not self.has_outputs:
             self.outputs["state"] = ObjectState(weakref.ref(model))
         if "state" not in self.outputs or self.state.model() is not model:
@@ -200,15 +197,8 @@ class SessionObject(NamedTuple):
 
 
 def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int, upcoming: bool) -> None:
-    """Puts the corners of a box in order. Refuses a prompt that cannot be used, and removes it, with the object if
-    nothing else is known of it.
-
-    Args:
-        image_size: points are in pixels of the model's input, a square of this size.
-        upcoming: whether the frame may be one that is still to come.
-
-    Raises:
-        InputError: if there is no such frame, or for what [`~prompts.prompt_problem`] finds.
+    """Puts the corners of a box in order. Refuses a prompt that cannot be used (see [`~prompts.prompt_problem`]), and
+    removes it, with the object if nothing else is known of it. The frame may be `upcoming`, one that is still to come.
     """
     session = tracked_object.session
     frames = () if session.processed_frames is None else session.processed_frames

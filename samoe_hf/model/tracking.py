@@ -169,10 +169,6 @@ def track_frame(
 
     Returns:
         an output for each session. An object without any prompt has a mask of -1024, `sam2`'s logit of no object.
-
-    Raises:
-        ValueError: if there is no object, no such frame, a prompt that cannot be used, an object to be tracked that was
-            never prompted, or one that another model has tracked; or if sessions differ in device or type.
     """
     call = FrameCall(operator.index(frame_idx), reverse, streaming, run_mem_encoder)
     if len({(str(session.inference_device), session.dtype) for session in sessions}) > 1:
@@ -216,11 +212,8 @@ def new_prompt_steps(
     except_frame: int | None = None,
     streaming: bool = False,
 ) -> Iterator[TrackingStep]:
-    """Follows the user: forgets prompts that were removed, and segments new ones on frames other than `except_frame`.
-
-    Raises:
-        ValueError: if a prompt cannot be used; it is removed.
-    """
+    """Follows the user: forgets prompts that were removed, and segments new ones on frames other than
+    `except_frame`."""
     if model.training:
         logger.warning_once("The model is in training mode, in which it tracks worse; call `model.eval()` before.")
     objects = session_objects(session)
@@ -246,11 +239,7 @@ def new_prompt_steps(
 def start_propagation(
     model: SamoePreTrainedModel, session: InferenceSession, start_frame_idx: int | None
 ) -> Iterator[TrackingStep]:
-    """Segments new prompts and commits all, as `sam2` does before it propagates.
-
-    Raises:
-        ValueError: as [`track_frame`].
-    """
+    """Segments new prompts and commits all, as `sam2` does before it propagates."""
     _check_session(model, session, start_frame_idx)
     yield from new_prompt_steps(model, session)
     for tracked_object in session_objects(session):
@@ -266,11 +255,7 @@ def propagate_from_prompts(
     show_progress_bar: bool = False,
 ) -> Steps[Sam2VideoSegmentationOutput]:
     """See [`SamoeModel.propagate_from_prompts_iterator`]. Low-resolution masks of frames between first prompts wait
-    until all objects have been tracked there, and many of them in a temporary file.
-
-    Raises:
-        ValueError: as [`track_frame`].
-    """
+    until all objects have been tracked there, and many of them in a temporary file."""
     end = len(session.processed_frames or ())
     for frame_idx in (0, end - 1, start_frame_idx or 0):  # a stream has forgotten some
         _check_session(model, session, frame_idx)
@@ -459,8 +444,8 @@ def _batches(model: SamoePreTrainedModel, objects: list[PlacedObject], task: Fra
 
 
 def _decide_domain(model: SamoePreTrainedModel, session: InferenceSession, call: FrameCall) -> DomainDecision:
-    """Whose experts a session gets on a frame. Where the gate decides, it does so on the first frame that is segmented,
-    which is a prompted one."""
+    """Whose experts a session gets on a frame; the gate decides on the first frame that is segmented, a prompted
+    one."""
     known = session_domain(model, session)
     if known is not None and (known.confidence is None or not is_decision_due(session, call.frame_idx)):
         return known
@@ -533,8 +518,8 @@ def _no_output(model: SamoePreTrainedModel, device: torch.device | str) -> dict[
 
 
 def _image_features(model: SamoePreTrainedModel, placed: Sequence[PlacedObject]) -> ImageFeatures:
-    """Features of the frames of a batch's objects: a row for each session where all have as many objects, or else for
-    each object."""
+    """Features of the frames of a batch's objects: a row for each session where all have as many objects, else for
+    each."""
     counts = Counter(number for _, _, number in placed)
     if len({*counts.values()}) == 1:
         placed = placed[:: counts[placed[0].number]]  # those of a session follow each other

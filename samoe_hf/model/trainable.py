@@ -46,11 +46,7 @@ def _train(model: SamoePreTrainedModel, names: set[str]) -> None:
 
 
 def parameter_names(model: SamoePreTrainedModel, chosen: str) -> list[str]:
-    """Names of the parameters of a set.
-
-    Raises:
-        InputError: if there is no such set, or no parameter in it.
-    """
+    """Names of the parameters of a set, of which there must be some."""
     pattern = chosen
     if chosen.startswith("domain:"):
         check_domain(model, chosen.removeprefix("domain:"))

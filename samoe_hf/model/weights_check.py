@@ -29,11 +29,8 @@ MAX_NEW_VALUES_RATIO = 10
 
 
 def find_mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Compares tensors by name, shape and type; their values are not looked at, so they may be on the meta device.
-
-    Returns:
-        what may be wrong -> names of the tensors it is wrong with.
-    """
+    """Compares tensors by name, shape and type, not by value: what may be wrong -> names of the tensors it is wrong
+    with."""
     common = [name for name in expected if name in found]
     return {
         "missing": [name for name in expected if name not in found and not MAY_LACK.fullmatch(name)],
@@ -53,10 +50,8 @@ def describe_mismatches(problems: Mapping[str, list[str]]) -> str:
 
 
 def check_repeats(source: Any, config: SamoeConfig, num_tensors: int) -> None:
-    """Raises a `ValueError` if `config` has more layers or blocks of a kind than there are tensors.
-
-    To be called before a model is built, which would take too long.
-    """
+    """Refuses a configuration with more layers or blocks of a kind than tensors, before a model is built, which would
+    take too long."""
     for name, value in named_integers(config.to_dict()):
         if REPEAT_FIELDS.fullmatch(name) and value > num_tensors:
             raise InputError(f"{source}: `{name}` is {value}, but the weights hold {num_tensors} tensors in all.")
@@ -70,7 +65,7 @@ def check_weights(
     any_experts: bool,
     late: Mapping[str, LateFile] | None = None,
 ) -> list[str]:
-    """Compares a checkpoint's tensors with what `config` describes.
+    """Compares a checkpoint's tensors with what `config` describes; all else than the following is refused.
 
     Experts may be missing in all layers; with `more_experts`, in some. With `any_experts` they may also be of another
     number or rank than the configuration's, or lie in other layers.
@@ -82,9 +77,6 @@ def check_weights(
 
     Returns:
         The layers whose experts the checkpoint lacks, and which are to get new ones.
-
-    Raises:
-        ValueError: if anything else does not fit.
     """
     check_repeats(source, config, len(found))
     try:
@@ -126,8 +118,7 @@ def check_weights(
 
 
 def check_values(source: Any, model: nn.Module) -> None:
-    """Raises a `ValueError` that names the first tensor with NaN or infinite values, or says what is wrong with a
-    gate."""
+    """Refuses a model with NaN or infinite values, or with a gate that is wrong."""
     for name, tensor in model.state_dict().items():
         if tensor.device.type != "meta" and not tensor.isfinite().all():
             raise InputError(f"{source}: the tensor {name!r} has NaN or infinite values.")

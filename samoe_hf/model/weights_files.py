@@ -23,11 +23,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 
 
 def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | None:
-    """The commit of a Hub repository that `revision` stands for; None for a folder.
-
-    Raises:
-        OSError: if there is no such folder or repository, it has no configuration, or it cannot be reached.
-    """
+    """The commit of a Hub repository that `revision` stands for; None for a folder."""
     path = fetch_file(source, CONFIG_NAME, hub, is_needed=True)
     if path is None:
         place = "/".join(filter(None, (str(source), hub.get("subfolder"))))
@@ -36,12 +32,7 @@ def resolve_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> str | N
 
 
 def open_weights(source: str | os.PathLike, hub: Mapping[str, Any], variant: str | None) -> StoredTensors:
-    """A model's safetensors, of which nothing but the headers is read yet.
-
-    Raises:
-        OSError: if there are no safetensors.
-        ValueError: if a file is damaged or lies elsewhere, or if a PEFT adapter lies beside the model.
-    """
+    """A model's safetensors, of which nothing but the headers is read yet; refuses a PEFT adapter beside the model."""
     if _find(source, ADAPTER_CONFIG_NAME, hub) is not None:
         # From there transformers would take the name of another model, and load that one's weights.
         raise InputError(
@@ -51,11 +42,7 @@ def open_weights(source: str | os.PathLike, hub: Mapping[str, Any], variant: str
 
 
 def own_names(base: Base, source: Any, found: Iterable[str]) -> dict[str, str]:
-    """The tensors of a checkpoint that are a base model's: their names in the model -> those in the checkpoint.
-
-    Raises:
-        ValueError: if two tensors would have the same name.
-    """
+    """The tensors of a checkpoint that are a base model's: their names in the model -> those in the checkpoint."""
     names = {}
     for name in found:
         own = base.own_name(name)
@@ -72,11 +59,7 @@ def _find(source: str | os.PathLike, name: str, hub: Mapping[str, Any]) -> str |
 
 
 def fetch_file(source: str | os.PathLike, name: str, hub: Mapping[str, Any], is_needed: bool = False) -> str | None:
-    """A file of a folder or repository; None if there is none, unless `is_needed`.
-
-    Raises:
-        OSError: if the Hub is not reached and the file is not in the cache, so that nobody knows.
-    """
+    """A file of a folder or repository; None if there is none, unless `is_needed`, and an OSError if nobody knows."""
     try:
         return cached_file(source, name, **hub)
     except OSError as error:

@@ -58,9 +58,6 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
     If the block raises, `folder` is as it was before. Weights of an earlier save are removed when new ones come. All
     files become valid by one renaming, see [`finish_save`]. Of several processes, the last one's files are there.
-
-    Raises:
-        OSError: if safetensors cannot be written, which safetensors reports by an exception of its own.
     """
     target = Path(folder)
     is_new = not target.exists()
@@ -168,9 +165,7 @@ def _stamps(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
     """SHA-256 over names, shapes and values, in the given order, as a hexadecimal number.
 
-    Args:
-        tensors: name and tensor, of any type and device.
-        dtype: floating-point tensors are hashed as if they had this type; by default as they are.
+    Floating-point tensors are hashed as if they had the type `dtype`; by default as they are.
     """
     digest = hashlib.sha256()
     for name, tensor in plain_tensors(tensors):

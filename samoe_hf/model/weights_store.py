@@ -20,12 +20,8 @@ LENGTH_BYTES = 8
 class StoredTensors:
     """The tensors of safetensors files, of which each is read by itself.
 
-    Attributes:
-        headers: names, shapes and types of the tensors, which are on the meta device. All types but floating-point ones
-            are taken as int64.
-
-    Raises:
-        InputError: if a file is damaged.
+    `headers` are names, shapes and types of the tensors, which are on the meta device; all types but floating-point
+    ones are taken as int64. A damaged file is an `InputError`.
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike]):
@@ -50,12 +46,7 @@ class LateFile:
     """A safetensors file that is read when one of its tensors is needed, and then as a whole.
 
     It may be removed or replaced before, as by `save_pretrained`. No open file is held, of which a process has few.
-
-    Attributes:
-        data_bytes: of all tensors together.
-
-    Raises:
-        InputError: if it is no safetensors file.
+    `data_bytes` are of all tensors together.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -74,9 +65,8 @@ class LateFile:
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU.
 
-        Raises:
-            InputError: if the file was written to since it was found, it lacks the tensor, or values are NaN or
-                infinite.
+        An `InputError` if the file was written to since it was found, lacks the tensor, or has values that are not
+        finite.
         """
         if name not in self._tensors:
             self._tensors = self._read_all()

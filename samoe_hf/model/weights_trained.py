@@ -76,8 +76,7 @@ def _fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch
 def _load_base(
     cls: type[SamoePreTrainedModel], config: SamoeConfig, source: Source, arguments: Mapping[str, Any]
 ) -> SamoePreTrainedModel:
-    """Loads a base model with the configuration of what was trained on it, whose experts take the place of its own,
-    but without adapters and domains, of which it may have others."""
+    """Loads a base model with the configuration of what was trained on it, but without adapters and domains."""
     config = copy.deepcopy(config)
     config.base_model = config.adapters = None
     config.domains = config.domains and []
@@ -106,14 +105,7 @@ def save_trained(
 ) -> None:
     """Writes experts, routers and what else was trained, with the name of the base model.
 
-    Args:
-        model: a SamoeModel that was loaded from a base.
-        directory: where to write.
-        state_dict: the model's own tensors; they may be of another type than the model.
-        base_model: Hub id to refer to instead of where the base was loaded from. It is loaded and compared.
-
-    Raises:
-        ValueError: if there is no base model, or `base_model` is another one.
+    `base_model` is a Hub id to refer to instead of where the base was loaded from; it is loaded and compared.
     """
     source = model.origin.source
     if source is None and base_model is None:
@@ -151,20 +143,9 @@ def load_trained(
     arguments: Mapping[str, Any],
     more_experts: bool,
 ) -> tuple[SamoePreTrainedModel, set[str]]:
-    """Loads the base model that `config` names, and over it what was trained.
+    """Loads the base model that `config` names, and over it what was trained, of a folder or Hub id.
 
-    Args:
-        cls: SamoeModel.
-        source: folder or Hub id of what was trained.
-        hub: how to fetch it, see `HUB_ARGUMENTS`.
-        arguments: further arguments of `from_pretrained`.
-        more_experts: whether layers without experts in `source` may get new ones.
-
-    Returns:
-        The model, and names of tensors of experts that are new.
-
-    Raises:
-        ValueError: if the base or what was trained does not fit; names both.
+    With `more_experts` layers without experts may get new ones. Returns the model, and names of tensors of new experts.
     """
     base = {key: value or None for key, value in (config.base_model or {}).items()}
     digest = base.pop("fingerprint", None)
@@ -235,8 +216,7 @@ def _wanted_type(given: Any, configured: Any, saved: Any) -> torch.dtype | None:
 
 
 def _cast(model: SamoePreTrainedModel, dtype: torch.dtype) -> None:
-    """As `from_pretrained(dtype=…)`: the gate, and what is computed at construction, such as frequencies, keep their
-    precision."""
+    """As `from_pretrained(dtype=…)`: the gate, and what is computed at construction, keep their precision."""
     stored = {name for name in model.state_dict() if not name.startswith(f"{DOMAIN_GATE}.")}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if name in stored and tensor.is_floating_point():

@@ -327,14 +327,7 @@ def save_original(
 
 
 def save_sam2(config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike) -> dict[str, Path]:
-    """Writes a checkpoint of `sam2` itself, with its YAML, of a model's configuration and its tensors without experts.
-
-    Returns:
-        kind -> file: "base" (`{"model": …}`) and "config".
-
-    Raises:
-        InputError: if the base is not SAM 2, or the tensors do not fit the configuration.
-    """
+    """Writes `sam2`'s own checkpoint ("base", `{"model": …}`) and YAML ("config"), of tensors without experts."""
     tensors, stem = _original_tensors(config, state_dict, False)
     files = {"base": Path(directory, f"{stem}.pt"), "config": Path(directory, f"{stem}.yaml")}
     Path(directory).mkdir(parents=True, exist_ok=True)
@@ -349,15 +342,10 @@ def save_sam3(
     """Writes a copy of Meta's combined checkpoint of SAM 3 whose tracker is a model's, of its tensors without experts.
 
     All else that the file holds stays as it is, to the bit, and so do the types of tensors and the file's name.
-
-    Args:
-        combined: Meta's `sam3.pt`, or one that was trained further.
+    `combined` is Meta's `sam3.pt`, or one that was trained further.
 
     Returns:
         whether the image encoder, which the detector shares, has other values than there.
-
-    Raises:
-        InputError: if the model's base is not SAM 3, or `combined` is no such file, or of another size.
     """
     check_base(config, SAM3)
     content, tensors, names = _open(combined)
@@ -378,11 +366,7 @@ def save_sam3(
 
 
 def save_edgetam(config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
-    """Writes Meta's `edgetam.pt` of a model's configuration and its tensors without experts; the YAML is Meta's own.
-
-    Raises:
-        InputError: if the base is not EdgeTAM, or of another size than the published one.
-    """
+    """Writes Meta's `edgetam.pt` of a model's configuration and its tensors without experts; the YAML is Meta's own."""
     tensors = state_dict_to_edgetam(config, state_dict)
     parts = config.enable_temporal_pos_encoding_for_object_pointers, config.enable_occlusion_spatial_embedding
     published = edgetam_config(*parts)

@@ -66,11 +66,7 @@ def state_dict_from_edgetam(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_dict_to_edgetam(config: SamoeConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of [`state_dict_from_edgetam`], of a model without experts.
-
-    Raises:
-        InputError: if the base is not EdgeTAM.
-    """
+    """The inverse of [`state_dict_from_edgetam`], of a model without experts on that base."""
     check_base(config, EDGETAM)
     back, result = [(own, theirs) for theirs, own in _PERCEIVER], {}
     like_sam2 = {name: x for name, x in tensors.items() if not name.startswith("spatial_perceiver.")}

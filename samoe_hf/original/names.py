@@ -234,14 +234,8 @@ def state_dict_from_sam3(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state_dict_into_sam3(state_dict: Mapping[str, Tensor], combined: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Meta's combined checkpoint that [`state_dict_from_sam3`] reads, with the values of a model.
-
-    Args:
-        state_dict: a model's, without experts; it fits `combined`.
-
-    Returns:
-        of the types that they have in `combined`.
-    """
+    """The tensors of Meta's combined checkpoint that [`state_dict_from_sam3`] reads, with the values of a model that
+    fits it, in the types that they have there."""
     tracker = state_dict_to_original({n: x for n, x in state_dict.items() if not n.startswith("vision_encoder.")})
     result = {}
     for name, old in combined.items():

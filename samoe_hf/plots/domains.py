@@ -80,12 +80,7 @@ def _placed(distances: np.ndarray) -> np.ndarray:
 
 @plain_text
 def plot_sizes(sizes: Sequence[int], scores: Sequence[float], chosen: int, title: str, path: str | Path) -> None:
-    """Draws the scores of experts of several sizes.
-
-    Args:
-        sizes: bytes; `chosen` is one of them.
-        scores: J&F of each from 0 to 1.
-    """
+    """Draws the scores, J&F from 0 to 1, of experts of several sizes in bytes, of which one is chosen."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(np.array(sizes) / 1e3, 100 * np.array(scores), "o-", color=LINES[0], label="tried")

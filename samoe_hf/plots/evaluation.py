@@ -29,10 +29,8 @@ STRIP_FRAMES = 6
 
 @plain_text
 def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draws J by the number of frames since each object's first, and how many objects are left.
-
-    `models` have `label` and `over_time`, as in `results.json`.
-    """
+    """Draws J by the number of frames since each object's first, and how many objects are left, of `results.json`'s
+    models."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     alone, first = len(models) == 1, models[0]["over_time"]

@@ -158,8 +158,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
     Experts of the model that belong to no domain are taken away if they have no effect.
 
     Raises:
-        InputError: if either has experts that belong to no domain, both have a domain of the same name, or their bases
-            or what they track by differ.
+        InputError: if either has experts of no domain with an effect, a name is in both, or bases or settings differ.
     """
     has_none = model.config.domains is None
     if (has_none and has_effect(model)) or other.config.domains is None:
@@ -203,8 +202,8 @@ def copy_domain_experts(model: SamoeModel, source: str, target: str) -> bool:
 
 
 def fits_in(model: SamoeModel, source: str, target: str) -> bool:
-    """Whether a domain's experts can be copied to another's without effect: as many, in layers that the other has as
-    well, of no higher rank."""
+    """Whether a domain's experts can be copied to another's: as many, in layers that the other has too, of no higher
+    rank."""
     first, second = (find_domain(model, name) for name in (source, target))
     known, own = (dict(domain_modules(model, name)) for name in (source, target))
     is_new = not any(experts.lora_B.any() for experts in own.values())

@@ -55,10 +55,8 @@ def prune_experts(
     The output stays the same for tokens whose top k experts all stay. Other tokens go to the best experts that do.
 
     Args:
-        keep: the experts that stay, in every layer.
-        drop: instead of `keep`, the experts that are removed from every layer.
-        usage: instead of `keep`, name of each layer with experts -> (experts,). Each layer keeps its most used.
-        num_experts: with `usage`, how many stay, at least `num_experts_per_tok`.
+        keep: the experts that stay, in every layer; or instead `drop`, those that are removed.
+        usage: instead, name of each layer with experts -> (experts,). Each layer keeps its `num_experts` most used.
     """
     check_has_no_domains(model)
     if sum(given is not None for given in (keep, drop, usage)) != 1:
@@ -125,10 +123,8 @@ def merge_experts(model: SamoeModel, experts: Sequence[int], *, usage: Usage | N
 
 @torch.no_grad()
 def reset_expert(model: SamoeModel, expert: int) -> None:
-    """Makes an expert that is not frozen a new one: A and its router row are drawn anew, B is zero.
-
-    Its tokens get the base's output.
-    """
+    """Makes an expert that is not frozen a new one: A and its router row are drawn anew, B is zero, so it has no
+    effect."""
     check_has_no_domains(model)
     check_experts([expert], model.config.num_experts, "expert")
     _check_not_frozen(model, [expert], "expert")
@@ -146,10 +142,8 @@ def reset_expert(model: SamoeModel, expert: int) -> None:
 def replace_experts(model: SamoeModel, **settings: Any) -> None:
     """Takes all experts away and gives the model new ones, without effect, by other settings.
 
-    Args:
-        settings: any of the configuration's `expert_modules`, `exclude_modules`, `num_experts`, `num_experts_per_tok`,
-            `lora_rank`, `lora_alpha` and `lora_dropout`; the others stay as they are, but `expert_modules` alone
-            excludes none.
+    `settings` are any of the configuration's `expert_modules`, `exclude_modules`, `num_experts`, `num_experts_per_tok`,
+    `lora_rank`, `lora_alpha` and `lora_dropout`; the others stay, but `expert_modules` alone excludes none.
     """
     check_has_no_domains(model)
     settings = complete_settings(settings)
@@ -205,10 +199,7 @@ def freeze_experts(model: SamoeModel, experts: Sequence[int]) -> None:
 
     Their rows are a parametrization (`torch.nn.utils.parametrize`) that nothing but loading changes: they get no
     gradient, and neither weight decay nor momentum of any optimizer reaches them. They stay frozen in copies and
-    through surgery. Saved files do not tell.
-
-    Args:
-        experts: their indices; an empty list lets all be trained.
+    through surgery. Saved files do not tell. An empty list lets all be trained.
     """
     check_has_no_domains(model)
     experts = check_experts(experts, model.config.num_experts)

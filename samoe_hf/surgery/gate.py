@@ -38,11 +38,8 @@ def video_spread(image_size: int, without: Collection[str] = ()) -> Tensor:
     """How the picture's features and further ones vary among videos of a domain: a covariance (features, features).
 
     It is the mean of the synthetic looks, each as it is and changed in many ways. A domain of few videos, which show
-    little of how further ones vary, is described by this as well.
-
-    Args:
-        image_size: of the model, in pixels.
-        without: looks that are left out, to measure what is decided of looks that were never seen.
+    little of how further ones vary, is described by this as well. Looks may be left out (`without`), to measure what is
+    decided of looks that were never seen.
     """
     spreads = [spread for look, spread in load_file(SPREAD_FILE).items() if look not in without]
     return torch.stack(spreads).double().mean(0) * (SPREAD_SIZE / image_size) ** 0.5
@@ -60,9 +57,6 @@ def fit_row(
         features: (frames, features) of frames of the domain.
         videos: (frames,) which video each frame is of: numbers or names.
         spread: see [`video_spread`]. Without it further features refuse no video.
-
-    Raises:
-        ValueError: no frames, another number of features or of videos, or values that are not finite.
     """
     features = gate.checked(features)
     ids = videos.tolist() if isinstance(videos, Tensor) else list(videos)
@@ -122,8 +116,8 @@ def _set_row(gate: DomainGate, index: int, normals: Sequence[Normal], prefix: st
 def distances_between(gate: DomainGate) -> np.ndarray:
     """How far the mean of each domain, a row, is from each: (domains, domains), where a domain's threshold is at 1.
 
-    Further features, which not all domains are known by, do not count. Distances of and from domains that are not known
-    yet are infinite.
+    Further features, which not all domains are known by, do not count. Those of domains that are not known yet are
+    infinite.
     """
     without_further = DomainGate(gate.kinds, gate.domains).to(gate.means.device)
     without_further.load_state_dict(gate.state_dict(), strict=False)
@@ -188,10 +182,8 @@ def _least_floor(mean: Tensor) -> Tensor:
 
 
 def _with_video(known: Normal, features: Tensor, count: int, spread: Tensor | None = None) -> Normal:
-    """The distribution, of `count` videos, once it has seen one more: (frames, features).
-
-    It is what [`_fitted`] gives of all of them, but for correlations beyond the rank.
-    """
+    """The distribution once it has seen one more video than `count`: what [`_fitted`] gives of all of them, but for
+    correlations beyond the rank."""
     least, variances = _least_floor(known.mean), known.noise + known.factors.square().sum(0)
     floor = least + VARIANCE_FLOOR * (variances.mean() - least) / (1 + VARIANCE_FLOOR)
     scale, added, believed = _prior(count, spread)
@@ -236,8 +228,8 @@ def _limit(limit: float, count: int) -> float:
 
 
 def _prior(count: int, spread: Tensor | None) -> tuple[float, Tensor | float, float]:
-    """What makes the covariance of `count` videos that of a further one: it is multiplied by the first, the second is
-    added, and the last is the part of correlations that is believed."""
+    """What makes the covariance of `count` videos that of a further one: a factor, what is added, and the part of
+    correlations that is believed."""
     # A few videos vary less around their own mean than a further one does.
     widening = (count + 1) / max(count - 1, 0.5)
     if spread is None:

@@ -56,11 +56,8 @@ class Lora(NamedTuple):
 def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, domain: str | None = None) -> None:
     """Writes one expert as a LoRA that `PeftModel.from_pretrained(base, directory)` loads onto a SAM 2 video model.
 
-    It does what this model does if each token goes to that expert alone. The router stays behind.
-
-    Args:
-        directory: where to write; new or empty.
-        domain: of a model with domains, the one that the expert belongs to.
+    It does what this model does if each token goes to that expert alone. The router stays behind. The directory is new
+    or empty. Of a model with domains, `domain` is the one that the expert belongs to.
     """
     requires_backends(model, "peft")
     from peft import LoraConfig
@@ -95,10 +92,7 @@ def export_expert(model: SamoeModel, expert: int, directory: str | os.PathLike, 
 
 
 def add_lora_domain(model: SamoeModel, name: str, source: str | os.PathLike, **hub) -> None:
-    """Adds a LoRA of PEFT as a domain of one expert, whose output is the LoRA's.
-
-    See [`add_expert`] for `source` and `hub`, and [`~surgery.domains.add_domain`] for the domain.
-    """
+    """Adds a LoRA of PEFT as a domain of one expert, whose output is the LoRA's; see [`add_expert`]."""
     lora = read_lora(source, **hub)
     rank = max(len(A) for A, _, _ in lora.layers.values())
     linear = {layer for layer, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -126,7 +120,7 @@ def add_lora_domain(model: SamoeModel, name: str, source: str | os.PathLike, **h
 
 
 def add_expert(model: SamoeModel, source: str | os.PathLike, **hub) -> int:
-    """Adds a LoRA of PEFT as a new expert, behind the others.
+    """Adds a LoRA of PEFT as a new expert, behind the others, and returns its index.
 
     A lower rank is filled up with B zero. Its scale goes into B where it is not the model's `lora_alpha / lora_rank`.
     Layers that the LoRA leaves out get an expert without effect. The expert is asleep: no token goes to it until a
@@ -135,9 +129,6 @@ def add_expert(model: SamoeModel, source: str | os.PathLike, **hub) -> int:
     Args:
         source: folder or Hub id of the LoRA.
         hub: where and how it is fetched: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only`, ...
-
-    Returns:
-        The new expert's index.
 
     Raises:
         InputError: if it is no plain LoRA, of a higher rank than the model's experts, or on layers without experts.

@@ -18,10 +18,8 @@ from .experts import new_experts, svd_of_product
 def sort_directions(model: SamoeModel, name: str) -> dict[str, Tensor]:
     """Turns the directions of a domain's experts into the singular ones of each scaled product B A, the largest first.
 
-    The products stay what they are, but for rounding.
-
-    Returns:
-        name of a layer -> (rank,) the squared singular values, summed over the layer's experts.
+    The products stay what they are, but for rounding. Returns the squared singular values (rank,) by the name of a
+    layer, summed over its experts.
     """
     energies = {}
     for layer, experts in domain_modules(model, name):
@@ -44,10 +42,6 @@ def set_ranks(model: SamoeModel, name: str, ranks: int | Mapping[str, int]) -> N
 
     Args:
         ranks: of all layers, or by the name of each; 0 takes the domain's experts of that layer away.
-
-    Raises:
-        InputError: if there is no such domain, the names are not those of its layers, nothing would be left, or the
-            model has adapters of PEFT.
     """
     check_no_adapters(model)
     domain, layers = find_domain(model, name), dict(domain_modules(model, name))

@@ -133,8 +133,7 @@ class DataArguments(DataKeys):
     def train_dataset(self, processor: VideoProcessor, seed: int, spares: bool = False) -> MixedDataset:
         """All training clips, each dataset by its domain's name; fills `kept_aside`.
 
-        Args:
-            spares: fill `spared` with some of the other videos of each dataset that has many.
+        With `spares`, also `spared`, with some of the other videos of each dataset that has many.
         """
         if not self.train_data:
             raise InputError("`train_data` must name at least one dataset.")
@@ -293,10 +292,7 @@ def _mapping_or_text(text: str) -> dict[str, Any] | str:
 def parse_run(
     arguments: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, PromptRecipe, SegmentationLoss, SamoeTrainingArguments]:
-    """Parses `CONFIG [--key value]...`: a run, and values that take the place of its.
-
-    `CONFIG` is a YAML, or the name of one that comes with the package.
-    """
+    """Parses `CONFIG [--key value]...`: a run, a YAML or one of the package's names, and values in place of its."""
     config, *overrides = sys.argv[1:] if arguments is None else arguments
     parser = run_parser()
     run = read_yaml(config)

@@ -98,11 +98,7 @@ def _evenly(values: Any, count: int) -> list[Any]:
 
 
 def check_goes_on(checkpoint: Path, now: dict[str, Any]) -> list[str]:
-    """Raises an `InputError`, which names what differs, if a checkpoint is of a run that was made from other things.
-
-    Returns:
-        sentences about a run that is made longer.
-    """
+    """Refuses a checkpoint of another run; returns sentences about one that is made longer."""
     steps = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     unit, done = ("max_steps", steps["global_step"]) if now["max_steps"] > 0 else ("num_train_epochs", steps["epoch"])
     if math.ceil(now[unit]) < done:

@@ -191,9 +191,8 @@ class SamoeTrainer(Trainer):
             resume_from_checkpoint: a whole checkpoint; "last" or True for the newest whole one in `output_dir`.
 
         Raises:
-            InputError: if there is no whole checkpoint to go on from, or it is of a run that was made from other
-                things; if nothing is to be resumed, but `output_dir` has checkpoints of another run, and not
-                `overwrite_output_dir`; or if another process writes there.
+            InputError: if there is no whole checkpoint, or it is of another run; if nothing is to be resumed, but
+                `output_dir` has checkpoints, and not `overwrite_output_dir`; or if another process writes there.
         """
         folder, checkpoint = self.args.folder, None
         with self.writer:
@@ -423,9 +422,7 @@ class SamoeTrainer(Trainer):
     ) -> None:
         """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation.
 
-        Args:
-            model_name, license, tags, language, dataset: as in [`~transformers.Trainer`].
-            usage_picture: an image of how often each expert is used.
+        Arguments are Trainer's, and `usage_picture`, an image of how often each expert is used.
         """
         if not self.is_world_process_zero():
             return
@@ -516,11 +513,7 @@ class RunCallback(TrainerCallback):
 
 
 def unwrapped(model: nn.Module | None) -> SamoeModel:
-    """The SamoeModel within what `torch.compile`, PEFT or training in several processes wraps around it.
-
-    Raises:
-        InputError: if it is another model, or has adapters that cannot be saved with a SamoeModel.
-    """
+    """The SamoeModel within what `torch.compile`, PEFT or training in several processes wraps around it."""
     is_module = isinstance(model, nn.Module)
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False) if is_module else model
     if hasattr(inner, "get_base_model"):  # a PeftModel
@@ -535,13 +528,9 @@ def unwrapped(model: nn.Module | None) -> SamoeModel:
 
 
 def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | None) -> dict[str, float]:
-    """Set of parameters -> learning rate. Of a parameter in several sets the first counts.
+    """Set of parameters -> learning rate, of a domain that of its experts. Of several sets the first counts.
 
-    For a domain the only set is its experts.
-
-    Raises:
-        InputError: if the model has no such domain, or domains of which none is given; if other than its experts are
-            to be trained; or if a set has no parameters.
+    No such domain, other sets of a model with domains, and sets without parameters are an `InputError`.
     """
     rates = {chosen: args.learning_rates.get(chosen, args.learning_rate) for chosen in args.trainable}
     names = model.config.domain_names
@@ -564,12 +553,9 @@ def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | 
 def build_trainer(
     arguments: Sequence[str] | None = None, change: Callable[[SamoeModel], None] | None = None, spares: bool = False
 ) -> SamoeTrainer:
-    """The trainer of a run, with its model and data.
+    """The trainer of a run, with its model and data; arguments are as in [`parse_run`].
 
-    Args:
-        arguments: as in [`parse_run`].
-        change: changes the model before it is trained.
-        spares: some training videos are spared, see [`DataArguments.train_dataset`].
+    `change` changes the model before it is trained. With `spares`, see [`DataArguments.train_dataset`].
     """
     model_arguments, data_arguments, recipe, segmentation_loss, training_arguments = parse_run(arguments)
     if training_arguments.feature_cache is not None and data_arguments.augmentation is not None:

@@ -35,10 +35,8 @@ def read_coco(
     out.
 
     Args:
-        root: the dataset's folder.
         split: names the image folder and `annotations/instances_<split>.json`, or its `_annotations.coco.json`.
-        images: the image folder, where it is named differently.
-        annotations: the annotation file, where it is named differently.
+        images, annotations: the image folder and the annotation file, where they are named differently.
     """
     root = Path(root)
     folders = [root / name for name in (images or split, f"images/{split}", "images")]
@@ -131,7 +129,6 @@ def read_ytvis(
     it, it is absent. Images of a video's folder that the file does not list are not annotated.
 
     Args:
-        root: the dataset's folder.
         split: a folder with a JSON, or part of the JSON's name; needed where there are several.
         images: the image folder; by default `JPEGImages` or `images`.
         annotations: the annotation file.

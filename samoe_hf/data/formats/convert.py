@@ -35,8 +35,6 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
 
     Args:
         kind: one of `samoe_hf.data.layouts.WRITTEN`.
-        videos: with names that differ.
-        folder: exists.
         polygons: write outlines of masks, and not their pixels, where the format has both.
 
     Raises:

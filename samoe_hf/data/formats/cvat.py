@@ -33,9 +33,7 @@ def read_cvat(root: str | Path, split: str | None = None) -> VideoList:
     a last shape that is not outside. Boxes and ellipses are filled, which is said; lines, points, cuboids and skeletons
     are refused. In "CVAT for images" nothing tells which objects of two images are the same.
 
-    Args:
-        root: the folder; searched at any depth, a folder with an XML is a video.
-        split: only what is below this folder.
+    `root` is searched at any depth; with a `split`, only what is below this folder.
     """
     root = Path(root) / (split or "")
     entries: dict[str, tuple[Path, ElementTree.Element]] = {}

@@ -35,11 +35,7 @@ def read_label_studio(root: str | Path, split: str | None = None) -> VideoList:
     no frame twice, which is said; else nothing tells which objects of two images are the same, and each image is a
     video of one frame. Of a task's annotations the last one counts that was not cancelled; tasks without any are not
     annotated. Brushes, polygons and (filled, which is said) rectangles and ellipses are read, other regions with a
-    place are refused.
-
-    Args:
-        root: the folder, searched at any depth.
-        split: only what is below this folder.
+    place are refused. With a `split`, only what is below this folder.
     """
     root = Path(root) / (split or "")
     files: dict[tuple[str, ...], list[Path]] = defaultdict(list)  # by the ends of their paths

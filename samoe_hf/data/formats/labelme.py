@@ -26,17 +26,13 @@ FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes beside
 
 
 def read_labelme(root: str | Path, split: str | None = None) -> VideoList:
-    """Folders of images with LabelMe's JSON files; a folder is a video.
+    """Folders of images with LabelMe's JSON files, at any depth; a folder is a video. `split`: only what is below it.
 
     Shapes of one `group_id` and label are one object, whose id is that number. Where no shape of a video has one, and
     each label is on no frame twice, a label is an object. Both are said, since they are guesses. Else nothing tells
     which objects of two images are the same, and each image is a video of one frame. Images without a JSON are not
     annotated; one without shapes shows no object. Rectangles and circles are filled, which is said; lines and points
     are refused. A missing image is taken from `imageData`.
-
-    Args:
-        root: the folder, searched at any depth.
-        split: only what is below this folder.
     """
     root = Path(root) / (split or "")
     frames: list[LabelledFrame] = []

@@ -135,15 +135,11 @@ def name_objects(frames: Iterable[LabelledFrame]) -> list[LabelledFrame]:
 
 
 def read_frames(frames: Iterable[LabelledFrame], whose: str) -> VideoList:
-    """The videos of labelled frames.
+    """The videos of labelled frames, which are in the order of their numbers; `whose` is the dataset, for messages.
 
     Images in the folder of a video's frames that are not among them are frames without annotation. Where something has
     no key, nothing tells which objects of two frames are the same: then each image that shows something is a video of
     one frame, which is said. Two frames of a video, or two videos, of one name, and none at all, are a `SampleError`.
-
-    Args:
-        frames: in the order of their numbers, of all videos.
-        whose: the dataset, for messages.
     """
     frames = list(frames)
     if not any(frame.objects is not None for frame in frames):

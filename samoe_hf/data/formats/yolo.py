@@ -19,16 +19,12 @@ from .labels import LabelledFrame, LabelledObject
 
 
 def read_yolo(root: str | Path, split: str = "train") -> VideoList:
-    """YOLO segmentation; a folder of images is a video.
+    """YOLO segmentation; a folder of images is a video. `split` is a key of `data.yaml`.
 
     A polygon's id is behind its points, as `yolo track save_txt=True` writes it, or in the same line of a file below
     `tracks/`, as it is written here. Where there is none, nothing tells which objects of two images are the same, and
     each image is a video of one frame. Images without a file of labels are not annotated; one with an empty file shows
     no object. Boxes are refused.
-
-    Args:
-        root: holds `data.yaml`.
-        split: a key of `data.yaml`.
     """
     root = Path(root)
     path = root / "data.yaml"
