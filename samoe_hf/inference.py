@@ -300,8 +300,8 @@ def masks_of(logits: np.ndarray, overlapping: bool = False) -> np.ndarray:
 class TrackedFrame(NamedTuple):
     """Masks of one frame at the video's size: `logits` (objects, H, W), rows in the order of `object_ids`.
 
-    `scores`: how sure the model is of each object. `domain`, `domain_confidence`, `domain_rivals`: see
-    [`~samoe_hf.model.tracking.SamoeTrackingOutput`].
+    `scores`: how sure the model is of each object. `domain`, `domain_confidence`, `domain_rivals`, `domain_unknown`:
+    see [`~samoe_hf.model.tracking.SamoeTrackingOutput`].
     """
 
     frame_idx: int
@@ -311,6 +311,7 @@ class TrackedFrame(NamedTuple):
     domain: str | None = None
     domain_confidence: float | None = None
     domain_rivals: dict[str, float] | None = None
+    domain_unknown: str | None = None
 
     def id_map(self) -> np.ndarray:
         """Each pixel's object, that of the largest positive logit, or 0: (H, W), of the smallest type for the ids.
@@ -344,6 +345,7 @@ def track_video(
     show_progress_bar: bool = False,
     domain: str | None = AUTO,
     memory_selection: str | None = None,
+    unknown: str | None = None,
 ) -> Iterator[TrackedFrame]:
     """Tracks prompted objects through a whole video, each onward from its first prompt, then back from it to the start.
 
@@ -355,12 +357,13 @@ def track_video(
         prompts: at least one, and at most one for each object on each frame.
         domain: of a model with domains, whose experts are run; see [`VideoSession`].
         memory_selection: which memories a frame reads; see [`VideoSession`].
+        unknown: what a video of no known domain gets; see [`VideoSession`].
 
     Raises:
         InputError: for no frames, prompts that do not fit the video, see [`check_prompts`], or a domain that the model
             does not have.
     """
-    steps = tracking_steps(model, processor, frames, prompts, show_progress_bar, domain, memory_selection)
+    steps = tracking_steps(model, processor, frames, prompts, show_progress_bar, domain, memory_selection, unknown)
     return run_alone(model, steps)
 
 
@@ -372,6 +375,7 @@ def tracking_steps(
     show_progress_bar: bool = False,
     domain: str | None = AUTO,
     memory_selection: str | None = None,
+    unknown: str | None = None,
 ) -> Steps[TrackedFrame]:
     """What [`track_video`] does, in steps that run with those of other videos; see [`SamoeModel.frame_steps`]."""
     check_domain(model, domain)
@@ -380,6 +384,7 @@ def tracking_steps(
         processor,
         domain=domain,
         memory_selection=memory_selection,
+        unknown=unknown,
         inference_device=model.device,
         dtype=model.dtype,
     )
@@ -400,5 +405,5 @@ def tracking_steps(
         check_masks(output, model.dtype)
         logits = processor.post_process_masks([output.pred_masks], [size], binarize=False)[0][:, 0]
         scores = ObjectScores.of(output)
-        experts = output.domain, output.domain_confidence, output.domain_rivals
+        experts = output.domain, output.domain_confidence, output.domain_rivals, output.domain_unknown
         yield TrackedFrame(output.frame_idx, output.object_ids, logits, scores, *experts)

@@ -327,7 +327,7 @@ class LabelRun(RunFolder):
             }
             if last is not None and together.model.config.domains is not None:
                 entry |= {"experts_of": last.domain or "base", "confidence": last.domain_confidence}
-                entry |= {"rivals": last.domain_rivals}
+                entry |= {"rivals": last.domain_rivals, "unknown": last.domain_unknown}
             return writer(self._finish, prompted, video, files, table, entry)
         except (InputError, FileNotFoundError) as error:
             raise InputError(f"{video.video_id}: {error}") from error

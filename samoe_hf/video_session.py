@@ -15,6 +15,7 @@ from transformers import Sam2VideoInferenceSession
 
 from samoe_hf.data.images import read_pixels
 from samoe_hf.errors import InputError
+from samoe_hf.model.configuration_samoe import UNKNOWN
 from samoe_hf.model.domain_choice import AUTO, SessionDecision
 from samoe_hf.model.memory_selection import MEMORY_SELECTIONS, forget
 from samoe_hf.model.processing_samoe import VideoProcessor
@@ -44,6 +45,8 @@ class VideoSession(Sam2VideoInferenceSession):
             is tracked anew when the video is propagated again.
         domain: whose experts a model with domains runs: a domain's name, None for the base model, or "auto" for what
             the gate decides on the frame that is segmented first. It can be set anew at any time.
+        unknown: what the video gets if the gate finds that it is of no known domain: "base", "nearest" or "mix", see
+            [`SamoeConfig`], or None for what the model's configuration says.
         domain_interval: for videos whose look changes on the way: the gate decides anew after so many frames.
         memory_selection: which memories a frame reads: "recent", "score" or "distractor" (see `memory_selection.py`),
             or None for the model's own. Those of frames that may be read however long ago they were are kept longer.
@@ -59,6 +62,7 @@ class VideoSession(Sam2VideoInferenceSession):
         keep_frames: int = KEPT_FRAMES,
         corrections_condition: bool = False,
         domain: str | None = AUTO,
+        unknown: str | None = None,
         domain_interval: int | None = None,
         memory_selection: str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -71,6 +75,9 @@ class VideoSession(Sam2VideoInferenceSession):
         if memory_selection not in (None, *MEMORY_SELECTIONS):
             names = ", ".join(map(repr, MEMORY_SELECTIONS))
             raise InputError(f"`memory_selection` must be one of {names} or None, got {memory_selection!r}.")
+        if unknown not in (None, *UNKNOWN):
+            names = ", ".join(map(repr, UNKNOWN))
+            raise InputError(f"`unknown` must be one of {names} or None, got {unknown!r}.")
         if frames is not None:
             if not len(frames):
                 raise InputError("`frames` is empty.")
@@ -80,7 +87,8 @@ class VideoSession(Sam2VideoInferenceSession):
             size = kwargs["video_height"], kwargs["video_width"]
             self.processed_frames = PreparedFrames(frames, size, processor, self.inference_device, dtype)
         self.keep_frames, self.corrections_condition = keep_frames, corrections_condition
-        self.domain, self.domain_interval, self.memory_selection = domain, domain_interval, memory_selection
+        self.domain, self.unknown, self.domain_interval = domain, unknown, domain_interval
+        self.memory_selection = memory_selection
         self.domain_decision: SessionDecision | None = None
 
     def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:

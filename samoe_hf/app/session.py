@@ -36,7 +36,7 @@ NOTHING_PROMPTED = "Nothing is prompted yet: click on an object, or draw a box a
 MAX_UNDO, MAX_ID = 50, 255
 ROWS = "rows"  # the key of a mask's text
 NO_SCORES = ObjectScores(*np.zeros((3, 0)))
-UNDONE = ("objects", "prompts", "tracked_domain", "confidence")
+UNDONE = ("objects", "prompts", "tracked_domain", "confidence", "unknown")
 
 
 class MaskStore:
@@ -122,7 +122,8 @@ class TrackingSession:
         prompts: (object, frame) -> all that was given of it there, in the order in which it came.
         domain: whose experts it runs, see [`~samoe_hf.video_session.VideoSession`].
         memory_selection: which memories a frame reads, see [`~samoe_hf.video_session.VideoSession`].
-        tracked_domain, confidence: whose experts the video got last, and how sure the gate was of that.
+        tracked_domain, confidence, unknown: whose experts the video got last, how sure the gate was, and "nearest" or
+            "mix" if it knows no such video.
     """
 
     def __init__(self, folder: Path, video: OpenedVideo, loaded: LoadedModel, limits: Limits):
@@ -134,6 +135,7 @@ class TrackingSession:
         self.masks = MaskStore(folder / "masks", video.frames.size)
         self.tracked_domain: str | None = None
         self.confidence: float | None = None
+        self.unknown: str | None = None
         self.last_id = 0
         self._busy, self._stop = threading.Lock(), threading.Event()
         # What the session was before each click, box, end or removal, and the frame whose mask that may have changed.
@@ -370,8 +372,12 @@ class TrackingSession:
         assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
         check_masks(output, self.loaded.model.dtype)
         id_map = self._write(self.masks, output, self.loaded, kept)
-        self.tracked_domain, self.confidence = output.domain, output.domain_confidence
+        self._tell_domain(output)
         return output.frame_idx, id_map
+
+    def _tell_domain(self, output: SamoeTrackingOutput) -> None:
+        self.tracked_domain, self.confidence = output.domain, output.domain_confidence
+        self.unknown = output.domain_unknown
 
     @staticmethod
     def _write(
@@ -427,8 +433,7 @@ class TrackingSession:
             self._tracking, self.loaded, self.domain, self.masks = tracking, loaded, domain, masks
             self.memory_selection, self._where_to_look = memory_selection, None
             self._undo.clear()
-            self.tracked_domain = output and output.domain
-            self.confidence = output and output.domain_confidence
+            self._tell_domain(output or SamoeTrackingOutput())
 
     def restore(self, objects: list[int], prompts: list[VideoPrompt], last_id: int) -> None:
         """Takes over objects and prompts of a project, of a session without any; masks are written to `masks`."""

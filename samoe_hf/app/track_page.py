@@ -92,6 +92,9 @@ def how_tracked(session: TrackingSession | None) -> str:
     whose = "the base model, no domain's experts" if session.tracked_domain is None else session.tracked_domain
     if session.confidence is None:
         return f"{memories} Experts: **{whose}**, as you chose."
+    if session.unknown is not None:
+        half = "half of what they add, " if session.unknown == "mix" else ""
+        return f"{memories} Experts: **{whose}**, {half}as the nearest: the gate knows no such video."
     return f"{memories} Experts: **{whose}**, chosen by the gate, {session.confidence:.0%} sure."
 
 

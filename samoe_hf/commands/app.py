@@ -22,7 +22,14 @@ from pathlib import Path
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_memory_option, add_original_options, add_tracking_options, command_parser, tracking_options
+from .options import (
+    add_memory_option,
+    add_original_options,
+    add_tracking_options,
+    add_unknown_option,
+    command_parser,
+    tracking_options,
+)
 
 TINY, WEIGHTS = "facebook/sam2.1-hiera-tiny", "model.safetensors"
 CORE_SECONDS = 15  # of one CPU core for a frame, see docs/speed.md
@@ -42,6 +49,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add_original_options(model)
     add_memory_option(model)
+    add_unknown_option(model)
     learning = parser.add_argument_group("learning")
     learning.add_argument("--data", type=Path, metavar="DIR", help="collect corrected videos here; allows learning")
     learning.add_argument(

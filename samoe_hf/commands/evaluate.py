@@ -44,6 +44,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_original_options(models)
     options.add_dataset_options(parser)
     options.add_memory_option(models, several=True)
+    options.add_unknown_option(models)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", default="mask", help="mask, box, point[:N] or clicks:N[@M[:offline|look|even]]")
     prompts.add_argument("--seeds", type=int, default=1, metavar="N", help="of drawn points: 42, 1042, … for N runs")

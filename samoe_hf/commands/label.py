@@ -30,7 +30,9 @@ from . import options
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = options.command_parser("label", __doc__)
-    options.add_memory_option(options.add_model_option(parser))
+    model = options.add_model_option(parser)
+    options.add_memory_option(model)
+    options.add_unknown_option(model)
     options.add_dataset_options(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", choices=("mask", "box"), help="(mask)")

@@ -90,14 +90,15 @@ def _count_or_auto(text: str) -> int | None:
 
 
 def tracking_options(parsed: argparse.Namespace, memory_selection: str | None = None) -> dict[str, Any]:
-    """What `--dtype`, `--compile` and `--memory-selection` say, for [`~samoe_hf.inference.load_tracker`].
+    """What `--dtype`, `--compile`, `--unknown` and `--memory-selection` say, for [`~samoe_hf.inference.load_tracker`].
 
     Args:
         memory_selection: of several that were given.
     """
     options = {"dtype": getattr(parsed, "dtype", None), "compiled": getattr(parsed, "compile", False)}
-    if (image_size := getattr(parsed, "image_size", None)) is not None:
-        options["image_size"] = image_size
+    for name in ("image_size", "unknown"):
+        if (value := getattr(parsed, name, None)) is not None:
+            options[name] = value
     if isinstance(given := getattr(parsed, "memory_selection", None), str):
         memory_selection = given
     return options if memory_selection is None else {**options, "memory_selection": memory_selection}
@@ -126,6 +127,13 @@ def add_memory_option(group: argparse._ArgumentGroup, several: bool = False) -> 
         help="which memories a frame reads: the last ones, those that scored well, or those that tell doubles apart; "
         f"by default as the model is configured{'; repeat it to compare several' if several else ''}",
     )
+
+
+def add_unknown_option(group: argparse._ArgumentGroup) -> None:
+    """Adds `--unknown`, for [`load_model`]."""
+    help_text = "of a video that is of no known domain: no experts, the nearest domain's, or half of what they add; "
+    help_text += "by default as the model is configured, which is base unless it was changed"
+    group.add_argument("--unknown", choices=("base", "nearest", "mix"), help=help_text)
 
 
 def add_original_options(group: argparse._ArgumentGroup, experts: bool = True) -> None:

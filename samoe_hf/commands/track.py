@@ -43,6 +43,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     model.add_argument(
         "--domain", default="auto", metavar="NAME", help="of a model with domains: auto (default), none, or a domain"
     )
+    options.add_unknown_option(model)
     video = parser.add_argument_group("video")
     video.add_argument("video", type=Path, metavar="VIDEO", help="a video file or a folder of frames")
     help_text = "what becomes black and white in images of 16 bits; by default the video's 0.5 and 99.5 percentiles"
@@ -233,8 +234,8 @@ def track(
             video = Video(bare_name(Path(os.path.abspath(parsed.video))), frames, labels)
             options.write_format(parsed.layout, [video], target, overwrite=overwrite)
     if model.config.domains is not None and tracked is not None:
-        choice = tracked.domain or "base", tracked.domain_confidence, tracked.domain_rivals
-        print(f"Experts of: {describe_choice(*choice)}")
+        choice = tracked.domain_confidence, tracked.domain_rivals, tracked.domain_unknown
+        print(f"Experts of: {describe_choice(tracked.domain or 'base', *choice)}")
         if tracked.domain_rivals:
             print("It looks like several domains: `--domain` names the one that is meant.")
     print(f"Memory selection: {model.memory_selection}. Computed in {str(model.dtype).removeprefix('torch.')}.")

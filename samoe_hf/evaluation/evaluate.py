@@ -74,6 +74,7 @@ class VideoResult:
         experts_of: of a model with domains, the one whose experts the video got, or "base".
         confidence: from 0 to 1, how sure the gate was, if it has decided.
         rivals: domains that the video looks like, where there are several, and how likely each is.
+        unknown: "nearest" or "mix" where it is of no known domain and got experts nevertheless, see [`SamoeConfig`].
     """
 
     video_id: str
@@ -88,6 +89,7 @@ class VideoResult:
     experts_of: str | None = None
     confidence: float | None = None
     rivals: dict[str, float] | None = None
+    unknown: str | None = None
 
     @property
     def key(self) -> str:
@@ -206,6 +208,7 @@ def evaluation_steps(
     about = {"prompts": [asdict(given) | {"mask": given.mask is not None} for given in user.given]}
     if (decision := user.decision) is not None:
         about |= {"experts_of": decision.domain or "base", "confidence": decision.confidence, "rivals": decision.rivals}
+        about["unknown"] = decision.unknown
     return writer(lambda: replace(scorer.result(), seconds=seconds, **about))
 
 

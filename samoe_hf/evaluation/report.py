@@ -156,11 +156,22 @@ def _video_table(videos: Sequence[Mapping[str, Any]]) -> str:
 
 
 # What tells of a video whose experts it got, see [`describe_choice`].
-CHOICE = ("experts_of", "confidence", "rivals")
+CHOICE = ("experts_of", "confidence", "rivals", "unknown")
 
 
-def describe_choice(experts_of: str | None, confidence: float | None, rivals: Mapping[str, float] | None = None) -> str:
-    """Whose experts a video got, how sure the gate was, if it has decided, and which domains the video looks like."""
+def describe_choice(
+    experts_of: str | None,
+    confidence: float | None,
+    rivals: Mapping[str, float] | None = None,
+    unknown: str | None = None,
+) -> str:
+    """Whose experts a video got, how sure the gate was, if it has decided, and which domains the video looks like.
+
+    Args:
+        unknown: "nearest" or "mix" where the video looks like no known domain, see [`SamoeConfig`].
+    """
+    if unknown is not None:
+        experts_of = f"{'half of ' if unknown == 'mix' else ''}{experts_of} (nearest: it is of no known domain)"
     sure = "" if confidence is None else f", {confidence:.0%} sure"
     among = ", ".join(f"{likelihood:.0%} {name}" for name, likelihood in (rivals or {}).items())
     return (experts_of or NO_NUMBER) + sure + (f" ({among})" if among else "")
@@ -168,13 +179,15 @@ def describe_choice(experts_of: str | None, confidence: float | None, rivals: Ma
 
 def describe_choices(videos: Mapping[str, Mapping[str, Any]]) -> str:
     """Whose experts videos got, by their names, a line for each that tells it; of many, how many got whose."""
-    choices = {name: [video[key] for key in CHOICE] for name, video in videos.items() if "experts_of" in video}
+    choices: dict[str, list[Any]] = {
+        name: [video.get(key) for key in CHOICE] for name, video in videos.items() if "experts_of" in video
+    }
     if len(choices) <= MAX_CHOICES:
         rows = [[name, describe_choice(*choice)] for name, choice in choices.items()]
         return format_table(["video", "experts of"], rows, left=(0, 1))
     rows = []
     for name in sorted({experts_of for experts_of, *_ in choices.values()}):
-        sure = [confidence for other, confidence, _ in choices.values() if other == name]
+        sure = [confidence for other, confidence, *_ in choices.values() if other == name]
         known = [value for value in sure if value is not None]
         rows.append([name, len(sure), format_number(100 * sum(known) / len(known) if known else None, 0)])
     return format_table(["experts of", "videos", "% sure, on average"], rows)

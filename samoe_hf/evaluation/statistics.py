@@ -120,7 +120,7 @@ def _video_row(results: Sequence[VideoResult], objects: Sequence[Mapping[str, An
     row = {"domain": first.domain, "video": first.video_id, "num_objects": len(first.scores.object_ids)}
     row |= {"num_frames": first.num_frames, **_speed(results)}
     if first.experts_of is not None:
-        row |= {"experts_of": first.experts_of, "confidence": first.confidence, "rivals": first.rivals}
+        row |= {name: getattr(first, name) for name in ("experts_of", "confidence", "rivals", "unknown")}
     row["num_prompts"] = float(np.mean([len(result.prompts) for result in results]))
     for name in MAIN_METRICS:
         if not counted or name in counted[0]:

@@ -224,13 +224,14 @@ def _segment_by_domain(
     features = None if encoder_has_experts(model) else _encode(model, clips)
     first = min(clips.prompts.initial)
     first_features = None if features is None else features.select((slice(None), first))
-    domains = resolve_clip_domains(model, domain, clips.pixel_values[:, first], first_features)
+    decisions = resolve_clip_domains(model, domain, clips.pixel_values[:, first], first_features)
+    domains, uses = [one.domain for one in decisions], [one.use for one in decisions]
     tracked, order = [], []
-    for name in dict.fromkeys(domains):
-        of_domain = [clip for clip, other in enumerate(domains) if other == name]
+    for use in dict.fromkeys(uses):
+        of_domain = [clip for clip, other in enumerate(uses) if other == use]
         is_all = len(of_domain) == len(clips)
         own = clips if is_all else clips.select(of_domain)
-        with use_domain(name, model), keep_for_clip():
+        with use_domain(use, model), keep_for_clip():
             if features is None:
                 own_features = _encode(model, own)
             else:

@@ -111,6 +111,8 @@ EXPERT_RULES = {
     "exclude_modules": Rule(f"{MODULES}, or None", lambda value: value is None or _are_modules(value)),
 }
 EXPERT_SETTINGS = tuple(EXPERT_RULES)
+# What a video of no known domain gets.
+UNKNOWN = ("base", "nearest", "mix")
 # What all domains of a model share, and track by.
 SHARED_SETTINGS = (
     "image_size", "memory_selection", "recent_memory_pooling", "older_memory_pooling", "fill_hole_area",
@@ -130,6 +132,7 @@ OTHER_RULES = {
     "memory_attention_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
     "memory_attention_rope_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
     "memory_selection": Rule(f"one of {', '.join(MEMORY_SELECTIONS)}", lambda value: value in [*MEMORY_SELECTIONS]),
+    "unknown": Rule(f"one of {', '.join(UNKNOWN)}", lambda value: value in UNKNOWN),
     "base_model": mapping("texts", str | None),
     "adapters": mapping("True or False", bool),
 }
@@ -178,6 +181,9 @@ class SamoeConfig(Sam2VideoConfig):
         memory_selection (`str`, *optional*, defaults to the base's own):
             Which memories a frame reads: `"recent"`, the last ones, as SAM 2; `"score"`, the last ones on which the
             object was seen well, as SAM 3; or `"distractor"`, those that tell it from its doubles, as DAM4SAM.
+        unknown (`str`, *optional*, defaults to `"base"`):
+            What a video of no known domain gets: `"base"`, the base model's output; `"nearest"`, the experts of the
+            domain that the gate finds likeliest; or `"mix"`, half of what these add, between the two.
         base_model (`dict`, *optional*):
             In a folder that holds only what was trained: the model that the rest comes from; see `weights_trained.py`.
         adapters (`dict[str, bool]`, *optional*):
@@ -213,6 +219,7 @@ class SamoeConfig(Sam2VideoConfig):
     recent_memory_pooling: int = 1
     older_memory_pooling: int = 1
     memory_selection: str | None = None
+    unknown: str = "base"
     base_model: dict[str, str | None] | None = None
     adapters: dict[str, bool] | None = None
 

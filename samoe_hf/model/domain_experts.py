@@ -38,11 +38,18 @@ PREFIX = "domain_"
 MOST_LENT = 16
 
 
-class _Active(NamedTuple):
-    """A domain, and its experts by layer, None where a layer has none; compiled graphs take these as inputs, so that
-    they are the same for all domains of equal settings."""
+class DomainUse(NamedTuple):
+    """A domain whose experts are run, and how much of what they add is added: 1 is as they were trained."""
 
     domain: str
+    strength: float = 1.0
+
+
+class _Active(NamedTuple):
+    """What is run, and the domain's experts by layer, None where a layer has none; compiled graphs take these as
+    inputs, so that they are the same for all domains of equal settings."""
+
+    use: DomainUse
     experts: "dict[nn.Module, DomainExperts | None]"
 
 
@@ -50,17 +57,18 @@ _active: ContextVar[_Active | None] = ContextVar("active_domain", default=None)
 _reading = RLock()
 
 
-def active_domain() -> str | None:
-    """The domain whose experts are run at the moment, in this thread."""
+def active_domain() -> DomainUse | None:
+    """Whose experts are run at the moment, in this thread."""
     active = _active.get()
-    return None if active is None else active.domain
+    return None if active is None else active.use
 
 
 @contextmanager
-def use_domain(domain: str | None, model: Any = None) -> Iterator[None]:
+def use_domain(domain: str | DomainUse | None, model: Any = None) -> Iterator[None]:
     """While the context is open, in this thread, layers run the experts of a domain; with None, no domain's.
 
     Args:
+        domain: its name; or with the strength of its experts, of a model that is not trained.
         model: a SamoeModel, whose experts of the domain are read at once; by default each layer does when it runs.
     """
     active = None
@@ -68,7 +76,8 @@ def use_domain(domain: str | None, model: Any = None) -> Iterator[None]:
         layers = () if model is None else map(model.get_submodule, model.expert_module_names)
         # What PEFT puts around a layer is another.
         own = (layer for layer in layers if isinstance(layer, DomainLinear))
-        active = _Active(domain, {layer: layer.experts_of(domain) for layer in own})
+        use = DomainUse(domain) if isinstance(domain, str) else domain
+        active = _Active(use, {layer: layer.experts_of(use.domain) for layer in own})
     token = _active.set(active)
     try:
         yield
@@ -98,6 +107,16 @@ class DomainExperts(ExpertMixture):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.create_experts(**settings)
+
+    @property
+    def scaling(self) -> float:
+        """What the experts' products are multiplied by: `lora_alpha / lora_rank`, and the strength that is active."""
+        active = _active.get()
+        return self._scaling if active is None else self._scaling * active.use.strength
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self._scaling = value
 
     def forward(self, hidden_states: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
         """What `linear` puts out, with the experts' part: (..., in_features) -> (..., out_features)."""
@@ -154,7 +173,7 @@ class DomainLinear(BaseLinear):
         active = _active.get()
         if active is None:
             return None
-        return active.experts[self] if self in active.experts else self.experts_of(active.domain)
+        return active.experts[self] if self in active.experts else self.experts_of(active.use.domain)
 
     def experts_of(self, domain: str) -> DomainExperts | None:
         """Those of a domain, if it has any here.

@@ -35,7 +35,7 @@ from .domain_choice import (
     session_domain,
     store_decision,
 )
-from .domain_experts import use_domain
+from .domain_experts import DomainUse, use_domain
 from .errors import InputError
 from .frame_step import FrameOutput, encode_frames, frame_step, memory_limits
 from .kept import keep_between
@@ -70,12 +70,15 @@ class SamoeTrackingOutput(Sam2VideoSegmentationOutput):
         domain: of a model with domains: whose experts the video got; None for the base's output.
         domain_confidence: from 0 to 1, how sure the gate is; None where the user has decided.
         domain_rivals: where the gate took one of several domains that look alike, how likely each is, the taken first.
+        domain_unknown: "nearest" or "mix" where the gate knows no such video, and it gets the domain's experts
+            nevertheless, see [`SamoeConfig`].
     """
 
     iou_scores: Tensor | None = None
     domain: str | None = None
     domain_confidence: float | None = None
     domain_rivals: dict[str, float] | None = None
+    domain_unknown: str | None = None
 
 
 class FrameCall(NamedTuple):
@@ -377,16 +380,16 @@ def run_steps(model: SamoePreTrainedModel, steps: Sequence[TrackingStep]) -> Non
     steps = [step for step in steps if step.tasks]
     batches = defaultdict(list)
     for number, step in enumerate(steps):
-        domain = _decide_domain(model, step.session, step.call).domain
+        use = _decide_domain(model, step.session, step.call).use
         for one, task in step.tasks:
             placed = PlacedObject(one, step.call, number)
-            batches[domain, task, step.call.run_mem_encoder].append(placed)
+            batches[use, task, step.call.run_mem_encoder].append(placed)
     _encode_frames(model, [(step.session, step.call) for step in steps])
-    for (domain, task, run_mem_encoder), objects in batches.items():
+    for (use, task, run_mem_encoder), objects in batches.items():
         for batch in _batches(model, objects, task):
             placed = batch.objects
             rows = (BatchRow(number, call.frame_idx, one.object_id) for one, call, number in placed)
-            with use_rows(rows), use_domain(domain, model):
+            with use_rows(rows), use_domain(use, model):
                 output = frame_step(
                     model,
                     _image_features(model, placed),
@@ -454,8 +457,7 @@ def _decide_domain(model: SamoePreTrainedModel, session: InferenceSession, call:
         _encode_frames(model, [(session, call)])
         features = _cached_features(model, session, call.frame_idx)
     (decision,) = decide_domains(model, pixel_values, features)
-    store_decision(model, session, call.frame_idx, decision)
-    return decision
+    return store_decision(model, session, call.frame_idx, decision)
 
 
 def _batch_prompt(model: SamoePreTrainedModel, placed: Sequence[PlacedObject], task: FrameTask) -> Prompt | None:
@@ -505,6 +507,7 @@ def _frame_result(
         domain=decision.domain,
         domain_confidence=decision.confidence,
         domain_rivals=decision.rivals,
+        domain_unknown=decision.unknown,
     )
 
 
@@ -536,15 +539,15 @@ def _cached_features(model: SamoePreTrainedModel, session: InferenceSession, fra
     cached = session.cache.get_vision_features(frame_idx)
     if cached is None or "encoder" not in cached:
         return None
-    encoder, dtype, domain = cached["encoder"]
-    is_same = encoder() is model and dtype == model.dtype and domain == _encoder_domain(model, session)
+    encoder, dtype, use = cached["encoder"]
+    is_same = encoder() is model and dtype == model.dtype and use == _encoder_domain(model, session)
     return ImageFeatures(*cached["image_features"], together=cached["together"]) if is_same else None
 
 
-def _encoder_domain(model: SamoePreTrainedModel, session: InferenceSession) -> str | None:
+def _encoder_domain(model: SamoePreTrainedModel, session: InferenceSession) -> DomainUse | None:
     """The domain that a session's image features depend on."""
     decision = session_domain(model, session) if encoder_has_experts(model) else None
-    return None if decision is None else decision.domain
+    return None if decision is None else decision.use
 
 
 def _encode_frames(model: SamoePreTrainedModel, calls: Sequence[tuple[InferenceSession, FrameCall]]) -> None:
@@ -559,17 +562,17 @@ def _encode_frames(model: SamoePreTrainedModel, calls: Sequence[tuple[InferenceS
                 ahead = ahead[:1]  # so that a compiled encoder meets two sizes of batches only
             wanted += [(session, t, number) for t in ahead]
             session.cache.clear_all()
-    for domain in dict.fromkeys(_encoder_domain(model, session) for session, _, _ in wanted):
-        own = [one for one in wanted if _encoder_domain(model, one[0]) == domain]
+    for use in dict.fromkeys(_encoder_domain(model, session) for session, _, _ in wanted):
+        own = [one for one in wanted if _encoder_domain(model, one[0]) == use]
         frames = torch.stack([session.get_frame(t) for session, t, _ in own]).to(model.dtype)
         if frames.shape[-2:] != (size := (model.config.image_size,) * 2):
             raise InputError(
                 f"The session's frames are of {tuple(frames.shape[-2:])} pixels, but the model takes {size}; prepare "
                 "them with a processor of its size, as `build_processor(model.config)` gives one."
             )
-        with use_rows(BatchRow(number, t) for _, t, number in own), use_domain(domain, model):
+        with use_rows(BatchRow(number, t) for _, t, number in own), use_domain(use, model):
             features = encode_frames(model, frames)
-        encoder, coarse = (weakref.ref(model), model.dtype, domain), features.coarse.flatten(2).mT
+        encoder, coarse = (weakref.ref(model), model.dtype, use), features.coarse.flatten(2).mT
         for row, (session, t, _) in enumerate(own):
             # Strides as those of a frame that was encoded alone, by which layers choose how they compute.
             one = [*(level[row].unsqueeze(0) for level in features[:3]), *features[3:5]]

@@ -55,6 +55,7 @@ class Sizes:
     steps: int = 70
     training_videos: int = 200
     videos: int = 8
+    seeds: Sequence[int] = (0, 1, 2)
     rank_looks: Sequence[str] = ("blobs", "stripes", "echoes")
     rank_steps: int = 30
 
@@ -62,7 +63,7 @@ class Sizes:
 QUICK = Sizes(
     looks=("stripes", "blobs"), known=4, held_out=2, choices=1, few=(2, 3), confirm=(3, 4), many=(1, 2),
     many_videos=(2, 1), many_others=(2, 1), load=(1, 2), repeats=1, learned=("blobs", "stripes"), unknown=("shapes",),
-    steps=1, training_videos=4, videos=1, rank_looks=("blobs",), rank_steps=1,
+    steps=1, training_videos=4, videos=1, seeds=(0,), rank_looks=("blobs",), rank_steps=1,
 )  # fmt: skip
 
 
@@ -109,8 +110,9 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
         ("RAM", "RAM", lambda x: f"{x:.0f} MB"), ("tracking", "tracking", milliseconds),
     ]),
     "strangers": ("look", [
-        ("nearest", "nearest", str), ("base", "base", jf), ("nearest", "experts", jf), ("mean of 2", "mean of 2", jf),
-        ("mean of 3", "mean of 3", jf), ("base and nearest", "base and nearest", jf), ("own experts", "own", jf),
+        ("nearest", "nearest", str), ("base", "base", jf), ("`nearest`", "experts", jf), ("`mix`", "mix", jf),
+        ("mean of base and nearest", "base and nearest", jf), ("mean of the two nearest", "two nearest", jf),
+        ("own experts", "own", jf),
     ]),
     "ranks": ("look", [
         ("base", "base", jf), *((f"rank {rank}", f"rank {rank}", jf) for rank in FIXED_RANKS),
@@ -211,7 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "many": lambda: measure_many(model, sizes.many, *sizes.many_videos, sizes.choices, sizes.many_others),
         "load": lambda: measure_load(sizes.load, output / "models", 24, sizes.repeats),
         "strangers": lambda: measure_strangers(
-            sizes.learned, sizes.unknown, output / "strangers", sizes.steps, sizes.training_videos, sizes.videos
+            sizes.learned,
+            sizes.unknown,
+            output / "strangers",
+            sizes.steps,
+            sizes.training_videos,
+            sizes.videos,
+            sizes.seeds,
         ),
         "ranks": lambda: measure_ranks(
             sizes.rank_looks, output / "ranks", sizes.rank_steps, sizes.training_videos, sizes.videos

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -212,3 +213,19 @@ def test_evaluate_and_label_say_whose_experts_each_video_got(samoe, folder, tmp_
     assert len(chosen) == 2 and "a" in {name for name, _ in chosen.values()}
     for key, (name, sure) in chosen.items():
         assert f"{key}  {name}, {sure:.0%} sure" in printed
+
+
+@pytest.mark.parametrize("command", ["evaluate", "label"])
+def test_strangers_get_what_unknown_says_and_another_choice_does_not_go_on(samoe, folder, tmp_path, command):
+    data = [*("--dataset", "synthetic", "--domain", "shapes"), "--option", "num_videos=1", "--option", "num_frames=2"]
+    printed = samoe(command, folder, *data, "--unknown", "mix", "--output", tmp_path / "out")
+    assert re.search(r"half of [ab] \(nearest: it is of no known domain\), \d+% sure", printed)
+    if command == "evaluate":
+        (model,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+        (video,) = model["videos"]
+    else:
+        (video,) = json.loads((tmp_path / "out" / "labels.json").read_text())["videos"].values()
+    assert video["unknown"] == "mix" and video["experts_of"] in "ab" and video["confidence"] < 0.5
+    for other in ([], ["--unknown", "nearest"]):
+        with pytest.raises(SystemExit, match="unknown"):
+            samoe(command, folder, *data, *other, "--output", tmp_path / "out")

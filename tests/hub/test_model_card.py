@@ -64,7 +64,7 @@ def test_domains_are_told():
     add_domain(model, "night", num_experts=3, lora_rank=2)
     add_domain(model, "day", num_experts=0)
     text = build_model_card(model, "tester/model", CardContent()).text
-    assert "LoRA experts for 2 domains:\nnight, day. A gate chooses" in text
+    assert "LoRA experts for 2 domains:\nnight, day. A gate chooses" in text and "gets the base model's output." in text
     table = [line for line in text.splitlines() if line.startswith("| experts")]
     assert table == [
         "| experts of night | 3 of rank 2, alpha 4.0, 2 for each token |",

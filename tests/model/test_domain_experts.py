@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from helpers.domains import ENCODER_AND_MEMORY, add_learned_domain, clip_masks, new_model, with_two_domains
 from helpers.reference import assert_same_tensors
-from samoe_hf import SamoeModel, VideoSession
+from samoe_hf import SamoeConfig, SamoeModel, VideoSession
 from samoe_hf.analysis.routing import routing_maps
 from samoe_hf.analysis.usage import expert_usage
 from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.inference import VideoPrompt, track_video
-from samoe_hf.model.domain_gate import DomainGate
+from samoe_hf.model.domain_choice import decide_domains
+from samoe_hf.model.domain_experts import domain_modules
+from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, GateDecision
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain, rename_domain
 
@@ -143,6 +145,81 @@ def test_domains_that_look_alike_are_told_with_their_likelihoods(gated, processo
         assert 0.9 < sum(frame.domain_rivals.values()) <= 1.001
     for video, domain in ((domain_videos["stripes"][20], "auto"), (videos[0], "a")):
         assert track(model, processor, video, domain)[0].domain_rivals is None
+
+
+def halved(model):
+    """A copy in which domains add half of what they do."""
+    model = copy.deepcopy(model)
+    for name in model.config.domain_names:
+        for _, experts in domain_modules(model, name):
+            experts.lora_B.data *= 0.5
+    return model
+
+
+def with_one_expert(model):
+    """Its gate, and domains whose experts become part of their layers' weights where a video is propagated."""
+    one = new_model()
+    for seed, name in enumerate(model.config.domain_names):
+        add_learned_domain(one, name, seed, num_experts=1, num_experts_per_tok=1, expert_modules=ENCODER_AND_MEMORY)
+    one.domain_gate.load_state_dict(model.domain_gate.state_dict())
+    return one
+
+
+@pytest.mark.parametrize("kind", ["several experts", "one expert"])
+def test_a_stranger_gets_the_experts_of_the_likeliest_domain_or_half_of_them_where_asked_for(
+    gated, processor, domain_videos, two_clips, kind
+):
+    model = copy.deepcopy(gated) if kind == "several experts" else with_one_expert(gated)
+    stranger, known = domain_videos["shapes"][21], domain_videos["blobs"][21]
+    base, experts, half = track(model, processor, stranger), [], halved(model)
+    assert {frame.domain for frame in base} == {None} and {frame.domain_unknown for frame in base} == {None}
+    for unknown, same in (("nearest", model), ("mix", half)):
+        frames = list(track_video(model, processor, stranger.frames, prompts_of(stranger), unknown=unknown))
+        assert {frame.domain_unknown for frame in frames} == {unknown}
+        assert all(0 < frame.domain_confidence < 0.5 for frame in frames)
+        assert same_logits(frames, track(same, processor, stranger, frames[0].domain))
+        assert not same_logits(frames, base)
+        model.config.unknown = unknown  # of all sessions and clips that do not say otherwise
+        assert same_logits(frames, track(model, processor, stranger))
+        of_known = track(model, processor, known)
+        assert same_logits(of_known, track(model, processor, known, "a")) and of_known[0].domain_unknown is None
+        with torch.no_grad():
+            domains = model(*two_clips, domain="auto").domains
+        assert all(domains) and torch.equal(clip_masks(model, two_clips, "auto"), clip_masks(same, two_clips, domains))
+        experts.append(frames)
+    assert not same_logits(*experts)
+
+
+def test_the_nearest_domain_is_found_among_many_and_there_is_none_before_the_gate_knows_one(monkeypatch):
+    model, frames = new_model(), torch.zeros(1, 3, 128, 128)
+    for index in range(30):
+        add_domain(model, f"d{index}", num_experts=0)
+    (nothing,) = decide_domains(model, frames, None)
+    assert nothing.by("nearest") is nothing and nothing.domain is None
+    likelihoods = torch.full((1, 30), 0.03)  # what is less likely than 5 % is no rival
+    stranger = GateDecision(torch.tensor([NO_DOMAIN]), torch.tensor([0.75]), 3 * likelihoods, likelihoods)
+    monkeypatch.setattr(model.domain_gate, "decide", lambda _: stranger)
+    for likeliest in (0.13, 0.04):
+        likelihoods[0, 7] = likeliest
+        (decision,) = decide_domains(model, frames, None)
+        assert decision.domain is None and decision.by("base") is decision
+        assert (nearest := decision.by("nearest")).domain == "d7" and nearest.confidence == 0.25
+
+
+def test_what_a_stranger_gets_can_be_changed_at_any_time(gated, processor, domain_videos):
+    video = domain_videos["shapes"][21]
+    session = start(video.frames, processor, video, unknown="mix")
+    gated(session, frame_idx=0)
+    told = []
+    for unknown in ("mix", "nearest", "base", None):
+        session.unknown = unknown
+        told.append((output := gated(session, frame_idx=1)).domain_unknown)
+        assert (output.domain is None) == (output.domain_unknown is None) == (output.domain_confidence > 0.5)
+    assert told == ["mix", "nearest", None, None]
+    with pytest.raises(ValueError, match=r"`unknown` must be one of 'base', 'nearest', 'mix' or None, got 'far'"):
+        start(video.frames, processor, video, unknown="far")
+    with pytest.raises(ValueError, match="`unknown` must be one of base, nearest, mix, got 'far'"):
+        SamoeConfig(unknown="far")
 
 
 def test_a_user_overrules_the_gate_in_the_middle_of_a_video(gated, processor, domain_videos):
