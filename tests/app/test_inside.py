@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.app import maps_of, run_all, state_of
 from helpers.edgetam import edgetam_model, needs_timm
@@ -11,8 +12,10 @@ from samoe_hf.app.comparison import Comparison, Side
 from samoe_hf.app.experts_view import look_at_experts
 from samoe_hf.app.models import BASE, GATE, LoadedModel
 from samoe_hf.app.pictures import draw_frame, jpeg_url, shown_size, to_video
+from samoe_hf.app.track_page import how_tracked
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_experts import module_layer
+from samoe_hf.model.domain_gate import NO_DOMAIN, GateDecision
 from samoe_hf.model.processing_samoe import build_processor
 
 
@@ -138,6 +141,23 @@ def test_experts_of_a_layer_that_runs_twice_are_those_of_all_tokens(make_session
         both = of_map + of_windows
         assert views[name].sums[1].tokens == both.tokens
         np.testing.assert_allclose(views[name].gates[1], both.mean_gates, atol=0.05)  # rounding may tip a choice
+
+
+def test_the_page_says_whose_experts_a_video_of_no_known_domain_gets(make_session, two_domains, monkeypatch):
+    stranger = GateDecision(
+        torch.tensor([NO_DOMAIN]), torch.tensor([0.9]), torch.ones(1, 2), torch.tensor([[0.01, 0.99]])
+    )
+    monkeypatch.setattr(two_domains.model.domain_gate, "decide", lambda _: stranger)
+    for unknown, said in (
+        ("base", "Experts: **the base model, no domain's experts**, chosen by the gate, 90% sure."),
+        ("mix", "Experts: **second**, half of what they add, as the nearest: the gate knows no such video."),
+    ):
+        monkeypatch.setattr(two_domains.model.config, "unknown", unknown)
+        session = make_session(model=two_domains)
+        session.click(session.add_object(), 0, 20, 30)
+        assert how_tracked(session).endswith(said)
+    session.use(two_domains, "second")
+    assert how_tracked(session).endswith("Experts: **second**, as you chose.")
 
 
 def test_names_of_domains(small_model, two_domains):
