@@ -73,7 +73,7 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
     entries = named_entries(*open_dataset(parsed).parts)
     bar = tqdm(unit="frame", leave=False)
     for number, (name, open_video) in enumerate(entries, start=1):
-        bar.set_description(f"video {number} of {len(entries)}")
+        bar.set_description_str(f"video {number} of {len(entries)}")
         report, video = check_video(name, open_video, bar.update)
         reports.append(report)
         if report.error is None and report.object_ids:
