@@ -156,7 +156,6 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
         **({} if config.domains is None else {"domains": config.domain_names}),
         "image_size": config.image_size,
         "memory_selection": model.memory_selection,
-        **({} if config.unknown == "base" else {"unknown": config.unknown}),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
