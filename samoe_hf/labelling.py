@@ -137,10 +137,13 @@ def _first_prompts(kind: FirstFramePrompt, video: Video) -> list[VideoPrompt]:
 
 
 def video_paths(root: str | Path) -> dict[str, Path]:
-    """Path without suffix -> video files, images of several pages, and folders with images, in a folder and all below
-    it.
+    """Video files, images of several pages, and folders with images, of a folder and all below it.
 
-    None, and two of one name, are an `InputError`.
+    Returns:
+        Path within it without suffix -> path.
+
+    Raises:
+        InputError: if there is no such folder, it holds no video, or two of the same name.
     """
     root = Path(root)
     if not root.is_dir():
@@ -161,7 +164,11 @@ def video_paths(root: str | Path) -> dict[str, Path]:
 
 
 def from_prompt_file(path: str | Path, root: str | Path) -> list[PromptedVideo]:
-    """The videos of a folder that a file has prompts for, see [`video_paths`] and [`read_prompts`]."""
+    """The videos of a folder that a file has prompts for, see [`video_paths`] and [`read_prompts`].
+
+    Raises:
+        InputError: if the file names a video that is not there.
+    """
     prompts, videos = read_prompts(path), video_paths(root)
     if missing := sorted(prompts.keys() - videos.keys()):
         known = ", ".join([*list(videos)[:5], "…"][: len(videos)])
@@ -194,7 +201,10 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
 
     An entry has `video`, `object` (1 if not given), `frame` (0), and `points` with `labels` (1 each), a `box`, a `mask`
     (an image below the folder of the file, of the object alone: 0 and another value), or a true `end`: it is gone from
-    there on. Errors name the file and the number of the entry.
+    there on.
+
+    Raises:
+        InputError: for anything else; names the file and the number of the entry.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -266,8 +276,11 @@ class LabelRun(RunFolder):
         return self.inside(self.folder / "finished", f"{video.key}.json")
 
     def is_finished(self, video: PromptedVideo) -> bool:
-        """Whether a video's masks are there, all that were written; an `InputError` if they came of other prompts or
-        frames."""
+        """Whether a video's masks are there, all that were written.
+
+        Raises:
+            InputError: if they came of other prompts, or of other frames.
+        """
         path = self.finished_path(video)
         if not path.is_file():
             return False

@@ -193,7 +193,11 @@ class PreparedFrames(Mapping):
 
 
 def read_frame(frames: Sequence[Any], index: int) -> np.ndarray:
-    """A frame (H, W, 3) uint8 of what [`VideoSession`] takes; others are an `InputError`."""
+    """A frame (H, W, 3) uint8 of what [`VideoSession`] takes.
+
+    Raises:
+        InputError: if it is of another type or shape.
+    """
     frame = frames[index]
     if isinstance(frame, Image.Image):
         frame = read_pixels(frame, f"`frames`, frame {index}")

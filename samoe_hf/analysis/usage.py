@@ -321,6 +321,11 @@ def expert_usage(
 
     Each object is prompted with its mask on the first frame that shows it. Layers of the memory attention do not run on
     that frame, since nothing is remembered yet. Layers that run once for all objects count once for each frame.
+
+    Only sums over tokens are kept. The processor is by default the one that fits the model's configuration.
+
+    Raises:
+        InputError: if something else than a video is among them, or no router ran.
     """
     processor = processor or build_processor(model.config)
     modules = dict(expert_modules(model))

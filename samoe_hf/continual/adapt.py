@@ -174,9 +174,14 @@ def adapt(
         domain: name of the new domain. One that the model has is trained on.
         run: the YAML of a run, and further `--key value`, as [`~samoe_hf.training.arguments.parse_run`] takes them.
         output: folder for the model, its checkpoints and `adaptation.json`, which is the returned value.
-        like: a domain of the model whose experts the new ones start from; "auto" for the one whose experts track the
-            training videos best, see [`~start.find_start`]; None for experts without effect.
-        budget: bytes that the domain's experts may have, see [`~sizes.choose_size`]. None: their rank is the run's.
+        like: a domain of the model whose experts the new ones start from; "auto" for the one whose experts track
+            the training videos best, if they are clearly better than the base, see [`~start.find_start`]; None for
+            experts without effect.
+        budget: bytes that the domain's experts may have: they are trained at a high rank, and what does not matter is
+            left out, see [`~sizes.choose_size`]. With None, their rank is the run's.
+
+    Raises:
+        InputError: if the domain cannot be added, or something of the run is wrong.
     """
     arguments = [*run, "--model_name_or_path", str(model), "--domain", domain, "--output_dir", str(output)]
     if like not in (AUTO, None):

@@ -32,7 +32,11 @@ def assemble(
             experts that belong to none must be without effect.
         loras: domain -> folder or Hub id of a LoRA; None for a domain on which the base is good as it is.
         videos: domain -> videos with masks, from which the gate learns to recognize it.
+        device: where the model is put and run.
         kwargs: of `from_pretrained`.
+
+    Raises:
+        InputError: if a domain has no videos, or cannot be added; see [`~surgery.loras.add_lora_domain`].
     """
     if missing := [domain for domain in loras if domain not in videos]:
         raise InputError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")

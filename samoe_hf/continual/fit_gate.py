@@ -37,7 +37,14 @@ def fit_gate(
 ) -> int:
     """Lets the gate know a domain of the model by some of its videos, in place of what it knew of it.
 
-    Returns how many videos it saw. No such domain, and no video with an object, are an `InputError`.
+    Args:
+        videos: with masks; see [`gate_features`].
+
+    Returns:
+        how many videos it saw.
+
+    Raises:
+        InputError: if there is no such domain, or no video with an object.
     """
     find_domain(model, domain)
     features, numbers = gate_features(model, processor, domain, videos, show_progress_bar)
@@ -57,6 +64,9 @@ def gate_features(
 
     Returns:
         features (frames, features), and the number of the video of each frame, (frames,).
+
+    Raises:
+        InputError: if no video has an object.
     """
     chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)
     frames_per_video = min(MAX_FRAMES, max(MIN_FRAMES, FRAMES_IN_ALL // max(1, len(chosen))))

@@ -146,6 +146,9 @@ class MixedDataset(EpochDataset, Dataset):
         datasets: domain name -> dataset, whose own seed and settings count.
         weights: domain name -> share, any positive numbers; in proportion to the datasets' lengths by default.
         seed: of the order.
+
+    Raises:
+        InputError: no datasets, weights for other names than theirs, weights that are not positive.
     """
 
     def __init__(self, datasets: Mapping[str, ClipDataset], weights: Mapping[str, float] | None = None, seed: int = 0):

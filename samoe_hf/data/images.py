@@ -316,9 +316,10 @@ def voc_palette() -> np.ndarray:
 
 
 def write_palette_png(path: str | Path, ids: np.ndarray, text: PngInfo | None = None) -> None:
-    """Writes (H, W) integer ids 0 to 255, 0 for background, as a palette PNG in DAVIS' colours, with text if given.
+    """Writes (H, W) integer ids, 0 for background, as a palette PNG in DAVIS' colours, with text if it is given.
 
-    Other ids, and another shape or type, are an `InputError`.
+    Raises:
+        ValueError: ids outside 0..255, which a palette cannot hold, or another shape or dtype.
     """
     if ids.ndim != 2 or ids.dtype.kind not in "iub":
         raise InputError(f"{path}: ids must be (H, W) integers, not {ids.dtype} {ids.shape}")
@@ -339,7 +340,11 @@ def check_window(window: Window | None) -> None:
 
 
 def find_window(values: np.ndarray) -> Window:
-    """The 0.5 and 99.5 percentiles of the finite ones of some intensities; a `SampleError` where there are none."""
+    """The 0.5 and 99.5 percentiles of intensities of any shape and real dtype; those that are not finite do not count.
+
+    Raises:
+        SampleError: none is finite.
+    """
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         raise SampleError("no finite intensities")

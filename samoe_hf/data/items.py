@@ -79,8 +79,13 @@ def video_from_item(item: Any, index: int = 0) -> Video:
 def videos_from_items(items: Any) -> Sequence[Video] | Iterable[Video]:
     """Videos of a dataset whose items are such mappings, or `Video`.
 
-    A list or a map-style dataset gives a sequence, an iterable an iterable with `set_epoch`. Data loader workers share
-    out an iterable, but for a `torch.utils.data.IterableDataset`, which does that itself. All else is an `InputError`.
+    Args:
+        items: a list or a map-style dataset, which give a sequence; or an iterable, which gives an iterable with
+            `set_epoch`. Data loader workers share out an iterable, but for a `torch.utils.data.IterableDataset`, which
+            does that itself.
+
+    Raises:
+        ValueError: neither of them.
     """
     if isinstance(items, VideoList | VideoStream):
         return items

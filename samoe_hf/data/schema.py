@@ -228,7 +228,10 @@ def video_to_row(video: Video) -> dict[str, Any]:
 
 
 def video_from_row(row: dict[str, Any]) -> Video:
-    """The video of a row; frames and masks are decoded on access. One that does not fit `FEATURES` is a `SampleError`.
+    """The video of a row; frames and masks are decoded on access.
+
+    Raises:
+        SampleError: the row does not fit `FEATURES`, or its parts do not fit together; names the video.
 
     `datasets` itself decodes every image of a row with the feature `Image()`; `videos_from_dataset` prevents that.
     """

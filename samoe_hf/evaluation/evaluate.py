@@ -215,7 +215,8 @@ def evaluation_steps(
 def evaluate_masks(video: Video, files: MaskFiles, surface_tolerance: float = SURFACE_TOLERANCE) -> VideoResult:
     """Scores masks that were written before, by whatever method; see [`MaskFiles`] for what is wrong with them.
 
-    Masks that show none of the video's objects, but other ids, are an `InputError`.
+    Raises:
+        InputError: if they show none of the video's objects, and other values: their ids are other ones.
     """
     check_annotated(video)
     files.check(video, video.annotated_frames)

@@ -181,6 +181,9 @@ def score_video(
         object_ids: the objects to score; by default those in the id maps of `target`, or 1..N for masks. All other ids
             are background.
         object_scores: logits (T, N) that the object is visible, for the occlusion accuracy.
+
+    Raises:
+        ValueError: if shapes differ (names both), or an argument is not as described.
     """
     prediction, target, ids = _check_pair(prediction, target, object_ids)
     table, (height, width) = (len(target), len(ids)), target.shape[-2:]

@@ -103,8 +103,9 @@ class EvaluationRun(RunFolder):
     def load(self, videos: Iterable[Video], seed: int | None) -> list[VideoResult]:
         """The results of all videos, in their order.
 
-        A damaged file, and the result of another video, as where upper and lower case are the same, are an
-        `InputError`.
+        Raises:
+            ValueError: if a file is damaged, or holds the result of another video, as where a file system does not tell
+                upper from lower case.
         """
         results = []
         for video in videos:
@@ -117,7 +118,11 @@ class EvaluationRun(RunFolder):
 
 
 def choose_seeds(prompt: PromptStrategy, count: int) -> list[int | None]:
-    """The seeds of `count` runs: 42, 1042, … as in the original; [None], one run, for a prompt that draws nothing."""
+    """The seeds of `count` runs: 42, 1042, … as in the original; [None], one run, for a prompt that draws nothing.
+
+    Raises:
+        ValueError: if `count` is below 1.
+    """
     if count < 1:
         raise InputError(f"`seeds` must be at least 1, got {count}.")
     return [FIRST_SEED + SEED_STEP * i for i in range(count)] if prompt.is_random else [None]
@@ -177,6 +182,10 @@ class Evaluation:
         layout: of the masks, see [`MaskFiles`].
         surface_tolerance: in mm, for volumes.
         groups: group of every (video id, object id), see `summarize`.
+
+    Raises:
+        ValueError: if there are no videos, two have the same domain and id, one has no annotated frame, an object has
+            no group, or the tolerance is no length.
     """
 
     videos: Sequence[Video]
@@ -270,6 +279,11 @@ class Evaluation:
 
         Args:
             folder: masks in this layout; those of several domains in a folder for each.
+            label, state: see [`run_model`](Evaluation.run_model), and also for what is returned.
+
+        Raises:
+            InputError: if the folder is missing, or where the results are to be written.
+            FileNotFoundError: if predictions are missing; names them.
         """
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder of predictions")
@@ -292,7 +306,11 @@ class Evaluation:
         return [replace(video, annotations=run.masks(video, seed).annotations(video)) for video in self.videos]
 
     def results(self, models: Sequence[Mapping[str, Any]], state: PartialState) -> dict[str, Any]:
-        """What `results.json` holds of these entries; all but the first are compared with the first."""
+        """What `results.json` holds of these entries; all but the first are compared with the first.
+
+        Raises:
+            ValueError: if two have the same label.
+        """
         labels = [model["label"] for model in models]
         if len(set(labels)) < len(labels):
             raise InputError(f"Labels of models must differ, got {', '.join(labels)}.")

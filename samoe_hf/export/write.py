@@ -108,7 +108,11 @@ def check(model: SamoeModel, domain: str | None) -> None:
 
 
 def image_settings(model: SamoeModel, processor: VideoProcessor) -> dict[str, Any]:
-    """How frames are prepared, in `run.py`'s words; an `InputError` if the processor does something else."""
+    """How frames are prepared, in `run.py`'s words.
+
+    Raises:
+        InputError: if the processor does something else.
+    """
     own = processor.video_processor
     resample = PILImageResampling(int(own.resample)).name
     if resample not in RESAMPLING:

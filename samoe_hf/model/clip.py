@@ -342,7 +342,11 @@ def _segment_frame(
 
 
 def non_reentrant(checkpoint: Callable) -> Callable:
-    """The function for gradient checkpointing with `use_reentrant=False`, which recomputes with the same experts."""
+    """The function for gradient checkpointing with `use_reentrant=False`, which recomputes with the same experts.
+
+    Raises:
+        ValueError: if it was made with `use_reentrant=True`.
+    """
     keywords = getattr(checkpoint, "keywords", {})
     if keywords.get("use_reentrant"):
         raise InputError(

@@ -284,6 +284,9 @@ class SamoeConfig(Sam2VideoConfig):
         """Has the model take frames of another height and width: sizes of features, masks and positions follow.
 
         The weights are the same. They were trained for another size, so what the model finds changes.
+
+        Raises:
+            ValueError: if the base cannot take this size, or the sizes so far do not fit each other.
         """
         self.check_feature_sizes()
         self._check_image_size(image_size)
@@ -339,8 +342,11 @@ class SamoeConfig(Sam2VideoConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SamoeConfig":
-        """Makes a configuration of settings, also of a base's own; a wrong value is an `InputError`, which names the
-        folder or Hub id if `name_or_path` tells it."""
+        """Makes a configuration of settings, also of a base's own; values given as keyword arguments are checked.
+
+        Raises:
+            ValueError: for a wrong value; names the folder or Hub id if `name_or_path` says that it was read from one.
+        """
         check_old_names(kwargs)
         # In a file they mean something else, such as `top_k` of text that is generated.
         own = {name: value for name, value in config_dict.items() if name not in OLD_EXPERT_SETTINGS}

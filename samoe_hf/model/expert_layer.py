@@ -208,9 +208,14 @@ class ExpertLinear(BaseLinear, ExpertMixture):
 def matching_linear_names(
     model: nn.Module, patterns: str | Sequence[str], excluded: str | Sequence[str] | None = None
 ) -> list[str]:
-    """Names of the linear layers of `model` that patterns (see [`SamoeConfig`]) select.
+    """Names of the linear layers of `model` that patterns select.
 
-    A pattern that selects no linear layer, and none that is left, are an `InputError`.
+    Args:
+        patterns: names, ends of names, or patterns for either, see [`SamoeConfig`]; each selects a layer.
+        excluded: the same, of layers that are left out.
+
+    Raises:
+        InputError: if a pattern selects no linear layer, or none is left.
     """
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]

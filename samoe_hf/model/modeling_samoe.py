@@ -124,7 +124,8 @@ class SamoeModel(SamoePreTrainedModel):
     def wake_experts(self) -> None:
         """Lets new experts compete where routers are trainable; the first training step calls it.
 
-        To be called before weights are sharded (FSDP).
+        Raises:
+            InputError: if the weights are sharded (FSDP), so that there are no whole rows. Wake them before.
         """
         if self.may_have_sleeping_experts:  # looking at the biases would wait for the GPU in each training step
             wake_experts(self)
@@ -262,6 +263,9 @@ class SamoeModel(SamoePreTrainedModel):
 
         Each [`~tracking.TrackingStep`] must have been run, by `model(steps=[step, …])` with at most one of each
         session, when the iterator goes on. The sessions must be of one device and one type. The output comes last.
+
+        Raises:
+            ValueError: as `model(inference_session, frame_idx)`.
         """
         yield from frame_steps(self, inference_session, frame_idx)
 
@@ -320,25 +324,40 @@ class SamoeModel(SamoePreTrainedModel):
         Returns:
             the outputs of each frame, with all objects. Of the whole video, a frame between first prompts comes twice:
             on the way onward with the objects that have begun (`object_ids`), on the way back with all.
+
+        Raises:
+            ValueError: if there is no object, or a prompt cannot be used.
         """
         yield from run_alone(
             self, self.steps_from_prompts(inference_session, start_frame_idx, reverse, show_progress_bar)
         )
 
     def clear_prompts(self, inference_session: InferenceSession, frame_idx: int, obj_id: int) -> None:
-        """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does."""
+        """Removes the points, box or mask of an object on a frame, as `sam2`'s `clear_all_prompts_in_frame` does.
+
+        Raises:
+            ValueError: if there is no such object.
+        """
         clear_prompts(inference_session, frame_idx, obj_id)
 
     def end_object(self, inference_session: InferenceSession, frame_idx: int | None, obj_id: int) -> None:
         """Says that an object is gone from a frame on: it has a mask of -1024 there, and leaves no memory.
 
-        `frame_idx` is after all of its prompts, in place of an earlier end; None takes the end back. Prompts on it, and
-        after it, are refused.
+        Args:
+            frame_idx: after all of its prompts, in place of an earlier end; None takes the end back. Prompts on it, and
+                after it, are refused.
+
+        Raises:
+            ValueError: if there is no such object, or no such frame.
         """
         end_object(inference_session, frame_idx, obj_id)
 
     def remove_object(self, inference_session: InferenceSession, obj_id: int, strict: bool = False) -> None:
-        """Removes an object from a session, with all that is known of it; `strict` refuses one that is not there."""
+        """Removes an object from a session, with all that is known of it; the others go on as before.
+
+        Raises:
+            ValueError: if `strict` and there is no such object.
+        """
         remove_object(inference_session, obj_id, strict)
 
     # Loading and saving
@@ -523,8 +542,11 @@ class SamoeModel(SamoePreTrainedModel):
     # Adapters of PEFT
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As any module's. An adapter of PEFT that would drop the experts of a layer is refused when PEFT sets
-        `peft_config`."""
+        """As any module's. PEFT sets `peft_config` when it has put an adapter into the model.
+
+        Raises:
+            ValueError: if that adapter would drop the experts of a layer.
+        """
         if name == "peft_config":
             check_adapters_on_experts(self)
             if not self._hf_peft_config_loaded and has_effect(self):  # by `get_peft_model`, and not by `add_adapter`
@@ -535,7 +557,11 @@ class SamoeModel(SamoePreTrainedModel):
         super().__setattr__(name, value)
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:
-        """Adds a LoRA of PEFT, trainable and active. Experts and whatever else is trainable stay so."""
+        """Adds a LoRA of PEFT, trainable and active. Experts and whatever else is trainable stay so.
+
+        Raises:
+            ValueError: if it is no LoRA or changes the base's tensors, there is one of that name, or no layer matches.
+        """
         requires_backends(self, "peft")
         adapter_config = suitable_adapter(self, adapter_config, adapter_name or "default")
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -571,6 +597,9 @@ class SamoeModel(SamoePreTrainedModel):
             hotswap: whether to take the place of the adapter of that name, which must be there; False if it must not be
                 there. By default it is replaced if it is there.
             local_files_only, adapter_kwargs, hub: how it is fetched, such as `revision`, `token`, `subfolder`.
+
+        Raises:
+            ValueError: if it does not fit the model, or `hotswap` does not.
         """
         requires_backends(self, "peft")
         name = adapter_name or "default"

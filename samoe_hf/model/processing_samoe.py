@@ -41,6 +41,9 @@ class CheckedPrompts:
             input_masks: a mask (H, W) of the video's size, or one for each object, a list or (objects, H, W); see
                 [`~prompts.read_mask`]. Those that are too small for the model's pixels keep one, see
                 [`~prompts.fit_mask`].
+
+        Raises:
+            InputError: for ids that are no integers or not different, or masks of other values or another shape.
         """
         ids = _integers("obj_ids", obj_ids)
         if len(set(ids)) < len(ids):

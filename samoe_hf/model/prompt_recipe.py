@@ -102,7 +102,11 @@ PROMPT_RECIPES = {
 
 
 def resolve_recipe(prompts: "str | PromptRecipe") -> PromptRecipe:
-    """The recipe of that name, or the given one."""
+    """The recipe of that name, or the given one.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     if isinstance(prompts, PromptRecipe):
         return prompts
     if prompts not in PROMPT_RECIPES:

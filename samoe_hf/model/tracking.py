@@ -172,6 +172,10 @@ def track_frame(
 
     Returns:
         an output for each session. An object without any prompt has a mask of -1024, `sam2`'s logit of no object.
+
+    Raises:
+        ValueError: if there is no object, no such frame, a prompt that cannot be used, an object to be tracked that was
+            never prompted, or one that another model has tracked; or if sessions differ in device or type.
     """
     call = FrameCall(operator.index(frame_idx), reverse, streaming, run_mem_encoder)
     if len({(str(session.inference_device), session.dtype) for session in sessions}) > 1:
@@ -215,8 +219,11 @@ def new_prompt_steps(
     except_frame: int | None = None,
     streaming: bool = False,
 ) -> Iterator[TrackingStep]:
-    """Follows the user: forgets prompts that were removed, and segments new ones on frames other than
-    `except_frame`."""
+    """Follows the user: forgets prompts that were removed, and segments new ones on frames other than `except_frame`.
+
+    Raises:
+        ValueError: if a prompt cannot be used; it is removed.
+    """
     if model.training:
         logger.warning_once("The model is in training mode, in which it tracks worse; call `model.eval()` before.")
     objects = session_objects(session)
@@ -242,7 +249,11 @@ def new_prompt_steps(
 def start_propagation(
     model: SamoePreTrainedModel, session: InferenceSession, start_frame_idx: int | None
 ) -> Iterator[TrackingStep]:
-    """Segments new prompts and commits all, as `sam2` does before it propagates."""
+    """Segments new prompts and commits all, as `sam2` does before it propagates.
+
+    Raises:
+        ValueError: as [`track_frame`].
+    """
     _check_session(model, session, start_frame_idx)
     yield from new_prompt_steps(model, session)
     for tracked_object in session_objects(session):
@@ -258,7 +269,11 @@ def propagate_from_prompts(
     show_progress_bar: bool = False,
 ) -> Steps[Sam2VideoSegmentationOutput]:
     """See [`SamoeModel.propagate_from_prompts_iterator`]. Low-resolution masks of frames between first prompts wait
-    until all objects have been tracked there, and many of them in a temporary file."""
+    until all objects have been tracked there, and many of them in a temporary file.
+
+    Raises:
+        ValueError: as [`track_frame`].
+    """
     end = len(session.processed_frames or ())
     for frame_idx in (0, end - 1, start_frame_idx or 0):  # a stream has forgotten some
         _check_session(model, session, frame_idx)

@@ -327,7 +327,14 @@ def save_original(
 
 
 def save_sam2(config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike) -> dict[str, Path]:
-    """Writes `sam2`'s own checkpoint ("base", `{"model": …}`) and YAML ("config"), of tensors without experts."""
+    """Writes a checkpoint of `sam2` itself, with its YAML, of a model's configuration and its tensors without experts.
+
+    Returns:
+        kind -> file: "base" (`{"model": …}`) and "config".
+
+    Raises:
+        InputError: if the base is not SAM 2, or the tensors do not fit the configuration.
+    """
     tensors, stem = _original_tensors(config, state_dict, False)
     files = {"base": Path(directory, f"{stem}.pt"), "config": Path(directory, f"{stem}.yaml")}
     Path(directory).mkdir(parents=True, exist_ok=True)
@@ -346,6 +353,9 @@ def save_sam3(
 
     Returns:
         whether the image encoder, which the detector shares, has other values than there.
+
+    Raises:
+        InputError: if the model's base is not SAM 3, or `combined` is no such file, or of another size.
     """
     check_base(config, SAM3)
     content, tensors, names = _open(combined)
@@ -366,7 +376,11 @@ def save_sam3(
 
 
 def save_edgetam(config: SamoeConfig, state_dict: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
-    """Writes Meta's `edgetam.pt` of a model's configuration and its tensors without experts; the YAML is Meta's own."""
+    """Writes Meta's `edgetam.pt` of a model's configuration and its tensors without experts; the YAML is Meta's own.
+
+    Raises:
+        InputError: if the base is not EdgeTAM, or of another size than the published one.
+    """
     tensors = state_dict_to_edgetam(config, state_dict)
     parts = config.enable_temporal_pos_encoding_for_object_pointers, config.enable_occlusion_spatial_embedding
     published = edgetam_config(*parts)

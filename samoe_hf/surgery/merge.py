@@ -60,7 +60,12 @@ def merge_into_base(model: SamoeModel, domain: str | None = None) -> Union["Sam2
 def chosen_experts(model: SamoeModel, domain: str | None) -> dict[str, ExpertMixture]:
     """The experts that are in use, by the names of their layers, of a model whose layers are about to become plain.
 
-    For `domain` and what is refused see [`merge_into_base`].
+    Args:
+        domain: see [`merge_into_base`].
+
+    Raises:
+        InputError: if a domain must be named, or there is no such one; if the base is quantized, or the model has
+            adapters of PEFT.
     """
     if names := adapter_names(model):
         raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
@@ -88,6 +93,10 @@ def save_into_sam3(
 
     Returns:
         whether the image encoder, which the detector shares, has other values than there.
+
+    Raises:
+        InputError: if the model's base is not SAM 3, or `combined` is no such folder or of another size; and as
+            [`merge_into_base`].
     """
     check_base(model.config, SAM3)
     try:

@@ -44,7 +44,8 @@ class FeatureCache:
     ) -> ImageFeatures:
         """Features of frames (rows, 3, S, S). Those that are not in the cache yet are encoded and written.
 
-        An image encoder that is trained, is random (dropout) or sharded is an `InputError`.
+        Raises:
+            InputError: if the image encoder is being trained, or is random (dropout), or its weights are sharded.
         """
         folder = self.folder / self._encoder_fingerprint(model)
         paths = [_path(folder, frame) for frame in pixel_values]

@@ -513,7 +513,11 @@ class RunCallback(TrainerCallback):
 
 
 def unwrapped(model: nn.Module | None) -> SamoeModel:
-    """The SamoeModel within what `torch.compile`, PEFT or training in several processes wraps around it."""
+    """The SamoeModel within what `torch.compile`, PEFT or training in several processes wraps around it.
+
+    Raises:
+        InputError: if it is another model, or has adapters that cannot be saved with a SamoeModel.
+    """
     is_module = isinstance(model, nn.Module)
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False) if is_module else model
     if hasattr(inner, "get_base_model"):  # a PeftModel
@@ -528,9 +532,13 @@ def unwrapped(model: nn.Module | None) -> SamoeModel:
 
 
 def rates_by_set(model: SamoeModel, args: SamoeTrainingArguments, domain: str | None) -> dict[str, float]:
-    """Set of parameters -> learning rate, of a domain that of its experts. Of several sets the first counts.
+    """Set of parameters -> learning rate. Of a parameter in several sets the first counts.
 
-    No such domain, other sets of a model with domains, and sets without parameters are an `InputError`.
+    For a domain the only set is its experts.
+
+    Raises:
+        InputError: if the model has no such domain, or domains of which none is given; if other than its experts are
+            to be trained; or if a set has no parameters.
     """
     rates = {chosen: args.learning_rates.get(chosen, args.learning_rate) for chosen in args.trainable}
     names = model.config.domain_names
