@@ -510,6 +510,10 @@ class RunCallback(TrainerCallback):
         clips: Any = self.trainer.train_dataset
         if hasattr(clips, "set_epoch"):
             clips.set_epoch(int(state.epoch or 0))
+        loader: Any = kwargs["train_dataloader"]
+        if getattr(getattr(loader, "base_dataloader", loader), "_iterator", None) is not None:
+            # As for workers that start anew, which those of a resumed run do.
+            torch.empty((), dtype=torch.int64).random_()
 
 
 def unwrapped(model: nn.Module | None) -> SamoeModel:

@@ -27,6 +27,8 @@ report_to: none
 disable_tqdm: true
 use_cpu: true
 """
+# An epoch has 3 steps.
+PERSISTENT = ["--per_device_train_batch_size", 2, "--dataloader_persistent_workers", "true"]
 
 
 @pytest.fixture
@@ -60,13 +62,13 @@ def same(a, b):
     [
         pytest.param([], 7, [7], marks=pytest.mark.slow),  # an epoch has 5 steps
         (["--gradient_accumulation_steps", 2, "--augmentation", "{}", "--max_steps", 5], 5, [4]),  # 3, the last of one
+        ([*PERSISTENT, "--dataloader_num_workers", 1, "--max_steps", 4], 4, [2]),
         (["--domain", "new", "--max_steps", 3], 3, [2]),
         pytest.param(["--max_steps", -1, "--num_train_epochs", 1.5, "--gradient_accumulation_steps", 3], 3, [1, 2, 3],
                      marks=pytest.mark.slow),
         pytest.param(["--lora_dropout", 0.2], 7, range(1, 8), marks=pytest.mark.slow),
         pytest.param(["--gradient_accumulation_steps", 2], 7, range(1, 8), marks=pytest.mark.slow),
-        pytest.param(["--per_device_train_batch_size", 2, "--dataloader_num_workers", 2], 7, range(1, 8),
-                     marks=pytest.mark.slow),
+        pytest.param([*PERSISTENT, "--dataloader_num_workers", 2], 7, range(1, 8), marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_model_of_a_resumed_run_is_that_of_one_that_was_not_stopped(train, tmp_path, options, num_steps, tried):
