@@ -104,8 +104,10 @@ def check_weights(
         if all(is_expert_parameter(name) for names in problems.values() for name in names):
             hint = " `ignore_mismatched_sizes=True` gives the model new experts in their place."
         raise InputError(f"{source} does not fit the model: {describe_mismatches(problems)}.{hint}")
-    double = [name for name, tensor in found.items() if tensor.dtype == torch.float64]
-    if 0 < len(double) < len(found):  # the whole model would become float64
+    # But for the gate, which is in float32.
+    own = {n: x.dtype for n, x in found.items() if x.is_floating_point() and not n.startswith(f"{DOMAIN_GATE}.")}
+    double = [name for name, dtype in own.items() if dtype == torch.float64]
+    if 0 < len(double) < len(own):  # the whole model would become float64
         raise InputError(f"{source}: {double[0]!r} is of type float64, and others are not; expected one type.")
     stored = sum(tensor.numel() for tensor in found.values())
     values = sum(tensor.numel() for tensor in itertools.chain(expected.values(), model.buffers()))

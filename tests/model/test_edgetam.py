@@ -7,6 +7,7 @@ from transformers import EdgeTamVideoModel
 
 from helpers.edgetam import edgetam_model, edgetam_peer, needs_timm
 from helpers.prompted import PROMPTS, OriginalsMasks, frames, track
+from helpers.reference import assert_same_tensors
 from samoe_hf import SamoeModel
 from samoe_hf.model.processing_samoe import build_processor
 
@@ -103,6 +104,11 @@ def test_gradients_are_those_of_transformers_modules(processor):
             assert error < 1e-5 * parameter.grad.norm() + 1e-9, name
     learned = {name.split(".")[0] for name, p in theirs.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"vision_encoder", "memory_attention", "memory_encoder", "spatial_perceiver", "mask_decoder"} <= learned
+
+
+def test_in_float64_it_is_saved_with_the_counts_of_its_norms_and_loaded(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    assert_same_tensors(SamoeModel.from_pretrained(tmp_path, dtype=torch.float64), ours)
 
 
 def test_batch_norms_keep_their_statistics_in_training():
