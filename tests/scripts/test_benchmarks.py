@@ -149,7 +149,7 @@ def test_a_frame_takes_few_kernels():
     config = SamoeConfig.from_pretrained(small_base())
     contenders = ("ten experts", "one-expert domain", "no experts", "transformers")
     experts, one, none, peer = (count_frame(config, contender, 1, torch.float32).total() for contender in contenders)
-    assert experts <= 0.7 * peer and one == none <= 0.55 * peer
+    assert experts <= 0.7 * peer and one == none <= 0.6 * peer
 
 
 def test_further_objects_move_bytes_and_start_no_kernels():
