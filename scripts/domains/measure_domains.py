@@ -3,7 +3,7 @@
     python scripts/domains/measure_domains.py --output outputs/domains
     python scripts/domains/measure_domains.py --output outputs/quick --quick
 
-Half an hour on one core. Each part writes `PART.md` and `PART.json`; `domains.png` is drawn of those that are there.
+An hour and a half on one core. Each part writes `PART.md` and `PART.json`; `domains.png` is drawn of those that are there.
 """
 
 import argparse
@@ -111,8 +111,7 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]]]] = {
     ]),
     "strangers": ("look", [
         ("nearest", "nearest", str), ("base", "base", jf), ("`nearest`", "experts", jf), ("`mix`", "mix", jf),
-        ("mean of base and nearest", "base and nearest", jf), ("mean of the two nearest", "two nearest", jf),
-        ("own experts", "own", jf),
+        ("mean of base and nearest", "base and nearest", jf), ("own experts", "own", jf),
     ]),
     "ranks": ("look", [
         ("base", "base", jf), *((f"rank {rank}", f"rank {rank}", jf) for rank in FIXED_RANKS),

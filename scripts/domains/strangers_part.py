@@ -50,8 +50,8 @@ def measure_strangers(
 ) -> list[dict[str, Any]]:
     """J&F of each video by each choice of `unknown`, in a model that does not have its look; of each seed of training.
 
-    Beside them that of means of logits, of the base and the nearest domain and of the two nearest; and by its own
-    look's experts. Where the gate takes a video for another domain's, all but the last are of that domain's experts.
+    Beside them that of the mean of the logits of the base and the nearest domain, and by its own look's experts. Where
+    the gate takes a video for another domain's, all but the last are of that domain's experts.
     """
     rows = []
     for seed in seeds:
@@ -78,11 +78,10 @@ def measure_strangers(
                     return summarize({"video": scores}, protocol="youtube_vos")["J&F_mean"]
 
                 decision = decide_frame(model, processor, video, 0)
-                likely = [decision.domain] if decision.domain else [*(decision.likely or {})]
-                base, nearest, second = logits(), logits(likely[0]), logits(likely[min(1, len(likely) - 1)])
-                row = {"look": look, "seed": seed, "nearest": likely[0], "taken": decision.domain is not None}
-                row |= {"base": score(base), "experts": score(logits(unknown="nearest"))}
-                row |= {"mix": score(logits(unknown="mix")), "base and nearest": score(base, nearest)}
-                row |= {"two nearest": score(nearest, second)}
+                base, nearest, half = (logits(unknown=choice) for choice in ("base", "nearest", "mix"))
+                name = decision.by("nearest").domain
+                row = {"look": look, "seed": seed, "nearest": name, "taken": decision.domain is not None}
+                row |= {"base": score(base), "experts": score(nearest), "mix": score(half)}
+                row["base and nearest"] = score(base, nearest)
                 rows.append({**row, "own": score(logits(look, of=whole)) if look in known else None})
     return rows
