@@ -121,6 +121,17 @@ def model_folder(nano, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory) -> str:
+    """The small base that comes with the package, for frames of 128 x 128; tests must leave the folder as it is."""
+    from samoe_hf import SamoeModel, small_base
+    from samoe_hf.model.processing_samoe import build_processor
+
+    folder, model = tmp_path_factory.mktemp("small"), SamoeModel.from_pretrained(small_base(), image_size=128)
+    model.save_pretrained(folder, processor=build_processor(model.config))
+    return str(folder)
+
+
 @pytest.fixture
 def damaged_rows(tmp_path) -> Path:
     """A run's YAML of two data sets as `datasets` saves them, each with a damaged row and a good one."""
@@ -162,6 +173,8 @@ def shortcuts():
     What tells the tensors of a configuration is built once, trainers collect no garbage, and saves do not wait for the
     disk: processes are killed here, but no plug is pulled.
     """
+    from transformers import PreTrainedConfig
+
     from samoe_hf import SamoeModel
     from samoe_hf.model import weights_check
 
@@ -188,6 +201,7 @@ def shortcuts():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)  # it is made for each line of a log that is off
         patch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)
         patch.setattr(SamoeModel, "from_pretrained", from_pretrained)
         patch.setattr(weights_check, "build_on_meta", build_on_meta)

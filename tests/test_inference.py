@@ -101,7 +101,7 @@ def test_points_and_boxes_may_be_arrays(nano):
 
 
 def test_objects_come_and_leave_as_if_each_were_alone():
-    model, rng = SamoeModel.from_pretrained(small_base(), image_size=128), np.random.default_rng(0)
+    model, rng = SamoeModel.from_pretrained(small_base(), image_size=64), np.random.default_rng(0)
     video, processor = SyntheticVideos(1, 10, SIZE, seed=3)[0], build_processor(model.config)
     prompts = []
     for object_id in (5, 1, 3):

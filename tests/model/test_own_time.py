@@ -37,7 +37,7 @@ def small():
 
     What is empty would get no weight at all otherwise, and a memory too many or too few would not show.
     """
-    model = SamoeModel.from_pretrained(small_base(), image_size=128)
+    model = SamoeModel.from_pretrained(small_base(), image_size=64)
     with torch.no_grad():
         for layer in model.memory_attention.layers:
             for parameter in layer.cross_attn_image.q_proj.parameters():

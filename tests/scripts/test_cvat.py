@@ -15,7 +15,6 @@ from PIL import Image
 
 import cvat_functions
 from helpers.label_tools import call, corners, iou, serving
-from samoe_hf import small_base
 from samoe_hf.data.shapes import draw, joined, polygons_of
 from samoe_hf.data.synthetic import SyntheticVideos
 
@@ -30,11 +29,11 @@ def video():
 
 
 @pytest.fixture(scope="module")
-def context():
+def context(small_folder):
     """What Nuclio hands to a function, after it was started."""
     context = SimpleNamespace(user_data=SimpleNamespace(), logger=logging.getLogger("nuclio"), Response=SimpleNamespace)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAMOE_MODEL", small_base())
+        patch.setenv("SAMOE_MODEL", small_folder)
         cvat_functions.init_context(context)
     return context
 

@@ -22,11 +22,12 @@ def table(printed: str) -> dict[str, list[float]]:
     return {row[1]: [float(value) for value in row[2].split()] for row in rows if row}
 
 
-def test_the_demo_does_all_it_says_with_less_to_do(tmp_path, monkeypatch, capsys, one_thread):
+def test_the_demo_does_all_it_says_with_less_to_do(small_folder, tmp_path, monkeypatch, capsys, one_thread):
     for name, value in {"TRAIN_VIDEOS": 6, "TRAIN_FRAMES": 2, "TEST_VIDEOS": 1, "TEST_FRAMES": 3}.items():
         monkeypatch.setattr(demo, f"NUM_{name}", value)
     monkeypatch.setattr(demo, "SHOWN_FRAMES", range(0, 3, 2))
     monkeypatch.setattr(demo, "KNOWN_LOOKS", ("shapes",))
+    monkeypatch.setattr(demo, "small_base", lambda: small_folder)
     torch.set_num_threads(2)
     demo.main(["--steps", "1", "--domain", "stripes", "--output", str(tmp_path)])
     assert torch.get_num_threads() == 1

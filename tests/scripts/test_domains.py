@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gate_parts
+import measure_domains
 from gate_parts import tell_apart
 from measure_domains import TABLES, main, table
 from read_looks import CHANGES
@@ -17,7 +18,8 @@ def run(folder, *parts):
     return {part: json.loads((folder / f"{part}.json").read_text())["rows"] for part in parts}
 
 
-def test_the_gates_figures_are_shares_of_videos(tmp_path, monkeypatch):
+def test_the_gates_figures_are_shares_of_videos(small_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_domains, "small_base", lambda: small_folder)
     monkeypatch.setattr(gate_parts, "MAX_FRAMES", 4)
     monkeypatch.setattr(gate_parts, "MIN_FRAMES", 2)
     rows = run(tmp_path, "known", "changed", "few", "confirm", "many")

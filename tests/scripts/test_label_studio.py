@@ -49,8 +49,8 @@ def folder(video, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def backend(folder):
-    return Backend(*load_tracker(small_base(), "cpu"), "base", [folder], num_frames=6)
+def backend(folder, small_folder):
+    return Backend(*load_tracker(small_folder, "cpu"), "base", [folder], num_frames=6)
 
 
 def serve(backend, login=None):
