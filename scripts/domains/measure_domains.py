@@ -3,7 +3,8 @@
     python scripts/domains/measure_domains.py --output outputs/domains
     python scripts/domains/measure_domains.py --output outputs/quick --quick
 
-An hour and a half on one core. Each part writes `PART.md` and `PART.json`; `domains.png` is drawn of those that are there.
+An hour and a half on one core. Each part writes `PART.md` and `PART.json`; `domains.png` is drawn of those that are
+there.
 """
 
 import argparse
