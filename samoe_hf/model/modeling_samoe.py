@@ -326,7 +326,7 @@ class SamoeModel(SamoePreTrainedModel):
             on the way onward with the objects that have begun (`object_ids`), on the way back with all.
 
         Raises:
-            ValueError: if there is no object, or a prompt cannot be used.
+            ValueError: if there is no object, a prompt cannot be used, or objects are added or removed meanwhile.
         """
         yield from run_alone(
             self, self.steps_from_prompts(inference_session, start_frame_idx, reverse, show_progress_bar)

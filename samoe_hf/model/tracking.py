@@ -272,13 +272,14 @@ def propagate_from_prompts(
     until all objects have been tracked there, and many of them in a temporary file.
 
     Raises:
-        ValueError: as [`track_frame`].
+        ValueError: as [`track_frame`], or if objects are added or removed meanwhile.
     """
     end = len(session.processed_frames or ())
     for frame_idx in (0, end - 1, start_frame_idx or 0):  # a stream has forgotten some
         _check_session(model, session, frame_idx)
     yield from start_propagation(model, session, None)
     objects = session_objects(session)
+    states = [one.state for one in objects]
     banks = {one.object_id: (one.state.bank.conditioning, one.state.showing) for one in objects}
     starts = {i: min(frames.keys() & showing or frames) for i, (frames, showing) in banks.items()}
     is_whole = start_frame_idx is None
@@ -290,6 +291,8 @@ def propagate_from_prompts(
     waiting: dict[int, tuple[int, dict[str, Any]]] = {}  # where masks begin in the file, and the rest of an output
     with SpooledTemporaryFile(HELD_BYTES) as file, encoding_ahead(model, session):
         for frame_idx, back in tqdm(passes, desc="propagate in video", disable=not show_progress_bar):
+            if [one.outputs.get("state") for one in session_objects(session)] != states:
+                raise InputError("Objects of the session were added or removed while they were tracked; begin again.")
             ahead = [starts[one.object_id] - frame_idx for one in objects]
             has_begun = [(distance >= (1 if is_whole else 0)) if back else distance <= 0 for distance in ahead]
             own = list(compress(objects, has_begun))

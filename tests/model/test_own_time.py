@@ -205,3 +205,16 @@ def test_an_end_that_cannot_be_is_refused(small, frames, object_id, frame_idx, m
 def test_a_session_without_objects_is_refused(small, frames):
     with pytest.raises(InputError, match="No objects"):
         next(small.propagate_from_prompts_iterator(session_of(small, frames, [])))
+
+
+@pytest.mark.parametrize("change", ["removed", "added", "replaced"])
+def test_objects_that_come_or_go_while_they_are_tracked_are_refused(small, frames, change):
+    session = session_of(small, frames, [VideoPrompt(1, mask=square(9, 30))])
+    steps = small.propagate_from_prompts_iterator(session)
+    next(steps)
+    if change != "added":
+        small.remove_object(session, 1)
+    if change != "removed":
+        VideoPrompt(2 if change == "added" else 1, 5, mask=square(9, 30)).add_to(session, build_processor(small.config))
+    with pytest.raises(InputError, match="Objects of the session were added or removed while they were tracked"):
+        next(steps)
