@@ -20,6 +20,7 @@ from samoe_hf.evaluation.evaluate import evaluate_videos
 from samoe_hf.evaluation.report import format_table
 from samoe_hf.evaluation.statistics import combine_runs, compare_models
 from samoe_hf.inference import load_processor
+from selections import said
 
 COUNTS = (1, 3, 5)
 EASY = "easy"
@@ -43,7 +44,7 @@ def rows_of(
         look, even = (evaluate(model, source, videos, f"{prompt}@{count + 1}:{kind}") for kind in ("look", "even"))
         over = compare_models(look, even)["metrics"]["J&F_mean"]
         means = [f"{value:.3f}" for value in (before, *(one["summary"]["J&F_mean"] for one in (look, even)))]
-        rows.append([name, str(count), *means, "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**over)])
+        rows.append([name, str(count), *means, said(over)])
     return [name, str(found["masks"]), *shares], rows
 
 

@@ -46,7 +46,7 @@ def evaluate(model: str, name: str, data: str, output: Path) -> dict[str, Any]:
 
 
 def said(over: dict[str, float | None]) -> str:
-    """A difference, with its interval where there are enough objects for one."""
+    """A difference, with its interval where there are enough videos for one."""
     interval = "" if over["low"] is None else " ({low:+.3f} to {high:+.3f})".format(**over)
     return f"{over['difference']:+.3f}{interval}"
 

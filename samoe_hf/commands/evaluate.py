@@ -116,6 +116,7 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     from samoe_hf.evaluation.report import (
         comparison_table,
         describe_choices,
+        describe_interval,
         describe_left_out,
         summary_table,
         write_evaluation_report,
@@ -164,7 +165,8 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     if left_out := describe_left_out(results["models"][0]):
         print(left_out)
     for comparison in results["comparisons"]:
-        print(f"\n{comparison['model']} less {comparison['baseline']}\n{comparison_table(comparison)}")
+        about = f"{comparison_table(comparison)}\n{describe_interval(comparison)}"
+        print(f"\n{comparison['model']} less {comparison['baseline']}\n{about}")
     for model in results["models"]:
         if any("experts_of" in video for video in model["videos"]):
             videos = {f"{video['domain']}/{video['video']}": video for video in model["videos"]}

@@ -13,6 +13,7 @@ from samoe_hf.plots.evaluation import plot_by_size, plot_over_time
 from samoe_hf.whole_files import write_text
 
 from .metrics import MAIN_METRICS, METRICS
+from .statistics import FEWEST_VIDEOS
 
 TEMPLATE = Path(__file__).with_name("report_template.md")
 NO_NUMBER = "–"
@@ -72,6 +73,13 @@ def comparison_table(comparison: Mapping[str, Any], markdown: bool = False) -> s
     return format_table(["metric", "difference", "95 % interval"], rows, markdown)
 
 
+def describe_interval(comparison: Mapping[str, Any]) -> str:
+    """A sentence on where the interval of a comparison comes from, or why there is none."""
+    if (count := comparison["num_videos"]) < FEWEST_VIDEOS:
+        return f"An interval takes {FEWEST_VIDEOS} videos, and there are {count}."
+    return f"The interval is that of a paired bootstrap over {count} videos, widened for their number."
+
+
 def _present(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
     """The metrics of which any of the rows has a number."""
     return [name for name in names if any(row.get(name) is not None for row in rows)]
@@ -94,7 +102,10 @@ def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> P
     plot_over_time(models, folder / "pictures" / "j_over_time.png")
     plot_by_size(models, folder / "pictures" / "j_by_size.png")
     shown = {
-        "comparisons": [{**one, "table": comparison_table(one, markdown=True)} for one in results["comparisons"]],
+        "comparisons": [
+            {**one, "table": comparison_table(one, markdown=True), "interval": describe_interval(one)}
+            for one in results["comparisons"]
+        ],
         "models": [
             {
                 **model,

@@ -100,8 +100,13 @@ def test_several_models_and_seeds_are_told_apart(tmp_path, without_plots):
     assert cells(text, "Results", "model_0: photos")["J"] == "0.655 ± 0.007"
     assert cells(text, "Results", "model_1")["J"].startswith(format_number(np.mean([0.455, 0.855, 0.25]) - 0.05))
     compared = cells(text, "model_1 against model_0", "J")
-    assert compared["difference"] == "-0.050" and compared["95 % interval"] == "-0.050 … -0.050"
-    assert "bootstrap over the 2 videos" in text
+    assert compared["difference"] == "-0.050" and compared["95 % interval"] == "–"
+    assert "above 0 is better. An interval takes 6 videos, and there are 2." in text
+    (comparison,) = results["comparisons"]
+    comparison |= {"num_videos": 6, "metrics": {"J_mean": {"difference": -0.05, "low": -0.1, "high": 0.01}}}
+    text = write_evaluation_report(results, tmp_path).read_text()
+    assert cells(text, "model_1 against model_0", "J")["95 % interval"] == "-0.100 … +0.010"
+    assert "bootstrap over 6 videos" in text
     assert "## Videos of model_1" in text and "## Best and worst objects of model_0" in text
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from helpers.results import make_result
 from samoe_hf.evaluation.statistics import (
@@ -87,24 +88,30 @@ def labelled(values, label, videos=None):
     return {"label": label, "objects": rows}
 
 
-def test_differences_have_an_interval_over_videos():
+@pytest.mark.parametrize("count", [8, 40])
+def test_differences_have_an_interval_over_videos(count):
     rng = np.random.default_rng(0)
-    base = rng.uniform(0.3, 0.9, 40)
-    better = base + 0.02 + 0.05 * rng.normal(size=40)
+    base = rng.uniform(0.3, 0.9, count)
+    better = base + 0.02 + 0.05 * rng.normal(size=count)
     compared = compare_models(labelled(better, "b"), labelled(base, "a"))
     entry = compared["metrics"]["J_mean"]
-    assert (compared["model"], compared["baseline"], compared["num_videos"]) == ("b", "a", 40)
-    # That of a normal approximation, since pairs differ far less than objects do.
-    mean, error = (better - base).mean(), 1.96 * (better - base).std() / 40**0.5
-    expected = [mean, mean - error, mean + error]
-    assert [entry[name] for name in ("difference", "low", "high")] == pytest.approx(expected, abs=0.2 * error)
-    # The interval of few videos with many like objects is wide, whatever the number of objects.
-    videos, difference = [str(i // 50) for i in range(100)], np.repeat([0.1, -0.1], 50)
-    entry = compare_models(labelled(0.5 + difference, "b", videos), labelled(np.full(100, 0.5), "a", videos))
-    assert (entry["metrics"]["J_mean"]["low"], entry["metrics"]["J_mean"]["high"]) == pytest.approx((-0.1, 0.1))
-    alone = compare_models(labelled([0.6, 0.7], "b", ["v", "v"]), labelled([0.5, 0.5], "a", ["v", "v"]))
-    assert alone["metrics"]["J_mean"]["difference"] == pytest.approx(0.15)
-    assert math.isnan(alone["metrics"]["J_mean"]["low"])
+    assert (compared["model"], compared["baseline"], compared["num_videos"]) == ("b", "a", count)
+    # As wide as that of Student's distribution: pairs differ far less than objects do.
+    width = 2 * stats.t.ppf(0.975, count - 1) * stats.sem(better - base)
+    assert entry["difference"] == pytest.approx((better - base).mean())
+    assert entry["high"] - entry["low"] == pytest.approx(width, rel=0.1)
+    assert (entry["low"] + entry["high"]) / 2 == pytest.approx(entry["difference"], abs=0.1 * width)
+
+
+def test_an_interval_takes_videos_not_objects():
+    videos, differences = [str(i // 50) for i in range(300)], np.repeat([0.1, -0.1] * 3, 50)
+    few, alike = range(250), np.full(300, 0.5)
+    entry = compare_models(labelled(alike + differences, "b", videos), labelled(alike, "a", videos))["metrics"]["dice"]
+    assert entry["low"] < -0.09 and entry["high"] > 0.09, "300 objects are as many as their videos"
+    # Even the range of all differences holds the median of such videos in 15 of 16 cases alone.
+    models = [{**one, "objects": [one["objects"][i] for i in few]} for one in
+              (labelled(alike + differences, "b", videos), labelled(alike, "a", videos))]  # fmt: skip
+    assert compare_models(*models)["metrics"]["dice"] == {"difference": pytest.approx(0.02), "low": None, "high": None}
 
 
 def test_objects_count_for_the_metrics_that_they_have():
@@ -123,7 +130,7 @@ def test_objects_count_for_the_metrics_that_they_have():
         [returned] * 2 + [math.nan], nan_ok=True
     )
     compared = compare_models(models[1], models[0])["metrics"]
-    assert list(compared["J&F_reappear"].values()) == pytest.approx([returned - 1] * 3)
+    assert compared["J&F_reappear"] == {"difference": pytest.approx(returned - 1), "low": None, "high": None}
     assert "J&F_disappear" in compared and "J_mose" not in compared
     alone = [{"label": one["label"], "objects": one["objects"][-1:]} for one in models]
     assert "J&F_reappear" not in compare_models(*alone)["metrics"]
