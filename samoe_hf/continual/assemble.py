@@ -40,7 +40,9 @@ def assemble(
     """
     if missing := [domain for domain in loras if domain not in videos]:
         raise InputError(f"`videos` has none of the domain {missing[0]!r}; there are {', '.join(map(repr, videos))}.")
-    model = SamoeModel.from_pretrained(base, **kwargs).to(device)
+    # Nothing is said of new experts, which give place to domains.
+    model, _ = SamoeModel.from_pretrained(base, output_loading_info=True, **kwargs)
+    model.to(device)
     if model.config.domains is None and has_effect(model):
         raise InputError(
             f"`base` {base} has experts that belong to no domain, and a video gets those of one domain alone. Give the "

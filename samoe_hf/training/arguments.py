@@ -69,14 +69,16 @@ class ModelArguments(ModelKeys):
                 config.resize(image_size)
             model = SamoeModel(config)
         else:
-            model = SamoeModel.from_pretrained(
+            loaded: Any = SamoeModel.from_pretrained(
                 self.model_name_or_path,
+                output_loading_info=self.domain is not None,  # then nothing is said of new experts, which give place
                 experts=self.experts,
                 original_config=self.config,
                 ignore_mismatched_sizes=self.ignore_mismatched_sizes,
                 quantization_config=self.quantization_config,
                 **settings,
             )
+            model = loaded if self.domain is None else loaded[0]
             if self.domain is not None and model.config.domains:
                 self._check_others(SamoeConfig.from_pretrained(self.model_name_or_path), settings)
         if self.domain is not None:

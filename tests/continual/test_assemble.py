@@ -2,14 +2,18 @@
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from helpers.loras import ATTENTION, DOMAINS, save_base_and_loras
 from samoe_hf import SamoeModel
 from samoe_hf.cli import main
 from samoe_hf.commands.assemble import match_domains
+from samoe_hf.continual.assemble import assemble
 from samoe_hf.data import SyntheticVideos
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.model.processing_samoe import build_processor
+from samoe_hf.training.arguments import ModelArguments
 
 SOURCE = "{{kind: synthetic, domain: {}, num_videos: 12, num_frames: 2, image_size: [64, 64]}}"
 
@@ -39,6 +43,14 @@ def test_each_lora_becomes_a_domain(folder, tmp_path, capsys):
     assert (masks != expected).mean() < 1e-3
     plain, _ = segment_video(SamoeModel.from_pretrained(folder / "base"), processor, video)
     assert (segment_video(model, processor, video, domain="stripes")[0] == plain).all()
+
+
+def test_nothing_is_said_of_new_experts_that_give_place_to_domains(base_folder):
+    videos = {"plain": SyntheticVideos(2, 2, (64, 64))}
+    with CaptureLogger(logging.get_logger("transformers.samoe_hf.model.loading")) as captured:
+        assemble(base_folder, {"plain": None}, videos, show_progress_bar=False)
+        ModelArguments(model_name_or_path=str(base_folder), domain="plain").load()
+    assert captured.out == ""
 
 
 def test_datasets_are_given_once_or_for_each_lora(tmp_path):
