@@ -110,7 +110,7 @@ def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") 
         with suppress(InputError, FileNotFoundError):  # what opens them raises it again
             video = open_video()
             domain, name, open_video = video.domain, video.video_id, lambda video=video: video
-            if not video.object_ids:
+            if video.first_visible is None:
                 empty.append(video.video_id)
                 continue
         about = partial(_about_first, kind, open_video)

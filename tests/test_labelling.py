@@ -304,9 +304,9 @@ def test_videos_that_cannot_be_opened_are_left_out(model_folder, tmp_path):
 
 def test_videos_without_objects_are_left_out_which_is_said(capsys):
     video, other = SyntheticVideos(2, 2, (64, 80))
-    bare = replace(video, annotations=Shapes({0: {}}, []))
-    assert [one.video_id for one in from_first_frames([bare, other])] == [other.video_id]
-    assert capsys.readouterr().out == f"1 videos show no object and are left out, such as {video.video_id}.\n"
+    bare = [replace(video, annotations=Shapes({0: {}}, ids)) for ids in ([], [1])]
+    assert [one.video_id for one in from_first_frames([*bare, other])] == [other.video_id]
+    assert capsys.readouterr().out == f"2 videos show no object and are left out, such as {video.video_id}.\n"
 
 
 def test_damaged_videos_of_several_datasets_are_told_apart(model_folder, damaged_rows, tmp_path):

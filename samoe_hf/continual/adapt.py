@@ -18,6 +18,7 @@ from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.plots.domains import plot_sizes
 from samoe_hf.surgery.domains import copy_domain_experts, fit_domain
+from samoe_hf.training.arguments import can_be_scored
 from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 from samoe_hf.whole_files import whole_file, write_text
@@ -223,7 +224,7 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     excerpts = read_excerpts(learner, videos) if has_start else []
     result.at_start = track(excerpts) if excerpts else None
     some = [] if trainer.eval_dataset else evenly_chosen(videos, SHOWN_VIDEOS)
-    some = [video for video in some if video.object_ids and len(video.annotated_frames) > 1]
+    some = [video for video in some if can_be_scored(video)]
     # What is tracked after the training is read before it: an error would lose what was trained.
     for video in some:
         deque(video.frames, maxlen=0)

@@ -75,8 +75,8 @@ def gate_features(
         for number in tqdm(chosen, desc=f"gate: {domain}", unit="video", disable=not show_progress_bar):
             video = videos[number]
             frames = [t for t in evenly_chosen(video.annotated_frames, frames_per_video) if video.visible(t)]
-            if not frames and (first := first_visible(video)) is not None:
-                frames = [first]
+            if not frames and video.first_visible is not None:
+                frames = [video.first_visible]
             if frames:
                 features.append(frame_features(model, processor, video, frames))
                 numbers += [number] * len(frames)
@@ -134,7 +134,7 @@ def decide_videos(
 ) -> Iterator[DomainDecision | None]:
     """What the gate decides for each video, from the first frame that shows an object; None for one without objects."""
     for video in videos:
-        first = first_visible(video)
+        first = video.first_visible
         yield None if first is None else decide_frame(model, processor, video, first)
 
 
@@ -142,11 +142,6 @@ def decide_frame(model: SamoeModel, processor: VideoProcessor, video: Video, fra
     """What the gate decides for a frame of a video."""
     with evaluation_mode(model):
         return decide_domains(model, _pixel_values(model, processor, video, [frame]), None)[0]
-
-
-def first_visible(video: Video) -> int | None:
-    """The first annotated frame that shows an object."""
-    return next((t for t in video.annotated_frames if video.visible(t)), None)
 
 
 def _pixel_values(model: SamoeModel, processor: VideoProcessor, video: Video, frames: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.surgery.domains import find_domain, fits_in
 
-from .fit_gate import evenly_chosen, first_visible
+from .fit_gate import evenly_chosen
 
 NUM_VIDEOS, NUM_FRAMES = 8, 8
 # How much better than the base's J&F, 0 to 1, that of a domain's experts must be.
@@ -62,7 +62,7 @@ def read_excerpts(model: SamoeModel, videos: Sequence[Video]) -> list[Video]:
 
 def _excerpt(video: Video, size: int) -> Video | None:
     """The first frames of a video from the one on that shows an object; None if there are no two."""
-    first = first_visible(video)
+    first = video.first_visible
     frames = [] if first is None else [t for t in video.annotated_frames if t >= first][:NUM_FRAMES]
     return reduced(video, size, frames) if len(frames) > 1 else None
 

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from samoe_hf.errors import InputError
 
-from .clips import Clip, ClipSampler, FrameProcessor
-from .frames import SampleError
+from .clips import Clip, ClipSampler, FrameProcessor, NoObjectError
+from .frames import SampleError, say_once
 from .hub_datasets import videos_from_dataset
 from .items import VideoStream, is_iterable_dataset, open_item, videos_from_items
 from .options import check_types
@@ -64,6 +64,8 @@ class EpochDataset:
         return int(self._skipped.sum())
 
     def _raise_or_skip(self, error: Exception) -> None:
+        if isinstance(error, NoObjectError):
+            return say_once(f"{error}; the video is left out")
         if self.on_error == "raise":
             raise SampleError(f'{error}; `on_error` "skip" goes on without such samples') from error
         worker = get_worker_info()
@@ -93,8 +95,8 @@ class ClipDataset(EpochDataset, Dataset):
         sampling: the further arguments of `ClipSampler`.
 
     Raises:
-        SampleError: on access, a damaged file or a video without objects; names it. When skipping, only where no video
-            can be used.
+        SampleError: on access, a damaged file; names it. When skipping, and of videos without objects, which are left
+            out by name, only where no video can be used.
     """
 
     def __init__(
@@ -127,13 +129,15 @@ class ClipDataset(EpochDataset, Dataset):
 
     def draw(self, number: int) -> Clip:
         """The clip of a draw, any number from 0: video `number % len(videos)`, another clip for each number."""
+        last = None
         for attempt in range(len(self.videos)):
             try:
                 video = self.videos[(number + attempt) % len(self.videos)]
                 return self.sampler(video, (self.seed, self.epoch, number))
             except (SampleError, OSError) as error:
                 self._raise_or_skip(error)
-        raise SampleError(f"none of the {len(self.videos)} videos can be used, see the log")
+                last = error
+        raise SampleError(f"none of the {len(self.videos)} videos can be used, see the log; the last: {last}")
 
 
 class MixedDataset(EpochDataset, Dataset):

@@ -23,6 +23,10 @@ ClipTransform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[tv_tensors.I
 Clip = dict[str, Any]
 
 
+class NoObjectError(SampleError):
+    """A video without an object that a clip could start from."""
+
+
 class FrameProcessor(Protocol):
     """What of a processor prepares frames."""
 
@@ -71,7 +75,7 @@ class ClipSampler:
             `frame_indices`, the T indices within the video.
 
         Raises:
-            SampleError: the video has no object that could be tracked from any first frame.
+            NoObjectError: the video has no object that could be tracked from any first frame.
         """
         rng = np.random.default_rng(list(seed))
         with torch.random.fork_rng(devices=[]):
@@ -82,7 +86,7 @@ class ClipSampler:
                 clip = self._load(video, frames, visible[: self.max_objects].tolist()) if len(visible) else None
                 if clip is not None:
                     return clip
-        raise SampleError(f"{video.video_id}: no object on any annotated frame that a clip could start from")
+        raise NoObjectError(f"{video.video_id}: no object on any annotated frame that a clip could start from")
 
     def _candidates(self, length: int, rng: np.random.Generator) -> Iterator[list[int]]:
         """Clips as positions among `length` annotated frames, from every start at random; those that fit come first."""

@@ -101,6 +101,11 @@ class Video:
         """Indices of the frames whose masks are known, ascending. On one, an object with an empty mask is absent."""
         return self.annotations.frames
 
+    @property
+    def first_visible(self) -> int | None:
+        """The first annotated frame that shows an object; None if none does."""
+        return next((frame for frame in self.annotated_frames if self.visible(frame)), None)
+
     def visible(self, frame: int) -> list[int]:
         """Ids of the objects with pixels on an annotated frame, ascending."""
         return self._annotated(frame).visible(frame)

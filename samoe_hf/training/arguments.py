@@ -172,15 +172,20 @@ class DataArguments(DataKeys):
 def choose_aside(videos: Sequence[Video], fraction: float) -> list[int]:
     """Positions of a share of some videos, evenly spread: at least one of three or more, and none of fewer.
 
-    Only videos that can be scored are chosen, which have an object and more than one annotated frame.
+    Only videos that can be scored are chosen.
     """
     count = max(1, round(fraction * len(videos))) if fraction and len(videos) > 2 else 0
     chosen = []
     for part in range(count):
         stretch = range(part * len(videos) // count, (part + 1) * len(videos) // count)
-        scored = (i for i in reversed(stretch) if videos[i].object_ids and len(videos[i].annotated_frames) > 1)
+        scored = (i for i in reversed(stretch) if can_be_scored(videos[i]))
         chosen += [i for i in [next(scored, None)] if i is not None]
     return chosen
+
+
+def can_be_scored(video: Video) -> bool:
+    """Whether there are an object and further annotated frames to track it on."""
+    return len(video.annotated_frames) > 1 and video.first_visible is not None
 
 
 @dataclass

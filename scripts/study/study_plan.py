@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from samoe_hf.continual.fit_gate import evenly_chosen, first_visible
+from samoe_hf.continual.fit_gate import evenly_chosen
 from samoe_hf.continual.start import reduced
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import read_yaml, videos_from_entry
@@ -214,7 +214,7 @@ class StudyVideos:
                 chosen = [half for video in chosen for half in halves(video)]
             self._loaded[key] = []
             for video in chosen:
-                first = first_visible(video)
+                first = video.first_visible
                 frames = [t for t in video.annotated_frames if t >= first][: self.plan.eval_frames]
                 self._loaded[key].append(reduced(video, self.size, frames))
         return self._loaded[key]

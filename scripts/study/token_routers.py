@@ -24,7 +24,6 @@ from transformers import ProcessorMixin
 from samoe_hf.analysis.routing import route_all_to
 from samoe_hf.commands.assemble import match_domains
 from samoe_hf.commands.options import add_device_option
-from samoe_hf.continual.fit_gate import first_visible
 from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, evaluation_mode, load_processor, track_video
@@ -253,7 +252,7 @@ def _track(
     with evaluation_mode(model), progress:
         for number in random.Random(0).sample(range(len(videos)), len(videos)):
             video = videos[number]
-            start = first_visible(video)
+            start = video.first_visible
             if start is None:
                 continue
             frames = [video.frames[t] for t in range(start, min(start + min(FRAMES_PER_VIDEO, num_left), len(video)))]

@@ -77,6 +77,18 @@ def test_a_damaged_sample_is_an_error_or_a_counted_and_reported_skip(caplog):
         ClipDataset(Faulty(good=False), square(16), num_frames=2, on_error="skip")[0]
 
 
+@pytest.mark.parametrize("make", [ClipDataset, ClipStream])
+def test_videos_without_objects_are_left_out_by_name(make, caplog):
+    good, bare = numbered_video(4, name="good"), numbered_video(4, visible=[[]], name=f"bare_{make.__name__}")
+    clips = make([bare, good, bare], square(16), num_frames=2)
+    with caplog.at_level(logging.WARNING):
+        assert {clip["video_id"] for clip in clips} == {"good"}
+    (line,) = caplog.messages
+    assert line.startswith(f"bare_{make.__name__}: no object on any") and line.endswith("; the video is left out")
+    with pytest.raises(SampleError, match="none of the 1 videos can be used"):
+        ClipDataset([bare], square(16), num_frames=2)[0]
+
+
 def make_mixture(rounds=1, **options):
     sources = {
         name: ClipDataset([numbered_video(50, name=f"{name}{i}") for i in range(count)], square(16), num_frames=2,

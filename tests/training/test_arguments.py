@@ -2,8 +2,9 @@
 
 import pytest
 
+from helpers.clips import numbered_video
 from samoe_hf.cli import run_command
-from samoe_hf.training.arguments import parse_run
+from samoe_hf.training.arguments import choose_aside, parse_run
 
 
 @pytest.fixture
@@ -53,6 +54,12 @@ def test_bad_options_of_train_and_adapt(run, tmp_path, options, message):
         with pytest.raises(SystemExit) as error:
             run_command(command, arguments)
         assert message in str(error.value.code)
+
+
+def test_only_videos_that_can_be_scored_are_kept_aside():
+    good, bare, still = (numbered_video(count, [seen]) for count, seen in ((4, [3]), (4, []), (1, [0])))
+    assert bare.object_ids == [1] and choose_aside([good, bare, still], 0.4) == [0]
+    assert choose_aside([bare, still, bare], 0.4) == []
 
 
 def test_none_is_what_a_run_has_not(run):
