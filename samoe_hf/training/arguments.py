@@ -218,8 +218,9 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
-        if self.label_smoothing_factor:
-            raise InputError(f"`label_smoothing_factor` must be 0, got {self.label_smoothing_factor}.")
+        for name, unused in (("label_smoothing_factor", 0), ("neftune_noise_alpha", None)):  # for models of text
+            if (value := getattr(self, name)) != unused:
+                raise InputError(f"`{name}` must be {unused}, got {value}.")
         if self.fit is not None:
             parse_size(self.fit)
         self.learning_rates = _check_rates(self.learning_rates, self.trainable)
