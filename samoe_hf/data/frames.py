@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # What libraries raise for damaged files.
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError)
 DAMAGE += (RecursionError, struct.error, zlib.error)
+IN_MEMORY = re.compile(r" ?<[\w.]+ object at 0x\w+>")  # how Pillow names bytes
 
 
 class SampleError(InputError):
@@ -50,7 +51,8 @@ def named_errors(name: str | Path, problem: str, damage: tuple[type[Exception], 
             raise
         raise SampleError(f"{name}: {error}") from error
     except damage as error:
-        raise SampleError(f"{name}: {problem} ({error!r})") from error
+        reason = IN_MEMORY.sub("", repr(error))
+        raise SampleError(f"{name}: {problem} ({reason})") from error
 
 
 class FrameSequence(Sequence, ABC):

@@ -20,7 +20,7 @@ from PIL import Image
 from samoe_hf.errors import InputError
 
 from .annotations import Annotations, MaskArrays, Shapes
-from .frames import ArrayFrames, FrameSequence, SampleError, named_errors, one_form
+from .frames import IN_MEMORY, ArrayFrames, FrameSequence, SampleError, named_errors, one_form
 from .images import ImageFrames, encode_png
 from .shapes import encode_rle
 
@@ -167,8 +167,17 @@ class VideoList(Sequence[Video]):
     def __getitem__(self, index: int | slice) -> Video | list[Video]:
         keys: Sequence[Any] = self.video_ids or range(len(self))
         if isinstance(index, slice):
-            return [self.open_entry(key, self.entries[key]) for key in keys[index]]
-        return self.open_entry(keys[index], self.entries[keys[index]])
+            return [self._open(key) for key in keys[index]]
+        return self._open(keys[index])
+
+    def _open(self, key: Any) -> Video:
+        try:
+            entry = self.entries[key]
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # such as of `datasets`, which decodes images itself
+            raise SampleError(f"item {key} cannot be read: {IN_MEMORY.sub('', str(error))}") from error
+        return self.open_entry(key, entry)
 
     def select(self, video_ids: Sequence[str]) -> VideoList:
         """The videos with these ids, in this order; raises `ValueError` for an unknown id."""

@@ -153,7 +153,11 @@ def jpeg(tmp_path):
         (lambda _: images(FRAMES[0]), FRAMES[0], "v, frame 0 of 'masks': an RGB image of [0-9]* colours"),
         (lambda _: images(IDS[0, :, 1:]), FRAMES[0], r"v: masks of size \(15, 20\) for frames of \(16, 20\)"),
         (lambda folder: [jpeg(folder)] * 4, FRAMES[0], "v, frame 0 of 'masks': JPEG image"),
-        (lambda _: [{"bytes": b"no image", "path": None}] * 4, FRAMES[0], "v, frame 0 of 'masks': not a readable"),
+        (
+            lambda _: [{"bytes": b"no image", "path": None}] * 4,
+            FRAMES[0],
+            r"v, frame 0 of 'masks': not a readable image \(\w+\('cannot identify image file'\)\)$",
+        ),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used_are_named_with_the_column(masks, frames, message, tmp_path):
@@ -162,3 +166,12 @@ def test_rows_that_cannot_be_used_are_named_with_the_column(masks, frames, messa
         with pytest.raises(SampleError, match=message):
             video = next(iter(videos))
             video.masks(0, [2])
+
+
+def test_an_item_whose_image_datasets_cannot_decode_is_named():
+    row = {"frames": [[{"bytes": b"no image", "path": None}]], "masks": [[[1]]]}
+    dataset = datasets.Dataset.from_dict(
+        row, features=datasets.Features({"frames": IMAGES, "masks": datasets.Array2D((1, 1), "int32")})
+    )
+    with pytest.raises(SampleError, match=r"^item 0 cannot be read: cannot identify image file$"):
+        videos_from_dataset(dataset)[0]
