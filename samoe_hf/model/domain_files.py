@@ -67,7 +67,10 @@ def find_domain_files(
     for name, file in files.items():
         if file not in paths:
             fetch_file(source, file, hub)  # says so where that is not known
-            raise OSError(f"{source} has no {file}; expected the experts of the domain {name!r} there.")
+            raise OSError(
+                f"{source} has no {file}; expected the experts of the domain {name!r} there, "
+                "not in model.safetensors, where early versions wrote them."
+            )
     return {name: paths[file] for name, file in files.items()}
 
 
