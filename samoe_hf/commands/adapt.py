@@ -17,8 +17,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from samoe_hf.data.configs import names_config
-from samoe_hf.errors import InputError
+from samoe_hf.data.configs import names_config, shipped_configs
+from samoe_hf.errors import InputError, did_you_mean
 
 from .options import add_output_option, command_parser
 
@@ -41,8 +41,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     videos.add_argument(
         "--dataset",
         required=True,
-        metavar="FOLDER|RUN.yaml",
-        help="a folder of videos and masks; or a run, see `samoe train`",
+        metavar="FOLDER|RUN.yaml|{kind: ...}",
+        help="a folder of videos and masks; one dataset as in a run; or a run, see `samoe train`",
     )
     domain = parser.add_argument_group("domain")
     domain.add_argument("--domain", required=True, metavar="NAME", help="the new domain; one that is there goes on")
@@ -84,8 +84,11 @@ def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.training.arguments import parse_size
 
     like = None if parsed.like == "none" else parsed.like
-    is_folder = os.path.exists(parsed.dataset) and not names_config(parsed.dataset)
-    of_dataset = ["adapt", "--train_data", parsed.dataset] if is_folder else [parsed.dataset]
+    is_run, data = names_config(parsed.dataset), parsed.dataset
+    if not (is_run or data.startswith("{") or os.path.exists(data)):
+        runs = [name for name in shipped_configs() if not name.startswith("model_")]
+        raise InputError(f"`--dataset` {data} is neither a folder here nor a run{did_you_mean(data, runs)}")
+    of_dataset = [data] if is_run else ["adapt", "--train_data", data]
     former = [] if parsed.former is None else ["--former", parsed.former]
     budget = None
     if parsed.lora_rank == AUTO:

@@ -23,7 +23,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_trained import is_original_checkpoint
 from samoe_hf.plots.domains import draw_domains
-from samoe_hf.surgery.domains import find_domain, merge_domains, remove_domain, rename_domain
+from samoe_hf.surgery.domains import merge_domains, remove_domain, rename_domain
 from samoe_hf.surgery.gate import distances_between
 
 from .fit_gate import confirm_video, decide_frame
@@ -86,9 +86,11 @@ def take_domains(
 
     All are taken if `names` is empty; one may get a `new_name`. Returns new names -> those in the other model.
     """
-    for name in names:
-        find_domain(other, name)
-    for name in other.config.domain_names if names else []:
+    known = other.config.domain_names
+    if (lacking := [name for name in names if name not in known]) or not known:
+        what = f"no domain {lacking[0]!r}" if lacking else "no domains"
+        raise InputError(f"The other model has {what}; it has {', '.join(map(repr, known)) or 'none'}.")
+    for name in known if names else []:
         if name not in names:
             remove_domain(other, name)
     taken = other.config.domain_names

@@ -148,7 +148,10 @@ def test_a_confirmed_video_changes_one_row_of_the_gate_alone(samoe, folder, copy
             ["add", "FOLDER", "FOLDER", "--as", "x", "--output", "OUT"],
             "(`--as`) is for one domain, but 2 are taken: a, b",
         ),
-        (["add", "FOLDER", "FOLDER", "--domain", "z", "--output", "OUT"], "The model has no domain 'z'"),
+        (
+            ["add", "FOLDER", "FOLDER", "--domain", "z", "--output", "OUT"],
+            "The other model has no domain 'z'; it has 'a', 'b'",
+        ),
         (["add", "FOLDER", "OTHER", "--as", "x", "--output", "OUT"], "The models have different bases"),
         (["confirm", "FOLDER", "nothing.mp4", "--domain", "z", "--output", "OUT"], "The model has no domain 'z'"),
         (["confirm", "FOLDER", "nothing.mp4", "--domain", "a", "--output", "OUT"], "nothing.mp4"),

@@ -323,6 +323,12 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
     for named, other in (("--output_dir", "--output"), ("--model-name-or-path", "MODEL"), ("--domain_like", "--like")):
         with pytest.raises(ValueError, match=f"`{named}` is given by `{other}` here"):
             run_command([*words, str(tmp_path / "out"), f"{named}=y"])
+    for dataset, message in (
+        ("finetune_davi", "`--dataset` finetune_davi is neither a folder here nor a run; did you mean"),
+        ("{kind: davi}", r"train_data\[0\]: unknown kind of dataset 'davi'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_command([*words[:4], dataset, "--output", str(tmp_path / "out")])
     for name, options, message in (
         ("not a name", [], "A domain's name must be"),
         ("x", ["--trainable", "all"], "`trainable` must be experts"),
