@@ -81,7 +81,7 @@ def gate_features(
                 features.append(frame_features(model, processor, video, frames))
                 numbers += [number] * len(frames)
     if not features:
-        raise InputError(f"`videos` of domain {domain!r}: none of {len(chosen)} has a frame with an object.")
+        raise InputError(f"None of the {len(chosen)} videos of domain {domain!r} has a frame with an object.")
     return torch.cat(features), torch.tensor(numbers)
 
 

@@ -58,10 +58,11 @@ def summary_table(results: Mapping[str, Any], markdown: bool = False) -> str:
 
 
 def describe_left_out(model: Mapping[str, Any]) -> str:
-    """A sentence on objects that are not scored; "" where all are."""
-    count = sum(video["num_objects"] for video in model["videos"])
-    left = count - int(model["summary"]["num_objects"])
-    return f"{left} of {count} objects have no frame that counts and are left out." if left else ""
+    """A sentence on objects, and whole videos, that are not scored; "" where all are."""
+    there = {"objects": sum(video["num_objects"] for video in model["videos"]), "videos": len(model["videos"])}
+    left = {kind: count - int(model["summary"][f"num_{kind}"]) for kind, count in there.items()}
+    parts = [f"{left[kind]} of {count} {kind}" for kind, count in there.items() if left[kind]]
+    return f"{' and '.join(parts)} have no frame that counts and are left out." if parts else ""
 
 
 def comparison_table(comparison: Mapping[str, Any], markdown: bool = False) -> str:

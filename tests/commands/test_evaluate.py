@@ -56,7 +56,7 @@ def test_objects_that_are_not_scored_are_told(run, model_folder, leave_out_pictu
     leave_out_pictures()
     words = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=1"]
     said = run(model_folder, *words, "--option", "image_size=[64, 64]", "--output", tmp_path / "out")
-    sentence = "objects have no frame that counts and are left out."
+    sentence = "objects and 1 of 1 videos have no frame that counts and are left out."
     assert sentence in said and sentence in (tmp_path / "out" / "report.md").read_text()
 
 
