@@ -87,9 +87,9 @@ def take_domains(
     All are taken if `names` is empty; one may get a `new_name`. Returns new names -> those in the other model.
     """
     known = other.config.domain_names
-    if (lacking := [name for name in names if name not in known]) or not known:
-        what = f"no domain {lacking[0]!r}" if lacking else "no domains"
-        raise InputError(f"The other model has {what}; it has {', '.join(map(repr, known)) or 'none'}.")
+    if lacking := [name for name in names if name not in known]:
+        has = ", ".join(map(repr, known)) or "none"
+        raise InputError(f"The other model has no domain {lacking[0]!r}; it has {has}.")
     for name in known if names else []:
         if name not in names:
             remove_domain(other, name)

@@ -105,7 +105,7 @@ def test_a_domain_of_others_is_added_with_its_picture_and_saved_for_everybody(pe
         ("domains-add", ["domains", "FOLDER", "", ""], "Domains are added of a model here"),
         ("domains-add", ["domains", "../..", "", ""], "Domains are added of a model here"),
         ("domains-add", ["domains", "other", "", ""], "Both models have a domain 'first'"),
-        ("domains-add", ["domains", "other", "third", ""], "The model has no domain 'third'"),
+        ("domains-add", ["domains", "other", "third", ""], "The other model has no domain 'third'"),
         ("domains-add", ["domains", "other", "", "x"], "is for one domain, but 2 are taken"),
         ("domains-add", ["domains", "nano", "", ""], "The other model's experts belong to no domain"),
         ("domains-save", ["domains", "new"], "Nothing was changed"),
