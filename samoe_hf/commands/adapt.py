@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from samoe_hf.data.configs import names_config, shipped_configs
 from samoe_hf.errors import InputError, did_you_mean
 
-from .options import add_output_option, command_parser
+from .options import add_output_option, check_outside, command_parser
 
 AUTO, DEFAULT_BUDGET = "auto", "4MB"
 # Keys of a run that have other words here.
@@ -88,6 +88,8 @@ def run(parsed: argparse.Namespace) -> None:
     if not (is_run or data.startswith("{") or os.path.exists(data)):
         runs = [name for name in shipped_configs() if not name.startswith("model_")]
         raise InputError(f"`--dataset` {data} is neither a folder here nor a run{did_you_mean(data, runs)}")
+    if os.path.isdir(data):
+        check_outside(parsed.output, data)
     of_dataset = [data] if is_run else ["adapt", "--train_data", data]
     former = [] if parsed.former is None else ["--former", parsed.former]
     budget = None

@@ -331,10 +331,18 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
     if kind not in LAYOUTS and root is None:
         kind, root, found = name_kind(kind, None, parsed.split, options)
         options = found | options
+        if kind == "files" and root is not None:
+            check_outside(getattr(parsed, "output", None), root)
     options |= {name: getattr(parsed, name) for name in ("split", "domain") if getattr(parsed, name) is not None}
     videos = load_videos(kind, root, **options)
     videos = videos if isinstance(videos, Sequence) else list(videos)
     return ChosenDataset(kind, None if root is None else Path(root), _choose([videos], parsed.video))
+
+
+def check_outside(output: Path | None, root: str | Path) -> None:
+    """Refuses an output within a folder of videos, whose layout would not be recognized with it."""
+    if output is not None and output.resolve().is_relative_to(Path(root).resolve()):
+        raise InputError(f"`--output` {output} lies in the folder of the videos, {root}; give one elsewhere.")
 
 
 def _choose(parts: list[Sequence[Video]], video_ids: Sequence[str] | None) -> list[Sequence[Video]]:

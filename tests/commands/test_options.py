@@ -54,6 +54,18 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
         chosen_videos(run)
 
 
+@pytest.mark.parametrize("words", [["evaluate"], ["label"], ["adapt", "--domain", "x"]])
+def test_an_output_among_the_videos_is_refused(tmp_path, words):
+    """What is written there would keep their layout from being recognized the next time."""
+    root = save_videos(tmp_path / "own", SyntheticVideos(1, 2, (32, 48)))
+    for output in (root, root / "out"):
+        with pytest.raises(
+            SystemExit, match="out lies in the folder of the videos" if output != root else "own lies in"
+        ):
+            main([*words[:1], "nowhere", *words[1:], "--dataset", str(root), "--output", str(output)])
+    assert len([*root.iterdir()]) == 1
+
+
 @pytest.mark.parametrize("kind", ["files", "frames"])
 def test_a_video_is_chosen_by_its_name_in_either_form_of_unicode(tmp_path, kind):
     name = "Käse"
