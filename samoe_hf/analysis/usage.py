@@ -28,6 +28,7 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor, build_processor
 from samoe_hf.model.weights_io import updated_folder
 from samoe_hf.plots import experts as plots
+from samoe_hf.plots.masks import plain_text
 
 from .routing import image_modules, observe_routers, short_name
 
@@ -300,7 +301,7 @@ class ExpertUsage:
                 table.to_csv(temporary / name, index=False)
             (temporary / "statistics.json").write_text(to_json(report) + "\n")
             for name, figure in figures.items():
-                figure.savefig(temporary / name, dpi=120)
+                plain_text(figure.savefig)(temporary / name, dpi=120)
         return [Path(folder) / name for name in (*tables, "statistics.json", *figures)]
 
 

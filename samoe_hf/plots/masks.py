@@ -1,7 +1,9 @@
 """Pictures of masks: over a frame, and frames side by side."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,8 +13,17 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import find_objects
 
-# Names of domains, videos and models are drawn as they are: `$` is no mathematics.
-plain_text = rc_context({"text.parse_math": False})
+
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
+
+
+# Names of domains, videos and models are drawn as they are: `$` is no mathematics, and letters that Matplotlib's font
+# lacks are boxes.
+plain_text = _plain_text()
 
 # Those of Okabe and Ito, which everyone can tell apart, without black; neighbours are of different lightness.
 OBJECT_COLORS = (

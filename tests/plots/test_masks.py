@@ -1,11 +1,12 @@
 """Masks over frames: seen on any frame, and told apart by everybody."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 
-from samoe_hf.plots.masks import OBJECT_COLORS, object_color, overlay_masks
+from samoe_hf.plots.masks import OBJECT_COLORS, object_color, overlay_masks, plot_sheet
 
 # Deuteranopia, from linear RGB to linear RGB (Machado, Oliveira and Fernandes, 2009).
 DEUTERANOPIA = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
@@ -65,3 +66,10 @@ def test_colours_of_objects_are_told_apart(blindness):
     colors = lab(np.array(OBJECT_COLORS, float), blindness)
     for a, b in itertools.combinations(range(len(colors)), 2):
         assert np.linalg.norm(colors[a] - colors[b]) > 15, (OBJECT_COLORS[a], OBJECT_COLORS[b])
+
+
+def test_letters_that_the_font_lacks_are_no_news(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(2):
+            plot_sheet({"名前": [np.zeros((8, 8, 3), np.uint8)]}, tmp_path / f"{number}.png", "題")
