@@ -29,7 +29,7 @@ from samoe_hf.surgery.domains import add_domain, copy_domain_experts
 from samoe_hf.training.trainer import build_trainer
 
 RUN = """
-train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 12, num_frames: 2, seed: 1}]
+train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 6, num_frames: 2, seed: 1}]
 eval_data:
 - {kind: synthetic, domain: blobs, num_videos: 1, num_frames: 2, seed: 2}
 - {kind: synthetic, domain: stripes, num_videos: 1, num_frames: 2, seed: 2}
@@ -79,7 +79,7 @@ def test_a_domain_is_added_with_its_gate_and_scores(base, first):
     folder, result = first
     model = SamoeModel.from_pretrained(folder)
     assert model.config.domain_names == ["soft"] and model.config.domains[0]["num_experts"] == 2
-    assert result.gate_videos == 12 and model.domain_gate.counts.tolist() == [12]
+    assert result.gate_videos == 6 and model.domain_gate.counts.tolist() == [6]
     assert result.before.keys() == result.after.keys() >= {"eval_J", "eval_blobs_J&F", "eval_stripes_F"}
     assert result.routed == {"stripes": {"base": 1}, "blobs": {"soft": 1}}
     assert json.loads((folder / "adaptation.json").read_text())["routed"] == result.routed
@@ -98,7 +98,7 @@ def test_the_next_domain_changes_nothing_of_the_first(first, tmp_path, capsys):
         [str(folder), "--domain", "hard", "--dataset", str(run), "--output", str(tmp_path / "second"), *options]
     )
     printed = capsys.readouterr().out
-    assert "The gate knows hard by 12 videos." in printed and "J&F before" in printed
+    assert "The gate knows hard by 6 videos." in printed and "J&F before" in printed
     before, after = (SamoeModel.from_pretrained(path) for path in (folder, tmp_path / "second"))
     assert after.config.domain_names == ["soft", "hard"]
     kept = after.state_dict()
@@ -111,7 +111,7 @@ def test_a_domain_that_goes_on_is_said_to_be_learned_anew_and_whether_it_was_spo
     scores = iter([0.5, 0.1])
     monkeypatch.setattr(adapting, "domain_score", lambda *_, domain: {"soft": next(scores)}[domain])
     spoiled = adapt(first[0], "soft", [str(write_run(tmp_path, "blobs"))], tmp_path / "out")
-    assert "The gate knew soft by 12 videos before. It learned it anew" in spoiled.describe()
+    assert "The gate knew soft by 6 videos before. It learned it anew" in spoiled.describe()
     assert "The gate knew" not in first[1].describe()
     assert (spoiled.at_start, spoiled.at_end) == (0.5, 0.1)
     assert "Warning: training has spoiled the experts of soft as it was: " in spoiled.describe()
@@ -130,7 +130,7 @@ def test_a_domain_starts_from_experts_that_are_good_at_it(first, tmp_path, capsy
     folder, _ = first
     run = write_run(tmp_path, "stripes")
     other = yaml.safe_load(run.read_text()) | {"eval_data": []}
-    other["train_data"][0]["seed"] = 7
+    other["train_data"][0] |= {"seed": 7, "num_videos": 9}
     run.write_text(yaml.safe_dump(other))
     options = ["--like", "auto", "--learning_rate", "0"]
     run_command([str(folder), "--domain", "new", "--dataset", str(run), "--output", str(tmp_path / "out"), *options])
