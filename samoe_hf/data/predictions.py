@@ -129,6 +129,7 @@ class MaskFiles:
         if missing:
             shown = f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}"
             layout = f" in the layout {self.layout} (`--layout` names another)" if len(missing) == len(paths) else ""
+            hint = f"; did you mean {self.folder.parent}?" if (self.folder.parent / missing[0]).is_file() else ""
             raise FileNotFoundError(
-                f"{self.folder}: {len(missing)} of {len(paths)} predictions are missing{layout}: {shown}"
+                f"{self.folder}: {len(missing)} of {len(paths)} predictions are missing{layout}: {shown}{hint}"
             )

@@ -99,3 +99,10 @@ def test_where_none_is_there_the_layout_is_told(tmp_path):
         FileNotFoundError, match=r"1 of 1 .* missing in the layout youtube_vos \(`--layout` names another"
     ):
         MaskFiles(tmp_path, "youtube_vos").check(make_video([2]), [0])
+
+
+def test_of_a_folder_that_is_given_too_deep_the_right_one_is_named(tmp_path):
+    video = make_video([2])
+    MaskFiles(tmp_path, "youtube_vos").write(video, 0, video.masks(0))
+    with pytest.raises(FileNotFoundError, match=rf"1 of 1 predictions are missing.*; did you mean {tmp_path}\?"):
+        MaskFiles(tmp_path / "Annotations", "youtube_vos").check(video, [0])
