@@ -97,7 +97,10 @@ def act(parsed: argparse.Namespace) -> None:
     from samoe_hf.whole_files import whole_file
 
     with input_errors(parsed.model):
-        model, processor = load_tracker(parsed.model, parsed.device, dtype=None)
+        if parsed.action in ("list", "show"):
+            processor, (model, config) = None, domains.load_without_experts(parsed.model)
+        else:
+            config, (model, processor) = None, load_tracker(parsed.model, parsed.device, dtype=None)
     if parsed.action == "list" and parsed.hub:
         base, found = domains.find_on_hub(model, parsed.model)
         rows = [[repository, ", ".join(names) or "cannot be read"] for repository, names in found.items()]
@@ -110,7 +113,7 @@ def act(parsed: argparse.Namespace) -> None:
         with refused, whole_file(parsed.output / MAP) as path:
             figure.savefig(path, dpi=DPI)
         written = f"\nWritten: {parsed.output / MAP}"
-    elif parsed.action != "list":
+    elif processor is not None:
         names = model.config.domain_names
         origins = {name: (parsed.model, name) for name in names}
         done = change(model, processor, parsed, origins)
@@ -124,7 +127,7 @@ def act(parsed: argparse.Namespace) -> None:
                     os.remove(picture)
         print(done)
         written = f"\nWritten: the model in {output}"
-    rows = domains.list_domains(model)
+    rows = domains.list_domains(model, config)
     print((format_table(domains.HEADINGS, rows) if rows else "The model has no domains.") + written)
 
 

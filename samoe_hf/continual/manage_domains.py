@@ -21,6 +21,7 @@ from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.domain_experts import domain_tensors, module_domain
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
+from samoe_hf.model.weights_files import resolve_commit
 from samoe_hf.model.weights_trained import is_original_checkpoint
 from samoe_hf.plots.domains import draw_domains
 from samoe_hf.surgery.domains import merge_domains, remove_domain, rename_domain
@@ -33,15 +34,19 @@ NOTHING_FOUND = "Nothing on the Hub has domains on {0}. If {0} is a whole copy o
 HEADINGS = ("domain", "experts", "rank", "MB", "videos that the gate knows")
 
 
-def list_domains(model: SamoeModel) -> list[list[object]]:
-    """A row for each domain of a model, as [`HEADINGS`] say. No experts are read for it."""
-    rows, sizes = [], Counter()
-    if model.config.domains:
-        plain = build_on_meta(model.config.without_domain_experts())
-        for name, tensors in domain_tensors(plain, model.config.domains).items():
+def list_domains(model: SamoeModel, config: SamoeConfig | None = None) -> list[list[object]]:
+    """A row for each domain of a model, as [`HEADINGS`] say. No experts are read for it.
+
+    Args:
+        config: of a model that was loaded without experts, that of the whole one.
+    """
+    rows, sizes, config = [], Counter(), config or model.config
+    if config.domains:
+        plain = build_on_meta(config.without_domain_experts())
+        for name, tensors in domain_tensors(plain, config.domains).items():
             sizes[module_domain(name)] += sum(tensor.numel() for tensor in tensors.values())
     counts = [] if model.domain_gate is None else model.domain_gate.counts.tolist()
-    for domain, count in zip(model.config.domains or [], counts, strict=True):
+    for domain, count in zip(config.domains or [], counts, strict=True):
         megabytes = sizes[domain["name"]] * model.dtype.itemsize / 1e6
         rank = domain["lora_rank"] if domain["num_experts"] else NO_NUMBER
         rank = f"up to {rank}" if "rank_pattern" in domain else rank
@@ -70,13 +75,26 @@ def draw_map(model: SamoeModel, find: Callable[[str], str | None]) -> Figure:
     return draw_domains(gate.domains, distances_between(gate), examples)
 
 
+def load_without_experts(source: str, but: Sequence[str] = (), **options: Any) -> tuple[SamoeModel, SamoeConfig]:
+    """Loads a model, and of its domains only the experts of those in `but`; the others' are not fetched.
+
+    Returns:
+        the model, and the configuration of the whole one.
+    """
+    if is_original_checkpoint(source):
+        model = SamoeModel.from_pretrained(source, **options)
+        return model, model.config
+    commit = resolve_commit(source, {})
+    hub = {} if commit is None else {"revision": commit}
+    config = SamoeConfig.from_pretrained(source, **hub)
+    return SamoeModel.from_pretrained(source, config=config.without_domain_experts(but), **hub, **options), config
+
+
 def load_for_domains(source: str, names: Sequence[str], like: SamoeModel) -> SamoeModel:
-    """Loads the model that `like` gets domains of, see [`take_domains`]. Of domains but `names`, if any are named, no
-    experts are fetched."""
-    config = None
-    if names and not is_original_checkpoint(source):
-        config = SamoeConfig.from_pretrained(source).without_domain_experts(names)
-    return SamoeModel.from_pretrained(source, config=config, dtype=like.dtype).to(like.device)
+    """Loads the model that `like` gets domains of, those of `names` or all, see [`take_domains`]."""
+    of_names = load_without_experts(source, names, dtype=like.dtype)[0] if names else None
+    other: Any = of_names or SamoeModel.from_pretrained(source, dtype=like.dtype)
+    return other.to(like.device)
 
 
 def take_domains(

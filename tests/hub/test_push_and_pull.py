@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -256,7 +257,7 @@ def test_experts_of_domains_are_files_that_go_and_come_with_them(server, base):
     assert sorted(files) == [f"domains/{name}.safetensors" for name in ("beside_first", "beside_second", "second")]
 
 
-def test_of_many_domains_only_the_one_that_is_taken_is_fetched(server, base, tmp_path):
+def test_of_many_domains_only_the_one_that_is_taken_is_fetched(server, base, tmp_path, capsys):
     rename_domain(base, None, "mine")
     base.push_to_hub("one", experts_only=True)
     for name in ("first", "second"):
@@ -269,11 +270,16 @@ def test_of_many_domains_only_the_one_that_is_taken_is_fetched(server, base, tmp
     main(["domains", "add", "tester/one", "tester/many", *words])
     fetched = [name for name in server.bytes_sent if name.startswith("domains/")]
     assert fetched == ["domains/mine.safetensors", "domains/second.safetensors"]
+    main(["domains", "list", "tester/many"])
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^{name} .* [1-9]\d* .* \d+\.\d+ ", printed, re.MULTILINE) for name in ("first", "third"))
+    assert not {"domains/first.safetensors", "domains/third.safetensors"} & server.bytes_sent.keys()
     remove_domain(base, "first")
     rename_domain(base, "third", "mine")
     assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "out"), base)
-    with pytest.raises(SystemExit, match="tester/none"):
-        main(["domains", "add", "tester/one", "tester/none", *words[:3], str(tmp_path / "other")])
+    for other, message in (("tester/none", "tester/none"), ("a b", "'a b' is neither a folder or file here")):
+        with pytest.raises(SystemExit, match=message):
+            main(["domains", "add", "tester/one", other, *words[:3], str(tmp_path / "other")])
 
 
 def test_domains_are_found_also_where_a_card_was_written_by_hand(server, base):
