@@ -553,7 +553,8 @@ def _image_features(model: SamoePreTrainedModel, placed: Sequence[PlacedObject])
 
 
 def _cached_features(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int) -> ImageFeatures | None:
-    """Features of a frame that this model encoded, with the weights and experts that it has now."""
+    """Features of a frame that this model encoded, in its type and with the experts that the session gets now. As in
+    transformers and `sam2`, they stay if its weights are changed, until `session.reset_inference_session()`."""
     cached = session.cache.get_vision_features(frame_idx)
     if cached is None or "encoder" not in cached:
         return None

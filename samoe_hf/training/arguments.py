@@ -221,6 +221,10 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         for name, unused in (("label_smoothing_factor", 0), ("neftune_noise_alpha", None)):  # for models of text
             if (value := getattr(self, name)) != unused:
                 raise InputError(f"`{name}` must be {unused}, got {value}.")
+        if (strategy := self.train_sampling_strategy) not in ("random", "sequential"):
+            raise InputError(
+                f"`train_sampling_strategy` must be random or sequential, as clips have one length, got {strategy}."
+            )
         if self.fit is not None:
             parse_size(self.fit)
         self.learning_rates = _check_rates(self.learning_rates, self.trainable)

@@ -135,6 +135,7 @@ def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_pa
         (lambda: SamoeTrainer(model, args, eval_dataset={"one": "davis"}), "a dataset must be .*, not str"),
         (lambda: SamoeTrainingArguments(label_smoothing_factor=0.1), "`label_smoothing_factor` must be 0, got 0.1"),
         (lambda: SamoeTrainingArguments(neftune_noise_alpha=5), "`neftune_noise_alpha` must be None, got 5"),
+        (lambda: SamoeTrainingArguments(train_sampling_strategy="group_by_length"), "must be random or sequential"),
         (lambda: SamoeTrainer(model), "`args` must be SamoeTrainingArguments, not NoneType"),
         (lambda: SamoeTrainer(model, TrainingArguments()), "`args` must be SamoeTrainingArguments, not TrainingArg"),
         (lambda: SamoeTrainer("facebook/sam2", args), "`model` must be .* not str"),
