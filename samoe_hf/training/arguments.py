@@ -184,8 +184,8 @@ def choose_aside(videos: Sequence[Video], fraction: float) -> list[int]:
 
 
 def can_be_scored(video: Video) -> bool:
-    """Whether there are an object and further annotated frames to track it on."""
-    return len(video.annotated_frames) > 1 and video.first_visible is not None
+    """Whether there are an object and a later annotated frame to track it on."""
+    return video.first_visible not in (None, *video.annotated_frames[-1:])
 
 
 @dataclass

@@ -57,9 +57,9 @@ def test_bad_options_of_train_and_adapt(run, tmp_path, options, message):
 
 
 def test_only_videos_that_can_be_scored_are_kept_aside():
-    good, bare, still = (numbered_video(count, [seen]) for count, seen in ((4, [3]), (4, []), (1, [0])))
+    good, late, bare, still = (numbered_video(count, [seen]) for count, seen in ((4, [2]), (4, [3]), (4, []), (1, [0])))
     assert bare.object_ids == [1] and choose_aside([good, bare, still], 0.4) == [0]
-    assert choose_aside([bare, still, bare], 0.4) == []
+    assert choose_aside([bare, still, late], 0.4) == []
 
 
 def test_none_is_what_a_run_has_not(run):
