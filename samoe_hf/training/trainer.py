@@ -493,7 +493,10 @@ def parts_of(data: Any) -> Mapping[str, Any]:
 
 
 class RunCallback(TrainerCallback):
-    """Tells a trainer from which step and at which rates it logs, and its dataset the epoch, in each process."""
+    """Tells a trainer from which step and at which rates it logs, and its dataset the epoch, in each process.
+
+    An epoch without a step is an `InputError`, before it is saved.
+    """
 
     def __init__(self, trainer: SamoeTrainer):
         self.trainer = trainer
@@ -505,6 +508,12 @@ class RunCallback(TrainerCallback):
         # Before the schedule goes on.
         groups: Any = kwargs["optimizer"].param_groups
         self.trainer._rates = {f"learning_rate/{group['set']}": group["lr"] for group in groups if "set" in group}
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            raise InputError(
+                "No step was taken: `train_dataset` has no clips, or too few for a batch (`dataloader_drop_last`)."
+            )
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         clips: Any = self.trainer.train_dataset

@@ -70,11 +70,10 @@ def image_lists():
 
 def samoe_trainer(model_folder, folder, train_dataset, eval_dataset=None, kind=SamoeTrainer, **options):
     model, processor = SamoeModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
-    options = {"max_steps": 1, "save_strategy": "no"} | options
+    options = {"max_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 1} | options
     arguments = SamoeTrainingArguments(
-        folder, per_device_train_batch_size=1, report_to="none", disable_tqdm=True, use_cpu=True, learning_rate=1e-3,
-        **options,
-    )  # fmt: skip
+        folder, report_to="none", disable_tqdm=True, use_cpu=True, learning_rate=1e-3, **options
+    )
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     return kind(model, arguments, PROMPT_RECIPES["mask"], processing_class=processor, **data)
 
@@ -179,6 +178,13 @@ def test_evaluation_tracks_items_as_it_tracks_their_videos(model_folder, tmp_pat
 def test_what_is_no_dataset_of_videos_is_refused(data, message, model_folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         samoe_trainer(model_folder, tmp_path, data)
+
+
+def test_a_run_that_takes_no_step_is_an_error(model_folder, tmp_path):
+    few = {"per_device_train_batch_size": 3, "dataloader_drop_last": True}
+    for data, options in ((FloatsAndMasks(), few), (ClipStream([], AutoProcessor.from_pretrained(model_folder)), {})):
+        with pytest.raises(ValueError, match="No step was taken: `train_dataset` has no clips, or too few for a batch"):
+            samoe_trainer(model_folder, tmp_path, data, **options).train()
 
 
 @pytest.mark.slow
