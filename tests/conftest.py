@@ -166,6 +166,11 @@ def files_of(source) -> list[Path]:
         return []
 
 
+def unless_meta(draw):
+    """The same, but nothing is drawn for a tensor without memory, which takes longer than with it."""
+    return lambda tensor, *args, **options: tensor if tensor.is_meta else draw(tensor, *args, **options)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def shortcuts():
     """A folder of a model is read once while its files are the same; further loads are copies, much faster.
@@ -173,7 +178,9 @@ def shortcuts():
     What tells the tensors of a configuration is built once, trainers collect no garbage, and saves do not wait for the
     disk: processes are killed here, but no plug is pulled.
     """
+    from torch.nn import init
     from transformers import PreTrainedConfig
+    from transformers.initialization import TORCH_INIT_FUNCTIONS
 
     from samoe_hf import SamoeModel
     from samoe_hf.model import weights_check
@@ -203,6 +210,9 @@ def shortcuts():
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)  # it is made for each line of a log that is off
         patch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)
+        for name, draw in TORCH_INIT_FUNCTIONS.items():
+            patch.setitem(TORCH_INIT_FUNCTIONS, name, unless_meta(draw))
+            patch.setattr(init, name, unless_meta(getattr(init, name)))
         patch.setattr(SamoeModel, "from_pretrained", from_pretrained)
         patch.setattr(weights_check, "build_on_meta", build_on_meta)
         yield
