@@ -332,12 +332,8 @@ class LabelRun(RunFolder):
         try:
             steps = tracking_steps(together.model, processor, together.read_ahead(video.frames), prompts)
             seconds = yield from through(steps, take)
-            entry = {
-                "frames": len(video),
-                "objects": len(video.object_ids),
-                "seconds": round(seconds, 3),
-                "prompts": made_from,
-            }
+            entry = {"frames": len(video), "objects": len(video.object_ids), "prompts": made_from}
+            entry |= {"seconds": round(seconds, 3)}
             if last is not None and together.model.config.domains is not None:
                 entry |= {"experts_of": last.domain or "base", "confidence": last.domain_confidence}
                 entry |= {"rivals": last.domain_rivals, "unknown": last.domain_unknown}

@@ -38,35 +38,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("adapt", __doc__)
     parser.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
     videos = parser.add_argument_group("videos")
-    videos.add_argument(
-        "--dataset",
-        required=True,
-        metavar="FOLDER|RUN.yaml|{kind: ...}",
-        help="a folder of videos and masks; one dataset as in a run; or a run, see `samoe train`",
-    )
+    help_text = "a folder of videos and masks; one dataset as in a run; or a run, see `samoe train`"
+    videos.add_argument("--dataset", required=True, metavar="FOLDER|RUN.yaml|{kind: ...}", help=help_text)
     domain = parser.add_argument_group("domain")
     domain.add_argument("--domain", required=True, metavar="NAME", help="the new domain; one that is there goes on")
-    domain.add_argument(
-        "--like",
-        metavar="auto|none|DOMAIN",
-        default="auto",
-        help="start from the experts of a domain; auto: those that track the training videos best (%(default)s)",
-    )
-    domain.add_argument(
-        "--lora_rank",
-        metavar="N|auto",
-        help="the experts' rank; auto: train a high one, and keep of each layer what matters (the run's)",
-    )
-    domain.add_argument(
-        "--budget",
-        metavar="SIZE",
-        help=f"with `--lora_rank auto`: what the domain's experts may have on disk, such as 500kB ({DEFAULT_BUDGET})",
-    )
-    domain.add_argument(
-        "--former",
-        metavar="NAME",
-        help="the domain that experts of no domain become, such as those of a SAM2-MoE checkpoint (former)",
-    )
+    help_text = "start from the experts of a domain; auto: those that track the training videos best (%(default)s)"
+    domain.add_argument("--like", metavar="auto|none|DOMAIN", default="auto", help=help_text)
+    help_text = "the experts' rank; auto: train a high one, and keep of each layer what matters (the run's)"
+    domain.add_argument("--lora_rank", metavar="N|auto", help=help_text)
+    help_text = f"with `--lora_rank auto`: what the experts may have on disk, such as 500kB ({DEFAULT_BUDGET})"
+    domain.add_argument("--budget", metavar="SIZE", help=help_text)
+    help_text = "the domain that experts of no domain become, such as those of a SAM2-MoE checkpoint (former)"
+    domain.add_argument("--former", metavar="NAME", help=help_text)
     add_output_option(parser, "folder for the new model")
     parsed, parsed.overrides = parser.parse_known_args(arguments)
     if parsed.budget is not None and parsed.lora_rank != AUTO:

@@ -38,32 +38,22 @@ CORE_SECONDS = 15  # of one CPU core for a frame, see docs/speed.md
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("app", __doc__)
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="by default SAM 2.1's tiny if it is there, or the small one of the package",
-    )
-    model.add_argument(
-        "--compare", action="append", default=[], metavar="MODEL", help="another model to compare with; may be repeated"
-    )
+    help_text = "by default SAM 2.1's tiny if it is there, or the small one of the package"
+    model.add_argument("model", nargs="?", metavar="MODEL", help=help_text)
+    help_text = "another model to compare with; may be repeated"
+    model.add_argument("--compare", action="append", default=[], metavar="MODEL", help=help_text)
     add_original_options(model)
     add_memory_option(model)
     add_unknown_option(model)
     learning = parser.add_argument_group("learning")
     learning.add_argument("--data", type=Path, metavar="DIR", help="collect corrected videos here; allows learning")
-    learning.add_argument(
-        "--models",
-        type=Path,
-        metavar="DIR",
-        help="for models that are learned, or saved with other domains; DATA_models if not given",
-    )
+    help_text = "for models that are learned, or saved with other domains; DATA_models if not given"
+    learning.add_argument("--models", type=Path, metavar="DIR", help=help_text)
     server = parser.add_argument_group("server")
     server.add_argument("--host", metavar="NAME", help="0.0.0.0 for all networks (127.0.0.1)")
     server.add_argument("--port", type=int, metavar="N", help="(the first free one from 7860 on)")
-    server.add_argument(
-        "--share", action="store_true", default=None, help="also open it to the internet, by a link of Gradio's"
-    )
+    help_text = "also open it to the internet, by a link of Gradio's"
+    server.add_argument("--share", action="store_true", default=None, help=help_text)
     server.add_argument("--upload-limit", type=int, default=512, metavar="MB", help="of a file (%(default)s)")
     server.add_argument("--frame-limit", type=int, default=30_000, metavar="N", help="of a video (%(default)s)")
     server.add_argument("--people-limit", type=int, default=32, metavar="N", help="at once (%(default)s)")

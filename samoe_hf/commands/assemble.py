@@ -36,13 +36,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     model.add_argument("loras", nargs="+", metavar="[NAME=]LORA", help="folder or Hub id of a PEFT adapter")
     add_original_options(model, experts=False)
     videos = parser.add_argument_group("videos")
-    videos.add_argument(
-        "--dataset",
-        action="append",
-        required=True,
-        metavar="FOLDER|RUN.yaml|{kind: ...}",
-        help="those of a run's `train_data`, or of one dataset; once for all LoRAs, or once for each",
-    )
+    help_text = "those of a run's `train_data`, or of one dataset; once for all LoRAs, or once for each"
+    kinds = "FOLDER|RUN.yaml|{kind: ...}"
+    videos.add_argument("--dataset", action="append", required=True, metavar=kinds, help=help_text)
     add_output_option(parser, "folder for the model; new or empty")
     add_device_option(parser)
     return parser.parse_args(arguments)

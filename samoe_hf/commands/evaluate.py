@@ -38,9 +38,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     models = parser.add_argument_group("models")
     models.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3 or an original .pt")
     models.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
-    models.add_argument(
-        "--predictions", action="append", default=[], type=Path, metavar="DIR", help="score these masks as well"
-    )
+    help_text = "score these masks as well"
+    models.add_argument("--predictions", action="append", default=[], type=Path, metavar="DIR", help=help_text)
     options.add_original_options(models)
     options.add_dataset_options(parser)
     options.add_memory_option(models, several=True)
@@ -51,13 +50,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     scores = parser.add_argument_group("scores")
     scores.add_argument("--protocol", choices=get_args(Protocol), help="which frames count; by default the dataset's")
     scores.add_argument("--surface-tolerance", type=float, default=2.0, metavar="MM", help="for volumes")
-    scores.add_argument(
-        "--seen-unseen",
-        nargs=2,
-        type=Path,
-        metavar=("META", "TRAIN_META"),
-        help="YouTube-VOS' meta.json of the split and of training",
-    )
+    help_text, files = "YouTube-VOS' meta.json of the split and of training", ("META", "TRAIN_META")
+    scores.add_argument("--seen-unseen", nargs=2, type=Path, metavar=files, help=help_text)
     output = options.add_output_option(parser, "folder for results and masks")
     options.add_layout_option(output)
     output.add_argument("--overwrite", action="store_true", help="replace the results of another evaluation there")

@@ -29,16 +29,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options.add_model_option(parser)
     options.add_dataset_options(parser)
     routing = parser.add_argument_group("routing")
-    routing.add_argument(
-        "--routing-video", action="append", default=[], metavar="N|ID",
-        help="video to map, by number or id; may be repeated; the first of each domain",
-    )  # fmt: skip
+    help_text = "video to map, by number or id; may be repeated; the first of each domain"
+    routing.add_argument("--routing-video", action="append", default=[], metavar="N|ID", help=help_text)
     routing.add_argument("--routing-module", metavar="NAME", help="layer to map; the last cross attention's q_proj")
     routing.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
-    routing.add_argument(
-        "--dead-share", type=float, default=0.001, metavar="SHARE",
-        help="experts that a smaller share of the tokens choose are dead (%(default)s)",
-    )  # fmt: skip
+    help_text = "experts that a smaller share of the tokens choose are dead (%(default)s)"
+    routing.add_argument("--dead-share", type=float, default=0.001, metavar="SHARE", help=help_text)
     options.add_output_option(parser, "folder (%(default)s)", "outputs/experts")
     # Compiled parts run uncompiled where routers are watched.
     options.add_tracking_options(parser, compiles=False)

@@ -62,12 +62,8 @@ def add_tracking_options(
 ) -> argparse._ArgumentGroup:
     """Adds `--device`, `--dtype`, `--image-size` and `--compile`, for [`tracking_options`]."""
     machine = add_device_option(parser, shared)
-    machine.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the weights, and of what is computed; auto: bfloat16 on a GPU that has it, else float32",
-    )
+    help_text = "of the weights, and of what is computed; auto: bfloat16 on a GPU that has it, else float32"
+    machine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=help_text)
     add_size_option(machine)
     if compiles:
         help_text = "compile the model; the first frames take minutes, later ones less time"

@@ -100,14 +100,13 @@ def load_original(
     tensors, source = _read_tensors(checkpoint), str(checkpoint)
     if all(map(is_expert_name, tensors)):
         raise InputError(f"{checkpoint} holds experts only; give it as `experts`, beside a base checkpoint.")
-    if is_sam3(tensors):
-        if not experts is original_config is None:
-            raise InputError(f"{checkpoint} is SAM 3; `experts` and `original_config` go with SAM 2's checkpoints.")
+    other = "SAM 3" if is_sam3(tensors) else "EdgeTAM" if is_edgetam(tensors) else None
+    if other and not experts is original_config is None:
+        raise InputError(f"{checkpoint} is {other}; `experts` and `original_config` go with SAM 2's checkpoints.")
+    if other == "SAM 3":
         config, tensors = _sam3_tracker(tensors, source)
         return config, _widened(tensors, copy=True)
-    if is_edgetam(tensors):
-        if not experts is original_config is None:
-            raise InputError(f"{checkpoint} is EdgeTAM; `experts` and `original_config` go with SAM 2's checkpoints.")
+    if other:
         config = edgetam_config("obj_ptr_tpos_proj.weight" in tensors, "no_obj_embed_spatial" in tensors)
         own = state_dict_from_edgetam(tensors)
         _check_fit(own, edgetam_tensors(config), source)

@@ -121,9 +121,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(
-    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
-)
+_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
 
 
 def _read_document(path: str | os.PathLike) -> dict[str, Any]:
@@ -160,9 +158,7 @@ def _setting_paths(section: Section) -> Iterator[str]:
 
 def settings_of(config: SamoeConfig, with_experts: bool) -> dict[str, Any]:
     """What the original's YAML can say of `config`: place in SamoeConfig -> value."""
-    paths = [*_setting_paths(ORIGINAL)]
-    if with_experts:
-        paths += [name for name in EXPERT_SETTINGS]
+    paths = [*_setting_paths(ORIGINAL), *(EXPERT_SETTINGS if with_experts else ())]
     return {path: get_setting(config, path) for path in paths}
 
 
@@ -250,38 +246,24 @@ def _check_settings(settings: Mapping[str, Any], channels: list[int]) -> None:
     width, heads = settings[WIDTH], settings[f"{TRUNK}num_attention_heads"]
     stages, windows = settings[f"{TRUNK}blocks_per_stage"], settings[f"{TRUNK}window_size_per_stage"]
     listed, blocks = settings[CHANNELS], settings[f"{TRUNK}global_attention_blocks"]
+    shown = reprlib.repr(blocks)
     parts = settings["memory_attention_num_attention_heads"] * settings["memory_attention_downsample_rate"]
     activation = settings["memory_attention_feed_forward_hidden_act"]
-    pairs = ("query_stride", "window_positional_embedding_background_size")
-    pairs = ("memory_attention_rope_feat_sizes", *(f"{TRUNK}{name}" for name in pairs))
+    names = (f"{TRUNK}query_stride", f"{TRUNK}window_positional_embedding_background_size")
+    pairs = {name: settings[name] for name in ("memory_attention_rope_feat_sizes", *names)}
     checks = [
         (width > 64 and width % 64 == 0, f"`d_model` must be a multiple of 64 above 64, got {width}."),
-        (
-            len(stages) == len(windows) == 4,
-            f"`stages` and `window_spec` must have four entries each, got {stages} and {windows}.",
-        ),
-        (
-            listed == channels[::-1],
-            f"`backbone_channel_list` is {listed}, but the trunk's channels are {channels[::-1]}.",
-        ),
+        (len(stages) == len(windows) == 4, f"`stages` and `window_spec` must have 4 entries, got {stages}, {windows}."),
+        (listed == channels[::-1], f"`backbone_channel_list` is {listed}, but the trunk has {channels[::-1]}."),
         (
             channels[0] % heads == 0,
-            f"The trunk's `num_heads` must divide its `embed_dim` of {channels[0]}, got {heads}.",
+            f"The `num_heads` must divide the trunk's `embed_dim` {channels[0]}, got {heads}.",
         ),
-        (
-            width % parts == 0,
-            f"The attentions' `num_heads` times `downsample_rate`, {parts}, must divide `d_model`, {width}.",
-        ),
+        (width % parts == 0, f"`num_heads` times `downsample_rate`, {parts}, must divide `d_model`, {width}."),
         (activation in ("relu", "gelu"), f"`activation` is {activation!r}; only 'relu' and 'gelu' are supported."),
-        (
-            all(block < sum(stages) for block in blocks),
-            f"`global_att_blocks` must be below {sum(stages)}, as many as blocks, got {reprlib.repr(blocks)}.",
-        ),
+        (max(blocks, default=0) < sum(stages), f"`global_att_blocks` must be below {sum(stages)}, got {shown}."),
         (settings["max_cond_frame_num"] not in (0, 1), "`max_cond_frames_in_attn` must be -1, for all, or at least 2."),
-        *(
-            (len(settings[name]) == 2, f"`{name}` must have two entries, got {reprlib.repr(settings[name])}.")
-            for name in pairs
-        ),
+        *((len(two) == 2, f"`{name}` must have two entries, got {reprlib.repr(two)}.") for name, two in pairs.items()),
     ]
     for is_fit, message in checks:
         if not is_fit:

@@ -383,8 +383,8 @@ BAD_FIELDS = [
     ("image_encoder.trunk", "hiera", "must be a mapping of fields, got 'hiera'"),
     ("image_encoder.trunk.patch_size", 16, "has fields that SAM 2 does not have there: patch_size"),
     (f"{ATTENTION}.num_experts", 3, "cross_attention.num_experts` is 4, but .+self_attention.+ is 3"),
-    ("image_encoder.neck.backbone_channel_list", [1, 2, 3, 4], r"is \[1, 2, 3, 4\], but the trunk's channels are"),
-    ("image_encoder.trunk.stages", [1, 2, 3], "`stages` and `window_spec` must have four entries each"),
+    ("image_encoder.neck.backbone_channel_list", [1, 2, 3, 4], r"is \[1, 2, 3, 4\], but the trunk has"),
+    ("image_encoder.trunk.stages", [1, 2, 3], "`stages` and `window_spec` must have 4 entries"),
     ("image_size", 100, "`image_size` must be a multiple of 32, got 100"),
     ("memory_attention.num_layers", None, r"`model\.memory_attention\.num_layers` is missing"),
     # It disagrees with the tensors.
