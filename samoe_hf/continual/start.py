@@ -53,18 +53,16 @@ def find_start(
 
 
 def read_excerpts(model: SamoeModel, videos: Sequence[Video]) -> list[Video]:
-    """The first frames of some videos, of the model's size, in RAM; those without two to track are left out."""
+    """The first frames with objects of some videos, of the model's size, in RAM; a video with one has none."""
     size = model.config.image_size
     assert isinstance(size, int)
-    excerpts = [_excerpt(video, size) for video in evenly_chosen(videos, NUM_VIDEOS)]
-    return [video for video in excerpts if video is not None]
-
-
-def _excerpt(video: Video, size: int) -> Video | None:
-    """The first frames of a video from the one on that shows an object; None if there are no two."""
-    first = video.first_visible
-    frames = [] if first is None else [t for t in video.annotated_frames if t >= first][:NUM_FRAMES]
-    return reduced(video, size, frames) if len(frames) > 1 else None
+    excerpts = []
+    for video in evenly_chosen(videos, NUM_VIDEOS):
+        first = video.first_visible
+        frames = [] if first is None else [t for t in video.annotated_frames if t >= first][:NUM_FRAMES]
+        if len(frames) > 1:
+            excerpts.append(reduced(video, size, frames))
+    return excerpts
 
 
 def domain_score(model: SamoeModel, processor: VideoProcessor, videos: Sequence[Video], domain: str | None) -> float:

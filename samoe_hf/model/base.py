@@ -6,11 +6,7 @@ A further base is a file like `base_sam3.py` and an entry in `BASES`.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import (
-    PreTrainedConfig,
-    Sam2VideoInferenceSession,
-    Sam3TrackerVideoInferenceSession,
-)
+from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam3TrackerVideoInferenceSession
 
 from .base_edgetam import EDGETAM
 from .base_interface import FINEST_RATIO, TYPED_PARTS, Base, VideoConfig

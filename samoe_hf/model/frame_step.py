@@ -291,12 +291,7 @@ def embed_prompt(model: SamoePreTrainedModel, prompt: Prompt | None, num_objects
     previous_mask = None if prompt is None else prompt.previous_mask
     if previous_mask is not None:
         previous_mask = previous_mask.to(encoder.no_mask_embed.weight.dtype)  # logits are in float32 at least
-    sparse, dense = encoder(
-        input_points=points,
-        input_labels=labels,
-        input_boxes=None,
-        input_masks=previous_mask,
-    )
+    sparse, dense = encoder(input_points=points, input_labels=labels, input_boxes=None, input_masks=previous_mask)
     if points is None:
         # `sam2` gives a padding point instead, and pads it with another.
         sparse = encoder.not_a_point_embed.weight.expand(num_objects, 1, 2, -1)

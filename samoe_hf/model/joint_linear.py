@@ -19,10 +19,7 @@ from .expert_router import Router
 from .kept import keep, keeps, once_for_clip
 
 # Whose own code is known here. Parametrized modules, and what PEFT wraps around layers, are of other classes.
-OWN_KINDS = (
-    *(nn.Linear, BaseLinear, ExpertLinear, DomainLinear, DomainExperts),
-    *(Router, Sam2VideoFeedForward),
-)
+OWN_KINDS = (nn.Linear, BaseLinear, ExpertLinear, DomainLinear, DomainExperts, Router, Sam2VideoFeedForward)
 
 
 class JointLayers(NamedTuple):

@@ -255,10 +255,7 @@ def _check_settings(settings: Mapping[str, Any], channels: list[int]) -> None:
         (width > 64 and width % 64 == 0, f"`d_model` must be a multiple of 64 above 64, got {width}."),
         (len(stages) == len(windows) == 4, f"`stages` and `window_spec` must have 4 entries, got {stages}, {windows}."),
         (listed == channels[::-1], f"`backbone_channel_list` is {listed}, but the trunk has {channels[::-1]}."),
-        (
-            channels[0] % heads == 0,
-            f"The `num_heads` must divide the trunk's `embed_dim` {channels[0]}, got {heads}.",
-        ),
+        (channels[0] % heads == 0, f"The `num_heads` must divide the trunk's `embed_dim` {channels[0]}, got {heads}."),
         (width % parts == 0, f"`num_heads` times `downsample_rate`, {parts}, must divide `d_model`, {width}."),
         (activation in ("relu", "gelu"), f"`activation` is {activation!r}; only 'relu' and 'gelu' are supported."),
         (max(blocks, default=0) < sum(stages), f"`global_att_blocks` must be below {sum(stages)}, got {shown}."),

@@ -1,6 +1,7 @@
 """How near domains are to each other for the gate, as a map and in numbers; how large one needs to be."""
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,7 @@ def draw_domains(names: Sequence[str], distances: np.ndarray, examples: Mapping[
         examples: name of a domain -> an image file.
     """
     known = np.isfinite(distances.diagonal())
-    names, distances = (
-        [name for name, is_known in zip(names, known, strict=True) if is_known],
-        distances[known][:, known],
-    )
+    names, distances = [*compress(names, known)], distances[known][:, known]
     figure = Figure(figsize=(11, 5), layout="constrained")
     chart, table = figure.subplots(1, 2)
     places = _placed(np.log1p((distances + distances.T) / 2))
