@@ -17,7 +17,7 @@ from samoe_hf import SamoeModel
 from samoe_hf.data import SyntheticVideos, write_video
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.one_writer import OneWriter
-from samoe_hf.surgery.domains import add_domain, remove_domain
+from samoe_hf.surgery.domains import add_domain
 
 DATA = ["--dataset", "synthetic", "--domain", "blobs", "--option", "num_videos=2", "--option", "num_frames=3"]
 
@@ -142,8 +142,6 @@ def test_a_confirmed_video_changes_one_row_of_the_gate_alone(samoe, folder, copy
     ("words", "message"),
     [
         (["remove", "FOLDER", "z", "--output", "OUT"], "The model has no domain 'z'; there are 'a', 'b'"),
-        (["rename", "FOLDER", "a", "b", "--output", "OUT"], "`new_name` 'b' is the name of a domain"),
-        (["add", "FOLDER", "FOLDER", "--output", "OUT"], "Both models have a domain 'a'"),
         (
             ["add", "FOLDER", "FOLDER", "--as", "x", "--output", "OUT"],
             "(`--as`) is for one domain, but 2 are taken: a, b",
@@ -152,7 +150,6 @@ def test_a_confirmed_video_changes_one_row_of_the_gate_alone(samoe, folder, copy
             ["add", "FOLDER", "FOLDER", "--domain", "z", "--output", "OUT"],
             "The other model has no domain 'z'; it has 'a', 'b'",
         ),
-        (["add", "FOLDER", "OTHER", "--as", "x", "--output", "OUT"], "The models have different bases"),
         (["confirm", "FOLDER", "nothing.mp4", "--domain", "z", "--output", "OUT"], "The model has no domain 'z'"),
         (["confirm", "FOLDER", "nothing.mp4", "--domain", "a", "--output", "OUT"], "nothing.mp4"),
         (["remove", "FOLDER", "a", "--output", "FOLDER"], "exists; give a new folder, or `--in-place`"),
@@ -160,14 +157,9 @@ def test_a_confirmed_video_changes_one_row_of_the_gate_alone(samoe, folder, copy
         (["list", "FOLDER", "--hub"], "which only this machine has"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_written(samoe, gated, folder, tmp_path, words, message):
-    if "OTHER" in words:
-        other = SamoeModel.from_pretrained(folder)
-        remove_domain(other, "a")
-        other.mask_decoder.iou_token.weight.data += 1
-        other.save_pretrained(tmp_path / "other")
+def test_what_cannot_be_is_refused_and_nothing_is_written(samoe, folder, tmp_path, words, message):
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    names = {"FOLDER": folder, "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}
+    names = {"FOLDER": folder, "OUT": tmp_path / "out"}
     assert message in samoe("domains", *(names.get(word, word) for word in words), fails=True)
     assert not (tmp_path / "out").exists()
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before

@@ -186,7 +186,6 @@ def test_processes_share_the_videos(run, model_folder, davis, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--prompt", "clicks"], "`prompt` must be mask, box"),
         (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
         (["--video", "v9"], "`--video` names ['v9']"),
         (["--split", "train"], "no list for this split; there are: val"),

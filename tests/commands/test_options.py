@@ -127,7 +127,6 @@ def test_what_goes_with_an_original_checkpoint_is_told(tmp_path, monkeypatch, mo
     for model, message in (
         ([NANO / "sam2.1_hiera_nano.pt"], r"give the model's YAML as `original_config` \(`--config` of a command\)"),
         ([model_folder, "--config", "x.yaml"], "`--experts` and `--config` go with an original checkpoint"),
-        ([NANO / "samoe_nano_adapters.pt"], "holds experts only; give it as `experts`"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["track", *map(str, model), "in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"])

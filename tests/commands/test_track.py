@@ -88,7 +88,6 @@ def test_a_folder_of_frames_from_a_frame_in_the_middle(track, model_folder, vide
         (["--point", "256=4,5"], "ids of objects must be from 1 to 255, got 256"),
         (["--mask", "nowhere.png"], "nowhere.png"),
         (["--point", "4,5", "--end", "1=5@3"], "`--end` must be [ID=]FRAME, got '1=5@3'"),
-        (["--mask", "large.png"], "ids of objects must be from 1 to 255, got 300"),
         (["--mask", "mask.png", "--mask", "mask.png"], "Object 1 has two masks on frame 0"),
         (["--mask", "3=large.png"], "one object, 3, but holds the values 2, 300; give a map of ids without an id"),
         ([], "at least one object, by `--point`, `--box` or `--mask`"),
@@ -149,19 +148,12 @@ def test_outputs_are_checked_before_anything_is_loaded(track, file, tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     before = file.read_bytes(), (frames / "0.png").read_bytes()
     for video, arguments, message in (
-        (file, ["--output", file], "in.mp4 exists; give another `--output` or `--overwrite`"),
         (file, ["--output", tmp_path / "o.mp4", "--masks", tmp_path], "must be a new folder"),
         (file, ["--output", tmp_path / "old.mp4"], "old.mp4 exists; give another `--output` or `--overwrite`"),
         (file, ["--overwrite", "--output", file], "`--output` must not be the video itself"),
         (file, ["--overwrite", "--output", tmp_path / "o.mp4", "--masks", tmp_path], "one of masks alone"),
-        (
-            frames,
-            ["--overwrite", "--output", tmp_path / "o.mp4", "--masks", frames],
-            "`--masks` must not be the video itself",
-        ),
         (file, ["--overwrite", "--output", tmp_path / "folder.mp4"], "folder.mp4 is a folder"),
         (file, ["--output", tmp_path / "o.gif"], "`--output` must end in .mp4, .m4v, .mov or .mkv, got"),
-        (file, ["--output", tmp_path / "o"], "`--output` must end in"),
         (frames, ["--output", tmp_path / "o.mp4", "--masks", frames], "`--masks` must not be the video itself"),
     ):
         assert message in track("nowhere", video, "--point", "40,30", *arguments, fails=True)

@@ -73,7 +73,5 @@ def test_a_model_is_trained_at_the_image_size_of_the_run(samoe, smoke_config, tm
 def test_a_new_model_has_the_image_size_of_the_run(samoe, smoke_config, tmp_path):
     text = smoke_config.read_text()
     smoke_config.write_text(text.replace(text.splitlines()[1], "model_config: model_nano"))
-    printed = samoe("train", smoke_config, "--image_size", "50", fails=True)
-    assert "`image_size` must be a multiple of 32, got 50" in printed and not (tmp_path / "out").exists()
     samoe("train", smoke_config, "--image_size", "64", "--max_steps", "1")
     assert SamoeModel.from_pretrained(tmp_path / "out").config.image_size == 64

@@ -146,7 +146,7 @@ def test_several_selections_are_compared_each_once(samoe, words, tmp_path):
     assert [model["label"].rpartition("-")[2] for model in results["models"]] == ["recent", "distractor"]
 
 
-@pytest.mark.parametrize("command", ["track", "label", "evaluate", "experts", "convert", "app"])
+@pytest.mark.parametrize("command", ["experts", "convert", "app"])
 def test_an_image_size_that_the_model_cannot_take_is_refused(words, samoe, model_folder, tmp_path, command):
     rest = {"convert": ["convert", model_folder, "--output", tmp_path / "out"], "app": ["app", model_folder]}
     printed = samoe(*(rest[command] if command in rest else words(command)), "--image-size", "50", fails=True)

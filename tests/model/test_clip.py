@@ -135,7 +135,6 @@ def test_router_logits_of_a_clip_are_those_of_its_real_objects(model_folder):
     [
         ({"pixel_values": np.zeros((1, 2, 3, 128, 128), np.float32)}, "`pixel_values` must be a torch.Tensor.*ndarray"),
         ({"pixel_values": torch.zeros(1, 2, 3, 128, 128, dtype=torch.uint8)}, "normalized frames.*got torch.uint8"),
-        ({"labels": np.zeros((1, 1, 2, 128, 128), bool)}, "`labels` must be a torch.Tensor.*got ndarray"),
         (
             {"input_boxes": np.zeros((1, 1, 4))},
             r"`input_boxes` must be a torch.Tensor of shape \(1, \*, 4\), got ndarray",
