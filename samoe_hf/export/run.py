@@ -160,16 +160,12 @@ class Tracker:
             ids, given, labels, reads = zip(*batch, strict=True)
             if kind == "mask":
                 output = self.run("mask_prompt", **self.levels("coarse"), mask=np.stack(given))
+            elif before is None:
+                coarse = np.repeat(self.features["without_memory"], len(ids), axis=0)
+                output = self.decode(coarse, given, labels, num_points=kind[0], is_first=True)
             else:
-                previous = (
-                    [before[i] for i in ids] if before is not None and self.rules["previous_mask_with_clicks"] else None
-                )
-                coarse = (
-                    self.attend(reads)
-                    if before is not None
-                    else np.repeat(self.features["without_memory"], len(ids), axis=0)
-                )
-                output = self.decode(coarse, given, labels, previous, kind[0], is_first=before is None)
+                previous = [before[i] for i in ids] if self.rules["previous_mask_with_clicks"] else None
+                output = self.decode(self.attend(reads), given, labels, previous, kind[0])
             for i, mask, memory in self.remember(ids, output, is_prompted=True):
                 masks[i], self.objects[i].conditioning[t] = mask, memory
                 self.objects[i].tracked.pop(t, None)
