@@ -246,6 +246,17 @@ def test_frames_that_were_encoded_for_another_domain_are_encoded_anew(gated, pro
     torch.testing.assert_close(*masks_of_frame_2, rtol=1e-4, atol=1e-4)
 
 
+def test_frames_that_were_encoded_with_half_of_the_experts_are_encoded_anew(gated, processor, domain_videos):
+    """Frame 2 was encoded ahead where the session caches more frames."""
+    model, video, masks_of_frame_2 = with_one_expert(gated), domain_videos["shapes"][21], []
+    for size in (1, 3):
+        session = start(video.frames, processor, video, max_vision_features_cache_size=size)
+        for frame_idx, session.unknown in enumerate(("mix", "mix", "nearest")):
+            output = model(session, frame_idx=frame_idx)
+        masks_of_frame_2.append(output.pred_masks)
+    torch.testing.assert_close(*masks_of_frame_2, rtol=1e-4, atol=1e-4)
+
+
 def test_a_video_that_changes_its_look_is_decided_anew_if_asked_for(gated, processor, domain_videos):
     first, second = domain_videos["blobs"][22], domain_videos["stripes"][22]
     frames = [video.frames[t] for video in (first, second) for t in range(3)]
