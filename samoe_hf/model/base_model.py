@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,6 +30,10 @@ from .memory_attention import MemoryAttention
 TOKEN_PARAMETERS = re.compile(
     r"no_\w+|memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter|pos_embed\w*|position_embeddings"
 )
+# transformers takes PyTorch's initializers away, for all threads, while it builds a model to load; two threads at once
+# would leave them away for good.
+building = RLock()
+
 T = TypeVar("T")
 
 
@@ -194,7 +199,7 @@ def build_on_meta(config: SamoeConfig, with_experts: bool = True) -> Sam2VideoMo
     """A model, or the base model alone, without memory for its tensors; an `InputError` if none can be built."""
     kind = SamoePreTrainedModel if with_experts else Sam2VideoModel
     try:
-        with torch.device("meta"), init.no_init_weights():
+        with building, torch.device("meta"), init.no_init_weights():
             return kind(copy.deepcopy(config))
     except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"The configuration describes no model that can be built: {error}") from error

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import load_adapters
 from .base import base_of, needs_renaming
-from .base_model import SamoePreTrainedModel
+from .base_model import SamoePreTrainedModel, building
 from .configuration_samoe import SamoeConfig, check_old_names
 from .domain_experts import store_domain_experts
 from .domain_files import open_domain_files
@@ -158,7 +158,7 @@ def _load_whole(
     if stored is not None and renamed:
         arguments["state_dict"] = {own: stored.read(name) for own, name in renamed.items()}
     domains = None if stored is None or "state_dict" in arguments else config.domains
-    with without_load_report():
+    with building, without_load_report():
         # What does not fit are experts that give place to new ones.
         model, info = request.load_weights(
             None if "state_dict" in arguments else source,

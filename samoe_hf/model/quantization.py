@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import plain_name
 from .base import base_of, config_of_base
-from .base_model import SamoePreTrainedModel
+from .base_model import SamoePreTrainedModel, building
 from .errors import InputError
 from .expert_layer import META, BaseLinear, QuantizedProduct, is_expert_parameter, replace_module
 from .weights_io import plain_tensors
@@ -102,7 +102,7 @@ def _with_skips(model: SamoePreTrainedModel, quantization_config: Any) -> Quanti
 
 def _quantized_base(model: SamoePreTrainedModel, quantization_config: Any, device_map: Any) -> PreTrainedModel:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_parameter(name)}
-    with without_load_report() as reports:
+    with building, without_load_report() as reports:
         try:
             config = config_of_base(model.config)
             kind: Any = base_of(model.config).quantized_class or MODEL_MAPPING[type(config)]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -251,3 +252,18 @@ def test_unknown_arguments_of_saving_are_refused(nano, tmp_path):
     with pytest.raises(ValueError, match="`variant` does not go with `experts_only`, got 'fp16'"):
         nano.model.save_pretrained(tmp_path / "out", experts_only=True, variant="fp16")
     assert not (tmp_path / "out").exists()
+
+
+def test_threads_that_load_at_once_leave_the_initializers_of_others(model_folder):
+    """transformers takes PyTorch's away while it builds a model; what others build then has no values."""
+    before, interval = dict(vars(torch.nn.init)), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            models = [*threads.map(lambda _: SamoeModel.from_pretrained(model_folder), range(12))]
+        assert {name for name, value in vars(torch.nn.init).items() if value is not before[name]} == set()
+        for model in models[1:]:
+            assert_same_tensors(models[0].state_dict(), model.state_dict())
+    finally:
+        sys.setswitchinterval(interval)
+        vars(torch.nn.init).update(before)
