@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from samoe_hf import SamoeModel, small_base
 from samoe_hf.continual.adapt import SMALL_MODEL_EXPERTS, adapt
@@ -79,6 +80,9 @@ def draw_ranks(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(sizes, cut, "s--", color=LINES[1], label="rank 32, cut after training")
         axes.plot(row["chosen"] / 1e3, 100 * row["auto"], "D", color=LINES[2], markersize=9, label="auto")
         axes.set(title=row["look"], xlabel="kB of the experts", ylabel="J&F", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
