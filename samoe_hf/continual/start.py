@@ -53,7 +53,8 @@ def find_start(
 
 
 def read_excerpts(model: SamoeModel, videos: Sequence[Video]) -> list[Video]:
-    """The first frames with objects of some videos, of the model's size, in RAM; a video with one has none."""
+    """The first frames of some videos from one with an object on, of the model's size, in RAM; videos without two such
+    frames are left out."""
     size = model.config.image_size
     assert isinstance(size, int)
     excerpts = []

@@ -25,7 +25,8 @@ class Annotations(ABC):
     """Masks per annotated frame and object.
 
     Attributes:
-        frames: indices of the annotated frames, ascending. On one, an object without pixels is absent.
+        frames: indices of the annotated frames, ascending. A frame that is not among them says nothing about the
+            objects; on one that is, an object without pixels is absent.
         size: (height, width) of all masks, where it is known before they are read.
         notes: what was guessed, which `samoe data check` prints; some is known when masks are read.
     """

@@ -1,4 +1,8 @@
-"""Datasets of the `datasets` library, on the Hub or on disk, as videos. Images are decoded when they are asked for."""
+"""Datasets of the `datasets` library, on the Hub or on disk, as videos.
+
+Known are those of `to_datasets`; those with a column of lists of frames and one of lists of label images; and those
+with one frame a row, its label image, and the name of its video. Images are decoded when they are asked for.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ def video_from_item(item: Any, index: int = 0) -> Video:
             - `video_id`, `domain`: names, "item_<index>" and "default" if not given.
             - `object_ids`: of masks (T, N, H, W) the objects' ids, 1 to N if not given; of ids (T, H, W) those that
               count, all above 0 if not given.
+            - `points`: not used, with a warning.
 
             Frames and masks are arrays, tensors, or lists of T of them or of PIL images. Other keys are left alone.
         index: of the item, for messages.

@@ -73,3 +73,4 @@ def test_letters_that_the_font_lacks_are_no_news(tmp_path):
         warnings.simplefilter("error")
         for number in range(2):
             plot_sheet({"名前": [np.zeros((8, 8, 3), np.uint8)]}, tmp_path / f"{number}.png", "題")
+    assert len([*tmp_path.glob("*.png")]) == 2
