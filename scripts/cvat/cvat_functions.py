@@ -11,7 +11,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, load_tracker
 
 MAX_TRACKS = 64  # objects whose memories are kept; the one that was not tracked for longest goes first
-MAX_BACK = 16  # frames that a track can go back, and still read all that it read there before
 SHAPES = ("rectangle", "polygon", "mask")
 
 
@@ -87,10 +86,10 @@ def track(tracker: "Tracker", body: dict) -> dict:
     prompts = [shape_prompt(shapes[i], image.shape[:2]) for i in new]
     if count > MAX_TRACKS:
         raise InputError(f"{MAX_TRACKS} objects are the most in a request, got {count}.")
-    steps = tracker.proceed([state for state in states if state is not None], image)
     started = tracker.start(prompts, image)
+    steps = tracker.proceed([state for state in states if state is not None], image)
     for i, one in zip(new, started, strict=True):
-        one.kind = shapes[i]["type"] if isinstance(shapes[i], dict) else None
+        one.kind = shapes[i]["type"]
     given, tracked = iter(started), iter(steps)
     rows = [next(given) if state is None else next(tracked) for state in states]
     answers = [shapes[i] if states[i] is None else one.shape() for i, one in enumerate(rows)]
@@ -106,18 +105,16 @@ class Track:
 
     Attributes:
         size: (height, width) of its frames.
-        kind: of its shapes, one of `SHAPES`; None for rectangles as CVAT had them before it had kinds.
+        kind: of its shapes, one of `SHAPES`.
         mask: (H, W) bool, on the last frame.
         frame: the last frame.
-        states: the states from which it can go on, each with its frame.
     """
 
     session: VideoSession
     size: tuple[int, int]
     mask: np.ndarray
-    kind: str | None = None
-    frame: int = 0
-    states: dict[str, int] = field(default_factory=dict)
+    kind: str = "rectangle"
+    frame: int = -1
 
     def shape(self) -> Any:
         """The mask in CVAT's words; None where nothing is seen."""
@@ -125,8 +122,6 @@ class Track:
             return None
         patch, x0, y0 = cropped(self.mask)
         x1, y1 = x0 + patch.shape[1], y0 + patch.shape[0]
-        if self.kind is None:
-            return [x0, y0, x1, y1]
         if self.kind == "rectangle":
             points = [x0, y0, x1, y1]
         elif self.kind == "polygon":
@@ -137,7 +132,7 @@ class Track:
 
 
 class Tracker:
-    """A model, and the tracks that it keeps between requests."""
+    """A model, and the tracks that it keeps between requests, by their states."""
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
@@ -154,7 +149,7 @@ class Tracker:
                 video_height=height, video_width=width, inference_device=self.model.device, dtype=self.model.dtype
             )
             prompt.add_to(session, self.processor)
-            tracks.append(Track(session, size, np.zeros(size, dtype=bool), frame=-1))
+            tracks.append(Track(session, size, np.zeros(size, dtype=bool)))
         self._step(tracks, image)
         return tracks
 
@@ -163,30 +158,26 @@ class Tracker:
         tracks = [self._find(state, image.shape[:2]) for state in states]
         if len(set(map(id, tracks))) < len(tracks):
             raise InputError("`states` holds two states of one object.")
-        for state, one in zip(states, tracks, strict=True):
-            one.frame = one.states[state]
-            one.states = {old: t for old, t in one.states.items() if one.frame - MAX_BACK < t <= one.frame}
         self._step(tracks, image)
+        for state in states:
+            del self.tracks[state]
         return tracks
 
     def keep(self, track: Track) -> str:
         """A new state, from which a track can go on."""
-        name = next((name for name, one in self.tracks.items() if one is track), None) or secrets.token_hex(8)
-        state = f"{name}-{secrets.token_hex(8)}"
-        track.states[state] = track.frame
-        self.tracks[name] = track
-        self.tracks.move_to_end(name)
+        state = secrets.token_hex(16)
+        self.tracks[state] = track
         while len(self.tracks) > MAX_TRACKS:
             self.tracks.popitem(last=False)
         return state
 
     def _find(self, state: Any, size: tuple[int, int]) -> Track:
-        track = self.tracks.get(state.partition("-")[0]) if isinstance(state, str) else None
-        if track is None or state not in track.states:
+        track = self.tracks.get(state) if isinstance(state, str) else None
+        if track is None:
             raise InputError(
-                "A state is not known here (any more); start the object anew on the frame before. States are kept in "
-                f"memory until this function is started again, of the last {MAX_TRACKS} objects, and {MAX_BACK} frames "
-                "back."
+                "A state is not known here (any more); start the object anew on the frame before. An object goes on "
+                f"from its last state alone, and the last {MAX_TRACKS} objects are kept until this function is started "
+                "again."
             )
         if track.size != size:
             raise InputError(f"An object was tracked on frames of {track.size} pixels (height, width), got {size}.")
@@ -241,12 +232,8 @@ def is_numbers(values: Any) -> bool:
 
 
 def shape_prompt(shape: Any, size: tuple[int, int]) -> VideoPrompt:
-    """The prompt that a shape of CVAT is: a rectangle is a box, a polygon and a mask are masks (H, W).
-
-    Args:
-        shape: {"type", "points"}, or the points of a rectangle alone.
-    """
-    kind, points = (shape.get("type"), shape.get("points")) if isinstance(shape, dict) else ("rectangle", shape)
+    """The prompt that a shape of CVAT is, {"type", "points"}: a rectangle is a box, a polygon and a mask are masks."""
+    kind, points = (shape.get("type"), shape.get("points")) if isinstance(shape, dict) else (None, None)
     if kind not in SHAPES or not is_numbers(points):
         raise InputError(f"A shape must be one of {', '.join(SHAPES)} with a list of numbers, got {shape!r:.80}.")
     if kind == "rectangle" and len(points) == 4:

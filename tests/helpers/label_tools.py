@@ -18,10 +18,10 @@ def serving(server):
         server.shutdown()
 
 
-def call(url, body=None, kind="application/json", **headers):
+def call(url, body=None):
     """Status, answer, and the reason of the status."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": kind, **headers})
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
             return response.status, json.load(response), response.reason

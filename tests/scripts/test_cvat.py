@@ -177,15 +177,6 @@ def test_masks_and_shapes_are_the_same_to_the_pixel(video, kind):
         assert (cvat_functions.draw_mask(shape["points"], SIZE) == mask).all()
 
 
-def test_an_older_cvat_has_rectangles_without_a_type(tracker, video):
-    box = corners(video.masks(0)[0])
-    shapes, states = track(tracker, image=image_of(video.frames[0]), shapes=[box], states=[])
-    assert shapes == [box]
-    shapes, _ = track(tracker, image=image_of(video.frames[1]), shapes=[box], states=states)
-    found, true = (mask_of({"type": "rectangle", "points": one}) for one in (shapes[0], corners(video.masks(1)[0])))
-    assert len(shapes[0]) == 4 and iou(found, true) > 0.5
-
-
 def test_objects_that_are_tracked_together_are_tracked_as_alone(tracker, video):
     given = [shape_of(mask, "mask") for mask in video.masks(0)[:2]]
 
@@ -200,56 +191,18 @@ def test_objects_that_are_tracked_together_are_tracked_as_alone(tracker, video):
     assert followed(given) == [[a, b] for (a,), (b,) in zip(*alone, strict=True)]
 
 
-def test_a_state_that_was_gone_on_from_can_be_gone_on_from_again(tracker, video):
-    def go(states, frame):
-        return track(tracker, image=image_of(frame), states=states)
-
-    states = track(tracker, image=image_of(video.frames[0]), shapes=[shape_of(video.masks(0)[0], "mask")])[1]
-    _, early = go(states, video.frames[1])
-    shapes, late = go(early, video.frames[2])
-    go(late, video.frames[3])
-    go(early, 255 - video.frames[2])  # another image, and what came of it, are forgotten
-    again, _ = go(early, video.frames[2])
-    assert again == shapes
-    status, answer = ask(tracker, image=image_of(video.frames[3]), states=late)
-    assert status == 400 and "not known here" in answer["message"]
-
-
-def test_what_was_tracked_after_a_state_is_forgotten_where_it_is_gone_on_from(tracker, video):
-    def follow(states, frames):
-        found = []
-        for frame in frames:
-            shapes, states = track(tracker, image=image_of(frame), states=states)
-            found.append(shapes)
-        return found
-
-    frames = [video.frames[t] for t in range(1, 6)]
-    first = {"image": image_of(video.frames[0]), "shapes": [shape_of(video.masks(0)[0], "mask")]}
-    start = track(tracker, **first)[1]
-    follow(start, [255 - frame for frame in reversed(frames)])
-    assert follow(start, frames) == follow(track(tracker, **first)[1], frames)
-
-
 def test_states_are_bounded_and_one_that_is_gone_is_said_so(tracker, context, video, monkeypatch):
     monkeypatch.setattr(cvat_functions, "MAX_TRACKS", 2)
     image, shape = image_of(video.frames[0]), shape_of(video.masks(0)[0], "rectangle")
     used, gone = (track(tracker, image=image, shapes=[shape])[1] for _ in range(2))
     others = [track(tracker, image=image, states=used)[1], track(tracker, image=image, shapes=[shape])[1]]
+    assert "not known here" in ask(tracker, image=image, states=used)[1]["message"]
     kept = context.user_data.tracker.tracks.values()
     assert len(kept) == 2
     assert all(not one.session.processed_frames and one.session.cache.get_vision_features(0) is None for one in kept)
     assert "not known here" in ask(tracker, image=image, states=gone)[1]["message"]
     assert all(ask(tracker, image=image, states=states)[0] == 200 for states in others)
     assert "most in a request" in ask(tracker, image=image, shapes=[shape] * 3)[1]["message"]
-
-
-def test_only_so_many_frames_back_are_kept(tracker, video, monkeypatch):
-    monkeypatch.setattr(cvat_functions, "MAX_BACK", 2)
-    states = [track(tracker, image=image_of(video.frames[0]), shapes=[shape_of(video.masks(0)[0], "rectangle")])[1]]
-    for t in range(1, 4):
-        states.append(track(tracker, image=image_of(video.frames[t]), states=states[-1])[1])
-    assert ask(tracker, image=image_of(video.frames[1]), states=states[0])[0] == 400
-    assert ask(tracker, image=image_of(video.frames[3]), states=states[2])[0] == 200
 
 
 def test_an_object_that_is_not_seen_has_no_shape(tracker, video):
@@ -291,7 +244,9 @@ def test_bad_requests_are_refused_with_the_reason(tracker, video, body, message)
 
 def test_one_bad_shape_or_state_moves_no_object(tracker, video):
     states = track(tracker, image=image_of(video.frames[0]), shapes=[BOX])[1]
-    for more in ({"states": [*states, "made-up"]}, {"states": states * 2}, {"states": states, "shapes": [None, {}]}):
+    outside = {"type": "rectangle", "points": [200, 2, 240, 4]}
+    wrong = [{"states": [*states, "made-up"]}, {"states": states * 2}]
+    for more in (*wrong, *({"states": states, "shapes": [None, shape]} for shape in ({}, outside))):
         assert ask(tracker, image=image_of(video.frames[1]), **more)[0] == 400
     assert ask(tracker, image=image_of(video.frames[1][:64]), states=states)[0] == 400
     assert ask(tracker, image=image_of(video.frames[1]), states=states)[0] == 200
