@@ -100,10 +100,10 @@ def format_bytes(count: float) -> str:
 def raise_ranks(model: SamoeModel, domain: str, budget: int) -> None:
     """Gives a domain's experts the rank that is trained before some of it is left out; they do what they did."""
     costs, fixed = expert_costs(model, domain)
-    if (least := sum(costs.values()) + sum(fixed.values())) > budget:
+    if (least := min(costs[layer] + fixed[layer] for layer in costs)) > budget:
         raise InputError(
-            f"A budget of {format_bytes(budget)} is too little: experts of rank 1 in the {len(costs)} layers that "
-            f"`expert_modules` selects have {format_bytes(least)}."
+            f"A budget of {format_bytes(budget)} is too little: experts of rank 1 in a single one of the {len(costs)} "
+            f"layers that `expert_modules` selects have {format_bytes(least)} or more."
         )
     modules = [experts for _, experts in domain_modules(model, domain)]
     rank = max(LEAST_RANK, TRAINED_RANK // modules[0].num_experts, *(experts.lora_rank for experts in modules))

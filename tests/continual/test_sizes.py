@@ -115,10 +115,18 @@ def test_a_loss_counts_with_its_error(domain):
     assert found.chosen == whole and found.tried[1].loss == pytest.approx(0) and found.tried[1].error > 0.02
 
 
-def test_the_budget_comes_first(domain):
-    model, whole, found = domain(lambda share, _: share, budget=20_000)
-    assert num_bytes(model, "a") == found.chosen <= 20_000 < whole
-    assert found.reason == "The budget of 20 kB allows no more, which costs more than 1 point of J&F."
+@pytest.mark.parametrize("budget", [20_000, 2_000])
+def test_the_budget_comes_first_and_may_be_less_than_all_layers_need(domain, budget):
+    model, whole, found = domain(lambda share, _: share, budget=budget)
+    assert num_bytes(model, "a") == found.chosen <= budget < whole
+    assert found.reason == f"The budget of {budget // 1000} kB allows no more, which costs more than 1 point of J&F."
+
+
+def test_a_budget_of_some_layers_is_no_too_little_one():
+    model = new_model()
+    add_learned_domain(model, "a", 1, num_experts=1, num_experts_per_tok=1, lora_rank=8)
+    sizes.raise_ranks(model, "a", 2_000)
+    assert {experts.lora_rank for _, experts in domain_modules(model, "a")} == {sizes.TRAINED_RANK}
 
 
 def test_where_nothing_is_scored_or_all_is_equal(domain):
@@ -136,7 +144,7 @@ def test_what_does_not_go_with_it_is_refused(base, tmp_path):
         (["--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
         (["--lora_rank", "2", "--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
         (["--lora_rank", "auto", "--budget", "big"], "`--budget` must be a size of experts such as 4MB, got 'big'"),
-        (["--lora_rank", "auto", "--budget", "1kB"], r"A budget of 1 kB is too little: experts of rank 1 in the"),
+        (["--lora_rank", "auto", "--budget", "0.1kB"], "A budget of 0 kB is too little: experts of rank 1 in a single"),
     ):
         with pytest.raises(ValueError, match=message):
             run_command(*words, *options)
