@@ -19,6 +19,7 @@ from samoe_hf.model.configuration_samoe import UNKNOWN
 from samoe_hf.model.domain_choice import AUTO, SessionDecision
 from samoe_hf.model.memory_selection import MEMORY_SELECTIONS, forget
 from samoe_hf.model.processing_samoe import VideoProcessor
+from samoe_hf.model.prompts import SessionPrompt
 from samoe_hf.model.session import SessionObject, check_prompt
 
 KEPT_FRAMES = 32
@@ -103,18 +104,21 @@ class VideoSession(Sam2VideoInferenceSession):
 
     def add_point_inputs(self, obj_idx: int, frame_idx: int, inputs: dict[str, Tensor]) -> None:
         """Adds points or a box of an object. Those that cannot be used are refused, see [`check_prompt`]."""
+        earlier = SessionObject(self, obj_idx).prompt(frame_idx)
+        self.remove_mask_inputs(obj_idx, frame_idx)
         super().add_point_inputs(obj_idx, frame_idx, inputs)
-        self._check_prompt(obj_idx, frame_idx)
+        self._check_prompt(obj_idx, frame_idx, earlier)
 
     def add_mask_inputs(self, obj_idx: int, frame_idx: int, inputs: Tensor) -> None:
         """Adds a mask of an object. One that cannot be used is refused, see [`check_prompt`]."""
+        earlier = SessionObject(self, obj_idx).prompt(frame_idx)
         super().add_mask_inputs(obj_idx, frame_idx, inputs)
-        self._check_prompt(obj_idx, frame_idx)
+        self._check_prompt(obj_idx, frame_idx, earlier)
 
-    def _check_prompt(self, obj_idx: int, frame_idx: int) -> None:
+    def _check_prompt(self, obj_idx: int, frame_idx: int, earlier: SessionPrompt | None) -> None:
         if isinstance(self.processed_frames, PreparedFrames):
             image_size = self.processed_frames.processor.target_size
-            check_prompt(SessionObject(self, obj_idx), frame_idx, image_size, upcoming=False)
+            check_prompt(SessionObject(self, obj_idx), frame_idx, image_size, upcoming=False, earlier=earlier)
 
     @property
     def has_all_frames(self) -> bool:

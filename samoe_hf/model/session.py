@@ -106,6 +106,13 @@ class SessionObject(NamedTuple):
         mask = self.session.mask_inputs_per_obj[self.row].get(frame_idx)
         return self.session.point_inputs_per_obj[self.row].get(frame_idx) if mask is None else mask
 
+    def put_back(self, frame_idx: int, prompt: SessionPrompt) -> None:
+        """Makes an earlier prompt the one on a frame, as it is."""
+        points, masks = self.session.point_inputs_per_obj[self.row], self.session.mask_inputs_per_obj[self.row]
+        own, other = (masks, points) if isinstance(prompt, Tensor) else (points, masks)
+        other.pop(frame_idx, None)
+        own[frame_idx] = prompt
+
     def new_prompt(self, frame_idx: int) -> SessionPrompt | None:
         """The prompt on a frame, if it was not segmented yet."""
         prompt = self.prompt(frame_idx)
@@ -196,9 +203,12 @@ class SessionObject(NamedTuple):
             self.session.frames_tracked_per_obj[self.row].pop(frame_idx, None)
 
 
-def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int, upcoming: bool) -> None:
+def check_prompt(
+    tracked_object: SessionObject, frame_idx: int, image_size: int, upcoming: bool, earlier: SessionPrompt | None
+) -> None:
     """Puts the corners of a box in order. Refuses a prompt that cannot be used (see [`~prompts.prompt_problem`]), and
-    removes it, with the object if nothing else is known of it. The frame may be `upcoming`, one that is still to come.
+    puts the `earlier` one of the frame back; without one it removes the prompt, with the object if nothing else is
+    known of it. The frame may be `upcoming`, one that is still to come.
     """
     session = tracked_object.session
     frames = () if session.processed_frames is None else session.processed_frames
@@ -216,6 +226,9 @@ def check_prompt(tracked_object: SessionObject, frame_idx: int, image_size: int,
     if problem is None:
         return
     object_id = tracked_object.object_id
+    if earlier is not None:
+        tracked_object.put_back(frame_idx, earlier)
+        raise InputError(f"{problem} Object {object_id} keeps its earlier prompt on frame {frame_idx}.")
     tracked_object.clear(frame_idx)
     if not tracked_object.prompted_frames and not tracked_object.has_outputs:
         remove_object(session, object_id)

@@ -238,7 +238,8 @@ def new_prompt_steps(
             if tracked_object.new_prompt(frame_idx) is None:
                 continue
             if not getattr(session, "has_all_frames", False):
-                check_prompt(tracked_object, frame_idx, model.config.image_size, upcoming=streaming)
+                earlier = tracked_object.state.segmented_prompts.get(frame_idx)
+                check_prompt(tracked_object, frame_idx, model.config.image_size, streaming, earlier)
             if frame_idx in (session.processed_frames or ()) and frame_idx != except_frame:
                 by_frame[frame_idx].append(tracked_object)
     for frame_idx, prompted in sorted(by_frame.items()):

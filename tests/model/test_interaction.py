@@ -142,6 +142,22 @@ def test_bad_prompts_are_refused_and_leave_nothing_behind(tiny, processor, kind,
 
 
 @KINDS
+@pytest.mark.parametrize("earlier", [POINT, {"input_masks": np.eye(32, dtype=bool)}], ids=["point", "mask"])
+@pytest.mark.parametrize("case", ["nan", "box right of it", "mask of nan"])
+def test_a_bad_prompt_leaves_the_earlier_one_of_its_frame(tiny, processor, kind, earlier, case):
+    _, inputs, message = BAD_PROMPTS[case]
+    session = start(kind, processor)
+    processor.add_inputs_to_inference_session(session, 0, 1, **earlier)
+    expected = tiny(session, frame_idx=0).pred_masks
+    with pytest.raises(ValueError, match=message):
+        processor.add_inputs_to_inference_session(session, 0, 1, **inputs)
+        assert kind == "plain"
+        tiny(session, frame_idx=0)
+    torch.testing.assert_close(tiny(session, frame_idx=0).pred_masks, expected, rtol=0, atol=0)
+    assert len(list(tiny.propagate_in_video_iterator(session))) == NUM_FRAMES
+
+
+@KINDS
 def test_sessions_are_used_again(tiny, processor, kind):
     """After a reset, and after the last object was removed."""
     session, results = start(kind, processor), []
