@@ -190,11 +190,13 @@ class DomainLinear(BaseLinear):
 
     def _lend(self, domain: str) -> DomainExperts:
         with _reading:
-            if domain not in self.lent:
+            if domain not in self.stored:  # another thread has just read all
+                return getattr(self, PREFIX + domain)
+            if (experts := self.lent.get(domain)) is None:
                 while len(self.lent) >= MOST_LENT:
                     del self.lent[next(iter(self.lent))]
-                self.lent[domain] = self._read(self.stored[domain])
-            return self.lent[domain]
+                experts = self.lent[domain] = self._read(self.stored[domain])
+            return experts
 
     def _read(self, stored: StoredExperts) -> DomainExperts:
         with torch.inference_mode(False):  # whose tensors could neither be kept nor trained
@@ -243,12 +245,14 @@ class DomainLinear(BaseLinear):
         return super().__getstate__()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DomainLinear":
-        self.lent.clear()
+        with _reading:
+            self.lent.clear()
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "DomainLinear":
         """As in the base class."""
-        self.lent.clear()
+        with _reading:
+            self.lent.clear()
         return super().train(mode)
 
 

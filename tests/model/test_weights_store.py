@@ -218,6 +218,26 @@ def test_threads_read_at_once(stored, whole, domain_videos, monkeypatch):
     assert all(torch.equal(found[name], track(whole, video, name)) for name in NAMES)
 
 
+@pytest.mark.parametrize("other", [lambda layer: layer.state_dict(), lambda layer: layer.eval()], ids=["all", "none"])
+def test_another_thread_may_read_all_or_let_go_meanwhile(stored, whole, other):
+    """Here it does right after this one has seen that experts are to be read, and after it has read them."""
+    name = next(name for name in stored.expert_module_names if "a" in stored.get_submodule(name).stored)
+    layer, expected = stored.get_submodule(name), whole.get_submodule(name).domain_a
+
+    class Seen(dict):
+        def __contains__(self, key):
+            return super().__contains__(key) and (other(layer), True)[1]
+
+    class Lent(dict):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            other(layer)
+
+    layer.stored, layer.lent = Seen(layer.stored), Lent()
+    with torch.no_grad():
+        assert torch.equal(layer.experts_of("a").lora_A, expected.lora_A)
+
+
 def replaced(path):
     tensors = {name: torch.zeros_like(x) for name, x in load_file(path).items()}
     save_file(tensors, path.with_name("new"), metadata={"format": "pt"})
