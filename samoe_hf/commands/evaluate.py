@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from samoe_hf.data.layouts import Protocol, layout_of
-from samoe_hf.errors import input_errors
+from samoe_hf.errors import InputError, input_errors
 
 from . import options
 
@@ -101,6 +101,9 @@ def run(parsed: argparse.Namespace) -> None:
 
     state, _ = options.start_processes(parsed.device)
     evaluation = build_evaluation(parsed)
+    for name in () if (parsed.output / "runs").is_dir() else ("results.json", "report.md"):
+        if (parsed.output / name).exists():
+            raise InputError(f"`--output` {parsed.output} has a {name} that no evaluation wrote; give another folder.")
     with OneWriter(parsed.output):
         evaluate(parsed, evaluation, state)
 

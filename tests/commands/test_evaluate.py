@@ -183,6 +183,13 @@ def test_processes_share_the_videos(run, model_folder, davis, tmp_path):
     assert without_times(read(tmp_path / "two")) == without_times(read(tmp_path / "one"))
 
 
+@pytest.mark.parametrize("name", ["report.md", "results.json"])
+def test_a_file_of_the_users_is_not_replaced(run, davis, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    assert f"has a {name} that no evaluation wrote" in run("nowhere", *davis, "--output", tmp_path, fails=True)
+    assert [path.read_text() for path in tmp_path.iterdir() if path.is_file()] == ["mine"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

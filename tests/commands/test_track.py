@@ -146,19 +146,25 @@ def test_outputs_are_checked_before_anything_is_loaded(track, file, tmp_path):
     Image.new("RGB", (128, 96)).save(frames / "0.png")
     (tmp_path / "old.mp4").touch()
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
     before = file.read_bytes(), (frames / "0.png").read_bytes()
     for video, arguments, message in (
         (file, ["--output", tmp_path / "o.mp4", "--masks", tmp_path], "must be a new folder"),
         (file, ["--output", tmp_path / "old.mp4"], "old.mp4 exists; give another `--output` or `--overwrite`"),
         (file, ["--overwrite", "--output", file], "`--output` must not be the video itself"),
-        (file, ["--overwrite", "--output", tmp_path / "o.mp4", "--masks", tmp_path], "one of masks alone"),
+        (file, ["--overwrite", "--output", tmp_path / "o.mp4", "--masks", tmp_path / "notes"], "one of masks alone"),
+        *(
+            (file, ["--output", tmp_path / "new/o.mp4", "--masks", tmp_path / "new" / masks], "`--masks` must be a new")
+            for masks in ("o.mp4", "o_tracks.csv", "o.mp4/masks", "")
+        ),
         (file, ["--overwrite", "--output", tmp_path / "folder.mp4"], "folder.mp4 is a folder"),
         (file, ["--output", tmp_path / "o.gif"], "`--output` must end in .mp4, .m4v, .mov or .mkv, got"),
         (frames, ["--output", tmp_path / "o.mp4", "--masks", frames], "`--masks` must not be the video itself"),
     ):
         assert message in track("nowhere", video, "--point", "40,30", *arguments, fails=True)
     assert before == (file.read_bytes(), (frames / "0.png").read_bytes())
-    assert not (tmp_path / "o_masks").exists()
+    assert not (tmp_path / "o_masks").exists() and not (tmp_path / "new").exists()
 
 
 def test_a_frame_that_cannot_be_read_leaves_nothing_behind(track, model_folder, video, tmp_path):
