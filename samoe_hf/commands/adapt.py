@@ -63,6 +63,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.continual.adapt import PICTURE, RESULTS_FILE, SIZES_PICTURE, adapt
+    from samoe_hf.data.registry import parse_yaml
     from samoe_hf.one_writer import is_first_process
     from samoe_hf.training.arguments import parse_size
 
@@ -73,6 +74,8 @@ def run(parsed: argparse.Namespace) -> None:
         raise InputError(f"`--dataset` {data} is neither a folder here nor a run{did_you_mean(data, runs)}")
     if os.path.isdir(data):
         check_outside(parsed.output, data)
+    if data.startswith("{"):
+        parse_yaml(data, f"`--dataset` {data}")
     of_dataset = [data] if is_run else ["adapt", "--train_data", data]
     former = [] if parsed.former is None else ["--former", parsed.former]
     budget = None

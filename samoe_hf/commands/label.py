@@ -68,6 +68,7 @@ def run(parsed: argparse.Namespace) -> None:
         dataset = options.open_dataset(parsed)
         videos = from_first_frames(*dataset.parts, kind=parsed.prompt or "mask")
     else:
+        options.check_outside(parsed.output, parsed.dataset)
         dataset = options.ChosenDataset("files", Path(parsed.dataset), [])
         with input_errors():
             videos = from_prompt_file(parsed.prompts, parsed.dataset)

@@ -226,13 +226,10 @@ def usable_device(name: str) -> torch.device:
 def load_model(parsed: argparse.Namespace, device: torch.device) -> tuple[SamoeModel, VideoProcessor]:
     """The model that the options of [`add_model_option`] name, and its processor."""
     from samoe_hf.inference import load_tracker
-    from samoe_hf.model.weights_trained import is_original_checkpoint
 
-    source, options = parsed.model, {"experts": parsed.experts, "original_config": parsed.config}
-    if any(options.values()) and not is_original_checkpoint(source):
-        raise InputError(f"`--experts` and `--config` go with an original checkpoint, but {source!r} is not a file.")
-    with input_errors(source):
-        return load_tracker(source, device, **options, **tracking_options(parsed))
+    options = {"experts": parsed.experts, "original_config": parsed.config, **tracking_options(parsed)}
+    with input_errors(parsed.model):
+        return load_tracker(parsed.model, device, **options)
 
 
 def start_processes(device: torch.device | None) -> tuple[PartialState, torch.device]:
@@ -327,8 +324,8 @@ def open_dataset(parsed: argparse.Namespace) -> ChosenDataset:
     if kind not in LAYOUTS and root is None:
         kind, root, found = name_kind(kind, None, parsed.split, options)
         options = found | options
-        if kind == "files" and root is not None:
-            check_outside(getattr(parsed, "output", None), root)
+    if kind == "files" and root is not None:
+        check_outside(getattr(parsed, "output", None), root)
     options |= {name: getattr(parsed, name) for name in ("split", "domain") if getattr(parsed, name) is not None}
     videos = load_videos(kind, root, **options)
     videos = videos if isinstance(videos, Sequence) else list(videos)

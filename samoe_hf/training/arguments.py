@@ -297,7 +297,10 @@ def _rank(text: str) -> int:
 
 def _mapping_or_text(text: str) -> dict[str, Any] | str:
     """The value of an option: a mapping in YAML, such as `{kind: davis}`, and any other text as it is."""
-    value = parse_yaml(text, f"{text!r}") if text.startswith("{") else None
+    try:
+        value = parse_yaml(text, text) if text.startswith("{") else None
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return value if isinstance(value, dict) else text
 
 

@@ -54,15 +54,18 @@ def test_the_command_line_names_videos_by_kind_or_by_a_run(tmp_path):
         chosen_videos(run)
 
 
-@pytest.mark.parametrize("words", [["evaluate"], ["label"], ["adapt", "--domain", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    ["evaluate --dataset OWN", "evaluate --dataset files --root OWN", "label --dataset OWN --prompts p.json",
+     "adapt --domain x --dataset OWN"],
+)  # fmt: skip
 def test_an_output_among_the_videos_is_refused(tmp_path, words):
     """What is written there would keep their layout from being recognized the next time."""
     root = save_videos(tmp_path / "own", SyntheticVideos(1, 2, (32, 48)))
+    command, *others = words.replace("OWN", str(root)).split()
     for output in (root, root / "out"):
-        with pytest.raises(
-            SystemExit, match="out lies in the folder of the videos" if output != root else "own lies in"
-        ):
-            main([*words[:1], "nowhere", *words[1:], "--dataset", str(root), "--output", str(output)])
+        with pytest.raises(SystemExit, match=f"{output.name} lies in the folder of the videos"):
+            main([command, "nowhere", *others, "--output", str(output)])
     assert len([*root.iterdir()]) == 1
 
 
@@ -126,7 +129,7 @@ def test_what_goes_with_an_original_checkpoint_is_told(tmp_path, monkeypatch, mo
     monkeypatch.chdir(tmp_path)
     for model, message in (
         ([NANO / "sam2.1_hiera_nano.pt"], r"give the model's YAML as `original_config` \(`--config` of a command\)"),
-        ([model_folder, "--config", "x.yaml"], "`--experts` and `--config` go with an original checkpoint"),
+        ([model_folder, "--config", "x.yaml"], r"`--experts` and `--config` of a command\) go with an original"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["track", *map(str, model), "in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"])

@@ -324,6 +324,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
         with pytest.raises(ValueError, match=f"`{named}` is given by `{other}` here"):
             run_command([*words, str(tmp_path / "out"), f"{named}=y"])
     for dataset, message in (
+        ("{kind: files, root: a", "`--dataset` {kind: files, root: a is not YAML"),
         ("finetune_davi", "`--dataset` finetune_davi is neither a folder here nor a run; did you mean"),
         ("{kind: davi}", r"train_data\[0\]: unknown kind of dataset 'davi'"),
     ):
