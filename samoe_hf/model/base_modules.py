@@ -186,6 +186,16 @@ def _stack(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
     return torch.stack(weights), torch.stack([F.pad(x.bias, (0, width - x.out_features))[None] for x in layers])
 
 
+class KeepsTypes(nn.Module):
+    """A module whose tensors move to devices as the model does, but keep their types in `model.to(torch.bfloat16)`."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "KeepsTypes":
+        def move(x: Tensor) -> Tensor:
+            return fn(x).to(x.dtype) if x.is_meta else x.to(fn(x.new_empty(0)).device)
+
+        return super()._apply(move, recurse)
+
+
 class CachedPositionEncoding(nn.Module):
     """A sine position encoding that is computed once for each size and type."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base_modules import ImageFeatures
+from .base_modules import ImageFeatures, KeepsTypes
 from .errors import InputError
 
 # The index of a video that looks like no known domain.
@@ -107,7 +107,7 @@ class Normal(NamedTuple):
         return squares / features.shape[1], -(squares + log_determinant[..., None]) / 2
 
 
-class DomainGate(nn.Module):
+class DomainGate(KeepsTypes):
     """Recognizes domains by pooled features of a frozen encoder. All it knows are buffers, kept in float32. Its rows
     are those of domains by name: loading a state dict, whatever its order, brings each row to its domain.
 
@@ -267,16 +267,6 @@ class DomainGate(nn.Module):
         if not features.isfinite().all():
             raise InputError("features have values that are not finite")
         return features.detach().to(self.means.device, torch.float64)
-
-    def _apply(self, fn, recurse: bool = True) -> "DomainGate":
-        """Moves the buffers as `fn` does, but keeps their types: what is known survives `model.to(torch.bfloat16)`."""
-        kept = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in list(self.named_buffers()):
-            if buffer.dtype != kept[name].dtype:
-                source = buffer if kept[name].is_meta else kept[name]
-                setattr(self, name, source.to(buffer.device, kept[name].dtype))
-        return self
 
 
 def hashed_name(domain: str) -> int:

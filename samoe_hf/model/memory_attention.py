@@ -16,6 +16,7 @@ from transformers.models.sam2_video.modeling_sam2_video import (
     eager_attention_forward,
 )
 
+from .base_modules import KeepsTypes
 from .batch_rows import use_frames, use_own_tokens
 from .joint_linear import joint_layers, run_jointly
 from .kept import keep, keeps
@@ -135,8 +136,9 @@ class MemoryAttention(nn.Module):
         return layer.self_attn.dropout_p > 0 or any(module.p > 0 for module in dropouts)
 
 
-class RotaryEmbedding(nn.Module):
-    """A rotary embedding of positions that never change: it is computed once, and kept."""
+class RotaryEmbedding(KeepsTypes):
+    """A rotary embedding of positions that never change: it is computed once, and kept; of frequencies that are not
+    rounded with the model's weights."""
 
     def __init__(self, embedding: nn.Module):
         super().__init__()

@@ -1,5 +1,7 @@
 """Memory attention: what is computed in another order is the same."""
 
+import copy
+
 import pytest
 import torch
 
@@ -139,3 +141,10 @@ def test_a_program_of_it_takes_any_number_of_objects(model_with_effect):
     for count in (1, 3):
         given = inputs(count)
         torch.testing.assert_close(program(*given), attention(*given), atol=1e-5, rtol=1e-4)
+
+
+def test_rotations_are_the_same_whenever_a_model_is_cast(model_with_effect):
+    rotary, places = model_with_effect.memory_attention.rotary_emb, model_with_effect.memory_attention.position_ids
+    before = copy.deepcopy(rotary).of_map(places)
+    model_with_effect.bfloat16()
+    assert model_with_effect.dtype == torch.bfloat16 and torch.equal(rotary.of_map(places), before)
